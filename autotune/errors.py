@@ -1,0 +1,45 @@
+"""Everything autotune raises on purpose.
+
+    AutotuneError
+    ├── UnsupportedModelError   the model cannot be tuned: not a causal LM, on meta tensors, in training mode, ...
+    ├── WorkloadError           prompts that are empty, too long, not token ids, or need a tokenizer
+    ├── PolicyError             a policy that is unknown or malformed; names file, step and nearest spelling
+    ├── PlanError               a plan file that is corrupt, foreign or refused
+    ├── TransformError          a transform cannot do what it was asked to (expected: the candidate is set aside)
+    ├── MeasurementError        a number that was needed could not be measured
+    └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
+
+Messages say what was wrong, what was expected and what to do. Anything else that escapes is a bug.
+"""
+
+
+class AutotuneError(Exception):
+    """Root of autotune's own errors."""
+
+
+class UnsupportedModelError(AutotuneError):
+    """The model cannot be tuned as it is."""
+
+
+class WorkloadError(AutotuneError, ValueError):
+    """The prompts given as a workload cannot be used."""
+
+
+class PolicyError(AutotuneError, ValueError):
+    """A policy is unknown or malformed."""
+
+
+class PlanError(AutotuneError, ValueError):
+    """A plan is corrupt, foreign to this model or machine, or refused."""
+
+
+class TransformError(AutotuneError):
+    """A transform cannot be applied to this variant."""
+
+
+class MeasurementError(AutotuneError):
+    """Something that had to be measured could not be."""
+
+
+class StateError(AutotuneError, RuntimeError):
+    """The operation is not possible in the present state."""

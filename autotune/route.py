@@ -1,0 +1,164 @@
+"""Interception: one model object's `forward` and decoding loop are routed; everything else about it is untouched.
+
+The object keeps its identity; only its class is exchanged for a subclass of the same name that asks a `Router`.
+`generate` stays transformers' own: all its preparation, validation and exceptions happen before the loop is routed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SLOT = "autotune"  # the instance attribute that holds the router
+LOOP = "_sample"  # transformers' loop for greedy search and sampling
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One call of generate's greedy or sampling loop, as transformers prepared it.
+
+    Args:
+        model: the original, unrouted.
+        input_ids: [B, P] int64.
+        options: the loop's keyword arguments (logits_processor, stopping_criteria, generation_config, streamer, ...).
+        model_kwargs: what generate would pass on to forward (attention_mask, position_ids, past_key_values, ...).
+    """
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    options: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
+
+    def run_on(self, model: PreTrainedModel) -> Any:
+        """Transformers' own loop on `model`, which must be unrouted or route its forward itself."""
+        return getattr(type(model), LOOP)(model, self.input_ids, **self.options, **self.model_kwargs)
+
+    def original(self) -> Any:
+        return self.run_on(self.model)
+
+
+class Router(Protocol):
+    """Who decides which variant serves a call."""
+
+    def sample(self, call: Sampling) -> Any: ...
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def other_loop(self, name: str) -> None: ...
+
+    def changed(self, what: str) -> None: ...
+
+
+def attach(model: PreTrainedModel, router: Router) -> None:
+    """Route this object's calls through `router`."""
+    model.__dict__[SLOT] = router
+    model.__class__ = routed_class(bare_class(model))
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`, leaving no trace."""
+    model.__class__ = bare_class(model)
+    model.__dict__.pop(SLOT, None)
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, unrouted: another object of the original class over the same modules and tensors."""
+    return _alias(model, bare_class(model))
+
+
+def routed(model: PreTrainedModel, router: Router) -> PreTrainedModel:
+    """The same model, routed through `router`; the object given stays as it is."""
+    alias = _alias(model, routed_class(bare_class(model)))
+    alias.__dict__[SLOT] = router
+    return alias
+
+
+def is_routed(model: object) -> bool:
+    return SLOT in getattr(model, "__dict__", {}) and hasattr(type(model), "_autotune_bare")
+
+
+def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    cls: type[PreTrainedModel] = getattr(type(model), "_autotune_bare", type(model))
+    return cls
+
+
+def _alias(model: PreTrainedModel, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    alias = cls.__new__(cls)
+    alias.__dict__.update(model.__dict__)
+    alias.__dict__.pop(SLOT, None)
+    return alias
+
+
+def _restore(cls: type[PreTrainedModel], state: dict[str, Any]) -> PreTrainedModel:
+    model = cls.__new__(cls)
+    model.__dict__.update(state)
+    return model
+
+
+@functools.cache
+def routed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of `cls` with its name, whose calls go to the instance's router."""
+
+    @functools.wraps(cls.forward)  # generate inspects the signature
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[SLOT].forward(self, args, kwargs)
+
+    @functools.wraps(getattr(cls, LOOP))
+    def sample(self: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        names = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        return self.__dict__[SLOT].sample(Sampling(bare(self), input_ids, options, kwargs))
+
+    def train(self: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
+        if mode:
+            self.__dict__[SLOT].changed("train()")
+        cls.train(self, mode)
+        return self
+
+    def load_state_dict(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[SLOT].changed("load_state_dict()")
+        return cls.load_state_dict(self, *args, **kwargs)
+
+    def _apply(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[SLOT].changed("to(), half() or another conversion")
+        return cls._apply(self, *args, **kwargs)
+
+    def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
+        return _restore, (cls, {k: v for k, v in self.__dict__.items() if k != SLOT})
+
+    body: dict[str, Any] = {
+        "forward": forward,
+        LOOP: sample,
+        "train": train,
+        "load_state_dict": load_state_dict,
+        "_apply": _apply,
+        "__reduce_ex__": __reduce_ex__,
+        "_autotune_bare": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    others = set(GENERATION_MODES_MAPPING.values()) - {LOOP}
+    body |= {name: _unrouted(cls, name) for name in others if hasattr(cls, name)}
+    return type(cls.__name__, (cls,), body)
+
+
+def _unrouted(cls: type[PreTrainedModel], name: str) -> Callable[..., Any]:
+    """A decoding loop that no plan serves (beam search, assisted decoding, ...): counted, then run on the original."""
+    loop = getattr(cls, name)
+
+    @functools.wraps(loop)
+    def run(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__[SLOT].other_loop(name)
+        return loop(bare(self), *args, **kwargs)
+
+    return run

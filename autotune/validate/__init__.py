@@ -1,0 +1,83 @@
+"""Is it faster, and is it no worse? Verdicts with numbers; only PASS commits."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Verdict(enum.StrEnum):
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far a candidate's output distribution is from the original's.
+
+    Args:
+        tier: tier it was judged at.
+        verdict: PASS, FAIL, INCONCLUSIVE or ERROR.
+        reason: one sentence with the number that decided.
+        mean_kld, mean_kld_high: mean KL(original || candidate) per token in nats, and its upper 95 % bound.
+        p99_kld, max_kld: point estimates; the maximum is never gated.
+        same_top, same_top_low: share of tokens with the same top token (near-ties excused), and its lower 95 % bound.
+        ppl_ratio, ppl_ratio_high: candidate's perplexity / original's, and its upper 95 % bound.
+        delta_p_rms: RMS change of the probability of the true token.
+        tokens, prompts: how many were scored.
+        strata: mean KLD by stratum ("natural", "own", "second-prompt", "padded-batch", "long", ...).
+    """
+
+    tier: str
+    verdict: Verdict
+    reason: str
+    mean_kld: float = float("nan")
+    mean_kld_high: float = float("nan")
+    p99_kld: float = float("nan")
+    max_kld: float = float("nan")
+    same_top: float = float("nan")
+    same_top_low: float = float("nan")
+    ppl_ratio: float = float("nan")
+    ppl_ratio_high: float = float("nan")
+    delta_p_rms: float = float("nan")
+    tokens: int = 0
+    prompts: int = 0
+    strata: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """A ratio of times, reference / candidate: above 1 the candidate is faster."""
+
+    ratio: float
+    low: float  # lower 95 % bound
+    high: float  # upper 95 % bound
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Paired, interleaved timing of a candidate against a reference.
+
+    Args:
+        verdict: PASS, FAIL, INCONCLUSIVE or ERROR.
+        reason: one sentence with the number that decided.
+        ttft, tpot, end_to_end: speed-ups over all buckets (the worst bucket's where they differ in sign).
+        noise: A/A half-width this host showed, as a fraction.
+        buckets: per bucket name "b1/p64/n32" the three speed-ups by metric name.
+        reference_s, candidate_s: raw samples by metric name ("ttft", "tpot", "end_to_end").
+        warnings: what the measurement noticed about its own noise.
+    """
+
+    verdict: Verdict
+    reason: str
+    ttft: Speedup
+    tpot: Speedup
+    end_to_end: Speedup
+    noise: float
+    buckets: dict[str, dict[str, Speedup]] = field(default_factory=dict)
+    reference_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    candidate_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

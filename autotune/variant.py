@@ -1,0 +1,206 @@
+"""A variant: one way to run the model, which shares every tensor with the original until a transform replaces it.
+
+The original is never edited. `Variant.edit` hands out structural copies (twins); dropping the variant is the roll-back.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from . import route
+from .workload import PHASES, Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import CachePool
+    from .compiled import CompiledStep
+    from .transforms import Transform
+
+
+def fork(model: PreTrainedModel) -> PreTrainedModel:
+    """A structural copy of an unrouted model that shares every parameter and buffer (ties stay ties)."""
+    memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, memo)
+    for leftover in ("_compiled_call", "_last_compile_config"):  # transformers' compiled forward belongs to one model
+        twin.__dict__.pop(leftover, None)
+    return twin
+
+
+class Variant:
+    """The modules and settings that serve the two phases.
+
+    Attributes:
+        original: the untouched model.
+        modules: phase -> module that computes it; the original itself until edited.
+        transforms: what was applied, in order.
+        threads: phase -> intra-op threads while it runs; missing means the process's own number.
+        caches: pool of static KV caches, or None for the cache that generate prepares.
+        loop: "transformers" for generate's own decoding loop, "lean" for `autotune.loop.decode`.
+        step: compiled decode step, or None to call the decode module.
+    """
+
+    def __init__(self, original: PreTrainedModel) -> None:
+        self.original = original
+        self.modules: dict[Phase, PreTrainedModel] = dict.fromkeys(PHASES, original)
+        self.transforms: tuple[Transform, ...] = ()
+        self.threads: dict[Phase, int] = {}
+        self.caches: CachePool | None = None
+        self.loop: Literal["transformers", "lean"] = "transformers"
+        self.step: CompiledStep | None = None
+        self._editable: set[int] = set()  # ids of modules made by this very object
+        self._front: PreTrainedModel | None = None
+        self.lock = threading.RLock()  # compiled code runs one step at a time
+
+    def with_transform(self, transform: Transform) -> Variant:
+        """A new variant: this one plus `transform`, every transform in stage order.
+
+        Raises:
+            TransformError: the transform refuses.
+        """
+        if all(done.stage <= transform.stage for done in self.transforms):
+            variant = self._copy()
+            transform.apply(variant)
+            variant.transforms = (*self.transforms, transform)
+            return variant
+        return build(self.original, (*self.transforms, transform))
+
+    def _copy(self) -> Variant:
+        other = Variant(self.original)
+        other.modules, other.transforms, other.threads = dict(self.modules), self.transforms, dict(self.threads)
+        other.caches, other.loop, other.step = self.caches, self.loop, self.step
+        return other
+
+    def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:
+        """The modules a transform may edit for `phase`: twins made on demand, one where both phases still share it."""
+        phases = PHASES if phase == "both" else (phase,)
+        twins: dict[int, PreTrainedModel] = {}
+        for p in phases:
+            module = self.modules[p]
+            shared_outside = any(self.modules[q] is module for q in PHASES if q not in phases)
+            if id(module) in self._editable and not shared_outside:
+                twins[id(module)] = module
+            elif id(module) not in twins:
+                twin = fork(module)
+                self._editable.add(id(twin))
+                twins[id(module)] = twin
+            self.modules[p] = twins[id(module)]
+            twins[id(self.modules[p])] = self.modules[p]
+        return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
+
+    @contextmanager
+    def running(self, phase: Phase) -> Iterator[PreTrainedModel]:
+        """The phase's module inside its run context; what the context changes is restored."""
+        threads = self.threads.get(phase)
+        before = torch.get_num_threads()
+        if threads is None or threads == before:
+            yield self.modules[phase]
+            return
+        torch.set_num_threads(threads)
+        try:
+            yield self.modules[phase]
+        finally:
+            torch.set_num_threads(before)
+
+    def unsupported(self, call: route.Sampling) -> str | None:
+        """Why this variant cannot serve a call of generate's loop, or None."""
+        if not self.transforms:
+            return None
+        config, given = call.options["generation_config"], call.model_kwargs
+        known = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
+        if unknown := sorted(k for k, v in given.items() if k not in known and v is not None):
+            return f"argument {unknown[0]}"
+        if not given.get("use_cache", True):
+            return "use_cache=False"
+        cache = given.get("past_key_values", given.get("cache_params"))
+        if cache is not None and getattr(cache, "_is_user_defined", False):
+            return "a cache of the caller's"
+        if config.cache_implementation is not None:
+            return f"cache_implementation={config.cache_implementation!r}"
+        if call.options.get("synced_gpus") or config.prefill_chunk_size is not None or config.is_assistant:
+            return "chunked, synchronised or assistant generation"
+        if self.loop == "lean" and (config.output_attentions or config.output_hidden_states):
+            return "attentions or hidden states asked for"
+        if self.caches is not None:
+            return self.caches.unsupported(call.input_ids.shape[0], config)
+        return None
+
+    def sample(self, call: route.Sampling) -> Any:
+        """Serve one call of generate's loop; `unsupported` must have said None."""
+        if not self.transforms:
+            return call.original()
+        if self.loop == "lean":
+            from .loop import decode
+
+            return decode(self, call)
+        return call.run_on(self.front)
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve one direct forward without a cache of the caller's."""
+        if not serves_forward(args, kwargs):
+            return route.bare_class(model).forward(model, *args, **kwargs)
+        with self.running("prefill") as module:
+            return module(*args, **kwargs)
+
+    def other_loop(self, name: str) -> None: ...
+
+    def changed(self, what: str) -> None: ...
+
+    @property
+    def front(self) -> PreTrainedModel:
+        """A model for transformers' own loop: its forward goes to the phase's module."""
+        if self._front is None:
+            front = fork(self.modules["decode"])
+            self._front = route.routed(front, _PhaseSwitch(self))
+        return self._front
+
+
+class _PhaseSwitch:
+    """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values", kwargs.get("cache_params"))
+        decoding = ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0
+        with self.variant.running("decode" if decoding else "prefill") as module:
+            return module(*args, **kwargs)
+
+    def sample(self, call: route.Sampling) -> Any:
+        return call.original()
+
+    def other_loop(self, name: str) -> None: ...
+
+    def changed(self, what: str) -> None: ...
+
+
+def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a direct forward is one that the prefill module may serve: inference on ids, nothing unusual asked."""
+    plain = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "labels"}
+    asked = {k for k, v in kwargs.items() if v is not None}
+    return len(args) <= 1 and asked <= plain and not torch.is_grad_enabled()
+
+
+def build(original: PreTrainedModel, transforms: tuple[Transform, ...]) -> Variant:
+    """The variant that a plan's transforms make of `original`.
+
+    Raises:
+        TransformError: one of them refuses.
+    """
+    variant = Variant(original)
+    for transform in sorted(transforms, key=lambda t: t.stage):
+        variant = variant.with_transform(transform)
+    return variant
+
+
+def serving(variant: Variant) -> PreTrainedModel:
+    """A model object whose `generate` and `forward` run `variant`, for measuring and judging it as it will serve."""
+    return route.routed(variant.original, variant)
