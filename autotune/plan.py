@@ -78,5 +78,6 @@ class Plan:
     transforms: tuple[Transform, ...]
     quality: Quality | None = None  # the whole plan against the original, on held-out prompts
     latency: Latency | None = None  # the whole plan against the original, on held-out prompts
+    trials: tuple[Trial, ...] = ()  # everything that was considered, accepted or not
     created: str = ""  # ISO 8601, UTC
     summary: Mapping[str, Any] = field(default_factory=dict)  # the report's dictionary at the time
