@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from . import route
+from .errors import MeasurementError
 from .workload import PHASES, Phase
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from .cache import CachePool
     from .compiled import CompiledStep
+    from .traffic import Traffic
     from .transforms import Transform
 
 
@@ -29,7 +31,10 @@ def fork(model: PreTrainedModel) -> PreTrainedModel:
     """A structural copy of an unrouted model that shares every parameter and buffer (ties stay ties)."""
     memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, memo)
-    for leftover in ("_compiled_call", "_last_compile_config"):  # transformers' compiled forward belongs to one model
+    for leftover in (
+        "_compiled_call",
+        "_last_compile_config",
+    ):  # transformers' compiled forward belongs to one model
         twin.__dict__.pop(leftover, None)
     return twin
 
@@ -39,6 +44,7 @@ class Variant:
 
     Attributes:
         original: the untouched model.
+        traffic: where measured steps of this variant queue behind live requests; None outside a wrapped model.
         modules: phase -> module that computes it; the original itself until edited.
         transforms: what was applied, in order.
         threads: phase -> intra-op threads while it runs; missing means the process's own number.
@@ -47,8 +53,9 @@ class Variant:
         step: compiled decode step, or None to call the decode module.
     """
 
-    def __init__(self, original: PreTrainedModel) -> None:
+    def __init__(self, original: PreTrainedModel, traffic: Traffic | None = None) -> None:
         self.original = original
+        self.traffic = traffic
         self.modules: dict[Phase, PreTrainedModel] = dict.fromkeys(PHASES, original)
         self.transforms: tuple[Transform, ...] = ()
         self.threads: dict[Phase, int] = {}
@@ -70,11 +77,15 @@ class Variant:
             transform.apply(variant)
             variant.transforms = (*self.transforms, transform)
             return variant
-        return build(self.original, (*self.transforms, transform))
+        return build(self.original, (*self.transforms, transform), self.traffic)
 
     def _copy(self) -> Variant:
-        other = Variant(self.original)
-        other.modules, other.transforms, other.threads = dict(self.modules), self.transforms, dict(self.threads)
+        other = Variant(self.original, self.traffic)
+        other.modules, other.transforms, other.threads = (
+            dict(self.modules),
+            self.transforms,
+            dict(self.threads),
+        )
         other.caches, other.loop, other.step = self.caches, self.loop, self.step
         return other
 
@@ -114,7 +125,14 @@ class Variant:
         if not self.transforms:
             return None
         config, given = call.options["generation_config"], call.model_kwargs
-        known = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
+        known = {
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "cache_params",
+            "use_cache",
+            "logits_to_keep",
+        }
         if unknown := sorted(k for k, v in given.items() if k not in known and v is not None):
             return f"argument {unknown[0]}"
         if not given.get("use_cache", True):
@@ -149,10 +167,6 @@ class Variant:
         with self.running("prefill") as module:
             return module(*args, **kwargs)
 
-    def other_loop(self, name: str) -> None: ...
-
-    def changed(self, what: str) -> None: ...
-
     @property
     def front(self) -> PreTrainedModel:
         """A model for transformers' own loop: its forward goes to the phase's module."""
@@ -162,11 +176,19 @@ class Variant:
         return self._front
 
 
-class _PhaseSwitch:
-    """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
+class _Quiet:
+    """What the two inner routers have in common: nobody is told anything."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
+
+    def other_loop(self, name: str) -> None: ...
+
+    def changed(self, what: str) -> None: ...
+
+
+class _PhaseSwitch(_Quiet):
+    """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids, cache = kwargs["input_ids"], kwargs.get("past_key_values", kwargs.get("cache_params"))
@@ -177,25 +199,48 @@ class _PhaseSwitch:
     def sample(self, call: route.Sampling) -> Any:
         return call.original()
 
-    def other_loop(self, name: str) -> None: ...
 
-    def changed(self, what: str) -> None: ...
+class _Measured(_Quiet):
+    """Router of `serving`: the variant itself, each call one step among live requests."""
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.turn():
+            return self.variant.forward(model, args, kwargs)
+
+    def sample(self, call: route.Sampling) -> Any:
+        if reason := self.variant.unsupported(call):
+            raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
+        with self.turn():
+            return self.variant.sample(call)
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.variant.traffic is None else self.variant.traffic.step()
 
 
 def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a direct forward is one that the prefill module may serve: inference on ids, nothing unusual asked."""
-    plain = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "labels"}
+    plain = {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+        "labels",
+    }
     asked = {k for k, v in kwargs.items() if v is not None}
     return len(args) <= 1 and asked <= plain and not torch.is_grad_enabled()
 
 
-def build(original: PreTrainedModel, transforms: tuple[Transform, ...]) -> Variant:
-    """The variant that a plan's transforms make of `original`.
+def build(
+    original: PreTrainedModel, transforms: tuple[Transform, ...], traffic: Traffic | None = None
+) -> Variant:
+    """The variant that a plan's transforms make of an unrouted model.
 
     Raises:
         TransformError: one of them refuses.
     """
-    variant = Variant(original)
+    variant = Variant(original, traffic)
     for transform in sorted(transforms, key=lambda t: t.stage):
         variant = variant.with_transform(transform)
     return variant
@@ -203,4 +248,4 @@ def build(original: PreTrainedModel, transforms: tuple[Transform, ...]) -> Varia
 
 def serving(variant: Variant) -> PreTrainedModel:
     """A model object whose `generate` and `forward` run `variant`, for measuring and judging it as it will serve."""
-    return route.routed(variant.original, variant)
+    return route.routed(variant.original, _Measured(variant))

@@ -1,0 +1,215 @@
+"""The search: diagnose, propose, try, validate, keep.
+
+It is written over a `Bench`, which measures, so that its logic runs on scripted numbers in milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from . import transforms
+from .diagnose import Diagnosis
+from .errors import TransformError
+from .hardware import Hardware
+from .plan import Outcome, Trial
+from .policy import Choice, Limits, Policy, Step
+from .profile import Profile
+from .transforms import Transform
+from .validate import Latency, Quality, Verdict
+from .variant import Variant
+from .workload import Phase
+
+log = logging.getLogger("autotune")
+
+HOPELESS = 0.67  # a first run slower than the incumbent's by half is not worth a quality check
+OUTCOMES = {
+    Verdict.PASS: Outcome.ACCEPTED,
+    Verdict.FAIL: Outcome.REJECTED,
+    Verdict.INCONCLUSIVE: Outcome.INCONCLUSIVE,
+    Verdict.ERROR: Outcome.ERROR,
+}
+
+
+class Bench(Protocol):
+    """Everything the search has to measure."""
+
+    def profile(self, variant: Variant) -> Profile: ...
+
+    def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]: ...
+
+    def memory_ratio(self, variant: Variant) -> float:
+        """Bytes held by the original and the variant together / bytes held by the original."""
+
+    def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
+        """Speed-up of `phase` from a single run of each: enough to turn down what is hopeless."""
+
+    def judge(self, variant: Variant, tier: str) -> Quality:
+        """Quality against the original."""
+
+    def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
+        """Paired latency of `phase`."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The best variant so far and what is known of it."""
+
+    variant: Variant
+    profile: Profile
+    diagnoses: Mapping[Phase, Diagnosis]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: the original, the best variant, and everything considered on the way."""
+
+    before: State
+    after: State
+    trials: tuple[Trial, ...]
+
+
+@dataclass
+class _Search:
+    policy: Policy
+    hardware: Hardware
+    bench: Bench
+    notify: Callable[[str], None]
+    clock: Callable[[], float]
+    deadline: float
+    trials: list[Trial] = field(default_factory=list)
+
+    def examine(self, variant: Variant) -> State:
+        profile = self.bench.profile(variant)
+        return State(variant, profile, self.bench.diagnose(profile))
+
+    def take(self, step: Step, state: State) -> State:
+        """Try a step's choices, the most promising first; each that is kept changes what the rest can promise."""
+        choices = [make(choice) for choice in step.choices]
+        while choices:
+            predicted = {t: promise(t, step.phase, state, self.hardware) for t in choices}
+            transform = max(choices, key=lambda t: predicted[t] or 0.0)
+            choices.remove(transform)
+            start = self.clock()
+            trial = Trial(
+                transform, step.name, step.phase, Outcome.SKIPPED, "", predicted=predicted[transform]
+            )
+            if ruled_out := rule_out(trial, state, self.policy.limits, self.hardware):
+                trial = ruled_out
+            elif start >= self.deadline:
+                trial = replace(trial, reason=f"the budget of {self.policy.budget_s:.0f} s was spent")
+            else:
+                self.notify(f"trying {transform}: predicted up to {trial.predicted:.2f}x for {step.phase}")
+                trial, candidate = self.attempt(trial, state.variant)
+                trial = replace(trial, seconds=self.clock() - start)
+                self.notify(f"{trial.outcome} {transform}: {trial.reason}")
+                if trial.outcome is Outcome.ACCEPTED and candidate is not None:
+                    state = self.examine(candidate)
+            self.trials.append(trial)
+        return state
+
+    def attempt(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
+        """One candidate from application to verdict. Whatever it raises, the incumbent is as it was."""
+        transform, phase, start = trial.transform, trial.target, self.clock()
+        try:
+            candidate = incumbent.with_transform(transform)
+            missing = transform.took_effect(candidate)
+        except TransformError as error:
+            return replace(trial, outcome=Outcome.UNAVAILABLE, reason=str(error)), None
+        except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
+            log.debug("%s crashed", transform, exc_info=True)
+            return replace(trial, outcome=Outcome.ERROR, reason=f"{type(error).__name__}: {error}"), None
+        trial = replace(trial, compile_s=self.clock() - start)
+        if missing is not None:
+            return replace(trial, outcome=Outcome.REJECTED, reason=f"it had no effect: {missing}"), None
+        memory = self.bench.memory_ratio(candidate)
+        if memory > self.policy.limits.max_memory_ratio:
+            limit = self.policy.limits.max_memory_ratio
+            reason = f"weights would take {memory:.2f}x the original's memory, {limit:.2f}x is allowed"
+            return replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+        try:
+            if (first := self.bench.glance(incumbent, candidate, phase)) < HOPELESS:
+                reason = f"the first run of {phase} took {1 / first:.1f}x as long"
+                return replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+            quality = self.bench.judge(candidate, tier_for(candidate, self.policy))
+            trial = replace(trial, quality=quality)
+            if quality.verdict is not Verdict.PASS:
+                return replace(trial, outcome=OUTCOMES[quality.verdict], reason=quality.reason), None
+            latency = self.bench.race(incumbent, candidate, phase)
+        except Exception as error:  # the candidate failed while it ran
+            log.debug("%s failed while it ran", transform, exc_info=True)
+            return replace(trial, outcome=Outcome.ERROR, reason=f"{type(error).__name__}: {error}"), None
+        trial = replace(trial, latency=latency, outcome=OUTCOMES[latency.verdict], reason=latency.reason)
+        return trial, candidate
+
+
+def search(
+    original: Variant,
+    policy: Policy,
+    hardware: Hardware,
+    bench: Bench,
+    *,
+    notify: Callable[[str], None] = log.info,
+    clock: Callable[[], float] = time.monotonic,
+    deadline: float | None = None,
+) -> Found:
+    """Try what the diagnosis calls for, keeping each step that proves itself.
+
+    After every accepted step the variant is profiled and diagnosed again: removing one bottleneck shows the next.
+
+    Args:
+        original: a variant without transforms.
+        deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
+    """
+    deadline = clock() + policy.budget_s if deadline is None else deadline
+    run = _Search(policy, hardware, bench, notify, clock, deadline)
+    notify("profiling the original")
+    before = state = run.examine(original)
+    pending = list(policy.steps)
+    while step := next((s for s in pending if why_not(s, state.diagnoses, hardware) is None), None):
+        pending.remove(step)
+        state = run.take(step, state)
+    for step in pending:
+        reason = why_not(step, state.diagnoses, hardware) or ""
+        run.trials += [Trial(make(c), step.name, step.phase, Outcome.SKIPPED, reason) for c in step.choices]
+    return Found(before, state, tuple(run.trials))
+
+
+def make(choice: Choice) -> Transform:
+    return transforms.make(choice.transform, choice.params, choice.phase)
+
+
+def why_not(step: Step, diagnoses: Mapping[Phase, Diagnosis], hardware: Hardware) -> str | None:
+    """Why a step is not called for, or None."""
+    if step.devices and hardware.device not in step.devices:
+        return f"for {', '.join(sorted(step.devices))}, this is {hardware.device}"
+    found = diagnoses[step.phase].bottleneck
+    if step.bottlenecks and found not in step.bottlenecks:
+        return f"{step.phase} is {found}-bound; this helps where it is {' or '.join(sorted(step.bottlenecks))}-bound"
+    return None
+
+
+def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float | None:
+    """Predicted best-case speed-up of `phase`, or None where the transform cannot be had."""
+    if transform.unavailable(state.variant, hardware) is not None:
+        return None
+    return transform.predict(state.profile, hardware).get(phase, 1.0)
+
+
+def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> Trial | None:
+    """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
+    if trial.predicted is None:
+        reason = trial.transform.unavailable(state.variant, hardware) or "not available"
+        return replace(trial, outcome=Outcome.UNAVAILABLE, reason=reason)
+    if trial.predicted < 1 + limits.min_gain:
+        reason = f"the roofline allows {trial.predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
+        return replace(trial, outcome=Outcome.SKIPPED, reason=reason)
+    return None
+
+
+def tier_for(candidate: Variant, policy: Policy) -> str:
+    """A variant made of lossless transforms alone has to be lossless, whatever the policy would accept."""
+    return "lossless" if all(t.lossless for t in candidate.transforms) else policy.tier

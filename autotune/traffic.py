@@ -1,0 +1,74 @@
+"""Live requests go first: a measured step runs only while no request is in flight, and no request waits for more than one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Cancelled(BaseException):
+    """Tuning was called off (unwrap, new weights). A BaseException, so that no trial mistakes it for its own failure."""
+
+
+class Traffic:
+    """Requests share the model; a measured step has it to itself.
+
+    `clock` stands still while a measured step waits its turn, so that waiting is not timed as work.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._requests = 0
+        self._measuring: int | None = None  # thread that measures
+        self._waited_s = 0.0
+        self.cancelled = False
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a live request: waits for the measured step in progress, if any, and for nothing else."""
+        own = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._measuring in (None, own))
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._requests -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a measured step: waits until no request is in flight.
+
+        Raises:
+            Cancelled: tuning was called off.
+        """
+        own, start = threading.get_ident(), time.perf_counter()
+        with self._changed:
+            nested = self._measuring == own
+            self._changed.wait_for(
+                lambda: nested or self.cancelled or (self._requests == 0 and self._measuring is None)
+            )
+            if self.cancelled:
+                raise Cancelled
+            self._measuring = own
+        self._waited_s += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            if not nested:
+                with self._changed:
+                    self._measuring = None
+                    self._changed.notify_all()
+
+    def cancel(self) -> None:
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
+
+    def clock(self) -> float:
+        """Seconds, less what measured steps waited for their turn."""
+        return time.perf_counter() - self._waited_s
