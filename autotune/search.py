@@ -94,9 +94,7 @@ class _Search:
             transform = max(choices, key=lambda t: predicted[t] or 0.0)
             choices.remove(transform)
             start = self.clock()
-            trial = Trial(
-                transform, step.name, step.phase, Outcome.SKIPPED, "", predicted=predicted[transform]
-            )
+            trial = Trial(transform, step.name, step.phase, Outcome.SKIPPED, "", predicted=predicted[transform])
             if ruled_out := rule_out(trial, state, self.policy.limits, self.hardware):
                 trial = ruled_out
             elif start >= self.deadline:
@@ -205,7 +203,9 @@ def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> 
         reason = trial.transform.unavailable(state.variant, hardware) or "not available"
         return replace(trial, outcome=Outcome.UNAVAILABLE, reason=reason)
     if trial.predicted < 1 + limits.min_gain:
-        reason = f"the roofline allows {trial.predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
+        reason = (
+            f"the roofline allows {trial.predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
+        )
         return replace(trial, outcome=Outcome.SKIPPED, reason=reason)
     return None
 

@@ -232,9 +232,7 @@ def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) <= 1 and asked <= plain and not torch.is_grad_enabled()
 
 
-def build(
-    original: PreTrainedModel, transforms: tuple[Transform, ...], traffic: Traffic | None = None
-) -> Variant:
+def build(original: PreTrainedModel, transforms: tuple[Transform, ...], traffic: Traffic | None = None) -> Variant:
     """The variant that a plan's transforms make of an unrouted model.
 
     Raises:
