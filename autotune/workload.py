@@ -1,12 +1,35 @@
-"""The work to tune for: real prompts, how many tokens they ask for, and in what batches."""
+"""The work to tune for: real prompts, how many tokens they ask for, and in what batches.
+
+`read` makes a Workload of whatever a caller has at hand, `Observer` makes one of the calls that the model serves.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import json
+import math
+import random
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median_high
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .errors import WorkloadError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+
+OBSERVED_PROMPTS = 64  # enough for the standard quality verdict; bounds what an observer holds
+OBSERVED_BATCHES = 3  # every batch size is a bucket that is timed on its own
+EXPECTED = "strings (with a tokenizer), lists of token ids, 1-D or 2-D tensors, an autotune.Workload or a file's path"
 
 
 @dataclass(frozen=True)
@@ -37,3 +60,247 @@ class Workload:
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int = 64
     batch_sizes: tuple[int, ...] = (1,)
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Every batch size at the median prompt length, and at the longest where that is more than twice the median."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        typical, longest = median_high(lengths), max(lengths)
+        shapes = (typical, longest) if longest > 2 * typical else (typical,)
+        return tuple(Bucket(b, length, self.new_tokens) for b in self.batch_sizes for length in shapes)
+
+    def split(self, holdout: float = 0.25, seed: int = 0) -> tuple[Workload, Workload]:
+        """Two workloads of similar lengths, to tune on and to confirm on; equal prompts stay on one side.
+
+        Args:
+            holdout: share of the distinct prompts that is held out, above 0 and below 1; at least one prompt is.
+            seed: which prompts.
+
+        Returns:
+            (tune, held out). With one distinct prompt nothing can be held out: both are the workload itself.
+        """
+        if not 0 < holdout < 1:
+            raise WorkloadError(f"holdout is {holdout}; a share above 0 and below 1 was expected")
+        distinct = sorted(set(self.prompts), key=lambda prompt: (len(prompt), prompt))
+        if len(distinct) == 1:
+            return self, self
+        count = min(max(1, round(len(distinct) * holdout)), len(distinct) - 1)
+        edges = [i * len(distinct) // count for i in range(count + 1)]
+        chance = random.Random(seed)  # noqa: S311 - a reproducible draw, not a secret
+        # one from each of `count` strata of neighbouring lengths
+        held = {distinct[chance.randrange(low, high)] for low, high in zip(edges, edges[1:], strict=False)}
+        sides = [tuple(p for p in self.prompts if (p in held) is out) for out in (False, True)]
+        return replace(self, prompts=sides[0]), replace(self, prompts=sides[1])
+
+    def shape_key(self) -> str:
+        """A stable hash of the shape, for fingerprints: lengths to the nearest power of two, so that another sample of
+        the same traffic has the same key."""
+        shape = [(b.batch, _magnitude(b.prompt_tokens), _magnitude(b.new_tokens)) for b in self.buckets()]
+        return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
+
+
+def _magnitude(tokens: int) -> int:
+    return round(math.log2(tokens))
+
+
+def read(
+    value: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel | None = None,
+    new_tokens: int | None = None,
+    batch_sizes: Iterable[int] | None = None,
+) -> Workload:
+    """A checked workload from what the caller has.
+
+    Args:
+        value: prompts as strings, lists of token ids, or tensors [P] or [N, P]; a Workload; or the path of a text file
+            (one prompt a line) or of a .jsonl file whose objects have "prompt" (text or token ids).
+        tokenizer: needed for text.
+        model: checks vocabulary and context length when given.
+        new_tokens: tokens generated per prompt; default the Workload's own, or 64 (fewer where the context ends).
+        batch_sizes: sequences generated together; default the Workload's own, or 1.
+
+    Raises:
+        WorkloadError: which prompt is wrong, what was expected and what to do.
+    """
+    given = value if isinstance(value, Workload) else None
+    prompts = given.prompts if given else tuple(_prompts(value, tokenizer))
+    config = model.config.get_text_config(decoder=True) if model is not None else None
+    if new_tokens is None:
+        new_tokens = given.new_tokens if given else _default_new_tokens(prompts, config)
+    if batch_sizes is None:
+        batch_sizes = given.batch_sizes if given else (1,)
+    workload = Workload(prompts, new_tokens, tuple(batch_sizes))
+    _check(workload, config)
+    return replace(workload, batch_sizes=tuple(sorted(set(workload.batch_sizes))))
+
+
+def _default_new_tokens(prompts: Sequence[Sequence[int]], config: PretrainedConfig | None) -> int:
+    context = getattr(config, "max_position_embeddings", None)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    return max(1, min(64, context - longest)) if context else 64
+
+
+def _prompts(value: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[int, ...]]:
+    if isinstance(value, (str, Path)):
+        value = _read_file(Path(value))
+    if isinstance(value, torch.Tensor):
+        value = [value]
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)):
+        raise WorkloadError(f"a workload of type {type(value).__name__} was given; expected {EXPECTED}")
+    items = list(value)
+    if items and all(_is_id(item) for item in items):
+        raise WorkloadError("the workload is one flat list of token ids; a list of prompts was expected: put it in a list")
+    rows: list[tuple[int, ...]] = []
+    for item in items:
+        where = f"prompt {len(rows)}"
+        if isinstance(item, str):
+            rows.append(_tokenize(item, tokenizer, where))
+        elif isinstance(item, torch.Tensor):
+            rows.extend(_tensor_rows(item, where))
+        elif isinstance(item, Sequence) and not isinstance(item, bytes):
+            rows.append(_ids(item, where))
+        else:
+            raise WorkloadError(f"{where} is of type {type(item).__name__}; expected {EXPECTED}")
+    return rows
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _ids(item: Sequence[Any], where: str) -> tuple[int, ...]:
+    for position, token in enumerate(item):
+        if not _is_id(token):
+            raise WorkloadError(f"{where} has a {type(token).__name__} at position {position}; token ids (int) were expected")
+    return tuple(item)
+
+
+def _tensor_rows(item: torch.Tensor, where: str) -> list[tuple[int, ...]]:
+    if item.dim() not in (1, 2):
+        raise WorkloadError(f"{where} is a {item.dim()}-D tensor; [tokens] or [prompts, tokens] was expected")
+    if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
+        raise WorkloadError(f"{where} is a {item.dtype} tensor; token ids (an integer dtype) were expected")
+    return [tuple(row) for row in torch.atleast_2d(item).tolist()]
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[int, ...]:
+    if tokenizer is None:
+        raise WorkloadError(f"{where} is text, which needs a tokenizer: pass tokenizer=..., or give token ids")
+    try:
+        ids = tokenizer(text)["input_ids"]
+    except (TypeError, ValueError, UnicodeError) as error:  # e.g. a lone surrogate
+        raise WorkloadError(f"the tokenizer refuses {where} ({error}); valid Unicode text was expected") from error
+    return _ids(ids, where)
+
+
+def _read_file(path: Path) -> list[Any]:
+    hint = "for prompts given as text pass a list of strings"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
+        raise WorkloadError(f"the workload {str(path)[:200]!r} cannot be read as a text file ({error}); {hint}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_record(line, f"{path}, line {number}") for number, line in numbered]
+
+
+def _record(line: str, where: str) -> Any:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise WorkloadError(f"{where} is not JSON ({error}); an object with the key \"prompt\" was expected") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)):
+        raise WorkloadError(f"{where} has no \"prompt\" of text or token ids; expected {{\"prompt\": \"...\"}}")
+    return record["prompt"]
+
+
+def _check(workload: Workload, config: PretrainedConfig | None) -> None:
+    """Raises WorkloadError for the first thing that the model could not do."""
+    if not workload.prompts:
+        raise WorkloadError("the workload is empty; at least one prompt was expected, 16 or more for a quality verdict")
+    _check_counts("new_tokens", (workload.new_tokens,))
+    _check_counts("batch_sizes", workload.batch_sizes)
+    vocabulary = getattr(config, "vocab_size", None)
+    context = getattr(config, "max_position_embeddings", None)
+    for i, prompt in enumerate(workload.prompts):
+        if not prompt:
+            raise WorkloadError(f"prompt {i} is empty; at least one token was expected: drop it")
+        _ids(prompt, f"prompt {i}")
+        wrong = next((t for t in prompt if t < 0 or (vocabulary is not None and t >= vocabulary)), None)
+        if wrong is not None:
+            below = f" below {vocabulary}, the model's vocabulary," if vocabulary is not None else " of 0 or more"
+            raise WorkloadError(f"prompt {i} has token id {wrong}; ids{below} were expected: is it another tokenizer's?")
+        if context is not None and len(prompt) + workload.new_tokens > context:
+            raise WorkloadError(
+                f"prompt {i} has {len(prompt)} tokens, with {workload.new_tokens} new ones {len(prompt) + workload.new_tokens}; "
+                f"the model's context is {context}: shorten the prompt or ask for fewer new_tokens"
+            )
+
+
+def _check_counts(name: str, counts: Sequence[Any]) -> None:
+    if not counts or not all(_is_id(count) and count >= 1 for count in counts):
+        raise WorkloadError(f"{name} is {counts[0] if len(counts) == 1 else counts}; whole numbers of 1 or more were expected")
+
+
+class Observer:
+    """Collects a Workload from the calls that a model serves. Thread-safe; holds at most 64 prompts.
+
+    Args:
+        context: the model's context length in tokens, or None where it has no limit.
+    """
+
+    def __init__(self, context: int | None = None) -> None:
+        self._context = context
+        self._lock = threading.Lock()
+        self._rows: deque[tuple[torch.Tensor, torch.Tensor | None]] = deque(maxlen=OBSERVED_PROMPTS)  # ids [P], mask [P]
+        self._new_tokens: deque[int] = deque(maxlen=OBSERVED_PROMPTS)
+        self._batches: Counter[int] = Counter()
+        self._calls = 0
+
+    def observe(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int) -> None:
+        """Note one call; one that no workload can express (no ids, nothing to generate, an exotic mask) is left out.
+
+        Nothing is read back from the device here: that would make the caller wait.
+
+        Args:
+            input_ids: [B, P], padded or not.
+            attention_mask: [B, P], 0 where padded, or None.
+            max_new_tokens: tokens the call may generate.
+        """
+        if input_ids.dim() != 2 or not input_ids.numel() or max_new_tokens < 1:
+            return
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return
+        kept = input_ids[:OBSERVED_PROMPTS].detach().clone()  # [B, P]; the caller may reuse its tensor
+        mask = None if attention_mask is None else attention_mask[:OBSERVED_PROMPTS].detach().bool()
+        rows = kept.unbind()
+        masks: Sequence[torch.Tensor | None] = [None] * len(rows) if mask is None else mask.unbind()
+        with self._lock:
+            self._rows.extend(zip(rows, masks, strict=True))
+            self._new_tokens.append(max_new_tokens)
+            self._batches[len(input_ids)] += 1
+            self._calls += 1
+
+    def ready(self, calls: int) -> bool:
+        """Whether at least `calls` calls were noted."""
+        return self._calls >= max(1, calls)
+
+    def workload(self) -> Workload:
+        """The latest prompts, the median of tokens asked for, and the commonest batch sizes.
+
+        Raises:
+            WorkloadError: nothing usable was observed.
+        """
+        with self._lock:
+            rows, new_tokens = list(self._rows), list(self._new_tokens)
+            batches = [size for size, _ in self._batches.most_common(OBSERVED_BATCHES)]
+        prompts = [tuple((ids if mask is None else ids[mask]).tolist()) for ids, mask in rows]
+        fits: Callable[[int], bool] = lambda tokens: 0 < tokens < (self._context or math.inf)  # noqa: E731
+        prompts = [prompt for prompt in prompts if fits(len(prompt))]
+        if not prompts:
+            raise WorkloadError("no call with a usable prompt was observed; generate something first, or pass workload=")
+        asked = median_high(new_tokens)
+        room = self._context - max(map(len, prompts)) if self._context else asked
+        return Workload(tuple(prompts), min(asked, room), tuple(sorted(batches)))
