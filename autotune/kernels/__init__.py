@@ -1,0 +1,65 @@
+"""C++ operators for decoding with narrow weights on a CPU, compiled at first use and cached.
+
+    available()              None once the operators are loaded, otherwise a sentence saying why not
+    HalfLinear               FP16 or BF16 weights, FP32 arithmetic
+    Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
+    attend_one               one query over a preallocated key-value cache, reading only its filled slots
+
+Read in this order: modules, pack (the layout), build, then linear.cpp and attention.cpp.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from autotune.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
+
+__all__ = ["HalfLinear", "Int4Linear", "Int8Linear", "PackedLinear", "attend_one", "available"]
+
+_lock = threading.Lock()
+_outcome: list[str | None] = []  # empty until the first call, then why the operators are missing, or None
+
+
+def available() -> str | None:
+    """Load the operators, building them if need be (about ten seconds, once per machine).
+
+    Returns:
+        None when they are loaded, otherwise one sentence saying why not. The answer is kept for the process.
+    """
+    from autotune.kernels import build, shapes
+
+    with _lock:
+        if not _outcome:
+            try:
+                build.load()
+                shapes.register()
+                _outcome.append(None)
+            except build.BuildError as reason:
+                _outcome.append(str(reason))
+        return _outcome[0]
+
+
+def attend_one(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of one new token over a preallocated cache; query heads share key heads in groups (GQA).
+
+    Args:
+        q: [B, H, 1, D].
+        keys, values: [B, Hk, slots, D] in FP32, FP16 or BF16, Hk a divisor of H, contiguous in D.
+        length: one INT64, the number of filled slots; slots beyond it are not read. A tensor, so that a compiled graph stays
+            valid as it grows.
+        mask: [B or 1, H or 1, 1, slots or more than length], boolean (True: attend) or FP32 to add.
+        scale: factor of the scores, usually D ** -0.5.
+
+    Returns:
+        [B, 1, H, D] in q's dtype, the layout of transformers' attention interface; zeros where nothing may be attended to.
+
+    Raises:
+        RuntimeError: the shapes do not fit each other, or length exceeds the slots.
+    """
+    import torch
+
+    return torch.ops.autotune.attend_one(q, keys, values, length, mask, scale)  # type: ignore[no-any-return]

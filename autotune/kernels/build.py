@@ -1,0 +1,173 @@
+"""Compile the operators once per machine, keep the library in the cache, load it.
+
+A library's file name holds a key (sources, flags, compiler, torch, CPU) and a digest of its own content: a stale, truncated or
+foreign file is never loaded, and whoever finishes a build first wins by an atomic rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from autotune.errors import AutotuneError
+
+log = logging.getLogger("autotune")
+
+HERE = Path(__file__).parent
+SOURCES = ("linear.cpp", "attention.cpp")
+HEADERS = ("vectors.h", "tensors.h")
+TIMEOUT_S = 300.0
+STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
+
+
+class BuildError(AutotuneError):
+    """The operators could not be built or loaded; the message is one sentence for the user."""
+
+
+def cache_dir() -> Path:
+    """Where compiled libraries live: $AUTOTUNE_CACHE_DIR, else autotune/ in $XDG_CACHE_HOME or ~/.cache; then kernels/."""
+    named = os.environ.get("AUTOTUNE_CACHE_DIR")
+    if named:
+        return Path(named) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autotune" / "kernels"
+
+
+def load() -> Path:
+    """Load the operators into torch, building them if the cache has none for this machine.
+
+    Returns:
+        The library loaded.
+
+    Raises:
+        BuildError: there is no compiler, compilation failed or timed out, or the library does not load.
+    """
+    compiler, cache = find_compiler(), cache_dir()
+    key = build_key(compiler)
+    for library in sorted(cache.glob(f"{key}-*.so")):
+        if _intact(library):
+            try:
+                return _register(library)
+            except BuildError as reason:
+                log.warning("%s; building it again", reason)
+        library.unlink(missing_ok=True)
+    return _register(compile_library(compiler, key, cache))
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, or the first of c++, g++ and clang++ on the path.
+
+    Raises:
+        BuildError: there is none, or this platform's are not supported.
+    """
+    if os.name == "nt":
+        raise BuildError("the C++ operators are built on Linux and macOS only")
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    wanted = named[0] if named else "c++, g++ or clang++"
+    raise BuildError(f"no C++ compiler: {wanted} is not on PATH; install one (such as g++) or set CXX")
+
+
+def flags() -> list[str]:
+    """Compiler and linker flags for this CPU; $AUTOTUNE_KERNEL_MARCH names another one's instructions."""
+    package = Path(torch.__file__).parent
+    march = os.environ.get("AUTOTUNE_KERNEL_MARCH", "native")
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return [
+        *("-O3", f"-march={march}" if x86 else f"-mcpu={march}", "-std=c++17", "-shared", "-fPIC"),
+        *(f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{package / 'include'}"),
+        # libtorch_cpu brings its own OpenMP threads through parallel_for; a second pool would fight them for the cores
+        *(f"-L{package / 'lib'}", "-ltorch_cpu"),
+    ]
+
+
+def build_key(compiler: list[str]) -> str:
+    """What a library depends on, as a hash: sources, compiler and its version, flags, torch and CPU."""
+    parts = [(HERE / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    parts += [text.encode() for text in (*compiler, *flags(), _version(compiler), torch.__version__, _cpu())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
+    """Compile into the cache, or with one warning into a temporary directory if the cache cannot be written.
+
+    Raises:
+        BuildError: the compiler failed or took too long.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
+    except OSError as reason:
+        cache = Path(tempfile.mkdtemp(prefix="autotune-kernels-"))
+        scratch = cache / "build"
+        scratch.mkdir()
+        log.warning("cannot write the kernel cache (%s): built for this process alone; set AUTOTUNE_CACHE_DIR", reason)
+    target = scratch / "kernels.so"
+    command = [*compiler, *(str(HERE / name) for name in SOURCES), *flags(), "-o", str(target)]
+    log.info("compiling the CPU operators (about ten seconds, once): %s", shlex.join(command))
+    name = shlex.join(compiler)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
+        if done.returncode:
+            raise BuildError(f"{name} could not compile the operators: {_gist(done.stderr or done.stdout)}")
+        library = cache / f"{key}-{_digest(target)}.so"
+        os.replace(target, library)
+        return library
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{name} did not compile the operators within {TIMEOUT_S:.0f} s") from None
+    except OSError as reason:
+        raise BuildError(f"the operators could not be compiled: {reason}") from reason
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _register(library: Path) -> Path:
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as reason:
+        raise BuildError(f"the compiled operators do not load: {_gist(str(reason))}") from reason
+    return library
+
+
+def _intact(library: Path) -> bool:
+    return library.stem.endswith(f"-{_digest(library)}")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:24]
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as reason:
+        raise BuildError(f"the C++ compiler {shlex.join(compiler)} does not run: {reason}") from reason
+    return done.stdout
+
+
+def _cpu() -> str:
+    """The CPU's model and instruction sets, as far as the system tells."""
+    told = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told += sorted({line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))})
+    return "\n".join(told)
+
+
+def _gist(output: str) -> str:
+    """The lines of a compiler's output that say what is wrong, on one line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return " | ".join((errors or lines)[-3:]) or "it said nothing"

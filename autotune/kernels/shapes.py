@@ -1,0 +1,35 @@
+"""What the operators return, for tracing: shapes and dtypes without the numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def register() -> None:
+    """Teach torch.compile and fake tensors the operators' shapes; the library must be loaded."""
+    torch.library.register_fake("autotune::linear_f16", _linear_f16)
+    torch.library.register_fake("autotune::linear_i8", _linear_i8)
+    torch.library.register_fake("autotune::linear_i4", _linear_i4)
+    torch.library.register_fake("autotune::attend_one", _attend_one)
+
+
+def _linear_f16(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_i8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_i4(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _attend_one(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    batch, heads, _, depth = q.shape
+    return q.new_empty((batch, 1, heads, depth))

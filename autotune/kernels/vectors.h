@@ -1,0 +1,141 @@
+// One native vector of FP32 lanes, and the widening loads into it: AVX-512, AVX2, NEON, or whatever the compiler has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace autotune {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kWidth * 4)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V>
+inline V load(const void* at) {
+  V v;
+  std::memcpy(&v, at, sizeof(v));
+  return v;
+}
+
+inline void store(float* at, Floats v) { std::memcpy(at, &v, sizeof(v)); }
+
+template <class T>
+inline Ints widen_ints(const T* at) {  // sign- or zero-extends kWidth integers
+  typedef T Narrow __attribute__((vector_size(kWidth * sizeof(T))));
+  return __builtin_convertvector(load<Narrow>(at), Ints);
+}
+
+inline Floats widen(const float* at) { return load<Floats>(at); }
+
+inline Floats widen(const int8_t* at) {
+#if defined(__AVX512F__)
+  return bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(at))));
+#elif defined(__AVX2__)
+  return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)))));
+#else
+  return __builtin_convertvector(widen_ints(at), Floats);
+#endif
+}
+
+struct Half {
+  uint16_t raw;
+};
+
+struct Brain {  // bfloat16
+  uint16_t raw;
+};
+
+inline Floats widen(const Half* at) {
+#if defined(__AVX512F__)
+  return bits<Floats>(_mm512_cvtph_ps(load<__m256i>(at)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return bits<Floats>(_mm256_cvtph_ps(load<__m128i>(at)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return bits<Floats>(vcvt_f32_f16(bits<float16x4_t>(load<uint16x4_t>(at))));
+#else  // moving exponent and mantissa into place leaves a factor of 2^112, subnormals included (not infinities)
+  Ints half = widen_ints(reinterpret_cast<const uint16_t*>(at));
+  Floats magnitude = bits<Floats>((half & 0x7fff) << 13) * 0x1p112f;
+  return bits<Floats>(bits<Ints>(magnitude) | ((half & 0x8000) << 16));
+#endif
+}
+
+inline Floats widen(const Brain* at) {
+#if defined(__AVX512F__)
+  return bits<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16));
+#elif defined(__AVX2__)
+  return bits<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(at)), 16));
+#else
+  return bits<Floats>(widen_ints(reinterpret_cast<const uint16_t*>(at)) << 16);
+#endif
+}
+
+template <class Number>
+inline float widen_one(const Number* at) {  // for the numbers left over when a row is no multiple of the width
+  Number padded[kWidth] = {*at};
+  return widen(padded)[0];
+}
+
+// The lowest four bits of every lane as a number from 0 to 15; the other bits may be anything.
+inline Floats low_nibble(Ints v) {
+#if defined(__AVX512F__)  // a table look-up ignores the upper bits by itself
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return bits<Floats>(_mm512_permutexvar_ps(bits<__m512i>(v), table));
+#else
+  return __builtin_convertvector(v & 15, Floats);
+#endif
+}
+
+inline float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bits<__m512>(v));
+#else
+  float total = 0;
+  for (int i = 0; i < kWidth; ++i) total += v[i];
+  return total;
+#endif
+}
+
+inline Floats spread(float value) { return value - Floats{}; }
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// e^x for x <= 0 to 2 ulp: e^x = 2^n 2^f with |f| <= 1/2, and the Taylor series of 2^f to the seventh power.
+inline Floats exp_negative(Floats x) {
+  x = larger(x, spread(-87.0f));
+  Floats power = x * 1.44269504f;
+  Ints whole = __builtin_convertvector(power - 0.5f, Ints);  // truncation rounds a negative number to nearest
+  Floats n = __builtin_convertvector(whole, Floats);
+  Floats f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts keeps the digits (Cody and Waite)
+  Floats series = spread(1.0f / 5040);
+  series = series * f + 1.0f / 720;
+  series = series * f + 1.0f / 120;
+  series = series * f + 1.0f / 24;
+  series = series * f + 1.0f / 6;
+  series = series * f + 0.5f;
+  series = series * f + 1.0f;
+  series = series * f + 1.0f;
+  return bits<Floats>(bits<Ints>(series) + (whole << 23));
+}
+
+}  // namespace autotune
