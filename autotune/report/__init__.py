@@ -1,0 +1,131 @@
+"""What was measured, tried and decided, to be read.
+
+    Report -> record (a dictionary fit for JSON) -> sections (what is worth saying) -> terminal, markdown
+
+A record stands on its own: one read back from a plan or a report.json is shown exactly like a fresh one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..diagnose import Diagnosis
+from ..hardware import Hardware
+from ..plan import Trial
+from ..profile import Profile
+from ..transforms import Transform
+from ..validate import Latency, Quality
+from ..workload import Phase
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Drawn:
+    """Anything that has a record can be shown."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, fit for JSON: what was not measured is None."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        from .markdown import render
+
+        return render(self.to_dict())
+
+    def to_terminal(self, console: Console | None = None) -> None:
+        """Draw with rich on `console`, by default standard output."""
+        from .terminal import draw
+
+        draw(self.to_dict(), console)
+
+    def __str__(self) -> str:
+        from .terminal import plain
+
+        return plain(self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Drawn):
+    """The outcome of tuning, or of profiling alone.
+
+    Args:
+        model: model name.
+        parameters: number of parameters, tied ones once.
+        hardware: the machine the figures come from.
+        workload: what was run, in words ("16 prompts of 64 tokens, 64 new tokens each, batch 1").
+        before: profile of the original.
+        diagnoses_before: what limits each phase of the original.
+        verdict: one sentence: what was committed, or why the original was kept.
+        after: profile of the variant that serves; None where that is the original.
+        diagnoses_after: what limits it now.
+        transforms: what the plan applies, in order; empty where the original was kept.
+        trials: everything considered.
+        quality, latency: the whole plan against the original, on held-out prompts; None where it did not come to that.
+        policy, tier, objective, budget_s: what was asked for.
+        seconds: time spent tuning.
+        break_even_tokens: tokens to generate until the tuning time is won back.
+        bypassed: calls that went to the original since, by reason.
+        created: ISO 8601, UTC.
+    """
+
+    model: str
+    parameters: int
+    hardware: Hardware
+    workload: str
+    before: Profile
+    diagnoses_before: Mapping[Phase, Diagnosis]
+    verdict: str
+    after: Profile | None = None
+    diagnoses_after: Mapping[Phase, Diagnosis] = field(default_factory=dict)
+    transforms: tuple[Transform, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    quality: Quality | None = None
+    latency: Latency | None = None
+    policy: str | None = None
+    tier: str | None = None
+    objective: str | None = None
+    budget_s: float | None = None
+    seconds: float | None = None
+    break_even_tokens: float | None = None
+    bypassed: Mapping[str, int] = field(default_factory=dict)
+    created: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        from .record import record
+
+        return record(self)
+
+
+@dataclass(frozen=True)
+class Recorded(Drawn):
+    """A report read back from a plan or a report.json.
+
+    Args:
+        record: what `Report.to_dict` gave then.
+    """
+
+    record: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.record)
+
+    def reverified(
+        self,
+        *,
+        verdict: str,
+        seconds: float,
+        latency: Latency | None = None,
+        quality: Quality | None = None,
+        bypassed: Mapping[str, int] | None = None,
+    ) -> Recorded:
+        """This report with what a replay measured anew; profiles and trials stay those of the tuning."""
+        from .record import reverify
+
+        return Recorded(reverify(self.record, verdict, seconds, latency, quality, bypassed or {}))

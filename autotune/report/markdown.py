@@ -1,0 +1,43 @@
+"""A record as GitHub-flavoured Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .sections import Section, Table, headline, sections
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """The whole report as one document."""
+    parts = [f"# {escape(headline(record))}", *(_section(s) for s in sections(record))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(section: Section) -> str:
+    parts = [f"## {section.title}", *(escape(s) for s in section.sentences)]
+    if section.table is not None:
+        parts.append(_table(section.table))
+    return "\n\n".join(parts)
+
+
+def _table(table: Table) -> str:
+    rows = [
+        _row(table.columns),
+        _row("---:" if side == "r" else "---" for side in table.align),
+        *(_row(escape(cell) for cell in row) for row in table.rows),
+    ]
+    if table.total:
+        rows[-1] = _row(f"**{escape(cell)}**" if cell else "" for cell in table.rows[-1])
+    return "\n".join(rows)
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown would take for markup or for the end of a cell."""
+    for mark in ("\\", "|", "*", "_", "<", "`"):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

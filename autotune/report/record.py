@@ -1,0 +1,241 @@
+"""A report as a dictionary fit for JSON. Times in ms, bytes, fractions; what was not measured is None."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ..workload import PHASES, Phase
+
+if TYPE_CHECKING:
+    from ..diagnose import Diagnosis
+    from ..hardware import Hardware
+    from ..plan import Trial
+    from ..profile import MemoryUse, Profile, ScalePoint
+    from ..validate import Latency, Quality, Speedup
+    from . import Report
+
+SCHEMA = 1
+METRIC: Mapping[str, str] = {"prefill": "ttft", "decode": "tpot"}
+
+
+def record(report: Report) -> dict[str, Any]:
+    """Everything a report holds, under stable names."""
+    after = report.after or report.before
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "created": report.created,
+        "replayed": None,
+        "verdict": report.verdict,
+        "model": {"name": report.model, "parameters": report.parameters},
+        "policy": {
+            "name": report.policy,
+            "tier": report.tier,
+            "objective": report.objective,
+            "budget_s": report.budget_s,
+        },
+        "workload": report.workload,
+        "seconds": report.seconds,
+        "transforms": [str(t) for t in report.transforms],
+        "phases": {p: _phase(report, p) for p in PHASES if p in report.before.phases},
+        "diagnoses_after": {p: _diagnosis(d) for p, d in report.diagnoses_after.items()},
+        "quality": _quality(report.quality, report.tier),
+        "quality_detail": _quality_detail(report.quality),
+        "latency": _latency(report.latency),
+        "trials": [_trial(t) for t in report.trials],
+        "operators": {p: _operators(report.before, after, p) for p in PHASES if p in report.before.phases},
+        "batch_scaling": _scaling(report.before.batch_scaling, after.batch_scaling),
+        "context_growth": _scaling(report.before.context_growth, after.context_growth),
+        "memory": {"before": _memory(report.before.memory), "after": _memory(after.memory)},
+        "hardware": _hardware(report.hardware),
+        "break_even_tokens": report.break_even_tokens,
+        "bypassed": dict(report.bypassed),
+    }
+    return {key: json_safe(value) for key, value in found.items()}
+
+
+def reverify(
+    old: Mapping[str, Any],
+    verdict: str,
+    seconds: float,
+    latency: Latency | None,
+    quality: Quality | None,
+    bypassed: Mapping[str, int],
+) -> dict[str, Any]:
+    """A record with the figures that a replay measured anew."""
+    new = dict(old) | {"verdict": verdict, "bypassed": dict(bypassed)}
+    new["replayed"] = {"seconds": seconds, "tuned": old.get("created", "")}
+    if latency is not None:
+        new["latency"] = _latency(latency)
+        new["phases"] = {p: {**figures, **_paired(latency, p)} for p, figures in old["phases"].items()}
+    if quality is not None:
+        new |= {"quality": _quality(quality, quality.tier), "quality_detail": _quality_detail(quality)}
+    return {key: json_safe(value) for key, value in new.items()}
+
+
+def json_safe(value: Any) -> Any:
+    """`value` in JSON's own types: NaN and infinities become None, enums their value, anything foreign its text."""
+    if isinstance(value, enum.Enum):
+        return json_safe(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_safe(v) for v in value]
+    return str(value)
+
+
+def _phase(report: Report, phase: Phase) -> dict[str, Any]:
+    before, diagnosis = report.before.phases[phase], report.diagnoses_before[phase]
+    baseline_ms = final_ms = 1e3 * before.seconds
+    if report.after is not None:
+        final_ms = 1e3 * report.after.phases[phase].seconds
+    figures = {
+        **_diagnosis(diagnosis),
+        "baseline_ms": baseline_ms,
+        "final_ms": final_ms,
+        "speedup": baseline_ms / final_ms,
+        "speedup_low": None,
+        "speedup_high": None,
+    }
+    if not report.transforms:  # the original against itself: nothing to estimate
+        unchanged = {"final_ms": baseline_ms, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
+        return figures | unchanged
+    return figures | (_paired(report.latency, phase) if report.latency else {})
+
+
+def _paired(latency: Latency, phase: str) -> dict[str, Any]:
+    """What the paired timing says of a phase. It outranks two profiles taken at different times."""
+    metric = METRIC[phase]
+    speedup: Speedup = getattr(latency, metric)
+    figures = {"speedup": speedup.ratio, "speedup_low": speedup.low, "speedup_high": speedup.high}
+    reference, candidate = latency.reference_s.get(metric), latency.candidate_s.get(metric)
+    if reference and candidate:
+        figures |= {"baseline_ms": 1e3 * median(reference), "final_ms": 1e3 * median(candidate)}
+    return figures
+
+
+def _diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
+    return {
+        "bottleneck": diagnosis.bottleneck,
+        "evidence": diagnosis.evidence,
+        "ceiling": diagnosis.ceiling,
+        "roofline_share": diagnosis.roofline_share,
+    }
+
+
+def _quality(quality: Quality | None, tier: str | None) -> dict[str, Any]:
+    names = ("mean_kld", "p99_kld", "same_top", "ppl_ratio", "verdict")
+    return {"tier": quality.tier if quality else tier} | {name: getattr(quality, name, None) for name in names}
+
+
+def _quality_detail(quality: Quality | None) -> dict[str, Any] | None:
+    if quality is None:
+        return None
+    bounds = ("mean_kld_high", "max_kld", "same_top_low", "ppl_ratio_high", "delta_p_rms")
+    names = ("reason", *bounds, "tokens", "prompts", "strata")
+    return {name: getattr(quality, name) for name in names}
+
+
+def _latency(latency: Latency | None) -> dict[str, Any] | None:
+    if latency is None:
+        return None
+    return {
+        "verdict": latency.verdict,
+        "reason": latency.reason,
+        "end_to_end": _speedup(latency.end_to_end),
+        "ttft": _speedup(latency.ttft),
+        "tpot": _speedup(latency.tpot),
+        "noise": latency.noise,
+        "buckets": {b: {m: _speedup(s) for m, s in metrics.items()} for b, metrics in latency.buckets.items()},
+        "warnings": latency.warnings,
+    }
+
+
+def _speedup(speedup: Speedup) -> dict[str, Any]:
+    return {"ratio": speedup.ratio, "low": speedup.low, "high": speedup.high, "pairs": speedup.pairs}
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    metric = METRIC.get(trial.target, "end_to_end")
+    speedup: Speedup | None = getattr(trial.latency, metric, None)
+    return {
+        "transform": trial.transform.name,
+        "phase": trial.transform.phase,
+        "params": trial.transform.params,
+        "target": trial.target,
+        "step": trial.step,
+        "predicted": trial.predicted,
+        "speedup": speedup.ratio if speedup else None,
+        "speedup_low": speedup.low if speedup else None,
+        "speedup_high": speedup.high if speedup else None,
+        "outcome": trial.outcome,
+        "reason": trial.reason,
+        "seconds": trial.seconds,
+        "compile_s": trial.compile_s,
+        "quality": _quality(trial.quality, None) if trial.quality else None,
+    }
+
+
+def _operators(before: Profile, after: Profile, phase: Phase) -> list[dict[str, Any]]:
+    """One row per group, the original's order first; a group that one side lacks took no time there."""
+    old = {o.group: o for o in before.phases[phase].operators}
+    new = {o.group: o for o in after.phases[phase].operators}
+    total = sum(o.seconds for o in old.values())
+    rows = []
+    for group in dict.fromkeys((*old, *new)):
+        was, now = old.get(group), new.get(group)
+        rows.append({
+            "group": group,
+            "before_ms": 1e3 * was.seconds if was else 0.0,
+            "share": was.seconds / total if was and total else 0.0,
+            "bottleneck": was.bottleneck if was else "-",
+            "after_ms": 1e3 * now.seconds if now else 0.0,
+            "after_bottleneck": now.bottleneck if now else "-",
+        })  # fmt: skip
+    return rows
+
+
+def _scaling(before: Sequence[ScalePoint], after: Sequence[ScalePoint]) -> list[dict[str, Any]]:
+    later = {(p.batch, p.context): p for p in after}
+    rows = []
+    for point in before:
+        now = later.get((point.batch, point.context))
+        rows.append({
+            "batch": point.batch,
+            "context": point.context,
+            "ms_per_step": 1e3 * point.seconds_per_step,
+            "tokens_per_s": point.tokens_per_s,
+            "after_ms_per_step": 1e3 * now.seconds_per_step if now else None,
+            "after_tokens_per_s": now.tokens_per_s if now else None,
+        })  # fmt: skip
+    return rows
+
+
+def _memory(use: MemoryUse) -> dict[str, int]:
+    return {
+        "weights_bytes": use.weights_bytes,
+        "cache_bytes": use.cache_bytes,
+        "activations_bytes": use.activations_bytes,
+    }
+
+
+def _hardware(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "device": hardware.device,
+        "name": hardware.name,
+        "capability": hardware.capability,
+        "threads": hardware.threads,
+        "memory_bytes": hardware.memory_bytes,
+        "bandwidth_bytes_per_s": hardware.bandwidth_bytes_per_s,
+        "flops_per_s": dict(hardware.flops_per_s),
+        "compiler": hardware.compiler,
+        "versions": dict(hardware.versions),
+        "measured": hardware.measured,
+    }

@@ -1,0 +1,284 @@
+"""What a report says and in which order: pure functions from a record to sentences and tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import numbers as n
+
+UNIT = {"prefill": "ms to the first token", "decode": "ms per token"}
+RAN = {"accepted", "rejected", "inconclusive", "error"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells ready to be drawn.
+
+    Args:
+        columns: headings.
+        align: one letter a column, "l" or "r".
+        rows: cells.
+        total: whether the last row sums up the others.
+    """
+
+    columns: tuple[str, ...]
+    align: str
+    rows: tuple[tuple[str, ...], ...]
+    total: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, sentences, and a table where there is something to tabulate."""
+
+    title: str
+    sentences: tuple[str, ...] = ()
+    table: Table | None = None
+
+
+def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Everything worth showing, the result first. What was not measured has no section."""
+    found = (
+        result(record),
+        diagnosis(record),
+        *operators(record),
+        tried(record),
+        not_tried(record),
+        quality(record),
+        growth(record, "batch_scaling", "Decode by batch size", "batch"),
+        growth(record, "context_growth", "Decode by context length", "context"),
+        memory(record),
+        bypassed(record),
+        method(record),
+    )
+    return tuple(s for s in found if s is not None)
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    model, policy = record["model"], record["policy"]
+    words = [model["name"], f"{n.count(model['parameters'])} parameters"]
+    if policy["name"]:
+        words.append(f"policy {policy['name']} (objective {policy['objective']}, quality tier {policy['tier']})")
+    return ", ".join(words)
+
+
+def result(record: Mapping[str, Any]) -> Section:
+    """The verdict and the two numbers that everyone asks for."""
+    phases = record["phases"].items()
+    if record["policy"]["name"] is None:  # profiled only
+        measured = tuple((p, _time(p, f["baseline_ms"]), f["bottleneck"], n.ratio(f["ceiling"])) for p, f in phases)
+        return Section(
+            "Result", (record["verdict"],), Table(("phase", "time", "bottleneck", "ceiling"), "lrlr", measured)
+        )
+    rows = [_result_row(phase, figures) for phase, figures in phases]
+    if record["latency"] and record["transforms"]:
+        whole = record["latency"]["end_to_end"]
+        rows.append(("whole request", "", "", n.ratio(whole["ratio"]), n.interval(whole["low"], whole["high"])))
+    table = Table(("phase", "before", "after", "speed-up", "95 % interval"), "lrrrr", tuple(rows))
+    return Section("Result", tuple(_story(record)), table)
+
+
+def _result_row(phase: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    before, after = _time(phase, figures["baseline_ms"]), _time(phase, figures["final_ms"])
+    span = n.interval(figures["speedup_low"], figures["speedup_high"])
+    return phase, before, after, n.ratio(figures["speedup"]), span
+
+
+def _time(phase: str, ms: float | None) -> str:
+    if phase == "decode" and n.known(ms) and ms > 0:
+        return f"{n.milliseconds(ms)} {UNIT[phase]} ({n.significant(1e3 / ms)} tok/s)"
+    return f"{n.milliseconds(ms)} {UNIT[phase]}"
+
+
+def _story(record: Mapping[str, Any]) -> Iterator[str]:
+    yield record["verdict"]
+    if record["transforms"]:
+        yield "Applied, in this order: " + "; ".join(record["transforms"]) + "."
+    if replayed := record["replayed"]:
+        since = f" of {replayed['tuned']}" if replayed["tuned"] else ""
+        yield (
+            f"Replayed from the plan{since}, verified again in {n.duration(replayed['seconds'])}; "
+            "profiles and trials below are those of the tuning."
+        )
+    elif n.known(record["seconds"]):
+        budget = record["policy"]["budget_s"]
+        yield f"Tuning took {n.duration(record['seconds'])}" + (
+            f" of a budget of {n.duration(budget)}." if n.known(budget) else "."
+        )
+    if record["transforms"] and n.known(record["break_even_tokens"]):
+        yield f"It has paid for itself after {n.count(record['break_even_tokens'])} generated tokens."
+
+
+def diagnosis(record: Mapping[str, Any]) -> Section:
+    """What limits each phase, before and, where the model was changed, after."""
+
+    def told(phase: str, d: Mapping[str, Any]) -> str:
+        evidence = d["evidence"].rstrip(".")
+        share = f"{n.percent(d['roofline_share'])} of the roofline, at most {n.ratio(d['ceiling'])} faster as it stands"
+        return f"{phase} is {bound(d['bottleneck'])}: {evidence} ({share})."
+
+    sentences = [told(phase, d) for phase, d in record["phases"].items()]
+    if record["transforms"]:
+        sentences += [f"Now {told(phase, d)}" for phase, d in record["diagnoses_after"].items()]
+    return Section("Diagnosis", tuple(sentences))
+
+
+def bound(bottleneck: str) -> str:
+    return "limited by nothing in particular" if bottleneck == "mixed" else f"{bottleneck}-bound"
+
+
+def operators(record: Mapping[str, Any]) -> Iterator[Section]:
+    """Where the time goes, per phase, the busiest phase's users first: decode, then prefill."""
+    tuned = bool(record["transforms"])
+    for phase in ("decode", "prefill"):
+        if not (rows := record["operators"].get(phase)):
+            continue
+        before, after = sum(r["before_ms"] for r in rows), sum(r["after_ms"] for r in rows)
+        rows = sorted(rows, key=lambda r: -r["before_ms"])
+        total = {"group": "total", "before_ms": before, "share": 1.0, "after_ms": after, "bottleneck": ""}
+        cells = tuple(_operator_row(r, tuned) for r in (*rows, total))
+        columns = ("operation", "before ms", "share", "bottleneck", "after ms", "change")
+        table = (
+            Table(columns, "lrrlrr", cells, total=True)
+            if tuned
+            else Table(("operation", "ms", "share", "bottleneck"), "lrrl", cells, total=True)
+        )
+        yield Section(f"Where {phase} spends its time ({UNIT[phase]})", table=table)
+
+
+def _operator_row(row: Mapping[str, Any], tuned: bool) -> tuple[str, ...]:
+    cells = (row["group"], n.milliseconds(row["before_ms"]), n.percent(row["share"]), row["bottleneck"])
+    if not tuned:
+        return cells
+    return *cells, n.milliseconds(row["after_ms"]), n.change(row["before_ms"], row["after_ms"])
+
+
+def candidate(trial: Mapping[str, Any]) -> str:
+    """weight_only(bits=8, group=32)@decode: as it prints itself."""
+    inner = ", ".join(f"{k}={v}" for k, v in trial["params"].items())
+    return f"{trial['transform']}({inner})@{trial['phase']}" if inner else f"{trial['transform']}@{trial['phase']}"
+
+
+def tried(record: Mapping[str, Any]) -> Section | None:
+    """Every candidate that ran, with prediction beside measurement and what decided."""
+    ran = [t for t in record["trials"] if t["outcome"] in RAN]
+    if not ran:
+        return None
+    rows = tuple(
+        (
+            candidate(t),
+            n.ratio(t["predicted"]),
+            n.ratio(t["speedup"]),
+            n.divergence(t["quality"]["mean_kld"] if t["quality"] else None),
+            n.duration(t["seconds"]),
+            f"{t['outcome']}: {t['reason']}",
+        )
+        for t in ran
+    )
+    accepted = sum(t["outcome"] == "accepted" for t in ran)
+    note = (
+        f"{accepted} of {len(ran)} candidates accepted. Predicted is the best the roofline allows; "
+        "measured is against what was accepted before; KLD is the mean KL divergence from the original in nat."
+    )
+    columns = ("candidate", "predicted", "measured", "KLD", "took", "outcome")
+    return Section("Tried", (note,), Table(columns, "lrrrrl", rows))
+
+
+def not_tried(record: Mapping[str, Any]) -> Section | None:
+    """What was ruled out without running, and why."""
+    ruled_out = [t for t in record["trials"] if t["outcome"] not in RAN]
+    if not ruled_out:
+        return None
+    rows = tuple((candidate(t), n.ratio(t["predicted"]), f"{t['outcome']}: {t['reason']}") for t in ruled_out)
+    return Section("Not tried", table=Table(("candidate", "predicted", "outcome"), "lrl", rows))
+
+
+def quality(record: Mapping[str, Any]) -> Section | None:
+    """The plan's output distribution against the original's."""
+    q, detail = record["quality"], record["quality_detail"]
+    if detail is None:
+        return None
+    rows = [
+        ("mean KL divergence (nat)", n.divergence(q["mean_kld"]), "<= " + n.divergence(detail["mean_kld_high"])),
+        ("99th percentile of it", n.divergence(q["p99_kld"]), ""),
+        ("same top token", n.percent(q["same_top"], 1), ">= " + n.percent(detail["same_top_low"], 1)),
+        ("perplexity ratio", _four(q["ppl_ratio"]), "<= " + _four(detail["ppl_ratio_high"])),
+        *((f"mean KL divergence, {name}", n.divergence(kld), "") for name, kld in detail["strata"].items()),
+    ]
+    rows = [(name, value, "" if n.MISSING in bound else bound) for name, value, bound in rows]
+    size = f"{n.count(detail['tokens'])} tokens of {n.count(detail['prompts'])} prompts"
+    told = f"Tier {q['tier']}: {q['verdict']} on {size}, against the original. {sentence(detail['reason'])}".strip()
+    return Section("Quality", (told,), Table(("measure", "measured", "95 % bound"), "lrr", tuple(rows)))
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
+
+
+def _four(value: float | None) -> str:
+    return f"{value:.4f}" if n.known(value) else n.MISSING
+
+
+def growth(record: Mapping[str, Any], key: str, title: str, axis: str) -> Section | None:
+    """How decode grows with batch size or context length."""
+    points = record[key]
+    if not points:
+        return None
+    tuned = bool(record["transforms"]) and any(n.known(p["after_tokens_per_s"]) for p in points)
+    columns = (axis, "ms per step", "tok/s", "after ms", "after tok/s") if tuned else (axis, "ms per step", "tok/s")
+    rows = []
+    for p in points:
+        cells = [str(p[axis]), n.milliseconds(p["ms_per_step"]), n.milliseconds(p["tokens_per_s"])]
+        if tuned:
+            cells += [n.milliseconds(p["after_ms_per_step"]), n.milliseconds(p["after_tokens_per_s"])]
+        rows.append(tuple(cells))
+    return Section(title, table=Table(columns, "r" * len(columns), tuple(rows)))
+
+
+def memory(record: Mapping[str, Any]) -> Section | None:
+    """Peak memory by owner."""
+    before, after = record["memory"]["before"], record["memory"]["after"]
+    names = {"weights_bytes": "weights", "cache_bytes": "KV cache", "activations_bytes": "activations"}
+    rows = [(name, before[key], after[key]) for key, name in names.items()]
+    rows.append(("total", sum(before.values()), sum(after.values())))
+    if not record["transforms"]:
+        plain = tuple((name, n.scaled(was, "B")) for name, was, _ in rows)
+        return Section("Memory", table=Table(("owner", "peak"), "lr", plain, total=True))
+    cells = tuple((name, n.scaled(was, "B"), n.scaled(now, "B"), n.change(was, now)) for name, was, now in rows)
+    return Section("Memory", table=Table(("owner", "before", "after", "change"), "lrrr", cells, total=True))
+
+
+def bypassed(record: Mapping[str, Any]) -> Section | None:
+    """Calls that the plan could not serve and the original did."""
+    if not record["bypassed"]:
+        return None
+    rows = tuple((reason, str(calls)) for reason, calls in record["bypassed"].items())
+    return Section("Served by the original", table=Table(("reason", "calls"), "lr", rows))
+
+
+def method(record: Mapping[str, Any]) -> Section:
+    """Where the figures come from: date, machine, workload, noise."""
+    hw, latency = record["hardware"], record["latency"]
+    sentences = [
+        f"{record['created'] or 'Undated'}, on {machine(hw)}.",
+        "Libraries: " + ", ".join(f"{name} {version}" for name, version in hw["versions"].items()) + ".",
+        f"Workload: {record['workload']}.",
+    ]
+    if latency is not None:
+        pairs, noise = latency["end_to_end"]["pairs"], n.percent(latency["noise"], 1)
+        timing = f"Latency: {pairs} interleaved pairs on prompts held out; this host's own noise is {noise}."
+        sentences.append(f"{timing} {sentence(latency['reason'])}".strip())
+        sentences += [f"Warning: {warning.rstrip('.')}." for warning in latency["warnings"]]
+    return Section("How it was measured", tuple(sentences))
+
+
+def machine(hw: Mapping[str, Any]) -> str:
+    """Processor, threads, memory and peaks in a phrase."""
+    peaks = [f"{n.scaled(rate, 'FLOP/s')} in {dtype}" for dtype, rate in hw["flops_per_s"].items() if n.known(rate)]
+    figures = ", ".join((f"{n.scaled(hw['bandwidth_bytes_per_s'], 'B/s')}", *peaks))
+    origin = "measured" if hw["measured"] else "partly from data sheets"
+    about = f"{hw['name']} ({hw['device']}, {hw['capability']}), {hw['threads']} threads"
+    return f"{about}, {n.scaled(hw['memory_bytes'], 'B')} of memory; {figures} ({origin})"

@@ -1,0 +1,63 @@
+"""A record on a terminal, or as plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from .sections import Table, headline, sections
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as Drawing
+
+PLAIN_WIDTH = 120
+STYLES = {"accepted": "green", "rejected": "red", "error": "red", "inconclusive": "yellow"}
+
+
+def draw(record: Mapping[str, Any], console: Console | None = None) -> None:
+    """Draw the whole report."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console()
+    console.print()
+    console.print(Text(headline(record), style="bold"))
+    for section in sections(record):
+        console.print()
+        console.print(Text(section.title, style="bold cyan"))
+        for sentence in section.sentences:
+            console.print(Text(sentence))
+        if section.table is not None:
+            console.print(drawn(section.table))
+    console.print()
+
+
+def plain(record: Mapping[str, Any]) -> str:
+    """The same as text without colours."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    draw(record, Console(file=out, width=PLAIN_WIDTH, no_color=True, force_terminal=False, highlight=False))
+    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines()) + "\n"
+
+
+def drawn(table: Table) -> Drawing:
+    """A rich table; cells are text, never markup."""
+    from rich import box
+    from rich.table import Table as Drawing
+    from rich.text import Text
+
+    drawing = Drawing(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=False, header_style="dim")
+    for name, side in zip(table.columns, table.align, strict=True):
+        justify: Literal["left", "right"] = "right" if side == "r" else "left"
+        drawing.add_column(name, justify=justify, overflow="fold", no_wrap=name == "candidate")
+    for index, row in enumerate(table.rows):
+        last = table.total and index == len(table.rows) - 1
+        if last:
+            drawing.add_section()
+        drawing.add_row(
+            *(Text(cell, style=STYLES.get(cell.split(":")[0], "")) for cell in row), style="bold" if last else None
+        )
+    return drawing

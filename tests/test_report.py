@@ -1,0 +1,334 @@
+"""Reports from hand-made values: the record's names, and what a reader sees."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import pytest
+from rich.console import Console
+
+from autotune.diagnose import Diagnosis
+from autotune.hardware import Hardware
+from autotune.plan import Outcome, Trial
+from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePoint
+from autotune.report import Recorded, Report
+from autotune.report import numbers as n
+from autotune.transforms import Stage, Transform
+from autotune.validate import Latency, Quality, Speedup, Verdict
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Shrink(Transform):
+    phase: Literal["prefill", "decode", "both"] = "decode"
+    bits: int = 8
+    name: ClassVar[str] = "shrink"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+
+
+def phase_profile(phase, seconds, rows):
+    operators = tuple(Operator(group, s, 1e6, 1e6, bottleneck) for group, s, bottleneck in rows)
+    return PhaseProfile(
+        phase,
+        (seconds, seconds * 0.9, seconds * 1.2),
+        1e9,
+        5e8,
+        1e6,
+        0.9,
+        "float32",
+        seconds / 2,
+        seconds / 8,
+        300,
+        0.0,
+        operators,
+    )
+
+
+def profile(prefill_s, decode_s, weights=540_000_000):
+    rows = [("attention", 0.45, "memory"), ("FFN", 0.35, "memory"), ("framework overhead", 0.2, "overhead")]
+    return Profile(
+        {
+            "prefill": phase_profile("prefill", prefill_s, [(g, s * prefill_s, b) for g, s, b in rows]),
+            "decode": phase_profile("decode", decode_s, [(g, s * decode_s, b) for g, s, b in rows]),
+        },
+        batch_scaling=(ScalePoint(1, 64, decode_s), ScalePoint(4, 64, 2 * decode_s)),
+        context_growth=(ScalePoint(1, 64, decode_s), ScalePoint(1, 512, 1.5 * decode_s)),
+        memory=MemoryUse(weights, 10_000_000, 5_000_000),
+        prompt_tokens=64,
+        batch=1,
+    )
+
+
+HARDWARE = Hardware("cpu", "Example CPU", "AVX2", 2, 8 * 10**9, 25e9, {"float32": 140e9}, "g++ 13", {"torch": "2.13.0"})
+DIAGNOSES = {
+    "prefill": Diagnosis("prefill", "compute", "prefill does 17 GFLOP at 130 GFLOP/s, 93 % of 140", 1.08, 0.93),
+    "decode": Diagnosis("decode", "overhead", "decode moves 538 MB a token at 10.0 GB/s, 40 % of 25.0", 2.5, 0.4),
+}
+PASSED = Quality(
+    "strict",
+    Verdict.PASS,
+    "mean KLD 0.0017, at most 0.0050",
+    0.0017,
+    0.002,
+    0.02,
+    NAN,
+    0.981,
+    0.975,
+    1.0004,
+    1.001,
+    0.003,
+    4096,
+    64,
+    {"natural": 0.0016},
+)
+RUINED = Quality(
+    "strict", Verdict.FAIL, "mean KLD 1.21, at most 0.0050", 1.21, 1.4, 6.0, 9.0, 0.548, 0.5, 3.04, 3.2, 0.2, 1024, 16
+)
+FASTER = Latency(
+    Verdict.PASS,
+    "lower bound 2.40, at least 1.03.",
+    Speedup(1.0, 0.98, 1.02, 25),
+    Speedup(2.5, 2.4, 2.6, 25),
+    Speedup(2.2, 2.1, 2.3, 25),
+    0.012,
+    reference_s={"tpot": (0.030, 0.032, 0.034), "ttft": (0.09,)},
+    candidate_s={"tpot": (0.012, 0.0128, 0.014), "ttft": (0.09,)},
+    warnings=("IQR is 12 % of the median",),
+)
+TRIALS = (
+    Trial(Shrink(), "smaller weights", "decode", Outcome.ACCEPTED, "2.50x faster", 3.1, PASSED, FASTER, 42.0, 13.0),
+    Trial(
+        Shrink(bits=4),
+        "smaller weights",
+        "decode",
+        Outcome.REJECTED,
+        "mean KLD 1.21, at most 0.0050",
+        4.0,
+        RUINED,
+        None,
+        9.0,
+    ),
+    Trial(Shrink(phase="prefill"), "smaller weights", "prefill", Outcome.SKIPPED, "prefill is compute-bound"),
+    Trial(Shrink(bits=2), "smaller weights", "decode", Outcome.UNAVAILABLE, "needs | AVX-512", NAN),
+)
+ORIGINAL = Report(
+    model="tiny-llama",
+    parameters=134_500_000,
+    hardware=HARDWARE,
+    workload="16 prompts of 64 tokens, 64 new tokens each, batch 1",
+    before=profile(0.093, 0.032),
+    diagnoses_before=DIAGNOSES,
+    verdict="Kept the original: no candidate passed.",
+    trials=TRIALS[1:],
+    policy="balanced",
+    tier="strict",
+    objective="latency",
+    budget_s=300.0,
+    seconds=125.0,
+    created="2026-11-22T18:00:00Z",
+)
+COMMITTED = replace(
+    ORIGINAL,
+    verdict="Committed shrink(bits=8)@decode.",
+    after=profile(0.093, 0.013, weights=680_000_000),
+    diagnoses_after={**DIAGNOSES, "decode": Diagnosis("decode", "memory", "moves 135 MB at 20 GB/s", 1.2, 0.8)},
+    transforms=(Shrink(),),
+    trials=TRIALS,
+    quality=PASSED,
+    latency=FASTER,
+    break_even_tokens=12_345.0,
+    bypassed={"beam search": 3},
+)
+PROFILED = replace(
+    ORIGINAL, verdict="Profiled; nothing was tried.", trials=(), policy=None, tier=None, objective=None, budget_s=None
+)
+REPORTS = pytest.mark.parametrize("report", [ORIGINAL, COMMITTED, PROFILED], ids=["original", "committed", "profiled"])
+
+PHASE_KEYS = {
+    "bottleneck",
+    "evidence",
+    "ceiling",
+    "baseline_ms",
+    "final_ms",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "roofline_share",
+}
+
+
+@REPORTS
+def test_record_has_the_promised_names(report):
+    record = report.to_dict()
+    assert set(record["phases"]) == {"prefill", "decode"}
+    assert all(set(figures) == PHASE_KEYS for figures in record["phases"].values())
+    assert set(record["quality"]) == {"tier", "mean_kld", "p99_kld", "same_top", "ppl_ratio", "verdict"}
+    for trial in record["trials"]:
+        assert {"transform", "phase", "params", "predicted", "speedup", "outcome", "reason", "seconds"} <= set(trial)
+    assert {"operators", "batch_scaling", "hardware", "bypassed", "schema", "memory", "break_even_tokens"} <= set(
+        record
+    )
+
+
+@REPORTS
+def test_json_keeps_everything_and_has_no_nan(report):
+    assert json.loads(report.to_json()) == report.to_dict()
+    assert "NaN" not in report.to_json()
+
+
+def test_paired_timing_outranks_the_profiles():
+    decode = COMMITTED.to_dict()["phases"]["decode"]
+    assert decode["baseline_ms"] == pytest.approx(32.0)
+    assert decode["final_ms"] == pytest.approx(12.8)
+    assert (decode["speedup"], decode["speedup_low"], decode["speedup_high"]) == (2.5, 2.4, 2.6)
+
+
+def test_without_paired_timing_there_is_no_interval():
+    decode = replace(COMMITTED, latency=None).to_dict()["phases"]["decode"]
+    assert decode["speedup"] == pytest.approx(32 / 13)
+    assert decode["speedup_low"] is None
+
+
+def test_the_original_is_exactly_as_fast_as_itself():
+    decode = ORIGINAL.to_dict()["phases"]["decode"]
+    assert decode["final_ms"] == decode["baseline_ms"]
+    assert decode["speedup"] == decode["speedup_low"] == decode["speedup_high"] == 1.0
+
+
+def test_operators_are_paired_by_group():
+    changed = replace(
+        COMMITTED.after,
+        phases={
+            **COMMITTED.after.phases,
+            "decode": phase_profile("decode", 0.013, [("FFN", 0.01, "memory"), ("lm_head", 0.003, "memory")]),
+        },
+    )
+    rows = {row["group"]: row for row in replace(COMMITTED, after=changed).to_dict()["operators"]["decode"]}
+    assert rows["FFN"]["before_ms"] == pytest.approx(11.2)
+    assert rows["FFN"]["after_ms"] == pytest.approx(10.0)
+    assert rows["attention"]["after_ms"] == 0.0
+    assert rows["lm_head"]["before_ms"] == 0.0
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("report", "said", "unsaid"),
+    [
+        (
+            COMMITTED,
+            [
+                "2.50x",
+                "2.40-2.60x",
+                "Committed shrink(bits=8)@decode.",
+                "31.2 tok/s",
+                "mean KLD 1.21, at most 0.0050",
+                "prefill is compute-bound",
+                "Now decode is memory-bound",
+                "beam search",
+                "Example CPU",
+                "2026-11-22",
+                "12,345 generated",
+                "IQR is 12 %",
+                "2 min 5 s",
+                "97.5 %",
+                "-59 %",
+                "needs",
+            ],
+            ["nan"],
+        ),
+        (
+            ORIGINAL,
+            ["Kept the original", "mean KLD 1.21, at most 0.0050", "1.00x", "skipped", "unavailable"],
+            ["after ms", "Served by the original", "nan", "Applied"],
+        ),
+        (
+            PROFILED,
+            ["decode is overhead-bound", "attention", "45 %", "batch"],
+            ["Tried", "speed-up", "after ms", "nan"],
+        ),
+    ],
+    ids=["committed", "original", "profiled"],
+)
+def test_every_form_says_what_matters(report, said, unsaid):
+    out = io.StringIO()
+    report.to_terminal(Console(file=out, width=400))
+    flat = report.to_markdown().replace("\\", "")
+    for text in (out.getvalue(), flat):
+        assert [s for s in said if s not in text] == []
+        assert [s for s in unsaid if s in text] == []
+
+
+@REPORTS
+def test_markdown_tables_are_rectangular(report):
+    blocks = [b for b in report.to_markdown().split("\n\n") if b.startswith("|")]
+    assert blocks
+    for block in blocks:
+        widths = {line.replace("\\|", "").count("|") for line in block.splitlines()}
+        assert len(widths) == 1, block
+
+
+@REPORTS
+def test_plain_text_fits_and_has_no_escapes(report):
+    assert "\x1b" not in str(report)
+    assert max(len(line) for line in str(report).splitlines()) <= 120
+
+
+@REPORTS
+def test_a_recorded_report_shows_the_same(report):
+    recorded = Recorded(json.loads(report.to_json()))
+    assert recorded.to_markdown() == report.to_markdown()
+    assert str(recorded) == str(report)
+
+
+def test_a_replay_shows_the_figures_of_today():
+    today = replace(FASTER, tpot=Speedup(3.0, 2.8, 3.2, 9))
+    recorded = Recorded(COMMITTED.to_dict()).reverified(
+        verdict="Replayed.", seconds=12.0, latency=today, bypassed={"beam search": 1}
+    )
+    record = recorded.to_dict()
+    assert record["phases"]["decode"]["speedup"] == 3.0
+    assert record["trials"] == COMMITTED.to_dict()["trials"]
+    assert record["bypassed"] == {"beam search": 1}
+    assert "verified again in 12 s" in str(recorded)
+    assert COMMITTED.to_dict()["phases"]["decode"]["speedup"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (n.milliseconds(123.456), "123"),
+        (n.milliseconds(9.876), "9.88"),
+        (n.milliseconds(0.01234), "0.0123"),
+        (n.milliseconds(1234.5), "1234"),
+        (n.milliseconds(0.0), "0"),
+        (n.milliseconds(NAN), "-"),
+        (n.duration(0.42), "0.4 s"),
+        (n.duration(42.4), "42 s"),
+        (n.duration(300), "5 min"),
+        (n.duration(310), "5 min 10 s"),
+        (n.duration(3720), "1 h 2 min"),
+        (n.scaled(538e6, "B"), "538 MB"),
+        (n.scaled(34.04e9, "B/s"), "34.0 GB/s"),
+        (n.count(134_515_008), "135 M"),
+        (n.count(7.24e9), "7.24 B"),
+        (n.count(12), "12"),
+        (n.ratio(2.514), "2.51x"),
+        (n.ratio(12.51), "12.5x"),
+        (n.ratio(None), "-"),
+        (n.interval(2.4, 2.6), "2.40-2.60x"),
+        (n.interval(None, 2.6), ""),
+        (n.percent(0.975, 1), "97.5 %"),
+        (n.change(8.2, 4.1), "-50 %"),
+        (n.change(1.0, 1.1), "+10 %"),
+        (n.change(0.0, 1.0), "-"),
+        (n.divergence(0.00168), "0.0017"),
+        (n.divergence(1.21), "1.2"),
+        (n.divergence(2.5e-7), "2e-07"),
+    ],
+)
+def test_numbers(text, expected):
+    assert text == expected
