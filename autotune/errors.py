@@ -6,6 +6,8 @@
     ├── PolicyError             a policy that is unknown or malformed; names file, step and nearest spelling
     ├── PlanError               a plan file that is corrupt, foreign or refused
     ├── TransformError          a transform cannot do what it was asked to (expected: the candidate is set aside)
+    │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
+    ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
     ├── MeasurementError        a number that was needed could not be measured
     └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
 
@@ -35,6 +37,14 @@ class PlanError(AutotuneError, ValueError):
 
 class TransformError(AutotuneError):
     """A transform cannot be applied to this variant."""
+
+
+class ChoiceError(TransformError, ValueError):
+    """A transform, parameter, value or phase that does not exist."""
+
+
+class VariantError(AutotuneError):
+    """A variant's own module or kernel failed while it ran."""
 
 
 class MeasurementError(AutotuneError):

@@ -7,16 +7,29 @@ and third parties (entry-point group `autotune.transforms`) are found by `regist
 
 from __future__ import annotations
 
+import difflib
 import enum
-from collections.abc import Mapping
+import functools
+import importlib
+import inspect
+import logging
+import pkgutil
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
+
+from ..errors import ChoiceError
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
     from ..profile import Profile
     from ..variant import Variant
     from ..workload import Phase
+
+GROUP = "autotune.transforms"  # the entry-point group of third parties
+log = logging.getLogger("autotune")
 
 
 class Stage(enum.IntEnum):
@@ -51,7 +64,7 @@ class Transform:
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """Best-case speed-up per phase it touches, from the roofline: {"decode": 2.1}. Optimistic, never pessimistic."""
+        """Best-case speed-up per phase it touches, from the roofline: {"decode": 2.1}."""
         raise NotImplementedError
 
     def apply(self, variant: Variant) -> None:
@@ -59,7 +72,7 @@ class Transform:
         raise NotImplementedError
 
     def took_effect(self, variant: Variant) -> str | None:
-        """None when the variant really changed (modules replaced, graph captured, kernel used), else what is missing."""
+        """None when the variant really changed (modules replaced, graph captured, kernel used), or what is missing."""
         raise NotImplementedError
 
     @property
@@ -74,3 +87,98 @@ class Transform:
     def __str__(self) -> str:
         inner = ", ".join(f"{k}={v}" for k, v in self.params.items())
         return f"{self.name}({inner})@{self.phase}" if inner else f"{self.name}@{self.phase}"
+
+
+@functools.cache
+def registry() -> Mapping[str, type[Transform]]:
+    """Every transform by name: the built-ins, then third parties', which may override a built-in (with a warning).
+
+    A plug-in that cannot be imported or is no transform is left out with a warning that names it.
+    """
+    found: dict[str, type[Transform]] = {cls.name: cls for cls in _builtins()}
+    for plugin in entry_points(group=GROUP):
+        if (cls := _load(plugin)) is None:
+            continue
+        if (other := found.get(cls.name)) is not None:
+            log.warning("transform %r of %s replaces that of %s", cls.name, plugin.value, other.__module__)
+        found[cls.name] = cls
+    return types.MappingProxyType(dict(sorted(found.items())))
+
+
+def make(name: str, params: Mapping[str, Any], phase: str = "both") -> Transform:
+    """A transform by name.
+
+    Args:
+        name: a name in `registry()`.
+        params: its parameters; those left out keep their defaults.
+        phase: "prefill", "decode" or "both".
+
+    Raises:
+        ChoiceError: no such transform, parameter, phase or value; the message names the nearest spelling.
+    """
+    cls = registry().get(name)
+    if cls is None:
+        raise ChoiceError(f"no transform {name!r}{_nearest(name, registry())}")
+    require(phase, ("prefill", "decode", "both"), f"{name}: phase")
+    defaults = {f.name: f.default for f in fields(cls) if f.name != "phase"}
+    for key, value in params.items():
+        if key not in defaults:
+            raise ChoiceError(f"{name} has no parameter {key!r}{_nearest(key, defaults)}")
+        _check(f"{name}: {key}", value, type(defaults[key]))
+    try:
+        return cls(phase=phase, **params)  # type: ignore[arg-type]
+    except ChoiceError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ChoiceError(f"{name}: {error}") from error
+
+
+def require(value: Any, allowed: Iterable[Any], what: str) -> None:
+    """Refuse a parameter value that is not one of `allowed`; for `__post_init__`.
+
+    Raises:
+        ChoiceError: it is not; the message names the nearest spelling.
+    """
+    options = list(allowed)
+    if value not in options:
+        raise ChoiceError(f"{what} is {value!r}{_nearest(value, options)}")
+
+
+def _check(what: str, value: Any, expected: type) -> None:
+    """A value has the type of the parameter's default, where that is a simple one; an int will do for a float."""
+    fits = type(value) is expected or (expected is float and type(value) is int)
+    if expected in (int, float, str, bool) and not fits:
+        raise ChoiceError(f"{what} must be {expected.__name__}, not {value!r}")
+
+
+def _nearest(given: object, options: Iterable[object]) -> str:
+    names = sorted(map(str, options))
+    close = difflib.get_close_matches(str(given), names, n=1)
+    known = "it takes none" if not names else f"expected one of {', '.join(names)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; {known}"
+
+
+def _builtins() -> Iterator[type[Transform]]:
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for cls in vars(module).values():
+            if _is_transform(cls) and cls.__module__ == module.__name__:
+                yield cls
+
+
+def _load(plugin: EntryPoint) -> type[Transform] | None:
+    try:
+        cls = plugin.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("transform plug-in %r (%s) left out: %s", plugin.name, plugin.value, reason)
+        return None
+    if not _is_transform(cls):
+        log.warning("transform plug-in %r (%s) left out: it is no named Transform class", plugin.name, plugin.value)
+        return None
+    return cls
+
+
+def _is_transform(cls: object) -> TypeGuard[type[Transform]]:
+    """A class without a name is a part that transforms share."""
+    return inspect.isclass(cls) and issubclass(cls, Transform) and hasattr(cls, "name")

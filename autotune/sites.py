@@ -1,0 +1,128 @@
+"""Where a model multiplies by weights: which linear layers there are, and how one is exchanged for another.
+
+Linear layers are `nn.Linear` and GPT-2's `Conv1D`, a tied lm_head included: its replacement gets weights of its own and
+the embedding keeps the table. Experts that a mixture stores as one 3-D parameter are no layers and are left alone, as
+are layers with hooks and layers whose weight the model's own code reads (Mamba's `dt_proj`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHT_READ = re.compile(r"\bself\.(\w+)\.(?:weight|bias)\b")
+_SETUP = ("__init__", "_init_weights", "reset_parameters", "init_mamba_weights")  # they run before any replacement
+
+
+class Replacement(nn.Module):
+    """A layer that stands in for a linear layer and never changes, so that copies of a model share it."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:
+    """Linear layers that may be exchanged, by dotted name.
+
+    Args:
+        model: any module tree.
+        skip: comma-separated name parts to leave out: "lm_head,down_proj".
+
+    Returns:
+        Name -> the layer, or for a `Conv1D` a view of it as `nn.Linear` that shares its memory.
+    """
+    return {name: linear for name, _, linear in _sites(model, skip)}
+
+
+def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None], skip: str = "") -> int:
+    """Exchange linear layers in place; `model` must be a twin.
+
+    Args:
+        model: the twin to edit. Its layers' tensors are shared with the original and are only read.
+        exchange: the replacement of a layer, or None to leave it. A layer under two names is exchanged once.
+        skip: as in `linears`.
+
+    Returns:
+        How many layers were exchanged.
+    """
+    made: dict[int, nn.Module | None] = {}
+    with torch.no_grad():
+        for name, layer, linear in _sites(model, skip):
+            if id(layer) not in made:
+                made[id(layer)] = exchange(linear)
+            if (new := made[id(layer)]) is not None:
+                model.set_submodule(name, new.train(layer.training))
+    return sum(new is not None for new in made.values())
+
+
+def count(model: nn.Module, kind: type[nn.Module]) -> int:
+    """How many layers of `kind` a model has."""
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why no layer of this model can be exchanged, or None."""
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        return "the model was loaded already quantised"
+    if any(t.is_meta for t in chain(model.parameters(), model.buffers())):
+        return "weights are on the meta device: load them first"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "weights are offloaded by accelerate"
+    return None
+
+
+def as_linear(layer: nn.Module) -> nn.Linear | None:
+    """The layer as an `nn.Linear` over the same memory, or None if it is no linear layer."""
+    if isinstance(layer, nn.Linear):
+        plain = type(layer).forward is nn.Linear.forward and type(layer.weight) in (nn.Parameter, torch.Tensor)
+        return layer if plain else None
+    from transformers.pytorch_utils import Conv1D
+
+    if type(layer) is not Conv1D:
+        return None
+    inputs, outputs = layer.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=False)
+    linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return linear
+
+
+def _sites(model: nn.Module, skip: str) -> list[tuple[str, nn.Module, nn.Linear]]:
+    """Name, layer and the layer seen as `nn.Linear`; a layer under two names is there twice."""
+    skipped = {part.strip() for part in skip.split(",")}
+    named = [(name, layer) for name, layer in _candidates(model) if skipped.isdisjoint(name.split("."))]
+    return [(name, layer, linear) for name, layer in named if (linear := as_linear(layer)) is not None]
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name, but for those that have hooks or that their parent does not call."""
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        read = _weights_read(type(parent))  # type: ignore[arg-type]  # mypy takes no class for hashable
+        for attribute, layer in parent.named_children():
+            hooked = layer._forward_hooks or layer._forward_pre_hooks
+            if attribute not in read and not hooked:
+                yield f"{prefix}.{attribute}" if prefix else attribute, layer
+
+
+@functools.cache
+def _weights_read(cls: type) -> frozenset[str]:
+    """Attributes of a module class whose `.weight` or `.bias` its methods read instead of calling them."""
+    read: set[str] = set()
+    for owner in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, method in vars(owner).items():
+            if inspect.isfunction(method) and name not in _SETUP:
+                try:
+                    read |= set(_WEIGHT_READ.findall(inspect.getsource(method)))
+                except (OSError, TypeError):  # no source: built at run time
+                    continue
+    return frozenset(read)

@@ -1,0 +1,57 @@
+"""Torch's own dynamic quantisation: INT8 weights per channel, activations quantised per tensor at each call."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .. import roofline, sites
+from .linears import LinearTransform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..hardware import Hardware
+    from ..profile import PhaseProfile
+
+
+class DynamicInt8Linear(sites.Replacement):
+    """`torch.ops.quantized.linear_dynamic` over a weight packed for the engine of this processor."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # [out]
+        zeros = torch.zeros_like(scales, dtype=torch.int64)
+        with warnings.catch_warnings():  # quantised tensors are to leave torch some day
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
+            numbers = torch.quantize_per_channel(weight.contiguous(), scales.double(), zeros, 0, torch.qint8)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.packed = torch.ops.quantized.linear_prepack(numbers, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # seven bits of activation: with eight, processors without VNNI overflow their 16-bit sums
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+        return y
+
+
+@dataclass(frozen=True)
+class DynamicInt8(LinearTransform):
+    """INT8 weights and activations on torch's own kernels: fast, but inaccurate where activations have outliers."""
+
+    name: ClassVar[str] = "dynamic_int8"
+    summary: ClassVar[str] = "torch's dynamic quantisation: INT8 weights, INT8 activations per tensor"
+    kind: ClassVar[type[nn.Module]] = DynamicInt8Linear
+
+    def missing(self) -> str | None:
+        engines = set(torch.backends.quantized.supported_engines) - {"none"}
+        return None if engines else "this build of torch has no quantisation engine"
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        return DynamicInt8Linear(linear)
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        return roofline.faster_weights(phase, hardware, phase.weight_bytes / 4, compute_dtype="int8")

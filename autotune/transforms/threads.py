@@ -1,0 +1,70 @@
+"""Number of threads that compute a phase."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..errors import ChoiceError
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+
+@dataclass(frozen=True)
+class Threads(Transform):
+    """Computes a phase with `count` intra-op threads; the process's own number is back after each call.
+
+    Args:
+        count: threads, 1 up to the cores this process may use.
+    """
+
+    count: int = 1
+
+    name: ClassVar[str] = "threads"
+    stage: ClassVar[Stage] = Stage.THREADS
+    summary: ClassVar[str] = "another number of CPU threads for a phase"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ChoiceError(f"threads: count must be at least 1, not {self.count}")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cpu":
+            return f"threads compute on a CPU; this model runs on {hardware.device}"
+        if self.count > (cores := usable_cores()):
+            return f"{self.count} threads on {cores} cores would wait for one another"
+        if all(variant.threads.get(phase, torch.get_num_threads()) == self.count for phase in self.phases):
+            return f"{' and '.join(self.phases)} already run on {self.count} threads"
+        return None
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """More threads: at best in proportion. Fewer: at best all time outside operators was threads waiting."""
+        more = self.count / hardware.threads
+        return {p: max(more, 1 / max(profile.phases[p].busy, 0.5)) for p in self.phases}
+
+    def apply(self, variant: Variant) -> None:
+        variant.threads |= dict.fromkeys(self.phases, self.count)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        for phase in self.phases:
+            with variant.running(phase):
+                if (threads := torch.get_num_threads()) != self.count:
+                    return f"{phase} runs on {threads} threads instead of {self.count}"
+        return None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
