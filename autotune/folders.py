@@ -16,9 +16,9 @@ logger = logging.getLogger("autotune")
 def cache(name: str = "") -> Path | None:
     """The user's cache directory, or its subdirectory `name`, created and private (0700).
 
-    The first of $AUTOTUNE_CACHE_DIR, $XDG_CACHE_HOME/autotune and ~/.cache/autotune that is set decides. Where it cannot
-    be written, a temporary directory that lasts as long as the process takes its place, with one warning; None where
-    even that fails: callers go on without a cache.
+    The first of $AUTOTUNE_CACHE_DIR, $XDG_CACHE_HOME/autotune and ~/.cache/autotune that is set decides. Where it
+    cannot be written, a temporary directory that lasts as long as the process takes its place, with one warning; None
+    where even that fails: callers go on without a cache.
     """
     chosen, problem = _chosen(), "there is no home directory"
     if chosen is not None:
@@ -30,7 +30,9 @@ def cache(name: str = "") -> Path | None:
     if temporary is None:
         warn_once(f"no cache is kept: {problem}, and there is no temporary directory; set AUTOTUNE_CACHE_DIR")
         return None
-    warn_once(f"the cache lasts only as long as this process: {problem}; set AUTOTUNE_CACHE_DIR to a writable directory")
+    warn_once(
+        f"the cache lasts only as long as this process: {problem}; set AUTOTUNE_CACHE_DIR to a writable directory"
+    )
     return _made(temporary / name)
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import codec, route
+from .errors import PlanError
 from .transforms import Transform
 from .validate import Latency, Quality
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .variant import Variant
+
+SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 
 
 class Outcome(enum.StrEnum):
@@ -81,3 +90,60 @@ class Plan:
     trials: tuple[Trial, ...] = ()  # everything that was considered, accepted or not
     created: str = ""  # ISO 8601, UTC
     summary: Mapping[str, Any] = field(default_factory=dict)  # the report's dictionary at the time
+
+    def apply(self, model: PreTrainedModel, *, check: bool = True) -> Variant:
+        """The variant that this plan makes of `model`; the model itself is not touched.
+
+        Args:
+            model: the model to run, routed or not.
+            check: refuse a model whose configuration or weights are not those that the plan was made for.
+
+        Raises:
+            PlanError: the plan was made for another model.
+            TransformError: a transform refuses.
+        """
+        from . import fingerprint, variant
+
+        original = route.bare(model) if route.is_routed(model) else model
+        if check and (found := fingerprint.of_model(original)) != self.fingerprint.model:
+            raise PlanError(
+                f"the plan was made for model {self.fingerprint.model}, this one is {found} (other weights or another "
+                "configuration); tune this model, or pass check=False to apply the plan all the same"
+            )
+        return variant.build(original, self.transforms)
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON values; numbers that are not finite become null."""
+    return {"schema": SCHEMA, **codec.encode(plan)}
+
+
+def from_dict(data: Mapping[str, Any]) -> Plan:
+    """The plan of `to_dict`. Builds values and registered transforms, runs nothing.
+
+    Raises:
+        PlanError: a wrong schema, unknown or missing keys, wrong types, an unknown transform.
+    """
+    body = dict(data)
+    schema = body.pop("schema", None)
+    if schema != SCHEMA:
+        raise PlanError(f"the plan's schema is {schema!r}; this version of autotune reads {SCHEMA}: tune again")
+    plan: Plan = codec.decode(Plan, body, "plan")
+    return plan
+
+
+def dumps(plan: Plan) -> str:
+    """The plan as JSON text."""
+    return codec.dumps(to_dict(plan))
+
+
+def loads(text: str | bytes) -> Plan:
+    """The plan in JSON text.
+
+    Raises:
+        PlanError: it is not strict JSON, or not a plan.
+    """
+    data = codec.loads(text)
+    if not isinstance(data, dict):
+        raise PlanError(f"a plan is a JSON object; found a {type(data).__name__}")
+    return from_dict(data)

@@ -13,6 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median_high
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,7 +88,7 @@ class Workload:
         edges = [i * len(distinct) // count for i in range(count + 1)]
         chance = random.Random(seed)  # noqa: S311 - a reproducible draw, not a secret
         # one from each of `count` strata of neighbouring lengths
-        held = {distinct[chance.randrange(low, high)] for low, high in zip(edges, edges[1:], strict=False)}
+        held = {distinct[chance.randrange(low, high)] for low, high in pairwise(edges)}
         sides = [tuple(p for p in self.prompts if (p in held) is out) for out in (False, True)]
         return replace(self, prompts=sides[0]), replace(self, prompts=sides[1])
 
@@ -150,7 +151,9 @@ def _prompts(value: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[tupl
         raise WorkloadError(f"a workload of type {type(value).__name__} was given; expected {EXPECTED}")
     items = list(value)
     if items and all(_is_id(item) for item in items):
-        raise WorkloadError("the workload is one flat list of token ids; a list of prompts was expected: put it in a list")
+        raise WorkloadError(
+            "the workload is one flat list of token ids; a list of prompts was expected: put it in a list"
+        )
     rows: list[tuple[int, ...]] = []
     for item in items:
         where = f"prompt {len(rows)}"
@@ -172,7 +175,9 @@ def _is_id(item: object) -> bool:
 def _ids(item: Sequence[Any], where: str) -> tuple[int, ...]:
     for position, token in enumerate(item):
         if not _is_id(token):
-            raise WorkloadError(f"{where} has a {type(token).__name__} at position {position}; token ids (int) were expected")
+            raise WorkloadError(
+                f"{where} has a {type(token).__name__} at position {position}; token ids (int) were expected"
+            )
     return tuple(item)
 
 
@@ -181,7 +186,8 @@ def _tensor_rows(item: torch.Tensor, where: str) -> list[tuple[int, ...]]:
         raise WorkloadError(f"{where} is a {item.dim()}-D tensor; [tokens] or [prompts, tokens] was expected")
     if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
         raise WorkloadError(f"{where} is a {item.dtype} tensor; token ids (an integer dtype) were expected")
-    return [tuple(row) for row in torch.atleast_2d(item).tolist()]
+    rows = item.tolist() if item.dim() == 2 else [item.tolist()]
+    return [tuple(row) for row in rows]
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[int, ...]:
@@ -199,7 +205,9 @@ def _read_file(path: Path) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-        raise WorkloadError(f"the workload {str(path)[:200]!r} cannot be read as a text file ({error}); {hint}") from error
+        raise WorkloadError(
+            f"the workload {str(path)[:200]!r} cannot be read as a text file ({error}); {hint}"
+        ) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [line for _, line in numbered]
@@ -210,9 +218,9 @@ def _record(line: str, where: str) -> Any:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise WorkloadError(f"{where} is not JSON ({error}); an object with the key \"prompt\" was expected") from error
+        raise WorkloadError(f'{where} is not JSON ({error}); an object with the key "prompt" was expected') from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)):
-        raise WorkloadError(f"{where} has no \"prompt\" of text or token ids; expected {{\"prompt\": \"...\"}}")
+        raise WorkloadError(f'{where} has no "prompt" of text or token ids; expected {{"prompt": "..."}}')
     return record["prompt"]
 
 
@@ -231,17 +239,21 @@ def _check(workload: Workload, config: PretrainedConfig | None) -> None:
         wrong = next((t for t in prompt if t < 0 or (vocabulary is not None and t >= vocabulary)), None)
         if wrong is not None:
             below = f" below {vocabulary}, the model's vocabulary," if vocabulary is not None else " of 0 or more"
-            raise WorkloadError(f"prompt {i} has token id {wrong}; ids{below} were expected: is it another tokenizer's?")
+            raise WorkloadError(
+                f"prompt {i} has token id {wrong}; ids{below} were expected: is it another tokenizer's?"
+            )
         if context is not None and len(prompt) + workload.new_tokens > context:
             raise WorkloadError(
-                f"prompt {i} has {len(prompt)} tokens, with {workload.new_tokens} new ones {len(prompt) + workload.new_tokens}; "
+                f"prompt {i} has {len(prompt)} tokens, which leaves no room for {workload.new_tokens} new ones; "
                 f"the model's context is {context}: shorten the prompt or ask for fewer new_tokens"
             )
 
 
 def _check_counts(name: str, counts: Sequence[Any]) -> None:
     if not counts or not all(_is_id(count) and count >= 1 for count in counts):
-        raise WorkloadError(f"{name} is {counts[0] if len(counts) == 1 else counts}; whole numbers of 1 or more were expected")
+        raise WorkloadError(
+            f"{name} is {counts[0] if len(counts) == 1 else counts}; whole numbers of 1 or more were expected"
+        )
 
 
 class Observer:
@@ -254,7 +266,9 @@ class Observer:
     def __init__(self, context: int | None = None) -> None:
         self._context = context
         self._lock = threading.Lock()
-        self._rows: deque[tuple[torch.Tensor, torch.Tensor | None]] = deque(maxlen=OBSERVED_PROMPTS)  # ids [P], mask [P]
+        self._rows: deque[tuple[torch.Tensor, torch.Tensor | None]] = deque(
+            maxlen=OBSERVED_PROMPTS
+        )  # ids [P], mask [P]
         self._new_tokens: deque[int] = deque(maxlen=OBSERVED_PROMPTS)
         self._batches: Counter[int] = Counter()
         self._calls = 0
@@ -300,7 +314,9 @@ class Observer:
         fits: Callable[[int], bool] = lambda tokens: 0 < tokens < (self._context or math.inf)  # noqa: E731
         prompts = [prompt for prompt in prompts if fits(len(prompt))]
         if not prompts:
-            raise WorkloadError("no call with a usable prompt was observed; generate something first, or pass workload=")
+            raise WorkloadError(
+                "no call with a usable prompt was observed; generate something first, or pass workload="
+            )
         asked = median_high(new_tokens)
         room = self._context - max(map(len, prompts)) if self._context else asked
         return Workload(tuple(prompts), min(asked, room), tuple(sorted(batches)))
