@@ -11,7 +11,7 @@ import math
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -288,7 +288,7 @@ class Observer:
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             return
         kept = input_ids[:OBSERVED_PROMPTS].detach().clone()  # [B, P]; the caller may reuse its tensor
-        mask = None if attention_mask is None else attention_mask[:OBSERVED_PROMPTS].detach().bool()
+        mask = None if attention_mask is None else attention_mask[:OBSERVED_PROMPTS].detach().to(torch.bool, copy=True)
         rows = kept.unbind()
         masks: Sequence[torch.Tensor | None] = [None] * len(rows) if mask is None else mask.unbind()
         with self._lock:
@@ -311,8 +311,8 @@ class Observer:
             rows, new_tokens = list(self._rows), list(self._new_tokens)
             batches = [size for size, _ in self._batches.most_common(OBSERVED_BATCHES)]
         prompts = [tuple((ids if mask is None else ids[mask]).tolist()) for ids, mask in rows]
-        fits: Callable[[int], bool] = lambda tokens: 0 < tokens < (self._context or math.inf)  # noqa: E731
-        prompts = [prompt for prompt in prompts if fits(len(prompt))]
+        limit = self._context or math.inf
+        prompts = [prompt for prompt in prompts if 0 < len(prompt) < limit]
         if not prompts:
             raise WorkloadError(
                 "no call with a usable prompt was observed; generate something first, or pass workload="
