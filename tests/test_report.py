@@ -243,7 +243,7 @@ def test_operators_are_paired_by_group():
         (
             ORIGINAL,
             ["Kept the original", "mean KLD 1.21, at most 0.0050", "1.00x", "skipped", "unavailable"],
-            ["after ms", "Served by the original", "nan", "Applied"],
+            ["after ms", "went to the original", "nan", "Applied"],
         ),
         (
             PROFILED,
@@ -286,13 +286,15 @@ def test_a_recorded_report_shows_the_same(report):
 
 def test_a_replay_shows_the_figures_of_today():
     today = replace(FASTER, tpot=Speedup(3.0, 2.8, 3.2, 9))
-    recorded = Recorded(COMMITTED.to_dict()).reverified(
-        verdict="Replayed.", seconds=12.0, latency=today, bypassed={"beam search": 1}
+    recorded = (
+        Recorded(COMMITTED.to_dict())
+        .reverified(verdict="Replayed.", seconds=12.0, latency=today)
+        .with_calls(7, {"beam search": 1})
     )
     record = recorded.to_dict()
     assert record["phases"]["decode"]["speedup"] == 3.0
     assert record["trials"] == COMMITTED.to_dict()["trials"]
-    assert record["bypassed"] == {"beam search": 1}
+    assert (record["served"], record["bypassed"]) == (7, {"beam search": 1})
     assert "verified again in 12 s" in str(recorded)
     assert COMMITTED.to_dict()["phases"]["decode"]["speedup"] == 2.5
 

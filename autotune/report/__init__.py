@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from ..diagnose import Diagnosis
 from ..hardware import Hardware
@@ -45,6 +45,15 @@ class Drawn:
 
         draw(self.to_dict(), console)
 
+    def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
+        """The same report, later.
+
+        Args:
+            served: calls served by the plan since.
+            bypassed: calls that went to the original since, by reason.
+        """
+        raise NotImplementedError
+
     def __str__(self) -> str:
         from .terminal import plain
 
@@ -71,6 +80,7 @@ class Report(Drawn):
         policy, tier, objective, budget_s: what was asked for.
         seconds: time spent tuning.
         break_even_tokens: tokens to generate until the tuning time is won back.
+        served: calls served by the plan since.
         bypassed: calls that went to the original since, by reason.
         created: ISO 8601, UTC.
     """
@@ -94,6 +104,7 @@ class Report(Drawn):
     budget_s: float | None = None
     seconds: float | None = None
     break_even_tokens: float | None = None
+    served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
     created: str = ""
 
@@ -101,6 +112,9 @@ class Report(Drawn):
         from .record import record
 
         return record(self)
+
+    def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
+        return replace(self, served=served, bypassed=dict(bypassed))
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,9 @@ class Recorded(Drawn):
     def to_dict(self) -> dict[str, Any]:
         return dict(self.record)
 
+    def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
+        return replace(self, record=dict(self.record) | {"served": served, "bypassed": dict(bypassed)})
+
     def reverified(
         self,
         *,
@@ -123,9 +140,8 @@ class Recorded(Drawn):
         seconds: float,
         latency: Latency | None = None,
         quality: Quality | None = None,
-        bypassed: Mapping[str, int] | None = None,
-    ) -> Recorded:
+    ) -> Self:
         """This report with what a replay measured anew; profiles and trials stay those of the tuning."""
         from .record import reverify
 
-        return Recorded(reverify(self.record, verdict, seconds, latency, quality, bypassed or {}))
+        return replace(self, record=reverify(self.record, verdict, seconds, latency, quality))

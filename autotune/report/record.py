@@ -52,6 +52,7 @@ def record(report: Report) -> dict[str, Any]:
         "memory": {"before": _memory(report.before.memory), "after": _memory(after.memory)},
         "hardware": _hardware(report.hardware),
         "break_even_tokens": report.break_even_tokens,
+        "served": report.served,
         "bypassed": dict(report.bypassed),
     }
     return {key: json_safe(value) for key, value in found.items()}
@@ -63,10 +64,9 @@ def reverify(
     seconds: float,
     latency: Latency | None,
     quality: Quality | None,
-    bypassed: Mapping[str, int],
 ) -> dict[str, Any]:
     """A record with the figures that a replay measured anew."""
-    new = dict(old) | {"verdict": verdict, "bypassed": dict(bypassed)}
+    new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}}
     new["replayed"] = {"seconds": seconds, "tuned": old.get("created", "")}
     if latency is not None:
         new["latency"] = _latency(latency)

@@ -255,8 +255,8 @@ def bypassed(record: Mapping[str, Any]) -> Section | None:
     """Calls that the plan could not serve and the original did."""
     if not record["bypassed"]:
         return None
-    rows = tuple((reason, str(calls)) for reason, calls in record["bypassed"].items())
-    return Section("Served by the original", table=Table(("reason", "calls"), "lr", rows))
+    rows = (("(by the plan)", str(record["served"])), *((why, str(calls)) for why, calls in record["bypassed"].items()))
+    return Section("Calls that went to the original", table=Table(("because of", "calls"), "lr", rows))
 
 
 def method(record: Mapping[str, Any]) -> Section:
