@@ -1,0 +1,106 @@
+"""Models by directory, GGUF file and hub name, and everything that is refused with a clear sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from autotune.errors import UnsupportedModelError
+from autotune.load import load
+from tests import models
+
+
+def save(folder, model, tokenizer=None):
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_directory(tmp_path, llama, tokenizer):
+    model, found = load(save(tmp_path / "m", llama, tokenizer))
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(model(ids).logits, llama(ids).logits)
+    assert not model.training
+    assert found("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+
+
+def test_without_tokenizer_files_there_is_no_tokenizer(tmp_path, llama):
+    assert load(save(tmp_path, llama))[1] is None
+
+
+def test_dtype_is_as_asked(tmp_path, llama):
+    assert load(save(tmp_path, llama), dtype=torch.bfloat16)[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no/such/model/anywhere", "no file or directory"),
+        ("./missing", "no file or directory"),
+        ("missing.gguf", "no file or directory"),
+        ("", "no config.json"),
+        ("nobody/no-such-model", "hub cannot be reached"),
+    ],
+)
+def test_a_name_that_leads_nowhere(name, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UnsupportedModelError, match=said):
+        load(name)
+
+
+def test_a_directory_with_only_a_gguf_file_names_it(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedModelError, match=r"x\.gguf"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(models.tiny_t5, "encoder-decoder"), (models.tiny_bert, "does not generate")], ids=["t5", "bert"]
+)
+def test_what_is_no_causal_lm_is_refused(make, said, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=said):
+        load(save(tmp_path, make()))
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    config = {"model_type": "homemade", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    with pytest.raises(UnsupportedModelError, match="not run here"):
+        load(tmp_path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "{"), ("config.json", '"text"'), ("model.safetensors", "nonsense"), ("model.safetensors", None)],
+)
+def test_damaged_files_are_one_clear_error(file, content, tmp_path, llama):
+    save(tmp_path, llama)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UnsupportedModelError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+def test_a_gguf_that_is_none(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
+    with pytest.raises(UnsupportedModelError, match="cannot be read as a GGUF"):
+        load(tmp_path / "bad.gguf")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_a_gguf_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedModelError, match="pip install gguf"):
+        load(tmp_path / "m.gguf")
