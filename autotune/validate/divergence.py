@@ -1,0 +1,82 @@
+"""How far one set of next-token logits is from another, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 64  # rows compared at once: bounds the temporary memory at large vocabularies
+WORST_NATS = 1e4  # a divergence is cut here, so that absurd logits leave finite statistics
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per-token metrics, each [T] float64.
+
+    Args:
+        kld: KL(reference || candidate) in nats.
+        top_gap: how much less likely, in nats, the reference finds the candidate's top token than its own; 0: the same.
+        delta_logp: log-probability of the true token, candidate minus reference.
+        delta_p: its probability, candidate minus reference.
+    """
+
+    kld: NDArray[np.float64]
+    top_gap: NDArray[np.float64]
+    delta_logp: NDArray[np.float64]
+    delta_p: NDArray[np.float64]
+
+
+def compare_logits(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> Divergence:
+    """Compare two sets of logits for the same positions.
+
+    Args:
+        reference, candidate: [T, V] logits in any float dtype; computed in float32.
+        targets: [T] int64, the true next tokens.
+    """
+    parts = [
+        _compare(reference[k : k + CHUNK_ROWS], candidate[k : k + CHUNK_ROWS], targets[k : k + CHUNK_ROWS])
+        for k in range(0, len(targets), CHUNK_ROWS)
+    ]
+    columns = torch.cat(parts, dim=1).double().cpu().numpy()
+    return Divergence(*columns)
+
+
+def _compare(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    log_p = torch.log_softmax(reference.float(), dim=-1)  # [T, V]
+    log_q = torch.log_softmax(candidate.float(), dim=-1).clamp_min(-WORST_NATS)
+    p = log_p.exp()
+    # tokens that the original rules out (-inf) contribute nothing, rather than 0 * inf
+    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    kld = terms.sum(-1).clamp(0.0, WORST_NATS)
+    top = log_q.argmax(-1, keepdim=True)
+    gap = log_p.amax(-1) - log_p.gather(-1, top).squeeze(-1)
+    true_p = log_p.gather(-1, targets[:, None]).squeeze(-1).clamp_min(-WORST_NATS)
+    true_q = log_q.gather(-1, targets[:, None]).squeeze(-1)
+    return torch.stack([kld, gap.clamp_max(WORST_NATS), true_q - true_p, true_q.exp() - true_p.exp()])
+
+
+def find_defect(reference: torch.Tensor, candidate: torch.Tensor) -> str | None:
+    """What is plainly broken in `candidate`, or None.
+
+    Args:
+        reference, candidate: [B, T, V] logits.
+    """
+    if candidate.shape != reference.shape:
+        return f"logits of shape {list(candidate.shape)}, expected {list(reference.shape)}"
+    if not candidate.is_floating_point():
+        return f"logits of type {candidate.dtype}, expected floating point"
+    broken = ~torch.isfinite(candidate) & torch.isfinite(reference)
+    if bool(broken.any()):
+        row, token, _ = torch.nonzero(broken)[0].tolist()
+        kind = "NaN" if bool(torch.isnan(candidate[row, token]).any()) else "infinite"
+        return (
+            f"{kind} logits at token {token} of sequence {row} ({int(broken[row, token].sum())} of {broken.shape[-1]})"
+        )
+    flat = (candidate.amax(-1) == candidate.amin(-1)) & (reference.amax(-1) != reference.amin(-1))
+    if bool(flat.any()):
+        row, token = torch.nonzero(flat)[0].tolist()
+        return f"all logits equal at token {token} of sequence {row}"
+    return None

@@ -1,0 +1,250 @@
+"""What a candidate is examined on: texts, and what the original says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from ..variant import Variant
+from .divergence import compare_logits
+from .score import Served, Tokens
+from .tiers import NEAR_TIE_NATS, SIZES, Size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEEP_BYTES = (
+    512 * 2**20
+)  # reference logits kept in half precision; what exceeds this is computed again for each candidate
+PADDED_BATCH = 8  # sequences in a padded batch
+NOISE_TEXTS = 4  # texts that the original decodes itself to show its A/A noise; also the free-running ones
+LONGEST_CONTEXT = 512  # a prompt is read up to here; longer contexts have texts of their own
+FEWEST_TOKENS = 0.5  # share of the size's tokens without which nothing passes
+
+Progress = Callable[[str, float], None]  # what is being done, and how much of it is done (0 to 1)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A context and the tokens scored after it.
+
+    Args:
+        prompt: number of the prompt it came from, the cluster it counts in.
+        context: tokens read at once.
+        natural: tokens of the prompt itself that follow.
+        own: tokens of the original's greedy continuation after those.
+    """
+
+    prompt: int
+    context: tuple[int, ...]
+    natural: tuple[int, ...]
+    own: tuple[int, ...]
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        return self.natural + self.own
+
+
+@dataclass
+class Exam:
+    """Texts and reference logits, made once from the original and used for every candidate.
+
+    Attributes:
+        size: how much is read.
+        texts: scored one by one at batch 1.
+        batches: scored together, left-padded.
+        long: scored after a long context.
+        noise_kld: mean KL of the original's stepped decoding from its own full forward, nats.
+        tie_nats: a flip of the top token within this margin counts as a tie.
+        problem: why nothing can be judged with this exam, or None.
+    """
+
+    original: PreTrainedModel
+    size: Size
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    texts: tuple[Text, ...] = ()
+    batches: tuple[tuple[Text, ...], ...] = ()
+    long: tuple[Text, ...] = ()
+    noise_kld: float = 0.0
+    tie_nats: float = NEAR_TIE_NATS
+    problem: str | None = None
+    _kept: dict[tuple[Text, ...], torch.Tensor] = field(default_factory=dict)
+    _kept_bytes: int = 0
+
+    @classmethod
+    def prepare(
+        cls,
+        original: PreTrainedModel,
+        prompts: Sequence[Tokens],
+        *,
+        size: Literal["quick", "standard", "thorough"] = "quick",
+        pad_token_id: int,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Exam:
+        """Choose texts, let the original continue them, and keep what it says.
+
+        Args:
+            original: the model as it is, in eval mode.
+            prompts: token ids; duplicates count once.
+            size: "quick" (16 prompts), "standard" (64) or "thorough" (128).
+            pad_token_id: for left padding.
+            seed: chooses the prompts when there are more than needed.
+            progress: called with a step's name and the share done.
+        """
+        report = progress or (lambda step, share: None)
+        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original))
+        chosen = exam._choose(prompts, seed)
+        if exam.problem:
+            return exam
+        report("continuing the prompts", 0.0)
+        exam._write(chosen)
+        report("measuring the original's own noise", 0.3)
+        exam._measure_noise()
+        groups = exam.groups()
+        for k, group in enumerate(groups):
+            report("reading the original's logits", 0.5 + 0.5 * k / len(groups))
+            exam.reference(group)
+        report("exam ready", 1.0)
+        return exam
+
+    def groups(self) -> tuple[tuple[Text, ...], ...]:
+        """Everything that is scored together: single texts, padded batches, long texts."""
+        return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
+
+    def reference(self, group: tuple[Text, ...]) -> torch.Tensor:
+        """The original's logits [B, T, V] for the scored tokens of a group.
+
+        A single text is read in one full forward; a padded batch is stepped, since what the original makes of padding
+        is what users get today.
+        """
+        if group in self._kept:
+            return self._kept[group].float()
+        if len(group) == 1:
+            logits = self.read(Served(Variant(self.original), self.pad_token_id), group[0])[None]
+        else:
+            logits = self.step(Served(Variant(self.original), self.pad_token_id), group)
+        logits = logits.float()
+        logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
+        if self._kept_bytes + 2 * logits.numel() <= KEEP_BYTES:
+            self._kept[group] = logits.half()
+            self._kept_bytes += 2 * logits.numel()
+        return logits
+
+    def step(self, served: Served, group: Sequence[Text]) -> torch.Tensor:
+        """Logits [B, T, V] of the scored tokens, one decoding step each."""
+        return served.step([t.context for t in group], [t.scored for t in group])
+
+    def read(self, served: Served, text: Text) -> torch.Tensor:
+        """Logits [T, V] of the scored tokens from one full forward."""
+        ids = text.context + text.scored
+        return served.read(ids[:-1], last=len(text.scored))
+
+    def _choose(self, prompts: Sequence[Tokens], seed: int) -> list[tuple[int, ...]]:
+        if self.original.training:
+            self.problem = "the original is in training mode, so it does not even reproduce itself: call eval()"
+            return []
+        limit = min(LONGEST_CONTEXT, context_limit(self.original) - self.size.own)
+        unique = [p[:limit] for p in dict.fromkeys(tuple(map(int, p)) for p in prompts) if len(p) >= 2]
+        unique = list(dict.fromkeys(unique))
+        if (missing := self.size.prompts - len(unique)) > 0:
+            self.problem = f"{len(unique)} different prompts of 2 tokens or more: need {missing} more prompts"
+            return []
+        order = np.random.default_rng(seed).permutation(len(unique))[: self.size.prompts]
+        return [unique[k] for k in order]
+
+    def _write(self, prompts: list[tuple[int, ...]]) -> None:
+        size = self.size
+        ends = [self._end(p, cross=bool(k % 2)) for k, p in enumerate(prompts)]
+        heads = [p[:e] for p, e in zip(prompts, ends, strict=True)]
+        joined = tuple(t for p in prompts for t in p)
+        room = context_limit(self.original) - size.natural
+        lengths = [n for n in size.lengths if n + size.natural <= len(joined) and n <= room]
+        own = self._continue(heads)
+        starts = [max(1, len(head) - size.natural) for head in heads]
+        self.texts = tuple(Text(k, h[:s], h[s:], own[k]) for k, (h, s) in enumerate(zip(heads, starts, strict=True)))
+        self.batches = self._pad(prompts)
+        self.long = tuple(
+            Text(
+                len(prompts) + k,
+                joined[: n - size.natural // 2],
+                joined[n - size.natural // 2 : n + size.natural // 2],
+                (),
+            )
+            for k, n in enumerate(lengths)
+        )
+        tokens = sum(len(t.scored) for t in self.texts)
+        if tokens < FEWEST_TOKENS * size.tokens:
+            missing = int(FEWEST_TOKENS * size.tokens) - tokens
+            self.problem = f"{tokens} tokens to score: need {missing} more tokens, in longer prompts"
+
+    def _end(self, prompt: tuple[int, ...], cross: bool) -> int:
+        """Where the natural part ends: half of the texts cross a power of two, the usual size of blocks and caches."""
+        power = 1 << (len(prompt).bit_length() - 1)
+        return power if cross and power >= 2 * self.size.natural else len(prompt)
+
+    def _pad(self, prompts: list[tuple[int, ...]]) -> tuple[tuple[Text, ...], ...]:
+        """Batches with equally many tokens scored after contexts of different lengths."""
+        steps = min(self.size.padded, sorted(map(len, prompts))[len(prompts) // 2] // 2)
+        texts = []
+        for k, p in enumerate(prompts):
+            if len(p) > steps > 0:
+                start = max(1, (len(p) - steps) * (k % 4 + 1) // 4)
+                texts.append(Text(k, p[:start], p[start : start + steps], ()))
+        batches = [tuple(texts[k : k + PADDED_BATCH]) for k in range(0, len(texts), PADDED_BATCH)]
+        return tuple(b for b in batches if len(b) > 1)
+
+    def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The original's greedy continuations, up to and including the end-of-sequence token."""
+        eos = list(self.eos_token_ids) or None
+        served = Served(Variant(self.original), self.pad_token_id, eos)
+        own: list[tuple[int, ...]] = []
+        for k in range(0, len(heads), 2 * PADDED_BATCH):
+            part = heads[k : k + 2 * PADDED_BATCH]
+            out = served.generate(part, self.size.own)[:, max(map(len, part)) :]
+            own += [until_eos(row, self.eos_token_ids) for row in out.tolist()]
+        return own
+
+    def _measure_noise(self) -> None:
+        served = Served(Variant(self.original), self.pad_token_id)
+        klds, shifts = [], []
+        for text in self.texts[:NOISE_TEXTS]:
+            reference, again = self.reference((text,))[0], self.step(served, (text,))[0]
+            if not bool(torch.isfinite(reference).any(-1).all()) or bool(torch.isnan(reference).any()):
+                self.problem = "the original itself gives NaN or infinite logits: nothing can be compared with it"
+                return
+            klds.append(compare_logits(reference, again, torch.tensor(text.scored, device=again.device)).kld)
+            top = reference.argmax(-1, keepdim=True)
+            shift = (reference.log_softmax(-1) - again.log_softmax(-1)).gather(-1, top)
+            shifts.append(shift.abs().flatten().cpu().double().numpy())
+        self.noise_kld = float(np.mean(np.concatenate(klds)))
+        self.tie_nats = max(NEAR_TIE_NATS, 3 * float(np.quantile(np.concatenate(shifts), 0.99)))
+        if self.noise_kld > 0.05:
+            self.problem = (
+                f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward: it does"
+                " not reproduce itself (dropout, sampling inside the model, or a broken cache), so nothing can be compared"
+            )
+
+
+def until_eos(tokens: Sequence[int], eos: Sequence[int]) -> tuple[int, ...]:
+    """`tokens` up to and including the first end-of-sequence token."""
+    ends = [k for k, t in enumerate(tokens) if t in eos]
+    return tuple(tokens[: ends[0] + 1] if ends else tokens)
+
+
+def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """End-of-sequence ids that the model's own generation settings name."""
+    config = model.generation_config
+    eos = config.eos_token_id if config is not None else None
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def context_limit(model: PreTrainedModel) -> int:
+    """Positions the model was made for; very many where it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 20

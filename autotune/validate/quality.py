@@ -1,0 +1,291 @@
+"""Is a candidate as good as the original? Judged on logits, through the path that will serve."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from . import Quality, Verdict
+from .divergence import Divergence, compare_logits, find_defect
+from .exam import Exam, Progress, Text, until_eos
+from .score import CandidateError, Served
+from .statistics import cluster_means
+from .tiers import TIERS, Tier
+
+if TYPE_CHECKING:
+    from ..variant import Variant
+
+__all__ = ["Exam", "Scores", "compare_logits", "decide", "judge"]
+
+log = logging.getLogger("autotune")
+
+CONFIDENCE = 0.95  # of every bound, one-sided
+EARLY_PROMPTS = 4  # prompts before a candidate may fail early
+EARLY_FACTOR = 3.0  # times the limit at which it does; also what a part of the exam with few prompts may reach
+LENGTH_RATIO = (0.9, 1.1)  # of free-running output
+REPETITION = 0.25  # share of repeated 4-grams beyond the original's
+FREE_TEXTS = 4
+
+
+class _FailedError(Exception):
+    """The candidate is out; the message says why."""
+
+
+@dataclass
+class Scores:
+    """Per-token metrics collected so far, and where each token stood."""
+
+    parts: list[tuple[Divergence, NDArray[np.int64], str]] = field(default_factory=list)
+    natural: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, found: Divergence, text: Text, stratum: str) -> None:
+        count = len(found.kld)
+        self.parts.append((found, np.full(count, text.prompt, dtype=np.int64), stratum))
+        self.natural.append(np.arange(count) < len(text.natural))
+
+    def column(self, name: str, stratum: str | None = None) -> NDArray[np.float64]:
+        """One metric over all tokens, or over those of one stratum."""
+        chosen = [getattr(f, name) for f, _, s in self.parts if stratum in (None, s)]
+        return np.concatenate(chosen) if chosen else np.empty(0)
+
+    def prompts(self, stratum: str | None = None) -> NDArray[np.int64]:
+        chosen = [p for _, p, s in self.parts if stratum in (None, s)]
+        return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+
+    def strata(self) -> dict[str, float]:
+        """Mean KLD by part of the exam, and of natural text against the original's own."""
+        names = list(dict.fromkeys(s for _, _, s in self.parts))
+        means = {name: float(self.column("kld", name).mean()) for name in names}
+        kld, natural = self.column("kld"), np.concatenate(self.natural)
+        means["natural"] = float(kld[natural].mean())
+        if not natural.all():
+            means["own"] = float(kld[~natural].mean())
+        return means
+
+
+def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = None) -> Quality:
+    """Judge a variant against the original, cheap checks first; a failure may come early, a pass never does.
+
+    Args:
+        exam: texts and reference, from `Exam.prepare`.
+        variant: the candidate; it is run, never edited.
+        tier: name of a quality tier.
+        progress: called with a step's name and the share done.
+
+    Returns:
+        The verdict. A candidate that raises is an ERROR with its message; only KeyboardInterrupt and the like escape.
+
+    Raises:
+        ValueError: no such tier.
+    """
+    if tier not in TIERS:
+        raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
+    limits, scores = TIERS[tier], Scores()
+    if exam.problem:
+        return Quality(tier, Verdict.INCONCLUSIVE, exam.problem)
+    served = Served(variant, exam.pad_token_id, None)
+    try:
+        _score(exam, served, limits, scores, progress or (lambda step, share: None))
+        _run_free(exam, Served(variant, exam.pad_token_id, list(exam.eos_token_ids) or None), limits)
+    except _FailedError as failure:
+        return summarise(scores, limits, Verdict.FAIL, str(failure))
+    except CandidateError as error:
+        return summarise(scores, limits, Verdict.ERROR, str(error))
+    if served.bypassed:
+        log.debug("judged without what the variant leaves to the original: %s", "; ".join(sorted(set(served.bypassed))))
+    return decide(scores, limits, exam)
+
+
+def _score(exam: Exam, served: Served, limits: Tier, scores: Scores, progress: Progress) -> None:
+    """Collect every token's metrics, in an order that finds out the broken ones soon."""
+    reads = served.variant.modules["prefill"] is not exam.original
+    singles = [(t,) for t in exam.texts]
+    order = [
+        *singles[:EARLY_PROMPTS],
+        *exam.batches[:1],
+        *((t,) for t in exam.long),
+        *singles[EARLY_PROMPTS:],
+        *exam.batches[1:],
+    ]
+    for k, group in enumerate(order):
+        progress("comparing with the original", k / len(order))
+        reference = exam.reference(group)
+        stratum = (
+            "padded-batch"
+            if len(group) > 1
+            else "long"
+            if group[0] in exam.long
+            else "first-prompt"
+            if k == 0
+            else "second-prompt"
+        )
+        if reads and len(group) == 1:
+            _add(scores, reference, exam.read(served, group[0])[None], group, "prefill", exam.original.dtype)
+        before = len(served.bypassed)
+        candidate = exam.step(served, group)
+        if len(served.bypassed) == before:  # what the original would serve says nothing about the variant
+            _add(scores, reference, candidate, group, stratum)
+        if k >= EARLY_PROMPTS - 1:
+            _fail_early(scores, limits, exam)
+
+
+def _add(
+    scores: Scores,
+    reference: torch.Tensor,
+    candidate: torch.Tensor,
+    group: Sequence[Text],
+    stratum: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Compare logits [B, T, V] of a group and keep the metrics."""
+    where = f"{stratum}, prompt {group[0].prompt}" + (f" to {group[-1].prompt}" if len(group) > 1 else "")
+    if dtype is not None and candidate.dtype != dtype:
+        raise _FailedError(f"logits of type {candidate.dtype}, expected {dtype} ({where})")
+    if defect := find_defect(reference, candidate):
+        raise _FailedError(f"{defect} ({where})")
+    for row, text in enumerate(group):
+        targets = torch.tensor(text.scored, device=candidate.device)
+        scores.add(compare_logits(reference[row], candidate[row], targets), text, stratum)
+
+
+def _fail_early(scores: Scores, limits: Tier, exam: Exam) -> None:
+    limit = EARLY_FACTOR * limits.kld_limit(exam.noise_kld)
+    for name, mean in scores.strata().items():
+        if mean > limit:
+            raise _FailedError(
+                f"mean KLD {mean:.3g} of stratum {name} is over {EARLY_FACTOR:g} times the limit of tier {limits.name}"
+            )
+
+
+def _run_free(exam: Exam, served: Served, limits: Tier) -> None:
+    """Let the candidate write by itself: does it stop, loop or differ where the original was sure?"""
+    wrote, expected, differing = [], [], 0
+    for text in exam.texts[:FREE_TEXTS]:
+        prompt = text.context + text.natural
+        out = served.generate([prompt], exam.size.own)[0, len(prompt) :].tolist()
+        mine = until_eos(out, exam.eos_token_ids)
+        wrote.append(mine)
+        expected.append(text.own)
+        differing += len(mine) != len(text.own)
+        if limits.name == "lossless":
+            _require_greedy(exam, text, mine)
+    ratio = sum(map(len, wrote)) / sum(map(len, expected))
+    if differing > 1 and not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:  # one flip at a near-tie is no evidence
+        raise _FailedError(f"free-running output is {ratio:.2f} times as long as the original's, expected 0.9 to 1.1")
+    loops = repetition(wrote) - repetition(expected)
+    if loops > REPETITION:
+        raise _FailedError(f"free-running output repeats itself: {loops:.0%} more repeated 4-grams than the original")
+
+
+def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
+    """Lossless means the same text up to the first near-tie (the rule of vLLM's check_logprobs_close)."""
+    first = next((k for k, (a, b) in enumerate(zip(mine, text.own, strict=False)) if a != b), None)
+    if first is None:
+        return
+    row = exam.reference((text,))[0, len(text.natural) + first].log_softmax(-1)
+    gap = float(row.max() - row[mine[first]])
+    if gap > exam.tie_nats:
+        raise _FailedError(
+            f"greedy output differs at token {first} of prompt {text.prompt}, where the original prefers its own by {gap:.2g} nats"
+        )
+
+
+def repetition(texts: Sequence[Sequence[int]]) -> float:
+    """Share of 4-grams that occurred before in the same text."""
+    total = repeated = 0
+    for text in texts:
+        grams = [tuple(text[k : k + 4]) for k in range(len(text) - 3)]
+        total += len(grams)
+        repeated += len(grams) - len(set(grams))
+    return repeated / total if total else 0.0
+
+
+def decide(scores: Scores, limits: Tier, exam: Exam) -> Quality:
+    """The verdict on a whole exam. Pure."""
+    missing = exam.size.prompts - len(set(scores.prompts("first-prompt")) | set(scores.prompts("second-prompt")))
+    if missing > 0:
+        reason = f"only {exam.size.prompts - missing} prompts were served by the variant: need {missing} more prompts"
+        return summarise(scores, limits, Verdict.INCONCLUSIVE, reason)
+    found = summarise(scores, limits, Verdict.PASS, "", exam.tie_nats)
+    kld_limit = limits.kld_limit(exam.noise_kld)
+    # (what, point estimate, bound, limit); "no more than" each, so the share of same tokens enters as its complement
+    gates = [
+        ("mean KLD", found.mean_kld, found.mean_kld_high, kld_limit),
+        ("p99 KLD", found.p99_kld, found.p99_kld, limits.p99_kld),
+        ("share of changed top tokens", 1 - found.same_top, 1 - found.same_top_low, 1 - limits.same_top),
+        ("perplexity ratio", found.ppl_ratio, found.ppl_ratio_high, limits.ppl_ratio),
+    ]
+    summary = f"mean KLD {found.mean_kld:.2g}, same top token {found.same_top:.1%}, perplexity x{found.ppl_ratio:.4g}"
+    for what, point, _, limit in gates:
+        if not point <= limit:
+            return _with(found, Verdict.FAIL, f"{what} {point:.4g} is over {limit:g} of tier {limits.name} ({summary})")
+    if weak := _weak_stratum(scores, kld_limit):
+        return _with(found, Verdict.FAIL, f"{weak} of tier {limits.name} ({summary})")
+    for what, point, bound, limit in gates:
+        if not bound <= limit:
+            more = _more_prompts(found.prompts, point, bound, limit)
+            reason = f"{what} {point:.4g} may be as high as {bound:.4g}, over {limit:g}: need {more} more prompts ({summary})"
+            return _with(found, Verdict.INCONCLUSIVE, reason)
+    return _with(found, Verdict.PASS, f"within tier {limits.name}: {summary}")
+
+
+def _weak_stratum(scores: Scores, limit: float) -> str | None:
+    """A part of the exam that is clearly over the limit although the whole is not."""
+    for name in dict.fromkeys(s for _, _, s in scores.parts):
+        kld, prompts = scores.column("kld", name), scores.prompts(name)
+        clear = len(set(prompts)) >= EARLY_PROMPTS
+        low = float(np.quantile(cluster_means(kld, prompts), 1 - CONFIDENCE)) if clear else kld.mean() / EARLY_FACTOR
+        if low > limit:
+            return f"mean KLD {kld.mean():.3g} of stratum {name} is over {limit:g}"
+    return None
+
+
+def _more_prompts(prompts: int, point: float, bound: float, limit: float) -> int:
+    """Prompts to add until the bound, whose distance shrinks with the root of their number, would meet the limit."""
+    if limit <= point:
+        return prompts
+    return max(1, int(np.ceil(prompts * ((bound - point) / (limit - point)) ** 2)) - prompts)
+
+
+def _with(found: Quality, verdict: Verdict, reason: str) -> Quality:
+    from dataclasses import replace
+
+    return replace(found, verdict=verdict, reason=reason)
+
+
+def summarise(scores: Scores, limits: Tier, verdict: Verdict, reason: str, tie_nats: float = 0.05) -> Quality:
+    """The figures of all tokens scored so far."""
+    if not scores.parts:
+        return Quality(limits.name, verdict, reason)
+    kld, prompts = scores.column("kld"), scores.prompts()
+    nll = -scores.column("delta_logp")
+    same = (scores.column("top_gap") <= tie_nats).astype(np.float64)
+    shift = scores.column("delta_p")
+    return Quality(
+        tier=limits.name,
+        verdict=verdict,
+        reason=reason,
+        mean_kld=float(kld.mean()),
+        mean_kld_high=float(np.quantile(cluster_means(kld, prompts), CONFIDENCE)),
+        p99_kld=float(np.quantile(kld, 0.99)),
+        max_kld=float(kld.max()),
+        same_top=float(same.mean()),
+        same_top_low=float(np.quantile(cluster_means(same, prompts), 1 - CONFIDENCE)),
+        ppl_ratio=_exp(float(nll.mean())),
+        ppl_ratio_high=_exp(float(np.quantile(cluster_means(nll, prompts), CONFIDENCE))),
+        delta_p_rms=float(np.sqrt(np.mean(shift**2))),
+        tokens=len(kld),
+        prompts=len(set(prompts.tolist())),
+        strata=scores.strata(),
+    )
+
+
+def _exp(nats: float) -> float:
+    """exp, cut where it would overflow."""
+    return float(np.exp(min(nats, 700.0)))

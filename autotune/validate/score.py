@@ -1,0 +1,128 @@
+"""Logits of a variant, collected through the path that will serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import route
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..variant import Variant
+
+Tokens = Sequence[int]
+
+
+class CandidateError(Exception):
+    """The candidate raised while it was being scored or timed; the message carries its exception."""
+
+
+class Served:
+    """A variant as a wrapped model serves it: what it cannot do goes to the original, and is remembered.
+
+    Attributes:
+        bypassed: why calls went to the original, in order; empty when the variant served them all.
+    """
+
+    def __init__(self, variant: Variant, pad_token_id: int, eos_token_id: int | list[int] | None = None) -> None:
+        self.variant = variant
+        self.bypassed: list[str] = []
+        self.model: PreTrainedModel = route.routed(variant.original, self)
+        self.pad_token_id = pad_token_id
+        self._settle(eos_token_id)
+
+    def _settle(self, eos_token_id: int | list[int] | None) -> None:
+        """Plain greedy decoding, whatever the model's own defaults are; only this alias of the model is told."""
+        from transformers import GenerationConfig
+
+        plain = {"do_sample": False, "use_cache": True, "pad_token_id": self.pad_token_id, "eos_token_id": eos_token_id}
+        self.model.generation_config = GenerationConfig.from_dict(plain)
+
+    def sample(self, call: route.Sampling) -> Any:
+        if reason := self.variant.unsupported(call):
+            self.bypassed.append(reason)
+            return call.original()
+        return self.variant.sample(call)
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.variant.forward(model, args, kwargs)
+
+    def other_loop(self, name: str) -> None: ...
+
+    def changed(self, what: str) -> None: ...
+
+    def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
+        """Tokens [B, P + new_tokens] of left-padded `prompts`.
+
+        Raises:
+            CandidateError: the variant raised.
+        """
+        ids, mask = left_padded(prompts, self.pad_token_id, self.model.device)
+        model: Any = self.model  # transformers' own types are loose here
+        try:
+            out: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            return out
+        raise CandidateError(failure)  # outside the handler, whose traceback would pin the candidate's tensors
+
+    def step(self, contexts: Sequence[Tokens], forced: Sequence[Tokens]) -> torch.Tensor:
+        """Next-token logits [B, T, V] (float32) while decoding `contexts` and being told the tokens `forced` [B, T].
+
+        Raises:
+            CandidateError: the variant raised, stopped early, or did not follow the tokens it was given.
+        """
+        teacher = _Teacher(torch.tensor(forced, device=self.model.device))
+        out = self.generate(contexts, teacher.steps, logits_processor=[teacher])
+        if len(teacher.seen) != teacher.steps:
+            raise CandidateError(f"decoding stopped after {len(teacher.seen)} of {teacher.steps} tokens")
+        if not torch.equal(out[:, -teacher.steps :], teacher.forced):
+            raise CandidateError("decoding did not emit the tokens that the logits processor chose")
+        return torch.stack(teacher.seen, dim=1)
+
+    def read(self, ids: Tokens, last: int) -> torch.Tensor:
+        """Logits [last, V] at the last positions of one direct forward over `ids`.
+
+        Raises:
+            CandidateError: the variant raised.
+        """
+        model: Any = self.model
+        keep = {"logits_to_keep": last} if model._supports_logits_to_keep() else {}
+        try:
+            with torch.no_grad():
+                logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), **keep).logits
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            return logits[0, -last:]
+        raise CandidateError(failure)
+
+
+class _Teacher:
+    """A logits processor that keeps the raw scores and forces the next token."""
+
+    def __init__(self, forced: torch.Tensor) -> None:
+        self.forced = forced  # [B, T]
+        self.seen: list[torch.Tensor] = []  # T times [B, V]
+
+    @property
+    def steps(self) -> int:
+        return self.forced.shape[1]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        target = self.forced[:, len(self.seen) : len(self.seen) + 1]
+        self.seen.append(scores.detach().to(torch.float32, copy=True))  # a graph's buffer would be overwritten
+        return torch.full_like(scores, -torch.inf).scatter_(1, target, 0.0)
+
+
+def left_padded(prompts: Sequence[Tokens], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both [B, P]."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,77 @@
+"""How close is close enough: thresholds of the quality tiers, and how much text an exam reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Limits on how far a candidate's next-token distribution may be from the original's.
+
+    Args:
+        name: "lossless", "strict", "relaxed" or "aggressive".
+        mean_kld: upper 95 % bound of the mean KL(original || candidate) per token, nats.
+        p99_kld: 99th percentile of the same, point estimate.
+        same_top: lower 95 % bound of the share of tokens with the same top token, near-ties excused.
+        ppl_ratio: candidate's perplexity / original's.
+        noise_factor: the mean KLD may also reach this many times the original's own A/A noise.
+    """
+
+    name: str
+    mean_kld: float
+    p99_kld: float
+    same_top: float
+    ppl_ratio: float
+    noise_factor: float = 0.0
+
+    def kld_limit(self, noise_kld: float) -> float:
+        """Limit of the mean KLD for an original whose own noise is `noise_kld` nats."""
+        return max(self.mean_kld, self.noise_factor * noise_kld)
+
+
+# Published readings of llama.cpp's perplexity tool on 7-8B models, Wikitext-2: BF16 against FP16 of one model 0.000025
+# nats and 99.7 % same top token; q8_0 0.0004 to 0.0014 and 97.7 to 98.8 %; q4_K_M 0.013 to 0.031 and 92 to 95 %. Smaller
+# models read a few times higher (135M: 8-bit weights in groups of 32 0.0017 and 98.1 %), hence the distance to the limits.
+TIERS: dict[str, Tier] = {
+    tier.name: tier
+    for tier in (
+        Tier("lossless", mean_kld=5e-4, p99_kld=0.01, same_top=0.995, ppl_ratio=1.001, noise_factor=5.0),
+        Tier("strict", mean_kld=0.005, p99_kld=0.05, same_top=0.965, ppl_ratio=1.005),
+        Tier("relaxed", mean_kld=0.05, p99_kld=0.5, same_top=0.90, ppl_ratio=1.05),
+        Tier("aggressive", mean_kld=0.15, p99_kld=1.5, same_top=0.82, ppl_ratio=1.15),
+    )
+}
+
+NEAR_TIE_NATS = 0.05  # a flip between tokens this close is a tie; vLLM's check_logprobs_close excuses likewise
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much an exam reads.
+
+    Args:
+        prompts: different prompts needed; fewer is inconclusive, because the bounds resample prompts.
+        natural: tokens of each prompt scored one by one, at its end.
+        own: tokens of the original's own continuation scored one by one, and free-running length.
+        padded: tokens of each prompt scored in left-padded batches.
+        lengths: context lengths at which a longer text is scored as well.
+    """
+
+    prompts: int
+    natural: int
+    own: int
+    padded: int
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens scored one by one at batch 1 when every prompt is long enough."""
+        return self.prompts * (self.natural + self.own)
+
+
+SIZES: dict[str, Size] = {
+    "quick": Size(16, natural=16, own=16, padded=24, lengths=(256, 512)),
+    "standard": Size(64, natural=24, own=24, padded=16, lengths=(256, 512, 1024)),
+    "thorough": Size(128, natural=48, own=48, padded=32, lengths=(256, 512, 1024, 2048)),
+}

@@ -1,0 +1,144 @@
+"""Timing one request, and noticing when something else disturbed it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..workload import Bucket
+from .score import CandidateError, Served, Tokens
+
+Clock = Callable[[], float]  # monotonic seconds
+
+TIMED_TOKENS = 32  # tokens generated per timed request; longer requests are extrapolated from them
+JUMP_S = 0.5  # wall clock and monotonic clock may drift this far apart within one request
+STOLEN = 0.05  # share of CPU time the hypervisor may take during one request
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request.
+
+    Args:
+        ttft_s: call to first token.
+        tpot_s: time per further token; NaN when there is only one.
+        end_to_end_s: of a request with all the tokens its bucket asks for: ttft + (n - 1) x tpot.
+        polluted: what disturbed it, or empty.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    end_to_end_s: float
+    polluted: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same request on both arms, one right after the other."""
+
+    reference: Timing
+    candidate: Timing
+
+    @property
+    def polluted(self) -> str:
+        return self.reference.polluted or self.candidate.polluted
+
+
+def time_request(
+    served: Served, prompts: Sequence[Tokens], new_tokens: int, clock: Clock = time.perf_counter
+) -> Timing:
+    """Time one request of `new_tokens` tokens; end-of-sequence must be off so that every arm generates as many.
+
+    Raises:
+        CandidateError: the variant raised or stopped early.
+    """
+    count = min(new_tokens, TIMED_TOKENS)
+    watch, before = _Stopwatch(clock), _Disturbance()
+    start = clock()
+    served.generate(prompts, count, streamer=watch)
+    marks = watch.marks_s
+    if len(marks) != count:
+        raise CandidateError(f"{len(marks)} tokens reached the streamer, expected {count}")
+    return timing(start, marks, new_tokens, before.since())
+
+
+def timing(start_s: float, marks_s: Sequence[float], new_tokens: int, polluted: str = "") -> Timing:
+    """The timing of a request from its start and the times of its tokens. Pure."""
+    ttft = marks_s[0] - start_s
+    steps = len(marks_s) - 1
+    tpot = (marks_s[-1] - marks_s[0]) / steps if steps else math.nan
+    total = ttft + (new_tokens - 1) * tpot if steps else ttft
+    if not (ttft > 0 and total > 0 and (math.isnan(tpot) or tpot > 0) and math.isfinite(total)):
+        polluted = "the clock did not advance"
+    return Timing(ttft, tpot, total, polluted)
+
+
+class _Stopwatch:
+    """A streamer that notes when each token arrives; the prompt, which comes first, is not a token."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.marks_s: list[float] = []
+        self.started = False
+
+    def put(self, value: Any) -> None:
+        if self.started:
+            self.marks_s.append(self.clock())
+        self.started = True
+
+    def end(self) -> None: ...
+
+
+class _Disturbance:
+    """What the machine did to this process since the object was made; says nothing where it cannot be seen."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.monotonic_s = time.time(), time.monotonic()
+        self.cpu, self.throttled = _cpu_ticks(), _throttled()
+
+    def since(self) -> str:
+        jump = (time.time() - self.wall_s) - (time.monotonic() - self.monotonic_s)
+        if abs(jump) > JUMP_S:
+            return f"the clock jumped by {jump:.1f} s"
+        ticks = [b - a for a, b in zip(self.cpu, _cpu_ticks(), strict=False)]
+        if len(ticks) > 7 and sum(ticks) > 0 and ticks[7] / sum(ticks) > STOLEN:
+            return f"the hypervisor took {ticks[7] / sum(ticks):.0%} of the CPU"
+        if _throttled() > self.throttled:
+            return "the CPU quota was used up"
+        return ""
+
+
+def _cpu_ticks() -> list[int]:
+    """user, nice, system, idle, iowait, irq, softirq, steal, ... of all CPUs; empty outside Linux."""
+    try:
+        with Path("/proc/stat").open() as stat:
+            return [int(t) for t in stat.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return []
+
+
+def _throttled() -> int:
+    """How often this container's CPU quota was used up; 0 where unknown."""
+    try:
+        text = Path("/sys/fs/cgroup/cpu.stat").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("nr_throttled ")]
+    return int(found[0]) if found else 0
+
+
+def request(bucket: Bucket, prompts: Sequence[Tokens], turn: int) -> list[Tokens]:
+    """Prompts [batch][prompt_tokens] for one timed request, taken in turn and joined where they are too short."""
+    filled: list[Tokens] = []
+    for row in range(bucket.batch):
+        k = turn * bucket.batch + row
+        tokens: list[int] = []
+        while len(tokens) < bucket.prompt_tokens:
+            tokens += prompts[k % len(prompts)]
+            k += 1
+        filled.append(tokens[: bucket.prompt_tokens])
+    return filled
