@@ -107,10 +107,11 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is Transform:
         return _transform(value, where)
     if issubclass(kind, enum.StrEnum):
+        text = _expect(str, value, where)
         try:
-            return kind(_expect(str, value, where))
+            return kind(text)
         except ValueError as error:
-            raise PlanError(f"{where} is {value!r}; expected one of {', '.join(kind)}") from error
+            raise PlanError(f"{where} is {text!r}; expected one of {', '.join(kind)}") from error
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
     return _expect(kind, value, where)

@@ -23,13 +23,8 @@ if TYPE_CHECKING:
     from .workload import Workload
 
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
-TRANSIENT = {
-    "_name_or_path",
-    "_commit_hash",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-}  # tensors tell their dtypes
+# told better elsewhere: by the class and the tensors, and by Fingerprint.versions
+TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 def of(model: PreTrainedModel, hardware: Hardware, workload: Workload, policy: Policy) -> Fingerprint:
