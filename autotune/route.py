@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,10 +38,13 @@ class Sampling:
 
     def run_on(self, model: PreTrainedModel) -> Any:
         """Transformers' own loop on `model`, which must be unrouted or route its forward itself."""
-        return getattr(type(model), LOOP)(model, self.input_ids, **self.options, **self.model_kwargs)
+        return getattr(bare_class(model), LOOP)(model, self.input_ids, **self.options, **self.model_kwargs)
 
     def original(self) -> Any:
         return self.run_on(self.model)
+
+    def with_streamer(self, streamer: Any) -> Sampling:
+        return replace(self, options={**self.options, "streamer": streamer})
 
 
 class Router(Protocol):
@@ -52,8 +55,6 @@ class Router(Protocol):
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
     def other_loop(self, name: str) -> None: ...
-
-    def changed(self, what: str) -> None: ...
 
 
 def attach(model: PreTrainedModel, router: Router) -> None:
@@ -116,29 +117,12 @@ def routed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         return self.__dict__[SLOT].sample(Sampling(bare(self), input_ids, options, kwargs))
 
-    def train(self: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
-        if mode:
-            self.__dict__[SLOT].changed("train()")
-        cls.train(self, mode)
-        return self
-
-    def load_state_dict(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[SLOT].changed("load_state_dict()")
-        return cls.load_state_dict(self, *args, **kwargs)
-
-    def _apply(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[SLOT].changed("to(), half() or another conversion")
-        return cls._apply(self, *args, **kwargs)
-
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
         return _restore, (cls, {k: v for k, v in self.__dict__.items() if k != SLOT})
 
     body: dict[str, Any] = {
         "forward": forward,
         LOOP: sample,
-        "train": train,
-        "load_state_dict": load_state_dict,
-        "_apply": _apply,
         "__reduce_ex__": __reduce_ex__,
         "_autotune_bare": cls,
         "__module__": cls.__module__,

@@ -6,8 +6,7 @@ The original is never edited. `Variant.edit` hands out structural copies (twins)
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import route
-from .errors import MeasurementError
-from .workload import PHASES, Phase
+from .errors import MeasurementError, VariantError
+from .workload import PHASES, Phase, Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from .compiled import CompiledStep
     from .traffic import Traffic
     from .transforms import Transform
+
+DEFAULT_CONTEXT = 256
 
 
 def fork(model: PreTrainedModel) -> PreTrainedModel:
@@ -44,6 +45,7 @@ class Variant:
 
     Attributes:
         original: the untouched model.
+        workload: what it is tuned for, which decides sizes (slots, batches to compile for); None: small defaults.
         traffic: where measured steps of this variant queue behind live requests; None outside a wrapped model.
         modules: phase -> module that computes it; the original itself until edited.
         transforms: what was applied, in order.
@@ -53,9 +55,12 @@ class Variant:
         step: compiled decode step, or None to call the decode module.
     """
 
-    def __init__(self, original: PreTrainedModel, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self, original: PreTrainedModel, traffic: Traffic | None = None, workload: Workload | None = None
+    ) -> None:
         self.original = original
         self.traffic = traffic
+        self.workload = workload
         self.modules: dict[Phase, PreTrainedModel] = dict.fromkeys(PHASES, original)
         self.transforms: tuple[Transform, ...] = ()
         self.threads: dict[Phase, int] = {}
@@ -64,7 +69,6 @@ class Variant:
         self.step: CompiledStep | None = None
         self._editable: set[int] = set()  # ids of modules made by this very object
         self._front: PreTrainedModel | None = None
-        self.lock = threading.RLock()  # compiled code runs one step at a time
 
     def with_transform(self, transform: Transform) -> Variant:
         """A new variant: this one plus `transform`, every transform in stage order.
@@ -77,10 +81,22 @@ class Variant:
             transform.apply(variant)
             variant.transforms = (*self.transforms, transform)
             return variant
-        return build(self.original, (*self.transforms, transform), self.traffic)
+        fresh = Variant(self.original, self.traffic, self.workload)
+        return fresh.with_transforms((*self.transforms, transform))
+
+    def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
+        """A new variant: this one plus `transforms`, in stage order.
+
+        Raises:
+            TransformError: one of them refuses.
+        """
+        variant = self
+        for transform in sorted(transforms, key=lambda t: t.stage):
+            variant = variant.with_transform(transform)
+        return variant
 
     def _copy(self) -> Variant:
-        other = Variant(self.original, self.traffic)
+        other = Variant(self.original, self.traffic, self.workload)
         other.modules, other.transforms, other.threads = (
             dict(self.modules),
             self.transforms,
@@ -106,19 +122,35 @@ class Variant:
             twins[id(self.modules[p])] = self.modules[p]
         return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
 
+    @property
+    def context_tokens(self) -> int:
+        """The longest context to expect, prompt and answer."""
+        if self.workload is None:
+            return DEFAULT_CONTEXT
+        return max(map(len, self.workload.prompts)) + self.workload.new_tokens
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return self.workload.batch_sizes if self.workload else (1,)
+
     @contextmanager
     def running(self, phase: Phase) -> Iterator[PreTrainedModel]:
-        """The phase's module inside its run context; what the context changes is restored."""
-        threads = self.threads.get(phase)
+        """The phase's module inside its run context; what the context changes is restored.
+
+        Raises:
+            VariantError: whatever the body raised, so that the module's failures are told from the caller's callbacks'.
+        """
         before = torch.get_num_threads()
-        if threads is None or threads == before:
-            yield self.modules[phase]
-            return
-        torch.set_num_threads(threads)
+        threads = self.threads.get(phase, before)
+        if threads != before:
+            torch.set_num_threads(threads)
         try:
             yield self.modules[phase]
+        except Exception as error:
+            raise VariantError(f"{phase} failed: {type(error).__name__}: {error}") from error
         finally:
-            torch.set_num_threads(before)
+            if threads != before:
+                torch.set_num_threads(before)
 
     def unsupported(self, call: route.Sampling) -> str | None:
         """Why this variant cannot serve a call of generate's loop, or None."""
@@ -147,7 +179,7 @@ class Variant:
         if self.loop == "lean" and (config.output_attentions or config.output_hidden_states):
             return "attentions or hidden states asked for"
         if self.caches is not None:
-            return self.caches.unsupported(call.input_ids.shape[0], config)
+            return self.caches.unsupported(config)
         return None
 
     def sample(self, call: route.Sampling) -> Any:
@@ -172,6 +204,7 @@ class Variant:
         """A model for transformers' own loop: its forward goes to the phase's module."""
         if self._front is None:
             front = fork(self.modules["decode"])
+            front.__dict__.pop("forward", None)  # one of the instance's own would hide the route
             self._front = route.routed(front, _PhaseSwitch(self))
         return self._front
 
@@ -184,20 +217,24 @@ class _Quiet:
 
     def other_loop(self, name: str) -> None: ...
 
-    def changed(self, what: str) -> None: ...
-
 
 class _PhaseSwitch(_Quiet):
     """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids, cache = kwargs["input_ids"], kwargs.get("past_key_values", kwargs.get("cache_params"))
-        decoding = ids.shape[1] == 1 and cache is not None and int(cache.get_seq_length()) > 0
+        decoding = ids.shape[1] == 1 and cache is not None and _holds_tokens(cache)
         with self.variant.running("decode" if decoding else "prefill") as module:
             return module(*args, **kwargs)
 
     def sample(self, call: route.Sampling) -> Any:
         return call.original()
+
+
+def _holds_tokens(cache: Any) -> bool:
+    if any(hasattr(layer, "get_seq_length") for layer in cache.layers):
+        return int(cache.get_seq_length()) > 0
+    return bool(cache.layers) and bool(cache.has_previous_state())  # state-space layers count no tokens
 
 
 class _Measured(_Quiet):
@@ -232,16 +269,13 @@ def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) <= 1 and asked <= plain and not torch.is_grad_enabled()
 
 
-def build(original: PreTrainedModel, transforms: tuple[Transform, ...], traffic: Traffic | None = None) -> Variant:
+def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant:
     """The variant that a plan's transforms make of an unrouted model.
 
     Raises:
         TransformError: one of them refuses.
     """
-    variant = Variant(original, traffic)
-    for transform in sorted(transforms, key=lambda t: t.stage):
-        variant = variant.with_transform(transform)
-    return variant
+    return Variant(original).with_transforms(transforms)
 
 
 def serving(variant: Variant) -> PreTrainedModel:

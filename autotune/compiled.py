@@ -1,0 +1,172 @@
+"""One decode step compiled ahead of time: no Python, no guards, decoder layers generated once.
+
+A step is compiled for exactly one batch size and number of slots. It has no guards, so the caller checks shapes by
+looking it up in `CompiledStep.fitting`; shapes that were not prepared run the same module uncompiled. Compiled code is
+kept in the user's cache directory under a key of everything that shaped it: modules, libraries, processor, threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import folders, hardware
+from .cache import SlotCache, run
+from .errors import TransformError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("autotune")
+
+Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
+LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on every kernel's arguments, 0.5 ms a token
+
+
+class CompiledStep:
+    """Compiled decode steps of one module, by (batch, slots).
+
+    Args:
+        module: the decode module; its weights are passed by reference, never copied into the code.
+        regions: trace every decoder layer as one nested region, generated once instead of once a layer.
+    """
+
+    def __init__(self, module: PreTrainedModel, regions: bool = True) -> None:
+        self.module, self.regions = module, regions
+        self._steps: dict[tuple[int, int], Callable[..., torch.Tensor]] = {}
+        self._lock = threading.Lock()  # compiled code runs one step at a time
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Compile for this cache's shape, or load what was compiled before.
+
+        Raises:
+            TransformError: the module cannot be compiled, in a sentence.
+        """
+        token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
+        arguments = (self.module, token, token.clone(), cache.slot, cache.valid, cache.keys, cache.values)
+        path = artifact(self.module, tuple(cache.valid.shape), self.regions)
+        compiled = load(path) if path is not None else None
+        if compiled is None:
+            compiled = compile_ahead(arguments, self.regions)
+            if path is not None:
+                keep(compiled, path)
+        compiled.disable_guard_check()
+        self._steps[tuple(cache.valid.shape)] = compiled.fn
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._steps)
+
+    def fitting(self, cache: SlotCache) -> Step | None:
+        """The step compiled for this cache's shape, or None."""
+        compiled = self._steps.get(tuple(cache.valid.shape))
+        if compiled is None:
+            return None
+
+        def step(token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+            with self._lock:
+                return compiled(self.module, token, position, cache.slot, cache.valid, cache.keys, cache.values)
+
+        return step
+
+
+def compile_ahead(arguments: tuple[Any, ...], regions: bool) -> Any:
+    """Compile `cache.run` for these arguments, as one graph.
+
+    Raises:
+        TransformError: it cannot be traced as one graph, or the compiler failed.
+    """
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN}
+    try:
+        with torch.no_grad(), layers_as_regions(arguments[0], regions):
+            function = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+            return function.aot_compile((arguments, {}))
+    except Exception as error:  # dynamo, inductor and the C++ compiler raise what they like
+        first = str(error).strip().splitlines()[:1]
+        raise TransformError(f"the decode step does not compile: {type(error).__name__}: {' '.join(first)}") from error
+
+
+@contextmanager
+def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """While it lasts, every decoder layer traces as one nested region."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not wanted or not stacks:
+        yield
+        return
+    kind = type(stacks[0][0])
+    forward = kind.forward
+    kind.forward = torch.compiler.nested_compile_region(forward)
+    try:
+        yield
+    finally:
+        kind.forward = forward
+
+
+def artifact(module: PreTrainedModel, shape: tuple[int, ...], regions: bool) -> Path | None:
+    """Where this step's compiled code is kept, or None without a private cache directory."""
+    folder = folders.cache("steps")
+    if folder is None or not _private(folder):
+        return None
+    seen = hashlib.blake2b(digest_size=16)
+    for part in _ingredients(module):
+        seen.update(part.encode() + b"\0")
+    seen.update(repr((shape, regions, sorted(LEAN.items()), torch.get_num_threads())).encode())
+    return folder / f"{seen.hexdigest()}.step"
+
+
+def _ingredients(module: PreTrainedModel) -> Iterator[str]:
+    """Everything that shapes the generated code, weights' values apart."""
+    yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
+    yield hardware.instruction_set() + hardware.processor_name()
+    yield module.config.to_json_string(use_diff=False)
+    yield inspect.getsource(inspect.getmodule(run) or run)
+    for kind in sorted({type(m) for m in module.modules()}, key=lambda k: (k.__module__, k.__qualname__)):
+        yield f"{kind.__module__}.{kind.__qualname__}"
+        yield inspect.getsource(kind)
+    for name, part in module.named_modules():
+        yield f"{name} {type(part).__qualname__} {part.extra_repr()}"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}"
+
+
+def load(path: Path) -> Any | None:
+    """Compiled code from an earlier process, or None. Only files of this user that nobody else can write are read."""
+    try:
+        if path.is_symlink() or not _private(path):
+            return None
+        return torch.compiler.load_compiled_function(io.BytesIO(path.read_bytes()), f_globals=run.__globals__)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file must cost a compilation, nothing more
+        log.warning("compiled step %s could not be loaded (%s); compiling anew", path.name, error)
+        return None
+
+
+def keep(compiled: Any, path: Path) -> None:
+    """Save compiled code for the next process; a full or read-only disk costs that process a compilation."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        compiled.save_compiled_function(str(draft))
+        draft.chmod(0o600)
+        draft.replace(path)
+    except Exception as error:
+        draft.unlink(missing_ok=True)
+        log.warning("the compiled step could not be kept: %s", error)
+
+
+def _private(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022

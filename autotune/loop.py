@@ -1,0 +1,110 @@
+"""A lean decoding loop: generate's greedy search and sampling, token for token, without its work between the steps.
+
+It serves what `Variant.unsupported` lets through: ids in, a cache of generate's own, no attentions or hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import softmax
+
+if TYPE_CHECKING:
+    from .route import Sampling
+    from .variant import Variant
+
+NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
+
+
+def decode(variant: Variant, call: Sampling) -> Any:
+    """Serve one call of generate's loop.
+
+    Returns:
+        what transformers' `_sample` returns: ids [B, P + new], or a GenerateDecoderOnlyOutput.
+    """
+    return over_slots(variant, call) if variant.caches is not None else over_growing_cache(variant, call)
+
+
+def over_growing_cache(variant: Variant, call: Sampling) -> Any:
+    """Decode with the cache that generate prepared."""
+    given = dict(call.model_kwargs)
+    cache, mask = given["past_key_values"], given.get("attention_mask")
+    with variant.running("prefill") as module:
+        logits = module(input_ids=call.input_ids, **given, return_dict=True).logits[:, -1]
+
+    def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        nonlocal mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+        with variant.running("decode") as module:
+            out = module(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        return out.logits[:, -1]
+
+    return sample(call, logits, following, lambda: cache)
+
+
+def over_slots(variant: Variant, call: Sampling) -> Any:
+    """Decode over a static cache: prefill grows a cache of its own, as the original's does, and hands it over."""
+    from . import cache as slots
+
+    assert variant.caches is not None  # noqa: S101 - the caller checked; for the type checker
+    given = dict(call.model_kwargs)
+    prompt = given["past_key_values"] = slots.DynamicCache()  # no configuration: every layer at full length
+    with variant.running("prefill") as module:
+        logits = module(input_ids=call.input_ids, **given, return_dict=True).logits[:, -1]
+    with variant.caches.lend(prompt, given.get("attention_mask")) as cache:
+        step = variant.step.fitting(cache) if variant.step is not None else None
+
+        def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            with variant.running("decode") as module:
+                logits = slots.step(module, token, position, cache) if step is None else step(token, position, cache)
+            cache.advance()
+            return logits
+
+        return sample(call, logits, following, lambda: cache.to_dynamic(variant.original.config))
+
+
+def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_cache: Callable[[], Any]) -> Any:
+    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of `_sample`."""
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    config, processors = call.options["generation_config"], call.options["logits_processor"]
+    criteria, streamer = call.options["stopping_criteria"], call.options.get("streamer")
+    ids, position = call.input_ids, call.model_kwargs["position_ids"][:, -1:]
+    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+    pads = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
+    scores: list[torch.Tensor] = []
+    raw: list[torch.Tensor] = []
+    while True:
+        logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+        score = processors(ids, logits)
+        if config.return_dict_in_generate and config.output_scores:
+            scores.append(score)
+        if config.return_dict_in_generate and config.output_logits:
+            raw.append(logits)
+        if config.do_sample:
+            token = torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1)  # [B]
+        else:
+            token = score.argmax(dim=-1)
+        if pads is not None:
+            token = token * unfinished + pads.to(ids.device) * (1 - unfinished)
+        ids = torch.cat([ids, token[:, None]], dim=-1)
+        unfinished = unfinished & ~criteria(ids, tuple(scores) or None)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        if unfinished.max() == 0:
+            break
+        position = position + 1
+        logits = following(token[:, None], position)
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return ids
+    return GenerateDecoderOnlyOutput(
+        sequences=ids,
+        scores=tuple(scores) if config.output_scores else None,
+        logits=tuple(raw) if config.output_logits else None,
+        past_key_values=final_cache(),
+    )

@@ -1,0 +1,50 @@
+"""A decoding loop without transformers' work between the steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import roofline
+from ..errors import ChoiceError
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+
+@dataclass(frozen=True)
+class LeanLoop(Transform):
+    """Runs greedy search and sampling in `autotune.loop`, token for token as generate does, with less in between."""
+
+    name: ClassVar[str] = "lean_loop"
+    stage: ClassVar[Stage] = Stage.LOOP
+    summary: ClassVar[str] = "generate's decoding loop without its per-token preparation"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase == "prefill":
+            raise ChoiceError("lean_loop: phase must be 'decode' or 'both'; prefill has no loop")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if variant.loop == "lean":
+            return "the loop is lean already"
+        parameters = set(inspect.signature(variant.original.forward).parameters)
+        if missing := {"past_key_values", "position_ids", "attention_mask"} - parameters:
+            return f"the model's forward takes no {', '.join(sorted(missing))}"
+        return None
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best all time between operators was the loop's."""
+        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        variant.loop = "lean"
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return None if variant.loop == "lean" else "transformers' loop still runs"

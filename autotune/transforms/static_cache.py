@@ -1,0 +1,89 @@
+"""Keys and values in slots allocated once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import roofline
+from ..errors import ChoiceError, TransformError
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+ROUND_TO = 128  # slots; a multiple of every vector width and of flash attention's blocks
+HEADROOM = 2  # times the longest context of the workload
+
+
+@dataclass(frozen=True)
+class StaticCache(Transform):
+    """Decodes over a KV cache allocated once and reused, in the lean loop: no growth, no copies, constant shapes.
+
+    Args:
+        slots: tokens a sequence has room for; 0 means twice the workload's longest context, within the model's own.
+    """
+
+    slots: int = 0
+
+    name: ClassVar[str] = "static_cache"
+    stage: ClassVar[Stage] = Stage.CACHE
+    summary: ClassVar[str] = "KV cache in slots allocated once, decoded in the lean loop"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.slots < 0:
+            raise ChoiceError(f"static_cache: slots must be 0 (automatic) or more, not {self.slots}")
+        if self.phase == "prefill":
+            raise ChoiceError("static_cache: phase must be 'decode' or 'both'; prefill has no cache to read")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if variant.caches is not None:
+            return f"the cache is static already ({variant.caches.slots} slots)"
+        return no_slots(variant.original)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best the cache's growth and the loop's work between steps disappear."""
+        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        use_slots(variant, self.slots)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return None if variant.caches is not None and variant.loop == "lean" else "decode does not run over slots"
+
+
+def no_slots(model: PreTrainedModel) -> str | None:
+    """Why a model cannot decode over slots, or None."""
+    from ..cache import unsupported
+
+    parameters = set(inspect.signature(model.forward).parameters)
+    return unsupported(model.config.get_text_config(decoder=True), parameters)
+
+
+def use_slots(variant: Variant, slots: int = 0) -> None:
+    """Give the variant a static cache and the loop that drives it, unless it has them.
+
+    Raises:
+        TransformError: the model cannot decode over slots.
+    """
+    from ..cache import CachePool
+
+    if reason := no_slots(variant.original):
+        raise TransformError(reason)
+    config = variant.original.config.get_text_config(decoder=True)
+    if variant.caches is None:
+        variant.caches = CachePool(config, slots or automatic_slots(variant, config))
+    variant.loop = "lean"
+
+
+def automatic_slots(variant: Variant, config: object) -> int:
+    wanted = -(-HEADROOM * variant.context_tokens // ROUND_TO) * ROUND_TO
+    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)

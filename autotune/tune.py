@@ -1,0 +1,186 @@
+"""Tuning, from a model and a workload to a verdict: replay a known plan or search for one, confirm, keep, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from . import bench as benches
+from . import fingerprint, hardware, store
+from .bench import LiveBench
+from .errors import AutotuneError, TransformError
+from .plan import Fingerprint, Plan
+from .policy import Policy
+from .report import Drawn, Recorded, Report
+from .search import Found, search, tier_for
+from .traffic import Traffic
+from .validate import Latency, Quality
+from .variant import Variant
+from .workload import Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("autotune")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to: the variant that should serve (without transforms: the original), plan and report."""
+
+    variant: Variant
+    plan: Plan
+    report: Drawn
+
+
+def tune(
+    model: PreTrainedModel,
+    workload: Workload,
+    policy: Policy,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache: bool = True,
+    traffic: Traffic | None = None,
+    notify: Callable[[str], None] = log.info,
+) -> Tuned:
+    """Find, prove and keep the variant of `model` that serves `workload` best under `policy`.
+
+    Args:
+        model: unrouted, in eval mode. It is left bit-identical.
+        tokenizer: fills up a workload of few prompts with natural text to judge quality on.
+        cache: read and write plans in the user's cache directory.
+        traffic: lets live requests through between measured steps.
+        notify: told each step in a sentence.
+
+    Raises:
+        AutotuneError: something that is needed could not be measured, or a transform wrote into the original.
+    """
+    start = time.monotonic()
+    notify("measuring the hardware")
+    machine = hardware.probe(model.device.type)
+    identity = fingerprint.of(model, machine, workload, policy)
+    original = Variant(model, traffic, workload)
+    bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
+    if cache and (known := store.find(identity)) is not None:
+        notify("re-verifying the plan kept from an earlier run")
+        if (tuned := replay(known, bench, start)) is not None:
+            return tuned
+    found = search(original, policy, machine, bench, notify=notify, deadline=start + policy.budget_s)
+    tuned = conclude(found, bench, identity, start)
+    if fingerprint.of_model(model) != identity.model:
+        culprits = ", ".join(sorted({t.transform.name for t in found.trials if t.compile_s}))
+        raise AutotuneError(
+            f"the model's weights changed during tuning: another thread or one of the transforms tried ({culprits}) "
+            "wrote into them; nothing was committed; reload the model"
+        )
+    if cache:
+        store.save(tuned.plan)
+    return tuned
+
+
+def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float) -> Tuned:
+    """Confirm the search's winner on held-out prompts; what does not confirm is not kept."""
+    winner, quality, latency = found.after.variant, None, None
+    if winner.transforms:
+        bench.notify("confirming the winner on held-out prompts")
+        quality, latency = bench.confirm(winner, tier_for(winner, bench.policy))
+    kept = latency is not None and latency.verdict == "pass"
+    variant = winner if kept else bench.original
+    verdict = explain(found, quality, latency)
+    after = None
+    if kept:
+        bench.notify("profiling the winner")
+        after = bench.profile_final(winner)
+    seconds = time.monotonic() - start
+    report = Report(
+        model=name_of(bench.original.original),
+        parameters=bench.original.original.num_parameters(),
+        hardware=bench.hardware,
+        workload=describe(bench.workload),
+        before=found.before.profile,
+        diagnoses_before=found.before.diagnoses,
+        verdict=verdict,
+        after=after,
+        diagnoses_after=bench.diagnose(after) if after else {},
+        transforms=variant.transforms,
+        trials=found.trials,
+        quality=quality,
+        latency=latency,
+        policy=bench.policy.name,
+        tier=bench.policy.tier,
+        objective=bench.policy.objective,
+        budget_s=bench.policy.budget_s,
+        seconds=seconds,
+        break_even_tokens=break_even(found, latency, seconds) if kept else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    plan = Plan(identity, variant.transforms, quality, latency, found.trials, report.created, report.to_dict())
+    return Tuned(variant, plan, report)
+
+
+def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
+    """A plan from disk is a hint: applied and re-verified, or ignored."""
+    report = Recorded(plan.summary)
+    if not plan.transforms:
+        seconds = time.monotonic() - start
+        verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
+        return Tuned(bench.original, plan, report.reverified(verdict=verdict, seconds=seconds))
+    try:
+        variant = bench.original
+        for transform in plan.transforms:
+            variant = variant.with_transform(transform)
+            if missing := transform.took_effect(variant):
+                raise TransformError(f"{transform} had no effect: {missing}")
+        quality, latency = bench.reverify(variant, tier_for(variant, bench.policy))
+    except Exception as error:  # whatever is wrong with an old plan, a fresh search is the answer
+        log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
+        return None
+    if latency is None or latency.verdict != "pass":
+        log.warning(
+            "the kept plan did not hold (%s); searching anew", quality.reason if latency is None else latency.reason
+        )
+        return None
+    seconds = time.monotonic() - start
+    verdict = f"replayed and re-verified: {latency.reason}; {quality.reason}"
+    fresh = report.reverified(verdict=verdict, seconds=seconds, latency=latency, quality=quality)
+    return Tuned(variant, replace(plan, quality=quality, latency=latency), fresh)
+
+
+def explain(found: Found, quality: Quality | None, latency: Latency | None) -> str:
+    """The outcome in a sentence with numbers."""
+    if not found.after.variant.transforms:
+        tried = sum(t.quality is not None or t.latency is not None for t in found.trials)
+        return f"kept the original: none of {tried} candidates tried proved both faster and no worse"
+    names = " + ".join(map(str, found.after.variant.transforms))
+    if latency is None and quality is not None:
+        return f"kept the original: on held-out prompts {names} did not keep the quality: {quality.reason}"
+    assert latency is not None
+    if latency.verdict != "pass":
+        return f"kept the original: on held-out prompts {names} did not confirm its speed: {latency.reason}"
+    e, d, p = latency.end_to_end, latency.tpot, latency.ttft
+    return (
+        f"committed {names}: requests {e.ratio:.2f}x as fast (95 % interval {e.low:.2f} to {e.high:.2f}), "
+        f"decode {d.ratio:.2f}x ({d.low:.2f} to {d.high:.2f}), prefill {p.ratio:.2f}x ({p.low:.2f} to {p.high:.2f})"
+    )
+
+
+def break_even(found: Found, latency: Latency | None, seconds: float) -> float | None:
+    """Tokens to generate until the time spent on tuning is won back."""
+    if latency is None or latency.tpot.ratio <= 1:
+        return None
+    saved_s = found.before.profile.phases["decode"].seconds * (1 - 1 / latency.tpot.ratio)
+    return seconds / saved_s
+
+
+def name_of(model: PreTrainedModel) -> str:
+    return model.config._name_or_path or type(model).__name__
+
+
+def describe(workload: Workload) -> str:
+    bucket = workload.buckets()[0]
+    batches = ", ".join(map(str, workload.batch_sizes))
+    return f"{len(workload.prompts)} prompts of about {bucket.prompt_tokens} tokens, {workload.new_tokens} new tokens, batch {batches}"
