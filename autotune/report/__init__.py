@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ..diagnose import Diagnosis
+from ..errors import PlanError
 from ..hardware import Hardware
 from ..plan import Trial
 from ..profile import Profile
@@ -145,3 +146,17 @@ class Recorded(Drawn):
         from .record import reverify
 
         return replace(self, record=reverify(self.record, verdict, seconds, latency, quality))
+
+
+def read(record: Mapping[str, Any]) -> Recorded:
+    """A report from a record of unknown origin.
+
+    Raises:
+        PlanError: it is not a record that this version can show.
+    """
+    recorded = Recorded(record)
+    try:
+        str(recorded)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(f"the report in it cannot be shown ({type(error).__name__}: {error})") from error
+    return recorded

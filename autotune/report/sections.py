@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from . import numbers as n
@@ -58,7 +59,10 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
 
 def headline(record: Mapping[str, Any]) -> str:
     model, policy = record["model"], record["policy"]
-    words = [model["name"], f"{n.count(model['parameters'])} parameters"]
+    words = [
+        PurePath(model["name"]).name if model["name"].startswith("/") else model["name"],
+        f"{n.count(model['parameters'])} parameters",
+    ]
     if policy["name"]:
         words.append(f"policy {policy['name']} (objective {policy['objective']}, quality tier {policy['tier']})")
     return ", ".join(words)
@@ -70,7 +74,9 @@ def result(record: Mapping[str, Any]) -> Section:
     if record["policy"]["name"] is None:  # profiled only
         measured = tuple((p, _time(p, f["baseline_ms"]), f["bottleneck"], n.ratio(f["ceiling"])) for p, f in phases)
         return Section(
-            "Result", (record["verdict"],), Table(("phase", "time", "bottleneck", "ceiling"), "lrlr", measured)
+            "Result",
+            (sentence(record["verdict"]),),
+            Table(("phase", "time", "bottleneck", "ceiling"), "lrlr", measured),
         )
     rows = [_result_row(phase, figures) for phase, figures in phases]
     if record["latency"] and record["transforms"]:
@@ -93,7 +99,7 @@ def _time(phase: str, ms: float | None) -> str:
 
 
 def _story(record: Mapping[str, Any]) -> Iterator[str]:
-    yield record["verdict"]
+    yield sentence(record["verdict"])
     if record["transforms"]:
         yield "Applied, in this order: " + "; ".join(record["transforms"]) + "."
     if replayed := record["replayed"]:

