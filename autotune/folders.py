@@ -23,7 +23,7 @@ def cache(name: str = "") -> Path | None:
     chosen, problem = _chosen(), "there is no home directory"
     if chosen is not None:
         try:
-            return _made(chosen / name)
+            return _made(chosen, name)
         except OSError as error:
             problem = str(error)
     temporary = _temporary()
@@ -33,7 +33,7 @@ def cache(name: str = "") -> Path | None:
     warn_once(
         f"the cache lasts only as long as this process: {problem}; set AUTOTUNE_CACHE_DIR to a writable directory"
     )
-    return _made(temporary / name)
+    return _made(temporary, name)
 
 
 def _chosen() -> Path | None:
@@ -47,8 +47,10 @@ def _chosen() -> Path | None:
         return None
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _made(root: Path, name: str) -> Path:
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = root / name
+    folder.mkdir(mode=0o700, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} is not writable")
     return folder

@@ -93,17 +93,11 @@ def _read(path: Path) -> bytes:
     """The content of a regular, reasonably small file that only this user can have written.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: it cannot be opened, or is a link or a directory; FileNotFoundError: there is none.
         PlanError: the file or its directory is not this user's alone, is no regular file, or is too large.
     """
     _require_private(os.stat(path.parent), "its directory")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise PlanError(f"it cannot be opened as a regular file ({error.strerror})") from error
-    with os.fdopen(descriptor, "rb") as file:
+    with open(path, "rb", opener=_open_unlinked) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise PlanError("it is not a regular file")
@@ -112,6 +106,10 @@ def _read(path: Path) -> bytes:
     if len(content) > MAX_BYTES:
         raise PlanError(f"it is larger than {MAX_BYTES >> 20} MB")
     return content
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not block
 
 
 def _require_private(status: os.stat_result, what: str) -> None:
