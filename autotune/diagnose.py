@@ -1,13 +1,33 @@
-"""From a profile to a verdict: what limits each phase, the evidence, and how much faster it could become."""
+"""From a profile to a verdict: what limits each phase, the evidence, and how much faster it could become.
+
+The time T of a call or token is divided by where it is spent, and the larger part names the bottleneck:
+
+    overhead   between operators, and in operators too small to be more than their own start
+    sync       the host waits for a device that has nothing to do
+    the rest   in operators that do real work: compute-, memory- or KV-cache-bound, whichever floor is the highest
+
+A matmul that is slow for its bytes is memory-bound with a low efficiency, not overhead: what helps is a better kernel
+or fewer bytes, not fewer operators. A device that is idle is never called compute-bound.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from .roofline import classify, intensity, peak_flops_per_s, ridge, roofline_s
 from .workload import Phase
 
+if TYPE_CHECKING:
+    from .hardware import Hardware
+    from .profile import MemoryUse, PhaseProfile
+
 Bottleneck = Literal["compute", "memory", "kv-cache", "overhead", "sync", "capacity", "mixed"]
+
+DOMINANT = 0.6  # a part this large decides: removing all of the rest would gain less than 1 / 0.6 = 1.67x
+LARGE_SYNC = 0.2  # waiting this long on an idle device outweighs what any kernel could gain
+FULL = 0.9  # of the memory: allocator slack and the host's own needs take the rest
+UNITS = {"prefill": "a call", "decode": "a token"}
 
 
 @dataclass(frozen=True)
@@ -27,3 +47,118 @@ class Diagnosis:
     evidence: str
     ceiling: float
     roofline_share: float
+
+
+def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse | None = None) -> Diagnosis:
+    """What limits a phase.
+
+    Args:
+        phase_profile: the phase as measured.
+        hardware: measured peaks.
+        memory: peak memory, for the question whether it fits; without it, the bytes that move are asked.
+    """
+    share = min(1.0, roofline_s(phase_profile, hardware) / phase_profile.seconds)
+    bottleneck = find_bottleneck(phase_profile, hardware, memory)
+    return Diagnosis(
+        phase=phase_profile.phase,
+        bottleneck=bottleneck,
+        evidence=_evidence(phase_profile, hardware, bottleneck, share, memory),
+        ceiling=1 / share if share else float("inf"),
+        roofline_share=share,
+    )
+
+
+def find_bottleneck(phase: PhaseProfile, hardware: Hardware, memory: MemoryUse | None = None) -> Bottleneck:
+    """The bottleneck alone; see the module's docstring for the definitions."""
+    if needed_bytes(phase, memory) > FULL * hardware.memory_bytes:
+        return "capacity"
+    overhead = overhead_s(phase) / phase.seconds
+    waiting = phase.sync_s / phase.seconds
+    if waiting >= LARGE_SYNC and 1 - phase.busy >= LARGE_SYNC:
+        return "sync"
+    if overhead >= DOMINANT:
+        return "overhead"
+    return work_bound(phase, hardware) if 1 - overhead >= DOMINANT else "mixed"
+
+
+def work_bound(phase: PhaseProfile, hardware: Hardware) -> Literal["compute", "memory", "kv-cache"]:
+    """Which floor the working time of a phase stands on, whatever the overhead beside it."""
+    machine = ridge(peak_flops_per_s(hardware, phase.compute_dtype), hardware.bandwidth_bytes_per_s)
+    if phase.moved_bytes == 0 or classify(intensity(phase.flops, phase.moved_bytes), machine) == "compute":
+        return "compute"
+    return "kv-cache" if phase.cache_bytes > phase.weight_bytes else "memory"
+
+
+def overhead_s(phase: PhaseProfile) -> float:
+    """Seconds between operators and in operators too small to do more than start."""
+    return max(0.0, phase.seconds * (1 - phase.busy)) + phase.small_s
+
+
+def needed_bytes(phase: PhaseProfile, memory: MemoryUse | None) -> float:
+    """Bytes that must be resident for the phase to run."""
+    if memory is None:
+        return phase.moved_bytes
+    return memory.weights_bytes + memory.cache_bytes + memory.activations_bytes
+
+
+def _evidence(
+    phase: PhaseProfile, hardware: Hardware, bottleneck: Bottleneck, share: float, memory: MemoryUse | None
+) -> str:
+    unit, subject = UNITS[phase.phase], f"{phase.phase}"
+    best = f"at 100 % it would be {1 / share:.1f}x faster" if share else "its floor is unknown"
+    floor = f"the roofline floor is {_ms(roofline_s(phase, hardware))}; {best}"
+    spent = overhead_s(phase)
+    part = f"{_ms(spent)} of {_ms(phase.seconds)} {unit} ({spent / phase.seconds:.0%})".replace("%", " %")
+    if bottleneck == "capacity":
+        return (
+            f"{subject} needs {_gb(needed_bytes(phase, memory))}, more than {FULL:.0%} of the ".replace("%", " %")
+            + f"{_gb(hardware.memory_bytes)} there are: capacity-bound"
+        )
+    if bottleneck == "sync":
+        return (
+            f"{subject} waits for the device {_ms(phase.sync_s)} of {_ms(phase.seconds)} {unit} while that works only "
+            f"{_percent(phase.busy)} of the time: synchronisation-bound; {floor}"
+        )
+    if bottleneck == "overhead":
+        return (
+            f"{subject} spends {part} between its {phase.operator_count} operators and in small ones: "
+            f"overhead-bound; {floor}"
+        )
+    reached = _reached(phase, hardware, work_bound(phase, hardware))
+    if bottleneck == "mixed":
+        return f"{reached}, and {part} is overhead: mixed; {best}"
+    name = {"kv-cache": "KV-cache-bound", "compute": "compute-bound", "memory": "memory-bound"}[bottleneck]
+    return f"{reached}: {name}; {best}"
+
+
+def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
+    """What the phase moves or computes per second, and which share of the measured peak that is."""
+    unit = UNITS[phase.phase]
+    if bound == "compute":
+        peak, rate = peak_flops_per_s(hardware, phase.compute_dtype), phase.flops / phase.seconds
+        return (
+            f"{phase.phase} computes {phase.flops / 1e9:.3g} GFLOP {unit} at {rate / 1e9:.3g} GFLOP/s, "
+            f"{_percent(rate / peak)} of the {peak / 1e9:.3g} GFLOP/s measured for {phase.compute_dtype}"
+        )
+    peak, rate = hardware.bandwidth_bytes_per_s, phase.moved_bytes / phase.seconds
+    cache = f", {_percent(phase.cache_bytes / phase.moved_bytes)} of it KV cache," if bound == "kv-cache" else ""
+    return (
+        f"{phase.phase} moves {_mb(phase.moved_bytes)} {unit}{cache} at {rate / 1e9:.3g} GB/s, "
+        f"{_percent(rate / peak)} of the {peak / 1e9:.3g} GB/s measured"
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.3g} MB" if size < 1e9 else _gb(size)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .roofline import matmul_flops
+
+LIBRARIES = {"torch": "torch", "transformers": "transformers", "autotune": "autotune-inference"}
+OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
+COMPILERS = ("c++", "g++", "clang++")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+READ_BYTES = 512 * 2**20  # larger than the caches of most machines, so that memory is what answers
+READ_ROUNDS = 6
+SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matmuls, until one takes long enough to be the peak
+HOPELESS_FLOPS_PER_S = 1e9  # no vector unit is this slow: the dtype is emulated, and the smallest matmul says enough
+MATMUL_S = 0.04  # a matmul this long has paid for its start: larger ones run no faster
+MATMUL_ROUNDS, MATMUL_LIMIT_S = 6, 0.25  # rounds of one size, and when to stop repeating it
 
 
 @dataclass(frozen=True)
@@ -33,3 +57,138 @@ class Hardware:
     compiler: str | None
     versions: Mapping[str, str]
     measured: bool = True
+
+
+def probe(device: str = "cpu") -> Hardware:
+    """Measure this machine at the process's present thread count; under two seconds, once per process.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    return _probe(str(device), torch.get_num_threads())
+
+
+@functools.cache
+def _probe(device: str, threads: int) -> Hardware:
+    on_gpu = device.startswith("cuda")
+    with torch.inference_mode():
+        return Hardware(
+            device="cuda" if on_gpu else "cpu",
+            name=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+            capability=_gpu_capability(device) if on_gpu else instruction_set(),
+            threads=threads,
+            memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_bytes(),
+            bandwidth_bytes_per_s=read_bandwidth(device),
+            flops_per_s=matmul_peaks(device),
+            compiler=find_compiler(),
+            versions=library_versions(),
+        )
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes per second of a large sequential read, the best of several rounds of two kernels.
+
+    A matrix times a vector is what decoding does to weights; a dot product reads without a stride. Which of them
+    reaches further differs by BLAS and by thread count, and a peak is the better of the two.
+    """
+    size = min(READ_BYTES, memory_bytes() // 16)
+    data = torch.ones(size // 4096, 1024, device=device)  # [rows, 1024] float32
+    flat, vector = data.view(-1), torch.ones(1024, device=device)
+    timed = _timer(device)
+    fastest = min(timed(read) for _ in range(READ_ROUNDS) for read in (lambda: data.mv(vector), lambda: flat.dot(flat)))
+    return data.nbytes / fastest
+
+
+def matmul_peaks(device: str) -> dict[str, float]:
+    """FLOP/s of a square matmul by dtype name; a dtype the machine only emulates gets a tiny matmul's figure."""
+    peaks = {str(dtype).removeprefix("torch."): _matmul_peak(device, dtype) for dtype in DTYPES}
+    return {name: peak for name, peak in peaks.items() if peak}
+
+
+def _matmul_peak(device: str, dtype: torch.dtype) -> float:
+    peak = 0.0
+    for side in SIDES:
+        try:
+            fastest = _fastest_matmul(device, dtype, side)
+        except RuntimeError:  # no matmul in this dtype, or no memory for one so large
+            break
+        peak = max(peak, matmul_flops(side, side, side) / fastest)
+        if fastest > MATMUL_S or peak < HOPELESS_FLOPS_PER_S:
+            break
+    return peak
+
+
+def _fastest_matmul(device: str, dtype: torch.dtype, side: int) -> float:
+    timed, a = _timer(device), torch.ones(side, side, device=device, dtype=dtype)
+    fastest, end = math.inf, time.perf_counter() + MATMUL_LIMIT_S
+    for _ in range(MATMUL_ROUNDS):
+        fastest = min(fastest, timed(lambda: a @ a))
+        if time.perf_counter() > end:
+            break
+    return fastest
+
+
+def _timer(device: str) -> Callable[[Callable[[], object]], float]:
+    return _gpu_seconds if device.startswith("cuda") else _cpu_seconds
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _gpu_capability(device: str) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def instruction_set() -> str:
+    """The vector instructions torch uses here; "NEON" on every 64-bit ARM, where torch calls them its default."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine().lower() in ("aarch64", "arm64") and capability == "DEFAULT":
+        return "NEON"
+    return capability
+
+
+def processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(names, platform.processor() or platform.machine())
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: the machine's, or its container's limit where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        file = Path(limit)
+        if file.exists() and (text := file.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def find_compiler() -> str | None:
+    """Path of a C++ compiler: $CXX, or the first of the usual names on the path."""
+    candidates = (os.environ.get("CXX", ""), *COMPILERS)
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries a result depends on, read from their metadata without importing them."""
+    found = {}
+    for name, distribution in (LIBRARIES | OPTIONAL_LIBRARIES).items():
+        try:
+            found[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue  # optional, or autotune itself run from its source tree
+    return found

@@ -1,12 +1,21 @@
-"""What a variant costs: prefill and decode measured apart."""
+"""What a variant costs: prefill and decode measured apart.
+
+`measure` is the door. Behind it: `timing` (requests as they are served), `counts` (FLOPs and bytes from the modules),
+`operators` (where the time goes, under torch.profiler), `scaling` (batch sizes and context lengths).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
-from ..workload import Phase
+from ..workload import Phase, Workload
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..variant import Variant
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class PhaseProfile:
         operator_count: operators dispatched per call or token.
         sync_s: seconds the host waits for the device per call or token (0 on a CPU).
         operators: the operator table.
+        attention_flops: FLOPs of attention proper, part of `flops`.
+        small_s: seconds in operators too small to be anything but their own start.
     """
 
     phase: Phase
@@ -59,6 +70,8 @@ class PhaseProfile:
     operator_count: int
     sync_s: float
     operators: tuple[Operator, ...]
+    attention_flops: float = 0.0
+    small_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -108,3 +121,27 @@ class Profile:
     memory: MemoryUse
     prompt_tokens: int
     batch: int
+
+
+def measure(
+    variant: Variant,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    budget_s: float = 20.0,
+    scaling: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Profile:
+    """Profile a variant on the workload's median prompt, through the path that will serve it.
+
+    Args:
+        variant: what to measure; it is left as it is.
+        workload: prompts; their median length and the first batch size are measured.
+        hardware: measured peaks, for the operator table's verdicts.
+        budget_s: seconds to spend. The first request is a warm-up that always runs, and so do one sample and one trace.
+        scaling: also measure batch scaling and context growth, with what is left of the budget.
+        progress: told the name of each step.
+    """
+    from .survey import survey
+
+    return survey(variant, workload, hardware, budget_s=budget_s, scaling=scaling, progress=progress)

@@ -1,0 +1,47 @@
+"""A time limit for a row of measurements that grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+GROWTH = 2.5  # scans double or quadruple what they measure; start-up costs keep the time from growing as fast
+
+
+class Budget:
+    """Seconds that may be spent; says before each step whether another one of its kind still fits.
+
+    Args:
+        seconds: the limit.
+        progress: told the name of every step.
+        clock: seconds of some monotonic clock.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        progress: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._clock, self._progress = clock, progress or (lambda step: None)
+        self._end = clock() + seconds
+        self._last_s = 0.0
+
+    def left_s(self) -> float:
+        return self._end - self._clock()
+
+    def allows(self, growth: float = GROWTH) -> bool:
+        """Whether a step `growth` times as long as the last one fits."""
+        return self.left_s() > self._last_s * growth
+
+    def half(self) -> Budget:
+        """A budget over half of what is left."""
+        return Budget(self.left_s() / 2, self._progress, self._clock)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self._progress(name)
+        start = self._clock()
+        yield
+        self._last_s = self._clock() - start

@@ -1,0 +1,77 @@
+"""How decoding grows: throughput over batch sizes, time per token over context lengths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import MeasurementError
+from . import ScalePoint
+from .budget import Budget
+from .counts import Forward, activation_size, cache_size, text_config
+from .timing import time_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("autotune")
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+CONTEXTS = (64, 256, 1024, 4096)
+STEPS = 6  # tokens generated per point: five steps averaged
+FREE_SHARE = 0.5  # of the memory that is free, so that a scan never pushes the user's process into swap
+
+
+def batch_scaling(
+    served: PreTrainedModel, prompt: torch.Tensor, batches: Sequence[int], free_bytes: int, clock: Budget
+) -> tuple[ScalePoint, ...]:
+    """Time decode steps at each batch size that fits memory and the budget.
+
+    Args:
+        served: the model as it will serve.
+        prompt: one prompt, [1, P] int64.
+        batches: sizes in ascending order.
+        free_bytes: memory that may be used.
+        clock: says whether the next point still fits.
+    """
+    points = list[ScalePoint]()
+    size = torch.finfo(served.dtype).bits // 8
+    for batch in batches:
+        tokens = prompt.shape[1] + STEPS
+        needed = cache_size(served, batch, tokens, size) + activation_size(served, Forward(batch, tokens), size)
+        if needed > FREE_SHARE * free_bytes or not clock.allows():
+            break
+        point = _point(served, prompt.expand(batch, -1).contiguous(), clock, f"batch {batch}")
+        if point is None:
+            break
+        points.append(point)
+    return tuple(points)
+
+
+def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget) -> tuple[ScalePoint, ...]:
+    """Time decode steps at growing context lengths within the model's limit and the budget; the prompt is repeated."""
+    limit = getattr(text_config(served), "max_position_embeddings", None) or CONTEXTS[-1]
+    points = list[ScalePoint]()
+    for context in (c for c in CONTEXTS if c + STEPS <= limit):
+        if not clock.allows():
+            break
+        ids = prompt.repeat(1, -(-context // prompt.shape[1]))[:, :context]
+        point = _point(served, ids, clock, f"context {context}")
+        if point is None:
+            break
+        points.append(point)
+    return tuple(points)
+
+
+def _point(served: PreTrainedModel, ids: torch.Tensor, clock: Budget, name: str) -> ScalePoint | None:
+    """One measured point, or None where the variant does not serve such a request (a cache too short)."""
+    with clock.step(name):
+        try:
+            request = time_request(served, ids, STEPS)
+        except MeasurementError as error:
+            logger.info("%s is not measured: %s", name, error)
+            return None
+    return ScalePoint(ids.shape[0], ids.shape[1], request.tpot_s)

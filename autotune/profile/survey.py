@@ -1,0 +1,152 @@
+"""One survey of a variant: requests timed, one of them traced, work counted, and what they say put together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from itertools import chain
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..roofline import peak_flops_per_s, ridge
+from ..variant import serving
+from ..workload import PHASES, Phase, Workload
+from . import MemoryUse, PhaseProfile, Profile, ScalePoint
+from .budget import Budget
+from .counts import Forward, activation_size, attention_flops, cache_size, compute_dtype, count, tensors_within
+from .operators import Trace, observable, share, table, trace
+from .scaling import BATCHES, batch_scaling, context_growth
+from .timing import Request, time_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..hardware import Hardware
+    from ..variant import Variant
+
+TIMING_SHARE = 0.4  # of the budget, for TTFT and TPOT samples; the rest is for operators and scaling
+MAX_SAMPLES = 9  # beyond this the median of a quiet host no longer moves
+MAX_NEW_TOKENS = 32  # per timed request: decode time per token is stable by then
+TRACED_TOKENS = 6  # five decode steps, of which the median one is looked into
+
+
+def survey(
+    variant: Variant,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    budget_s: float,
+    scaling: bool,
+    progress: Callable[[str], None] | None,
+) -> Profile:
+    """`autotune.profile.measure`, which documents it."""
+    budget = Budget(budget_s, progress)
+    served, batch = serving(variant), workload.batch_sizes[0]
+    ids = median_prompts(workload, batch).to(variant.original.device)  # [B, P]
+    with budget.step("warm-up"):
+        warm = time_request(served, ids, 3)
+    affordable = (TIMING_SHARE * budget_s / 4 - warm.ttft_s) / warm.tpot_s
+    new_tokens = max(TRACED_TOKENS, min(workload.new_tokens, MAX_NEW_TOKENS, int(affordable)))
+
+    requests, rest_s = list[Request](), (1 - TIMING_SHARE) * budget_s
+    while not requests or (len(requests) < MAX_SAMPLES and budget.left_s() > rest_s and budget.allows(growth=1)):
+        with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
+            requests.append(time_request(served, ids, new_tokens))
+    with budget.step("operators"):
+        watched, models = observable(variant)
+        traces = trace(serving(watched), models, ids, TRACED_TOKENS)
+    batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
+    if scaling:
+        sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
+        batches = batch_scaling(served, ids[:1], sizes, free_bytes(hardware), budget.half())
+        contexts = context_growth(served, ids[:1], budget)
+
+    prompt_tokens = ids.shape[1]
+    samples = {"prefill": [r.ttft_s for r in requests], "decode": [r.tpot_s for r in requests]}
+    shapes = {
+        "prefill": Forward(batch, prompt_tokens),
+        "decode": Forward(batch, 1, prompt_tokens + new_tokens // 2),  # half-way through
+    }
+    return Profile(
+        phases={p: _phase(p, variant.modules[p], samples[p], shapes[p], traces[p], hardware) for p in PHASES},
+        batch_scaling=batches,
+        context_growth=contexts,
+        memory=memory_use(variant, shapes["prefill"], new_tokens),
+        prompt_tokens=prompt_tokens,
+        batch=batch,
+    )
+
+
+def median_prompts(workload: Workload, batch: int) -> torch.Tensor:
+    """Prompts of the workload's median length, cut to it where they are longer: [batch, P] int64.
+
+    Different prompts where there are enough: a mixture routes them to different experts.
+    """
+    ordered = sorted(workload.prompts, key=len)
+    length = len(ordered[len(ordered) // 2])
+    fitting = [prompt[:length] for prompt in ordered if len(prompt) >= length]
+    return torch.tensor(list(itertools.islice(itertools.cycle(fitting), batch)))
+
+
+def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse:
+    """Peak memory of one request: distinct storages of both phases' modules, the full cache, prefill's activations.
+
+    Activations are an estimate by formula (`counts.activation_size`); the other two are exact.
+    """
+    model = variant.original
+    element = compute_dtype(model).itemsize
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(variant)}
+    return MemoryUse(
+        weights_bytes=sum(storages.values()),
+        cache_bytes=cache_size(model, prefill.batch, prefill.new + new_tokens, element),
+        activations_bytes=activation_size(model, prefill, element),
+    )
+
+
+def free_bytes(hardware: Hardware) -> int:
+    """Memory that is free now: on the GPU, or in the machine as far as its kernel tells."""
+    if hardware.device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return hardware.memory_bytes // 2
+    return min(available, hardware.memory_bytes)
+
+
+def _tensors(variant: Variant) -> Iterable[torch.Tensor]:
+    for tensor in chain.from_iterable(chain(m.parameters(), m.buffers()) for m in variant.modules.values()):
+        yield from tensors_within(tensor)
+
+
+def _phase(
+    phase: Phase,
+    model: PreTrainedModel,
+    samples_s: list[float],
+    forward: Forward,
+    trace: Trace,
+    hardware: Hardware,
+) -> PhaseProfile:
+    dtype = compute_dtype(model)
+    name = str(dtype).removeprefix("torch.")
+    work = count(model, forward, dtype.itemsize)
+    found = share(trace, median(samples_s))
+    return PhaseProfile(
+        phase=phase,
+        samples_s=tuple(samples_s),
+        flops=sum(part.flops for part in work.values()),
+        weight_bytes=sum(part.weight_bytes for part in work.values()),
+        cache_bytes=sum(part.cache_bytes for part in work.values()),
+        busy=found.busy_s / median(samples_s),
+        compute_dtype=name,
+        linear_s=found.linear_s,
+        attention_s=found.attention_s,
+        operator_count=found.operator_count,
+        sync_s=found.sync_s,
+        operators=table(found, work, ridge(peak_flops_per_s(hardware, name), hardware.bandwidth_bytes_per_s)),
+        attention_flops=attention_flops(model, forward),
+        small_s=found.small_s,
+    )

@@ -1,0 +1,76 @@
+"""Requests timed as they are served: a streamer notes when each token comes out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import record_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TICK = "autotune.token"  # range in a torch.profiler trace at every token that came out
+
+
+@dataclass(frozen=True)
+class Request:
+    """When a request was made and when each of its tokens came out, in seconds of one clock."""
+
+    start_s: float
+    tokens_s: tuple[float, ...]
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token."""
+        return self.tokens_s[0] - self.start_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first; needs two tokens."""
+        return (self.tokens_s[-1] - self.tokens_s[0]) / (len(self.tokens_s) - 1)
+
+
+class Stopwatch:
+    """A transformers streamer that keeps times instead of tokens. The first thing generate hands over is the prompt."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        with record_function(TICK):
+            self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to flush."""
+
+
+def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Request:
+    """Generate greedily exactly `new_tokens` tokens for `ids` [B, P] and time them.
+
+    Args:
+        served: the model as it will serve (`autotune.variant.serving`).
+        ids: prompts of one length, [B, P] int64; every position counts.
+        new_tokens: tokens per sequence; end-of-sequence is held back.
+    """
+    watch = Stopwatch()
+    start = time.perf_counter()
+    served.generate(ids, streamer=watch, **forced(served, ids, new_tokens))  # type: ignore[operator]
+    return Request(start, tuple(watch.ticks[1:]))
+
+
+def forced(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate` for a greedy request of a fixed length."""
+    eos = model.generation_config.eos_token_id
+    end = eos[0] if isinstance(eos, list) and eos else eos
+    pad = model.generation_config.pad_token_id
+    return {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "num_beams": 1,
+        "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens,
+        "pad_token_id": pad if pad is not None else end if isinstance(end, int) else 0,
+    }
