@@ -54,7 +54,8 @@ def first_wrong_token(expected: torch.Tensor, log_probs: torch.Tensor, got: torc
             at = int(different[0])
             margin = float(top[row, at, 0] - top[row, at, 1])
             if margin > NEAR_TIE:
-                return f"row {row}, token {at}: {int(got[row, at])} instead of {int(expected[row, at])}, margin {margin:.2f}"
+                was, is_now = int(expected[row, at]), int(got[row, at])
+                return f"row {row}, token {at}: {is_now} instead of {was}, margin {margin:.2f}"
     return None
 
 

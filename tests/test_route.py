@@ -72,6 +72,7 @@ class Door:
     def other_loop(self, name: str) -> None:
         self.bypassed.append(name)
 
+
 def served(model: PreTrainedModel, variant: str) -> PreTrainedModel:
     return route.routed(model, Door(build(model, VARIANTS[variant])))
 
@@ -143,9 +144,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("variant", ["identity", "apart"])
 @pytest.mark.parametrize("options", GENERATE.values(), ids=GENERATE.keys())
-def test_generate_gives_what_the_original_gives(
-    llama: PreTrainedModel, variant: str, options: dict[str, Any]
-) -> None:
+def test_generate_gives_what_the_original_gives(llama: PreTrainedModel, variant: str, options: dict[str, Any]) -> None:
     expected = generate(llama, **options)
     assert_same(generate(served(llama, variant), **options), expected)
 
@@ -207,9 +206,7 @@ FORWARD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("options", FORWARD.values(), ids=FORWARD.keys())
-def test_forward_gives_what_the_original_gives(
-    llama: PreTrainedModel, variant: str, options: dict[str, Any]
-) -> None:
+def test_forward_gives_what_the_original_gives(llama: PreTrainedModel, variant: str, options: dict[str, Any]) -> None:
     routed = served(llama, variant)
     with torch.no_grad():
         expected, got = llama(PROMPT, **options), routed(PROMPT, **options)
@@ -235,12 +232,8 @@ def test_a_users_own_loop_over_forward(llama: PreTrainedModel, variant: str) -> 
 @pytest.mark.parametrize("variant", ["identity", "apart"])
 def test_a_cache_that_generate_returned_can_be_continued(llama: PreTrainedModel, variant: str) -> None:
     def two_turns(model: PreTrainedModel) -> torch.Tensor:
-        first = model.generate(
-            input_ids=PROMPT, max_new_tokens=5, min_new_tokens=5, return_dict_in_generate=True
-        )
-        return model.generate(
-            input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=5
-        )
+        first = model.generate(input_ids=PROMPT, max_new_tokens=5, min_new_tokens=5, return_dict_in_generate=True)
+        return model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=5)
 
     assert_same(two_turns(served(llama, variant)), two_turns(llama))
 

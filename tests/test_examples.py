@@ -1,0 +1,119 @@
+"""Every example runs, on a tiny model, in a process of its own as its reader would run it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from autotune import policy as policies
+from tests.models import tiny
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICK = """
+name = "quick"
+description = "One question, in seconds"
+objective = "latency"
+tier = "strict"
+budget_s = 10
+
+[[steps]]
+name = "threads"
+when = { phase = "decode" }
+choices = [{ transform = "threads", phase = "decode", count = 1 }]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny model with its tokenizer, and a policy that takes seconds."""
+    folder = tmp_path_factory.mktemp("examples")
+    tiny().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "quick.toml").write_text(QUICK)
+    return folder
+
+
+def run(*command: str | Path, path: Path | None = None) -> str:
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_quickstart(folder: Path) -> None:
+    said = run(EXAMPLES / "quickstart.py", "--model", folder / "model", "--policy", folder / "quick.toml")
+    assert "-bound: " in said
+    assert "Status(" in said
+
+
+@pytest.mark.slow
+def test_custom_policy(folder: Path) -> None:
+    said = run(EXAMPLES / "custom_policy.py", "--model", folder / "model", "--budget", "15")
+    assert said.startswith("chat: ")
+    assert "weight_storage" in said
+
+
+def test_the_examples_policy_is_valid() -> None:
+    assert policies.load(EXAMPLES / "chat.toml").limits.max_ttft_increase == 0.01
+
+
+@pytest.mark.slow
+def test_custom_transform(folder: Path, tmp_path: Path) -> None:
+    source = EXAMPLES / "custom_transform"
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    build = tmp_path / "source"  # pip writes build files beside the source
+    build.mkdir()
+    for name in ("pyproject.toml", "merged_mlp.py"):
+        (build / name).write_bytes((source / name).read_bytes())
+    run("-m", "pip", "install", *options, "--target", tmp_path / "site", build)
+    said = run(source / "run.py", "--model", folder / "model", path=tmp_path / "site")
+    assert "found: gate and up projection" in said
+    assert ": merged_mlp @ decode: " in said
+
+
+def module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = loaded  # pydantic resolves annotations there
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["blocking", "background"])
+def test_serving(folder: Path, tokenizer: PreTrainedTokenizerFast, when: str) -> None:
+    model = tiny()
+    expected = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=12)[0, 5:]
+    serving = module(EXAMPLES / "serving.py")
+    app = serving.create_app(model, tokenizer, when=when, policy=str(folder / "quick.toml"))
+
+    async def talk() -> tuple[list[httpx.Response], dict[str, Any]]:
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as web:
+            body = {"prompt": "Hello", "max_new_tokens": 12}
+            replies = await asyncio.gather(*(web.post("/generate", json=body) for _ in range(2)))
+            replies.append(await web.post("/generate", json={"prompt": ""}))
+            return replies, (await web.get("/status")).json()
+
+    replies, status = asyncio.run(talk())
+    assert [reply.status_code for reply in replies] == [200, 200, 422]
+    for reply in replies[:2]:
+        assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert status["state"] in ({"tuned", "original"} if when == "blocking" else {"observing"})
+    assert not hasattr(model, "autotune")
