@@ -1,0 +1,241 @@
+"""Policies: the built-in ones load, a user's own add or override, and every slip is an error that helps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from autotune import policy, transforms
+from autotune.errors import PolicyError
+from autotune.policy import BUILT_IN, Choice, Limits, Step
+
+NAMES = ["balanced", "latency", "lossless", "memory", "throughput"]
+MINE = """
+name = "mine"
+description = "My own"
+objective = "latency"
+tier = "strict"
+budget_s = 60
+
+[limits]
+min_gain = 0.1
+
+[[steps]]
+name = "one"
+when = { phase = "decode", bottleneck = ["memory", "mixed"], device = ["cpu"] }
+choices = [
+    { transform = "attention", implementation = "eager" },
+    { transform = "threads", phase = "decode", count = 1 },
+]
+
+[[steps]]
+name = "two"
+when = { phase = "prefill" }
+choices = [{ transform = "threads" }]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AUTOTUNE_POLICY_DIR", raising=False)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(text: str = MINE, name: str = "mine") -> Path:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_the_built_in_policies() -> None:
+    assert list(policy.available()) == NAMES
+    assert policy.load("balanced").tier == "strict"
+    assert policy.load("lossless").tier == "lossless"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_built_in_policy_is_sound(name: str) -> None:
+    loaded = policy.load(name)
+    assert loaded.name == name
+    assert loaded.source == str(BUILT_IN / f"{name}.toml")
+    assert loaded.budget_s >= 60
+    assert len({step.name for step in loaded.steps}) == len(loaded.steps)
+    assert {step.phase for step in loaded.steps} == {"prefill", "decode"}
+    for step in loaded.steps:
+        made = [transforms.make(c.transform, c.params, c.phase) for c in step.choices]
+        assert len(set(made)) == len(made)
+        assert all(step.phase in transform.phases for transform in made), f"{step.name} tries what cannot help it"
+
+
+def test_memory_never_keeps_a_copy_per_phase() -> None:
+    for step in policy.load("memory").steps:
+        for choice in step.choices:
+            stage = transforms.registry()[choice.transform].stage
+            assert stage is not transforms.Stage.WEIGHTS or choice.phase == "both"
+
+
+def test_lossless_lists_no_quantisation() -> None:
+    used = {c.transform for step in policy.load("lossless").steps for c in step.choices}
+    assert not used & {"weight_only", "dynamic_int8", "torchao", "bitsandbytes", "linear_dtype"}
+
+
+def test_a_file_becomes_a_policy(write: Callable[..., Path]) -> None:
+    path = write()
+    assert policy.check(path) == policy.Policy(
+        name="mine",
+        description="My own",
+        objective="latency",
+        tier="strict",
+        limits=Limits(min_gain=0.1),
+        budget_s=60.0,
+        steps=(
+            Step(
+                "one",
+                "decode",
+                (Choice("attention", {"implementation": "eager"}), Choice("threads", {"count": 1}, "decode")),
+                frozenset({"memory", "mixed"}),
+                frozenset({"cpu"}),
+            ),
+            Step("two", "prefill", (Choice("threads"),)),
+        ),
+        source=str(path),
+    )
+    assert policy.load(path) == policy.load(str(path)) == policy.check(str(path))
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_users_directory_adds(
+    by: str, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write().parent
+    if by == "environment":
+        monkeypatch.setenv("AUTOTUNE_POLICY_DIR", str(folder))
+    extra = folder if by == "argument" else None
+    assert list(policy.available(extra)) == [*NAMES, "mine"]
+    assert policy.load("mine", extra).description == "My own"
+    assert not caplog.records
+
+
+def test_overriding_a_built_in_warns_and_names_both_files(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(MINE.replace('name = "mine"', 'name = "balanced"'), "balanced")
+    assert policy.load("balanced", path.parent).description == "My own"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(path) in record.getMessage()
+    assert str(BUILT_IN / "balanced.toml") in record.getMessage()
+
+
+def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="does not exist"):
+        policy.available(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("balance", "no policy 'balance', did you mean 'balanced'.; available: balanced, latency"),
+        ("xyz", "no policy 'xyz'; available"),
+        ("", "no policy ''"),
+        ("no/such/file.toml", "no/such/file.toml: cannot be read"),
+        ("../policies/balanced", "cannot be read"),
+    ],
+)
+def test_an_unknown_policy_is_an_error(name: str, says: str) -> None:
+    with pytest.raises(PolicyError, match=says):
+        policy.load(name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('name = "mine"', "", "name is missing; expected text"),
+        ('name = "mine"', 'name = "yours"', "name is 'yours'; a policy is called as its file, 'mine'"),
+        ('description = "My own"', "description = 3", "description is 3; expected text"),
+        ('objective = "latency"', 'objective = "latenc"', "unknown objective 'latenc', did you mean 'latency'"),
+        ('objective = "latency"', "objective = []", r"objective is \[\]; expected text"),
+        ('tier = "strict"', 'tier = "strickt"', "unknown tier 'strickt', did you mean 'strict'.; known: lossless"),
+        ("budget_s = 60", "", "budget_s is missing; expected a number"),
+        ("budget_s = 60", 'budget_s = "5m"', "budget_s is '5m'; expected a number"),
+        ("budget_s = 60", "budget_s = -1", "budget_s is -1"),
+        ("budget_s = 60", "budget_s = inf", "budget_s is inf"),
+        ("budget_s = 60", "budget_s = nan", "budget_s is nan"),
+        ("budget_s = 60", "budget_s = true", "budget_s is True"),
+        ("budget_s = 60", "budgets = 60", "unknown key 'budgets', did you mean 'budget_s'"),
+        ("min_gain", "min_gains", r"\[limits\]: unknown key 'min_gains', did you mean 'min_gain'"),
+        ("min_gain = 0.1", "min_gain = -0.1", r"\[limits\]: min_gain is -0.1"),
+        ("[limits]\nmin_gain = 0.1", "limits = 3", r"\[limits\]: expected a table, found 3"),
+        ('name = "one"', "", "step 1: name is missing"),
+        ('name = "one"', 'name = "one"\nwhn = 1', r"step 1 \(one\): unknown key 'whn', did you mean 'when'"),
+        ('when = { phase = "prefill" }', "", r"step 2 \(two\): when is missing"),
+        ('when = { phase = "prefill" }', "when = {}", r"step 2 \(two\), when: phase is missing"),
+        (
+            'phase = "prefill"',
+            'phase = "prefil"',
+            r"step 2 \(two\), when: unknown phase 'prefil', did you mean 'prefill'",
+        ),
+        (
+            "bottleneck = [",
+            "bottlenecks = [",
+            r"step 1 \(one\), when: unknown key 'bottlenecks', did you mean 'bottleneck'",
+        ),
+        (
+            '["memory", "mixed"]',
+            '["memroy"]',
+            r"step 1 \(one\), when: unknown bottleneck 'memroy', did you mean 'memory'",
+        ),
+        ('["memory", "mixed"]', '"memory"', "bottleneck is 'memory'; expected a list"),
+        ('["memory", "mixed"]', "[1]", "bottleneck is 1; expected text"),
+        ('["cpu"]', '["cpus"]', "unknown device 'cpus', did you mean 'cpu'"),
+        ('[{ transform = "threads" }]', "[]", r"step 2 \(two\): choices is missing or empty"),
+        ('[{ transform = "threads" }]', '["threads"]', r"step 2 \(two\): choices is missing or empty"),
+        ('{ transform = "threads" }', "{ count = 1 }", r"step 2 \(two\), choice 1: transform is missing"),
+        (
+            '{ transform = "threads" }',
+            '{ transform = "thread" }',
+            "choice 1: no transform 'thread'; did you mean 'threads'",
+        ),
+        (
+            '{ transform = "threads" }',
+            '{ transform = "threads", cuont = 1 }',
+            "no parameter 'cuont'; did you mean 'count'",
+        ),
+        (
+            '"decode", count',
+            '"decod", count',
+            r"step 1 \(one\), choice 2: threads: phase is 'decod'; did you mean 'decode'",
+        ),
+        ("count = 1", 'count = "1"', r"step 1 \(one\), choice 2: threads: count must be int, not '1'"),
+        ("count = 1", "count = 0", r"step 1 \(one\), choice 2: threads: count must be at least 1"),
+        ("count = 1", "count = ", "cannot be read as TOML"),
+        ('name = "one"', 'name = "one"\nname = "two"', "cannot be read as TOML"),
+    ],
+)
+def test_a_slip_is_an_error_that_helps(old: str, new: str, says: str, write: Callable[..., Path]) -> None:
+    assert old in MINE
+    path = write(MINE.replace(old, new, 1))
+    with pytest.raises(PolicyError, match=says) as caught:
+        policy.check(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("steps", ["", "steps = []", "steps = 3", "steps = [1]", "[steps]"])
+def test_a_policy_without_steps_is_an_error(steps: str, write: Callable[..., Path]) -> None:
+    header = MINE[: MINE.index("[limits]")]
+    with pytest.raises(PolicyError, match="steps is missing or not a list of tables"):
+        policy.check(write(header + steps))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\x00", b"a = " + b"[" * 100_000, b""])
+def test_what_is_no_policy_is_an_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(PolicyError, match=str(path)):
+        policy.check(path)
