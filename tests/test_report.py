@@ -65,8 +65,8 @@ def profile(prefill_s, decode_s, weights=540_000_000):
 
 HARDWARE = Hardware("cpu", "Example CPU", "AVX2", 2, 8 * 10**9, 25e9, {"float32": 140e9}, "g++ 13", {"torch": "2.13.0"})
 DIAGNOSES = {
-    "prefill": Diagnosis("prefill", "compute", "prefill does 17 GFLOP at 130 GFLOP/s, 93 % of 140", 1.08, 0.93),
-    "decode": Diagnosis("decode", "overhead", "decode moves 538 MB a token at 10.0 GB/s, 40 % of 25.0", 2.5, 0.4),
+    "prefill": Diagnosis("prefill", "compute", "prefill computes 17 GFLOP at 130 GFLOP/s: compute-bound", 1.08, 0.93),
+    "decode": Diagnosis("decode", "overhead", "decode moves 538 MB a token at 10.0 GB/s: overhead-bound", 2.5, 0.4),
 }
 PASSED = Quality(
     "strict",
@@ -135,7 +135,10 @@ COMMITTED = replace(
     ORIGINAL,
     verdict="Committed shrink(bits=8)@decode.",
     after=profile(0.093, 0.013, weights=680_000_000),
-    diagnoses_after={**DIAGNOSES, "decode": Diagnosis("decode", "memory", "moves 135 MB at 20 GB/s", 1.2, 0.8)},
+    diagnoses_after={
+        **DIAGNOSES,
+        "decode": Diagnosis("decode", "memory", "decode moves 135 MB at 20 GB/s: memory-bound", 1.2, 0.8),
+    },
     transforms=(Shrink(),),
     trials=TRIALS,
     quality=PASSED,
@@ -227,7 +230,7 @@ def test_operators_are_paired_by_group():
                 "31.2 tok/s",
                 "mean KLD 1.21, at most 0.0050",
                 "prefill is compute-bound",
-                "Now decode is memory-bound",
+                "Now decode moves 135 MB at 20 GB/s: memory-bound.",
                 "beam search",
                 "Example CPU",
                 "2026-11-22",
@@ -247,7 +250,7 @@ def test_operators_are_paired_by_group():
         ),
         (
             PROFILED,
-            ["decode is overhead-bound", "attention", "45 %", "batch"],
+            ["Decode moves 538 MB a token at 10.0 GB/s: overhead-bound.", "attention", "45 %", "batch"],
             ["Tried", "speed-up", "after ms", "nan"],
         ),
     ],

@@ -69,9 +69,11 @@ def _fail(message: str, code: int) -> int:
 def quieten() -> None:
     """Keep other libraries' progress bars and notes off the terminal of this process."""
     import logging
+    import os
 
     from transformers.utils import logging as transformers_logging
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to standard error by itself
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for name in (
         "transformers",

@@ -118,21 +118,11 @@ def _story(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def diagnosis(record: Mapping[str, Any]) -> Section:
-    """What limits each phase, before and, where the model was changed, after."""
-
-    def told(phase: str, d: Mapping[str, Any]) -> str:
-        evidence = d["evidence"].rstrip(".")
-        share = f"{n.percent(d['roofline_share'])} of the roofline, at most {n.ratio(d['ceiling'])} faster as it stands"
-        return f"{phase} is {bound(d['bottleneck'])}: {evidence} ({share})."
-
-    sentences = [told(phase, d) for phase, d in record["phases"].items()]
+    """What limits each phase, before and, where the model was changed, after: the diagnoses' own sentences."""
+    sentences = [sentence(d["evidence"]) for d in record["phases"].values()]
     if record["transforms"]:
-        sentences += [f"Now {told(phase, d)}" for phase, d in record["diagnoses_after"].items()]
+        sentences += [sentence(f"now {d['evidence']}") for d in record["diagnoses_after"].values()]
     return Section("Diagnosis", tuple(sentences))
-
-
-def bound(bottleneck: str) -> str:
-    return "limited by nothing in particular" if bottleneck == "mixed" else f"{bottleneck}-bound"
 
 
 def operators(record: Mapping[str, Any]) -> Iterator[Section]:
