@@ -25,10 +25,26 @@ _SETUP = ("__init__", "_init_weights", "reset_parameters", "init_mamba_weights")
 
 
 class Replacement(nn.Module):
-    """A layer that stands in for a linear layer and never changes, so that copies of a model share it."""
+    """A layer that stands in for a linear layer and never changes, so that copies of a model share it whole.
+
+    Its weights are often no ordinary tensors (packed, opaque, of a foreign class). They are plain attributes, out of
+    sight of `parameters()` and `buffers()`, and their size is stated instead.
+
+    Args:
+        linear: the layer it stands in for.
+        weight_bytes: bytes of weights, scales and bias that it holds and reads at each call.
+    """
+
+    def __init__(self, linear: nn.Linear, weight_bytes: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_bytes = weight_bytes
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:
@@ -68,6 +84,14 @@ def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None],
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
     """How many layers of `kind` a model has."""
     return sum(isinstance(module, kind) for module in model.modules())
+
+
+def stored_bytes(*models: nn.Module) -> int:
+    """Memory that the models' weights take together; what they share is counted once."""
+    tensors = chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    replacements = {id(m): m.weight_bytes for model in models for m in model.modules() if isinstance(m, Replacement)}
+    return sum(storages.values()) + sum(replacements.values())
 
 
 def obstacle(model: PreTrainedModel) -> str | None:

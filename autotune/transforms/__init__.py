@@ -85,7 +85,7 @@ class Transform:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "phase"}
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{k}={v}" for k, v in self.params.items())
+        inner = ", ".join(f"{k}={v}" for k, v in self.params.items() if v != "")
         return f"{self.name}({inner})@{self.phase}" if inner else f"{self.name}@{self.phase}"
 
 

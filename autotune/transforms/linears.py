@@ -34,14 +34,11 @@ class LinearTransform(Transform):
 
     stage: ClassVar[Stage] = Stage.WEIGHTS
     kind: ClassVar[type[nn.Module]] = sites.Replacement  # what a layer becomes
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
         """The layer that takes the place of `linear`, or None to leave it. Only reads `linear`."""
         raise NotImplementedError
-
-    def refuses(self, layers: Mapping[str, nn.Linear]) -> str | None:
-        """Why these layers cannot be exchanged, or None."""
-        return None
 
     def missing(self) -> str | None:
         """What this process lacks to run the new layers, or None."""
@@ -52,8 +49,8 @@ class LinearTransform(Transform):
         raise NotImplementedError
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if hardware.device != "cpu":
-            return f"it runs on a CPU, not on {hardware.device}"
+        if hardware.device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, not on {hardware.device}"
         if (reason := sites.obstacle(variant.original) or self.missing()) is not None:
             return reason
         for phase in self.phases:
@@ -62,8 +59,6 @@ class LinearTransform(Transform):
                 return _nothing_left(variant, phase)
             if dtypes := {layer.weight.dtype for layer in layers.values()} - {torch.float32}:
                 return f"it replaces FP32 weights; these are {', '.join(sorted(map(str, dtypes)))}"
-            if (reason := self.refuses(layers)) is not None:
-                return reason
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:

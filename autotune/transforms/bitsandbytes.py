@@ -1,0 +1,136 @@
+"""bitsandbytes' 8-bit and 4-bit linear layers, through its operators.
+
+Its own modules warn at each call and repack their weights in the middle of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+
+from .. import roofline, sites
+from . import require
+from .linears import LinearTransform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..hardware import Hardware
+    from ..profile import PhaseProfile
+
+BITS = {"int8": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight
+OUTLIER = 6.0  # LLM.int8 multiplies input columns beyond this in floating point
+BLOCK = 64  # weights that share a scale at four bits
+PACKED_ROWS = 32  # output rows that the packed 4-bit layout takes at a time
+
+
+class OutlierInt8Linear(sites.Replacement):
+    """LLM.int8: INT8 weights per row, INT8 activations per token, outlier columns in floating point.
+
+    Source: Dettmers et al., "LLM.int8(): 8-bit matrix multiplication for transformers at scale", 2022.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, weight_bytes=linear.weight.numel() + 4 * linear.out_features)
+        self.functional = library().functional
+        half = linear.weight.detach().to(torch.float16, copy=True).contiguous()
+        self.weight, self.scales, _ = self.functional.int8_vectorwise_quant(half)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)  # [B * S, K]
+        # a copy, because outliers are blanked out in it
+        numbers, scales, columns = self.functional.int8_vectorwise_quant(
+            rows.to(torch.float16, copy=True), threshold=OUTLIER
+        )
+        y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+            rows, numbers, self.weight, scales, self.scales, columns, self.bias
+        )
+        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return cast("torch.Tensor", y)
+
+
+class FourBitLinear(sites.Replacement):
+    """NF4 or FP4 weights in blocks; packed for the processor's BF16 instructions where it has them."""
+
+    def __init__(self, linear: nn.Linear, scheme: str) -> None:
+        super().__init__(linear, weight_bytes=linear.weight.numel() // 2 + linear.weight.numel() * 4 // BLOCK)
+        bnb, weight = library(), linear.weight.detach().contiguous()
+        self.weight, self.state = bnb.functional.quantize_4bit(weight, blocksize=BLOCK, quant_type=scheme)
+        fits = linear.out_features % PACKED_ROWS == 0 and linear.in_features % BLOCK == 0
+        pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+        if pack is not None and fits and weight.device.type == "cpu" and bnb.functional.has_avx512bf16():
+            self.weight, self.state = pack(self.weight, self.state)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.multiply = bnb.matmul_4bit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.multiply(x, self.weight, quant_state=self.state, bias=self.bias)
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Bitsandbytes(LinearTransform):
+    """Linear weights quantised by bitsandbytes.
+
+    Args:
+        scheme: "int8" (LLM.int8), "nf4" or "fp4".
+    """
+
+    scheme: str = "nf4"
+
+    name: ClassVar[str] = "bitsandbytes"
+    summary: ClassVar[str] = "bitsandbytes' LLM.int8, NF4 and FP4 linear layers"
+    kind: ClassVar[type[nn.Module]] = sites.Replacement
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+    def __post_init__(self) -> None:
+        require(self.scheme, BITS, "bitsandbytes: scheme")
+
+    def missing(self) -> str | None:
+        return _missing(self.scheme)
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        return _layer(linear, self.scheme)
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        dtype = "int8" if self.scheme == "int8" else None
+        return roofline.faster_weights(
+            phase, hardware, phase.weight_bytes * BITS[self.scheme] / 32, compute_dtype=dtype
+        )
+
+
+def library() -> Any:
+    """The package, imported without its remark that an optional kernel could be downloaded."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    finally:
+        log.setLevel(level)
+    return bitsandbytes
+
+
+def _layer(linear: nn.Linear, scheme: str) -> nn.Module:
+    return OutlierInt8Linear(linear) if scheme == "int8" else FourBitLinear(linear, scheme)
+
+
+@functools.cache
+def _missing(scheme: str) -> str | None:
+    """Found out by trying on a small layer: it may not be installed, or lack its library for this machine."""
+    online = os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE")
+    if "bitsandbytes" not in sys.modules and importlib.util.find_spec("kernels") is not None and online:
+        return "importing bitsandbytes beside the package kernels may download code: set HF_HUB_OFFLINE=1 to allow it"
+    try:
+        _layer(torch.nn.Linear(64, 64, bias=False, dtype=torch.float32), scheme)(torch.ones(1, 64))
+    except Exception as error:  # whatever an optional package raises, it cannot be used
+        return f"bitsandbytes cannot run {scheme} here: {type(error).__name__}: {error}"
+    return None

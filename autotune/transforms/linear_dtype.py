@@ -1,0 +1,84 @@
+"""Matmuls over weights computed in a narrower dtype; what lies between them, the KV cache included, stays as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from .. import roofline, sites
+from . import require
+from .linears import LinearTransform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..hardware import Hardware
+    from ..profile import PhaseProfile
+
+
+class CastLinear(sites.Replacement):
+    """y = x W^T + b in `dtype`, returned in x's own.
+
+    Args:
+        linear: the layer it stands in for.
+        dtype: of the weights and the arithmetic.
+        packed: lay the weights out for oneDNN once, instead of at each call. No compiler takes such a tensor.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool) -> None:
+        super().__init__(linear, weight_bytes=linear.weight.numel() * dtype.itemsize)
+        self.dtype, self.packed = dtype, packed
+        weight = linear.weight.detach().to(dtype).contiguous()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        narrow = x.to(self.dtype)
+        if self.packed:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(narrow, self.weight, self.bias, "none", [], "")
+        else:
+            y = F.linear(narrow, self.weight, self.bias)
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LinearDtype(LinearTransform):
+    """Computes linear layers in BF16 or FP16, input and output cast at each layer.
+
+    Worth it where the hardware multiplies that dtype (AMX, AVX512-BF16, tensor cores), and hopeless elsewhere.
+
+    Args:
+        dtype: "bfloat16" or "float16".
+    """
+
+    dtype: str = "bfloat16"
+
+    name: ClassVar[str] = "linear_dtype"
+    summary: ClassVar[str] = "BF16 or FP16 matmuls over weights; activations between them and KV cache unchanged"
+    kind: ClassVar[type[nn.Module]] = CastLinear
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+    def __post_init__(self) -> None:
+        require(self.dtype, ("bfloat16", "float16"), "linear_dtype: dtype")
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        dtype = getattr(torch, self.dtype)
+        if not torch.isfinite(linear.weight.abs().amax().to(dtype)):
+            raise ValueError(f"a weight of {linear.weight.abs().amax():.3g} does not fit {self.dtype}")
+        # decode may be compiled later, prefill meets prompts of every length and is not
+        packed = self.phase == "prefill" and linear.weight.device.type == "cpu" and _packs(self.dtype)
+        return CastLinear(linear, dtype, packed)
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        return roofline.faster_weights(phase, hardware, phase.weight_bytes / 2, compute_dtype=self.dtype)
+
+
+def _packs(dtype: str) -> bool:
+    """Whether oneDNN multiplies packed weights of this dtype on this processor."""
+    onednn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return bool(onednn._is_mkldnn_bf16_supported() if dtype == "bfloat16" else onednn._is_mkldnn_fp16_supported())

@@ -1,0 +1,50 @@
+"""Weights quantised in groups; activations and arithmetic stay FP32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import kernels, roofline
+from . import require
+from .linears import LinearTransform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..hardware import Hardware
+    from ..profile import PhaseProfile
+
+FP32_BITS, SCALE_BITS = 32, 16
+
+
+@dataclass(frozen=True)
+class WeightOnly(LinearTransform):
+    """Quantises linear weights and dequantises them in registers as they are read.
+
+    Args:
+        bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
+        group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
+    """
+
+    bits: int = 8
+    group: int = 32
+
+    name: ClassVar[str] = "weight_only"
+    summary: ClassVar[str] = "INT8 or INT4 weights in groups with FP32 arithmetic, C++ kernels"
+    kind: ClassVar[type[nn.Module]] = kernels.PackedLinear
+
+    def __post_init__(self) -> None:
+        require(self.bits, (8, 4), "weight_only: bits")
+        require(self.group, (0, 32, 64, 128), "weight_only: group")
+
+    def missing(self) -> str | None:
+        return kernels.available()
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        layer = kernels.Int8Linear if self.bits == 8 else kernels.Int4Linear
+        return layer.from_linear(linear, group=self.group)
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
+        return roofline.faster_weights(phase, hardware, phase.weight_bytes * (self.bits + factors) / FP32_BITS)
