@@ -14,12 +14,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import median_high
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from . import prompts
 from .errors import WorkloadError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 
 OBSERVED_PROMPTS = 64  # enough for the standard quality verdict; bounds what an observer holds
 OBSERVED_BATCHES = 3  # every batch size is a bucket that is timed on its own
-EXPECTED = "strings (with a tokenizer), lists of token ids, 1-D or 2-D tensors, an autotune.Workload or a file's path"
 
 
 @dataclass(frozen=True)
@@ -125,117 +124,33 @@ def read(
         WorkloadError: which prompt is wrong, what was expected and what to do.
     """
     given = value if isinstance(value, Workload) else None
-    prompts = given.prompts if given else tuple(_prompts(value, tokenizer))
+    ids = prompts.parse(given.prompts if given else value, tokenizer)
     config = model.config.get_text_config(decoder=True) if model is not None else None
     if new_tokens is None:
-        new_tokens = given.new_tokens if given else _default_new_tokens(prompts, config)
+        new_tokens = given.new_tokens if given else _default_new_tokens(ids, config)
     if batch_sizes is None:
         batch_sizes = given.batch_sizes if given else (1,)
-    workload = Workload(prompts, new_tokens, tuple(batch_sizes))
+    (new_tokens,) = _counts("new_tokens", [new_tokens])
+    workload = Workload(ids, new_tokens, tuple(sorted(set(_counts("batch_sizes", batch_sizes)))))
     _check(workload, config)
-    return replace(workload, batch_sizes=tuple(sorted(set(workload.batch_sizes))))
+    return workload
 
 
-def _default_new_tokens(prompts: Sequence[Sequence[int]], config: PretrainedConfig | None) -> int:
+def _default_new_tokens(ids: Sequence[Sequence[int]], config: PretrainedConfig | None) -> int:
     context = getattr(config, "max_position_embeddings", None)
-    longest = max((len(prompt) for prompt in prompts), default=0)
+    longest = max((len(prompt) for prompt in ids), default=0)
     return max(1, min(64, context - longest)) if context else 64
-
-
-def _prompts(value: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[int, ...]]:
-    if isinstance(value, (str, Path)):
-        value = _read_file(Path(value))
-    if isinstance(value, torch.Tensor):
-        value = [value]
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)):
-        raise WorkloadError(f"a workload of type {type(value).__name__} was given; expected {EXPECTED}")
-    items = list(value)
-    if items and all(_is_id(item) for item in items):
-        raise WorkloadError(
-            "the workload is one flat list of token ids; a list of prompts was expected: put it in a list"
-        )
-    rows: list[tuple[int, ...]] = []
-    for item in items:
-        where = f"prompt {len(rows)}"
-        if isinstance(item, str):
-            rows.append(_tokenize(item, tokenizer, where))
-        elif isinstance(item, torch.Tensor):
-            rows.extend(_tensor_rows(item, where))
-        elif isinstance(item, Sequence) and not isinstance(item, bytes):
-            rows.append(_ids(item, where))
-        else:
-            raise WorkloadError(f"{where} is of type {type(item).__name__}; expected {EXPECTED}")
-    return rows
-
-
-def _is_id(item: object) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
-
-
-def _ids(item: Sequence[Any], where: str) -> tuple[int, ...]:
-    for position, token in enumerate(item):
-        if not _is_id(token):
-            raise WorkloadError(
-                f"{where} has a {type(token).__name__} at position {position}; token ids (int) were expected"
-            )
-    return tuple(item)
-
-
-def _tensor_rows(item: torch.Tensor, where: str) -> list[tuple[int, ...]]:
-    if item.dim() not in (1, 2):
-        raise WorkloadError(f"{where} is a {item.dim()}-D tensor; [tokens] or [prompts, tokens] was expected")
-    if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
-        raise WorkloadError(f"{where} is a {item.dtype} tensor; token ids (an integer dtype) were expected")
-    rows = item.tolist() if item.dim() == 2 else [item.tolist()]
-    return [tuple(row) for row in rows]
-
-
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase | None, where: str) -> tuple[int, ...]:
-    if tokenizer is None:
-        raise WorkloadError(f"{where} is text, which needs a tokenizer: pass tokenizer=..., or give token ids")
-    try:
-        ids = tokenizer(text)["input_ids"]
-    except (TypeError, ValueError, UnicodeError) as error:  # e.g. a lone surrogate
-        raise WorkloadError(f"the tokenizer refuses {where} ({error}); valid Unicode text was expected") from error
-    return _ids(ids, where)
-
-
-def _read_file(path: Path) -> list[Any]:
-    hint = "for prompts given as text pass a list of strings"
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-        raise WorkloadError(
-            f"the workload {str(path)[:200]!r} cannot be read as a text file ({error}); {hint}"
-        ) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_record(line, f"{path}, line {number}") for number, line in numbered]
-
-
-def _record(line: str, where: str) -> Any:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise WorkloadError(f'{where} is not JSON ({error}); an object with the key "prompt" was expected') from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), (str, list)):
-        raise WorkloadError(f'{where} has no "prompt" of text or token ids; expected {{"prompt": "..."}}')
-    return record["prompt"]
 
 
 def _check(workload: Workload, config: PretrainedConfig | None) -> None:
     """Raises WorkloadError for the first thing that the model could not do."""
     if not workload.prompts:
         raise WorkloadError("the workload is empty; at least one prompt was expected, 16 or more for a quality verdict")
-    _check_counts("new_tokens", (workload.new_tokens,))
-    _check_counts("batch_sizes", workload.batch_sizes)
     vocabulary = getattr(config, "vocab_size", None)
     context = getattr(config, "max_position_embeddings", None)
     for i, prompt in enumerate(workload.prompts):
         if not prompt:
             raise WorkloadError(f"prompt {i} is empty; at least one token was expected: drop it")
-        _ids(prompt, f"prompt {i}")
         wrong = next((t for t in prompt if t < 0 or (vocabulary is not None and t >= vocabulary)), None)
         if wrong is not None:
             below = f" below {vocabulary}, the model's vocabulary," if vocabulary is not None else " of 0 or more"
@@ -249,11 +164,12 @@ def _check(workload: Workload, config: PretrainedConfig | None) -> None:
             )
 
 
-def _check_counts(name: str, counts: Sequence[Any]) -> None:
-    if not counts or not all(_is_id(count) and count >= 1 for count in counts):
-        raise WorkloadError(
-            f"{name} is {counts[0] if len(counts) == 1 else counts}; whole numbers of 1 or more were expected"
-        )
+def _counts(name: str, counts: Any) -> list[int]:
+    found = list(counts) if isinstance(counts, Iterable) else [counts]
+    if not found or not all(prompts.is_count(count) and count >= 1 for count in found):
+        what = found[0] if len(found) == 1 else found
+        raise WorkloadError(f"{name} is {what!r}; whole numbers of 1 or more were expected")
+    return [int(count) for count in found]
 
 
 class Observer:
@@ -310,13 +226,13 @@ class Observer:
         with self._lock:
             rows, new_tokens = list(self._rows), list(self._new_tokens)
             batches = [size for size, _ in self._batches.most_common(OBSERVED_BATCHES)]
-        prompts = [tuple((ids if mask is None else ids[mask]).tolist()) for ids, mask in rows]
+        seen = [tuple((ids if mask is None else ids[mask]).tolist()) for ids, mask in rows]
         limit = self._context or math.inf
-        prompts = [prompt for prompt in prompts if 0 < len(prompt) < limit]
-        if not prompts:
+        seen = [prompt for prompt in seen if 0 < len(prompt) < limit]
+        if not seen:
             raise WorkloadError(
                 "no call with a usable prompt was observed; generate something first, or pass workload="
             )
         asked = median_high(new_tokens)
-        room = self._context - max(map(len, prompts)) if self._context else asked
-        return Workload(tuple(prompts), min(asked, room), tuple(sorted(batches)))
+        room = self._context - max(map(len, seen)) if self._context else asked
+        return Workload(tuple(seen), min(asked, room), tuple(sorted(batches)))

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,9 +30,11 @@ IDS = ((5, 6, 7), (8, 9))
         [torch.tensor([5, 6, 7]), torch.tensor([8, 9], dtype=torch.int32)],
         [torch.tensor([[5, 6, 7]]), [8, 9]],
         iter([[5, 6, 7], [8, 9]]),
+        [np.array([5, 6, 7]).tolist(), list(np.array([8, 9]))],
         Workload(IDS),
+        Workload([[5, 6, 7], [8, 9]]),  # type: ignore[arg-type]
     ],
-    ids=["lists", "tuples", "tensors", "mixed", "iterator", "workload"],
+    ids=["lists", "tuples", "tensors", "mixed", "iterator", "numpy", "workload", "workload of lists"],
 )
 def test_token_ids_are_read(value: Any) -> None:
     assert workload.read(value, model=models.tiny()).prompts == IDS
@@ -80,11 +83,17 @@ def test_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
         ([[5] * 256], {}, "prompt 0 has 256 tokens"),
         ([[5]], {"new_tokens": 0}, "new_tokens is 0"),
         ([[5]], {"new_tokens": 2.5}, "new_tokens is 2.5"),
-        ([[5]], {"batch_sizes": ()}, "batch_sizes is ()"),
-        ([[5]], {"batch_sizes": (1, -2)}, r"batch_sizes is \(1, -2\)"),
+        ([[5]], {"new_tokens": True}, "new_tokens is True"),
+        ([[5]], {"batch_sizes": ()}, r"batch_sizes is \[\]"),
+        ([[5]], {"batch_sizes": 0}, "batch_sizes is 0"),
+        ([[5]], {"batch_sizes": "8"}, "batch_sizes is '8'"),
+        ([[5]], {"batch_sizes": (1, -2)}, r"batch_sizes is \[1, -2\]"),
         (Workload(()), {}, "is empty"),
         (Workload(((5, 999),)), {}, "prompt 0 has token id 999"),
         (Workload((("a",),)), {}, "prompt 0 has a str"),  # type: ignore[arg-type]
+        (Workload(None), {}, "NoneType was given"),  # type: ignore[arg-type]
+        (Workload(IDS, new_tokens=0), {}, "new_tokens is 0"),
+        (Workload(IDS, batch_sizes=()), {}, "batch_sizes is"),
         ("no such file", {}, "'no such file' cannot be read as a text file .* pass a list of strings"),
         ("nul\0", {}, "cannot be read"),
     ],
@@ -144,6 +153,7 @@ def test_options_override_a_workloads_own() -> None:
     given = Workload(IDS, new_tokens=9, batch_sizes=(4, 1, 4))
     assert workload.read(given) == Workload(IDS, 9, (1, 4))
     assert workload.read(given, new_tokens=3, batch_sizes=[2]) == Workload(IDS, 3, (2,))
+    assert workload.read(given, batch_sizes=8).batch_sizes == (8,)
 
 
 @pytest.mark.parametrize(
