@@ -132,6 +132,7 @@ def _ingredients(module: PreTrainedModel) -> Iterator[str]:
     yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
     yield hardware.instruction_set() + hardware.processor_name()
     yield module.config.to_json_string(use_diff=False)
+    yield f"{module.config._attn_implementation} {module.get_experts_implementation()}"  # not in the JSON
     yield inspect.getsource(inspect.getmodule(run) or run)
     for kind in sorted({type(m) for m in module.modules()}, key=lambda k: (k.__module__, k.__qualname__)):
         yield f"{kind.__module__}.{kind.__qualname__}"

@@ -42,14 +42,15 @@ def available() -> str | None:
 
 
 def attend_one(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention of one new token over a preallocated cache; query heads share key heads in groups (GQA).
 
     Args:
         q: [B, H, 1, D].
         keys, values: [B, Hk, slots, D] in FP32, FP16 or BF16, Hk a divisor of H, contiguous in D.
-        length: one INT64, the number of filled slots; slots beyond it are not read. A tensor, so that a compiled graph stays
+        length: one INT64, the number of filled slots; slots beyond it are not read, nor are those beyond the last one that
+            the mask admits. None: all slots. A tensor, so that a compiled graph stays
             valid as it grows.
         mask: [B or 1, H or 1, 1, slots or more than length], boolean (True: attend) or FP32 to add.
         scale: factor of the scores, usually D ** -0.5.

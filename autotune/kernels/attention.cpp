@@ -138,7 +138,19 @@ Mask described(const Tensor& t, int64_t batch, int64_t heads, int64_t length) {
           t.size(1) == 1 ? 0 : t.stride(1)};
 }
 
-Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& length,
+// Slots up to the last one that any head of any sequence may attend to: a static cache's empty tail is not read.
+int64_t reach(const Mask& mask, int64_t batch, int64_t heads, int64_t length) {
+  int64_t furthest = 0;
+  for (int64_t b = 0; b < (mask.batch ? batch : 1); ++b)
+    for (int64_t h = 0; h < (mask.head ? heads : 1); ++h) {
+      int64_t slot = length;
+      while (slot > furthest && admitted(mask, b, h, slot - 1) == kLow) --slot;
+      furthest = std::max(furthest, slot);
+    }
+  return furthest;
+}
+
+Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& length,
                   const std::optional<Tensor>& mask, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == 1, "attend_one takes one query: q must be [B, H, 1, D]");
   const int64_t batch = q.size(0), heads = q.size(1), depth = q.size(3);
@@ -147,12 +159,16 @@ Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, con
                       keys.size(2) == values.size(2) && keys.size(3) == depth && values.size(3) == depth,
                   "keys and values must be [B, Hk, slots, D] with Hk a divisor of H");
   STD_TORCH_CHECK(keys.scalar_type() == values.scalar_type(), "keys and values must have one dtype");
-  STD_TORCH_CHECK(length.numel() == 1 && length.scalar_type() == ScalarType::Long, "length must be one INT64");
+  STD_TORCH_CHECK(!length || (length->numel() == 1 && length->scalar_type() == ScalarType::Long),
+                  "length must be one INT64");
   const Tensor query = contiguous_floats(q);
   Problem p{floats(query), cache(keys), cache(values), {}, heads, heads / keys.size(1), depth,
-            *static_cast<const int64_t*>(length.data_ptr()), static_cast<float>(scale)};
+            length ? *static_cast<const int64_t*>(length->data_ptr()) : keys.size(2), static_cast<float>(scale)};
   STD_TORCH_CHECK(p.length >= 0 && p.length <= keys.size(2), "length ", p.length, " exceeds ", keys.size(2), " slots");
-  if (mask) p.mask = described(*mask, batch, heads, p.length);
+  if (mask) {
+    p.mask = described(*mask, batch, heads, p.length);
+    p.length = reach(p.mask, batch, heads, p.length);
+  }
 
   const auto run = keys.scalar_type() == ScalarType::Float  ? attend_some<float>
                    : keys.scalar_type() == ScalarType::Half ? attend_some<Half>
@@ -201,7 +217,7 @@ Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def(
-      "attend_one(Tensor q, Tensor keys, Tensor values, Tensor length, Tensor? mask, float scale) -> Tensor");
+      "attend_one(Tensor q, Tensor keys, Tensor values, Tensor? length, Tensor? mask, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("attend_one", TORCH_BOX(&autotune::attend_one)); }

@@ -29,7 +29,7 @@ def _linear_i4(
 
 
 def _attend_one(
-    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     batch, heads, _, depth = q.shape
     return q.new_empty((batch, 1, heads, depth))

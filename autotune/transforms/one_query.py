@@ -1,0 +1,93 @@
+"""Attention of one query over a cache, in a kernel that reads only what may be attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .. import roofline
+from ..errors import ChoiceError
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+IMPLEMENTATION = "autotune_one_query"  # its name among transformers' attention implementations
+
+
+@dataclass(frozen=True)
+class OneQueryAttention(Transform):
+    """Decodes with `autotune.kernels.attend_one`: grouped heads share one pass, an empty cache tail is not read."""
+
+    name: ClassVar[str] = "one_query_attention"
+    stage: ClassVar[Stage] = Stage.ATTENTION
+    summary: ClassVar[str] = "a CPU kernel for one query over the KV cache (flash-decoding)"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase != "decode":
+            raise ChoiceError("one_query_attention: phase must be 'decode'; prefill has many queries")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cpu":
+            return f"the kernel is for CPUs; this model runs on {hardware.device}"
+        model = variant.modules["decode"]
+        if model.config._attn_implementation == IMPLEMENTATION:
+            return "decode uses it already"
+        if not getattr(model, "_supports_sdpa", False):
+            return f"{type(model).__name__} does not take other attention implementations"
+        from .. import kernels
+
+        return kernels.available()
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best attention takes as long as reading the cache."""
+        return {"decode": roofline.faster_attention(profile.phases["decode"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        register()
+        for module in variant.edit("decode"):
+            module.set_attn_implementation(IMPLEMENTATION)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        used = variant.modules["decode"].config._attn_implementation
+        return None if used == IMPLEMENTATION else f"decode uses {used}"
+
+
+def register() -> None:
+    """Make the kernel known to transformers under its name; the masks are those of SDPA."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, H, Q, D]
+    key: torch.Tensor,  # [B, Hk, T, D]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface: the kernel for one query, SDPA for more. Returns [B, Q, H, D]."""
+    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    if query.shape[2] == 1 and query.shape[3] == value.shape[3] and plain:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        out: torch.Tensor = torch.ops.autotune.attend_one(query, key, value, None, attention_mask, scale)
+        return out, None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return out, None
