@@ -147,7 +147,7 @@ def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int,
     """The built-in texts as token ids; none without a tokenizer."""
     if tokenizer is None:
         return ()
-    from .prompts import TEXTS
+    from .texts import TEXTS
 
     return tuple(tuple(tokenizer(text)["input_ids"][:TEXT_TOKENS]) for text in TEXTS)
 

@@ -53,7 +53,7 @@ def model_file() -> Path:
 
 def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The built-in texts as token ids: as a user would send them to a chat model, as they are to any other."""
-    from .prompts import TEXTS
+    from .texts import TEXTS
 
     return [ids_of(tokenizer, text) for text in TEXTS]
 
