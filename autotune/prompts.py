@@ -89,7 +89,7 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase | None, where: str) 
 def _read_file(path: Path) -> list[Any]:
     hint = "for prompts given as text pass a list of strings"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits at U+2028
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise WorkloadError(
             f"the workload {str(path)[:200]!r} cannot be read as a text file ({error}); {hint}"

@@ -68,7 +68,7 @@ class Handle:
         self.policy, self.tokenizer = policy, tokenizer
         self._model, self._when, self._observe, self._cache = model, when, observe, cache
         self._notify = progress or log.info
-        self._observer = Observer()
+        self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
         self._given: Workload | None = None
         self._traffic = Traffic()
         self._tuned: Tuned | None = None

@@ -53,9 +53,10 @@ def test_text_is_tokenized(tokenizer: Any) -> None:
 def test_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_bytes(b"\xef\xbb\xbfone\r\n\n two\n")
-    lines.write_text('{"prompt": "one", "id": 3}\n\n{"prompt": [4, 5]}\n')
+    lines.write_text('{"prompt": "one", "id": 3}\n\n{"prompt": [4, 5]}\n{"prompt": "a\u2028b"}\n', encoding="utf-8")
     assert workload.read(text, tokenizer=tokenizer) == workload.read(["one", " two"], tokenizer=tokenizer)
-    assert workload.read(str(lines), tokenizer=tokenizer).prompts[1] == (4, 5)
+    from_lines = workload.read(str(lines), tokenizer=tokenizer)
+    assert from_lines == workload.read(["one", [4, 5], "a\u2028b"], tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
