@@ -19,6 +19,74 @@ def save(folder, model, tokenizer=None):
     return folder
 
 
+def write_gguf(file, model):
+    """A Llama as llama.cpp stores it: other names, and the rows of Q and K in pairs."""
+    gguf = pytest.importorskip("gguf")
+    config, heads = model.config, {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
+    vocabulary = models.tiny_tokenizer().get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.get)[:-1], "ab"]  # the one merge
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads["q"])
+    writer.add_head_count_kv(heads["k"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(models.BOS)
+    writer.add_eos_token_id(models.EOS)
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        for part, count in heads.items():
+            if f"attn_{part}." in name:
+                size = tensor.shape[0] // count // 2
+                tensor = tensor.view(count, 2, size, -1).transpose(1, 2).reshape(tensor.shape)
+        if name != "lm_head.weight":  # tied
+            writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def test_a_gguf_file_is_converted_once(tmp_path, llama, monkeypatch):
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf", llama)
+    model, tokenizer = load(tmp_path / "tiny.gguf")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(model(ids).logits, llama(ids).logits)
+    assert not hasattr(model.config, "quantization_config")
+    assert len(tokenizer("abab")["input_ids"]) == 2
+
+    def again(*_):
+        pytest.fail("converted a second time")
+
+    monkeypatch.setattr("autotune.convert._convert", again)
+    load(tmp_path / "tiny.gguf")
+
+
 def test_a_directory(tmp_path, llama, tokenizer):
     model, found = load(save(tmp_path / "m", llama, tokenizer))
     ids = torch.tensor([[3, 4, 5]])

@@ -245,7 +245,7 @@ def test_operators_are_paired_by_group():
         ),
         (
             ORIGINAL,
-            ["Kept the original", "mean KLD 1.21, at most 0.0050", "1.00x", "skipped", "unavailable"],
+            ["Kept the original", "mean KLD 1.21, at most 0.0050", "2.50x", "skipped", "unavailable"],
             ["after ms", "went to the original", "nan", "Applied"],
         ),
         (

@@ -166,6 +166,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
     metric = METRIC.get(trial.target, "end_to_end")
     speedup: Speedup | None = getattr(trial.latency, metric, None)
     return {
+        "candidate": str(trial.transform),
         "transform": trial.transform.name,
         "phase": trial.transform.phase,
         "params": trial.transform.params,

@@ -59,10 +59,8 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
 
 def headline(record: Mapping[str, Any]) -> str:
     model, policy = record["model"], record["policy"]
-    words = [
-        PurePath(model["name"]).name if model["name"].startswith("/") else model["name"],
-        f"{n.count(model['parameters'])} parameters",
-    ]
+    name = PurePath(model["name"]).name if model["name"].startswith("/") else model["name"]
+    words = [name, f"{n.count(model['parameters'])} parameters"]
     if policy["name"]:
         words.append(f"policy {policy['name']} (objective {policy['objective']}, quality tier {policy['tier']})")
     return ", ".join(words)
@@ -71,15 +69,12 @@ def headline(record: Mapping[str, Any]) -> str:
 def result(record: Mapping[str, Any]) -> Section:
     """The verdict and the two numbers that everyone asks for."""
     phases = record["phases"].items()
-    if record["policy"]["name"] is None:  # profiled only
+    if not record["transforms"]:  # nothing changed: nothing to compare
         measured = tuple((p, _time(p, f["baseline_ms"]), f["bottleneck"], n.ratio(f["ceiling"])) for p, f in phases)
-        return Section(
-            "Result",
-            (sentence(record["verdict"]),),
-            Table(("phase", "time", "bottleneck", "ceiling"), "lrlr", measured),
-        )
+        table = Table(("phase", "time", "bottleneck", "ceiling"), "lrlr", measured)
+        return Section("Result", tuple(_story(record)), table)
     rows = [_result_row(phase, figures) for phase, figures in phases]
-    if record["latency"] and record["transforms"]:
+    if record["latency"]:
         whole = record["latency"]["end_to_end"]
         rows.append(("whole request", "", "", n.ratio(whole["ratio"]), n.interval(whole["low"], whole["high"])))
     table = Table(("phase", "before", "after", "speed-up", "95 % interval"), "lrrrr", tuple(rows))
@@ -151,12 +146,6 @@ def _operator_row(row: Mapping[str, Any], tuned: bool) -> tuple[str, ...]:
     return *cells, n.milliseconds(row["after_ms"]), n.change(row["before_ms"], row["after_ms"])
 
 
-def candidate(trial: Mapping[str, Any]) -> str:
-    """weight_only(bits=8, group=32)@decode: as it prints itself."""
-    inner = ", ".join(f"{k}={v}" for k, v in trial["params"].items())
-    return f"{trial['transform']}({inner})@{trial['phase']}" if inner else f"{trial['transform']}@{trial['phase']}"
-
-
 def tried(record: Mapping[str, Any]) -> Section | None:
     """Every candidate that ran, with prediction beside measurement and what decided."""
     ran = [t for t in record["trials"] if t["outcome"] in RAN]
@@ -164,7 +153,7 @@ def tried(record: Mapping[str, Any]) -> Section | None:
         return None
     rows = tuple(
         (
-            candidate(t),
+            t["candidate"],
             n.ratio(t["predicted"]),
             n.ratio(t["speedup"]),
             n.divergence(t["quality"]["mean_kld"] if t["quality"] else None),
@@ -187,7 +176,7 @@ def not_tried(record: Mapping[str, Any]) -> Section | None:
     ruled_out = [t for t in record["trials"] if t["outcome"] not in RAN]
     if not ruled_out:
         return None
-    rows = tuple((candidate(t), n.ratio(t["predicted"]), f"{t['outcome']}: {t['reason']}") for t in ruled_out)
+    rows = tuple((t["candidate"], n.ratio(t["predicted"]), f"{t['outcome']}: {t['reason']}") for t in ruled_out)
     return Section("Not tried", table=Table(("candidate", "predicted", "outcome"), "lrl", rows))
 
 
