@@ -1,9 +1,9 @@
 """Work counted, not measured: the FLOPs and bytes of one forward pass, from the modules and the configuration.
 
 Counted are the matmuls over weights and attention's two products. Element-wise work, recurrent scans and the traffic of
-activations are left out. Weights move once per forward, as stored; of an embedding only the rows that are looked up; of
-a mixture only the experts that are expected to be chosen when routing is even. Keys and values of earlier tokens are read
-once, those of the new tokens are written once.
+activations are left out. Weights move once per forward, as stored: of an embedding only the rows that are looked up, of
+a mixture only the experts that even routing is expected to choose. Keys and values of earlier tokens are read once,
+those of the new tokens are written once.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Keys:
 
     def bytes(self, forward: Forward, element_bytes: int) -> tuple[float, float]:
         """Bytes of earlier tokens read, and of new ones written."""
-        past = min(forward.past, self.window) if self.window else forward.past
+        past = min(forward.past, self.window - 1) if self.window else forward.past  # a token sees itself, too
         one = kv_cache_bytes(forward.batch, 1, self.kv_heads, self.head_size, element_bytes)
         return past * one, forward.new * one
 

@@ -25,7 +25,7 @@ from ..workload import Phase
 from . import Operator
 from .counts import Work
 from .sections import ATTENTION, CACHE, COMPILED, FFN, GROUPS, HEAD, OTHER, OVERHEAD, sections
-from .timing import TICK, time_request
+from .timing import START, TICK, time_request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from ..variant import Variant
 
 Role = Literal["linear", "attention", "cache"]
+Interval = tuple[float, float]  # microseconds of the profiler's clock
 
 RANGE = "autotune.section."
+REQUESTS = 2  # traced: enough to have an undisturbed one on most hosts, at half a second each
 SMALL_S = 20e-6  # at 25 GB/s an operator this short moves 500 KB at most: its start, not its work, is what it costs
 
 _LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv")
@@ -89,7 +91,7 @@ class Trace:
 
 
 def trace(served: PreTrainedModel, watched: Sequence[nn.Module], ids: torch.Tensor, tokens: int) -> dict[Phase, Trace]:
-    """Profile one request: its prefill, and the decode step of median duration.
+    """Profile a few requests: the fastest prefill and the fastest decode step, which the host disturbed least.
 
     Args:
         served: the model as it will serve.
@@ -100,17 +102,25 @@ def trace(served: PreTrainedModel, watched: Sequence[nn.Module], ids: torch.Tens
     on_gpu = ids.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with announced(watched), profile(activities=activities, acc_events=True) as profiler:
-        time_request(served, ids, tokens)
+        for _ in range(REQUESTS):
+            time_request(served, ids, tokens)
     events = sorted((e for e in profiler.events() if e.device_type.name == "CPU"), key=lambda e: e.time_range.start)
-    ticks = [e for e in events if e.name == TICK]  # the prompt, then every token
-    own = [e for e in events if e.thread == ticks[0].thread]
-    edges = [e.time_range.start for e in ticks]
-    steps = sorted(pairwise(edges[1:]), key=lambda step: step[1] - step[0])
-    prefill = (own[0].time_range.start, edges[1])
+    thread = next(e.thread for e in events if e.name == START)
+    own = [e for e in events if e.thread == thread]
+    marks = [(e.name, e.time_range.start) for e in own if e.name in (START, TICK)]
+    edges = [time for _, time in marks]
+    prefills, steps = list[Interval](), list[Interval]()
+    for first in (i for i, (name, _) in enumerate(marks) if name == START):  # then the prompt, then every token
+        prefills.append((edges[first], edges[first + 2]))
+        steps += pairwise(edges[first + 2 : first + 2 + tokens])
     return {
-        "prefill": _trace(own, *prefill, on_gpu),
-        "decode": _trace(own, *steps[len(steps) // 2], on_gpu),
+        "prefill": _trace(own, min(prefills, key=_length), on_gpu),
+        "decode": _trace(own, min(steps, key=_length), on_gpu),
     }
+
+
+def _length(interval: Interval) -> float:
+    return interval[1] - interval[0]
 
 
 def observable(variant: Variant) -> tuple[Variant, list[nn.Module]]:
@@ -157,7 +167,8 @@ def announced(models: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def _trace(events: Sequence[Any], start: float, end: float, on_gpu: bool) -> Trace:
+def _trace(events: Sequence[Any], interval: Interval, on_gpu: bool) -> Trace:
+    start, end = interval
     inside = [e for e in events if start <= e.time_range.start < end]
     waits = sum(e.self_cpu_time_total for e in inside if e.name in _SYNC)
     spans = (_span(e, on_gpu) for e in inside if not _DISPATCH.search(e.name) and e.name not in _SYNC)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TIMING_SHARE = 0.4  # of the budget, for TTFT and TPOT samples; the rest is for operators and scaling
 MAX_SAMPLES = 9  # beyond this the median of a quiet host no longer moves
 MAX_NEW_TOKENS = 32  # per timed request: decode time per token is stable by then
-TRACED_TOKENS = 6  # five decode steps, of which the median one is looked into
+TRACED_TOKENS = 6  # five decode steps a request, of which the fastest is looked into
 
 
 def survey(

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TICK = "autotune.token"  # range in a torch.profiler trace at every token that came out
+START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler trace: a request made, a token out
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
         new_tokens: tokens per sequence; end-of-sequence is held back.
     """
     watch = Stopwatch()
-    start = time.perf_counter()
+    with record_function(START):
+        start = time.perf_counter()
     served.generate(ids, streamer=watch, **forced(served, ids, new_tokens))  # type: ignore[operator]
     return Request(start, tuple(watch.ticks[1:]))
 

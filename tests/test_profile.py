@@ -1,0 +1,236 @@
+"""What a profile says, on tiny real models: counts by hand, times only by their structure."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from autotune import profile
+from autotune.hardware import Hardware
+from autotune.profile.budget import Budget
+from autotune.profile.counts import Forward, attention_flops, cache_size, count
+from autotune.profile.operators import Span, Trace, mark_cache_writes, share
+from autotune.profile.scaling import BATCHES
+from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OTHER, OVERHEAD, sections
+from autotune.profile.survey import median_prompts
+from autotune.variant import Variant
+from autotune.workload import PHASES, Workload
+from tests import models
+
+if TYPE_CHECKING:
+    from autotune.profile import Profile
+
+CPU = Hardware("cpu", "a CPU", "AVX2", 2, 16 * 10**9, 25e9, {"float32": 140e9}, None, {})
+PREFILL, DECODE = Forward(batch=1, new=12), Forward(batch=1, new=1, past=16)
+
+# Elements of the matrices of one layer, hidden size 64, two layers, vocabulary 256; GPT-2's biases move, too.
+LLAMA_ATTENTION, LLAMA_FFN = 64 * 64 + 2 * 64 * 32 + 64 * 64, 3 * 64 * 96
+GPT2_ATTENTION, GPT2_FFN = 64 * 192 + 64 * 64, 2 * 64 * 256
+GPT2_BIASES = 192 + 64 + 256 + 64
+ROUTER, EXPERT, HEAD_SIZE = 64 * 4, 3 * 64 * 96, 64 * 256
+
+
+def pairs(forward: Forward) -> int:
+    return sum(forward.past + i for i in range(1, forward.new + 1))
+
+
+def expected_flops(per_layer: int, forward: Forward) -> int:
+    """Two per element and token, the head for one token, and 4 x 64 per query-key pair in each of two layers."""
+    return 2 * 2 * per_layer * forward.new + 2 * HEAD_SIZE + 2 * 4 * 64 * pairs(forward)
+
+
+@pytest.mark.parametrize("forward", [PREFILL, DECODE], ids=["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("architecture", "per_layer"),
+    [
+        ("llama", LLAMA_ATTENTION + LLAMA_FFN),
+        ("gpt2", GPT2_ATTENTION + GPT2_FFN),
+        ("mixtral", LLAMA_ATTENTION + ROUTER + 2 * EXPERT),  # two of four experts
+    ],
+)
+def test_flops_as_counted_by_hand(architecture: str, per_layer: int, forward: Forward) -> None:
+    model = models.tiny(architecture)
+    work = count(model, forward, element_bytes=4)
+    assert sum(part.flops for part in work.values()) == expected_flops(per_layer, forward)
+    assert attention_flops(model, forward) == 2 * 4 * 64 * pairs(forward)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "forward", "elements"),
+    [
+        ("llama", DECODE, 2 * (LLAMA_ATTENTION + LLAMA_FFN + 2 * 64) + 64 + HEAD_SIZE + 64),
+        ("llama", PREFILL, 2 * (LLAMA_ATTENTION + LLAMA_FFN + 2 * 64) + 64 + HEAD_SIZE + 12 * 64),
+        ("gpt2", DECODE, 2 * (GPT2_ATTENTION + GPT2_FFN + GPT2_BIASES + 4 * 64) + 2 * 64 + HEAD_SIZE + 2 * 64),
+        ("mixtral", DECODE, 2 * (LLAMA_ATTENTION + ROUTER + 2 * EXPERT + 2 * 64) + 64 + HEAD_SIZE + 64),
+    ],
+)
+def test_weight_bytes_as_counted_by_hand(architecture: str, forward: Forward, elements: int) -> None:
+    work = count(models.tiny(architecture), forward, element_bytes=4)
+    assert sum(part.weight_bytes for part in work.values()) == 4 * elements
+
+
+def test_many_tokens_use_more_experts() -> None:
+    model = models.tiny("mixtral")
+    one, two = (count(model, Forward(batch, 1, 16), 4)[FFN].weight_bytes for batch in (1, 2))
+    assert one == 4 * 2 * (ROUTER + 0.5 * 4 * EXPERT)
+    assert two == 4 * 2 * (ROUTER + 0.75 * 4 * EXPERT)  # 1 - (1 - 2/4)^2 of them
+
+
+def test_weights_move_once_for_a_batch_and_the_cache_for_every_sequence() -> None:
+    model = models.tiny("llama")
+    one, four = (count(model, Forward(batch, 1, 16), 4) for batch in (1, 4))
+    assert four[ATTENTION].weight_bytes == one[ATTENTION].weight_bytes
+    assert four[ATTENTION].cache_bytes == 4 * one[ATTENTION].cache_bytes
+    assert four[FFN].flops == 4 * one[FFN].flops
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_cache_size_is_what_transformers_allocates(architecture: str) -> None:
+    model = models.tiny(architecture)
+    ids = torch.tensor(models.token_prompts(2, 24))  # longer than the sliding windows
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+    layers = getattr(getattr(out, "past_key_values", None), "layers", ())
+    held = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
+    assert cache_size(model, batch=2, tokens=24, element_bytes=4) == held
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_every_architecture_has_its_parts(architecture: str) -> None:
+    model = models.tiny(architecture)
+    found = sections(model)
+    layers = {NORM: 1} if architecture == "mamba" else {NORM: 1, ATTENTION: 1, FFN: 1}
+    for group, at_least in layers.items():
+        in_layers = [name for name, g in found.items() if g == group and any(c.isdigit() for c in name)]
+        assert len(in_layers) >= 2 * at_least, group
+    assert [g for g in found.values() if g == HEAD] == [HEAD]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "mamba"])
+def measured(request: pytest.FixtureRequest) -> tuple[Variant, Profile]:
+    variant = Variant(models.tiny(request.param))
+    workload = Workload(tuple(map(tuple, models.token_prompts(3, 12))), new_tokens=8)
+    return variant, profile.measure(variant, workload, CPU, budget_s=1.0, scaling=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # mamba names the kernels that it lacks
+def test_the_operator_table_adds_up(measured: tuple[Variant, Profile]) -> None:
+    variant, found = measured
+    for phase in found.phases.values():
+        assert sum(row.seconds for row in phase.operators) == pytest.approx(phase.seconds)
+        assert sum(row.flops for row in phase.operators) == phase.flops
+        assert sum(row.moved_bytes for row in phase.operators) == phase.moved_bytes
+        assert all(row.seconds >= 0 for row in phase.operators)
+        assert {row.bottleneck for row in phase.operators} <= {"compute", "memory", "overhead", "-"}
+        rows = {row.group for row in phase.operators if row.seconds}
+        assert {NORM, HEAD} <= rows
+        if variant.original.config.model_type != "mamba":
+            assert {ATTENTION, FFN, CACHE} <= rows
+
+
+def test_a_phase_is_consistent(measured: tuple[Variant, Profile]) -> None:
+    variant, found = measured
+    assert set(found.phases) == set(PHASES)
+    for phase in found.phases.values():
+        assert phase.seconds == median(phase.samples_s)
+        assert 0 <= phase.busy <= 1
+        assert 0 < phase.linear_s <= phase.seconds
+        assert phase.compute_dtype == "float32"
+        assert phase.operator_count > 10
+    assert found.prompt_tokens == 12
+    assert (found.phases["decode"].cache_bytes == 0) == (variant.original.config.model_type == "mamba")
+
+
+def test_weights_in_memory_are_exact(measured: tuple[Variant, Profile]) -> None:
+    variant, found = measured
+    tensors = [*variant.original.parameters(), *variant.original.buffers()]
+    assert found.memory.weights_bytes == sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def test_measuring_leaves_the_model_as_it_was(measured: tuple[Variant, Profile]) -> None:
+    model = measured[0].original
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not model.generation_config.min_new_tokens
+
+
+def test_scaling_goes_through_batches_and_contexts() -> None:
+    variant = Variant(models.tiny("llama"))
+    workload = Workload(tuple(map(tuple, models.token_prompts(1, 12))), new_tokens=8)
+    steps = list[str]()
+    found = profile.measure(variant, workload, CPU, budget_s=20.0, progress=steps.append)
+    sizes = tuple(point.batch for point in found.batch_scaling)
+    assert sizes == BATCHES[: len(sizes)]
+    assert len(sizes) > 1
+    assert all(point.tokens_per_s > 0 for point in found.batch_scaling)
+    assert [point.context for point in found.context_growth] == [64]  # 256 and the new tokens exceed the model's 256
+    assert steps[0] == "warm-up"
+    assert "batch 2" in steps
+
+
+def test_prompts_are_of_the_median_length() -> None:
+    workload = Workload(((1, 2), (3, 4, 5), (6, 7, 8, 9), (1, 1, 1, 1, 1), (2,)))
+    assert median_prompts(workload, 4).tolist() == [[3, 4, 5], [6, 7, 8], [1, 1, 1], [3, 4, 5]]
+
+
+def span(name: str, seconds: float = 1e-3, group: str = OTHER, role: str | None = None, works: bool = True) -> Span:
+    return Span(name, seconds, group, role, works, outermost=True)  # type: ignore[arg-type]
+
+
+def test_keys_and_values_are_the_last_joined_before_attention() -> None:
+    rotary = [span("cat", group=ATTENTION)] * 2
+    writes = [span("cat", group=ATTENTION)] * 2
+    core = span("scaled_dot_product_attention", group=ATTENTION, role="attention")
+    outside = span("cat")
+    layer = (*rotary, *writes, core)
+    groups = [s.group for s in mark_cache_writes((outside, *layer, *layer, outside))]
+    assert groups == [OTHER, *[ATTENTION, ATTENTION, CACHE, CACHE, ATTENTION] * 2, OTHER]
+
+
+def test_time_that_no_operator_explains_is_the_frameworks() -> None:
+    spans = (
+        span("mm", 6e-3, FFN, "linear"),
+        span("view", 5e-3, FFN, works=False),
+        span("bmm", 1e-3, ATTENTION, "attention"),
+        span("mul", 10e-6, NORM),
+    )
+    found = share(Trace(spans, seconds=0.015), seconds=0.010)
+    assert found.groups == pytest.approx({FFN: 6e-3, ATTENTION: 1e-3, NORM: 10e-6, OVERHEAD: 2.99e-3})
+    assert (found.linear_s, found.attention_s, found.small_s) == pytest.approx((6e-3, 1e-3, 10e-6))
+    assert found.operator_count == 4
+
+
+@pytest.mark.parametrize(
+    ("traced_s", "seconds", "linear_s", "overhead_s"),
+    [
+        (0.012, 0.010, 0.008, 0.002),  # the profiler's cost is not the model's
+        (0.010, 0.020, 0.016, 0.004),  # the host was twice as slow while it was timed
+        (0.010, 0.006, 0.006, 0.0),  # and here while it was traced
+    ],
+)
+def test_a_trace_is_scaled_to_the_unprofiled_time(
+    traced_s: float, seconds: float, linear_s: float, overhead_s: float
+) -> None:
+    found = share(Trace((span("mm", 0.008, FFN, "linear"),), traced_s), seconds)
+    assert found.linear_s == pytest.approx(linear_s)
+    assert found.groups[OVERHEAD] == pytest.approx(overhead_s, abs=1e-9)
+
+
+def test_matmuls_that_a_compiler_fused_are_all_of_its_step() -> None:
+    found = share(Trace((span("CompiledFxGraph", 0.008, COMPILED),), 0.010), 0.010)
+    assert found.linear_s == pytest.approx(0.008)
+
+
+def test_a_budget_stops_before_a_step_that_would_not_fit() -> None:
+    now = [0.0]
+    budget = Budget(10.0, clock=lambda: now[0])
+    assert budget.allows()
+    with budget.step("one"):
+        now[0] += 2.0
+    assert budget.allows()  # 5 s expected, 8 s left
+    with budget.step("two"):
+        now[0] += 4.0
+    assert not budget.allows()  # 10 s expected, 4 s left
+    assert budget.half().left_s() == 2.0

@@ -1,0 +1,130 @@
+"""The roofline formulas against cases computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autotune import roofline
+from autotune.hardware import Hardware
+from autotune.profile import PhaseProfile
+
+GIB = 2**30
+CPU = Hardware("cpu", "a CPU", "AVX2", 2, 16 * GIB, 25e9, {"float32": 140e9, "bfloat16": 0.15e9}, None, {})
+
+# 40 ms a token: 24 in matmuls over 500 MB (20.8 of 25 GB/s), 4 in attention, 12 elsewhere.
+DECODE = PhaseProfile(
+    phase="decode",
+    samples_s=(0.040,),
+    flops=0.27e9,
+    weight_bytes=500e6,
+    cache_bytes=5e6,
+    busy=0.8,
+    compute_dtype="float32",
+    linear_s=0.024,
+    attention_s=0.004,
+    operator_count=1700,
+    sync_s=0.0,
+    operators=(),
+    attention_flops=0.02e9,
+    small_s=0.004,
+)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "flops", "moved"),
+    [
+        (1, 4096, 4096, 33_554_432, 33_570_816),  # (4096 + 4096^2 + 4096) * 2 bytes: the matrix once, not twice
+        (4096, 4096, 4096, 137_438_953_472, 100_663_296),  # 3 * 4096^2 * 2 bytes
+        (2, 3, 5, 60, 62),  # (10 + 15 + 6) * 2
+    ],
+)
+def test_one_matmul(m: int, n: int, k: int, flops: int, moved: int) -> None:
+    assert roofline.matmul_flops(m, n, k) == flops
+    assert roofline.matmul_bytes(m, n, k, bytes_per_element=2) == moved
+
+
+def test_a_vector_times_a_matrix_on_an_h100_is_memory_bound() -> None:
+    ridge = roofline.ridge(989e12, 3350e9)
+    intensity = roofline.intensity(roofline.matmul_flops(1, 4096, 4096), roofline.matmul_bytes(1, 4096, 4096, 2))
+    assert ridge == pytest.approx(295.2, abs=0.1)
+    assert intensity == pytest.approx(0.9995, abs=1e-4)
+    assert roofline.classify(intensity, ridge) == "memory"
+    floor = roofline.floor_s(33_554_432, 33_570_816, 989e12, 3350e9)
+    assert floor == pytest.approx(10.02e-6, rel=1e-3)  # 33.6 MB / 3350 GB/s; the FLOPs alone take 34 ns
+
+
+def test_a_large_square_matmul_on_an_h100_is_compute_bound() -> None:
+    intensity = roofline.intensity(roofline.matmul_flops(4096, 4096, 4096), roofline.matmul_bytes(4096, 4096, 4096, 2))
+    assert intensity == pytest.approx(1365.3, abs=0.1)
+    assert roofline.classify(intensity, roofline.ridge(989e12, 3350e9)) == "compute"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "kv_heads", "head_size", "element", "expected"),
+    [
+        (4096, 32, 32, 128, 2, 2 * GIB),  # Llama-2-7B, FP16, every head its own keys
+        (8192, 32, 8, 128, 2, 1 * GIB),  # Llama-3-8B: 8 KV heads for 32 query heads
+        (8192, 32, 32, 128, 2, 4 * GIB),  # the same without grouping
+        (8192, 32, 8, 128, 1, GIB / 2),  # the same in 8 bits
+        (1, 30, 3, 64, 4, 46_080),  # SmolLM2-135M, FP32, one token
+        (0, 32, 32, 128, 2, 0),
+    ],
+)
+def test_size_of_the_cache(
+    tokens: int, layers: int, kv_heads: int, head_size: int, element: float, expected: float
+) -> None:
+    assert roofline.kv_cache_bytes(tokens, layers, kv_heads, head_size, element) == expected
+
+
+def test_nothing_moves_nothing_limits() -> None:
+    assert roofline.intensity(1.0, 0.0) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("new_bytes", "dtype", "after_s"),
+    [
+        (500e6, None, 0.016 + 0.020),  # a perfect kernel for the same bytes: 500 MB at 25 GB/s
+        (250e6, None, 0.016 + 0.010),  # FP16
+        (125e6, None, 0.016 + 0.005),  # INT8
+        (0.0, None, 0.016 + 0.25e9 / 140e9),  # the FLOPs remain
+        (900e6, None, 0.040),  # more bytes at the old speed are no reason to predict a loss
+        (250e6, "bfloat16", 0.016 + 0.25 / 0.15),  # a dtype that this machine emulates must be slower
+        (250e6, "int8", 0.016 + 0.010),  # not measured: the best known peak
+    ],
+)
+def test_smaller_weights(new_bytes: float, dtype: str | None, after_s: float) -> None:
+    speedup = roofline.faster_weights(DECODE, CPU, new_bytes, compute_dtype=dtype)
+    assert speedup == pytest.approx(0.040 / after_s)
+
+
+def test_a_phase_that_lives_in_the_cpu_cache_may_beat_the_memory() -> None:
+    cached = replace(DECODE, linear_s=0.010)  # 50 GB/s on a machine that reads 25 from memory
+    assert roofline.attainable_bandwidth(cached, CPU) == pytest.approx(50e9)
+    assert roofline.faster_weights(cached, CPU, 250e6) == pytest.approx(0.040 / 0.035)
+
+
+@pytest.mark.parametrize(
+    ("new_kernels", "after_s"),
+    [
+        (False, 0.028),  # matmuls and attention stay as they are
+        (True, 505e6 / 25e9),  # all that is left is the roofline
+    ],
+)
+def test_less_overhead(new_kernels: bool, after_s: float) -> None:
+    assert roofline.less_overhead(DECODE, CPU, new_kernels=new_kernels) == pytest.approx(0.040 / after_s)
+
+
+def test_faster_attention() -> None:
+    # 5 MB at 25 GB/s take 0.2 ms, 0.02 GFLOP at 140 GFLOP/s take 0.14 ms; attention takes 4 ms now
+    assert roofline.faster_attention(DECODE, CPU) == pytest.approx(0.040 / (0.036 + 0.0002))
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.010, 0.020])
+def test_a_phase_at_its_floor_is_never_predicted_to_slow_down(seconds: float) -> None:
+    at_floor = replace(DECODE, samples_s=(seconds,), linear_s=0.8 * seconds, attention_s=0.1 * seconds)
+    assert roofline.faster_weights(at_floor, CPU, at_floor.weight_bytes) == pytest.approx(1.0)
+    assert roofline.less_overhead(at_floor, CPU) >= 1.0
+    assert roofline.less_overhead(at_floor, CPU, new_kernels=True) >= 1.0
+    assert roofline.faster_attention(at_floor, CPU) >= 1.0
