@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import route
-from .errors import MeasurementError, VariantError
+from .errors import AutotuneError, MeasurementError, VariantError
 from .workload import PHASES, Phase, Workload
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Variant:
 
     Attributes:
         original: the untouched model.
-        workload: what it is tuned for, which decides sizes (slots, batches to compile for); None: small defaults.
+        workload: what it is tuned for, which decides sizes (slots, batches); None: small defaults.
         traffic: where measured steps of this variant queue behind live requests; None outside a wrapped model.
         modules: phase -> module that computes it; the original itself until edited.
         transforms: what was applied, in order.
@@ -122,6 +122,10 @@ class Variant:
             twins[id(self.modules[p])] = self.modules[p]
         return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Around a measured call of a wrapped model: one step among live requests."""
+        return nullcontext() if self.traffic is None else self.traffic.step()
+
     @property
     def context_tokens(self) -> int:
         """The longest context to expect, prompt and answer."""
@@ -138,7 +142,8 @@ class Variant:
         """The phase's module inside its run context; what the context changes is restored.
 
         Raises:
-            VariantError: whatever the body raised, so that the module's failures are told from the caller's callbacks'.
+            VariantError: whatever the body raised (autotune's own errors apart), so that the module's failures are
+                told from the caller's callbacks'.
         """
         before = torch.get_num_threads()
         threads = self.threads.get(phase, before)
@@ -146,6 +151,8 @@ class Variant:
             torch.set_num_threads(threads)
         try:
             yield self.modules[phase]
+        except AutotuneError:  # a refusal, or an inner phase's failure: it says what it is
+            raise
         except Exception as error:
             raise VariantError(f"{phase} failed: {type(error).__name__}: {error}") from error
         finally:
@@ -241,17 +248,14 @@ class _Measured(_Quiet):
     """Router of `serving`: the variant itself, each call one step among live requests."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.turn():
+        with self.variant.turn():
             return self.variant.forward(model, args, kwargs)
 
     def sample(self, call: route.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
             raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
-        with self.turn():
+        with self.variant.turn():
             return self.variant.sample(call)
-
-    def turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.variant.traffic is None else self.variant.traffic.step()
 
 
 def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 import autotune
+from autotune import hardware, route
 from autotune import policy as policies
-from autotune import route
+from autotune.errors import TransformError
+from autotune.transforms import registry
+from autotune.variant import Variant
 from tests.models import ARCHITECTURES, left_padded, plain_module, tiny, tiny_bert, tiny_t5, token_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
+
+    from autotune.hardware import Hardware
 
 NEW_TOKENS = 16
 NEAR_TIE = 0.05  # nats between the original's two best tokens, below which either may come first
@@ -26,6 +31,11 @@ INPUTS = {
     "another, longer": {"input_ids": torch.tensor(token_prompts(1, length=30, seed=6))},
     "left-padded batch": left_padded(),
 }
+
+
+@pytest.fixture(scope="module")
+def machine() -> Hardware:
+    return hardware.probe("cpu")
 
 
 def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +97,41 @@ def test_an_architecture_is_tuned_or_kept_and_answers_as_before(name: str) -> No
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in weights.items())
     for case, inputs in INPUTS.items():
         assert torch.equal(answer(model, inputs)[0], expected[case][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", [name for name, cls in registry().items() if cls.lossless])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_lossless_transform_answers_as_before_or_says_why_not(name: str, transform: str, machine: Hardware) -> None:
+    model = tiny(name)
+    expected = {case: answer(model, inputs) for case, inputs in INPUTS.items()}
+    chosen = registry()[transform](phase="decode")
+    variant = Variant(model)
+    if reason := chosen.unavailable(variant, machine):
+        pytest.skip(reason)
+    try:
+        variant = variant.with_transform(chosen)
+    except TransformError as refusal:
+        pytest.skip(str(refusal))
+    assert chosen.took_effect(variant) is None
+    for case, inputs in INPUTS.items():
+        tokens, _ = answer(route.routed(model, Fallback(variant)), inputs)
+        assert first_wrong_token(*expected[case], tokens) is None, case
+
+
+class Fallback:
+    """A router as a wrapped model has it: what a variant cannot serve goes to the original."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+
+    def sample(self, call: route.Sampling) -> Any:
+        return call.original() if self.variant.unsupported(call) else self.variant.sample(call)
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.variant.forward(model, args, kwargs)
+
+    def other_loop(self, name: str) -> None: ...
 
 
 def on_meta() -> PreTrainedModel:

@@ -13,7 +13,10 @@ HEAVY = ["transformers", "torch._dynamo", "torch._inductor", "torchao", "bitsand
 
 @pytest.mark.parametrize("name", ["autotune", "autotune.transforms", "autotune.cli", "autotune.report"])
 def test_importing_pulls_in_nothing_heavy(name: str) -> None:
-    code = f"import json, sys, torch; before = set(sys.modules); import {name}; print(json.dumps(list(set(sys.modules) - before)))"
+    code = (
+        "import json, sys, torch; before = set(sys.modules);"
+        f"import {name}; print(json.dumps(list(set(sys.modules) - before)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     imported = json.loads(done.stdout)
     assert not [module for module in imported if module in HEAVY or module.split(".")[0] in HEAVY]
