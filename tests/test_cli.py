@@ -177,3 +177,12 @@ def test_an_answer_of_the_original_and_of_what_serves(llama, tokenizer):
     original, tuned = demo.answers(llama, tokenizer)
     assert original.text == tuned.text
     assert 0 < original.tokens <= demo.NEW_TOKENS
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"])
+def test_built_in_prompts_are_chats_where_the_tokenizer_knows_chats(template):
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.chat_template = template
+    prompts = demo.prompts(tokenizer)
+    assert len({tuple(ids) for ids in prompts}) == len(prompts) >= 32
+    assert tokenizer.decode(prompts[0]).startswith("<user>") is (template is not None)
