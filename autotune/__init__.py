@@ -10,3 +10,44 @@ Read in this order:
     tune                            the loop: profile, diagnose, propose, try, validate, commit
     plan, report                    what is kept, and what is shown
 """
+
+from __future__ import annotations
+
+from .errors import (
+    AutotuneError,
+    MeasurementError,
+    PlanError,
+    PolicyError,
+    StateError,
+    TransformError,
+    UnsupportedModelError,
+    VariantError,
+    WorkloadError,
+)
+from .plan import Plan
+from .policy import Policy
+from .transforms import Transform
+from .workload import Workload
+from .wrap import Handle, Status, unsupported, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutotuneError",
+    "Handle",
+    "MeasurementError",
+    "Plan",
+    "PlanError",
+    "Policy",
+    "PolicyError",
+    "StateError",
+    "Status",
+    "Transform",
+    "TransformError",
+    "UnsupportedModelError",
+    "VariantError",
+    "Workload",
+    "WorkloadError",
+    "unsupported",
+    "wrap",
+]

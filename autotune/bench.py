@@ -1,7 +1,8 @@
-"""The search's measuring side on a real model: one workload, split into prompts to tune on and prompts to confirm on."""
+"""The search's measuring side on a real model: a workload split into prompts to tune on and prompts to confirm on."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import chain
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING
 from . import profile as profiling
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
-from .policy import Limits, Policy
+from .policy import Policy
 from .profile import Profile
-from .validate import Latency, Quality, latency, quality
+from .validate import Latency, Quality, Verdict, latency, quality
+from .validate.exam import Exam
+from .validate.latency import Metric
+from .validate.score import Served
+from .validate.timing import request, time_request
 from .variant import Variant
 from .workload import PHASES, Bucket, Phase, Workload
 
@@ -22,7 +27,8 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
-METRICS = {"prefill": "ttft", "decode": "tpot"}
+METRICS: dict[Phase, Metric] = {"prefill": "ttft", "decode": "tpot"}
+GLANCE_TOKENS = 5
 
 
 class LiveBench:
@@ -49,7 +55,8 @@ class LiveBench:
         self.tuning, self.held_out = workload.split(0.5)
         half = len(texts) // 2
         self._texts = (texts[:half], texts[half:])
-        self._thorough = True
+        self.clock = original.traffic.clock if original.traffic else time.perf_counter
+        self.pad = original.original.generation_config.pad_token_id or 0
 
     def profile(self, variant: Variant) -> Profile:
         """The original with batch and context scaling; what was just accepted without, which takes seconds."""
@@ -70,46 +77,45 @@ class LiveBench:
 
     def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
         bucket = self.buckets[0]
-        times = [
-            latency.time_once(variant, bucket, self.tuning.prompts)[METRICS[phase]]
-            for variant in (candidate, candidate, incumbent, incumbent)
-        ]
-        return min(times[2:]) / min(times[:2])
+        prompts = request(bucket, self.tuning.prompts, 0)
+
+        def seconds(variant: Variant) -> float:
+            served = Served(variant, self.pad)
+            runs = [time_request(served, prompts, min(bucket.new_tokens, GLANCE_TOKENS)) for _ in range(2)]
+            return min(run.ttft_s if phase == "prefill" else run.tpot_s for run in runs)
+
+        return seconds(incumbent) / seconds(candidate)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         return quality.judge(self.exam, variant, tier)
 
     def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
-        return self._compare(incumbent, candidate, METRICS[phase], self.policy.limits, self.tuning, pairs=25)
+        return self._compare(incumbent, candidate, METRICS[phase], self.tuning, pairs=25)
 
     def confirm(self, variant: Variant, tier: str) -> tuple[Quality, Latency | None]:
         """The winner once more, on prompts it was not chosen on and with fresh timing (against the winner's curse)."""
         exam = self._exam(self.held_out, self._texts[1])
         verdict = quality.judge(exam, variant, tier)
-        if verdict.verdict != "pass":
+        if verdict.verdict is not Verdict.PASS:
             return verdict, None
-        return verdict, self._compare(
-            self.original, variant, "end_to_end", self.policy.limits, self.held_out, pairs=40, seed=1
-        )
+        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
 
     def reverify(self, variant: Variant, tier: str) -> tuple[Quality, Latency | None]:
         """A plan from disk, re-verified in seconds: same gates, fewer pairs."""
         verdict = quality.judge(self.exam, variant, tier)
-        if verdict.verdict != "pass":
+        if verdict.verdict is not Verdict.PASS:
             return verdict, None
-        return verdict, self._compare(
-            self.original, variant, "end_to_end", self.policy.limits, self.held_out, pairs=12, seed=2
-        )
+        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=12, seed=2)
 
     @cached_property
-    def exam(self) -> quality.Exam:
+    def exam(self) -> Exam:
         return self._exam(self.tuning, self._texts[0])
 
     @cached_property
     def noise(self) -> float:
         """What this host shows when the original races itself."""
         self.notify("timing the original against itself")
-        return latency.noise_floor(self.original, self.buckets[:1], self.tuning.prompts)
+        return latency.noise_floor(self.original, self.buckets[:1], self.tuning.prompts, clock=self.clock)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -119,8 +125,7 @@ class LiveBench:
         self,
         reference: Variant,
         candidate: Variant,
-        objective: str,
-        limits: Limits,
+        objective: Metric,
         work: Workload,
         pairs: int,
         seed: int = 0,
@@ -131,16 +136,19 @@ class LiveBench:
             self.buckets,
             work.prompts,
             objective=objective,
-            limits=limits,
+            limits=self.policy.limits,
             noise=self.noise,
+            clock=self.clock,
             max_pairs=pairs,
             seed=seed,
         )
 
-    def _exam(self, work: Workload, texts: tuple[tuple[int, ...], ...]) -> quality.Exam:
+    def _exam(self, work: Workload, texts: tuple[tuple[int, ...], ...]) -> Exam:
         self.notify("collecting the original's answers to judge against")
         missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
-        return quality.Exam.prepare(self.original.original, (*work.prompts, *texts[:missing]), size="quick")
+        prompts = (*work.prompts, *texts[:missing])
+        with self.original.turn():
+            return Exam.prepare(self.original.original, prompts, size="quick", pad_token_id=self.pad)
 
 
 def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import Cache, DynamicCache
@@ -14,16 +14,20 @@ from transformers.cache_utils import CacheLayerMixin
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
+__all__ = ["CachePool", "DynamicCache", "SlotCache", "run", "step", "unsupported"]
+
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer as transformers sees it; tensors and write position belong to the `SlotCache`, one position for all."""
 
     is_compileable, is_sliding = True, False  # a sliding window lives in the mask alone
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.slot, self.is_initialized = keys, values, slot, True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
@@ -56,8 +60,9 @@ class SlotCache:
 
     def __init__(self, prompt: DynamicCache, slots: int) -> None:
         """Allocate with the shapes of a prefilled cache, every layer of it full length."""
-        self.keys = [_room(layer.keys, slots) for layer in prompt.layers]
-        self.values = [_room(layer.values, slots) for layer in prompt.layers]
+        filled = tensors(prompt)
+        self.keys = [_room(keys, slots) for keys, _ in filled]
+        self.values = [_room(values, slots) for _, values in filled]
         batch, device = self.keys[0].shape[0], self.keys[0].device
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
         self.valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
@@ -70,9 +75,10 @@ class SlotCache:
             prompt: every layer [B, Hk, P, D].
             mask: [B, P], 0 on left padding; None when there is none.
         """
-        length = prompt.layers[0].keys.shape[2]
-        for layer, keys, values in zip(prompt.layers, self.keys, self.values, strict=True):
-            for held, new in ((keys, layer.keys), (values, layer.values)):
+        filled = tensors(prompt)
+        length = filled[0][0].shape[2]
+        for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
+            for held, new in zip((keys, values), new_pair, strict=True):
                 held[:, :, :length] = new
                 held[:, :, length : self._length] = 0  # a stale NaN would survive a zero attention weight
         self.valid[:, :length] = True if mask is None else mask.bool()
@@ -91,6 +97,12 @@ class SlotCache:
         for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(keys[:, :, : self._length].clone(), values[:, :, : self._length].clone(), i)
         return cache
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, slots)."""
+        batch, slots = self.valid.shape
+        return batch, slots
 
     @property
     def bytes(self) -> int:
@@ -119,7 +131,7 @@ class CachePool:
     @contextmanager
     def lend(self, prompt: DynamicCache, mask: torch.Tensor | None) -> Iterator[SlotCache]:
         """A slot cache filled with a prefilled one ([B, Hk, P, D] a layer; mask [B, P] or None)."""
-        batch = prompt.layers[0].keys.shape[0]
+        batch = tensors(prompt)[0][0].shape[0]
         with self._lock:
             idle = self._idle.setdefault(batch, [])
             cache = idle.pop() if idle else None
@@ -182,6 +194,12 @@ def run(
     out = model(token, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True)
     logits: torch.Tensor = out.logits[:, -1]
     return logits
+
+
+def tensors(prompt: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [B, Hk, P, D] of every layer of a prefilled cache."""
+    layers = cast("list[Any]", prompt.layers)
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _room(sample: torch.Tensor, slots: int) -> torch.Tensor:

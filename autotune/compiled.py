@@ -56,14 +56,14 @@ class CompiledStep:
         """
         token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
         arguments = (self.module, token, token.clone(), cache.slot, cache.valid, cache.keys, cache.values)
-        path = artifact(self.module, tuple(cache.valid.shape), self.regions)
+        path = artifact(self.module, cache.shape, self.regions)
         compiled = load(path) if path is not None else None
         if compiled is None:
             compiled = compile_ahead(arguments, self.regions)
             if path is not None:
                 keep(compiled, path)
         compiled.disable_guard_check()
-        self._steps[tuple(cache.valid.shape)] = compiled.fn
+        self._steps[cache.shape] = compiled.fn
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -71,7 +71,7 @@ class CompiledStep:
 
     def fitting(self, cache: SlotCache) -> Step | None:
         """The step compiled for this cache's shape, or None."""
-        compiled = self._steps.get(tuple(cache.valid.shape))
+        compiled = self._steps.get(cache.shape)
         if compiled is None:
             return None
 
@@ -88,10 +88,10 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool) -> Any:
     Raises:
         TransformError: it cannot be traced as one graph, or the compiler failed.
     """
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN}
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN}
     try:
         with torch.no_grad(), layers_as_regions(arguments[0], regions):
-            function = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+            function: Any = torch.compile(run, fullgraph=True, dynamic=False, options=options)
             return function.aot_compile((arguments, {}))
     except Exception as error:  # dynamo, inductor and the C++ compiler raise what they like
         first = str(error).strip().splitlines()[:1]

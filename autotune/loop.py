@@ -40,7 +40,8 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         with variant.running("decode") as module:
             out = module(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-        return out.logits[:, -1]
+        last: torch.Tensor = out.logits[:, -1]
+        return last
 
     return sample(call, logits, following, lambda: cache)
 
@@ -102,9 +103,10 @@ def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_ca
         streamer.end()
     if not config.return_dict_in_generate:
         return ids
-    return GenerateDecoderOnlyOutput(
-        sequences=ids,
-        scores=tuple(scores) if config.output_scores else None,
-        logits=tuple(raw) if config.output_logits else None,
-        past_key_values=final_cache(),
-    )
+    result: dict[str, Any] = {
+        "sequences": ids,
+        "scores": tuple(scores) if config.output_scores else None,
+        "logits": tuple(raw) if config.output_logits else None,
+        "past_key_values": final_cache(),
+    }
+    return GenerateDecoderOnlyOutput(**result)

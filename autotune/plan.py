@@ -11,6 +11,7 @@ from . import codec, route
 from .errors import PlanError
 from .transforms import Transform
 from .validate import Latency, Quality
+from .workload import Phase  # noqa: TC001 - the codec resolves a trial's types at run time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ class Trial:
 
     transform: Transform
     step: str
-    target: str
+    target: Phase
     outcome: Outcome
     reason: str
     predicted: float | None = None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SLOT = "autotune"  # the instance attribute that holds the router
 LOOP = "_sample"  # transformers' loop for greedy search and sampling
+_ROUTED: dict[type, type[PreTrainedModel]] = {}  # model class -> its routed subclass
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,14 @@ def _restore(cls: type[PreTrainedModel], state: dict[str, Any]) -> PreTrainedMod
     return model
 
 
-@functools.cache
 def routed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of `cls` with its name, whose calls go to the instance's router."""
+    if cls not in _ROUTED:
+        _ROUTED[cls] = _make_routed(cls)
+    return _ROUTED[cls]
+
+
+def _make_routed(cls: Any) -> type[PreTrainedModel]:
 
     @functools.wraps(cls.forward)  # generate inspects the signature
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

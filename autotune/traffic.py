@@ -1,4 +1,4 @@
-"""Live requests go first: a measured step runs only while no request is in flight, and no request waits for more than one."""
+"""Live requests go first: a measured step runs while no request is in flight, and no request waits for more than one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Cancelled(BaseException):
-    """Tuning was called off (unwrap, new weights). A BaseException, so that no trial mistakes it for its own failure."""
+    """Tuning was called off by unwrap. A BaseException, so that no trial mistakes it for its own failure."""
 
 
 class Traffic:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from . import bench as benches
 from . import fingerprint, hardware, store
 from .bench import LiveBench
-from .errors import AutotuneError, TransformError
+from .errors import AutotuneError, PlanError, TransformError
 from .plan import Fingerprint, Plan
 from .policy import Policy
-from .report import Drawn, Recorded, Report
+from .report import Drawn, Report, read
 from .search import Found, search, tier_for
 from .traffic import Traffic
 from .validate import Latency, Quality
@@ -30,11 +30,17 @@ log = logging.getLogger("autotune")
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning came to: the variant that should serve (without transforms: the original), plan and report."""
+    """What tuning came to.
+
+    Args:
+        variant: what should serve; without transforms it is the original.
+        verdict: one sentence with the numbers that decided.
+    """
 
     variant: Variant
     plan: Plan
     report: Drawn
+    verdict: str
 
 
 def tune(
@@ -119,16 +125,20 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     plan = Plan(identity, variant.transforms, quality, latency, found.trials, report.created, report.to_dict())
-    return Tuned(variant, plan, report)
+    return Tuned(variant, plan, report, verdict)
 
 
 def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
     """A plan from disk is a hint: applied and re-verified, or ignored."""
-    report = Recorded(plan.summary)
+    try:
+        report = read(plan.summary)
+    except PlanError as error:
+        log.warning("the kept plan is not used (%s); searching anew", error)
+        return None
     if not plan.transforms:
         seconds = time.monotonic() - start
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
-        return Tuned(bench.original, plan, report.reverified(verdict=verdict, seconds=seconds))
+        return Tuned(bench.original, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
     try:
         variant = bench.original
         for transform in plan.transforms:
@@ -147,7 +157,7 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
     seconds = time.monotonic() - start
     verdict = f"replayed and re-verified: {latency.reason}; {quality.reason}"
     fresh = report.reverified(verdict=verdict, seconds=seconds, latency=latency, quality=quality)
-    return Tuned(variant, replace(plan, quality=quality, latency=latency), fresh)
+    return Tuned(variant, replace(plan, quality=quality, latency=latency), fresh, verdict)
 
 
 def explain(found: Found, quality: Quality | None, latency: Latency | None) -> str:
@@ -158,7 +168,8 @@ def explain(found: Found, quality: Quality | None, latency: Latency | None) -> s
     names = " + ".join(map(str, found.after.variant.transforms))
     if latency is None and quality is not None:
         return f"kept the original: on held-out prompts {names} did not keep the quality: {quality.reason}"
-    assert latency is not None
+    if latency is None:
+        return f"kept the original: {names} could not be confirmed"
     if latency.verdict != "pass":
         return f"kept the original: on held-out prompts {names} did not confirm its speed: {latency.reason}"
     e, d, p = latency.end_to_end, latency.tpot, latency.ttft

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .plan import Plan
-    from .report import Report
+    from .report import Drawn
     from .tune import Tuned
 
 log = logging.getLogger("autotune")
@@ -93,7 +93,7 @@ class Handle:
         """The plan found, committed or not; None before tuning."""
         return self._tuned.plan if self._tuned else None
 
-    def report(self) -> Report:
+    def report(self) -> Drawn:
         """What was measured and decided.
 
         Raises:
@@ -103,7 +103,7 @@ class Handle:
             raise StateError(f"there is no report: the state is {self._state!r} ({self._detail}); call .tune() first")
         return self._tuned.report.with_calls(self._served, dict(self._bypassed))
 
-    def tune(self, workload: Any = None) -> Report:
+    def tune(self, workload: Any = None) -> Drawn:
         """Tune now and commit what wins; returns when done.
 
         Args:
@@ -281,7 +281,7 @@ class Handle:
     def _switch(self, variant: Variant) -> None:
         self._active = variant if variant.transforms else None
         self._state = "tuned" if variant.transforms else "original"
-        self._detail = self._tuned.report.verdict if self._tuned else ""
+        self._detail = self._tuned.verdict if self._tuned else ""
 
     def read(self, value: Any) -> Workload:
         return workload.read(value, tokenizer=self.tokenizer, model=self._model)
@@ -320,7 +320,7 @@ def wrap(
         policy: name of a policy ("balanced", "latency", "throughput", "memory", "lossless"), a TOML file, or a Policy.
         workload: prompts to tune for (strings, token-id lists, tensors or a Workload): tuning starts at once.
             Without it the first `observe` calls of `generate` are the workload.
-        when: "background" tunes in a thread between requests, "blocking" before the call returns, "manual" on `.tune()`.
+        when: "background" tunes in a thread between requests, "blocking" before a call returns, "manual" on `.tune()`.
         observe: calls of `generate` to observe.
         cache: read and write plans in the user's cache directory.
         progress: told each step in a sentence; default: the "autotune" logger.
@@ -338,7 +338,7 @@ def wrap(
         raise ValueError(f"observe must be at least 1, not {observe}")
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
     if route.is_routed(model):
-        model.autotune.unwrap()
+        model.__dict__[route.SLOT].unwrap()
     handle = Handle(
         model, tokenizer=tokenizer, policy=chosen, when=when, observe=observe, cache=cache, progress=progress
     )
@@ -360,7 +360,7 @@ def unsupported(model: Any) -> str | None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         hint = "; wrap the inner model (model.merge_and_unload() for PEFT)" if hasattr(model, "base_model") else ""
-        return f"{name} is not a transformers PreTrainedModel; autotune tunes causal LMs of Hugging Face transformers{hint}"
+        return f"{name} is not a PreTrainedModel; autotune tunes causal LMs of Hugging Face transformers{hint}"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model; autotune tunes decoder-only causal LMs"
     if not model.can_generate() or not hasattr(model, route.LOOP):

@@ -25,8 +25,8 @@ class CompileStep(Transform):
     """Compiles a decode step over static slots ahead of time, for the workload's batch sizes; others run uncompiled.
 
     Args:
-        layers: "once" generates code for one decoder layer and calls it for each; "unrolled" generates every layer, which
-            takes several times as long and lets the compiler fuse across layers.
+        layers: "once" generates code for one decoder layer and calls it for each; "unrolled" generates every layer,
+            which takes several times as long and lets the compiler fuse across layers.
         slots: tokens a sequence has room for; 0 as in `static_cache`.
     """
 

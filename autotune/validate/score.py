@@ -46,14 +46,14 @@ class Served:
         if reason := self.variant.unsupported(call):
             self.bypassed.append(reason)
             return call.original()
-        return self.variant.sample(call)
+        with self.variant.turn():
+            return self.variant.sample(call)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.variant.forward(model, args, kwargs)
+        with self.variant.turn():
+            return self.variant.forward(model, args, kwargs)
 
     def other_loop(self, name: str) -> None: ...
-
-    def changed(self, what: str) -> None: ...
 
     def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
         """Tokens [B, P + new_tokens] of left-padded `prompts`.
