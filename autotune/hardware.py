@@ -27,7 +27,7 @@ READ_ROUNDS = 6
 SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matmuls, until one takes long enough to be the peak
 HOPELESS_FLOPS_PER_S = 1e9  # no vector unit is this slow: the dtype is emulated, and the smallest matmul says enough
 MATMUL_S = 0.04  # a matmul this long has paid for its start: larger ones run no faster
-MATMUL_ROUNDS, MATMUL_LIMIT_S = 6, 0.25  # rounds of one size, and when to stop repeating it
+MATMUL_ROUNDS, MATMUL_LIMIT_S = 6, 0.15  # rounds of one size, and when to stop repeating it
 
 
 @dataclass(frozen=True)

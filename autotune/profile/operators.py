@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import profile as record  # without Kineto, which only a GPU needs and which logs to stderr
+from torch.profiler import record_function
 
+from ..errors import MeasurementError
 from ..roofline import classify, intensity
 from ..workload import Phase
 from . import Operator
@@ -98,13 +100,18 @@ def trace(served: PreTrainedModel, watched: Sequence[nn.Module], ids: torch.Tens
         watched: the models whose modules really run; compiled ones are not to be among them.
         ids: prompts, [B, P] int64.
         tokens: tokens to generate, at least two.
+
+    Raises:
+        MeasurementError: another profiler is at work.
     """
     on_gpu = ids.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with announced(watched), profile(activities=activities, acc_events=True) as profiler:
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        raise MeasurementError("another torch profiler is running; stop it, then tune")
+    with announced(watched), record(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as recorded:
         for _ in range(REQUESTS):
             time_request(served, ids, tokens)
-    events = sorted((e for e in profiler.events() if e.device_type.name == "CPU"), key=lambda e: e.time_range.start)
+    events = [e for e in recorded.function_events if e.device_type.name == "CPU"]
+    events.sort(key=lambda e: e.time_range.start)
     thread = next(e.thread for e in events if e.name == START)
     own = [e for e in events if e.thread == thread]
     marks = [(e.name, e.time_range.start) for e in own if e.name in (START, TICK)]
