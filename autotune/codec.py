@@ -80,7 +80,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     """The inverse of `encode` for an annotation.
 
     Args:
-        kind: dataclass, Transform, enum, scalar, X | None, tuple[X, ...] or a mapping of str to X.
+        kind: dataclass, Transform, enum, Literal of text, scalar, X | None, tuple[X, ...] or a mapping of str to X.
         value: plain JSON values.
         where: what it is, for messages.
 
@@ -96,6 +96,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         table = _expect(dict, value, where)
         return {key: decode(inner[1], item, f"{where}.{key}") for key, item in table.items()}
+    if origin is typing.Literal:
+        return _one_of(inner, value, where)
     return _scalar(kind, value, where)
 
 
@@ -107,14 +109,16 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is Transform:
         return _transform(value, where)
     if issubclass(kind, enum.StrEnum):
-        text = _expect(str, value, where)
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise PlanError(f"{where} is {text!r}; expected one of {', '.join(kind)}") from error
+        return kind(_one_of(tuple(kind), value, where))
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
     return _expect(kind, value, where)
+
+
+def _one_of(texts: tuple[str, ...], value: Any, where: str) -> str:
+    if (text := _expect(str, value, where)) not in texts:
+        raise PlanError(f"{where} is {text!r}; expected one of {', '.join(texts)}")
+    return str(text)
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:

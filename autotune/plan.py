@@ -11,7 +11,7 @@ from . import codec, route
 from .errors import PlanError
 from .transforms import Transform
 from .validate import Latency, Quality
-from .workload import Phase  # noqa: TC001 - the codec resolves a trial's types at run time
+from .workload import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

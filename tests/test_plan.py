@@ -122,6 +122,7 @@ def _set(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("transforms", 1, "params", "__class__", to="x"), "no parameter '__class__'"),
         (_set("transforms", 1, "extra", to=1), "expected name, phase and params"),
         (lambda d: d["transforms"][0].pop("params"), "expected name, phase and params"),
+        (_set("trials", 0, "target", to="training"), "target is 'training'; expected one of prefill, decode"),
         (_set("trials", 0, "outcome", to="great"), "outcome is 'great'; expected one of accepted"),
         (_set("trials", 0, "transform", "name", to="gone"), "no transform 'gone'"),
         (_set("quality", "verdict", to=1), "plan.quality.verdict is of type int"),
