@@ -1,4 +1,4 @@
-"""Live requests go first: a measured step runs while no request is in flight, and no request waits for more than one."""
+"""Live requests go first: a measured step runs while none is in flight, and no request waits for more than one."""
 
 from __future__ import annotations
 

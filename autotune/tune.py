@@ -194,4 +194,5 @@ def name_of(model: PreTrainedModel) -> str:
 def describe(workload: Workload) -> str:
     bucket = workload.buckets()[0]
     batches = ", ".join(map(str, workload.batch_sizes))
-    return f"{len(workload.prompts)} prompts of about {bucket.prompt_tokens} tokens, {workload.new_tokens} new tokens, batch {batches}"
+    prompts = f"{len(workload.prompts)} prompts of about {bucket.prompt_tokens} tokens"
+    return f"{prompts}, {workload.new_tokens} new tokens, batch {batches}"

@@ -1,0 +1,218 @@
+"""The search's decisions on scripted numbers: what is tried, in which order, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import pytest
+
+from autotune import transforms
+from autotune.diagnose import Diagnosis
+from autotune.errors import TransformError
+from autotune.hardware import Hardware
+from autotune.plan import Outcome
+from autotune.policy import Choice, Limits, Policy, Step
+from autotune.search import Found, search
+from autotune.transforms import Stage, Transform
+from autotune.validate import Latency, Quality, Speedup, Verdict
+from autotune.variant import Variant
+
+HARDWARE = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
+
+
+@dataclass(frozen=True)
+class Scripted(Transform):
+    """A transform that does what the test says."""
+
+    label: str = "a"
+    promises: float = 2.0
+    missing: str = ""
+    refuses: str = ""
+    breaks: str = ""
+    idle: str = ""
+
+    name: ClassVar[str] = "scripted"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    summary: ClassVar[str] = "for tests"
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        return self.missing or None
+
+    def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
+        return {"decode": self.promises}
+
+    def apply(self, variant: Variant) -> None:
+        if self.refuses:
+            raise TransformError(self.refuses)
+        if self.breaks:
+            raise ZeroDivisionError(self.breaks)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return self.idle or None
+
+
+@dataclass
+class ScriptedBench:
+    """A bench whose verdicts are looked up by the label of the newest transform."""
+
+    quality: dict[str, Verdict] = field(default_factory=dict)
+    speed: dict[str, Verdict] = field(default_factory=dict)
+    bottlenecks: dict[str, str] = field(default_factory=dict)  # label, or "" for the original -> decode's bottleneck
+    glances: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def label(variant: Variant) -> str:
+        return variant.transforms[-1].label if variant.transforms else ""
+
+    def profile(self, variant: Variant) -> Any:
+        return self.label(variant)
+
+    def diagnose(self, profile: Any) -> Any:
+        kind = self.bottlenecks.get(profile, "memory")
+        return {phase: Diagnosis(phase, kind, "because", 2.0, 0.5) for phase in ("prefill", "decode")}
+
+    def memory_ratio(self, variant: Variant) -> float:
+        return self.memory.get(self.label(variant), 1.0)
+
+    def glance(self, incumbent: Variant, candidate: Variant, phase: str) -> float:
+        return self.glances.get(self.label(candidate), 1.5)
+
+    def judge(self, variant: Variant, tier: str) -> Quality:
+        label = self.label(variant)
+        self.calls.append(f"judge {label} {tier}")
+        return Quality(tier, self.quality.get(label, Verdict.PASS), f"quality of {label}")
+
+    def race(self, incumbent: Variant, candidate: Variant, phase: str) -> Latency:
+        label = self.label(candidate)
+        self.calls.append(f"race {self.label(incumbent) or 'original'} {label}")
+        once = Speedup(1.5, 1.4, 1.6, 8)
+        return Latency(self.speed.get(label, Verdict.PASS), f"speed of {label}", once, once, once, 0.01)
+
+
+def policy(*steps: Step, **changes: Any) -> Policy:
+    return replace(Policy("test", "", "latency", "strict", Limits(), 100.0, steps), **changes)
+
+
+def step(*choices: dict[str, Any], bottlenecks: tuple[str, ...] = (), name: str = "step") -> Step:
+    made = tuple(Choice("scripted", params, "decode") for params in choices)
+    return Step(name, "decode", made, frozenset(bottlenecks))
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, params: Mapping[str, Any], phase: Any = "both") -> Transform:
+        return Scripted(phase=phase, **params)
+
+    monkeypatch.setattr(transforms, "make", make)
+
+
+def run(bench: ScriptedBench, chosen: Policy, **options: Any) -> Found:
+    return search(Variant(object()), chosen, HARDWARE, bench, **options)  # type: ignore[arg-type]
+
+
+def outcomes(found: Found) -> dict[str, str]:
+    return {trial.transform.params["label"]: str(trial.outcome) for trial in found.trials}
+
+
+@pytest.mark.parametrize(
+    ("choice", "bench", "outcome", "reason"),
+    [
+        ({}, ScriptedBench(), "accepted", "speed of a"),
+        ({"missing": "no compiler"}, ScriptedBench(), "unavailable", "no compiler"),
+        ({"promises": 1.02}, ScriptedBench(), "skipped", "the roofline allows 1.02x at best"),
+        ({"refuses": "tied weights"}, ScriptedBench(), "unavailable", "tied weights"),
+        ({"breaks": "oops"}, ScriptedBench(), "error", "ZeroDivisionError: oops"),
+        ({"idle": "nothing replaced"}, ScriptedBench(), "rejected", "it had no effect: nothing replaced"),
+        ({}, ScriptedBench(memory={"a": 3.0}), "rejected", "3.00x the original's memory"),
+        ({}, ScriptedBench(glances={"a": 0.2}), "rejected", "took 5.0x as long"),
+        ({}, ScriptedBench(quality={"a": Verdict.FAIL}), "rejected", "quality of a"),
+        ({}, ScriptedBench(quality={"a": Verdict.INCONCLUSIVE}), "inconclusive", "quality of a"),
+        ({}, ScriptedBench(quality={"a": Verdict.ERROR}), "error", "quality of a"),
+        ({}, ScriptedBench(speed={"a": Verdict.FAIL}), "rejected", "speed of a"),
+        ({}, ScriptedBench(speed={"a": Verdict.INCONCLUSIVE}), "inconclusive", "speed of a"),
+    ],
+)
+def test_one_candidate(choice: dict[str, Any], bench: ScriptedBench, outcome: str, reason: str) -> None:
+    found = run(bench, policy(step(choice)))
+    (trial,) = found.trials
+    assert (trial.outcome, reason in trial.reason) == (Outcome(outcome), True), trial.reason
+    assert bool(found.after.variant.transforms) == (outcome == "accepted")
+
+
+def test_a_failed_quality_is_never_timed() -> None:
+    bench = ScriptedBench(quality={"a": Verdict.FAIL})
+    run(bench, policy(step({})))
+    assert bench.calls == ["judge a strict"]
+
+
+def test_the_most_promising_is_tried_first_and_the_next_races_against_it() -> None:
+    bench = ScriptedBench()
+    run(bench, policy(step({"label": "slow", "promises": 1.2}, {"label": "fast", "promises": 3.0})))
+    assert [c for c in bench.calls if c.startswith("race")] == ["race original fast", "race fast slow"]
+
+
+def test_removing_one_bottleneck_shows_the_next() -> None:
+    bench = ScriptedBench(bottlenecks={"": "memory", "weights": "overhead", "graph": "compute"})
+    found = run(
+        bench,
+        policy(
+            step({"label": "graph"}, bottlenecks=("overhead",), name="overhead"),
+            step({"label": "weights"}, bottlenecks=("memory",), name="memory"),
+            step({"label": "cache"}, bottlenecks=("kv-cache",), name="cache"),
+        ),
+    )
+    assert [t.label for t in found.after.variant.transforms] == ["weights", "graph"]  # type: ignore[attr-defined]
+    assert outcomes(found) == {"weights": "accepted", "graph": "accepted", "cache": "skipped"}
+    assert "decode is compute-bound" in found.trials[-1].reason
+
+
+def test_steps_for_other_devices_are_skipped_with_the_reason() -> None:
+    found = run(ScriptedBench(), policy(replace(step({}), devices=frozenset({"cuda"}))))
+    assert found.trials[0].outcome is Outcome.SKIPPED
+    assert found.trials[0].reason == "for cuda, this is cpu"
+
+
+def test_nothing_new_is_tried_once_the_budget_is_spent() -> None:
+    ticks = iter(range(0, 10_000, 60))
+    found = run(
+        ScriptedBench(),
+        policy(step({"label": "first"}, {"label": "second", "promises": 1.5}, {"label": "third", "promises": 1.4})),
+        clock=lambda: float(next(ticks)),
+    )
+    assert outcomes(found)["third"] == "skipped"
+    assert "the budget of 100 s was spent" in found.trials[-1].reason
+
+
+@pytest.mark.parametrize(("lossless", "tier"), [(True, "lossless"), (False, "strict")])
+def test_lossless_transforms_are_held_to_the_lossless_tier(
+    lossless: bool, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "lossless", lossless)
+    bench = ScriptedBench()
+    run(bench, policy(step({})))
+    assert bench.calls[0] == f"judge a {tier}"
+
+
+def test_a_candidate_that_fails_while_it_runs_costs_nothing_else() -> None:
+    class Failing(ScriptedBench):
+        def race(self, incumbent: Variant, candidate: Variant, phase: str) -> Latency:
+            if self.label(candidate) == "bad":
+                raise MemoryError("out of memory")
+            return super().race(incumbent, candidate, phase)
+
+    found = run(Failing(), policy(step({"label": "bad", "promises": 3.0}, {"label": "good"})))
+    assert outcomes(found) == {"bad": "error", "good": "accepted"}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_is_not_taken_for_a_failed_trial(stop: type[BaseException]) -> None:
+    class Interrupted(ScriptedBench):
+        def judge(self, variant: Variant, tier: str) -> Quality:
+            raise stop
+
+    with pytest.raises(stop):
+        run(Interrupted(), policy(step({})))
