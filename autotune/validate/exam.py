@@ -226,8 +226,8 @@ class Exam:
         self.tie_nats = max(NEAR_TIE_NATS, 3 * float(np.quantile(np.concatenate(shifts), 0.99)))
         if self.noise_kld > 0.05:
             self.problem = (
-                f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward: it does"
-                " not reproduce itself (dropout, sampling inside the model, or a broken cache), so nothing can be compared"
+                f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward. It does not"
+                " reproduce itself (dropout, sampling inside, or a broken cache), so nothing can be compared with it"
             )
 
 

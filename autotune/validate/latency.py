@@ -14,7 +14,7 @@ from ..policy import Limits
 from ..workload import Bucket
 from . import Latency, Speedup, Verdict
 from .exam import Progress
-from .ratios import EARLY_ALPHA, FINAL_ALPHA, METRICS, Metric, bounds, known, log_ratios, p90_increases, pooled, speedup
+from .ratios import EARLY_ALPHA, FINAL_ALPHA, METRICS, Metric, bounds, known, log_ratios, p90_increase, pooled, speedup
 from .score import CandidateError, Served, Tokens
 from .statistics import Floats, spread
 from .timing import Clock, Pair, Timing, request, time_request
@@ -28,8 +28,8 @@ log = logging.getLogger("autotune")
 
 Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 
-# Pairs per bucket after which a clear answer ends the race. Five early looks at 0.5 % and the last at 2.5 % keep the chance
-# of a false "faster" within 5 % (Bonferroni).
+# Pairs per bucket after which a clear answer ends the race. Five early looks at 0.5 % and the last at 2.5 % keep the
+# chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (5, 8, 12, 25, 50)
 MAX_POLLUTED = 0.2  # share of pairs that may be dropped
 NOISY, TOO_NOISY = (
@@ -235,10 +235,8 @@ def _increases(
         if len(values) >= 2:
             point, high = float(np.median(values)), bounds(values, early)[1]
             found.append((metric, math.expm1(-point), math.expm1(-high), limit))
-    times = np.array([[p.reference.end_to_end_s, p.candidate.end_to_end_s] for p in pairs])  # [N, 2]
-    worse = p90_increases(times)
-    least = float(np.quantile(worse, EARLY_ALPHA if early else FINAL_ALPHA))
-    found.append(("p90 of end_to_end", float(np.median(worse)), least, limits.max_p90_increase))
+    point, least = p90_increase(pairs, limits.max_p90_increase, EARLY_ALPHA if early else FINAL_ALPHA)
+    found.append(("p90 of end_to_end", point, least, limits.max_p90_increase))
     return found
 
 
@@ -256,10 +254,39 @@ def noise_floor(
 ) -> float:
     """What a variant seems to gain on itself: half-width of the 95 % interval of an A/A comparison, as a fraction.
 
+    Args:
+        variant: warm already, or the first pair shows it.
+        buckets, prompts, objective, clock, seed, progress: as for `compare`.
+        pairs: per bucket.
+        budget_s: seconds after which no further pair is begun.
+
     Raises:
         CandidateError: the variant raised.
     """
-    arm = _arm(variant, prompts, clock)
+    return self_noise(
+        _arm(variant, prompts, clock),
+        buckets,
+        objective,
+        pairs,
+        clock=clock,
+        budget_s=budget_s,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def self_noise(
+    arm: Arm,
+    buckets: Sequence[Bucket],
+    objective: Metric,
+    pairs: int = 8,
+    *,
+    clock: Clock = time.perf_counter,
+    budget_s: float = math.inf,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> float:
+    """`noise_floor` of anything that can be timed."""
     rng, start = np.random.default_rng(seed), clock()
     samples: dict[str, list[Pair]] = {label(bucket): [] for bucket in buckets}
     for turn in range(pairs):

@@ -192,7 +192,7 @@ def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
     gap = float(row.max() - row[mine[first]])
     if gap > exam.tie_nats:
         raise _FailedError(
-            f"greedy output differs at token {first} of prompt {text.prompt}, where the original prefers its own by {gap:.2g} nats"
+            f"greedy output differs at token {first} of prompt {text.prompt}, where the original is sure by {gap:.2g} nats"
         )
 
 
@@ -230,7 +230,7 @@ def decide(scores: Scores, limits: Tier, exam: Exam) -> Quality:
     for what, point, bound, limit in gates:
         if not bound <= limit:
             more = _more_prompts(found.prompts, point, bound, limit)
-            reason = f"{what} {point:.4g} may be as high as {bound:.4g}, over {limit:g}: need {more} more prompts ({summary})"
+            reason = f"{what} may be as high as {bound:.4g}, over {limit:g}: need {more} more prompts ({summary})"
             return _with(found, Verdict.INCONCLUSIVE, reason)
     return _with(found, Verdict.PASS, f"within tier {limits.name}: {summary}")
 

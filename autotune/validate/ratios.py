@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from . import Speedup
-from .statistics import Floats, median_draws
+from .statistics import Floats, median_bounds
 from .timing import Pair
 
 Metric = Literal["ttft", "tpot", "end_to_end"]
@@ -21,20 +21,19 @@ FINAL_ALPHA = 0.025
 STUDENT = ((2, 63.66), (3, 9.925), (4, 5.841), (5, 4.604), (8, 3.499), (12, 3.106), (25, 2.797), (50, 2.680))
 
 
-def p90_increases(times: Floats, resamples: int = 1000) -> Floats:
-    """How much the 90th percentile grows from column 0 to column 1.
+def p90_increase(pairs: Sequence[Pair], limit: float, alpha: float) -> tuple[float, float]:
+    """How much the 90th percentile of end-to-end time grows, and what it surely grows by at least, as fractions.
 
-    Args:
-        times: [N, 2], seconds; rows are drawn whole.
-        resamples: number of draws R.
-
-    Returns:
-        [R] increases as fractions.
+    Bootstrapped, pairs drawn whole, only where it is over `limit`: otherwise the point decides.
     """
-    drawn = times[np.random.default_rng(0).integers(0, len(times), size=(resamples, len(times)))]  # [R, N, 2]
+    times = np.array([[p.reference.end_to_end_s, p.candidate.end_to_end_s] for p in pairs])  # [N, 2]
+    reference, candidate = np.quantile(times, 0.9, axis=0)
+    point = float(candidate / reference - 1)
+    if point <= limit:
+        return point, point
+    drawn = times[np.random.default_rng(0).integers(0, len(times), size=(1000, len(times)))]  # [R, N, 2]
     p90 = np.quantile(drawn, 0.9, axis=1)  # [R, 2]
-    increases: Floats = p90[:, 1] / p90[:, 0] - 1
-    return increases
+    return point, float(np.quantile(p90[:, 1] / p90[:, 0] - 1, alpha))
 
 
 def bounds(values: Floats, early: bool = False) -> tuple[float, float]:
@@ -43,7 +42,7 @@ def bounds(values: Floats, early: bool = False) -> tuple[float, float]:
     A bootstrap of so few values alone would be too sure of itself.
     """
     alpha = EARLY_ALPHA if early else FINAL_ALPHA
-    low, high = (float(q) for q in np.quantile(median_draws(values), [alpha, 1 - alpha]))
+    low, high = median_bounds(values, alpha)
     if early:
         t = [quantile for count, quantile in STUDENT if count <= len(values)][-1]
         half = t * float(np.std(values, ddof=1)) / math.sqrt(len(values))

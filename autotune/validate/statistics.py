@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,12 +35,28 @@ def cluster_means(values: Floats, clusters: NDArray[np.int64], resamples: int = 
     return means
 
 
-def median_draws(values: Floats, resamples: int = 2000, seed: int = 0) -> Floats:
-    """Bootstrap distribution [R] of the median of `values` [N]."""
-    rng = np.random.default_rng(seed)
-    drawn = values[rng.integers(0, len(values), size=(resamples, len(values)))]  # [R, N]
-    medians: Floats = np.median(drawn, axis=1)
-    return medians
+def median_bounds(values: Floats, alpha: float) -> tuple[float, float]:
+    """Bootstrap interval of the median of `values` [N], `alpha` in each tail; exact, so nothing is drawn.
+
+    The bootstrap's distribution of an order statistic is binomial (Maritz and Jarrett, A Note on Estimating the
+    Variance of the Sample Median, JASA 1978). For even N the interval is the mean of those of the two middle values.
+    """
+    ordered, n = np.sort(values), len(values)
+    middle = ((n + 1) // 2, n // 2 + 1)  # the same one twice for odd N
+    low = np.mean([ordered[_rank(n, m, alpha)] for m in middle])
+    high = np.mean([ordered[_rank(n, m, 1 - alpha)] for m in middle])
+    return float(low), float(high)
+
+
+@functools.cache
+def _rank(n: int, m: int, p: float) -> int:
+    """Index of the p-quantile of the bootstrap's m-th smallest of n values."""
+    for k in range(1, n):
+        share = k / n  # of the values that are at most the k-th
+        at_most = sum(math.comb(n, j) * share**j * (1 - share) ** (n - j) for j in range(m, n + 1))
+        if at_most >= p:
+            return k - 1
+    return n - 1
 
 
 def spread(values: Floats) -> float:

@@ -31,8 +31,8 @@ class Tier:
 
 
 # Published readings of llama.cpp's perplexity tool on 7-8B models, Wikitext-2: BF16 against FP16 of one model 0.000025
-# nats and 99.7 % same top token; q8_0 0.0004 to 0.0014 and 97.7 to 98.8 %; q4_K_M 0.013 to 0.031 and 92 to 95 %. Smaller
-# models read a few times higher (135M: 8-bit weights in groups of 32 0.0017 and 98.1 %), hence the distance to the limits.
+# nats and 99.7 % same top token; q8_0 0.0004 to 0.0014 and 97.7 to 98.8 %; q4_K_M 0.013 to 0.031 and 92 to 95 %.
+# Smaller models read a few times higher (135M: 8-bit weights in groups of 32 0.0017 and 98.1 %), hence the distance.
 TIERS: dict[str, Tier] = {
     tier.name: tier
     for tier in (
