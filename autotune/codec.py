@@ -23,7 +23,7 @@ from .errors import ChoiceError, PlanError
 from .transforms import Transform
 
 MAX_DEPTH = 16
-MAX_INT = 2**53  # beyond it JSON readers disagree
+MAX_INT = 2**63
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # would garble a terminal or fail to encode
 
 
@@ -69,7 +69,9 @@ def encode(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, enum.StrEnum):
         return value.value
-    if value is None or isinstance(value, (str, int)):
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\ufffd", value)  # messages of compilers are kept as reasons, with their colours
+    if value is None or isinstance(value, int):
         return value
     raise PlanError(
         f"a {type(value).__name__} cannot be stored as JSON; expected numbers, text, lists, mappings or values"

@@ -166,7 +166,7 @@ def _text(fragment: str) -> str:
         (_text("1e999"), "too large"),
         (_text("9" * 30), "too large"),
         (_text("9" * 100_000), "too large"),
-        (_text("9007199254740993"), "too large"),
+        (_text("9223372036854775808"), "too large"),
         (_text('"\\u001b[2J"'), "unprintable"),
         (_text('{"\\u0000": 1}'), "unprintable"),
         (_text('"\\ud800"'), "unprintable"),
@@ -175,6 +175,12 @@ def _text(fragment: str) -> str:
 def test_text_that_is_not_strict_json_is_refused(text: str | bytes, says: str) -> None:
     with pytest.raises(PlanError, match=says):
         plan.loads(text)
+
+
+def test_reasons_with_unprintable_characters_are_cleaned_when_written() -> None:
+    trial = Trial(EAGER, "s", "decode", Outcome.ERROR, "g++: \x1b[31merror\x1b[0m\nat \ud800")
+    (back,) = plan.loads(plan.dumps(replace(KEEP, trials=(trial,)))).trials
+    assert back.reason == "g++: \ufffd[31merror\ufffd[0m\nat \ufffd"
 
 
 def test_a_summary_that_is_not_json_is_refused_when_written() -> None:
