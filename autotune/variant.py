@@ -183,8 +183,6 @@ class Variant:
             return f"cache_implementation={config.cache_implementation!r}"
         if call.options.get("synced_gpus") or config.prefill_chunk_size is not None or config.is_assistant:
             return "chunked, synchronised or assistant generation"
-        if self.loop == "lean" and (config.output_attentions or config.output_hidden_states):
-            return "attentions or hidden states asked for"
         if self.caches is not None:
             return self.caches.unsupported(config)
         return None

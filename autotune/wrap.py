@@ -134,8 +134,8 @@ class Handle:
         """
         if self._tuned is None:
             raise StateError("there is no plan to commit; call .tune() first")
-        if self._snapshot is None or (change := self._snapshot.changed()):
-            raise StateError(f"the plan is stale: {change or 'the model changed'}; call .tune() again")
+        if change := self._change():
+            raise StateError(f"the plan is stale: {change}; call .tune() again")
         self._switch(self._tuned.variant)
 
     def rollback(self) -> None:
@@ -196,13 +196,16 @@ class Handle:
     def _fresh(self) -> Variant | None:
         """The variant to serve with, unless the model changed under it."""
         variant = self._active
-        if variant is None or self._snapshot is None:
-            return None
-        change = "it is in training mode" if self._model.training else self._snapshot.changed()
-        if change is not None:
+        if variant is not None and (change := self._change()) is not None:
             self._drop("stale", f"the model changed after tuning ({change}); the original serves, .tune() tunes again")
             return None
         return variant
+
+    def _change(self) -> str | None:
+        """How the model differs from when it was tuned, or None."""
+        if self._model.training:
+            return "it is in training mode"
+        return "it was never tuned" if self._snapshot is None else self._snapshot.changed()
 
     def _serve(self, variant: Variant, call: route.Sampling) -> Any:
         streamer = call.options.get("streamer")

@@ -1,0 +1,299 @@
+"""The wrapped model through its life: observed, tuned, served, rolled back, stale, unwrapped."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
+
+import autotune
+from autotune import plan as plans
+from autotune import tune as tuning
+from autotune.route import bare, is_routed
+from autotune.transforms import Transform
+from autotune.transforms.lean_loop import LeanLoop
+from autotune.transforms.static_cache import StaticCache
+from autotune.tune import Tuned
+from autotune.variant import Variant
+
+IDS = torch.tensor([token_prompts(1)[0]])
+
+
+class Written:
+    """A report that only knows its verdict."""
+
+    def with_calls(self, served: int, bypassed: dict[str, int]) -> Written:
+        return self
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Tuning that always ends with the transforms in the list, and measures nothing: what is tested is the serving."""
+    wanted: list[Any] = [StaticCache()]
+
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
+        variant = Variant(model, traffic, workload).with_transforms(wanted)
+        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    return wanted
+
+
+def greedy(model: Any, ids: torch.Tensor = IDS, tokens: int = 8, **options: Any) -> list[list[int]]:
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+    return (out if isinstance(out, torch.Tensor) else out.sequences).tolist()
+
+
+def wrapped(model: Any, **options: Any) -> Any:
+    return autotune.wrap(model, **({"workload": token_prompts(4), "when": "blocking", "cache": False} | options))
+
+
+@pytest.mark.parametrize("transforms", [[], [LeanLoop()], [StaticCache()]], ids=str)
+def test_the_plan_serves_what_the_original_would_say(scripted: list[Transform], transforms: list[Transform]) -> None:
+    scripted[:] = transforms
+    model = tiny("llama")
+    before, padded = greedy(model), left_padded()
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    batch = greedy(model, ids, attention_mask=mask)
+    wrapped(model)
+    assert greedy(model) == before
+    assert greedy(model, ids, attention_mask=mask) == batch
+    assert model.autotune.status.state == ("tuned" if transforms else "original")
+    assert model.autotune.status.served == (2 if transforms else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"tokens": 200}, "a context beyond the static cache's 128 tokens"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "argument output_attentions"),
+    ],
+)
+def test_what_a_plan_cannot_serve_goes_to_the_original_and_is_counted(
+    scripted: list[Transform], options: dict[str, Any], reason: str
+) -> None:
+    scripted[:] = [StaticCache(slots=128)]
+    model = tiny("llama")
+    model.set_attn_implementation("eager")  # attentions can be asked for
+    before = greedy(model, **options)
+    wrapped(model)
+    assert greedy(model, **options) == before
+    assert model.autotune.status.bypassed == {reason: 1}
+    assert model.autotune.status.served == 0
+
+
+def test_a_cache_of_the_callers_goes_to_the_original(scripted: list[Transform]) -> None:
+    from transformers import DynamicCache
+
+    model = wrapped(tiny("llama"))
+    cache = DynamicCache(config=model.config)
+    greedy(model, past_key_values=cache)
+    assert model.autotune.status.bypassed == {"a cache of the caller's": 1}
+    assert cache.get_seq_length() == IDS.shape[1] + 7
+
+
+def test_an_unknown_argument_raises_what_the_original_raises(scripted: list[Transform]) -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="nonsense") as original:
+        greedy(model, nonsense=1)
+    wrapped(model)
+    with pytest.raises(ValueError, match="nonsense") as routed:
+        greedy(model, nonsense=1)
+    assert str(routed.value) == str(original.value)
+
+
+@pytest.mark.parametrize("observe", [1, 3])
+def test_calls_are_observed_until_there_are_enough(scripted: list[Transform], observe: int) -> None:
+    model = wrapped(tiny("llama"), workload=None, observe=observe)
+    for _ in range(observe):
+        assert model.autotune.status.state == "observing"
+        greedy(model)
+    assert model.autotune.status.state == "tuned"
+
+
+def test_background_tuning_ends_and_serves(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"), when="background")
+    thread = model.autotune._thread
+    assert thread is not None
+    thread.join(60)
+    assert model.autotune.status.state == "tuned"
+
+
+def test_manual_tuning_waits_to_be_asked(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"), when="manual")
+    greedy(model)
+    assert model.autotune.status.state == "waiting"
+    model.autotune.tune()
+    assert model.autotune.status.state == "tuned"
+
+
+def test_rollback_and_commit(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"))
+    before = greedy(model)
+    model.autotune.rollback()
+    assert greedy(model) == before
+    assert model.autotune.status.state == "rolled back"
+    model.autotune.commit()
+    assert greedy(model) == before
+    assert model.autotune.status.served == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.load_state_dict(tiny("llama", seed=7).state_dict()), "was written to or converted"),
+        (lambda m: m.double(), "was written to or converted"),
+        (lambda m: m.train(), "training mode"),
+        (lambda m: m.set_submodule("model.layers.0.mlp.up_proj", torch.nn.Linear(64, 96, bias=False)), "was replaced"),
+        (lambda m: m.resize_token_embeddings(260), "tensor weight was"),
+    ],
+    ids=["load_state_dict", "double", "train", "module", "resize"],
+)
+def test_a_changed_model_is_served_by_the_original_again(scripted: list[Transform], change: Any, said: str) -> None:
+    model = wrapped(tiny("llama"))
+    change(model)
+    with pytest.warns(RuntimeWarning, match=said):
+        after = greedy(model)
+    assert model.autotune.status.state == "stale"
+    assert after == greedy(bare(model))
+    with pytest.raises(autotune.StateError, match="stale"):
+        model.autotune.commit()
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.to("cpu"), lambda m: m.float(), lambda m: m.eval()])
+def test_a_conversion_that_changes_nothing_keeps_the_plan(scripted: list[Transform], convert: Any) -> None:
+    model = wrapped(tiny("llama"))
+    convert(model)
+    greedy(model)
+    assert model.autotune.status.state == "tuned"
+
+
+def test_a_plan_that_fails_is_dropped_and_the_original_answers(scripted: list[Transform]) -> None:
+    model = tiny("llama")
+    before = greedy(model)
+    wrapped(model)
+    (decode,) = model.autotune._active.edit("decode")
+    decode.forward = lambda *_, **__: 1 / 0
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
+        assert greedy(model) == before
+    assert model.autotune.status.state == "failed"
+    assert greedy(model) == before
+
+
+def test_a_plan_that_fails_after_tokens_were_streamed_does_not_start_over(scripted: list[Transform]) -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None: ...
+
+    model = wrapped(tiny("llama"))
+    (decode,) = model.autotune._active.edit("decode")
+    decode.forward = lambda *_, **__: 1 / 0
+    streamer = Streamer()
+    with pytest.warns(RuntimeWarning, match="middle of a stream"), pytest.raises(autotune.VariantError):
+        greedy(model, streamer=streamer)
+    assert len(streamer.seen) == IDS.shape[1] + 1
+    assert len(greedy(model)[0]) == IDS.shape[1] + 8
+
+
+def test_an_error_of_the_callers_own_keeps_the_plan(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"))
+
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        greedy(model, logits_processor=[broken])
+    with pytest.raises(IndexError):
+        greedy(model, ids=torch.tensor([[10_000]]))
+    assert model.autotune.status.state == "tuned"
+
+
+def test_unwrap_leaves_no_trace(scripted: list[Transform]) -> None:
+    model = tiny("llama")
+    attributes, cls, before = set(model.__dict__), type(model), greedy(model)
+    wrapped(model).autotune.unwrap()
+    assert (set(model.__dict__), type(model), greedy(model)) == (attributes, cls, before)
+
+
+def test_wrapping_again_starts_afresh(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"))
+    first = model.autotune
+    assert wrapped(model) is model
+    assert model.autotune is not first
+    assert is_routed(model)
+
+
+def test_threads_share_a_plan(scripted: list[Transform]) -> None:
+    scripted[:] = [StaticCache()]
+    model = wrapped(tiny("llama"))
+    prompts = [torch.tensor([p]) for p in token_prompts(6)]
+    expected = [greedy(bare(model), ids) for ids in prompts]
+    found: dict[int, list[list[int]]] = {}
+
+    def ask(k: int) -> None:
+        found[k] = greedy(model, prompts[k])
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[k] for k in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (tiny_t5, "encoder-decoder"),
+        (tiny_bert, "cannot generate"),
+        (lambda: torch.nn.Linear(2, 2), "not a PreTrainedModel"),
+        (lambda: tiny("llama").train(), "call model.eval"),
+        (lambda: tiny("llama").to("meta"), "meta device"),
+    ],
+    ids=["encoder-decoder", "encoder", "module", "training", "meta"],
+)
+def test_unsupported_models_are_refused_with_what_to_do(make: Any, said: str) -> None:
+    with pytest.raises(autotune.UnsupportedModelError, match=said):
+        autotune.wrap(make())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"policy": "balansed"}, autotune.PolicyError, "balanced"),
+        ({"workload": []}, autotune.WorkloadError, "empty|no prompts"),
+        ({"workload": ["text"]}, autotune.WorkloadError, "tokenizer"),
+        ({"workload": [[1] * 300]}, autotune.WorkloadError, "256"),
+        ({"when": "later"}, ValueError, "background"),
+        ({"observe": 0}, ValueError, "at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_the_model_alone(
+    options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    model = tiny("llama")
+    with pytest.raises(error, match=said):
+        autotune.wrap(model, **options)
+    assert not is_routed(model)
+
+
+def test_there_is_nothing_to_report_commit_or_tune_before_tuning() -> None:
+    model = autotune.wrap(tiny("llama"), when="manual")
+    with pytest.raises(autotune.StateError, match="tune"):
+        model.autotune.report()
+    with pytest.raises(autotune.StateError, match="tune"):
+        model.autotune.commit()
+    with pytest.raises(autotune.WorkloadError, match="no call was observed"):
+        model.autotune.tune()
