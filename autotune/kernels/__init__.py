@@ -49,14 +49,13 @@ def attend_one(
     Args:
         q: [B, H, 1, D].
         keys, values: [B, Hk, slots, D] in FP32, FP16 or BF16, Hk a divisor of H, contiguous in D.
-        length: one INT64, the number of filled slots; slots beyond it are not read, nor are those beyond the last one that
-            the mask admits. None: all slots. A tensor, so that a compiled graph stays
-            valid as it grows.
+        length: one INT64, the number of filled slots (None: all of them); slots beyond it are not read, nor are those
+            beyond the last one that the mask admits. A tensor, so that a compiled graph stays valid as it grows.
         mask: [B or 1, H or 1, 1, slots or more than length], boolean (True: attend) or FP32 to add.
         scale: factor of the scores, usually D ** -0.5.
 
     Returns:
-        [B, 1, H, D] in q's dtype, the layout of transformers' attention interface; zeros where nothing may be attended to.
+        [B, 1, H, D] in q's dtype, the layout of transformers' attention interface; zeros where nothing is admitted.
 
     Raises:
         RuntimeError: the shapes do not fit each other, or length exceeds the slots.

@@ -1,7 +1,7 @@
 """Compile the operators once per machine, keep the library in the cache, load it.
 
-A library's file name holds a key (sources, flags, compiler, torch, CPU) and a digest of its own content: a stale, truncated or
-foreign file is never loaded, and whoever finishes a build first wins by an atomic rename.
+A library's file name holds a key (sources, flags, compiler, torch, CPU) and a digest of its own content: a stale or
+truncated file is never loaded, and processes that build at the same time cannot disturb each other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from autotune import folders
 from autotune.errors import AutotuneError
 
 log = logging.getLogger("autotune")
@@ -33,14 +34,6 @@ class BuildError(AutotuneError):
     """The operators could not be built or loaded; the message is one sentence for the user."""
 
 
-def cache_dir() -> Path:
-    """Where compiled libraries live: $AUTOTUNE_CACHE_DIR, else autotune/ in $XDG_CACHE_HOME or ~/.cache; then kernels/."""
-    named = os.environ.get("AUTOTUNE_CACHE_DIR")
-    if named:
-        return Path(named) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autotune" / "kernels"
-
-
 def load() -> Path:
     """Load the operators into torch, building them if the cache has none for this machine.
 
@@ -50,7 +43,9 @@ def load() -> Path:
     Raises:
         BuildError: there is no compiler, compilation failed or timed out, or the library does not load.
     """
-    compiler, cache = find_compiler(), cache_dir()
+    compiler, cache = find_compiler(), folders.cache("kernels")
+    if cache is None:
+        raise BuildError("there is no directory to keep the compiled operators in; set AUTOTUNE_CACHE_DIR")
     key = build_key(compiler)
     for library in sorted(cache.glob(f"{key}-*.so")):
         if _intact(library):
@@ -99,25 +94,20 @@ def build_key(compiler: list[str]) -> str:
 
 
 def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
-    """Compile into the cache, or with one warning into a temporary directory if the cache cannot be written.
+    """Compile into the directory `cache`.
 
     Raises:
-        BuildError: the compiler failed or took too long.
+        BuildError: the compiler failed or took too long, or the directory cannot be written.
     """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
-    except OSError as reason:
-        cache = Path(tempfile.mkdtemp(prefix="autotune-kernels-"))
-        scratch = cache / "build"
-        scratch.mkdir()
-        log.warning("cannot write the kernel cache (%s): built for this process alone; set AUTOTUNE_CACHE_DIR", reason)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
     target = scratch / "kernels.so"
     command = [*compiler, *(str(HERE / name) for name in SOURCES), *flags(), "-o", str(target)]
     log.info("compiling the CPU operators (about ten seconds, once): %s", shlex.join(command))
     name = shlex.join(compiler)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(  # noqa: S603 - the compiler that the user has chosen
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
+        )
         if done.returncode:
             raise BuildError(f"{name} could not compile the operators: {_gist(done.stderr or done.stdout)}")
         library = cache / f"{key}-{_digest(target)}.so"
@@ -133,7 +123,7 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
 
 def _register(library: Path) -> Path:
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as reason:
         raise BuildError(f"the compiled operators do not load: {_gist(str(reason))}") from reason
     return library
@@ -149,7 +139,9 @@ def _digest(file: Path) -> str:
 
 def _version(compiler: list[str]) -> str:
     try:
-        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(  # noqa: S603
+            [*compiler, "--version"], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as reason:
         raise BuildError(f"the C++ compiler {shlex.join(compiler)} does not run: {reason}") from reason
     return done.stdout

@@ -4,7 +4,7 @@
 // neighbours, so that one load serves 16 rows, a sum never leaves its lane, and a thread reads one unbroken stream.
 //
 //   one number per weight   [blocks, K, 16]
-//   INT4                    [blocks, K/8, 16] words of 32 bits: input 8i + j of a row is nibble j of its word i
+//   INT4                    [blocks, K/8, 16] words of 32 bits: input 8i + j of a row is the signed nibble j of its word i
 //   scales, zeros           [blocks, K/group, 16]: weight = scale * number + zero
 #include "tensors.h"
 #include "vectors.h"
@@ -39,7 +39,7 @@ struct Int4 {
   template <class Use>
   static inline void decode(const uint8_t* at, Use use) {
     Ints word = load<Ints>(at);
-    for (int j = 0; j < kStep; ++j) use(j, low_nibble(word >> (4 * j)));
+    for (int j = 0; j < kStep; ++j) use(j, nibble(word, 4 * j));
   }
 };
 
@@ -235,7 +235,8 @@ Numbers per_group(Weights& w, const Tensor& factors) {
   STD_TORCH_CHECK(factors.is_contiguous() && factors.dim() == 3 && factors.size(0) == w.blocks() &&
                       factors.size(1) > 0 && w.inputs % (factors.size(1) * kStep) == 0 && factors.size(2) == kRows,
                   "scales and zeros must be contiguous [", w.blocks(), ", groups, 16] with groups of a multiple of 8");
-  w.group = w.pad = w.inputs / factors.size(1);
+  w.group = w.inputs / factors.size(1);
+  w.pad = factors.size(1) == 1 ? kStep : w.group;
   return Numbers::of(factors);
 }
 

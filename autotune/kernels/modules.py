@@ -12,24 +12,19 @@ from autotune.kernels import pack
 
 
 class PackedLinear(nn.Module, ABC):
-    """y = x W^T + b with narrow weights and FP32 arithmetic; the operators must be loaded (`kernels.available`)."""
+    """y = x W^T + b with narrow weights and FP32 arithmetic; the operators must be loaded (`kernels.available`).
+
+    A layer is made by `from_linear`, or by `from_weight` from a weight [out_features, in_features]; transformers'
+    `Conv1D` stores the transpose, so pass `conv.weight.T`.
+    """
 
     bias: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        pack.check(weight)
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, **options: object) -> Self:
-        """Pack an `nn.Linear`; options as in `from_weight`."""
-        return cls.from_weight(linear.weight, linear.bias, **options)
-
-    @classmethod
-    @abstractmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, **options: object) -> Self:
-        """Pack a weight [out_features, in_features]; transformers' `Conv1D` stores its transpose: pass `conv.weight.T`."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -50,18 +45,24 @@ class HalfLinear(PackedLinear):
     weight: Tensor  # [ceil(N / 16), K padded, 16]
 
     @classmethod
+    def from_linear(cls, linear: nn.Linear, dtype: torch.dtype = torch.float16) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, dtype)
+
+    @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float16) -> Self:
         """Pack a weight [out_features, in_features].
 
         Raises:
             ValueError: a weight is not finite in `dtype`.
         """
-        layer = cls(weight.shape[1], weight.shape[0], bias)
+        layer = cls(weight, bias)
         layer.register_buffer("weight", pack.pack_half(weight, dtype))
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.autotune.linear_f16(x, self.weight, self.bias, self.out_features)
+        y: Tensor = torch.ops.autotune.linear_f16(x, self.weight, self.bias, self.out_features)
+        return y
 
     def dequantize(self) -> Tensor:
         return pack.deinterleave(self.weight.float(), self.out_features, self.in_features)
@@ -74,19 +75,25 @@ class Int8Linear(PackedLinear):
     scales: Tensor  # [ceil(N / 16), groups, 16]
 
     @classmethod
+    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, group)
+
+    @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
         """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
 
         Raises:
             ValueError: the weight is not finite, or the group is no multiple of 8.
         """
-        layer = cls(weight.shape[1], weight.shape[0], bias)
+        layer = cls(weight, bias)
         for name, buffer in zip(("weight", "scales"), pack.quantize_i8(weight, group), strict=True):
             layer.register_buffer(name, buffer)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.autotune.linear_i8(x, self.weight, self.scales, self.bias, self.out_features)
+        y: Tensor = torch.ops.autotune.linear_i8(x, self.weight, self.scales, self.bias, self.out_features)
+        return y
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
@@ -100,19 +107,25 @@ class Int4Linear(PackedLinear):
     zeros: Tensor  # [ceil(N / 16), groups, 16]
 
     @classmethod
+    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, group)
+
+    @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
         """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
 
         Raises:
             ValueError: the weight is not finite, or the group is no multiple of 8.
         """
-        layer = cls(weight.shape[1], weight.shape[0], bias)
+        layer = cls(weight, bias)
         for name, buffer in zip(("weight", "scales", "zeros"), pack.quantize_i4(weight, group), strict=True):
             layer.register_buffer(name, buffer)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.autotune.linear_i4(x, self.weight, self.scales, self.zeros, self.bias, self.out_features)
+        y: Tensor = torch.ops.autotune.linear_i4(x, self.weight, self.scales, self.zeros, self.bias, self.out_features)
+        return y
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i4(self.weight, self.scales, self.zeros, self.out_features, self.in_features)

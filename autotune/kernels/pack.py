@@ -1,7 +1,8 @@
 """Weights in the layout of the kernels, and back: plain torch, no compiler needed.
 
-Sixteen output rows form a block in which the numbers for one input lie side by side, so that one vector load serves sixteen
-rows. Rows are padded with zeros to whole blocks, inputs to whole groups; both are harmless because padding weighs nothing.
+Sixteen output rows form a block in which the numbers for one input lie side by side, so that one vector load serves
+sixteen rows. Rows are padded to whole blocks and inputs to whole groups: results of padding are dropped, padded inputs
+are zero.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def pack_half(weight: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     Raises:
         ValueError: a weight is not finite in `dtype` (FP16 ends at 65504).
     """
-    _check(weight)
+    check(weight)
     narrow = weight.detach().to(dtype)
     if not torch.isfinite(narrow).all():
         raise ValueError(f"weights up to {weight.abs().max():.3g} do not fit {dtype}; use torch.bfloat16 instead")
@@ -59,38 +60,49 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
         group: inputs that share a scale, a multiple of 8; 0 for one scale per output row.
 
     Returns:
-        Numbers INT8 [ceil(N / 16), K padded, 16] and scales FP16 (FP32 if FP16 cannot hold them) [ceil(N / 16), groups, 16].
+        Numbers INT8 [ceil(N / 16), K padded, 16] and scales FP16 (FP32 if FP16 cannot hold them)
+        [ceil(N / 16), groups, 16].
+
+    Raises:
+        ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
     """
     grouped = _grouped(weight, group)  # [N, groups, group]
     scales = grouped.abs().amax(-1) / 127
     scales = scales.to(_factor_dtype(scales, scales))
-    numbers = torch.cat([
-        (part / _divisor(scale)).round_().clamp_(-127, 127).flatten(1).to(torch.int8)
-        for part, scale in zip(grouped.split(PART), scales.split(PART), strict=True)
-    ])
+    parts = [slice(first, first + PART) for first in range(0, len(grouped), PART)]
+    rounded = [(grouped[part] / _divisor(scales[part])).round_().clamp_(-127, 127).to(torch.int8) for part in parts]
+    numbers = torch.cat(rounded).flatten(1)
     return interleave(numbers, numbers.shape[1]), interleave(scales, scales.shape[1])
 
 
 def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric INT4 with a scale and a zero per group of inputs: weight = scale * number + zero, number in 0..15.
+    """Asymmetric INT4 with a scale and a zero per group of inputs: weight = scale * number + zero, number in -8..7.
 
-    The range of a group is shrunk step by step from its minimum and maximum, and the range with the least squared error kept:
-    at four bits, clipping the rarest weights often costs less than coarser steps for all others.
+    The range of a group is shrunk step by step from its minimum and maximum, and the range with the least squared error
+    kept: at four bits, clipping the rarest weights often costs less than coarser steps for all others.
 
     Args:
         weight: [N, K], floating point.
         group: inputs that share a scale and a zero, a multiple of 8; 0 for one of each per output row.
 
     Returns:
-        Words INT32 [ceil(N / 16), K padded / 8, 16], input 8i + j in nibble j of word i; scales and zeros FP16 (FP32 if FP16
-        cannot hold them) [ceil(N / 16), groups, 16].
+        Words INT32 [ceil(N / 16), K padded / 8, 16], input 8i + j in the signed nibble j of word i; scales and zeros
+        FP16 (FP32 if FP16 cannot hold them) [ceil(N / 16), groups, 16].
+
+    Raises:
+        ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
     """
     grouped = _grouped(weight, group)  # [N, groups, group]
     low, high = grouped.amin(-1), grouped.amax(-1)
     dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), grouped.abs().amax(-1))
-    parts = zip(*(x.split(PART) for x in (grouped, low, high)), strict=True)
-    words, scales, zeros = zip(*(_fit_i4(*part, dtype) for part in parts), strict=True)
-    return tuple(interleave(torch.cat(x), x[0].shape[1]) for x in (words, scales, zeros))  # type: ignore[return-value]
+    parts = [slice(first, first + PART) for first in range(0, len(grouped), PART)]
+    fitted = [_fit_i4(grouped[part], low[part], high[part], dtype) for part in parts]
+    words, scales, zeros = (torch.cat(pieces) for pieces in zip(*fitted, strict=True))
+    return (
+        interleave(words, words.shape[1]),
+        interleave(scales, scales.shape[1]),
+        interleave(zeros, zeros.shape[1]),
+    )
 
 
 def _fit_i4(grouped: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,14 +111,14 @@ def _fit_i4(grouped: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> t
     numbers, scales, zeros = torch.empty_like(grouped), torch.empty_like(low), torch.empty_like(low)
     for share in SHRINK:
         scale = ((high - low) * (share / 15)).to(dtype).float()
-        zero = ((high + low) / 2 - (high - low) * (share / 2)).to(dtype).float()
-        number = ((grouped - zero[..., None]) / _divisor(scale)).round_().clamp_(0, 15)
+        zero = ((high + low) / 2 + scale / 2).to(dtype).float()  # the middle of -8..7 is -1/2
+        number = ((grouped - zero[..., None]) / _divisor(scale)).round_().clamp_(-8, 7)
         error = torch.addcmul(zero[..., None] - grouped, number, scale[..., None]).square_().sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
         numbers = torch.where(better[..., None], number, numbers)
-    nibbles = numbers.flatten(1).to(torch.int32).unflatten(1, (-1, STEP))  # [N, K / 8, 8]
+    nibbles = numbers.to(torch.int32).view(len(numbers), -1, STEP) & 15  # [N, K / 8, 8]
     words = (nibbles << _shifts(nibbles.device)).sum(-1, dtype=torch.int32)
     return words, scales.to(dtype), zeros.to(dtype)
 
@@ -119,13 +131,15 @@ def dequantize_i8(numbers: Tensor, scales: Tensor, rows: int, inputs: int) -> Te
 
 def dequantize_i4(words: Tensor, scales: Tensor, zeros: Tensor, rows: int, inputs: int) -> Tensor:
     """The FP32 weight [rows, inputs] that `linear_i4` computes with."""
-    numbers = ((words[:, :, None, :] >> _shifts(words.device)[:, None]) & 15).flatten(1, 2).float()  # [blocks, K, 16]
+    upper = words[:, :, None, :] << _shifts(words.device).flip(0)[:, None]  # [blocks, K / 8, 8, 16]
+    numbers = (upper >> 28).flatten(1, 2).float()  # [blocks, K, 16]
     group = numbers.shape[1] // scales.shape[1]
     weight = numbers * scales.float().repeat_interleave(group, 1) + zeros.float().repeat_interleave(group, 1)
     return deinterleave(weight, rows, inputs)
 
 
-def _check(weight: Tensor) -> None:
+def check(weight: Tensor) -> None:
+    """Raise ValueError unless the weight is a floating-point matrix with something in it."""
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise ValueError(
             f"expected a floating-point weight [N, K] with N, K > 0, got {weight.dtype} {list(weight.shape)}"
@@ -134,13 +148,14 @@ def _check(weight: Tensor) -> None:
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
     """[N, K] as FP32 [N, groups, group], padded by repeating the last input so that padding widens no group's range."""
-    _check(weight)
+    check(weight)
     if group < 0 or group % STEP:
         raise ValueError(f"group must be a multiple of {STEP}, or 0 for one scale per row, not {group}")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     rows, inputs = weight.shape
-    group = group or _round_up(inputs, STEP)
+    whole = _round_up(inputs, STEP)
+    group = min(group or whole, whole)
     weight = weight.detach().float()
     missing = _round_up(inputs, group) - inputs
     if missing:

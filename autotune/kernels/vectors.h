@@ -96,13 +96,13 @@ inline float widen_one(const Number* at) {  // for the numbers left over when a 
   return widen(padded)[0];
 }
 
-// The lowest four bits of every lane as a number from 0 to 15; the other bits may be anything.
-inline Floats low_nibble(Ints v) {
-#if defined(__AVX512F__)  // a table look-up ignores the upper bits by itself
-  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return bits<Floats>(_mm512_permutexvar_ps(bits<__m512i>(v), table));
+// The signed four bits at `bit` of every lane: -8 to 7.
+inline Floats nibble(Ints word, int bit) {
+#if defined(__AVX512F__)  // a table look-up ignores the bits above the lowest four by itself
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return bits<Floats>(_mm512_permutexvar_ps(bits<__m512i>(word >> bit), table));
 #else
-  return __builtin_convertvector(v & 15, Floats);
+  return __builtin_convertvector((word << (28 - bit)) >> 28, Floats);
 #endif
 }
 
