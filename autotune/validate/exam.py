@@ -201,8 +201,7 @@ class Exam:
 
     def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The original's greedy continuations, up to and including the end-of-sequence token."""
-        eos = list(self.eos_token_ids) or None
-        served = Served(Variant(self.original), self.pad_token_id, eos)
+        served = Served(Variant(self.original), self.pad_token_id, self.eos_token_ids)
         own: list[tuple[int, ...]] = []
         for k in range(0, len(heads), 2 * PADDED_BATCH):
             part = heads[k : k + 2 * PADDED_BATCH]
@@ -226,8 +225,8 @@ class Exam:
         self.tie_nats = max(NEAR_TIE_NATS, 3 * float(np.quantile(np.concatenate(shifts), 0.99)))
         if self.noise_kld > 0.05:
             self.problem = (
-                f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward. It does not"
-                " reproduce itself (dropout, sampling inside, or a broken cache), so nothing can be compared with it"
+                f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward. It does"
+                " not reproduce itself (dropout, sampling inside, a broken cache): nothing can be compared with it"
             )
 
 

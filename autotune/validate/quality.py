@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import Quality, Verdict
 from .divergence import Divergence, compare_logits, find_defect
 from .exam import Exam, Progress, Text, until_eos
-from .score import CandidateError, Served
+from .score import BypassedError, CandidateError, OutputError, Served
 from .statistics import cluster_means
 from .tiers import TIERS, Tier
 
@@ -31,10 +31,6 @@ EARLY_FACTOR = 3.0  # times the limit at which it does; also what a part of the 
 LENGTH_RATIO = (0.9, 1.1)  # of free-running output
 REPETITION = 0.25  # share of repeated 4-grams beyond the original's
 FREE_TEXTS = 4
-
-
-class _FailedError(Exception):
-    """The candidate is out; the message says why."""
 
 
 @dataclass
@@ -62,11 +58,9 @@ class Scores:
         """Mean KLD by part of the exam, and of natural text against the original's own."""
         names = list(dict.fromkeys(s for _, _, s in self.parts))
         means = {name: float(self.column("kld", name).mean()) for name in names}
-        kld, natural = self.column("kld"), np.concatenate(self.natural)
-        means["natural"] = float(kld[natural].mean())
-        if not natural.all():
-            means["own"] = float(kld[~natural].mean())
-        return means
+        kld, natural = self.column("kld"), np.concatenate([np.empty(0, dtype=np.bool_), *self.natural])
+        parts = (("natural", kld[natural]), ("own", kld[~natural]))
+        return means | {name: float(part.mean()) for name, part in parts if len(part)}
 
 
 def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = None) -> Quality:
@@ -89,22 +83,20 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
     limits, scores = TIERS[tier], Scores()
     if exam.problem:
         return Quality(tier, Verdict.INCONCLUSIVE, exam.problem)
-    served = Served(variant, exam.pad_token_id, None)
     try:
-        _score(exam, served, limits, scores, progress or (lambda step, share: None))
-        _run_free(exam, Served(variant, exam.pad_token_id, list(exam.eos_token_ids) or None), limits)
-    except _FailedError as failure:
+        _score(exam, variant, limits, scores, progress or (lambda step, share: None))
+        _run_free(exam, variant, limits)
+    except OutputError as failure:
         return summarise(scores, limits, Verdict.FAIL, str(failure))
     except CandidateError as error:
         return summarise(scores, limits, Verdict.ERROR, str(error))
-    if served.bypassed:
-        log.debug("judged without what the variant leaves to the original: %s", "; ".join(sorted(set(served.bypassed))))
     return decide(scores, limits, exam)
 
 
-def _score(exam: Exam, served: Served, limits: Tier, scores: Scores, progress: Progress) -> None:
+def _score(exam: Exam, variant: Variant, limits: Tier, scores: Scores, progress: Progress) -> None:
     """Collect every token's metrics, in an order that finds out the broken ones soon."""
-    reads = served.variant.modules["prefill"] is not exam.original
+    served = Served(variant, exam.pad_token_id, fall_back=False)
+    reads = variant.modules["prefill"] is not exam.original
     singles = [(t,) for t in exam.texts]
     order = [
         *singles[:EARLY_PROMPTS],
@@ -127,10 +119,10 @@ def _score(exam: Exam, served: Served, limits: Tier, scores: Scores, progress: P
         )
         if reads and len(group) == 1:
             _add(scores, reference, exam.read(served, group[0])[None], group, "prefill", exam.original.dtype)
-        before = len(served.bypassed)
-        candidate = exam.step(served, group)
-        if len(served.bypassed) == before:  # what the original would serve says nothing about the variant
-            _add(scores, reference, candidate, group, stratum)
+        try:
+            _add(scores, reference, exam.step(served, group), group, stratum)
+        except BypassedError as why:  # the original serves it, which says nothing about the variant
+            log.debug("%s of the exam is left to the original: %s", stratum, why)
         if k >= EARLY_PROMPTS - 1:
             _fail_early(scores, limits, exam)
 
@@ -146,9 +138,9 @@ def _add(
     """Compare logits [B, T, V] of a group and keep the metrics."""
     where = f"{stratum}, prompt {group[0].prompt}" + (f" to {group[-1].prompt}" if len(group) > 1 else "")
     if dtype is not None and candidate.dtype != dtype:
-        raise _FailedError(f"logits of type {candidate.dtype}, expected {dtype} ({where})")
+        raise OutputError(f"logits of type {candidate.dtype}, expected {dtype} ({where})")
     if defect := find_defect(reference, candidate):
-        raise _FailedError(f"{defect} ({where})")
+        raise OutputError(f"{defect} ({where})")
     for row, text in enumerate(group):
         targets = torch.tensor(text.scored, device=candidate.device)
         scores.add(compare_logits(reference[row], candidate[row], targets), text, stratum)
@@ -158,13 +150,14 @@ def _fail_early(scores: Scores, limits: Tier, exam: Exam) -> None:
     limit = EARLY_FACTOR * limits.kld_limit(exam.noise_kld)
     for name, mean in scores.strata().items():
         if mean > limit:
-            raise _FailedError(
+            raise OutputError(
                 f"mean KLD {mean:.3g} of stratum {name} is over {EARLY_FACTOR:g} times the limit of tier {limits.name}"
             )
 
 
-def _run_free(exam: Exam, served: Served, limits: Tier) -> None:
+def _run_free(exam: Exam, variant: Variant, limits: Tier) -> None:
     """Let the candidate write by itself: does it stop, loop or differ where the original was sure?"""
+    served = Served(variant, exam.pad_token_id, exam.eos_token_ids)
     wrote, expected, differing = [], [], 0
     for text in exam.texts[:FREE_TEXTS]:
         prompt = text.context + text.natural
@@ -177,10 +170,10 @@ def _run_free(exam: Exam, served: Served, limits: Tier) -> None:
             _require_greedy(exam, text, mine)
     ratio = sum(map(len, wrote)) / sum(map(len, expected))
     if differing > 1 and not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:  # one flip at a near-tie is no evidence
-        raise _FailedError(f"free-running output is {ratio:.2f} times as long as the original's, expected 0.9 to 1.1")
+        raise OutputError(f"free-running output is {ratio:.2f} times as long as the original's, expected 0.9 to 1.1")
     loops = repetition(wrote) - repetition(expected)
     if loops > REPETITION:
-        raise _FailedError(f"free-running output repeats itself: {loops:.0%} more repeated 4-grams than the original")
+        raise OutputError(f"free-running output repeats itself: {loops:.0%} more repeated 4-grams than the original")
 
 
 def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
@@ -191,8 +184,8 @@ def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
     row = exam.reference((text,))[0, len(text.natural) + first].log_softmax(-1)
     gap = float(row.max() - row[mine[first]])
     if gap > exam.tie_nats:
-        raise _FailedError(
-            f"greedy output differs at token {first} of prompt {text.prompt}, where the original is sure by {gap:.2g} nats"
+        raise OutputError(
+            f"greedy output differs at token {first} of prompt {text.prompt}, where the original is {gap:.2g} nats sure"
         )
 
 

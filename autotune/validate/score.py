@@ -21,21 +21,34 @@ class CandidateError(Exception):
     """The candidate raised while it was being scored or timed; the message carries its exception."""
 
 
-class Served:
-    """A variant as a wrapped model serves it: what it cannot do goes to the original, and is remembered.
+class OutputError(CandidateError):
+    """The candidate ran, and what it gave is plainly broken."""
 
-    Attributes:
-        bypassed: why calls went to the original, in order; empty when the variant served them all.
+
+class BypassedError(CandidateError):
+    """The variant leaves such a call to the original, so there is nothing to judge."""
+
+
+class Served:
+    """A variant as a wrapped model serves it.
+
+    Args:
+        variant: what is to be run.
+        pad_token_id: for left padding.
+        eos_token_ids: tokens that end a text; none while tokens are forced or counted.
+        fall_back: whether the original serves what the variant cannot, as for a user, or `BypassedError` is raised.
     """
 
-    def __init__(self, variant: Variant, pad_token_id: int, eos_token_id: int | list[int] | None = None) -> None:
+    def __init__(
+        self, variant: Variant, pad_token_id: int, eos_token_ids: Sequence[int] = (), fall_back: bool = True
+    ) -> None:
         self.variant = variant
-        self.bypassed: list[str] = []
+        self.fall_back = fall_back
         self.model: PreTrainedModel = route.routed(variant.original, self)
         self.pad_token_id = pad_token_id
-        self._settle(eos_token_id)
+        self._settle(list(eos_token_ids) or None)
 
-    def _settle(self, eos_token_id: int | list[int] | None) -> None:
+    def _settle(self, eos_token_id: list[int] | None) -> None:
         """Plain greedy decoding, whatever the model's own defaults are; only this alias of the model is told."""
         from transformers import GenerationConfig
 
@@ -44,7 +57,8 @@ class Served:
 
     def sample(self, call: route.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
-            self.bypassed.append(reason)
+            if not self.fall_back:
+                raise BypassedError(reason)
             return call.original()
         with self.variant.turn():
             return self.variant.sample(call)
@@ -65,6 +79,8 @@ class Served:
         model: Any = self.model  # transformers' own types are loose here
         try:
             out: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+        except (OutputError, BypassedError):
+            raise
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         else:
@@ -75,14 +91,15 @@ class Served:
         """Next-token logits [B, T, V] (float32) while decoding `contexts` and being told the tokens `forced` [B, T].
 
         Raises:
-            CandidateError: the variant raised, stopped early, or did not follow the tokens it was given.
+            OutputError: it stopped early, changed its logits' shape, or did not follow the tokens it was given.
+            CandidateError: it raised.
         """
         teacher = _Teacher(torch.tensor(forced, device=self.model.device))
         out = self.generate(contexts, teacher.steps, logits_processor=[teacher])
         if len(teacher.seen) != teacher.steps:
-            raise CandidateError(f"decoding stopped after {len(teacher.seen)} of {teacher.steps} tokens")
+            raise OutputError(f"decoding stopped after {len(teacher.seen)} of {teacher.steps} tokens")
         if not torch.equal(out[:, -teacher.steps :], teacher.forced):
-            raise CandidateError("decoding did not emit the tokens that the logits processor chose")
+            raise OutputError("decoding did not emit the tokens that the logits processor chose")
         return torch.stack(teacher.seen, dim=1)
 
     def read(self, ids: Tokens, last: int) -> torch.Tensor:
@@ -115,6 +132,8 @@ class _Teacher:
         return self.forced.shape[1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.seen and scores.shape != self.seen[0].shape:
+            raise OutputError(f"logits of shape {list(scores.shape)}, expected {list(self.seen[0].shape)}")
         target = self.forced[:, len(self.seen) : len(self.seen) + 1]
         self.seen.append(scores.detach().to(torch.float32, copy=True))  # a graph's buffer would be overwritten
         return torch.full_like(scores, -torch.inf).scatter_(1, target, 0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..workload import Bucket
-from .score import CandidateError, Served, Tokens
+from .score import OutputError, Served, Tokens
 
 Clock = Callable[[], float]  # monotonic seconds
 
@@ -54,7 +54,7 @@ def time_request(
     """Time one request of `new_tokens` tokens; end-of-sequence must be off so that every arm generates as many.
 
     Raises:
-        CandidateError: the variant raised or stopped early.
+        CandidateError: the variant raised, or stopped early (OutputError).
     """
     count = min(new_tokens, TIMED_TOKENS)
     watch, before = _Stopwatch(clock), _Disturbance()
@@ -62,7 +62,7 @@ def time_request(
     served.generate(prompts, count, streamer=watch)
     marks = watch.marks_s
     if len(marks) != count:
-        raise CandidateError(f"{len(marks)} tokens reached the streamer, expected {count}")
+        raise OutputError(f"{len(marks)} tokens reached the streamer, expected {count}")
     return timing(start, marks, new_tokens, before.since())
 
 

@@ -1,0 +1,445 @@
+"""The quality gate on a tiny random model: nothing broken passes, nothing whole fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from autotune.transforms import Stage, Transform
+from autotune.validate import Verdict
+from autotune.validate.divergence import compare_logits, find_defect
+from autotune.validate.quality import Exam, judge, repetition
+from autotune.validate.tiers import TIERS
+from autotune.variant import Variant
+
+VOCABULARY = 200
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.15,  # wide enough that the distribution is not flat, so that damage shows
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(40, 90, (20,), generator=generator).tolist()
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def exam(model, prompts):
+    return Exam.prepare(model, prompts, pad_token_id=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are far too small for more
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Edit(Transform):
+    """Whatever a test wants done to a phase's module."""
+
+    do: Callable[[Any], None] = lambda module: None
+
+    name: ClassVar[str] = "edit"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    summary: ClassVar[str] = "a test's edit"
+
+    def apply(self, variant: Variant) -> None:
+        for module in variant.edit(self.phase):
+            self.do(module)
+
+
+def edited(model, do, phase="decode"):
+    return Variant(model).with_transform(Edit(phase, do))
+
+
+def replace_weight(linear, weight):
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)  # never in place: the tensor is the original's
+
+
+def rewrap(module, change):
+    """Let `change(forward, kwargs)` stand in for the module's forward."""
+    inner = module.forward
+    module.forward = lambda *args, **kwargs: change(inner, {**kwargs, **({"input_ids": args[0]} if args else {})})
+
+
+def scaled_layer(module):
+    for linear in module.model.layers[1].modules():
+        if isinstance(linear, torch.nn.Linear):
+            replace_weight(linear, linear.weight * 1.02)
+
+
+def zeroed_head(module):
+    output = module.model.layers[0].self_attn.o_proj
+    weight = output.weight.clone()
+    weight[:, :16] = 0
+    replace_weight(output, weight)
+
+
+def swapped_rows(module):
+    weight = module.lm_head.weight.clone()
+    weight[[10, 11]] = weight[[11, 10]]
+    replace_weight(module.lm_head, weight)
+
+
+def with_logits(change):
+    """A corruption of the logits [B, S, V] alone; `change` gets a clone and the number of the call."""
+
+    def do(module):
+        calls = []
+
+        def forward(inner, kwargs):
+            out = inner(**kwargs)
+            calls.append(None)
+            out.logits = change(out.logits.clone(), len(calls), kwargs)
+            return out
+
+        rewrap(module, forward)
+
+    return do
+
+
+def nan_once(logits, call, kwargs):
+    if call == 70:
+        logits[0, -1, 17] = math.nan
+    return logits
+
+
+def infinite_row(logits, call, kwargs):
+    return torch.full_like(logits, math.inf) if call == 5 else logits
+
+
+def constant_token(logits, call, kwargs):
+    return torch.nn.functional.one_hot(torch.full(logits.shape[:-1], 7), VOCABULARY).float() * 30
+
+
+def all_equal(logits, call, kwargs):
+    return torch.zeros_like(logits)
+
+
+def huge(logits, call, kwargs):
+    return logits * 1e30
+
+
+def instant_eos(logits, call, kwargs):
+    logits[..., 2] = logits.amax(-1) + 0.01
+    return logits
+
+
+def wrong_shape(logits, call, kwargs):
+    return logits[..., :-1]
+
+
+def wrong_batch(logits, call, kwargs):
+    return logits.roll(1, dims=0)
+
+
+def shifted_padding(module):
+    """Off by one in the position ids, wherever something is padded."""
+
+    def forward(inner, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and bool((mask == 0).any()):
+            kwargs["position_ids"] = kwargs["position_ids"] + 1
+        return inner(**kwargs)
+
+    rewrap(module, forward)
+
+
+def stale_cache(module):
+    """From the second sequence on, part of the cache is still the first one's."""
+    first: list[Any] = []
+
+    def forward(inner, kwargs):
+        cache = kwargs["past_key_values"]
+        if not first:
+            first.append((id(cache), [layer.keys[:, :, :8].clone() for layer in cache.layers], cache))
+        elif cache is not first[0][2]:
+            for layer, old in zip(cache.layers, first[0][1], strict=True):
+                layer.keys = torch.cat([old.expand(layer.keys.shape[0], -1, -1, -1), layer.keys[:, :, 8:]], dim=2)
+        return inner(**kwargs)
+
+    rewrap(module, forward)
+
+
+def past_boundary(module):
+    """Wrong once the context is longer than 64 tokens."""
+
+    def forward(inner, kwargs):
+        out = inner(**kwargs)
+        if kwargs["past_key_values"].get_seq_length() > 64:
+            out.logits = out.logits.roll(1, dims=-1)
+        return out
+
+    rewrap(module, forward)
+
+
+def worse_with_length(module):
+    """An error in the cache that grows with the context and only matters when that is long."""
+
+    def forward(inner, kwargs):
+        cache = kwargs["past_key_values"]
+        for layer in cache.layers:
+            size = 0.5 * max(0, layer.keys.shape[2] - 200) / 200
+            wave = torch.sin(torch.arange(layer.keys.numel()).reshape(layer.keys.shape))
+            layer.keys = layer.keys + size * wave
+        return inner(**kwargs)
+
+    rewrap(module, forward)
+
+
+CORRUPTIONS = [
+    pytest.param(scaled_layer, "KLD", id="scales x1.02"),
+    pytest.param(zeroed_head, "KLD", id="zeroed head"),
+    pytest.param(swapped_rows, "KLD", id="swapped rows"),
+    pytest.param(with_logits(nan_once), "NaN logits at token", id="NaN once"),
+    pytest.param(with_logits(infinite_row), "infinite logits at token", id="infinite row"),
+    pytest.param(with_logits(constant_token), "KLD", id="constant token"),
+    pytest.param(with_logits(all_equal), "all logits equal", id="all equal"),
+    pytest.param(with_logits(huge), "", id="huge"),
+    pytest.param(with_logits(instant_eos), "KLD", id="instant EOS"),
+    pytest.param(with_logits(wrong_shape), "shape", id="wrong shape"),
+    pytest.param(with_logits(wrong_batch), "padded-batch", id="wrong at batch > 1"),
+    pytest.param(shifted_padding, "padded-batch", id="RoPE off by one under padding"),
+    pytest.param(stale_cache, "second-prompt", id="stale cache"),
+    pytest.param(past_boundary, "KLD", id="past a boundary"),
+    pytest.param(worse_with_length, "long", id="error grows with context"),
+]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_an_identical_variant_passes(model, exam, tier):
+    found = judge(exam, edited(model, lambda module: None, "both"), tier)
+    assert found.verdict is Verdict.PASS, found.reason
+    assert found.mean_kld < 1e-6
+    assert found.same_top == 1.0
+    assert found.ppl_ratio == pytest.approx(1, abs=1e-4)
+    assert found.prompts >= 16
+    assert {"natural", "own", "second-prompt", "padded-batch", "long", "prefill"} <= set(found.strata)
+
+
+@pytest.mark.parametrize(("corrupt", "words"), CORRUPTIONS)
+def test_a_corrupt_variant_fails(model, exam, corrupt, words):
+    found = judge(exam, edited(model, corrupt), "lossless")
+    assert found.verdict in (Verdict.FAIL, Verdict.ERROR), found.reason
+    assert words in found.reason
+
+
+def test_the_gate_leaves_the_original_alone(model, exam):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    config = model.generation_config.to_dict()
+    judge(exam, edited(model, scaled_layer), "strict")
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert model.generation_config.to_dict() == config
+    assert "autotune" not in model.__dict__
+
+
+def test_bad_prefill_is_found_although_decode_is_whole(model, exam):
+    found = judge(exam, edited(model, zeroed_head, "prefill"), "aggressive")
+    assert found.verdict is Verdict.FAIL
+    assert found.strata["prefill"] > 0.15
+
+
+def test_wrong_type_of_logits_fails(model, exam):
+    found = judge(exam, edited(model, with_logits(lambda logits, call, kwargs: logits.half()), "prefill"), "strict")
+    assert found.verdict is Verdict.FAIL
+    assert "torch.float16" in found.reason
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), MemoryError(), ValueError("odd shape")])
+def test_a_variant_that_raises_is_an_error(model, exam, error):
+    def do(module):
+        def forward(inner, kwargs):
+            raise error
+
+        rewrap(module, forward)
+
+    found = judge(exam, edited(model, do), "strict")
+    assert found.verdict is Verdict.ERROR
+    assert type(error).__name__ in found.reason
+    assert math.isnan(found.mean_kld)
+
+
+def test_an_interrupt_is_not_swallowed(model, exam):
+    def do(module):
+        def forward(inner, kwargs):
+            raise KeyboardInterrupt
+
+        rewrap(module, forward)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(exam, edited(model, do), "strict")
+
+
+class FastLane(Variant):
+    """Serves calls without logits processors by a shortcut of its own."""
+
+    def __init__(self, original, shortcut):
+        super().__init__(original)
+        self.transforms, self.shortcut = (Edit(),), shortcut
+
+    def sample(self, call):
+        if call.options["logits_processor"]:
+            return call.original()
+        return torch.cat([call.input_ids, torch.tensor([self.shortcut])], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "tier", "words"),
+    [
+        ([2], "strict", "times as long"),
+        ([9] * 16, "strict", "repeats itself"),
+        ([*range(10, 26)], "lossless", "differs"),
+    ],
+)
+def test_what_is_served_without_processors_is_judged_too(model, exam, shortcut, tier, words):
+    found = judge(exam, FastLane(model, shortcut), tier)
+    assert found.verdict is Verdict.FAIL
+    assert words in found.reason
+
+
+class Deaf(Variant):
+    """Ignores logits processors."""
+
+    def sample(self, call):
+        return torch.cat([call.input_ids, torch.full((call.input_ids.shape[0], 32), 5)], dim=1)
+
+
+def test_ignoring_logits_processors_fails(model, exam):
+    found = judge(exam, Deaf(model), "strict")
+    assert found.verdict is Verdict.FAIL
+    assert "0 of 32 tokens" in found.reason
+
+
+class Reluctant(Variant):
+    def __init__(self, original, refuses):
+        super().__init__(original)
+        self.transforms, self.refuses = (Edit(),), refuses
+
+    def unsupported(self, call):
+        return "not this" if self.refuses(call) else None
+
+
+def test_what_the_original_serves_proves_nothing(model, exam):
+    found = judge(exam, Reluctant(model, lambda call: True), "strict")
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "need 16 more prompts" in found.reason
+
+
+def test_a_variant_for_single_requests_is_judged_on_those(model, exam):
+    found = judge(exam, Reluctant(model, lambda call: call.input_ids.shape[0] > 1), "lossless")
+    assert found.verdict is Verdict.PASS
+    assert "padded-batch" not in found.strata
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda prompts: prompts[:10], "need 6 more prompts"),
+        (lambda prompts: prompts[:1] * 40, "need 15 more prompts"),  # duplicates count once
+        (lambda prompts: [p[:1] for p in prompts], "need 16 more prompts"),
+        (lambda prompts: [], "need 16 more prompts"),
+    ],
+)
+def test_too_little_text_is_inconclusive(model, prompts, change, words):
+    exam = Exam.prepare(model, change(prompts), pad_token_id=0)
+    found = judge(exam, Variant(model), "strict")
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert words in found.reason
+
+
+def test_short_prompts_are_enough_when_their_continuations_count(model, prompts):
+    exam = Exam.prepare(model, [p[:3] for p in prompts], pad_token_id=0)
+    assert judge(exam, edited(model, lambda module: None), "strict").verdict is Verdict.PASS
+    assert judge(exam, edited(model, zeroed_head), "strict").verdict is Verdict.FAIL
+
+
+def test_an_original_in_training_mode_cannot_be_a_reference(model, prompts):
+    model.train()
+    try:
+        exam = Exam.prepare(model, prompts, pad_token_id=0)
+    finally:
+        model.eval()
+    assert "training mode" in judge(exam, Variant(model), "strict").reason
+
+
+def test_an_original_with_nan_cannot_be_a_reference(model, prompts):
+    broken = edited(model, lambda module: replace_weight(module.lm_head, module.lm_head.weight * math.nan)).modules
+    exam = Exam.prepare(broken["decode"], prompts, pad_token_id=0)
+    assert "NaN" in judge(exam, Variant(broken["decode"]), "strict").reason
+
+
+def test_reference_logits_beyond_the_memory_limit_are_computed_again(model, prompts, monkeypatch):
+    monkeypatch.setattr("autotune.validate.exam.KEEP_BYTES", 0)
+    exam = Exam.prepare(model, prompts, pad_token_id=0)
+    assert judge(exam, edited(model, lambda module: None), "lossless").verdict is Verdict.PASS
+
+
+def test_texts_cross_powers_of_two_and_batches_are_ragged(exam):
+    crossing = [any(len(t.context) < p <= len(t.context + t.scored) for p in (32, 64, 128)) for t in exam.texts]
+    assert sum(crossing) >= len(crossing) // 2
+    assert all(len({len(t.context) for t in batch}) > 1 for batch in exam.batches)
+    assert [len(t.context) for t in exam.long] == [248, 504]
+
+
+def test_an_unknown_tier_names_the_known_ones(model, exam):
+    with pytest.raises(ValueError, match="lossless, strict, relaxed, aggressive"):
+        judge(exam, Variant(model), "perfect")
+
+
+def test_divergence_by_hand():
+    reference, candidate = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    found = compare_logits(reference, candidate, torch.tensor([0]))
+    assert found.kld == pytest.approx([0.5 * math.log(3)], rel=1e-5)
+    assert found.top_gap == pytest.approx([math.log(3)], rel=1e-5)
+    assert found.delta_logp == pytest.approx([-math.log(3)], rel=1e-5)
+    assert found.delta_p == pytest.approx([-0.5], rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e30, -1e30, 1e37])
+def test_huge_logits_leave_finite_numbers(scale):
+    logits = torch.randn(5, 50)
+    found = compare_logits(logits, logits * scale, torch.arange(5))
+    assert np.isfinite([found.kld, found.top_gap, found.delta_logp, found.delta_p]).all()
+    assert found.kld.min() > 1
+
+
+def test_tokens_that_the_original_rules_out_do_not_count():
+    logits = torch.randn(3, 50)
+    logits[:, 7] = -math.inf
+    assert compare_logits(logits, logits, torch.arange(3)).kld == pytest.approx(0, abs=1e-6)
+    assert find_defect(logits[None], logits[None]) is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [([[1, 2, 3, 4, 5, 6]], 0.0), ([[1] * 8], 0.8), ([[1, 2], []], 0.0), ([[1, 2] * 4, [*range(8)]], 0.3)],
+)
+def test_repetition(texts, expected):
+    assert repetition(texts) == pytest.approx(expected)
