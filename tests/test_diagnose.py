@@ -32,7 +32,14 @@ DECODE = PhaseProfile(
 )
 # 512 tokens through 135 M parameters: 126 GFLOP, a floor of 300 ms for 500 ms.
 PREFILL = replace(
-    DECODE, phase="prefill", samples_s=(0.5,), flops=126e9, cache_bytes=24e6, linear_s=0.4, attention_s=0.03, small_s=0.01
+    DECODE,
+    phase="prefill",
+    samples_s=(0.5,),
+    flops=126e9,
+    cache_bytes=24e6,
+    linear_s=0.4,
+    attention_s=0.03,
+    small_s=0.01,
 )
 # One token of a 7B model: 14 GB at 3350 GB/s take 4.2 ms.
 GPU = replace(
@@ -55,7 +62,12 @@ CASES = [
     ("gaps between operators", replace(DECODE, busy=0.35), CPU, "overhead"),
     ("many tiny operators", replace(DECODE, busy=1.0, small_s=0.022), CPU, "overhead"),
     ("half of each", replace(DECODE, busy=0.6, small_s=0.003), CPU, "mixed"),
-    ("cache larger than the weights", replace(DECODE, cache_bytes=600e6, attention_s=0.018, linear_s=0.01), CPU, "kv-cache"),
+    (
+        "cache larger than the weights",
+        replace(DECODE, cache_bytes=600e6, attention_s=0.018, linear_s=0.01),
+        CPU,
+        "kv-cache",
+    ),
     ("a busy GPU", GPU, H100, "memory"),
     ("a GPU that is launched too slowly", replace(GPU, samples_s=(0.020,), busy=0.25), H100, "overhead"),
     ("a host that waits for an idle GPU", replace(GPU, samples_s=(0.020,), busy=0.5, sync_s=0.008), H100, "sync"),
@@ -69,7 +81,9 @@ def test_the_bottleneck_is_named_in_the_evidence(phase: PhaseProfile, hardware: 
     found = diagnose(phase, hardware)
     assert found.bottleneck == expected
     assert found.phase == phase.phase
-    assert {"sync": "synchronisation", "mixed": "mixed", "kv-cache": "KV-cache"}.get(expected, expected) in found.evidence
+    assert {"sync": "synchronisation", "mixed": "mixed", "kv-cache": "KV-cache"}.get(
+        expected, expected
+    ) in found.evidence
 
 
 def test_evidence_is_a_sentence_with_the_numbers_that_decided() -> None:

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from autotune import profile
+from autotune.errors import MeasurementError
 from autotune.hardware import Hardware
 from autotune.profile.budget import Budget
-from autotune.profile.counts import Forward, attention_flops, cache_size, count
-from autotune.profile.operators import Span, Trace, mark_cache_writes, share
+from autotune.profile.counts import Forward, Work, attention_flops, cache_size, count, matrices
+from autotune.profile.operators import share, table
 from autotune.profile.scaling import BATCHES
 from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OTHER, OVERHEAD, sections
 from autotune.profile.survey import median_prompts
+from autotune.profile.tracing import Span, Trace, by_shape, mark_cache_writes, trace, watched
 from autotune.variant import Variant
 from autotune.workload import PHASES, Workload
 from tests import models
@@ -221,6 +223,38 @@ def test_a_trace_is_scaled_to_the_unprofiled_time(
 def test_matmuls_that_a_compiler_fused_are_all_of_its_step() -> None:
     found = share(Trace((span("CompiledFxGraph", 0.008, COMPILED),), 0.010), 0.010)
     assert found.linear_s == pytest.approx(0.008)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "group"),
+    [
+        ([[1, 64], [64, 96]], FFN),  # mm: x, weight transposed
+        ([[96], [1, 64], [64, 96]], FFN),  # addmm: bias first
+        ([[1, 1, 64], [96, 64]], FFN),  # linear: x, weight
+        ([[1, 1, 96], [4, 96, 16], [4, 3, 16]], FFN),  # down, packed in blocks of 16 rows
+        ([[1, 1, 64], [2, 8, 16], [2, 2, 16], [], []], ATTENTION),  # key, packed and 4 bits in 32
+        ([[1, 64], [64, 256]], HEAD),
+        ([[1, 64], [64, 100]], None),
+        ([[1, 64], []], None),
+        (None, None),
+    ],
+)
+def test_a_compiled_matmul_is_known_by_its_shape(shapes: list[list[int]] | None, group: str | None) -> None:
+    assert by_shape(shapes or (), matrices([models.tiny("llama")])) == group
+
+
+def test_what_a_compiler_fused_is_done_in_its_step() -> None:
+    spans = (span("mm", 6e-3, FFN, "linear"), span("CompiledFxGraph", 2e-3, COMPILED))
+    found = share(Trace(spans, 0.010), 0.010)
+    rows = {row.group: row for row in table(found, {FFN: Work(10.0, 5.0), NORM: Work(0.0, 3.0)}, ridge=4.0)}
+    assert set(rows) == {FFN, COMPILED, OVERHEAD}
+    assert rows[COMPILED].moved_bytes == 3.0
+
+
+def test_another_profiler_is_not_disturbed() -> None:
+    subject = watched(Variant(models.tiny("llama")))
+    with torch.autograd.profiler.profile(use_kineto=False), pytest.raises(MeasurementError, match="profiler"):
+        trace(subject, torch.tensor(models.token_prompts(1, 4)), 2)
 
 
 def test_a_budget_stops_before_a_step_that_would_not_fit() -> None:

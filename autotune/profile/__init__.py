@@ -1,7 +1,7 @@
 """What a variant costs: prefill and decode measured apart.
 
 `measure` is the door. Behind it: `timing` (requests as they are served), `counts` (FLOPs and bytes from the modules),
-`operators` (where the time goes, under torch.profiler), `scaling` (batch sizes and context lengths).
+`tracing` and `operators` (where the time goes, under torch's profiler), `scaling` (batch sizes and context lengths).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ those of the new tokens are written once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +204,18 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):  # GPT-2's: weight [inputs, outputs]
         return weight.shape[0], weight.shape[1]
     return None
+
+
+def matrices(models: Iterable[PreTrainedModel]) -> dict[tuple[int, int], str | None]:
+    """(inputs, outputs) of the linear layers -> the group they belong to, None where it is more than one."""
+    groups = dict[tuple[int, int], str | None]()
+    for model in models:
+        found = sections(model)
+        for name, module in _parts(model):
+            if shape := linear_shape(module):
+                group = owner(name, found) or OTHER
+                groups[shape] = group if groups.get(shape, group) == group else None
+    return groups
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,9 +16,10 @@ from ..workload import PHASES, Phase, Workload
 from . import MemoryUse, PhaseProfile, Profile, ScalePoint
 from .budget import Budget
 from .counts import Forward, activation_size, attention_flops, cache_size, compute_dtype, count, tensors_within
-from .operators import Trace, observable, share, table, trace
+from .operators import share, table
 from .scaling import BATCHES, batch_scaling, context_growth
 from .timing import Request, time_request
+from .tracing import Trace, trace, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,8 +56,7 @@ def survey(
         with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
             requests.append(time_request(served, ids, new_tokens))
     with budget.step("operators"):
-        watched, models = observable(variant)
-        traces = trace(serving(watched), models, ids, TRACED_TOKENS)
+        traces = trace(watched(variant), ids, TRACED_TOKENS)
     batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
     if scaling:
         sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes

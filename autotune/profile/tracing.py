@@ -1,0 +1,272 @@
+"""A few requests under torch's profiler, every operator attributed to a part of the model.
+
+Modules announce themselves to the profiler through hooks, so attribution follows the structure and not a list of
+architectures. A compiled step has no modules left: there, a matmul is known by the shape of its weight and attention by
+its operator's name, and the rest is called "compiled step". Times are those of the operators themselves on the thread
+that generates; the profiler's own cost falls between operators and on their callers, which is why the time between them
+is taken from the unprofiled measurement.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.profiler import profile as record  # without Kineto, which only a GPU needs and which logs to stderr
+from torch.profiler import record_function
+
+from ..errors import MeasurementError
+from ..workload import Phase
+from .counts import matrices
+from .sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, sections
+from .timing import START, TICK, time_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..variant import Variant
+
+Role = Literal["linear", "attention", "cache"]
+Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
+Interval = tuple[float, float]  # microseconds of the profiler's clock
+
+RANGE = "autotune.section."
+REQUESTS = 2  # traced: enough to have an undisturbed one on most hosts, at half a second each
+
+_LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv")
+_ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$")
+_CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
+_COMPILED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
+_DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
+_RELABELLING = (  # operators that only make or relabel tensors
+    "_conj _local_scalar_dense _reshape_alias _reshape_copy _to_copy _unsafe_view alias as_strided chunk contiguous "
+    "detach detach_ empty empty_like empty_strided expand expand_as flatten is_nonzero item lift_fresh narrow permute "
+    "reshape resize_ resolve_conj resolve_neg result_type select slice split split_with_sizes squeeze t to transpose "
+    "unbind unflatten unsqueeze view view_as"
+)
+_NO_WORK = frozenset(_RELABELLING.split())
+_SYNC = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One operator of a trace.
+
+    Args:
+        name: without its namespace: "mm".
+        seconds: its own time, or its kernels' time on a GPU; children excluded.
+        group: part of the model it ran in.
+        role: what kind of work it, or the operator that called it, does; None for the rest.
+        works: it computes or copies, rather than relabelling a tensor.
+        outermost: called from Python, not from another operator.
+    """
+
+    name: str
+    seconds: float
+    group: str
+    role: Role | None
+    works: bool
+    outermost: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One profiled call or token.
+
+    Args:
+        spans: its operators in order.
+        seconds: its duration under the profiler.
+        sync_s: time the host waited for the device.
+    """
+
+    spans: tuple[Span, ...]
+    seconds: float
+    sync_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A variant that runs as another one does, and what is known of its modules.
+
+    Args:
+        variant: the one to run.
+        open: models whose modules hooks may enter.
+        compiled: models that run as compiled code, where hooks would not be called or would compile it again.
+    """
+
+    variant: Variant
+    open: tuple[PreTrainedModel, ...]
+    compiled: tuple[PreTrainedModel, ...]
+
+
+def watched(variant: Variant) -> Watched:
+    """How to watch a variant. The original is never hooked: a twin over the same tensors stands in for it."""
+    from ..variant import Variant, fork
+
+    original = variant.original
+    if not variant.transforms:
+        twin = fork(original)
+        return Watched(Variant(twin, variant.traffic, variant.workload), (twin,), ())
+    copy = variant._copy()
+    copy.modules = {phase: fork(m) if m is original else m for phase, m in variant.modules.items()}
+    stepped = {id(copy.modules["decode"])} if variant.step is not None else set()
+    closed = {id(m) for m in copy.modules.values() if any(part._compiled_call_impl for part in m.modules())}
+    models = {id(m): m for m in copy.modules.values()}
+    return Watched(
+        copy,
+        tuple(m for i, m in models.items() if i not in stepped | closed),
+        tuple(m for i, m in models.items() if i in stepped | closed),
+    )
+
+
+def trace(subject: Watched, ids: torch.Tensor, tokens: int) -> dict[Phase, Trace]:
+    """Profile a few requests: the fastest prefill and the fastest decode step, which the host disturbed least.
+
+    Args:
+        subject: what to run and watch.
+        ids: prompts, [B, P] int64.
+        tokens: tokens to generate, at least two.
+
+    Raises:
+        MeasurementError: another profiler is at work.
+    """
+    from ..variant import serving
+
+    on_gpu = ids.device.type == "cuda"
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        raise MeasurementError("another torch profiler is running; stop it, then tune")
+    served, device = serving(subject.variant), "cuda" if on_gpu else None
+    shapes = matrices(subject.compiled)
+    with announced(subject.open), record(use_device=device, use_kineto=on_gpu, record_shapes=bool(shapes)) as recorded:
+        for _ in range(REQUESTS):
+            time_request(served, ids, tokens)
+    events = [e for e in recorded.function_events if e.device_type.name == "CPU"]
+    events.sort(key=lambda e: e.time_range.start)
+    thread = next(e.thread for e in events if e.name == START)
+    own = [e for e in events if e.thread == thread]
+    prefills, steps = _intervals(own)
+    return {
+        "prefill": _trace(own, min(prefills, key=_length), shapes, on_gpu),
+        "decode": _trace(own, min(steps, key=_length), shapes, on_gpu),
+    }
+
+
+def _intervals(events: Iterable[Any]) -> tuple[list[Interval], list[Interval]]:
+    """From a request's start to its first token, and from token to token."""
+    prefills, steps, ticks = list[Interval](), list[Interval](), list[float]()
+    for event in (e for e in events if e.name in (START, TICK)):
+        ticks = [event.time_range.start] if event.name == START else [*ticks, event.time_range.start]
+        if len(ticks) == 3:  # start, prompt handed over, first token
+            prefills.append((ticks[0], ticks[2]))
+        elif len(ticks) > 3:
+            steps.append((ticks[-2], ticks[-1]))
+    return prefills, steps
+
+
+def _length(interval: Interval) -> float:
+    return interval[1] - interval[0]
+
+
+@contextmanager
+def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Within it, the parts of `models` open a range of their group's name in torch.profiler's trace."""
+    handles, opened = [], list[Any]()
+
+    def enter(group: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            opened.append(record_function(RANGE + group).__enter__())  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    try:
+        for model in models:
+            for name, group in sections(model).items():
+                module = model.get_submodule(name)
+                handles.append(module.register_forward_pre_hook(enter(group)))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trace(events: Sequence[Any], interval: Interval, shapes: Shapes, on_gpu: bool) -> Trace:
+    start, end = interval
+    inside = [e for e in events if start <= e.time_range.start < end]
+    waits = sum(e.self_cpu_time_total for e in inside if e.name in _SYNC)
+    spans = (_span(e, shapes, on_gpu) for e in inside if not _DISPATCH.search(e.name) and e.name not in _SYNC)
+    return Trace(mark_cache_writes(tuple(spans)), (end - start) / 1e6, waits / 1e6)
+
+
+def _span(event: Any, shapes: Shapes, on_gpu: bool) -> Span:
+    name, group, outermost = event.name.rpartition("::")[2], None, True
+    role, compiled, caller = _role(name), bool(_COMPILED.search(event.name)), event.cpu_parent
+    while caller is not None and group is None:
+        if caller.name.startswith(RANGE):
+            group = caller.name.removeprefix(RANGE)
+        elif _COMPILED.search(caller.name):
+            compiled = True
+        elif not _DISPATCH.search(caller.name):
+            outermost, role = False, role or _role(caller.name.rpartition("::")[2])
+        caller = caller.cpu_parent
+    if role == "attention" and group in (FFN, HEAD):
+        role = "linear"  # a batched matmul there is one over experts
+    if compiled and group is None:
+        group = ATTENTION if role == "attention" else by_shape(event.input_shapes, shapes) or COMPILED
+    seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+    return Span(name, seconds, group or OTHER, role, name not in _NO_WORK, outermost)
+
+
+def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
+    """The group whose matmul over weights this is, judged by the shapes of its operands.
+
+    Args:
+        inputs: shapes of an operator's arguments; the activations [..., K] come before the weight, which is
+            [K, N], [N, K], or packed in rows of blocks [N / block, ..., block].
+        shapes: (K, N) -> group.
+    """
+    operands = [shape for shape in inputs or () if len(shape) > 1]
+    if len(operands) < 2:
+        return None
+    (*_, k), weight = operands[0], operands[1]
+    if len(weight) == 2:
+        n = weight[0] if weight[1] == k else weight[1]
+        return shapes.get((k, n))
+    rows, block = weight[0] * weight[-1], weight[-1]  # the last block may be padded
+    found = {group for (inner, n), group in shapes.items() if inner == k and rows - block < n <= rows}
+    return found.pop() if len(found) == 1 else None
+
+
+def mark_cache_writes(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """Move the spans that write keys and values into a group of their own.
+
+    Static caches copy by index, which no other part of a decoder does. Dynamic ones concatenate, as rotary embeddings
+    do, too; but keys and values are the last two concatenations before the attention that reads them.
+    """
+    marked, joins = list(spans), list[int]()
+    for i, span in enumerate(spans):
+        if span.role == "cache":
+            marked[i] = replace(span, group=CACHE)
+        elif span.role == "attention" and joins:
+            for j in joins[-2:]:
+                marked[j] = replace(spans[j], group=CACHE, role="cache")
+            joins.clear()
+        elif span.name == "cat" and span.group == ATTENTION and span.outermost:
+            joins.append(i)
+    return tuple(marked)
+
+
+def _role(name: str) -> Role | None:
+    if _CACHE.search(name):
+        return "cache"
+    if _ATTENTION.search(name):
+        return "attention"
+    return "linear" if _LINEAR.search(name) else None
