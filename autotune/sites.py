@@ -132,9 +132,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under every name, but for those that have hooks or that their parent does not call."""
     for prefix, parent in model.named_modules(remove_duplicate=False):
         read = _weights_read(type(parent))  # type: ignore[arg-type]  # mypy takes no class for hashable
-        for attribute, layer in parent.named_children():
-            hooked = layer._forward_hooks or layer._forward_pre_hooks
-            if attribute not in read and not hooked:
+        for attribute, layer in parent._modules.items():  # named_children() leaves out second names
+            if layer is None or attribute in read:
+                continue
+            if not (layer._forward_hooks or layer._forward_pre_hooks):
                 yield f"{prefix}.{attribute}" if prefix else attribute, layer
 
 

@@ -25,7 +25,6 @@ SUPPORT = {
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
     "flash_attention_3": "_supports_flash_attn",
-    "flex_attention": "_supports_flex_attn",
 }
 PACKAGE = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -35,7 +34,7 @@ class Attention(Transform):
     """Another attention implementation, for the twin alone.
 
     Args:
-        implementation: "sdpa", "eager", "flash_attention_2", "flash_attention_3" or "flex_attention".
+        implementation: "sdpa", "eager", "flash_attention_2" or "flash_attention_3".
     """
 
     implementation: str = "sdpa"
