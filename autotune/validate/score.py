@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import route
+from ..errors import AutotuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,7 +83,7 @@ class Served:
         except (OutputError, BypassedError):
             raise
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = _message(error)
         else:
             return out
         raise CandidateError(failure)  # outside the handler, whose traceback would pin the candidate's tensors
@@ -114,10 +115,15 @@ class Served:
             with torch.no_grad():
                 logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), **keep).logits
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = _message(error)
         else:
             return logits[0, -last:]
         raise CandidateError(failure)
+
+
+def _message(error: Exception) -> str:
+    """What happened; autotune's own errors say it themselves."""
+    return str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
 
 
 class _Teacher:

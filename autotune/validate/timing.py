@@ -57,7 +57,7 @@ def time_request(
         CandidateError: the variant raised, or stopped early (OutputError).
     """
     count = min(new_tokens, TIMED_TOKENS)
-    watch, before = _Stopwatch(clock), _Disturbance()
+    watch, before = _Stopwatch(clock), Disturbance()
     start = clock()
     served.generate(prompts, count, streamer=watch)
     marks = watch.marks_s
@@ -93,7 +93,7 @@ class _Stopwatch:
     def end(self) -> None: ...
 
 
-class _Disturbance:
+class Disturbance:
     """What the machine did to this process since the object was made; says nothing where it cannot be seen."""
 
     def __init__(self) -> None:

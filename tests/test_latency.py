@@ -1,0 +1,279 @@
+"""Paired timing through the real serving path of a tiny model, on a clock that only moves when the model works."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from autotune.policy import Limits
+from autotune.transforms import Stage, Transform
+from autotune.validate import Verdict
+from autotune.validate.latency import compare, label, noise_floor
+from autotune.validate.score import Served
+from autotune.validate.timing import Disturbance, request, time_request, timing
+from autotune.variant import Variant
+from autotune.workload import Bucket
+
+BUCKET = Bucket(batch=1, prompt_tokens=12, new_tokens=8)
+PROMPTS = [list(range(3, 3 + n)) for n in (5, 20, 9)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@dataclass
+class Clock:
+    """Seconds that only pass where a test says so."""
+
+    now_s: float = 1.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@dataclass(frozen=True)
+class Cost(Transform):
+    """The phases' modules take made-up time on a made-up clock."""
+
+    clock: Clock | None = None
+    prefill_s: float = 0.1
+    decode_s: Callable[[int], float] = lambda batch: 0.03
+
+    name: ClassVar[str] = "cost"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    summary: ClassVar[str] = "a test's cost"
+
+    def apply(self, variant: Variant) -> None:
+        for (module,), takes_s in (
+            (variant.edit("prefill"), lambda batch: self.prefill_s),
+            (variant.edit("decode"), self.decode_s),
+        ):
+            self._charge(module, takes_s)
+
+    def _charge(self, module: Any, takes_s: Callable[[int], float]) -> None:
+        inner = module.forward
+
+        def forward(input_ids, **kwargs):
+            self.clock.now_s += takes_s(input_ids.shape[0])
+            return inner(input_ids=input_ids, **kwargs)
+
+        module.forward = forward
+
+
+def costing(model, clock, prefill_s=0.1, decode_s=lambda batch: 0.03):
+    return Variant(model).with_transform(Cost("both", clock, prefill_s, decode_s))
+
+
+def race(model, objective="tpot", buckets=(BUCKET,), limits=Limits(), noise=0.0, **candidate):  # noqa: B008
+    clock = Clock()
+    return compare(
+        costing(model, clock),
+        costing(model, clock, **candidate),
+        buckets,
+        PROMPTS,
+        objective=objective,
+        limits=limits,
+        noise=noise,
+        clock=clock,
+    )
+
+
+@pytest.mark.parametrize(
+    ("candidate", "objective", "verdict", "words"),
+    [
+        ({"decode_s": lambda batch: 0.015}, "tpot", Verdict.PASS, "x2.000"),
+        ({}, "tpot", Verdict.FAIL, "no gain"),
+        ({"decode_s": lambda batch: 0.033}, "tpot", Verdict.FAIL, "tpot of b1/p12/n8"),
+        ({"decode_s": lambda batch: 0.015, "prefill_s": 0.14}, "tpot", Verdict.FAIL, "ttft of b1/p12/n8"),
+        ({"prefill_s": 0.05}, "ttft", Verdict.PASS, "x2.000"),
+        ({"prefill_s": 0.05}, "tpot", Verdict.FAIL, "no gain"),
+        ({"prefill_s": 0.05, "decode_s": lambda batch: 0.015}, "end_to_end", Verdict.PASS, "x2.000"),
+    ],
+)
+def test_verdicts(model, candidate, objective, verdict, words):
+    found = race(model, objective, **candidate)
+    assert found.verdict is verdict, found.reason
+    assert words in found.reason
+
+
+def test_a_clear_answer_takes_five_pairs(model):
+    found = race(model, decode_s=lambda batch: 0.015)
+    assert found.tpot.pairs == 5
+    assert len(found.reference_s["tpot"]) == len(found.candidate_s["tpot"]) == 5
+    assert found.reference_s["ttft"][0] == pytest.approx(0.1)
+    assert found.candidate_s["tpot"][0] == pytest.approx(0.015)
+
+
+def test_every_bucket_counts(model):
+    buckets = (BUCKET, replace(BUCKET, batch=4))
+    found = race(model, buckets=buckets, decode_s=lambda batch: 0.015 if batch == 1 else 0.04)
+    assert found.verdict is Verdict.FAIL
+    assert "b4/p12/n8" in found.reason
+    assert found.buckets["b1/p12/n8"]["tpot"].ratio == pytest.approx(2.0)
+    assert found.buckets["b4/p12/n8"]["tpot"].ratio == pytest.approx(0.75)
+
+
+def test_a_gain_within_the_noise_does_not_pass(model):
+    assert race(model, noise=0.05, decode_s=lambda batch: 0.03 / 1.08).verdict is Verdict.FAIL
+    assert race(model, noise=0.01, decode_s=lambda batch: 0.03 / 1.08).verdict is Verdict.PASS
+
+
+def test_ending_the_text_at_once_gains_nothing(model):
+    clock = Clock()
+    hasty = costing(model, clock)
+    module = hasty.modules["decode"]
+    inner = module.forward
+
+    def forward(**kwargs):
+        out = inner(**kwargs)
+        out.logits = torch.nn.functional.one_hot(torch.full_like(kwargs["input_ids"], 2), 60).float()
+        return out
+
+    module.forward = forward
+    found = compare(
+        costing(model, clock), hasty, [BUCKET], PROMPTS, objective="end_to_end", limits=Limits(), noise=0.0, clock=clock
+    )
+    assert found.verdict is Verdict.FAIL
+    assert found.end_to_end.ratio == pytest.approx(1.0)
+
+
+def test_a_variant_that_raises_is_an_error(model):
+    clock, broken = Clock(), None
+    broken = costing(model, clock)
+
+    def forward(**kwargs):
+        raise RuntimeError("no kernel image")
+
+    broken.modules["decode"].forward = forward
+    found = compare(
+        costing(model, clock), broken, [BUCKET], PROMPTS, objective="tpot", limits=Limits(), noise=0.0, clock=clock
+    )
+    assert found.verdict is Verdict.ERROR
+    assert "no kernel image" in found.reason
+
+
+def test_a_slow_first_request_is_warm_up(model):
+    calls = []
+
+    def compiling(batch):
+        calls.append(batch)
+        return 100.0 if len(calls) == 1 else 0.015
+
+    found = race(model, decode_s=compiling)
+    assert found.verdict is Verdict.PASS
+    assert found.warnings == ()
+
+
+def test_a_candidate_that_never_settles_says_so(model):
+    calls = []
+
+    def slower_and_slower(batch):
+        calls.append(batch)
+        return 0.03 * 1.02 ** len(calls)
+
+    assert any("candidate was not steady" in w for w in race(model, decode_s=slower_and_slower).warnings)
+
+
+def test_a_clock_that_stands_still_drops_the_pair(model):
+    clock = Clock()
+    found = compare(
+        Variant(model),
+        Variant(model),
+        [BUCKET],
+        PROMPTS,
+        objective="tpot",
+        limits=Limits(),
+        noise=0.0,
+        clock=clock,
+        max_pairs=5,
+    )
+    assert found.verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_jump_of_the_wall_clock_is_noticed(monkeypatch):
+    before = Disturbance()
+    assert "jumped" not in before.since()
+    wall_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: wall_s + 3600)
+    assert "the clock jumped by 3600" in before.since()
+
+
+def test_time_stolen_by_the_hypervisor_is_noticed(monkeypatch):
+    ticks = iter([[0, 0, 0, 0, 0, 0, 0, 0], [80, 0, 0, 0, 0, 0, 0, 20]])
+    monkeypatch.setattr("autotune.validate.timing._cpu_ticks", lambda: next(ticks))
+    monkeypatch.setattr("autotune.validate.timing._throttled", lambda: 0)
+    assert Disturbance().since() == "the hypervisor took 20% of the CPU"
+
+
+def test_a_used_up_quota_is_noticed(monkeypatch):
+    count = iter([3, 4])
+    monkeypatch.setattr("autotune.validate.timing._cpu_ticks", list)
+    monkeypatch.setattr("autotune.validate.timing._throttled", lambda: next(count))
+    assert Disturbance().since() == "the CPU quota was used up"
+
+
+def test_noise_of_a_quiet_and_of_a_restless_machine(model):
+    clock, steps = Clock(), iter(range(10**6))
+    assert noise_floor(costing(model, clock), [BUCKET], PROMPTS, clock=clock) == pytest.approx(0.0, abs=1e-9)
+
+    def restless(batch):
+        return 0.03 * (1 + 0.2 * math.sin(next(steps)))
+
+    assert noise_floor(costing(model, clock, decode_s=restless), [BUCKET], PROMPTS, clock=clock) > 0.005
+
+
+def test_long_answers_are_extrapolated(model):
+    clock = Clock()
+    served = Served(costing(model, clock), pad_token_id=0)
+    found = time_request(served, [PROMPTS[0]], 100, clock)
+    assert clock.now_s == pytest.approx(1.0 + 0.1 + 31 * 0.03)  # 32 tokens were generated
+    assert found.end_to_end_s == pytest.approx(0.1 + 99 * 0.03)
+
+
+@pytest.mark.parametrize(
+    ("marks_s", "new_tokens", "ttft_s", "tpot_s", "total_s", "polluted"),
+    [
+        ([1.5, 1.6, 1.7], 3, 0.5, 0.1, 0.7, False),
+        ([1.5, 1.6, 1.7], 11, 0.5, 0.1, 1.5, False),
+        ([1.5], 1, 0.5, math.nan, 0.5, False),
+        ([0.9, 1.6, 1.7], 3, -0.1, 0.4, 0.7, True),
+        ([1.5, 1.5, 1.5], 3, 0.5, 0.0, 0.5, True),
+        ([1.5, math.inf], 2, 0.5, math.inf, math.inf, True),
+    ],
+)
+def test_timing(marks_s, new_tokens, ttft_s, tpot_s, total_s, polluted):
+    found = timing(1.0, marks_s, new_tokens)
+    figures = (found.ttft_s, found.tpot_s, found.end_to_end_s)
+    assert figures == pytest.approx((ttft_s, tpot_s, total_s), nan_ok=True)
+    assert bool(found.polluted) is polluted
+
+
+def test_requests_fill_their_bucket():
+    rows = request(Bucket(batch=2, prompt_tokens=12, new_tokens=8), PROMPTS, turn=1)
+    assert [len(row) for row in rows] == [12, 12]
+    assert rows[0] == (PROMPTS[2] + PROMPTS[0])[:12]
+    assert rows != request(Bucket(batch=2, prompt_tokens=12, new_tokens=8), PROMPTS, turn=0)
+
+
+def test_label():
+    assert label(Bucket(8, 64, 32)) == "b8/p64/n32"
