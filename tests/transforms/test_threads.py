@@ -1,0 +1,59 @@
+"""Another number of threads, only while a phase runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from autotune.transforms.threads import Threads, usable_cores
+from autotune.variant import Variant
+from tests.test_transforms_contract import COMPILER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_holds_while_the_phase_runs(llama: PreTrainedModel) -> None:
+    transform = Threads("decode", 1)
+    candidate = Variant(llama).with_transform(transform)
+    with candidate.running("decode"):
+        assert torch.get_num_threads() == 1
+    with candidate.running("prefill"):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2
+    assert transform.took_effect(candidate) is None
+    assert transform.took_effect(Variant(llama)) == "decode runs on 2 threads instead of 1"
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "says"),
+    [
+        (2, "cpu", "already run on 2 threads"),
+        (usable_cores() + 1, "cpu", "would wait for one another"),
+        (1, "cuda", "this model runs on cuda"),
+        (1, "cpu", None),
+    ],
+)
+def test_unavailable(count: int, device: str, says: str | None, llama: PreTrainedModel) -> None:
+    reason = Threads("both", count).unavailable(Variant(llama), replace(COMPILER, device=device))
+    assert reason is None if says is None else says in (reason or "")
+
+
+def test_a_second_count_replaces_the_first(llama: PreTrainedModel) -> None:
+    candidate = Variant(llama).with_transform(Threads("both", 1))
+    assert "already" in (Threads("both", 1).unavailable(candidate, COMPILER) or "")
+    assert candidate.with_transform(Threads("prefill", 2)).threads == {"prefill": 2, "decode": 1}
+    assert candidate.threads == {"prefill": 1, "decode": 1}
