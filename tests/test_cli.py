@@ -16,13 +16,13 @@ from tests import models
 
 POLICY = """
 name = "quick"
-description = "One lossless candidate"
+description = "Nothing that could win on any machine"
 objective = "latency"
 tier = "lossless"
 budget_s = 30
 [[steps]]
 name = "threads"
-when = { phase = "decode" }
+when = { phase = "decode", device = ["cuda"] }
 choices = [{ transform = "threads", count = 1, phase = "decode" }]
 """
 
@@ -158,6 +158,11 @@ def test_tune_writes_report_and_plan(saved, prompts, tmp_path, capsys):
     assert "# tiny-llama-1.0" in (folder / "report.md").read_text()
     assert cli.main(["plan", "show", str(folder / "plan.json")]) == cli.DONE
     assert "quick" in capsys.readouterr().out
+
+    assert cli.main(argv) == cli.DONE
+    assert "Replayed from the plan" in capsys.readouterr().out
+    assert cli.main([*argv, "--no-cache"]) == cli.DONE
+    assert "Replayed from the plan" not in capsys.readouterr().out
 
 
 def test_as_a_process(saved):

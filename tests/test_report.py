@@ -147,7 +147,14 @@ COMMITTED = replace(
     bypassed={"beam search": 3},
 )
 PROFILED = replace(
-    ORIGINAL, verdict="Profiled; nothing was tried.", trials=(), policy=None, tier=None, objective=None, budget_s=None
+    ORIGINAL,
+    verdict="Profiled; nothing was tried.",
+    trials=(),
+    policy=None,
+    tier=None,
+    objective=None,
+    budget_s=None,
+    seconds=None,
 )
 REPORTS = pytest.mark.parametrize("report", [ORIGINAL, COMMITTED, PROFILED], ids=["original", "committed", "profiled"])
 
@@ -227,7 +234,7 @@ def test_operators_are_paired_by_group():
                 "2.50x",
                 "2.40-2.60x",
                 "Committed shrink(bits=8)@decode.",
-                "31.2 tok/s",
+                "31.2",
                 "mean KLD 1.21, at most 0.0050",
                 "prefill is compute-bound",
                 "Now decode moves 135 MB at 20 GB/s: memory-bound.",

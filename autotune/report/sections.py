@@ -10,6 +10,7 @@ from typing import Any
 from . import numbers as n
 
 UNIT = {"prefill": "ms to the first token", "decode": "ms per token"}
+WAIT = {"prefill": "time to first token", "decode": "time per token"}
 RAN = {"accepted", "rejected", "inconclusive", "error"}
 
 
@@ -67,30 +68,33 @@ def headline(record: Mapping[str, Any]) -> str:
 
 
 def result(record: Mapping[str, Any]) -> Section:
-    """The verdict and the two numbers that everyone asks for."""
+    """The verdict and the numbers that everyone asks for."""
     phases = record["phases"].items()
     if not record["transforms"]:  # nothing changed: nothing to compare
-        measured = tuple((p, _time(p, f["baseline_ms"]), f["bottleneck"], n.ratio(f["ceiling"])) for p, f in phases)
-        table = Table(("phase", "time", "bottleneck", "ceiling"), "lrlr", measured)
+        rows = [(f"{p}, {WAIT[p]}", _ms(f["baseline_ms"]), f["bottleneck"], n.ratio(f["ceiling"])) for p, f in phases]
+        table = Table(("", "time", "bottleneck", "ceiling"), "lrlr", tuple(rows))
         return Section("Result", tuple(_story(record)), table)
-    rows = [_result_row(phase, figures) for phase, figures in phases]
+    compared = [(f"{p}, {WAIT[p]}", _ms(f["baseline_ms"]), _ms(f["final_ms"]), *_gain(f)) for p, f in phases]
+    if decode := record["phases"].get("decode"):
+        rates = (_per_second(decode["baseline_ms"]), _per_second(decode["final_ms"]))
+        compared.append(("decode, tokens per second", *rates, "", ""))
     if record["latency"]:
         whole = record["latency"]["end_to_end"]
-        rows.append(("whole request", "", "", n.ratio(whole["ratio"]), n.interval(whole["low"], whole["high"])))
-    table = Table(("phase", "before", "after", "speed-up", "95 % interval"), "lrrrr", tuple(rows))
+        compared.append(("whole request", "", "", n.ratio(whole["ratio"]), n.interval(whole["low"], whole["high"])))
+    table = Table(("", "before", "after", "speed-up", "95 % interval"), "lrrrr", tuple(compared))
     return Section("Result", tuple(_story(record)), table)
 
 
-def _result_row(phase: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-    before, after = _time(phase, figures["baseline_ms"]), _time(phase, figures["final_ms"])
-    span = n.interval(figures["speedup_low"], figures["speedup_high"])
-    return phase, before, after, n.ratio(figures["speedup"]), span
+def _gain(figures: Mapping[str, Any]) -> tuple[str, str]:
+    return n.ratio(figures["speedup"]), n.interval(figures["speedup_low"], figures["speedup_high"])
 
 
-def _time(phase: str, ms: float | None) -> str:
-    if phase == "decode" and n.known(ms) and ms > 0:
-        return f"{n.milliseconds(ms)} {UNIT[phase]} ({n.significant(1e3 / ms)} tok/s)"
-    return f"{n.milliseconds(ms)} {UNIT[phase]}"
+def _ms(ms: float | None) -> str:
+    return f"{n.milliseconds(ms)} ms"
+
+
+def _per_second(ms: float | None) -> str:
+    return n.significant(1e3 / ms) if n.known(ms) and ms > 0 else n.MISSING
 
 
 def _story(record: Mapping[str, Any]) -> Iterator[str]:
