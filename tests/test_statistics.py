@@ -9,8 +9,8 @@ import pytest
 
 from autotune.policy import Limits
 from autotune.validate import Verdict
-from autotune.validate.latency import decide, race, self_noise
-from autotune.validate.ratios import bounds, pooled
+from autotune.validate.latency import race, self_noise
+from autotune.validate.ratios import bounds, decide, pooled
 from autotune.validate.statistics import cluster_means, median_bounds, spread
 from autotune.validate.timing import Pair, Timing
 from autotune.workload import Bucket

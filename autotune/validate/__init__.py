@@ -1,4 +1,9 @@
-"""Is it faster, and is it no worse? Verdicts with numbers; only PASS commits."""
+"""Is it faster, and is it no worse? Verdicts with numbers; only PASS commits.
+
+tiers -> exam -> score -> divergence -> tally -> quality     no worse than the original?
+timing -> ratios -> latency                                  faster than what is there?
+statistics                                                   bounds for both
+"""
 
 from __future__ import annotations
 

@@ -1,22 +1,20 @@
-"""Is a candidate faster? Paired, interleaved timing, and a pure verdict on the pairs."""
+"""Is a candidate faster? Paired, interleaved timing; the verdict on the pairs is in `ratios`."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..policy import Limits
 from ..workload import Bucket
-from . import Latency, Speedup, Verdict
+from . import Latency, Verdict
 from .exam import Progress
-from .ratios import EARLY_ALPHA, FINAL_ALPHA, METRICS, Metric, bounds, known, log_ratios, p90_increase, pooled, speedup
+from .ratios import Metric, bounds, decide, failed, known, log_ratios, pooled
 from .score import CandidateError, Served, Tokens
-from .statistics import Floats, spread
 from .timing import Clock, Pair, Timing, request, time_request
 
 if TYPE_CHECKING:
@@ -24,18 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Metric", "Pair", "Timing", "compare", "decide", "label", "noise_floor", "race"]
 
-log = logging.getLogger("autotune")
-
 Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 
 # Pairs per bucket after which a clear answer ends the race. Five early looks at 0.5 % and the last at 2.5 % keep the
 # chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (5, 8, 12, 25, 50)
-MAX_POLLUTED = 0.2  # share of pairs that may be dropped
-NOISY, TOO_NOISY = (
-    0.10,
-    0.25,
-)  # interquartile range of the pairs' ratios: worth a warning, and too much to conclude anything
 STEADY = 1.05  # slowest / fastest of three requests in a row
 MAX_WARMUP = 10
 WARMUP_SHARE = 0.25  # of the budget
@@ -133,113 +124,6 @@ def race(
     return decide(pairs, objective, limits, noise, warnings=warnings)
 
 
-def decide(
-    samples: Mapping[str, Sequence[Pair]],
-    objective: Metric,
-    limits: Limits,
-    noise: float,
-    *,
-    early: bool = False,
-    warnings: tuple[str, ...] = (),
-) -> Latency:
-    """The verdict on pairs by bucket. Pure.
-
-    Args:
-        samples: pairs by bucket label.
-        objective: the metric that must gain at least `limits.min_gain`, and twice the noise.
-        limits: what must not get worse, in any bucket.
-        noise: A/A half-width, a fraction.
-        early: more pairs may follow, so only an answer that is clear at `EARLY_ALPHA` counts.
-        warnings: noticed while measuring.
-    """
-    total = sum(map(len, samples.values()))
-    polluted = [p.polluted for pairs in samples.values() for p in pairs if p.polluted]
-    if polluted:
-        warnings += (f"{len(polluted)} of {total} pairs dropped: {'; '.join(sorted(set(polluted)))}",)
-    clean = {name: [p for p in pairs if not p.polluted] for name, pairs in samples.items()}
-    if min(map(len, clean.values())) < 2:
-        return failed(
-            "fewer than 2 undisturbed pairs in a bucket: measure again on a quieter machine",
-            noise,
-            Verdict.INCONCLUSIVE,
-        )
-    ratios = {name: {m: log_ratios(pairs, m) for m in METRICS} for name, pairs in samples.items()}
-    overall = {m: pooled(ratios, m) for m in METRICS}
-    rough = max(spread(known(by[objective])) for by in ratios.values())
-    if rough > NOISY:
-        warnings += (f"the pairs' ratios of {objective} spread by {rough:.0%}",)
-    if len(polluted) > MAX_POLLUTED * total:
-        verdict, reason = (
-            Verdict.INCONCLUSIVE,
-            f"{len(polluted)} of {total} pairs were disturbed, over {MAX_POLLUTED:.0%}",
-        )
-    else:
-        verdict, reason = _conclude(ratios, clean, overall[objective], objective, limits, noise, rough, early)
-    return Latency(
-        verdict=verdict,
-        reason=reason,
-        ttft=speedup(overall["ttft"]),
-        tpot=speedup(overall["tpot"]),
-        end_to_end=speedup(overall["end_to_end"]),
-        noise=noise,
-        buckets={name: {m: speedup(values) for m, values in by.items()} for name, by in ratios.items()},
-        reference_s=_raw(samples, "reference"),
-        candidate_s=_raw(samples, "candidate"),
-        warnings=warnings,
-    )
-
-
-def _conclude(
-    ratios: Mapping[str, Mapping[Metric, Floats]],
-    clean: Mapping[str, Sequence[Pair]],
-    gains: Floats,
-    objective: Metric,
-    limits: Limits,
-    noise: float,
-    rough: float,
-    early: bool,
-) -> tuple[Verdict, str]:
-    gate = 1 + max(limits.min_gain, 2 * noise)
-    low, high = (math.exp(b) for b in bounds(known(gains), early))
-    gain = speedup(gains)
-    figures = f"{objective} x{gain.ratio:.3f} [{gain.low:.3f}, {gain.high:.3f}] in {gain.pairs} pairs"
-    doubt = ""
-    for name, pairs in clean.items():
-        for what, point, least, limit in _increases(ratios[name], pairs, limits, early):
-            if least > limit:
-                return (
-                    Verdict.FAIL,
-                    f"{what} of {name} changes by {point:+.1%}, over the limit of {limit:.0%} ({figures})",
-                )
-            if point > limit:
-                doubt = f"{what} of {name} changes by {point:+.1%}, perhaps over the limit of {limit:.0%} ({figures})"
-    if high < gate:
-        return Verdict.FAIL, f"no gain of {gate - 1:.1%}: {figures}"
-    if doubt:
-        return Verdict.INCONCLUSIVE, doubt
-    if low < gate:
-        return Verdict.INCONCLUSIVE, f"not clearly a gain of {gate - 1:.1%}: {figures}"
-    if rough > TOO_NOISY:
-        return Verdict.INCONCLUSIVE, f"too noisy to say: the pairs' ratios spread by {rough:.0%} ({figures})"
-    return Verdict.PASS, f"{figures}, clearly a gain of {gate - 1:.1%}"
-
-
-def _increases(
-    ratios: Mapping[Metric, Floats], pairs: Sequence[Pair], limits: Limits, early: bool
-) -> list[tuple[str, float, float, float]]:
-    """Guards of one bucket: (what, increase, what it surely is at least, limit), as fractions."""
-    found: list[tuple[str, float, float, float]] = []
-    guarded: tuple[tuple[Metric, float], ...] = (("ttft", limits.max_ttft_increase), ("tpot", limits.max_tpot_increase))
-    for metric, limit in guarded:
-        values = known(ratios[metric])
-        if len(values) >= 2:
-            point, high = float(np.median(values)), bounds(values, early)[1]
-            found.append((metric, math.expm1(-point), math.expm1(-high), limit))
-    point, least = p90_increase(pairs, limits.max_p90_increase, EARLY_ALPHA if early else FINAL_ALPHA)
-    found.append(("p90 of end_to_end", point, least, limits.max_p90_increase))
-    return found
-
-
 def noise_floor(
     variant: Variant,
     buckets: Sequence[Bucket],
@@ -298,7 +182,7 @@ def self_noise(
             break
     values = known(pooled({name: {objective: log_ratios(by, objective)} for name, by in samples.items()}, objective))
     if len(values) < 2:
-        return TOO_NOISY
+        return math.inf  # nothing can be told apart here
     low, high = bounds(values)
     return math.expm1((high - low) / 2)
 
@@ -306,12 +190,6 @@ def self_noise(
 def label(bucket: Bucket) -> str:
     """ "b1/p64/n32" """
     return f"b{bucket.batch}/p{bucket.prompt_tokens}/n{bucket.new_tokens}"
-
-
-def failed(reason: str, noise: float, verdict: Verdict = Verdict.ERROR) -> Latency:
-    """A verdict without figures."""
-    unknown = Speedup(math.nan, math.nan, math.nan, 0)
-    return Latency(verdict, reason, unknown, unknown, unknown, noise)
 
 
 def _arm(variant: Variant, prompts: Sequence[Tokens], clock: Clock) -> Arm:
@@ -342,9 +220,3 @@ def _warm_up(arms: Sequence[Arm], bucket: Bucket, clock: Clock, budget_s: float)
         else:
             restless.append(f"{name} was not steady in {label(bucket)} after {MAX_WARMUP} requests")
     return restless
-
-
-def _raw(samples: Mapping[str, Sequence[Pair]], arm: str) -> dict[str, tuple[float, ...]]:
-    """Raw samples by metric, polluted ones included."""
-    timings = [getattr(p, arm) for pairs in samples.values() for p in pairs]
-    return {m: tuple(getattr(t, f"{m}_s") for t in timings) for m in METRICS}

@@ -4,63 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from . import Quality, Verdict
-from .divergence import Divergence, compare_logits, find_defect
+from .divergence import compare_logits, find_defect
 from .exam import Exam, Progress, Text, until_eos
 from .score import BypassedError, CandidateError, OutputError, Served
 from .statistics import cluster_means
+from .tally import CONFIDENCE, Tally, summarise
 from .tiers import TIERS, Tier
 
 if TYPE_CHECKING:
     from ..variant import Variant
 
-__all__ = ["Exam", "Scores", "compare_logits", "decide", "judge"]
+__all__ = ["Exam", "compare_logits", "decide", "judge"]
 
 log = logging.getLogger("autotune")
 
-CONFIDENCE = 0.95  # of every bound, one-sided
 EARLY_PROMPTS = 4  # prompts before a candidate may fail early
 EARLY_FACTOR = 3.0  # times the limit at which it does; also what a part of the exam with few prompts may reach
 LENGTH_RATIO = (0.9, 1.1)  # of free-running output
 REPETITION = 0.25  # share of repeated 4-grams beyond the original's
 FREE_TEXTS = 4
-
-
-@dataclass
-class Scores:
-    """Per-token metrics collected so far, and where each token stood."""
-
-    parts: list[tuple[Divergence, NDArray[np.int64], str]] = field(default_factory=list)
-    natural: list[NDArray[np.bool_]] = field(default_factory=list)
-
-    def add(self, found: Divergence, text: Text, stratum: str) -> None:
-        count = len(found.kld)
-        self.parts.append((found, np.full(count, text.prompt, dtype=np.int64), stratum))
-        self.natural.append(np.arange(count) < len(text.natural))
-
-    def column(self, name: str, stratum: str | None = None) -> NDArray[np.float64]:
-        """One metric over all tokens, or over those of one stratum."""
-        chosen = [getattr(f, name) for f, _, s in self.parts if stratum in (None, s)]
-        return np.concatenate(chosen) if chosen else np.empty(0)
-
-    def prompts(self, stratum: str | None = None) -> NDArray[np.int64]:
-        chosen = [p for _, p, s in self.parts if stratum in (None, s)]
-        return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-
-    def strata(self) -> dict[str, float]:
-        """Mean KLD by part of the exam, and of natural text against the original's own."""
-        names = list(dict.fromkeys(s for _, _, s in self.parts))
-        means = {name: float(self.column("kld", name).mean()) for name in names}
-        kld, natural = self.column("kld"), np.concatenate([np.empty(0, dtype=np.bool_), *self.natural])
-        parts = (("natural", kld[natural]), ("own", kld[~natural]))
-        return means | {name: float(part.mean()) for name, part in parts if len(part)}
 
 
 def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = None) -> Quality:
@@ -80,20 +49,20 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
     """
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
-    limits, scores = TIERS[tier], Scores()
+    limits, tally = TIERS[tier], Tally()
     if exam.problem:
         return Quality(tier, Verdict.INCONCLUSIVE, exam.problem)
     try:
-        _score(exam, variant, limits, scores, progress or (lambda step, share: None))
+        _score(exam, variant, limits, tally, progress or (lambda step, share: None))
         _run_free(exam, variant, limits)
     except OutputError as failure:
-        return summarise(scores, limits, Verdict.FAIL, str(failure))
+        return summarise(tally, limits.name, Verdict.FAIL, str(failure))
     except CandidateError as error:
-        return summarise(scores, limits, Verdict.ERROR, str(error))
-    return decide(scores, limits, exam)
+        return summarise(tally, limits.name, Verdict.ERROR, str(error))
+    return decide(tally, limits, exam)
 
 
-def _score(exam: Exam, variant: Variant, limits: Tier, scores: Scores, progress: Progress) -> None:
+def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: Progress) -> None:
     """Collect every token's metrics, in an order that finds out the broken ones soon."""
     served = Served(variant, exam.pad_token_id, fall_back=False)
     reads = variant.modules["prefill"] is not exam.original
@@ -118,17 +87,17 @@ def _score(exam: Exam, variant: Variant, limits: Tier, scores: Scores, progress:
             else "second-prompt"
         )
         if reads and len(group) == 1:
-            _add(scores, reference, exam.read(served, group[0])[None], group, "prefill", exam.original.dtype)
+            _add(tally, reference, exam.read(served, group[0])[None], group, "prefill", exam.original.dtype)
         try:
-            _add(scores, reference, exam.step(served, group), group, stratum)
+            _add(tally, reference, exam.step(served, group), group, stratum)
         except BypassedError as why:  # the original serves it, which says nothing about the variant
             log.debug("%s of the exam is left to the original: %s", stratum, why)
         if k >= EARLY_PROMPTS - 1:
-            _fail_early(scores, limits, exam)
+            _fail_early(tally, limits, exam)
 
 
 def _add(
-    scores: Scores,
+    tally: Tally,
     reference: torch.Tensor,
     candidate: torch.Tensor,
     group: Sequence[Text],
@@ -143,12 +112,12 @@ def _add(
         raise OutputError(f"{defect} ({where})")
     for row, text in enumerate(group):
         targets = torch.tensor(text.scored, device=candidate.device)
-        scores.add(compare_logits(reference[row], candidate[row], targets), text, stratum)
+        tally.add(compare_logits(reference[row], candidate[row], targets), text, stratum)
 
 
-def _fail_early(scores: Scores, limits: Tier, exam: Exam) -> None:
+def _fail_early(tally: Tally, limits: Tier, exam: Exam) -> None:
     limit = EARLY_FACTOR * limits.kld_limit(exam.noise_kld)
-    for name, mean in scores.strata().items():
+    for name, mean in tally.strata().items():
         if mean > limit:
             raise OutputError(
                 f"mean KLD {mean:.3g} of stratum {name} is over {EARLY_FACTOR:g} times the limit of tier {limits.name}"
@@ -199,13 +168,13 @@ def repetition(texts: Sequence[Sequence[int]]) -> float:
     return repeated / total if total else 0.0
 
 
-def decide(scores: Scores, limits: Tier, exam: Exam) -> Quality:
+def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
     """The verdict on a whole exam. Pure."""
-    missing = exam.size.prompts - len(set(scores.prompts("first-prompt")) | set(scores.prompts("second-prompt")))
+    missing = exam.size.prompts - len(set(tally.prompts("first-prompt")) | set(tally.prompts("second-prompt")))
     if missing > 0:
         reason = f"only {exam.size.prompts - missing} prompts were served by the variant: need {missing} more prompts"
-        return summarise(scores, limits, Verdict.INCONCLUSIVE, reason)
-    found = summarise(scores, limits, Verdict.PASS, "", exam.tie_nats)
+        return summarise(tally, limits.name, Verdict.INCONCLUSIVE, reason)
+    found = summarise(tally, limits.name, Verdict.PASS, "", exam.tie_nats)
     kld_limit = limits.kld_limit(exam.noise_kld)
     # (what, point estimate, bound, limit); "no more than" each, so the share of same tokens enters as its complement
     gates = [
@@ -217,21 +186,25 @@ def decide(scores: Scores, limits: Tier, exam: Exam) -> Quality:
     summary = f"mean KLD {found.mean_kld:.2g}, same top token {found.same_top:.1%}, perplexity x{found.ppl_ratio:.4g}"
     for what, point, _, limit in gates:
         if not point <= limit:
-            return _with(found, Verdict.FAIL, f"{what} {point:.4g} is over {limit:g} of tier {limits.name} ({summary})")
-    if weak := _weak_stratum(scores, kld_limit):
-        return _with(found, Verdict.FAIL, f"{weak} of tier {limits.name} ({summary})")
+            return replace(
+                found,
+                verdict=Verdict.FAIL,
+                reason=f"{what} {point:.4g} is over {limit:g} of tier {limits.name} ({summary})",
+            )
+    if weak := _weak_stratum(tally, kld_limit):
+        return replace(found, verdict=Verdict.FAIL, reason=f"{weak} of tier {limits.name} ({summary})")
     for what, point, bound, limit in gates:
         if not bound <= limit:
             more = _more_prompts(found.prompts, point, bound, limit)
             reason = f"{what} may be as high as {bound:.4g}, over {limit:g}: need {more} more prompts ({summary})"
-            return _with(found, Verdict.INCONCLUSIVE, reason)
-    return _with(found, Verdict.PASS, f"within tier {limits.name}: {summary}")
+            return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
+    return replace(found, verdict=Verdict.PASS, reason=f"within tier {limits.name}: {summary}")
 
 
-def _weak_stratum(scores: Scores, limit: float) -> str | None:
+def _weak_stratum(tally: Tally, limit: float) -> str | None:
     """A part of the exam that is clearly over the limit although the whole is not."""
-    for name in dict.fromkeys(s for _, _, s in scores.parts):
-        kld, prompts = scores.column("kld", name), scores.prompts(name)
+    for name in dict.fromkeys(s for _, _, s in tally.parts):
+        kld, prompts = tally.column("kld", name), tally.prompts(name)
         clear = len(set(prompts)) >= EARLY_PROMPTS
         low = float(np.quantile(cluster_means(kld, prompts), 1 - CONFIDENCE)) if clear else kld.mean() / EARLY_FACTOR
         if low > limit:
@@ -244,41 +217,3 @@ def _more_prompts(prompts: int, point: float, bound: float, limit: float) -> int
     if limit <= point:
         return prompts
     return max(1, int(np.ceil(prompts * ((bound - point) / (limit - point)) ** 2)) - prompts)
-
-
-def _with(found: Quality, verdict: Verdict, reason: str) -> Quality:
-    from dataclasses import replace
-
-    return replace(found, verdict=verdict, reason=reason)
-
-
-def summarise(scores: Scores, limits: Tier, verdict: Verdict, reason: str, tie_nats: float = 0.05) -> Quality:
-    """The figures of all tokens scored so far."""
-    if not scores.parts:
-        return Quality(limits.name, verdict, reason)
-    kld, prompts = scores.column("kld"), scores.prompts()
-    nll = -scores.column("delta_logp")
-    same = (scores.column("top_gap") <= tie_nats).astype(np.float64)
-    shift = scores.column("delta_p")
-    return Quality(
-        tier=limits.name,
-        verdict=verdict,
-        reason=reason,
-        mean_kld=float(kld.mean()),
-        mean_kld_high=float(np.quantile(cluster_means(kld, prompts), CONFIDENCE)),
-        p99_kld=float(np.quantile(kld, 0.99)),
-        max_kld=float(kld.max()),
-        same_top=float(same.mean()),
-        same_top_low=float(np.quantile(cluster_means(same, prompts), 1 - CONFIDENCE)),
-        ppl_ratio=_exp(float(nll.mean())),
-        ppl_ratio_high=_exp(float(np.quantile(cluster_means(nll, prompts), CONFIDENCE))),
-        delta_p_rms=float(np.sqrt(np.mean(shift**2))),
-        tokens=len(kld),
-        prompts=len(set(prompts.tolist())),
-        strata=scores.strata(),
-    )
-
-
-def _exp(nats: float) -> float:
-    """exp, cut where it would overflow."""
-    return float(np.exp(min(nats, 700.0)))

@@ -16,7 +16,7 @@ Clock = Callable[[], float]  # monotonic seconds
 
 TIMED_TOKENS = 32  # tokens generated per timed request; longer requests are extrapolated from them
 JUMP_S = 0.5  # wall clock and monotonic clock may drift this far apart within one request
-STOLEN = 0.05  # share of CPU time the hypervisor may take during one request
+STOLEN = 0.05  # share of the time that hypervisor or quota may hold the process back during one request
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Disturbance:
 
     def __init__(self) -> None:
         self.wall_s, self.monotonic_s = time.time(), time.monotonic()
-        self.cpu, self.throttled = _cpu_ticks(), _throttled()
+        self.cpu, self.throttled_s = _cpu_ticks(), _throttled_s()
 
     def since(self) -> str:
         jump = (time.time() - self.wall_s) - (time.monotonic() - self.monotonic_s)
@@ -107,8 +107,9 @@ class Disturbance:
         ticks = [b - a for a, b in zip(self.cpu, _cpu_ticks(), strict=False)]
         if len(ticks) > 7 and sum(ticks) > 0 and ticks[7] / sum(ticks) > STOLEN:
             return f"the hypervisor took {ticks[7] / sum(ticks):.0%} of the CPU"
-        if _throttled() > self.throttled:
-            return "the CPU quota was used up"
+        waited = (_throttled_s() - self.throttled_s) / max(time.monotonic() - self.monotonic_s, 1e-9)
+        if waited > STOLEN:
+            return f"the CPU quota was used up {waited:.0%} of the time"
         return ""
 
 
@@ -121,14 +122,14 @@ def _cpu_ticks() -> list[int]:
         return []
 
 
-def _throttled() -> int:
-    """How often this container's CPU quota was used up; 0 where unknown."""
+def _throttled_s() -> float:
+    """Seconds for which this container was held back by its CPU quota so far; 0 where unknown."""
     try:
         text = Path("/sys/fs/cgroup/cpu.stat").read_text()
     except OSError:
-        return 0
-    found = [line.split()[1] for line in text.splitlines() if line.startswith("nr_throttled ")]
-    return int(found[0]) if found else 0
+        return 0.0
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("throttled_usec ")]
+    return int(found[0]) / 1e6 if found else 0.0
 
 
 def request(bucket: Bucket, prompts: Sequence[Tokens], turn: int) -> list[Tokens]:

@@ -1,0 +1,78 @@
+"""Per-token metrics of an exam collected so far, and their summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import Quality, Verdict
+from .divergence import Divergence
+from .exam import Text
+from .statistics import cluster_means
+from .tiers import NEAR_TIE_NATS
+
+CONFIDENCE = 0.95  # of every bound, one-sided
+
+
+@dataclass
+class Tally:
+    """Per-token metrics collected so far, and where each token stood."""
+
+    parts: list[tuple[Divergence, NDArray[np.int64], str]] = field(default_factory=list)
+    natural: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, found: Divergence, text: Text, stratum: str) -> None:
+        count = len(found.kld)
+        self.parts.append((found, np.full(count, text.prompt, dtype=np.int64), stratum))
+        self.natural.append(np.arange(count) < len(text.natural))
+
+    def column(self, name: str, stratum: str | None = None) -> NDArray[np.float64]:
+        """One metric over all tokens, or over those of one stratum."""
+        chosen = [getattr(f, name) for f, _, s in self.parts if stratum in (None, s)]
+        return np.concatenate(chosen) if chosen else np.empty(0)
+
+    def prompts(self, stratum: str | None = None) -> NDArray[np.int64]:
+        chosen = [p for _, p, s in self.parts if stratum in (None, s)]
+        return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+
+    def strata(self) -> dict[str, float]:
+        """Mean KLD by part of the exam, and of natural text against the original's own."""
+        names = list(dict.fromkeys(s for _, _, s in self.parts))
+        means = {name: float(self.column("kld", name).mean()) for name in names}
+        kld, natural = self.column("kld"), np.concatenate([np.empty(0, dtype=np.bool_), *self.natural])
+        parts = (("natural", kld[natural]), ("own", kld[~natural]))
+        return means | {name: float(part.mean()) for name, part in parts if len(part)}
+
+
+def summarise(tally: Tally, tier: str, verdict: Verdict, reason: str, tie_nats: float = NEAR_TIE_NATS) -> Quality:
+    """The figures of all tokens scored so far."""
+    if not tally.parts:
+        return Quality(tier, verdict, reason)
+    kld, prompts = tally.column("kld"), tally.prompts()
+    nll = -tally.column("delta_logp")
+    same = (tally.column("top_gap") <= tie_nats).astype(np.float64)
+    shift = tally.column("delta_p")
+    return Quality(
+        tier=tier,
+        verdict=verdict,
+        reason=reason,
+        mean_kld=float(kld.mean()),
+        mean_kld_high=float(np.quantile(cluster_means(kld, prompts), CONFIDENCE)),
+        p99_kld=float(np.quantile(kld, 0.99)),
+        max_kld=float(kld.max()),
+        same_top=float(same.mean()),
+        same_top_low=float(np.quantile(cluster_means(same, prompts), 1 - CONFIDENCE)),
+        ppl_ratio=_exp(float(nll.mean())),
+        ppl_ratio_high=_exp(float(np.quantile(cluster_means(nll, prompts), CONFIDENCE))),
+        delta_p_rms=float(np.sqrt(np.mean(shift**2))),
+        tokens=len(kld),
+        prompts=len(set(prompts.tolist())),
+        strata=tally.strata(),
+    )
+
+
+def _exp(nats: float) -> float:
+    """exp, cut where it would overflow."""
+    return float(np.exp(min(nats, 700.0)))
