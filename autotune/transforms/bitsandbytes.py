@@ -88,11 +88,14 @@ class Bitsandbytes(LinearTransform):
 
     name: ClassVar[str] = "bitsandbytes"
     summary: ClassVar[str] = "bitsandbytes' LLM.int8, NF4 and FP4 linear layers"
-    kind: ClassVar[type[nn.Module]] = sites.Replacement
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __post_init__(self) -> None:
         require(self.scheme, BITS, "bitsandbytes: scheme")
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return OutlierInt8Linear if self.scheme == "int8" else FourBitLinear
 
     def missing(self) -> str | None:
         return _missing(self.scheme)

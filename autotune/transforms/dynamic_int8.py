@@ -44,7 +44,10 @@ class DynamicInt8(LinearTransform):
 
     name: ClassVar[str] = "dynamic_int8"
     summary: ClassVar[str] = "torch's dynamic quantisation: INT8 weights, INT8 activations per tensor"
-    kind: ClassVar[type[nn.Module]] = DynamicInt8Linear
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return DynamicInt8Linear
 
     def missing(self) -> str | None:
         engines = set(torch.backends.quantized.supported_engines) - {"none"}

@@ -58,11 +58,14 @@ class LinearDtype(LinearTransform):
 
     name: ClassVar[str] = "linear_dtype"
     summary: ClassVar[str] = "BF16 or FP16 matmuls over weights; activations between them and KV cache unchanged"
-    kind: ClassVar[type[nn.Module]] = CastLinear
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __post_init__(self) -> None:
         require(self.dtype, ("bfloat16", "float16"), "linear_dtype: dtype")
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return CastLinear
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
         dtype = getattr(torch, self.dtype)

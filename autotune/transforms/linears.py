@@ -33,8 +33,12 @@ class LinearTransform(Transform):
     skip: str = ""
 
     stage: ClassVar[Stage] = Stage.WEIGHTS
-    kind: ClassVar[type[nn.Module]] = sites.Replacement  # what a layer becomes
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        """What a layer becomes."""
+        raise NotImplementedError
 
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
         """The layer that takes the place of `linear`, or None to leave it. Only reads `linear`."""

@@ -33,10 +33,13 @@ class WeightStorage(LinearTransform):
     name: ClassVar[str] = "weight_storage"
     summary: ClassVar[str] = "FP16 or BF16 weights with FP32 arithmetic, C++ kernels"
     lossless: ClassVar[bool] = True
-    kind: ClassVar[type[nn.Module]] = kernels.HalfLinear
 
     def __post_init__(self) -> None:
         require(self.dtype, ("float16", "bfloat16"), "weight_storage: dtype")
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return kernels.HalfLinear
 
     def missing(self) -> str | None:
         return kernels.available()

@@ -61,11 +61,14 @@ class Torchao(LinearTransform):
 
     name: ClassVar[str] = "torchao"
     summary: ClassVar[str] = "torchao's INT8 and INT4 linear layers"
-    kind: ClassVar[type[nn.Module]] = TorchaoLinear
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __post_init__(self) -> None:
         require(self.scheme, SCHEMES, "torchao: scheme")
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return TorchaoLinear
 
     def missing(self) -> str | None:
         return _missing(self.scheme)

@@ -32,18 +32,20 @@ class WeightOnly(LinearTransform):
 
     name: ClassVar[str] = "weight_only"
     summary: ClassVar[str] = "INT8 or INT4 weights in groups with FP32 arithmetic, C++ kernels"
-    kind: ClassVar[type[nn.Module]] = kernels.PackedLinear
 
     def __post_init__(self) -> None:
         require(self.bits, (8, 4), "weight_only: bits")
         require(self.group, (0, 32, 64, 128), "weight_only: group")
 
+    @property
+    def kind(self) -> type[kernels.Int8Linear | kernels.Int4Linear]:
+        return kernels.Int8Linear if self.bits == 8 else kernels.Int4Linear
+
     def missing(self) -> str | None:
         return kernels.available()
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
-        layer = kernels.Int8Linear if self.bits == 8 else kernels.Int4Linear
-        return layer.from_linear(linear, group=self.group)
+        return self.kind.from_linear(linear, group=self.group)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0

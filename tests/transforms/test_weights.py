@@ -1,4 +1,4 @@
-"""What narrower weights do to the numbers: every linear transform against the original, layer by layer and in a model."""
+"""What narrower weights do to the numbers: every linear transform against the original, layer and model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_float16_refuses_what_it_cannot_hold(llama: PreTrainedModel) -> None:
     variant = Variant(llama)
     for name in ("weight_storage", "linear_dtype"):
         transform = linear_transform(name, {"dtype": "float16"})
-        with pytest.raises(TransformError, match="bfloat16|float16"):
+        with pytest.raises(TransformError, match="float16"):
             variant.with_transform(transform)
     variant.with_transform(linear_transform("weight_storage", {"dtype": "bfloat16"}))
 
