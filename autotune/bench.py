@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from . import profile as profiling
@@ -13,6 +12,7 @@ from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
 from .policy import Policy
 from .profile import Profile
+from .sites import stored_bytes
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam
 from .validate.latency import Metric
@@ -22,7 +22,6 @@ from .variant import Variant
 from .workload import PHASES, Bucket, Phase, Workload
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
@@ -72,8 +71,8 @@ class LiveBench:
         return {phase: diagnose(profile.phases[phase], self.hardware) for phase in PHASES}
 
     def memory_ratio(self, variant: Variant) -> float:
-        own = _bytes(self.original.original)
-        return _bytes(self.original.original, *variant.modules.values()) / own
+        own = stored_bytes(self.original.original)
+        return stored_bytes(self.original.original, *variant.modules.values()) / own
 
     def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
         bucket = self.buckets[0]
@@ -158,10 +157,3 @@ def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int,
     from .texts import TEXTS
 
     return tuple(tuple(tokenizer(text)["input_ids"][:TEXT_TOKENS]) for text in TEXTS)
-
-
-def _bytes(*modules: nn.Module) -> int:
-    """Bytes of all distinct storages held by the modules."""
-    tensors = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in modules)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
