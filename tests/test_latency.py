@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autotune.policy import Limits
 from autotune.transforms import Stage, Transform
 from autotune.validate import Verdict
-from autotune.validate.latency import compare, label, noise_floor
+from autotune.validate.latency import compare, decide, label, noise_floor
 from autotune.validate.score import Served
-from autotune.validate.timing import Disturbance, request, time_request, timing
+from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
 from autotune.variant import Variant
 from autotune.workload import Bucket
 
@@ -272,6 +272,11 @@ def test_requests_fill_their_bucket():
     assert [len(row) for row in rows] == [12, 12]
     assert rows[0] == (PROMPTS[2] + PROMPTS[0])[:12]
     assert rows != request(Bucket(batch=2, prompt_tokens=12, new_tokens=8), PROMPTS, turn=0)
+
+
+def test_a_machine_whose_noise_is_unknown_decides_nothing():
+    found = decide({"a": [Pair(Timing(0.1, 0.03, 1.0), Timing(0.05, 0.015, 0.5))] * 8}, "tpot", Limits(), math.inf)
+    assert found.verdict is Verdict.INCONCLUSIVE
 
 
 def test_label():

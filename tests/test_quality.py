@@ -272,6 +272,12 @@ def test_wrong_type_of_logits_fails(model, exam):
     assert "torch.float16" in found.reason
 
 
+def test_an_early_failure_tells_its_figures(model, exam):
+    found = judge(exam, edited(model, zeroed_head), "strict")
+    assert found.tokens < 200
+    assert all(word in found.reason for word in ("mean KLD", "same top token", "perplexity x"))
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no kernel"), MemoryError(), ValueError("odd shape")])
 def test_a_variant_that_raises_is_an_error(model, exam, error):
     def do(module):

@@ -124,7 +124,7 @@ class Exam:
         is what users get today.
         """
         if group in self._kept:
-            return self._kept[group].float()
+            return self._kept[group].to(self.original.device).float()
         if len(group) == 1:
             logits = self.read(Served(Variant(self.original), self.pad_token_id), group[0])[None]
         else:
@@ -132,7 +132,7 @@ class Exam:
         logits = logits.float()
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
         if self._kept_bytes + 2 * logits.numel() <= KEEP_BYTES:
-            self._kept[group] = logits.half()
+            self._kept[group] = logits.half().cpu()
             self._kept_bytes += 2 * logits.numel()
         return logits
 

@@ -27,9 +27,9 @@ Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 # Pairs per bucket after which a clear answer ends the race. Five early looks at 0.5 % and the last at 2.5 % keep the
 # chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (5, 8, 12, 25, 50)
-STEADY = 1.05  # slowest / fastest of three requests in a row
+STEADY = 1.05  # slowest / fastest of three requests in a row, or twice the noise where that is more
 MAX_WARMUP = 10
-WARMUP_SHARE = 0.25  # of the budget
+WARMUP_SHARE = 0.15  # of the budget
 
 
 def compare(
@@ -65,9 +65,8 @@ def compare(
     """
     arms = (_arm(reference, prompts, clock), _arm(candidate, prompts, clock))
     try:
-        warnings = [
-            w for bucket in buckets for w in _warm_up(arms, bucket, clock, budget_s * WARMUP_SHARE / len(buckets))
-        ]
+        steady, share_s = max(STEADY, 1 + 2 * (noise or 0.0)), budget_s * WARMUP_SHARE / len(buckets)
+        warnings = [w for bucket in buckets for w in _warm_up(arms, bucket, clock, steady, share_s)]
         if noise is None:
             noise = noise_floor(
                 reference, buckets, prompts, objective=objective, clock=clock, budget_s=budget_s / 4, seed=seed
@@ -204,15 +203,15 @@ def _pair(reference: Arm, candidate: Arm, bucket: Bucket, turn: int, swap: bool)
     return Pair(reference(bucket, turn), candidate(bucket, turn))
 
 
-def _warm_up(arms: Sequence[Arm], bucket: Bucket, clock: Clock, budget_s: float) -> list[str]:
-    """Run both arms until three requests in a row take equally long; says so when they never do."""
+def _warm_up(arms: Sequence[Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> list[str]:
+    """Run both arms until three requests in a row take equally long, within `steady`; says so when they never do."""
     restless = []
     for name, arm in zip(("reference", "candidate"), arms, strict=True):
         arm(bucket, 0)  # may compile, so its time is not counted
         start, took = clock(), []
         for turn in range(1, MAX_WARMUP):
             took.append(arm(bucket, turn).end_to_end_s)
-            if len(took) >= 3 and max(took[-3:]) <= STEADY * min(took[-3:]):
+            if len(took) >= 3 and max(took[-3:]) <= steady * min(took[-3:]):
                 break
             if clock() - start > budget_s / len(arms):
                 restless.append(f"{name} was not steady in {label(bucket)} after {turn} requests")

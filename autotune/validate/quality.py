@@ -56,16 +56,16 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
         _score(exam, variant, limits, tally, progress or (lambda step, share: None))
         _run_free(exam, variant, limits)
     except OutputError as failure:
-        return summarise(tally, limits.name, Verdict.FAIL, str(failure))
+        return _explained(summarise(tally, limits.name, exam.tie_nats), Verdict.FAIL, str(failure))
     except CandidateError as error:
-        return summarise(tally, limits.name, Verdict.ERROR, str(error))
+        return _explained(summarise(tally, limits.name, exam.tie_nats), Verdict.ERROR, str(error))
     return decide(tally, limits, exam)
 
 
 def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: Progress) -> None:
     """Collect every token's metrics, in an order that finds out the broken ones soon."""
     served = Served(variant, exam.pad_token_id, fall_back=False)
-    reads = variant.modules["prefill"] is not exam.original
+    reads = variant.modules["prefill"] is not variant.original
     singles = [(t,) for t in exam.texts]
     order = [
         *singles[:EARLY_PROMPTS],
@@ -77,15 +77,7 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
     for k, group in enumerate(order):
         progress("comparing with the original", k / len(order))
         reference = exam.reference(group)
-        stratum = (
-            "padded-batch"
-            if len(group) > 1
-            else "long"
-            if group[0] in exam.long
-            else "first-prompt"
-            if k == 0
-            else "second-prompt"
-        )
+        stratum = _stratum(exam, group)
         if reads and len(group) == 1:
             _add(tally, reference, exam.read(served, group[0])[None], group, "prefill", exam.original.dtype)
         try:
@@ -94,6 +86,15 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
             log.debug("%s of the exam is left to the original: %s", stratum, why)
         if k >= EARLY_PROMPTS - 1:
             _fail_early(tally, limits, exam)
+
+
+def _stratum(exam: Exam, group: Sequence[Text]) -> str:
+    """The part of the exam a group belongs to; the first prompt is apart, since a stale cache needs a second one."""
+    if len(group) > 1:
+        return "padded-batch"
+    if group[0] in exam.long:
+        return "long"
+    return "first-prompt" if group[0] is exam.texts[0] else "second-prompt"
 
 
 def _add(
@@ -170,35 +171,40 @@ def repetition(texts: Sequence[Sequence[int]]) -> float:
 
 def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
     """The verdict on a whole exam. Pure."""
+    found = summarise(tally, limits.name, exam.tie_nats)
     missing = exam.size.prompts - len(set(tally.prompts("first-prompt")) | set(tally.prompts("second-prompt")))
     if missing > 0:
         reason = f"only {exam.size.prompts - missing} prompts were served by the variant: need {missing} more prompts"
-        return summarise(tally, limits.name, Verdict.INCONCLUSIVE, reason)
-    found = summarise(tally, limits.name, Verdict.PASS, "", exam.tie_nats)
+        return _explained(found, Verdict.INCONCLUSIVE, reason)
     kld_limit = limits.kld_limit(exam.noise_kld)
-    # (what, point estimate, bound, limit); "no more than" each, so the share of same tokens enters as its complement
+    # (what, point estimate, bound, limit), "no more than" each, so the share of same tokens enters as its complement
     gates = [
         ("mean KLD", found.mean_kld, found.mean_kld_high, kld_limit),
         ("p99 KLD", found.p99_kld, found.p99_kld, limits.p99_kld),
         ("share of changed top tokens", 1 - found.same_top, 1 - found.same_top_low, 1 - limits.same_top),
         ("perplexity ratio", found.ppl_ratio, found.ppl_ratio_high, limits.ppl_ratio),
     ]
-    summary = f"mean KLD {found.mean_kld:.2g}, same top token {found.same_top:.1%}, perplexity x{found.ppl_ratio:.4g}"
     for what, point, _, limit in gates:
         if not point <= limit:
-            return replace(
-                found,
-                verdict=Verdict.FAIL,
-                reason=f"{what} {point:.4g} is over {limit:g} of tier {limits.name} ({summary})",
-            )
+            return _explained(found, Verdict.FAIL, f"{what} {point:.4g} is over {limit:.4g} of tier {limits.name}")
     if weak := _weak_stratum(tally, kld_limit):
-        return replace(found, verdict=Verdict.FAIL, reason=f"{weak} of tier {limits.name} ({summary})")
+        return _explained(found, Verdict.FAIL, f"{weak} of tier {limits.name}")
     for what, point, bound, limit in gates:
         if not bound <= limit:
             more = _more_prompts(found.prompts, point, bound, limit)
-            reason = f"{what} may be as high as {bound:.4g}, over {limit:g}: need {more} more prompts ({summary})"
-            return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
-    return replace(found, verdict=Verdict.PASS, reason=f"within tier {limits.name}: {summary}")
+            reason = f"{what} may be as high as {bound:.4g}, over {limit:.4g}: need {more} more prompts"
+            return _explained(found, Verdict.INCONCLUSIVE, reason)
+    return _explained(found, Verdict.PASS, f"within tier {limits.name}")
+
+
+def _explained(found: Quality, verdict: Verdict, reason: str) -> Quality:
+    """`found` with its verdict, and the figures behind the reason."""
+    if found.tokens:
+        reason += (
+            f" (mean KLD {found.mean_kld:.2g}, same top token {found.same_top:.1%}, perplexity x{found.ppl_ratio:.4g},"
+            f" on {found.tokens} tokens of {found.prompts} prompts)"
+        )
+    return replace(found, verdict=verdict, reason=reason)
 
 
 def _weak_stratum(tally: Tally, limit: float) -> str | None:

@@ -50,7 +50,7 @@ def decide(
     if polluted:
         warnings += (f"{len(polluted)} of {total} pairs dropped: {'; '.join(sorted(set(polluted)))}",)
     clean = {name: [p for p in pairs if not p.polluted] for name, pairs in samples.items()}
-    if min(map(len, clean.values())) < 2:
+    if min(map(len, clean.values())) < 2 or not math.isfinite(noise):
         return failed(
             "fewer than 2 undisturbed pairs in a bucket: measure again on a quieter machine",
             noise,
@@ -107,7 +107,8 @@ def _conclude(
             if point > limit:
                 doubt = f"{what} of {name} changes by {point:+.1%}, perhaps over the limit of {limit:.0%} ({figures})"
     if high < gate:
-        return Verdict.FAIL, f"no gain of {gate - 1:.1%}: {figures}"
+        why = "twice the machine's own noise" if 2 * noise > limits.min_gain else "the least gain"
+        return Verdict.FAIL, f"no gain of {gate - 1:.1%}, {why}: {figures}"
     if doubt:
         return Verdict.INCONCLUSIVE, doubt
     if low < gate:

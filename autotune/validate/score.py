@@ -23,7 +23,7 @@ class CandidateError(Exception):
 
 
 class OutputError(CandidateError):
-    """The candidate ran, and what it gave is plainly broken."""
+    """The candidate ran, and what it gave is not good enough."""
 
 
 class BypassedError(CandidateError):

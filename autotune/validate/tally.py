@@ -11,7 +11,6 @@ from . import Quality, Verdict
 from .divergence import Divergence
 from .exam import Text
 from .statistics import cluster_means
-from .tiers import NEAR_TIE_NATS
 
 CONFIDENCE = 0.95  # of every bound, one-sided
 
@@ -46,18 +45,24 @@ class Tally:
         return means | {name: float(part.mean()) for name, part in parts if len(part)}
 
 
-def summarise(tally: Tally, tier: str, verdict: Verdict, reason: str, tie_nats: float = NEAR_TIE_NATS) -> Quality:
-    """The figures of all tokens scored so far."""
+def summarise(tally: Tally, tier: str, tie_nats: float) -> Quality:
+    """The figures of all tokens so far, without a verdict.
+
+    Args:
+        tally: what was collected.
+        tier: name of the tier, for the record.
+        tie_nats: a changed top token within this margin of the reference counts as the same.
+    """
     if not tally.parts:
-        return Quality(tier, verdict, reason)
+        return Quality(tier, Verdict.INCONCLUSIVE, "nothing was scored")
     kld, prompts = tally.column("kld"), tally.prompts()
     nll = -tally.column("delta_logp")
     same = (tally.column("top_gap") <= tie_nats).astype(np.float64)
     shift = tally.column("delta_p")
     return Quality(
         tier=tier,
-        verdict=verdict,
-        reason=reason,
+        verdict=Verdict.INCONCLUSIVE,
+        reason="not judged yet",
         mean_kld=float(kld.mean()),
         mean_kld_high=float(np.quantile(cluster_means(kld, prompts), CONFIDENCE)),
         p99_kld=float(np.quantile(kld, 0.99)),
