@@ -55,7 +55,7 @@ class LinearTransform(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, not on {hardware.device}"
-        if (reason := sites.obstacle(variant.original) or self.missing()) is not None:
+        if (reason := sites.obstacle(variant.original)) is not None:
             return reason
         for phase in self.phases:
             layers = sites.linears(variant.modules[phase], self.skip)
@@ -63,7 +63,7 @@ class LinearTransform(Transform):
                 return _nothing_left(variant, phase)
             if dtypes := {layer.weight.dtype for layer in layers.values()} - {torch.float32}:
                 return f"it replaces FP32 weights; these are {', '.join(sorted(map(str, dtypes)))}"
-        return None
+        return self.missing()  # last: it may have to compile or import something
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         return {phase: self.speedup(profile.phases[phase], hardware) for phase in self.phases}

@@ -14,9 +14,11 @@ from . import Stage, Transform
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
-    from ..profile import Profile
+    from ..profile import PhaseProfile, Profile
     from ..variant import Variant
     from ..workload import Phase
+
+REGION_S = 10e-6  # starting and joining the threads of a parallel region, at worst in ordinary circumstances
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,13 @@ class Threads(Transform):
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """More threads: at best in proportion. Fewer: at best all time outside operators was threads waiting."""
-        more = self.count / hardware.threads
-        return {p: max(more, 1 / max(profile.phases[p].busy, 0.5)) for p in self.phases}
+        return {phase: self._speedup(profile.phases[phase], hardware.threads) for phase in self.phases}
+
+    def _speedup(self, phase: PhaseProfile, threads: int) -> float:
+        """More threads: at best in proportion. Fewer: at best every operator is spared a parallel region."""
+        if self.count > threads:
+            return self.count / threads
+        return phase.seconds / max(phase.seconds - phase.operator_count * REGION_S, phase.seconds / 2)
 
     def apply(self, variant: Variant) -> None:
         variant.threads |= dict.fromkeys(self.phases, self.count)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from autotune.profile import MemoryUse, PhaseProfile, Profile
 from autotune.transforms.threads import Threads, usable_cores
 from autotune.variant import Variant
 from tests.test_transforms_contract import COMPILER
@@ -50,6 +51,20 @@ def test_holds_while_the_phase_runs(llama: PreTrainedModel) -> None:
 def test_unavailable(count: int, device: str, says: str | None, llama: PreTrainedModel) -> None:
     reason = Threads("both", count).unavailable(Variant(llama), replace(COMPILER, device=device))
     assert reason is None if says is None else says in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("count", "operators", "speedup"),
+    [
+        (4, 500, 2.0),  # twice as many threads
+        (1, 500, 0.020 / 0.015),  # 500 parallel regions of 10 us spared out of 20 ms
+        (1, 5000, 2.0),  # never more than half
+    ],
+)
+def test_prediction(count: int, operators: int, speedup: float) -> None:
+    decode = PhaseProfile("decode", (0.020,), 1e9, 5e8, 0, 0.9, "float32", 0.01, 0, operators, 0, ())
+    profile = Profile({"decode": decode}, (), (), MemoryUse(0, 0, 0), 1, 1)
+    assert Threads("decode", count).predict(profile, replace(COMPILER, threads=2)) == pytest.approx({"decode": speedup})
 
 
 def test_a_second_count_replaces_the_first(llama: PreTrainedModel) -> None:
