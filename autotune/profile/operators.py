@@ -31,13 +31,13 @@ class Share:
 def share(trace: Trace, seconds: float) -> Share:
     """Attribute `seconds`, the phase's unprofiled time, to groups; what is left is the framework's.
 
-    Operators are taken as traced unless the host ran at another speed meanwhile: a profiled step can only be slower
-    than an unprofiled one, and operators cannot take longer than the step.
+    Operators are taken as traced, unless the host ran at another speed meanwhile: a profiled step can only be slower
+    than an unprofiled one, and its operators alone cannot take longer. Then the trace counts for its proportions.
     """
     working = [span for span in trace.spans if span.works]
     busy = sum(span.seconds for span in working)
-    scale = max(1.0, seconds / trace.seconds)
-    scale = min(scale, seconds / busy) if busy else scale
+    disturbed = trace.seconds < seconds or busy > seconds
+    scale = seconds / trace.seconds if disturbed else 1.0
     groups, small = dict[str, float](), dict[str, float]()
     for span in working:
         groups[span.group] = groups.get(span.group, 0.0) + span.seconds * scale

@@ -56,7 +56,7 @@ def survey(
         with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
             requests.append(time_request(served, ids, new_tokens))
     with budget.step("operators"):
-        traces = trace(watched(variant), ids, TRACED_TOKENS)
+        traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows() else 1)
     batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
     if scaling:
         sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes

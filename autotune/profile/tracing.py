@@ -36,7 +36,6 @@ Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear lay
 Interval = tuple[float, float]  # microseconds of the profiler's clock
 
 RANGE = "autotune.section."
-REQUESTS = 2  # traced: enough to have an undisturbed one on most hosts, at half a second each
 
 _LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv")
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$")
@@ -124,13 +123,14 @@ def watched(variant: Variant) -> Watched:
     )
 
 
-def trace(subject: Watched, ids: torch.Tensor, tokens: int) -> dict[Phase, Trace]:
+def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -> dict[Phase, Trace]:
     """Profile a few requests: the fastest prefill and the fastest decode step, which the host disturbed least.
 
     Args:
         subject: what to run and watch.
         ids: prompts, [B, P] int64.
         tokens: tokens to generate, at least two.
+        requests: how many; with two, there is an undisturbed one on most hosts.
 
     Raises:
         MeasurementError: another profiler is at work.
@@ -143,7 +143,7 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int) -> dict[Phase, Trace
     served, device = serving(subject.variant), "cuda" if on_gpu else None
     shapes = matrices(subject.compiled)
     with announced(subject.open), record(use_device=device, use_kineto=on_gpu, record_shapes=bool(shapes)) as recorded:
-        for _ in range(REQUESTS):
+        for _ in range(requests):
             time_request(served, ids, tokens)
     events = [e for e in recorded.function_events if e.device_type.name == "CPU"]
     events.sort(key=lambda e: e.time_range.start)
