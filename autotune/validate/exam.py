@@ -96,6 +96,9 @@ class Exam:
             pad_token_id: for left padding.
             seed: chooses the prompts when there are more than needed.
             progress: called with a step's name and the share done.
+
+        Raises:
+            MeasurementError: the original raised.
         """
         report = progress or (lambda step, share: None)
         exam = cls(original, SIZES[size], pad_token_id, eos_ids(original))

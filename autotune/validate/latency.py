@@ -144,7 +144,7 @@ def noise_floor(
         budget_s: seconds after which no further pair is begun.
 
     Raises:
-        CandidateError: the variant raised.
+        MeasurementError: the variant raised.
     """
     return self_noise(
         _arm(variant, prompts, clock),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import route
-from ..errors import AutotuneError
+from ..errors import AutotuneError, MeasurementError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Tokens = Sequence[int]
 
 
-class CandidateError(Exception):
+class CandidateError(MeasurementError):
     """The candidate raised while it was being scored or timed; the message carries its exception."""
 
 
