@@ -53,8 +53,9 @@ class Served:
         """Plain greedy decoding, whatever the model's own defaults are; only this alias of the model is told."""
         from transformers import GenerationConfig
 
-        plain = {"do_sample": False, "use_cache": True, "pad_token_id": self.pad_token_id, "eos_token_id": eos_token_id}
-        self.model.generation_config = GenerationConfig.from_dict(plain)
+        self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False, use_cache=True, pad_token_id=self.pad_token_id, eos_token_id=eos_token_id
+        )
 
     def sample(self, call: route.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
