@@ -30,8 +30,8 @@ class Traffic:
         """Around a live request: waits for the measured step in progress, if any, and for nothing else."""
         own = threading.get_ident()
         with self._changed:
+            self._requests += 1  # announced before it waits, so that no further step starts in between
             self._changed.wait_for(lambda: self._measuring in (None, own))
-            self._requests += 1
         try:
             yield
         finally:
