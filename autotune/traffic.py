@@ -31,8 +31,9 @@ class Traffic:
         own = threading.get_ident()
         with self._changed:
             self._requests += 1  # announced before it waits, so that no further step starts in between
-            self._changed.wait_for(lambda: self._measuring in (None, own))
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._measuring in (None, own))
             yield
         finally:
             with self._changed:
