@@ -33,18 +33,19 @@ class Replacement(nn.Module):
     Args:
         linear: the layer it stands in for.
         weight_bytes: bytes of weights, scales and bias that it holds and reads at each call.
+        form: what the weights have become: "bfloat16", "nf4". Layers of one class, size and form run the same code.
     """
 
-    def __init__(self, linear: nn.Linear, weight_bytes: int) -> None:
+    def __init__(self, linear: nn.Linear, weight_bytes: int, form: str) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight_bytes = weight_bytes
+        self.weight_bytes, self.form = weight_bytes, form
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form}"
 
 
 def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:

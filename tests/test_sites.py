@@ -22,7 +22,7 @@ class Doubling(sites.Replacement):
     """Twice the layer it stands in for."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, weight_bytes=7)
+        super().__init__(linear, weight_bytes=7, form="doubled")
         self.linear = (linear,)  # in a tuple, out of sight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ class OutlierInt8Linear(sites.Replacement):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, weight_bytes=linear.weight.numel() + 4 * linear.out_features)
+        super().__init__(linear, linear.weight.numel() + 4 * linear.out_features, form="LLM.int8")
         self.functional = library().functional
         half = linear.weight.detach().to(torch.float16, copy=True).contiguous()
         self.weight, self.scales, _ = self.functional.int8_vectorwise_quant(half)
@@ -61,7 +61,7 @@ class FourBitLinear(sites.Replacement):
     """NF4 or FP4 weights in blocks; packed for the processor's BF16 instructions where it has them."""
 
     def __init__(self, linear: nn.Linear, scheme: str) -> None:
-        super().__init__(linear, weight_bytes=linear.weight.numel() // 2 + linear.weight.numel() * 4 // BLOCK)
+        super().__init__(linear, linear.weight.numel() // 2 + linear.weight.numel() * 4 // BLOCK, form=scheme)
         bnb, weight = library(), linear.weight.detach().contiguous()
         self.weight, self.state = bnb.functional.quantize_4bit(weight, blocksize=BLOCK, quant_type=scheme)
         fits = linear.out_features % PACKED_ROWS == 0 and linear.in_features % BLOCK == 0

@@ -22,7 +22,7 @@ class DynamicInt8Linear(sites.Replacement):
     """`torch.ops.quantized.linear_dynamic` over a weight packed for the engine of this processor."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, weight_bytes=linear.weight.numel() + 4 * linear.out_features)
+        super().__init__(linear, linear.weight.numel() + 4 * linear.out_features, form="INT8")
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # [out]
         zeros = torch.zeros_like(scales, dtype=torch.int64)

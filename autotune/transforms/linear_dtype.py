@@ -29,7 +29,8 @@ class CastLinear(sites.Replacement):
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool) -> None:
-        super().__init__(linear, weight_bytes=linear.weight.numel() * dtype.itemsize)
+        form = f"{dtype}, packed" if packed else str(dtype)
+        super().__init__(linear, linear.weight.numel() * dtype.itemsize, form)
         self.dtype, self.packed = dtype, packed
         weight = linear.weight.detach().to(dtype).contiguous()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight

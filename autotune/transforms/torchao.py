@@ -36,7 +36,8 @@ class TorchaoLinear(sites.Replacement):
     """
 
     def __init__(self, linear: nn.Linear, scheme: str, compiled: bool) -> None:
-        super().__init__(linear, weight_bytes=linear.weight.numel() * SCHEMES[scheme][0] // 8 + 4 * linear.out_features)
+        size = linear.weight.numel() * SCHEMES[scheme][0] // 8 + 4 * linear.out_features
+        super().__init__(linear, size, form=f"{scheme}, compiled" if compiled else scheme)
         dtype = torch.bfloat16 if scheme == "int4_weight_only" else linear.weight.dtype
         self.weight = quantized(linear.weight.detach().to(dtype), scheme)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
