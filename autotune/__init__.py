@@ -1,14 +1,19 @@
 """autotune makes a live Hugging Face causal LM faster without making it worse, and proves both.
 
+    observe -> profile -> diagnose -> propose -> try -> validate -> commit -> watch
+
 Read in this order:
 
-    wrap -> route -> variant        the model object, its interception, copy-on-write variants
-    workload, hardware              what it is asked to do, and what the machine can do
-    profile -> roofline -> diagnose what each phase costs, and what limits it
-    policy -> transforms            what to try when
-    validate                        quality first, then paired latency
-    tune                            the loop: profile, diagnose, propose, try, validate, commit
-    plan, report                    what is kept, and what is shown
+    tune -> search -> bench           the loop: its frame, its decisions (pure), its measurements
+    wrap -> route -> variant          the model object, its interception, copy-on-write variants of it
+    traffic, freshness                measuring between live requests; noticing that the model changed
+    workload, hardware                what it is asked to do, and what the machine can do
+    profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
+    policy -> transforms              what to try when; one file an optimisation
+    loop, cache, compiled, kernels    what the transforms put in: decoding loop, slots, compiled step, C++ operators
+    validate                          quality first, then paired latency
+    plan -> store, fingerprint        what is kept, where, and what it is valid for
+    report, cli                       what is shown
 """
 
 from __future__ import annotations
