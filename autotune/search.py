@@ -25,7 +25,7 @@ from .workload import Phase
 
 log = logging.getLogger("autotune")
 
-HOPELESS = 0.67  # a first run slower than the incumbent's by half is not worth a quality check
+HOPELESS = 0.1  # speed-up of a first run below which not even quality, which is judged first, is worth the time
 OUTCOMES = {
     Verdict.PASS: Outcome.ACCEPTED,
     Verdict.FAIL: Outcome.REJECTED,

@@ -128,7 +128,7 @@ def outcomes(found: Found) -> dict[str, str]:
         ({"breaks": "oops"}, ScriptedBench(), "error", "ZeroDivisionError: oops"),
         ({"idle": "nothing replaced"}, ScriptedBench(), "rejected", "it had no effect: nothing replaced"),
         ({}, ScriptedBench(memory={"a": 3.0}), "rejected", "3.00x the original's memory"),
-        ({}, ScriptedBench(glances={"a": 0.2}), "rejected", "took 5.0x as long"),
+        ({}, ScriptedBench(glances={"a": 0.05}), "rejected", "took 20.0x as long"),
         ({}, ScriptedBench(quality={"a": Verdict.FAIL}), "rejected", "quality of a"),
         ({}, ScriptedBench(quality={"a": Verdict.INCONCLUSIVE}), "inconclusive", "quality of a"),
         ({}, ScriptedBench(quality={"a": Verdict.ERROR}), "error", "quality of a"),
