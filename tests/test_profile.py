@@ -12,7 +12,18 @@ from autotune import profile
 from autotune.errors import MeasurementError
 from autotune.hardware import Hardware
 from autotune.profile.budget import Budget
-from autotune.profile.counts import Forward, Work, attention_flops, cache_size, count, matrices
+from autotune.profile.counts import (
+    Forward,
+    Keys,
+    Work,
+    activation_dtype,
+    attention_flops,
+    cache_size,
+    compute_dtype,
+    count,
+    matrices,
+    stored_weights,
+)
 from autotune.profile.operators import share, table
 from autotune.profile.scaling import BATCHES
 from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OTHER, OVERHEAD, sections
@@ -58,6 +69,45 @@ def test_flops_as_counted_by_hand(architecture: str, per_layer: int, forward: Fo
     work = count(model, forward, element_bytes=4)
     assert sum(part.flops for part in work.values()) == expected_flops(per_layer, forward)
     assert attention_flops(model, forward) == 2 * 4 * 64 * pairs(forward)
+
+
+@pytest.mark.parametrize(
+    ("window", "forward", "expected"),
+    [
+        (None, Forward(1, 4), 1 + 2 + 3 + 4),
+        (None, Forward(1, 2, 5), 6 + 7),
+        (3, Forward(1, 5), 1 + 2 + 3 + 3 + 3),
+        (3, Forward(1, 3, 1), 2 + 3 + 3),
+        (3, Forward(1, 2, 9), 3 + 3),
+        (8, Forward(1, 0, 9), 0),
+    ],
+)
+def test_query_key_pairs_under_a_causal_mask(window: int | None, forward: Forward, expected: int) -> None:
+    assert Keys(heads=1, kv_heads=1, head_size=1, window=window).pairs(forward) == expected
+
+
+class Hidden(torch.nn.Module):
+    """A layer that keeps its weight where torch does not look, as packed weights are kept."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.weight_bytes, self.dtype = 64, 96, 64 * 96 * dtype.itemsize, dtype
+
+
+def test_replaced_layers_count_as_they_state() -> None:
+    model = models.tiny("llama")
+    before, plain = stored_weights(model), count(model, DECODE, 4)[FFN]
+    for layer in model.model.layers:
+        layer.mlp.gate_proj, layer.mlp.up_proj = Hidden(torch.bfloat16), Hidden(torch.bfloat16)
+    assert stored_weights(model) == before - 4 * 64 * 96 * 2
+    replaced = count(model, DECODE, 4)[FFN]
+    assert replaced.flops == plain.flops
+    assert replaced.weight_bytes == plain.weight_bytes - 4 * 64 * 96 * 2
+    assert (compute_dtype(model), activation_dtype(model)) == (torch.float32, torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Hidden(torch.bfloat16)
+    model.lm_head = Hidden(torch.bfloat16)
+    assert (compute_dtype(model), activation_dtype(model)) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(

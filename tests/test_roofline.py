@@ -78,6 +78,13 @@ def test_size_of_the_cache(
     assert roofline.kv_cache_bytes(tokens, layers, kv_heads, head_size, element) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "peak"), [("float32", 140e9), ("bfloat16", 0.15e9), ("float16", 140e9), ("int8", 560e9)]
+)
+def test_a_peak_that_was_not_measured_is_a_generous_one(dtype: str, peak: float) -> None:
+    assert roofline.peak_flops_per_s(CPU, dtype) == peak
+
+
 def test_nothing_moves_nothing_limits() -> None:
     assert roofline.intensity(1.0, 0.0) == float("inf")
 
@@ -91,7 +98,7 @@ def test_nothing_moves_nothing_limits() -> None:
         (0.0, None, 0.016 + 0.25e9 / 140e9),  # the FLOPs remain
         (900e6, None, 0.040),  # more bytes at the old speed are no reason to predict a loss
         (250e6, "bfloat16", 0.016 + 0.25 / 0.15),  # a dtype that this machine emulates must be slower
-        (250e6, "int8", 0.016 + 0.010),  # not measured: the best known peak
+        (250e6, "int8", 0.016 + 0.010),  # its FLOPs are no limit
     ],
 )
 def test_smaller_weights(new_bytes: float, dtype: str | None, after_s: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,8 +81,10 @@ class Keys:
 
     def pairs(self, forward: Forward) -> int:
         """Query-key pairs of one sequence under a causal mask."""
-        window = self.window or forward.past + forward.new
-        return sum(min(window, forward.past + i) for i in range(1, forward.new + 1))
+        past, new = forward.past, forward.new
+        window = self.window or past + new
+        growing = min(max(window - past, 0), new)  # tokens that still see everything before them
+        return growing * past + growing * (growing + 1) // 2 + (new - growing) * window
 
     def flops(self, forward: Forward) -> int:
         """Scores and weighted values: two products over every pair, in every query head."""
@@ -170,7 +173,18 @@ def text_config(model: PreTrainedModel) -> Any:
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype activations have: that of the norms, which stay as they are when weights are stored narrower."""
+    """The dtype most matmuls compute in: a replaced layer's own `dtype`, or that of the activations."""
+    sizes = dict[torch.dtype, int]()
+    for _, module in _parts(model):
+        if shape := linear_shape(module):
+            own = getattr(module, "dtype", None)
+            dtype = own if isinstance(own, torch.dtype) else activation_dtype(model)
+            sizes[dtype] = sizes.get(dtype, 0) + shape[0] * shape[1]
+    return max(sizes, key=lambda dtype: sizes[dtype], default=activation_dtype(model))
+
+
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype between layers and in the KV cache: that of the norms, which stay when weights are stored narrower."""
     found = sections(model)
     norms = (p for name, p in model.named_parameters() if owner(name.rpartition(".")[0], found) == NORM)
     return next((p.dtype for p in norms if p.dtype.is_floating_point), model.dtype)
@@ -179,6 +193,18 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 def keeps_last_logits(model: PreTrainedModel) -> bool:
     """Whether generate asks the model for the logits of the last position only."""
     return bool(model._supports_logits_to_keep())  # type: ignore[operator]
+
+
+def stored_weights(*models: nn.Module) -> int:
+    """Bytes of the distinct storages that models hold, and of layers that keep their weights out of torch's sight."""
+    storages, hidden = dict[int, int](), dict[int, float]()
+    for module in chain.from_iterable(model.modules() for model in models):
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for tensor in chain.from_iterable(map(tensors_within, own)):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if not own and linear_shape(module):
+            hidden[id(module)] = _linear_bytes(module, 0)
+    return int(sum(storages.values()) + sum(hidden.values()))
 
 
 def tensors_within(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -246,11 +272,10 @@ def _module_work(name: str, module: nn.Module, model: PreTrainedModel, tokens: i
         return Work(2 * module.weight.numel() * tokens, own)
     experts = _first(text_config(model), _EXPERTS)
     tensors = [p for p in module.parameters(recurse=False) if p.dim() > 1 and p.shape[0] == experts]
-    flops = sum(2 * p.numel() * tokens for p in tensors)  # [E, out, in]; a router's [E, in] meets every token
-    if any(p.dim() == 3 for p in tensors):
+    if stacked := [p for p in tensors if p.dim() == 3]:  # [E, out, in]
         used, chosen = _routing(model, tokens)
-        return Work(flops * used, own * chosen)
-    return Work(flops, own)
+        return Work(sum(2 * p.numel() for p in stacked) * tokens * used, own * chosen)
+    return Work(sum(2 * p.numel() for p in tensors) * tokens, own)  # a router's [E, in] meets every token
 
 
 def _linear_bytes(module: nn.Module, own: int) -> float:

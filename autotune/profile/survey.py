@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,16 @@ from ..variant import serving
 from ..workload import PHASES, Phase, Workload
 from . import MemoryUse, PhaseProfile, Profile, ScalePoint
 from .budget import Budget
-from .counts import Forward, activation_size, attention_flops, cache_size, compute_dtype, count, tensors_within
+from .counts import (
+    Forward,
+    activation_dtype,
+    activation_size,
+    attention_flops,
+    cache_size,
+    compute_dtype,
+    count,
+    stored_weights,
+)
 from .operators import share, table
 from .scaling import BATCHES, batch_scaling, context_growth
 from .timing import Request, time_request
@@ -96,10 +104,9 @@ def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse
     Activations are an estimate by formula (`counts.activation_size`); the other two are exact.
     """
     model = variant.original
-    element = compute_dtype(model).itemsize
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(variant)}
+    element = activation_dtype(model).itemsize
     return MemoryUse(
-        weights_bytes=sum(storages.values()),
+        weights_bytes=stored_weights(*variant.modules.values()),
         cache_bytes=cache_size(model, prefill.batch, prefill.new + new_tokens, element),
         activations_bytes=activation_size(model, prefill, element),
     )
@@ -117,11 +124,6 @@ def free_bytes(hardware: Hardware) -> int:
     return min(available, hardware.memory_bytes)
 
 
-def _tensors(variant: Variant) -> Iterable[torch.Tensor]:
-    for tensor in chain.from_iterable(chain(m.parameters(), m.buffers()) for m in variant.modules.values()):
-        yield from tensors_within(tensor)
-
-
 def _phase(
     phase: Phase,
     model: PreTrainedModel,
@@ -130,9 +132,8 @@ def _phase(
     trace: Trace,
     hardware: Hardware,
 ) -> PhaseProfile:
-    dtype = compute_dtype(model)
-    name = str(dtype).removeprefix("torch.")
-    work = count(model, forward, dtype.itemsize)
+    name = str(compute_dtype(model)).removeprefix("torch.")
+    work = count(model, forward, activation_dtype(model).itemsize)
     found = share(trace, median(samples_s))
     return PhaseProfile(
         phase=phase,

@@ -218,7 +218,7 @@ def _span(event: Any, shapes: Shapes, on_gpu: bool) -> Span:
             outermost, role = False, role or _role(caller.name.rpartition("::")[2])
         caller = caller.cpu_parent
     if role == "attention" and group in (FFN, HEAD):
-        role = "linear"  # a batched matmul there is one over experts
+        role = "linear" if "bmm" in name else None  # a batched matmul there is one over experts
     if compiled and group is None:
         group = ATTENTION if role == "attention" else by_shape(event.input_shapes, shapes) or COMPILED
     seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
