@@ -103,7 +103,8 @@ def surroundings() -> dict[str, Any]:
         "random": torch.get_rng_state().tolist(),
         "precision": torch.get_float32_matmul_precision(),
         "engine": torch.backends.quantized.engine,
-        "environment": dict(os.environ),
+        # but for the note that inductor leaves to itself there
+        "environment": {k: v for k, v in os.environ.items() if not k.startswith("_TORCHINDUCTOR_")},
         "inductor": torch._inductor.config.get_config_copy(),
         "dynamo": torch._dynamo.config.get_config_copy(),
     }
