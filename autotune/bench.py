@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from . import profile as profiling
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
+from .plan import Plan
 from .policy import Policy
 from .profile import Profile
+from .search import tier_for
 from .sites import stored_bytes
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam
@@ -28,6 +30,7 @@ PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
 METRICS: dict[Phase, Metric] = {"prefill": "ttft", "decode": "tpot"}
 GLANCE_TOKENS = 5
+PROFILE_S, BRIEF_PROFILE_S = 40.0, 6.0  # with batch and context scaling, and without
 
 
 class LiveBench:
@@ -57,15 +60,13 @@ class LiveBench:
         self.clock = original.traffic.clock if original.traffic else time.perf_counter
         self.pad = original.original.generation_config.pad_token_id or 0
 
-    def profile(self, variant: Variant) -> Profile:
-        """The original with batch and context scaling; what was just accepted without, which takes seconds."""
-        scaling = not variant.transforms
+    def profile(self, variant: Variant, scaling: bool | None = None) -> Profile:
+        """With batch and context scaling for the original and where asked for; without it takes seconds."""
+        scaling = not variant.transforms if scaling is None else scaling
+        budget_s = PROFILE_S if scaling else BRIEF_PROFILE_S
         return profiling.measure(
-            variant, self.tuning, self.hardware, budget_s=20 if scaling else 6, scaling=scaling, progress=self.notify
+            variant, self.tuning, self.hardware, budget_s=budget_s, scaling=scaling, progress=self.notify
         )
-
-    def profile_final(self, variant: Variant) -> Profile:
-        return profiling.measure(variant, self.tuning, self.hardware, budget_s=12, scaling=True, progress=self.notify)
 
     def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]:
         return {phase: diagnose(profile.phases[phase], self.hardware) for phase in PHASES}
@@ -91,20 +92,25 @@ class LiveBench:
     def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
         return self._compare(incumbent, candidate, METRICS[phase], self.tuning, pairs=25)
 
-    def confirm(self, variant: Variant, tier: str) -> tuple[Quality, Latency | None]:
+    def confirm(self, variant: Variant) -> tuple[Quality, Latency | None]:
         """The winner once more, on prompts it was not chosen on and with fresh timing (against the winner's curse)."""
         exam = self._exam(self.held_out, self._texts[1])
-        verdict = quality.judge(exam, variant, tier)
+        verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
         if verdict.verdict is not Verdict.PASS:
             return verdict, None
         return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
 
-    def reverify(self, variant: Variant, tier: str) -> tuple[Quality, Latency | None]:
-        """A plan from disk, re-verified in seconds: same gates, fewer pairs."""
-        verdict = quality.judge(self.exam, variant, tier)
-        if verdict.verdict is not Verdict.PASS:
+    def reverify(self, plan: Plan, variant: Variant) -> tuple[Quality, Latency | None]:
+        """A plan from disk, proven once for this very model and machine, tried again in seconds.
+
+        A few prompts can fail what broke since, which is what is asked here; the noise floor is the one of that time.
+        """
+        exam = self._exam(self.held_out, self._texts[1], "brief")
+        verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
+        if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
-        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=12, seed=2)
+        self.noise = plan.latency.noise if plan.latency else 0.0
+        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=8, seed=2)
 
     @cached_property
     def exam(self) -> Exam:
@@ -142,12 +148,14 @@ class LiveBench:
             seed=seed,
         )
 
-    def _exam(self, work: Workload, texts: tuple[tuple[int, ...], ...]) -> Exam:
+    def _exam(
+        self, work: Workload, texts: tuple[tuple[int, ...], ...], size: Literal["brief", "quick"] = "quick"
+    ) -> Exam:
         self.notify("collecting the original's answers to judge against")
         missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
         prompts = (*work.prompts, *texts[:missing])
         with self.original.turn():
-            return Exam.prepare(self.original.original, prompts, size="quick", pad_token_id=self.pad)
+            return Exam.prepare(self.original.original, prompts, size=size, pad_token_id=self.pad)
 
 
 def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:

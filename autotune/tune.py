@@ -16,7 +16,7 @@ from .errors import AutotuneError, PlanError, TransformError
 from .plan import Fingerprint, Plan
 from .policy import Policy
 from .report import Drawn, Report, read
-from .search import Found, search, tier_for
+from .search import Found, search
 from .traffic import Traffic
 from .validate import Latency, Quality
 from .variant import Variant
@@ -93,14 +93,14 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
     winner, quality, latency = found.after.variant, None, None
     if winner.transforms:
         bench.notify("confirming the winner on held-out prompts")
-        quality, latency = bench.confirm(winner, tier_for(winner, bench.policy))
+        quality, latency = bench.confirm(winner)
     kept = latency is not None and latency.verdict == "pass"
     variant = winner if kept else bench.original
     verdict = explain(found, quality, latency)
     after = None
     if kept:
         bench.notify("profiling the winner")
-        after = bench.profile_final(winner)
+        after = bench.profile(winner, scaling=True)
     seconds = time.monotonic() - start
     report = Report(
         model=name_of(bench.original.original),
@@ -142,10 +142,12 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
     try:
         variant = bench.original
         for transform in plan.transforms:
+            if reason := transform.unavailable(variant, bench.hardware):
+                raise TransformError(f"{transform}: {reason}")
             variant = variant.with_transform(transform)
             if missing := transform.took_effect(variant):
                 raise TransformError(f"{transform} had no effect: {missing}")
-        quality, latency = bench.reverify(variant, tier_for(variant, bench.policy))
+        quality, latency = bench.reverify(plan, variant)
     except Exception as error:  # whatever is wrong with an old plan, a fresh search is the answer
         log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
         return None
@@ -155,9 +157,12 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
         )
         return None
     seconds = time.monotonic() - start
-    verdict = f"replayed and re-verified: {latency.reason}; {quality.reason}"
-    fresh = report.reverified(verdict=verdict, seconds=seconds, latency=latency, quality=quality)
-    return Tuned(variant, replace(plan, quality=quality, latency=latency), fresh, verdict)
+    verdict = (
+        f"replayed and re-verified: {latency.reason}; a spot check of quality found mean KLD {quality.mean_kld:.2g}, "
+        f"same top token {quality.same_top:.1%} on {quality.tokens} tokens"
+    )
+    fresh = report.reverified(verdict=verdict, seconds=seconds, latency=latency)
+    return Tuned(variant, replace(plan, latency=latency), fresh, verdict)
 
 
 def explain(found: Found, quality: Quality | None, latency: Latency | None) -> str:

@@ -69,6 +69,8 @@ class LinearTransform(Transform):
         return {phase: self.speedup(profile.phases[phase], hardware) for phase in self.phases}
 
     def apply(self, variant: Variant) -> None:
+        if reason := self.missing():  # asking also loads what is needed, in a process that only replays a plan
+            raise TransformError(reason)
         for twin in variant.edit(self.phase):
             try:
                 exchanged = sites.replace(twin, self.exchange, self.skip)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import roofline
-from ..errors import ChoiceError
+from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
 
 if TYPE_CHECKING:
@@ -47,10 +47,15 @@ class OneQueryAttention(Transform):
         return kernels.available()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best attention takes as long as reading the cache."""
-        return {"decode": roofline.faster_attention(profile.phases["decode"], hardware)}
+        """At best attention, and all the small operators that lead up to it, take as long as reading the cache."""
+        phase = profile.phases["decode"]
+        return {"decode": max(roofline.faster_attention(phase, hardware), roofline.less_overhead(phase, hardware))}
 
     def apply(self, variant: Variant) -> None:
+        from .. import kernels
+
+        if reason := kernels.available():
+            raise TransformError(reason)
         register()
         for module in variant.edit("decode"):
             module.set_attn_implementation(IMPLEMENTATION)

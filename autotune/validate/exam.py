@@ -82,7 +82,7 @@ class Exam:
         original: PreTrainedModel,
         prompts: Sequence[Tokens],
         *,
-        size: Literal["quick", "standard", "thorough"] = "quick",
+        size: Literal["brief", "quick", "standard", "thorough"] = "quick",
         pad_token_id: int,
         seed: int = 0,
         progress: Progress | None = None,
@@ -92,7 +92,7 @@ class Exam:
         Args:
             original: the model as it is, in eval mode.
             prompts: token ids; duplicates count once.
-            size: "quick" (16 prompts), "standard" (64) or "thorough" (128).
+            size: "brief" (4 prompts, to re-verify), "quick" (16), "standard" (64) or "thorough" (128).
             pad_token_id: for left padding.
             seed: chooses the prompts when there are more than needed.
             progress: called with a step's name and the share done.
