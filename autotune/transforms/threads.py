@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..variant import Variant
     from ..workload import Phase
 
-REGION_S = 10e-6  # starting and joining the threads of a parallel region, at worst in ordinary circumstances
+REGION_S = 3e-6  # waking and joining the threads of a parallel region, as OpenMP libraries take it
 
 
 @dataclass(frozen=True)
