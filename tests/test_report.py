@@ -16,6 +16,7 @@ from autotune.plan import Outcome, Trial
 from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePoint
 from autotune.report import Recorded, Report
 from autotune.report import numbers as n
+from autotune.report.markdown import escape
 from autotune.transforms import Stage, Transform
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
@@ -296,9 +297,10 @@ def test_a_recorded_report_shows_the_same(report):
 
 def test_a_replay_shows_the_figures_of_today():
     today = replace(FASTER, tpot=Speedup(3.0, 2.8, 3.2, 9))
+    doubt = replace(PASSED, verdict=Verdict.INCONCLUSIVE, reason="need 1 more prompt", tokens=160)
     recorded = (
         Recorded(COMMITTED.to_dict())
-        .reverified(verdict="Replayed.", seconds=12.0, latency=today)
+        .reverified(verdict="Replayed.", seconds=12.0, latency=today, quality=doubt)
         .with_calls(7, {"beam search": 1})
     )
     record = recorded.to_dict()
@@ -306,6 +308,8 @@ def test_a_replay_shows_the_figures_of_today():
     assert record["trials"] == COMMITTED.to_dict()["trials"]
     assert (record["served"], record["bypassed"]) == (7, {"beam search": 1})
     assert "verified again in 12 s" in str(recorded)
+    assert record["quality"]["verdict"] == "pass"
+    assert "inconclusive. Need 1 more prompt." in str(recorded)
     assert COMMITTED.to_dict()["phases"]["decode"]["speedup"] == 2.5
 
 
@@ -344,3 +348,18 @@ def test_a_replay_shows_the_figures_of_today():
 )
 def test_numbers(text, expected):
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("weight_only(bits=8)", "weight_only(bits=8)"),
+        ("_emphasis_", r"\_emphasis\_"),
+        ("a | b * c `d`", r"a \| b \* c \`d\`"),
+        ("<= 5 <script>", r"<= 5 \<script>"),
+        ("two\nlines", "two lines"),
+        ("back\\slash", r"back\\slash"),
+    ],
+)
+def test_markdown_takes_no_text_for_markup(text, escaped):
+    assert escape(text) == escaped

@@ -65,14 +65,19 @@ def reverify(
     latency: Latency | None,
     quality: Quality | None,
 ) -> dict[str, Any]:
-    """A record with the figures that a replay measured anew."""
+    """A record with the figures that a replay measured anew.
+
+    The verdict on quality stays that of the tuning, which saw more tokens; the replay's is kept beside it.
+    """
     new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}}
-    new["replayed"] = {"seconds": seconds, "tuned": old.get("created", "")}
+    new["replayed"] = {
+        "seconds": seconds,
+        "tuned": old.get("created", ""),
+        "quality": _quality(quality, quality.tier) | {"reason": quality.reason} if quality else None,
+    }
     if latency is not None:
         new["latency"] = _latency(latency)
         new["phases"] = {p: {**figures, **_paired(latency, p)} for p, figures in old["phases"].items()}
-    if quality is not None:
-        new |= {"quality": _quality(quality, quality.tier), "quality_detail": _quality_detail(quality)}
     return {key: json_safe(value) for key, value in new.items()}
 
 

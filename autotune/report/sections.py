@@ -198,8 +198,10 @@ def quality(record: Mapping[str, Any]) -> Section | None:
     ]
     rows = [(name, value, "" if n.MISSING in bound else bound) for name, value, bound in rows]
     size = f"{n.count(detail['tokens'])} tokens of {n.count(detail['prompts'])} prompts"
-    told = f"Tier {q['tier']}: {q['verdict']} on {size}, against the original. {sentence(detail['reason'])}".strip()
-    return Section("Quality", (told,), Table(("measure", "measured", "95 % bound"), "lrr", tuple(rows)))
+    told = [f"Tier {q['tier']}: {q['verdict']} on {size}, against the original. {sentence(detail['reason'])}".strip()]
+    if record["replayed"] and (again := record["replayed"]["quality"]):
+        told.append(f"Checked again in this run, on less: {again['verdict']}. {sentence(again['reason'])}")
+    return Section("Quality", tuple(told), Table(("measure", "measured", "95 % bound"), "lrr", tuple(rows)))
 
 
 def sentence(text: str) -> str:
@@ -237,7 +239,8 @@ def memory(record: Mapping[str, Any]) -> Section | None:
         plain = tuple((name, n.scaled(was, "B")) for name, was, _ in rows)
         return Section("Memory", table=Table(("owner", "peak"), "lr", plain, total=True))
     cells = tuple((name, n.scaled(was, "B"), n.scaled(now, "B"), n.change(was, now)) for name, was, now in rows)
-    return Section("Memory", table=Table(("owner", "before", "after", "change"), "lrrr", cells, total=True))
+    note = "After is what the plan itself uses; the original's tensors that it replaced stay in memory beside it."
+    return Section("Memory", (note,), Table(("owner", "before", "after", "change"), "lrrr", cells, total=True))
 
 
 def bypassed(record: Mapping[str, Any]) -> Section | None:
