@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,7 +56,7 @@ class Router(Protocol):
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
-    def other_loop(self, name: str) -> None: ...
+    def other_loop(self, name: str) -> AbstractContextManager[None]: ...
 
 
 def attach(model: PreTrainedModel, router: Router) -> None:
@@ -148,7 +149,7 @@ def _unrouted(cls: type[PreTrainedModel], name: str) -> Callable[..., Any]:
 
     @functools.wraps(loop)
     def run(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__[SLOT].other_loop(name)
-        return loop(bare(self), *args, **kwargs)
+        with self.__dict__[SLOT].other_loop(name):
+            return loop(bare(self), *args, **kwargs)
 
     return run

@@ -220,7 +220,8 @@ class _Quiet:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
 
-    def other_loop(self, name: str) -> None: ...
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _PhaseSwitch(_Quiet):

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,7 +164,7 @@ class Handle:
                     return self._serve(variant, call)
                 self._bypassed[reason] += 1
             result = call.original()
-        if self._state == "observing":
+        if self._state in ("observing", "waiting"):
             self._observe_call(call)
         return result
 
@@ -178,9 +179,10 @@ class Handle:
                 self._served += 1
             return variant.forward(model, args, kwargs)
 
-    def other_loop(self, name: str) -> None:
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
         if self._active is not None:
             self._bypassed[name.strip("_").replace("_", " ")] += 1
+        return self._traffic.request()
 
     # How it works
 
@@ -230,7 +232,9 @@ class Handle:
     def _observe_call(self, call: route.Sampling) -> None:
         new_tokens = call.options["generation_config"].max_length - call.input_ids.shape[1]
         self._observer.observe(call.input_ids, call.model_kwargs.get("attention_mask"), new_tokens)
-        if not self._observer.ready(self._observe) or not self._tuning.acquire(blocking=False):
+        if self._when == "manual" or not self._observer.ready(self._observe):
+            return
+        if not self._tuning.acquire(blocking=False):
             return
         if self._when == "blocking":
             self._run_and_release(self._observer.workload())
@@ -363,7 +367,7 @@ def unsupported(model: Any) -> str | None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         hint = "; wrap the inner model (model.merge_and_unload() for PEFT)" if hasattr(model, "base_model") else ""
-        return f"{name} is not a PreTrainedModel; autotune tunes causal LMs of Hugging Face transformers{hint}"
+        return f"{name} is not a transformers PreTrainedModel; autotune tunes causal LMs of that library{hint}"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model; autotune tunes decoder-only causal LMs"
     if not model.can_generate() or not hasattr(model, route.LOOP):

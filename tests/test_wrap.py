@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
 
 import autotune
 from autotune import plan as plans
@@ -18,6 +17,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.tune import Tuned
 from autotune.variant import Variant
+from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
 
 IDS = torch.tensor([token_prompts(1)[0]])
 
@@ -127,7 +127,7 @@ def test_background_tuning_ends_and_serves(scripted: list[Transform]) -> None:
 
 
 def test_manual_tuning_waits_to_be_asked(scripted: list[Transform]) -> None:
-    model = wrapped(tiny("llama"), when="manual")
+    model = wrapped(tiny("llama"), when="manual", workload=None)
     greedy(model)
     assert model.autotune.status.state == "waiting"
     model.autotune.tune()
@@ -258,7 +258,7 @@ def test_threads_share_a_plan(scripted: list[Transform]) -> None:
     [
         (tiny_t5, "encoder-decoder"),
         (tiny_bert, "cannot generate"),
-        (lambda: torch.nn.Linear(2, 2), "not a PreTrainedModel"),
+        (lambda: torch.nn.Linear(2, 2), "not a transformers PreTrainedModel"),
         (lambda: tiny("llama").train(), "call model.eval"),
         (lambda: tiny("llama").to("meta"), "meta device"),
     ],

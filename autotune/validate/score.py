@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,8 @@ class Served:
         with self.variant.turn():
             return self.variant.forward(model, args, kwargs)
 
-    def other_loop(self, name: str) -> None: ...
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
         """Tokens [B, P + new_tokens] of left-padded `prompts`.

