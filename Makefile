@@ -17,10 +17,12 @@ test: $(READY)  ## the tests, the real model's among them
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 fix: $(READY)  ## repair what ruff can
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py
