@@ -5,7 +5,7 @@
     Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
     attend_one               one query over a preallocated key-value cache, reading only its filled slots
 
-Read in this order: modules, pack (the layout), build, then linear.cpp and attention.cpp.
+Read in this order: modules, pack (the layout), arena, build, then linear.cpp and attention.cpp.
 """
 
 from __future__ import annotations

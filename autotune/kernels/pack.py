@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autotune.kernels import arena
+
 ROWS = 16  # output rows in a block; kRows in linear.cpp
 STEP = 8  # inputs decoded together; kStep in linear.cpp
 GROUP = 32  # inputs that share a scale, unless the caller says otherwise
@@ -31,7 +33,7 @@ def interleave(weight: Tensor, inputs: int) -> Tensor:
     blocks = -(-rows // ROWS)
     padded = weight.new_zeros(blocks * ROWS, inputs)
     padded[:rows, :width] = weight
-    return padded.view(blocks, ROWS, inputs).transpose(1, 2).contiguous()
+    return arena.settle(padded.view(blocks, ROWS, inputs).transpose(1, 2).contiguous())
 
 
 def deinterleave(blocks: Tensor, rows: int, inputs: int) -> Tensor:
