@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import PlanError, PolicyError
 from ..report import numbers as n
+from .screen import screen
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,9 +105,7 @@ def plan(file: Path) -> int:
     table.add_row("workload", made_for.workload)
     _print(table)
     if loaded.summary:
-        from rich.console import Console
-
-        read(loaded.summary).to_terminal(Console(highlight=False))
+        read(loaded.summary).to_terminal(screen())
     return 0
 
 
@@ -132,7 +131,9 @@ def check_policy(file: Path) -> int:
 
     found = check(file)
     choices = sum(len(step.choices) for step in found.steps)
-    _say(f"{file} is a valid policy: {found.name}, {len(found.steps)} steps, {choices} choices")
+    screen().print(
+        f"{file} is a valid policy: {found.name}, {len(found.steps)} steps, {choices} choices", soft_wrap=True
+    )
     return 0
 
 
@@ -163,15 +164,6 @@ def _table(*columns: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    console = console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+    console = screen()
     console.print(table)
     console.print()
-
-
-def _say(sentence: str) -> None:
-    from rich.console import Console
-
-    Console(highlight=False, markup=False, soft_wrap=True).print(sentence)

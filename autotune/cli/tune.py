@@ -15,6 +15,7 @@ from ..policy import Policy
 from ..policy import load as load_policy
 from ..progress import Progress, shown
 from ..report import Drawn
+from .screen import screen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +38,7 @@ def demo(args: Namespace) -> int:
     if tokenizer is None:
         raise UnsupportedModelError("the demo's model lost its tokenizer; remove it from the cache directory")
     original, tuned = stage.answers(model, tokenizer)
-    draw_answers(_console(), stage.QUESTION, original, tuned)
+    draw_answers(screen(), stage.QUESTION, original, tuned)
     return 0
 
 
@@ -176,18 +177,11 @@ def _folder(out: Path | None, model: str) -> Path:
 
 def _hand_over(report: Drawn, folder: Path | None, stem: str, others: dict[str, str]) -> None:
     """Print the report, then write it and `others` into the folder."""
-    console = _console()
+    console = screen()
     report.to_terminal(console)
     if folder is None:
         return
     files = {f"{stem}.md": report.to_markdown(), f"{stem}.json": report.to_json()} | others
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    console.print(f"Written to {folder}: {', '.join(files)}", style="bold", highlight=False)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    console.print(f"Written to {folder}: {', '.join(files)}", style="bold")
