@@ -50,7 +50,7 @@ class Attention(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         model, wanted = variant.original, self.implementation
         if all(in_use(variant.modules[phase]) == {wanted} for phase in self.phases):
-            return f"{' and '.join(self.phases)} already use {wanted}"
+            return f"{wanted} is in use for {' and '.join(self.phases)} already"
         if not model._can_set_attn_implementation():
             return f"{type(model).__name__} has no exchangeable attention"
         flag = SUPPORT[wanted]

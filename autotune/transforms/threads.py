@@ -46,7 +46,7 @@ class Threads(Transform):
         if self.count > (cores := usable_cores()):
             return f"{self.count} threads on {cores} cores would wait for one another"
         if all(variant.threads.get(phase, torch.get_num_threads()) == self.count for phase in self.phases):
-            return f"{' and '.join(self.phases)} already run on {self.count} threads"
+            return f"{' and '.join(self.phases)} on {self.count} threads is what runs already"
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:

@@ -42,7 +42,7 @@ def test_holds_while_the_phase_runs(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("count", "device", "says"),
     [
-        (2, "cpu", "already run on 2 threads"),
+        (2, "cpu", "on 2 threads is what runs already"),
         (usable_cores() + 1, "cpu", "would wait for one another"),
         (1, "cuda", "this model runs on cuda"),
         (1, "cpu", None),
