@@ -124,10 +124,15 @@ def less_overhead(phase: PhaseProfile, hardware: Hardware, *, new_kernels: bool 
 
 
 def faster_attention(phase: PhaseProfile, hardware: Hardware) -> float:
-    """Best-case speed-up of a phase when attention proper shrinks to its floor: its FLOPs, or its cache read once."""
+    """Best-case speed-up of a phase when attention shrinks to its floor: its FLOPs, or its cache read once.
+
+    What surrounds attention proper shrinks with it (`PhaseProfile.around_attention_s`): a better kernel may take keys
+    unrepeated, apply its mask itself, or write the cache. Projections stay.
+    """
     peak, bandwidth = attainable_peak(phase, hardware), attainable_bandwidth(phase, hardware)
     floor = floor_s(phase.attention_flops, phase.cache_bytes, peak, bandwidth)
-    return _speedup(phase.seconds, phase.seconds - phase.attention_s + min(floor, phase.attention_s))
+    touched = phase.attention_s + phase.around_attention_s
+    return _speedup(phase.seconds, phase.seconds - touched + min(floor, touched))
 
 
 def _rate(amount: float, seconds: float) -> float:

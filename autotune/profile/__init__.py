@@ -56,6 +56,8 @@ class PhaseProfile:
         operators: the operator table.
         attention_flops: FLOPs of attention proper, part of `flops`.
         small_s: seconds in operators too small to be anything but their own start.
+        around_attention_s: seconds in what another attention may do without: rotary embeddings, masks, repeated keys,
+            cache updates, and whatever of a compiled step is neither a matmul nor attention.
     """
 
     phase: Phase
@@ -72,6 +74,7 @@ class PhaseProfile:
     operators: tuple[Operator, ...]
     attention_flops: float = 0.0
     small_s: float = 0.0
+    around_attention_s: float = 0.0
 
     @property
     def seconds(self) -> float:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-GROWTH = 2.5  # scans double or quadruple what they measure; start-up costs keep the time from growing as fast
-
 
 class Budget:
     """Seconds that may be spent; says before each step whether another one of its kind still fits.
@@ -31,13 +29,13 @@ class Budget:
     def left_s(self) -> float:
         return self._end - self._clock()
 
-    def allows(self, growth: float = GROWTH) -> bool:
+    def allows(self, growth: float) -> bool:
         """Whether a step `growth` times as long as the last one fits."""
         return self.left_s() > self._last_s * growth
 
-    def half(self) -> Budget:
-        """A budget over half of what is left."""
-        return Budget(self.left_s() / 2, self._progress, self._clock)
+    def part(self, share: float) -> Budget:
+        """A budget over a share of what is left, for steps of another kind."""
+        return Budget(self.left_s() * share, self._progress, self._clock)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

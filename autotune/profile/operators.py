@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..roofline import classify, intensity
 from . import Operator
 from .counts import Work
-from .sections import COMPILED, GROUPS, OVERHEAD
+from .sections import ATTENTION, CACHE, COMPILED, GROUPS, OVERHEAD
 from .tracing import Trace
 
 SMALL_S = 20e-6  # at 25 GB/s an operator this short moves 500 KB at most: its start, not its work, is what it costs
@@ -24,6 +24,7 @@ class Share:
     linear_s: float
     attention_s: float
     small_s: float
+    around_attention_s: float
     operator_count: int
     sync_s: float
 
@@ -45,6 +46,8 @@ def share(trace: Trace, seconds: float) -> Share:
             small[span.group] = small.get(span.group, 0.0) + span.seconds * scale
     groups[OVERHEAD] = max(0.0, seconds - busy * scale)
     linear, attention = (sum(s.seconds * scale for s in working if s.role == role) for role in ("linear", "attention"))
+    surroundings = {ATTENTION, CACHE, COMPILED} if linear else {ATTENTION, CACHE}
+    around = sum(s.seconds for s in working if s.group in surroundings and s.role not in ("linear", "attention"))
     return Share(
         groups=groups,
         small=small,
@@ -52,6 +55,7 @@ def share(trace: Trace, seconds: float) -> Share:
         linear_s=linear or groups.get(COMPILED, 0.0),  # matmuls that a compiler fused away are all of its step
         attention_s=attention,
         small_s=sum(small.values()),
+        around_attention_s=around * scale,
         operator_count=sum(span.outermost for span in trace.spans),
         sync_s=min(trace.sync_s, seconds),
     )

@@ -11,7 +11,7 @@ import torch
 from ..errors import MeasurementError
 from . import ScalePoint
 from .budget import Budget
-from .counts import Forward, activation_size, cache_size, text_config
+from .counts import Forward, activation_dtype, activation_size, cache_size, text_config
 from .timing import time_request
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ logger = logging.getLogger("autotune")
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 256, 1024, 4096)
 STEPS = 6  # tokens generated per point: five steps averaged
+PROMPT_TOKENS = 32  # of the prompt, when batches grow: it is decoding that is asked about, and prefill that takes long
 FREE_SHARE = 0.5  # of the memory that is free, so that a scan never pushes the user's process into swap
 
 
@@ -38,11 +39,11 @@ def batch_scaling(
         clock: says whether the next point still fits.
     """
     points = list[ScalePoint]()
-    size = torch.finfo(served.dtype).bits // 8
+    prompt, size = prompt[:, :PROMPT_TOKENS], activation_dtype(served).itemsize
+    tokens = prompt.shape[1] + STEPS
     for batch in batches:
-        tokens = prompt.shape[1] + STEPS
         needed = cache_size(served, batch, tokens, size) + activation_size(served, Forward(batch, tokens), size)
-        if needed > FREE_SHARE * free_bytes or not clock.allows():
+        if needed > FREE_SHARE * free_bytes or not clock.allows(growth=2):
             break
         point = _point(served, prompt.expand(batch, -1).contiguous(), clock, f"batch {batch}")
         if point is None:
@@ -56,7 +57,7 @@ def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget)
     limit = getattr(text_config(served), "max_position_embeddings", None) or CONTEXTS[-1]
     points = list[ScalePoint]()
     for context in (c for c in CONTEXTS if c + STEPS <= limit):
-        if not clock.allows():
+        if not clock.allows(growth=5):  # attention grows faster than the four times longer prompt
             break
         ids = prompt.repeat(1, -(-context // prompt.shape[1]))[:, :context]
         point = _point(served, ids, clock, f"context {context}")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..hardware import Hardware
     from ..variant import Variant
 
-TIMING_SHARE = 0.4  # of the budget, for TTFT and TPOT samples; the rest is for operators and scaling
+TIMING_SHARE = 0.3  # of the budget, for TTFT and TPOT samples; the rest is for operators and scaling
 MAX_SAMPLES = 9  # beyond this the median of a quiet host no longer moves
 MAX_NEW_TOKENS = 32  # per timed request: decode time per token is stable by then
 TRACED_TOKENS = 6  # five decode steps a request, of which the fastest is looked into
@@ -64,12 +64,12 @@ def survey(
         with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
             requests.append(time_request(served, ids, new_tokens))
     with budget.step("operators"):
-        traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows() else 1)
+        traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows(growth=3) else 1)
     batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
     if scaling:
         sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
-        batches = batch_scaling(served, ids[:1], sizes, free_bytes(hardware), budget.half())
-        contexts = context_growth(served, ids[:1], budget)
+        batches = batch_scaling(served, ids[:1], sizes, free_bytes(hardware), budget.part(0.5))
+        contexts = context_growth(served, ids[:1], budget.part(1.0))
 
     prompt_tokens = ids.shape[1]
     samples = {"prefill": [r.ttft_s for r in requests], "decode": [r.tpot_s for r in requests]}
@@ -150,4 +150,5 @@ def _phase(
         operators=table(found, work, ridge(peak_flops_per_s(hardware, name), hardware.bandwidth_bytes_per_s)),
         attention_flops=attention_flops(model, forward),
         small_s=found.small_s,
+        around_attention_s=found.around_attention_s,
     )

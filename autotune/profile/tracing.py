@@ -9,6 +9,7 @@ is taken from the unprofiled measurement.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.autograd.profiler import profile as record  # without Kineto, which only a GPU needs and which logs to stderr
+from torch.autograd.profiler import profile as record  # torch.profiler would trace every thread
 from torch.profiler import record_function
 
 from ..errors import MeasurementError
@@ -142,7 +143,8 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
         raise MeasurementError("another torch profiler is running; stop it, then tune")
     served, device = serving(subject.variant), "cuda" if on_gpu else None
     shapes = matrices(subject.compiled)
-    with announced(subject.open), record(use_device=device, use_kineto=on_gpu, record_shapes=bool(shapes)) as recorded:
+    recorder = record(use_device=device, use_kineto=on_gpu, record_shapes=bool(shapes))
+    with announced(subject.open), silent_kineto(), recorder as recorded:
         for _ in range(requests):
             time_request(served, ids, tokens)
     events = [e for e in recorded.function_events if e.device_type.name == "CPU"]
@@ -154,6 +156,20 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
         "prefill": _trace(own, min(prefills, key=_length), shapes, on_gpu),
         "decode": _trace(own, min(steps, key=_length), shapes, on_gpu),
     }
+
+
+@contextmanager
+def silent_kineto() -> Iterator[None]:
+    """Keep the profiling library from writing its start and stop to stderr. It asks the environment on first use."""
+    variable = "KINETO_LOG_LEVEL"
+    if variable in os.environ:  # the user wants it so
+        yield
+        return
+    os.environ[variable] = "99"
+    try:
+        yield
+    finally:
+        del os.environ[variable]
 
 
 def _intervals(events: Iterable[Any]) -> tuple[list[Interval], list[Interval]]:
