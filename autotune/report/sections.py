@@ -239,7 +239,7 @@ def memory(record: Mapping[str, Any]) -> Section | None:
         plain = tuple((name, n.scaled(was, "B")) for name, was, _ in rows)
         return Section("Memory", table=Table(("owner", "peak"), "lr", plain, total=True))
     cells = tuple((name, n.scaled(was, "B"), n.scaled(now, "B"), n.change(was, now)) for name, was, now in rows)
-    note = "The original stays in memory beside the plan's own weights: for what the plan cannot serve, and for rollback."
+    note = "The original stays in memory beside the plan: for calls the plan cannot serve, and for rollback."
     return Section("Memory", (note,), Table(("owner", "before", "after", "change"), "lrrr", cells, total=True))
 
 
