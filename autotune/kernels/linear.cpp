@@ -18,7 +18,7 @@ namespace {
 constexpr int kRows = 16;      // output rows in a block
 constexpr int kStep = 8;       // inputs decoded together
 constexpr int kMostTokens = 8;  // tokens served by one pass over a block's weights
-constexpr int64_t kMostFew = 48;  // more tokens are better served by a matrix product
+constexpr int64_t kMostFew = 96;  // beyond, a matrix product over expanded weights is as fast: they meet near 128
 constexpr int64_t kAheadBytes = 2048;  // prefetched so far ahead: 1 to 4 KiB are alike, nothing at all is half as fast
 constexpr int64_t kLeastTaskBytes = 32 << 10;  // below this a second thread costs more than it saves
 constexpr int64_t kPanelFloats = 1 << 18;      // the FP32 panel for many tokens: 1 MiB, it stays in the L2 cache
