@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import torch
 
 from autotune import policy as policies
-from tests.models import tiny
+from autotune.variant import build
+from tests.models import tiny, token_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,6 +85,18 @@ def test_custom_transform(folder: Path, tmp_path: Path) -> None:
     said = run(source / "run.py", "--model", folder / "model", path=tmp_path / "site")
     assert "found: gate and up projection" in said
     assert ": merged_mlp @ decode: " in said
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "both"])
+def test_the_custom_transform_computes_the_same(phase: Any) -> None:
+    model, prompt = tiny(), torch.tensor(token_prompts(1))
+    merged = module(EXAMPLES / "custom_transform" / "merged_mlp.py")
+    variant = build(model, (merged.MergedMLP(phase),))
+    assert variant.transforms[0].took_effect(variant) is None
+    assert merged.mergeable(model)
+    with torch.no_grad():
+        torch.testing.assert_close(variant.modules["decode"](prompt).logits, model(prompt).logits)
+        torch.testing.assert_close(variant.modules["prefill"](prompt).logits, model(prompt).logits)
 
 
 def module(path: Path) -> Any:

@@ -24,6 +24,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+QUICK = """
+name = "balanced"
+description = "One question, in seconds"
+objective = "latency"
+tier = "strict"
+budget_s = 10
+
+[[steps]]
+name = "narrower weights"
+when = { phase = "decode" }
+choices = [{ transform = "weight_storage", phase = "decode" }]
+"""
+
+
 def section(title: str) -> str:
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
@@ -39,6 +53,9 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenize
     name = tmp_path / re.search(r'^name = "(.+)"$', README, re.MULTILINE)[1]  # type: ignore[index]
     tiny().save_pretrained(name)  # a directory of that name is what from_pretrained finds first
     tokenizer.save_pretrained(name)
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "balanced.toml").write_text(QUICK)
+    monkeypatch.setenv("AUTOTUNE_POLICY_DIR", str(tmp_path / "policies"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "readme"}
     for number, block in enumerate(CODE):
@@ -48,7 +65,8 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenize
     model, prompt = tiny("gpt2"), torch.tensor(token_prompts(1))
     variant = build(model, (names["WithoutDropout"](),))
     assert variant.transforms[0].took_effect(variant) is None
-    assert torch.equal(serving(variant).generate(prompt), model.generate(prompt))
+    options = {"max_new_tokens": 8}
+    assert torch.equal(serving(variant).generate(prompt, **options), model.generate(prompt, **options))
 
 
 def transforms_table() -> str:
