@@ -69,7 +69,7 @@ class LiveBench:
         )
 
     def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]:
-        return {phase: diagnose(profile.phases[phase], self.hardware) for phase in PHASES}
+        return {phase: diagnose(profile.phases[phase], self.hardware, profile.memory) for phase in PHASES}
 
     def memory_ratio(self, variant: Variant) -> float:
         own = stored_bytes(self.original.original)

@@ -4,9 +4,9 @@
     python benchmarks/choice.py --model ./my-model --policy balanced --out out/choice
 
 Both searches start from the same model, policy, prompts and empty caches. The diagnosed one is what `wrap` runs. The
-other ignores diagnosis and predictions: for every step of the policy it tries every choice that can be had, keeps the
-best of those that pass, and tries the rest again on top of it until nothing passes. Then the two winners race each
-other on held-out prompts. Prints Markdown and writes choice.md and choice.json.
+other ignores diagnosis, predictions and the policy: stage by stage it tries every choice that any built-in policy has,
+keeps the best of those that pass, and tries the rest again on top of it until nothing passes. Then the two winners race
+each other on held-out prompts. Prints Markdown and writes choice.md and choice.json.
 
 Exit codes: 0 the diagnosed choice is within 3 % at no more than half the time, 1 it is not, 2 the race cannot tell.
 """
@@ -33,7 +33,8 @@ from autotune import bench, demo, hardware, search, workload
 from autotune import policy as policies
 from autotune.load import load
 from autotune.plan import Outcome, Trial
-from autotune.policy import Policy, Step
+from autotune.policy import Choice, Policy, Step
+from autotune.transforms import Stage
 from autotune.validate import Speedup
 from autotune.variant import Variant
 
@@ -94,14 +95,30 @@ def diagnosed(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
 
 
 def everything(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
-    """Every choice of every step for this device, the best first, until nothing more passes."""
+    """Every choice that any built-in policy has for this device, the best first, until nothing more passes."""
     start = time.monotonic()
     run = search._Search(side.policy, side.hardware, side, notify, time.monotonic, math.inf)
     variant = side.original
-    for step in side.policy.steps:
-        if not step.devices or side.hardware.device in step.devices:
-            variant = exhaust(run, step, variant)
+    for step in catalogue(side.hardware.device):
+        variant = exhaust(run, step, variant)
     return Arm(variant, tuple(run.trials), time.monotonic() - start)
+
+
+def catalogue(device: str) -> list[Step]:
+    """All choices of all built-in policies, one step for each phase and stage, in the order of the stages."""
+    steps = [s for path in policies.available().values() for s in policies.check(path).steps]
+    grouped: dict[tuple[int, str], list[Choice]] = {}
+    for step in steps:
+        if step.devices and device not in step.devices:
+            continue
+        for choice in step.choices:
+            known = grouped.setdefault((search.make(choice).stage, step.phase), [])
+            if choice not in known:
+                known.append(choice)
+    return [
+        Step(f"everything for {phase}, stage {Stage(stage).name.lower()}", phase, tuple(choices))
+        for (stage, phase), choices in sorted(grouped.items())
+    ]
 
 
 def exhaust(run: search._Search, step: Step, variant: Variant) -> Variant:
