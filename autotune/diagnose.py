@@ -137,8 +137,8 @@ def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
     if bound == "compute":
         peak, rate = peak_flops_per_s(hardware, phase.compute_dtype), phase.flops / phase.seconds
         return (
-            f"{phase.phase} computes {phase.flops / 1e9:.3g} GFLOP {unit} at {rate / 1e9:.3g} GFLOP/s, "
-            f"{_percent(rate / peak)} of the {peak / 1e9:.3g} GFLOP/s measured for {phase.compute_dtype}"
+            f"{phase.phase} computes {phase.flops / 1e9:.3g} GFLOP {unit} at {_flops(rate)}, "
+            f"{_percent(rate / peak)} of the {_flops(peak)} measured for {phase.compute_dtype}"
         )
     peak, rate = hardware.bandwidth_bytes_per_s, phase.moved_bytes / phase.seconds
     cache = f", {_percent(phase.cache_bytes / phase.moved_bytes)} of it KV cache," if bound == "kv-cache" else ""
@@ -162,3 +162,7 @@ def _mb(size: float) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
+
+
+def _flops(per_s: float) -> str:
+    return f"{per_s / 1e9:.3g} GFLOP/s" if per_s < 1e12 else f"{per_s / 1e12:.3g} TFLOP/s"
