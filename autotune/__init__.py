@@ -5,7 +5,8 @@
 Read in this order:
 
     tune -> search -> bench           the loop: its frame, its decisions (pure), its measurements
-    wrap -> route -> variant          the model object, its interception, copy-on-write variants of it
+    wrap -> handle -> route           the model object: its life, its interception
+    variant                           copy-on-write: one way to run the model
     traffic, freshness                measuring between live requests; noticing that the model changed
     workload, hardware                what it is asked to do, and what the machine can do
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
@@ -29,11 +30,12 @@ from .errors import (
     VariantError,
     WorkloadError,
 )
+from .handle import Handle, Status
 from .plan import Plan
 from .policy import Policy
 from .transforms import Transform
 from .workload import Workload
-from .wrap import Handle, Status, unsupported, wrap
+from .wrap import unsupported, wrap
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,307 @@
+"""`model.autotune`: the handle of a wrapped model, from the first observed call to the last served one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import route, workload
+from .errors import StateError, VariantError, WorkloadError
+from .freshness import Snapshot
+from .policy import Policy
+from .traffic import Cancelled, Traffic
+from .variant import Variant, serves_forward
+from .workload import Observer, Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .plan import Plan
+    from .report import Drawn
+    from .tune import Tuned
+
+log = logging.getLogger("autotune")
+
+State = Literal["observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a wrapped model stands.
+
+    Args:
+        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning", "tuned", "original" (kept: nothing
+            was better), "rolled back", "stale" (the model changed) or "failed" (tuning or the plan failed).
+        detail: one sentence more.
+        transforms: the plan that serves, in words.
+        served: calls served by the plan.
+        bypassed: calls that went to the original, by reason.
+    """
+
+    state: State
+    detail: str
+    transforms: tuple[str, ...] = ()
+    served: int = 0
+    bypassed: Mapping[str, int] = field(default_factory=dict)
+
+
+class Handle:
+    """`model.autotune`: what is known, and what can be done about it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        policy: Policy,
+        when: Literal["background", "blocking", "manual"],
+        observe: int,
+        cache: bool,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.policy, self.tokenizer = policy, tokenizer
+        self._model, self._when, self._observe, self._cache = model, when, observe, cache
+        self._notify = progress or log.info
+        self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
+        self._given: Workload | None = None
+        self._traffic = Traffic()
+        self._tuned: Tuned | None = None
+        self._active: Variant | None = None
+        self._snapshot: Snapshot | None = None
+        self._tuning = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._served = 0
+        self._bypassed: Counter[str] = Counter()
+        self._state: State = "waiting" if when == "manual" else "observing"
+        self._detail = "tuning starts with .tune()" if when == "manual" else f"tuning starts after {observe} calls"
+
+    # What users call
+
+    @property
+    def status(self) -> Status:
+        names = tuple(map(str, self._active.transforms)) if self._active else ()
+        return Status(self._state, self._detail, names, self._served, dict(self._bypassed))
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan found, committed or not; None before tuning."""
+        return self._tuned.plan if self._tuned else None
+
+    def report(self) -> Drawn:
+        """What was measured and decided.
+
+        Raises:
+            StateError: nothing was tuned yet.
+        """
+        if self._tuned is None:
+            raise StateError(f"there is no report: the state is {self._state!r} ({self._detail}); call .tune() first")
+        return self._tuned.report.with_calls(self._served, dict(self._bypassed))
+
+    def tune(self, workload: Any = None) -> Drawn:
+        """Tune now and commit what wins; returns when done.
+
+        Args:
+            workload: prompts as `wrap` takes them; default: those given to `wrap`, or the calls observed so far.
+
+        Raises:
+            WorkloadError: no prompts were given and none were observed, or they cannot be used.
+            StateError: tuning is under way already.
+        """
+        if workload is not None:
+            self._given = self.read(workload)
+        if self._given is None and not self._observer.ready(1):
+            raise WorkloadError("nothing to tune for: no call was observed yet; pass prompts, .tune(workload=[...])")
+        work = self._given or self._observer.workload()
+        if not self._tuning.acquire(blocking=False):
+            raise StateError("tuning is under way already; wait for it, see .status")
+        try:
+            self._run(work)
+        finally:
+            self._tuning.release()
+        return self.report()
+
+    def commit(self) -> None:
+        """Serve with the plan that was found (again, after a rollback).
+
+        Raises:
+            StateError: there is no plan, or the model changed since.
+        """
+        if self._tuned is None:
+            raise StateError("there is no plan to commit; call .tune() first")
+        if change := self._change():
+            raise StateError(f"the plan is stale: {change}; call .tune() again")
+        self._switch(self._tuned.variant)
+
+    def rollback(self) -> None:
+        """Serve with the original from the next call on; calls under way finish as they started."""
+        self._active = None
+        self._state, self._detail = "rolled back", "the original serves; .commit() brings the plan back"
+
+    def unwrap(self) -> PreTrainedModel:
+        """Stop, and leave the model exactly as it was before `wrap`."""
+        self._traffic.cancel()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._active = None
+        route.detach(self._model)
+        return self._model
+
+    # What the routed model calls
+
+    def sample(self, call: route.Sampling) -> Any:
+        with self._traffic.request():
+            variant = self._fresh()
+            if variant is not None:
+                reason = variant.unsupported(call)
+                if reason is None:
+                    return self._serve(variant, call)
+                self._bypassed[reason] += 1
+            result = call.original()
+        if self._state in ("observing", "waiting"):
+            self._observe_call(call)
+        return result
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._traffic.request():
+            variant = self._fresh()
+            if variant is None:
+                return route.bare_class(model).forward(model, *args, **kwargs)
+            if not serves_forward(args, kwargs):
+                self._bypassed["forward with a cache of the caller's, gradients or extra arguments"] += 1
+            else:
+                self._served += 1
+            return variant.forward(model, args, kwargs)
+
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        if self._active is not None:
+            self._bypassed[name.strip("_").replace("_", " ")] += 1
+        return self._traffic.request()
+
+    # How it works
+
+    def start(self, work: Workload) -> None:
+        """Tune for `work`: at once, or in the background."""
+        self._given = work
+        if self._when == "blocking":
+            with self._tuning:
+                self._run(work)
+        elif self._when == "background" and self._tuning.acquire(blocking=False):
+            self._spawn(work)
+
+    def _fresh(self) -> Variant | None:
+        """The variant to serve with, unless the model changed under it."""
+        variant = self._active
+        if variant is not None and (change := self._change()) is not None:
+            self._drop("stale", f"the model changed after tuning ({change}); the original serves, .tune() tunes again")
+            return None
+        return variant
+
+    def _change(self) -> str | None:
+        """How the model differs from when it was tuned, or None."""
+        if self._model.training:
+            return "it is in training mode"
+        return "it was never tuned" if self._snapshot is None else self._snapshot.changed()
+
+    def _serve(self, variant: Variant, call: route.Sampling) -> Any:
+        streamer = call.options.get("streamer")
+        watched = call if streamer is None else call.with_streamer(seen := _CountingStreamer(streamer))
+        try:
+            result = variant.sample(watched)
+        except VariantError as failure:
+            if streamer is not None and seen.tokens:
+                self._drop("failed", f"the plan failed in the middle of a stream: {failure}")
+                raise
+            result = call.original()  # when this raises, too, the call was at fault, not the plan
+            self._drop("failed", f"the plan failed and the original took over: {failure}")
+            return result
+        self._served += 1
+        return result
+
+    def _drop(self, state: State, detail: str) -> None:
+        self._active = None
+        self._state, self._detail = state, detail
+        warnings.warn(f"autotune: {detail}", RuntimeWarning, stacklevel=4)
+
+    def _observe_call(self, call: route.Sampling) -> None:
+        new_tokens = call.options["generation_config"].max_length - call.input_ids.shape[1]
+        self._observer.observe(call.input_ids, call.model_kwargs.get("attention_mask"), new_tokens)
+        if self._when == "manual" or not self._observer.ready(self._observe):
+            return
+        if not self._tuning.acquire(blocking=False):
+            return
+        if self._when == "blocking":
+            self._run_and_release(self._observer.workload())
+        else:
+            self._spawn(self._observer.workload())
+
+    def _spawn(self, work: Workload) -> None:
+        self._state, self._detail = "tuning", "started"
+        self._thread = threading.Thread(target=self._run_and_release, args=(work,), name="autotune", daemon=True)
+        self._thread.start()
+
+    def _run_and_release(self, work: Workload) -> None:
+        """Tune on behalf of a live call, which must not fail for it."""
+        try:
+            self._run(work)
+        except Cancelled:
+            log.info("tuning was called off")
+        except Exception as error:
+            self._drop("failed", f"tuning failed, the original serves: {type(error).__name__}: {error}")
+            log.debug("tuning failed", exc_info=True)
+        finally:
+            self._tuning.release()
+
+    def _run(self, work: Workload) -> None:
+        from .tune import tune
+
+        self._state, self._detail = "tuning", "started"
+        try:
+            snapshot = Snapshot(self._model)
+            self._tuned = tune(
+                route.bare(self._model),
+                work,
+                self.policy,
+                tokenizer=self.tokenizer,
+                cache=self._cache,
+                traffic=self._traffic,
+                notify=self._progress,
+            )
+        except BaseException as error:
+            self._state, self._detail = "failed", f"{type(error).__name__}: {error}"
+            raise
+        if change := snapshot.changed():
+            raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
+        self._snapshot = snapshot
+        self._switch(self._tuned.variant)
+
+    def _progress(self, step: str) -> None:
+        self._detail = step
+        self._notify(step)
+
+    def _switch(self, variant: Variant) -> None:
+        self._active = variant if variant.transforms else None
+        self._state = "tuned" if variant.transforms else "original"
+        self._detail = self._tuned.verdict if self._tuned else ""
+
+    def read(self, value: Any) -> Workload:
+        return workload.read(value, tokenizer=self.tokenizer, model=self._model)
+
+
+class _CountingStreamer:
+    """The caller's streamer, and how many of the answer's tokens it has seen."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer, self.tokens = streamer, 0
+
+    def put(self, value: Any) -> None:
+        self.tokens += 1
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
