@@ -104,10 +104,6 @@ class SlotCache:
         batch, slots = self.valid.shape
         return batch, slots
 
-    @property
-    def bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.keys, *self.values))
-
 
 class CachePool:
     """Slot caches by batch size, lent for one generation each, so that threads never share one.
@@ -145,15 +141,8 @@ class CachePool:
                     idle.append(cache)
 
 
-def unsupported(config: PretrainedConfig, forward_parameters: set[str]) -> str | None:
-    """Why a model cannot decode over slots, or None.
-
-    Args:
-        config: the model's text configuration.
-        forward_parameters: parameter names of its forward.
-    """
-    if missing := {"past_key_values", "position_ids", "attention_mask"} - forward_parameters:
-        return f"the model's forward takes no {', '.join(sorted(missing))}"
+def unsupported(config: PretrainedConfig) -> str | None:
+    """Why layers of this text configuration cannot keep their keys and values in slots, or None."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := kinds - ATTENTION_TYPES:
         return f"layers of type {', '.join(sorted(other))} keep no keys and values by slot"

@@ -130,7 +130,7 @@ def artifact(module: PreTrainedModel, shape: tuple[int, ...], regions: bool) -> 
 def _ingredients(module: PreTrainedModel) -> Iterator[str]:
     """Everything that shapes the generated code, weights' values apart."""
     yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
-    yield hardware.instruction_set() + hardware.processor_name()
+    yield hardware.instruction_set() + hardware.instruction_sets()
     yield module.config.to_json_string(use_diff=False)
     yield f"{module.config._attn_implementation} {module.get_experts_implementation()}"  # not in the JSON
     yield inspect.getsource(inspect.getmodule(run) or run)

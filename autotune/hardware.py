@@ -167,6 +167,17 @@ def processor_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def instruction_sets() -> str:
+    """The CPU's model and instruction sets, as far as the system tells: what code compiled here depends on."""
+    told = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told += sorted({line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))})
+    return "\n".join(told)
+
+
 def memory_bytes() -> int:
     """Memory this process may use: the machine's, or its container's limit where that is smaller."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from autotune import folders
+from autotune import folders, hardware
 from autotune.errors import AutotuneError
 
 log = logging.getLogger("autotune")
@@ -89,7 +89,10 @@ def flags() -> list[str]:
 def build_key(compiler: list[str]) -> str:
     """What a library depends on, as a hash: sources, compiler and its version, flags, torch and CPU."""
     parts = [(HERE / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    parts += [text.encode() for text in (*compiler, *flags(), _version(compiler), torch.__version__, _cpu())]
+    parts += [
+        text.encode()
+        for text in (*compiler, *flags(), _version(compiler), torch.__version__, hardware.instruction_sets())
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
@@ -145,17 +148,6 @@ def _version(compiler: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as reason:
         raise BuildError(f"the C++ compiler {shlex.join(compiler)} does not run: {reason}") from reason
     return done.stdout
-
-
-def _cpu() -> str:
-    """The CPU's model and instruction sets, as far as the system tells."""
-    told = [platform.machine(), platform.processor()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    told += sorted({line for line in lines if line.startswith(("model name", "flags", "CPU part", "Features"))})
-    return "\n".join(told)
 
 
 def _gist(output: str) -> str:

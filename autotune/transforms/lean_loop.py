@@ -12,6 +12,8 @@ from ..errors import ChoiceError
 from . import Stage, Transform
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..hardware import Hardware
     from ..profile import Profile
     from ..variant import Variant
@@ -34,10 +36,7 @@ class LeanLoop(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.loop == "lean":
             return "the loop is lean already"
-        parameters = set(inspect.signature(variant.original.forward).parameters)
-        if missing := {"past_key_values", "position_ids", "attention_mask"} - parameters:
-            return f"the model's forward takes no {', '.join(sorted(missing))}"
-        return None
+        return cannot_step(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best all time between operators was the loop's."""
@@ -48,3 +47,11 @@ class LeanLoop(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         return None if variant.loop == "lean" else "transformers' loop still runs"
+
+
+def cannot_step(model: PreTrainedModel) -> str | None:
+    """Why the lean loop cannot drive a model token by token, or None."""
+    parameters = set(inspect.signature(model.forward).parameters)
+    if missing := {"past_key_values", "position_ids", "attention_mask"} - parameters:
+        return f"the model's forward takes no {', '.join(sorted(missing))}"
+    return None

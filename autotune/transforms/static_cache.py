@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from .. import roofline
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
+from .lean_loop import cannot_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +64,7 @@ def no_slots(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode over slots, or None."""
     from ..cache import unsupported
 
-    parameters = set(inspect.signature(model.forward).parameters)
-    return unsupported(model.config.get_text_config(decoder=True), parameters)
+    return cannot_step(model) or unsupported(model.config.get_text_config(decoder=True))
 
 
 def use_slots(variant: Variant, slots: int = 0) -> None:
