@@ -1,127 +1,12 @@
-// Attention of one new token over a preallocated key-value cache, reading only the filled slots.
-//
-// The slots are cut into spans (as flash-decoding does) so that all threads have work at batch 1; the query heads that
-// share a key head are served by one pass over it. Every span keeps its own maximum and sum, merged at the end.
-#include "tensors.h"
+// Attention of one new token over a preallocated key-value cache, as an operator.
+#include "attention.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include <vector>
 
 namespace autotune {
 namespace {
 
-constexpr int kSpan = 64;         // slots in a span
-constexpr int kMostPass = 4;      // query heads served by one pass over a key head
 constexpr int64_t kLeastTask = 16 << 10;  // numbers of cache: below this a second thread costs more than it saves
-constexpr float kLow = -std::numeric_limits<float>::infinity();
-
-struct Cache {
-  const uint8_t* at;
-  int64_t batch, head, slot;  // strides in numbers
-};
-
-struct Mask {
-  const uint8_t* at = nullptr;
-  bool additive = false;  // FP32 to add, otherwise one byte a slot: attend or not
-  int64_t batch = 0, head = 0;
-};
-
-struct Problem {
-  const float* query;  // [B, H, D]
-  Cache keys, values;
-  Mask mask;
-  int64_t heads, shared, depth, length;  // shared: query heads per key head
-  float scale;
-};
-
-// One head's share of one span: softmax numerators times values, their sum and the maximum.
-struct Partial {
-  float* weighted;  // [D]
-  float *total, *most;
-};
-
-float admitted(const Mask& mask, int64_t batch, int64_t head, int64_t slot) {
-  const int64_t i = batch * mask.batch + head * mask.head + slot;
-  if (mask.additive) return reinterpret_cast<const float*>(mask.at)[i];
-  return mask.at[i] ? 0.0f : kLow;
-}
-
-template <class Number, int kHeads>
-void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, int64_t end, const Partial* out) {
-  alignas(64) float weight[kHeads][kSpan];
-  const int64_t key_head = first_head / p.shared;
-  const auto row = [&](const Cache& c, int64_t slot) {
-    return reinterpret_cast<const Number*>(c.at) + batch * c.batch + key_head * c.head + slot * c.slot;
-  };
-  const float* query = p.query + (batch * p.heads + first_head) * p.depth;
-  const int64_t whole = p.depth / kWidth * kWidth, count = end - begin;
-
-  for (int64_t i = 0; i < count; ++i) {
-    const Number* key = row(p.keys, begin + i);
-    Floats dot[kHeads] = {};
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      const Floats k = widen(key + d);
-      for (int h = 0; h < kHeads; ++h) dot[h] += k * load<Floats>(query + h * p.depth + d);
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      float score = sum(dot[h]);
-      for (int64_t d = whole; d < p.depth; ++d) score += widen_one(key + d) * query[h * p.depth + d];
-      score *= p.scale;
-      weight[h][i] = p.mask.at ? score + admitted(p.mask, batch, first_head + h, begin + i) : score;
-    }
-  }
-  for (int h = 0; h < kHeads; ++h) {
-    for (int64_t i = count; i % kWidth; ++i) weight[h][i] = kLow;
-    Floats most = spread(kLow), total = {};
-    for (int64_t i = 0; i < count; i += kWidth) most = larger(most, load<Floats>(weight[h] + i));
-    float top = kLow;
-    for (int lane = 0; lane < kWidth; ++lane) top = std::max(top, most[lane]);
-    const float base = top == kLow ? 0.0f : top;  // nothing admitted in this span
-    for (int64_t i = 0; i < count; i += kWidth) {
-      const Floats score = load<Floats>(weight[h] + i);
-      const Floats e = score > kLow ? exp_negative(score - base) : Floats{};
-      store(weight[h] + i, e);
-      total += e;
-    }
-    *out[h].most = top;
-    *out[h].total = sum(total);
-  }
-  constexpr int kChains = kHeads == 1 ? 4 : 1;
-  for (int64_t d = 0; d < whole; d += kWidth) {
-    Floats weighted[kChains][kHeads] = {};
-    int64_t i = 0;
-    for (; i + kChains <= count; i += kChains)
-      for (int c = 0; c < kChains; ++c) {
-        const Floats v = widen(row(p.values, begin + i + c) + d);
-        for (int h = 0; h < kHeads; ++h) weighted[c][h] += v * weight[h][i + c];
-      }
-    for (; i < count; ++i) {
-      const Floats v = widen(row(p.values, begin + i) + d);
-      for (int h = 0; h < kHeads; ++h) weighted[0][h] += v * weight[h][i];
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      for (int c = 1; c < kChains; ++c) weighted[0][h] += weighted[c][h];
-      store(out[h].weighted + d, weighted[0][h]);
-    }
-  }
-  for (int64_t d = whole; d < p.depth; ++d)
-    for (int h = 0; h < kHeads; ++h) {
-      float weighted = 0;
-      for (int64_t i = 0; i < count; ++i) weighted += widen_one(row(p.values, begin + i) + d) * weight[h][i];
-      out[h].weighted[d] = weighted;
-    }
-}
-
-template <class Number>
-void attend_some(const Problem& p, int64_t batch, int64_t head, int64_t begin, int64_t end, int heads, const Partial* out) {
-  switch (heads) {
-    case 1: return attend<Number, 1>(p, batch, head, begin, end, out);
-    case 2: return attend<Number, 2>(p, batch, head, begin, end, out);
-    case 3: return attend<Number, 3>(p, batch, head, begin, end, out);
-    default: return attend<Number, 4>(p, batch, head, begin, end, out);
-  }
-}
 
 Cache cache(const Tensor& t) {
   STD_TORCH_CHECK(t.stride(3) == 1, "keys and values must be contiguous in their last dimension");
@@ -136,18 +21,6 @@ Mask described(const Tensor& t, int64_t batch, int64_t heads, int64_t length) {
   STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Float, "the mask must be boolean or FP32");
   return {static_cast<const uint8_t*>(t.data_ptr()), type == ScalarType::Float, t.size(0) == 1 ? 0 : t.stride(0),
           t.size(1) == 1 ? 0 : t.stride(1)};
-}
-
-// Slots up to the last one that any head of any sequence may attend to: a static cache's empty tail is not read.
-int64_t reach(const Mask& mask, int64_t batch, int64_t heads, int64_t length) {
-  int64_t furthest = 0;
-  for (int64_t b = 0; b < (mask.batch ? batch : 1); ++b)
-    for (int64_t h = 0; h < (mask.head ? heads : 1); ++h) {
-      int64_t slot = length;
-      while (slot > furthest && admitted(mask, b, h, slot - 1) == kLow) --slot;
-      furthest = std::max(furthest, slot);
-    }
-  return furthest;
 }
 
 Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& length,
@@ -170,45 +43,16 @@ Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, con
     p.length = reach(p.mask, batch, heads, p.length);
   }
 
-  const auto run = keys.scalar_type() == ScalarType::Float  ? attend_some<float>
-                   : keys.scalar_type() == ScalarType::Half ? attend_some<Half>
-                                                            : attend_some<Brain>;
   STD_TORCH_CHECK(Numbers::of(keys), "the cache is empty");
   const Tensor y = empty_floats({batch, 1, heads, depth});
-  const int64_t passes = (p.shared + kMostPass - 1) / kMostPass;  // over one key head
-  const int64_t spans = std::max<int64_t>(1, (p.length + kSpan - 1) / kSpan);
-  const int64_t groups = batch * keys.size(1) * passes;
   static thread_local std::vector<float> scratch;
-  scratch.resize(batch * heads * spans * (depth + 2));
-  float* partials = scratch.data();
-  const auto partial = [&](int64_t head, int64_t span) -> Partial {  // head: over the whole batch
-    float* at = partials + (head * spans + span) * (depth + 2);
-    return {at + 2, at, at + 1};
-  };
+  Attention attention{p, batch, keys.size(1), attend_over(keys.scalar_type()), nullptr};
+  scratch.resize(attention.partial_floats());
+  attention.partials = scratch.data();
   const int64_t grain = std::max<int64_t>(1, kLeastTask / (kSpan * depth));
-  torch::stable::parallel_for(0, groups * spans, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / spans, span = i % spans, pass = group % passes, key_head = group / passes;
-      const int64_t first = key_head * p.shared + p.shared * pass / passes;
-      const int64_t last = key_head * p.shared + p.shared * (pass + 1) / passes;
-      Partial out[kMostPass];
-      for (int64_t h = first; h < last; ++h) out[h - first] = partial(h, span);
-      run(p, first / heads, first % heads, span * kSpan, std::min(p.length, (span + 1) * kSpan),
-          static_cast<int>(last - first), out);
-    }
-  });
-  float* target = floats(y);
-  for (int64_t h = 0; h < batch * heads; ++h, target += depth) {
-    float most = kLow, total = 0;
-    for (int64_t s = 0; s < spans; ++s) most = std::max(most, *partial(h, s).most);
-    std::fill(target, target + depth, 0.0f);
-    if (most == kLow) continue;  // nothing to attend to: zeros, as torch's fused attention gives
-    for (int64_t s = 0; s < spans; ++s) total += *partial(h, s).total * std::exp(*partial(h, s).most - most);
-    for (int64_t s = 0; s < spans; ++s) {
-      const float share = std::exp(*partial(h, s).most - most) / total;
-      for (int64_t d = 0; d < depth; ++d) target[d] += share * partial(h, s).weighted[d];
-    }
-  }
+  torch::stable::parallel_for(0, attention.tasks(), grain,
+                              [&](int64_t begin, int64_t end) { attention.work(begin, end); });
+  attention.merge(0, batch * heads, floats(y));
   return as_dtype_of(y, q);
 }
 

@@ -24,8 +24,8 @@ from autotune.errors import AutotuneError
 log = logging.getLogger("autotune")
 
 HERE = Path(__file__).parent
-SOURCES = ("linear.cpp", "attention.cpp")
-HEADERS = ("vectors.h", "tensors.h")
+SOURCES = ("linear.cpp", "attention.cpp", "embedding.cpp")
+HEADERS = ("vectors.h", "tensors.h", "linear.h", "attention.h")
 TIMEOUT_S = 300.0
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
 

@@ -1,0 +1,197 @@
+// Attention of one new token over a preallocated key-value cache, reading only the filled slots.
+//
+// The slots are cut into spans (as flash-decoding does) so that all threads have work at batch 1; the query heads that
+// share a key head are served by one pass over it. Every span keeps its own maximum and sum, merged at the end.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "tensors.h"
+
+namespace autotune {
+namespace {
+
+constexpr int kSpan = 64;         // slots in a span
+constexpr int kMostPass = 4;      // query heads served by one pass over a key head
+constexpr float kLow = -std::numeric_limits<float>::infinity();
+
+struct Cache {
+  const uint8_t* at;
+  int64_t batch, head, slot;  // strides in numbers
+};
+
+struct Mask {
+  const uint8_t* at = nullptr;
+  bool additive = false;  // FP32 to add, otherwise one byte a slot: attend or not
+  int64_t batch = 0, head = 0;
+};
+
+struct Problem {
+  const float* query;  // [B, H, D]
+  Cache keys, values;
+  Mask mask;
+  int64_t heads, shared, depth, length;  // shared: query heads per key head
+  float scale;
+};
+
+// One head's share of one span: softmax numerators times values, their sum and the maximum.
+struct Partial {
+  float* weighted;  // [D]
+  float *total, *most;
+};
+
+inline float admitted(const Mask& mask, int64_t batch, int64_t head, int64_t slot) {
+  const int64_t i = batch * mask.batch + head * mask.head + slot;
+  if (mask.additive) return reinterpret_cast<const float*>(mask.at)[i];
+  return mask.at[i] ? 0.0f : kLow;
+}
+
+template <class Number, int kHeads>
+void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, int64_t end, const Partial* out) {
+  alignas(64) float weight[kHeads][kSpan];
+  const int64_t key_head = first_head / p.shared;
+  const auto row = [&](const Cache& c, int64_t slot) {
+    return reinterpret_cast<const Number*>(c.at) + batch * c.batch + key_head * c.head + slot * c.slot;
+  };
+  const float* query = p.query + (batch * p.heads + first_head) * p.depth;
+  const int64_t whole = p.depth / kWidth * kWidth, count = end - begin;
+
+  for (int64_t i = 0; i < count; ++i) {
+    const Number* key = row(p.keys, begin + i);
+    Floats dot[kHeads] = {};
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      const Floats k = widen(key + d);
+      for (int h = 0; h < kHeads; ++h) dot[h] += k * load<Floats>(query + h * p.depth + d);
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      float score = sum(dot[h]);
+      for (int64_t d = whole; d < p.depth; ++d) score += widen_one(key + d) * query[h * p.depth + d];
+      score *= p.scale;
+      weight[h][i] = p.mask.at ? score + admitted(p.mask, batch, first_head + h, begin + i) : score;
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    for (int64_t i = count; i % kWidth; ++i) weight[h][i] = kLow;
+    Floats most = spread(kLow), total = {};
+    for (int64_t i = 0; i < count; i += kWidth) most = larger(most, load<Floats>(weight[h] + i));
+    float top = kLow;
+    for (int lane = 0; lane < kWidth; ++lane) top = std::max(top, most[lane]);
+    const float base = top == kLow ? 0.0f : top;  // nothing admitted in this span
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const Floats score = load<Floats>(weight[h] + i);
+      const Floats e = score > kLow ? exp_negative(score - base) : Floats{};
+      store(weight[h] + i, e);
+      total += e;
+    }
+    *out[h].most = top;
+    *out[h].total = sum(total);
+  }
+  constexpr int kChains = kHeads == 1 ? 4 : 1;
+  for (int64_t d = 0; d < whole; d += kWidth) {
+    Floats weighted[kChains][kHeads] = {};
+    int64_t i = 0;
+    for (; i + kChains <= count; i += kChains)
+      for (int c = 0; c < kChains; ++c) {
+        const Floats v = widen(row(p.values, begin + i + c) + d);
+        for (int h = 0; h < kHeads; ++h) weighted[c][h] += v * weight[h][i + c];
+      }
+    for (; i < count; ++i) {
+      const Floats v = widen(row(p.values, begin + i) + d);
+      for (int h = 0; h < kHeads; ++h) weighted[0][h] += v * weight[h][i];
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      for (int c = 1; c < kChains; ++c) weighted[0][h] += weighted[c][h];
+      store(out[h].weighted + d, weighted[0][h]);
+    }
+  }
+  for (int64_t d = whole; d < p.depth; ++d)
+    for (int h = 0; h < kHeads; ++h) {
+      float weighted = 0;
+      for (int64_t i = 0; i < count; ++i) weighted += widen_one(row(p.values, begin + i) + d) * weight[h][i];
+      out[h].weighted[d] = weighted;
+    }
+}
+
+template <class Number>
+void attend_some(const Problem& p, int64_t batch, int64_t head, int64_t begin, int64_t end, int heads, const Partial* out) {
+  switch (heads) {
+    case 1: return attend<Number, 1>(p, batch, head, begin, end, out);
+    case 2: return attend<Number, 2>(p, batch, head, begin, end, out);
+    case 3: return attend<Number, 3>(p, batch, head, begin, end, out);
+    default: return attend<Number, 4>(p, batch, head, begin, end, out);
+  }
+}
+
+// Slots up to the last one that any head of any sequence may attend to: a static cache's empty tail is not read.
+inline int64_t reach(const Mask& mask, int64_t batch, int64_t heads, int64_t length) {
+  constexpr int64_t kSkip = 64;
+  static constexpr uint8_t kNone[kSkip] = {};
+  int64_t furthest = 0;
+  for (int64_t b = 0; b < (mask.batch ? batch : 1); ++b)
+    for (int64_t h = 0; h < (mask.head ? heads : 1); ++h) {
+      const uint8_t* row = mask.at + b * mask.batch + h * mask.head;
+      int64_t slot = length;
+      while (!mask.additive && slot - furthest >= kSkip && !std::memcmp(row + slot - kSkip, kNone, kSkip)) slot -= kSkip;
+      while (slot > furthest && admitted(mask, b, h, slot - 1) == kLow) --slot;
+      furthest = std::max(furthest, slot);
+    }
+  return furthest;
+}
+
+// A problem cut into tasks that any thread can take: a span of one group of query heads each, merged afterwards.
+struct Attention {
+  using Run = void (*)(const Problem&, int64_t, int64_t, int64_t, int64_t, int, const Partial*);
+
+  const Problem& p;
+  int64_t batch, key_heads;
+  Run run;
+  float* partials;  // room for partial_floats()
+
+  int64_t passes() const { return (p.shared + kMostPass - 1) / kMostPass; }  // over one key head
+  int64_t spans() const { return std::max<int64_t>(1, (p.length + kSpan - 1) / kSpan); }
+  int64_t tasks() const { return batch * key_heads * passes() * spans(); }
+  int64_t partial_floats() const { return batch * p.heads * spans() * (p.depth + 2); }
+
+  Partial partial(int64_t head, int64_t span) const {  // head: over the whole batch
+    float* at = partials + (head * spans() + span) * (p.depth + 2);
+    return {at + 2, at, at + 1};
+  }
+
+  void work(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / spans(), span = i % spans(), pass = group % passes(), key_head = group / passes();
+      const int64_t first = key_head * p.shared + p.shared * pass / passes();
+      const int64_t last = key_head * p.shared + p.shared * (pass + 1) / passes();
+      Partial out[kMostPass];
+      for (int64_t h = first; h < last; ++h) out[h - first] = partial(h, span);
+      run(p, first / p.heads, first % p.heads, span * kSpan, std::min(p.length, (span + 1) * kSpan),
+          static_cast<int>(last - first), out);
+    }
+  }
+
+  // The heads [begin, end) of the whole batch into y [B, H, D].
+  void merge(int64_t begin, int64_t end, float* y) const {
+    for (int64_t h = begin; h < end; ++h) {
+      float* target = y + h * p.depth;
+      float most = kLow, total = 0;
+      for (int64_t s = 0; s < spans(); ++s) most = std::max(most, *partial(h, s).most);
+      std::fill(target, target + p.depth, 0.0f);
+      if (most == kLow) continue;  // nothing to attend to: zeros, as torch's fused attention gives
+      for (int64_t s = 0; s < spans(); ++s) total += *partial(h, s).total * std::exp(*partial(h, s).most - most);
+      for (int64_t s = 0; s < spans(); ++s) {
+        const float share = std::exp(*partial(h, s).most - most) / total;
+        for (int64_t d = 0; d < p.depth; ++d) target[d] += share * partial(h, s).weighted[d];
+      }
+    }
+  }
+};
+
+inline Attention::Run attend_over(ScalarType type) {
+  return type == ScalarType::Float ? attend_some<float> : type == ScalarType::Half ? attend_some<Half> : attend_some<Brain>;
+}
+
+}  // namespace
+}  // namespace autotune

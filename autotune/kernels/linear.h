@@ -1,0 +1,180 @@
+// The product x W^T + b with the weights stored narrow and all arithmetic in FP32.
+//
+// Weights come in blocks of 16 output rows. Inside a block the 16 rows lie side by side: the numbers for one input k are
+// neighbours, so that one load serves 16 rows, a sum never leaves its lane, and a thread reads one unbroken stream.
+//
+//   one number per weight   [blocks, K, 16]
+//   INT4                    [blocks, K/8, 16] words of 32 bits: input 8i + j of a row is the signed nibble j of its word i
+//   scales, zeros           [blocks, K/group, 16]: weight = scale * number + zero
+#pragma once
+
+#include <algorithm>
+
+#include "tensors.h"
+
+namespace autotune {
+namespace {
+
+constexpr int kRows = 16;      // output rows in a block
+constexpr int kStep = 8;       // inputs decoded together
+constexpr int kMostTokens = 8;  // tokens served by one pass over a block's weights
+constexpr int64_t kAheadBytes = 2048;  // prefetched so far ahead: 1 to 4 KiB are alike, nothing at all is half as fast
+
+template <class Number>
+struct Plain {
+  static constexpr int kLaneBytes = sizeof(Number);
+  static constexpr int kStepBytes = kStep * kRows * kLaneBytes;
+  template <class Use>
+  static inline void decode(const uint8_t* at, Use use) {
+    for (int j = 0; j < kStep; ++j) use(j, widen(reinterpret_cast<const Number*>(at) + j * kRows));
+  }
+};
+
+struct Int4 {
+  static constexpr int kLaneBytes = 4;
+  static constexpr int kStepBytes = kRows * kLaneBytes;
+  template <class Use>
+  static inline void decode(const uint8_t* at, Use use) {
+    Ints word = load<Ints>(at);
+    for (int j = 0; j < kStep; ++j) use(j, nibble(word, 4 * j));
+  }
+};
+
+struct Weights {
+  const uint8_t* numbers;
+  Numbers scales, zeros;        // may be absent
+  int64_t rows, inputs, group;  // inputs: K, padded to whole groups
+  int64_t pad;                  // less than so many inputs are padding
+  int64_t block_bytes;
+  int64_t groups() const { return inputs / group; }
+  int64_t blocks() const { return (rows + kRows - 1) / kRows; }
+};
+
+// One to eight tokens: x [K, tokens] transposed, and the sum of x over each group [groups, tokens] where zeros ask for it.
+struct Tile {
+  int tokens;
+  int64_t first;
+  const float* x;
+  const float* sums;
+};
+
+// All tokens of a product, cut into tiles of nearly equal size that lie one after the other.
+struct Tiles {
+  int64_t tokens;
+  const float* x;     // [tokens * K]
+  const float* sums;  // [tokens * groups], or null
+  int64_t count() const { return (tokens + kMostTokens - 1) / kMostTokens; }
+  int64_t first(int64_t i) const { return tokens * i / count(); }
+  Tile tile(const Weights& w, int64_t i) const {
+    const int64_t at = first(i);
+    return {static_cast<int>(first(i + 1) - at), at, x + at * w.inputs, sums ? sums + at * w.groups() : nullptr};
+  }
+};
+
+// Whether one token can be used where it lies.
+inline bool in_place(const Weights& w, int64_t tokens, int64_t inputs) { return tokens == 1 && inputs == w.inputs; }
+
+inline void add_up(const Weights& w, int tokens, const float* x, float* sums) {
+  std::fill(sums, sums + w.groups() * tokens, 0.0f);
+  for (int64_t k = 0; k < w.inputs; ++k)
+    for (int t = 0; t < tokens; ++t) sums[k / w.group * tokens + t] += x[k * tokens + t];
+}
+
+// Lays out tile i of x [tokens, inputs] into `target` [tokens * K], and its sums where there is room for them.
+inline void arrange(const Weights& w, const float* x, int64_t tokens, int64_t inputs, int64_t i, float* target,
+                    float* sums) {
+  const Tiles tiles{tokens, target, sums};
+  const Tile tile = tiles.tile(w, i);
+  float* out = target + tile.first * w.inputs;
+  for (int t = 0; t < tile.tokens; ++t)
+    for (int64_t k = 0; k < inputs; ++k) out[k * tile.tokens + t] = x[(tile.first + t) * inputs + k];
+  std::fill(out + inputs * tile.tokens, out + w.inputs * tile.tokens, 0.0f);
+  if (sums) add_up(w, tile.tokens, out, sums + tile.first * w.groups());
+}
+
+template <class Format, int kTokens>
+void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floats* out) {
+  constexpr int kChains = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;  // independent sums hide the latency of an addition
+  const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
+  const float* x = tile.x;
+  Floats total[kTokens] = {};
+  for (int64_t g = 0; g < w.groups(); ++g) {
+    Floats part[kChains][kTokens] = {};
+    for (int64_t k = 0; k < w.group; k += kStep) {
+      if (strip == 0)
+        for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(at + line + kAheadBytes);
+      Format::decode(at, [&](int j, Floats number) __attribute__((always_inline)) {
+        for (int t = 0; t < kTokens; ++t) part[j % kChains][t] += number * x[j * kTokens + t];
+      });
+      at += Format::kStepBytes;
+      x += kStep * kTokens;
+    }
+    for (int c = 1; c < kChains; ++c)
+      for (int t = 0; t < kTokens; ++t) part[0][t] += part[c][t];
+    const int64_t factor = (block * w.groups() + g) * kRows + strip * kWidth;
+    if (w.scales) {
+      Floats scale = w.scales.load(factor);
+      for (int t = 0; t < kTokens; ++t) total[t] += scale * part[0][t];
+    } else {
+      for (int t = 0; t < kTokens; ++t) total[t] += part[0][t];
+    }
+    if (w.zeros) {
+      Floats zero = w.zeros.load(factor);
+      for (int t = 0; t < kTokens; ++t) total[t] += zero * tile.sums[g * kTokens + t];
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) out[t] = total[t];
+}
+
+// The weights of one block as FP32: panel [K, width], this block's 16 columns.
+template <class Format>
+void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
+  for (int strip = 0; strip < kRows / kWidth; ++strip) {
+    const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
+    float* column = panel + strip * kWidth;
+    for (int64_t g = 0; g < w.groups(); ++g) {
+      const int64_t factor = (block * w.groups() + g) * kRows + strip * kWidth;
+      Floats scale = w.scales ? w.scales.load(factor) : spread(1);
+      Floats zero = w.zeros ? w.zeros.load(factor) : spread(0);
+      for (int64_t k = 0; k < w.group; k += kStep) {
+        Format::decode(at, [&](int j, Floats number) { store(column + j * width, number * scale + zero); });
+        at += Format::kStepBytes;
+        column += kStep * width;
+      }
+    }
+  }
+}
+
+struct Kernel {
+  void (*multiply[kMostTokens + 1])(const Weights&, const Tile&, int64_t block, int strip, Floats* out);
+  void (*expand)(const Weights&, int64_t block, float* panel, int64_t width);
+};
+
+template <class Format>
+constexpr Kernel kernel = {{nullptr, multiply<Format, 1>, multiply<Format, 2>, multiply<Format, 3>, multiply<Format, 4>,
+                            multiply<Format, 5>, multiply<Format, 6>, multiply<Format, 7>, multiply<Format, 8>},
+                           expand<Format>};
+
+// The blocks [begin, end) of outputs y [tokens, rows] for all tokens.
+inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
+                            int64_t begin, int64_t end) {
+  Floats out[kMostTokens];
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t i = 0; i < tiles.count(); ++i)
+      for (int strip = 0; strip < kRows / kWidth; ++strip) {
+        const Tile tile = tiles.tile(w, i);
+        kernel.multiply[tile.tokens](w, tile, block, strip, out);
+        const int64_t row = block * kRows + strip * kWidth;
+        const int64_t here = std::min<int64_t>(kWidth, w.rows - row);
+        for (int t = 0; t < tile.tokens; ++t) {
+          float* target = y + (tile.first + t) * w.rows + row;
+          if (here == kWidth)
+            store(target, bias ? out[t] + load<Floats>(bias + row) : out[t]);
+          else
+            for (int64_t j = 0; j < here; ++j) target[j] = bias ? out[t][j] + bias[row + j] : out[t][j];
+        }
+      }
+}
+
+}  // namespace
+}  // namespace autotune
