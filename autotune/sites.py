@@ -82,6 +82,14 @@ def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None],
     return sum(new is not None for new in made.values())
 
 
+def embeddings(model: PreTrainedModel) -> dict[str, nn.Embedding]:
+    """The token embedding under each of its names; none where it does more than look rows up or its weight is read."""
+    table = model.get_input_embeddings()
+    if type(table) is not nn.Embedding or table.max_norm is not None:
+        return {}
+    return {name: table for name, module in _candidates(model) if module is table}
+
+
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
     """How many layers of `kind` a model has."""
     return sum(isinstance(module, kind) for module in model.modules())

@@ -3,6 +3,7 @@
     available()              None once the operators are loaded, otherwise a sentence saying why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
     Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
+    PackedEmbedding          rows of a packed table, looked up one by one
     attend_one               one query over a preallocated key-value cache, reading only its filled slots
 
 Read in this order: modules, pack (the layout), arena, build, then linear.cpp and attention.cpp.
@@ -14,9 +15,10 @@ import threading
 
 from torch import Tensor
 
+from autotune.kernels.embedding import PackedEmbedding
 from autotune.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
 
-__all__ = ["HalfLinear", "Int4Linear", "Int8Linear", "PackedLinear", "attend_one", "available"]
+__all__ = ["HalfLinear", "Int4Linear", "Int8Linear", "PackedEmbedding", "PackedLinear", "attend_one", "available"]
 
 _lock = threading.Lock()
 _outcome: list[str | None] = []  # empty until the first call, then why the operators are missing, or None

@@ -12,6 +12,7 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
     torch.library.register_fake("autotune::attend_one", _attend_one)
+    torch.library.register_fake("autotune::packed_rows", _packed_rows)
 
 
 def _linear_f16(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -33,3 +34,9 @@ def _attend_one(
 ) -> Tensor:
     batch, heads, _, depth = q.shape
     return q.new_empty((batch, 1, heads, depth))
+
+
+def _packed_rows(
+    ids: Tensor, packed: Tensor, scales: Tensor | None, zeros: Tensor | None, rows: int, width: int
+) -> Tensor:
+    return ids.new_empty((*ids.shape, width), dtype=torch.float32)

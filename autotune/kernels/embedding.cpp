@@ -1,0 +1,109 @@
+// Rows of a packed table: what an embedding looks up where it shares the weights of lm_head (the layout is linear.cpp's).
+#include "tensors.h"
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace autotune {
+namespace {
+
+constexpr int kRows = 16;  // table rows in a block
+constexpr int kWord = 8;   // four-bit numbers in a word
+
+template <class Number>
+float number_at(const uint8_t* block, int64_t k, int64_t lane) {
+  return widen_one(reinterpret_cast<const Number*>(block) + k * kRows + lane);
+}
+
+template <>
+float number_at<int32_t>(const uint8_t* block, int64_t k, int64_t lane) {  // a signed nibble of a word of eight
+  const uint32_t word = reinterpret_cast<const uint32_t*>(block)[k / kWord * kRows + lane];
+  return static_cast<float>(static_cast<int32_t>(word << (28 - k % kWord * 4)) >> 28);
+}
+
+struct Table {
+  const uint8_t* numbers;
+  Numbers scales, zeros;  // may be absent
+  int64_t inputs, groups, block_bytes, width;
+
+  float factor(const Numbers& factors, int64_t i) const {
+    switch (factors.type) {
+      case ScalarType::Half: return widen_one(reinterpret_cast<const Half*>(factors.at) + i);
+      case ScalarType::BFloat16: return widen_one(reinterpret_cast<const Brain*>(factors.at) + i);
+      default: return reinterpret_cast<const float*>(factors.at)[i];
+    }
+  }
+};
+
+template <class Number>
+void look_up(const Table& table, int64_t row, float* out) {
+  const int64_t block = row / kRows, lane = row % kRows, group = table.inputs / table.groups;
+  const uint8_t* numbers = table.numbers + block * table.block_bytes;
+  for (int64_t g = 0; g * group < table.width; ++g) {
+    const int64_t at = (block * table.groups + g) * kRows + lane, end = std::min((g + 1) * group, table.width);
+    const float scale = table.scales ? table.factor(table.scales, at) : 1, zero = table.zeros ? table.factor(table.zeros, at) : 0;
+    for (int64_t k = g * group; k < end; ++k) out[k] = number_at<Number>(numbers, k, lane) * scale + zero;
+  }
+}
+
+using LookUp = void (*)(const Table&, int64_t row, float* out);
+
+LookUp look_up_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half: return look_up<Half>;
+    case ScalarType::BFloat16: return look_up<Brain>;
+    case ScalarType::Float: return look_up<float>;
+    case ScalarType::Char: return look_up<int8_t>;
+    case ScalarType::Int: return look_up<int32_t>;
+    default: STD_TORCH_CHECK(false, "packed_rows takes tables in FP16, BF16, FP32, INT8 or words of eight INT4");
+  }
+}
+
+Numbers per_group(const Table& table, const Tensor& factors, int64_t blocks) {
+  STD_TORCH_CHECK(factors.is_contiguous() && factors.dim() == 3 && factors.size(0) == blocks &&
+                      factors.size(1) == table.groups && factors.size(2) == kRows,
+                  "scales and zeros must be contiguous [", blocks, ", ", table.groups, ", 16]");
+  return Numbers::of(factors);
+}
+
+Tensor packed_rows(const Tensor& ids, const Tensor& packed, const std::optional<Tensor>& scales,
+                   const std::optional<Tensor>& zeros, int64_t rows, int64_t width) {
+  const LookUp use = look_up_of(packed.scalar_type());
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  STD_TORCH_CHECK(packed.is_contiguous() && packed.dim() == 3 && packed.size(0) == blocks && packed.size(2) == kRows,
+                  "a packed table of ", rows, " rows must be contiguous [", blocks, ", K, 16]");
+  Table table{};
+  table.numbers = static_cast<const uint8_t*>(packed.data_ptr());
+  table.inputs = packed.size(1) * (packed.scalar_type() == ScalarType::Int ? kWord : 1);
+  table.block_bytes = packed.size(1) * kRows * packed.element_size();
+  table.width = width;
+  table.groups = scales && scales->dim() == 3 ? scales->size(1) : 1;
+  STD_TORCH_CHECK(width <= table.inputs, "the table has ", table.inputs, " columns, fewer than the ", width, " asked for");
+  STD_TORCH_CHECK(table.groups > 0 && table.inputs % table.groups == 0, "groups must divide the table's columns");
+  if (scales) table.scales = per_group(table, *scales, blocks);
+  if (zeros) table.zeros = per_group(table, *zeros, blocks);
+
+  const auto sizes = ids.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.push_back(width);
+  const Tensor wanted = torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long)), out = empty_floats(shape);
+  const int64_t* row = static_cast<const int64_t*>(wanted.data_ptr());
+  const int64_t count = wanted.numel();
+  for (int64_t i = 0; i < count; ++i)  // before any is read: nothing may be thrown from another thread
+    STD_TORCH_CHECK(row[i] >= 0 && row[i] < rows, "index ", row[i], " is out of range for a table of ", rows, " rows");
+  torch::stable::parallel_for(0, count, 8, [&, target = floats(out)](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) use(table, row[i], target + i * width);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace autotune
+
+STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
+  library.def(
+      "packed_rows(Tensor ids, Tensor packed, Tensor? scales, Tensor? zeros, int rows, int width) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("packed_rows", TORCH_BOX(&autotune::packed_rows)); }

@@ -1,0 +1,36 @@
+"""An embedding over a packed table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autotune.kernels.modules import PackedLinear
+
+
+class PackedEmbedding(nn.Module):
+    """Looks rows up in the weights of a packed linear layer, which it shares; the operators must be loaded.
+
+    Args:
+        table: the layer [num_embeddings, embedding_dim] whose rows are looked up: lm_head, where the two are tied.
+    """
+
+    weight: Tensor  # in the layer's layout
+    scales: Tensor | None
+    zeros: Tensor | None
+
+    def __init__(self, table: PackedLinear) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
+        for name in ("weight", "scales", "zeros"):
+            self.register_buffer(name, getattr(table, name, None))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """FP32 rows [..., embedding_dim] of integer ids [...]."""
+        rows: Tensor = torch.ops.autotune.packed_rows(
+            ids, self.weight, self.scales, self.zeros, self.num_embeddings, self.embedding_dim
+        )
+        return rows
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -1,0 +1,103 @@
+"""The token embedding looked up in packed weights: no FP32 table beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .. import kernels, sites
+from ..errors import TransformError
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+
+@dataclass(frozen=True)
+class PackedEmbedding(Transform):
+    """Exchanges the embedding's FP32 table for lm_head's packed weights where they are tied, else for INT8 of its own.
+
+    It saves memory and no time.
+    """
+
+    name: ClassVar[str] = "packed_embedding"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    summary: ClassVar[str] = "token embedding looked up in lm_head's packed weights, or in INT8 of its own"
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cpu":
+            return f"it runs on cpu, not on {hardware.device}"
+        if (reason := sites.obstacle(variant.original)) is not None:
+            return reason
+        return self._obstacle(variant) or kernels.available()  # last: it may have to compile
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        return dict.fromkeys(self.phases, 1.0)  # a row or two of a table are read a token, in any format
+
+    def apply(self, variant: Variant) -> None:
+        if reason := self._obstacle(variant) or kernels.available():
+            raise TransformError(f"{self}: {reason}")
+        made: dict[int, nn.Module] = {}  # by table: what several modules share stays shared
+        for twin in variant.edit(self.phase):
+            names = sites.embeddings(twin)
+            embedding = next(iter(names.values()))
+            head = shared(twin, variant.original)
+            table = embedding.weight if head is None else head.weight
+            if id(table) not in made:
+                made[id(table)] = kernels.PackedEmbedding(head or quantised(embedding)).train(embedding.training)
+            for name in names:
+                twin.set_submodule(name, made[id(table)])
+
+    def took_effect(self, variant: Variant) -> str | None:
+        for phase in self.phases:
+            if not sites.count(variant.modules[phase], kernels.PackedEmbedding):
+                return f"{phase} has no PackedEmbedding"
+        return None
+
+    def _obstacle(self, variant: Variant) -> str | None:
+        found = {phase: obstacle(variant.modules[phase], variant.original) for phase in self.phases}
+        return next((f"{phase}: {reason}" for phase, reason in found.items() if reason is not None), None)
+
+
+def obstacle(module: PreTrainedModel, original: PreTrainedModel) -> str | None:
+    """Why a phase's embedding cannot be packed, or that it would save nothing; None where it can."""
+    if sites.count(module, kernels.PackedEmbedding):
+        return "the embedding is packed already"
+    table = next(iter(sites.embeddings(module).values()), None)
+    if table is None:
+        return "the model's embedding does more than look rows up, or its weight is read elsewhere"
+    if table.weight.dtype != torch.float32:
+        return f"it replaces an FP32 table; this is {table.weight.dtype}"
+    if tied(original) and shared(module, original) is None:
+        return "lm_head shares the embedding's table and is not packed: the table would stay"
+    return None
+
+
+def tied(original: PreTrainedModel) -> bool:
+    """Whether embedding and lm_head share one table."""
+    head = original.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head is not None and head.weight is original.get_input_embeddings().weight
+
+
+def shared(module: PreTrainedModel, original: PreTrainedModel) -> kernels.PackedLinear | None:
+    """The packed lm_head whose table is the embedding's, too, or None."""
+    head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head if tied(original) and isinstance(head, kernels.PackedLinear) else None
+
+
+def quantised(embedding: nn.Embedding) -> kernels.PackedLinear:
+    """The embedding's table as INT8."""
+    try:
+        return kernels.Int8Linear.from_weight(embedding.weight)
+    except ValueError as error:  # weights that the format cannot hold
+        raise TransformError(f"the embedding cannot be packed: {error}") from error
