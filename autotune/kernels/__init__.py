@@ -3,6 +3,7 @@
     available()              None once the operators are loaded, otherwise a sentence saying why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
     Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
+    BrainLinear              BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedEmbedding          rows of a packed table, looked up one by one
     attend_one               one query over a preallocated key-value cache, reading only its filled slots
 
@@ -15,10 +16,21 @@ import threading
 
 from torch import Tensor
 
+from autotune.kernels.brain import BrainLinear
 from autotune.kernels.embedding import PackedEmbedding
 from autotune.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
 
-__all__ = ["HalfLinear", "Int4Linear", "Int8Linear", "PackedEmbedding", "PackedLinear", "attend_one", "available"]
+__all__ = [
+    "BrainLinear",
+    "HalfLinear",
+    "Int4Linear",
+    "Int8Linear",
+    "PackedEmbedding",
+    "PackedLinear",
+    "attend_one",
+    "available",
+    "no_brain_unit",
+]
 
 _lock = threading.Lock()
 _outcome: list[str | None] = []  # empty until the first call, then why the operators are missing, or None
@@ -41,6 +53,15 @@ def available() -> str | None:
             except build.BuildError as reason:
                 _outcome.append(str(reason))
         return _outcome[0]
+
+
+def no_brain_unit() -> str | None:
+    """Why `BrainLinear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
+    import torch
+
+    if torch.ops.autotune.brain_unit():
+        return None
+    return "this processor multiplies no BF16: it has neither AMX nor AVX512-BF16"
 
 
 def attend_one(

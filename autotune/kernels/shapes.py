@@ -11,6 +11,7 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_f16", _linear_f16)
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
+    torch.library.register_fake("autotune::linear_brain", _linear_brain)
     torch.library.register_fake("autotune::attend_one", _attend_one)
     torch.library.register_fake("autotune::packed_rows", _packed_rows)
 
@@ -25,6 +26,18 @@ def _linear_i8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, o
 
 def _linear_i4(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_brain(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    parts: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -1,0 +1,95 @@
+// Products of 32 x 32 blocks: C = A B with both operands laid out for it once, and then used many times.
+//
+//   Brains<1>, Brains<2>   in BF16, brains.h
+//   Singles                in FP32, singles.h
+//
+// A panel of A is 32 rows, a panel of B 32 columns, each of all the depth, in chunks of 32. An engine lays them out
+//
+//   put            kWidth numbers of A
+//   fill_rows      one half of one chunk of B from memory where the columns lie side by side
+//   fill_columns   the same where the depth does
+//
+// and multiplies: c [rows, 32] = start + a b, where `start` may be c itself, or one row for all of them (a stride of 0).
+// All strides are in numbers.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "vectors.h"
+
+namespace autotune {
+namespace {
+
+constexpr int kSide = 32;  // rows, columns and depth of a block
+constexpr int kHalf = 16;
+
+inline int64_t blocks_of(int64_t count) { return (count + kSide - 1) / kSide; }
+
+// Memory that a thread keeps from call to call, aligned to cache lines, never shrinking.
+template <class Number>
+class Scratch {
+ public:
+  Number* room(int64_t count) {
+    if (count > count_) {
+      held_.reset(static_cast<Number*>(::operator new(count * sizeof(Number), std::align_val_t(64))));
+      count_ = count;
+    }
+    return held_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(Number* at) const { ::operator delete(at, std::align_val_t(64)); }
+  };
+  std::unique_ptr<Number, Free> held_;
+  int64_t count_ = 0;
+};
+
+// Rows of A from at[row * stride + k], times a factor; what is missing of 32 rows (or of 16, if no more are there) and of
+// the last chunk becomes zero.
+template <class Engine>
+void lay_rows(typename Engine::Unit* panel, const float* at, int64_t stride, int rows, int64_t depth, float factor) {
+  const int whole_rows = rows > kHalf ? kSide : kHalf;
+  const int64_t whole = depth / kWidth * kWidth, end = blocks_of(depth) * kSide;
+  for (int row = 0; row < whole_rows; ++row) {
+    const float* from = at + row * stride;
+    int64_t k = 0;
+    if (row < rows) {
+      for (; k < whole; k += kWidth) Engine::put(panel, row, k, load<Floats>(from + k) * factor);
+      if (k < depth) {
+        Floats last = {};
+        std::memcpy(&last, from + k, (depth - k) * sizeof(float));
+        Engine::put(panel, row, k, last * factor);
+        k += kWidth;
+      }
+    }
+    for (; k < end; k += kWidth) Engine::put(panel, row, k, Floats{});
+  }
+}
+
+// One half of a panel of B from at[k * row_stride + column * column_stride], one of the strides being 1; what is missing
+// of 16 columns and of the last chunk becomes zero.
+template <class Engine>
+void lay_columns(typename Engine::Unit* panel, int half, const float* at, int64_t row_stride, int64_t column_stride,
+                 int64_t columns, int64_t depth) {
+  const bool across = column_stride == 1;
+  for (int64_t k = 0; k < depth; k += kSide, panel += Engine::kPanelUnits) {
+    const int64_t deep = std::min<int64_t>(kSide, depth - k);
+    const float* from = at + k * row_stride;
+    if (columns >= kHalf && deep == kSide) {
+      across ? Engine::fill_rows(panel, half, from, row_stride) : Engine::fill_columns(panel, half, from, column_stride);
+      continue;
+    }
+    alignas(64) float padded[kSide][kHalf] = {};
+    for (int64_t i = 0; i < deep; ++i)
+      for (int64_t n = 0; n < std::min<int64_t>(kHalf, columns); ++n)
+        padded[i][n] = from[i * row_stride + n * column_stride];
+    Engine::fill_rows(panel, half, padded[0], kHalf);
+  }
+}
+
+}  // namespace
+}  // namespace autotune

@@ -1,0 +1,172 @@
+// Products of many rows with a layer's weights, which are read where they lie and laid out a few columns at a time.
+#pragma once
+
+#include <optional>
+#include <utility>
+
+#include "brains.h"
+#include "linear.h"
+
+namespace autotune {
+namespace {
+
+constexpr int64_t kGroupBytes = 768 << 10;  // laid-out weights that stay in the L2 cache while all rows pass by
+constexpr int64_t kLeastRows = 4;           // row blocks that are worth laying weights out for
+
+// The weights of N outputs for K inputs: FP32 numbers anywhere, or the blocks of linear.h.
+struct Matrix {
+  int64_t outputs, inputs;
+  const float* plain = nullptr;
+  int64_t input_stride = 0, output_stride = 0;
+  Weights packed{};
+  void (*expand)(const Weights&, int64_t block, float* panel, int64_t width) = nullptr;
+
+  static Matrix of(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
+                   int64_t outputs, int64_t inputs);
+
+  // The outputs from `first` on as one half of a panel of B.
+  template <class Engine>
+  void lay(typename Engine::Unit* panel, int half, int64_t first) const {
+    const int64_t columns = std::max<int64_t>(0, outputs - first);
+    if (!expand || !columns)
+      return lay_columns<Engine>(panel, half, columns ? plain + first * output_stride : nullptr, input_stride,
+                                 output_stride, columns, inputs);
+    static thread_local Scratch<float> scratch;
+    float* floats = scratch.room(packed.inputs * kRows);
+    expand(packed, first / kRows, floats, kRows);
+    lay_columns<Engine>(panel, half, floats, kRows, 1, kRows, inputs);
+  }
+};
+
+// Rows laid out as panels of A.
+template <class Engine>
+struct Panels {
+  typename Engine::Unit* at;
+  int64_t rows, chunks;
+
+  int64_t count() const { return blocks_of(rows); }
+  int64_t units() const { return chunks * Engine::kPanelUnits; }
+  typename Engine::Unit* panel(int64_t i) const { return at + i * units(); }
+  int rows_of(int64_t i) const { return static_cast<int>(std::min<int64_t>(kSide, rows - i * kSide)); }
+};
+
+template <class Engine>
+Panels<Engine> reserve(Scratch<typename Engine::Unit>& scratch, int64_t rows, int64_t depth) {
+  Panels<Engine> panels{nullptr, rows, blocks_of(depth)};
+  panels.at = scratch.room(panels.count() * panels.units());
+  return panels;
+}
+
+template <class Engine>
+Panels<Engine> lay_all(Scratch<typename Engine::Unit>& scratch, const float* x, int64_t rows, int64_t depth) {
+  const Panels<Engine> panels = reserve<Engine>(scratch, rows, depth);
+  torch::stable::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      lay_rows<Engine>(panels.panel(i), x + i * kSide * depth, depth, panels.rows_of(i), depth, 1.0f);
+  });
+  return panels;
+}
+
+// Every row block with every column panel, on all threads: lay(column panel, where to) and use(row block, column panel,
+// product [32, 32]). `start(column panel)` is what products start from: 32 numbers.
+template <class Engine, class Lay, class Start, class Use>
+void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start, Use use) {
+  using Unit = typename Engine::Unit;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t cuts = std::clamp<int64_t>(threads / std::max<int64_t>(columns, 1), 1,
+                                           std::max<int64_t>(1, a.count() / kLeastRows));  // of the rows
+  const int64_t group = std::max<int64_t>(1, kGroupBytes / (a.units() * static_cast<int64_t>(sizeof(Unit))));
+  torch::stable::parallel_for(0, columns * cuts, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch<Unit> scratch;
+    Unit* laid = scratch.room(std::min(group, end - begin) * a.units());
+    const Session session(Engine::kBrains);
+    while (begin < end) {
+      const int64_t cut = begin / columns, first = begin % columns;
+      const int64_t last = std::min({first + group, columns, first + end - begin});
+      for (int64_t n = first; n < last; ++n) lay(n, laid + (n - first) * a.units());
+      for (int64_t m = a.count() * cut / cuts; m < a.count() * (cut + 1) / cuts; ++m)
+        for (int64_t n = first; n < last; ++n)
+          use(m, n, a.panel(m), laid + (n - first) * a.units(), start(n));
+      begin += last - first;
+    }
+  });
+}
+
+// y [rows, outputs] = a W^T + bias.
+template <class Engine>
+void multiply_into(const Panels<Engine>& a, const Matrix& w, const float* bias, float* y) {
+  using Unit = typename Engine::Unit;
+  const auto lay = [&](int64_t n, Unit* panel) {
+    for (int half = 0; half < 2; ++half) w.lay<Engine>(panel, half, n * kSide + half * kHalf);
+  };
+  const int64_t columns = blocks_of(w.outputs);
+  static thread_local Scratch<float> starts;
+  float* start = starts.room(columns * kSide);
+  std::fill(start, start + columns * kSide, 0.0f);
+  if (bias) std::copy(bias, bias + w.outputs, start);
+  multiply_all<Engine>(
+      a, columns, lay, [=](int64_t n) { return start + n * kSide; },
+      [&](int64_t m, int64_t n, const Unit* rows, const Unit* panel, const float* from) {
+        const int here = a.rows_of(m), whole = here > kHalf ? kSide : kHalf;
+        const int64_t wide = std::min<int64_t>(kSide, w.outputs - n * kSide);
+        float* target = y + m * kSide * w.outputs + n * kSide;
+        if (here == whole && wide == kSide)
+          return Engine::multiply(rows, panel, a.chunks, here, from, 0, target, w.outputs);
+        alignas(64) float block[kSide * kSide];
+        Engine::multiply(rows, panel, a.chunks, whole, from, 0, block, kSide);
+        for (int r = 0; r < here; ++r) std::copy(block + r * kSide, block + r * kSide + wide, target + r * w.outputs);
+      });
+}
+
+template <class Format>
+void set_format(Matrix& m) {
+  m.expand = expand<Format>;
+}
+
+inline Numbers factors(Weights& w, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.dim() == 3 && t.size(0) == w.blocks() && t.size(1) > 0 &&
+                      w.inputs % (t.size(1) * kStep) == 0 && t.size(2) == kRows,
+                  "scales and zeros must be contiguous [", w.blocks(), ", groups, 16] with groups of a multiple of 8");
+  w.group = w.inputs / t.size(1);
+  w.pad = t.size(1) == 1 ? kStep : w.group;
+  return Numbers::of(t);
+}
+
+inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
+                         int64_t outputs, int64_t inputs) {
+  Matrix m{outputs, inputs};
+  if (weight.dim() == 2) {
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.size(0) == outputs && weight.size(1) == inputs &&
+                        (weight.stride(0) == 1 || weight.stride(1) == 1),
+                    "a plain weight must be FP32 [", outputs, ", ", inputs, "], contiguous in one of them");
+    m.plain = floats(weight);
+    m.output_stride = weight.stride(0);
+    m.input_stride = weight.stride(1);
+    return m;
+  }
+  switch (weight.scalar_type()) {
+    case ScalarType::Int: set_format<Int4>(m); break;
+    case ScalarType::Char: set_format<Plain<int8_t>>(m); break;
+    case ScalarType::Half: set_format<Plain<Half>>(m); break;
+    case ScalarType::BFloat16: set_format<Plain<Brain>>(m); break;
+    default:
+      STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "packed weights are INT4 in INT32, INT8, FP16, BF16 or FP32");
+      set_format<Plain<float>>(m);
+  }
+  Weights& w = m.packed;
+  w.rows = outputs;
+  STD_TORCH_CHECK(weight.is_contiguous() && weight.dim() == 3 && weight.size(0) == w.blocks() && weight.size(2) == kRows,
+                  "packed weights for ", outputs, " outputs must be contiguous [", w.blocks(), ", K, 16]");
+  w.numbers = static_cast<const uint8_t*>(weight.data_ptr());
+  w.group = w.inputs = weight.size(1) * (weight.scalar_type() == ScalarType::Int ? kStep : 1);
+  w.pad = kStep;
+  w.block_bytes = weight.size(1) * kRows * weight.element_size();
+  if (scales) w.scales = factors(w, *scales);
+  if (zeros) w.zeros = factors(w, *zeros);
+  STD_TORCH_CHECK(w.inputs % kStep == 0 && inputs <= w.inputs && inputs > w.inputs - w.pad,
+                  "x does not have the number of inputs that the weights were packed for (", w.inputs, " after padding)");
+  return m;
+}
+
+}  // namespace
+}  // namespace autotune

@@ -1,0 +1,87 @@
+"""Matmuls of prefill in BF16 over the weights as they are stored, where processors multiply BF16 several times faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import kernels, roofline, sites
+from ..errors import ChoiceError
+from .linears import LinearTransform
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..hardware import Hardware
+    from ..profile import PhaseProfile
+    from ..variant import Variant
+
+
+@dataclass(frozen=True)
+class StoredTransform(LinearTransform):
+    """Exchanges linear layers, and layers packed by the kernels, for ones that convert the same weights as they go."""
+
+    parts: ClassVar[int]  # BF16 numbers that stand for one of FP32
+    products: ClassVar[int]  # BF16 products that stand for one of FP32
+
+    def __post_init__(self) -> None:
+        if self.phase != "prefill":
+            raise ChoiceError(f"{self.name}: phase must be 'prefill'; one token reads weights more than it multiplies")
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return kernels.BrainLinear
+
+    def missing(self) -> str | None:
+        return kernels.available() or kernels.no_brain_unit()
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        return kernels.BrainLinear(linear, self.parts)
+
+    def exchange_in(self, twin: nn.Module) -> int:
+        count = super().exchange_in(twin)
+        for name, layer in _packed(twin, self.skip).items():
+            twin.set_submodule(name, kernels.BrainLinear(layer, self.parts).train(layer.training))
+            count += 1
+        return count
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device == "cpu" and _packed(variant.modules["prefill"], self.skip):
+            return sites.obstacle(variant.original) or self.missing()
+        return super().unavailable(variant, hardware)
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        rate = roofline.peak_flops_per_s(hardware, "bfloat16") / self.products
+        able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.name: rate})
+        return roofline.faster_weights(phase, able, phase.weight_bytes, compute_dtype=self.name)
+
+
+@dataclass(frozen=True)
+class LinearBf16(StoredTransform):
+    """Rounds inputs and weights to BF16 on their way into the product; sums are FP32, and no copy is kept."""
+
+    name: ClassVar[str] = "linear_bf16"
+    summary: ClassVar[str] = "BF16 matmuls in prefill over the weights as stored, without a copy of them; C++ kernels"
+    parts: ClassVar[int] = 1
+    products: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class LinearBf16x3(StoredTransform):
+    """Splits every number into two of BF16 and adds up three of their four products: an error of about 2^-16.
+
+    Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+    computations", ARITH 2019.
+    """
+
+    name: ClassVar[str] = "linear_bf16x3"
+    summary: ClassVar[str] = "FP32 matmuls in prefill as three of BF16 over split numbers; C++ kernels"
+    lossless: ClassVar[bool] = True
+    parts: ClassVar[int] = 2
+    products: ClassVar[int] = 3
+
+
+def _packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:
+    """Layers packed by the kernels, by dotted name and under every name they have."""
+    named = model.named_modules(remove_duplicate=False)
+    return {n: m for n, m in named if isinstance(m, kernels.PackedLinear) and not sites.is_named(n, skip)}

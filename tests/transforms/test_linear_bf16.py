@@ -1,0 +1,76 @@
+"""BF16 products over stored weights: accuracy, sharing, what they go over, and where they are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from autotune import kernels, sites
+from autotune.errors import ChoiceError
+from autotune.hardware import Hardware
+from autotune.transforms import make
+from autotune.variant import Variant
+from tests import models
+from tests.test_transforms_contract import COMPILER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAMES = ["linear_bf16", "linear_bf16x3"]
+REASON = kernels.available() or kernels.no_brain_unit()
+needs_brains = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@needs_brains
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(("name", "divergence"), [("linear_bf16", 1e-3), ("linear_bf16x3", 1e-9)])
+def test_one_model(name: str, divergence: float, architecture: str) -> None:
+    model = models.tiny(architecture, initializer_range=0.1)
+    candidate = Variant(model).with_transform(make(name, {}, "prefill"))
+    prefill, ids = candidate.modules["prefill"], torch.tensor(models.token_prompts(count=4, length=32))
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(ids).logits.double(), -1) for m in (model, prefill))
+    assert (p.exp() * (p - q)).sum(-1).mean().item() <= divergence
+    assert not torch.equal(p, q)
+    assert candidate.modules["decode"] is model
+    assert sites.stored_bytes(model, prefill) == sites.stored_bytes(model), "a copy of the weights was kept"
+
+
+@needs_brains
+@pytest.mark.parametrize(
+    "weights", [("weight_only", {"bits": 8}), ("weight_only", {"bits": 4}), ("weight_storage", {})]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_over_packed_weights(name: str, weights: tuple[str, dict[str, int]], llama: PreTrainedModel) -> None:
+    packed = Variant(llama).with_transform(make(*weights, "both"))
+    transform = make(name, {}, "prefill")
+    assert transform.unavailable(packed, COMPILER) is None
+    candidate = packed.with_transform(transform)
+    assert transform.took_effect(candidate) is None
+    assert transform.took_effect(packed) is not None
+    prefill, decode = candidate.modules["prefill"], candidate.modules["decode"]
+    assert sites.count(prefill, kernels.BrainLinear) == sites.count(decode, kernels.PackedLinear) > 0
+    assert sites.stored_bytes(prefill, decode) == sites.stored_bytes(decode)
+    ids = torch.tensor(models.token_prompts(count=2, length=40))
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(ids).logits, -1) for m in (decode, prefill))
+    assert (p.exp() * (p - q)).sum(-1).mean().item() <= 0.02
+
+
+@pytest.mark.parametrize("phase", ["decode", "both"])
+@pytest.mark.parametrize("name", NAMES)
+def test_for_prefill_only(name: str, phase: str) -> None:
+    with pytest.raises(ChoiceError, match="'prefill'"):
+        make(name, {}, phase)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unavailable(name: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = make(name, {}, "prefill")
+    gpu = Hardware(**{**vars(COMPILER), "device": "cuda"})
+    assert "not on cuda" in (transform.unavailable(Variant(llama), gpu) or "")
+    monkeypatch.setattr(kernels, "available", lambda: None)
+    monkeypatch.setattr(kernels, "no_brain_unit", lambda: "this processor multiplies no BF16")
+    assert "multiplies no BF16" in (transform.unavailable(Variant(llama), COMPILER) or "")
