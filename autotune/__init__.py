@@ -7,7 +7,7 @@ Read in this order:
     tune -> search -> bench           the loop: its frame, its decisions (pure), its measurements
     wrap -> handle -> route           the model object: its life, its interception
     variant                           copy-on-write: one way to run the model
-    traffic, freshness                measuring between live requests; noticing that the model changed
+    traffic, freshness, release       measuring between live requests; noticing changes; letting the original go
     workload, hardware                what it is asked to do, and what the machine can do
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
     policy -> transforms              what to try when; one file an optimisation
@@ -30,9 +30,10 @@ from .errors import (
     VariantError,
     WorkloadError,
 )
-from .handle import Handle, Status
+from .handle import Handle
 from .plan import Plan
 from .policy import Policy
+from .status import Status
 from .transforms import Transform
 from .workload import Workload
 from .wrap import unsupported, wrap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ from . import profile as profiling
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
 from .plan import Plan
-from .policy import Policy
+from .policy import Limits, Policy
 from .profile import Profile
 from .search import tier_for
 from .sites import stored_bytes
@@ -141,12 +142,19 @@ class LiveBench:
             self.buckets,
             work.prompts,
             objective=objective,
-            limits=self.policy.limits,
+            limits=self._limits(reference, candidate),
             noise=self.noise,
             clock=self.clock,
             max_pairs=pairs,
             seed=seed,
         )
+
+    def _limits(self, reference: Variant, candidate: Variant) -> Limits:
+        """Where memory is the objective, a variant that needs less of it has to gain no time; the other limits hold."""
+        limits = self.policy.limits
+        if self.policy.objective == "memory" and own_weights(candidate) < own_weights(reference):
+            return replace(limits, min_gain=-1.0)
+        return limits
 
     def _exam(
         self, work: Workload, texts: tuple[tuple[int, ...], ...], size: Literal["brief", "quick"] = "quick"
@@ -157,6 +165,11 @@ class LiveBench:
         return Exam.prepare(
             self.original.original, prompts, size=size, pad_token_id=self.pad
         )  # untimed: requests may overlap
+
+
+def own_weights(variant: Variant) -> int:
+    """Bytes of the weights that serve, those that stay once the original is released."""
+    return stored_bytes(*variant.modules.values())
 
 
 def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:

@@ -6,15 +6,18 @@ import logging
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import route, workload
 from .errors import StateError, VariantError, WorkloadError
 from .freshness import Snapshot
 from .policy import Policy
+from .release import RELOAD, releasable_bytes, release
+from .sites import stored_bytes
+from .status import State, Status
 from .traffic import Cancelled, Traffic
 from .variant import Variant, serves_forward
 from .workload import Observer, Workload
@@ -27,28 +30,6 @@ if TYPE_CHECKING:
     from .tune import Tuned
 
 log = logging.getLogger("autotune")
-
-State = Literal["observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed"]
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a wrapped model stands.
-
-    Args:
-        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning", "tuned", "original" (kept: nothing
-            was better), "rolled back", "stale" (the model changed) or "failed" (tuning or the plan failed).
-        detail: one sentence more.
-        transforms: the plan that serves, in words.
-        served: calls served by the plan.
-        bypassed: calls that went to the original, by reason.
-    """
-
-    state: State
-    detail: str
-    transforms: tuple[str, ...] = ()
-    served: int = 0
-    bypassed: Mapping[str, int] = field(default_factory=dict)
 
 
 class Handle:
@@ -63,10 +44,12 @@ class Handle:
         when: Literal["background", "blocking", "manual"],
         observe: int,
         cache: bool,
+        keep_original: bool,
         progress: Callable[[str], None] | None,
     ) -> None:
         self.policy, self.tokenizer = policy, tokenizer
         self._model, self._when, self._observe, self._cache = model, when, observe, cache
+        self._keep_original, self._released = keep_original, False
         self._notify = progress or log.info
         self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
         self._given: Workload | None = None
@@ -86,7 +69,7 @@ class Handle:
     @property
     def status(self) -> Status:
         names = tuple(map(str, self._active.transforms)) if self._active else ()
-        return Status(self._state, self._detail, names, self._served, dict(self._bypassed))
+        return Status(self._state, self._detail, names, self._served, dict(self._bypassed), self._released)
 
     @property
     def plan(self) -> Plan | None:
@@ -111,8 +94,9 @@ class Handle:
 
         Raises:
             WorkloadError: no prompts were given and none were observed, or they cannot be used.
-            StateError: tuning is under way already.
+            StateError: tuning is under way already, or the original was released.
         """
+        self._require_original("tune again")
         if workload is not None:
             self._given = self.read(workload)
         if self._given is None and not self._observer.ready(1):
@@ -126,25 +110,50 @@ class Handle:
             self._tuning.release()
         return self.report()
 
-    def commit(self) -> None:
+    def commit(self, *, keep_original: bool = True) -> None:
         """Serve with the plan that was found (again, after a rollback).
 
+        Args:
+            keep_original: False lets go of the original's weights that the plan does not use, for good. The model is
+                the same object and serves as before, and what the plan cannot serve runs through the plan's own layers
+                in transformers' loop; but there is no rollback, unwrap, tuning or saving any more. Calls under way are
+                waited for. Where the plan uses all of the original, nothing is let go.
+
         Raises:
-            StateError: there is no plan, or the model changed since.
+            StateError: there is no plan, the model changed since, or tuning under way needs the original.
         """
         if self._tuned is None:
             raise StateError("there is no plan to commit; call .tune() first")
         if change := self._change():
-            raise StateError(f"the plan is stale: {change}; call .tune() again")
+            remedy = RELOAD if self._released else "call .tune() again"
+            raise StateError(f"the plan is stale: {change}; {remedy}")
         self._switch(self._tuned.variant)
+        if keep_original:
+            return
+        if not self._tuning.acquire(blocking=False):
+            raise StateError("the original cannot be released while tuning needs it; wait for it, see .status")
+        try:
+            self._release()
+        finally:
+            self._tuning.release()
 
     def rollback(self) -> None:
-        """Serve with the original from the next call on; calls under way finish as they started."""
+        """Serve with the original from the next call on; calls under way finish as they started.
+
+        Raises:
+            StateError: the original was released.
+        """
+        self._require_original("roll back")
         self._active = None
         self._state, self._detail = "rolled back", "the original serves; .commit() brings the plan back"
 
     def unwrap(self) -> PreTrainedModel:
-        """Stop, and leave the model exactly as it was before `wrap`."""
+        """Stop, and leave the model exactly as it was before `wrap`.
+
+        Raises:
+            StateError: the original was released.
+        """
+        self._require_original("unwrap")
         self._traffic.cancel()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -198,7 +207,7 @@ class Handle:
         """The variant to serve with, unless the model changed under it."""
         variant = self._active
         if variant is not None and (change := self._change()) is not None:
-            self._drop("stale", f"the model changed after tuning ({change}); the original serves, .tune() tunes again")
+            self._drop("stale", f"the model changed after tuning ({change})", ".tune() tunes again")
             return None
         return variant
 
@@ -210,7 +219,7 @@ class Handle:
 
     def _serve(self, variant: Variant, call: route.Sampling) -> Any:
         streamer = call.options.get("streamer")
-        watched = call if streamer is None else call.with_streamer(seen := _CountingStreamer(streamer))
+        watched = call if streamer is None else call.with_streamer(seen := route.CountingStreamer(streamer))
         try:
             result = variant.sample(watched)
         except VariantError as failure:
@@ -218,15 +227,20 @@ class Handle:
                 self._drop("failed", f"the plan failed in the middle of a stream: {failure}")
                 raise
             result = call.original()  # when this raises, too, the call was at fault, not the plan
-            self._drop("failed", f"the plan failed and the original took over: {failure}")
+            self._drop("failed", f"the plan failed: {failure}")
             return result
         self._served += 1
         return result
 
-    def _drop(self, state: State, detail: str) -> None:
+    def _drop(self, state: State, detail: str, remedy: str = "") -> None:
+        """Serve without the plan from now on, and say so."""
         self._active = None
-        self._state, self._detail = state, detail
-        warnings.warn(f"autotune: {detail}", RuntimeWarning, stacklevel=4)
+        if self._released:
+            serves, remedy = "the plan's layers serve in transformers' loop", RELOAD
+        else:
+            serves = "the original serves"
+        self._state, self._detail = state, "; ".join(filter(None, (detail, serves, remedy)))
+        warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
 
     def _observe_call(self, call: route.Sampling) -> None:
         new_tokens = call.options["generation_config"].max_length - call.input_ids.shape[1]
@@ -252,7 +266,7 @@ class Handle:
         except Cancelled:
             log.info("tuning was called off")
         except Exception as error:
-            self._drop("failed", f"tuning failed, the original serves: {type(error).__name__}: {error}")
+            self._drop("failed", f"tuning failed: {type(error).__name__}: {error}")
             log.debug("tuning failed", exc_info=True)
         finally:
             self._tuning.release()
@@ -279,6 +293,8 @@ class Handle:
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
         self._snapshot = snapshot
         self._switch(self._tuned.variant)
+        if not self._keep_original:
+            self._release()
 
     def _progress(self, step: str) -> None:
         self._detail = step
@@ -289,19 +305,25 @@ class Handle:
         self._state = "tuned" if variant.transforms else "original"
         self._detail = self._tuned.verdict if self._tuned else ""
 
+    def _release(self) -> None:
+        """Let go of the original's weights, but for those that the plan uses."""
+        if self._released or self._tuned is None:
+            return
+        if self._traffic.cancelled:
+            raise StateError("the model was unwrapped; wrap it again to commit a plan without its original")
+        variant = self._tuned.variant
+        if not releasable_bytes(self._model, variant):
+            log.info("the original stays: the plan uses all of its weights")
+            return
+        with self._traffic.step():
+            release(self._model, variant)
+            self._released, self._snapshot = True, Snapshot(self._model)
+        report = self._tuned.report.with_original_released(stored_bytes(*variant.modules.values()))
+        self._tuned = replace(self._tuned, report=report)
+
+    def _require_original(self, what: str) -> None:
+        if self._released:
+            raise StateError(f"cannot {what}: {RELOAD}")
+
     def read(self, value: Any) -> Workload:
         return workload.read(value, tokenizer=self.tokenizer, model=self._model)
-
-
-class _CountingStreamer:
-    """The caller's streamer, and how many of the answer's tokens it has seen."""
-
-    def __init__(self, streamer: Any) -> None:
-        self._streamer, self.tokens = streamer, 0
-
-    def put(self, value: Any) -> None:
-        self.tokens += 1
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()

@@ -36,7 +36,8 @@ class Limits:
     """What must not get worse. Fractions: 0.05 allows 5 %.
 
     Args:
-        min_gain: a step must gain at least this on the phase it targets.
+        min_gain: a step must gain at least this on the phase it targets, and more than the noise; below 0 it must not
+            lose more than this.
         max_ttft_increase, max_tpot_increase, max_p90_increase: against the original, in every workload bucket.
         max_memory_ratio: peak weights + cache of the variant / the original's.
     """

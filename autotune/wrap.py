@@ -24,6 +24,7 @@ def wrap(
     when: Literal["background", "blocking", "manual"] = "background",
     observe: int = 3,
     cache: bool = True,
+    keep_original: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Make a live causal LM faster without making it worse. Returns the object it was given.
@@ -37,12 +38,14 @@ def wrap(
         when: "background" tunes in a thread between requests, "blocking" before a call returns, "manual" on `.tune()`.
         observe: calls of `generate` to observe.
         cache: read and write plans in the user's cache directory.
+        keep_original: False frees the original's weights as soon as a plan is committed; see `Handle.commit`.
         progress: told each step in a sentence; default: the "autotune" logger.
 
     Raises:
         UnsupportedModelError: not a causal LM with loaded weights in eval mode.
         PolicyError: the policy is unknown or malformed.
         WorkloadError: the prompts cannot be used.
+        StateError: it was wrapped before and its original was released.
     """
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
@@ -54,7 +57,14 @@ def wrap(
     if route.is_routed(model):
         model.__dict__[route.SLOT].unwrap()
     handle = Handle(
-        model, tokenizer=tokenizer, policy=chosen, when=when, observe=observe, cache=cache, progress=progress
+        model,
+        tokenizer=tokenizer,
+        policy=chosen,
+        when=when,
+        observe=observe,
+        cache=cache,
+        keep_original=keep_original,
+        progress=progress,
     )
     work = None if workload is None else handle.read(workload)
     route.attach(model, handle)

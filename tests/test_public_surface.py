@@ -37,6 +37,7 @@ ARGUMENTS = {
     "when": "background",
     "observe": 3,
     "cache": True,
+    "keep_original": True,
     "progress": None,
 }
 HANDLE = ["commit", "plan", "report", "rollback", "status", "tune", "unwrap"]

@@ -248,6 +248,7 @@ def test_operators_are_paired_by_group():
                 "97.5 %",
                 "-59 %",
                 "needs",
+                "The original is kept beside the plan",
             ],
             ["nan"],
         ),
@@ -261,8 +262,22 @@ def test_operators_are_paired_by_group():
             ["Decode moves 538 MB a token at 10.0 GB/s: overhead-bound.", "attention", "45 %", "batch"],
             ["Tried", "speed-up", "after ms", "nan"],
         ),
+        (
+            COMMITTED.with_original_released(148_500_000),
+            [
+                "The original is released: the weights take 0.28x of its bytes.",
+                "148 MB",
+                "the plan's layers one by one",
+            ],
+            ["The original is kept", "went to the original"],
+        ),
+        (
+            Recorded(COMMITTED.to_dict()).with_original_released(148_500_000),
+            ["The original is released: the weights take 0.28x of its bytes.", "148 MB"],
+            ["The original is kept"],
+        ),
     ],
-    ids=["committed", "original", "profiled"],
+    ids=["committed", "original", "profiled", "released", "released, read back"],
 )
 def test_every_form_says_what_matters(report, said, unsaid):
     out = io.StringIO()

@@ -55,6 +55,14 @@ class Drawn:
         """
         raise NotImplementedError
 
+    def with_original_released(self, weights_bytes: int) -> Self:
+        """The same report, after the original was let go.
+
+        Args:
+            weights_bytes: what the weights take since.
+        """
+        raise NotImplementedError
+
     def __str__(self) -> str:
         from .terminal import plain
 
@@ -83,6 +91,7 @@ class Report(Drawn):
         break_even_tokens: tokens to generate until the tuning time is won back.
         served: calls served by the plan since.
         bypassed: calls that went to the original since, by reason.
+        bytes_after_release: what the weights take since the original was let go; None while it is kept.
         created: ISO 8601, UTC.
     """
 
@@ -107,6 +116,7 @@ class Report(Drawn):
     break_even_tokens: float | None = None
     served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
+    bytes_after_release: int | None = None
     created: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +126,9 @@ class Report(Drawn):
 
     def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
         return replace(self, served=served, bypassed=dict(bypassed))
+
+    def with_original_released(self, weights_bytes: int) -> Self:
+        return replace(self, bytes_after_release=weights_bytes)
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,9 @@ class Recorded(Drawn):
 
     def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
         return replace(self, record=dict(self.record) | {"served": served, "bypassed": dict(bypassed)})
+
+    def with_original_released(self, weights_bytes: int) -> Self:
+        return replace(self, record=dict(self.record) | {"bytes_after_release": weights_bytes})
 
     def reverified(
         self,

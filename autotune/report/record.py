@@ -50,6 +50,7 @@ def record(report: Report) -> dict[str, Any]:
         "batch_scaling": _scaling(report.before.batch_scaling, after.batch_scaling),
         "context_growth": _scaling(report.before.context_growth, after.context_growth),
         "memory": {"before": _memory(report.before.memory), "after": _memory(after.memory)},
+        "bytes_after_release": report.bytes_after_release,
         "hardware": _hardware(report.hardware),
         "break_even_tokens": report.break_even_tokens,
         "served": report.served,
@@ -69,7 +70,7 @@ def reverify(
 
     The verdict on quality stays that of the tuning, which saw more tokens; the replay's is kept beside it.
     """
-    new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}}
+    new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}, "bytes_after_release": None}
     new["replayed"] = {
         "seconds": seconds,
         "tuned": old.get("created", ""),

@@ -230,8 +230,10 @@ def growth(record: Mapping[str, Any], key: str, title: str, axis: str) -> Sectio
 
 
 def memory(record: Mapping[str, Any]) -> Section | None:
-    """Peak memory by owner."""
+    """Peak memory by owner, and whether the original is part of it."""
     before, after = record["memory"]["before"], record["memory"]["after"]
+    if released := record.get("bytes_after_release"):  # records of earlier versions have none
+        after = after | {"weights_bytes": released}
     names = {"weights_bytes": "weights", "cache_bytes": "KV cache", "activations_bytes": "activations"}
     rows = [(name, before[key], after[key]) for key, name in names.items()]
     rows.append(("total", sum(before.values()), sum(after.values())))
@@ -239,16 +241,20 @@ def memory(record: Mapping[str, Any]) -> Section | None:
         plain = tuple((name, n.scaled(was, "B")) for name, was, _ in rows)
         return Section("Memory", table=Table(("owner", "peak"), "lr", plain, total=True))
     cells = tuple((name, n.scaled(was, "B"), n.scaled(now, "B"), n.change(was, now)) for name, was, now in rows)
-    note = "The original stays in memory beside the plan: for calls the plan cannot serve, and for rollback."
+    if released:
+        note = f"The original is released: the weights take {n.ratio(released / before['weights_bytes'])} of its bytes."
+    else:
+        note = "The original is kept beside the plan: for calls the plan cannot serve, and for rollback."
     return Section("Memory", (note,), Table(("owner", "before", "after", "change"), "lrrr", cells, total=True))
 
 
 def bypassed(record: Mapping[str, Any]) -> Section | None:
-    """Calls that the plan could not serve and the original did."""
+    """Calls that the plan could not serve, and what did."""
     if not record["bypassed"]:
         return None
     rows = (("(by the plan)", str(record["served"])), *((why, str(calls)) for why, calls in record["bypassed"].items()))
-    return Section("Calls that went to the original", table=Table(("because of", "calls"), "lr", rows))
+    served_by = "the plan's layers one by one" if record.get("bytes_after_release") else "the original"
+    return Section(f"Calls that went to {served_by}", table=Table(("because of", "calls"), "lr", rows))
 
 
 def method(record: Mapping[str, Any]) -> Section:

@@ -92,7 +92,8 @@ def _conclude(
     rough: float,
     early: bool,
 ) -> tuple[Verdict, str]:
-    gate = 1 + max(limits.min_gain, 2 * noise)
+    must_gain = limits.min_gain >= 0
+    gate = 1 + (max(limits.min_gain, 2 * noise) if must_gain else limits.min_gain)
     low, high = (math.exp(b) for b in bounds(known(gains), early))
     gain = speedup(gains)
     figures = f"{objective} x{gain.ratio:.3f} [{gain.low:.3f}, {gain.high:.3f}] in {gain.pairs} pairs"
@@ -115,7 +116,7 @@ def _conclude(
         return Verdict.INCONCLUSIVE, f"not clearly a gain of {gate - 1:.1%}: {figures}"
     if rough > TOO_NOISY:
         return Verdict.INCONCLUSIVE, f"too noisy to say: the pairs' ratios spread by {rough:.0%} ({figures})"
-    return Verdict.PASS, f"{figures}, clearly a gain of {gate - 1:.1%}"
+    return Verdict.PASS, f"{figures}, {f'clearly a gain of {gate - 1:.1%}' if must_gain else 'within the limits'}"
 
 
 def _increases(

@@ -1,0 +1,32 @@
+"""Where a wrapped model stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+State = Literal["observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a wrapped model stands.
+
+    Args:
+        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning", "tuned", "original" (kept: nothing
+            was better), "rolled back", "stale" (the model changed) or "failed" (tuning or the plan failed).
+        detail: one sentence more.
+        transforms: the plan that serves, in words.
+        served: calls served by the plan.
+        bypassed: calls that the plan could not serve, by reason; the original did, or once it is released the layers
+            that the model took over.
+        released: whether the original's weights were let go.
+    """
+
+    state: State
+    detail: str
+    transforms: tuple[str, ...] = ()
+    served: int = 0
+    bypassed: Mapping[str, int] = field(default_factory=dict)
+    released: bool = False
