@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-STEPS = 32  # decoding steps that a time per token is an average of
+STEPS = 24  # decoding steps that a time per token is an average of
 SPREAD = 7919  # a prime: prompts of neighbouring numbers begin far apart in the text
 
 

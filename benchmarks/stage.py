@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measures import Metric, Shape, Timing, prompt, shapes
-from benchmarks.peers import Peer, Setup
+from benchmarks.peers import REFERENCE, Peer, Setup
 from benchmarks.remote import Remote, WorkerError
 from benchmarks.results import Result
 
 READY_S, REQUEST_S = 1800.0, 300.0  # when a worker that does not answer is given up
+SLOW_S = 15.0  # a request that takes so long is timed in one round only: the others would take minutes
 FIRST, WAKE = Shape(1, 64, 2), Shape(1, 8, 2)  # the request that ends the time to ready; one that ends a sleep
 WARM_TOKENS = 4  # new tokens in the untimed round
 UNTIMED = 3000  # prompts from this number on are in no timed request: a hundred rounds have fewer
@@ -47,6 +48,7 @@ class Stage:
         self.setup, self.text, self.folder, self.python, self.notify = setup, text, folder, python, notify
         self.remotes: dict[str, Remote] = {}
         self.results: dict[str, Result] = {}
+        self.tired: set[tuple[str, Shape]] = set()  # whom not to ask again, and for what
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
     def admit(self, peer: Peer, cold: bool) -> None:
@@ -127,6 +129,8 @@ class Stage:
             for shape in shapes(metrics):
                 for name in chance.sample(sorted(self.results), len(self.results)):
                     timings = self._visit(name, shape, metrics, number)
+                    if name != REFERENCE and any(timing.total_s > SLOW_S for timing in timings):
+                        self.tired.add((name, shape))
                     for metric in (metric for metric in metrics if metric.shape == shape):
                         values = sorted(metric.read(timing, shape) for timing in timings)
                         self.results[name].samples[metric.name].append(values[len(values) // 2] if values else None)
@@ -143,10 +147,10 @@ class Stage:
         return self._try(name, shape, metrics, measure) or []
 
     def _try(self, name: str, shape: Shape, metrics: Sequence[Metric], act: Callable[[Ask], Any]) -> Any:
-        """What `act` returns; None where the runtime is gone or has failed at this shape, and its failure noted."""
+        """What `act` returns; None where the runtime is gone, tired of this shape or failed at it, which is noted."""
         affected = [metric.name for metric in metrics if metric.shape == shape]
         failures = self.results[name].failures
-        if name not in self.remotes or any(metric in failures for metric in affected):
+        if name not in self.remotes or (name, shape) in self.tired or any(metric in failures for metric in affected):
             return None
         try:
             return act(self.remotes[name].ask)

@@ -56,16 +56,16 @@ worker.main()
 
 
 class Fake:
-    """A runtime that takes a millisecond a token, or fails as it is told to."""
+    """A runtime that takes as long a token as it is told to, by its own account, or fails."""
 
-    def __init__(self, broken: str = "") -> None:
-        self.broken, self.seen = broken, list[list[list[int]]]()
+    def __init__(self, broken: str = "", token_s: float = 0.001) -> None:
+        self.broken, self.token_s, self.seen = broken, token_s, list[list[list[int]]]()
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
         if self.broken == "batches" and len(prompts) > 1:
             raise RuntimeError("one sequence at a time")
         self.seen.append([list(p) for p in prompts])
-        return Timing(0.001, 0.001 * new_tokens)
+        return Timing(self.token_s, self.token_s * new_tokens)
 
     def logits(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
         return {}
@@ -368,6 +368,14 @@ def test_a_request_that_a_runtime_refuses_is_asked_once(tmp_path: Path) -> None:
     troupe.play((LATENCY, RATE), rounds=2)
     assert troupe.results["a"].samples == {"tpot_64": [pytest.approx(1.0)] * 2, "rate_4": [None, None]}
     assert "one sequence at a time" in troupe.results["a"].failures["rate_4"]
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("slow", 1), (peers.REFERENCE, 3)])
+def test_slow_requests_are_timed_once_but_for_the_reference(tmp_path: Path, name: str, rounds: int) -> None:
+    troupe = Troupe(tmp_path, {name: lambda: InProcess(Fake(token_s=stage.SLOW_S))})
+    troupe.admit(Peer(name, name, "fake"), cold=False)
+    troupe.play((LATENCY,), rounds=3)
+    assert sum(value is not None for value in troupe.results[name].samples["tpot_64"]) == rounds
 
 
 def test_a_runtime_that_dies_keeps_the_figures_it_has(tmp_path: Path) -> None:
