@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import random
 import shutil
@@ -14,7 +16,7 @@ from typing import Any
 
 from benchmarks.measures import Metric, Shape, Timing, prompt, shapes
 from benchmarks.peers import REFERENCE, Peer, Setup
-from benchmarks.remote import Remote, WorkerError
+from benchmarks.remote import ROOT, Remote, WorkerError
 from benchmarks.results import Result
 
 READY_S, REQUEST_S = 1800.0, 300.0  # when a worker that does not answer is given up
@@ -57,7 +59,7 @@ class Stage:
         A runtime that does not start is noted as missing.
         """
         result = self.results[peer.name] = Result(peer.name, peer.label)
-        caches = self.folder / "caches" / peer.name
+        caches = self.caches(peer)
         try:
             self._prepare(peer)
             if cold or not (caches / "cold.json").exists():
@@ -93,8 +95,13 @@ class Stage:
             raise
         return remote, time.perf_counter() - begin
 
+    def caches(self, peer: Peer) -> Path:
+        """The directory for what this runtime keeps: another one for other work, and for other sources of autotune."""
+        key = hashlib.sha256(json.dumps(asdict(self.setup)).encode() + sources())
+        return self.folder / "caches" / peer.name / key.hexdigest()[:12]
+
     def _spawn(self, peer: Peer) -> Remote:
-        caches = self.folder / "caches" / peer.name
+        caches = self.caches(peer)
         caches.mkdir(parents=True, exist_ok=True)
         environment = {
             "OMP_NUM_THREADS": str(self.setup.threads),
@@ -174,3 +181,10 @@ class Stage:
     def close(self) -> None:
         for remote in self.remotes.values():
             remote.stop()
+
+
+@functools.cache
+def sources() -> bytes:
+    """A digest of autotune's own files."""
+    files = sorted(file for file in (ROOT / "autotune").rglob("*") if file.suffix in (".py", ".cpp", ".h", ".toml"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -324,7 +324,7 @@ class Troupe(stage.Stage):
 
     def _spawn(self, peer: Peer) -> Any:
         self.spawned.append(peer.name)
-        (self.folder / "caches" / peer.name).mkdir(parents=True, exist_ok=True)
+        self.caches(peer).mkdir(parents=True, exist_ok=True)
         return self.makers[peer.name]()
 
 
@@ -347,6 +347,17 @@ def test_cold_starts_happen_once_unless_asked_for(tmp_path: Path) -> None:
         troupe.admit(peer, cold)
         assert len(troupe.spawned) == starts
         assert troupe.results["a"].cold_s is not None
+
+
+def test_other_work_and_other_sources_have_caches_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    troupe, peer = Troupe(tmp_path, {}), Peer("a", "A", "fake")
+    found = {troupe.caches(peer)}
+    troupe.setup = replace(SETUP, threads=3)
+    found.add(troupe.caches(peer))
+    monkeypatch.setattr(stage, "sources", lambda: b"changed")
+    found.add(troupe.caches(peer))
+    assert len(found) == 3
+    assert troupe.caches(peer) in found
 
 
 def test_a_runtime_that_does_not_start_is_missing_and_the_others_go_on(tmp_path: Path) -> None:
