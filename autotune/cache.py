@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
@@ -191,6 +193,20 @@ def tensors(prompt: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(layer.keys, layer.values) for layer in layers]
 
 
+def example(model: Any, batch: int) -> DynamicCache:
+    """One token's keys and values [B, Hk, 1, D] a layer: the shapes that a step is prepared for."""
+    prompt = DynamicCache()
+    with torch.no_grad():
+        token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        model(token, past_key_values=prompt, use_cache=True)
+    return prompt
+
+
 def _room(sample: torch.Tensor, slots: int) -> torch.Tensor:
+    """Zeros [B, Hk, slots, D]; on a CPU the system gives the memory page by page as it is first written."""
     batch, heads, _, size = sample.shape
-    return sample.new_zeros(batch, heads, slots, size)
+    shape = batch, heads, slots, size
+    if sample.device.type != "cpu":
+        return sample.new_zeros(shape)
+    untouched = numpy.zeros(math.prod(shape) * sample.element_size(), dtype=numpy.uint8)  # calloc; torch would write
+    return torch.from_numpy(untouched).view(sample.dtype).view(shape)

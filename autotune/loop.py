@@ -79,7 +79,7 @@ def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_ca
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:
-        logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+        logits = logits.to(dtype=torch.float32, device=ids.device)  # every step brings a tensor of its own
         score = processors(ids, logits)
         if config.return_dict_in_generate and config.output_scores:
             scores.append(score)

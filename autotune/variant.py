@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .cache import CachePool
     from .compiled import CompiledStep
+    from .program import StepPrograms
     from .traffic import Traffic
     from .transforms import Transform
 
@@ -52,7 +53,7 @@ class Variant:
         threads: phase -> intra-op threads while it runs; missing means the process's own number.
         caches: pool of static KV caches, or None for the cache that generate prepares.
         loop: "transformers" for generate's own decoding loop, "lean" for `autotune.loop.decode`.
-        step: compiled decode step, or None to call the decode module.
+        step: decode steps recorded or compiled ahead, or None to call the decode module.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Variant:
         self.threads: dict[Phase, int] = {}
         self.caches: CachePool | None = None
         self.loop: Literal["transformers", "lean"] = "transformers"
-        self.step: CompiledStep | None = None
+        self.step: CompiledStep | StepPrograms | None = None
         self._editable: set[int] = set()  # ids of modules made by this very object
         self._front: PreTrainedModel | None = None
 

@@ -15,6 +15,7 @@ namespace autotune {
 namespace {
 
 constexpr int kSpan = 64;         // slots in a span
+constexpr int kAheadSlots = 32;   // prefetched so far ahead
 constexpr int kMostPass = 4;      // query heads served by one pass over a key head
 constexpr float kLow = -std::numeric_limits<float>::infinity();
 
@@ -49,31 +50,84 @@ inline float admitted(const Mask& mask, int64_t batch, int64_t head, int64_t slo
   return mask.at[i] ? 0.0f : kLow;
 }
 
-template <class Number, int kHeads>
-void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, int64_t end, const Partial* out) {
-  alignas(64) float weight[kHeads][kSpan];
-  const int64_t key_head = first_head / p.shared;
-  const auto row = [&](const Cache& c, int64_t slot) {
-    return reinterpret_cast<const Number*>(c.at) + batch * c.batch + key_head * c.head + slot * c.slot;
-  };
-  const float* query = p.query + (batch * p.heads + first_head) * p.depth;
-  const int64_t whole = p.depth / kWidth * kWidth, count = end - begin;
+// A prefetch may name any address, filled slot or not.
+template <class Number>
+inline void prefetch(const Number* at, int64_t count) {
+  for (int64_t byte = 0; byte < count * int64_t{sizeof(Number)}; byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + byte);
+}
 
+// Scores of up to kWidth slots from `first` on, in the lanes of one vector: sixteen dot products are summed together.
+template <class Number, class Row>
+Floats scores(const float* query, int64_t depth, int64_t first, int64_t last, Row row) {
+  const int64_t whole = depth / kWidth * kWidth;
+  Floats dot[kWidth];
+  float rest[kWidth] = {};
+  for (int i = 0; i < kWidth; ++i) {
+    const Number* key = row(std::min(first + i, last - 1));
+    prefetch(row(first + i + kAheadSlots), depth);
+    Floats part = {};
+    for (int64_t d = 0; d < whole; d += kWidth) part += widen(key + d) * load<Floats>(query + d);
+    for (int64_t d = whole; d < depth; ++d) rest[i] += widen_one(key + d) * query[d];
+    dot[i] = part;
+  }
+  return sums(dot) + load<Floats>(rest);
+}
+
+// `kChunks` vectors of the weighted sum of values, for all heads of the pass.
+template <class Number, int kHeads, int kChunks, class Row>
+void weigh(const float (*weight)[kSpan], int64_t d, int64_t begin, int64_t count, Row row, const Partial* out) {
+  Floats weighted[kHeads][kChunks] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const Number* key = row(p.keys, begin + i);
-    Floats dot[kHeads] = {};
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      const Floats k = widen(key + d);
-      for (int h = 0; h < kHeads; ++h) dot[h] += k * load<Floats>(query + h * p.depth + d);
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      float score = sum(dot[h]);
-      for (int64_t d = whole; d < p.depth; ++d) score += widen_one(key + d) * query[h * p.depth + d];
-      score *= p.scale;
-      weight[h][i] = p.mask.at ? score + admitted(p.mask, batch, first_head + h, begin + i) : score;
+    const Number* value = row(begin + i) + d;
+    prefetch(row(begin + i + kAheadSlots) + d, kChunks * kWidth);
+    for (int c = 0; c < kChunks; ++c) {
+      const Floats v = widen(value + c * kWidth);
+      for (int h = 0; h < kHeads; ++h) weighted[h][c] += v * weight[h][i];
     }
   }
+  for (int h = 0; h < kHeads; ++h)
+    for (int c = 0; c < kChunks; ++c) store(out[h].weighted + d + c * kWidth, weighted[h][c]);
+}
+
+enum class Span { kOpen, kClosed, kMixed };  // every slot admitted, none, or it depends
+
+inline Span kind_of(const Mask& mask, int64_t batch, int64_t first_head, int heads, int64_t begin, int64_t count) {
+  if (!mask.at) return Span::kOpen;
+  if (mask.additive || (mask.head && heads > 1)) return Span::kMixed;
+  const uint8_t* row = mask.at + batch * mask.batch + first_head * mask.head + begin;
+  int64_t admitted = 0;
+  for (int64_t i = 0; i < count; ++i) admitted += row[i] != 0;
+  return admitted == count ? Span::kOpen : admitted ? Span::kMixed : Span::kClosed;
+}
+
+template <class Number, int kHeads>
+void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, int64_t end, const Partial* out) {
+  constexpr int kChunks = kWidth == 16 ? 4 : 2;  // so that the sums of four heads stay in registers
+  alignas(64) float weight[kHeads][kSpan];
+  const int64_t key_head = first_head / p.shared;
+  const auto row_of = [&](const Cache& c) {
+    const Number* start = reinterpret_cast<const Number*>(c.at) + batch * c.batch + key_head * c.head;
+    return [start, stride = c.slot](int64_t slot) { return start + slot * stride; };
+  };
+  const auto key_row = row_of(p.keys), value_row = row_of(p.values);
+  const float* query = p.query + (batch * p.heads + first_head) * p.depth;
+  const int64_t whole = p.depth / kWidth * kWidth, count = end - begin;
+  const Span kind = kind_of(p.mask, batch, first_head % p.heads, kHeads, begin, count);
+  if (kind == Span::kClosed) {  // a window's far past is not even read
+    for (int h = 0; h < kHeads; ++h) {
+      *out[h].most = kLow;
+      *out[h].total = 0;
+      std::fill(out[h].weighted, out[h].weighted + p.depth, 0.0f);
+    }
+    return;
+  }
+
+  for (int64_t i = 0; i < count; i += kWidth)
+    for (int h = 0; h < kHeads; ++h)
+      store(weight[h] + i, p.scale * scores<Number>(query + h * p.depth, p.depth, begin + i, end, key_row));
   for (int h = 0; h < kHeads; ++h) {
+    for (int64_t i = 0; kind == Span::kMixed && i < count; ++i) weight[h][i] += admitted(p.mask, batch, first_head + h, begin + i);
     for (int64_t i = count; i % kWidth; ++i) weight[h][i] = kLow;
     Floats most = spread(kLow), total = {};
     for (int64_t i = 0; i < count; i += kWidth) most = larger(most, load<Floats>(weight[h] + i));
@@ -89,28 +143,14 @@ void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, 
     *out[h].most = top;
     *out[h].total = sum(total);
   }
-  constexpr int kChains = kHeads == 1 ? 4 : 1;
-  for (int64_t d = 0; d < whole; d += kWidth) {
-    Floats weighted[kChains][kHeads] = {};
-    int64_t i = 0;
-    for (; i + kChains <= count; i += kChains)
-      for (int c = 0; c < kChains; ++c) {
-        const Floats v = widen(row(p.values, begin + i + c) + d);
-        for (int h = 0; h < kHeads; ++h) weighted[c][h] += v * weight[h][i + c];
-      }
-    for (; i < count; ++i) {
-      const Floats v = widen(row(p.values, begin + i) + d);
-      for (int h = 0; h < kHeads; ++h) weighted[0][h] += v * weight[h][i];
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      for (int c = 1; c < kChains; ++c) weighted[0][h] += weighted[c][h];
-      store(out[h].weighted + d, weighted[0][h]);
-    }
-  }
-  for (int64_t d = whole; d < p.depth; ++d)
+  int64_t d = 0;
+  for (; d + kChunks * kWidth <= whole; d += kChunks * kWidth)
+    weigh<Number, kHeads, kChunks>(weight, d, begin, count, value_row, out);
+  for (; d < whole; d += kWidth) weigh<Number, kHeads, 1>(weight, d, begin, count, value_row, out);
+  for (; d < p.depth; ++d)
     for (int h = 0; h < kHeads; ++h) {
       float weighted = 0;
-      for (int64_t i = 0; i < count; ++i) weighted += widen_one(row(p.values, begin + i) + d) * weight[h][i];
+      for (int64_t i = 0; i < count; ++i) weighted += widen_one(value_row(begin + i) + d) * weight[h][i];
       out[h].weighted[d] = weighted;
     }
 }

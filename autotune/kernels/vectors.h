@@ -116,6 +116,38 @@ inline float sum(Floats v) {
 #endif
 }
 
+// Neighbours folded together: of every 2 * kSpan lanes the first half comes from a, the second from b.
+template <int kSpan, bool kUpper>
+inline Floats fold_half(Floats a, Floats b) {
+#if defined(__clang__)
+  Floats out;
+  for (int l = 0; l < kWidth; ++l) {
+    const int at = l % (2 * kSpan);
+    out[l] = at < kSpan ? a[l + kUpper * kSpan] : b[l - kSpan + kUpper * kSpan];
+  }
+  return out;
+#else
+  Ints pick;
+  for (int l = 0; l < kWidth; ++l) {
+    const int at = l % (2 * kSpan);
+    pick[l] = (at < kSpan ? l : kWidth + l - kSpan) + kUpper * kSpan;
+  }
+  return __builtin_shuffle(a, b, pick);
+#endif
+}
+
+// The sum of every one of kWidth vectors, in the lane of its number. Overwrites them.
+template <int kSpan = 1>
+inline Floats sums(Floats* v) {
+  if constexpr (kSpan == kWidth) {
+    return v[0];
+  } else {
+    for (int i = 0; i < kWidth / kSpan; i += 2)
+      v[i / 2] = fold_half<kSpan, false>(v[i], v[i + 1]) + fold_half<kSpan, true>(v[i], v[i + 1]);
+    return sums<2 * kSpan>(v);
+  }
+}
+
 inline Floats spread(float value) { return value - Floats{}; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

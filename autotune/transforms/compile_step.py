@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from .. import roofline
 from ..errors import ChoiceError
 from . import Stage, Transform, require
@@ -55,19 +53,15 @@ class CompileStep(Transform):
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
 
     def apply(self, variant: Variant) -> None:
-        from ..cache import DynamicCache, SlotCache
+        from ..cache import SlotCache, example
         from ..compiled import CompiledStep
 
         use_slots(variant, self.slots)
         assert variant.caches is not None  # noqa: S101 - use_slots made it; for the type checker
         step = CompiledStep(variant.modules["decode"], regions=self.layers == "once")
         for batch in variant.batch_sizes:
-            prompt = DynamicCache()
-            with torch.no_grad():  # one token shows the shapes of keys and values
-                token = torch.zeros(batch, 1, dtype=torch.int64, device=variant.original.device)
-                variant.original(token, past_key_values=prompt, use_cache=True)
             with variant.running("decode"):
-                step.prepare(SlotCache(prompt, variant.caches.slots))
+                step.prepare(SlotCache(example(variant.original, batch), variant.caches.slots))
         variant.step = step
 
     def took_effect(self, variant: Variant) -> str | None:

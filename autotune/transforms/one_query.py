@@ -52,17 +52,27 @@ class OneQueryAttention(Transform):
         return {"decode": max(roofline.faster_attention(phase, hardware), roofline.less_overhead(phase, hardware))}
 
     def apply(self, variant: Variant) -> None:
-        from .. import kernels
-
-        if reason := kernels.available():
-            raise TransformError(reason)
-        register()
-        for module in variant.edit("decode"):
-            module.set_attn_implementation(IMPLEMENTATION)
+        use_kernel(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
         used = variant.modules["decode"].config._attn_implementation
         return None if used == IMPLEMENTATION else f"decode uses {used}"
+
+
+def use_kernel(variant: Variant) -> None:
+    """Decode with the kernel from now on, unless it does already.
+
+    Raises:
+        TransformError: the kernels cannot be had.
+    """
+    from .. import kernels
+
+    if reason := kernels.available():
+        raise TransformError(reason)
+    register()
+    if variant.modules["decode"].config._attn_implementation != IMPLEMENTATION:
+        for module in variant.edit("decode"):
+            module.set_attn_implementation(IMPLEMENTATION)
 
 
 def register() -> None:

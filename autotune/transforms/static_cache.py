@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 ROUND_TO = 128  # slots; a multiple of every vector width and of flash attention's blocks
+MEMORY_SHARE = 0.5  # of the machine's memory that full slots may take
 HEADROOM = 2  # times the longest context of the workload
 
 
@@ -81,6 +82,21 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     if variant.caches is None:
         variant.caches = CachePool(config, slots or automatic_slots(variant, config))
     variant.loop = "lean"
+
+
+def roomy_slots(variant: Variant) -> int:
+    """As many as the model's longest context, or as half of the machine's memory can hold when all are filled.
+
+    For decoders that read only what is filled: there an empty slot costs address space, nothing more.
+    """
+    from ..hardware import memory_bytes
+    from ..profile.counts import cache_size
+
+    config = variant.original.config.get_text_config(decoder=True)
+    least = automatic_slots(variant, config)
+    per_slot_bytes = cache_size(variant.original, max(variant.batch_sizes), 1, variant.original.dtype.itemsize)
+    most = int(memory_bytes() * MEMORY_SHARE / per_slot_bytes)
+    return max(least, min(getattr(config, "max_position_embeddings", None) or least, most))
 
 
 def automatic_slots(variant: Variant, config: object) -> int:

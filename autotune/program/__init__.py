@@ -1,0 +1,128 @@
+"""A decode step recorded once as a program of C++ instructions and run by one team of threads: no Python, no dispatch.
+
+    trace -> lower -> layout -> kernels/program.cpp
+
+`trace` records the step's operators on fake tensors, `lower` turns them into instructions over named memory, `layout`
+decides where values lie and when threads meet, and the operator `run_program` runs the words that come out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..cache import SlotCache
+from . import layout
+from .lower import lower
+from .trace import trace
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+    from transformers import PreTrainedModel
+
+__all__ = ["Program", "StepPrograms"]
+
+Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
+
+
+class Program:
+    """A graph of tensor operators as a program with its memory.
+
+    Args:
+        graph: recorded operators with fake values, one output; its tensors are read where they lie.
+        rows: size of a first dimension by which work is shared out among threads.
+
+    Raises:
+        TransformError: an operator has no instruction.
+    """
+
+    def __init__(self, graph: GraphModule, rows: int) -> None:
+        lowered = lower(graph, rows)
+        meets = layout.meetings(lowered.instructions)
+        offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
+        self.instructions, self.meetings = lowered.instructions, sum(meets)
+        self.output = torch.zeros(lowered.output.shape)
+        self._code = layout.encode(lowered.instructions, meets, offsets)
+        self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8)
+        self._constants = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
+        self._inputs = lowered.inputs
+        bases = [-(-self._arena.data_ptr() // layout.ALIGN_BYTES) * layout.ALIGN_BYTES]
+        for root in lowered.roots:
+            own = self.output if root.kind == "output" else root.tensor
+            bases.append(0 if own is None else own.data_ptr())
+        self._bases = torch.tensor(bases, dtype=torch.int64)
+
+    def addresses(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What `run` needs to know of the graph's inputs: tensors of the recorded shapes, strides and dtypes."""
+        bases = self._bases.clone()
+        for root, tensor in zip(self._inputs, inputs, strict=True):
+            bases[root + 1] = tensor.data_ptr()
+        return bases
+
+    def run(self, addresses: torch.Tensor) -> torch.Tensor:
+        """Compute. The result is the program's own tensor, overwritten by the next run; one run at a time.
+
+        Raises:
+            RuntimeError: a token or a slot was outside its table.
+        """
+        torch.ops.autotune.run_program(self._code, addresses, torch.get_num_threads())
+        return self.output
+
+
+class _Recorded:
+    """The step for one shape of cache."""
+
+    def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
+        batch = cache.shape[0]
+        self.program = Program(trace(module, cache), batch)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64)
+        self.position = torch.zeros(batch, 1, dtype=torch.int64)
+        self.lock = threading.Lock()
+
+    def over(self, cache: SlotCache) -> Step:
+        inputs = (self.token, self.position, cache.slot, cache.valid, *cache.keys, *cache.values)
+        addresses = self.program.addresses(inputs)
+
+        def step(token: torch.Tensor, position: torch.Tensor, _cache: SlotCache) -> torch.Tensor:
+            with self.lock:
+                self.token.copy_(token)
+                self.position.copy_(position)
+                return self.program.run(addresses).clone()
+
+        return step
+
+
+class StepPrograms:
+    """Decode steps of one module as programs, by (batch, slots)."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module = module
+        self._steps: dict[tuple[int, int], _Recorded] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Record the step for this cache's shape, unless it is recorded.
+
+        Raises:
+            TransformError: the step cannot be recorded as a program.
+        """
+        with self._lock:
+            if cache.shape not in self._steps:
+                self._steps[cache.shape] = _Recorded(self.module, cache)
+
+    def forget(self) -> None:
+        """Record anew when next needed: weights have moved, and programs hold on to where they were."""
+        with self._lock:
+            self._steps.clear()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._steps)
+
+    def fitting(self, cache: SlotCache) -> Step:
+        """The step for this cache's shape; recorded now, in a second or two, if it is the first of its shape."""
+        self.prepare(cache)
+        return self._steps[cache.shape].over(cache)

@@ -1,0 +1,118 @@
+"""What a step program is made of: values, the memory they lie in, and the instructions over them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Literal
+
+import torch
+
+CODES = (  # the order of Code in kernels/program.cpp
+    *("copy", "to_float", "copy_int", "copy_bool", "negative", "inverse_root", "root", "exp", "tanh", "sigmoid"),
+    *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
+    *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
+    *("less_int", "less_equal_int", "equal_int", "and", "or"),
+    *("mean", "normalize", "embed", "index_copy", "arrange", "linear", "dot", "attend"),
+)
+FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels there
+TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's ScalarType
+
+
+class Share(IntEnum):
+    """Who works on an instruction; the order of Share in kernels/program.cpp."""
+
+    SOLO = 0  # the first thread alone: too little work to share
+    ROWS = 1  # every thread takes its part of the sequences
+    TEAM = 2  # every thread takes its part of the result
+
+
+@dataclass(frozen=True)
+class Root:
+    """A piece of memory that values lie in.
+
+    Args:
+        kind: "temporary" (the program's own, reused), "constant" (a tensor that outlives the program's calls),
+            "input" (given with each call) or "output" (the program's own, kept).
+        size_bytes: its size.
+        tensor: for constants, what lies there.
+    """
+
+    number: int
+    kind: Literal["temporary", "constant", "input", "output"]
+    size_bytes: int
+    tensor: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value: a strided view of a root, as torch has views of a storage.
+
+    Args:
+        offset: of the first element, in elements.
+        strides: in elements.
+    """
+
+    root: Root
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def ref(self) -> Ref:
+        return Ref(self.root.number, self.offset * self.dtype.itemsize)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def contiguous(self) -> bool:
+        steps = zip(self.shape, self.strides, dense(self.shape), strict=True)
+        return all(size == 1 or own == wanted for size, own, wanted in steps)
+
+    def broadcast(self, shape: tuple[int, ...]) -> Place:
+        """The same numbers seen as `shape`, repeated along stride 0."""
+        missing = len(shape) - len(self.shape)
+        own = (1,) * missing + self.shape
+        strides = (0,) * missing + self.strides
+        kept = tuple(0 if size == 1 else stride for size, stride in zip(own, strides, strict=True))
+        return replace(self, shape=shape, strides=kept)
+
+
+def dense(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of contiguous values."""
+    steps = itertools.accumulate((max(size, 1) for size in reversed(shape[1:])), operator.mul, initial=1)
+    return tuple(steps)[::-1] if shape else ()
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An address: a root's number and an offset in bytes."""
+
+    root: int
+    offset_bytes: int
+
+
+NOWHERE = Ref(-1, 0)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step of a program.
+
+    Args:
+        words: what follows the header in the encoded form: integers, FP64 numbers and addresses.
+        reads, writes: numbers of the roots it touches.
+    """
+
+    code: str
+    share: Share
+    words: tuple[int | float | Ref, ...]
+    reads: frozenset[int]
+    writes: frozenset[int]

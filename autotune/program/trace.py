@@ -1,0 +1,46 @@
+"""A decode step as a graph of ATen operators, recorded without computing anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..cache import SlotCache, run
+from ..errors import TransformError
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+
+def trace(module: Any, cache: SlotCache) -> GraphModule:
+    """Record `cache.run` for this module and this cache's shape.
+
+    Returns:
+        A graph over (token, position, slot, valid, *keys, *values) that returns logits [B, V]. Weights are its
+        attributes, by reference; every node's `meta["val"]` is a fake tensor with the value's shape and strides.
+
+    Raises:
+        TransformError: the step cannot be recorded, because its operators depend on values.
+    """
+
+    def step(*inputs: Any) -> torch.Tensor:
+        return run(module, *inputs)
+
+    token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor
+    try:
+        with torch.no_grad(), mode:
+            return make_fx(step, tracing_mode="real")(
+                *(fake(t) for t in (token, token.clone(), cache.slot, cache.valid)),
+                [fake(keys) for keys in cache.keys],
+                [fake(values) for values in cache.values],
+            )
+    except Exception as error:  # a model's own code and torch's tracer raise what they like
+        first = str(error).strip().splitlines()[:1]
+        raise TransformError(
+            f"the decode step cannot be recorded: {type(error).__name__}: {' '.join(first)}"
+        ) from error

@@ -1,0 +1,80 @@
+"""The decode step as a program of C++ instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import roofline
+from ..errors import ChoiceError, TransformError
+from . import Stage, Transform, one_query
+from .static_cache import no_slots, roomy_slots
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+
+@dataclass(frozen=True)
+class StepProgram(Transform):
+    """Records a decode step over static slots once and runs it in C++ with one team of threads: no Python, no dispatch.
+
+    Every batch size is recorded when it is first seen (the workload's at once); the cache has room for the model's
+    longest context, since slots take memory only when they are filled and only filled ones are read.
+
+    Args:
+        slots: tokens a sequence has room for; 0 means the model's longest context, or what memory allows.
+    """
+
+    slots: int = 0
+
+    name: ClassVar[str] = "step_program"
+    stage: ClassVar[Stage] = Stage.COMPILE
+    summary: ClassVar[str] = "the whole decode step recorded and run as one C++ program over a static KV cache"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.slots < 0:
+            raise ChoiceError(f"step_program: slots must be 0 (automatic) or more, not {self.slots}")
+        if self.phase != "decode":
+            raise ChoiceError("step_program: phase must be 'decode'")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if variant.step is not None:
+            return "the decode step is recorded or compiled already"
+        if reason := no_slots(variant.original):
+            return reason
+        uses_kernel = variant.modules["decode"].config._attn_implementation == one_query.IMPLEMENTATION
+        return None if uses_kernel else one_query.OneQueryAttention("decode").unavailable(variant, hardware)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best nothing is left but what has to move and be computed."""
+        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        from .. import kernels
+        from ..cache import CachePool, SlotCache, example
+        from ..program import StepPrograms
+
+        if reason := kernels.available():
+            raise TransformError(reason)
+        one_query.use_kernel(variant)
+        if reason := no_slots(variant.original):
+            raise TransformError(reason)
+        slots = self.slots or roomy_slots(variant)
+        variant.caches = CachePool(variant.original.config.get_text_config(decoder=True), slots)
+        variant.loop = "lean"
+        programs = StepPrograms(variant.modules["decode"])
+        for batch in variant.batch_sizes:
+            programs.prepare(SlotCache(example(variant.original, batch), slots))
+        variant.step = programs
+
+    def took_effect(self, variant: Variant) -> str | None:
+        if variant.step is None or variant.caches is None:
+            return "there is no recorded step"
+        wanted = {(batch, variant.caches.slots) for batch in variant.batch_sizes}
+        missing = sorted(wanted - set(variant.step.shapes))
+        return f"no step for (batch, slots) {missing}" if missing else None

@@ -1,0 +1,334 @@
+"""Programs compute what torch computes, on any number of threads; their memory is reused only where nobody reads it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autotune import cache as slots
+from autotune import kernels, transforms
+from autotune.errors import TransformError
+from autotune.program import Program, layout
+from autotune.program.instruction import CODES, Instruction, Place, Root, Share, dense
+from autotune.program.lower import collapse
+from autotune.variant import Variant, serving
+from tests.models import VOCABULARY, left_padded, tiny, token_prompts
+
+needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+ARCHITECTURES = ("llama", "qwen3", "gpt2", "gpt-neox", "opt", "gemma3", "mistral-window", "phi3")
+WEIGHTS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "as they are": None,
+    "float16": ("weight_storage", {"dtype": "float16"}),
+    "bfloat16": ("weight_storage", {"dtype": "bfloat16"}),
+    "int8": ("weight_only", {"bits": 8}),
+    "int4": ("weight_only", {"bits": 4}),
+    "int4, whole rows": ("weight_only", {"bits": 4, "group": 0}),
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def record(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Program:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), mode:
+        graph = make_fx(function)(*(mode.from_tensor(t.clone()) for t in inputs))
+    return Program(graph, rows=inputs[0].shape[0])
+
+
+def floats(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, Y, ROW = floats(3, 5, 37), floats(3, 5, 37, seed=1), floats(37, seed=2)
+IDS = torch.tensor([[3], [0], [6]])
+TABLE, WEIGHT, BIAS = floats(7, 20, seed=3), floats(24, 37, seed=4), floats(24, seed=5)
+FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "negative": (lambda x: -x, (X,)),
+    "inverse_root": (lambda x: torch.rsqrt(x * x + 1), (X,)),
+    "root": (lambda x: torch.sqrt(x * x), (X,)),
+    "exp": (torch.exp, (X,)),
+    "tanh": (torch.tanh, (X,)),
+    "tanh of large numbers": (lambda x: torch.tanh(x * 100), (X,)),
+    "sigmoid": (torch.sigmoid, (X * 30,)),
+    "silu": (lambda x: F.silu(x), (X * 30,)),
+    "relu": (lambda x: F.relu(x), (X,)),
+    "gelu": (lambda x: F.gelu(x), (X,)),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), (X,)),
+    "cos": (torch.cos, (X,)),
+    "sin": (torch.sin, (X,)),
+    "square": (lambda x: x.pow(2), (X,)),
+    "cube": (lambda x: torch.pow(x, 3.0), (X,)),
+    "reciprocal": (torch.reciprocal, (X,)),
+    "add": (torch.add, (X, Y)),
+    "add a row": (torch.add, (X, ROW)),
+    "subtract": (lambda x, y: x - y, (X, Y)),
+    "multiply by a number": (lambda x: 0.5 * x, (X,)),
+    "divide": (lambda x, y: x / (y * y + 1), (X, Y)),
+    "larger": (torch.maximum, (X, Y)),
+    "smaller": (torch.minimum, (X, Y)),
+    "transposed": (lambda x, y: x.transpose(1, 2) + y.transpose(1, 2), (X, Y)),
+    "transposed and not": (lambda x, y: x.transpose(1, 2).contiguous() * y.reshape(3, 37, 5), (X, Y)),
+    "broadcast": (lambda x, y: x[:, :, :1] * y[:, :1], (X, Y)),
+    "sliced": (lambda x: torch.cat((-x[..., 18:], x[..., :18]), -1), (X,)),
+    "mean": (lambda x: x.mean(-1, keepdim=True) * x, (X,)),
+    "mean of a transposed": (lambda x: x.transpose(1, 2).mean(-1), (X,)),
+    "layer norm": (lambda x, y: F.layer_norm(x, (37,), y, y * 2, 1e-5), (X, ROW)),
+    "layer norm without weights": (lambda x: F.layer_norm(x, (37,)), (X,)),
+    "embedding": (lambda ids: F.embedding(ids, TABLE), (IDS,)),
+    "linear": (lambda x: F.linear(x, WEIGHT, BIAS), (X,)),
+    "linear without bias": (lambda x: F.linear(x, WEIGHT), (X,)),
+    "constants": (lambda x: x * torch.arange(37) + torch.full((37,), 2.0), (X,)),
+    "one input twice": (lambda x: (x + 1) * (x + 1), (X,)),
+    "an input itself": (lambda x: x.transpose(1, 2), (X,)),
+    "to float": (lambda ids: (ids * 3 - 1 + ids).float(), (IDS,)),
+}
+MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "less": lambda a, b: a < b,
+    "at most": lambda a, b: a <= b,
+    "more": lambda a, b: a > b,
+    "at least": lambda a, b: a >= b,
+    "equal": lambda a, b: a == b,
+    "and": lambda a, b: (a < 4) & (b > 2),
+    "not": lambda a, b: ~(a < b),
+    "side by side": lambda a, b: torch.cat((a[:, :4] < b, a[:, 4:] <= b), -1),
+    "or": lambda a, b: (a < 2) | (b > 5),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_program_computes_what_torch_computes(name: str, count: int, threads: Callable[[int], None]) -> None:
+    threads(count)
+    function, inputs = FUNCTIONS[name]
+    program = record(function, *inputs)
+    for scale in (1, 2):  # other numbers through the same program
+        given = [t * scale if t.is_floating_point() else t for t in inputs]
+        torch.testing.assert_close(program.run(program.addresses(given)), function(*given), atol=2e-6, rtol=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str) -> None:
+    a, b = torch.arange(8).expand(2, 8).contiguous(), torch.tensor([[3], [5]])
+    query, cache = floats(2, 2, 1, 16), floats(2, 1, 8, 16)
+
+    def attend(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.ops.autotune.attend_one(query, cache, cache, None, MASKS[name](a, b)[:, None, None], 0.25)
+
+    program = record(attend, a, b)
+    torch.testing.assert_close(program.run(program.addresses((a, b))), attend(a, b))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("function", "inputs", "named"),
+    [
+        (lambda x: torch.fft.fft(x).real, (X,), "fft"),
+        (lambda x: x.pow(1.7), (X,), "powers of 1.7"),
+        (lambda x: x.mean(0), (X,), "means over other dimensions"),
+        (lambda x: x.half() + 1, (X,), "float16"),
+        (lambda x, y: x[:, 0] @ y[0, 0], (X, Y), "mv"),
+    ],
+)
+def test_what_has_no_instruction_is_named(function: Any, inputs: tuple[torch.Tensor, ...], named: str) -> None:
+    with pytest.raises(TransformError, match=named):
+        record(function, *inputs)
+
+
+@needs_kernels
+def test_an_index_outside_its_table_is_an_error() -> None:
+    program = record(lambda ids: F.embedding(ids, TABLE), IDS)
+    with pytest.raises(RuntimeError, match="outside its table"):
+        program.run(program.addresses((torch.tensor([[3], [7], [6]]),)))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "batch", "weights"),
+    [(name, batch, "int8") for name in ARCHITECTURES for batch in (1, 3)]
+    + [("llama", batch, weights) for weights in WEIGHTS for batch in (1, 9)],
+)
+def test_a_recorded_step_gives_the_modules_logits(name: str, batch: int, weights: str) -> None:
+    model = tiny(name)
+    chosen = WEIGHTS[weights]
+    before = [] if chosen is None else [transforms.make(*chosen, "decode")]
+    reference = Variant(model).with_transforms([*before, transforms.make("one_query_attention", {}, "decode")])
+    module = reference.modules["decode"]
+    prompt = torch.tensor(token_prompts(batch, length=11))
+    filled = slots.DynamicCache()
+    model(prompt, past_key_values=filled, use_cache=True)
+    mask = torch.ones_like(prompt)
+    mask[0, :4] = 0
+    caches = [slots.SlotCache(filled, 64) for _ in range(2)]
+    for cache in caches:
+        cache.fill(filled, mask)
+    recorded = _steps(module, caches[0])
+    for i in range(12):  # past the sliding windows of 8
+        token = torch.tensor(token_prompts(batch, length=1, seed=i))
+        position = torch.full((batch, 1), 11 + i)
+        expected = slots.step(module, token, position, caches[1])
+        torch.testing.assert_close(recorded(token, position, caches[0]), expected, atol=2e-4, rtol=1e-4)
+        for cache in caches:
+            cache.advance()
+
+
+def _steps(module: Any, cache: slots.SlotCache) -> Callable[..., torch.Tensor]:
+    from autotune.program import StepPrograms
+
+    return StepPrograms(module).fitting(cache)
+
+
+@needs_kernels
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_generation_is_the_originals(name: str, sampling: bool) -> None:
+    model = tiny(name)
+    exact = [transforms.make("weight_storage", {}, "decode"), transforms.make("step_program", {}, "decode")]
+    served = serving(Variant(model).with_transforms(exact))
+    for inputs in (left_padded(), {"input_ids": torch.tensor(token_prompts(1))}, left_padded((20, 3))):
+        answers = []
+        for each in (model, served):
+            torch.manual_seed(7)
+            answers.append(each.generate(**inputs, max_new_tokens=24, do_sample=sampling))
+        assert torch.equal(*answers)
+
+
+@needs_kernels
+def test_contexts_up_to_the_models_limit_are_served() -> None:
+    model = tiny("llama")
+    variant = Variant(model).with_transform(transforms.make("step_program", {}, "decode"))
+    assert variant.caches is not None
+    assert variant.caches.slots == model.config.max_position_embeddings
+    ids = torch.tensor(token_prompts(1, length=200))
+    expected = model.generate(ids, max_new_tokens=56, min_new_tokens=56)
+    assert torch.equal(serving(variant).generate(ids, max_new_tokens=56, min_new_tokens=56), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("mixtral", r"recorded|instruction"), ("gpt2", "one row after the other"), ("mamba", "takes no")],
+)
+def test_what_cannot_be_a_program_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(TransformError, match=reason):
+        Variant(tiny(name)).with_transform(transforms.make("step_program", {}, "decode"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "keep_first", "keep_last", "sizes", "steps"),
+    [
+        ((2, 3, 4), [(12, 4, 1)], False, False, [24], [[1]]),
+        ((2, 3, 4), [(12, 4, 1)], True, False, [2, 12], [[12], [1]]),
+        ((2, 3, 4), [(12, 4, 1)], False, True, [6, 4], [[4], [1]]),
+        ((2, 3, 4), [(12, 4, 1), (0, 0, 1)], False, False, [6, 4], [[4, 0], [1, 1]]),
+        ((1, 1, 4), [(4, 4, 1)], False, False, [4], [[1]]),
+        ((1, 1), [(1, 1)], False, False, [1], [[0]]),
+        ((3, 2, 4), [(4, 12, 1)], False, False, [3, 2, 4], [[4], [12], [1]]),
+    ],
+)
+def test_dimensions_collapse_where_all_step_evenly(
+    shape: Any, strides: Any, keep_first: bool, keep_last: bool, sizes: list[int], steps: list[list[int]]
+) -> None:
+    expected = sizes, [list(own) for own in zip(*steps, strict=True)]
+    assert collapse(shape, strides, keep_first, keep_last) == expected
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (1, 5, 1)])
+def test_dense_strides_are_torchs(shape: tuple[int, ...]) -> None:
+    assert dense(shape) == torch.empty(shape).stride()
+
+
+SHARES = st.sampled_from(list(Share))
+STEPS = st.lists(
+    st.tuples(SHARES, st.lists(st.integers(0, 30), max_size=3), st.integers(1, 900)), min_size=1, max_size=25
+)
+
+
+def chain(steps: list[tuple[Share, list[int], int]]) -> tuple[list[Instruction], list[Root]]:
+    """Instructions that each write a new temporary and read some of those before."""
+    roots = [Root(i, "temporary", size) for i, (_, _, size) in enumerate(steps)]
+    instructions = [
+        Instruction("copy", share, (), frozenset(r for r in reads if r < i), frozenset({i}))
+        for i, (share, reads, _) in enumerate(steps)
+    ]
+    return instructions, roots
+
+
+@given(STEPS)
+@settings(deadline=None)
+def test_threads_meet_between_a_write_and_a_foreign_read(steps: list[tuple[Share, list[int], int]]) -> None:
+    instructions, _ = chain(steps)
+    meets = layout.meetings(instructions)
+    for i, instruction in enumerate(instructions):
+        for j in instruction.reads:
+            own = instructions[j].share is instruction.share is not Share.TEAM
+            assert own or any(meets[j + 1 : i + 1])
+
+
+@given(STEPS)
+@settings(deadline=None)
+def test_memory_is_reused_only_when_nobody_can_be_reading_it(steps: list[tuple[Share, list[int], int]]) -> None:
+    instructions, roots = chain(steps)
+    meets = layout.meetings(instructions)
+    offsets, end = layout.place_temporaries(instructions, meets, roots)
+    users = {r.number: [i for i, x in enumerate(instructions) if r.number in x.reads | x.writes] for r in roots}
+    for a in roots:
+        assert offsets[a.number] + a.size_bytes <= end
+        for b in roots[a.number + 1 :]:
+            apart = (
+                offsets[a.number] + a.size_bytes <= offsets[b.number]
+                or offsets[b.number] + b.size_bytes <= offsets[a.number]
+            )
+            born = users[b.number][0]
+            alone = instructions[born].share is Share.SOLO
+            over = all(
+                j < born and ((alone and instructions[j].share is Share.SOLO) or any(meets[j + 1 : born + 1]))
+                for j in users[a.number]
+            )
+            assert apart or over
+
+
+def test_the_program_is_encoded_with_its_length_in_front() -> None:
+    place = Place(Root(0, "temporary", 64), 2, (4,), (1,), torch.float32)
+    instruction = Instruction(
+        "negative", Share.SOLO, (1, 4, place.ref, 1, place.ref, 1), frozenset({0}), frozenset({0})
+    )
+    words = layout.encode([instruction], [False], {0: 128}).tolist()
+    assert words == [12, CODES.index("negative"), 0, 0, 1, 4, layout.ARENA, 136, 1, layout.ARENA, 136, 1]
+
+
+@needs_kernels
+def test_every_instruction_occurs_in_some_tested_graph() -> None:
+    used: set[str] = set()
+    for function, inputs in FUNCTIONS.values():
+        used |= {i.code for i in record(function, *inputs).instructions}
+    a, b = torch.arange(8)[None].contiguous(), torch.tensor([[3]])
+    query, cache = floats(1, 2, 1, 16), floats(1, 1, 8, 16)
+    for mask in MASKS.values():
+
+        def attend(a: torch.Tensor, b: torch.Tensor, mask: Any) -> torch.Tensor:
+            return torch.ops.autotune.attend_one(query, cache, cache, None, mask(a, b)[:, None, None], 1.0)
+
+        used |= {i.code for i in record(functools.partial(attend, mask=mask), a, b).instructions}
+    model = tiny("llama", vocab_size=VOCABULARY)
+    variant = Variant(model).with_transforms(
+        [transforms.make("weight_only", {"bits": 4}, "decode"), transforms.make("step_program", {}, "decode")]
+    )
+    assert variant.step is not None
+    used |= {i.code for step in variant.step._steps.values() for i in step.program.instructions}  # type: ignore[union-attr]
+    assert set(CODES) - used == set()
