@@ -94,6 +94,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]
     "constants": (lambda x: x * torch.arange(37) + torch.full((37,), 2.0), (X,)),
     "one input twice": (lambda x: (x + 1) * (x + 1), (X,)),
     "an input itself": (lambda x: x.transpose(1, 2), (X,)),
+    "ids side by side": (lambda ids: torch.cat((ids, ids + 1), -1).float(), (IDS,)),
     "to float": (lambda ids: (ids * 3 - 1 + ids).float(), (IDS,)),
 }
 MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
