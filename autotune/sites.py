@@ -53,12 +53,17 @@ def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:
 
     Args:
         model: any module tree.
-        skip: comma-separated name parts to leave out: "lm_head,down_proj".
+        skip: layers to leave out, as in `is_named`.
 
     Returns:
         Name -> the layer, or for a `Conv1D` a view of it as `nn.Linear` that shares its memory.
     """
     return {name: linear for name, _, linear in _sites(model, skip)}
+
+
+def is_named(name: str, parts: str) -> bool:
+    """Whether a dotted name has one of some comma-separated runs of whole parts: "lm_head,down_proj,layers.3.mlp"."""
+    return any(f".{part.strip()}." in f".{name}." for part in parts.split(","))
 
 
 def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None], skip: str = "") -> int:
@@ -132,8 +137,7 @@ def as_linear(layer: nn.Module) -> nn.Linear | None:
 
 def _sites(model: nn.Module, skip: str) -> list[tuple[str, nn.Module, nn.Linear]]:
     """Name, layer and the layer seen as `nn.Linear`; a layer under two names is there twice."""
-    skipped = {part.strip() for part in skip.split(",")}
-    named = [(name, layer) for name, layer in _candidates(model) if skipped.isdisjoint(name.split("."))]
+    named = [(name, layer) for name, layer in _candidates(model) if not is_named(name, skip)]
     return [(name, layer, linear) for name, layer in named if (linear := as_linear(layer)) is not None]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -12,7 +14,7 @@ from ..errors import TransformError
 from . import Stage, Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -21,13 +23,27 @@ if TYPE_CHECKING:
     from ..variant import Variant
     from ..workload import Phase
 
+_made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged layers", default=None)
+
+
+@contextmanager
+def reusing() -> Iterator[None]:
+    """In here a layer that was exchanged once is not exchanged again: variants that differ in a few layers share the
+    others. The model's weights must not change meanwhile."""
+    made = _made.get()
+    token = _made.set({} if made is None else made)
+    try:
+        yield
+    finally:
+        _made.reset(token)
+
 
 @dataclass(frozen=True)
 class LinearTransform(Transform):
     """Exchanges every linear layer of a phase's module for `exchange(layer)`.
 
     Args:
-        skip: comma-separated parts of module names whose layers stay as they are: "lm_head,down_proj".
+        skip: comma-separated parts of module names whose layers stay as they are: "lm_head,layers.3.mlp.down_proj".
     """
 
     skip: str = ""
@@ -43,6 +59,25 @@ class LinearTransform(Transform):
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
         """The layer that takes the place of `linear`, or None to leave it. Only reads `linear`."""
         raise NotImplementedError
+
+    @property
+    def recipe(self) -> LinearTransform:
+        """What becomes of one layer: this transform without the names of layers."""
+        return replace(self, skip="")
+
+    @property
+    def wider(self) -> LinearTransform | None:
+        """What a sensitive layer is exchanged for instead; None: it stays as it is."""
+        return None
+
+    @property
+    def wider_form(self) -> str:
+        """The form of a layer left wider, in words."""
+        return "as it was"
+
+    def widened(self, names: str) -> Self:
+        """This transform with the layers of these names left wider, beside those that were already."""
+        return replace(self, skip=joined(self.skip, names))
 
     def missing(self) -> str | None:
         """What this process lacks to run the new layers, or None."""
@@ -73,17 +108,36 @@ class LinearTransform(Transform):
             raise TransformError(reason)
         for twin in variant.edit(self.phase):
             try:
-                exchanged = sites.replace(twin, self.exchange, self.skip)
+                exchanged = self.exchange_in(twin)
             except ValueError as error:  # weights that the new layer cannot hold
                 raise TransformError(f"{self}: {error}") from error
             if not exchanged:
                 raise TransformError(f"{self}: no linear layer of {type(twin).__name__} can be exchanged")
+
+    def exchange_in(self, twin: nn.Module) -> int:
+        """Exchange the layers of a twin; how many became `kind`."""
+        return sites.replace(twin, self.exchange_once, self.skip)
+
+    def exchange_once(self, linear: nn.Linear) -> nn.Module | None:
+        """`exchange`, or what it made of the same layer before where that may be used again."""
+        if (made := _made.get()) is None:
+            return self.exchange(linear)
+        weight, bias = linear.weight, linear.bias
+        key = (self.recipe, weight.data_ptr(), weight.shape, None if bias is None else bias.data_ptr())
+        if key not in made:
+            made[key] = self.exchange(linear)
+        return made[key]
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:
             if not sites.count(variant.modules[phase], self.kind):
                 return f"{phase} has no {self.kind.__name__}"
         return None
+
+
+def joined(*names: str) -> str:
+    """Comma-separated names as one list."""
+    return ",".join(filter(None, names))
 
 
 def _nothing_left(variant: Variant, phase: Phase) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from .. import kernels, roofline
+from .. import kernels, roofline, sites
 from . import require
-from .linears import LinearTransform
+from .linears import LinearTransform, joined
+from .storage import WeightStorage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,10 +26,13 @@ class WeightOnly(LinearTransform):
     Args:
         bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
+        wide: comma-separated parts of module names whose layers get the next wider form, 8 bits instead of 4 or FP16
+            instead of 8: "lm_head,layers.3.mlp.down_proj".
     """
 
     bits: int = 8
     group: int = 32
+    wide: str = ""
 
     name: ClassVar[str] = "weight_only"
     summary: ClassVar[str] = "INT8 or INT4 weights in groups with FP32 arithmetic, C++ kernels"
@@ -40,6 +44,27 @@ class WeightOnly(LinearTransform):
     @property
     def kind(self) -> type[kernels.Int8Linear | kernels.Int4Linear]:
         return kernels.Int8Linear if self.bits == 8 else kernels.Int4Linear
+
+    @property
+    def recipe(self) -> Self:
+        return replace(self, skip="", wide="")
+
+    @property
+    def wider(self) -> LinearTransform:
+        return replace(self.recipe, bits=8) if self.bits == 4 else WeightStorage(phase=self.phase)
+
+    @property
+    def wider_form(self) -> str:
+        return "at 8 bits" if self.bits == 4 else "in FP16"
+
+    def widened(self, names: str) -> Self:
+        return replace(self, wide=joined(self.wide, names))
+
+    def exchange_in(self, twin: nn.Module) -> int:
+        narrow = sites.replace(twin, self.exchange_once, joined(self.skip, self.wide))
+        if self.wide:
+            sites.replace(twin, self.wider.exchange_once, self.skip)  # what is still a linear layer
+        return narrow
 
     def missing(self) -> str | None:
         return kernels.available()
