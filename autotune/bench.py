@@ -16,10 +16,13 @@ from .policy import Limits, Policy
 from .profile import Profile
 from .search import tier_for
 from .sites import stored_bytes
+from .transforms import Transform
+from .transforms.linears import LinearTransform
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam
 from .validate.latency import Metric
 from .validate.score import Served
+from .validate.sensitivity import Probe
 from .validate.timing import request, time_request
 from .variant import Variant
 from .workload import PHASES, Bucket, Phase, Workload
@@ -89,6 +92,12 @@ class LiveBench:
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         return quality.judge(self.exam, variant, tier)
+
+    def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
+        """Measures what its layers cause where a transform exchanges layers one by one; None for others."""
+        if not isinstance(transform, LinearTransform):
+            return None
+        return Probe(self.exam, incumbent, transform, tier)
 
     def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
         return self._compare(incumbent, candidate, METRICS[phase], self.tuning, pairs=25)

@@ -18,7 +18,9 @@ from .hardware import Hardware
 from .plan import Outcome, Trial
 from .policy import Choice, Limits, Policy, Step
 from .profile import Profile
+from .sensitivity import Probe, Promises, Refinement, refine
 from .transforms import Transform
+from .transforms.linears import reusing
 from .validate import Latency, Quality, Verdict
 from .variant import Variant
 from .workload import Phase
@@ -26,6 +28,7 @@ from .workload import Phase
 log = logging.getLogger("autotune")
 
 HOPELESS = 0.1  # speed-up of a first run below which not even quality, which is judged first, is worth the time
+REFINING_SHARE = 0.15  # of the budget that may go into finding out which layers of one transform to leave wider
 OUTCOMES = {
     Verdict.PASS: Outcome.ACCEPTED,
     Verdict.FAIL: Outcome.REJECTED,
@@ -49,6 +52,9 @@ class Bench(Protocol):
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         """Quality against the original."""
+
+    def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
+        """What finds out which layers a transform ruins; None where it cannot leave out some."""
 
     def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
         """Paired latency of `phase`."""
@@ -93,24 +99,80 @@ class _Search:
             predicted = {t: promise(t, step.phase, state, self.hardware) for t in choices}
             transform = max(choices, key=lambda t: predicted[t] or 0.0)
             choices.remove(transform)
-            start = self.clock()
             trial = Trial(transform, step.name, step.phase, Outcome.SKIPPED, "", predicted=predicted[transform])
+            candidate = None
             if ruled_out := rule_out(trial, state, self.policy.limits, self.hardware):
                 trial = ruled_out
-            elif start >= self.deadline:
+            elif self.clock() >= self.deadline:
                 trial = replace(trial, reason=f"the budget of {self.policy.budget_s:.0f} s was spent")
             else:
                 self.notify(f"trying {transform}: predicted up to {trial.predicted:.2f}x for {step.phase}")
-                trial, candidate = self.attempt(trial, state.variant)
-                trial = replace(trial, seconds=self.clock() - start)
-                self.notify(f"{trial.outcome} {transform}: {trial.reason}")
-                if trial.outcome is Outcome.ACCEPTED and candidate is not None:
-                    state = self.examine(candidate)
+                with reusing():
+                    trial, candidate = self.attempt(trial, state.variant)
+                    if trial.quality is not None and trial.quality.verdict is Verdict.FAIL:
+                        others = max((predicted[other] or 0.0 for other in choices), default=0.0)
+                        trial, candidate = self.refine(trial, state, others)
             self.trials.append(trial)
+            if trial.outcome is Outcome.ACCEPTED and candidate is not None:
+                state = self.examine(candidate)
         return state
 
     def attempt(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
-        """One candidate from application to verdict. Whatever it raises, the incumbent is as it was."""
+        """One candidate from application to verdict, with what it took."""
+        start = self.clock()
+        trial, candidate = self.judge(trial, incumbent)
+        trial = replace(trial, seconds=self.clock() - start)
+        self.notify(f"{trial.outcome} {trial.transform}: {trial.reason}")
+        return trial, candidate
+
+    def refine(self, failed: Trial, state: State, others: float) -> tuple[Trial, Variant | None]:
+        """Try a transform that failed the gate without the layers that made it fail, where there are few enough.
+
+        Args:
+            failed: the trial of the whole transform.
+            others: speed-up that the step's next choice promises; a refined transform has to promise more.
+
+        Returns:
+            The last trial of it, which is yet to be recorded, and its variant.
+        """
+        start = self.clock()
+        trial, candidate = failed, None
+        try:
+            found = self.look_into(failed, state, others)
+        except Exception as error:  # what is measured is foreign code, as in a trial
+            log.debug("%s could not be refined", failed.transform, exc_info=True)
+            found = Refinement((), f"its layers could not be compared: {type(error).__name__}: {error}")
+        if found is None:
+            return trial, candidate
+        seconds = failed.seconds + self.clock() - start
+        trial = replace(failed, reason=f"{failed.reason}; {found.finding}", seconds=seconds)
+        for proposal in found.proposals:
+            if self.clock() >= self.deadline:
+                break
+            self.trials.append(trial)
+            trial, candidate = self.attempt(
+                replace(failed, transform=proposal.transform, predicted=proposal.predicted, quality=None),
+                state.variant,
+            )
+            trial = replace(trial, reason=f"{proposal.reason}; {trial.reason}")
+            if trial.quality is None or trial.quality.verdict in (Verdict.PASS, Verdict.ERROR):
+                break
+        return trial, candidate
+
+    def look_into(self, failed: Trial, state: State, others: float) -> Refinement | None:
+        """Which layers made a transform fail, and what to try without them; None where it cannot be tried so."""
+        tier = failed.quality.tier if failed.quality else self.policy.tier
+        probe = self.bench.probe(state.variant, failed.transform, tier)
+        if probe is None:
+            return None
+        self.notify(f"looking for the layers that make {failed.transform} fail")
+        wide = promise(probe.wider, failed.target, state, self.hardware) if probe.wider else None
+        promises = Promises(failed.predicted or 1.0, wide or 1.0, max(1 + self.policy.limits.min_gain, others))
+        end = min(self.deadline, self.clock() + REFINING_SHARE * self.policy.budget_s)
+        return refine(probe, promises, spent=lambda: self.clock() >= end)
+
+    def judge(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
+        """One candidate's verdict. Whatever it raises, the incumbent is as it was."""
         transform, phase, start = trial.transform, trial.target, self.clock()
         try:
             candidate = incumbent.with_transform(transform)

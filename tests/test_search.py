@@ -62,6 +62,7 @@ class ScriptedBench:
     bottlenecks: dict[str, str] = field(default_factory=dict)  # label, or "" for the original -> decode's bottleneck
     glances: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
     calls: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -86,11 +87,38 @@ class ScriptedBench:
         self.calls.append(f"judge {label} {tier}")
         return Quality(tier, self.quality.get(label, Verdict.PASS), f"quality of {label}")
 
+    def probe(self, incumbent: Variant, transform: Any, tier: str) -> Any:
+        self.calls.append(f"probe {transform.label} {tier}")
+        return self.probes.get(transform.label)
+
     def race(self, incumbent: Variant, candidate: Variant, phase: str) -> Latency:
         label = self.label(candidate)
         self.calls.append(f"race {self.label(incumbent) or 'original'} {label}")
         once = Speedup(1.5, 1.4, 1.6, 8)
         return Latency(self.speed.get(label, Verdict.PASS), f"speed of {label}", once, once, once, 0.01)
+
+
+@dataclass(frozen=True)
+class ScriptedProbe:
+    """Twenty layers, the first of which cause all the divergence; "a" without them is called "a2"."""
+
+    causes: int = 1
+    layers: ClassVar[dict[str, int]] = {f"layer{letter}": 100 for letter in "abcdefghijklmnopqrst"}
+    wider: ClassVar[Any] = Scripted(label="wide", promises=1.5)
+    wider_form: ClassVar[str] = "at 8 bits"
+
+    @property
+    def bad(self) -> list[str]:
+        return list(self.layers)[: self.causes]
+
+    def divergence(self, names: Any) -> float:
+        return 0.06 * sum(name in self.bad for name in names)
+
+    def shortfall(self, wide: str) -> str | None:
+        return None if set(self.bad) <= set(wide.split(",")) else "mean KLD is 0.06"
+
+    def widened(self, wide: str) -> Transform:
+        return Scripted(label=f"a{len(wide.split(',')) + 1}", phase="decode")
 
 
 def policy(*steps: Step, **changes: Any) -> Policy:
@@ -145,6 +173,59 @@ def test_one_candidate(choice: dict[str, Any], bench: ScriptedBench, outcome: st
 
 def test_a_failed_quality_is_never_timed() -> None:
     bench = ScriptedBench(quality={"a": Verdict.FAIL})
+    run(bench, policy(step({})))
+    assert not any(call.startswith("race") for call in bench.calls)
+
+
+REFINED = "kept layera at 8 bits, 5% of the weights: alone it causes 0.06 of 0.06 nat"
+
+
+@pytest.mark.parametrize(
+    ("choice", "bench", "expected", "reason"),
+    [
+        ({}, {"probes": {"a": ScriptedProbe()}}, {"a": "rejected", "a2": "accepted"}, f"{REFINED}; speed of a2"),
+        ({}, {}, {"a": "rejected"}, "quality of a"),
+        (
+            {},
+            {"probes": {"a": ScriptedProbe(20)}},
+            {"a": "rejected"},
+            "quality of a; layera alone causes 0.06 of 1.2 nat; even with",
+        ),
+        (
+            {},
+            {"probes": {"a": ScriptedProbe()}, "speed": {"a2": Verdict.FAIL}},
+            {"a": "rejected", "a2": "rejected"},
+            f"{REFINED}; speed of a2",
+        ),
+        (
+            {},
+            {"probes": {"a": ScriptedProbe(2)}, "quality": {"a": Verdict.FAIL, "a3": Verdict.FAIL}},
+            {"a": "rejected", "a3": "rejected"},
+            "quality of a3",
+        ),
+        ({}, {"probes": {"a": object()}}, {"a": "rejected"}, "its layers could not be compared: AttributeError"),
+    ],
+)
+def test_a_scheme_that_fails_is_tried_without_the_layers_that_made_it_fail(
+    choice: dict[str, Any], bench: dict[str, Any], expected: dict[str, str], reason: str
+) -> None:
+    scripted = ScriptedBench(**{"quality": {"a": Verdict.FAIL}} | bench)
+    found = run(scripted, policy(step(choice)))
+    assert outcomes(found) == expected
+    assert reason in found.trials[-1].reason
+    assert scripted.calls[:2] == ["judge a strict", "probe a strict"]
+
+
+def test_a_refined_scheme_has_to_promise_more_than_the_next_choice() -> None:
+    bench = ScriptedBench(quality={"a": Verdict.FAIL}, probes={"a": ScriptedProbe()})
+    found = run(bench, policy(step({"promises": 2.0}, {"label": "b", "promises": 1.995})))
+    assert outcomes(found) == {"a": "rejected", "b": "accepted"}
+    assert "it promises less than others" in found.trials[0].reason
+
+
+@pytest.mark.parametrize("verdict", [Verdict.INCONCLUSIVE, Verdict.ERROR])
+def test_what_did_not_fail_is_not_refined(verdict: Verdict) -> None:
+    bench = ScriptedBench(quality={"a": verdict}, probes={"a": ScriptedProbe()})
     run(bench, policy(step({})))
     assert bench.calls == ["judge a strict"]
 

@@ -179,18 +179,11 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
     if missing > 0:
         reason = f"only {exam.size.prompts - missing} prompts were served by the variant: need {missing} more prompts"
         return _explained(found, Verdict.INCONCLUSIVE, reason)
-    kld_limit = limits.kld_limit(exam.noise_kld)
-    # (what, point estimate, bound, limit), "no more than" each, so the share of same tokens enters as its complement
-    gates = [
-        ("mean KLD", found.mean_kld, found.mean_kld_high, kld_limit),
-        ("p99 KLD", found.p99_kld, found.p99_kld, limits.p99_kld),
-        ("share of changed top tokens", 1 - found.same_top, 1 - found.same_top_low, 1 - limits.same_top),
-        ("perplexity ratio", found.ppl_ratio, found.ppl_ratio_high, limits.ppl_ratio),
-    ]
+    gates = _gates(found, limits, exam)
     for what, point, _, limit in gates:
         if not point <= limit:
             return _explained(found, Verdict.FAIL, f"{what} {point:.4g} is over {limit:.4g} of tier {limits.name}")
-    if weak := _weak_stratum(tally, kld_limit):
+    if weak := _weak_stratum(tally, limits.kld_limit(exam.noise_kld)):
         return _explained(found, Verdict.FAIL, f"{weak} of tier {limits.name}")
     for what, point, bound, limit in gates:
         if not bound <= limit:
@@ -198,6 +191,24 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
             reason = f"{what} may be as high as {bound:.4g}, over {limit:.4g}: need {more} more prompts"
             return _explained(found, Verdict.INCONCLUSIVE, reason)
     return _explained(found, Verdict.PASS, f"within tier {limits.name}")
+
+
+def beyond(found: Quality, limits: Tier, exam: Exam) -> str | None:
+    """Which bound is over its limit, whatever was scored, or None."""
+    for what, _, bound, limit in _gates(found, limits, exam):
+        if not bound <= limit:
+            return f"{what} may be as high as {bound:.4g}, over {limit:.4g} of tier {limits.name}"
+    return None
+
+
+def _gates(found: Quality, limits: Tier, exam: Exam) -> list[tuple[str, float, float, float]]:
+    """What, point estimate, bound, limit; "no more than" each, so the share of same tokens enters as its complement."""
+    return [
+        ("mean KLD", found.mean_kld, found.mean_kld_high, limits.kld_limit(exam.noise_kld)),
+        ("p99 KLD", found.p99_kld, found.p99_kld, limits.p99_kld),
+        ("share of changed top tokens", 1 - found.same_top, 1 - found.same_top_low, 1 - limits.same_top),
+        ("perplexity ratio", found.ppl_ratio, found.ppl_ratio_high, limits.ppl_ratio),
+    ]
 
 
 def _explained(found: Quality, verdict: Verdict, reason: str) -> Quality:

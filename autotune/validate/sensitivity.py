@@ -1,0 +1,99 @@
+"""How much of a scheme's divergence each layer causes: the layers exchanged alone, read with the answers given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from .. import sites
+from ..transforms.linears import LinearTransform, joined
+from ..variant import Variant
+from .divergence import compare_logits
+from .exam import Exam
+from .quality import beyond
+from .tally import Tally, summarise
+from .tiers import TIERS
+
+TOKENS = 96  # of each of the exam's texts
+CONTEXT = 32  # of these are read by the prefill module, the rest by the decode module in one go
+BATCH = 4  # texts read together; one such batch to compare layers, all to see whether the rest is within the tier
+
+
+class Probe:
+    """Divergence of variants that exchange some of the layers a transform would.
+
+    Prefill and decode are computed by their own modules, as they are served, but decode's tokens all at once.
+
+    Args:
+        exam: its texts are read, and its original is what is diverged from.
+        incumbent: the variant that the transform would be applied to.
+        transform: the one that failed.
+        tier: name of the quality tier it failed.
+    """
+
+    def __init__(self, exam: Exam, incumbent: Variant, transform: LinearTransform, tier: str) -> None:
+        self.exam, self.incumbent, self.transform, self.tier = exam, incumbent, transform, TIERS[tier]
+        self.wider, self.wider_form = transform.wider, transform.wider_form
+        found = sites.linears(incumbent.modules[transform.phases[-1]], transform.skip)
+        self.layers = {name: linear.weight.nbytes for name, linear in found.items()}
+        texts = [text.context + text.scored for text in exam.texts]
+        width = min(TOKENS, *map(len, texts))
+        self.context = min(CONTEXT, width // 2)
+        ids = torch.tensor([text[-width:] for text in texts], device=exam.original.device)  # [texts, width]
+        self.batches = [ids[k : k + BATCH] for k in range(0, len(ids), BATCH)]
+
+    def divergence(self, names: Collection[str]) -> float:
+        """Mean KL divergence from the original, nats a token, with these layers exchanged alone."""
+        others = ",".join(name for name in self.layers if name not in names)
+        tally = self._tally(replace(self.transform, skip=joined(self.transform.skip, others)), batches=1)
+        nats = float(tally.column("kld").mean())
+        return math.inf if math.isnan(nats) else nats
+
+    def shortfall(self, wide: str) -> str | None:
+        """Why the transform with these layers left wider is not within the tier on the exam's texts, or None."""
+        tally = self._tally(self.widened(wide), batches=len(self.batches))
+        found = summarise(tally, self.tier.name, self.exam.tie_nats)
+        return beyond(found, self.tier, self.exam)
+
+    def widened(self, wide: str) -> LinearTransform:
+        return self.transform.widened(wide)
+
+    @cached_property
+    def _references(self) -> list[torch.Tensor]:
+        """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
+        logits = (self._read(Variant(self.exam.original), ids) for ids in self.batches)
+        return [(part - part.amax(-1, keepdim=True)).half() for part in logits]
+
+    def _tally(self, transform: LinearTransform, batches: int) -> Tally:
+        """Every token's metrics under a transform, applied to the incumbent's modules alone: nothing is compiled."""
+        variant = Variant(self.incumbent.original)
+        variant.modules = dict(self.incumbent.modules)
+        transform.apply(variant)
+        tally = Tally()
+        # what the original read is the same by definition, and would only dilute what decode adds
+        first = self.context if variant.modules["prefill"] is variant.original else 0
+        for k, (ids, reference) in enumerate(zip(self.batches[:batches], self._references, strict=False)):
+            logits = self._read(variant, ids)
+            for row, targets in enumerate(ids[:, 1:]):
+                text = self.exam.texts[k * BATCH + row]
+                found = compare_logits(reference[row, first:], logits[row, first:], targets[first:])
+                tally.add(found, text, "read")
+        return tally
+
+    @torch.no_grad()
+    def _read(self, variant: Variant, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, width - 1, V]: the context's from the prefill module, the others' from the decode module."""
+        with self.incumbent.turn():
+            with variant.running("prefill") as module:
+                read = module(input_ids=ids[:, : self.context], use_cache=True)
+            cache = read.get("past_key_values")
+            with variant.running("decode") as module:
+                if cache is None:  # a state that takes one token at a time
+                    whole: torch.Tensor = module(input_ids=ids[:, :-1], use_cache=False).logits
+                    return whole.float()
+                rest = module(input_ids=ids[:, self.context : -1], past_key_values=cache, use_cache=True)
+        return torch.cat([read.logits, rest.logits], dim=1).float()
