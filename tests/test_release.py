@@ -7,10 +7,12 @@ import gc
 import threading
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import autotune
 from autotune import plan as plans
@@ -22,6 +24,7 @@ from autotune.kernels import PackedLinear, available
 from autotune.policy import Limits
 from autotune.sites import stored_bytes
 from autotune.transforms import Transform
+from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.packed_embedding import PackedEmbedding
@@ -366,3 +369,30 @@ def test_a_negative_least_gain_leaves_the_limits_to_decide(tpot_s: float, verdic
     pairs = [Pair(Timing(0.1, 0.03, 1.0), Timing(0.1, tpot_s, 1.0))] * 8
     found = decide({"a": pairs}, "tpot", Limits(min_gain=-1.0), 0.01)
     assert (found.verdict, said in found.reason) == (verdict, True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of a process's mappings here")
+@pytest.mark.parametrize(
+    ("architecture", "step"),
+    [
+        ("llama", []),
+        ("opt", []),  # biases
+        ("gpt2", []),  # and Conv1D
+        pytest.param("llama", [CompileStep(phase="decode")], marks=pytest.mark.slow),
+    ],
+    ids=["llama", "opt", "gpt2", "compiled step"],
+)
+def test_the_checkpoint_is_no_longer_mapped(
+    scripted: list[Transform], architecture: str, step: list[Transform], tmp_path: Path
+) -> None:
+    scripted += step
+    tiny(architecture).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    wrapped(model)
+    before = greedy(model)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    model.autotune.commit(keep_original=False)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert greedy(model) == before
+    assert model.autotune.status.state == "tuned"
