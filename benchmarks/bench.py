@@ -33,7 +33,7 @@ from benchmarks.stage import UNTIMED, Stage
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_TEXTS = 4
-TYPICAL, RARE = 24, 4  # prompts to tune for: of the length that requests are decoded at, and of each other one
+TYPICAL, RARE = 24, 2  # prompts to tune for: of the length that requests are decoded at, and of each other one
 TUNED_FROM = 2 * UNTIMED  # their numbers
 
 
@@ -44,6 +44,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"some of {names}; the reference always runs")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, little text")
     parser.add_argument("--cold", action="store_true", help="measure cold starts again, with emptied caches")
+    parser.add_argument(
+        "--tune-batches", default="1", metavar="N,...", help="batch sizes autotune tunes for; default 1"
+    )
     parser.add_argument("--threads", type=int, help="default: the physical cores this process may use")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default out/bench")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the runtimes without torch")
@@ -52,6 +55,7 @@ def options() -> argparse.Namespace:
         given.peers = chosen([name for name in given.only.split(",") if name])
     except KeyError as error:
         parser.error(error.args[0])
+    given.tune_batches = [int(size) for size in given.tune_batches.split(",")]
     given.rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     given.threads = given.threads or physical_cores()
     return given
@@ -81,7 +85,8 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
         threads=given.threads,
         longest=max(shape.prompt_tokens + shape.new_tokens for shape in shapes(measured)),
         workload=workload(text, measured),
-        batch_sizes=sorted({shape.batch for shape in shapes(measured)}),
+        new_tokens=max(shape.new_tokens for shape in shapes(measured)),
+        batch_sizes=given.tune_batches,
     )
     stage = Stage(setup, text, given.out.absolute(), (sys.executable, given.peers_python), notify)
     try:

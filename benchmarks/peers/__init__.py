@@ -28,7 +28,8 @@ class Setup:
         threads: CPU threads to compute with.
         longest: tokens of the longest request, prompt and answer.
         workload: token ids of prompts that a runtime may tune for.
-        batch_sizes: sequences sent together at times.
+        new_tokens: that a prompt is answered with.
+        batch_sizes: sequences sent together, as far as it may tune for them.
     """
 
     checkpoint: str
@@ -37,6 +38,7 @@ class Setup:
     threads: int
     longest: int
     workload: Sequence[Sequence[int]] = ()
+    new_tokens: int = 32
     batch_sizes: Sequence[int] = (1,)
 
 

@@ -1,4 +1,4 @@
-"""autotune: a wrapped model, tuned before its first request for the lengths and batches that are measured."""
+"""autotune: a wrapped model, tuned before its first request for prompts as long as those that are measured."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Tuned(HuggingFace):
 
 def create(setup: Setup, policy: str) -> Tuned:
     runtime = Tuned(load(setup))
-    workload = autotune.Workload(tuple(map(tuple, setup.workload)), 64, tuple(setup.batch_sizes))
+    workload = autotune.Workload(tuple(map(tuple, setup.workload)), setup.new_tokens, tuple(setup.batch_sizes))
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
