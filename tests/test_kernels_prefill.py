@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from autotune.kernels import BrainLinear, HalfLinear, Int4Linear, Int8Linear, available, no_brain_unit
+from autotune.kernels import BrainLinear, HalfLinear, Int4Linear, Int8Linear, attend_many, available, no_brain_unit
 from autotune.kernels.brain import FEW
 
 OPERATORS = available()
@@ -127,3 +128,85 @@ def test_brain_operator_refuses(arguments, says: str) -> None:
 def test_brain_layer_refuses(layer: nn.Linear, parts: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         BrainLinear(layer, parts)
+
+
+PARTS = [0, *([] if BRAINS else [1, 2])]
+ATTENTION_ERROR = {0: 2e-6, 1: 2e-2, 2: 1e-4}
+HEADS = [  # B, H, Hk, Q, D, value's D
+    (1, 9, 3, 64, 64, 64),
+    (2, 4, 2, 33, 16, 16),
+    (1, 2, 1, 300, 80, 48),
+    (2, 3, 3, 1, 8, 8),
+    (1, 4, 4, 17, 20, 20),
+    (1, 1, 1, 520, 128, 128),
+]
+
+
+def mask_of(kind: str, batch: int, queries: int, keys: int) -> Tensor:
+    """Boolean [B, 1, Q, T]."""
+    position, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
+    mask = (key <= position).expand(batch, 1, -1, -1).clone()
+    if kind == "padded":
+        mask[:1, :, :, : min(5, queries - 1)] = False
+    if kind == "window":
+        mask &= key > position - 40
+    return mask
+
+
+@needs_operators
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", ["causal", "padded", "window", "longer cache"])
+@pytest.mark.parametrize(("batch", "heads", "key_heads", "queries", "depth", "value_depth"), HEADS)
+def test_attention(batch, heads, key_heads, queries, depth, value_depth, kind, parts) -> None:
+    torch.manual_seed(queries)
+    keys = queries + 37 if kind == "longer cache" else queries
+    q = torch.randn(batch, queries, heads, depth).transpose(1, 2)
+    k, v = torch.randn(batch, key_heads, keys, depth), torch.randn(batch, keys, key_heads, value_depth).transpose(1, 2)
+    mask = mask_of(kind, batch, queries, keys)
+    spans = None if kind == "causal" else torch.ops.autotune.mask_spans(mask)
+    y = attend_many(q, k, v, spans, 0.3, parts)  # [B, Q, H, D]
+    repeated = (t.double().repeat_interleave(heads // key_heads, 1) for t in (k, v))
+    exact = scaled_dot_product_attention(q.double(), *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    seeing = mask.any(-1).transpose(1, 2)[..., None]  # [B, Q, 1, 1]
+    assert not torch.where(seeing, 0.0, y).any(), "a query that sees nothing"
+    assert error(torch.where(seeing, y, 0.0), torch.where(seeing, exact, 0.0)) <= ATTENTION_ERROR[parts]
+
+
+@needs_operators
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_attention_with_flat_and_with_peaked_weights(scale: float) -> None:
+    q, k, v = (torch.randn(1, 2, 400, 32) for _ in range(3))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=scale)
+    assert error(attend_many(q, k, v, None, scale), exact.transpose(1, 2)) <= 1e-4
+
+
+@needs_operators
+def test_attention_takes_and_returns_other_dtypes() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 32) for _ in range(3))
+    y = attend_many(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.2)
+    assert y.dtype == torch.bfloat16
+    assert error(y, attend_many(q, k, v, None, 0.2).double()) <= 2e-2
+
+
+@needs_operators
+def test_spans_of_masks() -> None:
+    mask = torch.tensor([[[[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 1]]]]).bool()
+    assert torch.ops.autotune.mask_spans(mask).tolist() == [[[0, 1], [1, 3], [4, 4], [2, 4]]]
+    mask[0, 0, 1] = torch.tensor([True, False, True, False])
+    assert torch.ops.autotune.mask_spans(mask).numel() == 0
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("keys", "spans", "parts", "says"),
+    [
+        (torch.randn(1, 3, 8, 16), None, 0, "divisor of H"),
+        (torch.randn(1, 2, 9, 16), None, 0, "as many queries as keys"),
+        (torch.randn(1, 2, 9, 16), torch.zeros(1, 8, 2), 0, "INT32"),
+        (torch.randn(1, 2, 9, 16), torch.full((1, 8, 2), 10, dtype=torch.int32), 0, "beyond the 9 keys"),
+        (torch.randn(1, 2, 8, 16), None, 3, "parts is 0, 1 or 2"),
+    ],
+)
+def test_attention_refuses(keys: Tensor, spans: Tensor | None, parts: int, says: str) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        attend_many(torch.randn(1, 4, 8, 16), keys, keys, spans, 1.0, parts)

@@ -6,6 +6,7 @@
     BrainLinear              BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedEmbedding          rows of a packed table, looked up one by one
     attend_one               one query over a preallocated key-value cache, reading only its filled slots
+    attend_many              many queries, each over an unbroken span of keys
 
 Read in this order: modules, pack (the layout), arena, build, then linear.cpp and attention.cpp.
 """
@@ -27,6 +28,7 @@ __all__ = [
     "Int8Linear",
     "PackedEmbedding",
     "PackedLinear",
+    "attend_many",
     "attend_one",
     "available",
     "no_brain_unit",
@@ -86,3 +88,24 @@ def attend_one(
     import torch
 
     return torch.ops.autotune.attend_one(q, keys, values, length, mask, scale)  # type: ignore[no-any-return]
+
+
+def attend_many(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None, scale: float, parts: int = 0) -> Tensor:
+    """Attention of a prompt's tokens; query heads share key heads in groups (GQA).
+
+    Args:
+        q: [B, H, Q, D].
+        keys, values: [B, Hk, T, D], Hk a divisor of H; values may have another D.
+        spans: INT32 [B or 1, Q, 2], the first key that a query sees and the one after its last; None: causal, Q = T.
+        scale: factor of the scores, usually D ** -0.5.
+        parts: BF16 numbers that stand for one of FP32 in the two products: 1, 2, or 0 for products in FP32.
+
+    Returns:
+        [B, Q, H, D] in q's dtype; zeros for a query that sees nothing.
+
+    Raises:
+        RuntimeError: the shapes do not fit each other, a span leaves the keys, or the processor multiplies no BF16.
+    """
+    import torch
+
+    return torch.ops.autotune.attend_many(q, keys, values, spans, scale, parts)  # type: ignore[no-any-return]

@@ -54,6 +54,11 @@ class BrainLinear(nn.Module):
         held = (self.weight, self.scales, self.zeros, self.bias)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
+    @property
+    def stored(self) -> list[Tensor]:
+        """The weight as it is stored: its numbers, then scales and zeros where it has them."""
+        return [tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None]
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() < FEW[self.parts] * self.in_features:
             return self.packed(x) if self.packed else F.linear(x, self.weight, self.bias)

@@ -24,9 +24,20 @@ from autotune.errors import AutotuneError
 log = logging.getLogger("autotune")
 
 HERE = Path(__file__).parent
-SOURCES = ("linear.cpp", "attention.cpp", "embedding.cpp", "matmul.cpp")
-HEADERS = ("vectors.h", "tensors.h", "linear.h", "attention.h")
-HEADERS += ("blocks.h", "brains.h", "singles.h", "matmul.h")
+SOURCES = ("linear.cpp", "attention.cpp", "program.cpp", "embedding.cpp", "matmul.cpp", "attend_many.cpp", "fused.cpp")
+HEADERS = (
+    "vectors.h",
+    "tensors.h",
+    "linear.h",
+    "attention.h",
+    "elementwise.h",
+    "team.h",
+    "blocks.h",
+    "brains.h",
+    "singles.h",
+    "matmul.h",
+    "curves.h",
+)
 TIMEOUT_S = 300.0
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
 

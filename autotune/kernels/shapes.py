@@ -12,7 +12,12 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
     torch.library.register_fake("autotune::linear_brain", _linear_brain)
+    torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
+    torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))
+    torch.library.register_fake("autotune::gate_up", lambda gate, up, activation: torch.empty_like(gate))
+    torch.library.register_fake("autotune::rotary", lambda q, k, cosines, sines: (_by_token(q), _by_token(k)))
     torch.library.register_fake("autotune::attend_one", _attend_one)
+    torch.library.register_fake("autotune::attend_many", _attend_many)
     torch.library.register_fake("autotune::packed_rows", _packed_rows)
 
 
@@ -40,6 +45,32 @@ def _linear_brain(
     parts: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_mlp(
+    x: Tensor,
+    gate: list[Tensor],
+    up: list[Tensor],
+    down: list[Tensor],
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    hidden: int,
+    out_features: int,
+    activation: int,
+    parts: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _by_token(t: Tensor) -> Tensor:
+    """[B, H, Q, D] that lies in memory as [B, Q, H, D]."""
+    return torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _attend_many(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None, scale: float, parts: int) -> Tensor:
+    batch, heads, queries, _ = q.shape
+    return q.new_empty((batch, queries, heads, values.shape[-1]))
 
 
 def _attend_one(

@@ -37,11 +37,12 @@ class Stage(enum.IntEnum):
 
     WEIGHTS = 1
     ATTENTION = 2
-    CACHE = 3
-    LOOP = 4
-    COMPILE = 5
-    GRAPH = 6
-    THREADS = 7
+    LAYERS = 3
+    CACHE = 4
+    LOOP = 5
+    COMPILE = 6
+    GRAPH = 7
+    THREADS = 8
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Matmuls of prefill in BF16 over the weights as they are stored, where processors multiply BF16 several times faster."""
+"""Matmuls of prefill in BF16 over the weights as they are stored, where the processor multiplies BF16 much faster."""
 
 from __future__ import annotations
 

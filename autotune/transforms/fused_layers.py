@@ -1,0 +1,189 @@
+"""One operator each for norms, gated feed-forward blocks and rotary embeddings, wherever a model has them as known.
+
+A layer is known by what it computes: before it is exchanged, it and its stand-in are given the same random numbers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import kernels, roofline
+from ..errors import ChoiceError, TransformError
+from ..kernels.fused import GatedMlp, RmsNorm
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+CLOSE = 1e-5  # relative error of the same sum in another order
+EPSILONS = ("variance_epsilon", "eps", "epsilon")
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+ROTARY = "apply_rotary_pos_emb"  # the name that all of transformers' models give it
+CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class FusedLayers(Transform):
+    """Exchanges the layers between prefill's matmuls for ones that pass over their activations once."""
+
+    name: ClassVar[str] = "fused_layers"
+    stage: ClassVar[Stage] = Stage.LAYERS
+    summary: ClassVar[str] = "prefill's norms, gated feed-forward and rotary embeddings as one CPU kernel each"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase != "prefill":
+            raise ChoiceError("fused_layers: phase must be 'prefill'; for one token activations are small")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cpu":
+            return f"the kernels are for CPUs; this model runs on {hardware.device}"
+        model = variant.modules["prefill"]
+        if fused(model):
+            return "the layers of prefill were already exchanged"
+        if next(model.parameters()).dtype != torch.float32:
+            return f"the kernels compute in FP32, this model in {next(model.parameters()).dtype}"
+        if reason := kernels.available():
+            return reason
+        if next(_exchanges(model), None) is None:
+            return f"{type(model).__name__} has no norm, feed-forward block or rotary embedding of a known form"
+        return None
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best everything but matmuls and attention takes no time."""
+        return {"prefill": roofline.less_overhead(profile.phases["prefill"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        if reason := kernels.available():
+            raise TransformError(reason)
+        for twin in variant.edit("prefill"):
+            with torch.no_grad():
+                found = list(_exchanges(twin))
+            for name, new in found:
+                if isinstance(new, nn.Module):
+                    twin.set_submodule(name, new.eval())
+                else:
+                    module = twin.get_submodule(name)
+                    module.forward = types.MethodType(new, module)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return None if fused(variant.modules["prefill"]) else "prefill has no fused layers"
+
+
+def fused(model: nn.Module) -> int:
+    """How many layers of a model are fused."""
+    return sum(isinstance(m, RmsNorm | GatedMlp) or hasattr(m.__dict__.get("forward"), ROTARY) for m in model.modules())
+
+
+def _exchanges(model: nn.Module) -> Iterator[tuple[str, nn.Module | types.FunctionType]]:
+    """Name of a module and its stand-in, or the forward that it is to have."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or _observed(module):
+            continue
+        new = norm(module) or mlp(module) or with_rotary(module)
+        if new is not None:
+            yield name, new
+
+
+def _observed(module: nn.Module) -> bool:
+    """Whether somebody changed what calling this module means."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def norm(module: nn.Module) -> RmsNorm | None:
+    """The stand-in of an RMS norm, times its weight or, as in Gemma, times one more than that."""
+    own = dict(module.named_parameters())
+    eps = next((value for key in EPSILONS if isinstance(value := getattr(module, key, None), float)), None)
+    if set(own) != {"weight"} or own["weight"].dim() != 1 or eps is None or any(True for _ in module.children()):
+        return None
+    weight = own["weight"]
+    x = _random(2, 3, len(weight)) * torch.tensor([3.0, eps**0.5])[:, None, None]  # where eps matters, and where not
+    for scale in (weight, weight.detach() + 1):
+        if _agree(module, new := RmsNorm(scale, eps), x):
+            return new
+    return None
+
+
+def mlp(module: nn.Module) -> GatedMlp | None:
+    """The stand-in of down(activation(gate(x)) * up(x))."""
+    children = dict(module.named_children())
+    if set(children) != MLP or next(module.parameters(recurse=False), None) is not None:
+        return None
+    if any(_observed(child) for child in children.values()):
+        return None
+    gate, up, down = (children[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    inputs = getattr(gate, "in_features", None)
+    if not isinstance(inputs, int):
+        return None
+    for name, curve in CURVES.items():
+        if _agree(children["act_fn"], curve, torch.linspace(-8, 8, 65)):
+            new = GatedMlp(gate, up, down, name)
+            return new if _agree(module, new, _random(1, 3, inputs)) else None
+    return None
+
+
+def with_rotary(module: nn.Module) -> types.FunctionType | None:
+    """The forward of a module that rotates queries and keys, as it is but for the function that does so."""
+    forward = type(module).forward
+    if not isinstance(forward, types.FunctionType) or forward.__closure__ or ROTARY not in forward.__code__.co_names:
+        return None
+    rotate = forward.__globals__.get(ROTARY)
+    q, k, cos, sin = _random(1, 3, 5, 16), _random(1, 2, 5, 16), _random(1, 5, 16), _random(1, 5, 16).flip(-1)
+    if not callable(rotate) or not _agree(rotate, torch.ops.autotune.rotary, q, k, cos, sin):
+        return None
+    names = forward.__globals__ | {ROTARY: _rotary_or(rotate)}
+    new = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    new.__kwdefaults__ = forward.__kwdefaults__
+    setattr(new, ROTARY, True)
+    return new
+
+
+def _rotary_or(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator where it fits, the model's own function elsewhere."""
+
+    def rotate(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (q, k, cos, sin))
+        fits = cos.dim() == 3 and all(
+            t.dim() == 4 and t.shape[2:] == cos.shape[1:] and t.stride(3) == 1 for t in (q, k)
+        )
+        if args or kwargs or not plain or not fits or cos.shape[0] not in (1, q.shape[0]) or q.requires_grad:
+            return original(q, k, cos, sin, *args, **kwargs)
+        return torch.ops.autotune.rotary(q, k, cos, sin)
+
+    return rotate
+
+
+def _agree(one: Callable[..., Any], other: Callable[..., Any], *inputs: torch.Tensor) -> bool:
+    """Whether two functions give the same numbers; one that does not take these inputs is another function."""
+    try:
+        results = [one(*inputs), other(*inputs)]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    expected, got = ([r] if isinstance(r, torch.Tensor) else list(r) for r in results)
+    return len(expected) == len(got) and all(map(_same, expected, got))
+
+
+def _same(expected: Any, got: torch.Tensor) -> bool:
+    if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:
+        return False
+    size = expected.abs().amax(-1, keepdim=True)  # of each row: small ones are compared as strictly as large ones
+    return bool(((expected - got).abs() <= CLOSE * size).all())
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))

@@ -1,0 +1,213 @@
+"""Layers that are known by what they compute: which are exchanged, which are left, and what whole models then give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autotune import kernels, sites
+from autotune.errors import ChoiceError
+from autotune.hardware import Hardware
+from autotune.kernels.fused import GatedMlp, RmsNorm
+from autotune.transforms import fused_layers, make
+from autotune.variant import Variant
+from tests import models
+from tests.test_transforms_contract import COMPILER
+
+OPERATORS = kernels.available()
+needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))
+needs_brains = pytest.mark.skipif(bool(OPERATORS or kernels.no_brain_unit()), reason="no BF16 products here")
+
+
+class Norm(nn.Module):
+    """An RMS norm with a twist."""
+
+    def __init__(self, shift: float = 0.0, centred: bool = False, clipped: float = 1e9) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 2, 24))
+        self.shift, self.centred, self.clipped, self.eps = shift, centred, clipped, 1e-5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x * (self.weight + self.shift)).clamp(-self.clipped, self.clipped)
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        (Norm(), True),
+        (Norm(shift=1.0), True),
+        (Norm(shift=0.5), False),
+        (Norm(centred=True), False),
+        (Norm(clipped=0.5), False),
+        (nn.RMSNorm(24, eps=1e-6), True),
+        (nn.LayerNorm(24), False),
+        (nn.LayerNorm(24, bias=False), False),
+        (nn.Linear(24, 24, bias=False), False),
+    ],
+)
+def test_norms(module: nn.Module, known: bool) -> None:
+    new = fused_layers.norm(module.requires_grad_(False))
+    assert (new is not None) == known
+    if new is not None:
+        for x in (torch.randn(2, 7, 24), torch.randn(3, 24) * 1e-3, torch.randn(2, 24, 5).mT):
+            torch.testing.assert_close(new(x), module(x), atol=1e-6, rtol=1e-5)
+
+
+class Mlp(nn.Module):
+    """A gated feed-forward block with a twist."""
+
+    def __init__(self, act: nn.Module, bias: bool = False, swapped: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*s, bias) for s in ((24, 40), (24, 40), (40, 24)))
+        self.act_fn, self.swapped = act, swapped
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(gate * self.act_fn(up) if self.swapped else self.act_fn(gate) * up)
+
+
+@needs_operators
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        (Mlp(nn.SiLU()), True),
+        (Mlp(nn.SiLU(), bias=True), True),
+        (Mlp(nn.GELU(approximate="tanh")), True),
+        (Mlp(nn.GELU()), False),
+        (Mlp(nn.ReLU()), False),
+        (Mlp(nn.SiLU(), swapped=True), False),
+    ],
+)
+def test_gated_blocks(module: Mlp, known: bool) -> None:
+    new = fused_layers.mlp(module.requires_grad_(False))
+    assert (new is not None) == known
+    if new is not None:
+        x = torch.randn(2, 30, 24)
+        torch.testing.assert_close(new(x), module(x), atol=1e-6, rtol=1e-5)
+
+
+@needs_brains
+@pytest.mark.parametrize("stored", ["plain", "i8", "i4"])
+@pytest.mark.parametrize(("parts", "tolerance"), [(1, 1.5e-2), (2, 1e-4)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("inputs", "hidden"), [(33, 50), (64, 96), (20, 16), (40, 72)])
+def test_gated_blocks_in_bf16(
+    inputs: int, hidden: int, activation: str, parts: int, tolerance: float, stored: str
+) -> None:
+    torch.manual_seed(inputs)
+    layers = [nn.Linear(*s).requires_grad_(False) for s in ((inputs, hidden), (inputs, hidden), (hidden, inputs))]
+    if stored != "plain":
+        kind = kernels.Int8Linear if stored == "i8" else kernels.Int4Linear
+        layers = [kind.from_linear(layer) for layer in layers]
+    new = GatedMlp(*(kernels.BrainLinear(layer, parts) for layer in layers), activation)
+    for tokens in (1, 30, 48, 77, 400):
+        x = torch.randn(tokens, inputs)
+        hidden_numbers = fused_layers.CURVES[activation](layers[0](x).double()) * layers[1](x).double()
+        exact = layers[2](hidden_numbers.float())
+        assert (new(x) - exact).norm() <= tolerance * exact.norm(), tokens
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+
+@needs_operators
+@pytest.mark.parametrize(("batch", "depth"), [(1, 64), (2, 20), (3, 2)])
+@pytest.mark.parametrize("shared", [True, False], ids=["one set of angles", "angles for each sequence"])
+def test_rotary_operator(batch: int, depth: int, shared: bool) -> None:
+    q = torch.randn(batch, 12, 6, depth).transpose(1, 2)
+    k, cos, sin = torch.randn(batch, 2, 12, depth), *torch.randn(2, 1 if shared else batch, 12, depth)
+    got = torch.ops.autotune.rotary(q, k, cos, sin)
+    for new, old in zip(got, (q, k), strict=True):
+        torch.testing.assert_close(new, old * cos[:, None] + rotate_half(old) * sin[:, None], atol=1e-6, rtol=1e-5)
+
+
+@needs_operators
+@pytest.mark.parametrize("activation", [0, 1])
+def test_gate_operator(activation: int) -> None:
+    curve = [F.silu, lambda x: F.gelu(x, approximate="tanh")][activation]
+    for shape in ((3, 5), (1, 1000), (2, 7, 17)):
+        gate, up = torch.randn(shape) * 4, torch.randn(shape)
+        torch.testing.assert_close(torch.ops.autotune.gate_up(gate, up, activation), curve(gate) * up)
+    edges = torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30, torch.nan])
+    got = torch.ops.autotune.gate_up(edges, torch.ones(6), activation)
+    torch.testing.assert_close(got, curve(edges), atol=1e-7, rtol=1e-6, equal_nan=True)
+
+
+# architecture, norms, gated blocks, layers whose rotary embedding is exchanged
+KNOWN = [
+    ("llama", 5, 2, 2),
+    ("qwen3", 9, 2, 2),
+    ("gemma3", None, 2, 2),
+    ("mistral-window", 5, 2, 2),
+    ("phi3", 5, 0, None),
+    ("mixtral", 5, 0, 2),
+]
+
+
+@needs_operators
+@pytest.mark.parametrize(("architecture", "norms", "blocks", "rotated"), KNOWN)
+def test_whole_models(architecture: str, norms: int | None, blocks: int, rotated: int | None) -> None:
+    model = models.tiny(architecture, initializer_range=0.1)
+    transform = make("fused_layers", {}, "prefill")
+    assert transform.unavailable(Variant(model), COMPILER) is None
+    candidate = Variant(model).with_transform(transform)
+    prefill = candidate.modules["prefill"]
+    assert sites.count(prefill, GatedMlp) == blocks
+    if norms is not None:
+        assert sites.count(prefill, RmsNorm) == norms
+    if rotated is not None:
+        assert sum("forward" in module.__dict__ for module in prefill.modules()) == rotated
+    assert transform.unavailable(candidate, COMPILER) is not None
+    batch = models.left_padded()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(prefill(**batch).logits[real], model(**batch).logits[real], atol=1e-4, rtol=1e-3)
+
+
+@needs_operators
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_models_with_nothing_known(architecture: str) -> None:
+    reason = make("fused_layers", {}, "prefill").unavailable(Variant(models.tiny(architecture)), COMPILER)
+    assert "of a known form" in (reason or "")
+
+
+@needs_operators
+def test_what_is_hooked_is_left() -> None:
+    model = models.tiny("llama")
+    handle = model.model.norm.register_forward_hook(lambda *_: None)
+    prefill = Variant(model).with_transform(make("fused_layers", {}, "prefill")).modules["prefill"]
+    handle.remove()
+    assert type(prefill.model.norm) is type(model.model.norm)
+    assert isinstance(prefill.model.layers[0].input_layernorm, RmsNorm)
+
+
+@needs_brains
+def test_everything_for_prefill_together() -> None:
+    model = models.tiny("llama", initializer_range=0.1)
+    plan = [("linear_bf16x3", {}), ("prefill_attention", {"precision": "bfloat16x3"}), ("fused_layers", {})]
+    transforms = [make(name, params, "prefill") for name, params in plan]
+    candidate = Variant(model).with_transforms(reversed(transforms))
+    assert all(transform.took_effect(candidate) is None for transform in transforms)
+    ids = torch.tensor(models.token_prompts(count=2, length=40))
+    with torch.no_grad():
+        torch.testing.assert_close(candidate.modules["prefill"](ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
+    assert sites.stored_bytes(*candidate.modules.values()) == sites.stored_bytes(model)
+
+
+@pytest.mark.parametrize(("phase", "device"), [("decode", None), ("both", None), ("prefill", "cuda")])
+def test_refused(phase: str, device: str | None) -> None:
+    if device is None:
+        with pytest.raises(ChoiceError, match="'prefill'"):
+            make("fused_layers", {}, phase)
+        return
+    hardware: dict[str, Any] = {**vars(COMPILER), "device": device}
+    reason = make("fused_layers", {}, phase).unavailable(Variant(models.tiny("llama")), Hardware(**hardware))
+    assert "for CPUs" in (reason or "")
