@@ -195,6 +195,18 @@ def _steps(module: Any, cache: slots.SlotCache) -> Callable[..., torch.Tensor]:
 
 
 @needs_kernels
+@pytest.mark.parametrize("weights", [w for w in WEIGHTS.values() if w is not None], ids=str)
+def test_a_packed_embedding_is_part_of_the_program(weights: tuple[str, dict[str, Any]]) -> None:
+    packed = [transforms.make(*weights, "both"), transforms.make("packed_embedding", {}, "both")]
+    plain = Variant(tiny("llama")).with_transforms(packed)
+    recorded = Variant(plain.original).with_transforms([*packed, transforms.make("step_program", {}, "decode")])
+    inputs = left_padded()
+    assert torch.equal(
+        *(serving(v).generate(**inputs, max_new_tokens=24, min_new_tokens=24) for v in (plain, recorded))
+    )
+
+
+@needs_kernels
 @pytest.mark.parametrize("sampling", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_generation_is_the_originals(name: str, sampling: bool) -> None:
@@ -328,7 +340,11 @@ def test_every_instruction_occurs_in_some_tested_graph() -> None:
         used |= {i.code for i in record(functools.partial(attend, mask=mask), a, b).instructions}
     model = tiny("llama", vocab_size=VOCABULARY)
     variant = Variant(model).with_transforms(
-        [transforms.make("weight_only", {"bits": 4}, "decode"), transforms.make("step_program", {}, "decode")]
+        [
+            transforms.make("weight_only", {"bits": 4}, "decode"),
+            transforms.make("packed_embedding", {}, "decode"),
+            transforms.make("step_program", {}, "decode"),
+        ]
     )
     assert variant.step is not None
     used |= {i.code for step in variant.step._steps.values() for i in step.program.instructions}  # type: ignore[union-attr]

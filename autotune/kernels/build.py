@@ -31,6 +31,7 @@ HEADERS = (
     "linear.h",
     "attention.h",
     "elementwise.h",
+    "embedding.h",
     "team.h",
     "blocks.h",
     "brains.h",

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "embedding.h"
 #include "linear.h"
 #include "team.h"
 
@@ -18,7 +19,7 @@ enum Code : int64_t {  // the order of CODES in autotune/program/instruction.py
   kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
-  kMean, kNormalize, kEmbed, kIndexCopy, kArrange, kLinear, kDot, kAttend,
+  kMean, kNormalize, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kDot, kAttend,
 };
 
 enum Share : int64_t { kSolo, kShared, kTeam };
@@ -135,6 +136,29 @@ bool run_embed(Reader& in, const Member& m, int64_t share) {
   return true;
 }
 
+const LookUp kLookUps[] = {look_up<float>, look_up<Half>, look_up<Brain>, look_up<int8_t>, look_up<int32_t>};
+
+bool run_embed_packed(Reader& in, const Member& m, int64_t share) {
+  const LookUp use = kLookUps[in.next()];
+  const int64_t count = in.next(), rows = in.next();
+  Table table{};
+  table.inputs = in.next();
+  table.groups = in.next();
+  table.block_bytes = in.next();
+  table.width = in.next();
+  const int64_t* ids = reinterpret_cast<const int64_t*>(in.address());
+  float* out = in.floats();
+  table.numbers = reinterpret_cast<const uint8_t*>(in.address());
+  table.scales = in.factors();
+  table.zeros = in.factors();
+  const Part part = part_of(m, share, count);
+  for (int64_t i = part.first; i < part.first + part.count; ++i) {
+    if (ids[i] < 0 || ids[i] >= rows) return false;
+    use(table, ids[i], out + i * table.width);
+  }
+  return true;
+}
+
 bool run_index_copy(Reader& in, const Member& m, int64_t share) {
   const int64_t limit = in.next(), stride = in.next();
   const int64_t slot = *reinterpret_cast<const int64_t*>(in.address());
@@ -170,7 +194,7 @@ void run_arrange(Reader& in, const Member& m) {
 }
 
 const Kernel* const kKernels[] = {&kernel<Plain<float>>, &kernel<Plain<Half>>, &kernel<Plain<Brain>>,
-                                  &kernel<Plain<int8_t>>, &kernel<Int4>};  // the order of FORMATS
+                                  &kernel<Plain<int8_t>>, &kernel<Int4>};  // the order of FORMATS, as of kLookUps
 
 void run_linear(Reader& in, const Member& m) {
   const Kernel& format = *kKernels[in.next()];
@@ -278,6 +302,7 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
     case kMean: run_mean(in, m, share); break;
     case kNormalize: run_normalize(in, m, share); break;
     case kEmbed: return run_embed(in, m, share);
+    case kEmbedPacked: return run_embed_packed(in, m, share);
     case kIndexCopy: return run_index_copy(in, m, share);
     case kArrange: run_arrange(in, m); break;
     case kLinear: run_linear(in, m); break;

@@ -17,7 +17,7 @@ CODES = (  # the order of Code in kernels/program.cpp
     *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
     *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
     *("less_int", "less_equal_int", "equal_int", "and", "or"),
-    *("mean", "normalize", "embed", "index_copy", "arrange", "linear", "dot", "attend"),
+    *("mean", "normalize", "embed", "embed_packed", "index_copy", "arrange", "linear", "dot", "attend"),
 )
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels there
 TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's ScalarType

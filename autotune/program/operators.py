@@ -104,16 +104,41 @@ def index_copy(build: Lowering, out: torch.Tensor, target: Any, dim: int, index:
     return held
 
 
+def packed_rows(
+    build: Lowering, out: torch.Tensor, given: Any, packed: Any, scales: Any, zeros: Any, rows: int, width: int
+) -> Place:
+    """Rows of a packed table."""
+    ids, table = token_ids(build, given), build.place(packed)
+    factors = [None if f is None else build.place(f) for f in (scales, zeros)]
+    form, inputs, block_bytes = packing(table)
+    groups = factors[0].shape[1] if factors[0] else 1
+    found = build.new(out.shape)
+    words = [form, ids.size, rows, inputs, groups, block_bytes, width, ids.ref, found.ref, table.ref]
+    reads = [ids, table, *filter(None, factors)]
+    build.emit("embed_packed", build.share((ids,)), [*words, *chain(*map(factor, factors))], reads, found)
+    return found
+
+
+def packing(packed: Place) -> tuple[int, int, int]:
+    """Of weights [blocks, K or words, 16]: their format's number, inputs and bytes of a block."""
+    _, length, lanes = packed.shape
+    words = packed.dtype == torch.int32
+    form = "int4" if words else str(packed.dtype).removeprefix("torch.")
+    return FORMATS.index(form), length * (8 if words else 1), length * lanes * packed.dtype.itemsize
+
+
+def factor(place: Place | None) -> tuple[Ref, int]:
+    """Scales or zeros, which may be absent."""
+    return ref(place), TYPES[torch.float32 if place is None else place.dtype]
+
+
 def linear(build: Lowering, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
     """The packed layers of `kernels`."""
     *factors, bias, rows = more
     given = build.dense(x)
     packed = build.place(weight)
-    four_bits = packed.dtype == torch.int32
-    format_ = "int4" if four_bits else str(packed.dtype).removeprefix("torch.")
     scales, zeros = ([build.place(f) for f in factors] + [None, None])[:2]
-    _, length, lanes = packed.shape
-    padded = length * (8 if four_bits else 1)
+    form, padded, block_bytes = packing(packed)
     group = padded // (scales.shape[1] if scales else 1)
     inputs = given.shape[-1]
     tokens = given.size // inputs
@@ -121,10 +146,8 @@ def linear(build: Lowering, out: torch.Tensor, x: Any, weight: Any, *more: Any) 
     y = build.new(out.shape)
     weights = (rows, padded, group)
     arranged, sums = build.arrange(given, weights, inputs, tokens, zeros is not None)
-    words: list[Any] = [FORMATS.index(format_), *weights, length * lanes * packed.dtype.itemsize, tokens]
-    words += [arranged.ref, ref(sums), ref(shift), y.ref, packed.ref]
-    for factor in (scales, zeros):
-        words += [ref(factor), TYPES[torch.float32 if factor is None else factor.dtype]]
+    words: list[Any] = [form, *weights, block_bytes, tokens]
+    words += [arranged.ref, ref(sums), ref(shift), y.ref, packed.ref, *factor(scales), *factor(zeros)]
     reads = [p for p in (arranged, sums, shift, packed, scales, zeros) if p is not None]
     build.emit("linear", Share.TEAM, words, reads, y)
     return y
@@ -187,5 +210,6 @@ KERNELS: dict[str, Callable[..., Any]] = {  # autotune's own, which are known on
     "autotune.linear_f16": linear,
     "autotune.linear_i8": linear,
     "autotune.linear_i4": linear,
+    "autotune.packed_rows": packed_rows,
     "autotune.attend_one": attend,
 }
