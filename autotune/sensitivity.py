@@ -195,6 +195,9 @@ def spell(chosen: Collection[str], names: Collection[str]) -> str:
 
 def explain(parts: Collection[Part], wide: str, total: float, form: str) -> str:
     """Why these parts stay wider."""
-    share, nats = sum(part.share for part in parts), " + ".join(f"{part.nats:.2g}" for part in parts)
-    kept = wide.replace(",", ", ")
-    return f"kept {kept} {form}, {share:.0%} of the weights: alone it causes {nats} of {total:.2g} nat"
+    nats = [f"{part.nats:.2g}" for part in parts]
+    if len(parts) > 3:
+        nats = [f"{sum(part.nats for part in parts):.2g} one by one"]
+    share, names = sum(part.share for part in parts), wide.replace(",", ", ")
+    alone = f"alone {'it causes' if len(parts) == 1 else 'they cause'} {' + '.join(nats)} of {total:.2g} nat"
+    return f"kept {names} {form}, {share:.0%} of the weights: {alone}"
