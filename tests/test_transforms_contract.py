@@ -27,11 +27,17 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "attention": [{"implementation": name} for name in ("sdpa", "eager", "flash_attention_2")],
     "bitsandbytes": [{"scheme": name} for name in ("int8", "nf4", "fp4")],
     "linear_dtype": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
+    "prefill_attention": [{"precision": name} for name in ("float32", "bfloat16", "bfloat16x3")],
     "threads": [{"count": 1}, {"count": 2}, {"count": 10_000}],
     "torchao": [
         {"scheme": name, "compile": False} for name in ("int8_weight_only", "int8_dynamic", "int4_weight_only")
     ],
-    "weight_only": [{"bits": 8}, {"bits": 4, "group": 64}, {"bits": 8, "skip": "lm_head"}],
+    "weight_only": [
+        {"bits": 8},
+        {"bits": 4, "group": 64},
+        {"bits": 8, "skip": "lm_head"},
+        {"bits": 4, "wide": "lm_head"},
+    ],
     "weight_storage": [{"dtype": "float16"}, {"dtype": "bfloat16"}],
 }
 COMPILER = Hardware(
