@@ -250,16 +250,16 @@ class Handle:
         if not self._tuning.acquire(blocking=False):
             return
         if self._when == "blocking":
-            self._run_and_release(self._observer.workload())
+            self._run_and_unlock(self._observer.workload())
         else:
             self._spawn(self._observer.workload())
 
     def _spawn(self, work: Workload) -> None:
         self._state, self._detail = "tuning", "started"
-        self._thread = threading.Thread(target=self._run_and_release, args=(work,), name="autotune", daemon=True)
+        self._thread = threading.Thread(target=self._run_and_unlock, args=(work,), name="autotune", daemon=True)
         self._thread.start()
 
-    def _run_and_release(self, work: Workload) -> None:
+    def _run_and_unlock(self, work: Workload) -> None:
         """Tune on behalf of a live call, which must not fail for it."""
         try:
             self._run(work)

@@ -165,6 +165,19 @@ def test_tune_writes_report_and_plan(saved, prompts, tmp_path, capsys):
     assert "Replayed from the plan" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "kept"), [([], True), (["--release"], False)], ids=["kept", "released"])
+def test_tune_keeps_the_original_unless_told(saved, prompts, monkeypatch, option, kept):
+    given = {}
+
+    def wrap(model, **options):
+        given.update(options)
+        raise UnsupportedModelError("that is all that is asked here")
+
+    monkeypatch.setattr(sys.modules["autotune.wrap"], "wrap", wrap)
+    cli.main(["tune", str(saved), "--prompts", str(prompts), *option])
+    assert given["keep_original"] is kept
+
+
 def test_as_a_process(saved):
     command = [sys.executable, "-m", "autotune", "tune", str(saved), "--policy", "balancd"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

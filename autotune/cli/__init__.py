@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (demo, tune):
         command.add_argument("--policy", default="balanced", metavar="P", help="name or .toml file; default balanced")
         command.add_argument("--no-cache", action="store_true", help="neither read nor write a plan")
+    tune.add_argument("--release", action="store_true", help="free the original's weights that the plan does not use")
     for command in (demo, tune, profile):
         command.add_argument("--budget", type=duration, metavar="TIME", help="such as 90s, 5m or 1h")
         command.add_argument("--threads", type=positive, metavar="N", help="CPU threads")

@@ -26,7 +26,7 @@ PROFILE_BUDGET_S = 60.0
 
 def tune(args: Namespace) -> int:
     """Tune a model, print the report, write report.md, report.json and plan.json."""
-    _tuned(args, args.model, args.prompts)
+    _tuned(args, args.model, args.prompts, keep_original=not args.release)
     return 0
 
 
@@ -42,7 +42,9 @@ def demo(args: Namespace) -> int:
     return 0
 
 
-def _tuned(args: Namespace, name: str, prompts: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _tuned(
+    args: Namespace, name: str, prompts: Path | None, keep_original: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from ..wrap import wrap
 
     policy = _policy(args)
@@ -56,6 +58,7 @@ def _tuned(args: Namespace, name: str, prompts: Path | None) -> tuple[PreTrained
             policy=policy,
             when="blocking",
             cache=not args.no_cache,
+            keep_original=keep_original,
             progress=progress.update,
         )
     handle: Any = model.autotune
