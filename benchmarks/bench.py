@@ -31,7 +31,7 @@ from benchmarks.peers import PEERS, REFERENCE, Setup, chosen
 from benchmarks.results import Run
 from benchmarks.stage import UNTIMED, Stage
 
-ROUNDS, QUICK_ROUNDS = 5, 2
+ROUNDS, QUICK_ROUNDS = 4, 2
 QUICK_TEXTS = 4
 TYPICAL, RARE = 24, 2  # prompts to tune for: of the length that requests are decoded at, and of each other one
 TUNED_FROM = 2 * UNTIMED  # their numbers

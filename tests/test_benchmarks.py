@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from transformers import PreTrainedTokenizerFast
+
 SETUP = Setup("checkpoint", "model.gguf", "files", 2, 64)
 FAKE = Peer("fake", "Fake", "fake", torch=False)
 LATENCY = Metric("tpot_64", "TPOT at 64", "ms", Shape(1, 64, 3), tpot_ms)
@@ -437,6 +439,36 @@ def test_a_transformers_runtime_answers_in_full_and_knows_its_bytes() -> None:
     assert batch.first_s is None
     stored = sum(p.numel() for p in model.parameters()) * 4
     assert runtime.weights().read == pytest.approx(stored, rel=0.01)  # tied: the embedding is what lm_head reads
+
+
+POLICY = """
+name = "policy"
+description = "One question, in seconds"
+objective = "latency"
+tier = "strict"
+budget_s = 10
+
+[[steps]]
+name = "threads"
+when = { phase = "decode" }
+choices = [{ transform = "threads", phase = "decode", count = 1 }]
+"""
+
+
+@pytest.mark.slow
+def test_autotune_is_a_runtime_like_any_other(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    from benchmarks.peers import tuned
+
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "policy.toml").write_text(POLICY)
+    prompts = token_prompts(32, 16)
+    setup = replace(SETUP, checkpoint=str(tmp_path / "model"), workload=prompts, new_tokens=8)
+    runtime = tuned.create(setup, policy=str(tmp_path / "policy.toml"))
+    assert runtime.generate(prompts[:1], 5).first_s is not None
+    assert set(runtime.logits(prompts[0])) == {"prefill", "decode"}
+    assert runtime.weights().read
+    assert "original" in runtime.notes()[0] or "threads" in runtime.notes()[0]
 
 
 # The list, and the machine
