@@ -222,6 +222,26 @@ def test_generation_is_the_originals(name: str, sampling: bool) -> None:
 
 
 @needs_kernels
+def test_a_timed_step_knows_its_instructions() -> None:
+    from autotune.program import StepPrograms
+
+    variant = Variant(tiny("llama")).with_transforms(
+        [transforms.make("weight_only", {}, "decode"), transforms.make("step_program", {}, "decode")]
+    )
+    steps = variant.step
+    assert isinstance(steps, StepPrograms)
+    served, ids = serving(variant), torch.tensor(token_prompts(1))
+    served.generate(ids, max_new_tokens=3)
+    assert steps.spent(1) == []
+    with steps.timed():
+        served.generate(ids, max_new_tokens=3)
+    spent = steps.spent(1)
+    assert {i.matrix for i, _ in spent} - {None} == {(64, 64), (64, 32), (64, 96), (96, 64), (64, VOCABULARY)}
+    assert all(seconds >= 0 for _, seconds in spent)
+    assert sum(seconds for _, seconds in spent) > 0
+
+
+@needs_kernels
 def test_contexts_up_to_the_models_limit_are_served() -> None:
     model = tiny("llama")
     variant = Variant(model).with_transform(transforms.make("step_program", {}, "decode"))

@@ -3,7 +3,9 @@
 // A program is INT64 words. Every instruction begins with its length, its code, who works on it and whether all meet
 // before it; what follows depends on the code. Memory is named by a base (an index into the table of addresses that
 // the call brings) and an offset in bytes, so that one program serves any cache of its shape. autotune/program writes it.
+#include <chrono>
 #include <cstring>
+#include <vector>
 
 #include "attention.h"
 #include "elementwise.h"
@@ -313,24 +315,54 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
   return true;
 }
 
-void run_program(const Tensor& code, const Tensor& bases, int64_t threads) {
+// How long the first thread was at each instruction, the wait for the others before the next included.
+class Stopwatch {
+ public:
+  explicit Stopwatch(int64_t* spent) : spent_(spent), last_(Clock::now()) {}
+
+  void lap() {
+    const auto now = Clock::now();
+    *spent_++ = std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  int64_t* spent_;
+  Clock::time_point last_;
+};
+
+int64_t length(const int64_t* words, const int64_t* end) {
+  int64_t count = 0;
+  for (const int64_t* at = words; at < end; at += at[0]) ++count;
+  return count;
+}
+
+void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const std::optional<Tensor>& spent) {
   STD_TORCH_CHECK(code.scalar_type() == ScalarType::Long && bases.scalar_type() == ScalarType::Long &&
                       code.is_contiguous() && bases.is_contiguous() && threads > 0,
                   "a program is contiguous INT64 words, with a table of INT64 addresses, for at least one thread");
   const int64_t* words = static_cast<const int64_t*>(code.data_ptr());
   const int64_t* end = words + code.numel();
   const int64_t* addresses = static_cast<const int64_t*>(bases.data_ptr());
+  STD_TORCH_CHECK(!spent || (spent->scalar_type() == ScalarType::Long && spent->is_contiguous() &&
+                             spent->numel() == length(words, end)),
+                  "times are INT64 nanoseconds, one for each instruction");
   static thread_local std::vector<float> own;
   std::vector<float>& scratch = own;  // the caller's, whichever thread looks at it
   std::atomic<const int64_t*> failed{nullptr};
   as_team(static_cast<int>(threads), [&](const Member& m) {
+    std::optional<Stopwatch> watch;
+    if (spent && m.index == 0) watch.emplace(static_cast<int64_t*>(spent->data_ptr()));
     for (const int64_t* at = words; at < end; at += at[0]) {
       const int64_t share = at[2];
       if (at[3]) m.meet();
+      if (watch && at != words) watch->lap();
       if (share == kSolo && m.index) continue;
       Reader in{at + 4, addresses};
       if (!run_instruction(at[1], share, in, m, scratch)) failed.store(at, std::memory_order_relaxed);
     }
+    if (watch) watch->lap();
   });
   const int64_t* culprit = failed.load();
   STD_TORCH_CHECK(!culprit, "instruction ", culprit ? culprit[1] : 0, " of the program met an index outside its table");
@@ -340,7 +372,7 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads) {
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
-  library.def("run_program(Tensor code, Tensor bases, int threads) -> ()");
+  library.def("run_program(Tensor code, Tensor bases, int threads, Tensor? spent) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("run_program", TORCH_BOX(&autotune::run_program)); }

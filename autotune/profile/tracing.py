@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,7 @@ from .timing import START, TICK, time_request
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..program.instruction import Instruction
     from ..variant import Variant
 
 Role = Literal["linear", "attention", "cache"]
@@ -51,6 +52,9 @@ _RELABELLING = (  # operators that only make or relabel tensors
 )
 _NO_WORK = frozenset(_RELABELLING.split())
 _SYNC = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+PROGRAM = "run_program"
+PROGRAM_ROLES: dict[str, Role] = {"linear": "linear", "dot": "linear", "attend": "attention", "index_copy": "cache"}
+PROGRAM_GROUPS = {"attend": ATTENTION, "index_copy": CACHE}
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     Raises:
         MeasurementError: another profiler is at work.
     """
+    from ..program import StepPrograms
     from ..variant import serving
 
     on_gpu = ids.device.type == "cuda"
@@ -144,9 +149,12 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     served, device = serving(subject.variant), "cuda" if on_gpu else None
     shapes = matrices(subject.compiled)
     recorder = record(use_device=device, use_kineto=on_gpu, record_shapes=bool(shapes))
-    with announced(subject.open), silent_kineto(), recorder as recorded:
+    step = subject.variant.step
+    timed = step.timed() if isinstance(step, StepPrograms) else nullcontext()
+    with announced(subject.open), silent_kineto(), timed, recorder as recorded:
         for _ in range(requests):
             time_request(served, ids, tokens)
+    program = instructions(step.spent(len(ids)), shapes) if isinstance(step, StepPrograms) else ()
     events = [e for e in recorded.function_events if e.device_type.name == "CPU"]
     events.sort(key=lambda e: e.time_range.start)
     thread = next(e.thread for e in events if e.name == START)
@@ -154,8 +162,31 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     prefills, steps = _intervals(own)
     return {
         "prefill": _trace(own, min(prefills, key=_length), shapes, on_gpu),
-        "decode": _trace(own, min(steps, key=_length), shapes, on_gpu),
+        "decode": unfolded(_trace(own, min(steps, key=_length), shapes, on_gpu), program),
     }
+
+
+def instructions(spent: Sequence[tuple[Instruction, float]], shapes: Shapes) -> tuple[Span, ...]:
+    """A program's instructions as the spans of the operators they stand for."""
+    spans = list[Span]()
+    for instruction, seconds in spent:
+        role = PROGRAM_ROLES.get(instruction.code)
+        group = PROGRAM_GROUPS.get(instruction.code, COMPILED)
+        if instruction.matrix is not None:
+            group = shapes.get(instruction.matrix) or COMPILED
+        spans.append(Span(instruction.code, seconds, group, role, works=True, outermost=False))
+    return tuple(spans)
+
+
+def unfolded(trace: Trace, program: tuple[Span, ...]) -> Trace:
+    """The trace with its program's one operator replaced by its instructions, which take its time between them."""
+    whole = next((span for span in trace.spans if span.name == PROGRAM), None)
+    total_s = sum(span.seconds for span in program)
+    if whole is None or not total_s:
+        return trace
+    parts = [replace(span, seconds=span.seconds * whole.seconds / total_s) for span in program]
+    parts[0] = replace(parts[0], outermost=True)  # one call from Python
+    return replace(trace, spans=(*(span for span in trace.spans if span is not whole), *parts))
 
 
 @contextmanager

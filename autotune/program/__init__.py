@@ -9,13 +9,15 @@ decides where values lie and when threads meet, and the operator `run_program` r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..cache import SlotCache
 from . import layout
+from .instruction import Instruction
 from .lower import lower
 from .trace import trace
 
@@ -45,6 +47,8 @@ class Program:
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
         self.instructions, self.meetings = lowered.instructions, sum(meets)
         self.output = torch.zeros(lowered.output.shape)
+        self.spent = torch.zeros(len(self.instructions), dtype=torch.int64)  # nanoseconds, by the latest timed run
+        self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
         self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8)
         self._constants = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
@@ -68,7 +72,8 @@ class Program:
         Raises:
             RuntimeError: a token or a slot was outside its table.
         """
-        torch.ops.autotune.run_program(self._code, addresses, torch.get_num_threads())
+        spent = self.spent if self.timed else None
+        torch.ops.autotune.run_program(self._code, addresses, torch.get_num_threads(), spent)
         return self.output
 
 
@@ -121,6 +126,27 @@ class StepPrograms:
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         return tuple(self._steps)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Within it, every run notes how long each instruction took, for `spent`."""
+        programs = [step.program for step in self._steps.values()]
+        for program in programs:
+            program.timed = True
+        try:
+            yield
+        finally:
+            for program in programs:
+                program.timed = False
+
+    def spent(self, batch: int) -> list[tuple[Instruction, float]]:
+        """Seconds that the latest timed step for so many sequences spent on each instruction, if there is one."""
+        for (rows, _), step in self._steps.items():
+            if rows == batch and step.program.spent.any():
+                return [
+                    (i, ns / 1e9) for i, ns in zip(step.program.instructions, step.program.spent.tolist(), strict=True)
+                ]
+        return []
 
     def fitting(self, cache: SlotCache) -> Step:
         """The step for this cache's shape; recorded now, in a second or two, if it is the first of its shape."""

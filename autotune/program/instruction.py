@@ -109,6 +109,7 @@ class Instruction:
     Args:
         words: what follows the header in the encoded form: integers, FP64 numbers and addresses.
         reads, writes: numbers of the roots it touches.
+        matrix: (inputs, outputs) of the weights it multiplies by, if it does.
     """
 
     code: str
@@ -116,3 +117,4 @@ class Instruction:
     words: tuple[int | float | Ref, ...]
     reads: frozenset[int]
     writes: frozenset[int]
+    matrix: tuple[int, int] | None = None

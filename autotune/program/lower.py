@@ -133,7 +133,15 @@ class Lowering:
 
     # Instructions
 
-    def emit(self, code: str, share: Share, words: Sequence[Any], reads: Sequence[Place], *writes: Place) -> None:
+    def emit(
+        self,
+        code: str,
+        share: Share,
+        words: Sequence[Any],
+        reads: Sequence[Place],
+        *writes: Place,
+        matrix: tuple[int, int] | None = None,
+    ) -> None:
         self.instructions.append(
             Instruction(
                 code,
@@ -141,6 +149,7 @@ class Lowering:
                 tuple(words),
                 frozenset(p.root.number for p in reads),
                 frozenset(p.root.number for p in writes),
+                matrix,
             )
         )
 

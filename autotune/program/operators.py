@@ -149,7 +149,7 @@ def linear(build: Lowering, out: torch.Tensor, x: Any, weight: Any, *more: Any) 
     words: list[Any] = [form, *weights, block_bytes, tokens]
     words += [arranged.ref, ref(sums), ref(shift), y.ref, packed.ref, *factor(scales), *factor(zeros)]
     reads = [p for p in (arranged, sums, shift, packed, scales, zeros) if p is not None]
-    build.emit("linear", Share.TEAM, words, reads, y)
+    build.emit("linear", Share.TEAM, words, reads, y, matrix=(inputs, rows))
     return y
 
 
@@ -163,7 +163,8 @@ def product(build: Lowering, out: torch.Tensor, *args: Any) -> Place:
     inputs, rows = weight.shape
     y = build.new(out.shape)
     words = [rows, inputs, given.size // inputs, given.ref, ref(shift), y.ref, weight.ref]
-    build.emit("dot", Share.TEAM, words, [p for p in (given, shift, weight) if p is not None], y)
+    reads = [p for p in (given, shift, weight) if p is not None]
+    build.emit("dot", Share.TEAM, words, reads, y, matrix=(inputs, rows))
     return y
 
 
