@@ -34,7 +34,8 @@ PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
 METRICS: dict[Phase, Metric] = {"prefill": "ttft", "decode": "tpot"}
 GLANCE_TOKENS = 5
-PROFILE_S, BRIEF_PROFILE_S = 40.0, 6.0  # with batch and context scaling, and without
+SPOT_TOKENS = 16  # of a request by which a kept plan is timed again
+PROFILE_S, BRIEF_PROFILE_S = 24.0, 6.0  # with batch and context scaling, and without
 
 
 class LiveBench:
@@ -120,7 +121,8 @@ class LiveBench:
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
         self.noise = plan.latency.noise if plan.latency else 0.0
-        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=8, seed=2)
+        short = tuple(replace(b, new_tokens=min(b.new_tokens, SPOT_TOKENS)) for b in self.buckets[:1])
+        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed=2, buckets=short)
 
     @cached_property
     def exam(self) -> Exam:
@@ -144,11 +146,12 @@ class LiveBench:
         work: Workload,
         pairs: int,
         seed: int = 0,
+        buckets: tuple[Bucket, ...] = (),
     ) -> Latency:
         return latency.compare(
             reference,
             candidate,
-            self.buckets,
+            buckets or self.buckets,
             work.prompts,
             objective=objective,
             limits=self._limits(reference, candidate),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -158,11 +158,10 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
         return None
     seconds = time.monotonic() - start
     verdict = (
-        f"replayed and re-verified: {latency.reason}; a spot check of quality found mean KLD {quality.mean_kld:.2g}, "
-        f"same top token {quality.same_top:.1%} on {quality.tokens} tokens"
+        f"replayed and re-verified on short requests: {latency.reason}; a spot check of quality found mean KLD "
+        f"{quality.mean_kld:.2g}, same top token {quality.same_top:.1%} on {quality.tokens} tokens"
     )
-    fresh = report.reverified(verdict=verdict, seconds=seconds, latency=latency)
-    return Tuned(variant, replace(plan, latency=latency), fresh, verdict)
+    return Tuned(variant, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
 
 
 def explain(found: Found, quality: Quality | None, latency: Latency | None) -> str:
