@@ -106,6 +106,7 @@ struct Brains {
   static constexpr bool kBrains = true;
   static constexpr int64_t kTileUnits = kHalf * kSide;
   static constexpr int64_t kPanelUnits = 2 * kParts * kTileUnits;
+  static constexpr int64_t kAhead = 256;  // numbers of a row that are fetched before they are wanted
 
   static void put(Unit* panel, int row, int64_t k, Floats v) {
     Unit* at = panel + k / kSide * kPanelUnits + row / kHalf * kParts * kTileUnits + row % kHalf * kSide + k % kSide;
@@ -136,6 +137,7 @@ struct Brains {
     for (int part = 0; part < kParts; ++part) {  // both parts at once would not fit the registers
       __m512i row[kHalf];
       for (int n = 0; n < kHalf; ++n) {
+        for (int line = 0; line < 2 && !part; ++line) __builtin_prefetch(at + n * stride + kAhead + line * kHalf);
         const Floats low = load<Floats>(at + n * stride), high = load<Floats>(at + n * stride + kHalf);
         row[n] = part ? narrow(rest(low), rest(high)) : narrow(low, high);
       }
