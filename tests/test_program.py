@@ -232,10 +232,12 @@ def test_a_timed_step_knows_its_instructions() -> None:
     assert isinstance(steps, StepPrograms)
     served, ids = serving(variant), torch.tensor(token_prompts(1))
     served.generate(ids, max_new_tokens=3)
-    assert steps.spent(1) == []
+    program = steps.program(1)
+    assert program is not None
+    assert program.times() == []
     with steps.timed():
         served.generate(ids, max_new_tokens=3)
-    spent = steps.spent(1)
+    spent = program.times()
     assert {i.matrix for i, _ in spent} - {None} == {(64, 64), (64, 32), (64, 96), (96, 64), (64, VOCABULARY)}
     assert all(seconds >= 0 for _, seconds in spent)
     assert sum(seconds for _, seconds in spent) > 0

@@ -154,7 +154,8 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     with announced(subject.open), silent_kineto(), timed, recorder as recorded:
         for _ in range(requests):
             time_request(served, ids, tokens)
-    program = instructions(step.spent(len(ids)), shapes) if isinstance(step, StepPrograms) else ()
+    program = step.program(len(ids)) if isinstance(step, StepPrograms) else None
+    parts = instructions(program.times(), shapes) if program else ()
     events = [e for e in recorded.function_events if e.device_type.name == "CPU"]
     events.sort(key=lambda e: e.time_range.start)
     thread = next(e.thread for e in events if e.name == START)
@@ -162,7 +163,7 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     prefills, steps = _intervals(own)
     return {
         "prefill": _trace(own, min(prefills, key=_length), shapes, on_gpu),
-        "decode": unfolded(_trace(own, min(steps, key=_length), shapes, on_gpu), program),
+        "decode": unfolded(_trace(own, min(steps, key=_length), shapes, on_gpu), parts),
     }
 
 

@@ -53,6 +53,8 @@ class Program:
         self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8)
         self._constants = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
         self._inputs = lowered.inputs
+        read = {number for i in self.instructions if i.matrix for number in i.reads}
+        self.weight_bytes = sum(r.size_bytes for r in lowered.roots if r.kind == "constant" and r.number in read)
         bases = [-(-self._arena.data_ptr() // layout.ALIGN_BYTES) * layout.ALIGN_BYTES]
         for root in lowered.roots:
             own = self.output if root.kind == "output" else root.tensor
@@ -65,6 +67,12 @@ class Program:
         for root, tensor in zip(self._inputs, inputs, strict=True):
             bases[root + 1] = tensor.data_ptr()
         return bases
+
+    def times(self) -> list[tuple[Instruction, float]]:
+        """Seconds that the latest timed run spent on each instruction; empty if there was none."""
+        if not self.spent.any():
+            return []
+        return [(i, ns / 1e9) for i, ns in zip(self.instructions, self.spent.tolist(), strict=True)]
 
     def run(self, addresses: torch.Tensor) -> torch.Tensor:
         """Compute. The result is the program's own tensor, overwritten by the next run; one run at a time.
@@ -129,7 +137,7 @@ class StepPrograms:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Within it, every run notes how long each instruction took, for `spent`."""
+        """Within it, every run notes how long each instruction took; see `Program.times`."""
         programs = [step.program for step in self._steps.values()]
         for program in programs:
             program.timed = True
@@ -139,14 +147,9 @@ class StepPrograms:
             for program in programs:
                 program.timed = False
 
-    def spent(self, batch: int) -> list[tuple[Instruction, float]]:
-        """Seconds that the latest timed step for so many sequences spent on each instruction, if there is one."""
-        for (rows, _), step in self._steps.items():
-            if rows == batch and step.program.spent.any():
-                return [
-                    (i, ns / 1e9) for i, ns in zip(step.program.instructions, step.program.spent.tolist(), strict=True)
-                ]
-        return []
+    def program(self, batch: int) -> Program | None:
+        """The step for so many sequences, if it was recorded."""
+        return next((step.program for (rows, _), step in self._steps.items() if rows == batch), None)
 
     def fitting(self, cache: SlotCache) -> Step:
         """The step for this cache's shape; recorded now, in a second or two, if it is the first of its shape."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import kernels, roofline, sites
-from ..errors import ChoiceError
+from ..errors import ChoiceError, TransformError
+from . import require
 from .linears import LinearTransform
 
 if TYPE_CHECKING:
@@ -15,11 +16,19 @@ if TYPE_CHECKING:
     from ..hardware import Hardware
     from ..profile import PhaseProfile
     from ..variant import Variant
+NOT_PACKED = "decode has no packed weights that prefill could share"
 
 
 @dataclass(frozen=True)
 class StoredTransform(LinearTransform):
-    """Exchanges linear layers, and layers packed by the kernels, for ones that convert the same weights as they go."""
+    """Exchanges linear layers, and layers packed by the kernels, for ones that convert the same weights as they go.
+
+    Args:
+        weights: "own" for those prefill has, "decode" for those that decode's layers are packed in: fewer bytes to
+            read, at their precision, and the original's are needed no more.
+    """
+
+    weights: str = "own"
 
     parts: ClassVar[int]  # BF16 numbers that stand for one of FP32
     products: ClassVar[int]  # BF16 products that stand for one of FP32
@@ -27,6 +36,7 @@ class StoredTransform(LinearTransform):
     def __post_init__(self) -> None:
         if self.phase != "prefill":
             raise ChoiceError(f"{self.name}: phase must be 'prefill'; one token reads weights more than it multiplies")
+        require(self.weights, ("own", "decode"), f"{self.name}: weights")
 
     @property
     def kind(self) -> type[nn.Module]:
@@ -38,22 +48,34 @@ class StoredTransform(LinearTransform):
     def exchange(self, linear: nn.Linear) -> nn.Module:
         return kernels.BrainLinear(linear, self.parts)
 
+    def apply(self, variant: Variant) -> None:
+        if self.weights == "decode":
+            if not (shared := packed(variant.modules["decode"], self.skip)):
+                raise TransformError(f"{self}: {NOT_PACKED}")
+            for twin in variant.edit("prefill"):
+                for name, layer in shared.items():
+                    twin.set_submodule(name, layer)
+        super().apply(variant)
+
     def exchange_in(self, twin: nn.Module) -> int:
         count = super().exchange_in(twin)
-        for name, layer in _packed(twin, self.skip).items():
+        for name, layer in packed(twin, self.skip).items():
             twin.set_submodule(name, kernels.BrainLinear(layer, self.parts).train(layer.training))
             count += 1
         return count
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if hardware.device == "cpu" and _packed(variant.modules["prefill"], self.skip):
+        if self.weights == "decode" and not packed(variant.modules["decode"], self.skip):
+            return NOT_PACKED
+        if hardware.device == "cpu" and packed(variant.modules["prefill"], self.skip):
             return sites.obstacle(variant.original) or self.missing()
         return super().unavailable(variant, hardware)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         rate = roofline.peak_flops_per_s(hardware, "bfloat16") / self.products
         able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.name: rate})
-        return roofline.faster_weights(phase, able, phase.weight_bytes, compute_dtype=self.name)
+        read = phase.weight_bytes / 8 if self.weights == "decode" else phase.weight_bytes  # at best 4 bits for 32
+        return roofline.faster_weights(phase, able, read, compute_dtype=self.name)
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class LinearBf16x3(StoredTransform):
     products: ClassVar[int] = 3
 
 
-def _packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:
+def packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:
     """Layers packed by the kernels, by dotted name and under every name they have."""
     named = model.named_modules(remove_duplicate=False)
     return {n: m for n, m in named if isinstance(m, kernels.PackedLinear) and not sites.is_named(n, skip)}

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from autotune import kernels, sites
 from autotune.errors import TransformError
 from autotune.hardware import Hardware
 from autotune.profile import PhaseProfile, Profile
 from autotune.transforms import make
 from autotune.transforms.linears import LinearTransform
 from autotune.variant import Variant
+from autotune.workload import PHASES
 from tests import models
+from tests.models import tiny, token_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,3 +183,19 @@ PREFILL = profile_of(linear_s=0.500, other_s=0.100, weight_bytes=500e6, flops=70
 def test_prediction(name: str, params: dict[str, Any], profile: Profile, hardware: Hardware, speedup: float) -> None:
     assert make(name, params).predict(profile, hardware) == pytest.approx({"prefill": speedup, "decode": speedup})
     assert make(name, params, "decode").predict(profile, hardware) == pytest.approx({"decode": speedup})
+
+
+@pytest.mark.skipif(kernels.available() is not None or kernels.no_brain_unit() is not None, reason="needs a BF16 unit")
+@pytest.mark.parametrize("name", ["linear_bf16", "linear_bf16x3"])
+def test_prefill_shares_the_weights_that_decode_is_packed_in(name: str) -> None:
+    model = tiny("llama")
+    shared = make(name, {"weights": "decode"}, "prefill")
+    with pytest.raises(TransformError, match="no packed weights"):
+        Variant(model).with_transform(shared)
+    variant = Variant(model).with_transforms([make("weight_only", {"bits": 8}, "decode"), shared])
+    held = [sites.stored_bytes(*(variant.modules[phase] for phase in phases)) for phases in (("decode",), PHASES)]
+    assert held[0] == held[1]
+    ids = torch.tensor(token_prompts(2))
+    plain = Variant(model).with_transform(make("weight_only", {"bits": 8}, "both"))
+    got, expected = (v.modules["prefill"](ids).logits for v in (variant, plain))
+    assert float((got - expected).norm() / expected.norm()) < 0.03
