@@ -34,7 +34,7 @@ PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
 METRICS: dict[Phase, Metric] = {"prefill": "ttft", "decode": "tpot"}
 GLANCE_TOKENS = 5
-SPOT_TOKENS = 16  # of a request by which a kept plan is timed again
+SPOT_TOKENS = 8  # of a request by which a kept plan is timed again
 PROFILE_S, BRIEF_PROFILE_S = 24.0, 6.0  # with batch and context scaling, and without
 
 

@@ -57,7 +57,7 @@ def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget)
     limit = getattr(text_config(served), "max_position_embeddings", None) or CONTEXTS[-1]
     points = list[ScalePoint]()
     for context in (c for c in CONTEXTS if c + STEPS <= limit):
-        if not clock.allows(growth=5):  # attention grows faster than the four times longer prompt
+        if not clock.allows(growth=16):  # attention grows with the square of the four times longer prompt
             break
         ids = prompt.repeat(1, -(-context // prompt.shape[1]))[:, :context]
         point = _point(served, ids, clock, f"context {context}")

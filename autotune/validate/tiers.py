@@ -71,7 +71,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "brief": Size(4, natural=8, own=8, padded=8, lengths=()),  # enough to fail what broke, too little to pass anew
+    "brief": Size(4, natural=6, own=6, padded=4, lengths=()),  # enough to fail what broke, too little to pass anew
     "quick": Size(16, natural=16, own=16, padded=24, lengths=(256, 512)),
     "standard": Size(64, natural=24, own=24, padded=16, lengths=(256, 512, 1024)),
     "thorough": Size(128, natural=48, own=48, padded=32, lengths=(256, 512, 1024, 2048)),
