@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fix bench bench-choice
+.PHONY: demo test check fix bench bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -29,6 +29,9 @@ fix: $(READY)  ## repair what ruff can
 
 bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
 	$(BENCH_VENV)/bin/python -m benchmarks.bench $(BENCH_ARGS)
+
+bench-smoke: $(READY)  ## what a token costs in counts: operators, allocations, barriers, bytes
+	$(BIN)/python -m benchmarks.smoke
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py

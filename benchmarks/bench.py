@@ -33,7 +33,7 @@ from benchmarks.stage import UNTIMED, Stage
 
 ROUNDS, QUICK_ROUNDS = 4, 2
 QUICK_TEXTS = 4
-TYPICAL, RARE = 24, 2  # prompts to tune for: of the length that requests are decoded at, and of each other one
+TUNED = 24  # prompts to tune for, of each of two lengths
 TUNED_FROM = 2 * UNTIMED  # their numbers
 
 
@@ -62,10 +62,9 @@ def options() -> argparse.Namespace:
 
 
 def workload(text: Sequence[int], measured: Sequence[Metric]) -> list[list[int]]:
-    """Prompts of every measured length, most of them as long as those that are decoded from in batches."""
-    sent = shapes(measured)
-    typical = next(shape.prompt_tokens for shape in sent if shape.new_tokens > 1)
-    lengths = [typical] * TYPICAL + sorted({shape.prompt_tokens for shape in sent} - {typical}) * RARE
+    """Prompts as long as those that are decoded from, and twice as long; the longer ones have to do without."""
+    typical = next(shape.prompt_tokens for shape in shapes(measured) if shape.new_tokens > 1)
+    lengths = [typical, 2 * typical] * TUNED
     return [prompt(text, TUNED_FROM + i, length) for i, length in enumerate(lengths)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from autotune.texts import TEXTS
-from benchmarks import peers, quality, stage, table, worker
+from benchmarks import peers, quality, smoke, stage, table, worker
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
 from benchmarks.peers import PEERS, Peer, Setup, Weights
@@ -502,3 +502,12 @@ def test_threads_are_physical_cores_within_the_quota(
         (folder / "core_id").write_text(f"{cpu % 2}\n")
     (tmp_path / "quota").write_text(quota)
     assert physical_cores(tmp_path, tmp_path / "quota") == cores
+
+
+@pytest.mark.parametrize(("value", "over"), [(41, False), (40, False), (42, True)])
+def test_a_count_is_over_its_ceiling_or_not(value: float, over: bool) -> None:
+    assert smoke.Count("recorded step", "barriers", value, 41).over is over
+
+
+def test_every_plan_that_is_counted_has_ceilings() -> None:
+    assert smoke.CEILINGS.keys() == smoke.PLANS.keys()
