@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 
-from autotune.errors import ChoiceError
+from autotune.errors import ChoiceError, TransformError
 from autotune.hardware import Hardware
 from autotune.transforms import Stage, Transform, make, registry
 from autotune.transforms.linears import LinearTransform
@@ -128,9 +128,13 @@ def test_says_why_not_or_edits_the_variant_alone(
     before, expected, variant = contents(original), logits(original, prompts), Variant(original)
     transform.unavailable(variant, COMPILER)  # loads what the transform needs, once
     world = surroundings()
-    reason = transform.unavailable(variant, COMPILER)
+    reason, candidate = transform.unavailable(variant, COMPILER), variant
     if reason is None:
-        candidate = variant.with_transform(transform)
+        try:
+            candidate = variant.with_transform(transform)
+        except TransformError as refusal:  # what only trying tells
+            reason = str(refusal)
+    if reason is None:
         served = serving(candidate).generate(prompts, max_new_tokens=4, min_new_tokens=4)
         assert transform.took_effect(candidate) is None
         assert transform.took_effect(variant) is not None, "it takes effect on a variant it was not applied to"
