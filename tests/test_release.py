@@ -29,6 +29,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.packed_embedding import PackedEmbedding
 from autotune.transforms.static_cache import StaticCache
+from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import Tuned
 from autotune.validate.latency import decide
@@ -118,6 +119,17 @@ def test_weights_that_the_plan_does_not_use_are_freed_and_it_answers_the_same(
     assert model.autotune.status.state == "tuned"
     assert model.autotune.status.released
     assert model.autotune.report().bytes_after_release == plan_bytes
+
+
+def test_recorded_steps_follow_their_weights(scripted: list[Transform]) -> None:
+    """What is left of the original moves to memory of its own; programs hold addresses, so they are recorded anew."""
+    scripted[:] = [WeightOnly(bits=8), PackedEmbedding(), StepProgram(phase="decode")]
+    model, padded = wrapped(tiny("llama")), left_padded()
+    before = greedy(model), greedy(model, padded["input_ids"], attention_mask=padded["attention_mask"])
+    model.autotune.commit(keep_original=False)
+    gc.collect()
+    torch.empty(1 << 20).fill_(torch.nan)  # what is read where weights were freed would show
+    assert (greedy(model), greedy(model, padded["input_ids"], attention_mask=padded["attention_mask"])) == before
 
 
 def test_freed_after_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
