@@ -32,6 +32,7 @@ HEADERS = (
     "attention.h",
     "elementwise.h",
     "embedding.h",
+    "instructions.h",
     "team.h",
     "blocks.h",
     "brains.h",

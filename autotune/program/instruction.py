@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-CODES = (  # the order of Code in kernels/program.cpp
+CODES = (  # the order of Code in kernels/instructions.h
     *("copy", "to_float", "copy_int", "copy_bool", "negative", "inverse_root", "root", "exp", "tanh", "sigmoid"),
     *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
     *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
@@ -24,7 +24,7 @@ TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's Scal
 
 
 class Share(IntEnum):
-    """Who works on an instruction; the order of Share in kernels/program.cpp."""
+    """Who works on an instruction; the order of Share in kernels/instructions.h."""
 
     SOLO = 0  # the first thread alone: too little work to share
     ROWS = 1  # every thread takes its part of the sequences
