@@ -99,6 +99,11 @@ def _autotune(tier: str, policy: str, *rivals: str) -> Peer:
     return Peer(f"autotune-{tier}", f"autotune, {tier}", "tuned", {"policy": policy}, rivals=rivals)
 
 
+def _fixed(name: str, form: str, weights: str, params: Mapping[str, Any], prefill: str, rival: str) -> Peer:
+    options = {"weights": weights, "params": params, "prefill": prefill}
+    return Peer(f"autotune-{name}", f"autotune's kernels, {form}, no search", "fixed", options, rivals=(REFERENCE, rival))
+
+
 def _llama(file_type: str) -> Peer:
     return Peer(f"llama.cpp-{file_type.lower()}", f"llama.cpp {file_type}", "llama", {"file_type": file_type}, False)
 
@@ -113,6 +118,8 @@ PEERS = (
     _llama("Q4_1"),
     Peer("openvino-q8_0", "OpenVINO GenAI, Q8_0", "openvino_", torch=False),
     Peer("openvino-q8_0-f32", "OpenVINO GenAI, Q8_0, FP32 hint", "openvino_", {"precision": "f32"}, False),
+    _fixed("float16", "F16", "weight_storage", {}, "linear_bf16x3", "llama.cpp-f16"),
+    _fixed("int8", "INT8", "weight_only", {"bits": 8}, "linear_bf16", "llama.cpp-q8_0"),
     _autotune("lossless", "lossless", REFERENCE, "llama.cpp-f16"),
     _autotune("strict", "balanced", REFERENCE, "llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32"),
     _autotune("relaxed", "latency", REFERENCE, "llama.cpp-q4_1"),

@@ -1,0 +1,40 @@
+"""A plan of autotune's that nobody searched for: what its kernels come to where a model bears no narrower weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from autotune import transforms
+from autotune.profile.counts import stored_weights
+from autotune.variant import Variant, serving
+from benchmarks.peers import Setup, Weights
+from benchmarks.peers.hugging_face import bytes_per_token, load
+from benchmarks.peers.tuned import Tuned
+
+
+class Fixed(Tuned):
+    def __init__(self, variant: Variant) -> None:
+        super().__init__(serving(variant))
+        self.variant = variant
+
+    def weights(self) -> Weights:
+        modules = self.variant.modules
+        return Weights(stored_weights(self.variant.original, *modules.values()), bytes_per_token(modules["decode"]))
+
+    def notes(self) -> list[str]:
+        return ["a fixed plan: " + " + ".join(map(str, self.variant.transforms))]
+
+
+def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str) -> Fixed:
+    plan = [
+        transforms.make(weights, dict(params), "decode"),
+        transforms.make(prefill, {}, "prefill"),
+        transforms.make("prefill_attention", {}, "prefill"),
+        transforms.make("fused_layers", {}, "prefill"),
+        transforms.make("step_program", {}, "decode"),
+    ]
+    with torch.no_grad():
+        return Fixed(Variant(load(setup)).with_transforms(plan))
