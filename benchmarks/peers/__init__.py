@@ -101,7 +101,8 @@ def _autotune(tier: str, policy: str, *rivals: str) -> Peer:
 
 def _fixed(name: str, form: str, weights: str, params: Mapping[str, Any], prefill: str, rival: str) -> Peer:
     options = {"weights": weights, "params": params, "prefill": prefill}
-    return Peer(f"autotune-{name}", f"autotune's kernels, {form}, no search", "fixed", options, rivals=(REFERENCE, rival))
+    label = f"autotune's kernels, {form}, no search"
+    return Peer(f"autotune-{name}", label, "fixed", options, rivals=(REFERENCE, rival))
 
 
 def _llama(file_type: str) -> Peer:
