@@ -6,12 +6,15 @@ It serves what `Variant.unsupported` lets through: ids in, a cache of generate's
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import softmax
 
 if TYPE_CHECKING:
+    from .program import Step
     from .route import Sampling
     from .variant import Variant
 
@@ -50,21 +53,27 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
     """Decode over a static cache: prefill grows a cache of its own, as the original's does, and hands it over."""
     from . import cache as slots
 
-    assert variant.caches is not None  # noqa: S101 - the caller checked; for the type checker
+    pool = variant.caches
+    assert pool is not None  # noqa: S101 - the caller checked; for the type checker
     given = dict(call.model_kwargs)
     prompt = given["past_key_values"] = slots.DynamicCache()  # no configuration: every layer at full length
     with variant.running("prefill") as module:
         logits = module(input_ids=call.input_ids, **given, return_dict=True).logits[:, -1]
-    with variant.caches.lend(prompt, given.get("attention_mask")) as cache:
-        step = variant.step.fitting(cache) if variant.step is not None else None
+    with ExitStack() as lent:
+
+        @cache
+        def decoder() -> tuple[slots.SlotCache, Step | None]:  # once the first token is out: it needs no slots
+            held = lent.enter_context(pool.lend(prompt, given.get("attention_mask")))
+            return held, variant.step.fitting(held) if variant.step is not None else None
 
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            held, step = decoder()
             with variant.running("decode") as module:
-                logits = slots.step(module, token, position, cache) if step is None else step(token, position, cache)
-            cache.advance()
+                logits = slots.step(module, token, position, held) if step is None else step(token, position, held)
+            held.advance()
             return logits
 
-        return sample(call, logits, following, lambda: cache.to_dynamic(variant.original.config))
+        return sample(call, logits, following, lambda: decoder()[0].to_dynamic(variant.original.config))
 
 
 def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_cache: Callable[[], Any]) -> Any:
