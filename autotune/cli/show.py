@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError, PolicyError
+from ..errors import ChoiceError, PlanError, PolicyError
 from ..report import numbers as n
 from .screen import screen
 
@@ -80,7 +80,15 @@ def availability(machine: Hardware) -> dict[str, str | None]:
     )
     model = LlamaForCausalLM(config)
     variant = Variant(nn.Module.to(model, machine.device).train(False))
-    return {name: cls(phase="decode").unavailable(variant, machine) for name, cls in registry().items()}
+    return {name: _for_a_phase(cls).unavailable(variant, machine) for name, cls in registry().items()}
+
+
+def _for_a_phase(cls: type[Transform]) -> Transform:
+    """With default parameters, for decode, or for prefill where it is for that alone."""
+    try:
+        return cls(phase="decode")
+    except ChoiceError:
+        return cls(phase="prefill")
 
 
 def plan(file: Path) -> int:
