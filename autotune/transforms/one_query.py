@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,19 +69,19 @@ def use_kernel(variant: Variant) -> None:
 
     if reason := kernels.available():
         raise TransformError(reason)
-    register()
+    register(IMPLEMENTATION, attend)
     if variant.modules["decode"].config._attn_implementation != IMPLEMENTATION:
         for module in variant.edit("decode"):
             module.set_attn_implementation(IMPLEMENTATION)
 
 
-def register() -> None:
-    """Make the kernel known to transformers under its name; the masks are those of SDPA."""
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Make an attention kernel known to transformers under a name; the masks are those of SDPA."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def attend(

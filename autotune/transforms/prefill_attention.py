@@ -11,7 +11,7 @@ import torch
 
 from .. import kernels, roofline
 from ..errors import ChoiceError, TransformError
-from . import Stage, Transform, require
+from . import Stage, Transform, one_query, require
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -66,7 +66,7 @@ class PrefillAttention(Transform):
     def apply(self, variant: Variant) -> None:
         if reason := self._missing():
             raise TransformError(reason)
-        self._register()
+        one_query.register(self.implementation, functools.partial(attend, PARTS[self.precision]))
         for module in variant.edit("prefill"):
             module.set_attn_implementation(self.implementation)
 
@@ -76,14 +76,6 @@ class PrefillAttention(Transform):
 
     def _missing(self) -> str | None:
         return kernels.available() or (kernels.no_brain_unit() if PARTS[self.precision] else None)
-
-    def _register(self) -> None:
-        """Make the kernel known to transformers under its name; the masks are those of SDPA."""
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
-        AttentionInterface.register(self.implementation, functools.partial(attend, PARTS[self.precision]))
-        AttentionMaskInterface.register(self.implementation, sdpa_mask)
 
 
 def attend(
