@@ -9,7 +9,7 @@ Read in this order:
     wrap -> handle -> route           the model object: its life, its interception
     variant                           copy-on-write: one way to run the model
     traffic, freshness, release       measuring between live requests; noticing changes; letting the original go
-    workload, hardware                what it is asked to do, and what the machine can do
+    workload, hardware, device        what it is asked to do, what the machine can do, where CPU and GPU differ
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
     policy -> transforms              what to try when; one file an optimisation
     loop, cache, compiled, kernels    what the transforms put in: decoding loop, slots, compiled step, C++ operators
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from .errors import (
     AutotuneError,
+    DeviceError,
     MeasurementError,
     PlanError,
     PolicyError,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutotuneError",
+    "DeviceError",
     "Handle",
     "MeasurementError",
     "Plan",

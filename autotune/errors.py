@@ -9,6 +9,7 @@
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
     ├── MeasurementError        a number that was needed could not be measured
+    ├── DeviceError             the device cannot do this, or is dead for this process (nothing is retried on it)
     └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
 
 Messages say what was wrong, what was expected and what to do. Anything else that escapes is a bug.
@@ -49,6 +50,10 @@ class VariantError(AutotuneError):
 
 class MeasurementError(AutotuneError):
     """Something that had to be measured could not be."""
+
+
+class DeviceError(AutotuneError, RuntimeError):
+    """The device cannot do what was asked, or failed for good in this process."""
 
 
 class StateError(AutotuneError, RuntimeError):

@@ -8,14 +8,21 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from . import device as devices
 from .roofline import matmul_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .device import Device
 
 LIBRARIES = {"torch": "torch", "transformers": "transformers", "autotune": "autotune-inference"}
 OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
@@ -59,25 +66,25 @@ class Hardware:
     measured: bool = True
 
 
-def probe(device: str = "cpu") -> Hardware:
-    """Measure this machine at the process's present thread count; under two seconds, once per process.
+def probe(where: str | torch.device | PreTrainedModel = "cpu") -> Hardware:
+    """Measure this machine at the process's present thread count; under two seconds, once per process and device.
 
     Args:
-        device: "cpu", "cuda" or "cuda:N".
+        where: "cpu", "cuda", "cuda:N", or a model, which means the device of its first weights.
     """
-    return _probe(str(device), torch.get_num_threads())
+    return _probe(devices.of(where), torch.get_num_threads())
 
 
 @functools.cache
-def _probe(device: str, threads: int) -> Hardware:
-    on_gpu = device.startswith("cuda")
+def _probe(device: Device, threads: int) -> Hardware:
+    identity = device.identity()
     with torch.inference_mode():
         return Hardware(
-            device="cuda" if on_gpu else "cpu",
-            name=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
-            capability=_gpu_capability(device) if on_gpu else instruction_set(),
+            device=device.kind,
+            name=identity.name,
+            capability=identity.capability,
             threads=threads,
-            memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_bytes(),
+            memory_bytes=identity.memory_bytes,
             bandwidth_bytes_per_s=read_bandwidth(device),
             flops_per_s=matmul_peaks(device),
             compiler=find_compiler(),
@@ -85,27 +92,27 @@ def _probe(device: str, threads: int) -> Hardware:
         )
 
 
-def read_bandwidth(device: str) -> float:
+def read_bandwidth(device: Device) -> float:
     """Bytes per second of a large sequential read, the best of several rounds of two kernels.
 
     A matrix times a vector is what decoding does to weights; a dot product reads without a stride. Which of them
     reaches further differs by BLAS and by thread count, and a peak is the better of the two.
     """
-    size = min(READ_BYTES, memory_bytes() // 16)
-    data = torch.ones(size // 4096, 1024, device=device)  # [rows, 1024] float32
-    flat, vector = data.view(-1), torch.ones(1024, device=device)
-    timed = _timer(device)
-    fastest = min(timed(read) for _ in range(READ_ROUNDS) for read in (lambda: data.mv(vector), lambda: flat.dot(flat)))
+    size = min(READ_BYTES, device.identity().memory_bytes // 16)
+    data = torch.ones(size // 4096, 1024, device=device.where)  # [rows, 1024] float32
+    flat, vector = data.view(-1), torch.ones(1024, device=device.where)
+    reads = (lambda: data.mv(vector), lambda: flat.dot(flat))
+    fastest = min(device.seconds(read) for _ in range(READ_ROUNDS) for read in reads)
     return data.nbytes / fastest
 
 
-def matmul_peaks(device: str) -> dict[str, float]:
+def matmul_peaks(device: Device) -> dict[str, float]:
     """FLOP/s of a square matmul by dtype name; a dtype the machine only emulates gets a tiny matmul's figure."""
     peaks = {str(dtype).removeprefix("torch."): _matmul_peak(device, dtype) for dtype in DTYPES}
     return {name: peak for name, peak in peaks.items() if peak}
 
 
-def _matmul_peak(device: str, dtype: torch.dtype) -> float:
+def _matmul_peak(device: Device, dtype: torch.dtype) -> float:
     peak = 0.0
     for side in SIDES:
         try:
@@ -118,38 +125,14 @@ def _matmul_peak(device: str, dtype: torch.dtype) -> float:
     return peak
 
 
-def _fastest_matmul(device: str, dtype: torch.dtype, side: int) -> float:
-    timed, a = _timer(device), torch.ones(side, side, device=device, dtype=dtype)
+def _fastest_matmul(device: Device, dtype: torch.dtype, side: int) -> float:
+    a = torch.ones(side, side, device=device.where, dtype=dtype)
     fastest, end = math.inf, time.perf_counter() + MATMUL_LIMIT_S
     for _ in range(MATMUL_ROUNDS):
-        fastest = min(fastest, timed(lambda: a @ a))
+        fastest = min(fastest, device.seconds(lambda: a @ a))
         if time.perf_counter() > end:
             break
     return fastest
-
-
-def _timer(device: str) -> Callable[[Callable[[], object]], float]:
-    return _gpu_seconds if device.startswith("cuda") else _cpu_seconds
-
-
-def _cpu_seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _gpu_seconds(work: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def _gpu_capability(device: str) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor}"
 
 
 def instruction_set() -> str:

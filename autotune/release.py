@@ -48,7 +48,7 @@ def release(model: PreTrainedModel, variant: Variant) -> None:
         held.clear()
         held.update(new)
     _move(variant, originals)
-    _trim()
+    trim()
     model.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
@@ -77,7 +77,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
             yield value
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give memory back: layers may refer to themselves, and glibc keeps freed blocks of up to 32 MiB to itself."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -67,7 +67,7 @@ def tune(
     """
     start = time.monotonic()
     notify("measuring the hardware")
-    machine = hardware.probe(model.device.type)
+    machine = hardware.probe(model)
     identity = fingerprint.of(model, machine, workload, policy)
     original = Variant(model, traffic, workload)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)

@@ -12,6 +12,7 @@ from autotune import errors, policy
 
 NAMES = [
     "AutotuneError",
+    "DeviceError",
     "Handle",
     "MeasurementError",
     "Plan",

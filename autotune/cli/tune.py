@@ -99,7 +99,7 @@ def profiled(
         raise UnsupportedModelError(reason)
     work = workload.read(prompts, tokenizer=tokenizer, model=model)
     notify("measuring the hardware")
-    machine = hardware.probe(model.device.type)
+    machine = hardware.probe(model)
     measured = profiling.measure(Variant(model), work, machine, budget_s=budget_s, progress=notify)
     return Report(
         model=name_of(model),

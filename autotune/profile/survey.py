@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import device as devices
 from ..roofline import peak_flops_per_s, ridge
 from ..variant import serving
 from ..workload import PHASES, Phase, Workload
@@ -68,7 +69,7 @@ def survey(
     batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
     if scaling:
         sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
-        batches = batch_scaling(served, ids[:1], sizes, free_bytes(hardware), budget.part(0.5))
+        batches = batch_scaling(served, ids[:1], sizes, devices.of(variant.original).memory().free, budget.part(0.5))
         contexts = context_growth(served, ids[:1], budget.part(1.0))
 
     prompt_tokens = ids.shape[1]
@@ -110,18 +111,6 @@ def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse
         cache_bytes=cache_size(model, prefill.batch, prefill.new + new_tokens, element),
         activations_bytes=activation_size(model, prefill, element),
     )
-
-
-def free_bytes(hardware: Hardware) -> int:
-    """Memory that is free now: on the GPU, or in the machine as far as its kernel tells."""
-    if hardware.device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return hardware.memory_bytes // 2
-    return min(available, hardware.memory_bytes)
 
 
 def _phase(

@@ -1,0 +1,77 @@
+"""The CPU: what is called has run when the call returns."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ..errors import DeviceError
+from . import Device, Graph, Identity, Memory
+from .owner import Owner
+
+
+class Cpu(Device):
+    kind, asynchronous = "cpu", False
+
+    def identity(self) -> Identity:
+        from .. import hardware
+
+        return Identity(hardware.processor_name(), hardware.instruction_set(), hardware.memory_bytes())
+
+    def synchronize(self) -> None: ...
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def memory(self) -> Memory:
+        from .. import hardware
+
+        total = hardware.memory_bytes()
+        available, used = _meminfo("/proc/meminfo", "MemAvailable"), _meminfo("/proc/self/status", "VmRSS")
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        free = total // 2 if available is None else min(available, total)
+        return Memory(free, peak if used is None else used, max(peak, used or 0))
+
+    def reset_peak(self) -> None: ...
+
+    def trim(self) -> None:
+        from ..release import trim
+
+        trim()
+
+    def mark(self) -> None: ...
+
+    def wait(self, mark: Any) -> None: ...
+
+    def stream(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: tensor
+
+    def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
+        raise DeviceError(self.without_graphs())
+
+    def pool(self) -> None: ...
+
+    @property
+    def owner(self) -> Owner:
+        raise DeviceError(self.without_graphs())
+
+
+def _meminfo(file: str, key: str) -> int | None:
+    """A figure of the kernel's, bytes; None on other systems."""
+    try:
+        with open(file) as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,97 @@
+"""An NVIDIA GPU through torch.cuda: the only module that calls the driver."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from . import Device, Graph, Identity, Memory
+from .owner import Owner
+
+WARM_UPS = 3  # runs before a capture: libraries set themselves up in the first, and must not while it is recorded
+
+
+class Cuda(Device):
+    kind, asynchronous = "cuda", True
+
+    def identity(self) -> Identity:
+        properties = torch.cuda.get_device_properties(self.where)
+        return Identity(properties.name, f"{properties.major}.{properties.minor}", properties.total_memory)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.where)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self.where):
+            start.record()
+            work()
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def memory(self) -> Memory:
+        free, _ = torch.cuda.mem_get_info(self.where)
+        used, kept = torch.cuda.memory_allocated(self.where), torch.cuda.memory_reserved(self.where)
+        return Memory(free + kept - used, used, torch.cuda.max_memory_allocated(self.where))
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.where)
+
+    def trim(self) -> None:
+        from ..release import trim
+
+        trim()
+        torch.cuda.empty_cache()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.where))
+        return event
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.where).wait_event(mark)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        with torch.cuda.device(self.where), torch.cuda.stream(self._stream):
+            yield
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = self.mark()
+
+        def arrived() -> torch.Tensor:
+            copied.synchronize()
+            return host
+
+        return arrived
+
+    def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
+        for _ in range(WARM_UPS):
+            work()
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # other threads serve requests and allocate meanwhile, which only concerns their own streams
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph, result
+
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @functools.cached_property
+    def owner(self) -> Owner:
+        return Owner(self)
+
+    def without_graphs(self) -> str | None:
+        return None
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]

@@ -1,0 +1,73 @@
+"""The one thread that captures and replays graphs, whoever asks.
+
+A graph's state belongs to the thread that captured it; replayed from another, it has corrupted results without an
+exception (pytorch#123177, #143931). And graphs that share memory must not overlap, which one stream guarantees.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from . import Device
+
+T = TypeVar("T")
+
+
+class Owner:
+    """Runs work for other threads, one piece at a time, on the device's own stream.
+
+    Args:
+        device: whose queue the callers' and the owner's work is put in order on.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """`work` on the owner thread, between what the caller queued before and what it queues after.
+
+        Tensors that it reads or writes for the caller must be the caller's own: memory is then given back in the order
+        of the caller's stream.
+
+        Raises:
+            DeviceError: the device is dead; else whatever `work` raises.
+        """
+        self.device.check()
+        if self._thread is threading.current_thread():
+            return work()
+        self._start()
+        before, done = self.device.mark(), Future[tuple[T, Any]]()
+
+        def ordered() -> tuple[T, Any]:
+            with self.device.stream():
+                self.device.wait(before)
+                return work(), self.device.mark()
+
+        self._work.put((ordered, done))
+        result, after = done.result()
+        self.device.wait(after)
+        return result
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():  # none is alive after a fork
+                name = f"autotune graphs {self.device.where}"
+                self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            work, done = self._work.get()
+            try:
+                done.set_result(work())
+            except BaseException as error:  # it is the caller's to handle
+                done.set_exception(error)
+            del work, done  # what it refers to must not live until the next piece comes

@@ -1,0 +1,287 @@
+"""A CUDA device that is not there: tensors stay on the CPU, queueing, streams and graphs behave as the driver's do.
+
+    with device.stand_in(FakeCuda()) as fake: ...
+
+What it reproduces are the rules that code for GPUs breaks first. Breaking one raises `Misuse`, where a real device
+would give wrong numbers, crash later, or work until it is busy:
+
+* a graph replays operators, not Python: it reads and writes the very buffers it was captured with, so that whatever
+  the host decided or computed during the capture is frozen
+* capturing and replaying happen on the capturing thread, inside the device's own stream; nothing may wait meanwhile
+* a buffer that was freed or resized since makes the graph invalid
+* the result of a replay lies in one buffer, overwritten by the next
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from autotune.device import Device, Graph, Identity, Memory
+from autotune.device.cuda import WARM_UPS
+from autotune.device.owner import Owner
+
+OPERATOR_S = 5e-6  # what each operator takes on the fake clock
+WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+
+
+class Misuse(RuntimeError):
+    """Something that a real device punishes."""
+
+
+class FakeCuda(Device):
+    """One GPU made of CPU tensors.
+
+    Args:
+        identity: what it pretends to be.
+        free_bytes: memory that is still to be had.
+        opaque: replay by running the captured Python again, for compiled code, whose kernels cannot be recorded. The
+            rules about threads, streams and results hold all the same.
+
+    Attributes:
+        waits: how often the host waited for the device.
+        captures, replays: how many there were.
+        trims: how often memory kept for reuse was given back.
+    """
+
+    kind, asynchronous = "cuda", True
+
+    H100: ClassVar[Identity] = Identity("NVIDIA H100 80GB HBM3", "9.0", 80 * 2**30)
+
+    def __init__(self, identity: Identity = H100, free_bytes: int | None = None, opaque: bool = False) -> None:
+        super().__init__(torch.device("cpu"))
+        self._identity, self.opaque = identity, opaque
+        self.free_bytes = identity.memory_bytes if free_bytes is None else free_bytes
+        self.waits = self.captures = self.replays = self.trims = 0
+        self._owner = Owner(self)
+        self._local = threading.local()
+        self._marks = 0
+
+    def identity(self) -> Identity:
+        return self._identity
+
+    def synchronize(self) -> None:
+        self.forbid_waiting("synchronize")
+        self.waits += 1
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        with _Counting() as counted:
+            work()
+        return max(1, counted.operators) * OPERATOR_S
+
+    def memory(self) -> Memory:
+        return Memory(self.free_bytes, self._identity.memory_bytes - self.free_bytes, self._identity.memory_bytes)
+
+    def reset_peak(self) -> None: ...
+
+    def trim(self) -> None:
+        self.trims += 1
+
+    def mark(self) -> tuple[int, int]:
+        self._marks += 1
+        return threading.get_ident(), self._marks
+
+    def wait(self, mark: tuple[int, int]) -> None:
+        if mark[1] > self._marks:
+            raise Misuse("waits for a mark that was never made")
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        before, self._local.inside = getattr(self._local, "inside", False), True
+        try:
+            yield
+        finally:
+            self._local.inside = before
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        self.forbid_waiting("copy to the host")
+        copy = tensor.clone()  # as it was when the copy was queued
+
+        def arrived() -> torch.Tensor:
+            self.waits += 1
+            return copy
+
+        return arrived
+
+    def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
+        self.require_stream("capture")
+        for _ in range(WARM_UPS):
+            work()
+        self.captures += 1
+        graph = Replayed(self, work) if self.opaque else Recorded(self)
+        result = graph.record(work)
+        return graph, result
+
+    def pool(self) -> object:
+        return object()
+
+    @property
+    def owner(self) -> Owner:
+        return self._owner
+
+    def without_graphs(self) -> str | None:
+        return None
+
+    def require_stream(self, what: str) -> None:
+        if not getattr(self._local, "inside", False):
+            raise Misuse(f"{what} outside the device's stream")
+
+    def forbid_waiting(self, what: str) -> None:
+        if getattr(self._local, "capturing", False):
+            raise Misuse(f"{what} while a graph is captured")
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        if getattr(self._local, "capturing", False):
+            raise Misuse("a capture inside a capture")
+        self._local.capturing = True
+        try:
+            yield
+        finally:
+            self._local.capturing = False
+
+
+class _Graph:
+    """What both kinds have in common: whose they are."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        self.device, self.thread = device, threading.get_ident()
+
+    def ready(self) -> None:
+        if threading.get_ident() != self.thread:
+            raise Misuse("replayed from another thread than the one that captured it")
+        self.device.require_stream("replay")
+        self.device.replays += 1
+
+
+class Recorded(_Graph):
+    """The operators of the captured work, run again on the buffers they had then."""
+
+    def record(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        recorder = _Recorder(self.device)
+        with self.device.capturing(), recorder:
+            result = work()
+        self.steps = recorder.steps
+        return result
+
+    def replay(self) -> None:
+        self.ready()
+        values: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            for func, args, kwargs, outputs in self.steps:
+                given = tree_map_only(_Slot, lambda slot: slot.value(values), (args, kwargs))
+                results = func(*given[0], **given[1])
+                results = results if isinstance(results, tuple | list) else (results,)
+                for output, result in zip(outputs, results, strict=True):
+                    if output is not None:
+                        output.refresh(values, result)
+
+
+class _Slot:
+    """A tensor of a recorded operator: an external buffer by its address, or what an earlier operator put out."""
+
+    def __init__(self, tensor: torch.Tensor, made: bool, view: bool = False) -> None:
+        self.key, self.made = id(self), made
+        self.place = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.nbytes = tensor.untyped_storage().nbytes()
+        self.buffer = tensor if made and not view else None  # the graph's own memory lives as long as it does
+
+    def value(self, values: dict[int, torch.Tensor]) -> torch.Tensor:
+        if self.made:
+            return values[self.key]
+        if self.storage.expired():
+            raise Misuse("replayed after a buffer that it was captured with was freed")
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None or storage.nbytes() != self.nbytes:
+            raise Misuse("replayed after a buffer that it was captured with was resized")
+        shape, stride, offset, dtype = self.place
+        return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+
+    def refresh(self, values: dict[int, torch.Tensor], result: torch.Tensor) -> None:
+        if self.buffer is None:
+            values[self.key] = result
+            return
+        if result.shape != self.buffer.shape:
+            raise Misuse(f"an operator's result changed its shape from {self.buffer.shape} to {result.shape}")
+        values[self.key] = self.buffer.copy_(result)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operator with its tensors. What is not the result of an earlier one is an external buffer."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        super().__init__()
+        self.device = device
+        self.steps: list[tuple[Any, Any, Any, list[_Slot | None]]] = []
+        self._slots: dict[int, tuple[torch.Tensor, _Slot]] = {}  # the tensor too, so that its id is not given again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.name in WAITS:
+            raise Misuse(f"{func._schema.name} waits for the device while a graph is captured")
+        given = tree_map(self._slot, (args, kwargs))
+        results = func(*args, **kwargs)
+        several = results if isinstance(results, tuple | list) else (results,)
+        inputs = {id(t): t for t in _tensors((args, kwargs))}
+        storages = {t.untyped_storage().data_ptr() for t in inputs.values()}
+        outputs = [self._output(each, inputs, storages) for each in several]
+        self.steps.append((func, *given, outputs))
+        return results
+
+    def _slot(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self._slots:
+            external = _Slot(value, made=False)
+            # the tensor object is kept only while recording: a graph keeps no buffer of others alive
+            self._slots[id(value)] = value, external
+        return self._slots[id(value)][1]
+
+    def _output(self, result: Any, inputs: dict[int, torch.Tensor], storages: set[int]) -> _Slot | None:
+        if not isinstance(result, torch.Tensor) or id(result) in inputs:  # in place: the buffer itself
+            return None
+        view = result.untyped_storage().data_ptr() in storages
+        made = _Slot(result, made=True, view=view)
+        self._slots[id(result)] = result, made
+        return made
+
+
+class Replayed(_Graph):
+    """The captured Python, run again; its result is copied into the buffer of the first."""
+
+    def __init__(self, device: FakeCuda, work: Callable[[], torch.Tensor]) -> None:
+        super().__init__(device)
+        self.work = work
+
+    def record(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self.device.capturing():
+            self.result = work().clone()
+        return self.result
+
+    def replay(self) -> None:
+        self.ready()
+        self.result.copy_(self.work())
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))

@@ -1,0 +1,180 @@
+"""The device layer: what a CPU answers, what errors mean, one thread for graphs; and that the fake catches mistakes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from autotune import device, hardware
+from autotune.device.failures import classify
+from autotune.errors import DeviceError, VariantError
+from tests.fakes.cuda import FakeCuda, Misuse
+
+
+def test_a_cpu_is_one_device_and_answers() -> None:
+    cpu = device.of("cpu")
+    assert device.of(torch.device("cpu")) is cpu
+    assert cpu.identity().memory_bytes == hardware.memory_bytes()
+    assert 0 < cpu.memory().free <= hardware.memory_bytes()
+    assert 0 < cpu.memory().used <= cpu.memory().peak
+    assert cpu.seconds(lambda: torch.ones(8)) > 0
+    tensor = torch.ones(3)
+    assert cpu.fetch(tensor)() is tensor
+    assert "no graphs" in (cpu.without_graphs() or "")
+    with pytest.raises(DeviceError, match="no graphs"):
+        cpu.capture(lambda: tensor)
+
+
+def test_a_stand_in_holds_inside_its_block_alone() -> None:
+    with device.stand_in(FakeCuda()) as fake:
+        assert device.of("cpu") is fake
+        assert hardware.probe().device == "cuda"
+        assert hardware.probe().capability == "9.0"
+    assert device.of("cpu").kind == "cpu"
+
+
+ERRORS = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory"),
+    (MemoryError(), "memory"),
+    (torch.AcceleratorError("CUDA error: device-side assert triggered"), "dead"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "dead"),
+    (RuntimeError("CUDA error: unspecified launch failure"), "dead"),
+    (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "dead"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied (1x3 and 4x4)"), None),
+    (ValueError("an illegal memory access is what this message is about"), None),
+]
+
+
+@pytest.mark.parametrize(("error", "kind"), ERRORS, ids=str)
+def test_what_an_error_says(error: Exception, kind: str | None) -> None:
+    assert classify(error) == kind
+    with pytest.raises(VariantError) as wrapped:
+        raise VariantError("decode failed") from error
+    assert classify(wrapped.value) == kind, "wrapping hid the cause"
+
+
+def test_a_dead_device_says_so_once_and_for_all() -> None:
+    fake = FakeCuda()
+    fake.check()
+    first = fake.condemn(RuntimeError("CUDA error: device-side assert triggered\nmore"))
+    assert "restart the process" in str(first)
+    assert str(fake.condemn(RuntimeError("another"))) == str(first)
+    with pytest.raises(DeviceError, match="device-side assert triggered"):
+        fake.check()
+    with pytest.raises(DeviceError, match="restart the process"):
+        fake.owner.run(lambda: 1)
+
+
+def test_the_owner_is_one_thread_and_hands_back_what_happens() -> None:
+    owner = FakeCuda().owner
+    seen = {owner.run(threading.get_ident) for _ in range(3)}
+    assert len(seen) == 1
+    assert threading.get_ident() not in seen
+    assert owner.run(lambda: owner.run(threading.get_ident)) in seen, "nested work waits for itself"
+    with pytest.raises(ZeroDivisionError):
+        owner.run(lambda: 1 // 0)
+    assert owner.run(lambda: 2) == 2, "an exception ended the thread"
+
+
+def test_many_threads_share_the_owner() -> None:
+    owner, results, total = FakeCuda().owner, list[int](), torch.zeros(1)
+
+    def call() -> None:
+        for _ in range(50):
+            results.append(owner.run(lambda: int(total.add_(1))))
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == list(range(1, 401)), "two pieces of work overlapped"
+
+
+class Captured:
+    """A graph of y = 2 x + steps, where the host counts the steps."""
+
+    def __init__(self, opaque: bool = False) -> None:
+        self.fake = FakeCuda(opaque=opaque)
+        self.x, self.total = torch.ones(4), torch.zeros(4)
+        self.calls = 0
+        self.graph, self.y = self.fake.owner.run(lambda: self.fake.capture(self.work))
+
+    def work(self) -> torch.Tensor:
+        self.calls += 1
+        self.total.add_(self.x)
+        return self.x.view(2, 2).mul(2).add(self.calls)
+
+    def replay(self) -> torch.Tensor:
+        self.fake.owner.run(self.graph.replay)
+        return self.y
+
+
+def test_a_replay_reads_its_buffers_and_freezes_what_the_host_did() -> None:
+    captured = Captured()
+    frozen = captured.calls
+    captured.x.fill_(5)
+    assert captured.replay().tolist() == [[10 + frozen] * 2] * 2
+    assert captured.calls == frozen, "Python ran again"
+    assert captured.total.tolist() == [4 + 5] * 4  # warm-ups and the capture, then one replay
+
+
+def test_a_replay_overwrites_the_last_result() -> None:
+    captured = Captured()
+    held = captured.replay()
+    before = held.clone()
+    captured.x.fill_(7)
+    captured.replay()
+    assert not torch.equal(held, before)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_another_thread_may_not_replay(opaque: bool) -> None:
+    captured = Captured(opaque)
+    with captured.fake.stream(), pytest.raises(Misuse, match="another thread"):
+        captured.graph.replay()
+
+
+def test_a_freed_or_resized_buffer_is_noticed() -> None:
+    captured = Captured()
+    captured.x = torch.ones(4)  # the one that was captured is gone
+    with pytest.raises(Misuse, match="freed"):
+        captured.replay()
+    captured = Captured()
+    captured.total.resize_(9)
+    with pytest.raises(Misuse, match="resized"):
+        captured.replay()
+
+
+WAITING: list[Callable[[torch.Tensor, FakeCuda], object]] = [
+    lambda x, fake: x.sum().item(),
+    lambda x, fake: bool(x.any()),
+    lambda x, fake: x.nonzero(),
+    lambda x, fake: fake.synchronize(),
+    lambda x, fake: fake.fetch(x),
+]
+
+
+@pytest.mark.parametrize("wait", WAITING)
+def test_nothing_may_wait_during_a_capture(wait: Callable[[torch.Tensor, FakeCuda], object]) -> None:
+    fake, x, calls = FakeCuda(), torch.ones(4), list[int]()
+
+    def work() -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 3:  # the warm-ups may
+            wait(x, fake)
+        return x * 2
+
+    with pytest.raises(Misuse, match="captured"):
+        fake.owner.run(lambda: fake.capture(work))
+
+
+def test_capture_and_replay_belong_inside_the_stream() -> None:
+    fake = FakeCuda()
+    with pytest.raises(Misuse, match="outside the device's stream"):
+        fake.capture(lambda: torch.ones(1))
