@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from . import device as devices
 from . import profile as profiling
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
@@ -58,7 +59,7 @@ class LiveBench:
         notify: Callable[[str], None],
     ) -> None:
         self.original, self.policy, self.hardware, self.notify = original, policy, hardware, notify
-        self.workload = workload
+        self.workload, self.device = workload, devices.of(original.original)
         self.tuning, self.held_out = workload.split(0.5)
         half = len(texts) // 2
         self._texts = (texts[:half], texts[half:])
@@ -102,6 +103,19 @@ class LiveBench:
 
     def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
         return self._compare(incumbent, candidate, METRICS[phase], self.tuning, pairs=25)
+
+    def free_bytes(self) -> float:
+        return self.device.memory().free
+
+    def explain(self, error: Exception) -> str:
+        failure = self.device.failure(error)
+        if failure == "dead":
+            raise self.device.condemn(error) from error
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"out of memory: {first}" if failure == "memory" else f"{type(error).__name__}: {first}"
+
+    def tidy(self) -> None:
+        self.device.trim()
 
     def confirm(self, variant: Variant) -> tuple[Quality, Latency | None]:
         """The winner once more, on prompts it was not chosen on and with fresh timing (against the winner's curse)."""

@@ -6,14 +6,15 @@ It is written over a `Bench`, which measures, so that its logic runs on scripted
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from . import transforms
 from .diagnose import Diagnosis
-from .errors import TransformError
+from .errors import DeviceError, TransformError
 from .hardware import Hardware
 from .plan import Outcome, Trial
 from .policy import Choice, Limits, Policy, Step
@@ -29,6 +30,7 @@ log = logging.getLogger("autotune")
 
 HOPELESS = 0.1  # speed-up of a first run below which not even quality, which is judged first, is worth the time
 REFINING_SHARE = 0.15  # of the budget that may go into finding out which layers of one transform to leave wider
+ROOM = 0.9  # of the free memory: activations and the allocator's slack want the rest
 OUTCOMES = {
     Verdict.PASS: Outcome.ACCEPTED,
     Verdict.FAIL: Outcome.REJECTED,
@@ -59,6 +61,15 @@ class Bench(Protocol):
     def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
         """Paired latency of `phase`."""
 
+    def free_bytes(self) -> float:
+        """Memory of the device that is still to be had."""
+
+    def explain(self, error: Exception) -> str:
+        """What a candidate raised, in words; raises DeviceError where it means that the device is dead."""
+
+    def tidy(self) -> None:
+        """Give back the memory of a candidate that was not kept."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -67,6 +78,7 @@ class State:
     variant: Variant
     profile: Profile
     diagnoses: Mapping[Phase, Diagnosis]
+    free_bytes: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ class _Search:
 
     def examine(self, variant: Variant) -> State:
         profile = self.bench.profile(variant)
-        return State(variant, profile, self.bench.diagnose(profile))
+        return State(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes())
 
     def take(self, step: Step, state: State) -> State:
         """Try a step's choices, the most promising first; each that is kept changes what the rest can promise."""
@@ -139,9 +151,11 @@ class _Search:
         trial, candidate = failed, None
         try:
             found = self.look_into(failed, state, others)
+        except DeviceError:
+            raise
         except Exception as error:  # what is measured is foreign code, as in a trial
             log.debug("%s could not be refined", failed.transform, exc_info=True)
-            found = Refinement((), f"its layers could not be compared: {type(error).__name__}: {error}")
+            found = Refinement((), f"its layers could not be compared: {self.bench.explain(error)}")
         if found is None:
             return trial, candidate
         seconds = failed.seconds + self.clock() - start
@@ -172,38 +186,58 @@ class _Search:
         return refine(probe, promises, spent=lambda: self.clock() >= end)
 
     def judge(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
-        """One candidate's verdict. Whatever it raises, the incumbent is as it was."""
+        """One candidate's verdict. Whatever it raises, the incumbent is as it was, and so is the memory.
+
+        Raises:
+            DeviceError: the device is dead for this process, and every further trial with it.
+        """
+        candidate = None
+        try:
+            for stage in self.stages(trial, incumbent):
+                trial, candidate = stage
+        except DeviceError:
+            raise
+        except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
+            log.debug("%s crashed", trial.transform, exc_info=True)
+            trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.explain(error)), None
+        if candidate is None:  # and no exception is alive, whose traceback would hold on to its memory
+            self.bench.tidy()
+        return trial, candidate
+
+    def stages(self, trial: Trial, incumbent: Variant) -> Iterator[tuple[Trial, Variant | None]]:
+        """One candidate from application to verdict, as far as it comes: what is known after each stage.
+
+        The candidate is yielded with the verdict that keeps it, and before only as None. Raises what the candidate
+        raises.
+        """
         transform, phase, start = trial.transform, trial.target, self.clock()
         try:
             candidate = incumbent.with_transform(transform)
             missing = transform.took_effect(candidate)
         except TransformError as error:
-            return replace(trial, outcome=Outcome.UNAVAILABLE, reason=str(error)), None
-        except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
-            log.debug("%s crashed", transform, exc_info=True)
-            return replace(trial, outcome=Outcome.ERROR, reason=f"{type(error).__name__}: {error}"), None
-        trial = replace(trial, compile_s=self.clock() - start)
+            yield replace(trial, outcome=Outcome.UNAVAILABLE, reason=str(error)), None
+            return
+        yield (trial := replace(trial, compile_s=self.clock() - start)), None
         if missing is not None:
-            return replace(trial, outcome=Outcome.REJECTED, reason=f"it had no effect: {missing}"), None
+            yield replace(trial, outcome=Outcome.REJECTED, reason=f"it had no effect: {missing}"), None
+            return
         memory = self.bench.memory_ratio(candidate)
         if memory > self.policy.limits.max_memory_ratio:
             limit = self.policy.limits.max_memory_ratio
             reason = f"weights would take {memory:.2f}x the original's memory, {limit:.2f}x is allowed"
-            return replace(trial, outcome=Outcome.REJECTED, reason=reason), None
-        try:
-            if (first := self.bench.glance(incumbent, candidate, phase)) < HOPELESS:
-                reason = f"the first run of {phase} took {1 / first:.1f}x as long"
-                return replace(trial, outcome=Outcome.REJECTED, reason=reason), None
-            quality = self.bench.judge(candidate, tier_for(candidate, self.policy))
-            trial = replace(trial, quality=quality)
-            if quality.verdict is not Verdict.PASS:
-                return replace(trial, outcome=OUTCOMES[quality.verdict], reason=quality.reason), None
-            latency = self.bench.race(incumbent, candidate, phase)
-        except Exception as error:  # the candidate failed while it ran
-            log.debug("%s failed while it ran", transform, exc_info=True)
-            return replace(trial, outcome=Outcome.ERROR, reason=f"{type(error).__name__}: {error}"), None
+            yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+            return
+        if (first := self.bench.glance(incumbent, candidate, phase)) < HOPELESS:
+            reason = f"the first run of {phase} took {1 / first:.1f}x as long"
+            yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+            return
+        quality = self.bench.judge(candidate, tier_for(candidate, self.policy))
+        yield (trial := replace(trial, quality=quality, outcome=OUTCOMES[quality.verdict], reason=quality.reason)), None
+        if quality.verdict is not Verdict.PASS:
+            return
+        latency = self.bench.race(incumbent, candidate, phase)
         trial = replace(trial, latency=latency, outcome=OUTCOMES[latency.verdict], reason=latency.reason)
-        return trial, candidate
+        yield trial, candidate
 
 
 def search(
@@ -269,6 +303,13 @@ def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> 
             f"the roofline allows {trial.predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
         )
         return replace(trial, outcome=Outcome.SKIPPED, reason=reason)
+    needed, free = trial.transform.extra_bytes(state.variant), ROOM * state.free_bytes
+    if needed > free:
+        reason = (
+            f"it takes {needed / 1e9:.3g} GB beside what serves now, and {free / 1e9:.3g} GB of memory are free; "
+            "a shorter workload, or keep_original=False once something smaller is committed, makes room"
+        )
+        return replace(trial, outcome=Outcome.UNAVAILABLE, reason=reason)
     return None
 
 

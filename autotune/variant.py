@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from . import device as devices
 from . import route
 from .errors import AutotuneError, MeasurementError, VariantError
 from .workload import PHASES, Phase, Workload
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from .cache import CachePool
     from .compiled import CompiledStep
+    from .device import Device
     from .program import StepPrograms
     from .traffic import Traffic
     from .transforms import Transform
@@ -192,18 +194,24 @@ class Variant:
         """Serve one call of generate's loop; `unsupported` must have said None."""
         if not self.transforms:
             return call.original()
-        if self.loop == "lean":
-            from .loop import decode
+        with self.device.guard():
+            if self.loop == "lean":
+                from .loop import decode
 
-            return decode(self, call)
-        return call.run_on(self.front)
+                return decode(self, call)
+            return call.run_on(self.front)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one direct forward without a cache of the caller's."""
         if not serves_forward(args, kwargs):
             return route.bare_class(model).forward(model, *args, **kwargs)
-        with self.running("prefill") as module:
+        with self.device.guard(), self.running("prefill") as module:
             return module(*args, **kwargs)
+
+    @property
+    def device(self) -> Device:
+        """Where the model's first weights lie."""
+        return devices.of(self.original)
 
     @property
     def front(self) -> PreTrainedModel:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from autotune import transforms
 from autotune.diagnose import Diagnosis
-from autotune.errors import TransformError
+from autotune.errors import DeviceError, TransformError
 from autotune.hardware import Hardware
 from autotune.plan import Outcome
 from autotune.policy import Choice, Limits, Policy, Step
@@ -32,6 +34,7 @@ class Scripted(Transform):
     refuses: str = ""
     breaks: str = ""
     idle: str = ""
+    takes: float = 0.0
 
     name: ClassVar[str] = "scripted"
     stage: ClassVar[Stage] = Stage.WEIGHTS
@@ -42,6 +45,9 @@ class Scripted(Transform):
 
     def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
         return {"decode": self.promises}
+
+    def extra_bytes(self, variant: Variant) -> float:
+        return self.takes
 
     def apply(self, variant: Variant) -> None:
         if self.refuses:
@@ -63,6 +69,7 @@ class ScriptedBench:
     glances: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
+    free: float = 8e9
     calls: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -96,6 +103,14 @@ class ScriptedBench:
         self.calls.append(f"race {self.label(incumbent) or 'original'} {label}")
         once = Speedup(1.5, 1.4, 1.6, 8)
         return Latency(self.speed.get(label, Verdict.PASS), f"speed of {label}", once, once, once, 0.01)
+
+    def free_bytes(self) -> float:
+        return self.free
+
+    def explain(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {error}"
+
+    def tidy(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,8 @@ def outcomes(found: Found) -> dict[str, str]:
     [
         ({}, ScriptedBench(), "accepted", "speed of a"),
         ({"missing": "no compiler"}, ScriptedBench(), "unavailable", "no compiler"),
+        ({"takes": 7e9}, ScriptedBench(), "accepted", "speed of a"),
+        ({"takes": 7.5e9}, ScriptedBench(), "unavailable", "it takes 7.5 GB beside what serves now, and 7.2 GB"),
         ({"promises": 1.02}, ScriptedBench(), "skipped", "the roofline allows 1.02x at best"),
         ({"refuses": "tied weights"}, ScriptedBench(), "unavailable", "tied weights"),
         ({"breaks": "oops"}, ScriptedBench(), "error", "ZeroDivisionError: oops"),
@@ -287,6 +304,43 @@ def test_a_candidate_that_fails_while_it_runs_costs_nothing_else() -> None:
 
     found = run(Failing(), policy(step({"label": "bad", "promises": 3.0}, {"label": "good"})))
     assert outcomes(found) == {"bad": "error", "good": "accepted"}
+
+
+class Exhausted(ScriptedBench):
+    """A device that runs out of memory while "a" is judged, or dies of it."""
+
+    death: str = ""
+
+    def judge(self, variant: Variant, tier: str) -> Quality:
+        if self.label(variant) == "a":
+            memory = torch.ones(8)
+            self.memory_of_a = weakref.ref(memory)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().judge(variant, tier)
+
+    def explain(self, error: Exception) -> str:
+        if self.death:
+            raise DeviceError(self.death)
+        return super().explain(error)
+
+    def tidy(self) -> None:
+        self.calls.append("tidied" if self.memory_of_a() is None else "the exception still holds the memory")
+
+
+def test_a_trial_that_runs_out_of_memory_gives_it_back_and_the_next_runs() -> None:
+    bench = Exhausted()
+    found = run(bench, policy(step({"label": "a", "promises": 3.0}, {"label": "b"})))
+    assert outcomes(found) == {"a": "error", "b": "accepted"}
+    assert "tidied" in bench.calls, "memory was given back while the exception held on to it"
+    assert bench.calls.index("tidied") < bench.calls.index("race original b")
+
+
+def test_a_dead_device_ends_the_search() -> None:
+    bench = Exhausted()
+    bench.death = "the device is dead"
+    with pytest.raises(DeviceError, match="the device is dead"):
+        run(bench, policy(step({"label": "a", "promises": 3.0}, {"label": "b"})))
+    assert "race original b" not in bench.calls
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

@@ -167,6 +167,23 @@ class Device(ABC):
         if self._dead is not None:
             raise DeviceError(self._dead)
 
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around work on the device: an error that means that it is dead becomes the one exception that says so.
+
+        Raises:
+            DeviceError: it is dead, or was before; nothing is tried on it then.
+        """
+        self.check()
+        try:
+            yield
+        except DeviceError:
+            raise
+        except Exception as error:
+            if self.failure(error) == "dead":
+                raise self.condemn(error) from error
+            raise
+
 
 _stood_in: Device | None = None
 _known: dict[torch.device, Device] = {}

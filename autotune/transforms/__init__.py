@@ -68,6 +68,10 @@ class Transform:
         """Best-case speed-up per phase it touches, from the roofline: {"decode": 2.1}."""
         raise NotImplementedError
 
+    def extra_bytes(self, variant: Variant) -> float:
+        """Memory it takes beside what the variant holds already; more than is free is not tried."""
+        return 0.0
+
     def apply(self, variant: Variant) -> None:
         """Edit the variant. Raises TransformError for an expected refusal; anything else counts as a crash."""
         raise NotImplementedError
