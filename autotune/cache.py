@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,12 +14,15 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from . import device as devices
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
-__all__ = ["CachePool", "DynamicCache", "SlotCache", "run", "step", "unsupported"]
+__all__ = ["CachePool", "DynamicCache", "SlotCache", "run", "step", "steps", "unsupported"]
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -55,20 +59,32 @@ class SlotCache:
     """Keys and values of a batch of sequences in a fixed number of slots per sequence.
 
     Attributes:
-        keys, values: one tensor a layer, [B, Hk, slots, D].
+        keys, values: one tensor a layer, [rows, Hk, slots, D].
         slot: [1] int64, where the next token goes.
-        valid: [B, slots] bool, False on left padding.
+        valid: [rows, slots] bool, False on left padding.
+        batch: sequences in use, B <= rows; rows beyond them repeat the last one, so that nothing new is in them.
+        length: tokens that count, of every sequence.
+        lasting: whether it will be lent again, so that work which depends on its addresses pays.
+        left: what was queued when it was given back; another thread's stream may still read it. None: nothing.
     """
 
-    def __init__(self, prompt: DynamicCache, slots: int) -> None:
-        """Allocate with the shapes of a prefilled cache, every layer of it full length."""
+    def __init__(self, prompt: DynamicCache, slots: int, rows: int | None = None) -> None:
+        """Allocate with the shapes of a prefilled cache, every layer of it full length.
+
+        Args:
+            prompt: keys and values [B, Hk, P, D] a layer.
+            slots: tokens a sequence has room for.
+            rows: sequences to have room for; None means as many as the prompt has.
+        """
         filled = tensors(prompt)
-        self.keys = [_room(keys, slots) for keys, _ in filled]
-        self.values = [_room(values, slots) for _, values in filled]
-        batch, device = self.keys[0].shape[0], self.keys[0].device
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.valid = torch.ones(batch, slots, dtype=torch.bool, device=device)
-        self._length = 0
+        self.batch, self.length, self.lasting = filled[0][0].shape[0], 0, False
+        self.left: Any = None
+        rows, device = rows or self.batch, filled[0][0].device
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
+            self.keys = [_room(keys, rows, slots) for keys, _ in filled]
+            self.values = [_room(values, rows, slots) for _, values in filled]
+            self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+            self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
 
     def fill(self, prompt: DynamicCache, mask: torch.Tensor | None) -> None:
         """Start a sequence: take over a prefilled cache.
@@ -78,46 +94,63 @@ class SlotCache:
             mask: [B, P], 0 on left padding; None when there is none.
         """
         filled = tensors(prompt)
-        length = filled[0][0].shape[2]
+        batch, _, length, _ = filled[0][0].shape
+        stale = slice(length, self.length + UNCOUNTED)  # a NaN there would survive a zero attention weight
         for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
             for held, new in zip((keys, values), new_pair, strict=True):
-                held[:, :, :length] = new
-                held[:, :, length : self._length] = 0  # a stale NaN would survive a zero attention weight
-        self.valid[:, :length] = True if mask is None else mask.bool()
+                held[:batch, :, :length] = new
+                held[batch:, :, :length] = new[-1:]
+                held[:, :, stale] = 0
         self.valid[:, length:] = True
+        self.valid[:batch, :length] = True if mask is None else mask.bool()
+        self.valid[batch:, :length] = self.valid[batch - 1, :length]
         self.slot.fill_(length)
-        self._length = length
+        self.batch, self.length = batch, length
 
-    def advance(self) -> None:
-        """One token was written."""
-        self.slot += 1
-        self._length += 1
+    def advance(self, count: int = 1) -> None:
+        """So many tokens more, written before, count."""
+        self.slot += count
+        self.length += count
+
+    def first(self, slots: int) -> SlotCache:
+        """The same cache, seen as if it had its first `slots` slots alone."""
+        if slots == self.shape[1]:
+            return self
+        part = copy.copy(self)
+        part.keys = [keys[:, :, :slots] for keys in self.keys]
+        part.values = [values[:, :, :slots] for values in self.values]
+        part.valid = self.valid[:, :slots]
+        return part
 
     def to_dynamic(self, config: PretrainedConfig) -> DynamicCache:
         """What generate would have returned: a cache of the caller's own, filled slots only."""
         cache = DynamicCache(config=config)
-        for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(keys[:, :, : self._length].clone(), values[:, :, : self._length].clone(), i)
+        for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            keys, values = (held[: self.batch, :, : self.length].clone() for held in pair)
+            cache.update(keys, values, i)
         return cache
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(batch, slots)."""
-        batch, slots = self.valid.shape
-        return batch, slots
+        """(rows, slots)."""
+        rows, slots = self.valid.shape
+        return rows, slots
 
 
 class CachePool:
-    """Slot caches by batch size, lent for one generation each, so that threads never share one.
+    """Slot caches by number of rows, lent for one generation each, so that threads never share one.
 
     Args:
         config: the model's text configuration.
         slots: tokens each sequence has room for.
+        rows: sizes to round a batch up to; one larger than all of them gets a cache of its own size.
+        lasting: caches kept for each size; when more generations overlap, the rest get caches for once.
     """
 
-    def __init__(self, config: PretrainedConfig, slots: int) -> None:
-        self.config, self.slots = config, slots
+    def __init__(self, config: PretrainedConfig, slots: int, rows: Sequence[int] = (), lasting: int = 1) -> None:
+        self.config, self.slots, self.rows, self.lasting = config, slots, tuple(sorted(rows)), lasting
         self._idle: dict[int, list[SlotCache]] = {}
+        self._made: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def unsupported(self, config: GenerationConfig) -> str | None:
@@ -130,17 +163,29 @@ class CachePool:
     def lend(self, prompt: DynamicCache, mask: torch.Tensor | None) -> Iterator[SlotCache]:
         """A slot cache filled with a prefilled one ([B, Hk, P, D] a layer; mask [B, P] or None)."""
         batch = tensors(prompt)[0][0].shape[0]
-        with self._lock:
-            idle = self._idle.setdefault(batch, [])
-            cache = idle.pop() if idle else None
-        cache = cache or SlotCache(prompt, self.slots)
-        cache.fill(prompt, mask)
+        cache = self._take(prompt, next((rows for rows in self.rows if rows >= batch), batch))
+        device = devices.of(cache.slot.device)
+        if cache.left is not None:
+            device.wait(cache.left)
         try:
+            cache.fill(prompt, mask)
             yield cache
         finally:
-            with self._lock:
-                if not idle:  # one of each size is kept; more were needed only while threads overlapped
-                    idle.append(cache)
+            if cache.lasting:
+                cache.left = device.mark()
+                with self._lock:
+                    self._idle[cache.shape[0]].append(cache)
+
+    def _take(self, prompt: DynamicCache, rows: int) -> SlotCache:
+        with self._lock:
+            if idle := self._idle.setdefault(rows, []):
+                return idle.pop()
+        cache = SlotCache(prompt, self.slots, rows)
+        with self._lock:
+            planned = not self.rows or rows in self.rows
+            cache.lasting = planned and self._made.get(rows, 0) < self.lasting
+            self._made[rows] = self._made.get(rows, 0) + cache.lasting
+        return cache
 
 
 def unsupported(config: PretrainedConfig) -> str | None:
@@ -164,6 +209,22 @@ def step(model: Any, token: torch.Tensor, position: torch.Tensor, cache: SlotCac
     return run(model, token, position, cache.slot, cache.valid, cache.keys, cache.values)
 
 
+def steps(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    """K decode steps at once; writes keys and values at `cache.slot` and the K - 1 slots after it.
+
+    None of the tokens counts until `SlotCache.advance` says so: one that turns out wrong is hidden by the next mask and
+    overwritten by what comes in its place.
+
+    Args:
+        model: the decode module.
+        tokens, positions: [B, K] int64; room for all K is the caller's to see to.
+
+    Returns:
+        logits [B, K, V], those at k having seen tokens 0 to k.
+    """
+    return forward(model, tokens, positions, cache.slot, cache.valid, cache.keys, cache.values)
+
+
 def run(
     model: Any,
     token: torch.Tensor,
@@ -174,17 +235,40 @@ def run(
     values: list[torch.Tensor],
 ) -> torch.Tensor:
     """`step` over bare tensors, the form that is compiled: no Python state, no shape that changes."""
+    return forward(model, token, position, slot, valid, keys, values)[:, -1]
+
+
+def forward(
+    model: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    slot: torch.Tensor,
+    valid: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+) -> torch.Tensor:
+    """`steps` over bare tensors: nothing is read back from the device, so that it can be compiled and captured."""
+    count = tokens.shape[1]
+    slot = slot if count == 1 else slot + torch.arange(count, device=slot.device)  # [K], where each token goes
     index = torch.arange(valid.shape[1], device=slot.device)
-    full = (valid & (index <= slot))[:, None, None]  # [B, 1, 1, slots]; models take a 4-D mask as it is
-    mask: Any = full
+    full = (valid[:, None] & (index <= slot[:, None]))[:, None]  # [B, 1, K, slots]; models take a 4-D mask as it is
+    masks = {"full_attention": full}
     config = model.config.get_text_config(decoder=True)
     if window := getattr(config, "sliding_window", None):
-        near = full & (index > slot - window)
-        mask = {"full_attention": full, "sliding_attention": near} if getattr(config, "layer_types", None) else near
+        masks["sliding_attention"] = full & (index > slot[:, None] - window)
+    if config._attn_implementation == "eager":  # it adds its mask to the scores
+        masks = {kind: _additive(mask, keys[0].dtype) for kind, mask in masks.items()}
+    mixed = len(masks) > 1 and getattr(config, "layer_types", None)
+    mask: Any = masks if mixed else list(masks.values())[-1]
     cache = Cache(layers=[SlotLayer(k, v, slot) for k, v in zip(keys, values, strict=True)])
-    out = model(token, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True)
-    logits: torch.Tensor = out.logits[:, -1]
+    out = model(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+    logits: torch.Tensor = out.logits
     return logits
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to be added to scores: 0 where True."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def tensors(prompt: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -202,10 +286,10 @@ def example(model: Any, batch: int) -> DynamicCache:
     return prompt
 
 
-def _room(sample: torch.Tensor, slots: int) -> torch.Tensor:
-    """Zeros [B, Hk, slots, D]; on a CPU the system gives the memory page by page as it is first written."""
-    batch, heads, _, size = sample.shape
-    shape = batch, heads, slots, size
+def _room(sample: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+    """Zeros [rows, Hk, slots, D]; on a CPU the system gives the memory page by page as it is first written."""
+    _, heads, _, size = sample.shape
+    shape = rows, heads, slots, size
     if sample.device.type != "cpu":
         return sample.new_zeros(shape)
     untouched = numpy.zeros(math.prod(shape) * sample.element_size(), dtype=numpy.uint8)  # calloc; torch would write

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import softmax
 
+from . import device as devices
+
 if TYPE_CHECKING:
+    from .device import Device
     from .program import Step
     from .route import Sampling
     from .variant import Variant
 
 NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
+Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether every sequence is finished
 
 
 def decode(variant: Variant, call: Sampling) -> Any:
@@ -46,7 +50,8 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
         last: torch.Tensor = out.logits[:, -1]
         return last
 
-    return sample(call, logits, following, lambda: cache)
+    returned = call.options["generation_config"].return_dict_in_generate  # and must hold no token too many
+    return sample(call, logits, following, lambda: cache, None if returned else lambda: None)
 
 
 def over_slots(variant: Variant, call: Sampling) -> Any:
@@ -69,22 +74,45 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             held, step = decoder()
             with variant.running("decode") as module:
-                logits = slots.step(module, token, position, held) if step is None else step(token, position, held)
-            held.advance()
-            return logits
+                return slots.step(module, token, position, held) if step is None else step(token, position, held)
 
-        return sample(call, logits, following, lambda: decoder()[0].to_dynamic(variant.original.config))
+        def final_cache() -> slots.DynamicCache:
+            return decoder()[0].to_dynamic(variant.original.config)
+
+        return sample(call, logits, following, final_cache, lambda: decoder()[0].advance())
 
 
-def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_cache: Callable[[], Any]) -> Any:
-    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of `_sample`."""
+def sample(
+    call: Sampling,
+    logits: torch.Tensor,
+    following: NextLogits,
+    final_cache: Callable[[], Any],
+    keep: Callable[[], None] | None = None,
+) -> Any:
+    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of `_sample`.
+
+    A GPU is given the next step before the host has seen the token, so that it has work while the host looks, feeds the
+    streamer and decides; the step launched when everything turns out to be finished is not kept.
+
+    Args:
+        call: the call of `_sample` that is served.
+        logits: the prompt's last [B, V].
+        following: one step. Without `keep` it counts at once.
+        final_cache: what is returned as past_key_values, with every step that counts.
+        keep: told that the latest step counts; None when a step cannot be taken back.
+    """
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     config, processors = call.options["generation_config"], call.options["logits_processor"]
     criteria, streamer = call.options["stopping_criteria"], call.options.get("streamer")
     ids, position = call.input_ids, call.model_kwargs["position_ids"][:, -1:]
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    pads = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
+    pads = config._pad_token_tensor.to(ids.device) if any(hasattr(c, "eos_token_id") for c in criteria) else None
+    device = devices.of(ids.device)
+    choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
+    longest = 0  # a shorter sequence's next step is launched before the host has looked
+    if device.asynchronous and keep is not None:
+        longest = min(config.max_length, criteria.max_length or config.max_length)
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:
@@ -94,20 +122,21 @@ def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_ca
             scores.append(score)
         if config.return_dict_in_generate and config.output_logits:
             raw.append(logits)
-        if config.do_sample:
-            token = torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1)  # [B]
-        else:
-            token = score.max(dim=-1).indices  # the first of equals, as argmax, in a third of its time
+        token, sound = choose(score, config.do_sample)  # [B]
         if pads is not None:
-            token = token * unfinished + pads.to(ids.device) * (1 - unfinished)
+            token = token * unfinished + pads * (1 - unfinished)
         ids = torch.cat([ids, token[:, None]], dim=-1)
         unfinished = unfinished & ~criteria(ids, tuple(scores) or None)
+        seen, position = look(device, token, unfinished, sound), position + 1
+        ahead = following(token[:, None], position) if ids.shape[1] < longest else None
+        shown, finished = seen()
         if streamer is not None:
-            streamer.put(token.cpu())
-        if unfinished.max() == 0:
+            streamer.put(shown)
+        if finished:
             break
-        position = position + 1
-        logits = following(token[:, None], position)
+        logits = following(token[:, None], position) if ahead is None else ahead
+        if keep is not None:
+            keep()
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -119,3 +148,45 @@ def sample(call: Sampling, logits: torch.Tensor, following: NextLogits, final_ca
         "past_key_values": final_cache(),
     }
     return GenerateDecoderOnlyOutput(**result)
+
+
+def _choose(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, None]:
+    """The next token [B] of every sequence, from its scores [B, V]."""
+    if sampling:
+        return torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1), None
+    return score.max(dim=-1).indices, None  # the first of equals, as argmax, in a third of its time
+
+
+def _choose_unwaiting(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same tokens from the same random numbers, and whether the scores were sound [B], all left on the device.
+
+    `torch.multinomial` makes the host wait for its checks. What it computes after them is this: the index of the
+    largest p / q with q from an exponential distribution.
+    """
+    if not sampling:
+        return score.argmax(dim=-1), None
+    odds = softmax(score, dim=-1)
+    drawn = torch.empty_like(odds).exponential_()
+    sound = (odds.amax(dim=-1) < torch.inf) & (odds.amin(dim=-1) >= 0)
+    return (odds / drawn).argmax(dim=-1), sound
+
+
+def _look_now(_device: Device, token: torch.Tensor, unfinished: torch.Tensor, _sound: object) -> Look:
+    return lambda: (token.cpu(), not unfinished.any())
+
+
+def _look_later(device: Device, token: torch.Tensor, unfinished: torch.Tensor, sound: torch.Tensor | None) -> Look:
+    """Start copying what the host has to see; `Look` waits for this copy alone.
+
+    Raises (when looking):
+        RuntimeError: the scores were no probabilities, as torch.multinomial says it.
+    """
+    arrived = device.fetch(torch.stack([token, unfinished] + ([] if sound is None else [sound.long()])))  # [2 or 3, B]
+
+    def look() -> tuple[torch.Tensor, bool]:
+        shown, going, *checked = arrived()
+        if checked and not checked[0].all():
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        return shown, not going.any()
+
+    return look

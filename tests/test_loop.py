@@ -121,7 +121,7 @@ def test_a_nan_left_by_one_sequence_does_not_reach_the_next() -> None:
     ask(served)
     (idle,) = variant.caches._idle[1]
     for tensor in (*idle.keys, *idle.values):
-        tensor[:, :, : idle._length] = torch.nan
+        tensor[:, :, : idle.length] = torch.nan
     assert torch.equal(ask(served, IDS[:, :4]), before)
 
 
