@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import device as devices
 from . import route, workload
-from .errors import StateError, VariantError, WorkloadError
+from .errors import DeviceError, StateError, VariantError, WorkloadError
 from .freshness import Snapshot
+from .original import RELOAD, Original, releasable_bytes
 from .policy import Policy
-from .release import RELOAD, releasable_bytes, release
 from .sites import stored_bytes
 from .status import State, Status
 from .traffic import Cancelled, Traffic
@@ -44,12 +45,12 @@ class Handle:
         when: Literal["background", "blocking", "manual"],
         observe: int,
         cache: bool,
-        keep_original: bool,
+        keep_original: bool | Literal["parked"],
         progress: Callable[[str], None] | None,
     ) -> None:
         self.policy, self.tokenizer = policy, tokenizer
         self._model, self._when, self._observe, self._cache = model, when, observe, cache
-        self._keep_original, self._released = keep_original, False
+        self._keep_original, self._original = keep_original, Original(model)
         self._notify = progress or log.info
         self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
         self._given: Workload | None = None
@@ -69,7 +70,7 @@ class Handle:
     @property
     def status(self) -> Status:
         names = tuple(map(str, self._active.transforms)) if self._active else ()
-        return Status(self._state, self._detail, names, self._served, dict(self._bypassed), self._released)
+        return Status(self._state, self._detail, names, self._served, dict(self._bypassed), self._original.place)
 
     @property
     def plan(self) -> Plan | None:
@@ -96,7 +97,7 @@ class Handle:
             WorkloadError: no prompts were given and none were observed, or they cannot be used.
             StateError: tuning is under way already, or the original was released.
         """
-        self._require_original("tune again")
+        self._bring_back("tune again")
         if workload is not None:
             self._given = self.read(workload)
         if self._given is None and not self._observer.ready(1):
@@ -110,30 +111,32 @@ class Handle:
             self._tuning.release()
         return self.report()
 
-    def commit(self, *, keep_original: bool = True) -> None:
+    def commit(self, *, keep_original: bool | Literal["parked"] = True) -> None:
         """Serve with the plan that was found (again, after a rollback).
 
         Args:
             keep_original: False lets go of the original's weights that the plan does not use, for good. The model is
                 the same object and serves as before, and what the plan cannot serve runs through the plan's own layers
-                in transformers' loop; but there is no rollback, unwrap, tuning or saving any more. Calls under way are
-                waited for. Where the plan uses all of the original, nothing is let go.
+                in transformers' loop; but there is no rollback, unwrap, tuning or saving any more. "parked" moves them
+                from the GPU to the host's memory instead, and whatever needs them brings them back. Calls under way
+                are waited for. Where the plan uses all of the original, nothing is moved.
 
         Raises:
-            StateError: there is no plan, the model changed since, or tuning under way needs the original.
+            StateError: there is no plan, the model changed since, or tuning under way needs the original; or it is to
+                be parked and lies in the host's memory already.
         """
         if self._tuned is None:
             raise StateError("there is no plan to commit; call .tune() first")
         if change := self._change():
-            remedy = RELOAD if self._released else "call .tune() again"
+            remedy = RELOAD if self._original.place == "released" else "call .tune() again"
             raise StateError(f"the plan is stale: {change}; {remedy}")
         self._switch(self._tuned.variant)
-        if keep_original:
+        if keep_original is True:
             return
         if not self._tuning.acquire(blocking=False):
-            raise StateError("the original cannot be released while tuning needs it; wait for it, see .status")
+            raise StateError("the original is needed while tuning is under way; wait for it, see .status")
         try:
-            self._release()
+            self._send_away(park=keep_original == "parked")
         finally:
             self._tuning.release()
 
@@ -143,7 +146,7 @@ class Handle:
         Raises:
             StateError: the original was released.
         """
-        self._require_original("roll back")
+        self._bring_back("roll back")
         self._active = None
         self._state, self._detail = "rolled back", "the original serves; .commit() brings the plan back"
 
@@ -153,7 +156,7 @@ class Handle:
         Raises:
             StateError: the original was released.
         """
-        self._require_original("unwrap")
+        self._bring_back("unwrap")
         self._traffic.cancel()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -164,6 +167,7 @@ class Handle:
     # What the routed model calls
 
     def sample(self, call: route.Sampling) -> Any:
+        devices.of(self._model).check()
         with self._traffic.request():
             variant = self._fresh()
             if variant is not None:
@@ -177,6 +181,7 @@ class Handle:
         return result
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        devices.of(self._model).check()
         with self._traffic.request():
             variant = self._fresh()
             if variant is None:
@@ -222,20 +227,26 @@ class Handle:
         watched = call if streamer is None else call.with_streamer(seen := route.CountingStreamer(streamer))
         try:
             result = variant.sample(watched)
+        except DeviceError as failure:  # nothing can be retried on this device
+            self._active, self._state, self._detail = None, "failed", str(failure)
+            raise
         except VariantError as failure:
             if streamer is not None and seen.tokens:
                 self._drop("failed", f"the plan failed in the middle of a stream: {failure}")
                 raise
-            result = call.original()  # when this raises, too, the call was at fault, not the plan
-            self._drop("failed", f"the plan failed: {failure}")
+            reason = str(failure)
+        else:
+            self._served += 1
             return result
-        self._served += 1
+        variant.device.trim()  # now that no exception holds on to what the plan had allocated
+        result = call.original()  # when this raises, too, the call was at fault, not the plan
+        self._drop("failed", f"the plan failed: {reason}")
         return result
 
     def _drop(self, state: State, detail: str, remedy: str = "") -> None:
         """Serve without the plan from now on, and say so."""
         self._active = None
-        if self._released:
+        if self._original.place == "released":
             serves, remedy = "the plan's layers serve in transformers' loop", RELOAD
         else:
             serves = "the original serves"
@@ -293,8 +304,8 @@ class Handle:
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
         self._snapshot = snapshot
         self._switch(self._tuned.variant)
-        if not self._keep_original:
-            self._release()
+        if self._keep_original is not True:
+            self._send_away(park=self._keep_original == "parked")
 
     def _progress(self, step: str) -> None:
         self._detail = step
@@ -305,25 +316,36 @@ class Handle:
         self._state = "tuned" if variant.transforms else "original"
         self._detail = self._tuned.verdict if self._tuned else ""
 
-    def _release(self) -> None:
-        """Let go of the original's weights, but for those that the plan uses."""
-        if self._released or self._tuned is None:
+    def _send_away(self, park: bool) -> None:
+        """Park or release the original's weights, but for those that the plan uses."""
+        if self._original.place == "released" or self._tuned is None or (park and self._original.place == "parked"):
             return
         if self._traffic.cancelled:
             raise StateError("the model was unwrapped; wrap it again to commit a plan without its original")
         variant = self._tuned.variant
-        if not releasable_bytes(self._model, variant):
+        if self._original.place == "resident" and not releasable_bytes(self._model, variant):
             log.info("the original stays: the plan uses all of its weights")
             return
         with self._traffic.step():
-            release(self._model, variant)
-            self._released, self._snapshot = True, Snapshot(self._model)
-        report = self._tuned.report.with_original_released(stored_bytes(*variant.modules.values()))
+            self._original.park(variant) if park else self._original.release(variant)
+            self._snapshot = Snapshot(self._model)
+        report = self._tuned.report.without_original(stored_bytes(*variant.modules.values()))
         self._tuned = replace(self._tuned, report=report)
 
-    def _require_original(self, what: str) -> None:
-        if self._released:
-            raise StateError(f"cannot {what}: {RELOAD}")
+    def _bring_back(self, what: str) -> None:
+        """See to it that the original's weights are where they were; a plan that leaves no room for them is dropped."""
+        self._original.require(what)
+        if self._original.place != "parked" or self._tuned is None:
+            return
+        with self._traffic.step():
+            device, report = devices.of(self._model), self._tuned.report.without_original(None)
+            self._active, self._tuned = None, replace(self._tuned, report=report)
+            if device.memory().free < self._original.parked_bytes:
+                self._tuned = None
+                device.trim()
+                log.warning("the plan was dropped: beside it there was no room to bring the original back")
+            self._original.restore()
+            self._snapshot = Snapshot(self._model)
 
     def read(self, value: Any) -> Workload:
         return workload.read(value, tokenizer=self.tokenizer, model=self._model)

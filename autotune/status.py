@@ -19,9 +19,9 @@ class Status:
         detail: one sentence more.
         transforms: the plan that serves, in words.
         served: calls served by the plan.
-        bypassed: calls that the plan could not serve, by reason; the original did, or once it is released the layers
+        bypassed: calls that the plan could not serve, by reason; the original did, or without its weights the layers
             that the model took over.
-        released: whether the original's weights were let go.
+        original: where the original's weights are: "resident", "parked" in the host's memory, or "released".
     """
 
     state: State
@@ -29,4 +29,4 @@ class Status:
     transforms: tuple[str, ...] = ()
     served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
-    released: bool = False
+    original: Literal["resident", "parked", "released"] = "resident"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import device as devices
 from . import policy as policies
 from . import route
 from .errors import UnsupportedModelError
@@ -24,7 +25,7 @@ def wrap(
     when: Literal["background", "blocking", "manual"] = "background",
     observe: int = 3,
     cache: bool = True,
-    keep_original: bool = True,
+    keep_original: bool | Literal["parked"] = True,
     progress: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Make a live causal LM faster without making it worse. Returns the object it was given.
@@ -38,7 +39,8 @@ def wrap(
         when: "background" tunes in a thread between requests, "blocking" before a call returns, "manual" on `.tune()`.
         observe: calls of `generate` to observe.
         cache: read and write plans in the user's cache directory.
-        keep_original: False frees the original's weights as soon as a plan is committed; see `Handle.commit`.
+        keep_original: False frees the original's weights as soon as a plan is committed, "parked" moves them from the
+            GPU to the host's memory; see `Handle.commit`.
         progress: told each step in a sentence; default: the "autotune" logger.
 
     Raises:
@@ -46,11 +48,18 @@ def wrap(
         PolicyError: the policy is unknown or malformed.
         WorkloadError: the prompts cannot be used.
         StateError: it was wrapped before and its original was released.
+        ValueError: another value for `when`, `observe` or `keep_original` than those above.
     """
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
     if when not in ("background", "blocking", "manual"):
         raise ValueError(f"when must be 'background', 'blocking' or 'manual', not {when!r}")
+    if keep_original not in (True, False, "parked"):
+        raise ValueError(f"keep_original must be True, False or 'parked', not {keep_original!r}")
+    if keep_original == "parked" and devices.of(model).kind == "cpu":
+        raise ValueError(
+            "keep_original='parked' moves the original from a GPU to the host, where this model is already"
+        )
     if observe < 1:
         raise ValueError(f"observe must be at least 1, not {observe}")
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)

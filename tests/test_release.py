@@ -53,7 +53,7 @@ class Written:
     def with_calls(self, served: int, bypassed: dict[str, int]) -> Written:
         return self
 
-    def with_original_released(self, weights_bytes: int) -> Written:
+    def without_original(self, weights_bytes: int | None) -> Written:
         written = Written()
         written.bytes_after_release = weights_bytes
         return written
@@ -117,7 +117,7 @@ def test_weights_that_the_plan_does_not_use_are_freed_and_it_answers_the_same(
     assert stored_bytes(model, *serving.values()) == plan_bytes
     assert (greedy(model), greedy(model, padded["input_ids"], attention_mask=padded["attention_mask"])) == before
     assert model.autotune.status.state == "tuned"
-    assert model.autotune.status.released
+    assert model.autotune.status.original == "released"
     assert model.autotune.report().bytes_after_release == plan_bytes
 
 
@@ -284,7 +284,7 @@ def test_a_plan_that_uses_all_of_the_original_releases_nothing(
     model = tiny("llama")
     where = storages(model)
     released(model)
-    assert not model.autotune.status.released
+    assert model.autotune.status.original == "resident"
     assert storages(model) == where
     model.autotune.unwrap().state_dict()
 
@@ -294,7 +294,7 @@ def test_phases_with_weights_of_their_own(scripted: list[Transform]) -> None:
     model = wrapped(tiny("llama"))
     before = greedy(model)
     model.autotune.commit(keep_original=False)
-    assert model.autotune.status.released
+    assert model.autotune.status.original == "released"
     assert greedy(model) == before
     assert len(greedy(model, num_beams=2)[0]) == IDS.shape[1] + 8
 
@@ -333,11 +333,11 @@ def test_the_release_waits_for_calls_under_way(scripted: list[Transform]) -> Non
     commit = threading.Thread(target=model.autotune.commit, kwargs={"keep_original": False})
     commit.start()
     commit.join(0.1)
-    assert not model.autotune.status.released
+    assert model.autotune.status.original == "resident"
     leave.set()
     call.join(60)
     commit.join(60)
-    assert model.autotune.status.released
+    assert model.autotune.status.original == "released"
     assert answers == [before]
 
 

@@ -263,17 +263,17 @@ def test_operators_are_paired_by_group():
             ["Tried", "speed-up", "after ms", "nan"],
         ),
         (
-            COMMITTED.with_original_released(148_500_000),
+            COMMITTED.without_original(148_500_000),
             [
-                "The original is released: the weights take 0.28x of its bytes.",
+                "Without the original the weights take 0.28x of its bytes.",
                 "148 MB",
                 "the plan's layers one by one",
             ],
             ["The original is kept", "went to the original"],
         ),
         (
-            Recorded(COMMITTED.to_dict()).with_original_released(148_500_000),
-            ["The original is released: the weights take 0.28x of its bytes.", "148 MB"],
+            Recorded(COMMITTED.to_dict()).without_original(148_500_000),
+            ["Without the original the weights take 0.28x of its bytes.", "148 MB"],
             ["The original is kept"],
         ),
     ],

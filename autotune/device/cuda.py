@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import Device, Graph, Identity, Memory
+from .cpu import trim_host
 from .owner import Owner
 
 WARM_UPS = 3  # runs before a capture: libraries set themselves up in the first, and must not while it is recorded
@@ -43,9 +44,7 @@ class Cuda(Device):
         torch.cuda.reset_peak_memory_stats(self.where)
 
     def trim(self) -> None:
-        from ..release import trim
-
-        trim()
+        trim_host()
         torch.cuda.empty_cache()
 
     def mark(self) -> torch.cuda.Event:

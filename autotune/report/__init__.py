@@ -55,7 +55,7 @@ class Drawn:
         """
         raise NotImplementedError
 
-    def with_original_released(self, weights_bytes: int) -> Self:
+    def without_original(self, weights_bytes: int | None) -> Self:
         """The same report, after the original was let go.
 
         Args:
@@ -127,7 +127,7 @@ class Report(Drawn):
     def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
         return replace(self, served=served, bypassed=dict(bypassed))
 
-    def with_original_released(self, weights_bytes: int) -> Self:
+    def without_original(self, weights_bytes: int | None) -> Self:
         return replace(self, bytes_after_release=weights_bytes)
 
 
@@ -147,7 +147,7 @@ class Recorded(Drawn):
     def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
         return replace(self, record=dict(self.record) | {"served": served, "bypassed": dict(bypassed)})
 
-    def with_original_released(self, weights_bytes: int) -> Self:
+    def without_original(self, weights_bytes: int | None) -> Self:
         return replace(self, record=dict(self.record) | {"bytes_after_release": weights_bytes})
 
     def reverified(

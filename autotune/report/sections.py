@@ -242,7 +242,7 @@ def memory(record: Mapping[str, Any]) -> Section | None:
         return Section("Memory", table=Table(("owner", "peak"), "lr", plain, total=True))
     cells = tuple((name, n.scaled(was, "B"), n.scaled(now, "B"), n.change(was, now)) for name, was, now in rows)
     if released:
-        note = f"The original is released: the weights take {n.ratio(released / before['weights_bytes'])} of its bytes."
+        note = f"Without the original the weights take {n.ratio(released / before['weights_bytes'])} of its bytes."
     else:
         note = "The original is kept beside the plan: for calls the plan cannot serve, and for rollback."
     return Section("Memory", (note,), Table(("owner", "before", "after", "change"), "lrrr", cells, total=True))
