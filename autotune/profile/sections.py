@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION, FFN, NORM, CACHE, HEAD = "attention", "FFN", "norm", "KV-cache update", "lm_head"
+RANGE = "autotune.section."  # what the name of a part's range in a trace begins with
 COMPILED, OVERHEAD, OTHER = "compiled step", "framework overhead", "other"
 GROUPS = (ATTENTION, FFN, NORM, CACHE, HEAD, COMPILED, OTHER, OVERHEAD)  # the order of the operator table
 

@@ -24,7 +24,7 @@ from torch.profiler import record_function
 from ..errors import MeasurementError
 from ..workload import Phase
 from .counts import matrices
-from .sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, sections
+from .sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE, sections
 from .timing import START, TICK, time_request
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 Role = Literal["linear", "attention", "cache"]
 Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
 Interval = tuple[float, float]  # microseconds of the profiler's clock
-
-RANGE = "autotune.section."
 
 _LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv")
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$")

@@ -1,0 +1,199 @@
+"""What torch's profiler wrote down, read from its Chrome trace: what the host called, and what the device did.
+
+The schema is public: complete events ("ph": "X") with a category, microseconds, and arguments. Device events name the
+host's call that launched them by a correlation number, which all kernels of one graph launch share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import MeasurementError
+
+OPERATOR, ANNOTATION = "cpu_op", "user_annotation"
+RUNTIME = frozenset({"cuda_runtime", "cuda_driver"})
+HOST = RUNTIME | {OPERATOR, ANNOTATION}
+DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # not gpu_user_annotation: a range does no work
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Something that the host did: an operator, an annotated range, or a call to the driver.
+
+    Args:
+        name: as the profiler writes it ("aten::mm", "cudaLaunchKernel").
+        category: of the trace ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver").
+        start_s, end_s: seconds since the recording began.
+        thread: the thread it ran on.
+        parent: what called it, on the same thread.
+        input_shapes: shapes of an operator's arguments; empty for scalars.
+    """
+
+    name: str
+    category: str
+    start_s: float
+    end_s: float
+    thread: Any = None
+    parent: Call | None = None
+    input_shapes: tuple[Any, ...] = ()
+
+    @property
+    def operator(self) -> Call | None:
+        """The nearest operator at or above it."""
+        call: Call | None = self
+        while call is not None and call.category != OPERATOR:
+            call = call.parent
+        return call
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Something that the device did: a kernel, a copy, or a memory set.
+
+    Args:
+        name: of the kernel, or "Memcpy HtoD (Pageable -> Device)".
+        category: "kernel", "gpu_memcpy" or "gpu_memset".
+        start_s, end_s: seconds since the recording began.
+        launch: the host's call that started it; None where the trace does not tell.
+        operator: the operator that it is part of; None where none is known.
+        correlation: number of its launch; kernels of one graph share it.
+        size_bytes: of a copy or a set.
+        occupancy: estimated share of the warps that fit, 0 to 1.
+    """
+
+    name: str
+    category: str
+    start_s: float
+    end_s: float
+    launch: Call | None = None
+    operator: Call | None = None
+    correlation: int | None = None
+    size_bytes: int = 0
+    occupancy: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A trace: the host's calls and the device's work, each in order of their start."""
+
+    calls: tuple[Call, ...] = ()
+    work: tuple[Work, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Event:
+    name: str
+    category: str
+    start_s: float
+    end_s: float
+    thread: Any
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def number(self, *names: str) -> int | None:
+        """The first of these arguments that is a number other than 0, which means "none" in this schema."""
+        return next((int(v) for n in names if isinstance(v := self.arguments.get(n), int | float) and v), None)
+
+
+def read(text: str | bytes) -> Recording:
+    """The recording in a Chrome trace.
+
+    Raises:
+        MeasurementError: it is no such trace, or ends in the middle.
+    """
+    try:
+        document = json.loads(text, parse_constant=lambda name: None)  # NaN is no time and no number of anything
+    except (ValueError, RecursionError) as error:
+        raise MeasurementError(
+            f"the profiler's trace cannot be read ({error}); was the disk it was written to full?"
+        ) from error
+    events = document.get("traceEvents") if isinstance(document, dict) else document
+    if not isinstance(events, list):
+        raise MeasurementError("the profiler's trace has no list of events (traceEvents)")
+    complete = [event for event in events if _is_complete(event)]
+    zero = min((event["ts"] for event in complete), default=0.0)  # timestamps are large: precision is won here
+    found = [_event(event, zero) for event in complete]
+    calls = _nested([event for event in found if event.category in HOST])
+    return Recording(tuple(calls.values()), _work([event for event in found if event.category in DEVICE], calls))
+
+
+def _is_complete(event: Any) -> bool:
+    if not isinstance(event, dict) or event.get("ph") != "X" or event.get("cat") not in HOST | DEVICE:
+        return False
+    times = event.get("ts"), event.get("dur")
+    return all(isinstance(time, int | float) and math.isfinite(time) for time in times) and event["dur"] >= 0
+
+
+def _event(event: Mapping[str, Any], zero: float) -> _Event:
+    start_s = (event["ts"] - zero) / 1e6
+    arguments = event.get("args")
+    return _Event(
+        str(event.get("name", "")),
+        event["cat"],
+        start_s,
+        start_s + event["dur"] / 1e6,
+        (event.get("pid"), event.get("tid")),
+        arguments if isinstance(arguments, dict) else {},
+    )
+
+
+def _nested(events: Sequence[_Event]) -> dict[_Event, Call]:
+    """Host events as calls that know their callers, in order of their start: on one thread, ranges nest."""
+    calls, stacks = dict[_Event, Call](), dict[Any, list[Call]]()
+    for event in sorted(events, key=lambda e: (e.start_s, -e.end_s)):
+        stack = stacks.setdefault(event.thread, [])
+        while stack and stack[-1].end_s <= event.start_s:
+            stack.pop()
+        calls[event] = Call(
+            event.name,
+            event.category,
+            event.start_s,
+            event.end_s,
+            event.thread,
+            stack[-1] if stack else None,
+            _shapes(event.arguments.get("Input Dims")),
+        )
+        stack.append(calls[event])
+    return calls
+
+
+def _work(events: Sequence[_Event], calls: Mapping[_Event, Call]) -> tuple[Work, ...]:
+    """Device events with what launched them: by correlation, else, for the operator alone, by its external id."""
+    launches, operators = dict[int, Call](), dict[int, Call]()
+    for event, call in calls.items():
+        if event.category in RUNTIME and (correlation := event.number("correlation")) is not None:
+            launches[correlation] = call
+        elif event.category == OPERATOR and (external := event.number("External id", "external id")) is not None:
+            operators[external] = call
+    found = []
+    for event in sorted(events, key=lambda e: e.start_s):
+        correlation, external = event.number("correlation"), event.number("External id", "external id")
+        launch = launches.get(correlation) if correlation is not None else None
+        operator = launch.operator if launch is not None else operators.get(external) if external is not None else None
+        occupancy = event.number("est. achieved occupancy %")
+        found.append(
+            Work(
+                event.name,
+                event.category,
+                event.start_s,
+                event.end_s,
+                launch,
+                operator,
+                correlation,
+                event.number("bytes") or 0,
+                occupancy / 100 if occupancy is not None else None,
+            )
+        )
+    return tuple(found)
+
+
+def _shapes(dimensions: Any) -> tuple[Any, ...]:
+    """Shapes as the profiler notes them; lists of tensors among the arguments are nested once more."""
+    return tuple(each for each in dimensions if isinstance(each, list)) if isinstance(dimensions, list) else ()

@@ -1,0 +1,244 @@
+"""When the device worked during a phase and when it did not, and whether that was the host's doing.
+
+Two neighbouring stretches of work have a gap between them. Where the next kernel was launched before the last one had
+ended, the gap is the device's own (a launch takes a few microseconds to arrive); where it was launched afterwards, the
+device had nothing to do and waited for the host.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from .recording import RUNTIME, Call, Recording, Work
+from .sections import RANGE
+
+Interval = tuple[float, float]  # seconds since the recording began
+
+GRAPH_LAUNCHES = frozenset({"cudaGraphLaunch", "cuGraphLaunch"})
+WAITS = frozenset(
+    f"{library}{what}Synchronize"
+    for library, what in (
+        ("cuda", "Device"),
+        ("cuda", "Stream"),
+        ("cuda", "Event"),
+        ("cu", "Ctx"),
+        ("cu", "Stream"),
+        ("cu", "Event"),
+    )
+)
+TO_AND_FROM_HOST = frozenset({"HtoD", "DtoH"})
+_DIRECTION = re.compile(r"\b([HDP]to[HDP])\b")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the kernel table.
+
+    Args:
+        name: of the kernel.
+        operator: the operator it belongs to ("aten::mm"); empty where none is known, as in a graph.
+        group: part of the model ("attention", "FFN", ...); empty where none is known.
+        count: how often it ran in the call or token.
+        seconds: device time in all.
+        occupancy: mean estimated share of the warps that fit, 0 to 1, weighted by time; None where not reported.
+    """
+
+    name: str
+    operator: str
+    group: str
+    count: int
+    seconds: float
+    occupancy: float | None = None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copies of one direction ("HtoD", "DtoH", "DtoD", ...) in a call or token."""
+
+    direction: str
+    count: int
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the device did in one call or token.
+
+    Args:
+        seconds: its length, under the profiler.
+        busy_s: seconds in which at least one stream worked.
+        launches: launches of kernels by the host; a graph is one.
+        graph_launches: those of them that started a graph.
+        kernel_count: kernels that ran.
+        gap_s: seconds between one stretch of work and the next.
+        gaps: how many there were.
+        host_wait_s: part of `gap_s` whose next kernel was launched only after the device had nothing left to do.
+        host_waits: how many gaps were such.
+        launch_s: median time from such a launch to its kernel's start; 0 where there was none.
+        copies: by direction.
+        copy_s: seconds in which copies to or from the host ran and no kernel did.
+        sync_s: seconds that the host spent waiting for the device.
+        kernels: the kernel table, the longest first.
+    """
+
+    seconds: float
+    busy_s: float = 0.0
+    launches: int = 0
+    graph_launches: int = 0
+    kernel_count: int = 0
+    gap_s: float = 0.0
+    gaps: int = 0
+    host_wait_s: float = 0.0
+    host_waits: int = 0
+    launch_s: float = 0.0
+    copies: tuple[Copy, ...] = ()
+    copy_s: float = 0.0
+    sync_s: float = 0.0
+    kernels: tuple[Kernel, ...] = ()
+
+    @property
+    def idle(self) -> float:
+        """Share of the time in which the device did nothing, 0 to 1."""
+        return max(0.0, 1 - self.busy_s / self.seconds) if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Nothing runs from `start_s` to `end_s`, when `next_` starts."""
+
+    start_s: float
+    end_s: float
+    next_: Work
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether the next piece of work was launched only when nothing was left to do."""
+        return self.next_.launch is not None and self.next_.launch.start_s >= self.start_s
+
+
+def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
+    """The device's time between two moments of a recording.
+
+    Args:
+        recording: all of it: what runs across the window's edges counts with its part inside.
+        window: from and to, by default from the first event to the last.
+    """
+    start, end = window or _extent(recording)
+    inside = [work for work in recording.work if work.end_s > start and work.start_s < end]
+    kernels = [work for work in inside if work.category == "kernel"]
+    copies = [work for work in inside if work.category == "gpu_memcpy"]
+    gaps = [gap for gap in find_gaps(recording.work) if gap.end_s > start and gap.start_s < end]
+    late = [gap for gap in gaps if gap.waits_for_host]
+    launches = {work.correlation or id(work): work for work in kernels}.values()
+    host = [work for work in copies if direction(work.name) in TO_AND_FROM_HOST]
+    rest = [work for work in inside if work not in host]
+    busy_s = covered(inside, start, end)
+    return Timeline(
+        seconds=end - start,
+        busy_s=busy_s,
+        launches=len(launches),
+        graph_launches=sum(work.launch is not None and work.launch.name in GRAPH_LAUNCHES for work in launches),
+        kernel_count=len(kernels),
+        gap_s=sum(_within(gap, start, end) for gap in gaps),
+        gaps=len(gaps),
+        host_wait_s=sum(_within(gap, start, end) for gap in late),
+        host_waits=len(late),
+        launch_s=median([g.end_s - g.next_.launch.start_s for g in late if g.next_.launch]) if late else 0.0,
+        copies=_copies(copies, start, end),
+        copy_s=busy_s - covered(rest, start, end),
+        sync_s=sum(_within(call, start, end) for call in recording.calls if _waits(call)),
+        kernels=table(kernels, start, end),
+    )
+
+
+def find_gaps(work: Sequence[Work]) -> Iterator[Gap]:
+    """Between stretches of work in which at least one stream is busy; before the first there is none."""
+    reached: float | None = None
+    for each in work:
+        if reached is not None and each.start_s > reached:
+            yield Gap(reached, each.start_s, each)
+        reached = each.end_s if reached is None else max(reached, each.end_s)
+
+
+def covered(work: Iterable[Work], start: float, end: float) -> float:
+    """Seconds of a window in which at least one of these ran; those that overlap count once."""
+    total, reached = 0.0, start
+    for each in sorted(work, key=lambda w: w.start_s):
+        total += max(0.0, min(each.end_s, end) - max(each.start_s, reached))
+        reached = max(reached, min(each.end_s, end))
+    return total
+
+
+def table(kernels: Iterable[Work], start: float, end: float) -> tuple[Kernel, ...]:
+    """Kernels by name, operator and group, the longest first."""
+    rows = dict[tuple[str, str, str], list[Work]]()
+    for work in kernels:
+        operator = work.operator.name if work.operator is not None else ""
+        caller = work.launch or work.operator
+        rows.setdefault((work.name, operator, (caller and group_of(caller)) or ""), []).append(work)
+    found = [
+        Kernel(*key, count=len(row), seconds=sum(_within(w, start, end) for w in row), occupancy=_occupancy(row))
+        for key, row in rows.items()
+    ]
+    return tuple(sorted(found, key=lambda kernel: -kernel.seconds))
+
+
+def group_of(call: Call) -> str | None:
+    """The part of the model whose range a call was made in."""
+    each: Call | None = call
+    while each is not None:
+        if each.name.startswith(RANGE):
+            return each.name.removeprefix(RANGE)
+        each = each.parent
+    return None
+
+
+def direction(name: str) -> str:
+    """ "HtoD" of "Memcpy HtoD (Pageable -> Device)"; "other" where the name tells none."""
+    found = _DIRECTION.search(name)
+    return found.group(1) if found else "other"
+
+
+def _copies(copies: Sequence[Work], start: float, end: float) -> tuple[Copy, ...]:
+    found = dict[str, list[Work]]()
+    for work in copies:
+        found.setdefault(direction(work.name), []).append(work)
+    return tuple(
+        Copy(name, len(row), sum(_within(w, start, end) for w in row), sum(w.size_bytes for w in row))
+        for name, row in sorted(found.items())
+    )
+
+
+def _occupancy(row: Sequence[Work]) -> float | None:
+    known = [(work.occupancy, work.seconds) for work in row if work.occupancy is not None]
+    total = sum(seconds for _, seconds in known)
+    return sum(occupancy * seconds for occupancy, seconds in known) / total if total else None
+
+
+def _waits(call: Call) -> bool:
+    """Whether it is the outermost call that waits: the runtime's may show the driver's inside."""
+    return call.category in RUNTIME and call.name in WAITS and not (call.parent and call.parent.name in WAITS)
+
+
+def _within(each: Call | Work | Gap, start: float, end: float) -> float:
+    return max(0.0, min(each.end_s, end) - max(each.start_s, start))
+
+
+def _extent(recording: Recording) -> Interval:
+    events: list[Call | Work] = [*recording.calls, *recording.work]
+    if not events:
+        return 0.0, 0.0
+    return min(e.start_s for e in events), max(e.end_s for e in events)
+
+
+def seconds_by_caller(recording: Recording) -> Mapping[Call, float]:
+    """Device time of the work that each operator launched itself."""
+    found = dict[Call, float]()
+    for work in recording.work:
+        if work.operator is not None:
+            found[work.operator] = found.get(work.operator, 0.0) + work.seconds
+    return found
