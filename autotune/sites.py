@@ -34,7 +34,13 @@ class Replacement(nn.Module):
         linear: the layer it stands in for.
         weight_bytes: bytes of weights, scales and bias that it holds and reads at each call.
         form: what the weights have become: "bfloat16", "nf4". Layers of one class, size and form run the same code.
+
+    Attributes:
+        capturable: whether its calls can be recorded in a graph: they never wait for the device, nor does what they
+            do depend on values.
     """
+
+    capturable: bool = True
 
     def __init__(self, linear: nn.Linear, weight_bytes: int, form: str) -> None:
         super().__init__()
@@ -43,6 +49,10 @@ class Replacement(nn.Module):
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
+
+    def plain(self) -> nn.Linear | None:
+        """An `nn.Linear` over the same memory that may be exchanged in this layer's stead, or None."""
+        return None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form}"
@@ -121,6 +131,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 def as_linear(layer: nn.Module) -> nn.Linear | None:
     """The layer as an `nn.Linear` over the same memory, or None if it is no linear layer."""
+    if isinstance(layer, Replacement):
+        return layer.plain()
     if isinstance(layer, nn.Linear):
         plain = type(layer).forward is nn.Linear.forward and type(layer.weight) in (nn.Parameter, torch.Tensor)
         return layer if plain else None

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 # parameters to try beside the defaults
 PARAMS: dict[str, list[dict[str, Any]]] = {
     "attention": [{"implementation": name} for name in ("sdpa", "eager", "flash_attention_2")],
-    "bitsandbytes": [{"scheme": name} for name in ("int8", "nf4", "fp4")],
+    "bitsandbytes": [{"scheme": name} for name in ("int8", "int8_vectorwise", "nf4", "fp4")],
     "linear_dtype": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
     "prefill_attention": [{"precision": name} for name in ("float32", "bfloat16", "bfloat16x3")],
     "threads": [{"count": 1}, {"count": 2}, {"count": 10_000}],
     "torchao": [
-        {"scheme": name, "compile": False} for name in ("int8_weight_only", "int8_dynamic", "int4_weight_only")
+        {"scheme": name, "compile": False}
+        for name in ("int8_weight_only", "int8_dynamic", "int4_weight_only", "float8_weight_only", "float8_dynamic")
     ],
     "weight_only": [
         {"bits": 8},

@@ -65,7 +65,7 @@ class BrainLinear(nn.Module):
         y: Tensor = torch.ops.autotune.linear_brain(
             x, self.weight, self.scales, self.zeros, self.bias, self.out_features, self.parts
         )
-        return y
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, parts={self.parts}"

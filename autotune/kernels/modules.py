@@ -14,6 +14,8 @@ from autotune.kernels import pack
 class PackedLinear(nn.Module, ABC):
     """y = x W^T + b with narrow weights and FP32 arithmetic; the operators must be loaded (`kernels.available`).
 
+    Inputs in another dtype are widened, and results given back in it.
+
     A layer is made by `from_linear`, or by `from_weight` from a weight [out_features, in_features]; transformers'
     `Conv1D` stores the transpose, so pass `conv.weight.T`.
     """
@@ -61,8 +63,8 @@ class HalfLinear(PackedLinear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_f16(x, self.weight, self.bias, self.out_features)
-        return y
+        y: Tensor = torch.ops.autotune.linear_f16(x.float(), self.weight, self.bias, self.out_features)
+        return y.to(x.dtype)
 
     def dequantize(self) -> Tensor:
         return pack.deinterleave(self.weight.float(), self.out_features, self.in_features)
@@ -92,8 +94,8 @@ class Int8Linear(PackedLinear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_i8(x, self.weight, self.scales, self.bias, self.out_features)
-        return y
+        y: Tensor = torch.ops.autotune.linear_i8(x.float(), self.weight, self.scales, self.bias, self.out_features)
+        return y.to(x.dtype)
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
@@ -124,8 +126,10 @@ class Int4Linear(PackedLinear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_i4(x, self.weight, self.scales, self.zeros, self.bias, self.out_features)
-        return y
+        y: Tensor = torch.ops.autotune.linear_i4(
+            x.float(), self.weight, self.scales, self.zeros, self.bias, self.out_features
+        )
+        return y.to(x.dtype)
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i4(self.weight, self.scales, self.zeros, self.out_features, self.in_features)

@@ -17,15 +17,17 @@ import torch
 
 from .. import roofline, sites
 from . import require
-from .linears import LinearTransform
+from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..architecture import Capability
     from ..hardware import Hardware
     from ..profile import PhaseProfile
 
-BITS = {"int8": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight
+BITS = {"int8": 8, "int8_vectorwise": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight
+INT8_TENSOR_CORES = (7, 5)  # Turing
 OUTLIER = 6.0  # LLM.int8 multiplies input columns beyond this in floating point
 BLOCK = 64  # weights that share a scale at four bits
 PACKED_ROWS = 32  # output rows that the packed 4-bit layout takes at a time
@@ -34,11 +36,20 @@ PACKED_ROWS = 32  # output rows that the packed 4-bit layout takes at a time
 class OutlierInt8Linear(sites.Replacement):
     """LLM.int8: INT8 weights per row, INT8 activations per token, outlier columns in floating point.
 
+    Which columns those are is asked of the device at each call, and the host waits for the answer: on a GPU that alone
+    makes it slower than FP16 at batch 1, and no graph can hold it.
+
     Source: Dettmers et al., "LLM.int8(): 8-bit matrix multiplication for transformers at scale", 2022.
+
+    Args:
+        linear: the layer it stands in for; only read.
+        threshold: inputs beyond this are outliers; 0: there are none, and nobody waits.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, linear.weight.numel() + 4 * linear.out_features, form="LLM.int8")
+    def __init__(self, linear: nn.Linear, threshold: float = OUTLIER) -> None:
+        form = "LLM.int8" if threshold else "INT8"
+        super().__init__(linear, linear.weight.numel() + 4 * linear.out_features, form)
+        self.threshold, self.capturable = threshold, not threshold
         self.functional = library().functional
         half = linear.weight.detach().to(torch.float16, copy=True).contiguous()
         self.weight, self.scales, _ = self.functional.int8_vectorwise_quant(half)
@@ -48,7 +59,7 @@ class OutlierInt8Linear(sites.Replacement):
         rows = x.reshape(-1, self.in_features)  # [B * S, K]
         # a copy, because outliers are blanked out in it
         numbers, scales, columns = self.functional.int8_vectorwise_quant(
-            rows.to(torch.float16, copy=True), threshold=OUTLIER
+            rows.to(torch.float16, copy=True), threshold=self.threshold
         )
         y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
             rows, numbers, self.weight, scales, self.scales, columns, self.bias
@@ -58,7 +69,10 @@ class OutlierInt8Linear(sites.Replacement):
 
 
 class FourBitLinear(sites.Replacement):
-    """NF4 or FP4 weights in blocks; packed for the processor's BF16 instructions where it has them."""
+    """NF4 or FP4 weights in blocks; packed for the processor's BF16 instructions where it has them.
+
+    A GPU multiplies in BF16 whatever the model's dtype is: FP32 would leave its tensor cores idle.
+    """
 
     def __init__(self, linear: nn.Linear, scheme: str) -> None:
         super().__init__(linear, linear.weight.numel() // 2 + linear.weight.numel() * 4 // BLOCK, form=scheme)
@@ -68,11 +82,12 @@ class FourBitLinear(sites.Replacement):
         pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
         if pack is not None and fits and weight.device.type == "cpu" and bnb.functional.has_avx512bf16():
             self.weight, self.state = pack(self.weight, self.state)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.dtype = torch.bfloat16 if weight.is_cuda and weight.dtype == torch.float32 else weight.dtype
+        self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
         self.multiply = bnb.matmul_4bit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.multiply(x, self.weight, quant_state=self.state, bias=self.bias)
+        y: torch.Tensor = self.multiply(x.to(self.dtype), self.weight, quant_state=self.state, bias=self.bias)
         return y.to(x.dtype)
 
 
@@ -81,7 +96,8 @@ class Bitsandbytes(LinearTransform):
     """Linear weights quantised by bitsandbytes.
 
     Args:
-        scheme: "int8" (LLM.int8), "nf4" or "fp4".
+        scheme: "int8" (LLM.int8), "int8_vectorwise" (without its outliers: faster, less accurate, fit for graphs),
+            "nf4" or "fp4".
     """
 
     scheme: str = "nf4"
@@ -95,19 +111,22 @@ class Bitsandbytes(LinearTransform):
 
     @property
     def kind(self) -> type[nn.Module]:
-        return OutlierInt8Linear if self.scheme == "int8" else FourBitLinear
+        return OutlierInt8Linear if BITS[self.scheme] == 8 else FourBitLinear
 
-    def missing(self) -> str | None:
-        return _missing(self.scheme)
+    @property
+    def capability(self) -> Capability | None:
+        return INT8_TENSOR_CORES if BITS[self.scheme] == 8 else None
+
+    def missing(self, where: torch.device = CPU) -> str | None:
+        return _missing(self.scheme, where)
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
         return _layer(linear, self.scheme)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        dtype = "int8" if self.scheme == "int8" else None
-        return roofline.faster_weights(
-            phase, hardware, phase.weight_bytes * BITS[self.scheme] / 32, compute_dtype=dtype
-        )
+        bits = BITS[self.scheme]
+        read = weight_bytes(phase, bits)
+        return roofline.faster_weights(phase, hardware, read, compute_dtype="int8" if bits == 8 else None)
 
 
 def library() -> Any:
@@ -123,17 +142,20 @@ def library() -> Any:
 
 
 def _layer(linear: nn.Linear, scheme: str) -> nn.Module:
-    return OutlierInt8Linear(linear) if scheme == "int8" else FourBitLinear(linear, scheme)
+    if BITS[scheme] == 4:
+        return FourBitLinear(linear, scheme)
+    return OutlierInt8Linear(linear, OUTLIER if scheme == "int8" else 0.0)
 
 
 @functools.cache
-def _missing(scheme: str) -> str | None:
+def _missing(scheme: str, where: torch.device) -> str | None:
     """Found out by trying on a small layer: it may not be installed, or lack its library for this machine."""
     online = os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE")
     if "bitsandbytes" not in sys.modules and importlib.util.find_spec("kernels") is not None and online:
         return "importing bitsandbytes beside the package kernels may download code: set HF_HUB_OFFLINE=1 to allow it"
     try:
-        _layer(torch.nn.Linear(64, 64, bias=False, dtype=torch.float32), scheme)(torch.ones(1, 64))
+        layer = _layer(torch.nn.Linear(64, 64, bias=False, dtype=torch.float32, device=where), scheme)
+        layer(torch.ones(1, 64, device=where))
     except Exception as error:  # whatever an optional package raises, it cannot be used
         return f"bitsandbytes cannot run {scheme} here: {type(error).__name__}: {error}"
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from .. import roofline, sites
-from .linears import LinearTransform
+from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,8 +34,8 @@ class DynamicInt8Linear(sites.Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # seven bits of activation: with eight, processors without VNNI overflow their 16-bit sums
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
-        return y
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
+        return y.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DynamicInt8(LinearTransform):
     def kind(self) -> type[nn.Module]:
         return DynamicInt8Linear
 
-    def missing(self) -> str | None:
+    def missing(self, where: torch.device = CPU) -> str | None:
         engines = set(torch.backends.quantized.supported_engines) - {"none"}
         return None if engines else "this build of torch has no quantisation engine"
 
@@ -57,4 +57,4 @@ class DynamicInt8(LinearTransform):
         return DynamicInt8Linear(linear)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, phase.weight_bytes / 4, compute_dtype="int8")
+        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 8), compute_dtype="int8")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from .. import kernels, roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import require
-from .linears import LinearTransform
+from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +34,7 @@ class StoredTransform(LinearTransform):
 
     parts: ClassVar[int]  # BF16 numbers that stand for one of FP32
     products: ClassVar[int]  # BF16 products that stand for one of FP32
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # torch multiplies narrower ones in BF16 itself
 
     def __post_init__(self) -> None:
         if self.phase != "prefill":
@@ -42,7 +45,7 @@ class StoredTransform(LinearTransform):
     def kind(self) -> type[nn.Module]:
         return kernels.BrainLinear
 
-    def missing(self) -> str | None:
+    def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available() or kernels.no_brain_unit()
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
@@ -74,7 +77,7 @@ class StoredTransform(LinearTransform):
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         rate = roofline.peak_flops_per_s(hardware, "bfloat16") / self.products
         able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.name: rate})
-        read = phase.weight_bytes / 8 if self.weights == "decode" else phase.weight_bytes  # at best 4 bits for 32
+        read = weight_bytes(phase, 4) if self.weights == "decode" else phase.weight_bytes  # at best 4 bits each
         return roofline.faster_weights(phase, able, read, compute_dtype=self.name)
 
 

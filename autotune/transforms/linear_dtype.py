@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import roofline, sites
 from . import require
-from .linears import LinearTransform
+from .linears import LinearTransform, nothing_left, weight_bytes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..hardware import Hardware
     from ..profile import PhaseProfile
+    from ..variant import Variant
 
 
 class CastLinear(sites.Replacement):
@@ -44,6 +44,14 @@ class CastLinear(sites.Replacement):
             y = F.linear(narrow, self.weight, self.bias)
         return y.to(x.dtype)
 
+    def plain(self) -> nn.Linear | None:
+        if self.packed:
+            return None
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
+        return linear
+
 
 @dataclass(frozen=True)
 class LinearDtype(LinearTransform):
@@ -68,6 +76,17 @@ class LinearDtype(LinearTransform):
     def kind(self) -> type[nn.Module]:
         return CastLinear
 
+    def refusal(self, dtype: torch.dtype) -> str | None:
+        if dtype == getattr(torch, self.dtype):
+            return f"the weights are in {dtype} already"
+        return super().refusal(dtype)
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        for phase in self.phases:  # other transforms may narrow its layers further, it may not
+            if sites.count(variant.modules[phase], CastLinear):
+                return nothing_left(variant, phase)
+        return super().unavailable(variant, hardware)
+
     def exchange(self, linear: nn.Linear) -> nn.Module:
         dtype = getattr(torch, self.dtype)
         if not torch.isfinite(linear.weight.abs().amax().to(dtype)):
@@ -77,7 +96,7 @@ class LinearDtype(LinearTransform):
         return CastLinear(linear, dtype, packed)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, phase.weight_bytes / 2, compute_dtype=self.dtype)
+        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype=self.dtype)
 
 
 def _packs(dtype: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
-from .. import sites
+from .. import architecture, sites
 from ..errors import TransformError
 from . import Stage, Transform
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..profile import PhaseProfile, Profile
     from ..variant import Variant
     from ..workload import Phase
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
 
 _made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged layers", default=None)
 
@@ -50,6 +53,12 @@ class LinearTransform(Transform):
 
     stage: ClassVar[Stage] = Stage.WEIGHTS
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATING  # of weights that it takes
+
+    @property
+    def capability(self) -> architecture.Capability | None:
+        """The lowest compute capability of a GPU that runs the new layers; None: any."""
+        return None
 
     @property
     def kind(self) -> type[nn.Module]:
@@ -79,8 +88,14 @@ class LinearTransform(Transform):
         """This transform with the layers of these names left wider, beside those that were already."""
         return replace(self, skip=joined(self.skip, names))
 
-    def missing(self) -> str | None:
-        """What this process lacks to run the new layers, or None."""
+    def refusal(self, dtype: torch.dtype) -> str | None:
+        """Why weights of a dtype are not exchanged, or None."""
+        if dtype in self.dtypes:
+            return None
+        return f"it replaces weights in {' or '.join(map(str, self.dtypes))}; these are {dtype}"
+
+    def missing(self, where: torch.device = CPU) -> str | None:
+        """What this process lacks to run the new layers on a device, or None."""
         return None
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
@@ -95,16 +110,20 @@ class LinearTransform(Transform):
         for phase in self.phases:
             layers = sites.linears(variant.modules[phase], self.skip)
             if not layers:
-                return _nothing_left(variant, phase)
-            if dtypes := {layer.weight.dtype for layer in layers.values()} - {torch.float32}:
-                return f"it replaces FP32 weights; these are {', '.join(sorted(map(str, dtypes)))}"
-        return self.missing()  # last: it may have to compile or import something
+                return nothing_left(variant, phase)
+            for dtype in sorted({layer.weight.dtype for layer in layers.values()}, key=str):
+                if reason := self.refusal(dtype):
+                    return reason
+        if reason := architecture.lacking(hardware, self.capability, str(self.recipe)):
+            return reason
+        return self.missing(variant.original.device)  # last: it may have to compile or import something
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         return {phase: self.speedup(profile.phases[phase], hardware) for phase in self.phases}
 
     def apply(self, variant: Variant) -> None:
-        if reason := self.missing():  # asking also loads what is needed, in a process that only replays a plan
+        # asking also loads what is needed, in a process that only replays a plan
+        if reason := self.missing(variant.original.device):
             raise TransformError(reason)
         for twin in variant.edit(self.phase):
             try:
@@ -123,7 +142,7 @@ class LinearTransform(Transform):
         if (made := _made.get()) is None:
             return self.exchange(linear)
         weight, bias = linear.weight, linear.bias
-        key = (self.recipe, weight.data_ptr(), weight.shape, None if bias is None else bias.data_ptr())
+        key = (self.recipe, weight.data_ptr(), weight.shape, weight.dtype, None if bias is None else bias.data_ptr())
         if key not in made:
             made[key] = self.exchange(linear)
         return made[key]
@@ -135,12 +154,22 @@ class LinearTransform(Transform):
         return None
 
 
+def weight_bytes(phase: PhaseProfile, bits: float) -> float:
+    """Bytes that a phase's weights would take at so many bits each.
+
+    How many weights there are follows from their bytes: layers that were not exchanged yet multiply in the dtype that
+    they are stored in.
+    """
+    element: torch.dtype = getattr(torch, phase.compute_dtype)
+    return phase.weight_bytes * bits / (8 * element.itemsize)
+
+
 def joined(*names: str) -> str:
     """Comma-separated names as one list."""
     return ",".join(filter(None, names))
 
 
-def _nothing_left(variant: Variant, phase: Phase) -> str:
+def nothing_left(variant: Variant, phase: Phase) -> str:
     for done in variant.transforms:
         if done.stage == Stage.WEIGHTS and phase in done.phases:
             return f"the linear layers of {phase} were already exchanged by {done}"

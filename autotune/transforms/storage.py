@@ -9,7 +9,7 @@ import torch
 
 from .. import kernels, roofline
 from . import require
-from .linears import LinearTransform
+from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,11 +41,11 @@ class WeightStorage(LinearTransform):
     def kind(self) -> type[nn.Module]:
         return kernels.HalfLinear
 
-    def missing(self) -> str | None:
+    def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available()
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
         return kernels.HalfLinear.from_linear(linear, dtype=getattr(torch, self.dtype))
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, phase.weight_bytes / 2)
+        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16))

@@ -13,17 +13,47 @@ from torch import nn
 
 from .. import roofline, sites
 from . import require
-from .linears import LinearTransform
+from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
+    from ..architecture import Capability
     from ..hardware import Hardware
     from ..profile import PhaseProfile
 
-SCHEMES = {  # scheme -> (bits of a weight, dtype that is multiplied or None for the model's)
-    "int8_weight_only": (8, None),
-    "int8_dynamic": (8, "int8"),
-    "int4_weight_only": (4, "bfloat16"),
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one of torchao's schemes is, and what it needs.
+
+    Args:
+        bits: of a weight.
+        multiplied: dtype that is multiplied ("int8"), or None for the weights' own.
+        capability: the lowest compute capability of a GPU that runs it.
+        weights: dtype that weights must have before they are quantised, activations when they come; None: any.
+        inputs, outputs: features of a layer on a GPU must be multiples of these; other layers are left as they are.
+    """
+
+    bits: int
+    multiplied: str | None
+    capability: Capability
+    weights: torch.dtype | None = None
+    inputs: int = 1
+    outputs: int = 1
+
+
+# Capabilities: INT8 tensor cores through cuBLASLt and the tinygemm INT4 kernel are for Ampere; conversions from and to
+# FP8 and products of FP8 came with Ada (8.9). Features: cuBLASLt's INT8 wants 8 (torchao would multiply on the host
+# instead, without a word), FP8 wants 16, INT4 shares a scale among 32.
+SCHEMES = {
+    "int8_weight_only": Scheme(8, None, (7, 0)),
+    "int8_dynamic": Scheme(8, "int8", (8, 0), inputs=8, outputs=8),
+    "int4_weight_only": Scheme(4, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
+    "float8_weight_only": Scheme(8, None, (8, 9)),
+    "float8_dynamic": Scheme(8, "float8", (8, 9), torch.bfloat16, inputs=16, outputs=16),
 }
+
+
+ALMOST_ZERO = 2**-13  # its 448th part, the scale, is still above zero in FP16
 
 
 class TorchaoLinear(sites.Replacement):
@@ -36,11 +66,12 @@ class TorchaoLinear(sites.Replacement):
     """
 
     def __init__(self, linear: nn.Linear, scheme: str, compiled: bool) -> None:
-        size = linear.weight.numel() * SCHEMES[scheme][0] // 8 + 4 * linear.out_features
+        dtype = SCHEMES[scheme].weights or linear.weight.dtype
+        weight = quantized(without_zero_rows(linear.weight.detach().to(dtype)), scheme)
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        size = sum(part.nbytes for part in parts(weight)) + (0 if bias is None else bias.nbytes)
         super().__init__(linear, size, form=f"{scheme}, compiled" if compiled else scheme)
-        dtype = torch.bfloat16 if scheme == "int4_weight_only" else linear.weight.dtype
-        self.weight = quantized(linear.weight.detach().to(dtype), scheme)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.weight, self.bias = weight, bias
         self.product = _compiled(scheme, tuple(linear.weight.shape), linear.bias is None) if compiled else F.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,15 +84,17 @@ class Torchao(LinearTransform):
     """Linear weights quantised by torchao.
 
     Args:
-        scheme: "int8_weight_only" and "int8_dynamic" (a scale per row), or "int4_weight_only" (groups of 32).
-        compile: compile each layer's product; layers of one shape share the code.
+        scheme: "int8_weight_only" or "float8_weight_only" (a scale per row, products in the weights' own dtype),
+            "int8_dynamic" or "float8_dynamic" (activations as well, a scale per token), or "int4_weight_only" (groups
+            of 32, BF16 activations, GPUs alone).
+        compile: compile each layer's product; layers of one shape share the code. The INT4 kernel needs none.
     """
 
     scheme: str = "int8_weight_only"
     compile: bool = True
 
     name: ClassVar[str] = "torchao"
-    summary: ClassVar[str] = "torchao's INT8 and INT4 linear layers"
+    summary: ClassVar[str] = "torchao's INT8, INT4 and FP8 linear layers"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     def __post_init__(self) -> None:
@@ -71,17 +104,24 @@ class Torchao(LinearTransform):
     def kind(self) -> type[nn.Module]:
         return TorchaoLinear
 
-    def missing(self) -> str | None:
-        return _missing(self.scheme)
+    @property
+    def capability(self) -> Capability:
+        return SCHEMES[self.scheme].capability
+
+    def missing(self, where: torch.device = CPU) -> str | None:
+        return _missing(self.scheme, where)
 
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
-        if self.scheme == "int4_weight_only" and linear.in_features % 32:
+        scheme, on_cpu = SCHEMES[self.scheme], linear.weight.device.type == "cpu"
+        if not on_cpu and (linear.in_features % scheme.inputs or linear.out_features % scheme.outputs):
             return None
         return TorchaoLinear(linear, self.scheme, self.compile)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        bits, dtype = SCHEMES[self.scheme]
-        return roofline.faster_weights(phase, hardware, phase.weight_bytes * bits / 32, compute_dtype=dtype)
+        scheme = SCHEMES[self.scheme]
+        return roofline.faster_weights(
+            phase, hardware, weight_bytes(phase, scheme.bits), compute_dtype=scheme.multiplied
+        )
 
 
 def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
@@ -91,26 +131,54 @@ def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
     holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(holder, _config(scheme))
+    if type(holder.weight) is nn.Parameter:  # a layer that it does not take is left as it is, without a word
+        raise ValueError(f"torchao leaves a weight of shape {tuple(weight.shape)} as it is with {scheme}")
     return holder.weight.detach()
+
+
+def without_zero_rows(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in] whose rows of zeros, such as a padded vocabulary has, became almost zero.
+
+    torchao divides by a row's largest number to scale it to FP8, and by zero here.
+    """
+    empty = weight.abs().amax(1) == 0  # [out]
+    if not empty.any():
+        return weight
+    weight = weight.clone()
+    weight[empty, 0] = ALMOST_ZERO
+    return weight
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
 def _config(scheme: str) -> Any:
     """The configuration of a scheme; it must not set inductor's flags, which are the whole process's."""
     from torchao import quantization as q  # type: ignore[import-untyped]
 
+    row = q.PerRow()
     if scheme == "int8_weight_only":
         return q.Int8WeightOnlyConfig(set_inductor_config=False)
     if scheme == "int8_dynamic":
         return q.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    if scheme == "float8_weight_only":
+        return q.Float8WeightOnlyConfig(granularity=row, set_inductor_config=False)
+    if scheme == "float8_dynamic":
+        return q.Float8DynamicActivationFloat8WeightConfig(granularity=row, set_inductor_config=False)
     return q.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
 @functools.cache
-def _missing(scheme: str) -> str | None:
+def _missing(scheme: str, where: torch.device) -> str | None:
     """Found out by trying on a small layer: which schemes run where changes with every release of torchao."""
     try:
-        layer = nn.Linear(64, 64, bias=False, dtype=torch.float32)
-        TorchaoLinear(layer, scheme, compiled=False)(torch.zeros(1, 64))
+        dtype = SCHEMES[scheme].weights or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+        layer = nn.Linear(64, 64, bias=False, dtype=dtype, device=where)
+        TorchaoLinear(layer, scheme, compiled=False)(torch.zeros(1, 64, dtype=dtype, device=where))
     except Exception as error:  # whatever an optional package raises, it cannot be used
         return f"torchao cannot run {scheme} here: {type(error).__name__}: {error}"
     return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
+
 from .. import kernels, roofline, sites
 from . import require
-from .linears import LinearTransform, joined
+from .linears import CPU, LinearTransform, joined, weight_bytes
 from .storage import WeightStorage
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from ..hardware import Hardware
     from ..profile import PhaseProfile
 
-FP32_BITS, SCALE_BITS = 32, 16
+SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class WeightOnly(LinearTransform):
             sites.replace(twin, self.wider.exchange_once, self.skip)  # what is still a linear layer
         return narrow
 
-    def missing(self) -> str | None:
+    def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available()
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
@@ -74,4 +76,4 @@ class WeightOnly(LinearTransform):
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
-        return roofline.faster_weights(phase, hardware, phase.weight_bytes * (self.bits + factors) / FP32_BITS)
+        return roofline.faster_weights(phase, hardware, weight_bytes(phase, self.bits + factors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +14,9 @@ from autotune.errors import TransformError
 from autotune.hardware import Hardware
 from autotune.profile import PhaseProfile, Profile
 from autotune.transforms import make
+from autotune.transforms.linear_dtype import CastLinear
 from autotune.transforms.linears import LinearTransform
-from autotune.variant import Variant
+from autotune.variant import Variant, serving
 from autotune.workload import PHASES
 from tests import models
 from tests.models import tiny, token_prompts
@@ -47,7 +49,9 @@ ACCURACY = [
     ("dynamic_int8", {}, 3e-2, 5e-2),
     ("torchao", {"scheme": "int8_weight_only", "compile": False}, 1.2e-2, 5e-3),
     ("torchao", {"scheme": "int8_dynamic", "compile": False}, 2e-2, 1e-2),
+    ("torchao", {"scheme": "float8_weight_only", "compile": False}, 4e-2, 2e-2),
     ("bitsandbytes", {"scheme": "int8"}, 2e-2, 1e-2),
+    ("bitsandbytes", {"scheme": "int8_vectorwise"}, 2e-2, 1e-2),
     ("bitsandbytes", {"scheme": "nf4"}, 0.12, 0.4),
     ("bitsandbytes", {"scheme": "fp4"}, 0.15, 0.6),
 ]
@@ -77,6 +81,41 @@ def test_one_layer(name: str, params: dict[str, Any], error: float, shape: tuple
         assert (got - expected).norm() <= error * expected.norm()
 
 
+ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of a result, beside the error of the weights
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("name", "params", "error"), [row[:3] for row in ACCURACY])
+def test_one_layer_of_a_narrow_model(name: str, params: dict[str, Any], error: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96).requires_grad_(False).to(dtype)
+    transform = linear_transform(name, params, "decode")
+    if (reason := transform.refusal(dtype)) is not None:
+        assert "already" in reason
+        return
+    new = transform.exchange(linear)
+    for x in (torch.randn(1, 1, 64).to(dtype), torch.randn(2, 70, 64).to(dtype)):
+        expected, got = copy.deepcopy(linear).float()(x.float()), new(x)
+        assert got.dtype == dtype
+        assert (got.float() - expected).norm() <= (error + ROUNDING[dtype]) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("name", "params", "divergence"), [(*row[:2], row[3]) for row in ACCURACY])
+def test_one_narrow_model(name: str, params: dict[str, Any], divergence: float, dtype: torch.dtype) -> None:
+    model = models.tiny("llama", initializer_range=0.1).to(dtype)
+    transform, variant = linear_transform(name, params), Variant(model)
+    if (reason := transform.unavailable(variant, AVX2)) is not None:
+        assert "already" in reason
+        return
+    candidate = variant.with_transform(transform)
+    ids = torch.tensor(models.token_prompts(count=4, length=32))
+    assert serving(candidate).generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (4, 35)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(ids).logits.double(), -1) for m in (model, candidate.modules["decode"]))
+    assert (p.exp() * (p - q)).sum(-1).mean().item() <= divergence + 1e-3
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("name", "params", "divergence"), [(*row[:2], row[3]) for row in ACCURACY])
 def test_one_model(name: str, params: dict[str, Any], divergence: float, architecture: str) -> None:
@@ -100,13 +139,33 @@ def test_float16_refuses_what_it_cannot_hold(llama: PreTrainedModel) -> None:
     variant.with_transform(linear_transform("weight_storage", {"dtype": "bfloat16"}))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["weight_storage", "weight_only", "dynamic_int8", "linear_dtype"])
-def test_weights_that_are_narrow_already(name: str, dtype: torch.dtype) -> None:
-    model = models.tiny("llama").to(dtype)
-    reason = linear_transform(name, {}).unavailable(Variant(model), AVX2)
-    assert reason is not None
-    assert str(dtype) in reason
+@pytest.mark.parametrize(
+    ("name", "params", "phase", "dtype", "says"),
+    [
+        ("linear_dtype", {"dtype": "bfloat16"}, "both", torch.bfloat16, "the weights are in torch.bfloat16 already"),
+        ("linear_dtype", {"dtype": "float16"}, "both", torch.bfloat16, None),
+        ("linear_bf16", {}, "prefill", torch.bfloat16, "replaces weights in torch.float32; these are torch.bfloat16"),
+        ("weight_only", {}, "both", torch.float64, "these are torch.float64"),
+        ("weight_only", {}, "both", torch.float16, None),
+    ],
+)
+def test_which_dtypes_are_taken(
+    name: str, params: dict[str, Any], phase: str, dtype: torch.dtype, says: str | None
+) -> None:
+    reason = linear_transform(name, params, phase).unavailable(Variant(models.tiny("llama").to(dtype)), AVX2)
+    assert reason is None if says is None else says in (reason or "")
+
+
+def test_half_precision_can_be_narrowed_further(llama: PreTrainedModel) -> None:
+    """On a GPU an FP32 model goes to BF16 first; what is quantised then are those weights."""
+    half, quarter = make("linear_dtype", {"dtype": "float16"}), linear_transform("dynamic_int8", {}, "decode")
+    variant = Variant(llama).with_transform(half)
+    assert quarter.unavailable(variant, AVX2) is None
+    candidate = variant.with_transform(quarter)
+    assert quarter.took_effect(candidate) is None
+    assert sites.count(candidate.modules["decode"], CastLinear) == 0
+    assert sites.count(candidate.modules["prefill"], CastLinear) == 15
+    assert str(half) in (make("linear_dtype", {}).unavailable(candidate, AVX2) or "")
 
 
 @pytest.mark.parametrize("name", ["weight_storage", "weight_only", "dynamic_int8"])
@@ -137,7 +196,9 @@ def test_phases_take_different_weights(llama: PreTrainedModel) -> None:
     )
 
 
-def profile_of(linear_s: float, other_s: float, weight_bytes: float, flops: float) -> Profile:
+def profile_of(
+    linear_s: float, other_s: float, weight_bytes: float, flops: float, compute_dtype: str = "float32"
+) -> Profile:
     phases = {
         phase: PhaseProfile(
             phase=phase,
@@ -146,7 +207,7 @@ def profile_of(linear_s: float, other_s: float, weight_bytes: float, flops: floa
             weight_bytes=weight_bytes,
             cache_bytes=0,
             busy=0.9,
-            compute_dtype="float32",
+            compute_dtype=compute_dtype,
             linear_s=linear_s,
             attention_s=0,
             attention_flops=0,
@@ -165,6 +226,15 @@ DECODE = profile_of(linear_s=0.020, other_s=0.010, weight_bytes=500e6, flops=0.2
 PREFILL = profile_of(linear_s=0.500, other_s=0.100, weight_bytes=500e6, flops=70e9)
 
 
+# the same in BF16: half the bytes in half the time, so that INT8 saves half of that, not three quarters
+NARROW = profile_of(linear_s=0.010, other_s=0.010, weight_bytes=250e6, flops=0.25e9, compute_dtype="bfloat16")
+FAST = Hardware(**CPU, flops_per_s={"float32": 400e9, "bfloat16": 2700e9})
+H100 = Hardware(
+    **CPU | {"device": "cuda", "capability": "9.0"},
+    flops_per_s={"float32": 50e9, "bfloat16": 700e9, "float16": 650e9},
+)
+
+
 @pytest.mark.parametrize(
     ("name", "params", "profile", "hardware", "speedup"),
     [
@@ -178,6 +248,12 @@ PREFILL = profile_of(linear_s=0.500, other_s=0.100, weight_bytes=500e6, flops=70
         ("linear_dtype", {}, PREFILL, AMX, 0.600 / (0.100 + 70 / 2700)),
         ("linear_dtype", {}, PREFILL, AVX2, 0.600 / (0.100 + 70 / 0.15)),
         ("linear_dtype", {"dtype": "float16"}, PREFILL, AMX, 0.600 / (0.100 + 70 / 100)),
+        ("weight_only", {"group": 0}, NARROW, FAST, 0.020 / (0.010 + 0.005)),
+        ("torchao", {"scheme": "int8_weight_only"}, NARROW, FAST, 0.020 / (0.010 + 0.005)),
+        ("torchao", {"scheme": "int4_weight_only"}, NARROW, FAST, 0.020 / (0.010 + 0.0025)),
+        ("bitsandbytes", {"scheme": "nf4"}, NARROW, FAST, 0.020 / (0.010 + 0.0025)),
+        ("weight_storage", {}, NARROW, FAST, 1.0),
+        ("torchao", {"scheme": "float8_dynamic"}, PREFILL, H100, 0.600 / (0.100 + 70 / 1400)),
     ],
 )
 def test_prediction(name: str, params: dict[str, Any], profile: Profile, hardware: Hardware, speedup: float) -> None:
