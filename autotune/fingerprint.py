@@ -27,16 +27,23 @@ COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are la
 TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
-def of(model: PreTrainedModel, hardware: Hardware, workload: Workload, policy: Policy) -> Fingerprint:
-    """The fingerprint of a plan made for all four.
+def of(
+    model: PreTrainedModel,
+    hardware: Hardware,
+    workload: Workload,
+    policy: Policy,
+    draft: PreTrainedModel | None = None,
+) -> Fingerprint:
+    """The fingerprint of a plan made for all of them.
 
     Raises:
         UnsupportedModelError: the model's weights cannot be read.
     """
+    drafted = {} if draft is None else {"draft model": of_model(draft)}
     return Fingerprint(
         model=of_model(model),
         hardware=f"{hardware.device}, {hardware.name}, {hardware.capability}, {hardware.threads} threads",
-        versions={**hardware.versions, "autotune": _own_version()},
+        versions={**hardware.versions, "autotune": _own_version()} | drafted,
         workload=workload.shape_key(),
         policy=f"{policy.name}:{_of_policy(policy)}",
         tier=policy.tier,

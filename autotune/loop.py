@@ -79,7 +79,10 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
         def final_cache() -> slots.DynamicCache:
             return decoder()[0].to_dynamic(variant.original.config)
 
-        return sample(call, logits, following, final_cache, lambda: decoder()[0].advance())
+        coming: NextLogits = following
+        if variant.speculation is not None and call.input_ids.shape[0] == 1:
+            coming = variant.speculation.ahead(variant, call, lambda: decoder()[0], following, lent)
+        return sample(call, logits, coming, final_cache, lambda: decoder()[0].advance())
 
 
 def sample(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .speculate import Tally
 
 State = Literal["observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed"]
 
@@ -22,6 +25,7 @@ class Status:
         bypassed: calls that the plan could not serve, by reason; the original did, or without its weights the layers
             that the model took over.
         original: where the original's weights are: "resident", "parked" in the host's memory, or "released".
+        speculation: what became of guessed tokens; None where the plan guesses none.
     """
 
     state: State
@@ -30,3 +34,4 @@ class Status:
     served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
     original: Literal["resident", "parked", "released"] = "resident"
+    speculation: Tally | None = None

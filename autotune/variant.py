@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from .cache import CachePool
     from .compiled import CompiledStep
     from .device import Device
+    from .kv import KvCache
     from .program import StepPrograms
+    from .speculate import Speculation
     from .traffic import Traffic
     from .transforms import Transform
 
@@ -56,20 +58,30 @@ class Variant:
         caches: pool of static KV caches, or None for the cache that generate prepares.
         loop: "transformers" for generate's own decoding loop, "lean" for `autotune.loop.decode`.
         step: decode steps recorded or compiled ahead, or None to call the decode module.
+        draft: a smaller model with the same vocabulary that may guess tokens, or None.
+        speculation: how tokens are guessed ahead, or None to decode them one by one.
+        kv: what makes the growing KV cache, or None for the one that generate prepared.
     """
 
     def __init__(
-        self, original: PreTrainedModel, traffic: Traffic | None = None, workload: Workload | None = None
+        self,
+        original: PreTrainedModel,
+        traffic: Traffic | None = None,
+        workload: Workload | None = None,
+        draft: PreTrainedModel | None = None,
     ) -> None:
         self.original = original
         self.traffic = traffic
         self.workload = workload
+        self.draft = draft
         self.modules: dict[Phase, PreTrainedModel] = dict.fromkeys(PHASES, original)
         self.transforms: tuple[Transform, ...] = ()
         self.threads: dict[Phase, int] = {}
         self.caches: CachePool | None = None
         self.loop: Literal["transformers", "lean"] = "transformers"
         self.step: CompiledStep | StepPrograms | None = None
+        self.speculation: Speculation | None = None
+        self.kv: KvCache | None = None
         self._editable: set[int] = set()  # ids of modules made by this very object
         self._front: PreTrainedModel | None = None
 
@@ -84,7 +96,7 @@ class Variant:
             transform.apply(variant)
             variant.transforms = (*self.transforms, transform)
             return variant
-        fresh = Variant(self.original, self.traffic, self.workload)
+        fresh = Variant(self.original, self.traffic, self.workload, self.draft)
         return fresh.with_transforms((*self.transforms, transform))
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
@@ -99,13 +111,14 @@ class Variant:
         return variant
 
     def _copy(self) -> Variant:
-        other = Variant(self.original, self.traffic, self.workload)
+        other = Variant(self.original, self.traffic, self.workload, self.draft)
         other.modules, other.transforms, other.threads = (
             dict(self.modules),
             self.transforms,
             dict(self.threads),
         )
         other.caches, other.loop, other.step = self.caches, self.loop, self.step
+        other.speculation, other.kv = self.speculation, self.kv
         return other
 
     def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:

@@ -43,6 +43,7 @@ class Stage(enum.IntEnum):
     COMPILE = 6
     GRAPH = 7
     THREADS = 8
+    SPECULATION = 9
 
 
 @dataclass(frozen=True)

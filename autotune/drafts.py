@@ -1,0 +1,151 @@
+"""Where guesses of the next tokens come from: what followed the same tokens earlier, or a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from . import device as devices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import CachePool, SlotCache
+    from .route import Sampling
+
+LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuation is believed; one alone says too little
+
+
+class Guesser(Protocol):
+    """Guesses for one sequence that grows token by token."""
+
+    tokens: Sequence[int]
+
+    def append(self, token: int) -> None:
+        """The sequence went on with `token`."""
+
+    def guess(self, most: int) -> list[int]:
+        """At most so many tokens that may come next; none where nothing is worth guessing."""
+
+
+class Lookup:
+    """Guesses that the sequence goes on as it did after the latest earlier occurrence of its last tokens.
+
+    A continuation that runs into the sequence's end goes on with itself, so that a short period is repeated for as long
+    as asked (as in LZ77). Source of the idea: prompt look-up decoding, Saxena 2023.
+
+    Args:
+        tokens: the sequence so far.
+        longest: tokens that are looked for first; fewer, down to `SHORTEST`, where they never occurred.
+    """
+
+    def __init__(self, tokens: Iterable[int] = (), longest: int = LONGEST) -> None:
+        self.tokens: list[int] = []
+        self._lengths = range(longest, SHORTEST - 1, -1)
+        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where the latest continuation of them begins
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        for length in self._lengths:
+            if len(self.tokens) >= length:
+                self._after[tuple(self.tokens[-length:])] = len(self.tokens)
+        self.tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        places = (self._after.get(tuple(self.tokens[-length:])) for length in self._lengths)
+        start = next((place for place in places if place is not None), None)
+        if start is None:
+            return []
+        period = len(self.tokens) - start
+        return [self.tokens[start + i % period] for i in range(most)]
+
+
+class Drafter:
+    """A smaller model's greedy continuation, over a static cache of its own.
+
+    Tokens of the sequence are given to it when it next guesses, all in one step; its own guesses are taken back from
+    its cache each time, so that it never builds on one that was wrong.
+
+    Args:
+        draft: the smaller model.
+        caches: its caches, with room for as many tokens as the model's.
+        call: the call that is served, of one sequence.
+        tokens: its prompt.
+        lent: where the cache is given back.
+    """
+
+    def __init__(
+        self, draft: PreTrainedModel, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack
+    ) -> None:
+        self.draft, self.caches, self.call, self.tokens, self.lent = draft, caches, call, tokens, lent
+        self.device = devices.of(call.input_ids.device)
+        self.room = min(caches.slots, draft.config.get_text_config(decoder=True).max_position_embeddings)
+        self._held: SlotCache | None = None
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        from . import cache as slots
+
+        if len(self.tokens) + most > self.room:
+            return []
+        held = self._cache()
+        unseen, model = self.tokens[held.length :], self.draft
+        given = torch.tensor([unseen], device=self.call.input_ids.device)  # [1, N]
+        positions = self._position(held.length) + torch.arange(len(unseen), device=given.device)
+        token = slots.steps(model, given, positions, held)[:, -1].argmax(-1, keepdim=True)  # [1, 1]
+        held.advance(len(unseen))
+        guesses, position = [token], positions[:, -1:]
+        for _ in range(most - 1):
+            position = position + 1
+            token = slots.step(model, token, position, held).argmax(-1, keepdim=True)
+            held.advance()
+            guesses.append(token)
+        held.advance(1 - most)
+        found: list[int] = self.device.fetch(torch.cat(guesses, dim=1))()[0].tolist()
+        return found
+
+    def _cache(self) -> SlotCache:
+        """Filled with the prompt when it is first asked for."""
+        if self._held is None:
+            from .cache import DynamicCache
+
+            prompt, given, ids = DynamicCache(), self.call.model_kwargs, self.call.input_ids
+            keep: dict[str, Any] = {"logits_to_keep": 1} if self.draft._supports_logits_to_keep() else {}  # type: ignore[operator]
+            mask, positions = given.get("attention_mask"), given["position_ids"]
+            self.draft(ids, attention_mask=mask, position_ids=positions, past_key_values=prompt, use_cache=True, **keep)
+            self._held = self.lent.enter_context(self.caches.lend(prompt, mask))
+        return self._held
+
+    def _position(self, index: int) -> torch.Tensor:
+        """Position [1, 1] of the sequence's token number `index`, which is none of the prompt's."""
+        last: torch.Tensor = self.call.model_kwargs["position_ids"][:, -1:]
+        return last + (index - self.call.input_ids.shape[1] + 1)
+
+
+def unfit(draft: Any, model: PreTrainedModel) -> str | None:
+    """Why `draft` cannot guess for `model`, in a sentence that says what to do, or None."""
+    from .transforms.static_cache import no_slots
+    from .wrap import unsupported
+
+    if reason := unsupported(draft):
+        return f"the draft model cannot be used: {reason}"
+    name = type(draft).__name__
+    if draft is model:
+        return "the draft model is the model itself, which guesses no faster than it answers; pass a smaller one"
+    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (draft, model))
+    if own != wanted:
+        return (
+            f"the draft model {name} has a vocabulary of {own} tokens, the model one of {wanted}: its guesses would mean "
+            "other tokens; pass a draft with the same tokenizer and vocabulary size"
+        )
+    if draft.device != model.device:
+        return f"the draft model {name} is on {draft.device}, the model on {model.device}; move it there first"
+    if reason := no_slots(draft):
+        return f"the draft model {name} cannot decode over slots: {reason}"
+    return None

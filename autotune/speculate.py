@@ -1,0 +1,284 @@
+"""Speculative decoding: tokens are guessed, and one step of the model tells which of them it would have chosen itself.
+
+A step that only reads weights takes about as long for five tokens as for one. So the latest token and a few guesses of
+what follows go through the model together, which gives the logits after each of them. The decoding loop is not told:
+`Ahead` stands where it asks for the logits after its next token. While that token is the one that was guessed, the
+logits are there already; otherwise they are discarded, and so is what the step wrote into the cache. Every token is
+chosen by the loop from the model's own logits, after the same processors and from the same random numbers as ever: the
+answer is the same, and sampled answers have the same distribution, whatever was guessed.
+
+Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023. Accepting the
+token that the model itself drew, where it is the guess, is their rule for guesses made with certainty.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import device as devices
+from .drafts import Drafter, Guesser, Lookup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import CachePool, SlotCache
+    from .loop import NextLogits
+    from .route import Sampling
+    from .variant import Variant
+
+log = logging.getLogger("autotune")
+
+FORGET = 0.9  # weight of what a guess showed after each later one: about the last ten count
+HITS, TRIES = 2.0, 3.0  # what is assumed of guesses before there were any
+LONGEST_REST = 64  # tokens without a guess, when guesses keep being wrong
+TIMED_RUNS = 3  # of each kind of step; the fastest counts, which the host disturbed least
+
+
+def expected_tokens(acceptance: float, guesses: int) -> float:
+    """Tokens that a step with so many guesses gives on average (Leviathan et al., equation 1).
+
+    Args:
+        acceptance: probability that a guess is right when those before it were, 0 to 1.
+        guesses: tokens guessed.
+    """
+    if acceptance >= 1:
+        return float(guesses + 1)
+    return (1 - acceptance ** (guesses + 1)) / (1 - acceptance)
+
+
+def worthwhile(acceptance: float, most: int, cost: float) -> int:
+    """How many guesses give the most tokens per time; 0 where none do better than a plain step.
+
+    Args:
+        acceptance: as in `expected_tokens`.
+        most: guesses there may be.
+        cost: time of a step with `most` guesses, guessing included, in plain steps; in between it is interpolated.
+    """
+
+    def speedup(guesses: int) -> float:
+        return expected_tokens(acceptance, guesses) / (1 + (cost - 1) * guesses / most)
+
+    return max(range(most + 1), key=speedup)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far to guess ahead, from how the guesses before fared. Where that does not pay, it rests, and twice as long
+    each time that a single guess after the rest was wrong again.
+
+    Args:
+        most, cost: as in `worthwhile`.
+        hits, tries: guesses that were right, and all that were decided, the latest weighing most.
+        rest: tokens to go without a guess.
+        next_rest: length of the next rest.
+    """
+
+    most: int
+    cost: float
+    hits: float = HITS
+    tries: float = TRIES
+    rest: int = 0
+    next_rest: int = 1
+
+    @property
+    def guesses(self) -> int:
+        """How many tokens to guess now."""
+        if self.rest or not pays(self.most, self.cost):
+            return 0
+        return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
+
+    def after(self, guessed: int, right: int) -> Pace:
+        """The pace after a step of which so many guesses were right; those after the first wrong one decide nothing."""
+        tries = right + (right < guessed)
+        kept = FORGET**tries
+        new = replace(self, hits=self.hits * kept + right, tries=self.tries * kept + tries)
+        if worthwhile(new.hits / new.tries, self.most, self.cost):
+            return replace(new, next_rest=1)
+        return replace(new, rest=self.next_rest, next_rest=min(2 * self.next_rest, LONGEST_REST))
+
+    def without(self) -> Pace:
+        """The pace after a token for which nothing was guessed."""
+        return replace(self, rest=max(0, self.rest - 1))
+
+
+def pays(most: int, cost: float) -> bool:
+    """Whether guesses pay when every one of them is right."""
+    return worthwhile(1.0, most, cost) > 0
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of guesses.
+
+    Args:
+        steps: steps that checked any.
+        guessed: tokens guessed.
+        right: of those, tokens that became part of an answer.
+    """
+
+    steps: int = 0
+    guessed: int = 0
+    right: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.steps + other.steps, self.guessed + other.guessed, self.right + other.right)
+
+    def __str__(self) -> str:
+        share = self.right / self.guessed if self.guessed else 0.0
+        return f"{self.right} of {self.guessed} guessed tokens accepted ({share:.0%}) in {self.steps} steps"
+
+
+class Speculation:
+    """How a variant guesses ahead.
+
+    Attributes:
+        tokens: guesses per step at most.
+        draft: the model that guesses, with its caches; None to look up what followed the same tokens before.
+        cost: time of a step with `tokens` guesses, guessing included, in plain steps.
+        tally: what became of all guesses so far.
+    """
+
+    def __init__(self, tokens: int, draft: tuple[PreTrainedModel, CachePool] | None = None) -> None:
+        self.tokens, self.draft, self.cost, self.tally = tokens, draft, 1.0, Tally()
+        self._lock = threading.Lock()
+
+    def ahead(
+        self, variant: Variant, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack
+    ) -> Ahead:
+        """What gives the loop its logits during one call of one sequence.
+
+        Args:
+            variant: whose decode module checks the guesses.
+            call: the call that is served; input_ids [1, P].
+            held: the sequence's cache.
+            plain: gives the logits after a token for which nothing was guessed.
+            lent: what has to be given back afterwards.
+        """
+        prompt = devices.of(call.input_ids.device).fetch(call.input_ids)  # while prefill runs
+
+        def guesser() -> Guesser:
+            tokens = prompt()[0].tolist()
+            return Lookup(tokens) if self.draft is None else Drafter(*self.draft, call, tokens, lent)
+
+        ahead = Ahead(variant, call, held, plain, guesser, Pace(self.tokens, self.cost))
+        lent.callback(lambda: self.note(ahead.tally))
+        return ahead
+
+    def note(self, tally: Tally) -> None:
+        """Add up what one call came to."""
+        with self._lock:
+            self.tally += tally
+        log.debug("speculation: %s", tally)
+
+
+class Ahead:
+    """Logits for the decoding loop, computed several tokens at a time where guesses are right."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        call: Sampling,
+        held: Callable[[], SlotCache],
+        plain: NextLogits,
+        guesser: Callable[[], Guesser],
+        pace: Pace,
+    ) -> None:
+        self.variant, self.plain, self.pace = variant, plain, pace
+        self.tally = Tally()
+        self._held, self._make_guesser = held, guesser
+        self._guesser: Guesser | None = None
+        self._device = devices.of(call.input_ids.device)
+        self._most_tokens = call.options["generation_config"].max_length
+        self._guesses: list[int] = []  # of the latest step
+        self._logits: list[torch.Tensor] = []  # after each of them, [1, V]
+        self._right = 0
+
+    def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits [1, V] after `token`; token and position [1, 1]. The host waits for the token, once."""
+        arrived = self._device.fetch(token)
+        guesser = self._guesser = self._guesser or self._make_guesser()
+        told = int(arrived())
+        guesser.append(told)
+        if self._right < len(self._guesses) and self._guesses[self._right] == told:
+            self._right += 1
+            self.tally += Tally(right=1)
+            return self._logits[self._right - 1]
+        self._settle()
+        held = self._held()
+        # the last token of all is never fed back; a batch that shares its cache's rows with others has no guesses
+        room = min(self._most_tokens - len(guesser.tokens) - 1, held.shape[1] - held.length - 1)
+        most = min(self.pace.guesses, room) if held.shape[0] == 1 else 0
+        with self.variant.running("decode"):
+            guesses = guesser.guess(most) if most > 0 else []
+        if not guesses:
+            self.pace = self.pace.without()
+            return self.plain(token, position)
+        return self._check(guesses, token, position, held)
+
+    def _check(self, guesses: list[int], token: torch.Tensor, position: torch.Tensor, held: SlotCache) -> torch.Tensor:
+        """Logits [1, V] after `token`, and those after each guess for later."""
+        from . import cache as slots
+
+        self._guesses = guesses
+        self.tally += Tally(steps=1, guessed=len(guesses))
+        tokens = torch.cat([token, torch.tensor([guesses], device=token.device)], dim=1)  # [1, K + 1]
+        positions = position + torch.arange(tokens.shape[1], device=position.device)
+        with self.variant.running("decode") as module:
+            first, *self._logits = slots.steps(module, tokens, positions, held).unbind(1)
+        return first
+
+    def _settle(self) -> None:
+        """Learn from the latest guesses; none are left open."""
+        if self._guesses:
+            self.pace = self.pace.after(len(self._guesses), self._right)
+        self._guesses, self._logits, self._right = [], [], 0
+
+
+def measure_cost(variant: Variant) -> float:
+    """Time of a step with all the guesses there may be, guessing included, in plain steps.
+
+    Both run at the start of an empty sequence: what they differ in, weights and arithmetic, does not depend on it.
+
+    Args:
+        variant: with `caches` and `speculation`.
+    """
+    from . import cache as slots
+    from .route import Sampling
+
+    speculation, pool = variant.speculation, variant.caches
+    assert speculation is not None and pool is not None  # noqa: S101, PT018 - the caller made them; for the type checker
+    original = variant.original
+    device, guesses = devices.of(original), speculation.tokens
+    tokens = torch.zeros(1, guesses + 1, dtype=torch.int64, device=original.device)
+    positions = torch.arange(1, guesses + 2, device=original.device)[None]
+    with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
+        held = lent.enter_context(pool.lend(slots.example(original, 1), None))
+        step = variant.step.fitting(held) if variant.step is not None else None
+        guesser: Guesser | None = None
+        if speculation.draft is not None:
+            one = {"position_ids": positions[:, :1] * 0}
+            guesser = Drafter(*speculation.draft, Sampling(original, tokens[:, :1], {}, one), [0], lent)
+
+        def plain() -> None:
+            if step is None:
+                slots.step(module, tokens[:, :1], positions[:, :1], held)
+            else:
+                step(tokens[:, :1], positions[:, :1], held)
+
+        def checking() -> None:
+            if guesser is not None:
+                guesser.append(0)
+                guesser.guess(guesses)
+            slots.steps(module, tokens, positions, held)
+
+        plain_s, checking_s = (
+            min(device.seconds(work) for _ in range(TIMED_RUNS + 1)) for work in (plain, checking)
+        )  # the first of each warms up
+    return checking_s / plain_s

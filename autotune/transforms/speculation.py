@@ -1,0 +1,99 @@
+"""Several tokens a step: guessed first, then checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import roofline
+from ..errors import ChoiceError, TransformError
+from . import Stage, Transform, require
+from .static_cache import no_slots, use_slots
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+MOST = 32  # guesses a step; slots that are known to have been written without counting are cleared up to 64
+
+
+@dataclass(frozen=True)
+class Speculation(Transform):
+    """Guesses tokens and checks them in one step of the decode module; see `autotune.speculate`.
+
+    One sequence at a time: other batches are decoded token by token. Tokens for which nothing is guessed run as they
+    would without it, recorded or compiled step included; guesses are checked by the decode module itself, whose step is
+    timed against that one when the transform is applied. How far to guess follows from both and from how many guesses
+    turn out right, so that text that cannot be guessed costs next to nothing.
+
+    Args:
+        draft: "prompt" guesses what followed the same tokens earlier in prompt and answer; "model" lets the model given
+            as `autotune.wrap(..., draft=)` guess.
+        tokens: guesses per step at most.
+    """
+
+    draft: str = "prompt"
+    tokens: int = 5
+
+    name: ClassVar[str] = "speculation"
+    stage: ClassVar[Stage] = Stage.SPECULATION
+    summary: ClassVar[str] = "tokens guessed by prompt look-up or a draft model, checked several at a time"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.draft, ("prompt", "model"), "speculation: draft")
+        if not 1 <= self.tokens <= MOST:
+            raise ChoiceError(f"speculation: tokens must be 1 to {MOST}, not {self.tokens}")
+        if self.phase != "decode":
+            raise ChoiceError("speculation: phase must be 'decode'; all tokens of a prompt are known")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if variant.speculation is not None:
+            return "decode guesses ahead already"
+        if variant.kv is not None:
+            return f"guesses are checked over slots, and the KV cache is {variant.kv}"
+        if 1 not in variant.batch_sizes:
+            return f"it serves single sequences; the workload has batches of {', '.join(map(str, variant.batch_sizes))}"
+        if self.draft == "model" and variant.draft is None:
+            return "no draft model was given; pass one with the same vocabulary: autotune.wrap(model, draft=...)"
+        return no_slots(variant.original)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best every guess is right, and a step with K guesses takes as long as one without.
+
+        It reads the weights once all the same, but computes for K + 1 tokens: where that takes longer, (K + 1) tokens
+        come in the time of their FLOPs. Source: Leviathan et al. 2023, with an acceptance of 1 and guesses for nothing.
+        """
+        phase, tokens = profile.phases["decode"], self.tokens + 1
+        computing_s = tokens * phase.flops / profile.batch / roofline.attainable_peak(phase, hardware)
+        return {"decode": tokens * phase.seconds / max(phase.seconds, computing_s)}
+
+    def apply(self, variant: Variant) -> None:
+        from .. import speculate
+        from ..cache import CachePool
+
+        if self.draft == "model" and variant.draft is None:
+            raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
+        use_slots(variant)
+        assert variant.caches is not None  # noqa: S101 - use_slots made it; for the type checker
+        draft = None
+        if self.draft == "model" and variant.draft is not None:
+            draft = variant.draft, CachePool(variant.draft.config.get_text_config(decoder=True), variant.caches.slots)
+        variant.speculation = speculate.Speculation(self.tokens, draft)
+        variant.speculation.cost = speculate.measure_cost(variant)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        from ..speculate import pays
+
+        speculation = variant.speculation
+        if speculation is None:
+            return "decode guesses nothing"
+        if not pays(speculation.tokens, speculation.cost):
+            return (
+                f"even right guesses would not pay: a step that checks {speculation.tokens} of them takes "
+                f"{speculation.cost:.1f}x as long as a plain one"
+            )
+        return None
