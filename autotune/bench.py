@@ -22,7 +22,7 @@ from .transforms.linears import LinearTransform
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam
 from .validate.latency import Metric
-from .validate.score import Served
+from .validate.score import CandidateError, Served
 from .validate.sensitivity import Probe
 from .validate.timing import request, time_request
 from .variant import Variant
@@ -124,6 +124,19 @@ class LiveBench:
         if verdict.verdict is not Verdict.PASS:
             return verdict, None
         return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
+
+    def stress(self, variant: Variant) -> str | None:
+        """What goes wrong with the largest request of the workload, the first that would run out of memory; or None."""
+        longest, batch = max(self.workload.prompts, key=len), max(self.workload.batch_sizes)
+        try:
+            Served(variant, self.pad).generate([longest] * batch, self.workload.new_tokens)
+        except CandidateError as error:
+            failure = str(error)
+        else:
+            return None
+        self.tidy()
+        shape = f"{batch} x {len(longest)} tokens and {self.workload.new_tokens} new ones"
+        return f"the workload's largest request ({shape}) failed: {failure}"
 
     def reverify(self, plan: Plan, variant: Variant) -> tuple[Quality, Latency | None]:
         """A plan from disk, proven once for this very model and machine, tried again in seconds.

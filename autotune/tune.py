@@ -49,6 +49,7 @@ def tune(
     policy: Policy,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    draft: PreTrainedModel | None = None,
     cache: bool = True,
     traffic: Traffic | None = None,
     notify: Callable[[str], None] = log.info,
@@ -58,6 +59,7 @@ def tune(
     Args:
         model: unrouted, in eval mode. It is left bit-identical.
         tokenizer: fills up a workload of few prompts with natural text to judge quality on.
+        draft: a smaller model that may guess tokens.
         cache: read and write plans in the user's cache directory.
         traffic: lets live requests through between measured steps.
         notify: told each step in a sentence.
@@ -68,8 +70,8 @@ def tune(
     start = time.monotonic()
     notify("measuring the hardware")
     machine = hardware.probe(model)
-    identity = fingerprint.of(model, machine, workload, policy)
-    original = Variant(model, traffic, workload)
+    identity = fingerprint.of(model, machine, workload, policy, draft)
+    original = Variant(model, traffic, workload, draft)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
     if cache and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
@@ -90,13 +92,15 @@ def tune(
 
 def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float) -> Tuned:
     """Confirm the search's winner on held-out prompts; what does not confirm is not kept."""
-    winner, quality, latency = found.after.variant, None, None
+    winner, quality, latency, failure = found.after.variant, None, None, None
     if winner.transforms:
         bench.notify("confirming the winner on held-out prompts")
-        quality, latency = bench.confirm(winner)
+        failure = bench.stress(winner)
+        if failure is None:
+            quality, latency = bench.confirm(winner)
     kept = latency is not None and latency.verdict == "pass"
     variant = winner if kept else bench.original
-    verdict = explain(found, quality, latency)
+    verdict = explain(found, quality, latency, failure)
     after = None
     if kept:
         bench.notify("profiling the winner")
@@ -164,12 +168,14 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
     return Tuned(variant, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
 
 
-def explain(found: Found, quality: Quality | None, latency: Latency | None) -> str:
+def explain(found: Found, quality: Quality | None, latency: Latency | None, failure: str | None = None) -> str:
     """The outcome in a sentence with numbers."""
     if not found.after.variant.transforms:
         tried = sum(t.quality is not None or t.latency is not None for t in found.trials)
         return f"kept the original: none of {tried} candidates tried proved both faster and no worse"
     names = " + ".join(map(str, found.after.variant.transforms))
+    if failure is not None:
+        return f"kept the original: with {names} {failure}"
     if latency is None and quality is not None:
         return f"kept the original: on held-out prompts {names} did not keep the quality: {quality.reason}"
     if latency is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import route
-from ..errors import AutotuneError, MeasurementError
+from ..errors import AutotuneError, DeviceError, MeasurementError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +83,7 @@ class Served:
         model: Any = self.model  # transformers' own types are loose here
         try:
             out: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
-        except (OutputError, BypassedError):
+        except (OutputError, BypassedError, DeviceError):
             raise
         except Exception as error:
             failure = _message(error)
@@ -117,6 +117,8 @@ class Served:
         try:
             with torch.no_grad():
                 logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), **keep).logits
+        except DeviceError:
+            raise
         except Exception as error:
             failure = _message(error)
         else:
