@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fix bench bench-smoke bench-choice
+.PHONY: demo test test-gpu check fix bench bench-gpu bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -32,6 +32,14 @@ bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time
 
 bench-smoke: $(READY)  ## what a token costs in counts: operators, allocations, barriers, bytes
 	$(BIN)/python -m benchmarks.smoke
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(PIP) -e '.[gpu]'
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: per-operation tables, every trial
+	$(PIP) -e '.[gpu]'
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py

@@ -1,0 +1,98 @@
+"""What tuning does to a model of 8 billion parameters on a GPU: `make bench-gpu`.
+
+Prints autotune's report (per-operation tables before and after, every trial per batch size, the noise of the machine)
+and writes it as report.json and report.md. Without `--model` the weights are random in the shape of Llama 3.1 8B: they
+cost what trained ones cost, and what the quality gate says about them means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+SHAPE = {  # meta-llama/Llama-3.1-8B, config.json
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+}
+PROMPTS, SEED = 40, 0
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench-gpu BENCH_ARGS=...", description=__doc__)
+    parser.add_argument("--model", help="directory of a checkpoint; default: random weights in the shape of 8B")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the random model")
+    parser.add_argument("--policy", default="latency")
+    parser.add_argument("--batches", default="1,8", help="batch sizes, the first one counts for the objective")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--budget", type=float, default=1500.0, help="seconds of tuning")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("out/bench-gpu"))
+    return parser.parse_args(arguments)
+
+
+def random_model(layers: int, device: str) -> PreTrainedModel:
+    """Random BF16 weights in the shape of Llama 3.1 8B, made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, dtype="bfloat16")
+        return LlamaForCausalLM._from_config(config).eval()
+
+
+def random_prompts(vocabulary: int, tokens: int) -> list[list[int]]:
+    """Prompts of about `tokens` tokens, all different."""
+    draw = torch.Generator().manual_seed(SEED)
+    return [torch.randint(3, vocabulary, (tokens,), generator=draw).tolist() for _ in range(PROMPTS)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = options(arguments)
+    if asked.device.startswith("cuda") and not torch.cuda.is_available():
+        print("there is no CUDA device here; --device cpu --layers 1 tries the script itself", file=sys.stderr)
+        return 1
+    from dataclasses import replace
+
+    import autotune
+    from autotune import policy
+    from autotune.load import load
+
+    tokenizer = None
+    if asked.model:
+        model, tokenizer = load(asked.model, device=asked.device)
+    else:
+        model = random_model(asked.layers, asked.device)
+    batches = tuple(map(int, asked.batches.split(",")))
+    prompts = random_prompts(model.config.vocab_size, asked.prompt_tokens)
+    work = autotune.Workload(tuple(map(tuple, prompts)), new_tokens=asked.new_tokens, batch_sizes=batches)
+    chosen = replace(policy.load(asked.policy), budget_s=asked.budget)
+    wrapped: Any = autotune.wrap(
+        model, tokenizer=tokenizer, workload=work, policy=chosen, when="blocking", cache=False, progress=print
+    )
+    report = wrapped.autotune.report()
+    report.to_terminal()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for name, text in {"report.json": report.to_json(), "report.md": report.to_markdown()}.items():
+        (asked.out / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
