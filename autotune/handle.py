@@ -41,6 +41,7 @@ class Handle:
         model: PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None,
+        draft: PreTrainedModel | None,
         policy: Policy,
         when: Literal["background", "blocking", "manual"],
         observe: int,
@@ -48,7 +49,7 @@ class Handle:
         keep_original: bool | Literal["parked"],
         progress: Callable[[str], None] | None,
     ) -> None:
-        self.policy, self.tokenizer = policy, tokenizer
+        self.policy, self.tokenizer, self.draft = policy, tokenizer, draft
         self._model, self._when, self._observe, self._cache = model, when, observe, cache
         self._keep_original, self._original = keep_original, Original(model)
         self._notify = progress or log.info
@@ -70,7 +71,16 @@ class Handle:
     @property
     def status(self) -> Status:
         names = tuple(map(str, self._active.transforms)) if self._active else ()
-        return Status(self._state, self._detail, names, self._served, dict(self._bypassed), self._original.place)
+        speculation = self._active.speculation if self._active else None
+        return Status(
+            self._state,
+            self._detail,
+            names,
+            self._served,
+            dict(self._bypassed),
+            self._original.place,
+            speculation.tally if speculation else None,
+        )
 
     @property
     def plan(self) -> Plan | None:
@@ -293,6 +303,7 @@ class Handle:
                 work,
                 self.policy,
                 tokenizer=self.tokenizer,
+                draft=self.draft,
                 cache=self._cache,
                 traffic=self._traffic,
                 notify=self._progress,

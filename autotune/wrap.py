@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
+from . import placement, route
 from . import policy as policies
-from . import route
+from .drafts import unfit
 from .errors import UnsupportedModelError
 from .handle import Handle
 from .policy import Policy
@@ -20,6 +21,7 @@ def wrap(
     model: PreTrainedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    draft: PreTrainedModel | None = None,
     policy: str | Policy = "balanced",
     workload: Any = None,
     when: Literal["background", "blocking", "manual"] = "background",
@@ -33,6 +35,8 @@ def wrap(
     Args:
         model: a Hugging Face causal LM in eval mode, with its weights loaded.
         tokenizer: needed for prompts given as strings; also provides natural text to judge quality on.
+        draft: a smaller model with the same vocabulary, which may guess tokens that the model then checks; answers stay
+            the model's own. It is used where a policy's `speculation` step finds that it pays.
         policy: name of a policy ("balanced", "latency", "throughput", "memory", "lossless"), a TOML file, or a Policy.
         workload: prompts to tune for (strings, token-id lists, tensors or a Workload): tuning starts at once.
             Without it the first `observe` calls of `generate` are the workload.
@@ -44,13 +48,15 @@ def wrap(
         progress: told each step in a sentence; default: the "autotune" logger.
 
     Raises:
-        UnsupportedModelError: not a causal LM with loaded weights in eval mode.
+        UnsupportedModelError: not a causal LM with loaded weights in eval mode, or a draft of another vocabulary.
         PolicyError: the policy is unknown or malformed.
         WorkloadError: the prompts cannot be used.
         StateError: it was wrapped before and its original was released.
         ValueError: another value for `when`, `observe` or `keep_original` than those above.
     """
     if reason := unsupported(model):
+        raise UnsupportedModelError(reason)
+    if draft is not None and (reason := unfit(draft, model)):
         raise UnsupportedModelError(reason)
     if when not in ("background", "blocking", "manual"):
         raise ValueError(f"when must be 'background', 'blocking' or 'manual', not {when!r}")
@@ -68,6 +74,7 @@ def wrap(
     handle = Handle(
         model,
         tokenizer=tokenizer,
+        draft=draft,
         policy=chosen,
         when=when,
         observe=observe,
@@ -92,14 +99,15 @@ def unsupported(model: Any) -> str | None:
 
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        hint = "; wrap the inner model (model.merge_and_unload() for PEFT)" if hasattr(model, "base_model") else ""
+        wrapped = placement.inner(model)
+        hint = f"; pass the model inside, {wrapped}" if wrapped else ""
         return f"{name} is not a transformers PreTrainedModel; autotune tunes causal LMs of that library{hint}"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model; autotune tunes decoder-only causal LMs"
     if not model.can_generate() or not hasattr(model, route.LOOP):
         return f"{name} cannot generate (an encoder, or a head other than a language model's); pass a ...ForCausalLM"
-    if any(t.is_meta for t in model.parameters()):
-        return f"{name} has parameters on the meta device (not loaded, or offloaded); load the weights first"
+    if (reason := placement.obstacle(model)) is not None:
+        return f"{name} cannot be tuned where it lies: {reason}"
     if model.training:
         return f"{name} is in training mode (dropout would be measured and served); call model.eval() first"
     return None
