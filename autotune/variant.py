@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .cache import CachePool
     from .compiled import CompiledStep
     from .device import Device
+    from .graphs import GraphSteps
     from .kv import KvCache
     from .program import StepPrograms
     from .speculate import Speculation
@@ -57,7 +58,7 @@ class Variant:
         threads: phase -> intra-op threads while it runs; missing means the process's own number.
         caches: pool of static KV caches, or None for the cache that generate prepares.
         loop: "transformers" for generate's own decoding loop, "lean" for `autotune.loop.decode`.
-        step: decode steps recorded or compiled ahead, or None to call the decode module.
+        step: decode steps recorded, compiled or captured, or None to call the decode module.
         draft: a smaller model with the same vocabulary that may guess tokens, or None.
         speculation: how tokens are guessed ahead, or None to decode them one by one.
         kv: what makes the growing KV cache, or None for the one that generate prepared.
@@ -79,7 +80,7 @@ class Variant:
         self.threads: dict[Phase, int] = {}
         self.caches: CachePool | None = None
         self.loop: Literal["transformers", "lean"] = "transformers"
-        self.step: CompiledStep | StepPrograms | None = None
+        self.step: CompiledStep | StepPrograms | GraphSteps | None = None
         self.speculation: Speculation | None = None
         self.kv: KvCache | None = None
         self._editable: set[int] = set()  # ids of modules made by this very object

@@ -1,0 +1,127 @@
+"""The decode step as CUDA graphs that autotune captures itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import device as devices
+from .. import roofline
+from ..errors import ChoiceError, TransformError
+from . import Stage, Transform
+from .static_cache import automatic_slots, no_slots
+
+if TYPE_CHECKING:
+    from ..graphs import GraphSteps
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+LASTING = 2  # caches with graphs for each batch size: generations that may overlap before one runs uncaptured
+
+
+@dataclass(frozen=True)
+class CudaGraph(Transform):
+    """Captures a decode step over static slots, compiled or not, for batches of 1, 2, 4, ... and replays it.
+
+    A batch in between is padded to the next size; what is larger than all of them runs uncaptured.
+
+    Args:
+        largest: the largest batch to capture for; 0 means the workload's largest.
+        shortest: slots that a graph reads at least; the next ones read twice as many, up to all of them.
+        slots: tokens a sequence has room for; 0 as in `static_cache`, and ignored where the cache is static already.
+    """
+
+    largest: int = 0
+    shortest: int = 256
+    slots: int = 0
+
+    name: ClassVar[str] = "cuda_graph"
+    stage: ClassVar[Stage] = Stage.GRAPH
+    summary: ClassVar[str] = "the decode step captured as CUDA graphs, one launch a token, by batch and context"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase != "decode":
+            raise ChoiceError("cuda_graph: phase must be 'decode'")
+        if self.largest < 0 or self.slots < 0:
+            raise ChoiceError("cuda_graph: largest and slots must be 0 (automatic) or more")
+        if self.shortest < 1:
+            raise ChoiceError(f"cuda_graph: shortest must be at least 1 slot, not {self.shortest}")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if reason := devices.of(variant.original).without_graphs():
+            return reason
+        return uncapturable(variant)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best nothing is left but what has to move and be computed."""
+        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        from ..cache import CachePool, example
+        from ..compiled import CompiledStep
+        from ..graphs import GraphSteps, buckets, lengths
+
+        device = devices.of(variant.original)
+        if reason := device.without_graphs() or uncapturable(variant):
+            raise TransformError(reason)
+        config = variant.original.config.get_text_config(decoder=True)
+        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
+        rows, reads = buckets(self.largest or max(variant.batch_sizes)), lengths(slots, self.shortest)
+        tokens = min(variant.context_tokens, slots)
+        inner = variant.step if isinstance(variant.step, CompiledStep) else None
+        if inner is not None:  # each length costs a compilation
+            reads = tuple(sorted({next(read for read in reads if read >= tokens), slots}))
+        variant.caches = CachePool(config, slots, rows, LASTING)
+        variant.loop = "lean"
+        steps = GraphSteps(variant.modules["decode"], device, rows, reads, inner)
+        for batch in sorted({_bucket(rows, batch) for batch in variant.batch_sizes if batch <= rows[-1]}):
+            with variant.running("decode"), variant.caches.lend(example(variant.original, batch), None) as cache:
+                if inner is not None:
+                    for read in reads:
+                        inner.prepare(cache.first(read))
+                steps.prepare(cache, tokens)
+        variant.step = steps
+
+    def took_effect(self, variant: Variant) -> str | None:
+        from ..graphs import GraphSteps
+
+        if not isinstance(variant.step, GraphSteps):
+            return "the decode step was not captured"
+        return _missing(variant.step, variant.batch_sizes)
+
+
+def uncapturable(variant: Variant) -> str | None:
+    """Why this variant's decode step cannot be captured, or None."""
+    from ..cache import CachePool
+    from ..compiled import CompiledStep
+
+    if variant.step is not None and not isinstance(variant.step, CompiledStep):
+        return "the decode step is captured or recorded already"
+    if variant.step is not None and getattr(variant.step, "graphs", False):
+        return "the compiled decode step captures graphs of its own"
+    if variant.caches is not None and type(variant.caches) is not CachePool:
+        return "the KV cache does not stay at one address"
+    model = variant.modules["decode"]
+    places = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
+    if len(places) > 1:
+        return f"the model lies on several devices ({', '.join(sorted(places))}); a graph belongs to one"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "accelerate's hooks move tensors at every call, which a graph does not repeat"
+    return no_slots(variant.original)
+
+
+def _bucket(rows: tuple[int, ...], batch: int) -> int:
+    return next(size for size in rows if size >= batch)
+
+
+def _missing(steps: GraphSteps, batch_sizes: tuple[int, ...]) -> str | None:
+    captured = {rows for rows, _ in steps.shapes}
+    wanted = {_bucket(steps.rows, batch) for batch in batch_sizes if batch <= steps.rows[-1]}
+    if missing := sorted(wanted - captured):
+        return f"no graph was captured for batches of {', '.join(map(str, missing))}"
+    return None if steps.replays else "no graph was replayed"
