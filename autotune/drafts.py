@@ -141,8 +141,8 @@ def unfit(draft: Any, model: PreTrainedModel) -> str | None:
     own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (draft, model))
     if own != wanted:
         return (
-            f"the draft model {name} has a vocabulary of {own} tokens, the model one of {wanted}: its guesses would mean "
-            "other tokens; pass a draft with the same tokenizer and vocabulary size"
+            f"the draft model {name} has a vocabulary of {own} tokens, the model one of {wanted}: its guesses would "
+            "mean other tokens; pass a draft with the same tokenizer and vocabulary size"
         )
     if draft.device != model.device:
         return f"the draft model {name} is on {draft.device}, the model on {model.device}; move it there first"
