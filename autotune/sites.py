@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import nn
 
+from . import placement
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -93,6 +95,7 @@ def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None],
             if id(layer) not in made:
                 made[id(layer)] = exchange(linear)
             if (new := made[id(layer)]) is not None:
+                placement.keep_hook(layer, new)
                 model.set_submodule(name, new.train(layer.training))
     return sum(new is not None for new in made.values())
 
@@ -122,11 +125,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why no layer of this model can be exchanged, or None."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         return "the model was loaded already quantised"
-    if any(t.is_meta for t in chain(model.parameters(), model.buffers())):
-        return "weights are on the meta device: load them first"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "weights are offloaded by accelerate"
-    return None
+    return placement.obstacle(model)
 
 
 def as_linear(layer: nn.Module) -> nn.Linear | None:

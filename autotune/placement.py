@@ -1,0 +1,134 @@
+"""Where a model's weights lie, and what that leaves to be tuned.
+
+one device              everything
+several GPUs            what is exchanged layer by layer (weights, attention) and the lean loop; accelerate's hooks stay
+offloaded to CPU, disk  nothing: every token waits for the bus
+sharded over ranks      nothing: each would tune by its own clock, and wait for the others in collectives
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WRAPPERS = {  # class of a wrapper that is no transformers model -> where the model is inside
+    "DataParallel": ".module",
+    "DistributedDataParallel": ".module",
+    "DeepSpeedEngine": ".module",
+    "InferenceEngine": ".module",
+    "FullyShardedDataParallel": ".module",
+    "OptimizedModule": "._orig_mod",
+    "PeftModel": ".merge_and_unload()",
+    "PeftModelForCausalLM": ".merge_and_unload()",
+}
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be tuned where it lies, in a sentence that says what to do; or None."""
+    return _sharded(model) or _offloaded(model) or _missing(model) or _strange(model)
+
+
+def one_device(model: PreTrainedModel) -> str | None:
+    """Why buffers shared by all layers (slots, graphs, compiled or recorded steps) do not fit a model, or None."""
+    found = devices(model)
+    if len(found) > 1:
+        return f"the model lies on {' and '.join(map(str, found))}; slots, graphs and compiled steps need one device"
+    if any(hook.execution_device is not None for hook in _hooks(model)):
+        return (
+            "accelerate's hooks run between the layers though the model lies on one device, and no graph or compiler "
+            "takes them: load it with device_map naming that device alone"
+        )
+    return None
+
+
+def devices(model: nn.Module) -> list[torch.device]:
+    """The devices that hold a model's weights, in the order of its layers."""
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+def inner(model: Any) -> str | None:
+    """For what only wraps a model: the expression that gives the model inside; None for other objects."""
+    cls = type(model).__name__
+    return next((f"{cls}'s {how}" for name, how in WRAPPERS.items() if cls == name), None)
+
+
+def keep_hook(old: nn.Module, new: nn.Module) -> None:
+    """Give `new`, which stands in for `old`, the hook by which accelerate brings its inputs to its device."""
+    if (hook := getattr(old, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+        add_hook_to_module(new, hook)
+
+
+def _offloaded(model: nn.Module) -> str | None:
+    away = [name for name, module in model.named_modules() if any(map(_offloads, _flat(module)))]
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if not away and not (places & {"disk"} or ("cpu" in places and len(places) > 1)):
+        return None
+    where = "the disk" if "disk" in places else "the CPU"
+    return (
+        f"accelerate offloads {len(away) or 'some'} of its modules to {where}: every token waits for their weights on "
+        "the bus, which no tuning shortens; load it in a narrower format, or on devices that hold all of it"
+    )
+
+
+def _missing(model: nn.Module) -> str | None:
+    meta = sum(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+    return f"{meta} of its tensors are on the meta device (never loaded); load the weights first" if meta else None
+
+
+def _sharded(model: nn.Module) -> str | None:
+    ranks = getattr(model, "_tp_size", None) or 1
+    kinds = Counter(type(parameter).__name__ for parameter in model.parameters())
+    if ranks > 1 or kinds["DTensor"]:
+        return (
+            "its weights are sharded over ranks (tensor parallel or FSDP): ranks that tune apart come to different "
+            "plans and wait for one another in collectives; tune a replica on one device, or load it without tp_plan"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3 gathers its weights from other ranks at each call; load it without DeepSpeed"
+    return None
+
+
+def _strange(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        for hook in _flat(module):
+            if not _aligns(hook):
+                return (
+                    f"{name or 'the model'} has a hook of accelerate's that is not known to leave its result alone "
+                    f"({type(hook).__name__}); remove it with accelerate.hooks.remove_hook_from_module"
+                )
+    return None
+
+
+def _hooks(model: nn.Module) -> Iterator[Any]:
+    return (hook for module in model.modules() for hook in _flat(module))
+
+
+def _flat(module: nn.Module) -> Iterable[Any]:
+    """The hooks of a module, those of a sequence one by one."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return ()
+    return tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _aligns(hook: Any) -> bool:
+    """Whether a hook only moves inputs and outputs between devices; a bare `ModelHook` does nothing."""
+    from accelerate.hooks import AlignDevicesHook, ModelHook
+
+    return type(hook) in (AlignDevicesHook, ModelHook)
+
+
+def _offloads(hook: Any) -> bool:
+    from accelerate.hooks import CpuOffload
+
+    return bool(getattr(hook, "offload", False)) or isinstance(hook, CpuOffload)
