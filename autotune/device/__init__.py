@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -41,6 +41,19 @@ class Identity:
     name: str
     capability: str
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a GPU is found by other libraries, which number devices in another order than torch does.
+
+    Args:
+        pci: PCI address, "00000000:65:00.0".
+        uuid: "GPU-..." or "MIG-...".
+    """
+
+    pci: str
+    uuid: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,28 @@ class Device(ABC):
     @abstractmethod
     def seconds(self, work: Callable[[], object]) -> float:
         """Seconds that `work` takes on the device, from the first operator's start to the last one's end."""
+
+    def trace(self, work: Callable[[], object]) -> bytes:
+        """`work` under torch's profiler: its Chrome trace, JSON.
+
+        Raises:
+            MeasurementError: the trace could not be written.
+        """
+        from .trace import record
+
+        return record(work, self)
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """Within it, what this thread queues bears `name` in the vendor's tools."""
+        return nullcontext()
+
+    def address(self) -> Address | None:
+        """Where other libraries find the device; None for a CPU."""
+        return None
+
+    @abstractmethod
+    def scratch_bytes(self) -> int:
+        """Memory that measuring may take for a moment: so much that the device's caches do not answer for it."""
 
     @abstractmethod
     def memory(self) -> Memory: ...

@@ -18,6 +18,8 @@ from ..errors import DeviceError
 from . import Device, Graph, Identity, Memory
 from .owner import Owner
 
+SCRATCH_BYTES = 512 * 2**20  # larger than the caches of most machines
+
 
 class Cpu(Device):
     kind, asynchronous = "cpu", False
@@ -33,6 +35,9 @@ class Cpu(Device):
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
+
+    def scratch_bytes(self) -> int:
+        return min(SCRATCH_BYTES, self.identity().memory_bytes // 16)
 
     def memory(self) -> Memory:
         from .. import hardware

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from . import Device, Graph, Identity, Memory
-from .cpu import trim_host
+from . import Address, Device, Graph, Identity, Memory
+from .cpu import SCRATCH_BYTES, trim_host
 from .owner import Owner
 
+CACHES = 32  # times the second-level cache: what it kept of the last round is then 3 % at most
 WARM_UPS = 3  # runs before a capture: libraries set themselves up in the first, and must not while it is recorded
 
 
@@ -34,6 +35,19 @@ class Cuda(Device):
             end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        return torch.cuda.nvtx.range(name)
+
+    def address(self) -> Address:
+        found: Any = torch.cuda.get_device_properties(self.where)  # torch's stubs lack the PCI fields
+        pci = f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        uuid = str(found.uuid)
+        return Address(pci, uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+
+    def scratch_bytes(self) -> int:
+        cache = torch.cuda.get_device_properties(self.where).L2_cache_size
+        return min(max(SCRATCH_BYTES, CACHES * cache), self.memory().free // 4)
 
     def memory(self) -> Memory:
         free, _ = torch.cuda.mem_get_info(self.where)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import nan
 from statistics import median
 from typing import TYPE_CHECKING
 
 from ..workload import Phase, Workload
 
 if TYPE_CHECKING:
+    from ..device.counters import Counters
     from ..hardware import Hardware
     from ..variant import Variant
+    from .timeline import Copy, Kernel
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,44 @@ class Operator:
     flops: float
     moved_bytes: float
     bottleneck: str
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """What a GPU did in a call (prefill) or for a token (decode), scaled to the unprofiled time.
+
+    Under the profiler the host is slower, the device is not: work counts as traced, and the idle time that is left of
+    the unprofiled time is divided as it was in the trace.
+
+    Args:
+        busy_s: seconds in which at least one stream worked.
+        launches: launches of kernels by the host; a graph is one.
+        kernel_count: kernels that ran.
+        gap_s: seconds between one stretch of work and the next.
+        host_wait_s: part of that in which nothing was queued: the next kernel was launched later.
+        late: share of the gaps that were such, 0 to 1.
+        copy_s: seconds in which data moved from or to the host and no kernel ran.
+        graph_launches: launches that started a graph.
+        launch_s: median time from such a launch to its kernel's start.
+        event_s: seconds between two events of the device around the call or token; NaN where not measured.
+        copies: by direction.
+        kernels: the kernel table, the longest first.
+        counters: what NVML told meanwhile.
+    """
+
+    busy_s: float
+    launches: int
+    kernel_count: int
+    gap_s: float
+    host_wait_s: float
+    late: float
+    copy_s: float
+    graph_launches: int = 0
+    launch_s: float = 0.0
+    event_s: float = nan
+    copies: tuple[Copy, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    counters: Counters | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +99,8 @@ class PhaseProfile:
         small_s: seconds in operators too small to be anything but their own start.
         around_attention_s: seconds in what another attention may do without: rotary embeddings, masks, repeated keys,
             cache updates, and whatever of a compiled step is neither a matmul nor attention.
+        device: what a GPU did meanwhile; None on a CPU.
+        growth_s: seconds of a token that grow with the context; 0 where that was not measured.
     """
 
     phase: Phase
@@ -75,6 +118,18 @@ class PhaseProfile:
     attention_flops: float = 0.0
     small_s: float = 0.0
     around_attention_s: float = 0.0
+    device: DeviceUse | None = None
+    growth_s: float = 0.0
+
+    @property
+    def idle(self) -> float:
+        """Share of the time in which the device does nothing, 0 to 1."""
+        return max(0.0, 1 - self.busy)
+
+    @property
+    def host_s(self) -> float:
+        """Seconds in which a GPU does nothing, which the host's preparation causes: wall clock minus device time."""
+        return max(0.0, self.seconds - self.device.busy_s) if self.device is not None else 0.0
 
     @property
     def seconds(self) -> float:

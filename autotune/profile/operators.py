@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..roofline import classify, intensity
-from . import Operator
+from . import DeviceUse, Operator
 from .counts import Work
 from .sections import ATTENTION, CACHE, COMPILED, GROUPS, OVERHEAD
 from .tracing import Trace
 
+if TYPE_CHECKING:
+    from ..device.counters import Counters
+
+SMALL_KERNEL_S = 5e-6  # a GPU takes 5 to 20 us to launch a kernel: one shorter than that waits for the next
 SMALL_S = 20e-6  # at 25 GB/s an operator this short moves 500 KB at most: its start, not its work, is what it costs
+
+KERNELS = 20  # rows of the kernel table that are kept: the rest is short
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,12 @@ def share(trace: Trace, seconds: float) -> Share:
     than an unprofiled one, and its operators alone cannot take longer. Then the trace counts for its proportions.
     """
     working = [span for span in trace.spans if span.works]
+    scale, small_s = _scale(trace, seconds), SMALL_S if trace.timeline is None else SMALL_KERNEL_S
     busy = sum(span.seconds for span in working)
-    disturbed = trace.seconds < seconds or busy > seconds
-    scale = seconds / trace.seconds if disturbed else 1.0
     groups, small = dict[str, float](), dict[str, float]()
     for span in working:
         groups[span.group] = groups.get(span.group, 0.0) + span.seconds * scale
-        if span.role is None and span.seconds < SMALL_S:
+        if span.role is None and span.seconds < small_s:
             small[span.group] = small.get(span.group, 0.0) + span.seconds * scale
     groups[OVERHEAD] = max(0.0, seconds - busy * scale)
     linear, attention = (sum(s.seconds * scale for s in working if s.role == role) for role in ("linear", "attention"))
@@ -59,6 +65,46 @@ def share(trace: Trace, seconds: float) -> Share:
         operator_count=sum(span.outermost for span in trace.spans),
         sync_s=min(trace.sync_s, seconds),
     )
+
+
+def device_use(trace: Trace, seconds: float, event_s: float, counters: Counters | None) -> DeviceUse | None:
+    """What a GPU did in `seconds` of unprofiled time; None where there is none.
+
+    Args:
+        event_s: the same time by the device's own events.
+        counters: what NVML told meanwhile.
+    """
+    found = trace.timeline
+    if found is None:
+        return None
+    busy_s = min(found.busy_s, seconds)
+    traced_idle_s = found.seconds - found.busy_s
+    scale = (seconds - busy_s) / traced_idle_s if traced_idle_s > 0 else 0.0
+    return DeviceUse(
+        busy_s=busy_s,
+        launches=found.launches,
+        kernel_count=found.kernel_count,
+        gap_s=found.gap_s * scale,
+        host_wait_s=found.host_wait_s * scale,
+        late=found.host_waits / found.gaps if found.gaps else 0.0,
+        copy_s=min(found.copy_s, seconds),
+        graph_launches=found.graph_launches,
+        launch_s=found.launch_s,
+        event_s=event_s,
+        copies=found.copies,
+        kernels=found.kernels[:KERNELS],
+        counters=counters,
+    )
+
+
+def _scale(trace: Trace, seconds: float) -> float:
+    """What a traced second of an operator counts for."""
+    summed = sum(span.seconds for span in trace.spans if span.works)
+    if trace.timeline is None:
+        return seconds / trace.seconds if trace.seconds < seconds or summed > seconds else 1.0
+    # a device works as long whatever the host does; what overlaps on two streams takes its time once
+    busy = min(trace.timeline.busy_s, seconds)
+    return min(1.0, busy / summed) if summed else 1.0
 
 
 def table(share: Share, work: Mapping[str, Work], ridge: float) -> tuple[Operator, ...]:

@@ -67,6 +67,15 @@ def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget)
     return tuple(points)
 
 
+def growth_s(points: Sequence[ScalePoint], context: int) -> float:
+    """Seconds of a token at `context` that its context costs, from the slope between the first and the last point."""
+    if len(points) < 2:
+        return 0.0
+    first, last = points[0], points[-1]
+    slope = (last.seconds_per_step - first.seconds_per_step) / (last.context - first.context)
+    return max(0.0, slope * context)
+
+
 def _point(served: PreTrainedModel, ids: torch.Tensor, clock: Budget, name: str) -> ScalePoint | None:
     """One measured point, or None where the variant does not serve such a request (a cache too short)."""
     with clock.step(name):

@@ -25,8 +25,9 @@ from .counts import (
     count,
     stored_weights,
 )
-from .operators import share, table
-from .scaling import BATCHES, batch_scaling, context_growth
+from .observing import Observation, observe
+from .operators import device_use, share, table
+from .scaling import BATCHES, batch_scaling, context_growth, growth_s
 from .timing import Request, time_request
 from .tracing import Trace, trace, watched
 
@@ -66,10 +67,14 @@ def survey(
             requests.append(time_request(served, ids, new_tokens))
     with budget.step("operators"):
         traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows(growth=3) else 1)
+    device, seen = devices.of(variant.original), dict[Phase, Observation]()
+    if device.asynchronous:
+        with budget.step("device counters"):
+            seen = observe(device, lambda tokens: time_request(served, ids, tokens), new_tokens)
     batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
     if scaling:
         sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
-        batches = batch_scaling(served, ids[:1], sizes, devices.of(variant.original).memory().free, budget.part(0.5))
+        batches = batch_scaling(served, ids[:1], sizes, device.memory().free, budget.part(0.5))
         contexts = context_growth(served, ids[:1], budget.part(1.0))
 
     prompt_tokens = ids.shape[1]
@@ -79,7 +84,10 @@ def survey(
         "decode": Forward(batch, 1, prompt_tokens + new_tokens // 2),  # half-way through
     }
     return Profile(
-        phases={p: _phase(p, variant.modules[p], samples[p], shapes[p], traces[p], hardware) for p in PHASES},
+        phases={
+            p: _phase(p, variant.modules[p], samples[p], shapes[p], traces[p], hardware, seen.get(p), contexts)
+            for p in PHASES
+        },
         batch_scaling=batches,
         context_growth=contexts,
         memory=memory_use(variant, shapes["prefill"], new_tokens),
@@ -120,6 +128,8 @@ def _phase(
     forward: Forward,
     trace: Trace,
     hardware: Hardware,
+    seen: Observation | None,
+    contexts: tuple[ScalePoint, ...],
 ) -> PhaseProfile:
     name = str(compute_dtype(model)).removeprefix("torch.")
     work = count(model, forward, activation_dtype(model).itemsize)
@@ -140,4 +150,6 @@ def _phase(
         attention_flops=attention_flops(model, forward),
         small_s=found.small_s,
         around_attention_s=found.around_attention_s,
+        device=device_use(trace, median(samples_s), seen.event_s, seen.counters) if seen else None,
+        growth_s=growth_s(contexts, forward.past) if seen and phase == "decode" else 0.0,
     )

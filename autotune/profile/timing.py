@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
+from .. import device as devices
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,6 +42,8 @@ class Stopwatch:
         self.ticks: list[float] = []
 
     def put(self, tokens: torch.Tensor) -> None:
+        if tokens.device.type != "cpu":  # a loop that hands over what is still being computed
+            tokens.cpu()
         with record_function(TICK):
             self.ticks.append(time.perf_counter())
 
@@ -50,16 +54,24 @@ class Stopwatch:
 def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Request:
     """Generate greedily exactly `new_tokens` tokens for `ids` [B, P] and time them.
 
+    Work queued before is waited for, and so is what is left when generate returns: a token counts as out when it has
+    reached the host, the last one when the device has nothing left to do.
+
     Args:
         served: the model as it will serve (`autotune.variant.serving`).
         ids: prompts of one length, [B, P] int64; every position counts.
         new_tokens: tokens per sequence; end-of-sequence is held back.
     """
-    watch = Stopwatch()
+    device, watch = devices.of(ids.device), Stopwatch()
+    device.synchronize()
     with record_function(START):
         start = time.perf_counter()
     served.generate(ids, streamer=watch, **forced(served, ids, new_tokens))  # type: ignore[operator]
-    return Request(start, tuple(watch.ticks[1:]))
+    _, *tokens = watch.ticks
+    if device.asynchronous:
+        device.synchronize()
+        tokens[-1:] = [time.perf_counter()]
+    return Request(start, tuple(tokens))
 
 
 def forced(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:

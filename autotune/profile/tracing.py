@@ -4,12 +4,11 @@ Modules announce themselves to the profiler through hooks, so attribution follow
 architectures. A compiled step has no modules left: there, a matmul is known by the shape of its weight and attention by
 its operator's name, and the rest is called "compiled step". Times are those of the operators themselves on the thread
 that generates; the profiler's own cost falls between operators and on their callers, which is why the time between them
-is taken from the unprofiled measurement.
+is taken from the unprofiled measurement. On a GPU an operator's time is that of the kernels it launched.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,10 +20,14 @@ from torch import nn
 from torch.autograd.profiler import profile as record  # torch.profiler would trace every thread
 from torch.profiler import record_function
 
+from .. import device as devices
+from ..device.trace import silent_kineto
 from ..errors import MeasurementError
 from ..workload import Phase
 from .counts import matrices
+from .recording import OPERATOR, Call, Recording, Work, read
 from .sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE, sections
+from .timeline import Timeline, group_of, seconds_by_caller, timeline
 from .timing import START, TICK, time_request
 
 if TYPE_CHECKING:
@@ -35,10 +38,10 @@ if TYPE_CHECKING:
 
 Role = Literal["linear", "attention", "cache"]
 Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
-Interval = tuple[float, float]  # microseconds of the profiler's clock
+Interval = tuple[float, float]  # of the profiler's clock
 
-_LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv")
-_ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$")
+_LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|nvjet")
+_ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
 _CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
 _COMPILED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
 _DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
@@ -49,7 +52,7 @@ _RELABELLING = (  # operators that only make or relabel tensors
     "unbind unflatten unsqueeze view view_as"
 )
 _NO_WORK = frozenset(_RELABELLING.split())
-_SYNC = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_KERNEL = re.compile(r"^(?:void )?([\w:]+)")  # a kernel's name without its template and its arguments
 PROGRAM = "run_program"
 PROGRAM_ROLES: dict[str, Role] = {"linear": "linear", "dot": "linear", "attend": "attention", "index_copy": "cache"}
 PROGRAM_GROUPS = {"attend": ATTENTION, "index_copy": CACHE}
@@ -84,11 +87,13 @@ class Trace:
         spans: its operators in order.
         seconds: its duration under the profiler.
         sync_s: time the host waited for the device.
+        timeline: what the device did meanwhile; None where there is none but the CPU.
     """
 
     spans: tuple[Span, ...]
     seconds: float
     sync_s: float = 0.0
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,15 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     from ..program import StepPrograms
     from ..variant import serving
 
-    on_gpu = ids.device.type == "cuda"
+    device = devices.of(ids.device)
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         raise MeasurementError("another torch profiler is running; stop it, then tune")
-    served, device = serving(subject.variant), "cuda" if on_gpu else None
-    shapes = matrices(subject.compiled)
-    recorder = record(use_device=device, use_kineto=on_gpu, record_shapes=bool(shapes))
+    served, shapes = serving(subject.variant), matrices(subject.compiled)
+    if device.asynchronous:
+        with announced(subject.open):
+            recording = read(device.trace(lambda: [time_request(served, ids, tokens) for _ in range(requests)]))
+        return on_device(recording, shapes)
+    recorder = record(use_kineto=False, record_shapes=bool(shapes))
     step = subject.variant.step
     timed = step.timed() if isinstance(step, StepPrograms) else nullcontext()
     with announced(subject.open), silent_kineto(), timed, recorder as recorded:
@@ -158,11 +166,57 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     events.sort(key=lambda e: e.time_range.start)
     thread = next(e.thread for e in events if e.name == START)
     own = [e for e in events if e.thread == thread]
-    prefills, steps = _intervals(own)
+    prefills, steps = intervals((e.name, e.time_range.start) for e in own if e.name in (START, TICK))
     return {
-        "prefill": _trace(own, min(prefills, key=_length), shapes, on_gpu),
-        "decode": unfolded(_trace(own, min(steps, key=_length), shapes, on_gpu), parts),
+        "prefill": _trace(own, min(prefills, key=_length), shapes),
+        "decode": unfolded(_trace(own, min(steps, key=_length), shapes), parts),
     }
+
+
+def on_device(recording: Recording, shapes: Shapes) -> dict[Phase, Trace]:
+    """The fastest prefill and the median decode step of a recording.
+
+    The median, as a loop that runs ahead of the device hands out tokens unevenly: two may arrive close together.
+
+    Raises:
+        MeasurementError: no request is in it.
+    """
+    marks = [(call.name, call.start_s) for call in recording.calls if call.name in (START, TICK)]
+    prefills, steps = intervals(marks)
+    if not prefills or not steps:
+        raise MeasurementError("the profiler's trace has no whole request in it; free memory for its buffers")
+    return {
+        "prefill": _device_trace(recording, min(prefills, key=_length), shapes),
+        "decode": _device_trace(recording, sorted(steps, key=_length)[len(steps) // 2], shapes),
+    }
+
+
+def _device_trace(recording: Recording, interval: Interval, shapes: Shapes) -> Trace:
+    """Operators called in the interval with the time of the kernels they launched, and kernels without an operator."""
+    start, end = interval
+    found = timeline(recording, interval)
+    seconds, spans = seconds_by_caller(recording), list[tuple[float, Span]]()
+    for call in recording.calls:
+        if call.category == OPERATOR and start <= call.start_s < end and not _DISPATCH.search(call.name):
+            span = _span(call, shapes, seconds.get(call, 0.0))
+            spans.append((call.start_s, replace(span, works=call in seconds)))
+    for work in recording.work:
+        at = work.launch.start_s if work.launch is not None else work.start_s
+        if work.operator is None and start <= at < end:
+            spans.append((at, _kernel_span(work)))
+    spans.sort(key=lambda each: each[0])
+    return Trace(mark_cache_writes(tuple(span for _, span in spans)), end - start, found.sync_s, found)
+
+
+def _kernel_span(work: Work) -> Span:
+    """A kernel that no operator launched: part of a graph or of generated code."""
+    plain = _KERNEL.match(work.name)
+    name = plain.group(1).rpartition("::")[2] if plain else work.name
+    role = _role(name)
+    group = work.launch and group_of(work.launch)
+    return Span(
+        name, work.seconds, group or (ATTENTION if role == "attention" else COMPILED), role, works=True, outermost=False
+    )
 
 
 def instructions(spent: Sequence[tuple[Instruction, float]], shapes: Shapes) -> tuple[Span, ...]:
@@ -188,25 +242,15 @@ def unfolded(trace: Trace, program: tuple[Span, ...]) -> Trace:
     return replace(trace, spans=(*(span for span in trace.spans if span is not whole), *parts))
 
 
-@contextmanager
-def silent_kineto() -> Iterator[None]:
-    """Keep the profiling library from writing its start and stop to stderr. It asks the environment on first use."""
-    variable = "KINETO_LOG_LEVEL"
-    if variable in os.environ:  # the user wants it so
-        yield
-        return
-    os.environ[variable] = "99"
-    try:
-        yield
-    finally:
-        del os.environ[variable]
+def intervals(marks: Iterable[tuple[str, float]]) -> tuple[list[Interval], list[Interval]]:
+    """From a request's start to its first token, and from token to token.
 
-
-def _intervals(events: Iterable[Any]) -> tuple[list[Interval], list[Interval]]:
-    """From a request's start to its first token, and from token to token."""
+    Args:
+        marks: the names START and TICK with their times, in order.
+    """
     prefills, steps, ticks = list[Interval](), list[Interval](), list[float]()
-    for event in (e for e in events if e.name in (START, TICK)):
-        ticks = [event.time_range.start] if event.name == START else [*ticks, event.time_range.start]
+    for name, at in marks:
+        ticks = [at] if name == START else [*ticks, at]
         if len(ticks) == 3:  # start, prompt handed over, first token
             prefills.append((ticks[0], ticks[2]))
         elif len(ticks) > 3:
@@ -244,17 +288,21 @@ def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
             handle.remove()
 
 
-def _trace(events: Sequence[Any], interval: Interval, shapes: Shapes, on_gpu: bool) -> Trace:
-    start, end = interval
+def _trace(events: Sequence[Any], interval: Interval, shapes: Shapes) -> Trace:
+    start, end = interval  # microseconds
     inside = [e for e in events if start <= e.time_range.start < end]
-    waits = sum(e.self_cpu_time_total for e in inside if e.name in _SYNC)
-    spans = (_span(e, shapes, on_gpu) for e in inside if not _DISPATCH.search(e.name) and e.name not in _SYNC)
-    return Trace(mark_cache_writes(tuple(spans)), (end - start) / 1e6, waits / 1e6)
+    spans = (_span(e, shapes, e.self_cpu_time_total / 1e6) for e in inside if not _DISPATCH.search(e.name))
+    return Trace(mark_cache_writes(tuple(spans)), (end - start) / 1e6)
 
 
-def _span(event: Any, shapes: Shapes, on_gpu: bool) -> Span:
+def _span(event: Any, shapes: Shapes, seconds: float) -> Span:
+    """The span of an operator: a `Call`, or an event of torch's profiler.
+
+    Args:
+        seconds: what is its own of the time.
+    """
     name, group, outermost = event.name.rpartition("::")[2], None, True
-    role, compiled, caller = _role(name), bool(_COMPILED.search(event.name)), event.cpu_parent
+    role, compiled, caller = _role(name), bool(_COMPILED.search(event.name)), _caller(event)
     while caller is not None and group is None:
         if caller.name.startswith(RANGE):
             group = caller.name.removeprefix(RANGE)
@@ -262,13 +310,16 @@ def _span(event: Any, shapes: Shapes, on_gpu: bool) -> Span:
             compiled = True
         elif not _DISPATCH.search(caller.name):
             outermost, role = False, role or _role(caller.name.rpartition("::")[2])
-        caller = caller.cpu_parent
+        caller = _caller(caller)
     if role == "attention" and group in (FFN, HEAD):
         role = "linear" if "bmm" in name else None  # a batched matmul there is one over experts
     if compiled and group is None:
         group = ATTENTION if role == "attention" else by_shape(event.input_shapes, shapes) or COMPILED
-    seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
     return Span(name, seconds, group or OTHER, role, name not in _NO_WORK, outermost)
+
+
+def _caller(event: Any) -> Any:
+    return event.parent if isinstance(event, Call) else event.cpu_parent
 
 
 def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:

@@ -20,13 +20,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from autotune.device import Device, Graph, Identity, Memory
+from autotune.device import Address, Device, Graph, Identity, Memory
 from autotune.device.cuda import WARM_UPS
 from autotune.device.owner import Owner
+from autotune.device.trace import record
+from tests.fakes import traces
 
 OPERATOR_S = 5e-6  # what each operator takes on the fake clock
 WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -49,6 +53,7 @@ class FakeCuda(Device):
         waits: how often the host waited for the device.
         captures, replays: how many there were.
         trims: how often memory kept for reuse was given back.
+        ranges: names that work bore, in order.
     """
 
     kind, asynchronous = "cuda", True
@@ -60,6 +65,7 @@ class FakeCuda(Device):
         self._identity, self.opaque = identity, opaque
         self.free_bytes = identity.memory_bytes if free_bytes is None else free_bytes
         self.waits = self.captures = self.replays = self.trims = 0
+        self.ranges = list[str]()
         self._owner = Owner(self)
         self._local = threading.local()
         self._marks = 0
@@ -70,6 +76,21 @@ class FakeCuda(Device):
     def synchronize(self) -> None:
         self.forbid_waiting("synchronize")
         self.waits += 1
+
+    def trace(self, work: Callable[[], object]) -> bytes:
+        everywhere = _ExperimentalConfig(profile_all_threads=True)  # the owner's, too, whose graphs a GPU reports
+        return traces.with_device(record(work, self, experimental_config=everywhere))
+
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        self.ranges.append(name)
+        yield
+
+    def address(self) -> Address:
+        return Address("00000000:65:00.0", "GPU-00000000-1111-2222-3333-444444444444")
+
+    def scratch_bytes(self) -> int:
+        return 2**20  # it is the CPU that works
 
     def seconds(self, work: Callable[[], object]) -> float:
         with _Counting() as counted:
@@ -174,7 +195,7 @@ class Recorded(_Graph):
     def replay(self) -> None:
         self.ready()
         values: dict[int, torch.Tensor] = {}
-        with torch.no_grad():
+        with torch.no_grad(), record_function(traces.REPLAY):
             for func, args, kwargs, outputs in self.steps:
                 given = tree_map_only(_Slot, lambda slot: slot.value(values), (args, kwargs))
                 results = func(*given[0], **given[1])
@@ -268,7 +289,8 @@ class Replayed(_Graph):
 
     def replay(self) -> None:
         self.ready()
-        self.result.copy_(self.work())
+        with record_function(traces.REPLAY):
+            self.result.copy_(self.work())
 
 
 class _Counting(TorchDispatchMode):

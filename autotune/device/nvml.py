@@ -1,0 +1,284 @@
+"""NVIDIA's management library (NVML), read beside the work through `pynvml` (package nvidia-ml-py).
+
+Everything here may be missing, forbidden, unsupported or broken, one figure by itself or all at once: each degrades to
+"not available: why". Nothing raises, and a driver that does not answer is not waited for: it is asked on a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from .counters import Counters, combine, unavailable
+
+if TYPE_CHECKING:
+    from . import Address, Device
+
+logger = logging.getLogger("autotune")
+
+INTERVAL_S = 0.1  # NVML itself averages over a sixth of a second to a second
+PATIENCE_S = 2.0  # a driver that takes longer for a reading hangs
+SILENT = f"NVML did not answer within {PATIENCE_S:.0f} s"
+NOT_AVAILABLE = 2**63  # NVML's "no value" is all bits set
+
+REASONS = {  # nvmlClocksEventReasons, a bit each
+    0x001: "idle",
+    0x002: "application clocks",
+    0x004: "power cap",
+    0x008: "hardware slowdown",
+    0x010: "sync boost",
+    0x020: "thermal (software)",
+    0x040: "thermal (hardware)",
+    0x080: "power brake",
+    0x100: "display clocks",
+    0x200: "board limit",
+    0x400: "reliability",
+}
+GPM = {"sm_active": 2, "sm_occupancy": 3, "tensor_active": 5, "dram_active": 10}  # nvmlGpmMetricId_t
+
+_hung = threading.Event()  # a driver that did not answer once is not asked again
+
+
+class Sampler:
+    """Readings while a block runs.
+
+        with Sampler(address) as sampler:
+            work()
+        sampler.counters
+
+    Args:
+        address: the device, by what NVML knows it.
+        interval_s: between readings; there is one before the block in any case.
+        patience_s: how long an answer is waited for.
+
+    Attributes:
+        counters: what was read; once the block has ended.
+    """
+
+    def __init__(self, address: Address, interval_s: float = INTERVAL_S, patience_s: float = PATIENCE_S) -> None:
+        self.address, self.interval_s, self.patience_s = address, interval_s, patience_s
+        self.counters = unavailable("nothing was sampled")
+        self._stop, self._begun, self._done = threading.Event(), threading.Event(), threading.Event()
+
+    def __enter__(self) -> Sampler:
+        library = _library()
+        if isinstance(library, str):
+            self.counters = unavailable(library)
+        elif _hung.is_set():
+            self.counters = unavailable(SILENT)
+        else:
+            threading.Thread(target=self._sample, args=(library,), name="autotune NVML", daemon=True).start()
+            self._await(self._begun)
+            return self
+        self._done.set()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if not self._done.is_set():
+            self._await(self._done)
+
+    @property
+    def reads(self) -> bool:
+        """Whether readings are taken now."""
+        return not (self._done.is_set() or self._stop.is_set() or _hung.is_set())
+
+    def _await(self, event: threading.Event) -> None:
+        if not _hung.is_set() and not event.wait(self.patience_s):
+            _hung.set()
+            logger.warning("%s; GPU counters are left out", SILENT)
+        if _hung.is_set():
+            self.counters = unavailable(SILENT)
+
+    def _sample(self, library: Any) -> None:
+        try:
+            found = self._read(library)
+        except Exception as error:  # whatever a driver's library may raise
+            found = unavailable(_why(error))
+        finally:
+            self._begun.set()
+        if not _hung.is_set():
+            self.counters = found
+        self._done.set()
+
+    def _read(self, library: Any) -> Counters:
+        library.nvmlInit()
+        try:
+            handle = find(library, self.address)
+            readings, missing = list[Mapping[str, Any]](), dict[str, str]()
+            with _interval(library, handle) as metrics:
+                readings.append(read(library, handle, missing))
+                self._begun.set()
+                while not self._stop.wait(self.interval_s):
+                    readings.append(read(library, handle, missing))
+                readings[0] = {**readings[0], **metrics(missing)}
+            return combine(readings, missing)
+        finally:
+            with contextlib.suppress(Exception):  # its error must not hide another
+                library.nvmlShutdown()
+
+
+def sampled(device: Device) -> AbstractContextManager[Sampler | None]:
+    """A sampler of the device's counters; none for a CPU."""
+    address = device.address()
+    return nullcontext() if address is None else Sampler(address)
+
+
+def find(library: Any, address: Address) -> Any:
+    """NVML's handle of a device. Its own numbers do not follow CUDA_VISIBLE_DEVICES, addresses do."""
+    try:
+        return library.nvmlDeviceGetHandleByPciBusId(address.pci)
+    except Exception:
+        logger.info("NVML does not know a GPU at %s; asking for %s", address.pci, address.uuid)
+    return library.nvmlDeviceGetHandleByUUID(address.uuid)
+
+
+def read(library: Any, handle: Any, missing: dict[str, str]) -> dict[str, Any]:
+    """One reading: figure -> value. Why a figure is not in it is noted in `missing`."""
+    found = dict[str, Any]()
+    for names, ask in _QUESTIONS.items():
+        try:
+            values = ask(library, handle)
+        except Exception as error:  # each figure degrades by itself
+            missing.update(dict.fromkeys(names, _why(error)))
+            continue
+        for name, value in zip(names, values, strict=True):
+            if _is_value(value):
+                found[name] = value
+            else:
+                missing[name] = "the driver gives no value (N/A)"
+    return found
+
+
+def _utilization(nvml: Any, handle: Any) -> tuple[Any, ...]:
+    rates = nvml.nvmlDeviceGetUtilizationRates(handle)
+    return rates.gpu / 100, rates.memory / 100
+
+
+def _clocks(kind: int) -> Callable[[Any, Any], tuple[Any, ...]]:
+    def ask(nvml: Any, handle: Any) -> tuple[Any, ...]:
+        return (
+            nvml.nvmlDeviceGetClockInfo(handle, kind) * 1e6,
+            nvml.nvmlDeviceGetMaxClockInfo(handle, kind) * 1e6,
+        )
+
+    return ask
+
+
+def _lowered(nvml: Any, handle: Any) -> tuple[Any, ...]:
+    # the function was renamed; drivers before 535 know the old name alone
+    ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+    try:
+        bits = ask(handle) if ask else nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    except Exception:
+        if not ask:
+            raise
+        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    return (tuple(name for bit, name in REASONS.items() if bits & bit),)
+
+
+def _memory(nvml: Any, handle: Any) -> tuple[Any, ...]:
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return memory.used, memory.total
+
+
+def _others(nvml: Any, handle: Any) -> tuple[Any, ...]:
+    """Processes beside this one. In a container process numbers differ: then one of those listed is taken for this."""
+    listed = list(nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    others = [process for process in listed if process.pid != os.getpid()]
+    unnamed = len(others) == len(listed) and bool(listed)
+    sizes = [process.usedGpuMemory for process in others]
+    known = None if unnamed or not all(map(_is_value, sizes)) else sum(sizes)
+    return len(others) - unnamed, known
+
+
+_QUESTIONS: Mapping[tuple[str, ...], Callable[[Any, Any], tuple[Any, ...]]] = {
+    ("sm_utilization", "memory_utilization"): _utilization,
+    ("sm_clock_hz", "sm_clock_max_hz"): _clocks(1),  # NVML_CLOCK_SM
+    ("memory_clock_hz", "memory_clock_max_hz"): _clocks(2),  # NVML_CLOCK_MEM
+    ("lowered",): _lowered,
+    ("temperature_c",): lambda nvml, handle: (nvml.nvmlDeviceGetTemperature(handle, 0),),  # NVML_TEMPERATURE_GPU
+    ("power_w",): lambda nvml, handle: (nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,),
+    ("power_limit_w",): lambda nvml, handle: (nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,),
+    ("memory_used_bytes", "memory_total_bytes"): _memory,
+    ("other_processes", "other_bytes"): _others,
+    ("mig",): lambda nvml, handle: (bool(nvml.nvmlDeviceGetMigMode(handle)[0]),),
+    # NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC
+    ("ecc_errors",): lambda nvml, handle: (nvml.nvmlDeviceGetTotalEccErrors(handle, 1, 0),),
+}
+
+
+@contextmanager
+def _interval(nvml: Any, handle: Any) -> Iterator[Callable[[dict[str, str]], dict[str, float]]]:
+    """GPM metrics are differences of two samples: the first is taken here, the second by the function told."""
+    samples, failed = list[Any](), ""
+    try:
+        if not nvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
+            failed = "GPM metrics need a Hopper GPU or a later one"
+        else:
+            samples += [nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()]
+            nvml.nvmlGpmSampleGet(handle, samples[0])
+    except Exception as error:
+        failed = _why(error)
+
+    def metrics(missing: dict[str, str]) -> dict[str, float]:
+        try:
+            if not failed:
+                nvml.nvmlGpmSampleGet(handle, samples[1])
+                return _difference(nvml, samples, missing)
+            why = failed
+        except Exception as error:
+            why = _why(error)
+        missing.update(dict.fromkeys(GPM, why))
+        return {}
+
+    try:
+        yield metrics
+    finally:
+        for sample in samples:
+            with contextlib.suppress(Exception):
+                nvml.nvmlGpmSampleFree(sample)
+
+
+def _difference(nvml: Any, samples: list[Any], missing: dict[str, str]) -> dict[str, float]:
+    asked = nvml.c_nvmlGpmMetricsGet_t()
+    asked.version, asked.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(GPM)
+    asked.sample1, asked.sample2 = samples
+    for i, number in enumerate(GPM.values()):
+        asked.metrics[i].metricId = number
+    nvml.nvmlGpmMetricsGet(asked)
+    found = dict[str, float]()
+    for i, name in enumerate(GPM):
+        metric = asked.metrics[i]
+        if metric.nvmlReturn == 0 and _is_value(metric.value):
+            found[name] = metric.value / 100
+        else:
+            missing[name] = f"GPM gives no value (NVML error {metric.nvmlReturn})"
+    return found
+
+
+def _library() -> Any:
+    """The module, or why there is none."""
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError:
+        return "pynvml is not installed: pip install nvidia-ml-py"
+    except Exception as error:  # packages may raise anything when imported
+        return f"pynvml cannot be imported ({_why(error)})"
+
+
+def _why(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_value(value: Any) -> bool:
+    if isinstance(value, tuple | bool):
+        return True
+    return isinstance(value, int | float) and math.isfinite(value) and 0 <= value < NOT_AVAILABLE

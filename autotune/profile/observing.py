@@ -1,0 +1,55 @@
+"""Requests repeated under the device's own clock and counters, prefill and decode apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from ..device.nvml import sampled
+from ..workload import Phase
+
+if TYPE_CHECKING:
+    from ..device import Device
+    from ..device.counters import Counters
+
+OBSERVE_S = 0.5  # of each phase: NVML's utilisation is a mean over up to a second
+REPEATS = 200  # of a request that takes no time to speak of
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One phase as the device saw it.
+
+    Args:
+        event_s: seconds of a call or token between two events of the device.
+        counters: readings meanwhile; None where the device has none.
+    """
+
+    event_s: float
+    counters: Counters | None
+
+
+def observe(device: Device, request: Callable[[int], object], new_tokens: int) -> dict[Phase, Observation]:
+    """Prefill alone, then whole requests, which decode for most of their time.
+
+    Args:
+        device: where they run.
+        request: runs one, given the tokens to generate.
+        new_tokens: tokens of a whole request, at least two.
+    """
+    call_s, during_prefill = _repeated(device, lambda: request(1))
+    whole_s, during_decode = _repeated(device, lambda: request(new_tokens))
+    token_s = max(0.0, whole_s - call_s) / (new_tokens - 1)
+    return {"prefill": Observation(call_s, during_prefill), "decode": Observation(token_s, during_decode)}
+
+
+def _repeated(device: Device, work: Callable[[], object]) -> tuple[float, Counters | None]:
+    seconds = list[float]()
+    with sampled(device) as sampler:
+        end = time.perf_counter() + (OBSERVE_S if sampler is not None and sampler.reads else 0)
+        while not seconds or (time.perf_counter() < end and len(seconds) < REPEATS):
+            seconds.append(device.seconds(work))
+    return median(seconds), sampler.counters if sampler is not None else None
