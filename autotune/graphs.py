@@ -176,8 +176,6 @@ class GraphSteps:
             return f"a batch of {rows}, beyond the largest bucket of {self.rows[-1]}"
         if not cache.lasting:
             return "more generations at once than caches are kept"
-        if torch.is_autocast_enabled(self.device.where.type):
-            return "autocast, which was not on during the capture"
         return None
 
     def _refusal(self, rows: int, read: int) -> str:
@@ -239,7 +237,8 @@ class GraphSteps:
 
     def _replayed(self, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         logits = captured.logits
-        out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
+        with torch.inference_mode(False):  # the owner thread, which writes it, is not in the caller's inference mode
+            out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
         self.device.owner.run(lambda: captured.replay(token, position, out))
         self.replays += 1
         captured.used = self.replays

@@ -1,0 +1,480 @@
+"""The decode step as CUDA graphs on a device that is not there: the original's tokens; the classic mistakes caught.
+
+Tests marked `gpu` are the same on a real one.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from autotune import device
+from autotune.cache import DynamicCache, SlotCache, tensors
+from autotune.device import Graph
+from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
+from autotune.graphs import Captured, GraphSteps, buckets, lengths
+from autotune.hardware import Hardware
+from autotune.transforms.compile_step import CompileStep
+from autotune.transforms.cuda_graph import CudaGraph, uncapturable
+from autotune.transforms.static_cache import StaticCache
+from autotune.validate.score import Served
+from autotune.variant import Variant, serving
+from autotune.workload import Workload
+from tests.fakes.cuda import FakeCuda
+from tests.models import left_padded, tiny, token_prompts
+
+IDS = torch.tensor([token_prompts(1)[0]])  # [1, 12]
+GRAPH = CudaGraph(phase="decode", shortest=16)
+CUDA = Hardware("cuda", "test", "9.0", 1, 2**36, 3e12, {"float32": 6e13, "bfloat16": 9e14}, None, {})
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt-neox", "mistral-window"]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    with device.stand_in(FakeCuda()) as fake:
+        yield fake  # type: ignore[misc]  # stand_in gives back what it was given
+
+
+def graphed(model: Any, transform: CudaGraph = GRAPH, batches: tuple[int, ...] = (1, 3)) -> Variant:
+    work = Workload(tuple(map(tuple, token_prompts(4))), 12, batches)
+    return Variant(model, workload=work).with_transform(transform)
+
+
+def steps_of(variant: Variant) -> GraphSteps:
+    assert isinstance(variant.step, GraphSteps)
+    return variant.step
+
+
+def ask(model: Any, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+    torch.manual_seed(3)
+    return model.generate(ids, **({"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options))
+
+
+def ask_padded(model: Any) -> torch.Tensor:
+    padded = {name: tensor.to(model.device) for name, tensor in left_padded().items()}
+    return ask(model, padded["input_ids"], attention_mask=padded["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    ("capacity", "shortest", "expected"),
+    [(128, 256, (128,)), (256, 256, (256,)), (1000, 256, (256, 512, 1000)), (128, 16, (16, 32, 64, 128))],
+)
+def test_lengths_double_until_they_cover_all(capacity: int, shortest: int, expected: tuple[int, ...]) -> None:
+    assert lengths(capacity, shortest) == expected
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 4)), (8, (1, 2, 4, 8))])
+def test_buckets_are_powers_of_two(largest: int, expected: tuple[int, ...]) -> None:
+    assert buckets(largest) == expected
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_decodes_the_same_tokens(arch: str, fake: FakeCuda) -> None:
+    """Over two boundaries between lengths and beyond the windows; left-padded, a batch of 3 in the graph for 4."""
+    model = tiny(arch)
+    variant = graphed(model)
+    served = serving(variant)
+    assert torch.equal(ask(served, max_new_tokens=60), ask(model, max_new_tokens=60))
+    assert torch.equal(ask_padded(served), ask_padded(model))
+    steps = steps_of(variant)
+    assert {(1, 16), (1, 32), (1, 64), (1, 128), (4, 32)} <= set(steps.shapes)
+    assert not steps.fallbacks
+    assert steps.captures == len(steps.shapes) == fake.captures
+    assert GRAPH.took_effect(variant) is None
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "one token": {"max_new_tokens": 1},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
+    "several answers": {"do_sample": True, "num_return_sequences": 3},
+    "end of sequence": {"eos_token_id": list(range(40))},
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_every_request_is_answered_as_by_transformers(request_: str, fake: FakeCuda) -> None:
+    model, options = tiny("llama"), REQUESTS[request_]
+    served = serving(graphed(model))
+    assert torch.equal(ask(served, **options), ask(model, **options))
+
+
+def test_generations_in_turn_see_nothing_of_each_other(fake: FakeCuda) -> None:
+    """Long, short, padded, and wide: what the last one left in slots, rows and buffers does not reach the next."""
+    model = tiny("llama")
+    variant = graphed(model)
+    served, padded = serving(variant), left_padded()
+    wide = torch.tensor(token_prompts(4, seed=9))
+    for _ in range(2):
+        for ids, options in [
+            (IDS, {"max_new_tokens": 40}),
+            (IDS[:, :3], {}),
+            (wide, {}),
+            (padded["input_ids"], {"attention_mask": padded["attention_mask"]}),
+            (IDS.flip(1), {"eos_token_id": list(range(40))}),
+            (padded["input_ids"][:2], {"attention_mask": padded["attention_mask"][:2]}),
+        ]:
+            assert torch.equal(ask(served, ids, **options), ask(model, ids, **options))
+    assert not steps_of(variant).fallbacks
+    assert len(steps_of(variant).shapes) == fake.captures, "a cache that was there was captured again"
+
+
+def test_a_nan_left_in_any_row_or_slot_reaches_nobody(fake: FakeCuda) -> None:
+    variant = graphed(tiny("llama"))
+    served = serving(variant)
+    before = ask_padded(served)
+    assert variant.caches is not None
+    (idle,) = variant.caches._idle[4]
+    for tensor in (*idle.keys, *idle.values):
+        tensor[:, :, : idle.length + 1] = torch.nan  # one more than counts: a step may have been launched ahead
+    assert torch.equal(ask_padded(served), before)
+
+
+def test_a_larger_batch_runs_uncaptured_and_is_counted(fake: FakeCuda) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    five = torch.tensor(token_prompts(5))
+    assert torch.equal(ask(serving(variant), five), ask(model, five))
+    assert dict(steps_of(variant).fallbacks) == {"a batch of 5, beyond the largest bucket of 4": 11}
+
+
+def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    served, prompts = serving(variant), [torch.tensor([p]) for p in token_prompts(4, seed=7)]
+    expected, given = [ask(model, ids) for ids in prompts], dict[int, list[torch.Tensor]]()
+    together = threading.Barrier(len(prompts))
+
+    def serve(number: int) -> None:
+        together.wait()
+        given[number] = [ask(served, prompts[number]) for _ in range(3)]
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(answer, expected[n]) for n, answers in given.items() for answer in answers)
+    assert len(given) == len(prompts)
+    assert variant.caches is not None
+    assert len(variant.caches._idle[1]) <= 2, "threads multiply caches"
+    assert fake.captures <= 2 * len(steps_of(variant).lengths) * 2, "threads multiply graphs"
+
+
+def test_many_caches_do_not_multiply_graphs_without_limit(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.graphs.MOST_GRAPHS", 3)
+    model = tiny("llama")
+    variant = graphed(model)
+    served = serving(variant)
+    for tokens in (60, 5, 60):
+        assert torch.equal(ask(served, max_new_tokens=tokens), ask(model, max_new_tokens=tokens))
+    assert len(steps_of(variant).shapes) <= 3
+    assert not steps_of(variant).fallbacks
+
+
+def test_results_belong_to_the_caller(fake: FakeCuda) -> None:
+    """Logits and caches that were handed out stay as they were."""
+    model = tiny("llama")
+    served = serving(graphed(model))
+    options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+    first: Any = ask(served, **options)
+    held = [t.clone() for t in (*first.logits, first.sequences, *tensors(first.past_key_values)[0])]
+    ask(served, IDS.flip(1), **options)
+    after = (*first.logits, first.sequences, *tensors(first.past_key_values)[0])
+    assert all(torch.equal(a, b) for a, b in zip(held, after, strict=True))
+    expected: Any = ask(model, **options)
+    assert first.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+
+
+def test_a_failed_capture_is_told_once_and_counted(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    monkeypatch.setattr(fake, "capture", _raise(RuntimeError("operation not permitted when stream is capturing")))
+    assert torch.equal(ask(serving(variant), max_new_tokens=30), ask(model, max_new_tokens=30))
+    told = [r for r in caplog.records if "not permitted" in r.getMessage()]
+    assert len(told) == 1
+    (reason,) = steps_of(variant).fallbacks
+    assert "not permitted" in reason
+    assert steps_of(variant).fallbacks[reason] == 30 - 1 - 20, "steps beyond the 32 slots that were captured before"
+
+
+def test_memory_that_runs_out_during_a_capture_is_given_back(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    capture, trims = fake.capture, fake.trims
+    monkeypatch.setattr(fake, "capture", _raise(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert torch.equal(ask(serving(variant), max_new_tokens=30), ask(model, max_new_tokens=30))
+    assert dict(steps_of(variant).fallbacks) == {"out of memory": 9}
+    assert fake.trims == trims + 1
+    monkeypatch.setattr(fake, "capture", capture)
+    steps_of(variant).forget()
+    ask(serving(variant), max_new_tokens=30)
+    assert steps_of(variant).fallbacks.total() == 9, "what was forgotten is tried anew"
+
+
+def test_the_device_s_last_error_is_one_clear_exception(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = graphed(tiny("llama"))
+    dead = _raise(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    monkeypatch.setattr("autotune.graphs.Captured.replay", dead)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="restart the process"):
+            ask(serving(variant))
+
+
+def test_a_plan_that_cannot_be_captured_is_refused(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        out.logits.max().item()
+        return out
+
+    monkeypatch.setattr(type(model), "forward", waiting)
+    with pytest.raises(TransformError, match=r"cannot be captured: Misuse: aten::.* waits"):
+        graphed(model)
+
+
+def test_a_graph_that_does_not_follow_its_inputs_is_refused(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host decides during a capture is frozen; here, the slot."""
+    run = SlotCache.first
+
+    def frozen(self: SlotCache, slots: int) -> SlotCache:
+        part = run(self, slots)
+        if part is self:
+            return self
+        part.slot = part.slot.clone()
+        kept.append(part.slot)  # alive, or the fake would notice that it was freed
+        return part
+
+    kept = list[torch.Tensor]()
+    monkeypatch.setattr(SlotCache, "first", frozen)
+    with pytest.raises(TransformError, match="other logits"):
+        graphed(tiny("llama"))
+
+
+def test_weights_that_move_are_captured_anew(fake: FakeCuda) -> None:
+    """As `release` and parking do it: `forget`, after addresses have changed."""
+    model = tiny("llama")
+    variant = graphed(model)
+    served, before = serving(variant), ask(model)
+    held = [p.data for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    del held
+    with pytest.raises(VariantError, match="freed"):
+        ask(served)
+    steps_of(variant).forget()
+    assert not steps_of(variant).shapes
+    assert torch.equal(ask(served), before)
+
+
+def test_autocast_is_left_to_the_original(fake: FakeCuda) -> None:
+    model = tiny("llama")
+    served = Served(graphed(model), pad_token_id=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ask(served.model), ask(model))
+
+
+def test_inference_mode_leaves_nothing_behind(fake: FakeCuda) -> None:
+    model = tiny("llama")
+    served = serving(graphed(model))
+    with torch.inference_mode():
+        first = ask(served, max_new_tokens=40)
+    assert torch.equal(ask(served, max_new_tokens=40), first)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_captured() -> None:
+    with device.stand_in(FakeCuda(opaque=True)) as fake:
+        model = tiny("llama")
+        work = Workload(tuple(map(tuple, token_prompts(2))), 12, (1,))
+        variant = Variant(model, workload=work).with_transforms([CompileStep(phase="decode"), GRAPH])
+        assert torch.equal(ask(serving(variant), max_new_tokens=40), ask(model, max_new_tokens=40))
+        steps = steps_of(variant)
+        assert steps.inner is not None
+        assert set(steps.inner.shapes) >= {(1, 32), (1, 128)}
+        assert set(steps.shapes) == {(1, 32), (1, 128)}
+        assert not steps.fallbacks
+        assert fake.replays == steps.replays  # type: ignore[attr-defined]
+
+
+def test_nothing_is_captured_twice(fake: FakeCuda) -> None:
+    variant = graphed(tiny("llama"))
+    assert "captured or recorded already" in (GRAPH.unavailable(variant, CUDA) or "")
+    with pytest.raises(TransformError, match="captured or recorded already"):
+        variant.with_transform(GRAPH)
+
+
+def test_says_why_not() -> None:
+    model = tiny("llama")
+    assert "no graphs" in (GRAPH.unavailable(Variant(model), CUDA) or "")
+    with pytest.raises(TransformError, match="no graphs"):
+        Variant(model).with_transform(GRAPH)
+    assert uncapturable(Variant(model)) is None
+    assert "past_key_values" in (uncapturable(Variant(tiny("mamba"))) or "")
+    model.model.layers[0]._hf_hook = object()
+    assert "hooks" in (uncapturable(Variant(model)) or "")
+    spread = tiny("llama")
+    spread.model.layers[1].to("meta")
+    assert "several devices (cpu, meta)" in (uncapturable(Variant(spread)) or "")
+    program = Variant(tiny("llama"))
+    program.step = object.__new__(type("StepPrograms", (), {}))  # only its not being a compiled step matters
+    assert "recorded already" in (uncapturable(program) or "")
+
+
+@pytest.mark.parametrize("params", [{"phase": "both"}, {"shortest": 0}, {"largest": -1}, {"slots": -1}])
+def test_parameters_are_checked(params: dict[str, Any]) -> None:
+    with pytest.raises(ChoiceError, match="cuda_graph"):
+        CudaGraph(**({"phase": "decode"} | params))
+
+
+def test_it_builds_on_a_static_cache_and_leaves_the_parent_alone(fake: FakeCuda) -> None:
+    model = tiny("llama")
+    parent = Variant(model).with_transform(StaticCache(slots=64))
+    child = parent.with_transform(GRAPH)
+    assert parent.step is None
+    assert GRAPH.took_effect(parent) is not None
+    assert parent.caches is not child.caches
+    assert child.caches is not None
+    assert child.caches.slots == 64
+    assert torch.equal(ask(serving(child)), ask(model))
+    assert torch.equal(ask(serving(parent)), ask(model))
+
+
+# The classic mistakes, made on purpose: each must be seen by a test as above, through the fake or through the tokens.
+
+
+def _passes_a_new_tensor(self: Captured, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
+    self.token = token
+    self.graph.replay()
+    out.copy_(self.logits)
+
+
+def _stays_at_a_position(self: Captured, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
+    self.token.copy_(token)
+    self.graph.replay()
+    out.copy_(self.logits)
+
+
+def _replays_here(self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(captured.logits)
+    captured.replay(token, position, out)
+    return out
+
+
+def _returns_the_buffer(
+    self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    self.device.owner.run(lambda: captured.replay(token, position, torch.empty_like(captured.logits)))
+    return captured.logits
+
+
+def _reads_the_first_slots_alone(self: GraphSteps, tokens: int) -> int:
+    return self.lengths[0]
+
+
+def _forgets_the_slot(self: SlotCache, prompt: DynamicCache, mask: torch.Tensor | None) -> None:
+    FILL(self, prompt, mask)
+    self.slot = torch.full_like(self.slot, self.length)  # another tensor than the one that was captured
+
+
+FILL = SlotCache.fill
+MISTAKES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {  # and who notices it
+    "a new tensor instead of the static buffer": (Captured, "replay", _passes_a_new_tensor, "freed"),
+    "a buffer that is not written": (Captured, "replay", _stays_at_a_position, "other logits"),
+    "a replay on the caller's thread": (GraphSteps, "_replayed", _replays_here, "another thread"),
+    "the static buffer as the result": (GraphSteps, "_replayed", _returns_the_buffer, "other logits"),
+    "too few slots": (GraphSteps, "covering", _reads_the_first_slots_alone, "out of bounds"),
+    "another slot tensor": (SlotCache, "fill", _forgets_the_slot, "freed"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_classic_mistake_is_caught(mistake: str, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    served, options = serving(graphed(model)), {"return_dict_in_generate": True, "output_logits": True}
+    expected: Any = ask(model, max_new_tokens=30, **options)
+    right: Any = ask(served, max_new_tokens=30, **options)
+    agree(right, expected)
+    where, name, wrong, noticed = MISTAKES[mistake]
+    monkeypatch.setattr(where, name, wrong)
+    with pytest.raises((VariantError, AssertionError), match=noticed):
+        agree(ask(served, max_new_tokens=30, **options), expected)
+
+
+def agree(mine: Any, theirs: Any) -> None:
+    for given, expected in zip(mine.logits, theirs.logits, strict=False):
+        assert torch.allclose(given, expected, atol=1e-4, rtol=1e-4), "other logits"
+    assert torch.equal(mine.sequences, theirs.sequences)
+
+
+def _raise(error: Exception) -> Callable[..., Any]:
+    def work(*_args: Any, **_kwargs: Any) -> tuple[Graph, torch.Tensor]:
+        raise error
+
+    return work
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "compiled"])
+def test_on_a_gpu_the_tokens_are_the_same(arch: str, compiled: bool) -> None:
+    model = tiny(arch).to("cuda")
+    before = [CompileStep(phase="decode")] if compiled else []
+    variant = Variant(model, workload=Workload(tuple(map(tuple, token_prompts(4))), 12, (1, 3)))
+    variant = variant.with_transforms([*before, GRAPH])
+    served, ids = serving(variant), IDS.to("cuda")
+    for _ in range(2):
+        assert torch.equal(ask(served, ids, max_new_tokens=60), ask(model, ids, max_new_tokens=60))
+        assert torch.equal(ask_padded(served), ask_padded(model))
+    assert not steps_of(variant).fallbacks
+    assert GRAPH.took_effect(variant) is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_threads_get_their_own_answers() -> None:
+    model = tiny("llama").to("cuda")
+    served, prompts = serving(graphed(model)), [torch.tensor([p], device="cuda") for p in token_prompts(4, seed=7)]
+    expected, given = [ask(model, ids) for ids in prompts], dict[int, list[torch.Tensor]]()
+
+    def serve(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            given[number] = [ask(served, prompts[number]) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(given) == [0, 1, 2, 3]
+    assert all(torch.equal(answer, expected[n]) for n, answers in given.items() for answer in answers)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_results_belong_to_the_caller() -> None:
+    model, ids = tiny("llama").to("cuda"), IDS.to("cuda")
+    served = serving(graphed(model))
+    first: Any = ask(served, ids, return_dict_in_generate=True, output_logits=True)
+    held = [t.clone() for t in first.logits]
+    ask(served, ids.flip(1))
+    assert all(torch.equal(a, b) for a, b in zip(held, first.logits, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_weights_that_move_are_captured_anew() -> None:
+    model, ids = tiny("llama").to("cuda"), IDS.to("cuda")
+    variant = graphed(model)
+    before = ask(serving(variant), ids)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    steps_of(variant).forget()
+    assert torch.equal(ask(serving(variant), ids), before)
