@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import device as devices
-from .roofline import matmul_flops
+from .peaks import matmul_peaks, read_bandwidth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,14 +25,6 @@ if TYPE_CHECKING:
 LIBRARIES = {"torch": "torch", "transformers": "transformers", "autotune": "autotune-inference"}
 OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 COMPILERS = ("c++", "g++", "clang++")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-READ_BYTES = 512 * 2**20  # larger than the caches of most machines, so that memory is what answers
-READ_ROUNDS = 6
-SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matmuls, until one takes long enough to be the peak
-HOPELESS_FLOPS_PER_S = 1e9  # no vector unit is this slow: the dtype is emulated, and the smallest matmul says enough
-MATMUL_S = 0.04  # a matmul this long has paid for its start: larger ones run no faster
-MATMUL_ROUNDS, MATMUL_LIMIT_S = 6, 0.15  # rounds of one size, and when to stop repeating it
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,8 @@ class Hardware:
         threads: intra-op threads the figures were measured with.
         memory_bytes: memory in total.
         bandwidth_bytes_per_s: measured read bandwidth.
-        flops_per_s: measured matmul peak by dtype name ("float32", "bfloat16", "float16", "int8").
+        flops_per_s: measured matmul peak by dtype name ("float32", "bfloat16", "float16"; on a GPU also "tf32", "int8"
+            and "float8_e4m3fn", where it has them).
         compiler: C++ compiler found, or None.
         versions: library name to version.
         measured: False where a figure is a datasheet value.
@@ -90,49 +81,6 @@ def _probe(device: Device, threads: int) -> Hardware:
             compiler=find_compiler(),
             versions=library_versions(),
         )
-
-
-def read_bandwidth(device: Device) -> float:
-    """Bytes per second of a large sequential read, the best of several rounds of two kernels.
-
-    A matrix times a vector is what decoding does to weights; a dot product reads without a stride. Which of them
-    reaches further differs by BLAS and by thread count, and a peak is the better of the two.
-    """
-    size = min(READ_BYTES, device.identity().memory_bytes // 16)
-    data = torch.ones(size // 4096, 1024, device=device.where)  # [rows, 1024] float32
-    flat, vector = data.view(-1), torch.ones(1024, device=device.where)
-    reads = (lambda: data.mv(vector), lambda: flat.dot(flat))
-    fastest = min(device.seconds(read) for _ in range(READ_ROUNDS) for read in reads)
-    return data.nbytes / fastest
-
-
-def matmul_peaks(device: Device) -> dict[str, float]:
-    """FLOP/s of a square matmul by dtype name; a dtype the machine only emulates gets a tiny matmul's figure."""
-    peaks = {str(dtype).removeprefix("torch."): _matmul_peak(device, dtype) for dtype in DTYPES}
-    return {name: peak for name, peak in peaks.items() if peak}
-
-
-def _matmul_peak(device: Device, dtype: torch.dtype) -> float:
-    peak = 0.0
-    for side in SIDES:
-        try:
-            fastest = _fastest_matmul(device, dtype, side)
-        except RuntimeError:  # no matmul in this dtype, or no memory for one so large
-            break
-        peak = max(peak, matmul_flops(side, side, side) / fastest)
-        if fastest > MATMUL_S or peak < HOPELESS_FLOPS_PER_S:
-            break
-    return peak
-
-
-def _fastest_matmul(device: Device, dtype: torch.dtype, side: int) -> float:
-    a = torch.ones(side, side, device=device.where, dtype=dtype)
-    fastest, end = math.inf, time.perf_counter() + MATMUL_LIMIT_S
-    for _ in range(MATMUL_ROUNDS):
-        fastest = min(fastest, device.seconds(lambda: a @ a))
-        if time.perf_counter() > end:
-            break
-    return fastest
 
 
 def instruction_set() -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import device as devices
+from ..peaks import uses_tf32
 from ..roofline import peak_flops_per_s, ridge
 from ..variant import serving
 from ..workload import PHASES, Phase, Workload
@@ -132,6 +133,8 @@ def _phase(
     contexts: tuple[ScalePoint, ...],
 ) -> PhaseProfile:
     name = str(compute_dtype(model)).removeprefix("torch.")
+    if name == "float32" and seen is not None and uses_tf32():
+        name = "tf32"
     work = count(model, forward, activation_dtype(model).itemsize)
     found = share(trace, median(samples_s))
     return PhaseProfile(
