@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,7 @@ LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuatio
 class Guesser(Protocol):
     """Guesses for one sequence that grows token by token."""
 
-    tokens: Sequence[int]
+    tokens: list[int]
 
     def append(self, token: int) -> None:
         """The sequence went on with `token`."""

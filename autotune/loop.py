@@ -37,6 +37,9 @@ def decode(variant: Variant, call: Sampling) -> Any:
 def over_growing_cache(variant: Variant, call: Sampling) -> Any:
     """Decode with the cache that generate prepared."""
     given = dict(call.model_kwargs)
+    config, kv = variant.original.config.get_text_config(decoder=True), variant.kv
+    if kv is not None:
+        given["past_key_values"] = kv.make(config)
     cache, mask = given["past_key_values"], given.get("attention_mask")
     with variant.running("prefill") as module:
         logits = module(input_ids=call.input_ids, **given, return_dict=True).logits[:, -1]
@@ -51,7 +54,8 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
         return last
 
     returned = call.options["generation_config"].return_dict_in_generate  # and must hold no token too many
-    return sample(call, logits, following, lambda: cache, None if returned else lambda: None)
+    final_cache = (lambda: cache) if kv is None else (lambda: kv.returned(cache, config))
+    return sample(call, logits, following, final_cache, None if returned else lambda: None)
 
 
 def over_slots(variant: Variant, call: Sampling) -> Any:
@@ -188,8 +192,8 @@ def _look_later(device: Device, token: torch.Tensor, unfinished: torch.Tensor, s
 
     def look() -> tuple[torch.Tensor, bool]:
         shown, going, *checked = arrived()
-        if checked and not checked[0].all():
+        if checked and not checked[0].numpy().all():
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return shown, not going.any()
+        return shown, not going.numpy().any()
 
     return look

@@ -15,7 +15,7 @@ import torch
 
 from . import device as devices
 from . import route
-from .errors import AutotuneError, MeasurementError, VariantError
+from .errors import AutotuneError, MeasurementError, TransformError, VariantError
 from .workload import PHASES, Phase, Workload
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Variant:
         if all(done.stage <= transform.stage for done in self.transforms):
             variant = self._copy()
             transform.apply(variant)
+            if variant.kv is not None and variant.caches is not None:
+                raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
             variant.transforms = (*self.transforms, transform)
             return variant
         fresh = Variant(self.original, self.traffic, self.workload, self.draft)

@@ -1,0 +1,153 @@
+"""KV caches for contexts that do not fit: narrow numbers, or the host's memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ..errors import ChoiceError, TransformError
+from . import Stage, Transform, require
+from .static_cache import no_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+LIBRARIES = {"quanto": "optimum.quanto", "hqq": "hqq"}  # backend -> module; PyPI: optimum-quanto, hqq
+PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
+LINK_BYTES_PER_S = 64e9  # PCIe 5.0 x16, one direction: the fastest link to a host there commonly is
+
+
+@dataclass(frozen=True)
+class QuantisedCache(Transform):
+    """Stores keys and values in 8 or 4 bits; see `autotune.kv`.
+
+    Args:
+        scheme: "int8", "fp8" (8 bits, relative precision) or "int4" (groups of 32).
+        backend: "own", or for "int4" a library that transformers' QuantizedCache takes: "quanto" or "hqq".
+    """
+
+    scheme: str = "int8"
+    backend: str = "own"
+
+    name: ClassVar[str] = "quantised_cache"
+    stage: ClassVar[Stage] = Stage.CACHE
+    summary: ClassVar[str] = "KV cache in INT8, FP8 or INT4, which takes half the memory or less"
+
+    def __post_init__(self) -> None:
+        require(self.scheme, ("int8", "int4", "fp8"), "quantised_cache: scheme")
+        require(self.backend, ("own", *LIBRARIES), "quantised_cache: backend")
+        if self.backend != "own" and self.scheme != "int4":
+            raise ChoiceError(f"quantised_cache: backend {self.backend!r} is for scheme 'int4', not {self.scheme!r}")
+        if self.phase == "prefill":
+            raise ChoiceError("quantised_cache: phase must be 'decode' or 'both'; prefill has no cache to read")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if reason := _no_growing_cache(variant):
+            return reason
+        if self.backend == "own":
+            return self._indivisible(variant)
+        if _missing(LIBRARIES[self.backend]):
+            return f"{self.backend} is not installed: pip install {PACKAGES[self.backend]}"
+        kinds = set(getattr(_config(variant), "layer_types", None) or ()) - {"full_attention"}
+        return f"{self.backend} caches take no layers of type {', '.join(sorted(kinds))}" if kinds else None
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """It wins memory, never time: what attention reads is decoded first, into as many bytes as before."""
+        return {"decode": 1.0}
+
+    def apply(self, variant: Variant) -> None:
+        if reason := _no_growing_cache(variant) or self._indivisible(variant):
+            raise TransformError(reason)
+        from ..kv import KvCache
+
+        kind: Literal["int8", "int4", "fp8", "quanto", "hqq"]
+        kind = self.scheme if self.backend == "own" else self.backend  # type: ignore[assignment]  # __post_init__ checked
+        variant.kv, variant.loop = KvCache(kind), "lean"
+
+    def took_effect(self, variant: Variant) -> str | None:
+        kind = self.scheme if self.backend == "own" else self.backend
+        return _other_than(kind, variant)
+
+    def _indivisible(self, variant: Variant) -> str | None:
+        from ..profile.counts import attention_layers
+
+        if self.scheme != "int4":
+            return None
+        odd = sorted({keys.head_size for keys in attention_layers(variant.original) if keys.head_size % 32})
+        return f"INT4 stores groups of 32 numbers, and heads have {odd[0]}" if odd else None
+
+
+@dataclass(frozen=True)
+class OffloadedCache(Transform):
+    """Keeps keys and values in the host's memory; each layer is fetched while the one before it computes."""
+
+    name: ClassVar[str] = "offloaded_cache"
+    stage: ClassVar[Stage] = Stage.CACHE
+    summary: ClassVar[str] = "KV cache in the host's memory, fetched layer by layer, for contexts a GPU cannot hold"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase == "prefill":
+            raise ChoiceError("offloaded_cache: phase must be 'decode' or 'both'; prefill has no cache to read")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cuda":
+            return f"there is nothing to offload to: the model runs on {hardware.device}, in the host's own memory"
+        return _no_growing_cache(variant)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """It wins memory, never time: at best fetching hides behind computing, and the whole cache crosses the link
+        for every token."""
+        phase = profile.phases["decode"]
+        return {"decode": phase.seconds / max(phase.seconds, phase.cache_bytes / LINK_BYTES_PER_S)}
+
+    def apply(self, variant: Variant) -> None:
+        if reason := _no_growing_cache(variant):
+            raise TransformError(reason)
+        from ..kv import KvCache
+
+        variant.kv, variant.loop = KvCache("offloaded"), "lean"
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return _other_than("offloaded", variant)
+
+
+def _no_growing_cache(variant: Variant) -> str | None:
+    """Why a variant's cache cannot be exchanged for another that grows, or None."""
+    if variant.kv is not None:
+        return f"the KV cache is {variant.kv} already"
+    if variant.caches is not None:
+        return f"the KV cache is static ({variant.caches.slots} slots)"
+    return no_slots(variant.original) or _only_windows(variant.original)
+
+
+def _only_windows(model: PreTrainedModel) -> str | None:
+    from ..profile.counts import attention_layers
+
+    if any(keys.window is None for keys in attention_layers(model)):
+        return None
+    return "every layer has a sliding window, which keeps its share of the cache small already"
+
+
+def _other_than(kind: str, variant: Variant) -> str | None:
+    if variant.kv is None or variant.caches is not None or variant.loop != "lean":
+        return "the KV cache is a plain one"
+    return None if variant.kv.kind == kind else f"the KV cache is {variant.kv}"
+
+
+def _config(variant: Variant) -> object:
+    return variant.original.config.get_text_config(decoder=True)
+
+
+def _missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ImportError:  # of a parent package
+        return True
