@@ -15,6 +15,7 @@ from .hardware import Hardware
 from .plan import Plan
 from .policy import Limits, Policy
 from .profile import Profile
+from .profile.counts import activation_dtype, cache_size
 from .search import tier_for
 from .sites import stored_bytes
 from .transforms import Transform
@@ -191,7 +192,7 @@ class LiveBench:
     def _limits(self, reference: Variant, candidate: Variant) -> Limits:
         """Where memory is the objective, a variant that needs less of it has to gain no time; the other limits hold."""
         limits = self.policy.limits
-        if self.policy.objective == "memory" and own_weights(candidate) < own_weights(reference):
+        if self.policy.objective == "memory" and own_memory(candidate) < own_memory(reference):
             return replace(limits, min_gain=-1.0)
         return limits
 
@@ -206,9 +207,12 @@ class LiveBench:
         )  # untimed: requests may overlap
 
 
-def own_weights(variant: Variant) -> int:
-    """Bytes of the weights that serve, those that stay once the original is released."""
-    return stored_bytes(*variant.modules.values())
+def own_memory(variant: Variant) -> int:
+    """Bytes of the weights that serve, those that stay once the original is released, and of a full KV cache."""
+    model, held = variant.original, cache_size if variant.kv is None else variant.kv.bytes
+    element_bytes = activation_dtype(model).itemsize
+    cache_bytes = held(model, max(variant.batch_sizes), variant.context_tokens, element_bytes)
+    return stored_bytes(*variant.modules.values()) + cache_bytes
 
 
 def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:

@@ -115,9 +115,10 @@ def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse
     """
     model = variant.original
     element = activation_dtype(model).itemsize
+    held = variant.kv.bytes if variant.kv is not None else cache_size
     return MemoryUse(
         weights_bytes=stored_weights(variant.original, *variant.modules.values()),  # the original stays
-        cache_bytes=cache_size(model, prefill.batch, prefill.new + new_tokens, element),
+        cache_bytes=held(model, prefill.batch, prefill.new + new_tokens, element),
         activations_bytes=activation_size(model, prefill, element),
     )
 

@@ -120,6 +120,7 @@ def watched(variant: Variant) -> Watched:
         twin = fork(original)
         return Watched(Variant(twin, variant.traffic, variant.workload), (twin,), ())
     copy = variant._copy()
+    copy.speculation = None  # a token that was guessed right has no step of its own
     copy.modules = {phase: fork(m) if m is original else m for phase, m in variant.modules.items()}
     stepped = {id(copy.modules["decode"])} if variant.step is not None else set()
     closed = {id(m) for m in copy.modules.values() if any(part._compiled_call_impl for part in m.modules())}
