@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, StoppingCriteria
 
 from autotune import cache as slots
-from autotune import kernels
+from autotune import device, kernels, loop
 from autotune.compiled import artifact
+from autotune.loop import _choose_unwaiting
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
+from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.one_query import OneQueryAttention
 from autotune.transforms.static_cache import StaticCache, no_slots
 from autotune.variant import Variant, build, serving
 from autotune.workload import Workload
+from tests.fakes.cuda import WAITS, FakeCuda
 from tests.models import left_padded, tiny, token_prompts
 
 PLANS: dict[str, list[Transform]] = {
@@ -171,3 +176,190 @@ def test_a_damaged_artifact_costs_a_compilation_and_nothing_else() -> None:
     assert kept is not None
     kept.write_bytes(b"not code")
     same(ask(serving(build(model, [CompileStep(phase="decode")]))), ask(model))
+
+
+class Shown:
+    """A streamer that notes what it is given, and may fail."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.given: list[list[int]] = []
+        self.ended, self.fail_at = False, fail_at
+
+    def put(self, value: torch.Tensor) -> None:
+        if len(self.given) == self.fail_at:
+            raise ConnectionError("the listener is gone")
+        self.given.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Impatient(StoppingCriteria):
+    """Fails at a length."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.shape[1] > 16:
+            raise TimeoutError("took too long")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+AHEAD_PLANS: dict[str, list[Transform]] = {
+    "growing cache": [LeanLoop()],
+    "slots": [StaticCache()],
+    "graphs": [CudaGraph(phase="decode", shortest=16)],
+}
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    gpu = FakeCuda()
+    with device.stand_in(gpu):
+        yield gpu
+
+
+@pytest.mark.parametrize("plan", AHEAD_PLANS)
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_one_step_ahead_every_request_is_answered_as_by_transformers(plan: str, request_: str, fake: FakeCuda) -> None:
+    model = tiny("llama")
+    served, options = serving(build(model, AHEAD_PLANS[plan])), REQUESTS[request_]
+    padded = left_padded()
+    for ids, more in ((IDS, {}), (padded["input_ids"], {"attention_mask": padded["attention_mask"]}), (IDS[:, :3], {})):
+        same(ask(served, ids, **options, **more), ask(model, ids, **options, **more))
+        state = torch.get_rng_state()
+        ask(model, ids, **options, **more)
+        assert torch.equal(torch.get_rng_state(), state), "it drew another number of random numbers"
+
+
+@pytest.mark.parametrize("plan", AHEAD_PLANS)
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": list(range(40))}, {"stopping_criteria": [Long()]}], ids=str)
+def test_one_step_ahead_the_cache_holds_what_transformers_would_return(
+    plan: str, ends: dict[str, Any], fake: FakeCuda
+) -> None:
+    """A step that was launched and not kept is not in it, and the next answer goes on from there as it should."""
+    model = tiny("llama")
+    served = serving(build(model, AHEAD_PLANS[plan]))
+    mine, theirs = (ask(m, max_new_tokens=30, return_dict_in_generate=True, **ends) for m in (served, model))
+    assert torch.equal(mine.sequences, theirs.sequences)
+    for given, expected in zip(slots.tensors(mine.past_key_values), slots.tensors(theirs.past_key_values), strict=True):
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", AHEAD_PLANS)
+def test_one_step_ahead_a_streamer_is_given_the_same(plan: str, fake: FakeCuda) -> None:
+    model = tiny("llama")
+    served = serving(build(model, AHEAD_PLANS[plan]))
+    mine, theirs = Shown(), Shown()
+    for streamer, asked in ((mine, served), (theirs, model)):
+        ask(asked, streamer=streamer, eos_token_id=list(range(40)), max_new_tokens=30)
+    assert mine.given == theirs.given
+    assert mine.ended
+
+
+@pytest.mark.parametrize("plan", AHEAD_PLANS)
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"streamer": Shown(fail_at=3)}, ConnectionError), ({"stopping_criteria": [Impatient()]}, TimeoutError)],
+    ids=["streamer", "criteria"],
+)
+def test_one_step_ahead_a_callback_that_fails_poisons_nothing(
+    plan: str, options: dict[str, Any], error: type[Exception], fake: FakeCuda
+) -> None:
+    model = tiny("llama")
+    served = serving(build(model, AHEAD_PLANS[plan]))
+    expected = ask(model)
+    same(ask(served), expected)
+    with pytest.raises(error):
+        ask(served, **options)
+    same(ask(served), expected)
+
+
+class Order(TorchDispatchMode):
+    """Notes what is done in which order: steps of the model, and looks of the host."""
+
+    def __init__(self, fake: FakeCuda) -> None:
+        super().__init__()
+        self.done: list[str] = []
+        fetch = fake.fetch
+
+        def noted(tensor: torch.Tensor) -> Any:
+            arrived = fetch(tensor)
+            return lambda: (self.done.append("look"), arrived())[1]
+
+        fake.fetch = noted  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::embedding":
+            self.done.append("step")
+        if func._schema.name in {*WAITS, "aten::multinomial"}:
+            self.done.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
+def test_the_next_step_is_launched_before_the_host_looks(sampling: bool, fake: FakeCuda) -> None:
+    """And nothing else makes the host wait; no step is launched in vain where the length tells the end."""
+    served = serving(build(tiny("llama"), [StaticCache()]))
+    options = {"max_new_tokens": 5, "do_sample": sampling, "attention_mask": torch.ones_like(IDS)}
+    ask(served, **options)
+    order = Order(fake)
+    with order:
+        ask(served, **options)
+    loop = order.done[order.done.index("step") :]
+    assert loop == ["step", *["step", "look"] * 4, "look"]
+
+
+def test_scores_that_are_no_probabilities_are_refused_as_by_transformers(fake: FakeCuda) -> None:
+    class Broken(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            return scores if input_ids.shape[1] < 15 else scores * torch.nan  # type: ignore[return-value]
+
+    model = tiny("llama")
+    for asked in (model, serving(build(model, [StaticCache()]))):
+        with pytest.raises(RuntimeError, match="probability tensor contains either `inf`, `nan` or element < 0"):
+            ask(asked, do_sample=True, logits_processor=[Broken()])
+
+
+def test_tokens_are_drawn_as_by_multinomial() -> None:
+    for seed in range(100):
+        odds = torch.randn(3, 257, generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        expected, state = torch.multinomial(odds.softmax(-1), 1).squeeze(1), torch.get_rng_state()
+        torch.manual_seed(seed)
+        token, sound = _choose_unwaiting(odds, sampling=True)
+        assert torch.equal(token, expected)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert sound is not None
+        assert sound.all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", AHEAD_PLANS)
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_on_a_gpu_every_request_is_answered_as_by_transformers(plan: str, request_: str) -> None:
+    model, options = tiny("llama").to("cuda"), REQUESTS[request_]
+    if request_ == "criteria":
+        options = {"stopping_criteria": [Long()]}
+    served = serving(build(model, AHEAD_PLANS[plan]))
+    for ids in (IDS.to("cuda"), IDS[:, :3].to("cuda")):
+        same(ask(served, ids, **options), ask(model, ids, **options))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_loop_never_makes_the_host_wait() -> None:
+    """But for the copies it asked for: torch tells of every other wait."""
+    ids = IDS.to("cuda")
+    served = serving(build(tiny("llama").to("cuda"), [CudaGraph(phase="decode", shortest=16)]))
+    options = {"do_sample": True, "attention_mask": torch.ones_like(ids)}
+    ask(served, ids, **options)
+    sample = loop.sample
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return sample(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "sample", watched)
+        ask(served, ids, **options)
