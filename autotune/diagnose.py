@@ -2,12 +2,16 @@
 
 The time T of a call or token is divided by where it is spent, and the larger part names the bottleneck:
 
-    overhead   between operators, and in operators too small to be more than their own start
-    sync       the host waits for a device that has nothing to do
-    the rest   in operators that do real work: compute-, memory- or KV-cache-bound, whichever floor is the highest
+    overhead   between operators, and in operators too small to be more than their own start; on a GPU: it idles between
+               kernels, for most of them because the host had not launched the next one yet
+    sync       the host waits for a device that then has nothing to do, or both wait for copies between them
+    the rest   in operators that do real work: compute-, memory- or KV-cache-bound, whichever floor is the highest; the
+               KV cache where it is the larger part of the bytes, or where most of a token's time grows with the context
 
 A matmul that is slow for its bytes is memory-bound with a low efficiency, not overhead: what helps is a better kernel
 or fewer bytes, not fewer operators. A device that is idle is never called compute-bound.
+
+A GPU's own counters are told beside the verdict and never decide it: "100 % utilisation" means that some kernel ran.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ from .workload import Phase
 
 if TYPE_CHECKING:
     from .hardware import Hardware
-    from .profile import MemoryUse, PhaseProfile
+    from .profile import DeviceUse, MemoryUse, PhaseProfile
 
 Bottleneck = Literal["compute", "memory", "kv-cache", "overhead", "sync", "capacity", "mixed"]
 
 DOMINANT = 0.6  # a part this large decides: removing all of the rest would gain less than 1 / 0.6 = 1.67x
+GROWING = 0.5  # of a token's time that grows with the context: less cache then gains more than less of all the rest
 LARGE_SYNC = 0.2  # waiting this long on an idle device outweighs what any kernel could gain
 FULL = 0.9  # of the memory: allocator slack and the host's own needs take the rest
 UNITS = {"prefill": "a call", "decode": "a token"}
@@ -62,7 +67,7 @@ def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse 
     return Diagnosis(
         phase=phase_profile.phase,
         bottleneck=bottleneck,
-        evidence=_evidence(phase_profile, hardware, bottleneck, share, memory),
+        evidence=_evidence(phase_profile, hardware, bottleneck, share, memory) + _counters(phase_profile),
         ceiling=1 / share if share else float("inf"),
         roofline_share=share,
     )
@@ -74,7 +79,7 @@ def find_bottleneck(phase: PhaseProfile, hardware: Hardware, memory: MemoryUse |
         return "capacity"
     overhead = overhead_s(phase) / phase.seconds
     waiting = phase.sync_s / phase.seconds
-    if waiting >= LARGE_SYNC and 1 - phase.busy >= LARGE_SYNC:
+    if (waiting >= LARGE_SYNC and phase.idle >= LARGE_SYNC) or copying(phase) >= LARGE_SYNC:
         return "sync"
     if overhead >= DOMINANT:
         return "overhead"
@@ -83,6 +88,8 @@ def find_bottleneck(phase: PhaseProfile, hardware: Hardware, memory: MemoryUse |
 
 def work_bound(phase: PhaseProfile, hardware: Hardware) -> Literal["compute", "memory", "kv-cache"]:
     """Which floor the working time of a phase stands on, whatever the overhead beside it."""
+    if phase.growth_s > GROWING * phase.seconds:
+        return "kv-cache"
     machine = ridge(peak_flops_per_s(hardware, phase.compute_dtype), hardware.bandwidth_bytes_per_s)
     if phase.moved_bytes == 0 or classify(intensity(phase.flops, phase.moved_bytes), machine) == "compute":
         return "compute"
@@ -94,11 +101,23 @@ def overhead_s(phase: PhaseProfile) -> float:
     return max(0.0, phase.seconds * (1 - phase.busy)) + phase.small_s
 
 
+def copying(phase: PhaseProfile) -> float:
+    """Share of the time in which data moves between host and device and nothing is computed."""
+    return phase.device.copy_s / phase.seconds if phase.device is not None else 0.0
+
+
 def needed_bytes(phase: PhaseProfile, memory: MemoryUse | None) -> float:
     """Bytes that must be resident for the phase to run."""
     if memory is None:
         return phase.moved_bytes
     return memory.weights_bytes + memory.cache_bytes + memory.activations_bytes
+
+
+def _counters(phase: PhaseProfile) -> str:
+    """What the device's counters add; empty where there are none."""
+    counters = phase.device.counters if phase.device is not None else None
+    told = counters.evidence() if counters is not None else ""
+    return f" ({told})" if told else ""
 
 
 def _evidence(
@@ -115,20 +134,40 @@ def _evidence(
             + f"{_gb(hardware.memory_bytes)} there are: capacity-bound"
         )
     if bottleneck == "sync":
-        return (
-            f"{subject} waits for the device {_ms(phase.sync_s)} of {_ms(phase.seconds)} {unit} while that works only "
-            f"{_percent(phase.busy)} of the time: synchronisation-bound; {floor}"
-        )
+        waited = f"{subject} waits for the device {_ms(phase.sync_s)} of {_ms(phase.seconds)} {unit}"
+        if phase.device is not None and copying(phase) >= LARGE_SYNC:
+            copies = f"for {_ms(phase.device.copy_s)} nothing but copies to or from the host runs"
+            return f"{waited}, and {copies}: synchronisation-bound; {floor}"
+        working = f"while that works only {_percent(phase.busy)} of the time"
+        return f"{waited} {working}: synchronisation-bound; {floor}"
+    if bottleneck == "overhead" and phase.device is not None:
+        return f"{_launches(phase, phase.device)}: overhead-bound; {floor}"
     if bottleneck == "overhead":
         return (
             f"{subject} spends {part} between its {phase.operator_count} operators and in small ones: "
             f"overhead-bound; {floor}"
         )
     reached = _reached(phase, hardware, work_bound(phase, hardware))
+    if bottleneck == "mixed" and phase.device is not None:
+        return f"{reached}, and {_launches(phase, phase.device)}: mixed; {best}"
     if bottleneck == "mixed":
         return f"{reached}, and {part} is overhead: mixed; {best}"
     name = {"kv-cache": "KV-cache-bound", "compute": "compute-bound", "memory": "memory-bound"}[bottleneck]
     return f"{reached}: {name}; {best}"
+
+
+def _launches(phase: PhaseProfile, device: DeviceUse) -> str:
+    """How often the host starts something, and how long the device waits for that."""
+    kernels = f"{device.launches} kernels"
+    if device.graph_launches == device.launches == 1:
+        kernels = f"{device.kernel_count} kernels as 1 graph"
+    elif device.graph_launches:
+        kernels = f"{device.kernel_count} kernels, in {device.launches} launches with graphs among them,"
+    small = f", and {_ms(phase.small_s)} pass in small kernels" if phase.small_s > phase.seconds / 20 else ""
+    return (
+        f"{phase.phase} launches {kernels} {UNITS[phase.phase]}; the device idles {_percent(phase.idle)} of "
+        f"{_ms(phase.seconds)}, in {_percent(device.late)} of the gaps it waits for the host{small}"
+    )
 
 
 def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
@@ -137,14 +176,16 @@ def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
     if bound == "compute":
         peak, rate = peak_flops_per_s(hardware, phase.compute_dtype), phase.flops / phase.seconds
         return (
-            f"{phase.phase} computes {phase.flops / 1e9:.3g} GFLOP {unit} at {_flops(rate)}, "
+            f"{phase.phase} computes {_flops(phase.flops, '')} {unit} at {_flops(rate)}, "
             f"{_percent(rate / peak)} of the {_flops(peak)} measured for {phase.compute_dtype}"
         )
     peak, rate = hardware.bandwidth_bytes_per_s, phase.moved_bytes / phase.seconds
     cache = f", {_percent(phase.cache_bytes / phase.moved_bytes)} of it KV cache," if bound == "kv-cache" else ""
+    if bound == "kv-cache" and phase.growth_s > GROWING * phase.seconds:
+        cache += f" {_ms(phase.growth_s)} of {_ms(phase.seconds)} growing with the context,"
     return (
-        f"{phase.phase} moves {_mb(phase.moved_bytes)} {unit}{cache} at {rate / 1e9:.3g} GB/s, "
-        f"{_percent(rate / peak)} of the {peak / 1e9:.3g} GB/s measured"
+        f"{phase.phase} moves {_mb(phase.moved_bytes)} {unit}{cache} at {_gb(rate)}/s, "
+        f"{_percent(rate / peak)} of the {_gb(peak)}/s measured"
     )
 
 
@@ -161,8 +202,8 @@ def _mb(size: float) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:.3g} TB"
 
 
-def _flops(per_s: float) -> str:
-    return f"{per_s / 1e9:.3g} GFLOP/s" if per_s < 1e12 else f"{per_s / 1e12:.3g} TFLOP/s"
+def _flops(amount: float, per: str = "/s") -> str:
+    return f"{amount / 1e9:.3g} GFLOP{per}" if amount < 1e12 else f"{amount / 1e12:.3g} TFLOP{per}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from autotune.device.counters import Counters
 from autotune.diagnose import diagnose, overhead_s
 from autotune.hardware import Hardware
-from autotune.profile import MemoryUse, PhaseProfile
+from autotune.profile import DeviceUse, MemoryUse, PhaseProfile
 
 CPU = Hardware("cpu", "a CPU", "AVX512", 2, 16 * 10**9, 34e9, {"float32": 420e9}, None, {})
 H100 = Hardware("cuda", "a GPU", "9.0", 1, 80 * 10**9, 3350e9, {"float16": 989e12}, None, {})
@@ -54,6 +57,91 @@ GPU = replace(
     attention_s=0.0005,
     small_s=0.0,
 )
+
+GPU_PREFILL = replace(
+    GPU, phase="prefill", samples_s=(0.1,), flops=60e12, cache_bytes=0.3e9, busy=0.98, linear_s=0.08, attention_s=0.012
+)
+
+
+def used(phase: PhaseProfile, busy: float, launches: int = 300, late: float = 0.1, **more: Any) -> PhaseProfile:
+    """The phase with a device that works for a share `busy` of the time."""
+    idle_s = (1 - busy) * phase.seconds
+    device = DeviceUse(busy * phase.seconds, launches, launches, idle_s, late * idle_s, late, 0.0)
+    fields = {f.name for f in dataclass_fields(DeviceUse)}
+    device = replace(device, **{name: value for name, value in more.items() if name in fields})
+    return replace(phase, busy=busy, device=device, **{n: v for n, v in more.items() if n not in fields})
+
+
+SLOW = replace(GPU, samples_s=(0.0091,))
+LONG = replace(GPU, samples_s=(0.011,), cache_bytes=20e9, attention_s=0.006, linear_s=0.0045)
+PATTERNS = [  # the five of a GPU, and capacity
+    ("decode reads its weights", used(GPU, 0.95), "memory", "2.42 TB/s, 72 % of the 3.35 TB/s measured"),
+    ("weights at half the bandwidth", used(SLOW, 0.93), "memory", "memory-bound; at 100 % it would be 2.1x faster"),
+    (
+        "prefill multiplies",
+        used(GPU_PREFILL, 0.98),
+        "compute",
+        "computes 60 TFLOP a call at 600 TFLOP/s, 61 % of the 989 TFLOP/s measured for float16",
+    ),
+    ("prefill that idles", used(GPU_PREFILL, 0.3, late=0.9), "overhead", "idles 70 % of 100 ms"),
+    ("more cache than weights", used(LONG, 0.96), "kv-cache", "59 % of it KV cache"),
+    ("grows with the context", used(GPU, 0.95, growth_s=0.004), "kv-cache", "4 ms of 6 ms growing with the context"),
+    ("grows a little", used(GPU, 0.95, growth_s=0.002), "memory", "memory-bound"),
+    ("short kernels", used(SLOW, 0.39, 812, 0.74), "overhead", "launches 812 kernels a token; the device idles 61 %"),
+    (
+        "one graph of short kernels",
+        used(SLOW, 0.9, 1, kernel_count=812, graph_launches=1, small_s=0.006),
+        "overhead",
+        "launches 812 kernels as 1 graph a token",
+    ),
+    (
+        "a graph between kernels",
+        used(SLOW, 0.3, 40, kernel_count=812, graph_launches=1),
+        "overhead",
+        "launches 812 kernels, in 40 launches with graphs among them, a token",
+    ),
+    ("idle for half", used(SLOW, 0.5, 812, 0.9), "mixed", "in 90 % of the gaps it waits for the host: mixed"),
+    ("waits inside each token", used(SLOW, 0.6, sync_s=0.003), "sync", "waits for the device 3 ms of 9.1 ms"),
+    ("waits for what it needs", used(SLOW, 0.95, sync_s=0.008), "memory", "memory-bound"),
+    ("offloaded weights", used(SLOW, 0.95, copy_s=0.006), "sync", "for 6 ms nothing but copies to or from the host"),
+    ("a few copies", used(SLOW, 0.95, copy_s=0.0005), "memory", "memory-bound"),
+    ("too large", used(replace(GPU, weight_bytes=140e9), 0.95), "capacity", "capacity-bound"),
+]
+
+
+@pytest.mark.parametrize(("phase", "expected", "said"), [p[1:] for p in PATTERNS], ids=[p[0] for p in PATTERNS])
+def test_every_pattern_of_a_gpu_is_recognised(phase: PhaseProfile, expected: str, said: str) -> None:
+    found = diagnose(phase, H100)
+    assert found.bottleneck == expected
+    assert said in found.evidence
+
+
+def test_evidence_of_a_gpu_that_waits_for_its_host() -> None:
+    assert diagnose(used(SLOW, 0.39, 812, 0.74), H100).evidence == (
+        "decode launches 812 kernels a token; the device idles 61 % of 9.1 ms, in 74 % of the gaps it waits for the "
+        "host: overhead-bound; the roofline floor is 4.33 ms; at 100 % it would be 2.1x faster"
+    )
+
+
+GPM = Counters(sm_active=0.38, tensor_active=0.02, dram_active=0.45)
+NVML = Counters(sm_utilization=1.0, memory_utilization=0.3)
+TOLD = [
+    (GPM, "(GPM counts SMs active 38 %, tensor cores 2 %, DRAM 45 %)"),
+    (NVML, "(NVML saw a kernel running 100 % of the time, memory 30 %)"),
+    (Counters(sm_utilization=0.5), "(NVML saw a kernel running 50 % of the time)"),
+    (Counters(), "faster"),
+    (None, "faster"),
+]
+
+
+@pytest.mark.parametrize(("counters", "end"), TOLD)
+@pytest.mark.parametrize("busy", [0.95, 0.2])
+def test_counters_are_told_and_decide_nothing(counters: Counters | None, end: str, busy: float) -> None:
+    without = diagnose(used(GPU, busy), H100)
+    found = diagnose(used(GPU, busy, counters=counters), H100)
+    assert found.bottleneck == without.bottleneck
+    assert found.evidence.endswith(end)
+
 
 CASES = [
     ("decode at half its bandwidth", DECODE, CPU, "memory"),
