@@ -1,32 +1,81 @@
-"""Which of transformers' attention implementations computes a phase."""
+"""Which attention implementation computes a phase: transformers' own, one of SDPA's kernels, a package's, the hub's."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .. import roofline
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import architecture, roofline
 from ..errors import TransformError
-from . import Stage, Transform, require
+from . import Stage, Transform, require, sdpa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..architecture import Capability
     from ..hardware import Hardware
     from ..profile import Profile
     from ..variant import Variant
     from ..workload import Phase
 
-# implementation -> the flag by which a model class declares that it supports it
-SUPPORT = {
-    "eager": None,
-    "sdpa": "_supports_sdpa",
-    "flash_attention_2": "_supports_flash_attn",
-    "flash_attention_3": "_supports_flash_attn",
+PROBE_TOKENS = 4  # of the request that shows which kernel runs; shorter than any sliding window
+ON = ("1", "ON", "YES", "TRUE")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an implementation needs of model, machine and process.
+
+    Args:
+        flag: attribute by which a model class declares that it supports it; None: all do.
+        devices: device types it runs on.
+        oldest, newest: compute capabilities between which its kernels exist; None: no bound.
+        head_size: the largest it takes; None: any.
+        half: whether it takes FP16 and BF16 alone.
+        package: what has to be importable; None: nothing.
+        mask: whether it takes an attention mask, and so the one of a static cache.
+    """
+
+    flag: str | None = "_supports_sdpa"
+    devices: tuple[str, ...] = ("cuda",)
+    oldest: Capability | None = (8, 0)
+    newest: Capability | None = None
+    head_size: int | None = 256
+    half: bool = True
+    package: str | None = None
+    mask: bool = False
+
+
+FLASH = "_supports_flash_attn"
+HOPPER: Capability = (9, 9)  # FlashAttention 3 is written for Hopper's instructions, which no other architecture has
+
+# Sources: torch's sdp_utils.cpp (architectures and head sizes of its flash, cuDNN and memory-efficient kernels),
+# flash-attention's README (2: Ampere and later, 3: Hopper, 4: Hopper and Blackwell; heads up to 256).
+IMPLEMENTATIONS: Mapping[str, Needs] = {
+    "eager": Needs(None, ("cpu", "cuda"), None, head_size=None, half=False, mask=True),
+    "sdpa": Needs(devices=("cpu", "cuda"), oldest=None, head_size=None, half=False, mask=True),
+    "sdpa:flash": Needs(devices=("cpu", "cuda")),
+    "sdpa:cudnn": Needs(head_size=128, mask=True),
+    "sdpa:efficient": Needs(oldest=(5, 0), head_size=None, half=False, mask=True),
+    "sdpa:math": Needs(devices=("cpu", "cuda"), oldest=None, head_size=None, half=False, mask=True),
+    "flex_attention": Needs("_supports_flex_attn", head_size=None, half=False, package="triton", mask=True),
+    "flash_attention_2": Needs(FLASH, package="flash_attn"),
+    "flash_attention_3": Needs(FLASH, oldest=(9, 0), newest=HOPPER, package="flash_attn_interface"),
+    "flash_attention_4": Needs(FLASH, oldest=(9, 0), package="flash_attn.cute"),
+    "kernels-community/flash-attn2": Needs(FLASH, package="kernels"),
+    "kernels-community/flash-attn3": Needs(FLASH, oldest=(9, 0), newest=HOPPER, package="kernels"),
+    "kernels-community/vllm-flash-attn3": Needs(FLASH, oldest=(9, 0), newest=HOPPER, package="kernels"),
+    "kernels-community/flash-attn4": Needs(FLASH, oldest=(9, 0), package="kernels"),
 }
-PACKAGE = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 @dataclass(frozen=True)
@@ -34,54 +83,163 @@ class Attention(Transform):
     """Another attention implementation, for the twin alone.
 
     Args:
-        implementation: "sdpa", "eager", "flash_attention_2" or "flash_attention_3".
+        implementation: "eager", "sdpa" (which chooses a kernel at each call), one of its kernels ("sdpa:flash",
+            "sdpa:cudnn", "sdpa:efficient", "sdpa:math"), "flex_attention", a package ("flash_attention_2", 3 or 4), or
+            a kernel of the hub by its repository ("kernels-community/flash-attn2").
     """
 
     implementation: str = "sdpa"
 
     name: ClassVar[str] = "attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
-    summary: ClassVar[str] = "another of transformers' attention implementations"
+    summary: ClassVar[str] = "another attention: SDPA's kernels, FlashAttention 2 to 4, the hub's, FlexAttention"
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.implementation, SUPPORT, "attention: implementation")
+        require(self.implementation, IMPLEMENTATIONS, "attention: implementation")
+
+    @property
+    def registered(self) -> str:
+        """Its name among transformers' attention implementations."""
+        return sdpa.KERNELS[self.backend].name if self.backend else self.implementation
+
+    @property
+    def backend(self) -> str:
+        """SDPA's kernel, or ""."""
+        return self.implementation.partition(":")[2]
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         model, wanted = variant.original, self.implementation
-        if all(in_use(variant.modules[phase]) == {wanted} for phase in self.phases):
+        if all(in_use(variant.modules[phase]) == {self.registered} for phase in self.phases):
             return f"{wanted} is in use for {' and '.join(self.phases)} already"
         if not model._can_set_attn_implementation():
             return f"{type(model).__name__} has no exchangeable attention"
-        flag = SUPPORT[wanted]
-        if flag is not None and not getattr(model, flag, False):
+        needs = IMPLEMENTATIONS[wanted]
+        if needs.flag is not None and not getattr(model, needs.flag, False):
             return f"{type(model).__name__} does not support {wanted}"
-        if wanted in PACKAGE:
-            if hardware.device != "cuda":
-                return f"{wanted} needs a CUDA device"
-            # asked here because transformers would look for a substitute on the hub
-            if importlib.util.find_spec(PACKAGE[wanted]) is None:
-                return f"package {PACKAGE[wanted]} is not installed"
+        if hardware.device not in needs.devices:
+            return f"{wanted} needs a {' or '.join(needs.devices).upper()} device"
+        return (
+            _unfit_gpu(wanted, needs, hardware)
+            or self._unfit_model(variant, needs, hardware)
+            or (_missing(needs.package) if needs.package else None)
+            or (_not_fetched(wanted) if "/" in wanted else None)
+        )
+
+    def _unfit_model(self, variant: Variant, needs: Needs, hardware: Hardware) -> str | None:
+        from ..profile.counts import activation_dtype, attention_layers
+
+        wanted, dtype = self.implementation, activation_dtype(variant.original)
+        if needs.half and hardware.device != "cpu" and dtype not in (torch.float16, torch.bfloat16):
+            return f"{wanted} takes FP16 and BF16; between this model's layers it is {dtype}: load it in BF16"
+        size = max((layer.head_size for layer in attention_layers(variant.original)), default=0)
+        if needs.head_size is not None and size > needs.head_size:
+            return f"{wanted} takes heads of up to {needs.head_size} numbers; this model's have {size}"
+        if not needs.mask and "decode" in self.phases and variant.caches is not None:
+            return f"{wanted} takes no mask, and a static cache needs one for the slots that are empty"
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         return {phase: roofline.faster_attention(profile.phases[phase], hardware) for phase in self.phases}
 
     def apply(self, variant: Variant) -> None:
+        if self.backend:
+            sdpa.register(self.backend)
+        elif "/" in self.implementation and (reason := _not_fetched(self.implementation)):
+            raise TransformError(f"{self}: {reason}")
         for twin in variant.edit(self.phase):
             try:
-                twin.set_attn_implementation(self.implementation)
+                twin.set_attn_implementation(self.registered)
             except (ValueError, ImportError) as error:
                 raise TransformError(f"{self}: {error}") from error
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:
-            if (used := in_use(variant.modules[phase])) != {self.implementation}:
-                return f"{phase} uses {' and '.join(sorted(map(str, used)))} instead of {self.implementation}"
+            if (used := in_use(variant.modules[phase])) != {self.registered}:
+                return f"{phase} uses {' and '.join(sorted(map(str, used)))} instead of {self.registered}"
+            if self.implementation in ("eager", "sdpa", "flex_attention"):
+                continue  # they choose for themselves, or are compiled, and a compiler takes no dispatch mode
+            if wrong := self._elsewhere(operators(variant.modules[phase], phase), variant.original.device):
+                return f"{phase} computes attention by {wrong} instead of {self.implementation}"
         return None
+
+    def _elsewhere(self, seen: set[str], device: torch.device) -> str | None:
+        """What computed attention where it was not this implementation."""
+        kernel = sdpa.kernel(self.backend, device) if self.backend else None
+        if kernel is not None and kernel.operator in seen:
+            return None
+        others = {name for name in seen if name.startswith("_scaled_dot_product") or "softmax" in name}
+        return " and ".join(sorted(others)) or ("no kernel of SDPA's" if self.backend else None)
 
 
 def in_use(model: PreTrainedModel) -> set[Any]:
     """Attention implementations that the modules of a model will look up."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     return {c._attn_implementation for c in configs if hasattr(c, "_attn_implementation")}
+
+
+def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
+    """Names of torch's operators that a few tokens of a phase go through."""
+    seen = _Names()
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]  # [1, PROBE_TOKENS]
+    with torch.no_grad():
+        if phase == "prefill":
+            with seen:
+                model(input_ids=ids, use_cache=True)
+        else:
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            with seen:
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    return seen.names
+
+
+class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def _unfit_gpu(wanted: str, needs: Needs, hardware: Hardware) -> str | None:
+    found = architecture.capability(hardware)
+    if found is not None and needs.newest is not None and found > needs.newest:
+        return f"{wanted} has no kernels for {architecture.name(found)}, only up to {architecture.name(needs.newest)}"
+    return architecture.lacking(hardware, needs.oldest, wanted)
+
+
+@functools.cache
+def _missing(package: str) -> str | None:
+    """Why a package cannot be used: it is not there, or it cannot be imported, which may raise anything."""
+    try:
+        # asked here because transformers would look for a substitute on the hub
+        if importlib.util.find_spec(package) is None:
+            return f"package {package} is not installed"
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return f"package {package} is not installed"
+    except Exception as error:
+        return f"package {package} cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def _not_fetched(repository: str) -> str | None:
+    """Why a kernel of the hub is not used: nothing is downloaded that the user did not ask for."""
+    if os.environ.get("AUTOTUNE_ALLOW_DOWNLOADS", "").upper() in ON:
+        return None
+    if not cached(repository):
+        return f"{repository} is not in the local cache; AUTOTUNE_ALLOW_DOWNLOADS=1 lets it be fetched"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ON:
+        return None
+    return f"{repository} may be fetched anew: set HF_HUB_OFFLINE=1 to use the copy in the cache"
+
+
+def cached(repository: str) -> bool:
+    """Whether the hub's cache holds a snapshot of a kernel."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = (os.environ.get(name) for name in ("KERNELS_CACHE", "HF_KERNELS_CACHE"))
+    pattern = f"*--{repository.replace('/', '--')}/snapshots/*"
+    return any(any(Path(folder).glob(pattern)) for folder in (*folders, HF_HUB_CACHE) if folder)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autotune.errors import TransformError
-from autotune.transforms.attention import Attention, in_use
-from autotune.variant import Variant
+from autotune.transforms import attention, make, sdpa
+from autotune.transforms.attention import IMPLEMENTATIONS, Attention, in_use, operators
+from autotune.variant import Variant, serving
 from tests import models
 from tests.test_transforms_contract import COMPILER
 
@@ -59,3 +65,190 @@ def test_took_effect_sees_another_implementation(llama: PreTrainedModel) -> None
     assert transform.took_effect(candidate) is None
     candidate.modules["decode"].set_attn_implementation("sdpa")
     assert transform.took_effect(candidate) == "decode uses sdpa instead of eager"
+
+
+GPU = replace(COMPILER, device="cuda", name="a GPU")
+HALF = {"dtype": torch.bfloat16}
+HUB = "kernels-community/flash-attn2"
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    attention._missing.cache_clear()
+    yield
+    attention._missing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "capability", "dtype", "changes", "says"),
+    [
+        ("sdpa:flash", "9.0", torch.bfloat16, {}, None),
+        ("sdpa:flash", "12.0", torch.float16, {}, None),
+        ("sdpa:flash", "7.5", torch.bfloat16, {}, "needs compute capability 8.0 or later; this GPU is turing (7.5)"),
+        ("sdpa:flash", "9.0", torch.float32, {}, "takes FP16 and BF16; between this model's layers it is torch.float"),
+        ("sdpa:flash", "9.0", torch.bfloat16, {"head_dim": 512}, "heads of up to 256 numbers; this model's have 512"),
+        ("sdpa:cudnn", "8.9", torch.bfloat16, {}, None),
+        ("sdpa:cudnn", "8.9", torch.bfloat16, {"head_dim": 256}, "heads of up to 128"),
+        ("sdpa:efficient", "7.0", torch.float32, {}, None),
+        ("sdpa:math", "7.0", torch.float32, {}, None),
+        ("flash_attention_2", "8.0", torch.bfloat16, {}, "package flash_attn is not installed"),
+        (
+            "flash_attention_3",
+            "8.9",
+            torch.bfloat16,
+            {},
+            "needs compute capability 9.0 or later; this GPU is ada",
+        ),
+        ("flash_attention_3", "9.0", torch.bfloat16, {}, "package flash_attn_interface is not installed"),
+        ("flash_attention_3", "10.0", torch.bfloat16, {}, "no kernels for blackwell (10.0), only up to hopper (9.9)"),
+        ("flash_attention_4", "10.0", torch.bfloat16, {}, "package flash_attn.cute is not installed"),
+        (HUB, "8.6", torch.bfloat16, {}, "package kernels is not installed"),
+        ("flex_attention", "8.0", torch.float32, {}, "package triton is not installed"),
+    ],
+)
+def test_what_a_gpu_and_a_model_must_have(
+    implementation: str,
+    capability: str,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    says: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = (IMPLEMENTATIONS[implementation].package or "none").partition(".")[0]
+    monkeypatch.setitem(sys.modules, package, None)
+    model = models.tiny("llama", **changes).to(dtype)
+    reason = Attention("prefill", implementation).unavailable(Variant(model), replace(GPU, capability=capability))
+    assert reason is None if says is None else says in (reason or "")
+
+
+def test_a_package_that_raises_on_import(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise OSError('undefined symbol: _ZN3c105Error')")
+    monkeypatch.syspath_prepend(tmp_path)
+    hopper = replace(GPU, capability="9.0")
+    reason = Attention("prefill", "flash_attention_2").unavailable(Variant(llama.bfloat16()), hopper)
+    assert "cannot be imported: OSError: undefined symbol" in (reason or "")
+
+
+def test_flash_and_the_mask_of_a_static_cache(llama: PreTrainedModel) -> None:
+    variant = Variant(llama.bfloat16())
+    hopper = replace(GPU, capability="9.0")
+    assert Attention("decode", "sdpa:flash").unavailable(variant, hopper) is None
+    variant.caches = object()  # type: ignore[assignment]
+    assert "takes no mask" in (Attention("decode", "sdpa:flash").unavailable(variant, hopper) or "")
+    assert Attention("prefill", "sdpa:flash").unavailable(variant, hopper) is None
+    assert Attention("decode", "sdpa:cudnn").unavailable(variant, hopper) is None
+
+
+@pytest.mark.parametrize(
+    ("fetched", "offline", "allowed", "says"),
+    [
+        (False, "1", "", "is not in the local cache"),
+        (False, "", "1", None),
+        (True, "", "", "set HF_HUB_OFFLINE=1"),
+        (True, "1", "", None),
+    ],
+)
+def test_nothing_is_downloaded_unasked(
+    fetched: bool, offline: str, allowed: str, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fetched:
+        (tmp_path / "kernels--kernels-community--flash-attn2" / "snapshots" / "0123").mkdir(parents=True)
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv("AUTOTUNE_ALLOW_DOWNLOADS", allowed)
+    reason = attention._not_fetched(HUB)
+    assert reason is None if says is None else says in (reason or "")
+
+
+def switches() -> list[bool]:
+    cuda = torch.backends.cuda
+    return [
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["flash", "math"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral-window", "gemma3"])
+def test_a_chosen_kernel_computes_the_same(backend: str, architecture: str) -> None:
+    model, before = models.tiny(architecture), switches()
+    transform = Attention("both", f"sdpa:{backend}")
+    candidate = Variant(model).with_transform(transform)
+    assert transform.took_effect(candidate) is None
+    for inputs in (models.left_padded(), {"input_ids": torch.tensor(models.token_prompts(2, 20))}):
+        for variant in (candidate, candidate.with_transform(make("lean_loop", {}, "decode"))):
+            got = serving(variant).generate(**inputs, max_new_tokens=12, min_new_tokens=12)
+            assert torch.equal(got, model.generate(**inputs, max_new_tokens=12, min_new_tokens=12))
+    assert switches() == before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", sdpa.KERNELS)
+@pytest.mark.parametrize(("heads", "queries", "keys", "size"), [(8, 16, 16, 64), (2, 16, 16, 60), (2, 1, 33, 128)])
+def test_shapes_on_a_gpu(backend: str, heads: int, queries: int, keys: int, size: int, masked: bool) -> None:
+    """Torch's own description of the CUDA operators, for meta tensors: which inputs they take, and what comes out."""
+    half = {"dtype": torch.bfloat16, "device": "meta"}
+    query, key = torch.empty(1, 8, queries, size, **half), torch.empty(1, heads, keys, size, **half)
+    mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="meta") if masked else None
+    module = torch.nn.Module()
+    module.num_key_value_groups = 8 // heads
+    out, _ = sdpa.attend(backend, module, query, key, key, mask, scaling=0.1)
+    assert out.shape == (1, queries, 8, size)
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", sdpa.ON_CPU)
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
+def test_one_kernel_against_sdpa(backend: str, mask: str | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    given = torch.rand(2, 1, 5, 9) > 0.3
+    given[..., 0] = True
+    bias = {None: None, "boolean": given, "additive": torch.where(given, 0.0, float("-inf"))}[mask]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    out, _ = sdpa.attend(backend, module, query, key, value, bias, is_causal=False)
+    wide = (t.repeat_interleave(2, 1) for t in (key, value))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, *wide, attn_mask=bias).transpose(1, 2))
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_another_kernel_than_the_chosen_one_is_no_effect(
+    phase: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform = Attention(phase, "sdpa:math")
+    candidate = Variant(llama).with_transform(transform)
+    assert transform.took_effect(candidate) is None
+    monkeypatch.setattr(sdpa, "kernel", lambda backend, device: None)  # every call goes to SDPA's own choice
+    assert transform.took_effect(candidate) == (
+        f"{phase} computes attention by _scaled_dot_product_flash_attention_for_cpu instead of sdpa:math"
+    )
+
+
+def test_operators_are_those_of_the_phase(llama: PreTrainedModel) -> None:
+    assert "_scaled_dot_product_flash_attention_for_cpu" in operators(llama, "prefill")
+    llama.set_attn_implementation("eager")
+    assert "_softmax" in operators(llama, "decode")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", sdpa.KERNELS)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_chosen_kernel_on_a_gpu(backend: str, phase: str) -> None:
+    from autotune import hardware
+
+    model = models.tiny("llama", hidden_size=256).to("cuda", torch.bfloat16)
+    transform, variant = Attention(phase, f"sdpa:{backend}"), Variant(model)
+    if (reason := transform.unavailable(variant, hardware.probe(model))) is not None:
+        pytest.skip(reason)
+    candidate = variant.with_transform(transform)
+    assert transform.took_effect(candidate) is None
+    ids = torch.tensor(models.token_prompts(2, 20), device="cuda")
+    with torch.no_grad():
+        got, expected = candidate.modules[phase](ids).logits.float(), model(ids).logits.float()
+    assert (got - expected).norm() < 0.03 * expected.norm()
