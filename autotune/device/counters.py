@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from statistics import fmean
+from statistics import mean
 from typing import Any
 
 AVERAGED = frozenset({
@@ -117,7 +117,7 @@ def combine(readings: Sequence[Mapping[str, Any]], missing: Mapping[str, str]) -
         if not values:
             continue
         if name in AVERAGED:
-            found[name] = fmean(values)
+            found[name] = mean(values)
         elif name == "lowered":
             found[name] = tuple(dict.fromkeys(reason for reasons in values for reason in reasons))
         else:

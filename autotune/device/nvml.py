@@ -26,7 +26,8 @@ logger = logging.getLogger("autotune")
 INTERVAL_S = 0.1  # NVML itself averages over a sixth of a second to a second
 PATIENCE_S = 2.0  # a driver that takes longer for a reading hangs
 SILENT = f"NVML did not answer within {PATIENCE_S:.0f} s"
-NOT_AVAILABLE = 2**63  # NVML's "no value" is all bits set
+NOT_AVAILABLE = (2**32 - 1, 2**64 - 1)  # NVML's "no value" is all bits set
+NO_VALUE = "the driver gives no value (N/A)"
 
 REASONS = {  # nvmlClocksEventReasons, a bit each
     0x001: "idle",
@@ -153,20 +154,20 @@ def read(library: Any, handle: Any, missing: dict[str, str]) -> dict[str, Any]:
             if _is_value(value):
                 found[name] = value
             else:
-                missing[name] = "the driver gives no value (N/A)"
+                missing[name] = NO_VALUE
     return found
 
 
 def _utilization(nvml: Any, handle: Any) -> tuple[Any, ...]:
     rates = nvml.nvmlDeviceGetUtilizationRates(handle)
-    return rates.gpu / 100, rates.memory / 100
+    return _in_units(rates.gpu, 0.01), _in_units(rates.memory, 0.01)
 
 
 def _clocks(kind: int) -> Callable[[Any, Any], tuple[Any, ...]]:
     def ask(nvml: Any, handle: Any) -> tuple[Any, ...]:
         return (
-            nvml.nvmlDeviceGetClockInfo(handle, kind) * 1e6,
-            nvml.nvmlDeviceGetMaxClockInfo(handle, kind) * 1e6,
+            _in_units(nvml.nvmlDeviceGetClockInfo(handle, kind), 1e6),
+            _in_units(nvml.nvmlDeviceGetMaxClockInfo(handle, kind), 1e6),
         )
 
     return ask
@@ -205,8 +206,8 @@ _QUESTIONS: Mapping[tuple[str, ...], Callable[[Any, Any], tuple[Any, ...]]] = {
     ("memory_clock_hz", "memory_clock_max_hz"): _clocks(2),  # NVML_CLOCK_MEM
     ("lowered",): _lowered,
     ("temperature_c",): lambda nvml, handle: (nvml.nvmlDeviceGetTemperature(handle, 0),),  # NVML_TEMPERATURE_GPU
-    ("power_w",): lambda nvml, handle: (nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,),
-    ("power_limit_w",): lambda nvml, handle: (nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,),
+    ("power_w",): lambda nvml, handle: (_in_units(nvml.nvmlDeviceGetPowerUsage(handle), 1e-3),),
+    ("power_limit_w",): lambda nvml, handle: (_in_units(nvml.nvmlDeviceGetEnforcedPowerLimit(handle), 1e-3),),
     ("memory_used_bytes", "memory_total_bytes"): _memory,
     ("other_processes", "other_bytes"): _others,
     ("mig",): lambda nvml, handle: (bool(nvml.nvmlDeviceGetMigMode(handle)[0]),),
@@ -281,4 +282,11 @@ def _why(error: BaseException) -> str:
 def _is_value(value: Any) -> bool:
     if isinstance(value, tuple | bool):
         return True
-    return isinstance(value, int | float) and math.isfinite(value) and 0 <= value < NOT_AVAILABLE
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0 and value not in NOT_AVAILABLE
+
+
+def _in_units(value: Any, unit: float) -> float:
+    """A driver's number in SI units; ValueError where it stands for none."""
+    if not _is_value(value):
+        raise ValueError(NO_VALUE)
+    return float(value * unit)
