@@ -78,6 +78,7 @@ class SlotCache:
         """
         filled = tensors(prompt)
         self.batch, self.length, self.lasting = filled[0][0].shape[0], 0, False
+        self._capacity = slots
         self.left: Any = None
         rows, device = rows or self.batch, filled[0][0].device
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
@@ -135,6 +136,11 @@ class SlotCache:
         """(rows, slots)."""
         rows, slots = self.valid.shape
         return rows, slots
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """(rows, slots, slots that a row takes in memory): all that tells the tensors of one model's caches apart."""
+        return *self.shape, self._capacity
 
 
 class CachePool:

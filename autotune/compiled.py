@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import device as devices
 from . import folders, hardware
 from .cache import SlotCache, run
 from .errors import TransformError
@@ -33,45 +34,54 @@ log = logging.getLogger("autotune")
 
 Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
 LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on every kernel's arguments, 0.5 ms a token
+MODES: dict[str, dict[str, bool]] = {  # what torch means by these names; see torch._inductor.list_mode_options
+    "default": {},
+    "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "reduce-overhead": {"triton.cudagraphs": True},
+}
 
 
 class CompiledStep:
-    """Compiled decode steps of one module, by (batch, slots).
+    """Compiled decode steps of one module, by the layout of a cache.
 
     Args:
         module: the decode module; its weights are passed by reference, never copied into the code.
         regions: trace every decoder layer as one nested region, generated once instead of once a layer.
+        mode: "default" or "max-autotune".
     """
 
-    def __init__(self, module: PreTrainedModel, regions: bool = True) -> None:
-        self.module, self.regions = module, regions
-        self._steps: dict[tuple[int, int], Callable[..., torch.Tensor]] = {}
+    def __init__(self, module: PreTrainedModel, regions: bool = True, mode: str = "default") -> None:
+        self.module, self.regions, self.mode = module, regions, mode
+        self._steps: dict[tuple[int, int, int], Callable[..., torch.Tensor]] = {}
         self._lock = threading.Lock()  # compiled code runs one step at a time
 
     def prepare(self, cache: SlotCache) -> None:
-        """Compile for this cache's shape, or load what was compiled before.
+        """Compile for this cache's layout, or load what was compiled before.
 
         Raises:
             TransformError: the module cannot be compiled, in a sentence.
         """
+        if cache.layout in self._steps:
+            return
         token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
         arguments = (self.module, token, token.clone(), cache.slot, cache.valid, cache.keys, cache.values)
-        path = artifact(self.module, cache.shape, self.regions)
+        path = artifact(self.module, cache.layout, self.regions, self.mode)
         compiled = load(path) if path is not None else None
         if compiled is None:
-            compiled = compile_ahead(arguments, self.regions)
+            compiled = compile_ahead(arguments, self.regions, self.mode)
             if path is not None:
                 keep(compiled, path)
         compiled.disable_guard_check()
-        self._steps[cache.shape] = compiled.fn
+        self._steps[cache.layout] = compiled.fn
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        return tuple(self._steps)
+        """(batch, slots) of every step there is."""
+        return tuple((batch, slots) for batch, slots, _ in self._steps)
 
     def fitting(self, cache: SlotCache) -> Step | None:
-        """The step compiled for this cache's shape, or None."""
-        compiled = self._steps.get(cache.shape)
+        """The step compiled for this cache's layout, or None."""
+        compiled = self._steps.get(cache.layout)
         if compiled is None:
             return None
 
@@ -82,13 +92,13 @@ class CompiledStep:
         return step
 
 
-def compile_ahead(arguments: tuple[Any, ...], regions: bool) -> Any:
+def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "default") -> Any:
     """Compile `cache.run` for these arguments, as one graph.
 
     Raises:
         TransformError: it cannot be traced as one graph, or the compiler failed.
     """
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN}
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN, **MODES[mode]}
     try:
         with torch.no_grad(), layers_as_regions(arguments[0], regions):
             function: Any = torch.compile(run, fullgraph=True, dynamic=False, options=options)
@@ -115,7 +125,7 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         kind.forward = forward
 
 
-def artifact(module: PreTrainedModel, shape: tuple[int, ...], regions: bool) -> Path | None:
+def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
     """Where this step's compiled code is kept, or None without a private cache directory."""
     folder = folders.cache("steps")
     if folder is None or not _private(folder):
@@ -123,7 +133,7 @@ def artifact(module: PreTrainedModel, shape: tuple[int, ...], regions: bool) -> 
     seen = hashlib.blake2b(digest_size=16)
     for part in _ingredients(module):
         seen.update(part.encode() + b"\0")
-    seen.update(repr((shape, regions, sorted(LEAN.items()), torch.get_num_threads())).encode())
+    seen.update(repr((layout, regions, sorted(LEAN.items()), mode, torch.get_num_threads())).encode())
     return folder / f"{seen.hexdigest()}.step"
 
 
@@ -131,6 +141,8 @@ def _ingredients(module: PreTrainedModel) -> Iterator[str]:
     """Everything that shapes the generated code, weights' values apart."""
     yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
     yield hardware.instruction_set() + hardware.instruction_sets()
+    identity = devices.of(module).identity()
+    yield f"{identity.name} {identity.capability} {torch.version.cuda}"
     yield module.config.to_json_string(use_diff=False)
     yield f"{module.config._attn_implementation} {module.get_experts_implementation()}"  # not in the JSON
     yield inspect.getsource(inspect.getmodule(run) or run)

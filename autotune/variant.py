@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .speculate import Speculation
     from .traffic import Traffic
     from .transforms import Transform
+    from .trees import TreeStep
 
 DEFAULT_CONTEXT = 256
 
@@ -80,7 +81,7 @@ class Variant:
         self.threads: dict[Phase, int] = {}
         self.caches: CachePool | None = None
         self.loop: Literal["transformers", "lean"] = "transformers"
-        self.step: CompiledStep | StepPrograms | GraphSteps | None = None
+        self.step: CompiledStep | TreeStep | StepPrograms | GraphSteps | None = None
         self.speculation: Speculation | None = None
         self.kv: KvCache | None = None
         self._editable: set[int] = set()  # ids of modules made by this very object

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from autotune.hardware import Hardware
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
+from autotune.trees import TreeStep
 from autotune.validate.score import Served
 from autotune.variant import Variant, serving
 from autotune.workload import Workload
@@ -478,3 +480,64 @@ def test_on_a_gpu_weights_that_move_are_captured_anew() -> None:
         parameter.data = parameter.data.clone()
     steps_of(variant).forget()
     assert torch.equal(ask(serving(variant), ids), before)
+
+
+@pytest.mark.slow
+def test_inductor_s_own_graphs_run_on_the_owner_and_results_are_the_caller_s() -> None:
+    """Inductor captures nothing on a CPU; which thread runs it, and what is handed out, is the same."""
+    with device.stand_in(FakeCuda()) as fake:
+        model, seen = tiny("llama"), set[int]()
+        plan = CompileStep(phase="decode", mode="reduce-overhead")
+        variant = Variant(model, workload=Workload(((1, 2, 3),), 12, (1,))).with_transform(plan)
+        assert isinstance(variant.step, TreeStep)
+        assert plan.took_effect(variant) is None
+        call = variant.step._call
+
+        def noted(*args: Any) -> torch.Tensor:
+            seen.add(threading.get_ident())
+            return call(*args)
+
+        variant.step._call = noted  # type: ignore[method-assign]
+        options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
+        agree(ask(serving(variant), **options), ask(model, **options))
+        assert seen == {fake.owner.run(threading.get_ident)}
+        five = torch.tensor(token_prompts(5))
+        assert torch.equal(ask(serving(variant), five), ask(model, five)), "a batch nobody compiled for"
+        with torch.inference_mode():
+            assert torch.equal(ask(serving(variant)), ask(model))
+        assert "captured or recorded already" in (GRAPH.unavailable(variant, CUDA) or "")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("max-autotune", "Triton kernels"), ("reduce-overhead", "no graphs to capture")]
+)
+def test_modes_for_gpus_say_why_not_on_a_cpu(mode: str, reason: str) -> None:
+    transform, variant = CompileStep(phase="decode", mode=mode), Variant(tiny("llama"))
+    cpu = Hardware("cpu", "test", "AVX2", 1, 2**34, 25e9, {"float32": 1e11}, "g++", {})
+    assert reason in (transform.unavailable(variant, cpu) or "")
+    with pytest.raises(TransformError, match=reason):
+        variant.with_transform(transform)
+
+
+@pytest.mark.parametrize(
+    ("there", "capability", "reason"),
+    [(False, "9.0", "needs Triton"), (True, "6.1", "compute capability 7.0"), (True, "12.0", None)],
+)
+def test_compiling_for_a_gpu_needs_triton(
+    there: bool, capability: str, reason: str | None, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if there else None)
+    found = CompileStep(phase="decode").unavailable(Variant(tiny("llama")), replace(CUDA, capability=capability))
+    assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_on_a_gpu_every_mode_decodes_the_same_tokens(mode: str) -> None:
+    model, ids = tiny("llama").to("cuda"), IDS.to("cuda")
+    plan = CompileStep(phase="decode", mode=mode)
+    variant = Variant(model).with_transform(plan)
+    for _ in range(2):
+        assert torch.equal(ask(serving(variant), ids), ask(model, ids))
+    assert plan.took_effect(variant) is None

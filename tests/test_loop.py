@@ -163,6 +163,9 @@ def test_compiled_code_is_kept_apart_by_all_that_shapes_it(change: Any) -> None:
     assert before is not None
     assert before == artifact(tiny("llama", seed=5), (1, 128), True)  # weights are passed, not compiled in
     assert before != artifact(model, (1, 256), True)
+    assert before != artifact(model, (1, 128), True, "max-autotune")
+    with device.stand_in(FakeCuda()):
+        assert before != artifact(model, (1, 128), True)
     change(model)
     assert artifact(model, (1, 128), True) != before
 
@@ -171,8 +174,8 @@ def test_a_damaged_artifact_costs_a_compilation_and_nothing_else() -> None:
     model = tiny("llama")
     first = build(model, [CompileStep(phase="decode")])
     assert first.step is not None
-    (shape,) = first.step.shapes
-    kept = artifact(model, shape, True)
+    ((batch, room),) = first.step.shapes
+    kept = artifact(model, (batch, room, room), True)
     assert kept is not None
     kept.write_bytes(b"not code")
     same(ask(serving(build(model, [CompileStep(phase="decode")]))), ask(model))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from .. import device as devices
 from .. import roofline
-from ..errors import ChoiceError
+from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, require
-from .static_cache import no_slots, use_slots
+from .static_cache import automatic_slots, no_slots, use_slots
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -17,17 +19,22 @@ if TYPE_CHECKING:
     from ..variant import Variant
     from ..workload import Phase
 
+TRITON_CAPABILITY = (7, 0)  # Volta; see torch.utils._triton
+
 
 @dataclass(frozen=True)
 class CompileStep(Transform):
     """Compiles a decode step over static slots ahead of time, for the workload's batch sizes; others run uncompiled.
 
     Args:
+        mode: "default"; "max-autotune" tries Triton kernels for every matmul, on a GPU; "reduce-overhead" adds CUDA
+            graphs of inductor's own.
         layers: "once" generates code for one decoder layer and calls it for each; "unrolled" generates every layer,
             which takes several times as long and lets the compiler fuse across layers.
         slots: tokens a sequence has room for; 0 as in `static_cache`.
     """
 
+    mode: str = "default"
     layers: str = "once"
     slots: int = 0
 
@@ -37,6 +44,7 @@ class CompileStep(Transform):
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require(self.mode, ("default", "max-autotune", "reduce-overhead"), "compile_step: mode")
         require(self.layers, ("once", "unrolled"), "compile_step: layers")
         if self.phase != "decode":
             raise ChoiceError("compile_step: phase must be 'decode'")
@@ -44,9 +52,13 @@ class CompileStep(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.step is not None:
             return "the decode step is compiled already"
-        if hardware.device == "cpu" and hardware.compiler is None:
-            return "torch.compile needs a C++ compiler on a CPU, and none was found; install g++ or set $CXX"
-        return no_slots(variant.original)
+        return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original)
+
+    def _out_of_place(self, variant: Variant) -> str | None:
+        device = devices.of(variant.original)
+        if self.mode == "max-autotune" and device.kind == "cpu":
+            return "max-autotune chooses among Triton kernels, which a CPU does not run"
+        return device.without_graphs() if self.mode == "reduce-overhead" else None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""
@@ -56,17 +68,50 @@ class CompileStep(Transform):
         from ..cache import SlotCache, example
         from ..compiled import CompiledStep
 
+        if reason := self._out_of_place(variant):
+            raise TransformError(reason)
+        if self.mode == "reduce-overhead":
+            self._apply_graphs(variant)
+            return
         use_slots(variant, self.slots)
         assert variant.caches is not None  # noqa: S101 - use_slots made it; for the type checker
-        step = CompiledStep(variant.modules["decode"], regions=self.layers == "once")
+        step = CompiledStep(variant.modules["decode"], self.layers == "once", self.mode)
         for batch in variant.batch_sizes:
             with variant.running("decode"):
                 step.prepare(SlotCache(example(variant.original, batch), variant.caches.slots))
         variant.step = step
 
+    def _apply_graphs(self, variant: Variant) -> None:
+        from ..cache import CachePool, example
+        from ..trees import TreeStep
+
+        config = variant.original.config.get_text_config(decoder=True)
+        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
+        variant.caches, variant.loop = CachePool(config, slots), "lean"
+        step = TreeStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
+        for batch in variant.batch_sizes:
+            with variant.running("decode"), variant.caches.lend(example(variant.original, batch), None) as cache:
+                step.prepare(cache)
+        variant.step = step
+
     def took_effect(self, variant: Variant) -> str | None:
-        if variant.step is None or variant.caches is None:
+        from ..graphs import GraphSteps
+
+        step = variant.step.inner if isinstance(variant.step, GraphSteps) else variant.step  # captured since
+        if step is None or variant.caches is None:
             return "there is no compiled step"
         wanted = {(batch, variant.caches.slots) for batch in variant.batch_sizes}
-        missing = sorted(wanted - set(variant.step.shapes))
+        missing = sorted(wanted - set(step.shapes))
         return f"no step for (batch, slots) {missing}" if missing else None
+
+
+def no_compiler(hardware: Hardware) -> str | None:
+    """Why torch.compile has nothing to generate code with, or None."""
+    if hardware.device == "cpu":
+        missing = hardware.compiler is None
+        return "torch.compile needs a C++ compiler on a CPU; install g++ or set $CXX" if missing else None
+    if importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton on a GPU, and it is not installed"
+    if tuple(map(int, hardware.capability.split("."))) < TRITON_CAPABILITY:
+        return f"Triton needs compute capability 7.0, and this GPU has {hardware.capability}"
+    return None

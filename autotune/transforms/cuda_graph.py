@@ -102,8 +102,6 @@ def uncapturable(variant: Variant) -> str | None:
 
     if variant.step is not None and not isinstance(variant.step, CompiledStep):
         return "the decode step is captured or recorded already"
-    if variant.step is not None and getattr(variant.step, "graphs", False):
-        return "the compiled decode step captures graphs of its own"
     if variant.caches is not None and type(variant.caches) is not CachePool:
         return "the KV cache does not stay at one address"
     model = variant.modules["decode"]
