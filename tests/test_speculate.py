@@ -369,7 +369,7 @@ def test_sampled_answers_have_the_same_distribution() -> None:
     sizes = {"vocab_size": 8, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     model, variant = guessing(draft="wrong", initializer_range=0.1, **sizes)
     model.generation_config.update(pad_token_id=None, eos_token_id=None)
-    ids, draws = torch.tensor([[3, 5, 3, 5, 3]]), 1500
+    ids, draws = torch.tensor([[3, 5, 3, 5, 3]]), 800
     with torch.no_grad():
         first = model(ids).logits[0, -1].softmax(-1)  # [8]
         pairs = torch.cat([ids.expand(8, -1), torch.arange(8)[:, None]], dim=1)
@@ -379,7 +379,7 @@ def test_sampled_answers_have_the_same_distribution() -> None:
     for _ in range(draws):
         a, b = served.generate(ids, do_sample=True, top_k=0, max_new_tokens=3)[0, 5:7].tolist()
         counted[8 * a + b] += 1
-    assert tally(variant).right > 100
+    assert tally(variant).right > 50
     assert tally(variant).guessed > tally(variant).right
     statistic = ((counted - expected) ** 2 / expected).sum().item()
     assert statistic < 103.4  # 63 degrees of freedom, p = 0.001
@@ -413,7 +413,7 @@ def test_the_host_waits_for_a_gpu_once_a_token() -> None:
 
 
 def test_a_draft_that_fails_is_the_variants_failure() -> None:
-    model, variant = guessing(draft="right")
+    _, variant = guessing(draft="right")
     assert variant.draft is not None
     variant.draft.forward = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(VariantError, match="ZeroDivisionError"):

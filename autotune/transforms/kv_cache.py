@@ -78,7 +78,7 @@ class QuantisedCache(Transform):
     def _indivisible(self, variant: Variant) -> str | None:
         from ..profile.counts import attention_layers
 
-        if self.scheme != "int4":
+        if self.scheme != "int4" or self.backend != "own":
             return None
         odd = sorted({keys.head_size for keys in attention_layers(variant.original) if keys.head_size % 32})
         return f"INT4 stores groups of 32 numbers, and heads have {odd[0]}" if odd else None

@@ -1,0 +1,165 @@
+"""When decode guesses ahead, what it promises, and how it goes with other transforms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import autotune
+from autotune import kernels, speculate
+from autotune.errors import ChoiceError, TransformError
+from autotune.profile import PhaseProfile, Profile
+from autotune.transforms import Stage, Transform, make
+from autotune.transforms.kv_cache import QuantisedCache
+from autotune.transforms.speculation import Speculation
+from autotune.transforms.static_cache import StaticCache
+from autotune.transforms.step_program import StepProgram
+from autotune.transforms.threads import Threads
+from autotune.variant import Variant, build, serving
+from autotune.workload import Workload
+from tests.models import tiny, token_prompts
+from tests.test_loop import ask, same
+from tests.test_speculate import RANDOM, REPEATING, Copying
+from tests.test_transforms_contract import COMPILER
+
+PROMPT, MODEL = Speculation("decode", "prompt"), Speculation("decode", "model")
+
+
+@pytest.mark.parametrize(
+    ("transform", "arch", "plan", "batches", "says"),
+    [
+        (PROMPT, "llama", [], (1,), None),
+        (PROMPT, "llama", [StaticCache()], (1, 4), None),
+        (MODEL, "llama", [], (1,), "autotune.wrap(model, draft=...)"),
+        (PROMPT, "llama", [QuantisedCache("decode")], (1,), "the KV cache is stored in int8"),
+        (PROMPT, "llama", [PROMPT], (1,), "guesses ahead already"),
+        (PROMPT, "llama", [], (2, 8), "batches of 2, 8"),
+        (PROMPT, "mamba", [], (1,), "past_key_values"),
+    ],
+)
+def test_unavailable(
+    transform: Speculation, arch: str, plan: list[Transform], batches: tuple[int, ...], says: str | None
+) -> None:
+    model = tiny(arch)
+    work = Workload(tuple(map(tuple, token_prompts(4))), 12, batches)
+    reason = transform.unavailable(Variant(model, workload=work).with_transforms(plan), COMPILER)
+    assert reason is None if says is None else says in (reason or "")
+
+
+def test_a_draft_is_needed_to_apply() -> None:
+    with pytest.raises(TransformError, match="no draft model"):
+        build(tiny(), [MODEL])
+    variant = Variant(tiny(), draft=tiny(seed=1))
+    assert MODEL.unavailable(variant, COMPILER) is None
+    made = variant.with_transform(MODEL).speculation
+    assert made is not None
+    assert made.draft is not None
+    assert made.draft[0] is variant.draft
+
+
+@pytest.mark.parametrize(
+    ("params", "phase", "says"),
+    [
+        ({"draft": "promt"}, "decode", "did you mean 'prompt'"),
+        ({"tokens": 0}, "decode", "1 to 32"),
+        ({"tokens": 33}, "decode", "1 to 32"),
+        ({}, "both", "phase must be 'decode'"),
+    ],
+)
+def test_parameters_that_make_no_sense(params: dict[str, Any], phase: str, says: str) -> None:
+    with pytest.raises(ChoiceError, match=says):
+        make("speculation", params, phase)
+
+
+@pytest.mark.parametrize(
+    ("flops", "batch", "speedup"),
+    [
+        (1e9, 1, 6.0),  # 6 tokens take 6 GFLOP, 0.6 ms at 10 TFLOP/s, within the 10 ms of one step
+        (30e9, 1, 6 * 10 / 18),  # 180 GFLOP take 18 ms
+        (80e9, 1, 6 * 10 / 48),
+        (80e9, 8, 6.0),  # what was counted were eight sequences, what speculates is one
+    ],
+)
+def test_at_best_as_many_tokens_as_their_flops_take_time_for(flops: float, batch: int, speedup: float) -> None:
+    decode = PhaseProfile("decode", (0.01,), flops, 1e9, 1e6, 0.9, "float16", 0.009, 0.001, 100, 0.0, ())
+    profile = Profile({"decode": decode}, (), (), None, 100, batch)  # type: ignore[arg-type]
+    machine = replace(COMPILER, bandwidth_bytes_per_s=1e11, flops_per_s={"float16": 1e13})
+    assert PROMPT.predict(profile, machine) == {"decode": pytest.approx(speedup)}
+
+
+def test_a_step_that_cannot_pay_has_no_effect() -> None:
+    variant = build(tiny(), [PROMPT])
+    assert PROMPT.took_effect(variant) is None
+    assert variant.speculation is not None
+    variant.speculation.cost = 7.5
+    assert "5 of them takes 7.5x as long as a plain one" in (PROMPT.took_effect(variant) or "")
+    same(ask(serving(variant), REPEATING), ask(variant.original, REPEATING))
+    assert variant.speculation.tally == speculate.Tally()
+    assert "guesses nothing" in (PROMPT.took_effect(Variant(tiny())) or "")
+
+
+def test_it_comes_last() -> None:
+    """Its cost is measured against the step that serves, with the threads it serves with."""
+    assert max(Stage) is Stage.SPECULATION
+    plan = build(tiny(), [Threads("decode", 1), PROMPT, StaticCache()]).transforms
+    assert [t.name for t in plan] == ["static_cache", "threads", "speculation"]
+
+
+@pytest.mark.parametrize("draft", [PROMPT, MODEL], ids=str)
+def test_a_recorded_step_serves_what_is_not_guessed(draft: Speculation, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := kernels.available():
+        pytest.skip(reason)
+    model = tiny()
+    variant = Variant(model, draft=tiny()).with_transforms([StepProgram("decode"), draft])
+    assert variant.speculation is not None
+    assert variant.step is not None
+    variant.speculation.cost = 1.1  # here a recorded step is many times as fast as the module
+    recorded, calls = type(variant.step).fitting, []
+
+    def counted(steps: Any, cache: Any) -> Any:
+        step = recorded(steps, cache)
+        return lambda *arguments: calls.append(1) or step(*arguments)
+
+    monkeypatch.setattr(type(variant.step), "fitting", counted)
+    for ids, options in ((REPEATING, {"logits_processor": [Copying()]}), (RANDOM, {})):
+        calls.clear()
+        before = variant.speculation.tally
+        same(ask(serving(variant), ids, max_new_tokens=31, **options), ask(model, ids, max_new_tokens=31, **options))
+        after = variant.speculation.tally
+        assert len(calls) == 30 - (after.steps - before.steps) - (after.right - before.right)
+    assert variant.speculation.tally.right >= 24
+
+
+def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autotune import plan as plans
+    from autotune import tune as tuning
+
+    def scripted(model: Any, workload: Any, policy: Any, *, draft: Any, traffic: Any, **_: Any) -> tuning.Tuned:
+        variant = Variant(model, traffic, workload, draft).with_transform(MODEL)
+        assert variant.speculation is not None
+        variant.speculation.cost = 1.1  # a draft as slow as the model does not pay
+        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        return tuning.Tuned(variant, plans.Plan(none, variant.transforms), None, "won")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", scripted)
+    model, draft = tiny(), tiny()
+    expected = ask(model, REPEATING, max_new_tokens=21)
+    autotune.wrap(model, draft=draft, workload=token_prompts(4), when="blocking", cache=False)
+    assert torch.equal(ask(model, REPEATING, max_new_tokens=21), expected)
+    told = model.autotune.status.speculation
+    assert told.right == told.guessed > 0
+    assert "accepted (100%)" in str(told)
+    model.autotune.rollback()
+    assert model.autotune.status.speculation is None
+
+
+def test_a_plan_is_valid_for_its_draft() -> None:
+    from autotune import fingerprint, policy
+
+    model, work = tiny(), Workload(tuple(map(tuple, token_prompts(4))), 12, (1,))
+    balanced = policy.load("balanced")
+    keys = [fingerprint.of(model, COMPILER, work, balanced, d) for d in (None, tiny(), tiny(), tiny(seed=1))]
+    assert keys[0] != keys[1] == keys[2] != keys[3]
