@@ -28,6 +28,8 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "bitsandbytes": [{"scheme": name} for name in ("int8", "int8_vectorwise", "nf4", "fp4")],
     "linear_dtype": [{"dtype": "bfloat16"}, {"dtype": "float16"}],
     "prefill_attention": [{"precision": name} for name in ("float32", "bfloat16", "bfloat16x3")],
+    "quantised_cache": [{"scheme": name} for name in ("int8", "fp8", "int4")],
+    "speculation": [{"draft": "prompt"}, {"draft": "model"}],
     "threads": [{"count": 1}, {"count": 2}, {"count": 10_000}],
     "torchao": [
         {"scheme": name, "compile": False}
