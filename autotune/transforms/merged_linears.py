@@ -1,0 +1,86 @@
+"""Projections that read one input as one matmul: queries, keys and values; gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from .. import roofline, sites
+from ..errors import TransformError
+from ..merged import MergedAttention, MergedMlp, stand_in
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+KINDS = (MergedAttention, MergedMlp)
+
+
+@dataclass(frozen=True)
+class MergedLinears(Transform):
+    """Exchanges attention and gated feed-forward blocks for ones with fewer, larger matmuls.
+
+    The weights of a merged layer are a copy. Transforms of weights that come later pack the merged layers; after them
+    there are no plain ones left to merge.
+    """
+
+    name: ClassVar[str] = "merged_linears"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    summary: ClassVar[str] = "one matmul for queries, keys and values, and one for gate and up"
+    lossless: ClassVar[bool] = True
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if (reason := sites.obstacle(variant.original)) is not None:
+            return reason
+        for phase in self.phases:
+            model = variant.modules[phase]
+            if count(model):
+                return f"the projections of {phase} are merged already"
+            with torch.no_grad():
+                if next(stand_ins(model), None) is None:
+                    return (
+                        f"{type(model).__name__} has no plain projections of one input in a block of a known form: "
+                        "they are one already, or exchanged"
+                    )
+        return None
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best no time goes by between operators, and larger matmuls reach their floor."""
+        return {
+            phase: roofline.less_overhead(profile.phases[phase], hardware, new_kernels=True) for phase in self.phases
+        }
+
+    def apply(self, variant: Variant) -> None:
+        for twin in variant.edit(self.phase):
+            merged = 0
+            with torch.no_grad():
+                for name, new in stand_ins(twin):
+                    twin.set_submodule(name, new.eval())
+                    merged += 1
+            if not merged:
+                raise TransformError(f"{self}: {type(twin).__name__} has no projections that can be merged")
+
+    def took_effect(self, variant: Variant) -> str | None:
+        for phase in self.phases:
+            if not count(variant.modules[phase]):
+                return f"{phase} has no merged projections"
+        return None
+
+
+def count(model: nn.Module) -> int:
+    """How many blocks of a model are merged."""
+    return sum(isinstance(module, KINDS) for module in model.modules())
+
+
+def stand_ins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name of a block and its merged form, one after the other: only one copy is there that the model does not hold."""
+    for name, module in list(model.named_modules()):
+        if name and (new := stand_in(module)) is not None:
+            yield name, new
