@@ -56,8 +56,8 @@ class Captured:
     """One graph and its buffers.
 
     Args:
-        token, position: [rows, 1] int64, read by the graph.
-        logits: [rows, V], written by the graph.
+        token, position: [rows, K] int64, read by the graph.
+        logits: [rows, V], or [rows, K, V] of a step of several tokens, written by the graph.
         used: replays of the step when this graph was last replayed.
     """
 
@@ -68,12 +68,12 @@ class Captured:
     used: int = 0
 
     def replay(self, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
-        """On the owner thread: token, position [B, 1] in, logits [B, V] out; rows beyond B repeat the last."""
+        """On the owner thread: token, position [B, K] in, logits out; rows beyond B repeat the last."""
         batch = token.shape[0]
         for buffer, given in ((self.token, token), (self.position, position)):
             buffer[:batch].copy_(given)
             if batch < buffer.shape[0]:
-                buffer[batch:].copy_(given[-1:].expand(buffer.shape[0] - batch, 1))
+                buffer[batch:].copy_(given[-1:].expand(buffer.shape[0] - batch, -1))
         self.graph.replay()
         out.copy_(self.logits[:batch])
 
@@ -87,6 +87,7 @@ class GraphSteps:
         rows: batch sizes that are captured; a smaller batch is served by the next larger one.
         lengths: numbers of slots that are captured, ascending, the last one all of them.
         inner: compiled steps to capture; None to capture the module itself.
+        tokens: K, tokens of a sequence that a step takes at once; logits are [B, K, V] where it is more than one.
 
     Attributes:
         captures, replays: how many there were.
@@ -100,8 +101,9 @@ class GraphSteps:
         rows: Sequence[int],
         lengths: Sequence[int],
         inner: CompiledStep | None = None,
+        tokens: int = 1,
     ) -> None:
-        self.module, self.device, self.inner = module, device, inner
+        self.module, self.device, self.inner, self.tokens = module, device, inner, tokens
         self.rows, self.lengths = tuple(rows), tuple(lengths)
         self.captures = self.replays = 0
         self.fallbacks: Counter[str] = Counter()
@@ -124,7 +126,7 @@ class GraphSteps:
         Raises:
             TransformError: the step cannot be captured, or a replay gives other logits than the step itself.
         """
-        start = torch.zeros(cache.batch, 1, dtype=torch.int64, device=cache.slot.device)
+        start = torch.zeros(cache.batch, self.tokens, dtype=torch.int64, device=cache.slot.device)
         for read in [n for n in self.lengths if n <= self.covering(tokens)]:
             if (captured := self._captured(cache, read)) is None:
                 raise TransformError(f"the decode step cannot be captured: {self._refusal(cache.shape[0], read)}")
@@ -140,12 +142,12 @@ class GraphSteps:
         return self.step
 
     def step(self, token: torch.Tensor, position: torch.Tensor, cache: slots.SlotCache) -> torch.Tensor:
-        """token, position [B, 1] -> logits [B, V], a tensor of the caller's own.
+        """token, position [B, K] -> logits [B, V] or [B, K, V], a tensor of the caller's own.
 
         Raises:
             DeviceError: the device failed for good.
         """
-        read = self.covering(cache.length + 1)
+        read = self.covering(cache.length + self.tokens)
         if reason := self._outside(cache):
             self.fallbacks[reason] += 1
             return self._uncaptured(token, position, cache.first(read))
@@ -199,7 +201,7 @@ class GraphSteps:
     def _capture(self, cache: slots.SlotCache, read: int) -> Captured:
         """On the owner thread. What the warm-ups write is written again by the first replay, into the same slot."""
         self._make_room()
-        part, shape = cache.first(read), (cache.shape[0], 1)
+        part, shape = cache.first(read), (cache.shape[0], self.tokens)
         with torch.inference_mode(False), torch.no_grad():
             token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
             step = self._inner(part)
@@ -248,9 +250,10 @@ class GraphSteps:
         """The step as it is captured, run as it is; rows beyond the batch repeat the last."""
         rows, batch = part.shape[0], token.shape[0]
         if batch < rows:
-            token, position = (torch.cat([x, x[-1:].expand(rows - batch, 1)]) for x in (token, position))
+            token, position = (torch.cat([x, x[-1:].expand(rows - batch, -1)]) for x in (token, position))
         return self._inner(part)(token, position, part)[:batch]
 
     def _inner(self, part: slots.SlotCache) -> Step:
         compiled = self.inner.fitting(part) if self.inner is not None else None
-        return compiled or (lambda token, position, part: slots.step(self.module, token, position, part))
+        eager = slots.step if self.tokens == 1 else slots.steps
+        return compiled or (lambda token, position, part: eager(self.module, token, position, part))
