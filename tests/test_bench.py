@@ -11,7 +11,11 @@ from autotune import device, policy
 from autotune.bench import LiveBench
 from autotune.errors import DeviceError
 from autotune.search import Found, State
+from autotune.sites import stored_bytes
+from autotune.transforms import Transform
 from autotune.transforms.lean_loop import LeanLoop
+from autotune.transforms.linear_dtype import LinearDtype
+from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import explain
 from autotune.validate.score import Served
 from autotune.variant import Variant
@@ -86,3 +90,15 @@ def test_a_dead_device_is_no_candidates_failure() -> None:
     for call in (bench.stress, lambda variant: Served(variant, 0).step([(1, 2, 3)], [(4, 5)])):
         with device.stand_in(FakeCuda()), pytest.raises(DeviceError, match="restart the process"):
             call(exhausted_beyond(bench, 0, death))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [WeightOnly("decode"), WeightOnly("both", bits=4), LinearDtype("prefill")],
+    ids=str,
+)
+def test_what_a_transform_takes_is_known_before_it_is_tried(transform: Transform) -> None:
+    original = Variant(tiny("qwen3"))
+    predicted = transform.extra_bytes(original)
+    modules = original.with_transform(transform).modules.values()
+    assert predicted == stored_bytes(original.original, *modules) - stored_bytes(original.original) > 0

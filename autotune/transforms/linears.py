@@ -121,6 +121,26 @@ class LinearTransform(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         return {phase: self.speedup(profile.phases[phase], hardware) for phase in self.phases}
 
+    def extra_bytes(self, variant: Variant) -> float:
+        """What all the new layers take, judged by the smallest of them, which is made for that."""
+        modules = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}
+        total = 0.0
+        for module in modules.values():
+            layers = {id(layer.weight): layer for layer in sites.linears(module, self.skip).values()}.values()
+            if (made := self._sample(min(layers, key=lambda layer: layer.weight.nbytes, default=None))) is not None:
+                total += made * sum(layer.weight.nbytes for layer in layers)
+        return total
+
+    def _sample(self, linear: nn.Linear | None) -> float | None:
+        """Bytes of a new layer over those of the one that it stands in for; None where none can be made."""
+        try:
+            new = None if linear is None else self.exchange_once(linear)
+        except ValueError:  # weights that the new layer cannot hold: `apply` says so
+            return None
+        if linear is None or new is None:
+            return None
+        return sites.stored_bytes(new) / linear.weight.nbytes
+
     def apply(self, variant: Variant) -> None:
         # asking also loads what is needed, in a process that only replays a plan
         if reason := self.missing(variant.original.device):
