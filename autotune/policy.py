@@ -12,14 +12,15 @@ import logging
 import math
 import os
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from . import transforms
+from . import ranges, transforms
 from .diagnose import Bottleneck
 from .errors import ChoiceError, PolicyError
+from .ranges import Range
 from .workload import PHASES, Phase
 
 logger = logging.getLogger("autotune")
@@ -67,6 +68,8 @@ class Step:
         phase: the phase whose latency the step must improve.
         bottlenecks: diagnoses under which it is tried; empty: any.
         devices: device types it is for; empty: any.
+        capabilities: compute capabilities of GPUs that it is for, any of these ranges; empty: any, and CPUs.
+        parameters: sizes of models that it is for, in parameters; None: any.
         choices: candidates; the tuner orders them by predicted gain and stops when the rest cannot win.
     """
 
@@ -75,6 +78,8 @@ class Step:
     choices: tuple[Choice, ...]
     bottlenecks: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
+    capabilities: tuple[Range, ...] = ()
+    parameters: Range | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def _step(table: Mapping[str, Any], number: int, where: str) -> Step:
     when = table.get("when")
     if not isinstance(when, dict):
         raise PolicyError(f'{where}: when is missing or not a table; expected when = {{ phase = "decode", ... }}')
-    _known_keys(when, ("phase", "bottleneck", "device"), f"{where}, when")
+    _known_keys(when, ("phase", "bottleneck", "device", "capability", "parameters"), f"{where}, when")
     choices = table.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise PolicyError(f'{where}: choices is missing or empty; expected choices = [{{ transform = "..." }}, ...]')
@@ -198,7 +203,31 @@ def _step(table: Mapping[str, Any], number: int, where: str) -> Step:
         choices=tuple(_choice(choice, f"{where}, choice {i}") for i, choice in enumerate(choices, 1)),
         bottlenecks=_several_of(when, "bottleneck", BOTTLENECKS, f"{where}, when"),
         devices=_several_of(when, "device", DEVICES, f"{where}, when"),
+        capabilities=_capabilities(when, f"{where}, when"),
+        parameters=_parameters(when, f"{where}, when"),
     )
+
+
+def _capabilities(when: Mapping[str, Any], where: str) -> tuple[Range, ...]:
+    values = when.get("capability", [])
+    if not isinstance(values, list):
+        raise PolicyError(f'{where}: capability is {values!r}; expected a list, capability = ["hopper"]')
+    if values and "cpu" in when.get("device", ["cuda"]):
+        raise PolicyError(f'{where}: a capability is a GPU\'s; expected device = ["cuda"] alone beside it')
+    return tuple(_range({"capability": value}, "capability", ranges.of_capabilities, where) for value in values)
+
+
+def _parameters(when: Mapping[str, Any], where: str) -> Range | None:
+    return _range(when, "parameters", ranges.of_numbers, where) if "parameters" in when else None
+
+
+def _range(table: Mapping[str, Any], key: str, parse: Callable[[str], Range], where: str) -> Range:
+    try:
+        return parse(_text(table, key, where))
+    except ValueError as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise PolicyError(f"{where}: {key}: {error}") from error
 
 
 def _choice(table: Mapping[str, Any], where: str) -> Choice:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from . import transforms
+from . import architecture, transforms
 from .diagnose import Diagnosis
 from .errors import DeviceError, TransformError
 from .hardware import Hardware
@@ -262,12 +262,12 @@ def search(
     run = _Search(policy, hardware, bench, notify, clock, deadline)
     notify("profiling the original")
     before = state = run.examine(original)
-    pending = list(policy.steps)
-    while step := next((s for s in pending if why_not(s, state.diagnoses, hardware) is None), None):
+    pending, parameters = list(policy.steps), parameter_count(original, policy)
+    while step := next((s for s in pending if why_not(s, state.diagnoses, hardware, parameters) is None), None):
         pending.remove(step)
         state = run.take(step, state)
     for step in pending:
-        reason = why_not(step, state.diagnoses, hardware) or ""
+        reason = why_not(step, state.diagnoses, hardware, parameters) or ""
         run.trials += [Trial(make(c), step.name, step.phase, Outcome.SKIPPED, reason) for c in step.choices]
     return Found(before, state, tuple(run.trials))
 
@@ -276,10 +276,29 @@ def make(choice: Choice) -> Transform:
     return transforms.make(choice.transform, choice.params, choice.phase)
 
 
-def why_not(step: Step, diagnoses: Mapping[Phase, Diagnosis], hardware: Hardware) -> str | None:
-    """Why a step is not called for, or None."""
+def parameter_count(original: Variant, policy: Policy) -> int | None:
+    """How many parameters a model has, where the policy asks."""
+    if all(step.parameters is None for step in policy.steps):
+        return None
+    return sum(parameter.numel() for parameter in original.original.parameters())
+
+
+def why_not(
+    step: Step, diagnoses: Mapping[Phase, Diagnosis], hardware: Hardware, parameters: int | None = None
+) -> str | None:
+    """Why a step is not called for, or None.
+
+    Args:
+        parameters: how many the model has; None: nobody knows, and every size will do.
+    """
     if step.devices and hardware.device not in step.devices:
         return f"for {', '.join(sorted(step.devices))}, this is {hardware.device}"
+    found_gpu = architecture.capability(hardware)
+    if step.capabilities and not (found_gpu and any(wanted.admits(found_gpu) for wanted in step.capabilities)):
+        this = architecture.name(found_gpu) if found_gpu else hardware.device
+        return f"for GPUs of {' or '.join(map(str, step.capabilities))}, this is {this}"
+    if step.parameters is not None and parameters is not None and not step.parameters.admits(parameters):
+        return f"for models of {step.parameters} parameters, this has {parameters:.3g}"
     found = diagnoses[step.phase].bottleneck
     if step.bottlenecks and found not in step.bottlenecks:
         return f"{step.phase} is {found}-bound; this helps where it is {' or '.join(sorted(step.bottlenecks))}-bound"

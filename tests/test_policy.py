@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune import policy, transforms
+from autotune import architecture, policy, ranges, transforms
 from autotune.errors import PolicyError
 from autotune.policy import BUILT_IN, Choice, Limits, Step
 
@@ -227,6 +227,69 @@ def test_a_slip_is_an_error_that_helps(old: str, new: str, says: str, write: Cal
     with pytest.raises(PolicyError, match=says) as caught:
         policy.check(path)
     assert str(caught.value).startswith(str(path))
+
+
+WHEN = 'when = { phase = "prefill" }'
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        (
+            'device = ["cuda"], capability = ["hoper"]',
+            "unknown architecture 'hoper', did you mean 'hopper'.; known:",
+        ),
+        ('device = ["cuda"], capability = ["9"]', "unknown architecture '9'; known: volta, .*blackwell, a capability"),
+        ('device = ["cuda"], capability = ["=> 8.0"]', "unknown architecture '=> 8.0'"),
+        (
+            'device = ["cuda"], capability = [">= 8"]',
+            "'>= 8' is no bound; expected .* capability such as 8.0",
+        ),
+        ('device = ["cuda"], capability = [">= 9.0, < 8.0"]', "nothing lies in '>= 9.0, < 8.0'"),
+        ('device = ["cuda"], capability = [9.0]', "capability is 9.0; expected text"),
+        ('device = ["cuda"], capability = "hopper"', "capability is 'hopper'; expected a list"),
+        ('device = ["cpu", "cuda"], capability = ["ada"]', "a capability is a GPU's"),
+        ('parameters = "big"', "parameters: 'big' is no bound; expected >=, >, <= or < and a number such as 3e9"),
+        ('parameters = ">= 3B"', "'>= 3B' is no bound"),
+        ('parameters = "> 3e9, <= 3e9"', "nothing lies in"),
+        ("parameters = 3e9", "parameters is 3000000000.0; expected text"),
+        ('capabilty = ["ada"]', "unknown key 'capabilty', did you mean 'capability'"),
+        ('parameter = ">= 1"', "unknown key 'parameter', did you mean 'parameters'"),
+    ],
+)
+def test_a_slip_in_a_condition_names_the_step(condition: str, says: str, write: Callable[..., Path]) -> None:
+    with pytest.raises(PolicyError, match=says) as caught:
+        policy.check(write(MINE.replace(WHEN, f'when = {{ phase = "prefill", {condition} }}')))
+    assert "step 2 (two), when" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "outside"),
+    [
+        ("hopper", ["9.0"], ["8.9", "10.0"]),
+        ("Ampere", ["8.0", "8.6", "8.7"], ["7.5", "8.9"]),
+        ("blackwell", ["10.0", "10.3", "12.0"], ["9.0"]),
+        ("8.6", ["8.6"], ["8.0", "8.9"]),
+        (">= 8.9", ["8.9", "10.0"], ["8.7"]),
+        (">= 8.0, < 9.0", ["8.0", "8.9"], ["7.5", "9.0"]),
+        ("> 8.0", ["8.6"], ["8.0"]),
+    ],
+)
+def test_capabilities(text: str, inside: list[str], outside: list[str]) -> None:
+    wanted = ranges.of_capabilities(text)
+    assert [wanted.admits(architecture.parse(number)) for number in inside + outside] == (
+        [True] * len(inside) + [False] * len(outside)
+    )
+
+
+def test_conditions_become_ranges(write: Callable[..., Path]) -> None:
+    condition = (
+        'when = { phase = "prefill", device = ["cuda"], capability = ["ada", ">= 10.0"], parameters = ">= 3e9" }'
+    )
+    step = policy.check(write(MINE.replace(WHEN, condition))).steps[1]
+    assert [str(wanted) for wanted in step.capabilities] == ["ada", ">= 10.0"]
+    assert step.parameters is not None
+    assert [step.parameters.admits(size) for size in (1e9, 3e9, 8e9)] == [False, True, True]
 
 
 @pytest.mark.parametrize("steps", ["", "steps = []", "steps = 3", "steps = [1]", "[steps]"])

@@ -110,6 +110,8 @@ def uncapturable(variant: Variant) -> str | None:
         return f"the model lies on several devices ({', '.join(sorted(places))}); a graph belongs to one"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate's hooks move tensors at every call, which a graph does not repeat"
+    if waiting := {str(m.form) for m in model.modules() if not getattr(m, "capturable", True)}:
+        return f"layers in {' and '.join(sorted(waiting))} wait for the device at every call, which no graph can hold"
     return no_slots(variant.original)
 
 
