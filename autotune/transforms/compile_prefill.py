@@ -1,0 +1,63 @@
+"""Prefill compiled for prompts of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import roofline
+from ..errors import ChoiceError
+from . import Stage, Transform
+from .compile_step import no_compiler
+from .lean_loop import cannot_step
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+LENGTHS = (24, 40, 56)  # of prompts to try it on, tokens: none is a power of two, which kernels could be made for
+
+
+@dataclass(frozen=True)
+class CompilePrefill(Transform):
+    """Compiles prefill's forward with dynamic shapes: what lies between the matmuls is fused, launches are fewer.
+
+    One row and several are compiled apart, when each is first seen. Calls that keep differing run uncompiled.
+    """
+
+    name: ClassVar[str] = "compile_prefill"
+    stage: ClassVar[Stage] = Stage.COMPILE
+    summary: ClassVar[str] = "torch.compile of prefill with dynamic shapes, for prompts of any length"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase != "prefill":
+            raise ChoiceError("compile_prefill: phase must be 'prefill'")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if "forward" in vars(variant.modules["prefill"]):
+            return "prefill is compiled already, or its forward was replaced"
+        return no_compiler(hardware) or cannot_step(variant.original)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best nothing is left but matmuls and attention."""
+        return {"prefill": roofline.less_overhead(profile.phases["prefill"], hardware)}
+
+    def apply(self, variant: Variant) -> None:
+        from ..recompiling import Recompiling
+
+        (module,) = variant.edit("prefill")
+        compiled = Recompiling(module)
+        compiled.try_out(LENGTHS, variant.original.device)
+        module.forward = compiled
+
+    def took_effect(self, variant: Variant) -> str | None:
+        from ..recompiling import Recompiling
+
+        forward = vars(variant.modules["prefill"]).get("forward")
+        if not isinstance(forward, Recompiling) or not forward.compilations:
+            return "prefill was not compiled"
+        return None if forward.given_up is None else f"prefill runs uncompiled: {forward.given_up}"
