@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .cache import CachePool, SlotCache
     from .route import Sampling
+    from .strides import Stride
 
 LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuation is believed; one alone says too little
 
@@ -71,39 +72,36 @@ class Drafter:
     its cache each time, so that it never builds on one that was wrong.
 
     Args:
-        draft: the smaller model.
+        draft: the smaller model's steps.
         caches: its caches, with room for as many tokens as the model's.
         call: the call that is served, of one sequence.
         tokens: its prompt.
         lent: where the cache is given back.
     """
 
-    def __init__(
-        self, draft: PreTrainedModel, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack
-    ) -> None:
+    def __init__(self, draft: Stride, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack) -> None:
         self.draft, self.caches, self.call, self.tokens, self.lent = draft, caches, call, tokens, lent
         self.device = devices.of(call.input_ids.device)
-        self.room = min(caches.slots, draft.config.get_text_config(decoder=True).max_position_embeddings)
+        config = draft.module.config.get_text_config(decoder=True)
+        self.room = min(caches.slots, getattr(config, "max_position_embeddings", None) or caches.slots)
         self._held: SlotCache | None = None
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        from . import cache as slots
-
         if len(self.tokens) + most > self.room:
             return []
         held = self._cache()
-        unseen, model = self.tokens[held.length :], self.draft
+        unseen = self.tokens[held.length :]
         given = torch.tensor([unseen], device=self.call.input_ids.device)  # [1, N]
         positions = self._position(held.length) + torch.arange(len(unseen), device=given.device)
-        token = slots.steps(model, given, positions, held)[:, -1].argmax(-1, keepdim=True)  # [1, 1]
+        token = self.draft.steps(given, positions, held)[:, -1].argmax(-1, keepdim=True)  # [1, 1]
         held.advance(len(unseen))
         guesses, position = [token], positions[:, -1:]
         for _ in range(most - 1):
             position = position + 1
-            token = slots.step(model, token, position, held).argmax(-1, keepdim=True)
+            token = self.draft.step(token, position, held).argmax(-1, keepdim=True)
             held.advance()
             guesses.append(token)
         held.advance(1 - most)
@@ -116,9 +114,10 @@ class Drafter:
             from .cache import DynamicCache
 
             prompt, given, ids = DynamicCache(), self.call.model_kwargs, self.call.input_ids
-            keep: dict[str, Any] = {"logits_to_keep": 1} if self.draft._supports_logits_to_keep() else {}  # type: ignore[operator]
+            model: Any = self.draft.module
+            keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
             mask, positions = given.get("attention_mask"), given["position_ids"]
-            self.draft(ids, attention_mask=mask, position_ids=positions, past_key_values=prompt, use_cache=True, **keep)
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=prompt, use_cache=True, **keep)
             self._held = self.lent.enter_context(self.caches.lend(prompt, mask))
         return self._held
 

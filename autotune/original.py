@@ -161,6 +161,8 @@ def _move(variant: Variant, theirs: set[int]) -> None:
         relocate([t for t in left.values() if t.device == home], home)
     if variant.step is not None and hasattr(variant.step, "forget"):
         variant.step.forget()  # recorded steps hold on to addresses
+    if variant.speculation is not None:
+        variant.speculation.forget()
 
 
 def _replace(held: dict[str, Any], new: dict[str, Any]) -> None:

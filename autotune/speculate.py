@@ -26,11 +26,10 @@ from . import device as devices
 from .drafts import Drafter, Guesser, Lookup
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from .cache import CachePool, SlotCache
     from .loop import NextLogits
     from .route import Sampling
+    from .strides import Stride
     from .variant import Variant
 
 log = logging.getLogger("autotune")
@@ -140,13 +139,14 @@ class Speculation:
 
     Attributes:
         tokens: guesses per step at most.
-        draft: the model that guesses, with its caches; None to look up what followed the same tokens before.
+        stride: the decode module's steps, which check guesses.
+        draft: steps and caches of the model that guesses; None to look up what followed the same tokens before.
         cost: time of a step with `tokens` guesses, guessing included, in plain steps.
         tally: what became of all guesses so far.
     """
 
-    def __init__(self, tokens: int, draft: tuple[PreTrainedModel, CachePool] | None = None) -> None:
-        self.tokens, self.draft, self.cost, self.tally = tokens, draft, 1.0, Tally()
+    def __init__(self, tokens: int, stride: Stride, draft: tuple[Stride, CachePool] | None = None) -> None:
+        self.tokens, self.stride, self.draft, self.cost, self.tally = tokens, stride, draft, 1.0, Tally()
         self._lock = threading.Lock()
 
     def ahead(
@@ -155,7 +155,7 @@ class Speculation:
         """What gives the loop its logits during one call of one sequence.
 
         Args:
-            variant: whose decode module checks the guesses.
+            variant: the variant that serves it.
             call: the call that is served; input_ids [1, P].
             held: the sequence's cache.
             plain: gives the logits after a token for which nothing was guessed.
@@ -167,7 +167,7 @@ class Speculation:
             tokens = prompt()[0].tolist()
             return Lookup(tokens) if self.draft is None else Drafter(*self.draft, call, tokens, lent)
 
-        ahead = Ahead(variant, call, held, plain, guesser, Pace(self.tokens, self.cost))
+        ahead = Ahead(variant, self.stride, call, held, plain, guesser, Pace(self.tokens, self.cost))
         lent.callback(lambda: self.note(ahead.tally))
         return ahead
 
@@ -177,6 +177,12 @@ class Speculation:
             self.tally += tally
         log.debug("speculation: %s", tally)
 
+    def forget(self) -> None:
+        """Drop graphs, to be captured anew when next needed: addresses have changed."""
+        for stride in (self.stride, self.draft[0] if self.draft else None):
+            if stride is not None:
+                stride.forget()
+
 
 class Ahead:
     """Logits for the decoding loop, computed several tokens at a time where guesses are right."""
@@ -184,13 +190,14 @@ class Ahead:
     def __init__(
         self,
         variant: Variant,
+        stride: Stride,
         call: Sampling,
         held: Callable[[], SlotCache],
         plain: NextLogits,
         guesser: Callable[[], Guesser],
         pace: Pace,
     ) -> None:
-        self.variant, self.plain, self.pace = variant, plain, pace
+        self.variant, self.stride, self.plain, self.pace = variant, stride, plain, pace
         self.tally = Tally()
         self._held, self._make_guesser = held, guesser
         self._guesser: Guesser | None = None
@@ -224,14 +231,12 @@ class Ahead:
 
     def _check(self, guesses: list[int], token: torch.Tensor, position: torch.Tensor, held: SlotCache) -> torch.Tensor:
         """Logits [1, V] after `token`, and those after each guess for later."""
-        from . import cache as slots
-
         self._guesses = guesses
         self.tally += Tally(steps=1, guessed=len(guesses))
         tokens = torch.cat([token, torch.tensor([guesses], device=token.device)], dim=1)  # [1, K + 1]
         positions = position + torch.arange(tokens.shape[1], device=position.device)
-        with self.variant.running("decode") as module:
-            first, *self._logits = slots.steps(module, tokens, positions, held).unbind(1)
+        with self.variant.running("decode"):
+            first, *self._logits = self.stride.steps(tokens, positions, held).unbind(1)
         return first
 
     def _settle(self) -> None:
@@ -276,7 +281,7 @@ def measure_cost(variant: Variant) -> float:
             if guesser is not None:
                 guesser.append(0)
                 guesser.guess(guesses)
-            slots.steps(module, tokens, positions, held)
+            speculation.stride.steps(tokens, positions, held)
 
         plain_s, checking_s = (
             min(device.seconds(work) for _ in range(TIMED_RUNS + 1)) for work in (plain, checking)

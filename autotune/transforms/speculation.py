@@ -12,6 +12,8 @@ from . import Stage, Transform, require
 from .static_cache import no_slots, use_slots
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..hardware import Hardware
     from ..profile import Profile
     from ..variant import Variant
@@ -25,9 +27,10 @@ class Speculation(Transform):
     """Guesses tokens and checks them in one step of the decode module; see `autotune.speculate`.
 
     One sequence at a time: other batches are decoded token by token. Tokens for which nothing is guessed run as they
-    would without it, recorded or compiled step included; guesses are checked by the decode module itself, whose step is
-    timed against that one when the transform is applied. How far to guess follows from both and from how many guesses
-    turn out right, so that text that cannot be guessed costs next to nothing.
+    would without it, recorded or compiled step included. Guesses are checked by the decode module itself, captured as a
+    graph where its plain step is, and timed against the plain step when the transform is applied. How far to guess
+    follows from that and from how many guesses turn out right, so that text that cannot be guessed costs next to
+    nothing.
 
     Args:
         draft: "prompt" guesses what followed the same tokens earlier in prompt and answer; "model" lets the model given
@@ -74,15 +77,23 @@ class Speculation(Transform):
     def apply(self, variant: Variant) -> None:
         from .. import speculate
         from ..cache import CachePool
+        from ..graphs import GraphSteps
+        from ..strides import Stride, captured
 
         if self.draft == "model" and variant.draft is None:
             raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
         use_slots(variant)
         assert variant.caches is not None  # noqa: S101 - use_slots made it; for the type checker
+        graphs = variant.step if isinstance(variant.step, GraphSteps) else None
+
+        def stride(model: PreTrainedModel) -> Stride:
+            return Stride(model) if graphs is None else captured(model, graphs, self.tokens + 1)
+
         draft = None
         if self.draft == "model" and variant.draft is not None:
-            draft = variant.draft, CachePool(variant.draft.config.get_text_config(decoder=True), variant.caches.slots)
-        variant.speculation = speculate.Speculation(self.tokens, draft)
+            config = variant.draft.config.get_text_config(decoder=True)
+            draft = stride(variant.draft), CachePool(config, variant.caches.slots, lasting=variant.caches.lasting)
+        variant.speculation = speculate.Speculation(self.tokens, stride(variant.modules["decode"]), draft)
         variant.speculation.cost = speculate.measure_cost(variant)
 
     def took_effect(self, variant: Variant) -> str | None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import autotune
-from autotune import kernels, speculate
+from autotune import device, kernels, speculate
 from autotune.errors import ChoiceError, TransformError
 from autotune.profile import PhaseProfile, Profile
 from autotune.transforms import Stage, Transform, make
+from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.kv_cache import QuantisedCache
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
@@ -20,6 +21,7 @@ from autotune.transforms.step_program import StepProgram
 from autotune.transforms.threads import Threads
 from autotune.variant import Variant, build, serving
 from autotune.workload import Workload
+from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
 from tests.test_loop import ask, same
 from tests.test_speculate import RANDOM, REPEATING, Copying
@@ -57,7 +59,7 @@ def test_a_draft_is_needed_to_apply() -> None:
     made = variant.with_transform(MODEL).speculation
     assert made is not None
     assert made.draft is not None
-    assert made.draft[0] is variant.draft
+    assert made.draft[0].module is variant.draft
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,49 @@ def test_a_recorded_step_serves_what_is_not_guessed(draft: Speculation, monkeypa
         after = variant.speculation.tally
         assert len(calls) == 30 - (after.steps - before.steps) - (after.right - before.right)
     assert variant.speculation.tally.right >= 24
+
+
+@pytest.mark.parametrize("draft", [PROMPT, MODEL], ids=str)
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_where_the_step_is_captured_so_are_guesses_and_their_check(arch: str, draft: Speculation) -> None:
+    model = tiny(arch)
+    with device.stand_in(FakeCuda()) as fake:
+        graph = CudaGraph(phase="decode", shortest=32)
+        variant = Variant(model, draft=tiny(arch)).with_transforms([graph, draft])
+        assert variant.speculation is not None
+        variant.speculation.cost = 1.1
+        stride, captures = variant.speculation.stride, fake.captures
+        assert stride.several is not None
+        timed = stride.several.replays  # when it was applied
+        for ids, options in ((REPEATING, {"logits_processor": [Copying()]}), (RANDOM, {})):
+            for _ in range(2):
+                mine = ask(serving(variant), ids, max_new_tokens=60, **options)
+                same(mine, ask(model, ids, max_new_tokens=60, **options))
+        assert stride.several.replays - timed == variant.speculation.tally.steps > 0
+        assert not stride.several.fallbacks
+        if variant.speculation.draft is not None:
+            one, several = variant.speculation.draft[0].one, variant.speculation.draft[0].several
+            assert one is not None
+            assert one.replays > 0
+            assert several is not None
+            assert several.replays > 0
+        assert fake.captures - captures <= 9  # each kind of step by slots read, 64 and 128 and all; once
+        variant.speculation.forget()
+        same(ask(serving(variant), REPEATING), ask(model, REPEATING))
+
+
+def test_a_graph_that_has_no_room_left_is_not_replayed() -> None:
+    model = tiny()
+    with device.stand_in(FakeCuda()):
+        graph = CudaGraph(phase="decode", slots=60)
+        variant = Variant(model).with_transforms([graph, Speculation("decode", tokens=8)])
+        assert variant.speculation is not None
+        variant.speculation.cost, several = 1.1, variant.speculation.stride.several
+        assert several is not None
+        timed = several.replays
+        options: dict[str, Any] = {"logits_processor": [Copying()], "max_new_tokens": 13}
+        same(ask(serving(variant), REPEATING, **options), ask(model, REPEATING, **options))
+        assert 0 < several.replays - timed < variant.speculation.tally.steps
 
 
 def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,65 @@
+"""Steps of several tokens over a static cache, captured where the device has graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import SlotCache
+    from .graphs import GraphSteps
+
+
+@dataclass(frozen=True)
+class Stride:
+    """How a module takes one token of a sequence, or several at once.
+
+    Args:
+        module: what computes.
+        one, several: captured steps of it, of one token and of a fixed number; None to call the module.
+    """
+
+    module: PreTrainedModel
+    one: GraphSteps | None = None
+    several: GraphSteps | None = None
+
+    def step(self, token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """token, position [1, 1] -> logits [1, V]."""
+        from . import cache as slots
+
+        if self.one is not None:
+            return self.one.step(token, position, cache)
+        return slots.step(self.module, token, position, cache)
+
+    def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.cache.steps`.
+
+        A graph takes one number of tokens. What is missing is filled up with the last one: it is written behind those
+        that matter, where nothing counts, and costs a step that is bound by its weights no time.
+        """
+        from . import cache as slots
+
+        wanted, graphs = tokens.shape[1], self.several
+        if graphs is None or wanted > graphs.tokens or cache.length + graphs.tokens > cache.shape[1]:
+            return slots.steps(self.module, tokens, positions, cache)
+        if missing := graphs.tokens - wanted:
+            tokens, positions = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (tokens, positions))
+        return graphs.step(tokens, positions, cache)[:, :wanted]
+
+    def forget(self) -> None:
+        """Drop graphs, to be captured anew when next needed."""
+        for graphs in (self.one, self.several):
+            if graphs is not None:
+                graphs.forget()
+
+
+def captured(module: PreTrainedModel, like: GraphSteps, tokens: int) -> Stride:
+    """Graphs of one and of `tokens` tokens for single sequences, over as many slots as those of `like` read."""
+    from .graphs import GraphSteps
+
+    one, several = (GraphSteps(module, like.device, (1,), like.lengths, tokens=n) for n in (1, tokens))
+    return Stride(module, one, several)
