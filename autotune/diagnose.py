@@ -16,7 +16,7 @@ A GPU's own counters are told beside the verdict and never decide it: "100 % uti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from .roofline import classify, intensity, peak_flops_per_s, ridge, roofline_s
@@ -71,6 +71,11 @@ def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse 
         ceiling=1 / share if share else float("inf"),
         roofline_share=share,
     )
+
+
+def supported(diagnosis: Diagnosis, told: str) -> Diagnosis:
+    """The same verdict with more evidence, which another tool counted."""
+    return replace(diagnosis, evidence=f"{diagnosis.evidence} ({told})")
 
 
 def find_bottleneck(phase: PhaseProfile, hardware: Hardware, memory: MemoryUse | None = None) -> Bottleneck:

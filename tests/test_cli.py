@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -204,3 +205,44 @@ def test_built_in_prompts_are_chats_where_the_tokenizer_knows_chats(template):
     prompts = demo.prompts(tokenizer)
     assert len({tuple(ids) for ids in prompts}) == len(prompts) >= 32
     assert tokenizer.decode(prompts[0]).startswith("<user>") is (template is not None)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_ncu_command_is_printed_at_once(phase, capsys):
+    assert cli.main(["profile", "any/model", "--ncu", phase, "--prompts", "p.jsonl"]) == cli.DONE
+    line = capsys.readouterr().out.strip()
+    assert "\n" not in line
+    assert line.startswith("ncu --nvtx --nvtx-include autotune.")
+    assert line.endswith(f"autotune profile any/model --replay {phase} --prompts p.jsonl")
+
+
+def test_what_ncu_counted_joins_the_diagnosis(saved, prompts, tmp_path, capsys):
+    export = tmp_path / "decode.ncu.csv"
+    export.write_text((Path(__file__).parent / "fixtures" / "ncu" / "decode.raw.csv").read_text())
+    argv = ["profile", str(saved), "--prompts", str(prompts), "--budget", "2s", "--ncu-csv", str(export)]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == cli.DONE
+    record = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert "Nsight Compute counts over 3 kernels" in record["phases"]["decode"]["evidence"]
+    assert "Nsight Compute" not in record["phases"]["prefill"]["evidence"]
+    assert record["ncu"]["decode"]["total"]["count"] == 3
+    assert "sectors/request" in capsys.readouterr().out
+
+
+def test_a_phase_is_replayed(saved, prompts):
+    assert cli.main(["profile", str(saved), "--prompts", str(prompts), "--replay", "decode"]) == cli.DONE
+
+
+def test_the_phase_in_question_is_furthest_from_its_roofline(saved, prompts, capsys):
+    assert cli.main(["profile", str(saved), "--prompts", str(prompts), "--budget", "2s", "--ncu"]) == cli.DONE
+    assert "autotune profile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("missing.csv", "cannot be read"), ("forbidden.csv", "ERR_NVGPUCTRPERM"), ("prompts.jsonl", "no CSV")],
+)
+def test_an_export_that_is_none_is_a_usage_error(saved, prompts, tmp_path, capsys, name, said):
+    source = Path(__file__).parent / "fixtures" / "ncu" / name
+    file = source if source.exists() else tmp_path / name
+    assert cli.main(["profile", str(saved), "--ncu-csv", str(file)]) == cli.USAGE
+    assert said in capsys.readouterr().err

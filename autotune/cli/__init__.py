@@ -20,6 +20,7 @@ from ..errors import (
 DONE, UNMEASURED, USAGE, INTERRUPTED = 0, 3, 4, 130
 USERS_OWN = (UnsupportedModelError, WorkloadError, PolicyError, PlanError, ChoiceError)
 UNITS = {"s": 1, "m": 60, "h": 3600}
+PHASES = ("prefill", "decode")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,6 +108,17 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--prompts", metavar="FILE", type=Path, help="text, a prompt a line, or .jsonl with prompt"
         )
+    profile.add_argument(
+        "--ncu",
+        nargs="?",
+        choices=[*PHASES, "auto"],
+        const="auto",
+        help="print the Nsight Compute command for a phase; without naming one, profile and choose the slower one",
+    )
+    profile.add_argument(
+        "--ncu-csv", metavar="FILE", type=Path, help="what that command wrote: its counts join the diagnosis"
+    )
+    profile.add_argument("--replay", choices=PHASES, help="run one phase once under its NVTX name, for such tools")
     for command in (demo, tune):
         command.add_argument("--policy", default="balanced", metavar="P", help="name or .toml file; default balanced")
         command.add_argument("--no-cache", action="store_true", help="neither read nor write a plan")

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError, WorkloadError
+from ..errors import MeasurementError, UnsupportedModelError, WorkloadError
+from ..ncu import command, parse
 from ..policy import Policy
 from ..policy import load as load_policy
 from ..progress import Progress, shown
-from ..report import Drawn
+from ..report import Drawn, Report
+from ..workload import PHASES, Phase
 from .screen import screen
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..diagnose import Diagnosis
+    from ..ncu import Reading
 
 PROFILE_BUDGET_S = 60.0
 
@@ -70,13 +75,59 @@ def _tuned(
 
 def profile(args: Namespace) -> int:
     """Profile and diagnose both phases; nothing is tried."""
+    if args.replay:
+        return replay(args)
+    if args.ncu in PHASES and args.ncu_csv is None:
+        screen().print(command(args.model, args.ncu, args.prompts), soft_wrap=True)
+        return 0
+    counted = {_counted_phase(args): _reading(args.ncu_csv)} if args.ncu_csv else {}
     out = _folder(args.out, args.model) if args.out else None
     budget_s = args.budget or PROFILE_BUDGET_S
     with shown(budget_s) as progress:
         model, tokenizer = _load(args, args.model, args.prompts, progress)
-        report = profiled(model, _workload(args.prompts, tokenizer), tokenizer, budget_s, progress.update)
+        report = profiled(model, _workload(args.prompts, tokenizer), tokenizer, budget_s, progress.update, counted)
     _hand_over(report, out, "profile", {})
+    if args.ncu == "auto" and not counted:
+        phase = in_question(report.diagnoses_before)
+        console = screen()
+        console.print(f"What {phase}'s kernels do in detail, Nsight Compute counts:")
+        console.print(command(args.model, phase, args.prompts), soft_wrap=True)
     return 0
+
+
+def replay(args: Namespace) -> int:
+    """One phase of the model once, for a tool that watches."""
+    from .. import replay as replays
+    from .. import workload
+    from ..profile.survey import median_prompts
+
+    with shown(PROFILE_BUDGET_S) as progress:
+        model, tokenizer = _load(args, args.model, args.prompts, progress)
+    work = workload.read(_workload(args.prompts, tokenizer), tokenizer=tokenizer, model=model)
+    replays.replay(model, median_prompts(work, work.batch_sizes[0]).to(model.device), args.replay)
+    return 0
+
+
+def in_question(diagnoses: Mapping[Phase, Diagnosis]) -> Phase:
+    """The phase that is furthest from its roofline."""
+    return min(diagnoses, key=lambda phase: diagnoses[phase].roofline_share)
+
+
+def _counted_phase(args: Namespace) -> Phase:
+    """What an export is of: as told, or by its name, which the printed command gives it; decode otherwise."""
+    if args.ncu in PHASES:
+        phase: Phase = args.ncu
+        return phase
+    return "prefill" if args.ncu_csv.name.startswith("prefill") else "decode"
+
+
+def _reading(file: Path) -> Reading:
+    try:
+        return parse(file.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise WorkloadError(f"--ncu-csv {file} cannot be read: {error.strerror}") from error
+    except MeasurementError as error:
+        raise WorkloadError(f"--ncu-csv {file}: {error}") from error
 
 
 def profiled(
@@ -85,12 +136,12 @@ def profiled(
     tokenizer: PreTrainedTokenizerBase | None,
     budget_s: float,
     notify: Callable[[str], None],
-) -> Drawn:
-    """A report of what the model costs as it is."""
+    counted: Mapping[Phase, Reading] | None = None,
+) -> Report:
+    """A report of what the model costs as it is; `counted` is what Nsight Compute told of a phase."""
     from .. import hardware, workload
     from .. import profile as profiling
-    from ..diagnose import diagnose
-    from ..report import Report
+    from ..diagnose import diagnose, supported
     from ..tune import describe, name_of
     from ..variant import Variant
     from ..wrap import unsupported
@@ -101,15 +152,19 @@ def profiled(
     notify("measuring the hardware")
     machine = hardware.probe(model)
     measured = profiling.measure(Variant(model), work, machine, budget_s=budget_s, progress=notify)
+    diagnoses = {phase: diagnose(found, machine) for phase, found in measured.phases.items()}
+    for phase, reading in (counted or {}).items():
+        diagnoses[phase] = supported(diagnoses[phase], reading.evidence())
     return Report(
         model=name_of(model),
         parameters=model.num_parameters(),
         hardware=machine,
         workload=describe(work),
         before=measured,
-        diagnoses_before={phase: diagnose(found, machine) for phase, found in measured.phases.items()},
+        diagnoses_before=diagnoses,
         verdict="profiled as it is; nothing was tried",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        ncu=counted or {},
     )
 
 

@@ -24,6 +24,8 @@ from ..workload import Phase
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..ncu import Reading
+
 
 class Drawn:
     """Anything that has a record can be shown."""
@@ -93,6 +95,7 @@ class Report(Drawn):
         bypassed: calls that went to the original since, by reason.
         bytes_after_release: what the weights take since the original was let go; None while it is kept.
         created: ISO 8601, UTC.
+        ncu: what Nsight Compute counted, by phase.
     """
 
     model: str
@@ -118,6 +121,7 @@ class Report(Drawn):
     bypassed: Mapping[str, int] = field(default_factory=dict)
     bytes_after_release: int | None = None
     created: str = ""
+    ncu: Mapping[Phase, Reading] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         from .record import record

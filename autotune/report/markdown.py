@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .sections import Section, Table, headline, sections
+from .layout import Section, Table
+from .sections import headline, sections
 
 MARKUP = re.compile(r"[\\|*`]|(?<!\w)_|_(?!\w)|<(?=[\w/!])")
 

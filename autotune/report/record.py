@@ -8,13 +8,15 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ..roofline import floor_s, peak_flops_per_s
 from ..workload import PHASES, Phase
+from . import device
 
 if TYPE_CHECKING:
     from ..diagnose import Diagnosis
     from ..hardware import Hardware
     from ..plan import Trial
-    from ..profile import MemoryUse, Profile, ScalePoint
+    from ..profile import MemoryUse, Operator, Profile, ScalePoint
     from ..validate import Latency, Quality, Speedup
     from . import Report
 
@@ -46,7 +48,11 @@ def record(report: Report) -> dict[str, Any]:
         "quality_detail": _quality_detail(report.quality),
         "latency": _latency(report.latency),
         "trials": [_trial(t) for t in report.trials],
-        "operators": {p: _operators(report.before, after, p) for p in PHASES if p in report.before.phases},
+        "operators": {
+            p: _operators(report.before, after, p, report.hardware) for p in PHASES if p in report.before.phases
+        },
+        "device": device.record(report.before, report.after),
+        "ncu": {p: device.counted(reading) for p, reading in report.ncu.items()},
         "batch_scaling": _scaling(report.before.batch_scaling, after.batch_scaling),
         "context_growth": _scaling(report.before.context_growth, after.context_growth),
         "memory": {"before": _memory(report.before.memory), "after": _memory(after.memory)},
@@ -190,8 +196,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _operators(before: Profile, after: Profile, phase: Phase) -> list[dict[str, Any]]:
+def _operators(before: Profile, after: Profile, phase: Phase, hardware: Hardware) -> list[dict[str, Any]]:
     """One row per group, the original's order first; a group that one side lacks took no time there."""
+    dtype = before.phases[phase].compute_dtype
     old = {o.group: o for o in before.phases[phase].operators}
     new = {o.group: o for o in after.phases[phase].operators}
     total = sum(o.seconds for o in old.values())
@@ -203,10 +210,21 @@ def _operators(before: Profile, after: Profile, phase: Phase) -> list[dict[str, 
             "before_ms": 1e3 * was.seconds if was else 0.0,
             "share": was.seconds / total if was and total else 0.0,
             "bottleneck": was.bottleneck if was else "-",
+            "flops": was.flops if was else 0.0,
+            "moved_bytes": was.moved_bytes if was else 0.0,
+            "roofline_share": _roofline_share(was, hardware, dtype) if was else None,
             "after_ms": 1e3 * now.seconds if now else 0.0,
             "after_bottleneck": now.bottleneck if now else "-",
         })  # fmt: skip
     return rows
+
+
+def _roofline_share(operator: Operator, hardware: Hardware, dtype: str) -> float | None:
+    """The shortest time that its FLOPs and bytes allow, as a share of the time it takes; None without either."""
+    floor = floor_s(
+        operator.flops, operator.moved_bytes, peak_flops_per_s(hardware, dtype), hardware.bandwidth_bytes_per_s
+    )
+    return floor / operator.seconds if floor and operator.seconds else None
 
 
 def _scaling(before: Sequence[ScalePoint], after: Sequence[ScalePoint]) -> list[dict[str, Any]]:

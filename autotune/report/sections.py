@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from . import device
 from . import numbers as n
+from .layout import Section, Table, sentence
 
 UNIT = {"prefill": "ms to the first token", "decode": "ms per token"}
 WAIT = {"prefill": "time to first token", "decode": "time per token"}
 RAN = {"accepted", "rejected", "inconclusive", "error"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells ready to be drawn.
-
-    Args:
-        columns: headings.
-        align: one letter a column, "l" or "r".
-        rows: cells.
-        total: whether the last row sums up the others.
-    """
-
-    columns: tuple[str, ...]
-    align: str
-    rows: tuple[tuple[str, ...], ...]
-    total: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, sentences, and a table where there is something to tabulate."""
-
-    title: str
-    sentences: tuple[str, ...] = ()
-    table: Table | None = None
 
 
 def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
@@ -46,6 +21,7 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
         result(record),
         diagnosis(record),
         *operators(record),
+        *device.sections(record),
         tried(record),
         not_tried(record),
         quality(record),
@@ -202,11 +178,6 @@ def quality(record: Mapping[str, Any]) -> Section | None:
     if record["replayed"] and (again := record["replayed"]["quality"]):
         told.append(f"Checked again in this run, on less: {again['verdict']}. {sentence(again['reason'])}")
     return Section("Quality", tuple(told), Table(("measure", "measured", "95 % bound"), "lrr", tuple(rows)))
-
-
-def sentence(text: str) -> str:
-    """With a capital letter and a full stop."""
-    return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
 
 
 def _four(value: float | None) -> str:

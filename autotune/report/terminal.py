@@ -6,7 +6,8 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .sections import Table, headline, sections
+from .layout import Table
+from .sections import headline, sections
 
 if TYPE_CHECKING:
     from rich.console import Console
