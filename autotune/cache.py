@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy
@@ -14,12 +11,10 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from . import device as devices
-
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
-__all__ = ["CachePool", "DynamicCache", "SlotCache", "run", "step", "steps", "unsupported"]
+__all__ = ["DynamicCache", "SlotCache", "run", "step", "steps", "unsupported"]
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
@@ -141,59 +136,6 @@ class SlotCache:
     def layout(self) -> tuple[int, int, int]:
         """(rows, slots, slots that a row takes in memory): all that tells the tensors of one model's caches apart."""
         return *self.shape, self._capacity
-
-
-class CachePool:
-    """Slot caches by number of rows, lent for one generation each, so that threads never share one.
-
-    Args:
-        config: the model's text configuration.
-        slots: tokens each sequence has room for.
-        rows: sizes to round a batch up to; one larger than all of them gets a cache of its own size.
-        lasting: caches kept for each size; when more generations overlap, the rest get caches for once.
-    """
-
-    def __init__(self, config: PretrainedConfig, slots: int, rows: Sequence[int] = (), lasting: int = 1) -> None:
-        self.config, self.slots, self.rows, self.lasting = config, slots, tuple(sorted(rows)), lasting
-        self._idle: dict[int, list[SlotCache]] = {}
-        self._made: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def unsupported(self, config: GenerationConfig) -> str | None:
-        """Why a generation does not fit, or None."""
-        if config.max_length > self.slots + 1:
-            return f"a context beyond the static cache's {self.slots} tokens"
-        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
-            return "autocast, whose dtype the static cache does not have"
-        return None
-
-    @contextmanager
-    def lend(self, prompt: DynamicCache, mask: torch.Tensor | None) -> Iterator[SlotCache]:
-        """A slot cache filled with a prefilled one ([B, Hk, P, D] a layer; mask [B, P] or None)."""
-        batch = tensors(prompt)[0][0].shape[0]
-        cache = self._take(prompt, next((rows for rows in self.rows if rows >= batch), batch))
-        device = devices.of(cache.slot.device)
-        if cache.left is not None:
-            device.wait(cache.left)
-        try:
-            cache.fill(prompt, mask)
-            yield cache
-        finally:
-            if cache.lasting:
-                cache.left = device.mark()
-                with self._lock:
-                    self._idle[cache.shape[0]].append(cache)
-
-    def _take(self, prompt: DynamicCache, rows: int) -> SlotCache:
-        with self._lock:
-            if idle := self._idle.setdefault(rows, []):
-                return idle.pop()
-        cache = SlotCache(prompt, self.slots, rows)
-        with self._lock:
-            planned = not self.rows or rows in self.rows
-            cache.lasting = planned and self._made.get(rows, 0) < self.lasting
-            self._made[rows] = self._made.get(rows, 0) + cache.lasting
-        return cache
 
 
 def unsupported(config: PretrainedConfig) -> str | None:

@@ -13,7 +13,8 @@ from . import device as devices
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .cache import CachePool, SlotCache
+    from .cache import SlotCache
+    from .pool import CachePool
     from .route import Sampling
     from .strides import Stride
 

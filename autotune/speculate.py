@@ -26,8 +26,9 @@ from . import device as devices
 from .drafts import Drafter, Guesser, Lookup
 
 if TYPE_CHECKING:
-    from .cache import CachePool, SlotCache
+    from .cache import SlotCache
     from .loop import NextLogits
+    from .pool import CachePool
     from .route import Sampling
     from .strides import Stride
     from .variant import Variant

@@ -21,11 +21,11 @@ from .workload import PHASES, Phase, Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .cache import CachePool
     from .compiled import CompiledStep
     from .device import Device
     from .graphs import GraphSteps
     from .kv import KvCache
+    from .pool import CachePool
     from .program import StepPrograms
     from .speculate import Speculation
     from .traffic import Traffic

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import device
+from autotune import cache, device
 from autotune.cache import DynamicCache, SlotCache, tensors
 from autotune.device import Graph
 from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
@@ -220,6 +220,38 @@ def test_memory_that_runs_out_during_a_capture_is_given_back(fake: FakeCuda, mon
     assert steps_of(variant).fallbacks.total() == 9, "what was forgotten is tried anew"
 
 
+def test_memory_that_runs_out_at_a_replay_costs_the_graph_alone(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Captured, "replay", _raise(torch.OutOfMemoryError("CUDA out of memory.")))
+        assert torch.equal(
+            ask(serving(variant), IDS[:, :3], max_new_tokens=8), ask(model, IDS[:, :3], max_new_tokens=8)
+        )
+    assert dict(steps_of(variant).fallbacks) == {"out of memory": 7}
+    assert (1, 16) not in steps_of(variant).shapes
+    assert torch.equal(ask(serving(variant)), ask(model)), "the other lengths are replayed as before"
+
+
+def test_idle_caches_make_room_for_a_larger_one(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    room, trims = cache._room, fake.trims
+
+    def limited(sample: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+        if rows == 2 and fake.trims == trims:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return room(sample, rows, slots)
+
+    monkeypatch.setattr(cache, "_room", limited)
+    two = torch.tensor(token_prompts(2))
+    assert torch.equal(ask(serving(variant), two), ask(model, two))
+    assert {rows for rows, _ in steps_of(variant).shapes} == {2}, "graphs outlived their caches"
+    assert torch.equal(ask(serving(variant)), ask(model))
+
+
 def test_the_device_s_last_error_is_one_clear_exception(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = graphed(tiny("llama"))
     dead = _raise(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
@@ -305,6 +337,7 @@ def test_a_compiled_step_is_captured() -> None:
         assert set(steps.inner.shapes) >= {(1, 32), (1, 128)}
         assert set(steps.shapes) == {(1, 32), (1, 128)}
         assert not steps.fallbacks
+        assert CompileStep(phase="decode").took_effect(variant) is None
         assert fake.replays == steps.replays  # type: ignore[attr-defined]
 
 

@@ -293,7 +293,7 @@ class Order(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name == "aten::embedding":
             self.done.append("step")
-        if func._schema.name in {*WAITS, "aten::multinomial"}:
+        if func._schema.name in WAITS:
             self.done.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 

@@ -52,6 +52,8 @@ class CompileStep(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.step is not None:
             return "the decode step is compiled already"
+        if variant.kv is not None:
+            return f"the decode step is compiled over slots, and the KV cache is {variant.kv}"
         return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original)
 
     def _out_of_place(self, variant: Variant) -> str | None:
@@ -82,7 +84,8 @@ class CompileStep(Transform):
         variant.step = step
 
     def _apply_graphs(self, variant: Variant) -> None:
-        from ..cache import CachePool, example
+        from ..cache import example
+        from ..pool import CachePool
         from ..trees import TreeStep
 
         config = variant.original.config.get_text_config(decoder=True)

@@ -62,9 +62,10 @@ class CudaGraph(Transform):
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
 
     def apply(self, variant: Variant) -> None:
-        from ..cache import CachePool, example
+        from ..cache import example
         from ..compiled import CompiledStep
         from ..graphs import GraphSteps, buckets, lengths
+        from ..pool import CachePool
 
         device = devices.of(variant.original)
         if reason := device.without_graphs() or uncapturable(variant):
@@ -97,13 +98,12 @@ class CudaGraph(Transform):
 
 def uncapturable(variant: Variant) -> str | None:
     """Why this variant's decode step cannot be captured, or None."""
-    from ..cache import CachePool
     from ..compiled import CompiledStep
 
     if variant.step is not None and not isinstance(variant.step, CompiledStep):
         return "the decode step is captured or recorded already"
-    if variant.caches is not None and type(variant.caches) is not CachePool:
-        return "the KV cache does not stay at one address"
+    if variant.kv is not None:
+        return f"the KV cache is {variant.kv}, which does not stay at one address"
     model = variant.modules["decode"]
     places = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(places) > 1:

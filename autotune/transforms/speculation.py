@@ -76,8 +76,8 @@ class Speculation(Transform):
 
     def apply(self, variant: Variant) -> None:
         from .. import speculate
-        from ..cache import CachePool
         from ..graphs import GraphSteps
+        from ..pool import CachePool
         from ..strides import Stride, captured
 
         if self.draft == "model" and variant.draft is None:

@@ -48,6 +48,8 @@ class StaticCache(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.caches is not None:
             return f"the cache is static already ({variant.caches.slots} slots)"
+        if variant.kv is not None:
+            return f"the KV cache is {variant.kv}"
         return no_slots(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
@@ -74,7 +76,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     Raises:
         TransformError: the model cannot decode over slots.
     """
-    from ..cache import CachePool
+    from ..pool import CachePool
 
     if reason := no_slots(variant.original):
         raise TransformError(reason)

@@ -56,7 +56,8 @@ class StepProgram(Transform):
 
     def apply(self, variant: Variant) -> None:
         from .. import kernels
-        from ..cache import CachePool, SlotCache, example
+        from ..cache import SlotCache, example
+        from ..pool import CachePool
         from ..program import StepPrograms
 
         if reason := kernels.available():
