@@ -33,6 +33,7 @@ NAMES = [
 ARGUMENTS = {
     "model": inspect.Parameter.empty,
     "tokenizer": None,
+    "draft": None,
     "policy": "balanced",
     "workload": None,
     "when": "background",
