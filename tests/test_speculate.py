@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 
 import autotune
 from autotune import cache as slots
-from autotune import device
+from autotune import device, profile
 from autotune.drafts import Lookup
 from autotune.errors import UnsupportedModelError, VariantError
 from autotune.speculate import LONGEST_REST, Pace, Tally, expected_tokens, pays, worthwhile
@@ -22,9 +22,11 @@ from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
 from autotune.variant import Variant, build, serving
+from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import CONTEXT, left_padded, tiny, tiny_bert, token_prompts
 from tests.test_loop import IDS, REQUESTS, ask, same
+from tests.test_transforms_contract import COMPILER
 
 REPEATING = torch.tensor([token_prompts(1)[0] * 4])  # [1, 48]
 RANDOM = torch.tensor([token_prompts(1, length=48, seed=9)[0]])
@@ -410,6 +412,19 @@ def test_the_host_waits_for_a_gpu_once_a_token() -> None:
         ask(served, REPEATING, max_new_tokens=40)
         # the prompt; the token to look up; and the same token, which has arrived by then, for the caller
         assert fake.waits - before <= 1 + 2 * 40
+
+
+def test_a_profile_counts_what_moves_for_a_token_on_average() -> None:
+    _, variant = guessing(draft="right")
+    work = Workload(tuple(map(tuple, token_prompts(4))), 26, (1,))
+    plain = build(variant.original, [StaticCache()])
+    guessed, alone = (
+        profile.measure(v, work, COMPILER, budget_s=0.2, scaling=False).phases["decode"] for v in (variant, plain)
+    )
+    assert guessed.weight_bytes < 0.5 * alone.weight_bytes
+    assert guessed.flops == pytest.approx(alone.flops, rel=0.02)
+    assert 0 < guessed.busy <= 1
+    assert sum(row.seconds for row in guessed.operators) == pytest.approx(guessed.seconds, rel=0.2)
 
 
 def test_a_draft_that_fails_is_the_variants_failure() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,11 @@ def survey(
     new_tokens = max(TRACED_TOKENS, min(workload.new_tokens, MAX_NEW_TOKENS, int(affordable)))
 
     requests, rest_s = list[Request](), (1 - TIMING_SHARE) * budget_s
+    before = right_guesses(variant)
     while not requests or (len(requests) < MAX_SAMPLES and budget.left_s() > rest_s and budget.allows(growth=1)):
         with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
             requests.append(time_request(served, ids, new_tokens))
+    passes = {"prefill": 1.0, "decode": 1 - (right_guesses(variant) - before) / (len(requests) * (new_tokens - 1))}
     with budget.step("operators"):
         traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows(growth=3) else 1)
     device, seen = devices.of(variant.original), dict[Phase, Observation]()
@@ -86,7 +89,9 @@ def survey(
     }
     return Profile(
         phases={
-            p: _phase(p, variant.modules[p], samples[p], shapes[p], traces[p], hardware, seen.get(p), contexts)
+            p: _phase(
+                p, variant.modules[p], samples[p], shapes[p], passes[p], traces[p], hardware, seen.get(p), contexts
+            )
             for p in PHASES
         },
         batch_scaling=batches,
@@ -106,6 +111,11 @@ def median_prompts(workload: Workload, batch: int) -> torch.Tensor:
     length = len(ordered[len(ordered) // 2])
     fitting = [prompt[:length] for prompt in ordered if len(prompt) >= length]
     return torch.tensor(list(itertools.islice(itertools.cycle(fitting), batch)))
+
+
+def right_guesses(variant: Variant) -> int:
+    """Tokens so far for which nothing had to move, because they were guessed and checked together with others."""
+    return variant.speculation.tally.right if variant.speculation is not None else 0
 
 
 def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse:
@@ -128,6 +138,7 @@ def _phase(
     model: PreTrainedModel,
     samples_s: list[float],
     forward: Forward,
+    passes: float,
     trace: Trace,
     hardware: Hardware,
     seen: Observation | None,
@@ -136,7 +147,10 @@ def _phase(
     name = str(compute_dtype(model)).removeprefix("torch.")
     if name == "float32" and seen is not None and uses_tf32():
         name = "tf32"
-    work = count(model, forward, activation_dtype(model).itemsize)
+    work = {
+        group: replace(part, weight_bytes=part.weight_bytes * passes, cache_bytes=part.cache_bytes * passes)
+        for group, part in count(model, forward, activation_dtype(model).itemsize).items()
+    }
     found = share(trace, median(samples_s))
     return PhaseProfile(
         phase=phase,
