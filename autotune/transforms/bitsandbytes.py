@@ -61,9 +61,12 @@ class OutlierInt8Linear(sites.Replacement):
         numbers, scales, columns = self.functional.int8_vectorwise_quant(
             rows.to(torch.float16, copy=True), threshold=self.threshold
         )
-        y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-            rows, numbers, self.weight, scales, self.scales, columns, self.bias
-        )
+        if self.threshold:
+            y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+                rows, numbers, self.weight, scales, self.scales, columns, self.bias
+            )
+        else:
+            y = torch.ops.bitsandbytes.int8_scaled_mm(numbers, self.weight, scales, self.scales, self.bias, rows.dtype)
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return cast("torch.Tensor", y)
 
