@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 KINDS = (MergedAttention, MergedMlp)
+READ = "q_proj,k_proj,v_proj,gate_proj,up_proj"  # what is merged
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class MergedLinears(Transform):
         return {
             phase: roofline.less_overhead(profile.phases[phase], hardware, new_kernels=True) for phase in self.phases
         }
+
+    def extra_bytes(self, variant: Variant) -> float:
+        """The copies of the projections; the original keeps its own."""
+        models = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}.values()
+        layers = [
+            layer for model in models for name, layer in sites.linears(model).items() if sites.is_named(name, READ)
+        ]
+        return float(sum(layer.weight.nbytes for layer in layers))
 
     def apply(self, variant: Variant) -> None:
         for twin in variant.edit(self.phase):
