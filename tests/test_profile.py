@@ -28,8 +28,9 @@ from autotune.profile.counts import (
 from autotune.profile.operators import share, table
 from autotune.profile.scaling import batch_scaling, context_growth
 from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OTHER, OVERHEAD, sections
+from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes
 from autotune.profile.survey import median_prompts
-from autotune.profile.tracing import Span, Trace, by_shape, mark_cache_writes, trace, watched
+from autotune.profile.tracing import trace, watched
 from autotune.transforms.compile_step import CompileStep
 from autotune.variant import Variant, serving
 from autotune.workload import PHASES, Workload

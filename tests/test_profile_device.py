@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +16,14 @@ from autotune.errors import MeasurementError
 from autotune.hardware import Hardware
 from autotune.profile import PhaseProfile, ScalePoint
 from autotune.profile.operators import device_use, share
+from autotune.profile.phases import on_device
 from autotune.profile.recording import read
 from autotune.profile.scaling import growth_s
 from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OVERHEAD
+from autotune.profile.spans import Span, Trace
 from autotune.profile.timeline import Timeline
 from autotune.profile.timing import Stopwatch, time_request
-from autotune.profile.tracing import Span, Trace, on_device, trace, watched
+from autotune.profile.tracing import trace, watched
 from autotune.variant import Variant, serving
 from autotune.workload import PHASES, Workload
 from tests import models
@@ -157,6 +160,42 @@ def test_another_profiler_is_not_disturbed(fake: FakeCuda) -> None:
     subject = watched(Variant(models.tiny("llama")))
     with torch.autograd.profiler.profile(use_kineto=False), pytest.raises(MeasurementError, match="profiler"):
         trace(subject, torch.tensor(models.token_prompts(1, 4)), 2)
+
+
+def test_a_profiler_that_sees_no_gpu_is_an_error_and_no_verdict() -> None:
+    with pytest.raises(MeasurementError, match="nothing of the GPU"):
+        on_device(read((TRACES / "empty.json").read_bytes()), {})
+
+
+def ahead(step: int) -> list[dict[str, Any]]:
+    """A token's events of a loop that launches step n + 1 before it looks at token n: 100 us apart, in a graph."""
+    at, stamps = 100 * step, {"ph": "X", "pid": 1, "tid": 1}
+    host = {**stamps, "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": at - 60, "dur": 5}
+    works = {"ph": "X", "pid": 0, "tid": 7, "cat": "kernel", "args": {"correlation": 50 + step}}
+    return [
+        host | {"args": {"correlation": 50 + step}},
+        works | {"name": "void gemm<half>(x)", "ts": at + 1, "dur": 80},
+        works | {"name": "flash_fwd_kernel", "ts": at + 82, "dur": 18},
+        {**stamps, "cat": "user_annotation", "name": "autotune.token", "ts": at + 104, "dur": 1},
+    ]
+
+
+def test_a_loop_that_runs_ahead_is_measured_by_where_work_runs() -> None:
+    marks = [
+        {"ph": "X", "pid": 1, "tid": 1, "cat": "user_annotation", "name": name, "ts": at, "dur": 1}
+        for name, at in (("autotune.request", -300), ("autotune.token", -290), ("autotune.token", 4))
+    ]
+    events = marks + [event for step in range(6) for event in ahead(step)]
+    found = on_device(read(json.dumps({"traceEvents": events})), {})["decode"]
+    assert found.timeline is not None
+    assert found.seconds == pytest.approx(100e-6)
+    assert found.timeline.busy_s == pytest.approx(98e-6)
+    assert (found.timeline.launches, found.timeline.kernel_count, found.timeline.host_waits) == (1, 2, 0)
+    spent = {span.role: span.seconds for span in found.spans}
+    groups = {span.group for span in found.spans}
+    assert sum(span.seconds for span in found.spans) == pytest.approx(98e-6)
+    assert set(spent) == {"linear", "attention"}
+    assert groups == {COMPILED, ATTENTION}
 
 
 def test_a_trace_without_a_request_is_refused() -> None:

@@ -93,7 +93,7 @@ def test_a_whole_trace(name: str) -> None:
 @pytest.mark.parametrize(
     ("window", "busy", "gap", "waited", "launches", "sync"),
     [
-        ((30, 72), 10 + 4 + 2, 26, 24, 3, 0),  # cuts the first kernel and the last
+        ((30, 72), 10 + 4 + 2, 26, 24, 2, 0),  # cuts the first kernel, which counts where it starts, and the last
         ((50, 60), 0, 10, 10, 0, 0),  # inside a gap
         ((85, 100), 5, 0, 0, 0, 10),
         ((0, 20), 0, 0, 0, 0, 0),  # before the first kernel there is no gap: nothing had ended
@@ -135,8 +135,14 @@ def test_without_a_launch_the_external_id_tells_the_operator() -> None:
     assert (second.operator, second.launch) == (None, None)
 
 
+def test_a_copy_to_pageable_memory_keeps_the_host_waiting() -> None:
+    """cudaMemcpyAsync returns when the data is there, unless memory is pinned (CUDA Runtime API, memcpy-sync)."""
+    pageable = (TRACES / "eager.json").read_text().replace("Device -> Pinned", "Device -> Pageable")
+    assert timeline(read(pageable)).sync_s == pytest.approx((15 + 3) * US)
+
+
 def test_time_by_the_operator_that_launched_it_itself() -> None:
-    found = {call.name: seconds for call, seconds in seconds_by_caller(recorded("eager")).items()}
+    found = {call.name: seconds for call, seconds in seconds_by_caller(recorded("eager"), (0.0, 1.0)).items()}
     expected = {"aten::mm": 20 * US, "aten::add": 4 * US, "aten::mul": 4 * US, "aten::copy_": 6 * US}
     assert found == pytest.approx(expected)  # aten::linear launched nothing: aten::mm inside it did
 

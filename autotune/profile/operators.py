@@ -10,7 +10,7 @@ from ..roofline import classify, intensity
 from . import DeviceUse, Operator
 from .counts import Work
 from .sections import ATTENTION, CACHE, COMPILED, GROUPS, OVERHEAD
-from .tracing import Trace
+from .spans import Trace
 
 if TYPE_CHECKING:
     from ..device.counters import Counters

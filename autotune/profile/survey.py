@@ -30,8 +30,9 @@ from .counts import (
 from .observing import Observation, observe
 from .operators import device_use, share, table
 from .scaling import BATCHES, batch_scaling, context_growth, growth_s
+from .spans import Trace
 from .timing import Request, time_request
-from .tracing import Trace, trace, watched
+from .tracing import trace, watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

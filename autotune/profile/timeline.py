@@ -71,9 +71,9 @@ class Timeline:
     Args:
         seconds: its length, under the profiler.
         busy_s: seconds in which at least one stream worked.
-        launches: launches of kernels by the host; a graph is one.
+        launches: launches by the host of the kernels that started; a graph is one.
         graph_launches: those of them that started a graph.
-        kernel_count: kernels that ran.
+        kernel_count: kernels that started.
         gap_s: seconds between one stretch of work and the next.
         gaps: how many there were.
         host_wait_s: part of `gap_s` whose next kernel was launched only after the device had nothing left to do.
@@ -81,7 +81,7 @@ class Timeline:
         launch_s: median time from such a launch to its kernel's start; 0 where there was none.
         copies: by direction.
         copy_s: seconds in which copies to or from the host ran and no kernel did.
-        sync_s: seconds that the host spent waiting for the device.
+        sync_s: seconds that the host spent waiting for the device, in calls that wait and in copies to pageable memory.
         kernels: the kernel table, the longest first.
     """
 
@@ -133,7 +133,12 @@ def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
     copies = [work for work in inside if work.category == "gpu_memcpy"]
     gaps = [gap for gap in find_gaps(recording.work) if gap.end_s > start and gap.start_s < end]
     late = [gap for gap in gaps if gap.waits_for_host]
-    launches = {work.correlation or id(work): work for work in kernels}.values()
+    started = [work for work in kernels if work.start_s >= start]
+    firsts = dict[int, Work]()  # kernels of a graph share a launch, which counts where the first of them starts
+    for work in recording.work:
+        if work.category == "kernel":
+            firsts.setdefault(work.correlation or id(work), work)
+    launches = [work for work in firsts.values() if start <= work.start_s < end]
     host = [work for work in copies if direction(work.name) in TO_AND_FROM_HOST]
     rest = [work for work in inside if work not in host]
     busy_s = covered(inside, start, end)
@@ -142,15 +147,15 @@ def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
         busy_s=busy_s,
         launches=len(launches),
         graph_launches=sum(work.launch is not None and work.launch.name in GRAPH_LAUNCHES for work in launches),
-        kernel_count=len(kernels),
-        gap_s=sum(_within(gap, start, end) for gap in gaps),
+        kernel_count=len(started),
+        gap_s=sum(within(gap, start, end) for gap in gaps),
         gaps=len(gaps),
-        host_wait_s=sum(_within(gap, start, end) for gap in late),
+        host_wait_s=sum(within(gap, start, end) for gap in late),
         host_waits=len(late),
         launch_s=median([g.end_s - g.next_.launch.start_s for g in late if g.next_.launch]) if late else 0.0,
         copies=_copies(copies, start, end),
         copy_s=busy_s - covered(rest, start, end),
-        sync_s=sum(_within(call, start, end) for call in recording.calls if _waits(call)),
+        sync_s=sum(within(call, start, end) for call in waits(recording)),
         kernels=table(kernels, start, end),
     )
 
@@ -181,7 +186,7 @@ def table(kernels: Iterable[Work], start: float, end: float) -> tuple[Kernel, ..
         caller = work.launch or work.operator
         rows.setdefault((work.name, operator, (caller and group_of(caller)) or ""), []).append(work)
     found = [
-        Kernel(*key, count=len(row), seconds=sum(_within(w, start, end) for w in row), occupancy=_occupancy(row))
+        Kernel(*key, count=len(row), seconds=sum(within(w, start, end) for w in row), occupancy=_occupancy(row))
         for key, row in rows.items()
     ]
     return tuple(sorted(found, key=lambda kernel: -kernel.seconds))
@@ -208,7 +213,7 @@ def _copies(copies: Sequence[Work], start: float, end: float) -> tuple[Copy, ...
     for work in copies:
         found.setdefault(direction(work.name), []).append(work)
     return tuple(
-        Copy(name, len(row), sum(_within(w, start, end) for w in row), sum(w.size_bytes for w in row))
+        Copy(name, len(row), sum(within(w, start, end) for w in row), sum(w.size_bytes for w in row))
         for name, row in sorted(found.items())
     )
 
@@ -219,12 +224,14 @@ def _occupancy(row: Sequence[Work]) -> float | None:
     return sum(occupancy * seconds for occupancy, seconds in known) / total if total else None
 
 
-def _waits(call: Call) -> bool:
-    """Whether it is the outermost call that waits: the runtime's may show the driver's inside."""
-    return call.category in RUNTIME and call.name in WAITS and not (call.parent and call.parent.name in WAITS)
+def waits(recording: Recording) -> list[Call]:
+    """The outermost calls that wait (the runtime's may show the driver's inside), and copies that cannot but wait."""
+    found = [c for c in recording.calls if c.category in RUNTIME and c.name in WAITS]
+    copies = [w.launch for w in recording.work if w.launch and "DtoH" in w.name and "Pageable" in w.name]
+    return [call for call in (*found, *copies) if not (call.parent and call.parent.name in WAITS)]
 
 
-def _within(each: Call | Work | Gap, start: float, end: float) -> float:
+def within(each: Call | Work | Gap, start: float, end: float) -> float:
     return max(0.0, min(each.end_s, end) - max(each.start_s, start))
 
 
@@ -235,10 +242,10 @@ def _extent(recording: Recording) -> Interval:
     return min(e.start_s for e in events), max(e.end_s for e in events)
 
 
-def seconds_by_caller(recording: Recording) -> Mapping[Call, float]:
-    """Device time of the work that each operator launched itself."""
+def seconds_by_caller(recording: Recording, window: Interval) -> Mapping[Call, float]:
+    """Device time in a window of the work that each operator launched itself."""
     found = dict[Call, float]()
     for work in recording.work:
-        if work.operator is not None:
-            found[work.operator] = found.get(work.operator, 0.0) + work.seconds
+        if work.operator is not None and (seconds := within(work, *window)):
+            found[work.operator] = found.get(work.operator, 0.0) + seconds
     return found

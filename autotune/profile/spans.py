@@ -1,0 +1,152 @@
+"""Operators of a trace, each attributed to a part of the model and to a kind of work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .recording import Call, Work
+from .sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE
+from .timeline import Timeline, group_of
+
+Role = Literal["linear", "attention", "cache"]
+Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
+
+_LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|nvjet")
+_ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
+_CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
+_COMPILED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
+DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
+_RELABELLING = (  # operators that only make or relabel tensors
+    "_conj _local_scalar_dense _reshape_alias _reshape_copy _to_copy _unsafe_view alias as_strided chunk contiguous "
+    "detach detach_ empty empty_like empty_strided expand expand_as flatten is_nonzero item lift_fresh narrow permute "
+    "reshape resize_ resolve_conj resolve_neg result_type select slice split split_with_sizes squeeze t to transpose "
+    "unbind unflatten unsqueeze view view_as"
+)
+_NO_WORK = frozenset(_RELABELLING.split())
+_KERNEL = re.compile(r"^(?:void )?([\w:]+)")  # a kernel's name without its template and its arguments
+
+
+@dataclass(frozen=True)
+class Span:
+    """One operator of a trace.
+
+    Args:
+        name: without its namespace: "mm".
+        seconds: its own time, or its kernels' time on a GPU; children excluded.
+        group: part of the model it ran in.
+        role: what kind of work it, or the operator that called it, does; None for the rest.
+        works: it computes or copies, rather than relabelling a tensor.
+        outermost: called from Python, not from another operator.
+    """
+
+    name: str
+    seconds: float
+    group: str
+    role: Role | None
+    works: bool
+    outermost: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One profiled call or token.
+
+    Args:
+        spans: its operators in order.
+        seconds: its duration under the profiler.
+        sync_s: time the host waited for the device.
+        timeline: what the device did meanwhile; None where there is none but the CPU.
+    """
+
+    spans: tuple[Span, ...]
+    seconds: float
+    sync_s: float = 0.0
+    timeline: Timeline | None = None
+
+
+def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:
+    """The span of an operator: a `Call`, or an event of torch's profiler.
+
+    Args:
+        seconds: what is its own of the time.
+    """
+    name, group, outermost = event.name.rpartition("::")[2], None, True
+    role, compiled, caller = _role(name), bool(_COMPILED.search(event.name)), _caller(event)
+    while caller is not None and group is None:
+        if caller.name.startswith(RANGE):
+            group = caller.name.removeprefix(RANGE)
+        elif _COMPILED.search(caller.name):
+            compiled = True
+        elif not DISPATCH.search(caller.name):
+            outermost, role = False, role or _role(caller.name.rpartition("::")[2])
+        caller = _caller(caller)
+    if role == "attention" and group in (FFN, HEAD):
+        role = "linear" if "bmm" in name else None  # a batched matmul there is one over experts
+    if compiled and group is None:
+        group = ATTENTION if role == "attention" else by_shape(event.input_shapes, shapes) or COMPILED
+    return Span(name, seconds, group or OTHER, role, name not in _NO_WORK, outermost)
+
+
+def _caller(event: Any) -> Any:
+    return event.parent if isinstance(event, Call) else event.cpu_parent
+
+
+def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
+    """The group whose matmul over weights this is, judged by the shapes of its operands.
+
+    Args:
+        inputs: shapes of an operator's arguments; the activations [..., K] come before the weight, which is
+            [K, N], [N, K], or packed in rows of blocks [N / block, ..., block].
+        shapes: (K, N) -> group.
+    """
+    operands = [shape for shape in inputs or () if len(shape) > 1]
+    if len(operands) < 2:
+        return None
+    (*_, k), weight = operands[0], operands[1]
+    if len(weight) == 2:
+        n = weight[0] if weight[1] == k else weight[1]
+        return shapes.get((k, n))
+    rows, block = weight[0] * weight[-1], weight[-1]  # the last block may be padded
+    found = {group for (inner, n), group in shapes.items() if inner == k and rows - block < n <= rows}
+    return found.pop() if len(found) == 1 else None
+
+
+def mark_cache_writes(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """Move the spans that write keys and values into a group of their own.
+
+    Static caches copy by index, which no other part of a decoder does. Dynamic ones concatenate, as rotary embeddings
+    do, too; but keys and values are the last two concatenations before the attention that reads them.
+    """
+    marked, joins = list(spans), list[int]()
+    for i, span in enumerate(spans):
+        if span.role == "cache":
+            marked[i] = replace(span, group=CACHE)
+        elif span.role == "attention" and joins:
+            for j in joins[-2:]:
+                marked[j] = replace(spans[j], group=CACHE, role="cache")
+            joins.clear()
+        elif span.name == "cat" and span.group == ATTENTION and span.outermost:
+            joins.append(i)
+    return tuple(marked)
+
+
+def _role(name: str) -> Role | None:
+    if _CACHE.search(name):
+        return "cache"
+    if _ATTENTION.search(name):
+        return "attention"
+    return "linear" if _LINEAR.search(name) else None
+
+
+def kernel_span(work: Work, seconds: float) -> Span:
+    """A kernel that no operator launched: part of a graph or of generated code."""
+    plain = _KERNEL.match(work.name)
+    name = plain.group(1).rpartition("::")[2] if plain else work.name
+    role = _role(name)
+    group = group_of(work.launch) if work.launch is not None else None
+    return Span(
+        name, seconds, group or (ATTENTION if role == "attention" else COMPILED), role, works=True, outermost=False
+    )
