@@ -116,6 +116,11 @@ class GraphSteps:
         """(rows, slots read) of every graph there is."""
         return tuple({(cache.shape[0], read) for cache, graphs in self._graphs.items() for read in graphs})
 
+    def __str__(self) -> str:
+        uncaptured = self.fallbacks.total()
+        why = f", {uncaptured} steps uncaptured ({'; '.join(self.fallbacks)})" if uncaptured else ""
+        return f"{self.captures} graphs captured, {self.replays} steps replayed{why}"
+
     def covering(self, tokens: int) -> int:
         """Slots that are read to see so many tokens."""
         return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
@@ -228,8 +233,11 @@ class GraphSteps:
         failure = self.device.failure(error)
         if failure == "dead":
             raise self.device.condemn(error) from error
-        first = (str(error).strip().splitlines() or [""])[0]
-        reason = "out of memory" if failure == "memory" else f"{type(error).__name__}: {first}"
+        root: BaseException = error
+        while root.__context__ is not None:  # ending a capture that was broken off fails once more, and says less
+            root = root.__context__
+        first = (str(root).strip().splitlines() or [""])[0]
+        reason = "out of memory" if failure == "memory" else f"{type(root).__name__}: {first}"
         self._failed[cache.shape[0], read] = reason
         self._graphs.get(cache, {}).pop(read, None)
         self._pool = None  # what a broken capture left in it is not shared with others

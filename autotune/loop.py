@@ -114,7 +114,8 @@ def sample(
     criteria, streamer = call.options["stopping_criteria"], call.options.get("streamer")
     ids, position = call.input_ids, call.model_kwargs["position_ids"][:, -1:]
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    pads = config._pad_token_tensor.to(ids.device) if any(hasattr(c, "eos_token_id") for c in criteria) else None
+    pads = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
+    pads = None if pads is None else pads.to(ids.device)
     device = devices.of(ids.device)
     choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
     longest = 0  # a shorter sequence's next step is launched before the host has looked

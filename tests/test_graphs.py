@@ -142,6 +142,7 @@ def test_a_larger_batch_runs_uncaptured_and_is_counted(fake: FakeCuda) -> None:
     five = torch.tensor(token_prompts(5))
     assert torch.equal(ask(serving(variant), five), ask(model, five))
     assert dict(steps_of(variant).fallbacks) == {"a batch of 5, beyond the largest bucket of 4": 11}
+    assert "11 steps uncaptured (a batch of 5, beyond" in str(variant.step)
 
 
 def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
@@ -197,7 +198,9 @@ def test_a_failed_capture_is_told_once_and_counted(
 ) -> None:
     model = tiny("llama")
     variant = graphed(model)
-    monkeypatch.setattr(fake, "capture", _raise(RuntimeError("operation not permitted when stream is capturing")))
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(fake, "capture", _raise(error))
     assert torch.equal(ask(serving(variant), max_new_tokens=30), ask(model, max_new_tokens=30))
     told = [r for r in caplog.records if "not permitted" in r.getMessage()]
     assert len(told) == 1

@@ -340,8 +340,6 @@ def test_tokens_are_drawn_as_by_multinomial() -> None:
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_on_a_gpu_every_request_is_answered_as_by_transformers(plan: str, request_: str) -> None:
     model, options = tiny("llama").to("cuda"), REQUESTS[request_]
-    if request_ == "criteria":
-        options = {"stopping_criteria": [Long()]}
     served = serving(build(model, AHEAD_PLANS[plan]))
     for ids in (IDS.to("cuda"), IDS[:, :3].to("cuda")):
         same(ask(served, ids, **options), ask(model, ids, **options))
