@@ -519,6 +519,21 @@ def test_on_a_gpu_weights_that_move_are_captured_anew() -> None:
 
 
 @pytest.mark.slow
+def test_graphs_are_captured_anew_around_a_step_that_is_compiled_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.transforms.compile_step.no_compiler", lambda _hardware: None)
+    with device.stand_in(FakeCuda(opaque=True)):
+        model, plan = tiny("llama"), CompileStep(phase="decode")
+        graphs = graphed(model, batches=(1,))
+        assert plan.unavailable(graphs, CUDA) is None
+        assert "already" in (replace(plan, mode="reduce-overhead").unavailable(graphs, CUDA) or "")
+        both = graphs.with_transform(plan)
+        assert steps_of(both).inner is not None
+        assert steps_of(graphs).inner is None
+        assert "already" in (plan.unavailable(both, CUDA) or "")
+        assert torch.equal(ask(serving(both)), ask(model))
+
+
+@pytest.mark.slow
 def test_inductor_s_own_graphs_run_on_the_owner_and_results_are_the_caller_s() -> None:
     """Inductor captures nothing on a CPU; which thread runs it, and what is handed out, is the same."""
     with device.stand_in(FakeCuda()) as fake:

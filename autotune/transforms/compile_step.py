@@ -50,11 +50,18 @@ class CompileStep(Transform):
             raise ChoiceError("compile_step: phase must be 'decode'")
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if variant.step is not None:
-            return "the decode step is compiled already"
+        if variant.step is not None and not self._captured_anew(variant):
+            return "the decode step is compiled or recorded already"
         if variant.kv is not None:
             return f"the decode step is compiled over slots, and the KV cache is {variant.kv}"
         return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original)
+
+    def _captured_anew(self, variant: Variant) -> bool:
+        """Whether the step is one of graphs, which will be captured again around the compiled one."""
+        from ..graphs import GraphSteps
+
+        plain = isinstance(variant.step, GraphSteps) and variant.step.inner is None
+        return plain and self.mode != "reduce-overhead"
 
     def _out_of_place(self, variant: Variant) -> str | None:
         device = devices.of(variant.original)
