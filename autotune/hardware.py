@@ -70,7 +70,7 @@ def probe(where: str | torch.device | PreTrainedModel = "cpu") -> Hardware:
 def _probe(device: Device, threads: int) -> Hardware:
     identity = device.identity()
     with torch.inference_mode():
-        return Hardware(
+        found = Hardware(
             device=device.kind,
             name=identity.name,
             capability=identity.capability,
@@ -81,6 +81,9 @@ def _probe(device: Device, threads: int) -> Hardware:
             compiler=find_compiler(),
             versions=library_versions(),
         )
+    if device.asynchronous:
+        device.trim()  # what was measured with is the model's again
+    return found
 
 
 def instruction_set() -> str:

@@ -246,3 +246,19 @@ def test_an_export_that_is_none_is_a_usage_error(saved, prompts, tmp_path, capsy
     file = source if source.exists() else tmp_path / name
     assert cli.main(["profile", str(saved), "--ncu-csv", str(file)]) == cli.USAGE
     assert said in capsys.readouterr().err
+
+
+def test_doctor_tells_what_the_gpu_counts(monkeypatch, capsys):
+    from autotune import device
+    from tests.fakes.cuda import FakeCuda
+    from tests.fakes.nvml import FakeNvml, NVMLError
+
+    refused = {"nvmlDeviceGetPowerUsage": NVMLError("Not Supported")}
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml({"nvmlDeviceGetCurrentClocksEventReasons": 0x40}, refused))
+    monkeypatch.setattr("autotune.cli.show.availability", lambda machine: {})
+    with device.stand_in(FakeCuda()):
+        assert cli.main(["doctor"]) == cli.DONE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "lowered (1500 of 1980 MHz): thermal (hardware)" in said
+    assert "GPU counters 19 of 20 figures; Not Supported" in said
+    assert "tf32 matmul" in said

@@ -94,7 +94,7 @@ SAID = [
             "Warning: another process computes on the GPU with 5 GB: its figures are theirs, too.",
             "Counters during decode: a kernel running 97 %, DRAM bandwidth 45 %, SM clock 1200 of 1980 MHz, "
             "690 of 700 W, 71 degrees C.",
-            "Not available: tensor_active, sm_active (Not Supported).",
+            "Not available: tensor active, sm active (Not Supported).",
             "Not available: mig (Insufficient Permissions).",
             "Longest kernels of decode",
             "aten::mm",

@@ -50,6 +50,8 @@ def doctor(args: Namespace) -> int:
     table.add_row("read bandwidth", f"{n.scaled(machine.bandwidth_bytes_per_s, 'B/s')} ({origin})")
     for dtype, rate in machine.flops_per_s.items():
         table.add_row(f"{dtype} matmul", f"{n.scaled(rate, 'FLOP/s')} ({origin})")
+    if machine.device == "cuda":
+        _add_counters(table)
     table.add_row("C++ compiler", machine.compiler or "none: torch.compile and autotune's own kernels cannot be used")
     cache = folders.cache()
     table.add_row("cache directory", f"{cache}, writable" if cache else "none can be written: nothing is kept")
@@ -62,6 +64,23 @@ def doctor(args: Namespace) -> int:
         ready.add_row(name, reason or "available")
     _print(ready)
     return 0
+
+
+def _add_counters(table: Table) -> None:
+    """What NVML tells of the GPU now, and what it does not."""
+    from ..device import of
+    from ..device.nvml import sampled
+
+    with sampled(of("cuda")) as sampler:
+        pass
+    if sampler is None:
+        return
+    counters = sampler.counters
+    for warning in counters.warnings():
+        table.add_row("warning", warning)
+    reasons = dict.fromkeys(counters.unavailable.values())
+    told = f"{counters.told} of {counters.told + len(counters.unavailable)} figures"
+    table.add_row("GPU counters", "; ".join((told, *reasons)))
 
 
 def availability(machine: Hardware) -> dict[str, str | None]:

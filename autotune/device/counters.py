@@ -63,6 +63,11 @@ class Counters:
     readings: int = 0
     unavailable: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def told(self) -> int:
+        """How many figures there are."""
+        return sum(getattr(self, name) is not None for name in FIGURES)
+
     def warnings(self) -> tuple[str, ...]:
         """What makes figures of this device doubtful."""
         found = []

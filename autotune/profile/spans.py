@@ -14,7 +14,10 @@ from .timeline import Timeline, group_of
 Role = Literal["linear", "attention", "cache"]
 Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
 
-_LINEAR = re.compile(r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|nvjet")
+_LINEAR = re.compile(
+    r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|"
+    r"nvjet|splitKreduce|[mM]arlin"  # kernels' names, where no operator is known
+)
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
 _CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
 _COMPILED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")

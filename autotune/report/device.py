@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..ncu import Reading
     from ..profile import PhaseProfile, Profile
 
+UNIT = re.compile("_(hz|w|c|bytes)$")
 ROWS = 8  # of the longest kernels
 NAME_WIDTH = 60  # of a kernel's name: what follows are its template's arguments
 
@@ -142,7 +144,7 @@ def _counters(phase: str, counters: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"Counters during {phase}: {', '.join(parts)}."
     missing = dict[str, list[str]]()
     for name, why in c["unavailable"].items():
-        missing.setdefault(why, []).append(name.rsplit("_", 1)[0] if name.endswith(("_hz", "_w", "_c")) else name)
+        missing.setdefault(why, []).append(UNIT.sub("", name).replace("_", " "))
     for why, names in missing.items():
         which = ", ".join(names) if parts else "counters"
         yield f"Not available: {which} ({why.rstrip('.')})."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,7 @@ class FakeNvml(ModuleType):
         gpm: Mapping[int, float | None] = GPM,
     ) -> None:
         super().__init__("pynvml")
+        self.__spec__ = ModuleSpec("pynvml", None)
         self.answers, self.fails = {**ANSWERS, **(answers or {})}, dict(fails or {})
         self.lacks, self.hangs, self.gpm = lacks, hangs, gpm
         self.calls = list[str]()
