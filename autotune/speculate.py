@@ -17,13 +17,14 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import device as devices
 from .drafts import Drafter, Guesser, Lookup
+from .pace import Pace
 
 if TYPE_CHECKING:
     from .cache import SlotCache
@@ -35,82 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-FORGET = 0.9  # weight of what a guess showed after each later one: about the last ten count
-HITS, TRIES = 2.0, 3.0  # what is assumed of guesses before there were any
-LONGEST_REST = 64  # tokens without a guess, when guesses keep being wrong
 TIMED_RUNS = 3  # of each kind of step; the fastest counts, which the host disturbed least
-
-
-def expected_tokens(acceptance: float, guesses: int) -> float:
-    """Tokens that a step with so many guesses gives on average (Leviathan et al., equation 1).
-
-    Args:
-        acceptance: probability that a guess is right when those before it were, 0 to 1.
-        guesses: tokens guessed.
-    """
-    if acceptance >= 1:
-        return float(guesses + 1)
-    return (1 - acceptance ** (guesses + 1)) / (1 - acceptance)
-
-
-def worthwhile(acceptance: float, most: int, cost: float) -> int:
-    """How many guesses give the most tokens per time; 0 where none do better than a plain step.
-
-    Args:
-        acceptance: as in `expected_tokens`.
-        most: guesses there may be.
-        cost: time of a step with `most` guesses, guessing included, in plain steps; in between it is interpolated.
-    """
-
-    def speedup(guesses: int) -> float:
-        return expected_tokens(acceptance, guesses) / (1 + (cost - 1) * guesses / most)
-
-    return max(range(most + 1), key=speedup)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How far to guess ahead, from how the guesses before fared. Where that does not pay, it rests, and twice as long
-    each time that a single guess after the rest was wrong again.
-
-    Args:
-        most, cost: as in `worthwhile`.
-        hits, tries: guesses that were right, and all that were decided, the latest weighing most.
-        rest: tokens to go without a guess.
-        next_rest: length of the next rest.
-    """
-
-    most: int
-    cost: float
-    hits: float = HITS
-    tries: float = TRIES
-    rest: int = 0
-    next_rest: int = 1
-
-    @property
-    def guesses(self) -> int:
-        """How many tokens to guess now."""
-        if self.rest or not pays(self.most, self.cost):
-            return 0
-        return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
-
-    def after(self, guessed: int, right: int) -> Pace:
-        """The pace after a step of which so many guesses were right; those after the first wrong one decide nothing."""
-        tries = right + (right < guessed)
-        kept = FORGET**tries
-        new = replace(self, hits=self.hits * kept + right, tries=self.tries * kept + tries)
-        if worthwhile(new.hits / new.tries, self.most, self.cost):
-            return replace(new, next_rest=1)
-        return replace(new, rest=self.next_rest, next_rest=min(2 * self.next_rest, LONGEST_REST))
-
-    def without(self) -> Pace:
-        """The pace after a token for which nothing was guessed."""
-        return replace(self, rest=max(0, self.rest - 1))
-
-
-def pays(most: int, cost: float) -> bool:
-    """Whether guesses pay when every one of them is right."""
-    return worthwhile(1.0, most, cost) > 0
 
 
 @dataclass(frozen=True)
@@ -204,31 +130,45 @@ class Ahead:
         self._guesser: Guesser | None = None
         self._device = devices.of(call.input_ids.device)
         self._most_tokens = call.options["generation_config"].max_length
+        self._unread: list[Callable[[], torch.Tensor]] = []  # tokens that are on their way to the host
         self._guesses: list[int] = []  # of the latest step
         self._logits: list[torch.Tensor] = []  # after each of them, [1, V]
         self._right = 0
 
     def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Logits [1, V] after `token`; token and position [1, 1]. The host waits for the token, once."""
-        arrived = self._device.fetch(token)
-        guesser = self._guesser = self._guesser or self._make_guesser()
-        told = int(arrived())
-        guesser.append(told)
-        if self._right < len(self._guesses) and self._guesses[self._right] == told:
-            self._right += 1
-            self.tally += Tally(right=1)
-            return self._logits[self._right - 1]
-        self._settle()
+        """Logits [1, V] after `token`; token and position [1, 1]. Unless it rests, the host waits for the token."""
+        self._unread.append(self._device.fetch(token))
+        if self._right == len(self._guesses):
+            self._settle()
+        if not self._guesses and not self.pace.guesses:
+            return self._without(token, position)
+        guesser = self._read()
+        if self._guesses:
+            if self._guesses[self._right] == guesser.tokens[-1]:
+                self._right += 1
+                self.tally += Tally(right=1)
+                return self._logits[self._right - 1]
+            self._settle()
         held = self._held()
         # the last token of all is never fed back; a batch that shares its cache's rows with others has no guesses
         room = min(self._most_tokens - len(guesser.tokens) - 1, held.shape[1] - held.length - 1)
         most = min(self.pace.guesses, room) if held.shape[0] == 1 else 0
         with self.variant.running("decode"):
             guesses = guesser.guess(most) if most > 0 else []
-        if not guesses:
-            self.pace = self.pace.without()
-            return self.plain(token, position)
-        return self._check(guesses, token, position, held)
+        return self._check(guesses, token, position, held) if guesses else self._without(token, position)
+
+    def _without(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits [1, V] after `token`, with nothing guessed."""
+        self.pace = self.pace.without()
+        return self.plain(token, position)
+
+    def _read(self) -> Guesser:
+        """What guesses, told of every token so far."""
+        guesser = self._guesser = self._guesser or self._make_guesser()
+        for arrived in self._unread:
+            guesser.append(int(arrived()))
+        self._unread.clear()
+        return guesser
 
     def _check(self, guesses: list[int], token: torch.Tensor, position: torch.Tensor, held: SlotCache) -> torch.Tensor:
         """Logits [1, V] after `token`, and those after each guess for later."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
 import autotune
@@ -16,7 +18,8 @@ from autotune import cache as slots
 from autotune import device, profile
 from autotune.drafts import Lookup
 from autotune.errors import UnsupportedModelError, VariantError
-from autotune.speculate import LONGEST_REST, Pace, Tally, expected_tokens, pays, worthwhile
+from autotune.pace import LONGEST_REST, Pace, expected_tokens, pays, worthwhile
+from autotune.speculate import Tally
 from autotune.transforms import Transform
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
@@ -414,6 +417,17 @@ def test_the_host_waits_for_a_gpu_once_a_token() -> None:
         assert fake.waits - before <= 1 + 2 * 40
 
 
+def test_the_host_waits_for_nothing_while_guessing_rests() -> None:
+    with device.stand_in(FakeCuda()) as fake:
+        model, variant = guessing()
+        assert variant.speculation is not None
+        variant.speculation.cost = 9.0  # nothing pays, so that it always rests
+        before = fake.waits
+        same(ask(serving(variant), REPEATING, max_new_tokens=40), ask(model, REPEATING, max_new_tokens=40))
+        assert fake.waits - before == 40  # the caller's own looks
+        assert tally(variant) == Tally()
+
+
 def test_a_profile_counts_what_moves_for_a_token_on_average() -> None:
     _, variant = guessing(draft="right")
     work = Workload(tuple(map(tuple, token_prompts(4))), 26, (1,))
@@ -461,3 +475,30 @@ def test_slots_under_another_attention(plan: list[Transform]) -> None:
     """Eager attention adds its mask to the scores, where others take a mask of truth values."""
     model = tiny("gemma3")
     same(ask(serving(build(model, plan)), max_new_tokens=40), ask(model, max_new_tokens=40))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    period=st.lists(st.integers(3, 255), min_size=1, max_size=9),
+    times=st.integers(1, 6),
+    draft=st.sampled_from(sorted(DRAFTS)),
+    tokens=st.integers(1, 12),
+    options=st.fixed_dictionaries(
+        {"max_new_tokens": st.integers(1, 24)},
+        optional={
+            "do_sample": st.just(True),
+            "temperature": st.floats(0.2, 3.0),
+            "top_k": st.integers(1, 50),
+            "repetition_penalty": st.floats(0.6, 1.5),
+            "no_repeat_ngram_size": st.integers(1, 3),
+            "eos_token_id": st.integers(3, 255),
+            "num_return_sequences": st.just(1),
+        },
+    ),
+)
+def test_whatever_is_asked_the_answer_is_the_originals(
+    period: list[int], times: int, draft: str, tokens: int, options: dict[str, Any]
+) -> None:
+    model, variant = guessing("qwen3", draft, tokens)
+    ids = torch.tensor([period * times])
+    same(ask(serving(variant), ids, **options), ask(model, ids, **options))

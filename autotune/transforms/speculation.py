@@ -97,7 +97,7 @@ class Speculation(Transform):
         variant.speculation.cost = speculate.measure_cost(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
-        from ..speculate import pays
+        from ..pace import pays
 
         speculation = variant.speculation
         if speculation is None:
