@@ -6,7 +6,9 @@ Tests marked `gpu` are the same on a real one.
 from __future__ import annotations
 
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ from autotune.device import Graph
 from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
 from autotune.graphs import Captured, GraphSteps, buckets, lengths
 from autotune.hardware import Hardware
+from autotune.traffic import Traffic
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
@@ -123,6 +126,32 @@ def test_generations_in_turn_see_nothing_of_each_other(fake: FakeCuda) -> None:
             assert torch.equal(ask(served, ids, **options), ask(model, ids, **options))
     assert not steps_of(variant).fallbacks
     assert len(steps_of(variant).shapes) == fake.captures, "a cache that was there was captured again"
+
+
+def test_graphs_are_captured_in_a_turn_of_their_own(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among live requests: none of them is under way during a capture."""
+    traffic, capture, turns = Traffic(), fake.capture, list[bool]()
+
+    def noted(*args: Any) -> Any:
+        turns.append(traffic._measuring is not None)
+        return capture(*args)
+
+    monkeypatch.setattr(fake, "capture", noted)
+    Variant(tiny("llama"), traffic).with_transform(GRAPH)
+    assert turns
+    assert all(turns)
+
+
+def test_a_dropped_variant_leaves_no_graph_behind(fake: FakeCuda) -> None:
+    variant = graphed(tiny("llama"))
+    ask(serving(variant))
+    steps = steps_of(variant)
+    held = [weakref.ref(graph) for graphs in steps._graphs.values() for graph in graphs.values()]
+    caches = [weakref.ref(cache) for cache in steps._graphs]
+    del variant, steps
+    gc.collect()
+    assert held
+    assert not [each for each in (*held, *caches) if each() is not None]
 
 
 def test_a_nan_left_in_any_row_or_slot_reaches_nobody(fake: FakeCuda) -> None:

@@ -181,6 +181,27 @@ def test_a_damaged_artifact_costs_a_compilation_and_nothing_else() -> None:
     same(ask(serving(build(model, [CompileStep(phase="decode")]))), ask(model))
 
 
+def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
+    model = tiny("llama")
+    served = serving(build(model, [StaticCache()]))
+    with torch.inference_mode():
+        first = ask(served)
+    same(ask(served), first)
+    same(first, ask(model))
+
+
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": list(range(40))}], ids=["length", "end of sequence"])
+def test_on_a_cpu_no_step_is_made_in_vain(ends: dict[str, Any]) -> None:
+    served, counted = serving(build(tiny("llama"), [StaticCache()])), Order()
+    options = {"max_new_tokens": 30, "attention_mask": torch.ones_like(IDS), **ends}
+    tokens = ask(served, **options).shape[1] - IDS.shape[1]
+    assert tokens < 30 or not ends
+    with counted:
+        ask(served, **options)
+    assert counted.done.count("step") == tokens  # the prompt's, and one after every token but the last
+    assert "look" not in counted.done
+
+
 class Shown:
     """A streamer that notes what it is given, and may fail."""
 
@@ -279,9 +300,13 @@ def test_one_step_ahead_a_callback_that_fails_poisons_nothing(
 class Order(TorchDispatchMode):
     """Notes what is done in which order: steps of the model, and looks of the host."""
 
-    def __init__(self, fake: FakeCuda) -> None:
+    def __init__(self, fake: FakeCuda | None = None) -> None:
         super().__init__()
         self.done: list[str] = []
+        if fake is not None:
+            self.watch(fake)
+
+    def watch(self, fake: FakeCuda) -> None:
         fetch = fake.fetch
 
         def noted(tensor: torch.Tensor) -> Any:

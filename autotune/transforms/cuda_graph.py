@@ -85,7 +85,8 @@ class CudaGraph(Transform):
                 if inner is not None:
                     for read in reads:
                         inner.prepare(cache.first(read))
-                steps.prepare(cache, tokens)
+                with variant.turn():  # a request that runs out of memory meanwhile could not free what is kept
+                    steps.prepare(cache, tokens)
         variant.step = steps
 
     def took_effect(self, variant: Variant) -> str | None:
