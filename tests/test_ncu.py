@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shlex
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autotune import device
 from autotune.errors import MeasurementError
@@ -119,6 +122,16 @@ def test_what_holds_no_kernel_is_refused(text: str, message: str) -> None:
 def test_without_any_metric_that_was_asked_for() -> None:
     text = '"ID","Kernel Name","other.sum"\n"","","inst"\n"0","k","7"\n'
     assert parse(text).evidence() == "Nsight Compute counts over 1 kernel: none of the metrics asked for"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_export_does_more_than_be_refused(data: st.DataObject) -> None:
+    whole = data.draw(st.sampled_from([RAW, DETAILS]))
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
+    noise = data.draw(st.text(alphabet='",\n=ID0.5%a ', max_size=20))
+    with contextlib.suppress(MeasurementError):
+        assert parse(whole[:start] + noise + whole[end:]).total.count > 0
 
 
 @pytest.mark.parametrize(

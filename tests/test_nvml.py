@@ -162,6 +162,14 @@ def test_the_device_is_found_by_its_address_and_not_by_its_number(monkeypatch: p
     assert set(unknown.unavailable.values()) == {"Not Found"}
 
 
+@pytest.mark.parametrize("uuid", [UUID, UUID.replace("GPU-", "MIG-")])
+def test_an_instance_of_a_divided_gpu_is_not_taken_for_the_whole(uuid: str) -> None:
+    instance = UUID.replace("GPU-", "MIG-")
+    fake = FakeNvml(known=(PCI, UUID, instance))
+    assert nvml.find(fake, Address(PCI, uuid)) == instance
+    assert nvml.find(FakeNvml(), Address(PCI, uuid)) == PCI
+
+
 def test_a_driver_from_before_the_new_name_tells_its_reasons_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for fake in (
         FakeNvml(lacks=["nvmlDeviceGetCurrentClocksEventReasons"]),

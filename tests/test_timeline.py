@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autotune.errors import MeasurementError
 from autotune.profile.recording import Recording, read
@@ -207,3 +210,35 @@ def test_arguments_of_the_wrong_kind_do_no_harm() -> None:
     event = '{"ph": "X", "cat": "kernel", "name": "k", "ts": 1, "dur": 4, "args": %s}'
     for arguments in ("3", '{"correlation": "7", "bytes": NaN, "stream": []}', '{"correlation": null}'):
         assert timeline(read(f"[{event % arguments}]")).busy_s == pytest.approx(4 * US)
+
+
+EVENTS = st.fixed_dictionaries(
+    {
+        "ph": st.sampled_from(["X", "X", "X", "i"]),
+        "cat": st.sampled_from(["cpu_op", "user_annotation", "cuda_runtime", "kernel", "gpu_memcpy", "ac2g"]),
+        "name": st.sampled_from(
+            ["aten::mm", "cudaLaunchKernel", "cudaGraphLaunch", "cudaStreamSynchronize", "Memcpy HtoD"]
+        ),
+        "ts": st.integers(0, 100) | st.floats(0, 100),
+        "dur": st.integers(-1, 50) | st.none(),
+        "tid": st.integers(0, 1),
+        "args": st.dictionaries(
+            st.sampled_from(["correlation", "External id", "bytes", "Input Dims"]), st.integers(0, 4) | st.none()
+        ),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(EVENTS, max_size=12), st.integers(0, 60), st.integers(0, 60))
+def test_whatever_is_in_a_trace_its_figures_agree(events: list[dict[str, Any]], start: int, length: int) -> None:
+    found = timeline(read(json.dumps(events)), (start * US, (start + length) * US))
+    slack = 1e-12
+    assert 0 <= found.busy_s <= found.seconds + slack
+    assert 0 <= found.host_wait_s <= found.gap_s + slack <= found.seconds - found.busy_s + 2 * slack
+    assert -slack <= found.copy_s <= found.busy_s + slack
+    assert found.graph_launches <= found.launches
+    assert found.host_waits <= found.gaps
+    assert (
+        sum(kernel.seconds for kernel in found.kernels) >= found.busy_s - sum(c.seconds for c in found.copies) - slack
+    )

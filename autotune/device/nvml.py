@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("autotune")
 
 INTERVAL_S = 0.1  # NVML itself averages over a sixth of a second to a second
-PATIENCE_S = 2.0  # a driver that takes longer for a reading hangs
+PATIENCE_S = 5.0  # a driver that takes longer hangs: it is loaded, as CUDA runs
 SILENT = f"NVML did not answer within {PATIENCE_S:.0f} s"
 NOT_AVAILABLE = (2**32 - 1, 2**64 - 1)  # NVML's "no value" is all bits set
 NO_VALUE = "the driver gives no value (N/A)"
@@ -133,11 +133,14 @@ def sampled(device: Device) -> AbstractContextManager[Sampler | None]:
 
 
 def find(library: Any, address: Address) -> Any:
-    """NVML's handle of a device. Its own numbers do not follow CUDA_VISIBLE_DEVICES, addresses do."""
-    try:
+    """NVML's handle of a device. Its own numbers do not follow CUDA_VISIBLE_DEVICES, addresses do.
+
+    An instance of a divided GPU (MIG) lies at the address of the whole, which others use as well: it comes first.
+    """
+    with contextlib.suppress(Exception):
+        return library.nvmlDeviceGetHandleByUUID("MIG-" + address.uuid.removeprefix("GPU-").removeprefix("MIG-"))
+    with contextlib.suppress(Exception):
         return library.nvmlDeviceGetHandleByPciBusId(address.pci)
-    except Exception:
-        logger.info("NVML does not know a GPU at %s; asking for %s", address.pci, address.uuid)
     return library.nvmlDeviceGetHandleByUUID(address.uuid)
 
 

@@ -54,6 +54,7 @@ class FakeNvml(ModuleType):
         lacks: functions that this version of the module does not have.
         hangs: functions that never return (until `release`).
         gpm: GPM metric number -> percent, None where the metric has an error of its own.
+        known: PCI addresses and UUIDs of devices.
 
     Attributes:
         calls: names of the functions called, in order.
@@ -70,11 +71,12 @@ class FakeNvml(ModuleType):
         lacks: Sequence[str] = (),
         hangs: Sequence[str] = (),
         gpm: Mapping[int, float | None] = GPM,
+        known: Sequence[str] = (PCI, UUID),
     ) -> None:
         super().__init__("pynvml")
         self.__spec__ = ModuleSpec("pynvml", None)
         self.answers, self.fails = {**ANSWERS, **(answers or {})}, dict(fails or {})
-        self.lacks, self.hangs, self.gpm = lacks, hangs, gpm
+        self.lacks, self.hangs, self.gpm, self.known = lacks, hangs, gpm, known
         self.calls = list[str]()
         self.open = self.sampled = 0
         self._released = threading.Event()
@@ -107,9 +109,9 @@ class FakeNvml(ModuleType):
                 self.open += 1 if name == "nvmlInit" else -1
                 return None
             case "nvmlDeviceGetHandleByPciBusId" | "nvmlDeviceGetHandleByUUID":
-                if args[0] not in (PCI, UUID):
+                if args[0] not in self.known:
                     raise NVMLError("Not Found")
-                return "the device"
+                return args[0]
             case "nvmlGpmSampleAlloc":
                 self.sampled += 1
                 return SimpleNamespace(taken=0)
