@@ -128,6 +128,20 @@ def test_generations_in_turn_see_nothing_of_each_other(fake: FakeCuda) -> None:
     assert len(steps_of(variant).shapes) == fake.captures, "a cache that was there was captured again"
 
 
+def test_a_cache_is_lent_in_the_order_of_what_was_queued(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next user's stream waits for what the last user's still has to read."""
+    variant, waits = graphed(tiny("llama")), list[Any]()
+    ask(serving(variant))
+    assert variant.caches is not None
+    (idle,) = variant.caches._idle[1]
+    left, wait = idle.left, fake.wait
+    monkeypatch.setattr(fake, "wait", lambda mark: (waits.append(mark), wait(mark)))
+    ask(serving(variant))
+    assert left is not None
+    assert left in waits
+    assert idle.left > left
+
+
 def test_graphs_are_captured_in_a_turn_of_their_own(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among live requests: none of them is under way during a capture."""
     traffic, capture, turns = Traffic(), fake.capture, list[bool]()
@@ -586,6 +600,21 @@ def test_inductor_s_own_graphs_run_on_the_owner_and_results_are_the_caller_s() -
         with torch.inference_mode():
             assert torch.equal(ask(serving(variant)), ask(model))
         assert "captured or recorded already" in (GRAPH.unavailable(variant, CUDA) or "")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("no kernel for this"), TransformError("does not compile: RuntimeError: no kernel for this")),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), DeviceError("restart the process")),
+    ],
+)
+def test_what_inductor_raises_is_a_refusal(
+    error: Exception, raised: Exception, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TreeStep, "_call", _raise(error))
+    with pytest.raises(type(raised), match=str(raised)):
+        Variant(tiny("llama")).with_transform(CompileStep(phase="decode", mode="reduce-overhead"))
 
 
 @pytest.mark.parametrize(
