@@ -170,7 +170,11 @@ class _Launch:
 
 
 def _launches(lines: Sequence[str]) -> list[_Launch]:
-    heading, *rows = csv.reader(lines)
+    try:
+        heading, *rows = csv.reader(lines)
+    except csv.Error as error:  # a field without an end
+        raise MeasurementError(f"this is no CSV export of Nsight Compute: {error}") from error
+    heading[0] = "ID"  # whatever became of its quotes
     if rows and not lines[-1].endswith(("\n", '"')):
         rows.pop()  # its last number may have lost digits
     whole = [row for row in rows if len(row) >= len(heading) and row != heading]
