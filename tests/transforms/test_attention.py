@@ -230,6 +230,37 @@ def test_another_kernel_than_the_chosen_one_is_no_effect(
     )
 
 
+@pytest.mark.parametrize(
+    ("implementation", "seen", "by"),
+    [
+        ("flash_attention_2", {"_flash_attn_forward", "mm"}, None),
+        ("flash_attention_2", {"mm"}, None),  # a package may call its kernels past the dispatcher
+        ("flash_attention_2", {"_softmax", "bmm"}, "_softmax"),
+        (HUB, {"_scaled_dot_product_cudnn_attention"}, "_scaled_dot_product_cudnn_attention"),
+        ("sdpa:cudnn", {"_scaled_dot_product_cudnn_attention"}, None),
+        ("sdpa:cudnn", {"_scaled_dot_product_efficient_attention"}, "_scaled_dot_product_efficient_attention"),
+        ("sdpa:flash", {"_safe_softmax"}, "_safe_softmax"),
+        ("sdpa:flash", {"mm"}, "no kernel of SDPA's"),
+    ],
+)
+def test_what_a_trace_of_a_gpu_shows(implementation: str, seen: set[str], by: str | None) -> None:
+    assert Attention("prefill", implementation)._elsewhere(seen, torch.device("cuda")) == by
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag on create")
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_flex_attention_uncompiled(phase: str, llama: PreTrainedModel) -> None:
+    """What transformers makes of it; the kernels themselves are generated for a GPU."""
+    assert "needs a CUDA device" in (Attention(phase, "flex_attention").unavailable(Variant(llama), COMPILER) or "")
+    with torch.compiler.set_stance("force_eager"):
+        transform = Attention(phase, "flex_attention")
+        candidate = Variant(llama).with_transform(transform)
+        assert transform.took_effect(candidate) is None
+        for inputs in (models.left_padded(), {"input_ids": torch.tensor(models.token_prompts(2, 20))}):
+            got = serving(candidate).generate(**inputs, max_new_tokens=6, min_new_tokens=6)
+            assert torch.equal(got, llama.generate(**inputs, max_new_tokens=6, min_new_tokens=6))
+
+
 def test_operators_are_those_of_the_phase(llama: PreTrainedModel) -> None:
     assert "_scaled_dot_product_flash_attention_for_cpu" in operators(llama, "prefill")
     llama.set_attn_implementation("eager")
