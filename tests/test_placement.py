@@ -213,3 +213,23 @@ def test_a_dispatched_model_is_wrapped_and_unwrapped() -> None:
     assert wrapped(ids).logits.shape == (1, 12, models.VOCABULARY)
     wrapped.autotune.unwrap()
     assert model.forward.args == (model,)
+
+
+@pytest.mark.gpu
+def test_two_gpus() -> None:
+    """Layers on two devices keep their hooks; the token goes back to the first, and slots are refused."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    places = dict(zip(PARTS, (0, 0, 1, 1, 0, 1), strict=True))
+    plain = models.tiny("llama", tie_word_embeddings=False).bfloat16()
+    ids = torch.tensor(models.token_prompts(2), device="cuda:0")
+    model = dispatch_model(models.tiny("llama", tie_word_embeddings=False).bfloat16(), places)
+    assert placement.obstacle(model) is None
+    assert "lies on cuda:0 and cuda:1" in (placement.one_device(model) or "")
+    results = []
+    for each in (model, plain.to("cuda:0")):
+        variant = Variant(each)
+        for name, params in (("bitsandbytes", {"scheme": "int8_vectorwise"}), ("lean_loop", {})):
+            variant = variant.with_transform(make(name, params, "decode"))
+        results.append(serving(variant).generate(ids, max_new_tokens=8, min_new_tokens=8))
+    assert torch.equal(*results)
