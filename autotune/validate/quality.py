@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
         return Quality(tier, Verdict.INCONCLUSIVE, exam.problem)
     try:
         _score(exam, variant, limits, tally, progress or (lambda step, share: None))
-        _run_free(exam, variant, limits)
+        require_alike(exam, write_free(exam, variant), limits)
     except OutputError as failure:
         return _explained(summarise(tally, limits.name, exam.tie_nats), Verdict.FAIL, str(failure))
     except CandidateError as error:
@@ -77,15 +77,33 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
     for k, group in enumerate(order):
         progress("comparing with the original", k / len(order))
         reference = exam.reference(group)
-        stratum = _stratum(exam, group)
-        if reads and len(group) == 1:
-            _add(tally, reference, exam.read(served, group[0])[None], group, "prefill", exam.original.dtype)
-        try:
-            _add(tally, reference, exam.step(served, group), group, stratum)
-        except BypassedError as why:  # the original serves it, which says nothing about the variant
-            log.debug("%s of the exam is left to the original: %s", stratum, why)
+        for stratum, logits in answers(exam, served, group, reads):
+            _add(tally, reference, logits, group, stratum, exam.original.dtype if stratum == "prefill" else None)
         if k >= EARLY_PROMPTS - 1:
             _fail_early(tally, limits, exam)
+
+
+def answers(exam: Exam, served: Served, group: tuple[Text, ...], reads: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a variant says about a group: parts of the exam and its logits [B, T, V] for each.
+
+    Args:
+        exam: what it is examined on.
+        served: the variant.
+        group: of the exam's texts.
+        reads: whether single texts are read in one direct forward ("prefill") before they are stepped.
+
+    Raises:
+        CandidateError: the variant raised; OutputError where it decodes nonsense.
+    """
+    if reads and len(group) == 1:
+        yield "prefill", exam.read(served, group[0])[None]
+    stratum = _stratum(exam, group)
+    try:
+        logits = exam.step(served, group)
+    except BypassedError as why:  # the original serves it, which says nothing about the variant
+        log.debug("%s of the exam is left to the original: %s", stratum, why)
+    else:
+        yield stratum, logits
 
 
 def _stratum(exam: Exam, group: Sequence[Text]) -> str:
@@ -128,19 +146,33 @@ def _fail_early(tally: Tally, limits: Tier, exam: Exam) -> None:
     raise OutputError(f"mean KLD {mean:.3g}{where} is over the limit {limit:g} of tier {limits.name}, by far")
 
 
-def _run_free(exam: Exam, variant: Variant, limits: Tier) -> None:
-    """Let the candidate write by itself: does it stop, loop or differ where the original was sure?"""
+def write_free(exam: Exam, variant: Variant) -> list[tuple[int, ...]]:
+    """What a variant writes by itself after the first texts, up to and including the end-of-sequence token.
+
+    Raises:
+        CandidateError: the variant raised.
+    """
     served = Served(variant, exam.pad_token_id, exam.eos_token_ids)
-    wrote, expected, differing = [], [], 0
+    wrote = []
     for text in exam.texts[:FREE_TEXTS]:
         prompt = text.context + text.natural
         out = served.generate([prompt], exam.size.own)[0, len(prompt) :].tolist()
-        mine = until_eos(out, exam.eos_token_ids)
-        wrote.append(mine)
-        expected.append(text.own)
-        differing += len(mine) != len(text.own)
-        if limits.name == "lossless":
+        wrote.append(until_eos(out, exam.eos_token_ids))
+    return wrote
+
+
+def require_alike(exam: Exam, wrote: Sequence[Sequence[int]], limits: Tier) -> None:
+    """Does it stop, loop or differ where the original was sure?
+
+    Raises:
+        OutputError: what it wrote freely is of another length, repeats itself, or (lossless) differs.
+    """
+    texts = exam.texts[:FREE_TEXTS]
+    if limits.name == "lossless":
+        for text, mine in zip(texts, wrote, strict=True):
             _require_greedy(exam, text, mine)
+    expected = [text.own for text in texts]
+    differing = sum(len(mine) != len(own) for mine, own in zip(wrote, expected, strict=True))
     ratio = sum(map(len, wrote)) / sum(map(len, expected))
     if differing > 1 and not LENGTH_RATIO[0] <= ratio <= LENGTH_RATIO[1]:  # one flip at a near-tie is no evidence
         raise OutputError(f"free-running output is {ratio:.2f} times as long as the original's, expected 0.9 to 1.1")
