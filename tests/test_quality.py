@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autotune.transforms import Stage, Transform
 from autotune.validate import Verdict
 from autotune.validate.divergence import compare_logits, find_defect
+from autotune.validate.exam import Text
 from autotune.validate.quality import Exam, judge, repetition
+from autotune.validate.tally import Tally
 from autotune.validate.tiers import TIERS
 from autotune.variant import Variant
 
@@ -449,3 +451,17 @@ def test_tokens_that_the_original_rules_out_do_not_count():
 )
 def test_repetition(texts, expected):
     assert repetition(texts) == pytest.approx(expected)
+
+
+def test_tokens_are_told_apart_by_how_sure_the_original_was():
+    reference = torch.tensor([[0.0, 0.0, -9.0], [2.0, 0.5, -9.0], [9.0, 0.0, 0.0], [9.5, 0.0, 0.0]])  # 0.5, 0.8, 1, 1
+    candidate = reference.clone()
+    candidate[3] = torch.tensor([0.0, 9.5, 0.0])
+    tally = Tally()
+    tally.add(compare_logits(reference, candidate, torch.zeros(4, dtype=torch.long)), Text(0, (), (0,) * 4, ()), "own")
+    open_, likely, settled = tally.certainty(tie_nats=0.05)
+    edges = [(c.low, c.high, c.tokens) for c in (open_, likely, settled)]
+    assert edges == [(0.0, 0.5, 1), (0.5, 0.9, 1), (0.9, 1.0, 2)]
+    assert (open_.max_kld, likely.max_kld, open_.same_top) == (0.0, 0.0, 1.0)
+    assert settled.max_kld == pytest.approx(9.5, rel=1e-2)
+    assert (settled.same_top, settled.p50_kld) == (0.5, pytest.approx(settled.max_kld / 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,8 @@ def _quality_detail(quality: Quality | None) -> dict[str, Any] | None:
         return None
     bounds = ("mean_kld_high", "max_kld", "same_top_low", "ppl_ratio_high", "delta_p_rms")
     names = ("reason", *bounds, "tokens", "prompts", "strata")
-    return {name: getattr(quality, name) for name in names}
+    certainty = [asdict(found) for found in quality.certainty]
+    return {name: getattr(quality, name) for name in names} | {"certainty": certainty}
 
 
 def _latency(latency: Latency | None) -> dict[str, Any] | None:
@@ -166,8 +168,14 @@ def _latency(latency: Latency | None) -> dict[str, Any] | None:
         "tpot": _speedup(latency.tpot),
         "noise": latency.noise,
         "buckets": {b: {m: _speedup(s) for m, s in metrics.items()} for b, metrics in latency.buckets.items()},
+        "samples": {"reference_ms": _samples(latency.reference_s), "candidate_ms": _samples(latency.candidate_s)},
         "warnings": latency.warnings,
     }
+
+
+def _samples(raw_s: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Every sample by metric, bucket after bucket, to five significant digits: clocks are no finer."""
+    return {metric: [float(f"{1e3 * s:.5g}") for s in samples] for metric, samples in raw_s.items()}
 
 
 def _speedup(speedup: Speedup) -> dict[str, Any]:
@@ -188,6 +196,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "speedup": speedup.ratio if speedup else None,
         "speedup_low": speedup.low if speedup else None,
         "speedup_high": speedup.high if speedup else None,
+        "ttft": _speedup(trial.latency.ttft) if trial.latency else None,
+        "tpot": _speedup(trial.latency.tpot) if trial.latency else None,
         "outcome": trial.outcome,
         "reason": trial.reason,
         "seconds": trial.seconds,
@@ -215,6 +225,8 @@ def _operators(before: Profile, after: Profile, phase: Phase, hardware: Hardware
             "roofline_share": _roofline_share(was, hardware, dtype) if was else None,
             "after_ms": 1e3 * now.seconds if now else 0.0,
             "after_bottleneck": now.bottleneck if now else "-",
+            "after_flops": now.flops if now else 0.0,
+            "after_moved_bytes": now.moved_bytes if now else 0.0,
         })  # fmt: skip
     return rows
 

@@ -20,6 +20,27 @@ class Verdict(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Certainty:
+    """Tokens of which the original was about equally sure.
+
+    Args:
+        low, high: probability of the original's top token, from and up to.
+        tokens: how many.
+        p50_kld, p90_kld, p99_kld, max_kld: quantiles of their KL divergence, nats.
+        same_top: share of them with the same top token (near-ties excused).
+    """
+
+    low: float
+    high: float
+    tokens: int
+    p50_kld: float
+    p90_kld: float
+    p99_kld: float
+    max_kld: float
+    same_top: float
+
+
+@dataclass(frozen=True)
 class Quality:
     """How far a candidate's output distribution is from the original's.
 
@@ -34,6 +55,7 @@ class Quality:
         delta_p_rms: RMS change of the probability of the true token.
         tokens, prompts: how many were scored.
         strata: mean KLD by stratum ("natural", "own", "second-prompt", "padded-batch", "long", ...).
+        certainty: the same tokens by how sure the original was of them; only such as there are.
     """
 
     tier: str
@@ -51,6 +73,7 @@ class Quality:
     tokens: int = 0
     prompts: int = 0
     strata: dict[str, float] = field(default_factory=dict)
+    certainty: tuple[Certainty, ...] = ()
 
 
 @dataclass(frozen=True)

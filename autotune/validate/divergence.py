@@ -21,12 +21,14 @@ class Divergence:
         top_gap: how much less likely, in nats, the reference finds the candidate's top token than its own; 0: the same.
         delta_logp: log-probability of the true token, candidate minus reference.
         delta_p: its probability, candidate minus reference.
+        top_p: probability of the reference's own top token: how sure it was.
     """
 
     kld: NDArray[np.float64]
     top_gap: NDArray[np.float64]
     delta_logp: NDArray[np.float64]
     delta_p: NDArray[np.float64]
+    top_p: NDArray[np.float64]
 
 
 def compare_logits(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> Divergence:
@@ -52,10 +54,11 @@ def _compare(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Te
     terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
     kld = terms.sum(-1).clamp(0.0, WORST_NATS)
     top = log_q.argmax(-1, keepdim=True)
-    gap = log_p.amax(-1) - log_p.gather(-1, top).squeeze(-1)
+    best = log_p.amax(-1)
+    gap = best - log_p.gather(-1, top).squeeze(-1)
     true_p = log_p.gather(-1, targets[:, None]).squeeze(-1).clamp_min(-WORST_NATS)
     true_q = log_q.gather(-1, targets[:, None]).squeeze(-1)
-    return torch.stack([kld, gap.clamp_max(WORST_NATS), true_q - true_p, true_q.exp() - true_p.exp()])
+    return torch.stack([kld, gap.clamp_max(WORST_NATS), true_q - true_p, true_q.exp() - true_p.exp(), best.exp()])
 
 
 def find_defect(reference: torch.Tensor, candidate: torch.Tensor) -> str | None:

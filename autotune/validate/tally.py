@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Quality, Verdict
+from . import Certainty, Quality, Verdict
 from .divergence import Divergence
 from .exam import Text
 from .statistics import cluster_means
 
 CONFIDENCE = 0.95  # of every bound, one-sided
+SURE = (0.0, 0.5, 0.9, 1.0)  # edges between open, likely and settled tokens, by the original's top probability
 
 
 @dataclass
@@ -43,6 +45,19 @@ class Tally:
         kld, natural = self.column("kld"), np.concatenate([np.empty(0, dtype=np.bool_), *self.natural])
         parts = (("natural", kld[natural]), ("own", kld[~natural]))
         return means | {name: float(part.mean()) for name, part in parts if len(part)}
+
+    def certainty(self, tie_nats: float) -> tuple[Certainty, ...]:
+        """Divergence by how sure the original was: it may move where many tokens would do, not where one is certain."""
+        kld, top_p = self.column("kld"), self.column("top_p")
+        same = self.column("top_gap") <= tie_nats
+        found = []
+        for low, high in itertools.pairwise(SURE):
+            chosen = (top_p >= low) & ((top_p < high) | (high == SURE[-1]))
+            if chosen.any():
+                p50, p90, p99, most = (float(q) for q in np.quantile(kld[chosen], (0.5, 0.9, 0.99, 1.0)))
+                share = float(same[chosen].mean())
+                found.append(Certainty(low, high, int(chosen.sum()), p50, p90, p99, most, share))
+        return tuple(found)
 
 
 def summarise(tally: Tally, tier: str, tie_nats: float) -> Quality:
@@ -75,6 +90,7 @@ def summarise(tally: Tally, tier: str, tie_nats: float) -> Quality:
         tokens=len(kld),
         prompts=len(set(prompts.tolist())),
         strata=tally.strata(),
+        certainty=tally.certainty(tie_nats),
     )
 
 
