@@ -22,6 +22,7 @@ from autotune.device import Graph
 from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
 from autotune.graphs import Captured, GraphSteps, buckets, lengths
 from autotune.hardware import Hardware
+from autotune.original import Original
 from autotune.traffic import Traffic
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
@@ -354,6 +355,16 @@ def test_weights_that_move_are_captured_anew(fake: FakeCuda) -> None:
     steps_of(variant).forget()
     assert not steps_of(variant).shapes
     assert torch.equal(ask(served), before)
+
+
+def test_a_released_original_is_captured_anew(fake: FakeCuda) -> None:
+    model = tiny("llama")
+    variant = graphed(model)
+    served, before, captures = serving(variant), ask(model), fake.captures
+    Original(model).release(variant)
+    assert torch.equal(ask(served), before)
+    assert fake.captures > captures
+    assert not steps_of(variant).fallbacks
 
 
 def test_autocast_is_left_to_the_original(fake: FakeCuda) -> None:
