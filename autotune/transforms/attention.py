@@ -123,6 +123,7 @@ class Attention(Transform):
             _unfit_gpu(wanted, needs, hardware)
             or self._unfit_model(variant, needs, hardware)
             or (_missing(needs.package) if needs.package else None)
+            or _unaccepted(wanted)
             or (_not_fetched(wanted) if "/" in wanted else None)
         )
 
@@ -223,6 +224,16 @@ def _missing(package: str) -> str | None:
     except Exception as error:
         return f"package {package} cannot be imported: {type(error).__name__}: {error}"
     return None
+
+
+def _unaccepted(wanted: str) -> str | None:
+    """Why transformers would not use an installed package, but look for a substitute on the hub."""
+    from transformers import utils
+
+    accepts = getattr(utils, f"is_flash_attn_{wanted.removeprefix('flash_attention_')}_available", None)
+    if accepts is None or accepts():
+        return None
+    return f"transformers does not accept the installed package for {wanted}: it is too old, or made for another device"
 
 
 def _not_fetched(repository: str) -> str | None:

@@ -131,6 +131,18 @@ def test_a_package_that_raises_on_import(
     assert "cannot be imported: OSError: undefined symbol" in (reason or "")
 
 
+def test_a_package_that_transformers_does_not_take(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would fetch a kernel of the hub instead."""
+    (tmp_path / "flash_attn.py").write_text("__version__ = '1.0'")
+    monkeypatch.syspath_prepend(tmp_path)
+    hopper = replace(GPU, capability="9.0")
+    reason = Attention("prefill", "flash_attention_2").unavailable(Variant(llama.bfloat16()), hopper)
+    assert "does not accept the installed package" in (reason or "")
+    sys.modules.pop("flash_attn")
+
+
 def test_flash_and_the_mask_of_a_static_cache(llama: PreTrainedModel) -> None:
     variant = Variant(llama.bfloat16())
     hopper = replace(GPU, capability="9.0")
