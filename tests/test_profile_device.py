@@ -21,7 +21,7 @@ from autotune.profile.recording import read
 from autotune.profile.scaling import growth_s
 from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OVERHEAD
 from autotune.profile.spans import Span, Trace
-from autotune.profile.timeline import Timeline
+from autotune.profile.timeline import Timeline, timeline
 from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
 from autotune.variant import Variant, serving
@@ -198,6 +198,27 @@ def test_a_loop_that_runs_ahead_is_measured_by_where_work_runs() -> None:
     assert groups == {COMPILED, ATTENTION}
 
 
+def test_kernels_of_generated_code_are_known_by_their_own_names() -> None:
+    def event(category: str, name: str, at: float, length: float, **more: Any) -> dict[str, Any]:
+        return {"ph": "X", "pid": 1, "tid": 1, "cat": category, "name": name, "ts": at, "dur": length, "args": more}
+
+    names = ["triton_red_fused_mean_mul_0", "nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", "flash_fwd_splitkv_kernel"]
+    marks = [("autotune.request", 0), ("autotune.token", 1), ("autotune.token", 2), ("autotune.token", 90)]
+    events = [event("user_annotation", name, at, 0.1) for name, at in marks]
+    events.append(event("cpu_op", "## Call CompiledFxGraph fabc ##", 3, 60))
+    for i, name in enumerate(names):
+        events.append(event("cuda_driver", "cuLaunchKernelEx", 5 + 10 * i, 2, correlation=i + 1))
+        events.append(event("kernel", name, 10 + 20 * i, 20, correlation=i + 1))
+    spans = on_device(read(json.dumps(events)), {})["decode"].spans
+    found = [(span.name, span.group, span.role) for span in spans if span.works]
+    assert found == [
+        (names[0], COMPILED, None),
+        (names[1], COMPILED, "linear"),
+        (names[2], ATTENTION, "attention"),
+    ]
+    assert sum(span.outermost for span in spans) == 1
+
+
 def test_a_trace_without_a_request_is_refused() -> None:
     with pytest.raises(MeasurementError, match="no whole request"):
         on_device(read((TRACES / "eager.json").read_bytes()), {})
@@ -269,3 +290,13 @@ def test_a_real_gpu_is_profiled() -> None:
         assert one.device.late > 0.5, "a tiny model's kernels end before the next is launched"
         assert {ATTENTION, FFN, NORM, HEAD} <= {row.group for row in one.operators if row.seconds}
         assert diagnose(one, GPU).bottleneck in ("overhead", "sync")
+
+
+@pytest.mark.gpu
+def test_a_real_graph_is_one_launch() -> None:
+    gpu, x = device.of("cuda"), torch.ones(1024, device="cuda")
+    graph, _ = gpu.owner.run(lambda: gpu.capture(lambda: x.mul(2).add(1)))
+    with gpu.range("autotune.decode"):
+        found = timeline(read(gpu.trace(lambda: gpu.owner.run(graph.replay))))
+    assert (found.graph_launches, found.launches, found.kernel_count) == (1, 1, 2)
+    assert found.sync_s > 0

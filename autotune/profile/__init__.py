@@ -1,7 +1,9 @@
 """What a variant costs: prefill and decode measured apart.
 
 `measure` is the door. Behind it: `timing` (requests as they are served), `counts` (FLOPs and bytes from the modules),
-`tracing` and `operators` (where the time goes, under torch's profiler), `scaling` (batch sizes and context lengths).
+`tracing`, `spans` and `operators` (where the time goes, under torch's profiler), `scaling` (batch sizes and context
+lengths); on a GPU also `recording`, `timeline` and `phases` (what its trace says) and `observing` (its own clock and
+counters).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..errors import MeasurementError
 from ..workload import Phase
 from .recording import OPERATOR, Recording
-from .spans import DISPATCH, Shapes, Span, Trace, kernel_span, mark_cache_writes, span_of
+from .spans import DISPATCH, GENERATED, Shapes, Span, Trace, kernel_span, mark_cache_writes, span_of
 from .timeline import Interval, seconds_by_caller, timeline, within
 from .timing import START, TICK
 
@@ -66,12 +66,13 @@ def _device_trace(recording: Recording, interval: Interval, shapes: Shapes) -> T
     found = timeline(recording, interval)
     seconds, spans = seconds_by_caller(recording, interval), list[tuple[float, Span]]()
     for call in recording.calls:
-        called, works = start <= call.start_s < end, call in seconds
+        called, works = start <= call.start_s < end, call in seconds and not GENERATED.search(call.name)
         if call.category == OPERATOR and (called or works) and not DISPATCH.search(call.name):
-            span = span_of(call, shapes, seconds.get(call, 0.0))
+            span = span_of(call, shapes, seconds[call] if works else 0.0)
             spans.append((call.start_s, replace(span, works=works, outermost=span.outermost and called)))
-    for work in recording.work:
-        if work.operator is None and (spent := within(work, start, end)):
+    for work in recording.work:  # what no operator, or a whole compiled graph, launched is known by its own name
+        alone = work.operator is None or GENERATED.search(work.operator.name)
+        if alone and (spent := within(work, start, end)):
             spans.append((work.start_s, kernel_span(work, spent)))
     spans.sort(key=lambda each: each[0])
     return Trace(mark_cache_writes(tuple(span for _, span in spans)), end - start, found.sync_s, found)

@@ -20,7 +20,7 @@ _LINEAR = re.compile(
 )
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
 _CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
-_COMPILED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
+GENERATED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
 DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
 _RELABELLING = (  # operators that only make or relabel tensors
     "_conj _local_scalar_dense _reshape_alias _reshape_copy _to_copy _unsafe_view alias as_strided chunk contiguous "
@@ -77,11 +77,11 @@ def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:
         seconds: what is its own of the time.
     """
     name, group, outermost = event.name.rpartition("::")[2], None, True
-    role, compiled, caller = _role(name), bool(_COMPILED.search(event.name)), _caller(event)
+    role, compiled, caller = _role(name), bool(GENERATED.search(event.name)), _caller(event)
     while caller is not None and group is None:
         if caller.name.startswith(RANGE):
             group = caller.name.removeprefix(RANGE)
-        elif _COMPILED.search(caller.name):
+        elif GENERATED.search(caller.name):
             compiled = True
         elif not DISPATCH.search(caller.name):
             outermost, role = False, role or _role(caller.name.rpartition("::")[2])
