@@ -5,7 +5,8 @@ what follows go through the model together, which gives the logits after each of
 `Ahead` stands where it asks for the logits after its next token. While that token is the one that was guessed, the
 logits are there already; otherwise they are discarded, and so is what the step wrote into the cache. Every token is
 chosen by the loop from the model's own logits, after the same processors and from the same random numbers as ever: the
-answer is the same, and sampled answers have the same distribution, whatever was guessed.
+answer is the same, and sampled answers have the same distribution, whatever was guessed; but for rounding, since a
+matmul over several rows may add up in another order than one over a single row.
 
 Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023. Accepting the
 token that the model itself drew, where it is the guess, is their rule for guesses made with certainty.

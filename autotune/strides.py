@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .cache import SlotCache
+    from .device import Device
     from .graphs import GraphSteps
 
 
@@ -57,9 +59,9 @@ class Stride:
                 graphs.forget()
 
 
-def captured(module: PreTrainedModel, like: GraphSteps, tokens: int) -> Stride:
-    """Graphs of one and of `tokens` tokens for single sequences, over as many slots as those of `like` read."""
+def captured(module: PreTrainedModel, device: Device, reads: Sequence[int], tokens: int) -> Stride:
+    """Graphs of one and of `tokens` tokens for single sequences, over so many slots as `graphs.GraphSteps` takes."""
     from .graphs import GraphSteps
 
-    one, several = (GraphSteps(module, like.device, (1,), like.lengths, tokens=n) for n in (1, tokens))
+    one, several = (GraphSteps(module, device, (1,), reads, tokens=n) for n in (1, tokens))
     return Stride(module, one, several)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from .. import device as devices
 from .. import roofline
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, require
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..variant import Variant
     from ..workload import Phase
 
+SHORTEST = 256  # slots that a graph reads at least, where the plain step's graphs do not say
 MOST = 32  # guesses a step; slots that are known to have been written without counting are cleared up to 64
 
 
@@ -35,11 +37,11 @@ class Speculation(Transform):
     Args:
         draft: "prompt" guesses what followed the same tokens earlier in prompt and answer; "model" lets the model given
             as `autotune.wrap(..., draft=)` guess.
-        tokens: guesses per step at most.
+        tokens: guesses per step at most; seven and the token before them fill the rows of a matrix instruction.
     """
 
     draft: str = "prompt"
-    tokens: int = 5
+    tokens: int = 7
 
     name: ClassVar[str] = "speculation"
     stage: ClassVar[Stage] = Stage.SPECULATION
@@ -76,18 +78,23 @@ class Speculation(Transform):
 
     def apply(self, variant: Variant) -> None:
         from .. import speculate
-        from ..graphs import GraphSteps
+        from ..graphs import GraphSteps, lengths
         from ..pool import CachePool
         from ..strides import Stride, captured
+        from ..trees import TreeStep
 
         if self.draft == "model" and variant.draft is None:
             raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
         use_slots(variant)
         assert variant.caches is not None  # noqa: S101 - use_slots made it; for the type checker
-        graphs = variant.step if isinstance(variant.step, GraphSteps) else None
+        step, device, reads = variant.step, devices.of(variant.original), lengths(variant.caches.slots, SHORTEST)
+        if isinstance(step, GraphSteps):
+            reads = step.lengths
 
         def stride(model: PreTrainedModel) -> Stride:
-            return Stride(model) if graphs is None else captured(model, graphs, self.tokens + 1)
+            if isinstance(step, GraphSteps | TreeStep):
+                return captured(model, device, reads, self.tokens + 1)
+            return Stride(model)
 
         draft = None
         if self.draft == "model" and variant.draft is not None:

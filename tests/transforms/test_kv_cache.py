@@ -254,6 +254,15 @@ def test_it_promises_memory_and_no_time() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_narrow_caches_on_a_gpu_hold_what_they_hold_on_a_cpu(scheme: Any) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(2, 3, 17, 64)
+    here, there = (kv.decode(kv.encode(s, scheme), torch.float32) for s in (states, states.cuda()))
+    torch.testing.assert_close(there.cpu(), here, atol=1e-2, rtol=7e-2)
+
+
+@pytest.mark.gpu
 def test_an_offloaded_cache_answers_as_a_resident_one_does() -> None:
     model = tiny("llama").cuda()
     ids = LONG.cuda()
