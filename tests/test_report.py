@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from rich.console import Console
@@ -17,6 +17,7 @@ from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePo
 from autotune.report import Recorded, Report
 from autotune.report import numbers as n
 from autotune.report.markdown import escape
+from autotune.report.sections import not_tried
 from autotune.transforms import Stage, Transform
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
@@ -378,3 +379,23 @@ def test_numbers(text, expected):
 )
 def test_markdown_takes_no_text_for_markup(text, escaped):
     assert escape(text) == escaped
+
+
+def test_a_step_that_was_not_called_for_takes_one_line() -> None:
+    def trial(candidate: str, step: str, outcome: str, reason: str, predicted: float | None = None) -> dict[str, Any]:
+        return {"candidate": candidate, "step": step, "outcome": outcome, "reason": reason, "predicted": predicted}
+
+    record = {
+        "trials": [
+            trial("a", "graphs", "skipped", "for cuda, this is cpu"),
+            trial("b", "graphs", "skipped", "for cuda, this is cpu"),
+            trial("c", "weights", "skipped", "for cuda, this is cpu"),
+            trial("d", "weights", "skipped", "the roofline allows 1.00x", 1.0),
+            trial("e", "weights", "skipped", "the roofline allows 1.00x", 1.0),
+            trial("f", "weights", "unavailable", "no compiler"),
+        ]
+    }
+    section = not_tried(record)
+    assert section is not None
+    assert section.table is not None
+    assert [row[0] for row in section.table.rows] == ["graphs (2 candidates)", "c", "d", "e", "f"]

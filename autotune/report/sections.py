@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 
@@ -152,12 +153,24 @@ def tried(record: Mapping[str, Any]) -> Section | None:
 
 
 def not_tried(record: Mapping[str, Any]) -> Section | None:
-    """What was ruled out without running, and why."""
+    """What was ruled out without running, and why; a step that was not called for takes one line."""
     ruled_out = [t for t in record["trials"] if t["outcome"] not in RAN]
     if not ruled_out:
         return None
-    rows = tuple((t["candidate"], n.ratio(t["predicted"]), f"{t['outcome']}: {t['reason']}") for t in ruled_out)
+    rows = tuple(_ruled_out(shared, list(trials)) for shared, trials in groupby(ruled_out, _question))
     return Section("Not tried", table=Table(("candidate", "predicted", "outcome"), "lrl", rows))
+
+
+def _question(trial: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a step's candidates share that were ruled out together: the step was not called for."""
+    alone = trial["candidate"] if trial["predicted"] is not None or trial["outcome"] != "skipped" else ""
+    return trial["step"], f"{trial['outcome']}: {trial['reason']}", alone
+
+
+def _ruled_out(shared: tuple[str, str, str], trials: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    step, outcome, _ = shared
+    several = f"{step} ({len(trials)} candidates)"
+    return trials[0]["candidate"] if len(trials) == 1 else several, n.ratio(trials[0]["predicted"]), outcome
 
 
 def quality(record: Mapping[str, Any]) -> Section | None:
