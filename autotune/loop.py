@@ -99,7 +99,8 @@ def sample(
     """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of `_sample`.
 
     A GPU is given the next step before the host has seen the token, so that it has work while the host looks, feeds the
-    streamer and decides; the step launched when everything turns out to be finished is not kept.
+    streamer and decides; the step launched when everything turns out to be finished is not kept. The first token goes
+    out before anything is launched after it: somebody waits for it, and the first step has the cache to set up.
 
     Args:
         call: the call of `_sample` that is served.
@@ -118,7 +119,7 @@ def sample(
     pads = None if pads is None else pads.to(ids.device)
     device = devices.of(ids.device)
     choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
-    longest = 0  # a shorter sequence's next step is launched before the host has looked
+    first, longest = ids.shape[1] + 1, 0  # between them, the next step is launched before the host has looked
     if device.asynchronous and keep is not None:
         longest = min(config.max_length, criteria.max_length or config.max_length)
     scores: list[torch.Tensor] = []
@@ -136,7 +137,7 @@ def sample(
         ids = torch.cat([ids, token[:, None]], dim=-1)
         unfinished = unfinished & ~criteria(ids, tuple(scores) or None)
         seen, position = look(device, token, unfinished, sound), position + 1
-        ahead = following(token[:, None], position) if ids.shape[1] < longest else None
+        ahead = following(token[:, None], position) if first < ids.shape[1] < longest else None
         shown, finished = seen()
         if streamer is not None:
             streamer.put(shown)
