@@ -319,6 +319,17 @@ def test_a_perfect_draft_is_always_right_and_a_poor_one_soon_left_alone() -> Non
     assert tally(variant).steps <= 40
 
 
+@pytest.mark.parametrize("where", ["CPU", "fake GPU"])
+def test_modes_may_change_between_calls(where: str) -> None:
+    for draft in DRAFTS:
+        with on(where):
+            model, variant = guessing(draft=draft)
+            served, expected = serving(variant), ask(model, REPEATING)
+            with torch.inference_mode():
+                assert torch.equal(ask(served, REPEATING), expected)
+            assert torch.equal(ask(served, REPEATING), expected)
+
+
 def test_a_batch_is_decoded_token_by_token() -> None:
     model, variant = guessing()
     two = REPEATING.expand(2, -1)
@@ -333,6 +344,20 @@ def test_processors_see_what_they_would_have_seen(draft: str) -> None:
     for asked, diary in ((serving(variant), diaries[0]), (model, diaries[1])):
         ask(asked, REPEATING, max_new_tokens=30, logits_processor=[diary, Copying()])
     assert diaries[0].seen == diaries[1].seen
+
+
+def test_a_processor_that_raises_leaves_the_next_answer_alone() -> None:
+    class Failing(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            if input_ids.shape[1] == IDS.shape[1] + 5:
+                raise ArithmeticError("not this one")
+            return scores
+
+    model, variant = guessing(draft="right")
+    served = serving(variant)
+    with pytest.raises(ArithmeticError):
+        ask(served, logits_processor=[Failing()])
+    same(ask(served), ask(model))
 
 
 def test_tokens_reach_a_streamer_one_by_one() -> None:
