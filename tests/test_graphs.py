@@ -20,7 +20,7 @@ from autotune import cache, device
 from autotune.cache import DynamicCache, SlotCache, tensors
 from autotune.device import Graph
 from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
-from autotune.graphs import Captured, GraphSteps, buckets, lengths
+from autotune.graphs import Captured, GraphSteps, agree, buckets, lengths
 from autotune.hardware import Hardware
 from autotune.original import Original
 from autotune.traffic import Traffic
@@ -77,6 +77,20 @@ def test_lengths_double_until_they_cover_all(capacity: int, shortest: int, expec
 @pytest.mark.parametrize(("largest", "expected"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 4)), (8, (1, 2, 4, 8))])
 def test_buckets_are_powers_of_two(largest: int, expected: tuple[int, ...]) -> None:
     assert buckets(largest) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ([1.0, -4.0, -torch.inf], True),
+        ([1.05, -4.0, -torch.inf], True),
+        ([1.5, -4.0, -torch.inf], False),
+        ([1.0, -4.0, 0.0], False),
+        ([torch.nan, -4.0, -torch.inf], False),
+    ],
+)
+def test_logits_agree_but_for_rounding(given: list[float], same: bool) -> None:
+    assert agree(torch.tensor([given]), torch.tensor([[1.0, -4.0, -torch.inf]])) is same
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -495,14 +509,14 @@ def test_a_classic_mistake_is_caught(mistake: str, fake: FakeCuda, monkeypatch: 
     served, options = serving(graphed(model)), {"return_dict_in_generate": True, "output_logits": True}
     expected: Any = ask(model, max_new_tokens=30, **options)
     right: Any = ask(served, max_new_tokens=30, **options)
-    agree(right, expected)
+    require_same(right, expected)
     where, name, wrong, noticed = MISTAKES[mistake]
     monkeypatch.setattr(where, name, wrong)
     with pytest.raises((VariantError, AssertionError), match=noticed):
-        agree(ask(served, max_new_tokens=30, **options), expected)
+        require_same(ask(served, max_new_tokens=30, **options), expected)
 
 
-def agree(mine: Any, theirs: Any) -> None:
+def require_same(mine: Any, theirs: Any) -> None:
     for given, expected in zip(mine.logits, theirs.logits, strict=False):
         assert torch.allclose(given, expected, atol=1e-4, rtol=1e-4), "other logits"
     assert torch.equal(mine.sequences, theirs.sequences)
@@ -604,7 +618,7 @@ def test_inductor_s_own_graphs_run_on_the_owner_and_results_are_the_caller_s() -
 
         variant.step._call = noted  # type: ignore[method-assign]
         options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
-        agree(ask(serving(variant), **options), ask(model, **options))
+        require_same(ask(serving(variant), **options), ask(model, **options))
         assert seen == {fake.owner.run(threading.get_ident)}
         five = torch.tensor(token_prompts(5))
         assert torch.equal(ask(serving(variant), five), ask(model, five)), "a batch nobody compiled for"
