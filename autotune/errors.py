@@ -5,10 +5,13 @@
     ├── WorkloadError           prompts that are empty, too long, not token ids, or need a tokenizer
     ├── PolicyError             a policy that is unknown or malformed; names file, step and nearest spelling
     ├── PlanError               a plan file that is corrupt, foreign or refused
+    ├── BaselineError           a recorded baseline that is foreign, of a later schema, or not of this model's kind
+    ├── ExperimentError         an experiment's arms, file or store cannot be used; names the nearest spelling
     ├── TransformError          a transform cannot do what it was asked to (expected: the candidate is set aside)
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
     ├── MeasurementError        a number that was needed could not be measured
+    ├── PackageError            an optional package is missing; names the line that installs it
     ├── DeviceError             the device cannot do this, or is dead for this process (nothing is retried on it)
     └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
 
@@ -36,6 +39,14 @@ class PlanError(AutotuneError, ValueError):
     """A plan is corrupt, foreign to this model or machine, or refused."""
 
 
+class BaselineError(AutotuneError, ValueError):
+    """A recorded baseline is foreign, of another schema, or cannot be compared with this model."""
+
+
+class ExperimentError(AutotuneError, ValueError):
+    """An experiment's arms or file are malformed, or its store cannot be used."""
+
+
 class TransformError(AutotuneError):
     """A transform cannot be applied to this variant."""
 
@@ -50,6 +61,10 @@ class VariantError(AutotuneError):
 
 class MeasurementError(AutotuneError):
     """Something that had to be measured could not be."""
+
+
+class PackageError(AutotuneError, ImportError):
+    """An optional package that this needs is not installed."""
 
 
 class DeviceError(AutotuneError, RuntimeError):

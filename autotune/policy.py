@@ -141,7 +141,7 @@ def load(name_or_path: str | Path, extra_dir: str | Path | None = None) -> Polic
         return check(text)
     found = available(extra_dir)
     if text not in found:
-        raise PolicyError(f"there is no policy {text!r}{_nearest(text, found)}; available: {', '.join(found)}")
+        raise PolicyError(f"there is no policy {text!r}{nearest(text, found)}; available: {', '.join(found)}")
     return check(found[text])
 
 
@@ -243,7 +243,7 @@ def _choice(table: Mapping[str, Any], where: str) -> Choice:
 def _known_keys(table: Iterable[str], known: Collection[str], where: str) -> None:
     for key in table:
         if key not in known:
-            raise PolicyError(f"{where}: unknown key {key!r}{_nearest(key, known)}; known: {', '.join(known)}")
+            raise PolicyError(f"{where}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(known)}")
 
 
 def _text(table: Mapping[str, Any], key: str, where: str) -> str:
@@ -265,7 +265,7 @@ def _number(table: Mapping[str, Any], key: str, where: str) -> float:
 def _one_of(table: Mapping[str, Any], key: str, known: Collection[str], where: str) -> str:
     value = _text(table, key, where)
     if value not in known:
-        raise PolicyError(f"{where}: unknown {key} {value!r}{_nearest(value, known)}; known: {', '.join(known)}")
+        raise PolicyError(f"{where}: unknown {key} {value!r}{nearest(value, known)}; known: {', '.join(known)}")
     return value
 
 
@@ -276,6 +276,7 @@ def _several_of(table: Mapping[str, Any], key: str, known: Collection[str], wher
     return frozenset(_one_of({key: value}, key, known, where) for value in values)
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean '...'?", or nothing where no known word is alike."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {near[0]!r}?" if near else ""
