@@ -211,13 +211,13 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
     if missing > 0:
         reason = f"only {exam.size.prompts - missing} prompts were served by the variant: need {missing} more prompts"
         return _explained(found, Verdict.INCONCLUSIVE, reason)
-    gates = _gates(found, limits, exam)
-    for what, point, _, limit in gates:
+    gated = gates(found, limits, exam)
+    for what, point, _, limit in gated:
         if not point <= limit:
             return _explained(found, Verdict.FAIL, f"{what} {point:.4g} is over {limit:.4g} of tier {limits.name}")
     if weak := _weak_stratum(tally, limits.kld_limit(exam.noise_kld)):
         return _explained(found, Verdict.FAIL, f"{weak} of tier {limits.name}")
-    for what, point, bound, limit in gates:
+    for what, point, bound, limit in gated:
         if not bound <= limit:
             more = _more_prompts(found.prompts, point, bound, limit)
             reason = f"{what} may be as high as {bound:.4g}, over {limit:.4g}: need {more} more prompts"
@@ -227,13 +227,13 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
 
 def beyond(found: Quality, limits: Tier, exam: Exam) -> str | None:
     """Which bound is over its limit, whatever was scored, or None."""
-    for what, _, bound, limit in _gates(found, limits, exam):
+    for what, _, bound, limit in gates(found, limits, exam):
         if not bound <= limit:
             return f"{what} may be as high as {bound:.4g}, over {limit:.4g} of tier {limits.name}"
     return None
 
 
-def _gates(found: Quality, limits: Tier, exam: Exam) -> list[tuple[str, float, float, float]]:
+def gates(found: Quality, limits: Tier, exam: Exam) -> list[tuple[str, float, float, float]]:
     """What, point estimate, bound, limit; "no more than" each, so the share of same tokens enters as its complement."""
     return [
         ("mean KLD", found.mean_kld, found.mean_kld_high, limits.kld_limit(exam.noise_kld)),
