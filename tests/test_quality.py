@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autotune.transforms import Stage, Transform
 from autotune.validate import Verdict
 from autotune.validate.divergence import compare_logits, find_defect
 from autotune.validate.exam import Text
@@ -20,6 +16,16 @@ from autotune.validate.quality import Exam, judge, repetition
 from autotune.validate.tally import Tally
 from autotune.validate.tiers import TIERS
 from autotune.variant import Variant
+from benchmarks.prove.corruptions import (
+    CORRUPTIONS,
+    Edit,
+    edited,
+    replace_weight,
+    rewrap,
+    scaled,
+    with_logits,
+    zeroed_head,
+)
 
 VOCABULARY = 200
 
@@ -62,179 +68,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Edit(Transform):
-    """Whatever a test wants done to a phase's module."""
-
-    do: Callable[[Any], None] = lambda module: None
-
-    name: ClassVar[str] = "edit"
-    stage: ClassVar[Stage] = Stage.WEIGHTS
-    summary: ClassVar[str] = "a test's edit"
-
-    def apply(self, variant: Variant) -> None:
-        for module in variant.edit(self.phase):
-            self.do(module)
-
-
-def edited(model, do, phase="decode"):
-    return Variant(model).with_transform(Edit(phase, do))
-
-
-def replace_weight(linear, weight):
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)  # never in place: the tensor is the original's
-
-
-def rewrap(module, change):
-    """Let `change(forward, kwargs)` stand in for the module's forward."""
-    inner = module.forward
-    module.forward = lambda *args, **kwargs: change(inner, {**kwargs, **({"input_ids": args[0]} if args else {})})
-
-
-def scaled_layer(module):
-    for linear in module.model.layers[1].modules():
-        if isinstance(linear, torch.nn.Linear):
-            replace_weight(linear, linear.weight * 1.02)
-
-
-def zeroed_head(module):
-    output = module.model.layers[0].self_attn.o_proj
-    weight = output.weight.clone()
-    weight[:, :16] = 0
-    replace_weight(output, weight)
-
-
-def swapped_rows(module):
-    weight = module.lm_head.weight.clone()
-    weight[[10, 11]] = weight[[11, 10]]
-    replace_weight(module.lm_head, weight)
-
-
-def with_logits(change):
-    """A corruption of the logits [B, S, V] alone; `change` gets a clone and the number of the call."""
-
-    def do(module):
-        calls = []
-
-        def forward(inner, kwargs):
-            out = inner(**kwargs)
-            calls.append(None)
-            out.logits = change(out.logits.clone(), len(calls), kwargs)
-            return out
-
-        rewrap(module, forward)
-
-    return do
-
-
-def nan_once(logits, call, kwargs):
-    if call == 70:
-        logits[0, -1, 17] = math.nan
-    return logits
-
-
-def infinite_row(logits, call, kwargs):
-    return torch.full_like(logits, math.inf) if call == 5 else logits
-
-
-def constant_token(logits, call, kwargs):
-    return torch.nn.functional.one_hot(torch.full(logits.shape[:-1], 7), VOCABULARY).float() * 30
-
-
-def all_equal(logits, call, kwargs):
-    return torch.zeros_like(logits)
-
-
-def huge(logits, call, kwargs):
-    return logits * 1e30
-
-
-def instant_eos(logits, call, kwargs):
-    logits[..., 2] = logits.amax(-1) + 0.01
-    return logits
-
-
-def wrong_shape(logits, call, kwargs):
-    return logits[..., :-1]
-
-
-def wrong_batch(logits, call, kwargs):
-    return logits.roll(1, dims=0)
-
-
-def shifted_padding(module):
-    """Off by one in the position ids, wherever something is padded."""
-
-    def forward(inner, kwargs):
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2 and bool((mask == 0).any()):
-            kwargs["position_ids"] = kwargs["position_ids"] + 1
-        return inner(**kwargs)
-
-    rewrap(module, forward)
-
-
-def stale_cache(module):
-    """From the second sequence on, part of the cache is still the first one's."""
-    first: list[Any] = []
-
-    def forward(inner, kwargs):
-        cache = kwargs["past_key_values"]
-        if not first:
-            first.append((id(cache), [layer.keys[:, :, :8].clone() for layer in cache.layers], cache))
-        elif cache is not first[0][2]:
-            for layer, old in zip(cache.layers, first[0][1], strict=True):
-                layer.keys = torch.cat([old.expand(layer.keys.shape[0], -1, -1, -1), layer.keys[:, :, 8:]], dim=2)
-        return inner(**kwargs)
-
-    rewrap(module, forward)
-
-
-def past_boundary(module):
-    """Wrong once the context is longer than 64 tokens."""
-
-    def forward(inner, kwargs):
-        out = inner(**kwargs)
-        if kwargs["past_key_values"].get_seq_length() > 64:
-            out.logits = out.logits.roll(1, dims=-1)
-        return out
-
-    rewrap(module, forward)
-
-
-def worse_with_length(module):
-    """An error in the cache that grows with the context and only matters when that is long."""
-
-    def forward(inner, kwargs):
-        cache = kwargs["past_key_values"]
-        for layer in cache.layers:
-            size = 0.5 * max(0, layer.keys.shape[2] - 200) / 200
-            wave = torch.sin(torch.arange(layer.keys.numel()).reshape(layer.keys.shape))
-            layer.keys = layer.keys + size * wave
-        return inner(**kwargs)
-
-    rewrap(module, forward)
-
-
-CORRUPTIONS = [
-    pytest.param(scaled_layer, "KLD", id="scales x1.02"),
-    pytest.param(zeroed_head, "KLD", id="zeroed head"),
-    pytest.param(swapped_rows, "KLD", id="swapped rows"),
-    pytest.param(with_logits(nan_once), "NaN logits at token", id="NaN once"),
-    pytest.param(with_logits(infinite_row), "infinite logits at token", id="infinite row"),
-    pytest.param(with_logits(constant_token), "KLD", id="constant token"),
-    pytest.param(with_logits(all_equal), "all logits equal", id="all equal"),
-    pytest.param(with_logits(huge), "", id="huge"),
-    pytest.param(with_logits(instant_eos), "KLD", id="instant EOS"),
-    pytest.param(with_logits(wrong_shape), "shape", id="wrong shape"),
-    pytest.param(with_logits(wrong_batch), "padded-batch", id="wrong at batch > 1"),
-    pytest.param(shifted_padding, "padded-batch", id="RoPE off by one under padding"),
-    pytest.param(stale_cache, "second-prompt", id="stale cache"),
-    pytest.param(past_boundary, "KLD", id="past a boundary"),
-    pytest.param(worse_with_length, "long", id="error grows with context"),
-]
-
-
 @pytest.mark.parametrize("tier", TIERS)
 def test_an_identical_variant_passes(model, exam, tier):
     found = judge(exam, edited(model, lambda module: None, "both"), tier)
@@ -246,17 +79,17 @@ def test_an_identical_variant_passes(model, exam, tier):
     assert {"natural", "own", "second-prompt", "padded-batch", "long", "prefill"} <= set(found.strata)
 
 
-@pytest.mark.parametrize(("corrupt", "words"), CORRUPTIONS)
-def test_a_corrupt_variant_fails(model, exam, corrupt, words):
-    found = judge(exam, edited(model, corrupt), "lossless")
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+def test_a_corrupt_variant_fails(model, exam, corruption):
+    found = judge(exam, edited(model, corruption.how), "lossless")
     assert found.verdict in (Verdict.FAIL, Verdict.ERROR), found.reason
-    assert words in found.reason
+    assert corruption.says in found.reason
 
 
 def test_the_gate_leaves_the_original_alone(model, exam):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     config = model.generation_config.to_dict()
-    judge(exam, edited(model, scaled_layer), "strict")
+    judge(exam, edited(model, scaled(1.02)), "strict")
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert model.generation_config.to_dict() == config
     assert "autotune" not in model.__dict__

@@ -9,14 +9,13 @@ import pytest
 
 from autotune.policy import Limits
 from autotune.validate import Verdict
-from autotune.validate.latency import race, self_noise
 from autotune.validate.ratios import bounds, decide, pooled
 from autotune.validate.statistics import cluster_means, median_bounds, spread
 from autotune.validate.timing import Pair, Timing
 from autotune.workload import Bucket
+from benchmarks.prove.machines import B1, Machine, bimodal, drifting, heavy_tailed, periodic, stepping, throttled
 
-LIMITS = Limits()
-B1, B8 = Bucket(1, 64, 32), Bucket(8, 64, 32)
+B8 = Bucket(8, 64, 32)
 
 
 def test_cluster_bootstrap_is_wider_than_one_that_takes_tokens_for_independent():
@@ -82,45 +81,6 @@ def test_spread_is_the_interquartile_range():
     assert spread(np.arange(101.0)) == 50
 
 
-class Machine:
-    """Two arms on a made-up machine whose speed changes as it likes; its clock only moves when something runs."""
-
-    def __init__(self, seed, gain=1.0, noise=0.05, speed=lambda now, rng: 1.0, ttft_gain=None, gain_at=None):
-        self.rng, self.now = np.random.default_rng(seed), 0.0
-        self.gain, self.noise, self.speed, self.ttft_gain, self.gain_at = gain, noise, speed, ttft_gain, gain_at
-
-    def clock(self):
-        return self.now
-
-    def arm(self, candidate):
-        def run(bucket, turn):
-            gain = self.gain_at(bucket) if self.gain_at else self.gain
-            scale = math.exp(self.noise * self.rng.normal()) / self.speed(self.now, self.rng)
-            ttft = 0.1 * scale / ((self.ttft_gain or gain) if candidate else 1)
-            tpot = 0.03 * scale / (gain if candidate else 1)
-            self.now += ttft + 31 * tpot
-            return Timing(ttft, tpot, ttft + 31 * tpot)
-
-        return run
-
-    def noise_floor(self):
-        return self_noise(self.arm(False), (B1,), "tpot")
-
-    def race(self, limits=LIMITS, noise=0.0, max_pairs=25, buckets=(B1,), objective="tpot", **options):
-        return race(
-            self.arm(False),
-            self.arm(True),
-            buckets,
-            objective=objective,
-            limits=limits,
-            noise=noise,
-            clock=self.clock,
-            max_pairs=max_pairs,
-            seed=int(self.rng.integers(1 << 30)),
-            **{"budget_s": 1e9, **options},
-        )
-
-
 def share(verdict, count, seed=0, **options):
     race_options = {k: options.pop(k) for k in ("limits", "max_pairs") if k in options}
     machines = [Machine(seed + k, **options) for k in range(count)]
@@ -128,27 +88,7 @@ def share(verdict, count, seed=0, **options):
     return found.count(verdict) / count
 
 
-def drifting(now, rng):
-    return 1 / (1 + now / 60)  # ever slower, as a throttling machine
-
-
-def stepping(now, rng):
-    return 1.0 if now < 10 else 0.7
-
-
-def periodic(now, rng):
-    return 1 + 0.2 * math.sin(now)
-
-
-def bimodal(now, rng):
-    return 1.0 if rng.random() < 0.5 else 0.8
-
-
-def heavy_tailed(now, rng):
-    return 0.1 if rng.random() < 0.05 else 1.0
-
-
-MACHINES = [drifting, stepping, periodic, bimodal, heavy_tailed]
+MACHINES = [drifting, stepping, periodic, bimodal, heavy_tailed, throttled]
 
 
 def test_the_original_against_itself_is_hardly_ever_faster():
