@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 3 could not measure, 4 usage, 130 interrupted."""
+"""The command line. Exit codes: 0 done, 1 regression, 2 inconclusive, 3 could not measure, 4 usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import NoReturn
 
 from ..errors import (
     AutotuneError,
+    BaselineError,
     ChoiceError,
+    PackageError,
     PlanError,
     PolicyError,
     UnsupportedModelError,
@@ -18,9 +20,11 @@ from ..errors import (
 )
 
 DONE, UNMEASURED, USAGE, INTERRUPTED = 0, 3, 4, 130
-USERS_OWN = (UnsupportedModelError, WorkloadError, PolicyError, PlanError, ChoiceError)
+USERS_OWN = (UnsupportedModelError, WorkloadError, PolicyError, PlanError, ChoiceError, BaselineError, PackageError)
 UNITS = {"s": 1, "m": 60, "h": 3600}
 PHASES = ("prefill", "decode")
+BESIDE = Path()  # a file beside the one that is read
+TIERS = ("lossless", "strict", "relaxed", "aggressive")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +58,14 @@ def _run(args: argparse.Namespace) -> int:
             return show.doctor(args)
         case "plan":
             return show.plan(args.file)
+        case "report":
+            from . import report
+
+            return report.report(args)
+        case "check":
+            from . import check
+
+            return check.record(args) if args.action == "record" else check.run(args)
         case "policies" if args.check:
             return show.check_policy(args.file)
         case "policies":
@@ -128,16 +140,70 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
 
+    _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))
     doctor = commands.add_parser("doctor", help="this machine: peaks, compiler, libraries, transforms")
     doctor.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     plan = commands.add_parser("plan", help="look into a plan")
     plan.add_argument("action", choices=["show"])
     plan.add_argument("file", metavar="FILE", type=Path)
+    report = commands.add_parser("report", help="show a report again, or make a page of it")
+    report.add_argument("file", metavar="FILE", type=Path, help="a report.json or plan.json")
+    report.add_argument(
+        "--html",
+        nargs="?",
+        const=BESIDE,
+        metavar="OUT",
+        type=Path,
+        help="write one self-contained page with charts (default: beside FILE)",
+    )
+    report.add_argument("--markdown", action="store_true", help="print Markdown")
     policies = commands.add_parser("policies", help="the policies there are")
     checks = policies.add_subparsers(dest="check", metavar="check FILE", parser_class=_Parser)
     checks.add_parser("check", help="check a policy file").add_argument("file", metavar="FILE", type=Path)
     commands.add_parser("transforms", help="the transforms there are")
     return top
+
+
+def _add_check(check: argparse.ArgumentParser) -> None:
+    """`check record` and `check run`."""
+    actions = check.add_subparsers(dest="action", required=True, metavar="record|run", parser_class=_Parser)
+    record = actions.add_parser("record", help="keep what a later check needs")
+    run = actions.add_parser("run", help="exit code 0 pass, 1 regression, 2 inconclusive, 3 could not measure, 4 usage")
+    for command in (record, run):
+        command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")
+        command.add_argument(
+            "--prompts", metavar="FILE", type=Path, help="text, a prompt a line, or .jsonl with prompt"
+        )
+        command.add_argument("--no-latency", action="store_true", help="leave latency out")
+        command.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    record.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+    record.add_argument("--size", choices=["quick", "standard", "thorough"], default="quick", help="default quick")
+    record.add_argument(
+        "--tasks", metavar="FILE", type=Path, help=".jsonl with prompt and answer, or choices and index"
+    )
+    record.add_argument("--lm-eval", metavar="TASK", action="append", default=[], help="of lm-evaluation-harness")
+    record.add_argument("--force", action="store_true", help="replace the baseline that is there")
+    run.add_argument("--baseline", type=Path, metavar="DIR", required=True, help="what `check record` wrote")
+    applied = run.add_mutually_exclusive_group()
+    applied.add_argument("--plan", type=Path, metavar="FILE", help="a plan to apply first")
+    applied.add_argument("--policy", metavar="P", help="a policy to tune with first")
+    run.add_argument("--tuned-on", type=Path, metavar="FILE", help="prompts that plan or model were tuned on")
+    run.add_argument("--tier", choices=TIERS, default="strict", help="default strict")
+    run.add_argument("--max-slowdown", type=fraction, default=0.05, metavar="5%", help="default 5%%")
+    run.add_argument("--against", metavar="MODEL", help="the recorded model, to be timed in pairs on this machine")
+    for name in ("json", "junit", "markdown"):
+        run.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write the result as {name}")
+
+
+def fraction(text: str) -> float:
+    """0.05 of "5%" or "0.05"."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no fraction; expected such as 5% or 0.05")
+    return value
 
 
 def duration(text: str) -> float:

@@ -25,6 +25,7 @@ OPTIONAL = {
     "torchao": "torchao's quantisation",
     "bitsandbytes": "bitsandbytes' quantisation",
     "pynvml": "GPU counters",
+    "matplotlib": "reports as HTML",
 }
 
 

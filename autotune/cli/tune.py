@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MeasurementError, UnsupportedModelError, WorkloadError
+from ..errors import MeasurementError, PackageError, UnsupportedModelError, WorkloadError
 from ..ncu import command, parse
 from ..policy import Policy
 from ..policy import load as load_policy
@@ -30,7 +30,7 @@ PROFILE_BUDGET_S = 60.0
 
 
 def tune(args: Namespace) -> int:
-    """Tune a model, print the report, write report.md, report.json and plan.json."""
+    """Tune a model, print the report, write report.md, report.json, report.html and plan.json."""
     _tuned(args, args.model, args.prompts, keep_original=not args.release)
     return 0
 
@@ -242,4 +242,11 @@ def _hand_over(report: Drawn, folder: Path | None, stem: str, others: dict[str, 
     files = {f"{stem}.md": report.to_markdown(), f"{stem}.json": report.to_json()} | others
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    page = f"{stem}.html"  # last: what took minutes to find out is kept, whatever becomes of the charts
+    try:
+        (folder / page).write_text(report.to_html(), encoding="utf-8")
+    except PackageError as error:
+        console.print(f"No {page}: {error}")
+    else:
+        files[page] = ""
     console.print(f"Written to {folder}: {', '.join(files)}", style="bold")

@@ -1,6 +1,6 @@
 """What was measured, tried and decided, to be read.
 
-    Report -> record (a dictionary fit for JSON) -> sections (what is worth saying) -> terminal, markdown
+    Report -> record (a dictionary fit for JSON) -> sections (what is worth saying) -> terminal, markdown, html
 
 A record stands on its own: one read back from a plan or a report.json is shown exactly like a fresh one.
 """
@@ -39,6 +39,16 @@ class Drawn:
 
     def to_markdown(self) -> str:
         from .markdown import render
+
+        return render(self.to_dict())
+
+    def to_html(self) -> str:
+        """One self-contained page with charts: no script, nothing from a network.
+
+        Raises:
+            PackageError: matplotlib, which draws, is not installed.
+        """
+        from .html import render
 
         return render(self.to_dict())
 

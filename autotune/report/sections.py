@@ -188,7 +188,7 @@ def quality(record: Mapping[str, Any]) -> Section | None:
     rows = [(name, value, "" if n.MISSING in bound else bound) for name, value, bound in rows]
     size = f"{n.count(detail['tokens'])} tokens of {n.count(detail['prompts'])} prompts"
     told = [f"Tier {q['tier']}: {q['verdict']} on {size}, against the original. {sentence(detail['reason'])}".strip()]
-    if record["replayed"] and (again := record["replayed"]["quality"]):
+    if record["replayed"] and (again := record["replayed"].get("quality")):
         told.append(f"Checked again in this run, on less: {again['verdict']}. {sentence(again['reason'])}")
     return Section("Quality", tuple(told), Table(("measure", "measured", "95 % bound"), "lrr", tuple(rows)))
 

@@ -1,0 +1,63 @@
+"""`report`: a report that was written before, shown again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanError, WorkloadError
+from ..report import Recorded, read
+from . import BESIDE
+from .screen import screen
+
+
+def report(args: Namespace) -> int:
+    """Show a report.json, or the report in a plan.json: on the terminal, as Markdown, as a page of HTML."""
+    found = load(args.file)
+    if args.html is None and not args.markdown:
+        found.to_terminal(screen())
+    if args.markdown:
+        sys.stdout.write(found.to_markdown())
+    if args.html is not None:
+        out = args.file.with_suffix(".html") if args.html == BESIDE else args.html
+        text = page(found, args.file)
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise WorkloadError(f"--html {out} cannot be written: {error.strerror}") from error
+        if not args.markdown:
+            screen().print(f"Written to {out}", soft_wrap=True)
+    return 0
+
+
+def load(file: Path) -> Recorded:
+    """The report in a file.
+
+    Raises:
+        PlanError: it cannot be read, is no JSON, or holds no report that can be shown.
+    """
+    try:
+        data: Any = json.loads(file.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{file} is not JSON: {error}; expected a report.json or plan.json of autotune") from error
+    if isinstance(data, dict) and "fingerprint" in data:
+        data = data.get("summary")
+    if not isinstance(data, dict) or "verdict" not in data:
+        raise PlanError(f"{file} holds no report; expected a report.json, or a plan.json with its summary")
+    try:
+        return read(data)
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error
+
+
+def page(found: Recorded, file: Path) -> str:
+    """The page of a report that may come from anywhere."""
+    try:
+        return found.to_html()
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise PlanError(f"{file}: the report in it cannot be drawn ({type(error).__name__}: {error})") from error

@@ -1,0 +1,146 @@
+"""Charts as inline SVG: drawn by matplotlib without a display, coloured by the page, readable without a script.
+
+Colours are placeholders that become the page's CSS variables, so that one drawing serves light, dark and paper. Every
+chart is drawn twice, for a wide page and for a phone; the style sheet shows one. Text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from ...errors import PackageError
+from .elements import Html, joined, printable
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.figure import Figure
+
+Draw = Callable[["Figure", bool], None]  # fills a figure; whether it is a narrow one
+
+WIDTHS = {"wide": 720, "narrow": 344}  # points, which are the page's pixels
+TEXT = 11.5
+
+# placeholder -> CSS variable
+INK, MUTED, LINE, SOFT, PANEL = "#010101", "#010102", "#010103", "#010104", "#010105"
+BEFORE, AFTER, GOOD, BAD, DOUBT = "#010106", "#010107", "#010108", "#010109", "#01010a"
+VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    LINE: "line",
+    SOFT: "soft",
+    PANEL: "panel",
+    BEFORE: "before",
+    AFTER: "after",
+    GOOD: "good",
+    BAD: "bad",
+    DOUBT: "doubt",
+}
+TONES = {"accepted": GOOD, "rejected": BAD, "error": BAD, "inconclusive": DOUBT}
+STYLE: dict[str, Any] = {
+    "font.size": TEXT,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": TEXT,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": SOFT,
+    "grid.linewidth": 1,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "figure.facecolor": "none",
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "path.simplify": False,
+}
+COLOUR = re.compile("#0101[0-9a-f]{2}")
+FONT = re.compile(r"font-family:[^;]*;?")
+TIP = "tip:"
+
+
+def chart(draw: Draw, description: str, *, height: float, narrow_height: float | None = None) -> Html:
+    """A chart for every width.
+
+    Args:
+        draw: fills a figure of the library's object interface; called once a width.
+        description: what someone who cannot see it should know.
+        height: points, at the full width.
+        narrow_height: points, on a phone; by default the same.
+
+    Raises:
+        PackageError: matplotlib is not installed.
+    """
+    heights = {"wide": height, "narrow": narrow_height or height}
+    return joined(_svg(draw, description, name, heights[name]) for name in WIDTHS)
+
+
+def tip(artist: Artist, text: str) -> None:
+    """Text that shows where a pointer rests on `artist`."""
+    artist.set_gid(TIP + " ".join(text.split()))
+
+
+def _svg(draw: Draw, description: str, name: str, height: float) -> Html:
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PackageError("the HTML report's charts need matplotlib: pip install 'matplotlib>=3.10'") from error
+    written = io.BytesIO()
+    own = {"svg.hashsalt": f"{name} {description}"}  # names inside one drawing are not those inside another
+    with style.context(["default", STYLE, own]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the measuring font lacks; the page's fonts may have them
+        figure = Figure(figsize=(WIDTHS[name] / 72, height / 72), dpi=72)
+        draw(figure, name == "narrow")
+        figure.savefig(written, format="svg")
+    root = ElementTree.fromstring(written.getvalue())  # noqa: S314  # what matplotlib wrote a moment ago
+    _tidy(root)
+    root.attrib = {
+        "class": f"chart {name}",
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-label": printable(description),
+    }
+    return Html(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _tidy(root: ElementTree.Element) -> None:
+    """Make a drawing fit to stand in a page: no names it does not need, no colours or fonts of its own."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _plain(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    whole = ElementTree.tostring(root, encoding="unicode")
+    used = set(re.findall(r'(?:href="#|url\(#)([\w.-]+)', whole))
+    for node in list(root.iter()):
+        node.tag = _plain(node.tag)
+        node.attrib = {_plain(key): value for key, value in node.attrib.items()}
+        if (name := node.attrib.get("id", "")) not in used:
+            node.attrib.pop("id", None)
+        if name.startswith(TIP):
+            title = ElementTree.Element("title")
+            title.text = name.removeprefix(TIP)
+            node.insert(0, title)
+        if "style" in node.attrib:
+            node.attrib["style"] = COLOUR.sub(_variable, FONT.sub("", node.attrib["style"]))
+
+
+def _variable(found: re.Match[str]) -> str:
+    return f"var(--{VARIABLES[found[0]]})"
+
+
+def _plain(name: str) -> str:
+    """Without the namespace, which HTML knows by itself."""
+    return name.rpartition("}")[2]

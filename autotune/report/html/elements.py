@@ -1,0 +1,165 @@
+"""HTML built from values: text is escaped unless it is `Html`, so that nothing a user named can become markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+
+from ..layout import Section, Table
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
+VOID = {"meta", "link", "input"}
+TONES = {"accepted": "good", "pass": "good", "rejected": "bad", "error": "bad", "fail": "bad", "inconclusive": "doubt"}
+
+
+class Html(str):
+    """Markup that goes into a page as it is."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A part of a page.
+
+    Args:
+        id: what a link to it names.
+        title: its heading.
+        body: what follows.
+    """
+
+    id: str
+    title: str
+    body: Html
+
+
+def printable(text: str) -> str:
+    """Without control characters, halves of characters, and what turns the direction of writing around."""
+    return UNPRINTABLE.sub("\ufffd", text)
+
+
+def safe(text: str) -> Html:
+    """Text as markup that shows it; markup as it is."""
+    return text if isinstance(text, Html) else Html(escape(printable(text)))
+
+
+def element(tag: str, /, *children: str, **attributes: str | None) -> Html:
+    """One element.
+
+    Args:
+        tag: name of the element.
+        children: text, which is escaped, or `Html`.
+        attributes: None leaves one out; `class_` is class, `data_label` is data-label.
+    """
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
+    opening = "".join(f' {key}="{escape(printable(value))}"' for key, value in given.items())
+    if tag in VOID:
+        return Html(f"<{tag}{opening}>")
+    return Html(f"<{tag}{opening}>{joined(children)}</{tag}>")
+
+
+def joined(parts: Iterable[str | None], between: str = "") -> Html:
+    """Parts one after the other; those that are None are left out."""
+    return Html(between.join(safe(part) for part in parts if part is not None))
+
+
+def paragraphs(sentences: Iterable[str]) -> Html:
+    return joined(element("p", sentence) for sentence in sentences)
+
+
+def section(found: Section | None, *, open_: bool = True) -> Html:
+    """A section of the report's other forms: its sentences and its table, which folds away where not `open_`."""
+    if found is None:
+        return Html("")
+    drawn = table(found.table, found.title) if found.table is not None else Html("")
+    told = paragraphs(found.sentences)
+    return joined((told, drawn if open_ or not drawn else fold(found.title, drawn)))
+
+
+def titled(found: Section | None) -> Html:
+    """The same under a small heading."""
+    return joined((element("h3", found.title), section(found))) if found is not None else Html("")
+
+
+def fold(summary: str, *children: str) -> Html:
+    """Children behind a line that opens; printed, they are open."""
+    return element("details", element("summary", summary), *children)
+
+
+def table(found: Table, caption: str, *, stacked: bool = False) -> Html:
+    """A table that scrolls by itself where it is too wide.
+
+    Args:
+        found: cells of text.
+        caption: what it is, for those who do not see it.
+        stacked: on a phone, a row is a block of labelled lines; for rows with long text.
+    """
+    body = [row(cells, found) for cells in found.rows]
+    if found.total:
+        body[-1] = row(found.rows[-1], found, class_="total")
+    return tabulated(found, caption, body, stacked=stacked)
+
+
+def tabulated(found: Table, caption: str, body: Iterable[Html], *, stacked: bool = False) -> Html:
+    """A table with `found`'s columns over rows that are markup already."""
+    headings = (
+        element("th", name, scope="col", class_=_side(side))
+        for name, side in zip(found.columns, found.align, strict=True)
+    )
+    drawn = element(
+        "table",
+        element("caption", caption, class_="unseen"),
+        element("thead", element("tr", *headings)),
+        element("tbody", *body),
+        class_="stacked" if stacked else None,
+    )
+    return element("div", drawn, class_="scroll", role="region", aria_label=caption, tabindex="0")
+
+
+def row(cells: Iterable[str], found: Table, **attributes: str | None) -> Html:
+    """One row; its first cell names it."""
+    drawn = (
+        element(
+            "td" if index else "th",
+            cell,
+            scope=None if index else "row",
+            class_=_side(side),
+            data_label=name,
+        )
+        for index, (cell, name, side) in enumerate(zip(cells, found.columns, found.align, strict=True))
+    )
+    return element("tr", *drawn, **attributes)
+
+
+def _side(letter: str) -> str | None:
+    return "right" if letter == "r" else None
+
+
+def code(name: str) -> Html:
+    """A name as it is written in a program, which may break where its parts meet."""
+    parts = (joined((part, Html("<wbr>"))) for part in re.split(r"(?<=[(,@=])", name))
+    return element("code", *parts)
+
+
+def badge(word: str, tone: str | None = None) -> Html:
+    """A word that stands out; its tone is good, bad, doubt or none."""
+    return element("span", word, class_=f"badge {tone or TONES.get(word, '')}".strip())
+
+
+def figure(drawing: Html, caption: str, *after: str, keys: Mapping[str, str] | None = None) -> Html:
+    """A chart with what it shows and what its colours mean.
+
+    Args:
+        drawing: the chart.
+        caption: one or two sentences.
+        after: what follows, such as its table.
+        keys: class of a swatch -> what it means.
+    """
+    swatches = (
+        element("span", element("i", class_=f"swatch {name}", aria_hidden="true"), meaning)
+        for name, meaning in (keys or {}).items()
+    )
+    legend = element("div", *swatches, class_="legend") if keys else None
+    return element("figure", joined((element("figcaption", caption), legend, drawing, *after)))
