@@ -121,6 +121,14 @@ def stored_bytes(*models: nn.Module) -> int:
     return sum(storages.values()) + sum(replacements.values())
 
 
+def waiting(model: nn.Module) -> str | None:
+    """Which layers keep a model's calls from being recorded in a graph, or None."""
+    forms = {str(m.form) for m in model.modules() if isinstance(m, Replacement) and not m.capturable}
+    if not forms:
+        return None
+    return f"layers in {' and '.join(sorted(forms))} wait for the device at every call, which no graph can hold"
+
+
 def obstacle(model: PreTrainedModel) -> str | None:
     """Why no layer of this model can be exchanged, or None."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):

@@ -13,8 +13,10 @@ from autotune.errors import DeviceError
 from autotune.search import Found, State
 from autotune.sites import stored_bytes
 from autotune.transforms import Transform
+from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
+from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import explain
 from autotune.validate.score import Served
@@ -26,7 +28,7 @@ from tests.models import tiny, token_prompts
 
 def bench_of(model: Any, batches: tuple[int, ...] = (1, 4)) -> LiveBench:
     work = Workload(tuple(map(tuple, token_prompts(8))), new_tokens=4, batch_sizes=batches)
-    return LiveBench(Variant(model), work, policy.load("balanced"), None, notify=str)  # type: ignore[arg-type]
+    return LiveBench(Variant(model, None, work), work, policy.load("balanced"), None, notify=str)  # type: ignore[arg-type]
 
 
 def exhausted_beyond(bench: LiveBench, rows: int, error: Exception) -> Variant:
@@ -102,3 +104,12 @@ def test_what_a_transform_takes_is_known_before_it_is_tried(transform: Transform
     predicted = transform.extra_bytes(original)
     modules = original.with_transform(transform).modules.values()
     assert predicted == stored_bytes(original.original, *modules) - stored_bytes(original.original) > 0
+
+
+@pytest.mark.parametrize("transform", [StaticCache("decode", 128), CompileStep("decode", slots=128)], ids=str)
+def test_slots_take_memory_on_a_gpu(transform: Transform) -> None:
+    original = bench_of(tiny("llama"), batches=(1, 4)).original
+    assert transform.extra_bytes(original) == 0
+    with device.stand_in(FakeCuda()):
+        assert transform.extra_bytes(original) == 2 * 2 * 4 * 128 * 2 * 16 * 4  # K and V, layers, batch, slots, heads
+        assert transform.extra_bytes(original.with_transform(StaticCache("decode"))) == 0

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import device as devices
-from .. import roofline
+from .. import roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, require
-from .static_cache import automatic_slots, no_slots, use_slots
+from .static_cache import automatic_slots, no_slots, slot_bytes, use_slots
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -67,11 +67,16 @@ class CompileStep(Transform):
         device = devices.of(variant.original)
         if self.mode == "max-autotune" and device.kind == "cpu":
             return "max-autotune chooses among Triton kernels, which a CPU does not run"
-        return device.without_graphs() if self.mode == "reduce-overhead" else None
+        if self.mode != "reduce-overhead":
+            return None
+        return device.without_graphs() or sites.waiting(variant.modules["decode"])
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+
+    def extra_bytes(self, variant: Variant) -> float:
+        return slot_bytes(variant, self.slots)
 
     def apply(self, variant: Variant) -> None:
         from ..cache import SlotCache, example

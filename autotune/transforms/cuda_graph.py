@@ -8,10 +8,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import device as devices
-from .. import roofline
+from .. import roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
-from .static_cache import automatic_slots, no_slots
+from .static_cache import automatic_slots, no_slots, slot_bytes
 
 if TYPE_CHECKING:
     from ..graphs import GraphSteps
@@ -60,6 +60,9 @@ class CudaGraph(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+
+    def extra_bytes(self, variant: Variant) -> float:
+        return slot_bytes(variant, self.slots)
 
     def apply(self, variant: Variant) -> None:
         from ..cache import example
@@ -111,8 +114,8 @@ def uncapturable(variant: Variant) -> str | None:
         return f"the model lies on several devices ({', '.join(sorted(places))}); a graph belongs to one"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate's hooks move tensors at every call, which a graph does not repeat"
-    if waiting := {str(m.form) for m in model.modules() if not getattr(m, "capturable", True)}:
-        return f"layers in {' and '.join(sorted(waiting))} wait for the device at every call, which no graph can hold"
+    if waiting := sites.waiting(model):
+        return waiting
     return no_slots(variant.original)
 
 

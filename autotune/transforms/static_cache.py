@@ -56,6 +56,9 @@ class StaticCache(Transform):
         """At best the cache's growth and the loop's work between steps disappear."""
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
 
+    def extra_bytes(self, variant: Variant) -> float:
+        return slot_bytes(variant, self.slots)
+
     def apply(self, variant: Variant) -> None:
         use_slots(variant, self.slots)
 
@@ -84,6 +87,17 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     if variant.caches is None:
         variant.caches = CachePool(config, slots or automatic_slots(variant, config))
     variant.loop = "lean"
+
+
+def slot_bytes(variant: Variant, slots: int = 0) -> float:
+    """What a static cache takes for the workload's largest batch; on a CPU nothing until slots are filled."""
+    from ..profile.counts import cache_size
+
+    if variant.caches is not None or variant.device.kind == "cpu":
+        return 0.0
+    config = variant.original.config.get_text_config(decoder=True)
+    slots = slots or automatic_slots(variant, config)
+    return cache_size(variant.original, max(variant.batch_sizes), slots, variant.original.dtype.itemsize)
 
 
 def roomy_slots(variant: Variant) -> int:

@@ -1,0 +1,81 @@
+"""Tuning from profile to commit on a GPU made of CPU tensors: everything is real but the device and the race."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import autotune
+from autotune import bench, device, policy
+from autotune.graphs import GraphSteps
+from autotune.validate import Latency, Speedup, Verdict, latency
+from tests.fakes.cuda import FakeCuda
+from tests.models import tiny, token_prompts
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = token_prompts(40, length=24)
+FASTER = Speedup(2.0, 1.9, 2.1, 8)
+STEPS = [  # of the policy's, by what they choose: enough to come to a captured step and to guess ahead of it
+    "merged_linears",
+    "cuda_graph",
+    "speculation",
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """Everything that runs is faster: what replays operators one by one in Python would never be."""
+    won = Latency(Verdict.PASS, "as scripted", FASTER, FASTER, FASTER, 0.01)
+    monkeypatch.setattr(latency, "compare", lambda *_, **__: won)
+    monkeypatch.setattr(latency, "noise_floor", lambda *_, **__: 0.01)
+    monkeypatch.setattr(bench, "PROFILE_S", 2.0)
+    monkeypatch.setattr(bench, "BRIEF_PROFILE_S", 1.0)
+    with device.stand_in(FakeCuda()) as fake:
+        yield fake  # type: ignore[misc]
+
+
+def short(name: str) -> policy.Policy:
+    """A built-in policy with the steps of `STEPS`, each tried whatever the diagnosis."""
+    whole = policy.load(name)
+    chosen = [replace(s, bottlenecks=frozenset()) for s in whole.steps if "cuda" in s.devices]
+    steps = [
+        replace(step, choices=tuple(c for c in step.choices if c.transform == wanted)[:1])
+        for wanted in STEPS
+        for step in chosen
+        if any(c.transform == wanted for c in step.choices)
+    ]
+    return replace(whole, steps=tuple({s.name: s for s in steps}.values()), budget_s=600)
+
+
+def test_from_the_profile_to_a_captured_step_that_serves(gpu: FakeCuda, tmp_path: Any) -> None:
+    model, ids = tiny("llama"), torch.tensor(PROMPTS[:3])
+    ask = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **ask)
+    work = autotune.Workload(tuple(map(tuple, PROMPTS)), new_tokens=12, batch_sizes=(1, 3))
+    autotune.wrap(model, workload=work, policy=short("lossless"), when="blocking", cache=False)
+    handle: Any = model.autotune
+    names = [transform.name for transform in handle.plan.transforms]
+    assert "cuda_graph" in names, handle.report().to_dict()["trials"]
+    step = handle._active.step
+    assert isinstance(step, GraphSteps)
+
+    replays, fallbacks = gpu.replays, step.fallbacks.copy()  # the exam's batches of 8 are larger than what is captured
+    assert torch.equal(model.generate(ids, **ask), expected)
+    assert gpu.replays > replays
+    assert step.fallbacks == fallbacks
+    assert handle.status.bypassed == {}
+
+    report = handle.report().to_dict()
+    assert report["hardware"]["device"] == "cuda"
+    assert "launches" in report["phases"]["decode"]["evidence"]
+    for told in (handle.report().to_markdown(), handle.report().to_json()):
+        assert "cuda_graph" in told
+    handle.rollback()
+    assert torch.equal(model.generate(ids, **ask), expected)
+    handle.unwrap()
+    assert torch.equal(model.generate(ids, **ask), expected)
