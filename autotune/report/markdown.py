@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .layout import Section, Table
@@ -14,7 +14,12 @@ MARKUP = re.compile(r"[\\|*`]|(?<!\w)_|_(?!\w)|<(?=[\w/!])")
 
 def render(record: Mapping[str, Any]) -> str:
     """The whole report as one document."""
-    parts = [f"# {escape(headline(record))}", *(_section(s) for s in sections(record))]
+    return document(headline(record), sections(record))
+
+
+def document(title: str, sections: Iterable[Section]) -> str:
+    """Sections under a title."""
+    parts = [f"# {escape(title)}", *(_section(s) for s in sections)]
     return "\n\n".join(parts) + "\n"
 
 

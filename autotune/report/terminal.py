@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .layout import Table
+from .layout import Section, Table
 from .sections import headline, sections
 
 if TYPE_CHECKING:
@@ -19,13 +19,18 @@ STYLES = {"accepted": "green", "rejected": "red", "error": "red", "inconclusive"
 
 def draw(record: Mapping[str, Any], console: Console | None = None) -> None:
     """Draw the whole report."""
+    show(headline(record), sections(record), console)
+
+
+def show(title: str, sections: Iterable[Section], console: Console | None = None) -> None:
+    """Draw sections under a title, by default on standard output."""
     from rich.console import Console
     from rich.text import Text
 
     console = console or Console()
     console.print()
-    console.print(Text(headline(record), style="bold"))
-    for section in sections(record):
+    console.print(Text(title, style="bold"))
+    for section in sections:
         console.print()
         console.print(Text(section.title, style="bold cyan"))
         for sentence in section.sentences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from .timing import Clock, Pair, Timing, request, time_request
 if TYPE_CHECKING:
     from ..variant import Variant
 
-__all__ = ["Metric", "Pair", "Timing", "compare", "decide", "label", "noise_floor", "race"]
+__all__ = ["Metric", "Pair", "Timing", "compare", "decide", "label", "noise_floor", "race", "timed", "warm_up"]
 
 Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 
@@ -63,17 +63,17 @@ def compare(
         seed: of the order in which the arms run.
         progress: called with a step's name and the share done.
     """
-    arms = (_arm(reference, prompts, clock), _arm(candidate, prompts, clock))
+    arms = {"reference": timed(reference, prompts, clock), "candidate": timed(candidate, prompts, clock)}
     try:
         steady, share_s = max(STEADY, 1 + 2 * (noise or 0.0)), budget_s * WARMUP_SHARE / len(buckets)
-        warnings = [w for bucket in buckets for w in _warm_up(arms, bucket, clock, steady, share_s)]
+        warnings = [w for bucket in buckets for w in warm_up(arms, bucket, clock, steady, share_s)]
         if noise is None:
             noise = noise_floor(
                 reference, buckets, prompts, objective=objective, clock=clock, budget_s=budget_s / 4, seed=seed
             )
         return race(
-            arms[0],
-            arms[1],
+            arms["reference"],
+            arms["candidate"],
             buckets,
             objective=objective,
             limits=limits,
@@ -147,7 +147,7 @@ def noise_floor(
         MeasurementError: the variant raised.
     """
     return self_noise(
-        _arm(variant, prompts, clock),
+        timed(variant, prompts, clock),
         buckets,
         objective,
         pairs,
@@ -191,7 +191,8 @@ def label(bucket: Bucket) -> str:
     return f"b{bucket.batch}/p{bucket.prompt_tokens}/n{bucket.new_tokens}"
 
 
-def _arm(variant: Variant, prompts: Sequence[Tokens], clock: Clock) -> Arm:
+def timed(variant: Variant, prompts: Sequence[Tokens], clock: Clock = time.perf_counter) -> Arm:
+    """Times the n-th request of a bucket through the path that serves; raises CandidateError where that raises."""
     served = Served(variant, pad_token_id=0)  # requests of one bucket are equally long, so nothing is padded
     return lambda bucket, turn: time_request(served, request(bucket, prompts, turn), bucket.new_tokens, clock)
 
@@ -203,10 +204,10 @@ def _pair(reference: Arm, candidate: Arm, bucket: Bucket, turn: int, swap: bool)
     return Pair(reference(bucket, turn), candidate(bucket, turn))
 
 
-def _warm_up(arms: Sequence[Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> list[str]:
-    """Run both arms until three requests in a row take equally long, within `steady`; says so when they never do."""
+def warm_up(arms: Mapping[str, Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> list[str]:
+    """Run arms until three requests in a row take equally long, within `steady`; says so when they never do."""
     restless = []
-    for name, arm in zip(("reference", "candidate"), arms, strict=True):
+    for name, arm in arms.items():
         arm(bucket, 0)  # may compile, so its time is not counted
         start, took = clock(), []
         for turn in range(1, MAX_WARMUP):
