@@ -1,23 +1,25 @@
 """Experiments: a control against candidates, measured offline, beside live traffic, or on a share of it.
 
-arms -> offline -> results        what is compared, how it is measured, what came of it
-store                             what is kept of it, so that it survives a restart
+given -> arms                     what is compared
+offline -> verdicts               how it is measured, and what follows
+results -> pareto, sections       what came of it, and how it is shown
+store -> database                 what is kept of it, so that it survives a restart
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import workload as workloads
-from ..errors import ExperimentError
+from ..errors import ExperimentError, WorkloadError
 from ..policy import Limits, nearest
 from ..validate.ratios import METRICS, Metric
 from ..validate.tiers import TIERS
-from ..workload import Workload
-from . import arms
-from .arms import Arm
+from . import given
+from .arms import Arm, Bench
 from .results import Outcome, Result
 from .store import Store
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..validate.timing import Clock
+
+log = logging.getLogger("autotune")
 
 __all__ = ["Arm", "Experiment", "Outcome", "Result", "Store"]
 
@@ -48,7 +52,6 @@ class Experiment:
 
     Raises:
         ExperimentError: a name, candidate, tier or objective that does not exist; names the nearest spelling.
-        WorkloadError: the prompts cannot be used.
     """
 
     def __init__(
@@ -64,12 +67,13 @@ class Experiment:
         limits: Limits | None = None,
         store: Store | str | Path | None = None,
     ) -> None:
-        self.name = arms.checked_name(name)
-        self.control, self.candidates = arms.parse(control, candidates)
+        self.name = given.checked_name(name)
+        self.control, self.candidates = given.parse(control, candidates)
         self.tokenizer, self.tier, self.objective = tokenizer, _one_of("tier", tier, TIERS), objective
         _one_of("objective", objective, METRICS)
         self.limits = limits or Limits()
         self._given, self._store = workload, store
+        self._bench: Bench | None = None
         self._arms: tuple[Arm, ...] | None = None
 
     @property
@@ -79,6 +83,20 @@ class Experiment:
             self._store = Store(self._store)
         return self._store
 
+    def bench(self, notify: Callable[[str], None] | None = None) -> Bench:
+        """The control's model, its tokenizer and its work; the model is loaded when first asked for.
+
+        Args:
+            notify: told each step in a sentence.
+
+        Raises:
+            UnsupportedModelError: the control's checkpoint cannot be loaded.
+            WorkloadError: there are no prompts, or they cannot be used.
+        """
+        if self._bench is None:
+            self._bench = self._prepared(notify or log.info)
+        return self._bench
+
     def arms(self, notify: Callable[[str], None] | None = None) -> tuple[Arm, ...]:
         """The control and the candidates, built when first asked for; one that cannot be built says so in `problem`.
 
@@ -86,19 +104,12 @@ class Experiment:
             notify: told each step in a sentence.
 
         Raises:
-            ExperimentError: the control itself cannot be built.
+            AutotuneError: the control itself cannot be built, or there are no prompts.
         """
         if self._arms is None:
-            self._arms = arms.build(self, notify or (lambda step: None))
+            bench = self.bench(notify)
+            self._arms = (bench.control(self.control), *map(bench.candidate, self.candidates.values()))
         return self._arms
-
-    def workload(self) -> Workload:
-        """The prompts, checked against the control's model.
-
-        Raises:
-            WorkloadError: there are none, or they cannot be used.
-        """
-        raise NotImplementedError
 
     def run(
         self,
@@ -106,20 +117,42 @@ class Experiment:
         budget_s: float = 600.0,
         pairs: int = 25,
         progress: Callable[[str], None] | None = None,
-        clock: Clock | None = None,
+        clock: Clock = time.perf_counter,
     ) -> Result:
         """Measure every arm on the workload, now and here, and judge.
 
+        Observations are kept as they are made: interrupted, the next run goes on where this one ended.
+
         Args:
-            budget_s: seconds for all of it; tuning for policies and loading come first and count.
-            pairs: timed pairs per bucket and candidate, at most.
+            budget_s: seconds for comparing, quality included; a policy is tuned before, within its own budget.
+            pairs: timed pairs per bucket and candidate, at most; fewer than 8 cannot show a gain.
             progress: told each step in a sentence.
-            clock: monotonic seconds; default time.perf_counter.
+            clock: monotonic seconds.
 
         Raises:
             MeasurementError: the control itself could not be measured.
+            AutotuneError: the control or the workload cannot be used.
         """
-        raise NotImplementedError
+        from .offline import run
+
+        return run(self, budget_s=budget_s, pairs=pairs, notify=progress or log.info, clock=clock)
+
+    def _prepared(self, notify: Callable[[str], None]) -> Bench:
+        from .. import workload
+
+        model, tokenizer = self.control.value, self.tokenizer
+        if self.control.kind == "checkpoint":
+            from ..load import load
+
+            notify(f"loading {model}")
+            model, found = load(model)
+            tokenizer = tokenizer or found
+        elif self.control.kind == "variant":
+            model = model.original
+        if self._given is None:
+            raise WorkloadError("there is no workload; expected prompts or a file of them: workload=[...]")
+        work = workload.read(self._given, tokenizer=tokenizer, model=model)
+        return Bench(model, tokenizer, work, notify)
 
 
 def _one_of(what: str, value: str, known: Any) -> str:
