@@ -96,7 +96,7 @@ def tiles(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "whole request", n.ratio(whole["ratio"]), n.interval(whole["low"], whole["high"]) or "no interval"
     if n.known(record["quality"]["mean_kld"]):
         q = record["quality"]
-        yield "mean KL divergence", f"{n.divergence(q['mean_kld'])} nat", f"{q['verdict']} at tier {q['tier']}"
+        yield "mean KL divergence, nat", n.divergence(q["mean_kld"]), f"{q['verdict']} at tier {q['tier']}"
     before, after = record["memory"]["before"], record["memory"]["after"]
     weights = record.get("bytes_after_release") or after["weights_bytes"]
     compared = f"was {n.scaled(before['weights_bytes'], 'B')}" if tuned else "as loaded"

@@ -10,6 +10,7 @@ from .drawing import INK, LINE, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # right first, as one reads
@@ -18,13 +19,20 @@ FAR = 16.0  # from here on a line leads to the point
 POINT = 5.0  # half the width of what a point covers
 
 
-def write(axes: Axes, names: Sequence[tuple[float, float, str]], *, avoid: Sequence[tuple[float, float]] = ()) -> None:
+def write(
+    axes: Axes,
+    names: Sequence[tuple[float, float, str]],
+    *,
+    avoid: Sequence[tuple[float, float]] = (),
+    clear_of: Sequence[Text] = (),
+) -> None:
     """Write each name as near to its point as there is room.
 
     Args:
         axes: where; its layout must be final.
         names: x, y and text, in data coordinates.
         avoid: further points that must stay uncovered.
+        clear_of: texts that are there already.
     """
     from matplotlib.transforms import Bbox
 
@@ -32,6 +40,7 @@ def write(axes: Axes, names: Sequence[tuple[float, float, str]], *, avoid: Seque
     points = (*((x, y) for x, y, _ in names), *avoid)
     centres = [(float(x), float(y)) for x, y in map(to_pixels, points)]
     taken = [Bbox.from_extents(x - POINT, y - POINT, x + POINT, y + POINT) for x, y in centres]
+    taken += [text.get_window_extent() for text in clear_of]
     for (x, y, name), centre in zip(names, centres, strict=False):
         text = axes.text(0, 0, name, transform=None, fontsize=TEXT - 1, color=INK, va="center", ha="center")
         size = text.get_window_extent()

@@ -54,7 +54,7 @@ def _figure(certainty: Sequence[Mapping[str, Any]]) -> Html:
     drawing = d.chart(
         lambda sheet, narrow: _draw(sheet, narrow, certainty),
         f"KL divergence by confidence, nat. {described}.",
-        height=54 + 52 * len(certainty),
+        height=54 + 58 * len(certainty),
     )
     rows = tuple(
         (
@@ -89,12 +89,12 @@ def _draw(sheet: Figure, narrow: bool, certainty: Sequence[Mapping[str, Any]]) -
                 zorder=3,
             )
             d.tip(dot, f"{label(part)}: {QUANTILES[key]} {n.divergence(part[key])} nat")
-        for key in ("p50_kld", "p99_kld"):
+        for key, away in (("p50_kld", 9), ("p99_kld", -18)):
             text = f"{QUANTILES[key]} {n.divergence(part[key])}"
             axes.annotate(
                 text,
                 (values[key], place),
-                xytext=(0, 9),
+                xytext=(0, away),
                 textcoords="offset points",
                 ha="center",
                 fontsize=d.TEXT - 1.5,

@@ -5,9 +5,10 @@ Source: Williams, Waterman and Patterson, "Roofline: an insightful visual perfor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log10
+from math import atan2, degrees, log10
 from typing import TYPE_CHECKING, Any
 
 from .. import numbers as n
@@ -20,11 +21,14 @@ from .elements import Chapter, Html, figure, fold, joined, section, table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 PHASES = ("decode", "prefill")
 STATES = {"before": ("flops", "moved_bytes", "before_ms"), "after": ("after_flops", "after_moved_bytes", "after_ms")}
 NAMES = {"before": "original", "after": "tuned"}
+PANEL = 310.0  # points of height a phase
 WHOLE = "whole phase"
+ROUND = re.compile(r"\.0+(?= )")  # noughts of a round number
 CLOSE = 0.12  # decades within which two roofs share a label
 CAPTION = (
     "Further right, more is computed for each byte; higher, more is computed in a second. The slanted roof is memory "
@@ -74,15 +78,13 @@ def chapter(record: Mapping[str, Any]) -> Chapter:
     found = {phase: _states(record, phase) for phase in PHASES if record["operators"].get(phase)}
     found = {phase: states for phase, states in found.items() if states}
     if found:
-        height = 330.0
         drawing = d.chart(
-            lambda sheet, narrow: _draw(sheet, narrow, found, record["hardware"]),
+            lambda sheet, narrow: _draw(sheet, found, record["hardware"]),
             _described(found),
-            height=height,
-            narrow_height=height * len(found),
+            height=PANEL * len(found),
         )
         keys = {state: NAMES[state] for state in STATES if any(state in states for states in found.values())}
-        tables = fold("The same as a table", _table(found, record["hardware"]))
+        tables = fold("The same as a table", _table(found))
         body.append(figure(drawing, CAPTION, tables, keys=keys | {"whole": WHOLE}))
     return Chapter("limits", "What limits it", joined(body))
 
@@ -103,7 +105,7 @@ def _described(found: Mapping[str, Mapping[str, Iterable[Mark]]]) -> str:
     return f"Roofline. {'. '.join(parts)}."
 
 
-def _table(found: Mapping[str, Mapping[str, Iterable[Mark]]], hardware: Mapping[str, Any]) -> Html:
+def _table(found: Mapping[str, Mapping[str, Iterable[Mark]]]) -> Html:
     rows = tuple(
         (
             phase,
@@ -122,94 +124,82 @@ def _table(found: Mapping[str, Mapping[str, Iterable[Mark]]], hardware: Mapping[
     return table(Table(columns, "lllrrrr", rows), "Roofline of every part")
 
 
-def _draw(
-    sheet: Figure, narrow: bool, found: Mapping[str, Mapping[str, Sequence[Mark]]], hardware: Mapping[str, Any]
-) -> None:
-    rows, columns = (len(found), 1) if narrow else (1, len(found))
-    panels: list[Axes] = list(sheet.subplots(rows, columns, squeeze=False).flat)
-    limits = _limits([m for states in found.values() for marks in states.values() for m in marks], hardware)
-    drawn = []
+def _draw(sheet: Figure, found: Mapping[str, Mapping[str, Sequence[Mark]]], hardware: Mapping[str, Any]) -> None:
+    panels: list[Axes] = list(sheet.subplots(len(found), 1, squeeze=False).flat)
     for axes, (phase, states) in zip(panels, found.items(), strict=True):
-        avoid = _frame(axes, phase, limits, hardware)
+        _frame(axes, phase, [mark for marks in states.values() for mark in marks], hardware)
         for state, marks in states.items():
             for mark in marks:
                 _dot(axes, mark, state, whole=mark.group == WHOLE)
         _arrows(axes, states)
-        drawn.append((axes, states, avoid))
-    for axes in panels[:1] if not narrow else panels:
-        axes.set_ylabel("attained")
-    for axes in panels[-1:] if narrow else panels:
-        axes.set_xlabel("FLOP per byte")
+    panels[-1].set_xlabel("FLOP per byte")
     sheet.draw_without_rendering()
     sheet.set_layout_engine("none")
-    for axes, states, avoid in drawn:
+    for axes, states in zip(panels, found.values(), strict=True):
+        lines, texts = _cover(axes, hardware)
         last = {mark.group: mark for state in STATES for mark in states.get(state, ())}
         names = [(m.intensity, m.flops_per_s, m.group) for m in last.values() if m.group != WHOLE]
         dots = [(m.intensity, m.flops_per_s) for marks in states.values() for m in marks]
-        labels.write(axes, names, avoid=[*dots, *avoid])
+        labels.write(axes, names, avoid=[*dots, *lines], clear_of=texts)
 
 
-def _limits(found: Sequence[Mark], hardware: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """x and y ranges that hold every mark and the ridges."""
+def _frame(axes: Axes, phase: str, found: Sequence[Mark], hardware: Mapping[str, Any]) -> None:
+    """Logarithmic axes that hold every mark and the ridges."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     bandwidth, peaks = hardware["bandwidth_bytes_per_s"], _peaks(hardware)
     ridges = [peak / bandwidth for peak in peaks.values()] if n.known(bandwidth) and bandwidth > 0 else []
     x = [m.intensity for m in found] + ridges
     y = [m.flops_per_s for m in found] + list(peaks.values())
-    return min(x) / 3, max(x) * 4, min(y) / 3, max(y) * 3
+    axes.set(title=f"{phase}, attained", xscale="log", yscale="log")
+    axes.set(xlim=(min(x) / 3, max(x) * 5), ylim=(min(y) / 3, max(y) * 3))
+    axes.xaxis.set_major_locator(LogLocator(10, numticks=8))
+    axes.yaxis.set_major_locator(LogLocator(10, numticks=7))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: n.significant(value, 1)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: ROUND.sub("", n.scaled(value, "FLOP/s"))))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)
+    axes.grid(True)
 
 
 def _peaks(hardware: Mapping[str, Any]) -> dict[str, float]:
     return {name: rate for name, rate in hardware["flops_per_s"].items() if n.known(rate) and rate > 0}
 
 
-def _frame(
-    axes: Axes, phase: str, limits: tuple[float, float, float, float], hardware: Mapping[str, Any]
-) -> list[tuple[float, float]]:
-    """Axes and roofs; returns points along the roofs, which names should not cover."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    x_low, x_high, y_low, y_high = limits
-    axes.set(title=phase, xscale="log", yscale="log", xlim=(x_low, x_high), ylim=(y_low, y_high))
-    axes.xaxis.set_major_locator(LogLocator(10, numticks=6))
-    axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: n.significant(x, 1)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: n.scaled(y, "FLOP/s").replace(".00", "")))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="minor", length=0)
-    axes.grid(True)
-    avoid = list[tuple[float, float]]()
+def _cover(axes: Axes, hardware: Mapping[str, Any]) -> tuple[list[tuple[float, float]], list[Text]]:
+    """Draw the roofs into a final layout; returns points along them and their labels, which nothing should cover."""
     peaks, bandwidth = _peaks(hardware), hardware["bandwidth_bytes_per_s"]
     if not n.known(bandwidth) or bandwidth <= 0:
-        return avoid
-    top = max(peaks.values(), default=y_high)
-    slant = [(x, x * bandwidth) for x in _spread(x_low, top / bandwidth)]
-    axes.plot(*zip(*slant, strict=True), color=d.MUTED, linewidth=1.4)
-    axes.annotate(
-        n.scaled(bandwidth, "B/s"),
-        slant[len(slant) // 3],
-        rotation=45,
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-        xytext=(0, 4),
-        textcoords="offset points",
-        color=d.MUTED,
-        fontsize=d.TEXT - 1.5,
-    )
-    for names, rate in _roofs(peaks):
-        flat = [(x, rate) for x in _spread(rate / bandwidth, x_high)]
-        axes.plot(*zip(*flat, strict=True), color=d.MUTED, linewidth=1.4)
-        axes.annotate(
-            names,
-            (x_high, rate),
-            xytext=(0, 3),
+        return [], []
+    (x_low, x_high), (_, y_high) = axes.get_xlim(), axes.get_ylim()
+    roofs = [(n.scaled(bandwidth, "B/s"), _line(x_low, max(peaks.values(), default=y_high) / bandwidth, bandwidth))]
+    roofs += [(name, [(x, rate) for x in _spread(rate / bandwidth, x_high)]) for name, rate in _roofs(peaks)]
+    texts: list[Text] = []
+    to_pixels = axes.transData.transform
+    for name, points in roofs:
+        (left, below), (right, above) = to_pixels([points[0], points[-1]])
+        angle = degrees(atan2(above - below, right - left))
+        axes.plot(*zip(*points, strict=True), color=d.MUTED, linewidth=1.4, zorder=1)
+        text = axes.annotate(
+            name,
+            points[1] if angle else points[-1],
+            xytext=(0, 4),
             textcoords="offset points",
-            ha="right",
+            ha="left" if angle else "right",
+            rotation=angle,
+            rotation_mode="anchor",
+            bbox={"facecolor": d.PANEL, "edgecolor": "none", "pad": 0.5},
+            zorder=1.5,
             color=d.MUTED,
             fontsize=d.TEXT - 1.5,
         )
-        avoid += flat
-    return avoid + slant
+        texts.append(text)
+    return [point for _, points in roofs for point in points], texts
+
+
+def _line(low: float, high: float, slope: float) -> list[tuple[float, float]]:
+    return [(x, slope * x) for x in _spread(low, high)]
 
 
 def _spread(low: float, high: float, count: int = 24) -> list[float]:
