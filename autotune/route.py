@@ -1,6 +1,7 @@
 """Interception: one model object's `forward` and decoding loop are routed; everything else about it is untouched.
 
 The object keeps its identity; only its class is exchanged for a subclass of the same name that asks a `Router`.
+Experiments on live calls are layers above it, which come and go in any order.
 `generate` stays transformers' own: all its preparation, validation and exceptions happen before the loop is routed.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SLOT = "autotune"  # the instance attribute that holds the router
+LAYERS = "_autotune_layers"  # and the one that holds the routers above it, the outermost last
 LOOP = "_sample"  # transformers' loop for greedy search and sampling
 _ROUTED: dict[type, type[PreTrainedModel]] = {}  # model class -> its routed subclass
 
@@ -80,9 +82,53 @@ def attach(model: PreTrainedModel, router: Router) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`, leaving no trace."""
-    model.__class__ = bare_class(model)
+    """Undo `attach`, leaving no trace; layers stay."""
     model.__dict__.pop(SLOT, None)
+    _settle(model)
+
+
+def add_layer(model: PreTrainedModel, layer: Router) -> None:
+    """Route this object's calls through `layer` first, which passes on to `below` what it does not serve itself."""
+    model.__dict__[LAYERS] = (*model.__dict__.get(LAYERS, ()), layer)
+    model.__class__ = routed_class(bare_class(model))
+
+
+def remove_layer(model: PreTrainedModel, layer: Router) -> None:
+    """Undo `add_layer`; other layers and the router stay, wherever they are."""
+    model.__dict__[LAYERS] = tuple(other for other in model.__dict__.get(LAYERS, ()) if other is not layer)
+    _settle(model)
+
+
+def below(model: PreTrainedModel, layer: Router | None = None) -> Router:
+    """Who serves the calls that `layer` passes on: the next layer, the router, or the plain model; None: the first."""
+    layers = model.__dict__.get(LAYERS, ())
+    inner = [n for n, other in enumerate(layers) if other is layer]
+    under = layers[: inner[0]] if inner else layers if layer is None else ()
+    found: Router = under[-1] if under else model.__dict__.get(SLOT, _PLAIN)
+    return found
+
+
+def _settle(model: PreTrainedModel) -> None:
+    if not model.__dict__.get(LAYERS):
+        model.__dict__.pop(LAYERS, None)
+        if SLOT not in model.__dict__:
+            model.__class__ = bare_class(model)
+
+
+class _Plain:
+    """The router of a model without one."""
+
+    def sample(self, call: Sampling) -> Any:
+        return call.original()
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return bare_class(model).forward(model, *args, **kwargs)
+
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+_PLAIN = _Plain()
 
 
 def bare(model: PreTrainedModel) -> PreTrainedModel:
@@ -98,7 +144,8 @@ def routed(model: PreTrainedModel, router: Router) -> PreTrainedModel:
 
 
 def is_routed(model: object) -> bool:
-    return SLOT in getattr(model, "__dict__", {}) and hasattr(type(model), "_autotune_bare")
+    held = getattr(model, "__dict__", {})
+    return (SLOT in held or LAYERS in held) and hasattr(type(model), "_autotune_bare")
 
 
 def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -109,7 +156,8 @@ def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 def _alias(model: PreTrainedModel, cls: type[PreTrainedModel]) -> PreTrainedModel:
     alias = cls.__new__(cls)
     alias.__dict__.update(model.__dict__)
-    alias.__dict__.pop(SLOT, None)
+    for name in (SLOT, LAYERS):
+        alias.__dict__.pop(name, None)
     return alias
 
 
@@ -130,16 +178,16 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
 
     @functools.wraps(cls.forward)  # generate inspects the signature
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[SLOT].forward(self, args, kwargs)
+        return below(self).forward(self, args, kwargs)
 
     @functools.wraps(getattr(cls, LOOP))
     def sample(self: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         names = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        return self.__dict__[SLOT].sample(Sampling(bare(self), input_ids, options, kwargs))
+        return below(self).sample(Sampling(bare(self), input_ids, options, kwargs))
 
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
-        return _restore, (cls, {k: v for k, v in self.__dict__.items() if k != SLOT})
+        return _restore, (cls, {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)})
 
     body: dict[str, Any] = {
         "forward": forward,
@@ -163,7 +211,7 @@ def _unrouted(cls: type[PreTrainedModel], name: str) -> Callable[..., Any]:
 
     @functools.wraps(loop)
     def run(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with self.__dict__[SLOT].other_loop(name):
+        with below(self).other_loop(name):
             return loop(bare(self), *args, **kwargs)
 
     return run

@@ -69,8 +69,8 @@ def wrap(
     if observe < 1:
         raise ValueError(f"observe must be at least 1, not {observe}")
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
-    if route.is_routed(model):
-        model.__dict__[route.SLOT].unwrap()
+    if (wrapped := model.__dict__.get(route.SLOT)) is not None:
+        wrapped.unwrap()
     handle = Handle(
         model,
         tokenizer=tokenizer,
