@@ -43,7 +43,7 @@ def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
         return plan.apply(model)
     if not route.is_routed(model):
         return Variant(model)
-    active: Variant | None = getattr(model.__dict__[route.SLOT], "_active", None)
+    active: Variant | None = getattr(model.__dict__.get(route.SLOT), "_active", None)
     return active or Variant(route.bare(model))
 
 
