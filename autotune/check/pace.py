@@ -100,6 +100,6 @@ def decide(then: Pace, now: Pace, metric: str, max_slowdown: float) -> tuple[Ver
     )
     if found.low > limit:
         return Verdict.FAIL, figures, found
-    if found.high <= limit:
+    if found.point <= max_slowdown and found.high <= limit:  # noise may widen the interval, not move the estimate
         return Verdict.PASS, figures, found
     return Verdict.INCONCLUSIVE, f"{figures}: need more requests, or --against on one machine", found

@@ -1,0 +1,172 @@
+"""`check record` and `check run`: a baseline kept, and a model checked against it."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MeasurementError, PlanError, UnsupportedModelError, WorkloadError
+from ..progress import shown
+from .screen import screen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..check import CheckResult
+    from ..plan import Plan
+    from ..variant import Variant
+
+Notify = Callable[[str], None]
+
+
+def record(args: Namespace) -> int:
+    """Record a baseline."""
+    from ..check import record as keep
+    from ..check.folder import require_free
+
+    require_free(args.out, args.force)
+    with shown(None) as progress:
+        model, tokenizer = _load(args.model, args, progress.update)
+        baseline = keep(
+            model,
+            args.out,
+            tokenizer=tokenizer,
+            prompts=args.prompts,
+            size=args.size,
+            labelled=args.tasks,
+            lm_eval=args.lm_eval,
+            latency=not args.no_latency,
+            force=args.force,
+            progress=progress.update,
+        )
+    tokens = sum(len(text.scored) for group in baseline.questions.groups for text in group)
+    right = [f"{sum(suite.right)} of {len(suite.right)} {suite.name} right" for suite in baseline.suites]
+    said = (f"{len(baseline.questions.texts)} prompts, {tokens} tokens", *right)
+    screen().print(f"Recorded {baseline.subject.name} in {args.out}: {', '.join(said)}", soft_wrap=True)
+    return 0
+
+
+def run(args: Namespace) -> int:
+    """Check a model against a baseline; the exit code is the verdict."""
+    from ..check import load as load_baseline
+    from ..check import run as check
+
+    base = load_baseline(args.baseline)  # said before minutes of loading
+    plan = _plan(args.plan)
+    with shown(None) as progress:
+        model, tokenizer = _load(args.model, args, progress.update)
+        tuning = _tuning_prompts(args, tokenizer)
+        subject: PreTrainedModel | Variant = model
+        if args.policy is not None:
+            subject = _tuned(model, tokenizer, args.policy, tuning, progress.update)
+        rival = _load(args.against, args, progress.update)[0] if args.against else None
+        result = check(
+            subject,
+            base,
+            tokenizer=tokenizer,
+            plan=plan,
+            tier=args.tier,
+            max_slowdown=args.max_slowdown,
+            measure_latency=not args.no_latency,
+            against=rival,
+            workload=args.prompts,
+            tuning_prompts=tuning,
+            progress=progress.update,
+        )
+    draw(result)
+    files = ((args.json, result.to_json), (args.junit, result.to_junit), (args.markdown, result.to_markdown))
+    for file, render in files:
+        if file is not None:
+            _write(file, render())
+    return result.exit_code
+
+
+def draw(result: CheckResult) -> None:
+    """The verdict, its metrics, and where the model differs."""
+    from ..check.render import number
+    from .show import _print, _table
+
+    table = _table("metric", "verdict", "recorded", "now", "limit", "reason")
+    for m in result.metrics:
+        table.add_row(m.name, m.verdict.value, number(m.recorded), number(m.value), number(m.limit), m.reason)
+    _print(table)
+    found = result.localised
+    if found is not None and found.worst_layers:
+        layers = _table("layer", "deviation of its output")
+        for shift in found.worst_layers:
+            layers.add_row(shift.name, number(shift.deviation))
+        _print(layers)
+    screen().print(f"{result.verdict.value.upper()}: {result.reason}", style="bold", soft_wrap=True)
+
+
+def _load(name: str, args: Namespace, notify: Notify) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    import torch
+
+    from ..load import load
+
+    for file in (args.prompts, getattr(args, "tasks", None), getattr(args, "tuned_on", None)):
+        if file is not None and not file.is_file():
+            raise WorkloadError(f"there is no file {file}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    notify(f"loading {name}")
+    return load(name)
+
+
+def _plan(file: Path | None) -> Plan | None:
+    from .. import plan
+
+    if file is None:
+        return None
+    try:
+        return plan.loads(file.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error
+
+
+def _tuning_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Those named; for a policy without any the half of the built-in texts that baselines are not recorded on."""
+    if args.tuned_on is not None or args.policy is None:
+        return args.tuned_on
+    if tokenizer is None:
+        raise WorkloadError("the model has no tokenizer: name prompts to tune on as token ids, --tuned-on FILE.jsonl")
+    from ..demo import prompts
+
+    found = prompts(tokenizer)
+    return found[: len(found) // 2]
+
+
+def _tuned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    policy: str,
+    prompts: Any,
+    notify: Notify,
+) -> Variant:
+    """What a policy makes of the model. No tokenizer is handed on: it would fill up the prompts with built-in texts."""
+    from .. import policy as policies
+    from .. import workload
+    from ..tune import tune
+    from ..wrap import unsupported
+
+    chosen = policies.load(policy)
+    if reason := unsupported(model):
+        raise UnsupportedModelError(reason)
+    work = workload.read(prompts, tokenizer=tokenizer, model=model)
+    return tune(model, work, chosen, notify=notify).variant
+
+
+def _write(file: Path, text: str) -> None:
+    """For the owner alone: a report quotes prompts."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            out.write(text)
+    except OSError as error:
+        raise MeasurementError(f"{file} cannot be written: {error.strerror}") from error
