@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ExperimentError, PlanError
 from ..validate import Latency, Quality, Speedup, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .pareto import Point
 
 
 @dataclass(frozen=True)
@@ -39,9 +49,9 @@ class Outcome:
         quality: against the control; None where it was not judged.
         latency: against the control over all buckets; None for the control and where it did not come to that.
         cells: by bucket.
-        p_value: chance of so clear a gain without one; NaN where there is no figure.
-        stored_bytes: its weights, whatever they share with the control's counted fully.
-        peak_bytes: memory held at most while the largest request ran; NaN where the system cannot tell.
+        p_value: chance of so clear a gain were there none (`verdicts.chance`); NaN where there is no figure.
+        stored_bytes: the weights that serve it, what they share with the control's included.
+        peak_bytes: those and what the largest request adds: measured on a GPU, weights and a full KV cache on a CPU.
         notes: what a reader should know.
     """
 
@@ -86,3 +96,70 @@ class Result:
     created: str = ""
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+
+    def pareto(self) -> tuple[Point, ...]:
+        """The arms that no other beats in speed, quality and memory at once, the fastest first."""
+        from .pareto import front, points
+
+        return front(points(self))
+
+    def chart(self, path: str | Path) -> Path:
+        """Draw speed against quality into an .svg, .png or .pdf file.
+
+        Raises:
+            PackageError: matplotlib is not installed.
+            ExperimentError: the file's ending is another, or it cannot be written.
+        """
+        from .chart import draw
+
+        return draw(self, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, fit for JSON: what was not measured is None."""
+        from .. import codec
+
+        encoded: dict[str, Any] = codec.encode(self)
+        return encoded
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        from ..report.markdown import document
+        from .sections import headline, sections
+
+        return document(headline(self), sections(self))
+
+    def to_terminal(self, console: Console | None = None) -> None:
+        """Draw with rich on `console`, by default standard output."""
+        from rich.console import Console
+
+        from ..report.terminal import show
+        from .pareto import plotted, points
+        from .sections import headline, sections
+
+        console = console or Console()
+        show(headline(self), sections(self), console)
+        console.print(plotted(points(self)), highlight=False, markup=False)
+
+    def __str__(self) -> str:
+        from ..report.terminal import text
+        from .pareto import plotted, points
+        from .sections import headline, sections
+
+        return text(headline(self), sections(self)) + plotted(points(self))
+
+
+def read(record: Mapping[str, Any]) -> Result:
+    """The result of `Result.to_dict`.
+
+    Raises:
+        ExperimentError: it is none, or of another version of autotune.
+    """
+    from .. import codec
+
+    try:
+        result: Result = codec.decode(Result, dict(record), "result")
+    except PlanError as error:
+        raise ExperimentError(f"the kept result cannot be read ({error}); run the experiment again") from error
+    return result

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from rich.table import Table as Drawing
 
 PLAIN_WIDTH = 120
-STYLES = {"accepted": "green", "rejected": "red", "error": "red", "inconclusive": "yellow"}
+STYLES = {
+    "accepted": "green",
+    "rejected": "red",
+    "error": "red",
+    "inconclusive": "yellow",
+    "pass": "green",
+    "fail": "red",
+}
 
 
 def draw(record: Mapping[str, Any], console: Console | None = None) -> None:
@@ -42,10 +49,15 @@ def show(title: str, sections: Iterable[Section], console: Console | None = None
 
 def plain(record: Mapping[str, Any]) -> str:
     """The same as text without colours."""
+    return text(headline(record), sections(record))
+
+
+def text(title: str, sections: Iterable[Section]) -> str:
+    """Sections under a title, without colours."""
     from rich.console import Console
 
     out = io.StringIO()
-    draw(record, Console(file=out, width=PLAIN_WIDTH, no_color=True, force_terminal=False, highlight=False))
+    show(title, sections, Console(file=out, width=PLAIN_WIDTH, no_color=True, force_terminal=False, highlight=False))
     return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines()) + "\n"
 
 
