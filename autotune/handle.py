@@ -21,6 +21,7 @@ from .sites import stored_bytes
 from .status import State, Status
 from .traffic import Cancelled, Traffic
 from .variant import Variant, serves_forward
+from .watch import Event, Watch
 from .workload import Observer, Workload
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .tune import Tuned
 
 log = logging.getLogger("autotune")
+
+RESTING = "the plan rests after it failed"
 
 
 class Handle:
@@ -47,6 +50,7 @@ class Handle:
         observe: int,
         cache: bool,
         keep_original: bool | Literal["parked"],
+        watch: float,
         progress: Callable[[str], None] | None,
     ) -> None:
         self.policy, self.tokenizer, self.draft = policy, tokenizer, draft
@@ -59,6 +63,7 @@ class Handle:
         self._tuned: Tuned | None = None
         self._active: Variant | None = None
         self._snapshot: Snapshot | None = None
+        self._watch = Watch(watch, changed=self._note)
         self._tuning = threading.Lock()
         self._thread: threading.Thread | None = None
         self._served = 0
@@ -70,7 +75,7 @@ class Handle:
 
     @property
     def status(self) -> Status:
-        names = tuple(map(str, self._active.transforms)) if self._active else ()
+        names = tuple(map(str, self._active.transforms)) if self._active and not self._watch.open() else ()
         speculation = self._active.speculation if self._active else None
         return Status(
             self._state,
@@ -80,7 +85,13 @@ class Handle:
             dict(self._bypassed),
             self._original.place,
             speculation.tally if speculation else None,
+            self._watch.summary() if self._active else "",
         )
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """When the committed plan was taken out and back, and why; the latest hundred."""
+        return tuple(self._watch.events)
 
     @property
     def plan(self) -> Plan | None:
@@ -181,7 +192,7 @@ class Handle:
         with self._traffic.request():
             variant = self._fresh()
             if variant is not None:
-                reason = variant.unsupported(call)
+                reason = variant.unsupported(call) or (None if self._watch.admits() else RESTING)
                 if reason is None:
                     return self._serve(variant, call)
                 self._bypassed[reason] += 1
@@ -194,7 +205,7 @@ class Handle:
         devices.of(self._model).check()
         with self._traffic.request():
             variant = self._fresh()
-            if variant is None:
+            if variant is None or self._watch.open():
                 return route.bare_class(model).forward(model, *args, **kwargs)
             if not serves_forward(args, kwargs):
                 self._bypassed["forward with a cache of the caller's, gradients or extra arguments"] += 1
@@ -236,31 +247,56 @@ class Handle:
         streamer = call.options.get("streamer")
         watched = call if streamer is None else call.with_streamer(seen := route.CountingStreamer(streamer))
         try:
-            result = variant.sample(watched)
+            result = self._watch.serve(variant, watched)
         except DeviceError as failure:  # nothing can be retried on this device
             self._active, self._state, self._detail = None, "failed", str(failure)
             raise
         except VariantError as failure:
             if streamer is not None and seen.tokens:
-                self._drop("failed", f"the plan failed in the middle of a stream: {failure}")
+                self._fail(f"the plan failed in the middle of a stream: {failure}")
                 raise
             reason = str(failure)
+        except BaseException:
+            self._watch.abandoned()
+            raise
         else:
             self._served += 1
             return result
         variant.device.trim()  # now that no exception holds on to what the plan had allocated
-        result = call.original()  # when this raises, too, the call was at fault, not the plan
-        self._drop("failed", f"the plan failed: {reason}")
+        try:
+            result = call.original()
+        except BaseException:  # the call was at fault, not the plan
+            self._watch.abandoned()
+            raise
+        self._fail(f"the plan failed: {reason}")
         return result
+
+    def _fail(self, reason: str) -> None:
+        self._watch.failed(reason)
+        warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
+
+    def _note(self, event: Event) -> None:
+        """The plan was taken out, or back."""
+        if event.phase == "closed":
+            self._state, self._detail = "tuned", f"{event.reason}; the plan serves again"
+        elif event.phase != "half-open":
+            again = "; the plan is tried again later" if event.phase == "open" else "; the plan failed too often"
+            self._state, self._detail = "failed", f"{event.reason}; {self._other()}{again}"
+
+    def _other(self) -> str:
+        """What serves instead of the plan, in words."""
+        released = self._original.place == "released"
+        return "the plan's layers serve in transformers' loop" if released else "the original serves"
+
+    def _unwatchable(self) -> str | None:
+        """Why a served call cannot be scored by the original now, or None."""
+        return self._change() if self._original.place == "resident" else f"the original is {self._original.place}"
 
     def _drop(self, state: State, detail: str, remedy: str = "") -> None:
         """Serve without the plan from now on, and say so."""
         self._active = None
-        if self._original.place == "released":
-            serves, remedy = "the plan's layers serve in transformers' loop", RELOAD
-        else:
-            serves = "the original serves"
-        self._state, self._detail = state, "; ".join(filter(None, (detail, serves, remedy)))
+        remedy = RELOAD if self._original.place == "released" else remedy
+        self._state, self._detail = state, "; ".join(filter(None, (detail, self._other(), remedy)))
         warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
 
     def _observe_call(self, call: route.Sampling) -> None:
@@ -326,6 +362,7 @@ class Handle:
         self._active = variant if variant.transforms else None
         self._state = "tuned" if variant.transforms else "original"
         self._detail = self._tuned.verdict if self._tuned else ""
+        self._watch.begin(variant, self._tuned.plan if self._tuned else None, self._unwatchable, stored=self._cache)
 
     def _send_away(self, park: bool) -> None:
         """Park or release the original's weights, but for those that the plan uses."""

@@ -26,6 +26,7 @@ class Status:
             that the model took over.
         original: where the original's weights are: "resident", "parked" in the host's memory, or "released".
         speculation: what became of guessed tokens; None where the plan guesses none.
+        watch: what is watched of the plan that was committed, and what was seen, in a sentence.
     """
 
     state: State
@@ -35,3 +36,4 @@ class Status:
     bypassed: Mapping[str, int] = field(default_factory=dict)
     original: Literal["resident", "parked", "released"] = "resident"
     speculation: Tally | None = None
+    watch: str = ""

@@ -22,6 +22,7 @@ from .plan import Fingerprint, Plan
 logger = logging.getLogger("autotune")
 
 FOLDER = "plans"
+DOUBT = ".doubted"  # beside a plan that failed while it served
 MAX_BYTES = 4 << 20  # a plan with all its trials is some 100 KB
 
 
@@ -44,16 +45,36 @@ def save(value: Plan) -> Path | None:
     text = plan.dumps(value)
     try:
         _write(path, text.encode())
+        path.with_suffix(DOUBT).unlink(missing_ok=True)  # it was proven anew
     except OSError as error:
         folders.warn_once(f"plans are not kept: {path.parent}: {error.strerror}; tuning starts afresh next time")
         return None
     return path
 
 
+def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
+    """Remember that the plan stored for `fingerprint` failed while it served, and is not to be used; or, without a
+    `doubt`, that it may be again. A search that is saved under the same name lifts the doubt, too."""
+    path = path_for(fingerprint)
+    if path is None:
+        return
+    mark = path.with_suffix(DOUBT)
+    try:
+        if doubt is None:
+            mark.unlink(missing_ok=True)
+        else:
+            _write(mark, json.dumps({"reason": doubt}).encode())
+    except OSError as error:
+        folders.warn_once(f"that a plan failed is not remembered: {mark.parent}: {error.strerror}")
+
+
 def find(fingerprint: Fingerprint) -> Plan | None:
     """The plan stored for `fingerprint`, or None; a file that cannot be trusted or read is a miss with one warning."""
     path = path_for(fingerprint)
     if path is None:
+        return None
+    if (mark := path.with_suffix(DOUBT)).exists():
+        logger.warning("the stored plan %s is not used: it failed while it served, see %s", path, mark)
         return None
     try:
         content = _read(path)

@@ -28,6 +28,7 @@ def wrap(
     observe: int = 3,
     cache: bool = True,
     keep_original: bool | Literal["parked"] = True,
+    watch: float = 0.01,
     progress: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Make a live causal LM faster without making it worse. Returns the object it was given.
@@ -45,6 +46,8 @@ def wrap(
         cache: read and write plans in the user's cache directory.
         keep_original: False frees the original's weights as soon as a plan is committed, "parked" moves them from the
             GPU to the host's memory; see `Handle.commit`.
+        watch: share of the calls that a committed plan serves which the original scores again when no request is in
+            flight, to notice drift; 0 turns that off. Calls' times are watched in any case.
         progress: told each step in a sentence; default: the "autotune" logger.
 
     Raises:
@@ -52,7 +55,7 @@ def wrap(
         PolicyError: the policy is unknown or malformed.
         WorkloadError: the prompts cannot be used.
         StateError: it was wrapped before and its original was released.
-        ValueError: another value for `when`, `observe` or `keep_original` than those above.
+        ValueError: another value for `when`, `observe`, `keep_original` or `watch` than those above.
     """
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
@@ -66,6 +69,8 @@ def wrap(
         raise ValueError(
             "keep_original='parked' moves the original from a GPU to the host, where this model is already"
         )
+    if not 0 <= watch <= 1:
+        raise ValueError(f"watch must be a share from 0 to 1, not {watch}")
     if observe < 1:
         raise ValueError(f"observe must be at least 1, not {observe}")
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
@@ -80,6 +85,7 @@ def wrap(
         observe=observe,
         cache=cache,
         keep_original=keep_original,
+        watch=watch,
         progress=progress,
     )
     work = None if workload is None else handle.read(workload)

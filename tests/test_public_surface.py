@@ -40,9 +40,10 @@ ARGUMENTS = {
     "observe": 3,
     "cache": True,
     "keep_original": True,
+    "watch": 0.01,
     "progress": None,
 }
-HANDLE = ["commit", "plan", "report", "rollback", "status", "tune", "unwrap"]
+HANDLE = ["commit", "events", "plan", "report", "rollback", "status", "tune", "unwrap"]
 
 
 def test_the_names_at_the_top_level() -> None:

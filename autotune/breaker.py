@@ -1,0 +1,82 @@
+"""When a plan that failed may serve again. Pure: a state and an event give the next state.
+
+    closed --failed--> open --asked, after a pause--> half-open --served--> closed
+                                                          └─────failed--> open, for twice as long
+    opened too often in a row: disabled, for good
+
+The pattern is Nygard's circuit breaker (Release It!, 2nd edition 2018, chapter 5). The pause doubles, so that a plan
+that keeps failing costs fewer and fewer calls, and ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Phase = Literal["closed", "open", "half-open", "disabled"]
+Happening = Literal["asked", "served", "failed", "abandoned"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How patient a breaker is.
+
+    Args:
+        pause_s: how long it stays open the first time.
+        longest_s: the pause doubles each time in a row, up to this.
+        most_flaps: times in a row it may open; once more disables it.
+        steady_s: closed for as long, earlier times are forgotten.
+    """
+
+    pause_s: float = 30.0
+    longest_s: float = 3600.0
+    most_flaps: int = 4
+    steady_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Breaker:
+    """Whether a plan may serve.
+
+    Args:
+        phase: "closed" (it serves), "open" (it does not), "half-open" (one call tries it) or "disabled".
+        flaps: times in a row it opened.
+        since_s: when the phase began, on the caller's clock.
+        pause_s: how long it stays open from then on.
+    """
+
+    phase: Phase = "closed"
+    flaps: int = 0
+    since_s: float = 0.0
+    pause_s: float = 0.0
+
+    def due(self, now_s: float) -> bool:
+        """Whether it is open and its pause is over."""
+        return self.phase == "open" and now_s - self.since_s >= self.pause_s
+
+    def after(self, event: Happening, now_s: float, rules: Rules = Rules()) -> Breaker:
+        """The state after `event`.
+
+        Args:
+            event: "asked" (a call could be served), "served" (the trial call was), "failed" (the plan did, while
+                closed or in the trial call) or "abandoned" (the trial call ended for reasons of its caller's).
+            now_s: monotonic seconds.
+            rules: how patient it is.
+        """
+        match self.phase, event:
+            case "open", "asked" if self.due(now_s):
+                return replace(self, phase="half-open", since_s=now_s)
+            case (("closed" | "half-open"), "failed"):
+                return self._opened(now_s, rules)
+            case "half-open", "served":
+                return replace(self, phase="closed", since_s=now_s, pause_s=0.0)
+            case "half-open", "abandoned":  # the next call tries
+                return replace(self, phase="open", since_s=now_s, pause_s=0.0)
+        return self
+
+    def _opened(self, now_s: float, rules: Rules) -> Breaker:
+        steady = self.phase == "closed" and now_s - self.since_s >= rules.steady_s
+        flaps = 1 if steady else self.flaps + 1
+        if flaps > rules.most_flaps:
+            return Breaker("disabled", flaps, now_s)
+        return Breaker("open", flaps, now_s, min(rules.pause_s * 2 ** (flaps - 1), rules.longest_s))
