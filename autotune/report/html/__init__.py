@@ -14,7 +14,7 @@ from .. import device, sections
 from .. import numbers as n
 from ..layout import sentence
 from . import growth, operators, quality, roofline, samples, steps, trials
-from .elements import Chapter, Html, badge, code, element, joined, paragraphs, section, titled
+from .elements import Chapter, Html, badge, cleaned, code, element, joined, paragraphs, section, titled
 from .page import page
 
 
@@ -27,9 +27,10 @@ def render(record: Mapping[str, Any]) -> str:
     Raises:
         PackageError: matplotlib is not installed.
     """
-    name = sections.headline(record).partition(",")[0]
-    chapters = (chapter(record) for chapter in CHAPTERS)
-    return page(f"{name}: autotune report", heading(record), chapters, record, "report.json")
+    shown = cleaned(record)
+    chapters = (chapter(shown) for chapter in CHAPTERS)
+    title = f"{sections.headline(shown).partition(',')[0]}: autotune report"
+    return page(title, heading(shown), chapters, record, "report.json")
 
 
 def heading(record: Mapping[str, Any]) -> Html:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from ..layout import Section, Table
 
@@ -38,6 +39,15 @@ class Chapter:
 def printable(text: str) -> str:
     """Without control characters, halves of characters, and what turns the direction of writing around."""
     return UNPRINTABLE.sub("\ufffd", text)
+
+
+def cleaned(value: Any) -> Any:
+    """The same values with every text, and every name of a value, printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable(name): cleaned(item) for name, item in value.items()}
+    return [cleaned(item) for item in value] if isinstance(value, list) else value
 
 
 def safe(text: str) -> Html:
@@ -139,8 +149,7 @@ def _side(letter: str) -> str | None:
 
 def code(name: str) -> Html:
     """A name as it is written in a program, which may break where its parts meet."""
-    parts = (joined((part, Html("<wbr>"))) for part in re.split(r"(?<=[(,@=])", name))
-    return element("code", *parts)
+    return element("code", joined(re.split(r"(?<=[(,@=])", name), Html("<wbr>")))
 
 
 def badge(word: str, tone: str | None = None) -> Html:

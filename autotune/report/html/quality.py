@@ -71,7 +71,7 @@ def _figure(certainty: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _draw(sheet: Figure, narrow: bool, certainty: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes = sheet.subplots()
     for place, part in enumerate(certainty):
@@ -108,8 +108,7 @@ def _draw(sheet: Figure, narrow: bool, certainty: Sequence[Mapping[str, Any]]) -
     axes.set(xscale="log", xlim=(low / 8, high * 4), xlabel="KL divergence of a token, nat")
     axes.xaxis.set_major_locator(LogLocator(10, numticks=5 if narrow else 9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", which="minor", length=0)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x")

@@ -145,7 +145,7 @@ def _draw(sheet: Figure, found: Mapping[str, Mapping[str, Sequence[Mark]]], hard
 
 def _frame(axes: Axes, phase: str, found: Sequence[Mark], hardware: Mapping[str, Any]) -> None:
     """Logarithmic axes that hold every mark and the ridges."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     bandwidth, peaks = hardware["bandwidth_bytes_per_s"], _peaks(hardware)
     ridges = [peak / bandwidth for peak in peaks.values()] if n.known(bandwidth) and bandwidth > 0 else []
@@ -158,8 +158,7 @@ def _frame(axes: Axes, phase: str, found: Sequence[Mark], hardware: Mapping[str,
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: n.significant(value, 1)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: ROUND.sub("", n.scaled(value, "FLOP/s"))))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="minor", length=0)
+        axis.set_minor_locator(NullLocator())
     axes.grid(True)
 
 
