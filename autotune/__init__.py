@@ -14,6 +14,7 @@ Read in this order:
     policy -> transforms              what to try when; one file an optimisation
     loop, cache, compiled, kernels    what the transforms put in: decoding loop, slots, compiled step, C++ operators
     validate                          quality first, then paired latency
+    experiment                        candidates against a control: offline, in shadow, on a share of live traffic
     plan -> store, fingerprint        what is kept, where, and what it is valid for
     report, cli                       what is shown
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 from .errors import (
     AutotuneError,
     DeviceError,
+    ExperimentError,
     MeasurementError,
     PlanError,
     PolicyError,
@@ -32,6 +34,7 @@ from .errors import (
     VariantError,
     WorkloadError,
 )
+from .experiment import Experiment
 from .handle import Handle
 from .plan import Plan
 from .policy import Policy
@@ -45,6 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AutotuneError",
     "DeviceError",
+    "Experiment",
+    "ExperimentError",
     "Handle",
     "MeasurementError",
     "Plan",

@@ -13,6 +13,8 @@ from autotune import errors, policy
 NAMES = [
     "AutotuneError",
     "DeviceError",
+    "Experiment",
+    "ExperimentError",
     "Handle",
     "MeasurementError",
     "Plan",

@@ -12,6 +12,7 @@ from ..errors import (
     AutotuneError,
     BaselineError,
     ChoiceError,
+    ExperimentError,
     PackageError,
     PlanError,
     PolicyError,
@@ -20,7 +21,16 @@ from ..errors import (
 )
 
 DONE, UNMEASURED, USAGE, INTERRUPTED = 0, 3, 4, 130
-USERS_OWN = (UnsupportedModelError, WorkloadError, PolicyError, PlanError, ChoiceError, BaselineError, PackageError)
+USERS_OWN = (
+    UnsupportedModelError,
+    WorkloadError,
+    PolicyError,
+    PlanError,
+    ChoiceError,
+    BaselineError,
+    ExperimentError,
+    PackageError,
+)
 UNITS = {"s": 1, "m": 60, "h": 3600}
 PHASES = ("prefill", "decode")
 BESIDE = Path()  # a file beside the one that is read
@@ -66,6 +76,10 @@ def _run(args: argparse.Namespace) -> int:
             from . import check
 
             return check.record(args) if args.action == "record" else check.run(args)
+        case "experiment":
+            from . import experiment
+
+            return experiment.experiment(args)
         case "policies" if args.check:
             return show.check_policy(args.file)
         case "policies":
@@ -107,6 +121,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
+    from . import experiment as experiments
+
     top = _Parser(
         prog="autotune", description="Make a Hugging Face causal LM faster without making it worse, and prove both."
     )
@@ -141,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
 
     _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))
+    experiments.add_arguments(commands.add_parser("experiment", help="compare candidates with a control"))
     doctor = commands.add_parser("doctor", help="this machine: peaks, compiler, libraries, transforms")
     doctor.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     plan = commands.add_parser("plan", help="look into a plan")

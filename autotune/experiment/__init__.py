@@ -4,13 +4,16 @@ given -> arms                     what is compared
 offline -> verdicts               how it is measured, and what follows
 results -> pareto, sections       what came of it, and how it is shown
 store -> database                 what is kept of it, so that it survives a restart
+live -> replays -> shadow         candidates beside live traffic
+live -> ramp -> split             a candidate on a share of live traffic
+sequential -> guardrails          tests that may be looked at any time, and limits judged with them
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +23,20 @@ from ..validate.ratios import METRICS, Metric
 from ..validate.tiers import TIERS
 from . import given
 from .arms import Arm, Bench
+from .guardrails import Guardrail
 from .results import Outcome, Result
 from .store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..validate.timing import Clock
+    from .shadow import Shadow
+    from .split import Split
 
 log = logging.getLogger("autotune")
 
-__all__ = ["Arm", "Experiment", "Outcome", "Result", "Store"]
+__all__ = ["Arm", "Experiment", "Guardrail", "Outcome", "Result", "Store"]
 
 
 class Experiment:
@@ -44,7 +50,9 @@ class Experiment:
             a policy (or its .toml file), for which the model is tuned first; or another model, loaded or the path of
             its checkpoint. Quality is compared where the tokenizer is the same, and latency alone where it is not.
         tokenizer: needed for prompts given as text; also provides natural text to judge quality on.
-        workload: prompts as `wrap` takes them, a file of them, or a Workload.
+        workload: prompts as `wrap` takes them, a .txt or .jsonl file of them, or a Workload.
+        new_tokens, batch_sizes: tokens generated per prompt, and sequences generated together; default the Workload's
+            own, or 64 and 1. Every batch size is a bucket with a verdict of its own.
         tier: quality tier that a candidate has to hold.
         objective: what has to gain: "end_to_end", "ttft" or "tpot".
         limits: least gain, and what must not get worse, in every bucket of the workload.
@@ -62,6 +70,8 @@ class Experiment:
         candidates: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase | None = None,
         workload: Any = None,
+        new_tokens: int | None = None,
+        batch_sizes: Iterable[int] | None = None,
         tier: str = "strict",
         objective: Metric = "end_to_end",
         limits: Limits | None = None,
@@ -72,7 +82,7 @@ class Experiment:
         self.tokenizer, self.tier, self.objective = tokenizer, _one_of("tier", tier, TIERS), objective
         _one_of("objective", objective, METRICS)
         self.limits = limits or Limits()
-        self._given, self._store = workload, store
+        self._given, self._shape, self._store = workload, (new_tokens, batch_sizes), store
         self._bench: Bench | None = None
         self._arms: tuple[Arm, ...] | None = None
 
@@ -137,6 +147,40 @@ class Experiment:
 
         return run(self, budget_s=budget_s, pairs=pairs, notify=progress or log.info, clock=clock)
 
+    def shadow(self, model: PreTrainedModel, **options: Any) -> Shadow:
+        """The candidates beside live traffic: `model` answers every call, a sample is replayed on them afterwards.
+
+        Args:
+            model: the live model, wrapped or not.
+            options: share, queue, deadline_s, budget, budget_s, seed; see `shadow.Shadow`.
+
+        Returns:
+            a context manager; or `.start()` and `.stop()` it. It has a `.status`.
+
+        Raises:
+            ExperimentError: a candidate cannot be run beside it, or a number makes no sense.
+        """
+        from .shadow import Shadow
+
+        return Shadow(self, model, **options)
+
+    def split(self, model: PreTrainedModel, **options: Any) -> Split:
+        """A share of live traffic for one candidate, by a stable key, ramped up and rolled back by sequential tests.
+
+        Args:
+            model: the live model, wrapped or not: the control.
+            options: candidate, ramp, guardrails, step_requests, key; see `split.Split`.
+
+        Returns:
+            a context manager; or `.start()` and `.stop()` it. It has a `.status`, `.key(user)` and `.resume()`.
+
+        Raises:
+            ExperimentError: the candidate cannot answer for it, or a setting makes no sense.
+        """
+        from .split import Split
+
+        return Split(self, model, **options)
+
     def _prepared(self, notify: Callable[[str], None]) -> Bench:
         from .. import workload
 
@@ -151,7 +195,8 @@ class Experiment:
             model = model.original
         if self._given is None:
             raise WorkloadError("there is no workload; expected prompts or a file of them: workload=[...]")
-        work = workload.read(self._given, tokenizer=tokenizer, model=model)
+        new_tokens, batches = self._shape
+        work = workload.read(self._given, tokenizer=tokenizer, model=model, new_tokens=new_tokens, batch_sizes=batches)
         return Bench(model, tokenizer, work, notify)
 
 

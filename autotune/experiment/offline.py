@@ -172,7 +172,7 @@ class _Offline:
         Measured on a GPU. On a CPU, where the system counts one peak for the whole process, weights and a full KV cache
         are counted.
         """
-        weights = stored_bytes(*variant.modules.values())
+        weights = float(stored_bytes(*variant.modules.values()))
         device, model = variant.device, variant.original
         batch, longest = max(self.work.batch_sizes), max(map(len, self.work.prompts))
         if device.asynchronous:

@@ -54,14 +54,14 @@ def dominates(one: Point, other: Point) -> bool:
 
 
 def plotted(given: Sequence[Point], width: int = 64, height: int = 12) -> str:
-    """Speed against quality as text: a mark per point, "1" the first; faster is up, closer to the control is left."""
+    """Speed against quality as text: a mark per point, "1" the first; faster is up, closer to the control left."""
     shown = [(k, p) for k, p in enumerate(given, 1) if math.isfinite(p.mean_kld)]
     if not shown:
         return ""
     across = [math.log10(max(p.mean_kld, LEAST_KLD)) for _, p in shown]
     up = [p.speedup for _, p in shown]
     left, right = math.floor(min(across)), max(math.ceil(max(across)), math.floor(min(across)) + 1)
-    low, high = min(0.0, *up), 1.05 * max(up)
+    low, high = 0.9 * min(up), 1.05 * max(up)
     cells = [[" "] * width for _ in range(height)]
     for (k, _), x, y in zip(shown, across, up, strict=True):
         row = height - 1 - round((height - 1) * (y - low) / (high - low))
@@ -70,4 +70,4 @@ def plotted(given: Sequence[Point], width: int = 64, height: int = 12) -> str:
     scale = [f"{high - (high - low) * row / (height - 1):5.2f}x |" for row in range(height)]
     lines = [f"{mark}{''.join(row).rstrip()}" for mark, row in zip(scale, cells, strict=True)]
     ends = f"{f'{10.0**left:.0e} nat':<{width - 10}}{f'{10.0**right:.0e} nat':>10}"
-    return "\n".join((*lines, f"       +{'-' * width}", f"        {ends}"))
+    return "\n".join((*lines, f"       +{'-' * width}", f"        {ends}")) + "\n"

@@ -147,7 +147,7 @@ class Result:
         from .pareto import plotted, points
         from .sections import headline, sections
 
-        return text(headline(self), sections(self)) + plotted(points(self))
+        return text(headline(self), sections(self)) + "\n" + plotted(points(self))
 
 
 def read(record: Mapping[str, Any]) -> Result:
