@@ -1,0 +1,300 @@
+"""A shadow beside a live tiny model: callers see nothing of it, and it sees what is wrong with a candidate."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import autotune
+from autotune import route
+from autotune.errors import ExperimentError
+from autotune.experiment import Experiment
+from autotune.transforms.threads import Threads
+from tests.models import BOS, left_padded, tiny, token_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+WAIT_S = 60.0
+PROMPTS = [torch.tensor([prompt]) for prompt in token_prompts(8)]  # [1, 12] each
+EVERYTHING = {"share": 1.0, "budget": 1.0, "deadline_s": 1e9}
+
+
+class Clock:
+    """Seconds that pass by asking, and when told to."""
+
+    def __init__(self) -> None:
+        self._ticks, self.now_s = itertools.count(1), 0.0
+
+    def __call__(self) -> float:
+        return self.now_s + next(self._ticks) * 1e-3
+
+
+def corrupted() -> PreTrainedModel:
+    model = tiny()
+    for parameter in model.model.layers[0].mlp.parameters():
+        parameter.mul_(1.5)
+    return model
+
+
+def broken(what: Callable[[], None]) -> PreTrainedModel:
+    """A candidate whose forward does something first."""
+    model = tiny()
+    forward = model.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        what()
+        return forward(*args, **kwargs)
+
+    model.forward = run
+    return model
+
+
+def fail() -> None:
+    raise RuntimeError("no such kernel")
+
+
+def experiment(folder: Path, **candidates: Any) -> Experiment:
+    return Experiment("trial", control=tiny(), candidates=candidates, store=folder / "experiments.sqlite")
+
+
+def asked(model: Any, count: int = 4, **options: Any) -> list[torch.Tensor]:
+    return [model.generate(p, max_new_tokens=6, **options) for p in itertools.islice(itertools.cycle(PROMPTS), count)]
+
+
+def equal(these: list[torch.Tensor], those: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def test_an_equal_candidate_agrees_in_every_token(llama: PreTrainedModel, tmp_path: Path) -> None:
+    expected = asked(llama)
+    with experiment(tmp_path, same=tiny()).shadow(llama, clock=Clock(), **EVERYTHING) as shadow:
+        assert equal(asked(llama), expected)
+        assert shadow.wait(WAIT_S)
+        standing = shadow.status.candidates[0]
+    assert standing.requests == 4
+    assert standing.counts == {"same tokens": 4}
+    assert standing.verdict == "inconclusive"
+    assert "kld +0" in standing.findings[2]
+    assert not route.is_routed(llama)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_corrupted_weights_are_found_and_nobody_notices(llama: PreTrainedModel, tmp_path: Path, wrapped: bool) -> None:
+    expected = asked(llama, 12)
+    if wrapped:
+        autotune.wrap(llama, when="manual", cache=False)
+    trial = experiment(tmp_path, corrupted=corrupted(), same=[Threads("decode", 1)])
+    with trial.shadow(llama, **EVERYTHING) as shadow:
+        served = []
+        for answer in range(12):
+            served += [llama.generate(PROMPTS[answer % 8], max_new_tokens=6)]
+            assert shadow.wait(WAIT_S)
+        found = {arm.name: arm for arm in shadow.status.candidates}
+    assert equal(served, expected)
+    assert found["corrupted"].verdict == "fail"
+    assert "divergent" in found["corrupted"].reason
+    assert found["corrupted"].counts["diverged"] >= 8
+    assert found["same"].verdict == "inconclusive"
+    assert wrapped == hasattr(llama, "autotune")
+
+
+def test_a_candidate_that_raises_never_reaches_the_caller(llama: PreTrainedModel, tmp_path: Path) -> None:
+    expected = asked(llama, 8)
+    with experiment(tmp_path, broken=broken(fail)).shadow(llama, **EVERYTHING) as shadow:
+        assert equal(asked(llama, 8), expected)
+        assert shadow.wait(WAIT_S)
+        standing = shadow.status.candidates[0]
+    assert standing.verdict == "fail"
+    assert standing.reason.startswith("over the limit: errors +100.0%")
+    assert standing.errors[0].endswith("RuntimeError: no such kernel")
+
+
+def test_nan_is_a_failure(llama: PreTrainedModel, tmp_path: Path) -> None:
+    candidate = tiny()
+    candidate.model.norm.weight.fill_(float("nan"))
+    with experiment(tmp_path, nan=candidate).shadow(llama, **EVERYTHING) as shadow:
+        asked(llama, 1)
+        assert shadow.wait(WAIT_S)
+        assert shadow.status.candidates[0].errors[0].startswith("NaN logits at token 0")
+
+
+def test_a_candidate_that_hangs_holds_up_nobody_and_the_queue_overflows(llama: PreTrainedModel, tmp_path: Path) -> None:
+    expected = asked(llama, 5)
+    reached, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        reached.set()
+        assert release.wait(WAIT_S)
+
+    with experiment(tmp_path, hung=broken(hang)).shadow(llama, queue=2, **EVERYTHING) as shadow:
+        try:
+            first = asked(llama, 1)
+            assert reached.wait(WAIT_S)
+            assert equal(first + asked(llama, 4), [expected[0], *expected[:4]])  # 2 wait, 2 are dropped
+            assert shadow.status.counts == {"sampled": 5, "dropped: queue full": 2}
+        finally:
+            release.set()
+        assert shadow.wait(WAIT_S)
+    assert shadow.status.state == "stopped"
+
+
+LATE: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "deadline": ({"deadline_s": 50.0}, {"sampled": 2, "dropped: deadline": 2}),
+    "budget": ({"budget_s": 10.0}, {"sampled": 2, "dropped: budget": 1}),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_slow_candidate_is_cut_short(llama: PreTrainedModel, tmp_path: Path, name: str) -> None:
+    options, counts = LATE[name]
+    clock = Clock()
+
+    def dawdle() -> None:
+        clock.now_s += 60.0
+
+    trial = experiment(tmp_path, slow=broken(dawdle))
+    with trial.shadow(llama, clock=clock, **(EVERYTHING | options)) as shadow:
+        for _ in range(2):
+            asked(llama, 1)
+            assert shadow.wait(WAIT_S)
+        assert shadow.status.counts == counts
+
+
+def test_a_replay_waits_for_live_requests(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """One that comes in the middle of a replay is served at once, and the replay goes on after it."""
+    inside, go_on, order = threading.Event(), threading.Event(), list[str]()
+
+    def mark() -> None:
+        order.append("replay")
+        inside.set()
+        assert go_on.wait(WAIT_S)
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            order.append("live")
+            if order.count("live") == 2:  # the prompt, and the first token: in flight now
+                go_on.set()
+
+        def end(self) -> None: ...
+
+    with experiment(tmp_path, slow=broken(mark)).shadow(llama, **EVERYTHING) as shadow:
+        asked(llama, 1)
+        assert inside.wait(WAIT_S)
+        llama.generate(PROMPTS[1], max_new_tokens=6, streamer=Streamer())
+        assert shadow.wait(WAIT_S)
+    live = [n for n, what in enumerate(order) if what == "live"]
+    assert live == list(range(1, 8))  # after the token under way, and in one piece
+    assert order.count("replay") > 1
+
+
+def test_sampled_answers_and_random_numbers_are_the_same(llama: PreTrainedModel, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected, state = asked(llama, 4, do_sample=True, temperature=0.8), torch.get_rng_state()
+    with experiment(tmp_path, other=corrupted()).shadow(llama, **EVERYTHING) as shadow:
+        torch.manual_seed(7)
+        served = []
+        for n in range(4):
+            served.append(llama.generate(PROMPTS[n], max_new_tokens=6, do_sample=True, temperature=0.8))
+            assert shadow.wait(WAIT_S)
+        assert shadow.status.candidates[0].requests == 4
+    assert equal(served, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+CALLS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "padded batch": ({**left_padded(), "max_new_tokens": 5}, {"sampled": 1}),
+    "as a dictionary": (
+        {"input_ids": PROMPTS[0], "max_new_tokens": 5, "return_dict_in_generate": True},
+        {"sampled": 1},
+    ),
+    "beams": ({"input_ids": PROMPTS[0], "max_new_tokens": 5, "num_beams": 2}, {}),
+    "one token": ({"input_ids": torch.tensor([[BOS]]), "max_new_tokens": 1}, {"sampled": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_every_kind(llama: PreTrainedModel, tmp_path: Path, name: str) -> None:
+    call, counts = CALLS[name]
+    expected: Any = llama.generate(**call)
+    with experiment(tmp_path, same=tiny()).shadow(llama, **EVERYTHING) as shadow:
+        served: Any = llama.generate(**call)
+        assert shadow.wait(WAIT_S)
+        assert shadow.status.counts == counts
+        assert shadow.status.candidates[0].errors == ()
+    assert torch.equal(getattr(served, "sequences", served), getattr(expected, "sequences", expected))
+
+
+def test_the_controls_exceptions_are_its_own(llama: PreTrainedModel, tmp_path: Path) -> None:
+    def refuse(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError("the caller's")
+
+    with experiment(tmp_path, same=tiny()).shadow(llama, **EVERYTHING) as shadow:
+        with pytest.raises(KeyError, match="the caller's"):
+            llama.generate(PROMPTS[0], max_new_tokens=3, logits_processor=[refuse])
+        assert shadow.status.requests == 0
+
+
+ORDERS = ["shadow first", "handle first", "two shadows, the first first", "two shadows, the last first"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_unwinding_in_any_order(llama: PreTrainedModel, tmp_path: Path, order: str) -> None:
+    plain, expected = type(llama), asked(llama, 1)
+    keys = set(llama.__dict__)
+    autotune.wrap(llama, when="manual", cache=False)
+    shadow = experiment(tmp_path, same=tiny()).shadow(llama, **EVERYTHING).start()
+    another = experiment(tmp_path, same=tiny()).shadow(llama, **EVERYTHING).start()
+    steps = {
+        "shadow first": (another.stop, shadow.stop, lambda: llama.autotune.unwrap()),
+        "handle first": (lambda: llama.autotune.unwrap(), another.stop, shadow.stop),
+        "two shadows, the first first": (shadow.stop, lambda: llama.autotune.unwrap(), another.stop),
+        "two shadows, the last first": (another.stop, lambda: llama.autotune.unwrap(), shadow.stop),
+    }[order]
+    for step in steps:
+        assert equal(asked(llama, 1), expected)
+        step()
+    assert type(llama) is plain
+    assert set(llama.__dict__) == keys
+    assert equal(asked(llama, 1), expected)
+    shadow.stop()  # again, which changes nothing
+
+
+def test_what_was_seen_survives_a_restart(llama: PreTrainedModel, tmp_path: Path) -> None:
+    candidate = corrupted()
+    for expected in (3, 6):
+        trial = experiment(tmp_path, corrupted=candidate)
+        with trial.shadow(llama, **EVERYTHING) as shadow:
+            asked(llama, 3)
+            assert shadow.wait(WAIT_S)
+            assert shadow.status.candidates[0].requests == expected
+        trial.store.close()
+
+
+def test_the_status_is_plain_and_in_words(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with experiment(tmp_path, same=tiny()).shadow(llama, **EVERYTHING) as shadow:
+        asked(llama, 1)
+        assert shadow.wait(WAIT_S)
+        said = "\n".join(shadow.status.lines())
+    assert "trial: shadow, running, 1 requests (sampled 1)" in said
+    assert "errors: a rate of 12% is caught within " in said
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": 0.0}, {"share": 1.1}, {"queue": 0}, {"budget": 0.0}, {"deadline_s": 0.0}]
+)
+def test_nonsense_is_refused(llama: PreTrainedModel, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ExperimentError, match="expected shares above 0"):
+        experiment(tmp_path, same=tiny()).shadow(llama, **options)
+
+
+def test_a_candidate_with_another_vocabulary_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="another tokenizer"):
+        experiment(tmp_path, other=tiny(vocab_size=128)).shadow(llama)
