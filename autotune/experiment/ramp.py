@@ -85,10 +85,9 @@ class Ramp:
     def findings(self, progress: Progress) -> list[Finding]:
         """What every guardrail says now."""
         empty = Moments()
+        beside = {rail.name: _beside(progress, rail) for rail in self.rails}
         return [
-            guardrails.judge(
-                rail, progress.control.get(rail.name, empty), progress.candidate.get(rail.name, empty), self.alpha
-            )
+            guardrails.judge(rail, beside[rail.name], progress.candidate.get(rail.name, empty), self.alpha)
             for rail in self.rails
         ]
 
@@ -110,7 +109,15 @@ class Ramp:
     def bounds(self, progress: Progress) -> tuple[str, ...]:
         """Within how many of its requests a candidate that is clearly worse is rolled back, a sentence each."""
         share = self.share(progress) or self.shares[0]
-        return tuple(stated_bound(rail, self.alpha, std=_spread(progress, rail), share=share) for rail in self.rails)
+        return tuple(
+            stated_bound(
+                rail,
+                self.alpha,
+                std=_spread(progress, rail),
+                share=None if _beside(progress, rail) is None else share,
+            )
+            for rail in self.rails
+        )
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
         """What can be said of the candidate."""
@@ -121,6 +128,11 @@ class Ramp:
         _, reason = guardrails.conclude(self.findings(progress))
         many = f"{progress.requests} of at least {self.needed(progress)} requests at {self.share(progress):.0%}"
         return Verdict.INCONCLUSIVE, f"{many}; {reason}"
+
+
+def _beside(progress: Progress, rail: Guardrail) -> Moments | None:
+    """The control's figures; None for errors, which count only where the control then answered: it had none there."""
+    return None if rail.name == "errors" else progress.control.get(rail.name, Moments())
 
 
 def _spread(progress: Progress, rail: Guardrail) -> float:
