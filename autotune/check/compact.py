@@ -96,10 +96,18 @@ class Compact:
     def __len__(self) -> int:
         return len(self.target_logp)
 
-    def dense(self, vocabulary: int) -> torch.Tensor:
-        """Log-probabilities [T, V], the others equally likely: enough to tell defects and the likeliest tokens."""
+    def dense(self, vocabulary: int, ruled_out: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities [T, V], the others equally likely: enough to tell defects and the likeliest tokens.
+
+        Args:
+            vocabulary: V.
+            ruled_out: [T, V] tokens that are impossible unless they were kept; what follows from them if they were not
+                is in the divergence.
+        """
         others = (self.tail_mass / max(1, vocabulary - self.top_ids.shape[1])).clamp_min(1e-30).log()
         dense = others[:, None].expand(-1, vocabulary).contiguous()
+        if ruled_out is not None:
+            dense.masked_fill_(ruled_out, -torch.inf)
         return dense.scatter_(-1, self.top_ids.long(), self.top_logp)
 
     def compare(self, logits: torch.Tensor, targets: torch.Tensor) -> Divergence:

@@ -48,9 +48,15 @@ class RecordedExam(Exam):
             vocabulary=baseline.subject.vocabulary,
         )
 
-    def reference(self, group: tuple[Text, ...]) -> torch.Tensor:
-        """Log-probabilities [B, T, V], those that were not kept filled in evenly: for guards, not for divergences."""
-        dense = self.compacts[group].dense(self.vocabulary)
+    def reference(self, group: tuple[Text, ...], ruled_out: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities [B, T, V], those that were not kept filled in evenly: for guards, not for divergences.
+
+        Args:
+            group: of the exam's texts.
+            ruled_out: [B, T, V] tokens that the candidate rules out, which models with padded vocabularies do.
+        """
+        flat = None if ruled_out is None else ruled_out.flatten(0, 1).cpu()
+        dense = self.compacts[group].dense(self.vocabulary, flat)
         return dense.reshape(len(group), -1, self.vocabulary).to(self.original.device)
 
 
@@ -104,12 +110,19 @@ def _ask(exam: RecordedExam, served: Served, group: tuple[Text, ...], found: Exa
             if stratum == "prefill":
                 found.dtype = str(logits.dtype).removeprefix("torch.")
             where = f"{stratum}, prompt {group[0].prompt}" + (f" to {group[-1].prompt}" if len(group) > 1 else "")
-            if defect := find_defect(exam.reference(group), logits):
+            if defect := _defect(exam, group, logits):
                 found.defects.append(f"{defect} ({where})")
                 continue
             _add(exam, group, stratum, logits, found)
     except OutputError as failure:
         found.defects.append(str(failure))
+
+
+def _defect(exam: RecordedExam, group: tuple[Text, ...], logits: torch.Tensor) -> str | None:
+    """What is plainly broken in logits [B, T, V], or None."""
+    if logits.shape[-1] != exam.vocabulary:
+        return f"logits over {logits.shape[-1]} tokens, expected {exam.vocabulary}"
+    return find_defect(exam.reference(group, logits == -torch.inf), logits)
 
 
 def _add(exam: RecordedExam, group: tuple[Text, ...], stratum: str, logits: torch.Tensor, found: Examined) -> None:

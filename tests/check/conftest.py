@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from autotune import check
+from autotune.validate.tiers import SIZES, Size
 from tests.models import tiny, token_prompts
 
 if TYPE_CHECKING:
@@ -23,6 +25,20 @@ def subject(**changes: object) -> PreTrainedModel:
     return tiny("llama", **(CONTEXT | changes))
 
 
+@contextmanager
+def short_exam() -> Iterator[None]:
+    """Quick as a test has to be: a third of the tokens of the real size, as many prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "quick", Size(16, natural=6, own=6, padded=6, lengths=(64,)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short() -> Iterator[None]:
+    with short_exam():
+        yield
+
+
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -35,7 +51,8 @@ def one_thread() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A recorded baseline, without latency."""
     out = tmp_path_factory.mktemp("check") / "baseline"
-    check.record(subject(), out, prompts=token_prompts(18, 40), latency=False)
+    with short_exam():
+        check.record(subject(), out, prompts=token_prompts(18, 40), latency=False)
     return out
 
 
