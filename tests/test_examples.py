@@ -63,6 +63,15 @@ def test_quickstart(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ab_experiment(folder: Path, tmp_path: Path) -> None:
+    options = ("--pairs", "2", "--budget", "20", "--store", tmp_path / "kept.sqlite", "--chart", tmp_path / "chart.svg")
+    said = run(EXAMPLES / "ab_experiment.py", "--model", folder / "model", *options)
+    assert "Experiment threads-and-attention, version 1: " in said
+    assert "worth a choice: " in said
+    assert (tmp_path / "chart.svg").exists()
+
+
+@pytest.mark.slow
 def test_custom_policy(folder: Path) -> None:
     said = run(EXAMPLES / "custom_policy.py", "--model", folder / "model", "--budget", "15")
     assert said.startswith("chat: ")
@@ -131,3 +140,26 @@ def test_serving(folder: Path, tokenizer: PreTrainedTokenizerFast, when: str) ->
         assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert status["state"] in ({"tuned", "original"} if when == "blocking" else {"observing"})
     assert not hasattr(model, "autotune")
+
+
+def test_shadow_server(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, candidate = tiny(), tiny(seed=9)
+    inputs = tokenizer("Hello", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0, 5:], skip_special_tokens=True)
+    server = module(EXAMPLES / "shadow_server.py")
+    app = server.create_app(model, tokenizer, {"other": candidate}, share=1.0, store=tmp_path / "store.sqlite")
+
+    async def talk() -> tuple[list[httpx.Response], dict[str, Any]]:
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as web:
+            body = {"prompt": "Hello", "max_new_tokens": 8}
+            replies = [await web.post("/generate", json=body)]
+            assert await asyncio.to_thread(app.state.shadow.wait, 60)
+            replies.append(await web.post("/generate", json={"prompt": ""}))
+            return replies, (await web.get("/experiment")).json()
+
+    replies, status = asyncio.run(talk())
+    assert [reply.status_code for reply in replies] == [200, 422]
+    assert replies[0].json() == {"text": expected}
+    assert (status["state"], status["requests"], status["counts"]) == ("running", 1, {"sampled": 1})
+    assert status["candidates"][0]["counts"] == {"diverged": 1}

@@ -67,6 +67,7 @@ def run(args: Namespace) -> int:
 
 def status(args: Namespace) -> int:
     """What is kept: every experiment's latest version, or all versions and events of one."""
+    from ..experiment.live import describe
     from ..report.layout import Section, Table
     from ..report.terminal import show
 
@@ -76,6 +77,9 @@ def status(args: Namespace) -> int:
     columns = ("experiment", "version", "mode", "status", "begun", "verdict")
     sections = [Section("Experiments", () if rows else ("None are kept.",), Table(columns, "lrllll", rows))]
     if args.name:
+        now = store.verdicts(versions[0]).get("")
+        if now and versions[0].mode != "offline":
+            sections.append(Section("As last kept", tuple(describe(now.body))))
         sections.append(_events(store, versions[0]))
     show(str(store.path), sections, screen())
     return 0

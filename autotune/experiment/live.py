@@ -151,6 +151,13 @@ def serving_variant(model: PreTrainedModel) -> Variant:
     return active or Variant(route.bare(model))
 
 
+def overall(candidates: Sequence[Standing]) -> tuple[str, str]:
+    """The verdict on an experiment, as offline: pass where some candidate passes, fail or error where all do."""
+    found = {arm.verdict for arm in candidates}
+    verdict = "pass" if "pass" in found else found.pop() if len(found) == 1 else "inconclusive"
+    return verdict, "; ".join(f"{arm.name}: {arm.reason}" for arm in candidates)
+
+
 class Record:
     """What a live experiment keeps in its store, and finds there after a restart."""
 
@@ -172,8 +179,7 @@ class Record:
             for arm in status.candidates:
                 body = {**codec.encode(arm), "kept": codec.encode(kept[arm.name])}
                 self.store.conclude(self.version, arm.name, arm.verdict, arm.reason, body)
-            first = status.candidates[0]
-            self.store.conclude(self.version, "", first.verdict, first.reason, status.to_dict())
+            self.store.conclude(self.version, "", *overall(status.candidates), status.to_dict())
         except Exception as error:
             log.warning("experiment %s is not kept: %s: %s", status.name, type(error).__name__, error)
 
