@@ -49,6 +49,7 @@ def exhausted_beyond(bench: LiveBench, rows: int, error: Exception) -> Variant:
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has ...")
 
 
+@pytest.mark.fault("A14")
 @pytest.mark.parametrize(
     ("rows", "said"),
     [(4, None), (3, "largest request (4 x "), (1, "out of memory")],

@@ -58,6 +58,7 @@ def test_what_an_error_says(error: Exception, kind: str | None) -> None:
     assert classify(wrapped.value) == kind, "wrapping hid the cause"
 
 
+@pytest.mark.fault("A22")
 def test_a_dead_device_says_so_once_and_for_all() -> None:
     fake = FakeCuda()
     fake.check()

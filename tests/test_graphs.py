@@ -237,6 +237,7 @@ def test_many_caches_do_not_multiply_graphs_without_limit(fake: FakeCuda, monkey
     assert not steps_of(variant).fallbacks
 
 
+@pytest.mark.fault("A20")
 def test_results_belong_to_the_caller(fake: FakeCuda) -> None:
     """Logits and caches that were handed out stay as they were."""
     model = tiny("llama")
@@ -251,6 +252,7 @@ def test_results_belong_to_the_caller(fake: FakeCuda) -> None:
     assert first.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
 
 
+@pytest.mark.fault("A19")
 def test_a_failed_capture_is_told_once_and_counted(
     fake: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -342,6 +342,7 @@ def compiler(directory: Path, body: str) -> str:
     return str(file)
 
 
+@pytest.mark.fault("A16")
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -363,6 +364,7 @@ def test_a_failing_compiler_is_a_sentence(tmp_path, monkeypatch, body, message) 
     assert not [left for left in (tmp_path / "cache/kernels").iterdir() if left.is_dir()]
 
 
+@pytest.mark.fault("A17")
 def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, "exec sleep 60"))
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path))
@@ -371,6 +373,7 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch) -> None:
         build.load()
 
 
+@pytest.mark.fault("A16")
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -394,6 +397,7 @@ def test_available_says_why_not() -> None:
     assert "no C++ compiler: nonesuch" in first
 
 
+@pytest.mark.fault("A29")
 def test_an_unwritable_cache_costs_one_warning(tmp_path, monkeypatch, caplog) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "file"))

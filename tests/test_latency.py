@@ -138,6 +138,7 @@ def test_a_gain_within_the_noise_does_not_pass(model):
     assert race(model, noise=0.01, decode_s=lambda batch: 0.03 / 1.08).verdict is Verdict.PASS
 
 
+@pytest.mark.fault("A7")
 def test_ending_the_text_at_once_gains_nothing(model):
     clock = Clock()
     hasty = costing(model, clock)
@@ -172,6 +173,7 @@ def test_a_variant_that_raises_is_an_error(model):
     assert "no kernel image" in found.reason
 
 
+@pytest.mark.fault("B38")
 def test_a_slow_first_request_is_warm_up(model):
     calls = []
 
@@ -184,6 +186,7 @@ def test_a_slow_first_request_is_warm_up(model):
     assert found.warnings == ()
 
 
+@pytest.mark.fault("B38")
 def test_a_candidate_that_never_settles_says_so(model):
     calls = []
 
@@ -194,6 +197,7 @@ def test_a_candidate_that_never_settles_says_so(model):
     assert any("candidate was not steady" in w for w in race(model, decode_s=slower_and_slower).warnings)
 
 
+@pytest.mark.fault("B37")
 def test_a_clock_that_stands_still_drops_the_pair(model):
     clock = Clock()
     found = compare(
@@ -210,6 +214,7 @@ def test_a_clock_that_stands_still_drops_the_pair(model):
     assert found.verdict is Verdict.INCONCLUSIVE
 
 
+@pytest.mark.fault("B37")
 def test_a_jump_of_the_wall_clock_is_noticed(monkeypatch):
     before = Disturbance()
     assert "jumped" not in before.since()
@@ -218,12 +223,14 @@ def test_a_jump_of_the_wall_clock_is_noticed(monkeypatch):
     assert "the clock jumped by 3600" in before.since()
 
 
+@pytest.mark.fault("B36")
 def test_time_stolen_by_the_hypervisor_is_noticed(monkeypatch):
     ticks = iter([[0, 0, 0, 0, 0, 0, 0, 0], [80, 0, 0, 0, 0, 0, 0, 20]])
     monkeypatch.setattr("autotune.validate.timing._cpu_ticks", lambda: next(ticks))
     assert Disturbance().since() == "the hypervisor took 20% of the CPU"
 
 
+@pytest.mark.fault("B36")
 def test_a_used_up_quota_is_noticed(monkeypatch):
     held_back_s = iter([0.0, 1e6])
     monkeypatch.setattr("autotune.validate.timing._cpu_ticks", list)

@@ -82,6 +82,7 @@ def built() -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.fault("C54")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_every_request_is_answered_as_by_transformers(plan: str, request_: str) -> None:
@@ -279,6 +280,7 @@ def test_one_step_ahead_a_streamer_is_given_the_same(plan: str, fake: FakeCuda) 
     assert mine.ended
 
 
+@pytest.mark.fault("C54")
 @pytest.mark.parametrize("plan", AHEAD_PLANS)
 @pytest.mark.parametrize(
     ("options", "error"),

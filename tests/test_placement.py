@@ -64,6 +64,7 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
+@pytest.mark.fault("C56")
 @pytest.mark.parametrize(
     ("build", "says"),
     [
@@ -97,6 +98,7 @@ def test_a_model_on_the_disk_is_declined(tmp_path: Path) -> None:
     assert "offloads" in (placement.obstacle(model) or "")
 
 
+@pytest.mark.fault("C56")
 def test_tensor_parallel_is_declined(mesh: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -110,12 +112,14 @@ def test_tensor_parallel_is_declined(mesh: Any) -> None:
     assert "sharded over ranks" in (placement.obstacle(replica) or "")
 
 
+@pytest.mark.fault("C56")
 def test_deepspeed_is_declined() -> None:
     model = models.tiny("llama")
     model.lm_head.weight.ds_id = 7
     assert "ZeRO-3" in (placement.obstacle(model) or "")
 
 
+@pytest.mark.fault("C56")
 @pytest.mark.parametrize(
     ("wrapper", "says"),
     [(nn.DataParallel, "pass the model inside, DataParallel's .module"), (torch.compile, "._orig_mod")],

@@ -79,7 +79,9 @@ def test_an_identical_variant_passes(model, exam, tier):
     assert {"natural", "own", "second-prompt", "padded-batch", "long", "prefill"} <= set(found.strata)
 
 
-@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+@pytest.mark.parametrize(
+    "corruption", [pytest.param(c, id=c.name, marks=pytest.mark.fault(c.fault)) for c in CORRUPTIONS]
+)
 def test_a_corrupt_variant_fails(model, exam, corruption):
     found = judge(exam, edited(model, corruption.how), "lossless")
     assert found.verdict in (Verdict.FAIL, Verdict.ERROR), found.reason
@@ -101,6 +103,7 @@ def test_bad_prefill_is_found_although_decode_is_whole(model, exam):
     assert found.strata["prefill"] > 0.15
 
 
+@pytest.mark.fault("A3")
 def test_wrong_type_of_logits_fails(model, exam):
     found = judge(exam, edited(model, with_logits(lambda logits, call, kwargs: logits.half()), "prefill"), "strict")
     assert found.verdict is Verdict.FAIL
@@ -113,6 +116,7 @@ def test_an_early_failure_tells_its_figures(model, exam):
     assert all(word in found.reason for word in ("mean KLD", "same top token", "perplexity x"))
 
 
+@pytest.mark.fault("A1")
 @pytest.mark.parametrize("error", [RuntimeError("no kernel"), MemoryError(), ValueError("odd shape")])
 def test_a_variant_that_raises_is_an_error(model, exam, error):
     def do(module):
@@ -127,6 +131,7 @@ def test_a_variant_that_raises_is_an_error(model, exam, error):
     assert math.isnan(found.mean_kld)
 
 
+@pytest.mark.fault("A25")
 def test_an_interrupt_is_not_swallowed(model, exam):
     def do(module):
         def forward(inner, kwargs):
@@ -151,6 +156,7 @@ class FastLane(Variant):
         return torch.cat([call.input_ids, torch.tensor([self.shortcut])], dim=1)
 
 
+@pytest.mark.fault("A6", "A7")
 @pytest.mark.parametrize(
     ("shortcut", "tier", "words"),
     [
@@ -199,6 +205,7 @@ def test_a_variant_for_single_requests_is_judged_on_those(model, exam):
     assert "padded-batch" not in found.strata
 
 
+@pytest.mark.fault("B44")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -221,6 +228,7 @@ def test_short_prompts_are_enough_when_their_continuations_count(model, prompts)
     assert judge(exam, edited(model, zeroed_head), "strict").verdict is Verdict.FAIL
 
 
+@pytest.mark.fault("B43")
 def test_an_original_in_training_mode_cannot_be_a_reference(model, prompts):
     model.train()
     try:
@@ -230,6 +238,7 @@ def test_an_original_in_training_mode_cannot_be_a_reference(model, prompts):
     assert "training mode" in judge(exam, Variant(model), "strict").reason
 
 
+@pytest.mark.fault("B43")
 def test_an_original_with_nan_cannot_be_a_reference(model, prompts):
     broken = edited(model, lambda module: replace_weight(module.lm_head, module.lm_head.weight * math.nan)).modules
     exam = Exam.prepare(broken["decode"], prompts, pad_token_id=0)
@@ -263,6 +272,7 @@ def test_divergence_by_hand():
     assert found.delta_p == pytest.approx([-0.5], rel=1e-5)
 
 
+@pytest.mark.fault("A5")
 @pytest.mark.parametrize("scale", [1e30, -1e30, 1e37])
 def test_huge_logits_leave_finite_numbers(scale):
     logits = torch.randn(5, 50)

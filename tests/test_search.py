@@ -161,6 +161,7 @@ def outcomes(found: Found) -> dict[str, str]:
     return {trial.transform.params["label"]: str(trial.outcome) for trial in found.trials}
 
 
+@pytest.mark.fault("A1")
 @pytest.mark.parametrize(
     ("choice", "bench", "outcome", "reason"),
     [
@@ -295,6 +296,7 @@ def test_lossless_transforms_are_held_to_the_lossless_tier(
     assert bench.calls[0] == f"judge a {tier}"
 
 
+@pytest.mark.fault("A1")
 def test_a_candidate_that_fails_while_it_runs_costs_nothing_else() -> None:
     class Failing(ScriptedBench):
         def race(self, incumbent: Variant, candidate: Variant, phase: str) -> Latency:
@@ -327,6 +329,7 @@ class Exhausted(ScriptedBench):
         self.calls.append("tidied" if self.memory_of_a() is None else "the exception still holds the memory")
 
 
+@pytest.mark.fault("A13")
 def test_a_trial_that_runs_out_of_memory_gives_it_back_and_the_next_runs() -> None:
     bench = Exhausted()
     found = run(bench, policy(step({"label": "a", "promises": 3.0}, {"label": "b"})))
@@ -335,6 +338,7 @@ def test_a_trial_that_runs_out_of_memory_gives_it_back_and_the_next_runs() -> No
     assert bench.calls.index("tidied") < bench.calls.index("race original b")
 
 
+@pytest.mark.fault("A22")
 def test_a_dead_device_ends_the_search() -> None:
     bench = Exhausted()
     bench.death = "the device is dead"
@@ -343,6 +347,7 @@ def test_a_dead_device_ends_the_search() -> None:
     assert "race original b" not in bench.calls
 
 
+@pytest.mark.fault("A25")
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_an_interruption_is_not_taken_for_a_failed_trial(stop: type[BaseException]) -> None:
     class Interrupted(ScriptedBench):

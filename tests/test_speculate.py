@@ -223,6 +223,7 @@ def spent(acceptance: list[bool], cost: float = 1.2, most: int = 4) -> tuple[int
     return tokens, time
 
 
+@pytest.mark.fault("A30")
 def test_guesses_that_are_always_wrong_cost_next_to_nothing() -> None:
     tokens, time = spent([False] * 256)
     assert tokens == 256
@@ -394,6 +395,7 @@ def test_a_returned_cache_holds_what_counts(draft: str) -> None:
     same(ask(model, longer, past_key_values=first.past_key_values), ask(model, longer))
 
 
+@pytest.mark.fault("A30")
 def test_sampled_answers_have_the_same_distribution() -> None:
     """Chi-square over pairs of tokens, against the exact probabilities of the model itself."""
     sizes = {"vocab_size": 8, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -477,6 +479,7 @@ def test_a_draft_that_fails_is_the_variants_failure() -> None:
 # The draft model
 
 
+@pytest.mark.fault("A30")
 @pytest.mark.parametrize(
     ("draft", "says"),
     [

@@ -91,10 +91,12 @@ def share(verdict, count, seed=0, **options):
 MACHINES = [drifting, stepping, periodic, bimodal, heavy_tailed, throttled]
 
 
+@pytest.mark.fault("B31")
 def test_the_original_against_itself_is_hardly_ever_faster():
     assert share(Verdict.PASS, 500) <= 0.01
 
 
+@pytest.mark.fault("B33", "B34")
 @pytest.mark.parametrize("speed", MACHINES)
 def test_no_odd_machine_makes_the_original_faster_than_itself(speed):
     assert share(Verdict.PASS, 100, speed=speed) <= 0.01
@@ -113,11 +115,13 @@ def test_six_looks_with_no_least_gain_still_err_within_five_percent(speed):
     assert verdicts(150, ANY_GAIN, 100, speed=speed).count(Verdict.PASS) <= 0.05 * 150
 
 
+@pytest.mark.fault("B32")
 def test_a_change_of_five_percent_is_seen():
     assert verdicts(60, Limits(min_gain=0.0), 100, gain=1.05).count(Verdict.PASS) >= 0.8 * 60
     assert verdicts(60, Limits(min_gain=0.0), 100, gain=1 / 1.05).count(Verdict.FAIL) >= 0.8 * 60
 
 
+@pytest.mark.fault("B42")
 def test_thirty_null_candidates_confirmed_once_rarely_commit_any():
     commits = 0
     for family in range(20):
@@ -126,6 +130,7 @@ def test_thirty_null_candidates_confirmed_once_rarely_commit_any():
     assert commits <= 0.05 * 20
 
 
+@pytest.mark.fault("B33", "B34")
 @pytest.mark.parametrize("speed", [*MACHINES, lambda now, rng: 1.0])
 def test_a_clear_win_is_found_and_its_size_unbiased(speed):
     found = [Machine(k, gain=2.0, speed=speed).race() for k in range(50)]
@@ -139,6 +144,7 @@ def test_a_clear_win_needs_few_pairs():
     assert np.mean([f.tpot.pairs <= 8 for f in found]) >= 0.95
 
 
+@pytest.mark.fault("B34")
 def test_outliers_are_kept_in_the_samples():
     found = Machine(3, speed=heavy_tailed).race(max_pairs=25)
     assert max(found.reference_s["tpot"] + found.candidate_s["tpot"]) > 5 * np.median(found.reference_s["tpot"])
@@ -159,6 +165,7 @@ def pairs(ratio=2.0, count=12, ttft_ratio=None, jitter=0.01, polluted=()):
     return out
 
 
+@pytest.mark.fault("B36", "B39", "B40")
 @pytest.mark.parametrize(
     ("samples", "options", "verdict", "words"),
     [
@@ -193,6 +200,7 @@ def test_one_token_has_no_time_per_further_token():
     assert math.isnan(found.tpot.ratio)
 
 
+@pytest.mark.fault("B40")
 def test_a_slow_bucket_is_not_averaged_away():
     machine = Machine(0, gain_at=lambda bucket: 3.0 if bucket.batch == 1 else 0.8)
     assert machine.race(buckets=(B1, B8)).verdict is Verdict.FAIL

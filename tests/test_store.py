@@ -212,6 +212,7 @@ def test_what_belongs_to_another_user_is_ignored(
     assert path.read_bytes() == GOOD
 
 
+@pytest.mark.fault("A29")
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_plan_and_nothing_else(
     path: Path, step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

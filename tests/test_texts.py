@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from autotune.texts import TEXTS
 from autotune.validate.tiers import SIZES
 
 
+@pytest.mark.fault("B45")
 def test_there_is_text_for_tuning_and_for_confirming():
     assert len(set(TEXTS)) == len(TEXTS) == 48
     assert len(TEXTS) >= 2 * SIZES["quick"].prompts

@@ -142,6 +142,7 @@ def test_a_model_without_a_context_limit_accepts_any_length() -> None:
     assert len(workload.read([[5] * 5000], model=models.tiny("mamba")).prompts[0]) == 5000
 
 
+@pytest.mark.fault("C49")
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_every_architecture_checks_ids(name: str) -> None:
     model = models.tiny(name)
@@ -188,6 +189,7 @@ def test_split_holds_out_short_and_long_prompts_alike() -> None:
         assert lengths.count(2) == lengths.count(20) == 5
 
 
+@pytest.mark.fault("B45")
 def test_split_keeps_equal_prompts_on_one_side() -> None:
     work = Workload(IDS * 10)
     tune, held_out = work.split()

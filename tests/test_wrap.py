@@ -66,6 +66,7 @@ def test_the_plan_serves_what_the_original_would_say(scripted: list[Transform], 
     assert model.autotune.status.served == (2 if transforms else 0)
 
 
+@pytest.mark.fault("C50", "C54")
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -89,6 +90,7 @@ def test_what_a_plan_cannot_serve_goes_to_the_original_and_is_counted(
     assert model.autotune.status.served == 0
 
 
+@pytest.mark.fault("C50")
 def test_a_cache_of_the_callers_goes_to_the_original(scripted: list[Transform]) -> None:
     from transformers import DynamicCache
 
@@ -99,6 +101,7 @@ def test_a_cache_of_the_callers_goes_to_the_original(scripted: list[Transform]) 
     assert cache.get_seq_length() == IDS.shape[1] + 7
 
 
+@pytest.mark.fault("C50")
 def test_an_unknown_argument_raises_what_the_original_raises(scripted: list[Transform]) -> None:
     model = tiny("llama")
     with pytest.raises(ValueError, match="nonsense") as original:
@@ -175,6 +178,7 @@ def test_a_conversion_that_changes_nothing_keeps_the_plan(scripted: list[Transfo
     assert model.autotune.status.state == "tuned"
 
 
+@pytest.mark.fault("E67")
 def test_a_plan_that_fails_is_dropped_and_the_original_answers(scripted: list[Transform]) -> None:
     model = tiny("llama")
     before = greedy(model)
@@ -187,6 +191,7 @@ def test_a_plan_that_fails_is_dropped_and_the_original_answers(scripted: list[Tr
     assert greedy(model) == before
 
 
+@pytest.mark.fault("E68")
 def test_a_plan_that_fails_after_tokens_were_streamed_does_not_start_over(scripted: list[Transform]) -> None:
     class Streamer:
         def __init__(self) -> None:
@@ -207,6 +212,7 @@ def test_a_plan_that_fails_after_tokens_were_streamed_does_not_start_over(script
     assert len(greedy(model)[0]) == IDS.shape[1] + 8
 
 
+@pytest.mark.fault("C49", "C54")
 def test_an_error_of_the_callers_own_keeps_the_plan(scripted: list[Transform]) -> None:
     model = wrapped(tiny("llama"))
 
@@ -253,6 +259,7 @@ def test_threads_share_a_plan(scripted: list[Transform]) -> None:
     assert [found[k] for k in range(len(prompts))] == expected
 
 
+@pytest.mark.fault("C56")
 @pytest.mark.parametrize(
     ("make", "said"),
     [

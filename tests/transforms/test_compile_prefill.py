@@ -47,6 +47,7 @@ def test_prompts_of_any_length_are_compiled_once(arch: str) -> None:
     assert "compiled already" in (PLAN.unavailable(variant, CPU) or "")
 
 
+@pytest.mark.fault("A18")
 @pytest.mark.slow
 def test_a_storm_of_compilations_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(recompiling, "MOST_COMPILATIONS", 1)
@@ -60,6 +61,7 @@ def test_a_storm_of_compilations_ends(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "runs uncompiled" in (PLAN.took_effect(variant) or "")
 
 
+@pytest.mark.fault("A16")
 def test_what_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no kernel for this")

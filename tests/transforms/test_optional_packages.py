@@ -27,6 +27,7 @@ def nothing_remembered() -> Iterator[None]:
     bitsandbytes._missing.cache_clear()
 
 
+@pytest.mark.fault("A26")
 @pytest.mark.parametrize(("name", "module"), [("torchao", "torchao.quantization"), ("bitsandbytes", "bitsandbytes")])
 def test_not_installed(name: str, module: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -37,6 +38,7 @@ def test_not_installed(name: str, module: str, llama: PreTrainedModel, monkeypat
     assert "here: " in reason
 
 
+@pytest.mark.fault("A26")
 def test_import_that_fails_with_any_exception(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("libcudart.so: cannot open shared object file")
