@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import autotune
-from autotune import route
+from autotune import cli, route
 from autotune.errors import ExperimentError
 from autotune.experiment import Experiment
 from autotune.transforms.threads import Threads
@@ -293,6 +293,19 @@ def test_the_status_is_plain_and_in_words(llama: PreTrainedModel, tmp_path: Path
 def test_nonsense_is_refused(llama: PreTrainedModel, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ExperimentError, match="expected shares above 0"):
         experiment(tmp_path, same=tiny()).shadow(llama, **options)
+
+
+def test_the_command_line_shows_it(
+    llama: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with experiment(tmp_path, other=tiny()).shadow(llama, **EVERYTHING) as shadow:
+        asked(llama, 2)
+        assert shadow.wait(WAIT_S)
+        assert cli.main(["experiment", "status", "trial", "--store", str(tmp_path / "experiments.sqlite")]) == 0
+    said = capsys.readouterr().out
+    assert "trial: shadow, running, 2 requests (sampled 2)" in said
+    assert "inconclusive; open: errors +0.0%" in said
 
 
 def test_a_candidate_with_another_vocabulary_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:

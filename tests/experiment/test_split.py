@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from dataclasses import replace
@@ -349,6 +350,35 @@ def test_figures_survive_a_restart(llama: PreTrainedModel, tmp_path: Path) -> No
                     answer(llama, PROMPTS[n])
             seen = live._progress
             assert seen.control["errors"].n + seen.candidate["errors"].n == total
+
+
+def test_a_slower_candidate_is_rolled_back_on_a_live_model(llama: PreTrainedModel, tmp_path: Path) -> None:
+    ticks, slept_s = itertools.count(), [0.0]
+    candidate = other()
+    forward = candidate.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        slept_s[0] += 0.001
+        return forward(*args, **kwargs)
+
+    candidate.forward = slow
+
+    def clock() -> float:
+        return next(ticks) * 0.001 + slept_s[0]  # what the control takes: 1 ms a token
+
+    trial = experiment(tmp_path, slow=candidate)
+    with trial.split(llama, ramp=(0.5, 1.0), clock=clock) as live:
+        requests = 0
+        while live.share and requests < 100:
+            with live.key(f"user-{requests}"):
+                llama.generate(PROMPTS[0], max_new_tokens=2)
+            requests += 1
+        standing = live.status.candidates[0]
+    assert standing.reason == (
+        f"over the limit: ttft +100.0% [+100.0%, +100.0%], limit +10.0%, {standing.requests} requests; "
+        f"tpot +100.0% [+100.0%, +100.0%], limit +10.0%, {standing.requests} requests"
+    )
+    assert 20 <= standing.requests < 40
 
 
 def test_a_metric_of_ones_own_rolls_back(llama: PreTrainedModel, tmp_path: Path) -> None:
