@@ -8,10 +8,22 @@ import sys
 
 import pytest
 
-HEAVY = ["transformers", "torch._dynamo", "torch._inductor", "torchao", "bitsandbytes", "flash_attn", "triton", "rich"]
+HEAVY = [
+    "transformers",
+    "torch._dynamo",
+    "torch._inductor",
+    "torchao",
+    "bitsandbytes",
+    "flash_attn",
+    "triton",
+    "rich",
+    "matplotlib",
+]
 
 
-@pytest.mark.parametrize("name", ["autotune", "autotune.transforms", "autotune.cli", "autotune.report"])
+@pytest.mark.parametrize(
+    "name", ["autotune", "autotune.transforms", "autotune.cli", "autotune.report", "autotune.check"]
+)
 def test_importing_pulls_in_nothing_heavy(name: str) -> None:
     code = (
         "import json, sys, torch; before = set(sys.modules);"

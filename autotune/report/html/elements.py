@@ -79,13 +79,12 @@ def paragraphs(sentences: Iterable[str]) -> Html:
     return joined(element("p", sentence) for sentence in sentences)
 
 
-def section(found: Section | None, *, open_: bool = True) -> Html:
-    """A section of the report's other forms: its sentences and its table, which folds away where not `open_`."""
+def section(found: Section | None) -> Html:
+    """A section of the report's other forms: its sentences and its table."""
     if found is None:
         return Html("")
-    drawn = table(found.table, found.title) if found.table is not None else Html("")
-    told = paragraphs(found.sentences)
-    return joined((told, drawn if open_ or not drawn else fold(found.title, drawn)))
+    drawn = table(found.table, found.title) if found.table is not None else None
+    return joined((paragraphs(found.sentences), drawn))
 
 
 def titled(found: Section | None) -> Html:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import numbers as n
 from .. import sections
 from . import drawing as d
-from .elements import Chapter, Html, figure, fold, joined, table
+from .elements import Chapter, Html, figure, fold, joined, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,8 +64,7 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
 
 def _tables(curves: Sequence[Curve], record: Mapping[str, Any]) -> Html:
     found = (sections.growth(record, curve.key, curve.title, curve.axis) for curve in curves)
-    drawn = (table(part.table, part.title) for part in found if part is not None and part.table is not None)
-    return fold("The same as tables", joined(drawn))
+    return fold("The same as tables", joined(map(titled, found)))
 
 
 def _described(curve: Curve, states: Sequence[str], record: Mapping[str, Any]) -> str:

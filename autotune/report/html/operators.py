@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .. import numbers as n
 from .. import sections
 from . import drawing as d
-from .elements import Chapter, figure, fold, joined, table
+from .elements import Chapter, figure, fold, joined, titled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
         height=ROW * max(rows) + FRAME,
         narrow_height=ROW * sum(rows) + FRAME * len(rows),
     )
-    parts = (table(part.table, part.title) for part in sections.operators(record) if part.table is not None)
+    parts = map(titled, sections.operators(record))
     keys = {"before": "original", "after": "tuned"} if tuned else None
     shown = figure(drawing, "Milliseconds by part.", fold("The same as tables", joined(parts)), keys=keys)
     return Chapter("operators", "Where the time goes", shown)
