@@ -35,12 +35,11 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model)
 
     experiment = autotune.Experiment(
-        "threads-and-attention",
+        "eager-attention",
         control=model,  # it is left as it is, whatever the candidates do
         candidates={
             "same": [],  # the control again: shows what chance alone can do
             "eager": make("attention", {"implementation": "eager"}),
-            "one-thread": make("threads", {"count": 1}),
         },
         tokenizer=tokenizer,
         workload=PROMPTS,

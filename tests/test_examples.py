@@ -64,9 +64,9 @@ def test_quickstart(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_ab_experiment(folder: Path, tmp_path: Path) -> None:
-    options = ("--pairs", "2", "--budget", "20", "--store", tmp_path / "kept.sqlite", "--chart", tmp_path / "chart.svg")
+    options = ("--pairs", "2", "--budget", "5", "--store", tmp_path / "kept.sqlite", "--chart", tmp_path / "chart.svg")
     said = run(EXAMPLES / "ab_experiment.py", "--model", folder / "model", *options)
-    assert "Experiment threads-and-attention, version 1: " in said
+    assert "Experiment eager-attention, version 1: " in said
     assert "worth a choice: " in said
     assert (tmp_path / "chart.svg").exists()
 
