@@ -82,8 +82,9 @@ def _draw(
 ) -> None:
     grid = (len(curves), 1) if narrow else (1, len(curves))
     for axes, curve in zip(sheet.subplots(*grid, squeeze=False).flat, curves, strict=True):
-        for state in states:
-            _line(axes, curve.points(record, state), state, curve)
+        ends = {state: points[-1][1] for state in states if (points := curve.points(record, state))}
+        for state in ends:
+            _line(axes, curve.points(record, state), state, curve, below=ends[state] < max(ends.values()))
         at = sorted({x for state in states for x, _ in curve.points(record, state)})
         axes.set_xscale("log", base=2)
         axes.set_xticks(at, [str(x) for x in at])
@@ -95,20 +96,19 @@ def _draw(
         axes.grid(True, axis="y")
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], state: str, curve: Curve) -> None:
+def _line(axes: Axes, points: Sequence[tuple[int, float]], state: str, curve: Curve, *, below: bool) -> None:
+    """A curve with the figure at its end, above it or below it."""
     colour = d.AFTER if state == "after" else d.BEFORE
-    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8) if points else None
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8)
     for x, y in points:
         (dot,) = axes.plot(x, y, "o", color=colour, markersize=6)
         d.tip(dot, f"{curve.axis} {x}: {n.significant(y)} {curve.unit}")
-    if points:
-        x, y = points[-1]
-        axes.annotate(
-            n.significant(y),
-            (x, y),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=d.TEXT - 1,
-            weight="bold",
-        )
+    axes.annotate(
+        n.significant(points[-1][1]),
+        points[-1],
+        xytext=(0, -16 if below else 7),
+        textcoords="offset points",
+        ha="center",
+        fontsize=d.TEXT - 1,
+        weight="bold",
+    )

@@ -63,7 +63,7 @@ def _draw(sheet: Figure, narrow: bool, found: Mapping[str, Sequence[Mapping[str,
                 bar = axes.barh(place + offset, row[key], height=0.3 if tuned else 0.5, color=colour)[0]
                 d.tip(bar, f"{row['group']}: {n.milliseconds(row[key])} ms")
                 text, end = n.milliseconds(row[key]), row[key] + 0.012 * longest
-                axes.text(end, place + offset, text, va="center", fontsize=d.TEXT - 2.5, color=d.MUTED)
+                axes.text(end, place + offset, text, va="center", fontsize=d.TEXT - 1.5, color=d.MUTED)
         axes.set_xlim(0, 1.18 * longest)
         axes.set_ylim((len(rows) if narrow else tallest) - 0.45, -0.55)
         axes.set_yticks(range(len(rows)), [row["group"] for row in rows])

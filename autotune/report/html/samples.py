@@ -176,7 +176,8 @@ def _ratios(sheet: Figure, narrow: bool, found: Sequence[Race], noise: float | N
     axes.set_yticks(range(len(found)), [race.name for race in found])
     _plain(axes)
     ticks = MaxNLocator(4 if narrow else 8, steps=[1, 2, 5, 10]).tick_values(*axes.get_xlim())
-    axes.set_xticks([1.0, *(tick for tick in ticks if axes.get_xlim()[0] < tick < axes.get_xlim()[1])])
+    low, high = axes.get_xlim()
+    axes.set_xticks(sorted({1.0} | {float(tick) for tick in ticks if low < tick < high}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.set_xlabel("times as fast as the original")
 

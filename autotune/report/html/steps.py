@@ -109,7 +109,7 @@ def _bars(axes: Axes, steps: Sequence[Step], width: int) -> None:
             axes.barh(place, saved, 0.4, step.after_ms, facecolor="none", edgecolor=d.LINE, linewidth=1)
         name = step.name if len(step.name) <= width else f"{step.name[: width - 3]}..."
         axes.text(0, place - 0.27, name, va="bottom", fontsize=d.TEXT - 1)
-        figures = n.milliseconds(step.after_ms) + (f"  {step.gain}" if step.gain else "")
+        figures = n.milliseconds(step.after_ms) + (f" ({step.gain})" if step.gain else "")
         end = max(step.before_ms, step.after_ms) + 0.015 * longest
         axes.text(end, place, figures, va="center", fontsize=d.TEXT - 0.5, weight="bold")
     axes.set_xlim(0, longest * 1.32)

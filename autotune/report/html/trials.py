@@ -85,10 +85,11 @@ def _scatter(ran: Sequence[Mapping[str, Any]]) -> Html | None:
         return None
     share = median(trial["speedup"] / trial["predicted"] for trial in both)
     caption = (
-        f"Predicted against measured speed-up of the {len(both)} candidates that were timed. On the diagonal a "
-        f"candidate keeps its promise; in the median it is {n.percent(share)} of it. "
-        f"{len(ran) - len(both)} more ran and were turned down before they were timed, or had no prediction."
+        "Predicted against measured speed-up of what was timed. On the diagonal a candidate keeps its promise; in the "
+        f"median it is {n.percent(share)} of it."
     )
+    if others := len(ran) - len(both):
+        caption += f" Not drawn: {others} that ran but were turned down before they were timed, or had no prediction."
     described = "; ".join(
         f"{trial['candidate']}: predicted {n.ratio(trial['predicted'])}, measured {n.ratio(trial['speedup'])}, "
         f"{trial['outcome']}"
