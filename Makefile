@@ -10,7 +10,9 @@ BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu check fix bench bench-gpu bench-smoke bench-choice
+PROVE_ARGS ?=
+
+.PHONY: prove demo test test-gpu check fix bench bench-gpu bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -32,6 +34,9 @@ bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time
 
 bench-smoke: $(READY)  ## what a token costs in counts: operators, allocations, barriers, bytes
 	$(BIN)/python -m benchmarks.smoke
+
+prove: $(READY)  ## are the gates any good? injected damage, made-up clocks, and the tests that inject faults
+	$(BIN)/python -m benchmarks.prove $(PROVE_ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PIP) -e '.[gpu]'

@@ -23,12 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-model", action="store_true", help="tiny models only")
     parser.add_argument("--no-faults", action="store_true", help="do not run the tests that inject faults")
     parser.add_argument("--quick", action="store_true", help="a few of everything, in less than a minute")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path("out/prove"))
     options = parser.parse_args(argv)
     start = time.monotonic()
     model = None if options.no_model or (options.quick and options.model is None) else options.model or packaged()
-    answers = plan.run(plan.jobs(model, options.quick), options.workers)
+    answers = plan.run(plan.jobs(model, options.quick), options.workers, options.minutes and 60 * options.minutes)
     figures = plan.figures(answers.by_group)
     covered = [] if options.no_faults or options.quick else faults.run()
     seconds = time.monotonic() - start
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "hardware": f"{cpu_name()}, {options.workers} processes",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "seconds": seconds,
+        "left_out": answers.left_out,
         "figures": [figure.to_dict() for figure in figures],
         "misses": plan.plain(plan.misses(answers.by_group)),
         "alarms": plan.alarms(answers.by_group),
@@ -71,6 +73,8 @@ def show(report: dict[str, Any], figures: list[plan.Figure], answers: plan.Answe
     for figure in figures:
         value = str(figure.rate) if figure.rate else f"{figure.value:+.2%}"
         print(f"| {figure.name} | {value} | {figure.target} | {'yes' if figure.met else 'NO'} |")
+    if answers.left_out:
+        print(f"\n{answers.left_out} pieces of work were left out: the time was up.")
     for case in plan.misses(answers.by_group):
         print(
             f"\nmissed: {case.corruption} in {case.model} at {case.tier}: {case.effect:.3g} nats against a limit of"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -67,13 +68,18 @@ class Answers:
     """What came back, by group."""
 
     by_group: dict[tuple[str, ...], Answer] = field(default_factory=lambda: defaultdict(list))
+    left_out: int = 0  # jobs that there was no time for
 
     def add(self, job: Job, answer: Answer) -> None:
         self.by_group[job.group] += answer
 
 
-def run(jobs: list[Job], workers: int) -> Answers:
-    """Every job's answer; in this process where there is one worker."""
+def run(jobs: list[Job], workers: int, limit_s: float | None = None) -> Answers:
+    """Every job's answer; in this process where there is one worker.
+
+    Args:
+        limit_s: after that no further job is begun, and what was not is left out of every figure.
+    """
     answers = Answers()
     if workers <= 1:
         for job in jobs:
@@ -81,10 +87,15 @@ def run(jobs: list[Job], workers: int) -> Answers:
         return answers
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=settle) as pool:
         waiting = {pool.submit(job): job for job in jobs}
-        for done, future in enumerate(as_completed(waiting), 1):
-            answers.add(waiting[future], future.result())
-            if sys.stderr.isatty():
-                print(f"\r{done} of {len(jobs)}", end="", file=sys.stderr)
+        try:
+            for done, future in enumerate(as_completed(waiting, limit_s), 1):
+                answers.add(waiting[future], future.result())
+                if sys.stderr.isatty() or done % 50 == 0:
+                    print(f"\r{done} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+        except TimeoutError:
+            for future in waiting:
+                future.cancel()
+            answers.left_out = sum(future.cancelled() for future in waiting)
     return answers
 
 
@@ -93,7 +104,7 @@ def settle() -> None:
 
 
 def jobs(model: Path | None, quick: bool) -> list[Job]:
-    """Everything to run, the longest first."""
+    """Everything to run."""
     found: list[Job] = []
     if model is not None:
         real = ON_A_REAL_MODEL[4:7] if quick else ON_A_REAL_MODEL
@@ -107,7 +118,9 @@ def jobs(model: Path | None, quick: bool) -> list[Job]:
     for name in tiny:
         seeds = range(1) if quick else range(24)
         found += [Job(("whole",), quality.false_alarms, (name, (seed,))) for seed in seeds]
-    return found + latency_jobs(clocks.QUICK if quick else Sizes())
+    found += latency_jobs(clocks.QUICK if quick else Sizes())
+    random.Random(0).shuffle(found)  # so that a run that is cut short has some of everything
+    return found
 
 
 def latency_jobs(sizes: Sizes) -> list[Job]:
