@@ -46,8 +46,10 @@ def draw(result: Result, path: str | Path) -> Path:
         bars = [[point.speedup - gain.low], [gain.high - point.speedup]] if gain else None
         colour = COLOURS[outcome.verdict]
         axes.errorbar(point.mean_kld, point.speedup, yerr=bars, fmt="o", color=colour, capsize=3)
-        label = f"{point.name} ({n.scaled(point.stored_bytes, 'B')})"
-        axes.annotate(label, (point.mean_kld, point.speedup), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        label = f"{point.name}: {outcome.verdict.value}, {n.scaled(point.stored_bytes, 'B')}"
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        where = (point.mean_kld, point.speedup)
+        axes.annotate(label, where, xytext=(7, -12), textcoords="offset points", fontsize=8, bbox=box)
     best = sorted((p for p in front(points(result)) if p in shown), key=lambda p: p.mean_kld)
     axes.plot([p.mean_kld for p in best], [p.speedup for p in best], "--", color="#57606a", linewidth=1, zorder=0)
     axes.set_xscale("symlog", linthresh=LINEAR_UP_TO)

@@ -126,13 +126,23 @@ class _Offline:
         texts = benches.natural_texts(self.experiment.bench().tokenizer)
         missing = max(0, benches.PROMPTS_PER_SIDE - len(set(self.work.prompts)))
         prompts = (*self.work.prompts, *texts[:missing])
-        return Exam.prepare(self.control.original, prompts, size="quick", pad_token_id=self.pad)
+        return Exam.prepare(
+            self.control.original,
+            prompts,
+            size="quick",
+            pad_token_id=self.pad,
+            progress=lambda step, share: self.notify(f"{step}, {share:.0%}"),
+        )
 
     def _judge(self, exam: Exam, arm: Arm) -> Quality:
         tier = self.experiment.tier
+
+        def told(step: str, share: float) -> None:
+            self.notify(f"{arm.name}: {step}, {share:.0%}")
+
         try:
-            return quality.judge(exam, self.variants[arm.name], tier)
-        except (DeviceError, ValueError):
+            return quality.judge(exam, self.variants[arm.name], tier, told)
+        except DeviceError:
             raise
         except Exception as error:  # a candidate's failure is its own; the others go on
             why = str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
