@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["rate", "ratio", "mean"]
-UNSEEN_STD = 0.5  # of log times between requests, until it was seen: prompts and answers differ in length
+# Of log times until it was seen: between requests, whose prompts and answers differ in length, and between pairs.
+UNSEEN_STD, UNSEEN_PAIRED_STD = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, s
     Args:
         guardrail: the limit.
         alpha: as for `judge`.
-        std: of the values so far; NaN: not seen yet, so `UNSEEN_STD` for a ratio and no statement for a mean.
+        std: of the values so far; NaN: not seen yet, so `UNSEEN_STD` or `UNSEEN_PAIRED_STD` for a ratio and no
+            statement for a mean.
         share: of requests that the candidate gets, above 0; None where there is no control to compare with.
     """
     control = math.inf if share is None or share >= 1 else (1 - share) / share
@@ -168,10 +170,11 @@ def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, s
         some = sequential.requests_to_see_rate(rate, guardrail.limit, alpha, control_per_request=control)
         every = sequential.requests_to_see_rate(1.0, guardrail.limit, alpha, control_per_request=control)
         within = some or "over 10000"
-        return f"{guardrail.name}: a rate of {rate:.0%} is caught within {within} requests, of 100% in {every}"
+        return f"{guardrail.name}: a rate of {rate:.0%} is caught within {within} requests, of 100% within {every}"
     if guardrail.kind == "mean" and math.isnan(std):
         return f"{guardrail.name}: its spread is not known yet"
-    known = round(UNSEEN_STD if math.isnan(std) else std, 3)
+    unseen = UNSEEN_PAIRED_STD if share is None else UNSEEN_STD
+    known = round(unseen if math.isnan(std) else std, 3)
     excess = math.log1p(2 * guardrail.limit) - guardrail.bar if guardrail.kind == "ratio" else guardrail.limit
     n = sequential.requests_to_see_mean(excess, known, alpha, control_per_request=control) if excess > 0 else None
     many = f"{max(n, START_SKEWED) if guardrail.kind == 'mean' else n}" if n else f"over {sequential.MAX_REQUESTS}"
