@@ -268,13 +268,15 @@ def with_pace(baseline: check.Baseline, median_s: float, **environment: Any) -> 
     )
 
 
+@dataclass
 class Clock:
-    """Every look takes a millisecond."""
+    """Every look takes a while."""
 
-    now_s = 0.0
+    step_s: float = 1e-3
+    now_s: float = 0.0
 
     def __call__(self) -> float:
-        self.now_s += 1e-3
+        self.now_s += self.step_s
         return self.now_s
 
 
@@ -293,6 +295,16 @@ def test_latency_counts_only_on_the_same_machine(baseline, model, median_s, envi
     (found,) = [m for m in metrics if m.name in ("latency", "latency tpot b1/p8/n4")]
     assert found.verdict is verdict, found.reason
     assert said in found.reason
+
+
+def test_latency_is_recorded_and_compared(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("autotune.check.recording.NEW_TOKENS", 3)
+    base = check.record(model, tmp_path / "b", prompts=token_prompts(18, 40), clock=Clock())
+    assert base.pace[0].noise == pytest.approx(0.0, abs=1e-6)
+    names = {f"latency {name} b1/p40/n3" for name in ("ttft", "tpot", "end_to_end")}
+    result = check.run(model, check.load(tmp_path / "b"), clock=Clock(2e-3))
+    assert result.verdict is Verdict.FAIL
+    assert {m.name for m in result.metrics if m.verdict is Verdict.FAIL} == names
 
 
 def test_against_the_recorded_model_both_are_timed_here(baseline, model):

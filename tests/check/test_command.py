@@ -73,6 +73,31 @@ def test_exit_codes(work, argv, code, capsys):
     assert not (work / "new").exists()
 
 
+POLICY = """
+name = "quick"
+description = "Nothing that could win on any machine"
+objective = "latency"
+tier = "lossless"
+budget_s = 30
+[[steps]]
+name = "threads"
+when = { phase = "decode", device = ["cuda"] }
+choices = [{ transform = "threads", count = 1, phase = "decode" }]
+"""
+
+
+@pytest.mark.slow
+def test_a_policy_is_tuned_with_first_on_other_prompts(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path))
+    (tmp_path / "quick.toml").write_text(POLICY)
+    others = tmp_path / "others.jsonl"
+    others.write_text("\n".join(json.dumps({"prompt": p}) for p in token_prompts(18, 40, seed=8)))
+    command = ["check", "run", work / "model", "--baseline", work / "base", "--no-latency"]
+    tuned = ["--policy", tmp_path / "quick.toml", "--tuned-on", others]
+    assert cli.main(list(map(str, command + tuned))) == 0
+    assert "none of the 18" in " ".join(capsys.readouterr().out.split())
+
+
 def test_files_for_ci(work, tmp_path, capsys):
     names = {kind: tmp_path / "out" / f"result.{kind}" for kind in ("json", "junit", "markdown")}
     options = [word for kind, file in names.items() for word in (f"--{kind}", str(file))]
