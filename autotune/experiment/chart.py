@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 LINEAR_UP_TO = 1e-4  # nats; below, the axis is linear, since the control is at zero
-COLOURS = {"pass": "#1a7f37", "fail": "#cf222e", "inconclusive": "#9a6700", "error": "#57606a"}
+NEUTRAL = "#57606a"  # the control, and the front
+COLOURS = {"pass": "#1a7f37", "fail": "#cf222e", "inconclusive": "#9a6700", "error": NEUTRAL}
 
 
 def draw(result: Result, path: str | Path) -> Path:
@@ -44,14 +45,14 @@ def draw(result: Result, path: str | Path) -> Path:
         outcome = outcomes[point.name]
         gain = getattr(outcome.latency, result.objective) if outcome.latency else None
         bars = [[point.speedup - gain.low], [gain.high - point.speedup]] if gain else None
-        colour = COLOURS[outcome.verdict]
+        colour, verdict = (COLOURS[outcome.verdict], f"{outcome.verdict.value}, ") if gain else (NEUTRAL, "")
         axes.errorbar(point.mean_kld, point.speedup, yerr=bars, fmt="o", color=colour, capsize=3)
-        label = f"{point.name}: {outcome.verdict.value}, {n.scaled(point.stored_bytes, 'B')}"
+        label = f"{point.name}: {verdict}{n.scaled(point.stored_bytes, 'B')}"
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         where = (point.mean_kld, point.speedup)
         axes.annotate(label, where, xytext=(7, -12), textcoords="offset points", fontsize=8, bbox=box)
     best = sorted((p for p in front(points(result)) if p in shown), key=lambda p: p.mean_kld)
-    axes.plot([p.mean_kld for p in best], [p.speedup for p in best], "--", color="#57606a", linewidth=1, zorder=0)
+    axes.plot([p.mean_kld for p in best], [p.speedup for p in best], "--", color=NEUTRAL, linewidth=1, zorder=0)
     axes.set_xscale("symlog", linthresh=LINEAR_UP_TO)
     axes.set_xlim(left=-LINEAR_UP_TO / 2)
     axes.set_xlabel("mean KL divergence from the control, nat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,20 @@ def test_arms_are_built(tmp_path: Path) -> None:
     assert "is on meta, the control's on cpu" in str(arms["elsewhere"].problem)
     prints = [arm.fingerprint for arm in arms.values()]
     assert len({p for p in prints if "could not" not in p}) == 4
+
+
+def test_a_policy_is_tuned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def tune(model: Any, work: Any, policy: Any, **options: Any) -> SimpleNamespace:
+        asked.append((is_same(model, MODEL), work, policy.name, policy.budget_s))
+        return SimpleNamespace(variant=Variant(model, None, work).with_transform(THREADS), verdict="committed threads")
+
+    monkeypatch.setattr("autotune.tune.tune", tune)
+    (_, arm) = Experiment("x", control=MODEL, candidates={"a": "lossless"}, workload=WORK).arms()
+    assert asked == [(True, WORK, "lossless", policies.load("lossless").budget_s)]
+    assert (arm.problem, arm.notes) == (None, ("committed threads",))
+    assert arm.description == "policy lossless: LlamaForCausalLM, threads(count=1)@both"
 
 
 def fingerprint_of_model() -> str:
