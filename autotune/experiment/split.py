@@ -235,6 +235,8 @@ class Split(Layer):
         """Why the candidate cannot answer a call, or None."""
         if any(getattr(call.model_kwargs.get(name), "_is_user_defined", False) for name in CACHES):
             return "a cache of the caller's"
+        if call.model_kwargs.get("inputs_embeds") is not None:  # of the live model's own embedding
+            return "argument inputs_embeds"
         if (kind := call.options["generation_config"].cache_implementation) is not None:
             return f"cache_implementation={kind!r}"
         return self._variant.unsupported(call)
