@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Phase = Literal["closed", "open", "half-open", "disabled"]
-Happening = Literal["asked", "served", "failed", "abandoned"]
+Happening = Literal["asked", "served", "failed", "abandoned", "cleared"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Breaker:
 
         Args:
             event: "asked" (a call could be served), "served" (the trial call was), "failed" (the plan did, while
-                closed or in the trial call) or "abandoned" (the trial call ended for reasons of its caller's).
+                closed or in the trial call), "abandoned" (the trial call ended for reasons of its caller's) or
+                "cleared" (it was not the plan's fault).
             now_s: monotonic seconds.
             rules: how patient it is.
         """
@@ -72,6 +73,8 @@ class Breaker:
                 return replace(self, phase="closed", since_s=now_s, pause_s=0.0)
             case "half-open", "abandoned":  # the next call tries
                 return replace(self, phase="open", since_s=now_s, pause_s=0.0)
+            case "open", "cleared":
+                return Breaker(flaps=self.flaps - 1, since_s=now_s)
         return self
 
     def _opened(self, now_s: float, rules: Rules) -> Breaker:

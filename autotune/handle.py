@@ -196,7 +196,7 @@ class Handle:
                 if reason is None:
                     return self._serve(variant, call)
                 self._bypassed[reason] += 1
-            result = call.original()
+            result = call.original() if variant is None else self._watch.serve_other(call)
         if self._state in ("observing", "waiting"):
             self._observe_call(call)
         return result

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import store
@@ -33,6 +34,7 @@ log = logging.getLogger("autotune")
 
 IDLE_SHARE = 0.05  # of the time may go into scoring again
 FEWEST_TOKENS = 8  # of a call whose time per token counts
+OTHERS = 3  # calls of the original that show whether it is faster than a plan that became slow
 KEPT_EVENTS = 100
 
 Cause = Literal["failure", "drift", "latency", "recompiling"]
@@ -105,6 +107,7 @@ class Watch:
         tier = plan.fingerprint.tier if plan else "strict"
         self.divergence = Divergence(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
         self._paces = expected_paces(plan.latency if plan else None)
+        self._slow, self._others_s = ((0, 0), 0.0), list[float]()  # shape and time per token that took the plan out
         self._compilations = Compilations()
         self._samples: deque[Sample] = deque(maxlen=1)
         self._latest: Sample | None = None
@@ -146,6 +149,22 @@ class Watch:
                 self.failed("calls compile over and over", "recompiling")
             if self.share and self.chance() < self.share:
                 self._keep(call, result)
+        return result
+
+    def serve_other(self, call: Sampling) -> Any:
+        """`call.original()`. While the plan is out for being slow it shows whether the original is any faster."""
+        shape, slow_s = self._slow
+        if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
+            return call.original()
+        marks = Marks(call.options.get("streamer"), self.clock)
+        result = call.with_streamer(marks).original()
+        with self._lock:
+            if marks.tokens >= FEWEST_TOKENS:
+                self._others_s.append(marks.tpot_s)
+            if len(self._others_s) >= OTHERS and median(self._others_s) >= slow_s:
+                numbers = {"ms per token": 1e3 * slow_s, "original": 1e3 * median(self._others_s)}
+                self._paces[shape] = Pace(slow_s)
+                self._step("cleared", "the original is no faster: it is the machine that became slower", numbers)
         return result
 
     def failed(self, reason: str, cause: Cause = "failure", numbers: Mapping[str, float] | None = None) -> None:
@@ -241,6 +260,7 @@ class Watch:
         pace = self._paces[shape] = self._paces.get(shape, Pace()).after(marks.tpot_s)
         if pace.alarmed and pace.expected_s is not None:
             self._paces[shape] = Pace(pace.expected_s)
+            self._slow, self._others_s = (shape, marks.tpot_s), []
             numbers = {"ms per token": 1e3 * marks.tpot_s, "expected": 1e3 * pace.expected_s}
             self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
 

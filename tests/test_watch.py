@@ -74,6 +74,8 @@ def one_thread() -> Iterator[None]:
         ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 31)], "open", 2),  # twice as long
         ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 32)], "half-open", 2),
         ([("failed", 1), ("asked", 11), ("abandoned", 12), ("asked", 12)], "half-open", 1),
+        ([("failed", 1), ("cleared", 2)], "closed", 0),
+        ([("cleared", 2)], "closed", 0),
         ([("failed", 1), ("asked", 11), ("served", 12), ("failed", 13)], "open", 2),
         ([("failed", 1), ("asked", 11), ("served", 12), ("failed", 112)], "open", 1),  # steady in between
         ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 32), ("failed", 33), ("asked", 67)], "open", 3),
@@ -281,9 +283,22 @@ def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Cl
     serve(watched, 10, tokens=9)
     assert phases(watched) == []
     clock.tick = 0.0135
-    serve(watched, 12, tokens=9)
+    serve(watched, 9, tokens=9)
     assert phases(watched) == ["open"]
     assert watched.autotune.events[0].numbers["expected"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize(("original_s", "seen"), [(0.0135, ["open", "closed"]), (0.012, ["open"])])
+def test_a_machine_that_became_slower_is_not_the_plans_fault(
+    watched: Any, clock: Clock, original_s: float, seen: list[str]
+) -> None:
+    watch = watched.autotune._watch
+    watch._paces[shape_of(1, IDS.shape[1])] = Pace(0.01)
+    watch.share, watch.rules, clock.tick = 0.0, Rules(pause_s=1e6), 0.0135
+    serve(watched, 9, tokens=9)
+    clock.tick = original_s
+    serve(watched, 3, tokens=9)
+    assert phases(watched) == seen
 
 
 @pytest.mark.fault("E67", "E70")
