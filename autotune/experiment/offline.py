@@ -131,14 +131,14 @@ class _Offline:
             prompts,
             size="quick",
             pad_token_id=self.pad,
-            progress=lambda step, share: self.notify(f"{step}, {share:.0%}"),
+            progress=lambda step, share: self.notify(step),
         )
 
     def _judge(self, exam: Exam, arm: Arm) -> Quality:
         tier = self.experiment.tier
 
         def told(step: str, share: float) -> None:
-            self.notify(f"{arm.name}: {step}, {share:.0%}")
+            self.notify(f"{arm.name}: {step}")
 
         try:
             return quality.judge(exam, self.variants[arm.name], tier, told)
