@@ -255,7 +255,8 @@ def test_texts_cross_powers_of_two_and_batches_are_ragged(exam):
     crossing = [any(len(t.context) < p <= len(t.context + t.scored) for p in (32, 64, 128)) for t in exam.texts]
     assert sum(crossing) >= len(crossing) // 2
     assert all(len({len(t.context) for t in batch}) > 1 for batch in exam.batches)
-    assert [len(t.context) for t in exam.long] == [248, 504]
+    assert [len(t.context) for t in exam.long] == [248, 248, 504, 504]
+    assert len({t.context for t in exam.long}) == 4
 
 
 def test_an_unknown_tier_names_the_known_ones(model, exam):

@@ -172,19 +172,17 @@ class Exam:
         starts = [max(1, len(head) - size.natural) for head in heads]
         self.texts = tuple(Text(k, h[:s], h[s:], own[k]) for k, (h, s) in enumerate(zip(heads, starts, strict=True)))
         self.batches = self._pad(prompts)
-        self.long = tuple(
-            Text(
-                len(prompts) + k,
-                joined[: n - size.natural // 2],
-                joined[n - size.natural // 2 : n + size.natural // 2],
-                (),
-            )
-            for k, n in enumerate(lengths)
-        )
+        self.long = tuple(self._long(len(prompts) + k, joined, n, k / len(lengths)) for k, n in enumerate(lengths))
         tokens = sum(len(t.scored) for t in self.texts)
         if tokens < FEWEST_TOKENS * size.tokens:
             missing = int(FEWEST_TOKENS * size.tokens) - tokens
             self.problem = f"{tokens} tokens to score: need {missing} more tokens, in longer prompts"
+
+    def _long(self, number: int, joined: tuple[int, ...], length: int, start: float) -> Text:
+        """A text of all prompts in a row, from a share of them on and around: scored about a context of `length`."""
+        begin, half = int(start * len(joined)), self.size.natural // 2
+        turned = joined[begin:] + joined[:begin]
+        return Text(number, turned[: length - half], turned[length - half : length + half], ())
 
     def _end(self, prompt: tuple[int, ...], cross: bool) -> int:
         """Where the natural part ends: half of the texts cross a power of two, the usual size of blocks and caches."""

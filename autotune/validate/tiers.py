@@ -55,7 +55,8 @@ class Size:
         natural: tokens of each prompt scored one by one, at its end.
         own: tokens of the original's own continuation scored one by one, and free-running length.
         padded: tokens of each prompt scored in left-padded batches.
-        lengths: context lengths at which a longer text is scored as well.
+        lengths: context lengths at which longer texts are scored as well, four at least: errors that grow with the
+            context show in them alone, and fewer prompts than that only convict what is far over a limit.
     """
 
     prompts: int
@@ -72,7 +73,7 @@ class Size:
 
 SIZES: dict[str, Size] = {
     "brief": Size(4, natural=6, own=6, padded=4, lengths=()),  # enough to fail what broke, too little to pass anew
-    "quick": Size(16, natural=16, own=16, padded=24, lengths=(256, 512)),
-    "standard": Size(64, natural=24, own=24, padded=16, lengths=(256, 512, 1024)),
+    "quick": Size(16, natural=16, own=16, padded=24, lengths=(256, 256, 512, 512)),
+    "standard": Size(64, natural=24, own=24, padded=16, lengths=(256, 512, 512, 1024, 1024)),
     "thorough": Size(128, natural=48, own=48, padded=32, lengths=(256, 512, 1024, 2048)),
 }
