@@ -181,7 +181,7 @@ def _choose_unwaiting(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor
 
 
 def _look_now(_device: Device, token: torch.Tensor, unfinished: torch.Tensor, _sound: object) -> Look:
-    return lambda: (token.cpu(), not unfinished.any())
+    return lambda: (token.cpu(), not unfinished.max().item())  # `any` would convert the numbers first
 
 
 def _look_later(device: Device, token: torch.Tensor, unfinished: torch.Tensor, sound: torch.Tensor | None) -> Look:

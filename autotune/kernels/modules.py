@@ -28,6 +28,16 @@ class PackedLinear(nn.Module, ABC):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in any floating dtype -> [..., out_features] in the same."""
+        if x.dtype is torch.float32:  # casts that change nothing are operators to dispatch all the same
+            return self.product(x)
+        return self.product(x.float()).to(x.dtype)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], both FP32."""
+
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The FP32 weight [out_features, in_features] that `forward` computes with."""
@@ -62,9 +72,9 @@ class HalfLinear(PackedLinear):
         layer.register_buffer("weight", pack.pack_half(weight, dtype))
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_f16(x.float(), self.weight, self.bias, self.out_features)
-        return y.to(x.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_f16(x, self.weight, self.bias, self.out_features)
+        return y
 
     def dequantize(self) -> Tensor:
         return pack.deinterleave(self.weight.float(), self.out_features, self.in_features)
@@ -93,9 +103,9 @@ class Int8Linear(PackedLinear):
             layer.register_buffer(name, buffer)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_i8(x.float(), self.weight, self.scales, self.bias, self.out_features)
-        return y.to(x.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_i8(x, self.weight, self.scales, self.bias, self.out_features)
+        return y
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
@@ -125,11 +135,9 @@ class Int4Linear(PackedLinear):
             layer.register_buffer(name, buffer)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_i4(
-            x.float(), self.weight, self.scales, self.zeros, self.bias, self.out_features
-        )
-        return y.to(x.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_i4(x, self.weight, self.scales, self.zeros, self.bias, self.out_features)
+        return y
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i4(self.weight, self.scales, self.zeros, self.out_features, self.in_features)
