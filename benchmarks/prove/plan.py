@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -82,7 +83,11 @@ def run(jobs: list[Job], workers: int, limit_s: float | None = None) -> Answers:
     """
     answers = Answers()
     if workers <= 1:
-        for job in jobs:
+        end = time.monotonic() + (math.inf if limit_s is None else limit_s)
+        for done, job in enumerate(jobs):
+            if time.monotonic() >= end:
+                answers.left_out = len(jobs) - done
+                break
             answers.add(job, job())
         return answers
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=settle) as pool:
