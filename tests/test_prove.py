@@ -53,7 +53,7 @@ def test_names_are_unique_and_faults_are_known() -> None:
 @pytest.mark.parametrize(("limit_s", "answered"), [(None, 3), (0.0, 0)])
 def test_a_limit_of_time_holds_for_one_worker(limit_s: float | None, answered: int) -> None:
     answers = plan.run([plan.Job(("a",), lambda: [1], ())] * 3, 1, limit_s)
-    assert (len(answers.by_group["a"]), answers.left_out) == (answered, 3 - answered)
+    assert (len(answers.by_group["a",]), answers.left_out) == (answered, 3 - answered)
 
 
 def case(effect: float, verdict: str) -> Case:
