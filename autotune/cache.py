@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+
+from . import seam
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-__all__ = ["DynamicCache", "SlotCache", "run", "step", "steps", "unsupported"]
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer as transformers sees it; tensors and write position belong to the `SlotCache`, one position for all."""
+class SlotLayer(seam.CacheLayer):  # type: ignore[no-untyped-call]
+    """One layer as transformers sees it; tensors and write position belong to the `SlotCache`, one position for all.
 
-    is_compileable, is_sliding = True, False  # a sliding window lives in the mask alone
+    A sliding window lives in the mask alone.
+    """
+
+    is_compileable = True
     keys: torch.Tensor
     values: torch.Tensor
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.keys, self.values, self.slot, self.is_initialized = keys, values, slot, True
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self.slot, key_states)
-        self.values.index_copy_(2, self.slot, value_states)
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.index_copy_(2, self.slot, keys)
+        self.values.index_copy_(2, self.slot, values)
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> Any:
+    def filled(self) -> torch.Tensor:
         return self.slot[0]
 
-    def get_max_length(self) -> int:
+    def visible(self, queries: int) -> int:
+        return self.capacity()
+
+    def capacity(self) -> int:
         return self.keys.shape[2]
 
 
@@ -63,7 +60,7 @@ class SlotCache:
         left: what was queued when it was given back; another thread's stream may still read it. None: nothing.
     """
 
-    def __init__(self, prompt: DynamicCache, slots: int, rows: int | None = None) -> None:
+    def __init__(self, prompt: Any, slots: int, rows: int | None = None) -> None:
         """Allocate with the shapes of a prefilled cache, every layer of it full length.
 
         Args:
@@ -71,7 +68,7 @@ class SlotCache:
             slots: tokens a sequence has room for.
             rows: sequences to have room for; None means as many as the prompt has.
         """
-        filled = tensors(prompt)
+        filled = seam.keys_and_values(prompt)
         self.batch, self.length, self.lasting = filled[0][0].shape[0], 0, False
         self._capacity = slots
         self.left: Any = None
@@ -82,14 +79,14 @@ class SlotCache:
             self.slot = torch.zeros(1, dtype=torch.int64, device=device)
             self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
 
-    def fill(self, prompt: DynamicCache, mask: torch.Tensor | None) -> None:
+    def fill(self, prompt: Any, mask: torch.Tensor | None) -> None:
         """Start a sequence: take over a prefilled cache.
 
         Args:
             prompt: every layer [B, Hk, P, D].
             mask: [B, P], 0 on left padding; None when there is none.
         """
-        filled = tensors(prompt)
+        filled = seam.keys_and_values(prompt)
         batch, _, length, _ = filled[0][0].shape
         stale = slice(length, self.length + UNCOUNTED)  # a NaN there would survive a zero attention weight
         for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
@@ -118,9 +115,9 @@ class SlotCache:
         part.valid = self.valid[:, :slots]
         return part
 
-    def to_dynamic(self, config: PretrainedConfig) -> DynamicCache:
+    def to_dynamic(self, config: PretrainedConfig) -> Any:
         """What generate would have returned: a cache of the caller's own, filled slots only."""
-        cache = DynamicCache(config=config)
+        cache = seam.growing_cache(config)
         for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
             keys, values = (held[: self.batch, :, : self.length].clone() for held in pair)
             cache.update(keys, values, i)
@@ -206,14 +203,12 @@ def forward(
     config = model.config.get_text_config(decoder=True)
     if window := getattr(config, "sliding_window", None):
         masks["sliding_attention"] = full & (index > slot[:, None] - window)
-    if config._attn_implementation == "eager":  # it adds its mask to the scores
+    if seam.attention_of(config) == "eager":  # it adds its mask to the scores
         masks = {kind: _additive(mask, keys[0].dtype) for kind, mask in masks.items()}
     mixed = len(masks) > 1 and getattr(config, "layer_types", None)
     mask: Any = masks if mixed else list(masks.values())[-1]
-    cache = Cache(layers=[SlotLayer(k, v, slot) for k, v in zip(keys, values, strict=True)])
-    out = model(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
-    logits: torch.Tensor = out.logits
-    return logits
+    cache = seam.cache_over(SlotLayer(k, v, slot) for k, v in zip(keys, values, strict=True))
+    return seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **seam.over(model, cache)))
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -221,18 +216,12 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def tensors(prompt: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values [B, Hk, P, D] of every layer of a prefilled cache."""
-    layers = cast("list[Any]", prompt.layers)
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def example(model: Any, batch: int) -> DynamicCache:
+def example(model: Any, batch: int) -> Any:
     """One token's keys and values [B, Hk, 1, D] a layer: the shapes that a step is prepared for."""
-    prompt = DynamicCache()
+    prompt = seam.growing_cache()
     with torch.no_grad():
         token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        model(token, past_key_values=prompt, use_cache=True)
+        model(token, **seam.over(model, prompt))
     return prompt
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import seam
+
 if TYPE_CHECKING:
-    from .route import Sampling
+    from .seam import Sampling
     from .variant import Variant
 
 TOKENS = 16  # of a kept call that are scored again
@@ -28,8 +30,8 @@ class Sample:
     @classmethod
     def of(cls, call: Sampling, result: Any) -> Sample | None:
         """The first sequence of a call and of what it returned; None where that is too long, or nothing."""
-        ids, given = result if isinstance(result, torch.Tensor) else result.sequences, call.input_ids
-        mask = call.model_kwargs.get("attention_mask")
+        ids, given = seam.sequences(result), call.input_ids
+        mask = call.mask
         prompt = given[0] if mask is None or mask.shape != given.shape else given[0][mask[0].bool()]
         answer = ids[0, given.shape[1] : given.shape[1] + TOKENS]
         if not 0 < len(prompt) <= LONGEST or not len(answer):

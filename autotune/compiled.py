@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import device as devices
-from . import folders, hardware
+from . import folders, hardware, seam
 from .cache import SlotCache, run
 from .errors import TransformError
 
@@ -144,7 +144,7 @@ def _ingredients(module: PreTrainedModel) -> Iterator[str]:
     identity = devices.of(module).identity()
     yield f"{identity.name} {identity.capability} {torch.version.cuda}"
     yield module.config.to_json_string(use_diff=False)
-    yield f"{module.config._attn_implementation} {module.get_experts_implementation()}"  # not in the JSON
+    yield f"{seam.attention_of(module)} {seam.experts(module)}"  # not in the JSON
     yield inspect.getsource(inspect.getmodule(run) or run)
     for kind in sorted({type(m) for m in module.modules()}, key=lambda k: (k.__module__, k.__qualname__)):
         yield f"{kind.__module__}.{kind.__qualname__}"

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from . import device as devices
+from . import seam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .cache import SlotCache
     from .pool import CachePool
-    from .route import Sampling
+    from .seam import Sampling
     from .strides import Stride
 
 LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuation is believed; one alone says too little
@@ -112,20 +113,15 @@ class Drafter:
     def _cache(self) -> SlotCache:
         """Filled with the prompt when it is first asked for."""
         if self._held is None:
-            from .cache import DynamicCache
-
-            prompt, given, ids = DynamicCache(), self.call.model_kwargs, self.call.input_ids
-            model: Any = self.draft.module
-            keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-            mask, positions = given.get("attention_mask"), given["position_ids"]
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=prompt, use_cache=True, **keep)
-            self._held = self.lent.enter_context(self.caches.lend(prompt, mask))
+            prompt, model, call = seam.growing_cache(), self.draft.module, self.call
+            given = {"attention_mask": call.mask, "position_ids": call.positions, **seam.last_logits(model, 1)}
+            model(call.input_ids, **given, **seam.over(model, prompt))
+            self._held = self.lent.enter_context(self.caches.lend(prompt, call.mask))
         return self._held
 
     def _position(self, index: int) -> torch.Tensor:
         """Position [1, 1] of the sequence's token number `index`, which is none of the prompt's."""
-        last: torch.Tensor = self.call.model_kwargs["position_ids"][:, -1:]
-        return last + (index - self.call.input_ids.shape[1] + 1)
+        return self.call.positions[:, -1:] + (index - self.call.input_ids.shape[1] + 1)
 
 
 def unfit(draft: Any, model: PreTrainedModel) -> str | None:

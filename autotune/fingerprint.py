@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import route
+from . import seam
 from .errors import UnsupportedModelError
 from .plan import Fingerprint
 
@@ -67,9 +67,9 @@ def of_model(model: PreTrainedModel) -> str:
         UnsupportedModelError: a tensor's content cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
-    cls = route.bare_class(model)
+    cls = seam.bare_class(model)
     digest.update(f"{cls.__module__}.{cls.__qualname__}\n".encode())
-    config = {"attention": model.config._attn_implementation, **_without_transient(model.config.to_dict())}
+    config = {"attention": seam.attention_of(model), **_without_transient(model.config.to_dict())}
     digest.update(json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__).encode())
     seen: dict[int, str] = {}
     with torch.no_grad():

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import route, workload
+from . import route, seam, workload
 from .errors import DeviceError, StateError, VariantError, WorkloadError
 from .freshness import Snapshot
 from .original import RELOAD, Original, releasable_bytes
@@ -187,7 +187,7 @@ class Handle:
 
     # What the routed model calls
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         devices.of(self._model).check()
         with self._traffic.request():
             variant = self._fresh()
@@ -206,7 +206,7 @@ class Handle:
         with self._traffic.request():
             variant = self._fresh()
             if variant is None or self._watch.open():
-                return route.bare_class(model).forward(model, *args, **kwargs)
+                return seam.bare_class(model).forward(model, *args, **kwargs)
             if not serves_forward(args, kwargs):
                 self._bypassed["forward with a cache of the caller's, gradients or extra arguments"] += 1
             else:
@@ -243,8 +243,8 @@ class Handle:
             return "it is in training mode"
         return "it was never tuned" if self._snapshot is None else self._snapshot.changed()
 
-    def _serve(self, variant: Variant, call: route.Sampling) -> Any:
-        streamer = call.options.get("streamer")
+    def _serve(self, variant: Variant, call: seam.Sampling) -> Any:
+        streamer = call.streamer
         watched = call if streamer is None else call.with_streamer(seen := route.CountingStreamer(streamer))
         try:
             result = self._watch.serve(variant, watched)
@@ -299,9 +299,8 @@ class Handle:
         self._state, self._detail = state, "; ".join(filter(None, (detail, self._other(), remedy)))
         warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
 
-    def _observe_call(self, call: route.Sampling) -> None:
-        new_tokens = call.options["generation_config"].max_length - call.input_ids.shape[1]
-        self._observer.observe(call.input_ids, call.model_kwargs.get("attention_mask"), new_tokens)
+    def _observe_call(self, call: seam.Sampling) -> None:
+        self._observer.observe(call.input_ids, call.mask, call.settings.max_length - call.input_ids.shape[1])
         if self._when == "manual" or not self._observer.ready(self._observe):
             return
         if not self._tuning.acquire(blocking=False):

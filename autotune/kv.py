@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from . import seam
 from .profile.counts import Forward, attention_layers
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GROWTH = 256  # tokens by which the store grows
 GROUP = 32  # numbers of a head that share a 4-bit scale: keys have channels that are always large
@@ -97,40 +96,29 @@ class Store:
         return sum(part.numel() * part.element_size() for part in self._parts)
 
 
-class NarrowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class NarrowLayer(seam.CacheLayer):  # type: ignore[no-untyped-call]
     """One layer with full attention. New tokens are attended to as they are, earlier ones as they were stored."""
 
-    is_sliding = False
-
     def __init__(self, scheme: Scheme) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.stores = Store(scheme), Store(scheme)
         self.dtype = torch.float32
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = (
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        read_keys, read_values = (
             torch.cat([store.read(self.dtype), new], dim=2) if store.length else new
-            for store, new in zip(self.stores, (key_states, value_states), strict=True)
+            for store, new in zip(self.stores, (keys, values), strict=True)
         )
-        self.stores[0].append(key_states)
-        self.stores[1].append(value_states)
-        return keys, values
+        self.stores[0].append(keys)
+        self.stores[1].append(values)
+        return read_keys, read_values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.stores[0].length + query_length, 0
+    def visible(self, queries: int) -> int:
+        return self.filled() + queries
 
-    def get_seq_length(self) -> int:
+    def filled(self) -> int:
         return self.stores[0].length
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 @dataclass(frozen=True)
@@ -144,24 +132,21 @@ class KvCache:
 
     kind: Literal["int8", "int4", "fp8", "quanto", "hqq", "offloaded"]
 
-    def make(self, config: PretrainedConfig) -> Cache:
+    def make(self, config: PretrainedConfig) -> Any:
         """An empty cache for a model of this text configuration. Layers with a sliding window stay as they are: they
         hold few tokens."""
         if self.kind == "offloaded":
-            return DynamicCache(config=config, offloading=True)
+            return seam.growing_cache(config, offloading=True)
         if self.kind == "quanto" or self.kind == "hqq":
-            from transformers import QuantizedCache
+            return seam.narrow_cache(self.kind, config, bits=4)
+        scheme = self.kind
+        return seam.replace_layers(seam.growing_cache(config), lambda: NarrowLayer(scheme))
 
-            return QuantizedCache(self.kind, config, nbits=4)
-        cache, scheme = DynamicCache(config=config), self.kind
-        cache.layers = [NarrowLayer(scheme) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        return cache
-
-    def returned(self, cache: Cache, config: PretrainedConfig) -> Cache:
+    def returned(self, cache: Any, config: PretrainedConfig) -> Any:
         """What generate gives its caller: a plain cache with the same contents, where it can be read."""
         if not any(isinstance(layer, NarrowLayer) for layer in cache.layers):
             return cache
-        plain = DynamicCache(config=config)
+        plain = seam.growing_cache(config)
         for i, layer in enumerate(cache.layers):
             if isinstance(layer, NarrowLayer):
                 keys, values = (store.read(layer.dtype) for store in layer.stores)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import seam
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -119,15 +120,13 @@ def refuse(config: PretrainedConfig, where: str) -> None:
     Raises:
         UnsupportedModelError: encoder-decoder, encoder-only, or nothing with a language-model head.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    kind = config.model_type
+    kind, causal = config.model_type, seam.causal_lms()
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{where} is an encoder-decoder model ({kind}); autotune tunes decoder-only causal LMs"
         )
     classes = set(config.architectures or ())
-    if kind not in CAUSAL or (classes and not classes & _names(CAUSAL.values())):
+    if kind not in causal or (classes and not classes & _names(causal.values())):
         shown = ", ".join(sorted(classes)) or kind
         raise UnsupportedModelError(f"{where} is a {shown}, which does not generate text; autotune tunes causal LMs")
 

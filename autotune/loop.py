@@ -14,11 +14,12 @@ import torch
 from torch.nn.functional import softmax
 
 from . import device as devices
+from . import seam
 
 if TYPE_CHECKING:
     from .device import Device
     from .program import Step
-    from .route import Sampling
+    from .seam import Sampling
     from .variant import Variant
 
 NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
@@ -29,31 +30,27 @@ def decode(variant: Variant, call: Sampling) -> Any:
     """Serve one call of generate's loop.
 
     Returns:
-        what transformers' `_sample` returns: ids [B, P + new], or a GenerateDecoderOnlyOutput.
+        what generate's own loop returns: ids [B, P + new], or a dictionary of them and more.
     """
     return over_slots(variant, call) if variant.caches is not None else over_growing_cache(variant, call)
 
 
 def over_growing_cache(variant: Variant, call: Sampling) -> Any:
     """Decode with the cache that generate prepared."""
-    given = dict(call.model_kwargs)
     config, kv = variant.original.config.get_text_config(decoder=True), variant.kv
-    if kv is not None:
-        given["past_key_values"] = kv.make(config)
-    cache, mask = given["past_key_values"], given.get("attention_mask")
+    cache, mask = call.cache if kv is None else kv.make(config), call.mask
     with variant.running("prefill") as module:
-        logits = module(input_ids=call.input_ids, **given, return_dict=True).logits[:, -1]
+        logits = seam.logits(module(**call.prompt(cache)))[:, -1]
 
     def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         nonlocal mask
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         with variant.running("decode") as module:
-            out = module(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-        last: torch.Tensor = out.logits[:, -1]
-        return last
+            given = {"attention_mask": mask, "position_ids": position, **seam.over(variant.original, cache)}
+            return seam.logits(module(token, **given))[:, -1]
 
-    returned = call.options["generation_config"].return_dict_in_generate  # and must hold no token too many
+    returned = call.settings.return_dict_in_generate  # and must hold no token too many
     final_cache = (lambda: cache) if kv is None else (lambda: kv.returned(cache, config))
     return sample(call, logits, following, final_cache, None if returned else lambda: None)
 
@@ -64,15 +61,14 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
 
     pool = variant.caches
     assert pool is not None  # noqa: S101 - the caller checked; for the type checker
-    given = dict(call.model_kwargs)
-    prompt = given["past_key_values"] = slots.DynamicCache()  # no configuration: every layer at full length
+    prompt = seam.growing_cache()  # no configuration: every layer at full length
     with variant.running("prefill") as module:
-        logits = module(input_ids=call.input_ids, **given, return_dict=True).logits[:, -1]
+        logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
     with ExitStack() as lent:
 
         @cache
         def decoder() -> tuple[slots.SlotCache, Step | None]:  # once the first token is out: it needs no slots
-            held = lent.enter_context(pool.lend(prompt, given.get("attention_mask")))
+            held = lent.enter_context(pool.lend(prompt, call.mask))
             return held, variant.step.fitting(held) if variant.step is not None else None
 
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -80,7 +76,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
             with variant.running("decode") as module:
                 return slots.step(module, token, position, held) if step is None else step(token, position, held)
 
-        def final_cache() -> slots.DynamicCache:
+        def final_cache() -> Any:
             return decoder()[0].to_dynamic(variant.original.config)
 
         coming: NextLogits = following
@@ -96,27 +92,22 @@ def sample(
     final_cache: Callable[[], Any],
     keep: Callable[[], None] | None = None,
 ) -> Any:
-    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of `_sample`.
+    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of generate's loop.
 
     A GPU is given the next step before the host has seen the token, so that it has work while the host looks, feeds the
     streamer and decides; the step launched when everything turns out to be finished is not kept. The first token goes
     out before anything is launched after it: somebody waits for it, and the first step has the cache to set up.
 
     Args:
-        call: the call of `_sample` that is served.
+        call: the call that is served.
         logits: the prompt's last [B, V].
         following: one step. Without `keep` it counts at once.
-        final_cache: what is returned as past_key_values, with every step that counts.
+        final_cache: the cache that is returned, with every step that counts.
         keep: told that the latest step counts; None when a step cannot be taken back.
     """
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
-    config, processors = call.options["generation_config"], call.options["logits_processor"]
-    criteria, streamer = call.options["stopping_criteria"], call.options.get("streamer")
-    ids, position = call.input_ids, call.model_kwargs["position_ids"][:, -1:]
+    config, processors, criteria, streamer = call.settings, call.processors, call.criteria, call.streamer
+    ids, position, pads = call.input_ids, call.positions[:, -1:], call.pads()
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    pads = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in criteria) else None
-    pads = None if pads is None else pads.to(ids.device)
     device = devices.of(ids.device)
     choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
     first, longest = ids.shape[1] + 1, 0  # between them, the next step is launched before the host has looked
@@ -148,15 +139,7 @@ def sample(
             keep()
     if streamer is not None:
         streamer.end()
-    if not config.return_dict_in_generate:
-        return ids
-    result: dict[str, Any] = {
-        "sequences": ids,
-        "scores": tuple(scores) if config.output_scores else None,
-        "logits": tuple(raw) if config.output_logits else None,
-        "past_key_values": final_cache(),
-    }
-    return GenerateDecoderOnlyOutput(**result)
+    return call.result(ids, scores, raw, final_cache()) if config.return_dict_in_generate else ids
 
 
 def _choose(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, None]:

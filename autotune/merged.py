@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import sites
+from . import seam, sites
 
 SPY = "autotune_spy"  # an attention function that notes what it is given
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative error of a sum in another order
 CONSTANT = (int, float, bool, type(None))
 ATTENTION, NORMED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # names that all of transformers' models give them
 
 _calls: ContextVar[list[Call] | None] = ContextVar("what the spy noted", default=None)
 
@@ -50,8 +49,8 @@ class MergedAttention(nn.Module):
         self.sizes = [part.out_features for part in parts]
         self.qkv_proj, self.o_proj = merge(parts), block.o_proj
         self.q_norm, self.k_norm = (getattr(block, name, None) for name in ("q_norm", "k_norm"))
-        self._rotate: Callable[..., Any] = names[ROTARY]
-        self._eager: Callable[..., Any] = names[EAGER]
+        self._rotate: Callable[..., Any] = names[seam.ROTARY]
+        self._eager: Callable[..., Any] = names[seam.EAGER]
         self._constants = constants
 
     def forward(
@@ -59,20 +58,18 @@ class MergedAttention(nn.Module):
         hidden_states: Tensor,  # [B, S, H]
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+        cache = seam.pop_cache(kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (part.view(shape) for part in self.qkv_proj(hidden_states).split(self.sizes, -1))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         q, k = self._rotate(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)  # [B, heads, S, D]
         v = v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = seam.attention_function(seam.attention_of(self.config), self._eager)
         out, weights = attend(self, q, k, v, attention_mask, **kwargs, **self._constants)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
@@ -133,7 +130,7 @@ class Call:
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As a cache: notes where the layer wants its keys and values kept."""
-        self.cached = [*args, *sorted(kwargs)]
+        self.cached = seam.update_layer(args, kwargs)
         return key, value
 
 
@@ -146,17 +143,22 @@ def _proven_mlp(block: Any) -> MergedMlp | None:
 
 
 def _proven_attention(block: Any) -> MergedAttention | None:
-    names = getattr(type(block).forward, "__globals__", {})
-    if not {ROTARY, EAGER} <= names.keys() or not all(hasattr(block, n) for n in ("config", "layer_idx", "head_dim")):
+    forward = seam.forward_function(block)
+    names, cache_name = getattr(forward, "__globals__", {}), seam.cache_argument(forward)
+    if (
+        cache_name is None
+        or not {seam.ROTARY, seam.EAGER} <= names.keys()
+        or not all(hasattr(block, n) for n in ("config", "layer_idx", "head_dim"))
+    ):
         return None
     weight = block.q_proj.weight
     x = _random(weight, 1, 3, block.q_proj.in_features)
     try:
-        expected = _record(block, x)
+        expected = _record(block, x, cache_name)
         if any(type(value) not in CONSTANT for value in expected.constants.values()):
             return None
         new = MergedAttention(block, names, expected.constants)
-        got = _record(new, x)
+        got = _record(new, x, cache_name)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # it does not take what blocks of this kind take
     alike = expected.constants == got.constants and expected.cached == got.cached == [block.layer_idx]
@@ -164,20 +166,17 @@ def _proven_attention(block: Any) -> MergedAttention | None:
     return new if alike and all(_same(a, b) for a, b in pairs) else None
 
 
-def _record(block: Any, x: Tensor) -> Call:
+def _record(block: Any, x: Tensor, cache_name: str) -> Call:
     """One call of a block over a cache, as its attention function sees it. The block itself is not touched."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(SPY, _spy)
+    seam.register_attention(SPY, _spy, masks=False)
     probe = copy.copy(block)
-    probe.__dict__["config"] = copy.copy(block.config)
-    probe.config._attn_implementation_internal = SPY
+    probe.__dict__["config"] = seam.with_attention(block.config, SPY)
     size = block.head_dim
     positions = (_random(x, 1, x.shape[1], size), _random(x, 1, x.shape[1], size).flip(-1))
     call, calls = Call(), list[Call]()
     token = _calls.set(calls)
     try:
-        out, _ = probe(x, position_embeddings=positions, attention_mask=None, past_key_values=call)
+        out, _ = probe(x, position_embeddings=positions, attention_mask=None, **{cache_name: call})
     finally:
         _calls.reset(token)
     (seen,) = calls

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import device as devices
-from .cache import SlotCache, tensors
+from .cache import SlotCache
+from .seam import keys_and_values
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, GenerationConfig, PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
     from .device import Device
 
@@ -43,9 +44,9 @@ class CachePool:
         return None
 
     @contextmanager
-    def lend(self, prompt: DynamicCache, mask: torch.Tensor | None) -> Iterator[SlotCache]:
+    def lend(self, prompt: Any, mask: torch.Tensor | None) -> Iterator[SlotCache]:
         """A slot cache filled with a prefilled one ([B, Hk, P, D] a layer; mask [B, P] or None)."""
-        batch = tensors(prompt)[0][0].shape[0]
+        batch = keys_and_values(prompt)[0][0].shape[0]
         cache = self._take(prompt, next((rows for rows in self.rows if rows >= batch), batch))
         device = devices.of(cache.slot.device)
         if cache.left is not None:
@@ -59,14 +60,14 @@ class CachePool:
                 with self._lock:
                     self._idle[cache.shape[0]].append(cache)
 
-    def _take(self, prompt: DynamicCache, rows: int) -> SlotCache:
+    def _take(self, prompt: Any, rows: int) -> SlotCache:
         with self._lock:
             if idle := self._idle.setdefault(rows, []):
                 return idle.pop()
         try:
             cache = SlotCache(prompt, self.slots, rows)
         except Exception as error:
-            device = devices.of(tensors(prompt)[0][0].device)
+            device = devices.of(keys_and_values(prompt)[0][0].device)
             if device.failure(error) != "memory" or not self._drop_idle(device):
                 raise
             cache = SlotCache(prompt, self.slots, rows)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import seam
 from .errors import TransformError
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ class Recompiling:
         self.compilations = 0
         self.given_up: str | None = None
         self._graphs = 0
-        loose: Any = module
-        self._keeps_logits = bool(loose._supports_logits_to_keep())  # generate asks for the last position's alone, then
+        self._module = module
         self._lock = threading.Lock()  # one thread compiles
         compiler: Any = torch.compile  # its stubs do not know the last argument
         self._compiled = compiler(self.plain, dynamic=True, backend=self._compile, isolate_recompiles=True)
@@ -61,18 +61,14 @@ class Recompiling:
         Raises:
             TransformError: it cannot be compiled, or is compiled for each length.
         """
-        from transformers import DynamicCache
-
         for length in lengths:
             ids = torch.zeros(1, length, dtype=torch.int64, device=device)
             positions = torch.arange(length, device=device)[None]  # [1, P]
             given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "position_ids": positions}
-            given["use_cache"] = True
-            if self._keeps_logits:
-                given["logits_to_keep"] = 1
+            given |= seam.last_logits(self._module, 1)  # as generate asks
             try:
                 with torch.no_grad():
-                    self(input_ids=ids, past_key_values=DynamicCache(), return_dict=True, **given)
+                    self(input_ids=ids, return_dict=True, **seam.over(self._module, seam.growing_cache()), **given)
             except Exception as error:  # dynamo, inductor and the compiler behind it raise what they like
                 first = " ".join(str(error).split("\n\n")[0].split())
                 raise TransformError(f"prefill does not compile: {type(error).__name__}: {first}") from error

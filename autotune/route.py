@@ -8,47 +8,21 @@ Experiments on live calls are layers above it, which come and go in any order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from . import seam
+from .seam import Sampling, bare_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SLOT = "autotune"  # the instance attribute that holds the router
 LAYERS = "_autotune_layers"  # and the one that holds the routers above it, the outermost last
-LOOP = "_sample"  # transformers' loop for greedy search and sampling
 _ROUTED: dict[type, type[PreTrainedModel]] = {}  # model class -> its routed subclass
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """One call of generate's greedy or sampling loop, as transformers prepared it.
-
-    Args:
-        model: the original, unrouted.
-        input_ids: [B, P] int64.
-        options: the loop's keyword arguments (logits_processor, stopping_criteria, generation_config, streamer, ...).
-        model_kwargs: what generate would pass on to forward (attention_mask, position_ids, past_key_values, ...).
-    """
-
-    model: PreTrainedModel
-    input_ids: torch.Tensor
-    options: Mapping[str, Any]
-    model_kwargs: Mapping[str, Any]
-
-    def run_on(self, model: PreTrainedModel) -> Any:
-        """Transformers' own loop on `model`, which must be unrouted or route its forward itself."""
-        return getattr(bare_class(model), LOOP)(model, self.input_ids, **self.options, **self.model_kwargs)
-
-    def original(self) -> Any:
-        return self.run_on(self.model)
-
-    def with_streamer(self, streamer: Any) -> Sampling:
-        return replace(self, options={**self.options, "streamer": streamer})
 
 
 class CountingStreamer:
@@ -145,12 +119,7 @@ def routed(model: PreTrainedModel, router: Router) -> PreTrainedModel:
 
 def is_routed(model: object) -> bool:
     held = getattr(model, "__dict__", {})
-    return (SLOT in held or LAYERS in held) and hasattr(type(model), "_autotune_bare")
-
-
-def bare_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    cls: type[PreTrainedModel] = getattr(type(model), "_autotune_bare", type(model))
-    return cls
+    return (SLOT in held or LAYERS in held) and hasattr(type(model), seam.BARE)
 
 
 def _alias(model: PreTrainedModel, cls: type[PreTrainedModel]) -> PreTrainedModel:
@@ -180,28 +149,23 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return below(self).forward(self, args, kwargs)
 
-    @functools.wraps(getattr(cls, LOOP))
+    @functools.wraps(getattr(cls, seam.LOOP))
     def sample(self: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        names = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        return below(self).sample(Sampling(bare(self), input_ids, options, kwargs))
+        return below(self).sample(Sampling.of(bare(self), input_ids, kwargs))
 
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
         return _restore, (cls, {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)})
 
     body: dict[str, Any] = {
         "forward": forward,
-        LOOP: sample,
+        seam.LOOP: sample,
         "__reduce_ex__": __reduce_ex__,
-        "_autotune_bare": cls,
+        seam.BARE: cls,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    from transformers.generation.utils import GENERATION_MODES_MAPPING
-
-    others = set(GENERATION_MODES_MAPPING.values()) - {LOOP}
-    body |= {name: _unrouted(cls, name) for name in others if hasattr(cls, name)}
+    body |= {name: _unrouted(cls, name) for name in seam.other_loops(cls)}
     return type(cls.__name__, (cls,), body)
 
 

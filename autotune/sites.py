@@ -12,12 +12,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
-from . import placement
+from . import placement, seam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,14 +143,13 @@ def as_linear(layer: nn.Module) -> nn.Linear | None:
     if isinstance(layer, nn.Linear):
         plain = type(layer).forward is nn.Linear.forward and type(layer.weight) in (nn.Parameter, torch.Tensor)
         return layer if plain else None
-    from transformers.pytorch_utils import Conv1D
-
-    if type(layer) is not Conv1D:
+    if type(layer) is not seam.conv1d():
         return None
-    inputs, outputs = layer.weight.shape
+    conv: Any = layer
+    inputs, outputs = conv.weight.shape
     linear = nn.Linear(inputs, outputs, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=False)
-    linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    linear.weight = nn.Parameter(conv.weight.detach().T, requires_grad=False)
+    linear.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
     return linear
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .cache import SlotCache
     from .loop import NextLogits
     from .pool import CachePool
-    from .route import Sampling
+    from .seam import Sampling
     from .strides import Stride
     from .variant import Variant
 
@@ -130,7 +130,7 @@ class Ahead:
         self._held, self._make_guesser = held, guesser
         self._guesser: Guesser | None = None
         self._device = devices.of(call.input_ids.device)
-        self._most_tokens = call.options["generation_config"].max_length
+        self._most_tokens = call.settings.max_length
         self._unread: list[Callable[[], torch.Tensor]] = []  # tokens that are on their way to the host
         self._guesses: list[int] = []  # of the latest step
         self._logits: list[torch.Tensor] = []  # after each of them, [1, V]
@@ -197,7 +197,7 @@ def measure_cost(variant: Variant) -> float:
         variant: with `caches` and `speculation`.
     """
     from . import cache as slots
-    from .route import Sampling
+    from .seam import Sampling
 
     speculation, pool = variant.speculation, variant.caches
     assert speculation is not None and pool is not None  # noqa: S101, PT018 - the caller made them; for the type checker

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import device as devices
-from . import route
+from . import route, seam
 from .errors import AutotuneError, MeasurementError, TransformError, VariantError
 from .workload import PHASES, Phase, Workload
 
@@ -38,13 +38,7 @@ DEFAULT_CONTEXT = 256
 def fork(model: PreTrainedModel) -> PreTrainedModel:
     """A structural copy of an unrouted model that shares every parameter and buffer (ties stay ties)."""
     memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, memo)
-    for leftover in (
-        "_compiled_call",
-        "_last_compile_config",
-    ):  # transformers' compiled forward belongs to one model
-        twin.__dict__.pop(leftover, None)
-    return twin
+    return seam.uncompiled(copy.deepcopy(model, memo))
 
 
 class Variant:
@@ -179,35 +173,15 @@ class Variant:
             if threads != before:
                 torch.set_num_threads(before)
 
-    def unsupported(self, call: route.Sampling) -> str | None:
+    def unsupported(self, call: seam.Sampling) -> str | None:
         """Why this variant cannot serve a call of generate's loop, or None."""
         if not self.transforms:
             return None
-        config, given = call.options["generation_config"], call.model_kwargs
-        known = {
-            "attention_mask",
-            "position_ids",
-            "past_key_values",
-            "cache_params",
-            "use_cache",
-            "logits_to_keep",
-        }
-        if unknown := sorted(k for k, v in given.items() if k not in known and v is not None):
-            return f"argument {unknown[0]}"
-        if not given.get("use_cache", True):
-            return "use_cache=False"
-        cache = given.get("past_key_values", given.get("cache_params"))
-        if cache is not None and getattr(cache, "_is_user_defined", False):
-            return "a cache of the caller's"
-        if config.cache_implementation is not None:
-            return f"cache_implementation={config.cache_implementation!r}"
-        if call.options.get("synced_gpus") or config.prefill_chunk_size is not None or config.is_assistant:
-            return "chunked, synchronised or assistant generation"
-        if self.caches is not None:
-            return self.caches.unsupported(config)
-        return None
+        if reason := call.unusual():
+            return reason
+        return None if self.caches is None else self.caches.unsupported(call.settings)
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         """Serve one call of generate's loop; `unsupported` must have said None."""
         if not self.transforms:
             return call.original()
@@ -221,7 +195,7 @@ class Variant:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one direct forward without a cache of the caller's."""
         if not serves_forward(args, kwargs):
-            return route.bare_class(model).forward(model, *args, **kwargs)
+            return seam.bare_class(model).forward(model, *args, **kwargs)
         with self.device.guard(), self.running("prefill") as module:
             return module(*args, **kwargs)
 
@@ -254,19 +228,13 @@ class _PhaseSwitch(_Quiet):
     """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values", kwargs.get("cache_params"))
-        decoding = ids.shape[1] == 1 and cache is not None and _holds_tokens(cache)
+        ids, cache = kwargs["input_ids"], seam.cache_in(kwargs)
+        decoding = ids.shape[1] == 1 and cache is not None and seam.holds_tokens(cache)
         with self.variant.running("decode" if decoding else "prefill") as module:
             return module(*args, **kwargs)
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         return call.original()
-
-
-def _holds_tokens(cache: Any) -> bool:
-    if any(hasattr(layer, "get_seq_length") for layer in cache.layers):
-        return int(cache.get_seq_length()) > 0
-    return bool(cache.layers) and bool(cache.has_previous_state())  # state-space layers count no tokens
 
 
 class _Measured(_Quiet):
@@ -276,7 +244,7 @@ class _Measured(_Quiet):
         with self.variant.turn():
             return self.variant.forward(model, args, kwargs)
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
             raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
         with self.variant.turn():

@@ -27,7 +27,7 @@ from .validate.tiers import TIERS
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .route import Sampling
+    from .seam import Sampling
     from .variant import Variant
 
 log = logging.getLogger("autotune")
@@ -135,7 +135,7 @@ class Watch:
 
     def serve(self, variant: Variant, call: Sampling) -> Any:
         """`variant.sample(call)`, timed and perhaps kept. Raises what that raises; then `failed` or `abandoned`."""
-        marks = Marks(call.options.get("streamer"), self.clock)
+        marks = Marks(call.streamer, self.clock)
         before = graphs()
         result = variant.sample(call.with_streamer(marks))
         with self._lock:
@@ -156,7 +156,7 @@ class Watch:
         shape, slow_s = self._slow
         if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
             return call.original()
-        marks = Marks(call.options.get("streamer"), self.clock)
+        marks = Marks(call.streamer, self.clock)
         result = call.with_streamer(marks).original()
         with self._lock:
             if marks.tokens >= FEWEST_TOKENS:

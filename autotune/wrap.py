@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import placement, route
+from . import placement, route, seam
 from . import policy as policies
 from .drafts import unfit
 from .errors import UnsupportedModelError
@@ -110,7 +110,7 @@ def unsupported(model: Any) -> str | None:
         return f"{name} is not a transformers PreTrainedModel; autotune tunes causal LMs of that library{hint}"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model; autotune tunes decoder-only causal LMs"
-    if not model.can_generate() or not hasattr(model, route.LOOP):
+    if not seam.has_loop(model):
         return f"{name} cannot generate (an encoder, or a head other than a language model's); pass a ...ForCausalLM"
     if (reason := placement.obstacle(model)) is not None:
         return f"{name} cannot be tuned where it lies: {reason}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import autotune
-from autotune import hardware, route
+from autotune import hardware, route, seam
 from autotune import policy as policies
 from autotune.errors import ChoiceError, TransformError
 from autotune.transforms import registry
@@ -129,7 +129,7 @@ class Fallback:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         return call.original() if self.variant.unsupported(call) else self.variant.sample(call)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

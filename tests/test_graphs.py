@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import cache, device
-from autotune.cache import DynamicCache, SlotCache, tensors
+from autotune import cache, device, seam
+from autotune.cache import SlotCache
 from autotune.device import Graph
 from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
 from autotune.graphs import Captured, GraphSteps, agree, buckets, lengths
@@ -244,12 +244,12 @@ def test_results_belong_to_the_caller(fake: FakeCuda) -> None:
     served = serving(graphed(model))
     options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
     first: Any = ask(served, **options)
-    held = [t.clone() for t in (*first.logits, first.sequences, *tensors(first.past_key_values)[0])]
+    held = [t.clone() for t in (*first.logits, first.sequences, *seam.keys_and_values(seam.cache_in(first))[0])]
     ask(served, IDS.flip(1), **options)
-    after = (*first.logits, first.sequences, *tensors(first.past_key_values)[0])
+    after = (*first.logits, first.sequences, *seam.keys_and_values(seam.cache_in(first))[0])
     assert all(torch.equal(a, b) for a, b in zip(held, after, strict=True))
     expected: Any = ask(model, **options)
-    assert first.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert seam.cache_in(first).get_seq_length() == seam.cache_in(expected).get_seq_length()
 
 
 @pytest.mark.fault("A19")
@@ -427,7 +427,7 @@ def test_says_why_not() -> None:
     with pytest.raises(TransformError, match="no graphs"):
         Variant(model).with_transform(GRAPH)
     assert uncapturable(Variant(model)) is None
-    assert "past_key_values" in (uncapturable(Variant(tiny("mamba"))) or "")
+    assert "position_ids" in (uncapturable(Variant(tiny("mamba"))) or "")
     model.model.layers[0]._hf_hook = object()
     assert "hooks" in (uncapturable(Variant(model)) or "")
     spread = tiny("llama")
@@ -489,7 +489,7 @@ def _reads_the_first_slots_alone(self: GraphSteps, tokens: int) -> int:
     return self.lengths[0]
 
 
-def _forgets_the_slot(self: SlotCache, prompt: DynamicCache, mask: torch.Tensor | None) -> None:
+def _forgets_the_slot(self: SlotCache, prompt: Any, mask: torch.Tensor | None) -> None:
     FILL(self, prompt, mask)
     self.slot = torch.full_like(self.slot, self.length)  # another tensor than the one that was captured
 

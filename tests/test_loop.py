@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, StoppingCriteria
 
-from autotune import cache as slots
-from autotune import device, kernels, loop
+from autotune import device, kernels, loop, seam
 from autotune.compiled import artifact
 from autotune.loop import _choose_unwaiting
 from autotune.transforms import Transform
@@ -72,8 +71,8 @@ def same(mine: Any, theirs: Any) -> None:
     assert torch.equal(mine.sequences, theirs.sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), atol=1e-4, rtol=1e-4)
-    assert type(mine.past_key_values) is type(theirs.past_key_values)
-    assert mine.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    assert type(seam.cache_in(mine)) is type(seam.cache_in(theirs))
+    assert seam.cache_in(mine).get_seq_length() == seam.cache_in(theirs).get_seq_length()
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +103,7 @@ def test_every_architecture_decodes_the_same_tokens(arch: str, plan: str) -> Non
 
 
 def test_a_model_without_slots_says_why() -> None:
-    assert "past_key_values" in (no_slots(tiny("mamba")) or "")
+    assert "position_ids" in (no_slots(tiny("mamba")) or "")
     assert no_slots(tiny("llama")) is None
 
 
@@ -112,11 +111,11 @@ def test_a_returned_cache_is_the_callers_own() -> None:
     model = tiny("llama")
     served = serving(build(model, [StaticCache()]))
     first = ask(served, return_dict_in_generate=True)
-    keys = slots.tensors(first.past_key_values)[0][0].clone()
+    keys = seam.keys_and_values(seam.cache_in(first))[0][0].clone()
     ask(served, IDS.flip(1))
-    assert torch.equal(slots.tensors(first.past_key_values)[0][0], keys)
+    assert torch.equal(seam.keys_and_values(seam.cache_in(first))[0][0], keys)
     longer = torch.cat([first.sequences, IDS], dim=1)
-    same(ask(model, longer, past_key_values=first.past_key_values), ask(model, longer))
+    same(ask(model, longer, **seam.over(model, seam.cache_in(first))), ask(model, longer))
 
 
 def test_a_nan_left_by_one_sequence_does_not_reach_the_next() -> None:
@@ -265,7 +264,9 @@ def test_one_step_ahead_the_cache_holds_what_transformers_would_return(
     served = serving(build(model, AHEAD_PLANS[plan]))
     mine, theirs = (ask(m, max_new_tokens=30, return_dict_in_generate=True, **ends) for m in (served, model))
     assert torch.equal(mine.sequences, theirs.sequences)
-    for given, expected in zip(slots.tensors(mine.past_key_values), slots.tensors(theirs.past_key_values), strict=True):
+    for given, expected in zip(
+        seam.keys_and_values(seam.cache_in(mine)), seam.keys_and_values(seam.cache_in(theirs)), strict=True
+    ):
         torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
 
 

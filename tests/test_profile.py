@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from autotune import hardware, profile
+from autotune import hardware, profile, seam
 from autotune.errors import MeasurementError
 from autotune.hardware import Hardware
 from autotune.profile.budget import Budget
@@ -148,7 +148,7 @@ def test_cache_size_is_what_transformers_allocates(architecture: str) -> None:
     ids = torch.tensor(models.token_prompts(2, 24))  # longer than the sliding windows
     with torch.no_grad():
         out = model(ids, use_cache=True)
-    layers = getattr(getattr(out, "past_key_values", None), "layers", ())
+    layers = getattr(seam.cache_in(out), "layers", ())
     held = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
     assert cache_size(model, batch=2, tokens=24, element_bytes=4) == held
 

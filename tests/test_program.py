@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autotune import cache as slots
-from autotune import kernels, transforms
+from autotune import kernels, seam, transforms
 from autotune.errors import TransformError
 from autotune.program import Program, layout
 from autotune.program.instruction import CODES, Instruction, Place, Root, Share, dense
@@ -171,8 +171,8 @@ def test_a_recorded_step_gives_the_modules_logits(name: str, batch: int, weights
     reference = Variant(model).with_transforms([*before, transforms.make("one_query_attention", {}, "decode")])
     module = reference.modules["decode"]
     prompt = torch.tensor(token_prompts(batch, length=11))
-    filled = slots.DynamicCache()
-    model(prompt, past_key_values=filled, use_cache=True)
+    filled = seam.growing_cache()
+    model(prompt, **seam.over(model, filled))
     mask = torch.ones_like(prompt)
     mask[0, :4] = 0
     caches = [slots.SlotCache(filled, 64) for _ in range(2)]

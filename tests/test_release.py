@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import autotune
 from autotune import plan as plans
 from autotune import policy as policies
+from autotune import seam
 from autotune import tune as tuning
 from autotune.bench import LiveBench
 from autotune.freshness import Snapshot
@@ -195,7 +196,7 @@ def test_forward_with_gradients_or_a_cache_of_the_callers_still_runs(scripted: l
     torch.testing.assert_close(model(IDS).logits, expected)  # gradients are on
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        steps = [model(IDS[:, k : k + 1], past_key_values=cache).logits for k in range(IDS.shape[1])]
+        steps = [model(IDS[:, k : k + 1], **seam.over(model, cache)).logits for k in range(IDS.shape[1])]
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
 

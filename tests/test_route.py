@@ -21,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from autotune import route
+from autotune import route, seam
 from autotune.errors import MeasurementError
 from autotune.transforms import Stage, Transform
 from autotune.variant import Variant, build, serving
@@ -61,7 +61,7 @@ class Door:
         self.variant = variant
         self.bypassed: list[str] = []
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
             self.bypassed.append(reason)
             return call.original()
@@ -224,7 +224,7 @@ def test_a_users_own_loop_over_forward(llama: PreTrainedModel, variant: str) -> 
         cache, ids, tokens = DynamicCache(config=model.config), PROMPT, []
         with torch.no_grad():
             for _ in range(10):
-                logits = model(ids, past_key_values=cache, use_cache=True).logits  # [1, S, V]
+                logits = model(ids, **seam.over(model, cache)).logits  # [1, S, V]
                 ids = logits[:, -1:].argmax(-1)
                 tokens.append(int(ids))
         return tokens
@@ -236,7 +236,7 @@ def test_a_users_own_loop_over_forward(llama: PreTrainedModel, variant: str) -> 
 def test_a_cache_that_generate_returned_can_be_continued(llama: PreTrainedModel, variant: str) -> None:
     def two_turns(model: PreTrainedModel) -> torch.Tensor:
         first = model.generate(input_ids=PROMPT, max_new_tokens=5, min_new_tokens=5, return_dict_in_generate=True)
-        return model.generate(input_ids=first.sequences, past_key_values=first.past_key_values, max_new_tokens=5)
+        return model.generate(input_ids=first.sequences, **seam.over(model, seam.cache_in(first)), max_new_tokens=5)
 
     assert_same(two_turns(served(llama, variant)), two_turns(llama))
 
@@ -278,7 +278,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         self.seen.append("sample")
         return call.original()
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 import autotune
 from autotune import cache as slots
-from autotune import device, profile
+from autotune import device, profile, seam
 from autotune.drafts import Lookup
 from autotune.errors import UnsupportedModelError, VariantError
 from autotune.pace import LONGEST_REST, Pace, expected_tokens, pays, worthwhile
@@ -99,8 +99,8 @@ def test_several_steps_at_once_give_the_logits_of_one_after_the_other(arch: str,
     ids, mask = padded["input_ids"], padded["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        prompt = slots.DynamicCache()
-        model(ids, attention_mask=mask, position_ids=positions, past_key_values=prompt)
+        prompt = seam.growing_cache()
+        model(ids, attention_mask=mask, position_ids=positions, **seam.over(model, prompt))
         caches = [slots.SlotCache(prompt, 32) for _ in range(2)]
         for cache in caches:
             cache.fill(prompt, mask)
@@ -120,8 +120,8 @@ def test_several_steps_at_once_give_the_logits_of_one_after_the_other(arch: str,
 def test_tokens_that_do_not_count_leave_no_trace() -> None:
     model = tiny("gemma3")
     with torch.no_grad():
-        prompt = slots.DynamicCache()
-        model(IDS, past_key_values=prompt)
+        prompt = seam.growing_cache()
+        model(IDS, **seam.over(model, prompt))
         clean, used = (slots.SlotCache(prompt, 32) for _ in range(2))
         for cache in (clean, used):
             cache.fill(prompt, None)
@@ -133,8 +133,8 @@ def test_tokens_that_do_not_count_leave_no_trace() -> None:
 def test_several_steps_can_be_captured() -> None:
     model = tiny("gemma3")
     with torch.no_grad(), device.stand_in(FakeCuda()) as fake:
-        prompt = slots.DynamicCache()
-        model(IDS, past_key_values=prompt)
+        prompt = seam.growing_cache()
+        model(IDS, **seam.over(model, prompt))
         captured, eager = (slots.SlotCache(prompt, 32) for _ in range(2))
         for cache in (captured, eager):
             cache.fill(prompt, None)
@@ -390,9 +390,9 @@ def test_a_context_used_to_the_last_token(arch: str, draft: str) -> None:
 def test_a_returned_cache_holds_what_counts(draft: str) -> None:
     model, variant = guessing(draft=draft)
     first = ask(serving(variant), REPEATING, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    assert seam.cache_in(first).get_seq_length() == first.sequences.shape[1] - 1
     longer = torch.cat([first.sequences, IDS], dim=1)
-    same(ask(model, longer, past_key_values=first.past_key_values), ask(model, longer))
+    same(ask(model, longer, **seam.over(model, seam.cache_in(first))), ask(model, longer))
 
 
 @pytest.mark.fault("A30")

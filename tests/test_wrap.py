@@ -10,6 +10,7 @@ import torch
 
 import autotune
 from autotune import plan as plans
+from autotune import seam
 from autotune import tune as tuning
 from autotune.route import bare, is_routed
 from autotune.transforms import Transform
@@ -96,7 +97,7 @@ def test_a_cache_of_the_callers_goes_to_the_original(scripted: list[Transform]) 
 
     model = wrapped(tiny("llama"))
     cache = DynamicCache(config=model.config)
-    greedy(model, past_key_values=cache)
+    greedy(model, **seam.over(model, cache))
     assert model.autotune.status.bypassed == {"a cache of the caller's": 1}
     assert cache.get_seq_length() == IDS.shape[1] + 7
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import device as devices
-from .. import fingerprint, route
+from .. import fingerprint, route, seam
 from ..errors import BaselineError, UnsupportedModelError
 from ..hardware import library_versions
 from ..sites import stored_bytes
@@ -58,7 +58,7 @@ def describe(variant: Variant, tokenizer: PreTrainedTokenizerBase | None, dtype:
     model = variant.original
     return Subject(
         name=name_of(model),
-        kind=route.bare_class(model).__name__,
+        kind=seam.bare_class(model).__name__,
         fingerprint=fingerprint.of_model(model),
         dtype=dtype,
         vocabulary=vocabulary,

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import codec, route, workload
+from .. import codec, route, seam, workload
 from ..errors import ExperimentError
 from ..variant import Variant
 from ..workload import Workload
@@ -105,10 +105,10 @@ class Layer:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         return self.control(call)
 
-    def control(self, call: route.Sampling) -> Any:
+    def control(self, call: seam.Sampling) -> Any:
         """The answer of whoever serves below: autotune's handle, another experiment, or the model."""
         return route.below(self._model, self).sample(call)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import seam
 from ..errors import MeasurementError
 from ..validate.divergence import compare_logits, find_defect
 from ..validate.score import BypassedError, CandidateError, OutputError, Served, Tokens
 from ..validate.timing import TIMED_TOKENS, Clock, Pair, Timing, time_request
 
 if TYPE_CHECKING:
-    from .. import route
     from ..traffic import Traffic
     from ..variant import Variant
 
@@ -69,7 +69,7 @@ class Rerun(Served):
         super().__init__(variant, pad_token_id, fall_back=False)
         self._turns = turns
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
             raise BypassedError(reason)
         return self.variant.sample(call)  # without `turn`: a candidate that hangs must not hold up live requests

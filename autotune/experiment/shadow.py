@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from .. import route
+from .. import route, seam
 from ..errors import DeviceError, ExperimentError, MeasurementError
 from ..traffic import Cancelled, Traffic
 from ..validate import Verdict
@@ -177,7 +177,7 @@ class Shadow(Layer):
 
     # What the routed model calls
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         with self._traffic.request():  # only counts: nothing live ever waits for a replay
             result = self.control(call)
         try:
@@ -197,7 +197,7 @@ class Shadow(Layer):
 
     # How it works
 
-    def _offer(self, call: route.Sampling, result: Any) -> None:
+    def _offer(self, call: seam.Sampling, result: Any) -> None:
         with self._changed:
             self._requests += 1
             if self._state != "running" or self._chance.random() >= self._share:
@@ -209,13 +209,10 @@ class Shadow(Layer):
             self._waiting.append(_request(call, result, self._clock()))
             self._changed.notify_all()
 
-    def _hindrance(self, call: route.Sampling) -> str | None:
+    def _hindrance(self, call: seam.Sampling) -> str | None:
         """Why a call is not copied, or None."""
-        known = ("attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep")
-        if unknown := sorted(k for k, v in call.model_kwargs.items() if v is not None and k not in known):
-            return f"argument {unknown[0]}"
-        if getattr(call.model_kwargs.get("past_key_values"), "_is_user_defined", False):
-            return "a cache of the caller's"
+        if reason := call.unusual_argument():
+            return reason
         return "queue full" if len(self._waiting) >= self._places else None
 
     def _work(self) -> None:
@@ -297,11 +294,11 @@ class Shadow(Layer):
         return values
 
 
-def _request(call: route.Sampling, result: Any, now_s: float) -> Request:
+def _request(call: seam.Sampling, result: Any, now_s: float) -> Request:
     """Copies, since the caller may go on to change its own."""
-    config, whole = call.options["generation_config"], getattr(result, "sequences", result)  # [B, P + N]
+    config, whole = call.settings, seam.sequences(result)  # [B, P + N]
     ends: Sequence[int] | int | None = config.eos_token_id
-    mask = call.model_kwargs.get("attention_mask")
+    mask = call.mask
     ended = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
     return Request(
         ids=call.input_ids.clone(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .. import codec, route
+from .. import codec, route, seam
 from ..errors import DeviceError, ExperimentError, StateError, VariantError
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SAVE_EVERY = 25  # the candidate's requests between two writes to the store; changes of state are written at once
 KEPT_ERRORS = 5
-CACHES = ("past_key_values", "cache_params")
 _KEY: ContextVar[str | None] = ContextVar("autotune_experiment_key", default=None)
 
 
@@ -51,7 +50,7 @@ class Split(Layer):
         ramp: shares of requests, rising; a step up needs every guardrail to hold.
         guardrails: what rolls the candidate back. A metric of one's own is measured in the caller's thread.
         step_requests: of the candidate that a step takes at least.
-        key: of a call (`route.Sampling`); default: that of `with split.key("user-42"):`, or the prompt's hash.
+        key: of a call (`seam.Sampling`); default: that of `with split.key("user-42"):`, or the prompt's hash.
         clock: monotonic seconds.
 
     Raises:
@@ -67,7 +66,7 @@ class Split(Layer):
         ramp: Sequence[float] = (0.01, 0.1, 0.5, 1.0),
         guardrails: Sequence[Guardrail] = STANDARD,
         step_requests: int = 50,
-        key: Callable[[route.Sampling], str] | None = None,
+        key: Callable[[seam.Sampling], str] | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         super().__init__(model)
@@ -174,7 +173,7 @@ class Split(Layer):
 
     # What the routed model calls
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         share = self.share
         chosen = share > 0 and ramp.place(self.name, self._key_of(call)) < share
         if chosen and (reason := self._unsupported(call)) is not None:
@@ -182,13 +181,13 @@ class Split(Layer):
             return self.control(call)
         return self._candidate(call) if chosen else self._timed_control(call)
 
-    def _timed_control(self, call: route.Sampling) -> Any:
+    def _timed_control(self, call: seam.Sampling) -> Any:
         watch = _Watch(call, self._clock)
         result = self.control(watch.call)
         self._observe("control", {**self._measured(call, watch, result), "errors": 0.0}, "control")
         return result
 
-    def _candidate(self, call: route.Sampling) -> Any:
+    def _candidate(self, call: seam.Sampling) -> Any:
         watch = _Watch(call, self._clock)
         try:
             result = self._run(watch.call)
@@ -207,23 +206,17 @@ class Split(Layer):
         self._failed(message, "failed, the control answered")
         return result
 
-    def _run(self, call: route.Sampling) -> Any:
+    def _run(self, call: seam.Sampling) -> Any:
         """The candidate's answer, over a cache of its own: the control may yet need the one that was prepared."""
-        variant, given = self._variant, {k: v for k, v in call.model_kwargs.items() if k not in CACHES}
-        if any(call.model_kwargs.get(name) is not None for name in CACHES):
-            model: Any = variant.original
-            config, rows = call.options["generation_config"], call.input_ids.shape[0]
-            model._prepare_cache_for_generation(config, given, None, rows, config.max_length)
-        processors = type(call.options["logits_processor"])([_refuse_nan, *call.options["logits_processor"]])
-        options = {**call.options, "logits_processor": processors}
-        own = replace(call, model=variant.original, options=options, model_kwargs=given)
+        variant = self._variant
+        own = call.with_fresh_cache(variant.original).with_processor_before(_refuse_nan)
         with variant.device.guard():
             # transformers' loop runs over `front`, so that the model's failures are told from the caller's callbacks'
             return variant.sample(own) if variant.transforms else own.run_on(variant.front)
 
     # How it works
 
-    def _key_of(self, call: route.Sampling) -> str | bytes:
+    def _key_of(self, call: seam.Sampling) -> str | bytes:
         if self._key is not None:
             return self._key(call)
         if (set_here := _KEY.get()) is not None:
@@ -231,19 +224,19 @@ class Split(Layer):
         prompt: bytes = call.input_ids.cpu().numpy().tobytes()
         return prompt
 
-    def _unsupported(self, call: route.Sampling) -> str | None:
+    def _unsupported(self, call: seam.Sampling) -> str | None:
         """Why the candidate cannot answer a call, or None."""
-        if any(getattr(call.model_kwargs.get(name), "_is_user_defined", False) for name in CACHES):
+        if call.has_callers_cache():
             return "a cache of the caller's"
         if call.model_kwargs.get("inputs_embeds") is not None:  # of the live model's own embedding
             return "argument inputs_embeds"
-        if (kind := call.options["generation_config"].cache_implementation) is not None:
+        if (kind := call.settings.cache_implementation) is not None:
             return f"cache_implementation={kind!r}"
         return self._variant.unsupported(call)
 
-    def _measured(self, call: route.Sampling, watch: _Watch, result: Any) -> dict[str, float | None]:
+    def _measured(self, call: seam.Sampling, watch: _Watch, result: Any) -> dict[str, float | None]:
         """Values of an answer by guardrail."""
-        whole = getattr(result, "sequences", result)  # [B, P + N]
+        whole = seam.sequences(result)  # [B, P + N]
         values: dict[str, float | None] = {}
         for rail in self.ramp.rails:
             raw: float | bool | None = {"ttft": watch.ttft_s, "tpot": watch.tpot_s}.get(rail.name)
@@ -293,8 +286,8 @@ class Split(Layer):
 class _Watch:
     """A call whose tokens' times are noted on their way to the caller's streamer, if there is one."""
 
-    def __init__(self, call: route.Sampling, clock: Clock) -> None:
-        self._streamer, self._clock = call.options.get("streamer"), clock
+    def __init__(self, call: seam.Sampling, clock: Clock) -> None:
+        self._streamer, self._clock = call.streamer, clock
         self.streams, self.call = self._streamer is not None, call.with_streamer(self)
         self.start_s, self.marks_s = clock(), list[float]()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import seam
 from ..roofline import kv_cache_bytes, matmul_flops
 from .sections import ATTENTION, CACHE, HEAD, NORM, OTHER, owner, sections
 
@@ -192,7 +193,7 @@ def activation_dtype(model: PreTrainedModel) -> torch.dtype:
 
 def keeps_last_logits(model: PreTrainedModel) -> bool:
     """Whether generate asks the model for the logits of the last position only."""
-    return bool(model._supports_logits_to_keep())  # type: ignore[operator]
+    return seam.keeps_last_logits(model)
 
 
 def stored_weights(*models: nn.Module) -> int:

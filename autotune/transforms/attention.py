@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import architecture, roofline
+from .. import architecture, roofline, seam
 from ..errors import TransformError
 from . import Stage, Transform, require, sdpa
 
@@ -45,7 +45,7 @@ class Needs:
         mask: whether it takes an attention mask, and so the one of a static cache.
     """
 
-    flag: str | None = "_supports_sdpa"
+    kind: Literal["sdpa", "flash", "flex"] | None = "sdpa"
     devices: tuple[str, ...] = ("cuda",)
     oldest: Capability | None = (8, 0)
     newest: Capability | None = None
@@ -55,7 +55,7 @@ class Needs:
     mask: bool = False
 
 
-FLASH = "_supports_flash_attn"
+FLASH: Literal["flash"] = "flash"
 HOPPER: Capability = (9, 9)  # FlashAttention 3 is written for Hopper's instructions, which no other architecture has
 
 # Sources: torch's sdp_utils.cpp (architectures and head sizes of its flash, cuDNN and memory-efficient kernels),
@@ -67,7 +67,7 @@ IMPLEMENTATIONS: Mapping[str, Needs] = {
     "sdpa:cudnn": Needs(head_size=128, mask=True),
     "sdpa:efficient": Needs(oldest=(5, 0), head_size=None, half=False, mask=True),
     "sdpa:math": Needs(devices=("cpu", "cuda"), oldest=None, head_size=None, half=False, mask=True),
-    "flex_attention": Needs("_supports_flex_attn", head_size=None, half=False, package="triton", mask=True),
+    "flex_attention": Needs("flex", head_size=None, half=False, package="triton", mask=True),
     "flash_attention_2": Needs(FLASH, package="flash_attn"),
     "flash_attention_3": Needs(FLASH, oldest=(9, 0), newest=HOPPER, package="flash_attn_interface"),
     "flash_attention_4": Needs(FLASH, oldest=(9, 0), package="flash_attn.cute"),
@@ -110,12 +110,12 @@ class Attention(Transform):
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         model, wanted = variant.original, self.implementation
-        if all(in_use(variant.modules[phase]) == {self.registered} for phase in self.phases):
+        if all(seam.attentions_of(variant.modules[phase]) == {self.registered} for phase in self.phases):
             return f"{wanted} is in use for {' and '.join(self.phases)} already"
-        if not model._can_set_attn_implementation():
+        if not seam.exchangeable_attention(model):
             return f"{type(model).__name__} has no exchangeable attention"
         needs = IMPLEMENTATIONS[wanted]
-        if needs.flag is not None and not getattr(model, needs.flag, False):
+        if needs.kind is not None and not seam.supports(model, needs.kind):
             return f"{type(model).__name__} does not support {wanted}"
         if hardware.device not in needs.devices:
             return f"{wanted} needs a {' or '.join(needs.devices).upper()} device"
@@ -150,13 +150,13 @@ class Attention(Transform):
             raise TransformError(f"{self}: {reason}")
         for twin in variant.edit(self.phase):
             try:
-                twin.set_attn_implementation(self.registered)
+                seam.use_attention(twin, self.registered)
             except (ValueError, ImportError) as error:
                 raise TransformError(f"{self}: {error}") from error
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:
-            if (used := in_use(variant.modules[phase])) != {self.registered}:
+            if (used := seam.attentions_of(variant.modules[phase])) != {self.registered}:
                 return f"{phase} uses {' and '.join(sorted(map(str, used)))} instead of {self.registered}"
             if self.implementation in ("eager", "sdpa", "flex_attention"):
                 continue  # they choose for themselves, or are compiled, and a compiler takes no dispatch mode
@@ -173,12 +173,6 @@ class Attention(Transform):
         return " and ".join(sorted(others)) or ("no kernel of SDPA's" if self.backend else None)
 
 
-def in_use(model: PreTrainedModel) -> set[Any]:
-    """Attention implementations that the modules of a model will look up."""
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    return {c._attn_implementation for c in configs if hasattr(c, "_attn_implementation")}
-
-
 def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
     """Names of torch's operators that a few tokens of a phase go through."""
     seen = _Names()
@@ -188,9 +182,9 @@ def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
             with seen:
                 model(input_ids=ids, use_cache=True)
         else:
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+            cache = seam.cache_in(model(input_ids=ids, use_cache=True))
             with seen:
-                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                model(input_ids=ids[:, :1], **seam.over(model, cache))
     return seen.names
 
 
@@ -228,10 +222,7 @@ def _missing(package: str) -> str | None:
 
 def _unaccepted(wanted: str) -> str | None:
     """Why transformers would not use an installed package, but look for a substitute on the hub."""
-    from transformers import utils
-
-    accepts = getattr(utils, f"is_flash_attn_{wanted.removeprefix('flash_attention_')}_available", None)
-    if accepts is None or accepts():
+    if seam.accepts_package(wanted):
         return None
     return f"transformers does not accept the installed package for {wanted}: it is too old, or made for another device"
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import roofline
+from .. import roofline, seam
 from ..errors import ChoiceError
 from . import Stage, Transform
 from .compile_step import no_compiler
-from .lean_loop import cannot_step
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -40,7 +39,7 @@ class CompilePrefill(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if "forward" in vars(variant.modules["prefill"]):
             return "prefill is compiled already, or its forward was replaced"
-        return no_compiler(hardware) or cannot_step(variant.original)
+        return no_compiler(hardware) or seam.cannot_step(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but matmuls and attention."""

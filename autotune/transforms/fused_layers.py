@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import kernels, roofline
+from .. import kernels, roofline, seam
 from ..errors import ChoiceError, TransformError
 from ..kernels.fused import GatedMlp, RmsNorm
 from . import Stage, Transform
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CLOSE = 1e-5  # relative error of the same sum in another order
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-ROTARY = "apply_rotary_pos_emb"  # the name that all of transformers' models give it
 CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -85,7 +84,9 @@ class FusedLayers(Transform):
 
 def fused(model: nn.Module) -> int:
     """How many layers of a model are fused."""
-    return sum(isinstance(m, RmsNorm | GatedMlp) or hasattr(m.__dict__.get("forward"), ROTARY) for m in model.modules())
+    return sum(
+        isinstance(m, RmsNorm | GatedMlp) or hasattr(m.__dict__.get("forward"), seam.ROTARY) for m in model.modules()
+    )
 
 
 def _exchanges(model: nn.Module) -> Iterator[tuple[str, nn.Module | types.FunctionType]]:
@@ -137,17 +138,19 @@ def mlp(module: nn.Module) -> GatedMlp | None:
 
 def with_rotary(module: nn.Module) -> types.FunctionType | None:
     """The forward of a module that rotates queries and keys, as it is but for the function that does so."""
-    forward = type(module).forward
-    if not isinstance(forward, types.FunctionType) or forward.__closure__ or ROTARY not in forward.__code__.co_names:
+    forward = seam.forward_function(module)
+    if not isinstance(forward, types.FunctionType) or forward.__closure__:
         return None
-    rotate = forward.__globals__.get(ROTARY)
+    if seam.ROTARY not in forward.__code__.co_names:
+        return None
+    rotate = forward.__globals__.get(seam.ROTARY)
     q, k, cos, sin = _random(1, 3, 5, 16), _random(1, 2, 5, 16), _random(1, 5, 16), _random(1, 5, 16).flip(-1)
     if not callable(rotate) or not _agree(rotate, torch.ops.autotune.rotary, q, k, cos, sin):
         return None
-    names = forward.__globals__ | {ROTARY: _rotary_or(rotate)}
+    names = forward.__globals__ | {seam.ROTARY: _rotary_or(rotate)}
     new = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
     new.__kwdefaults__ = forward.__kwdefaults__
-    setattr(new, ROTARY, True)
+    setattr(new, seam.ROTARY, True)
     return new
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import roofline
+from .. import roofline, seam
 from ..errors import ChoiceError
 from . import Stage, Transform
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..hardware import Hardware
     from ..profile import Profile
     from ..variant import Variant
@@ -36,7 +33,7 @@ class LeanLoop(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.loop == "lean":
             return "the loop is lean already"
-        return cannot_step(variant.original)
+        return seam.cannot_step(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best all time between operators was the loop's."""
@@ -47,11 +44,3 @@ class LeanLoop(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         return None if variant.loop == "lean" else "transformers' loop still runs"
-
-
-def cannot_step(model: PreTrainedModel) -> str | None:
-    """Why the lean loop cannot drive a model token by token, or None."""
-    parameters = set(inspect.signature(model.forward).parameters)
-    if missing := {"past_key_values", "position_ids", "attention_mask"} - parameters:
-        return f"the model's forward takes no {', '.join(sorted(missing))}"
-    return None

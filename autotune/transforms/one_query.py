@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import roofline
+from .. import roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
 
@@ -38,9 +38,9 @@ class OneQueryAttention(Transform):
         if hardware.device != "cpu":
             return f"the kernel is for CPUs; this model runs on {hardware.device}"
         model = variant.modules["decode"]
-        if model.config._attn_implementation == IMPLEMENTATION:
+        if seam.attention_of(model) == IMPLEMENTATION:
             return "decode uses it already"
-        if not getattr(model, "_supports_sdpa", False):
+        if not seam.supports(model, "sdpa"):
             return f"{type(model).__name__} does not take other attention implementations"
         from .. import kernels
 
@@ -55,7 +55,7 @@ class OneQueryAttention(Transform):
         use_kernel(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
-        used = variant.modules["decode"].config._attn_implementation
+        used = seam.attention_of(variant.modules["decode"])
         return None if used == IMPLEMENTATION else f"decode uses {used}"
 
 
@@ -69,19 +69,10 @@ def use_kernel(variant: Variant) -> None:
 
     if reason := kernels.available():
         raise TransformError(reason)
-    register(IMPLEMENTATION, attend)
-    if variant.modules["decode"].config._attn_implementation != IMPLEMENTATION:
+    seam.register_attention(IMPLEMENTATION, attend)
+    if seam.attention_of(variant.modules["decode"]) != IMPLEMENTATION:
         for module in variant.edit("decode"):
-            module.set_attn_implementation(IMPLEMENTATION)
-
-
-def register(name: str, function: Callable[..., Any]) -> None:
-    """Make an attention kernel known to transformers under a name; the masks are those of SDPA."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+            seam.use_attention(module, IMPLEMENTATION)
 
 
 def attend(
@@ -95,14 +86,9 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface: the kernel for one query, SDPA for more. Returns [B, Q, H, D]."""
-    plain = not any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    plain = all(kwargs.get(name) is None for name in seam.UNUSUAL)
     if query.shape[2] == 1 and query.shape[3] == value.shape[3] and plain:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         out: torch.Tensor = torch.ops.autotune.attend_one(query, key, value, None, attention_mask, scale)
         return out, None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    out, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return out, None
+    return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

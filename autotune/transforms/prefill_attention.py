@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import kernels, roofline
+from .. import kernels, roofline, seam
 from ..errors import ChoiceError, TransformError
-from . import Stage, Transform, one_query, require
+from . import Stage, Transform, require
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that stand for one of FP32
-UNUSUAL = ("softcap", "s_aux", "position_bias", "cache")  # arguments of transformers' interface that SDPA has to see to
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class PrefillAttention(Transform):
         if hardware.device != "cpu":
             return f"the kernel is for CPUs; this model runs on {hardware.device}"
         model = variant.modules["prefill"]
-        if (used := model.config._attn_implementation) in {f"autotune_{name}_prefill" for name in PARTS}:
+        if (used := seam.attention_of(model)) in {f"autotune_{name}_prefill" for name in PARTS}:
             return f"prefill already uses {used}"
-        if not getattr(model, "_supports_sdpa", False):
+        if not seam.supports(model, "sdpa"):
             return f"{type(model).__name__} does not take other attention implementations"
         return self._missing()
 
@@ -66,12 +65,12 @@ class PrefillAttention(Transform):
     def apply(self, variant: Variant) -> None:
         if reason := self._missing():
             raise TransformError(reason)
-        one_query.register(self.implementation, functools.partial(attend, PARTS[self.precision]))
+        seam.register_attention(self.implementation, functools.partial(attend, PARTS[self.precision]))
         for module in variant.edit("prefill"):
-            module.set_attn_implementation(self.implementation)
+            seam.use_attention(module, self.implementation)
 
     def took_effect(self, variant: Variant) -> str | None:
-        used = variant.modules["prefill"].config._attn_implementation
+        used = seam.attention_of(variant.modules["prefill"])
         return None if used == self.implementation else f"prefill uses {used}"
 
     def _missing(self) -> str | None:
@@ -96,19 +95,13 @@ def attend(
     """
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in UNUSUAL)
+    usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in seam.UNUSUAL)
     if usual and query.shape[2] > 1 and query.device.type == "cpu":
         spans = _spans(attention_mask, query.shape[2], key.shape[2])
         if spans is not None or (attention_mask is None and causal and query.shape[2] == key.shape[2]):
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
             return kernels.attend_many(query, key, value, spans, scale, parts), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    out: torch.Tensor
-    out, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return out, None
+    return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _spans(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:

@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import one_query
+from .. import seam
 
 aten = torch.ops.aten
 
-UNUSUAL = ("softcap", "s_aux", "position_bias", "cache")  # arguments of transformers' interface that SDPA has to see to
 FLASH_MULTIPLE = 8  # heads are padded to this many numbers, as SDPA does
 
 
@@ -98,7 +97,7 @@ def kernel(backend: str, device: torch.device) -> Kernel | None:
 def register(backend: str) -> str:
     """Make a backend known to transformers; returns the name to ask for."""
     name = KERNELS[backend].name
-    one_query.register(name, functools.partial(attend, backend))
+    seam.register_attention(name, functools.partial(attend, backend))
     return name
 
 
@@ -119,14 +118,10 @@ def attend(
         [B, Q, H, D].
     """
     chosen = kernel(backend, query.device)
-    usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in UNUSUAL)
+    usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in seam.UNUSUAL)
     fits = query.shape[-1] == value.shape[-1] and chosen is not None and (attention_mask is None or chosen.masks)
     if chosen is None or not usual or not fits:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     queries, causal = query.shape[2], kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(queries > 1 and attention_mask is None and causal)

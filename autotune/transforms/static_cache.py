@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import placement, roofline
+from .. import placement, roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
-from .lean_loop import cannot_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +69,11 @@ def no_slots(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode over slots, or None."""
     from ..cache import unsupported
 
-    return placement.one_device(model) or cannot_step(model) or unsupported(model.config.get_text_config(decoder=True))
+    return (
+        placement.one_device(model)
+        or seam.cannot_step(model)
+        or unsupported(model.config.get_text_config(decoder=True))
+    )
 
 
 def use_slots(variant: Variant, slots: int = 0) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import route
+from .. import route, seam
 from ..errors import AutotuneError, DeviceError, MeasurementError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Served:
             do_sample=False, use_cache=True, pad_token_id=self.pad_token_id, eos_token_id=eos_token_id
         )
 
-    def sample(self, call: route.Sampling) -> Any:
+    def sample(self, call: seam.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
             if not self.fall_back:
                 raise BypassedError(reason)
@@ -113,10 +113,10 @@ class Served:
             CandidateError: the variant raised.
         """
         model: Any = self.model
-        keep = {"logits_to_keep": last} if model._supports_logits_to_keep() else {}
+        keep = seam.last_logits(model, last)
         try:
             with torch.no_grad():
-                logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), **keep).logits
+                logits = seam.logits(model(input_ids=torch.tensor([ids], device=model.device), **keep))
         except DeviceError:
             raise
         except Exception as error:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from .. import sites
+from .. import seam, sites
 from ..transforms.linears import LinearTransform, joined
 from ..variant import Variant
 from .divergence import compare_logits
@@ -90,10 +90,9 @@ class Probe:
         with self.incumbent.turn():
             with variant.running("prefill") as module:
                 read = module(input_ids=ids[:, : self.context], use_cache=True)
-            cache = read.get("past_key_values")
+            cache = seam.cache_in(read)
             with variant.running("decode") as module:
-                if cache is None:  # a state that takes one token at a time
-                    whole: torch.Tensor = module(input_ids=ids[:, :-1], use_cache=False).logits
-                    return whole.float()
-                rest = module(input_ids=ids[:, self.context : -1], past_key_values=cache, use_cache=True)
-        return torch.cat([read.logits, rest.logits], dim=1).float()
+                if cache is None or not seam.counts_tokens(cache):  # a state that takes one token at a time
+                    return seam.logits(module(input_ids=ids[:, :-1], use_cache=False)).float()
+                rest = module(input_ids=ids[:, self.context : -1], **seam.over(variant.original, cache))
+        return torch.cat([seam.logits(read), seam.logits(rest)], dim=1).float()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from autotune import seam
 from autotune.transforms import Stage, Transform
 from autotune.variant import Variant
 
@@ -301,7 +302,7 @@ def stale_cache(module: Any) -> None:
     first: list[Any] = []
 
     def forward(inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        cache = kwargs["past_key_values"]
+        cache = seam.cache_in(kwargs)
         if not first:
             first.append((id(cache), [layer.keys[:1, :, :8].clone() for layer in cache.layers], cache))
         elif cache is not first[0][2]:
@@ -318,7 +319,7 @@ def past_boundary(length: int) -> Damage:
     def do(module: Any) -> None:
         def forward(inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
             out = inner(**kwargs)
-            if kwargs["past_key_values"].get_seq_length() > length:
+            if seam.cache_in(kwargs).get_seq_length() > length:
                 out.logits = out.logits.roll(1, dims=-1)
             return out
 
@@ -332,7 +333,7 @@ def worse_with_length(size: float) -> Damage:
 
     def do(module: Any) -> None:
         def forward(inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-            for layer in kwargs["past_key_values"].layers:
+            for layer in seam.cache_in(kwargs).layers:
                 grown = size * max(0, layer.keys.shape[2] - 200) / 200
                 wave = torch.sin(torch.arange(layer.keys.numel()).reshape(layer.keys.shape))
                 layer.keys = layer.keys + grown * wave
@@ -348,7 +349,7 @@ def coarse_cache(bits: int) -> Damage:
 
     def do(module: Any) -> None:
         def forward(inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-            for layer in kwargs["past_key_values"].layers:
+            for layer in seam.cache_in(kwargs).layers:
                 for name in ("keys", "values"):
                     held = getattr(layer, name)
                     step = held.abs().max() / (2 ** (bits - 1) - 1)

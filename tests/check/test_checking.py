@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from autotune import check
+from autotune import check, seam
 from autotune.check import checking
 from autotune.check.baseline import Environment, Pace
 from autotune.check.pace import Slowdown
@@ -64,7 +64,11 @@ def forgetful(model: Any) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
-        return out if ids.shape[1] > 1 else type(out)(logits=out.logits.flip(-1), past_key_values=out.past_key_values)
+        return (
+            out
+            if ids.shape[1] > 1
+            else type(out)(logits=out.logits.flip(-1), **{seam.output_cache_name(): seam.cache_in(out)})
+        )
 
     model.forward = forward
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from autotune.errors import TransformError
+from autotune.seam import attentions_of as in_use
 from autotune.transforms import attention, make, sdpa
-from autotune.transforms.attention import IMPLEMENTATIONS, Attention, in_use, operators
+from autotune.transforms.attention import IMPLEMENTATIONS, Attention, operators
 from autotune.variant import Variant, serving
 from tests import models
 from tests.test_transforms_contract import COMPILER

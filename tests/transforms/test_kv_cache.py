@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from autotune import device, kv
+from autotune import device, kv, seam
 from autotune.errors import ChoiceError, TransformError
 from autotune.profile import PhaseProfile, Profile
 from autotune.profile.counts import Forward, cache_size
@@ -116,14 +116,14 @@ def test_a_padded_batch_is_served() -> None:
 def test_the_caller_is_given_a_plain_cache() -> None:
     model, variant = held("gemma3", "int8")
     first = ask(serving(variant), LONG, return_dict_in_generate=True)
-    assert type(first.past_key_values) is DynamicCache
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-    plain = ask(model, LONG, return_dict_in_generate=True).past_key_values
-    full = first.past_key_values.layers[1].keys[:, :, :60], plain.layers[1].keys[:, :, :60]
+    assert type(seam.cache_in(first)) is DynamicCache
+    assert seam.cache_in(first).get_seq_length() == first.sequences.shape[1] - 1
+    plain = seam.cache_in(ask(model, LONG, return_dict_in_generate=True))
+    full = seam.cache_in(first).layers[1].keys[:, :, :60], plain.layers[1].keys[:, :, :60]
     assert 0 < (full[0] - full[1]).abs().max() < 0.02 * full[1].abs().max()
-    assert first.past_key_values.layers[0].keys.shape == plain.layers[0].keys.shape  # the sliding window's
+    assert seam.cache_in(first).layers[0].keys.shape == plain.layers[0].keys.shape  # the sliding window's
     longer = torch.cat([first.sequences, LONG[:, :3]], dim=1)
-    assert ask(model, longer, past_key_values=first.past_key_values).shape[1] == longer.shape[1] + 12
+    assert ask(model, longer, **seam.over(model, seam.cache_in(first))).shape[1] == longer.shape[1] + 12
 
 
 # Memory
@@ -138,7 +138,7 @@ def test_memory_counts_what_is_held(scheme: str, share: float) -> None:
     assert variant.kv is not None
     cache: Any = variant.kv.make(model.config)
     with torch.no_grad():
-        model(torch.tensor(token_prompts(2, length=kv.GROWTH // 2)).repeat(1, 2), past_key_values=cache)
+        model(torch.tensor(token_prompts(2, length=kv.GROWTH // 2)).repeat(1, 2), **seam.over(model, cache))
     stored = sum(store.size_bytes for layer in cache.layers for store in layer.stores)
     assert stored == variant.kv.bytes(model, 2, kv.GROWTH, 4)
 
@@ -199,7 +199,7 @@ def test_the_gate_sees_an_error_that_grows_with_the_context(
         ("llama", {"scheme": "int4", "backend": "quanto"}, "pip install optimum-quanto"),
         ("llama", {"scheme": "int4", "backend": "hqq"}, "pip install hqq"),
         ("mistral-window", {}, "every layer has a sliding window"),
-        ("mamba", {}, "past_key_values"),
+        ("mamba", {}, "position_ids"),
     ],
 )
 def test_unavailable(arch: str, params: dict[str, Any], says: str | None) -> None:

@@ -40,7 +40,7 @@ PROMPT, MODEL = Speculation("decode", "prompt", 5), Speculation("decode", "model
         (PROMPT, "llama", [QuantisedCache("decode")], (1,), "the KV cache is stored in int8"),
         (PROMPT, "llama", [PROMPT], (1,), "guesses ahead already"),
         (PROMPT, "llama", [], (2, 8), "batches of 2, 8"),
-        (PROMPT, "mamba", [], (1,), "past_key_values"),
+        (PROMPT, "mamba", [], (1,), "position_ids"),
     ],
 )
 def test_unavailable(
