@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from . import seam
+from .seam.layers import CacheLayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -18,7 +19,7 @@ ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
 
 
-class SlotLayer(seam.CacheLayer):  # type: ignore[no-untyped-call]
+class SlotLayer(CacheLayer):  # type: ignore[no-untyped-call]
     """One layer as transformers sees it; tensors and write position belong to the `SlotCache`, one position for all.
 
     A sliding window lives in the mask alone.

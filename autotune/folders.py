@@ -7,7 +7,9 @@ import functools
 import logging
 import os
 import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger("autotune")
@@ -70,3 +72,48 @@ def _temporary() -> Path | None:
 def warn_once(message: str) -> None:
     """Log a warning unless this process already has."""
     logger.warning(message)
+
+
+def write(path: Path, content: bytes) -> None:
+    """All or nothing, also when the process or the machine dies: a private temporary file, synced, then renamed."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")  # mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read(path: Path, most_bytes: int) -> bytes:
+    """The content of a regular, reasonably small file that only this user can have written.
+
+    Raises:
+        OSError: it cannot be opened, is a link, a directory or no regular file, is too large, or it or its directory is
+            not this user's alone; FileNotFoundError: there is none.
+    """
+    _require_private(os.stat(path.parent), "its directory")
+    with open(path, "rb", opener=_open_unlinked) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a regular file")
+        _require_private(status, "it")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(f"it is larger than {most_bytes >> 20} MB")
+    return content
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not block
+
+
+def _require_private(status: os.stat_result, what: str) -> None:
+    if status.st_uid != os.getuid():
+        raise OSError(f"{what} belongs to user {status.st_uid}, not to this one")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"{what} can be written by other users; expected mode 0600, and 0700 for the directory")

@@ -68,6 +68,7 @@ class Handle:
         self._thread: threading.Thread | None = None
         self._served = 0
         self._bypassed: Counter[str] = Counter()
+        self._problem: str | None = None  # why the model's calls are not routed
         self._state: State = "waiting" if when == "manual" else "observing"
         self._detail = "tuning starts with .tune()" if when == "manual" else f"tuning starts after {observe} calls"
 
@@ -116,9 +117,11 @@ class Handle:
 
         Raises:
             WorkloadError: no prompts were given and none were observed, or they cannot be used.
-            StateError: tuning is under way already, or the original was released.
+            StateError: tuning is under way already, the original was released, or the model is passed through.
         """
         self._bring_back("tune again")
+        if self._problem is not None:
+            raise StateError(self._problem)
         if workload is not None:
             self._given = self.read(workload)
         if self._given is None and not self._observer.ready(1):
@@ -184,6 +187,15 @@ class Handle:
         self._active = None
         route.detach(self._model)
         return self._model
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles of a model that is passed through are plain models, with None for a handle."""
+        return type(None), ()
+
+    def pass_through(self, reason: str) -> None:
+        """Be there, and leave every call to the model: its calls cannot be routed, for this reason."""
+        self._state, self._detail, self._problem = "passed through", reason, reason
+        route.hold(self._model, self)
 
     # What the routed model calls
 

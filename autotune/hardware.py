@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
     from .device import Device
 
-LIBRARIES = {"torch": "torch", "transformers": "transformers", "autotune": "autotune-inference"}
+LIBRARIES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "autotune": "autotune-inference",
+}
 OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 COMPILERS = ("c++", "g++", "clang++")
 

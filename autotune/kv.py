@@ -15,6 +15,7 @@ import torch
 
 from . import seam
 from .profile.counts import Forward, attention_layers
+from .seam.layers import CacheLayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -96,7 +97,7 @@ class Store:
         return sum(part.numel() * part.element_size() for part in self._parts)
 
 
-class NarrowLayer(seam.CacheLayer):  # type: ignore[no-untyped-call]
+class NarrowLayer(CacheLayer):  # type: ignore[no-untyped-call]
     """One layer with full attention. New tokens are attended to as they are, earlier ones as they were stored."""
 
     def __init__(self, scheme: Scheme) -> None:

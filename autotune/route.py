@@ -55,6 +55,11 @@ def attach(model: PreTrainedModel, router: Router) -> None:
     model.__class__ = routed_class(bare_class(model))
 
 
+def hold(model: PreTrainedModel, router: Router) -> None:
+    """Let this object have `router` without routing its calls through it."""
+    model.__dict__[SLOT] = router
+
+
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`, leaving no trace; layers stay."""
     model.__dict__.pop(SLOT, None)

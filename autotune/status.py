@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from .speculate import Tally
 
-State = Literal["observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed"]
+State = Literal[
+    "observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed", "passed through"
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Status:
 
     Args:
         state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning", "tuned", "original" (kept: nothing
-            was better), "rolled back", "stale" (the model changed) or "failed" (tuning or the plan failed).
+            was better), "rolled back", "stale" (the model changed), "failed" (tuning or the plan failed) or "passed
+            through" (calls cannot be routed with the installed versions).
         detail: one sentence more.
         transforms: the plan that serves, in words.
         served: calls served by the plan.

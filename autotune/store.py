@@ -8,9 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import stat
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +41,7 @@ def save(value: Plan) -> Path | None:
         return None
     text = plan.dumps(value)
     try:
-        _write(path, text.encode())
+        folders.write(path, text.encode())
         path.with_suffix(DOUBT).unlink(missing_ok=True)  # it was proven anew
     except OSError as error:
         folders.warn_once(f"plans are not kept: {path.parent}: {error.strerror}; tuning starts afresh next time")
@@ -63,7 +60,7 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
         if doubt is None:
             mark.unlink(missing_ok=True)
         else:
-            _write(mark, json.dumps({"reason": doubt}).encode())
+            folders.write(mark, json.dumps({"reason": doubt}).encode())
     except OSError as error:
         folders.warn_once(f"that a plan failed is not remembered: {mark.parent}: {error.strerror}")
 
@@ -77,7 +74,7 @@ def find(fingerprint: Fingerprint) -> Plan | None:
         logger.warning("the stored plan %s is not used: it failed while it served, see %s", path, mark)
         return None
     try:
-        content = _read(path)
+        content = folders.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, PlanError) as error:
@@ -93,48 +90,3 @@ def find(fingerprint: Fingerprint) -> Plan | None:
             path.replace(path.with_name(f"{path.name}.refused"))
         return None
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing, also when the process or the machine dies: a private temporary file, synced, then renamed."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _read(path: Path) -> bytes:
-    """The content of a regular, reasonably small file that only this user can have written.
-
-    Raises:
-        OSError: it cannot be opened, or is a link or a directory; FileNotFoundError: there is none.
-        PlanError: the file or its directory is not this user's alone, is no regular file, or is too large.
-    """
-    _require_private(os.stat(path.parent), "its directory")
-    with open(path, "rb", opener=_open_unlinked) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise PlanError("it is not a regular file")
-        _require_private(status, "it")
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise PlanError(f"it is larger than {MAX_BYTES >> 20} MB")
-    return content
-
-
-def _open_unlinked(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not block
-
-
-def _require_private(status: os.stat_result, what: str) -> None:
-    if status.st_uid != os.getuid():
-        raise PlanError(f"{what} belongs to user {status.st_uid}, not to this one")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PlanError(f"{what} can be written by other users; expected mode 0600, and 0700 for the directory")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import placement, route, seam
+from . import placement, route, selfcheck
 from . import policy as policies
 from .drafts import unfit
 from .errors import UnsupportedModelError
@@ -33,6 +34,9 @@ def wrap(
 ) -> PreTrainedModel:
     """Make a live causal LM faster without making it worse. Returns the object it was given.
 
+    With releases of torch or transformers that it was not tested with, it first finds out on a tiny model whether calls
+    can be routed. Where they cannot, it warns, the model stays as it is and `status.state` is "passed through".
+
     Args:
         model: a Hugging Face causal LM in eval mode, with its weights loaded.
         tokenizer: needed for prompts given as strings; also provides natural text to judge quality on.
@@ -57,7 +61,7 @@ def wrap(
         StateError: it was wrapped before and its original was released.
         ValueError: another value for `when`, `observe`, `keep_original` or `watch` than those above.
     """
-    if reason := unsupported(model):
+    if reason := _unfit(model):
         raise UnsupportedModelError(reason)
     if draft is not None and (reason := unfit(draft, model)):
         raise UnsupportedModelError(reason)
@@ -89,6 +93,10 @@ def wrap(
         progress=progress,
     )
     work = None if workload is None else handle.read(workload)
+    if (problem := selfcheck.problem(model)) is not None:
+        warnings.warn(f"autotune: {problem}", RuntimeWarning, stacklevel=2)
+        handle.pass_through(problem)
+        return model
     route.attach(model, handle)
     if work is not None:
         try:
@@ -101,6 +109,11 @@ def wrap(
 
 def unsupported(model: Any) -> str | None:
     """Why a model cannot be tuned, in a sentence that says what to do, or None."""
+    return _unfit(model) or selfcheck.problem(model)
+
+
+def _unfit(model: Any) -> str | None:
+    """What of the model itself keeps it from being tuned."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -110,7 +123,7 @@ def unsupported(model: Any) -> str | None:
         return f"{name} is not a transformers PreTrainedModel; autotune tunes causal LMs of that library{hint}"
     if model.config.is_encoder_decoder:
         return f"{name} is an encoder-decoder model; autotune tunes decoder-only causal LMs"
-    if not seam.has_loop(model):
+    if not model.can_generate():
         return f"{name} cannot generate (an encoder, or a head other than a language model's); pass a ...ForCausalLM"
     if (reason := placement.obstacle(model)) is not None:
         return f"{name} cannot be tuned where it lies: {reason}"

@@ -44,6 +44,7 @@ def doctor(args: Namespace) -> int:
     table.add_row("python", platform.python_version())
     for name, version in machine.versions.items():
         table.add_row(name, version)
+    table.add_row("versions", _versions())
     table.add_row("device", f"{machine.device}: {machine.name} ({machine.capability})")
     table.add_row("threads", f"{machine.threads} of {usable_cores()} usable cores")
     table.add_row("memory", n.scaled(machine.memory_bytes, "B"))
@@ -65,6 +66,17 @@ def doctor(args: Namespace) -> int:
         ready.add_row(name, reason or "available")
     _print(ready)
     return 0
+
+
+def _versions() -> str:
+    """Whether the installed versions are known to work, or what a check of them found."""
+    from .. import selfcheck, shrink, versions
+
+    others = versions.untested()
+    if not others:
+        return "all tested"
+    named = " and ".join(f"{name} {version}" for name, version in others.items())
+    return selfcheck.problem(shrink.llama()) or f"not tested with {named}; a check on a tiny model found no difference"
 
 
 def _add_counters(table: Table) -> None:

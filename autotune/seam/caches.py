@@ -1,0 +1,64 @@
+"""KV caches of transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .layers import CacheLayer
+
+
+def cache_over(layers: Iterable[CacheLayer]) -> Any:
+    """A cache of these layers."""
+    from transformers import Cache
+
+    return Cache(layers=list(layers))
+
+
+def growing_cache(config: PretrainedConfig | None = None, offloading: bool = False) -> Any:
+    """A cache that grows with its tokens.
+
+    Args:
+        config: of the text model; its layers with a sliding window keep no more than that. None: all keep everything.
+        offloading: whether all layers but the one in use lie in the host's memory.
+    """
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config, offloading=offloading)
+
+
+def narrow_cache(backend: str, config: PretrainedConfig, bits: int) -> Any:
+    """Transformers' own quantised cache, by library."""
+    from transformers import QuantizedCache
+
+    return QuantizedCache(backend, config, nbits=bits)
+
+
+def replace_layers(cache: Any, make: Callable[[], CacheLayer]) -> Any:
+    """The same cache with another layer in place of each that keeps every token as it comes."""
+    from transformers.cache_utils import DynamicLayer
+
+    cache.layers = [make() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [B, Hk, T, D] of every layer of a filled cache."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def counts_tokens(cache: Any) -> bool:
+    """Whether a cache has layers that keep keys and values by token; those of state-space models do not."""
+    return any(hasattr(layer, "get_seq_length") for layer in cache.layers)
+
+
+def holds_tokens(cache: Any) -> bool:
+    """Whether a cache has seen any token."""
+    if counts_tokens(cache):
+        return int(cache.get_seq_length()) > 0
+    return bool(cache.layers) and bool(cache.has_previous_state())

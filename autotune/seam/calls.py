@@ -1,0 +1,181 @@
+"""One call of generate's decoding loop, in autotune's own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .arguments import CACHE_NAMES, bare_class, cache_in, output_cache_name, over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOOP = "_sample"  # the decoding loop of greedy search and sampling
+OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # of that loop
+ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}  # that a plan understands
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One call of generate's greedy or sampling loop, as transformers prepared it.
+
+    Args:
+        model: the original, unrouted.
+        input_ids: [B, P] int64.
+        options: the loop's own keyword arguments, by the names in `OPTIONS`.
+        model_kwargs: what generate would pass on to forward (attention_mask, position_ids, the cache, ...).
+    """
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    options: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, input_ids: torch.Tensor, given: Mapping[str, Any]) -> Sampling:
+        """The call with keyword arguments `given`, told apart."""
+        options = {name: given[name] for name in OPTIONS if name in given}
+        return cls(model, input_ids, options, {k: v for k, v in given.items() if k not in options})
+
+    @property
+    def settings(self) -> Any:
+        """The generation configuration."""
+        return self.options["generation_config"]
+
+    @property
+    def streamer(self) -> Any:
+        return self.options.get("streamer")
+
+    @property
+    def processors(self) -> Any:
+        """The list of logits processors."""
+        return self.options["logits_processor"]
+
+    @property
+    def criteria(self) -> Any:
+        """The list of stopping criteria."""
+        return self.options["stopping_criteria"]
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """[B, P], 0 on padding; None where there is none."""
+        mask: torch.Tensor | None = self.model_kwargs.get("attention_mask")
+        return mask
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[B, P] or [1, P] int64, the position of every token of the prompt."""
+        prepared: torch.Tensor | None = self.model_kwargs.get("position_ids")
+        if prepared is not None:
+            return prepared
+        if self.mask is None:
+            return torch.arange(self.input_ids.shape[1], dtype=torch.int64, device=self.input_ids.device)[None]
+        positions = self.mask.long().cumsum(-1) - 1  # as prepared from 5.2 on
+        return positions.masked_fill(self.mask == 0, 0)
+
+    @property
+    def cache(self) -> Any:
+        """The cache that generate prepared or was given, or None."""
+        return cache_in(self.model_kwargs)
+
+    def has_callers_cache(self) -> bool:
+        """Whether the cache is one that the caller passed."""
+        return bool(getattr(self.cache, "_is_user_defined", False))
+
+    def prompt(self, cache: Any) -> dict[str, Any]:
+        """Keyword arguments for a forward over the whole prompt that fills `cache`."""
+        given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}
+        return {
+            "input_ids": self.input_ids,
+            **given,
+            "position_ids": self.positions,
+            **over(self.model, cache),
+            "return_dict": True,
+        }
+
+    def unusual_argument(self) -> str | None:
+        """Which argument for forward no plan understands, or None."""
+        if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in ARGUMENTS and v is not None):
+            return f"argument {unknown[0]}"
+        return "a cache of the caller's" if self.has_callers_cache() else None
+
+    def unusual(self) -> str | None:
+        """What is asked for that no plan can serve, or None."""
+        settings = self.settings
+        if reason := self.unusual_argument():
+            return reason
+        if not self.model_kwargs.get("use_cache", True):
+            return "use_cache=False"
+        if settings.cache_implementation is not None:
+            return f"cache_implementation={settings.cache_implementation!r}"
+        if self.options.get("synced_gpus") or settings.prefill_chunk_size is not None or settings.is_assistant:
+            return "chunked, synchronised or assistant generation"
+        return None
+
+    def run_on(self, model: PreTrainedModel) -> Any:
+        """Transformers' own loop on `model`, which must be unrouted or route its forward itself."""
+        cls: Any = bare_class(model)
+        return getattr(cls, LOOP)(model, self.input_ids, **self.options, **self.model_kwargs)
+
+    def original(self) -> Any:
+        return self.run_on(self.model)
+
+    def with_streamer(self, streamer: Any) -> Sampling:
+        return replace(self, options={**self.options, "streamer": streamer})
+
+    def with_processor_before(self, processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Sampling:
+        """The same call with one more logits processor, the first of all."""
+        processors = type(self.processors)([processor, *self.processors])
+        return replace(self, options={**self.options, "logits_processor": processors})
+
+    def with_fresh_cache(self, model: PreTrainedModel) -> Sampling:
+        """The same call for `model`, over a cache of its own, made as generate makes it."""
+        given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}
+        if self.cache is not None:
+            loose: Any = model
+            loose._prepare_cache_for_generation(
+                self.settings, given, None, self.input_ids.shape[0], self.settings.max_length
+            )
+        return replace(self, model=model, model_kwargs=given)
+
+    def pads(self) -> torch.Tensor | None:
+        """[] int64, what finished sequences are filled with; None where nothing ends a sequence early."""
+        if not any(hasattr(criterion, "eos_token_id") for criterion in self.criteria):
+            return None
+        pads: torch.Tensor = self.settings._pad_token_tensor
+        return pads.to(self.input_ids.device)
+
+    def result(
+        self, ids: torch.Tensor, scores: Sequence[torch.Tensor], logits: Sequence[torch.Tensor], cache: Any
+    ) -> Any:
+        """What the loop returns where a dictionary is asked for.
+
+        Args:
+            ids: [B, P + new].
+            scores, logits: one tensor [B, V] a token; what was not asked for is not returned.
+            cache: filled with all tokens but the last.
+        """
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        result: dict[str, Any] = {
+            "sequences": ids,
+            "scores": tuple(scores) if self.settings.output_scores else None,
+            "logits": tuple(logits) if self.settings.output_logits else None,
+            output_cache_name(): cache,
+        }
+        return GenerateDecoderOnlyOutput(**result)
+
+
+def other_loops(cls: type) -> list[str]:
+    """Names of the decoding loops of a model class that no plan serves (beam search, assisted decoding, ...)."""
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    return [name for name in sorted(set(GENERATION_MODES_MAPPING.values()) - {LOOP}) if hasattr(cls, name)]
+
+
+def routable(cls: type) -> bool:
+    """Whether a model class has the loop that is routed."""
+    return hasattr(cls, LOOP)

@@ -1,0 +1,47 @@
+"""What else of a model's class belongs to transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COMPILED = ("_compiled_call", "_last_compile_config")  # where generate keeps a model's compiled forward
+ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # functions that all models' modules have
+
+
+def uncompiled(twin: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model without the compiled forward that belongs to the model it was copied from."""
+    for leftover in COMPILED:
+        twin.__dict__.pop(leftover, None)
+    return twin
+
+
+def experts(model: Any) -> str:
+    """How a mixture of experts is computed; "" where the model or the release knows but one way."""
+    known = getattr(model, "get_experts_implementation", None)
+    return str(known()) if known is not None else ""
+
+
+def conv1d() -> type[torch.nn.Module]:
+    """The linear layer of GPT-2's family, whose weight is transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
+def causal_lms() -> Mapping[str, str]:
+    """Model type -> name of its causal LM class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def forward_function(module: torch.nn.Module) -> Any:
+    """The function that a module's class has written down as its forward, without what decorates it."""
+    return inspect.unwrap(type(module).forward)
