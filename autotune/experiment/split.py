@@ -228,7 +228,7 @@ class Split(Layer):
         """Why the candidate cannot answer a call, or None."""
         if call.has_callers_cache():
             return "a cache of the caller's"
-        if call.model_kwargs.get("inputs_embeds") is not None:  # of the live model's own embedding
+        if call.has_embeddings():  # of the live model's own embedding
             return "argument inputs_embeds"
         if (kind := call.settings.cache_implementation) is not None:
             return f"cache_implementation={kind!r}"

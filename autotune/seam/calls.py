@@ -85,6 +85,10 @@ class Sampling:
         """Whether the cache is one that the caller passed."""
         return bool(getattr(self.cache, "_is_user_defined", False))
 
+    def has_embeddings(self) -> bool:
+        """Whether the caller passed the prompt's embeddings in place of its tokens."""
+        return self.model_kwargs.get("inputs_embeds") is not None
+
     def prompt(self, cache: Any) -> dict[str, Any]:
         """Keyword arguments for a forward over the whole prompt that fills `cache`."""
         given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import roofline
+from .. import roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, one_query
 from .static_cache import no_slots, roomy_slots
@@ -47,7 +47,7 @@ class StepProgram(Transform):
             return "the decode step is recorded or compiled already"
         if reason := no_slots(variant.original):
             return reason
-        uses_kernel = variant.modules["decode"].config._attn_implementation == one_query.IMPLEMENTATION
+        uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query.IMPLEMENTATION
         return None if uses_kernel else one_query.OneQueryAttention("decode").unavailable(variant, hardware)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
