@@ -209,7 +209,7 @@ def forward(
     mixed = len(masks) > 1 and getattr(config, "layer_types", None)
     mask: Any = masks if mixed else list(masks.values())[-1]
     cache = seam.cache_over(SlotLayer(k, v, slot) for k, v in zip(keys, values, strict=True))
-    return seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **seam.over(model, cache)))
+    return seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **seam.over(model, cache, slot)))
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -121,7 +121,7 @@ class Drafter:
 
     def _position(self, index: int) -> torch.Tensor:
         """Position [1, 1] of the sequence's token number `index`, which is none of the prompt's."""
-        return self.call.positions[:, -1:] + (index - self.call.input_ids.shape[1] + 1)
+        return self.call.last_position + (index - self.call.input_ids.shape[1] + 1)
 
 
 def unfit(draft: Any, model: PreTrainedModel) -> str | None:

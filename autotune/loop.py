@@ -39,6 +39,7 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
     """Decode with the cache that generate prepared."""
     config, kv = variant.original.config.get_text_config(decoder=True), variant.kv
     cache, mask = call.cache if kv is None else kv.make(config), call.mask
+    cache = seam.growing_cache(config) if cache is None else cache
     with variant.running("prefill") as module:
         logits = seam.logits(module(**call.prompt(cache)))[:, -1]
 
@@ -106,7 +107,7 @@ def sample(
         keep: told that the latest step counts; None when a step cannot be taken back.
     """
     config, processors, criteria, streamer = call.settings, call.processors, call.criteria, call.streamer
-    ids, position, pads = call.input_ids, call.positions[:, -1:], call.pads()
+    ids, position, pads = call.input_ids, call.last_position, call.pads()
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     device = devices.of(ids.device)
     choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)

@@ -170,6 +170,7 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
+    body |= seam.marking(cls)
     body |= {name: _unrouted(cls, name) for name in seam.other_loops(cls)}
     return type(cls.__name__, (cls,), body)
 

@@ -228,9 +228,7 @@ class _PhaseSwitch(_Quiet):
     """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ids, cache = kwargs["input_ids"], seam.cache_in(kwargs)
-        decoding = ids.shape[1] == 1 and cache is not None and seam.holds_tokens(cache)
-        with self.variant.running("decode" if decoding else "prefill") as module:
+        with self.variant.running("decode" if seam.is_decoding(kwargs) else "prefill") as module:
             return module(*args, **kwargs)
 
     def sample(self, call: seam.Sampling) -> Any:

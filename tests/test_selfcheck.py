@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.generation import utils as generation
 
 import autotune
@@ -61,7 +61,7 @@ def rename_the_cache(patch: pytest.MonkeyPatch) -> None:
 
     def prepared(self: Any, config: Any, kwargs: dict[str, Any], *args: Any) -> Any:
         result = prepare(self, config, kwargs, *args)
-        kwargs["kv_state"] = kwargs.pop(name)
+        kwargs["kv_state"] = kwargs.pop(name, None) or DynamicCache(config=self.config)
         return result
 
     @functools.wraps(sample)

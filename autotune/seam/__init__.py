@@ -6,6 +6,10 @@ and stands in a table where it is not:
 
     the cache argument and field   cache (from 5.24), past_key_values (to 5.23), cache_params (Mamba, to 5.23)
     position_ids before the loop   prepared by generate (from 5.2), by the loop itself (before)
+    the cache before the loop      prepared by generate; left to forward (5.0)
+    a caller's cache               marked by generate (from 5.17), by the routed class (before)
+    Mamba's cache                  has layers (from 5.4); is known by cache_position alone (before)
+    where tokens go in the cache   is asked of the cache (from 5.4), an argument cache_position (before)
     CacheLayer.get_mask_sizes      takes the number of queries (from 5.4), their positions (before)
     a layer's capacity             get_max_length (from 5.13), get_max_cache_shape (before)
     attention functions            found by `get_interface` (from 5.1), by name (before)
@@ -17,6 +21,7 @@ from __future__ import annotations
 from .arguments import (
     BARE,
     CACHE_NAMES,
+    PLACES,
     bare_class,
     cache_argument,
     cache_in,
@@ -51,12 +56,12 @@ from .caches import (
     cache_over,
     counts_tokens,
     growing_cache,
-    holds_tokens,
+    is_decoding,
     keys_and_values,
     narrow_cache,
     replace_layers,
 )
-from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, other_loops, routable
+from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, routable
 from .models import COMPILED, EAGER, ROTARY, causal_lms, conv1d, experts, forward_function, uncompiled
 
 __all__ = [
@@ -67,6 +72,7 @@ __all__ = [
     "EAGER",
     "LOOP",
     "OPTIONS",
+    "PLACES",
     "ROTARY",
     "SUPPORTS",
     "UNUSUAL",
@@ -89,11 +95,12 @@ __all__ = [
     "experts",
     "forward_function",
     "growing_cache",
-    "holds_tokens",
+    "is_decoding",
     "keeps_last_logits",
     "keys_and_values",
     "last_logits",
     "logits",
+    "marking",
     "narrow_cache",
     "other_loops",
     "output_cache_name",

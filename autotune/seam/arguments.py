@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of the argument and the output's field; newest first
 BARE = "_autotune_bare"  # attribute of a routed class that holds the class it routes
+PLACES = "cache_position"  # to 5.3: the argument that says where in the cache the tokens go
 _CACHE_NAME: dict[type, str | None] = {}  # model class -> the name that its forward has for its cache
+_TAKES_PLACES: dict[type, bool] = {}  # model class -> whether its forward takes `PLACES`
 
 
 def bare_class(model: Any) -> type[PreTrainedModel]:
@@ -52,9 +54,21 @@ def output_cache_name() -> str:
     return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[0])
 
 
-def over(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
-    """Keyword arguments for a forward of `model` over `cache`, which it reads and fills."""
-    return {cache_name(model) or output_cache_name(): cache, "use_cache": True}
+def over(model: PreTrainedModel, cache: Any, at: torch.Tensor | None = None) -> dict[str, Any]:
+    """Keyword arguments for a forward of `model` over `cache`, which it reads and fills.
+
+    Args:
+        at: [K] int64, where in the cache the tokens go, for releases that would ask the cache, and wait for its answer.
+    """
+    given = {cache_name(model) or output_cache_name(): cache, "use_cache": True}
+    return given if at is None or not _takes_places(model) else {**given, PLACES: at}
+
+
+def _takes_places(model: PreTrainedModel) -> bool:
+    cls = bare_class(model)
+    if cls not in _TAKES_PLACES:
+        _TAKES_PLACES[cls] = PLACES in parameters(model)
+    return _TAKES_PLACES[cls]
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:

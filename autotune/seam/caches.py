@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .arguments import cache_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,11 +56,17 @@ def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def counts_tokens(cache: Any) -> bool:
     """Whether a cache has layers that keep keys and values by token; those of state-space models do not."""
-    return any(hasattr(layer, "get_seq_length") for layer in cache.layers)
+    return any(hasattr(layer, "get_seq_length") for layer in getattr(cache, "layers", ()))
 
 
-def holds_tokens(cache: Any) -> bool:
-    """Whether a cache has seen any token."""
+def is_decoding(given: Mapping[str, Any]) -> bool:
+    """Whether a forward with these keyword arguments is a decode step: one token onto a cache that has seen some."""
+    cache = cache_in(given)
+    if cache is None or given["input_ids"].shape[1] != 1:
+        return False
+    if not hasattr(cache, "layers"):  # Mamba's, to 5.3
+        position = given.get("cache_position")
+        return position is not None and int(position[-1]) > 0
     if counts_tokens(cache):
         return int(cache.get_seq_length()) > 0
     return bool(cache.layers) and bool(cache.has_previous_state())

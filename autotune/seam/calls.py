@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -73,12 +74,21 @@ class Sampling:
             return prepared
         if self.mask is None:
             return torch.arange(self.input_ids.shape[1], dtype=torch.int64, device=self.input_ids.device)[None]
-        positions = self.mask.long().cumsum(-1) - 1  # as prepared from 5.2 on
-        return positions.masked_fill(self.mask == 0, 0)
+        return (self.mask.long().cumsum(-1) - 1).masked_fill(self.mask == 0, 1)
+
+    @property
+    def last_position(self) -> torch.Tensor:
+        """[B, 1] or [1, 1] int64, the position that the first new token follows.
+
+        Where the loop prepares positions it counts what the mask admits, so that right padding takes none.
+        """
+        if self.model_kwargs.get("position_ids") is None and self.mask is not None:
+            return self.mask.long().sum(-1, keepdim=True) - 1
+        return self.positions[:, -1:]
 
     @property
     def cache(self) -> Any:
-        """The cache that generate prepared or was given, or None."""
+        """The cache that generate prepared or was given; None where it is left to forward to make one (5.0)."""
         return cache_in(self.model_kwargs)
 
     def has_callers_cache(self) -> bool:
@@ -104,6 +114,9 @@ class Sampling:
         """Which argument for forward no plan understands, or None."""
         if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in ARGUMENTS and v is not None):
             return f"argument {unknown[0]}"
+        given = self.model_kwargs.get("position_ids") is not None
+        if given and not hasattr(self.model, "_prepare_position_ids_for_generation"):
+            return "argument position_ids"  # to 5.1 the loop does not count on from the caller's
         return "a cache of the caller's" if self.has_callers_cache() else None
 
     def unusual(self) -> str | None:
@@ -171,6 +184,25 @@ class Sampling:
             output_cache_name(): cache,
         }
         return GenerateDecoderOnlyOutput(**result)
+
+
+def marking(cls: type) -> dict[str, Callable[..., Any]]:
+    """Methods by name for a routed class, which mark a cache that generate was given as the caller's.
+
+    Releases to 5.16 do not; without the mark it could not be told from one that generate prepared.
+    """
+    name = "_prepare_cache_for_generation"
+    if not hasattr(cls, name):
+        return {}
+
+    @functools.wraps(getattr(cls, name))
+    def marked(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        cache = cache_in(model_kwargs)
+        if hasattr(cache, "__dict__"):
+            cache._is_user_defined = True
+        return getattr(cls, name)(self, generation_config, model_kwargs, *args, **kwargs)
+
+    return {name: marked}
 
 
 def other_loops(cls: type) -> list[str]:
