@@ -56,6 +56,8 @@ class Quality:
         tokens, prompts: how many were scored.
         strata: mean KLD by stratum ("natural", "own", "second-prompt", "padded-batch", "long", ...).
         certainty: the same tokens by how sure the original was of them; only such as there are.
+        examined: whether the candidate was examined at all. False: there was no exam, or the candidate left prompts of
+            it to the original; the verdict is INCONCLUSIVE then and says nothing about the candidate's output.
     """
 
     tier: str
@@ -74,6 +76,7 @@ class Quality:
     prompts: int = 0
     strata: dict[str, float] = field(default_factory=dict)
     certainty: tuple[Certainty, ...] = ()
+    examined: bool = True
 
 
 @dataclass(frozen=True)
