@@ -101,6 +101,7 @@ class Latency:
         buckets: per bucket name "b1/p64/n32" the three speed-ups by metric name.
         reference_s, candidate_s: raw samples by metric name ("ttft", "tpot", "end_to_end").
         warnings: what the measurement noticed about its own noise.
+        drowned: whether it fails for this machine's noise alone, which hides a gain that may be worth having.
     """
 
     verdict: Verdict
@@ -113,3 +114,4 @@ class Latency:
     reference_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     candidate_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    drowned: bool = False
