@@ -28,7 +28,7 @@ class Outcome(enum.StrEnum):
     REJECTED = "rejected"  # surely worse, not faster, or over a limit
     INCONCLUSIVE = "inconclusive"  # measured, and the figures do not decide
     ERROR = "error"  # it raised
-    BLOCKED = "blocked"  # it should work here, and something that can be put right kept it from being tried or judged
+    BLOCKED = "blocked"  # called for, and something other than its figures kept it from being tried or judged
     UNREACHED = "unreached"  # the budget was spent before its turn
     SKIPPED = "skipped"  # not called for: another bottleneck or device, or the roofline promises too little
     UNAVAILABLE = "unavailable"  # not for this model or machine, needs a package that is not there, or is in use

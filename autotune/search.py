@@ -24,6 +24,7 @@ from .transforms import Blocker, Transform
 from .transforms.linears import reusing
 from .validate import Latency, Quality, Verdict
 from .variant import Variant
+from .verdict import UNTRIED
 from .workload import Phase
 
 log = logging.getLogger("autotune")
@@ -169,8 +170,10 @@ class _Search:
             if self.clock() >= self.deadline:
                 return self.unreached(replace(refined, seconds=0.0, compile_s=0.0)), None
             trial, candidate = self.attempt(refined, state.variant)
+            if trial.outcome in UNTRIED:
+                break
             trial = replace(trial, reason=f"{proposal.reason}; {trial.reason}")
-            if trial.quality is None or trial.quality.verdict in (Verdict.PASS, Verdict.ERROR):
+            if trial.quality is None or trial.quality.verdict is Verdict.PASS:
                 break
         return trial, candidate
 

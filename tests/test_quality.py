@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -196,15 +197,14 @@ class Reluctant(Variant):
 def test_what_the_original_serves_proves_nothing(model, exam):
     found = judge(exam, Reluctant(model, lambda call: True), "strict")
     assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
-    assert found.reason == "it serves 0 of 16 prompts and leaves the others to the original (not this)"
+    assert found.reason == "it leaves 16 of 16 prompts to the original: not this"
 
 
 def test_a_few_prompts_that_are_served_do_not_stand_for_the_others(model, exam):
     longest = max(len(text.context) for text in exam.texts[1:])
     found = judge(exam, Reluctant(model, lambda call: call.input_ids.shape == (1, longest)), "strict")
     assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
-    assert found.reason.startswith("it serves ")
-    assert "(not this)" in found.reason
+    assert re.fullmatch(r"it leaves \d{1,2} of 16 prompts to the original: not this", found.reason)
     assert found.tokens > 0
 
 

@@ -229,6 +229,12 @@ REFINED = "kept layera at 8 bits, 5% of the weights: alone it causes 0.06 of 0.0
             {"a": "rejected", "a3": "rejected"},
             "quality of a3",
         ),
+        (
+            {},
+            {"probes": {"a": ScriptedProbe()}, "speed": {"a2": Verdict.ERROR}},
+            {"a": "rejected", "a2": "error"},
+            "speed of a2",
+        ),
         ({}, {"probes": {"a": object()}}, {"a": "rejected"}, "its layers could not be compared: AttributeError"),
     ],
 )
@@ -240,6 +246,13 @@ def test_a_scheme_that_fails_is_tried_without_the_layers_that_made_it_fail(
     assert outcomes(found) == expected
     assert reason in found.trials[-1].reason
     assert scripted.calls[:2] == ["judge a strict", "probe a strict"]
+
+
+def test_a_refined_scheme_that_was_not_judged_says_why_and_nothing_else() -> None:
+    """So that a verdict can put equal causes together."""
+    bench = ScriptedBench({"a": Verdict.FAIL}, {"a3": Verdict.ERROR}, probes={"a": ScriptedProbe(2)})
+    found = run(bench, policy(step({})))
+    assert (found.trials[-1].outcome, found.trials[-1].reason) == (Outcome.ERROR, "speed of a3")
 
 
 def test_a_refined_scheme_has_to_promise_more_than_the_next_choice() -> None:

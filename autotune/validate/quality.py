@@ -212,7 +212,7 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
     answered = len(set(tally.prompts("first-prompt")) | set(tally.prompts("second-prompt")))
     if answered < exam.size.prompts:
         why = ", ".join(reason for reason, _ in tally.left.most_common())
-        reason = f"it serves {answered} of {exam.size.prompts} prompts and leaves the others to the original ({why})"
+        reason = f"it leaves {exam.size.prompts - answered} of {exam.size.prompts} prompts to the original: {why}"
         return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason, examined=False)
     gated = gates(found, limits, exam)
     for what, point, _, limit in gated:
