@@ -243,6 +243,15 @@ def test_what_could_not_be_tried_is_said_and_not_kept(
         assert "Replayed from the plan" in capsys.readouterr().out
 
 
+def test_a_model_that_is_passed_through_ends_like_one_of_which_nothing_could_be_tried(
+    saved, prompts, monkeypatch, capsys
+):
+    monkeypatch.setattr("autotune.selfcheck.problem", lambda model: "calls differ with transformers 9.9")
+    with pytest.warns(RuntimeWarning, match="calls differ"):
+        assert cli.main(["tune", str(saved), "--prompts", str(prompts)]) == cli.UNMEASURED
+    assert "\nautotune: calls differ with transformers 9.9\n" in capsys.readouterr().err
+
+
 def test_an_outcome_that_an_earlier_version_kept_without_having_tried_is_searched_anew(
     saved, prompts, tmp_path, capsys
 ):

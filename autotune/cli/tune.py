@@ -86,6 +86,8 @@ def _tuned(
             progress=progress.update,
         )
     handle: Any = model.autotune
+    if handle.status.state == "passed through":
+        raise MeasurementError(handle.status.detail)
     from .. import plan
 
     report = handle.report()
