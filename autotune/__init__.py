@@ -5,6 +5,7 @@
 Read in this order:
 
     tune -> search -> bench           the loop: its frame, its decisions (pure), its measurements
+    verdict                           what a search came to: a sentence, worth keeping or not (pure)
     sensitivity                       the layers that make a scheme fail the gate, and what to try without them
     wrap -> handle -> route           the model object: its life, its interception
     variant                           copy-on-write: one way to run the model

@@ -57,6 +57,7 @@ class Handle:
         self._model, self._when, self._observe, self._cache = model, when, observe, cache
         self._keep_original, self._original = keep_original, Original(model)
         self._notify = progress or log.info
+        self._quiet = progress is None
         self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
         self._given: Workload | None = None
         self._traffic = Traffic()
@@ -362,6 +363,8 @@ class Handle:
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
         self._snapshot = snapshot
         self._switch(self._tuned.variant)
+        if self._quiet and self._tuned.doubt is not None:  # whoever draws progress was told
+            log.warning("%s. This is not kept as a plan: %s", self._tuned.verdict, self._tuned.doubt)
         if self._keep_original is not True:
             self._send_away(park=self._keep_original == "parked")
 

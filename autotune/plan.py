@@ -22,12 +22,16 @@ SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schem
 
 
 class Outcome(enum.StrEnum):
-    ACCEPTED = "accepted"
-    REJECTED = "rejected"
-    SKIPPED = "skipped"
-    UNAVAILABLE = "unavailable"
-    ERROR = "error"
-    INCONCLUSIVE = "inconclusive"
+    """What became of a candidate. Whether it was tried is a question apart: `verdict.UNTRIED`, `verdict.UNWANTED`."""
+
+    ACCEPTED = "accepted"  # no worse, and faster
+    REJECTED = "rejected"  # surely worse, not faster, or over a limit
+    INCONCLUSIVE = "inconclusive"  # measured, and the figures do not decide
+    ERROR = "error"  # it raised
+    BLOCKED = "blocked"  # called for, and something other than its figures kept it from being tried or judged
+    UNREACHED = "unreached"  # the budget was spent before its turn
+    SKIPPED = "skipped"  # not called for: another bottleneck or device, or the roofline promises too little
+    UNAVAILABLE = "unavailable"  # not for this model or machine, needs a package that is not there, or is in use
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from .plan import Outcome, Trial
 from .policy import Choice, Limits, Policy, Step
 from .profile import Profile
 from .sensitivity import Probe, Promises, Refinement, refine
-from .transforms import Transform
+from .transforms import Blocker, Transform
 from .transforms.linears import reusing
 from .validate import Latency, Quality, Verdict
 from .variant import Variant
+from .verdict import UNTRIED
 from .workload import Phase
 
 log = logging.getLogger("autotune")
@@ -116,7 +117,7 @@ class _Search:
             if ruled_out := rule_out(trial, state, self.policy.limits, self.hardware):
                 trial = ruled_out
             elif self.clock() >= self.deadline:
-                trial = replace(trial, reason=f"the budget of {self.policy.budget_s:.0f} s was spent")
+                trial = self.unreached(trial)
             else:
                 self.notify(f"trying {transform}: predicted up to {trial.predicted:.2f}x for {step.phase}")
                 with reusing():
@@ -128,6 +129,9 @@ class _Search:
             if trial.outcome is Outcome.ACCEPTED and candidate is not None:
                 state = self.examine(candidate)
         return state
+
+    def unreached(self, trial: Trial) -> Trial:
+        return replace(trial, outcome=Outcome.UNREACHED, reason=f"the budget of {self.policy.budget_s:.0f} s was spent")
 
     def attempt(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
         """One candidate from application to verdict, with what it took."""
@@ -161,15 +165,15 @@ class _Search:
         seconds = failed.seconds + self.clock() - start
         trial = replace(failed, reason=f"{failed.reason}; {found.finding}", seconds=seconds)
         for proposal in found.proposals:
-            if self.clock() >= self.deadline:
-                break
             self.trials.append(trial)
-            trial, candidate = self.attempt(
-                replace(failed, transform=proposal.transform, predicted=proposal.predicted, quality=None),
-                state.variant,
-            )
+            refined = replace(failed, transform=proposal.transform, predicted=proposal.predicted, quality=None)
+            if self.clock() >= self.deadline:
+                return self.unreached(replace(refined, seconds=0.0, compile_s=0.0)), None
+            trial, candidate = self.attempt(refined, state.variant)
+            if trial.outcome in UNTRIED:
+                break
             trial = replace(trial, reason=f"{proposal.reason}; {trial.reason}")
-            if trial.quality is None or trial.quality.verdict in (Verdict.PASS, Verdict.ERROR):
+            if trial.quality is None or trial.quality.verdict is Verdict.PASS:
                 break
         return trial, candidate
 
@@ -215,11 +219,11 @@ class _Search:
             candidate = incumbent.with_transform(transform)
             missing = transform.took_effect(candidate)
         except TransformError as error:
-            yield replace(trial, outcome=Outcome.UNAVAILABLE, reason=str(error)), None
+            yield replace(trial, outcome=Outcome.BLOCKED, reason=str(error)), None
             return
         yield (trial := replace(trial, compile_s=self.clock() - start)), None
         if missing is not None:
-            yield replace(trial, outcome=Outcome.REJECTED, reason=f"it had no effect: {missing}"), None
+            yield replace(trial, outcome=Outcome.BLOCKED, reason=f"it had no effect: {missing}"), None
             return
         memory = self.bench.memory_ratio(candidate)
         if memory > self.policy.limits.max_memory_ratio:
@@ -232,12 +236,13 @@ class _Search:
             yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
             return
         quality = self.bench.judge(candidate, tier_for(candidate, self.policy))
-        yield (trial := replace(trial, quality=quality, outcome=OUTCOMES[quality.verdict], reason=quality.reason)), None
+        outcome = OUTCOMES[quality.verdict] if quality.examined else Outcome.BLOCKED
+        yield (trial := replace(trial, quality=quality, outcome=outcome, reason=quality.reason)), None
         if quality.verdict is not Verdict.PASS:
             return
         latency = self.bench.race(incumbent, candidate, phase)
-        trial = replace(trial, latency=latency, outcome=OUTCOMES[latency.verdict], reason=latency.reason)
-        yield trial, candidate
+        outcome = Outcome.INCONCLUSIVE if latency.drowned else OUTCOMES[latency.verdict]
+        yield replace(trial, latency=latency, outcome=outcome, reason=latency.reason), candidate
 
 
 def search(
@@ -309,26 +314,34 @@ def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware
     """Predicted best-case speed-up of `phase`, or None where the transform cannot be had."""
     if transform.unavailable(state.variant, hardware) is not None:
         return None
+    return expect(transform, phase, state, hardware)
+
+
+def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
+    """Predicted best-case speed-up of `phase`, were the transform to be had."""
     return transform.predict(state.profile, hardware).get(phase, 1.0)
 
 
 def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> Trial | None:
     """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
-    if trial.predicted is None:
-        reason = trial.transform.unavailable(state.variant, hardware) or "not available"
-        return replace(trial, outcome=Outcome.UNAVAILABLE, reason=reason)
-    if trial.predicted < 1 + limits.min_gain:
-        reason = (
-            f"the roofline allows {trial.predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
-        )
-        return replace(trial, outcome=Outcome.SKIPPED, reason=reason)
+    missing, predicted = None, trial.predicted
+    if predicted is None:
+        missing = trial.transform.unavailable(state.variant, hardware) or "not available"
+        if not isinstance(missing, Blocker):
+            return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
+        predicted = expect(trial.transform, trial.target, state, hardware)  # is anything lost?
+    if predicted < 1 + limits.min_gain:
+        reason = f"the roofline allows {predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
+        return replace(trial, outcome=Outcome.SKIPPED, reason=reason, predicted=predicted)
+    if missing is not None:
+        return replace(trial, outcome=Outcome.BLOCKED, reason=str(missing), predicted=predicted)
     needed, free = trial.transform.extra_bytes(state.variant), ROOM * state.free_bytes
     if needed > free:
         reason = (
             f"it takes {needed / 1e9:.3g} GB beside what serves now, and {free / 1e9:.3g} GB of memory are free; "
             "a shorter workload, or keep_original=False once something smaller is committed, makes room"
         )
-        return replace(trial, outcome=Outcome.UNAVAILABLE, reason=reason)
+        return replace(trial, outcome=Outcome.BLOCKED, reason=reason)
     return None
 
 

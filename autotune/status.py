@@ -20,8 +20,8 @@ class Status:
 
     Args:
         state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning", "tuned", "original" (kept: nothing
-            was better), "rolled back", "stale" (the model changed), "failed" (tuning or the plan failed) or "passed
-            through" (calls cannot be routed with the installed versions).
+            better was proven, or nothing could be tried), "rolled back", "stale" (the model changed), "failed" (tuning
+            or the plan failed) or "passed through" (calls cannot be routed with the installed versions).
         detail: one sentence more.
         transforms: the plan that serves, in words.
         served: calls served by the plan.

@@ -18,8 +18,9 @@ from .policy import Policy
 from .report import Drawn, Report, read
 from .search import Found, search
 from .traffic import Traffic
-from .validate import Latency, Quality
+from .validate import Latency
 from .variant import Variant
+from .verdict import Conclusion, doubts
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ class Tuned:
 
     Args:
         variant: what should serve; without transforms it is the original.
-        verdict: one sentence with the numbers that decided.
+        verdict: one sentence with the numbers that decided, or with what could not be tried.
+        doubt: why "keep the original" is not kept as a plan, or None where the outcome is.
     """
 
     variant: Variant
     plan: Plan
     report: Drawn
     verdict: str
+    doubt: str | None = None
 
 
 def tune(
@@ -85,7 +88,9 @@ def tune(
             f"the model's weights changed during tuning: another thread or one of the transforms tried ({culprits}) "
             "wrote into them; nothing was committed; reload the model"
         )
-    if cache:
+    if tuned.doubt is not None:
+        notify(f"{tuned.verdict}. This is not kept as a plan: {tuned.doubt}")
+    elif cache:
         store.save(tuned.plan)
     return tuned
 
@@ -98,9 +103,9 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         failure = bench.stress(winner)
         if failure is None:
             quality, latency = bench.confirm(winner)
-    kept = latency is not None and latency.verdict == "pass"
+    conclusion = Conclusion(found.trials, winner.transforms, failure, quality, latency)
+    kept = conclusion.is_committed
     variant = winner if kept else bench.original
-    verdict = explain(found, quality, latency, failure)
     after = None
     if kept:
         bench.notify("profiling the winner")
@@ -113,7 +118,8 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         workload=describe(bench.workload),
         before=found.before.profile,
         diagnoses_before=found.before.diagnoses,
-        verdict=verdict,
+        verdict=conclusion.verdict,
+        doubt=conclusion.doubt,
         after=after,
         diagnoses_after=bench.diagnose(after) if after else {},
         transforms=variant.transforms,
@@ -129,7 +135,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     plan = Plan(identity, variant.transforms, quality, latency, found.trials, report.created, report.to_dict())
-    return Tuned(variant, plan, report, verdict)
+    return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt)
 
 
 def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
@@ -138,6 +144,9 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
         report = read(plan.summary)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
+        return None
+    if not plan.transforms and (doubt := doubts(plan.trials)):  # by an earlier version, which kept every outcome
+        log.info("the kept plan is not used (%s); searching anew", doubt)
         return None
     if not plan.transforms:
         seconds = time.monotonic() - start
@@ -166,27 +175,6 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
         f"{quality.mean_kld:.2g}, same top token {quality.same_top:.1%} on {quality.tokens} tokens"
     )
     return Tuned(variant, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
-
-
-def explain(found: Found, quality: Quality | None, latency: Latency | None, failure: str | None = None) -> str:
-    """The outcome in a sentence with numbers."""
-    if not found.after.variant.transforms:
-        tried = sum(t.quality is not None or t.latency is not None for t in found.trials)
-        return f"kept the original: none of {tried} candidates tried proved both faster and no worse"
-    names = " + ".join(map(str, found.after.variant.transforms))
-    if failure is not None:
-        return f"kept the original: with {names} {failure}"
-    if latency is None and quality is not None:
-        return f"kept the original: on held-out prompts {names} did not keep the quality: {quality.reason}"
-    if latency is None:
-        return f"kept the original: {names} could not be confirmed"
-    if latency.verdict != "pass":
-        return f"kept the original: on held-out prompts {names} did not confirm its speed: {latency.reason}"
-    e, d, p = latency.end_to_end, latency.tpot, latency.ttft
-    return (
-        f"committed {names}: requests {e.ratio:.2f}x as fast (95 % interval {e.low:.2f} to {e.high:.2f}), "
-        f"decode {d.ratio:.2f}x ({d.low:.2f} to {d.high:.2f}), prefill {p.ratio:.2f}x ({p.low:.2f} to {p.high:.2f})"
-    )
 
 
 def break_even(found: Found, latency: Latency | None, seconds: float) -> float | None:

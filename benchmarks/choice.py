@@ -55,7 +55,8 @@ class Arm:
 
     @property
     def tried(self) -> list[Trial]:
-        return [t for t in self.trials if t.outcome not in (Outcome.SKIPPED, Outcome.UNAVAILABLE)]
+        ruled_out = (Outcome.SKIPPED, Outcome.UNAVAILABLE, Outcome.BLOCKED, Outcome.UNREACHED)
+        return [t for t in self.trials if t.outcome not in ruled_out]
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,6 @@ import torch
 from autotune import device, policy
 from autotune.bench import LiveBench
 from autotune.errors import DeviceError
-from autotune.search import Found, State
 from autotune.sites import stored_bytes
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
@@ -18,7 +17,6 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
-from autotune.tune import explain
 from autotune.validate.score import Served
 from autotune.variant import Variant
 from autotune.workload import Workload
@@ -62,14 +60,6 @@ def test_what_only_the_largest_request_shows(rows: int, said: str | None) -> Non
     assert (found is None) == (said is None)
     assert said is None or said in str(found)
     assert fake.trims == (0 if said is None else 1)  # type: ignore[attr-defined]
-
-
-def test_the_verdict_says_that_it_failed() -> None:
-    bench = bench_of(tiny("llama"))
-    variant = bench.original.with_transform(LeanLoop(phase="decode"))
-    states = [State(v, None, {}) for v in (bench.original, variant)]  # type: ignore[arg-type]
-    verdict = explain(Found(*states, ()), None, None, "the workload's largest request failed: out of memory")
-    assert verdict == "kept the original: with lean_loop@decode the workload's largest request failed: out of memory"
 
 
 ERRORS = [

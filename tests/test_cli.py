@@ -7,12 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from autotune import cli, demo
 from autotune import policy as policies
-from autotune.errors import MeasurementError, UnsupportedModelError
+from autotune.errors import MeasurementError, TransformError, UnsupportedModelError
+from autotune.plan import Outcome, Trial
+from autotune.transforms.lean_loop import LeanLoop
+from autotune.variant import Variant
 from tests import models
 
 POLICY = """
@@ -25,6 +30,18 @@ budget_s = 30
 name = "threads"
 when = { phase = "decode", device = ["cuda"] }
 choices = [{ transform = "threads", count = 1, phase = "decode" }]
+"""
+
+LOOP = """
+name = "loop"
+description = "One candidate"
+objective = "latency"
+tier = "strict"
+budget_s = 120
+[[steps]]
+name = "loop"
+when = { phase = "decode" }
+choices = [{ transform = "lean_loop", phase = "decode" }]
 """
 
 
@@ -164,6 +181,109 @@ def test_tune_writes_report_and_plan(saved, prompts, tmp_path, capsys):
     assert "Replayed from the plan" in capsys.readouterr().out
     assert cli.main([*argv, "--no-cache"]) == cli.DONE
     assert "Replayed from the plan" not in capsys.readouterr().out
+
+
+def refuse(patch):
+    """The only candidate refuses when it is applied."""
+
+    def apply(self, variant):
+        raise TransformError(f"{self}: it cannot after all")
+
+    patch.setattr(LeanLoop, "apply", apply)
+
+
+def bypass(patch):
+    """The only candidate leaves every call to the original, as with a transformers release that renamed an argument."""
+    patch.setattr(Variant, "unsupported", lambda self, call: "argument cache" if self.transforms else None)
+
+
+def ruin(patch):
+    """The only candidate answers nonsense."""
+
+    def apply(self, variant):
+        variant.loop = "lean"
+        (module,) = variant.edit("decode")
+        torch.manual_seed(0)
+        module.lm_head = torch.nn.Linear(64, models.VOCABULARY, bias=False)
+
+    patch.setattr(LeanLoop, "apply", apply)
+
+
+SERVED = "it leaves 16 of 16 prompts to the original: argument cache"
+ENDINGS = {  # what is done to the candidate, the exit code, the verdict, the candidate's outcome
+    "refused": (refuse, 3, "but 1 of 1 candidates could not be tried: it cannot after all (lean_loop)", "blocked"),
+    "bypassed": (bypass, 3, f"but 1 of 1 candidates could not be tried: {SERVED} (lean_loop)", "blocked"),
+    "turned down": (ruin, 0, ": the one candidate tried did not prove both faster and no worse", "rejected"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "code", "said", "outcome"), ENDINGS.values(), ids=ENDINGS.keys())
+def test_what_could_not_be_tried_is_said_and_not_kept(
+    change, code, said, outcome, saved, prompts, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "loop.toml").write_text(LOOP)
+    argv = ["tune", str(saved), "--prompts", str(prompts), "--policy", "loop.toml"]
+    with monkeypatch.context() as patch:
+        change(patch)
+        assert cli.main(argv) == code
+    out, err = capsys.readouterr()
+    failed = code == cli.UNMEASURED
+    folder = tmp_path / "out" / "tiny-llama-1.0"
+    record = json.loads((folder / "report.json").read_text())
+    assert record["verdict"].startswith(f"kept the original{'' if said[0] == ':' else ', '}{said}")
+    assert [(trial["transform"], trial["outcome"]) for trial in record["trials"]] == [("lean_loop", outcome)]
+    assert (record["doubt"] is not None) is failed
+    assert (f"autotune: {record['verdict']}" in err) is failed
+    assert ("No plan.json: 1 of 1 candidates could not be tried" in out) is failed
+    assert (folder / "plan.json").exists() is not failed
+    assert len(list((tmp_path / "cache" / "plans").glob("*.json"))) == (0 if failed else 1)
+    if not failed:  # and what was kept is believed
+        assert cli.main(argv) == cli.DONE
+        assert "Replayed from the plan" in capsys.readouterr().out
+
+
+def test_a_model_that_is_passed_through_ends_like_one_of_which_nothing_could_be_tried(
+    saved, prompts, monkeypatch, capsys
+):
+    monkeypatch.setattr("autotune.selfcheck.problem", lambda model: "calls differ with transformers 9.9")
+    with pytest.warns(RuntimeWarning, match="calls differ"):
+        assert cli.main(["tune", str(saved), "--prompts", str(prompts)]) == cli.UNMEASURED
+    assert "\nautotune: calls differ with transformers 9.9\n" in capsys.readouterr().err
+
+
+def test_an_outcome_that_an_earlier_version_kept_without_having_tried_is_searched_anew(
+    saved, prompts, tmp_path, capsys
+):
+    (tmp_path / "quick.toml").write_text(POLICY)
+    argv = ["tune", str(saved), "--prompts", str(prompts), "--policy", "quick.toml", "--budget", "20s"]
+    assert cli.main(argv) == cli.DONE
+    (kept,) = (tmp_path / "cache" / "plans").glob("*.json")
+    plan = json.loads(kept.read_text())
+    plan["trials"][0]["outcome"] = "error"
+    kept.write_text(json.dumps(plan))
+    capsys.readouterr()
+    assert cli.main(argv) == cli.DONE
+    assert "Replayed from the plan" not in capsys.readouterr().out
+    assert json.loads(kept.read_text())["trials"][0]["outcome"] == "skipped"
+
+
+def test_the_demo_asks_nothing_where_nothing_could_be_tried(monkeypatch, capsys):
+    tried = Trial(LeanLoop("decode"), "step", "decode", Outcome.BLOCKED, "why")
+    report = SimpleNamespace(to_dict=lambda: {"verdict": "kept the original, but nothing could be tried"})
+    handle = SimpleNamespace(plan=SimpleNamespace(trials=(tried,)), report=lambda: report)
+    monkeypatch.setattr(demo, "model_file", lambda: Path("model"))
+    monkeypatch.setattr("autotune.cli.tune._tuned", lambda *_, **__: (SimpleNamespace(autotune=handle), object()))
+    monkeypatch.setattr(demo, "answers", lambda *_: pytest.fail("the demo asked"))
+    assert cli.main(["demo"]) == cli.UNMEASURED
+    assert capsys.readouterr().err == "autotune: kept the original, but nothing could be tried\n"
+
+
+@pytest.mark.parametrize("command", ["tune", "demo"])
+def test_the_help_says_what_the_exit_codes_mean(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "3: nothing of what should have been tried could be" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("option", "kept"), [([], True), (["--release"], False)], ids=["kept", "released"])

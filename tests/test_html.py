@@ -43,7 +43,7 @@ FULL = replace(COMMITTED, quality=replace(PASSED, certainty=SURE), latency=TIMED
 UNKNOWN = Speedup(NAN, NAN, NAN, 0)
 NEW = {"certainty", "samples", "flops", "moved_bytes", "after_flops", "after_moved_bytes", "roofline_share"}
 NEW |= {"ttft", "tpot"}  # of a trial
-LATER = {"device", "ncu", "bytes_after_release"}
+LATER = {"device", "ncu", "bytes_after_release", "doubt"}
 
 
 def old(record: Any, *, trial: bool = False) -> Any:
@@ -215,7 +215,7 @@ def test_every_trial_is_listed_with_its_reason() -> None:
         assert row[1:3] == [n.ratio(trial["predicted"]), n.ratio(trial["speedup"])]
         assert row[-1] == f"{trial['outcome']} {trial['reason']}"
     choices = [label.text for label in page("committed").all("label")]
-    assert choices == ["tried 2", "accepted 1", "rejected 1", "skipped 1", "unavailable 1", "all 4"]
+    assert choices == ["called for 2", "accepted 1", "rejected 1", "skipped 1", "unavailable 1", "all 4"]
 
 
 def test_every_sample_is_there_in_its_bucket() -> None:

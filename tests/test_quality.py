@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -195,13 +196,21 @@ class Reluctant(Variant):
 
 def test_what_the_original_serves_proves_nothing(model, exam):
     found = judge(exam, Reluctant(model, lambda call: True), "strict")
-    assert found.verdict is Verdict.INCONCLUSIVE
-    assert "need 16 more prompts" in found.reason
+    assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
+    assert found.reason == "it leaves 16 of 16 prompts to the original: not this"
+
+
+def test_a_few_prompts_that_are_served_do_not_stand_for_the_others(model, exam):
+    longest = max(len(text.context) for text in exam.texts[1:])
+    found = judge(exam, Reluctant(model, lambda call: call.input_ids.shape == (1, longest)), "strict")
+    assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
+    assert re.fullmatch(r"it leaves \d{1,2} of 16 prompts to the original: not this", found.reason)
+    assert found.tokens > 0
 
 
 def test_a_variant_for_single_requests_is_judged_on_those(model, exam):
     found = judge(exam, Reluctant(model, lambda call: call.input_ids.shape[0] > 1), "lossless")
-    assert found.verdict is Verdict.PASS
+    assert (found.verdict, found.examined) == (Verdict.PASS, True)
     assert "padded-batch" not in found.strata
 
 
@@ -218,7 +227,7 @@ def test_a_variant_for_single_requests_is_judged_on_those(model, exam):
 def test_too_little_text_is_inconclusive(model, prompts, change, words):
     exam = Exam.prepare(model, change(prompts), pad_token_id=0)
     found = judge(exam, Variant(model), "strict")
-    assert found.verdict is Verdict.INCONCLUSIVE
+    assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
     assert words in found.reason
 
 

@@ -32,6 +32,13 @@ class Shrink(Transform):
     stage: ClassVar[Stage] = Stage.WEIGHTS
 
 
+@dataclass(frozen=True)
+class Named(Transform):
+    name_of: str = ""
+    name: ClassVar[str] = "named"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+
+
 def phase_profile(phase, seconds, rows):
     operators = tuple(Operator(group, s, 1e6, 1e6, bottleneck) for group, s, bottleneck in rows)
     return PhaseProfile(
@@ -158,7 +165,19 @@ PROFILED = replace(
     budget_s=None,
     seconds=None,
 )
-REPORTS = pytest.mark.parametrize("report", [ORIGINAL, COMMITTED, PROFILED], ids=["original", "committed", "profiled"])
+IDLE = replace(
+    ORIGINAL,
+    verdict="kept the original, but 2 of 3 candidates could not be tried: no compiler (shrink); out of memory (shrink)",
+    doubt="2 of 3 candidates could not be tried",
+    trials=(
+        Trial(Shrink(), "smaller weights", "decode", Outcome.BLOCKED, "no compiler", 3.1),
+        Trial(Shrink(bits=3), "smaller weights", "decode", Outcome.ERROR, "out of memory", 3.6, seconds=4.0),
+        *TRIALS[1:],
+    ),
+)
+REPORTS = pytest.mark.parametrize(
+    "report", [ORIGINAL, COMMITTED, PROFILED, IDLE], ids=["original", "committed", "profiled", "idle"]
+)
 
 PHASE_KEYS = {
     "bottleneck",
@@ -256,7 +275,20 @@ def test_operators_are_paired_by_group():
         (
             ORIGINAL,
             ["Kept the original", "mean KLD 1.21, at most 0.0050", "2.50x", "skipped", "unavailable"],
-            ["after ms", "went to the original", "nan", "Applied"],
+            ["after ms", "went to the original", "nan", "Applied", "Could not be tried", "not kept as a plan"],
+        ),
+        (
+            IDLE,
+            [
+                "Kept the original, but 2 of 3 candidates could not be tried: no compiler (shrink)",
+                "This outcome is not kept as a plan, and the next run searches anew: 2 of 3 candidates could not be",
+                "Could not be tried",
+                "3.10x",
+                "blocked: no compiler",
+                "error: out of memory",
+                "0 of 1 candidates accepted",
+            ],
+            ["nan", "Applied"],
         ),
         (
             PROFILED,
@@ -278,7 +310,7 @@ def test_operators_are_paired_by_group():
             ["The original is kept"],
         ),
     ],
-    ids=["committed", "original", "profiled", "released", "released, read back"],
+    ids=["committed", "original", "idle", "profiled", "released", "released, read back"],
 )
 def test_every_form_says_what_matters(report, said, unsaid):
     out = io.StringIO()
@@ -304,11 +336,26 @@ def test_plain_text_fits_and_has_no_escapes(report):
     assert max(len(line) for line in str(report).splitlines()) <= 120
 
 
+def test_a_long_name_leaves_room_for_the_reason():
+    layers = "layers.0.self_attn,down_proj,gate_proj,k_proj,o_proj,v_proj,up_proj,embed_tokens"
+    text = str(replace(ORIGINAL, trials=(replace(TRIALS[1], transform=Named(name_of=layers)),)))
+    assert "mean KLD 1.21" in text
+
+
 @REPORTS
 def test_a_recorded_report_shows_the_same(report):
     recorded = Recorded(json.loads(report.to_json()))
     assert recorded.to_markdown() == report.to_markdown()
     assert str(recorded) == str(report)
+
+
+def test_the_verdict_comes_first_and_what_could_not_be_tried_is_listed_before_what_was():
+    text = IDLE.to_markdown()
+    marks = ["Kept the original, but 2 of 3", "## Diagnosis", "## Could not be tried", "## Tried", "## Ruled out"]
+    assert sorted(marks, key=text.index) == marks
+    page = IDLE.to_html()
+    assert "2 of 3 candidates that were called for could not be tried." in page
+    assert page.index("Kept the original, but 2 of 3") < page.index("not kept as a plan") < page.index("no compiler</")
 
 
 def test_a_replay_shows_the_figures_of_today():

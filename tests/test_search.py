@@ -17,7 +17,7 @@ from autotune.hardware import Hardware
 from autotune.plan import Outcome
 from autotune.policy import Choice, Limits, Policy, Step
 from autotune.search import Found, search
-from autotune.transforms import Stage, Transform
+from autotune.transforms import Blocker, Stage, Transform
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from autotune.variant import Variant
 
@@ -31,6 +31,7 @@ class Scripted(Transform):
     label: str = "a"
     promises: float = 2.0
     missing: str = ""
+    blocker: str = ""
     refuses: str = ""
     breaks: str = ""
     idle: str = ""
@@ -41,7 +42,7 @@ class Scripted(Transform):
     summary: ClassVar[str] = "for tests"
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        return self.missing or None
+        return Blocker(self.blocker) if self.blocker else self.missing or None
 
     def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
         return {"decode": self.promises}
@@ -70,6 +71,8 @@ class ScriptedBench:
     memory: dict[str, float] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
     free: float = 8e9
+    examined: bool = True
+    drowned: bool = False
     calls: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -92,7 +95,7 @@ class ScriptedBench:
     def judge(self, variant: Variant, tier: str) -> Quality:
         label = self.label(variant)
         self.calls.append(f"judge {label} {tier}")
-        return Quality(tier, self.quality.get(label, Verdict.PASS), f"quality of {label}")
+        return Quality(tier, self.quality.get(label, Verdict.PASS), f"quality of {label}", examined=self.examined)
 
     def probe(self, incumbent: Variant, transform: Any, tier: str) -> Any:
         self.calls.append(f"probe {transform.label} {tier}")
@@ -102,7 +105,8 @@ class ScriptedBench:
         label = self.label(candidate)
         self.calls.append(f"race {self.label(incumbent) or 'original'} {label}")
         once = Speedup(1.5, 1.4, 1.6, 8)
-        return Latency(self.speed.get(label, Verdict.PASS), f"speed of {label}", once, once, once, 0.01)
+        verdict = self.speed.get(label, Verdict.PASS)
+        return Latency(verdict, f"speed of {label}", once, once, once, 0.01, drowned=self.drowned)
 
     def free_bytes(self) -> float:
         return self.free
@@ -166,19 +170,23 @@ def outcomes(found: Found) -> dict[str, str]:
     ("choice", "bench", "outcome", "reason"),
     [
         ({}, ScriptedBench(), "accepted", "speed of a"),
-        ({"missing": "no compiler"}, ScriptedBench(), "unavailable", "no compiler"),
+        ({"missing": "for another device"}, ScriptedBench(), "unavailable", "for another device"),
+        ({"blocker": "no compiler"}, ScriptedBench(), "blocked", "no compiler"),
+        ({"blocker": "no compiler", "promises": 1.02}, ScriptedBench(), "skipped", "the roofline allows 1.02x at best"),
         ({"takes": 7e9}, ScriptedBench(), "accepted", "speed of a"),
-        ({"takes": 7.5e9}, ScriptedBench(), "unavailable", "it takes 7.5 GB beside what serves now, and 7.2 GB"),
+        ({"takes": 7.5e9}, ScriptedBench(), "blocked", "it takes 7.5 GB beside what serves now, and 7.2 GB"),
         ({"promises": 1.02}, ScriptedBench(), "skipped", "the roofline allows 1.02x at best"),
-        ({"refuses": "tied weights"}, ScriptedBench(), "unavailable", "tied weights"),
+        ({"refuses": "tied weights"}, ScriptedBench(), "blocked", "tied weights"),
         ({"breaks": "oops"}, ScriptedBench(), "error", "ZeroDivisionError: oops"),
-        ({"idle": "nothing replaced"}, ScriptedBench(), "rejected", "it had no effect: nothing replaced"),
+        ({"idle": "nothing replaced"}, ScriptedBench(), "blocked", "it had no effect: nothing replaced"),
         ({}, ScriptedBench(memory={"a": 3.0}), "rejected", "3.00x the original's memory"),
         ({}, ScriptedBench(glances={"a": 0.05}), "rejected", "took 20.0x as long"),
         ({}, ScriptedBench(quality={"a": Verdict.FAIL}), "rejected", "quality of a"),
         ({}, ScriptedBench(quality={"a": Verdict.INCONCLUSIVE}), "inconclusive", "quality of a"),
+        ({}, ScriptedBench(quality={"a": Verdict.INCONCLUSIVE}, examined=False), "blocked", "quality of a"),
         ({}, ScriptedBench(quality={"a": Verdict.ERROR}), "error", "quality of a"),
         ({}, ScriptedBench(speed={"a": Verdict.FAIL}), "rejected", "speed of a"),
+        ({}, ScriptedBench(speed={"a": Verdict.FAIL}, drowned=True), "inconclusive", "speed of a"),
         ({}, ScriptedBench(speed={"a": Verdict.INCONCLUSIVE}), "inconclusive", "speed of a"),
     ],
 )
@@ -221,6 +229,12 @@ REFINED = "kept layera at 8 bits, 5% of the weights: alone it causes 0.06 of 0.0
             {"a": "rejected", "a3": "rejected"},
             "quality of a3",
         ),
+        (
+            {},
+            {"probes": {"a": ScriptedProbe()}, "speed": {"a2": Verdict.ERROR}},
+            {"a": "rejected", "a2": "error"},
+            "speed of a2",
+        ),
         ({}, {"probes": {"a": object()}}, {"a": "rejected"}, "its layers could not be compared: AttributeError"),
     ],
 )
@@ -232,6 +246,13 @@ def test_a_scheme_that_fails_is_tried_without_the_layers_that_made_it_fail(
     assert outcomes(found) == expected
     assert reason in found.trials[-1].reason
     assert scripted.calls[:2] == ["judge a strict", "probe a strict"]
+
+
+def test_a_refined_scheme_that_was_not_judged_says_why_and_nothing_else() -> None:
+    """So that a verdict can put equal causes together."""
+    bench = ScriptedBench({"a": Verdict.FAIL}, {"a3": Verdict.ERROR}, probes={"a": ScriptedProbe(2)})
+    found = run(bench, policy(step({})))
+    assert (found.trials[-1].outcome, found.trials[-1].reason) == (Outcome.ERROR, "speed of a3")
 
 
 def test_a_refined_scheme_has_to_promise_more_than_the_next_choice() -> None:
@@ -282,8 +303,18 @@ def test_nothing_new_is_tried_once_the_budget_is_spent() -> None:
         policy(step({"label": "first"}, {"label": "second", "promises": 1.5}, {"label": "third", "promises": 1.4})),
         clock=lambda: float(next(ticks)),
     )
-    assert outcomes(found)["third"] == "skipped"
+    assert outcomes(found)["third"] == "unreached"
     assert "the budget of 100 s was spent" in found.trials[-1].reason
+
+
+def test_a_refinement_that_the_budget_does_not_reach_is_on_record() -> None:
+    bench = ScriptedBench(quality={"a": Verdict.FAIL}, probes={"a": ScriptedProbe()})
+    found = run(bench, policy(step({})), clock=lambda: 1000.0 if "probe a strict" in bench.calls else 0.0)
+    whole, refined = found.trials
+    assert (whole.outcome, refined.outcome) == (Outcome.REJECTED, Outcome.UNREACHED)
+    assert "judge a strict" in bench.calls
+    assert len([call for call in bench.calls if call.startswith("judge")]) == 1
+    assert refined.reason == "the budget of 100 s was spent"
 
 
 @pytest.mark.parametrize(("lossless", "tier"), [(True, "lossless"), (False, "strict")])

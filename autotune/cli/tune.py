@@ -30,21 +30,40 @@ PROFILE_BUDGET_S = 60.0
 
 
 def tune(args: Namespace) -> int:
-    """Tune a model, print the report, write report.md, report.json, report.html and plan.json."""
-    _tuned(args, args.model, args.prompts, keep_original=not args.release)
+    """Tune a model, print the report, write report.md, report.json, report.html and plan.json.
+
+    Raises:
+        MeasurementError: nothing of what should have been tried could be; the report is written all the same.
+    """
+    model, _ = _tuned(args, args.model, args.prompts, keep_original=not args.release)
+    _require_tries(model)
     return 0
 
 
 def demo(args: Namespace) -> int:
-    """Tune the demo model, then let original and plan answer the same question."""
+    """Tune the demo model, then let original and plan answer the same question.
+
+    Raises:
+        MeasurementError: nothing of what should have been tried could be; the report is written all the same.
+    """
     from .. import demo as stage
 
     model, tokenizer = _tuned(args, str(stage.model_file()), None)
     if tokenizer is None:
         raise UnsupportedModelError("the demo's model lost its tokenizer; remove it from the cache directory")
+    _require_tries(model)
     original, tuned = stage.answers(model, tokenizer)
     draw_answers(screen(), stage.QUESTION, original, tuned)
     return 0
+
+
+def _require_tries(model: PreTrainedModel) -> None:
+    """Fail where tuning wanted to try something, and could try nothing of it."""
+    from ..verdict import is_fruitless
+
+    handle: Any = model.autotune
+    if is_fruitless(handle.plan.trials):
+        raise MeasurementError(handle.report().to_dict()["verdict"])
 
 
 def _tuned(
@@ -67,9 +86,16 @@ def _tuned(
             progress=progress.update,
         )
     handle: Any = model.autotune
+    if handle.status.state == "passed through":
+        raise MeasurementError(handle.status.detail)
     from .. import plan
 
-    _hand_over(handle.report(), out, "report", {"plan.json": plan.dumps(handle.plan)})
+    report = handle.report()
+    doubt = report.to_dict().get("doubt")
+    _hand_over(report, out, "report", {} if doubt else {"plan.json": plan.dumps(handle.plan)})
+    if doubt:
+        earlier = "; the one that is there is of an earlier run" if (out / "plan.json").exists() else ""
+        screen().print(f"No plan.json{earlier}: {doubt}", soft_wrap=True)
     return model, tokenizer
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from autotune.kernels.brain import BrainLinear
 from autotune.kernels.embedding import PackedEmbedding
 from autotune.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
+from autotune.transforms import Blocker
 
 __all__ = [
     "BrainLinear",
@@ -35,14 +36,14 @@ __all__ = [
 ]
 
 _lock = threading.Lock()
-_outcome: list[str | None] = []  # empty until the first call, then why the operators are missing, or None
+_outcome: list[Blocker | None] = []  # empty until the first call, then why the operators are missing, or None
 
 
 def available() -> str | None:
     """Load the operators, building them if need be (about ten seconds, once per machine).
 
     Returns:
-        None when they are loaded, otherwise one sentence saying why not. The answer is kept for the process.
+        None when they are loaded, otherwise why not in a sentence, a `Blocker`. The answer is kept for the process.
     """
     from autotune.kernels import build, shapes
 
@@ -53,7 +54,7 @@ def available() -> str | None:
                 shapes.register()
                 _outcome.append(None)
             except build.BuildError as reason:
-                _outcome.append(str(reason))
+                _outcome.append(Blocker(reason))
         return _outcome[0]
 
 

@@ -93,6 +93,7 @@ class Report(Drawn):
         before: profile of the original.
         diagnoses_before: what limits each phase of the original.
         verdict: one sentence: what was committed, or why the original was kept.
+        doubt: why the outcome is not kept as a plan; None where it is.
         after: profile of the variant that serves; None where that is the original.
         diagnoses_after: what limits it now.
         transforms: what the plan applies, in order; empty where the original was kept.
@@ -115,6 +116,7 @@ class Report(Drawn):
     before: Profile
     diagnoses_before: Mapping[Phase, Diagnosis]
     verdict: str
+    doubt: str | None = None
     after: Profile | None = None
     diagnoses_after: Mapping[Phase, Diagnosis] = field(default_factory=dict)
     transforms: tuple[Transform, ...] = ()

@@ -33,6 +33,7 @@ def record(report: Report) -> dict[str, Any]:
         "created": report.created,
         "replayed": None,
         "verdict": report.verdict,
+        "doubt": report.doubt,
         "model": {"name": report.model, "parameters": report.parameters},
         "policy": {
             "name": report.policy,

@@ -13,7 +13,8 @@ from .layout import Section, Table, sentence
 
 UNIT = {"prefill": "ms to the first token", "decode": "ms per token"}
 WAIT = {"prefill": "time to first token", "decode": "time per token"}
-RAN = {"accepted", "rejected", "inconclusive", "error"}
+TRIED = {"accepted", "rejected", "inconclusive"}
+UNTRIED = {"error", "blocked", "unreached"}  # wanted, and not judged
 
 
 def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
@@ -23,6 +24,7 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
         diagnosis(record),
         *operators(record),
         *device.sections(record),
+        could_not_be_tried(record),
         tried(record),
         not_tried(record),
         quality(record),
@@ -76,6 +78,8 @@ def _per_second(ms: float | None) -> str:
 
 def _story(record: Mapping[str, Any]) -> Iterator[str]:
     yield sentence(record["verdict"])
+    if doubt := record.get("doubt"):  # records of earlier versions have none
+        yield f"This outcome is not kept as a plan, and the next run searches anew: {doubt}."
     if record["transforms"]:
         yield "Applied, in this order: " + "; ".join(record["transforms"]) + "."
     if replayed := record["replayed"]:
@@ -127,9 +131,23 @@ def _operator_row(row: Mapping[str, Any], tuned: bool) -> tuple[str, ...]:
     return *cells, n.milliseconds(row["after_ms"]), n.change(row["before_ms"], row["after_ms"])
 
 
+def could_not_be_tried(record: Mapping[str, Any]) -> Section | None:
+    """Every candidate that was wanted and not judged: what it promised, and what kept it."""
+    failed = [t for t in record["trials"] if t["outcome"] in UNTRIED]
+    if not failed:
+        return None
+    rows = tuple(
+        (t["candidate"], n.ratio(t["predicted"]), n.duration(t["seconds"]), f"{t['outcome']}: {t['reason']}")
+        for t in failed
+    )
+    wanted = len(failed) + sum(t["outcome"] in TRIED for t in record["trials"])
+    note = f"{len(failed)} of the {wanted} candidates that were called for. Predicted is the best the roofline allows."
+    return Section("Could not be tried", (note,), Table(("candidate", "predicted", "took", "outcome"), "lrrl", rows))
+
+
 def tried(record: Mapping[str, Any]) -> Section | None:
-    """Every candidate that ran, with prediction beside measurement and what decided."""
-    ran = [t for t in record["trials"] if t["outcome"] in RAN]
+    """Every candidate that was judged, with prediction beside measurement and what decided."""
+    ran = [t for t in record["trials"] if t["outcome"] in TRIED]
     if not ran:
         return None
     rows = tuple(
@@ -153,12 +171,12 @@ def tried(record: Mapping[str, Any]) -> Section | None:
 
 
 def not_tried(record: Mapping[str, Any]) -> Section | None:
-    """What was ruled out without running, and why; a step that was not called for takes one line."""
-    ruled_out = [t for t in record["trials"] if t["outcome"] not in RAN]
+    """What was not called for or not to be had, and why; a step that was not called for takes one line."""
+    ruled_out = [t for t in record["trials"] if t["outcome"] not in TRIED | UNTRIED]
     if not ruled_out:
         return None
     rows = tuple(_ruled_out(shared, list(trials)) for shared, trials in groupby(ruled_out, _question))
-    return Section("Not tried", table=Table(("candidate", "predicted", "outcome"), "lrl", rows))
+    return Section("Ruled out", table=Table(("candidate", "predicted", "outcome"), "lrl", rows))
 
 
 def _question(trial: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from rich.table import Table as Drawing
 
 PLAIN_WIDTH = 120
+UNBROKEN = 48  # characters of a candidate's name: a longer one would leave no room for its reason
 STYLES = {
     "accepted": "green",
     "rejected": "red",
     "error": "red",
+    "blocked": "red",
     "inconclusive": "yellow",
+    "unreached": "yellow",
     "pass": "green",
     "fail": "red",
 }
@@ -68,9 +71,10 @@ def drawn(table: Table) -> Drawing:
     from rich.text import Text
 
     drawing = Drawing(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=False, header_style="dim")
-    for name, side in zip(table.columns, table.align, strict=True):
+    for index, (name, side) in enumerate(zip(table.columns, table.align, strict=True)):
         justify: Literal["left", "right"] = "right" if side == "r" else "left"
-        drawing.add_column(name, justify=justify, overflow="fold", no_wrap=name == "candidate")
+        short = all(len(row[index]) <= UNBROKEN for row in table.rows)
+        drawing.add_column(name, justify=justify, overflow="fold", no_wrap=name == "candidate" and short)
     for index, row in enumerate(table.rows):
         last = table.total and index == len(table.rows) - 1
         if last:

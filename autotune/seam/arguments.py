@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..transforms import Blocker
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -84,10 +86,10 @@ def logits(output: Any) -> torch.Tensor:
 
 def cannot_step(model: PreTrainedModel) -> str | None:
     """Why a model cannot be driven token by token from outside generate's loop, or None."""
-    missing = [] if cache_name(model) else ["cache that is known by name"]
-    if missing := missing + sorted({"position_ids", "attention_mask"} - parameters(model)):
+    missing = sorted({"position_ids", "attention_mask"} - parameters(model))
+    if missing:  # another kind of model: state spaces, ALiBi
         return f"the model's forward takes no {', '.join(missing)}"
-    return None
+    return None if cache_name(model) else Blocker("the model's forward takes no cache that is known by name")
 
 
 def keeps_last_logits(model: Any) -> bool:

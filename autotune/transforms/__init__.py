@@ -32,6 +32,17 @@ GROUP = "autotune.transforms"  # the entry-point group of third parties
 log = logging.getLogger("autotune")
 
 
+class Blocker(str):
+    """A reason of `Transform.unavailable` that the user can and may want to put right.
+
+    A plain reason lies in the model, the machine or the packages that are installed: nothing is wrong. A blocker keeps
+    away what should work here: a compiler is missing or failed, or autotune does not know how a model is called.
+    A search does not pass over it in silence.
+    """
+
+    __slots__ = ()
+
+
 class Stage(enum.IntEnum):
     """Order in which the transforms of a plan are applied; it replaces pairwise compatibility lists."""
 
@@ -62,7 +73,10 @@ class Transform:
     lossless: ClassVar[bool] = False  # judged at the lossless tier whatever the policy's tier is
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        """Why it cannot be tried on this variant and machine, or None. Cheap; raises nothing."""
+        """Why it cannot be tried on this variant and machine, or None; a `Blocker` where it should work there.
+
+        Cheap; raises nothing.
+        """
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
@@ -74,7 +88,10 @@ class Transform:
         return 0.0
 
     def apply(self, variant: Variant) -> None:
-        """Edit the variant. Raises TransformError for an expected refusal; anything else counts as a crash."""
+        """Edit the variant. Raises TransformError where it cannot after all; anything else counts as a crash.
+
+        What `unavailable` can see it should say: a refusal here counts as blocked.
+        """
         raise NotImplementedError
 
     def took_effect(self, variant: Variant) -> str | None:

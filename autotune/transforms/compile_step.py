@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from .. import device as devices
 from .. import roofline, sites
 from ..errors import ChoiceError, TransformError
-from . import Stage, Transform, require
+from . import Blocker, Stage, Transform, require
 from .static_cache import automatic_slots, no_slots, slot_bytes, use_slots
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ class CompileStep(Transform):
 def no_compiler(hardware: Hardware) -> str | None:
     """Why torch.compile has nothing to generate code with, or None."""
     if hardware.device == "cpu":
-        missing = hardware.compiler is None
-        return "torch.compile needs a C++ compiler on a CPU; install g++ or set $CXX" if missing else None
+        missing = Blocker("torch.compile needs a C++ compiler on a CPU; install g++ or set $CXX")
+        return missing if hardware.compiler is None else None
     if importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton on a GPU, and it is not installed"
     if tuple(map(int, hardware.capability.split("."))) < TRITON_CAPABILITY:

@@ -56,6 +56,8 @@ class Quality:
         tokens, prompts: how many were scored.
         strata: mean KLD by stratum ("natural", "own", "second-prompt", "padded-batch", "long", ...).
         certainty: the same tokens by how sure the original was of them; only such as there are.
+        examined: whether the candidate was examined at all. False: there was no exam, or the candidate left prompts of
+            it to the original; the verdict is INCONCLUSIVE then and says nothing about the candidate's output.
     """
 
     tier: str
@@ -74,6 +76,7 @@ class Quality:
     prompts: int = 0
     strata: dict[str, float] = field(default_factory=dict)
     certainty: tuple[Certainty, ...] = ()
+    examined: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Latency:
         buckets: per bucket name "b1/p64/n32" the three speed-ups by metric name.
         reference_s, candidate_s: raw samples by metric name ("ttft", "tpot", "end_to_end").
         warnings: what the measurement noticed about its own noise.
+        drowned: whether it fails for this machine's noise alone, which hides a gain that may be worth having.
     """
 
     verdict: Verdict
@@ -110,3 +114,4 @@ class Latency:
     reference_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     candidate_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    drowned: bool = False

@@ -51,7 +51,7 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
     limits, tally = TIERS[tier], Tally()
     if exam.problem:
-        return Quality(tier, Verdict.INCONCLUSIVE, exam.problem)
+        return Quality(tier, Verdict.INCONCLUSIVE, exam.problem, examined=False)
     try:
         _score(exam, variant, limits, tally, progress or (lambda step, share: None))
         require_alike(exam, write_free(exam, variant), limits)
@@ -65,6 +65,7 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
 def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: Progress) -> None:
     """Collect every token's metrics, in an order that finds out the broken ones soon."""
     served = Served(variant, exam.pad_token_id, fall_back=False)
+    tally.left = served.left
     reads = variant.modules["prefill"] is not variant.original
     singles = [(t,) for t in exam.texts]
     order = [
@@ -102,6 +103,7 @@ def answers(exam: Exam, served: Served, group: tuple[Text, ...], reads: bool) ->
         logits = exam.step(served, group)
     except BypassedError as why:  # the original serves it, which says nothing about the variant
         log.debug("%s of the exam is left to the original: %s", stratum, why)
+        served.left[str(why)] += 1
     else:
         yield stratum, logits
 
@@ -207,10 +209,11 @@ def repetition(texts: Sequence[Sequence[int]]) -> float:
 def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
     """The verdict on a whole exam. Pure."""
     found = summarise(tally, limits.name, exam.tie_nats)
-    missing = exam.size.prompts - len(set(tally.prompts("first-prompt")) | set(tally.prompts("second-prompt")))
-    if missing > 0:
-        reason = f"only {exam.size.prompts - missing} prompts were served by the variant: need {missing} more prompts"
-        return _explained(found, Verdict.INCONCLUSIVE, reason)
+    answered = len(set(tally.prompts("first-prompt")) | set(tally.prompts("second-prompt")))
+    if answered < exam.size.prompts:
+        why = ", ".join(reason for reason, _ in tally.left.most_common())
+        reason = f"it leaves {exam.size.prompts - answered} of {exam.size.prompts} prompts to the original: {why}"
+        return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason, examined=False)
     gated = gates(found, limits, exam)
     for what, point, _, limit in gated:
         if not point <= limit:

@@ -62,12 +62,10 @@ def decide(
     if rough > NOISY:
         warnings += (f"the pairs' ratios of {objective} spread by {rough:.0%}",)
     if len(polluted) > MAX_POLLUTED * total:
-        verdict, reason = (
-            Verdict.INCONCLUSIVE,
-            f"{len(polluted)} of {total} pairs were disturbed, over {MAX_POLLUTED:.0%}",
-        )
+        verdict, drowned = Verdict.INCONCLUSIVE, False
+        reason = f"{len(polluted)} of {total} pairs were disturbed, over {MAX_POLLUTED:.0%}"
     else:
-        verdict, reason = _conclude(ratios, clean, overall[objective], objective, limits, noise, rough, early)
+        verdict, reason, drowned = _conclude(ratios, clean, overall[objective], objective, limits, noise, rough, early)
     return Latency(
         verdict=verdict,
         reason=reason,
@@ -79,6 +77,7 @@ def decide(
         reference_s=_raw(samples, "reference"),
         candidate_s=_raw(samples, "candidate"),
         warnings=warnings,
+        drowned=drowned,
     )
 
 
@@ -91,7 +90,8 @@ def _conclude(
     noise: float,
     rough: float,
     early: bool,
-) -> tuple[Verdict, str]:
+) -> tuple[Verdict, str, bool]:
+    """The verdict, its reason, and whether the gain is too small for this machine's noise alone."""
     must_gain = limits.min_gain >= 0
     gate = 1 + (max(limits.min_gain, 2 * noise) if must_gain else limits.min_gain)
     low, high = (math.exp(b) for b in bounds(known(gains), early))
@@ -101,22 +101,21 @@ def _conclude(
     for name, pairs in clean.items():
         for what, point, least, limit in _increases(ratios[name], pairs, limits, early):
             if least > limit:
-                return (
-                    Verdict.FAIL,
-                    f"{what} of {name} changes by {point:+.1%}, over the limit of {limit:.0%} ({figures})",
-                )
+                reason = f"{what} of {name} changes by {point:+.1%}, over the limit of {limit:.0%} ({figures})"
+                return Verdict.FAIL, reason, False
             if point > limit:
                 doubt = f"{what} of {name} changes by {point:+.1%}, perhaps over the limit of {limit:.0%} ({figures})"
     if high < gate:
         why = "twice the machine's own noise" if 2 * noise > limits.min_gain else "the least gain"
-        return Verdict.FAIL, f"no gain of {gate - 1:.1%}, {why}: {figures}"
+        return Verdict.FAIL, f"no gain of {gate - 1:.1%}, {why}: {figures}", must_gain and high >= 1 + limits.min_gain
     if doubt:
-        return Verdict.INCONCLUSIVE, doubt
+        return Verdict.INCONCLUSIVE, doubt, False
     if low < gate:
-        return Verdict.INCONCLUSIVE, f"not clearly a gain of {gate - 1:.1%}: {figures}"
+        return Verdict.INCONCLUSIVE, f"not clearly a gain of {gate - 1:.1%}: {figures}", False
     if rough > TOO_NOISY:
-        return Verdict.INCONCLUSIVE, f"too noisy to say: the pairs' ratios spread by {rough:.0%} ({figures})"
-    return Verdict.PASS, f"{figures}, {f'clearly a gain of {gate - 1:.1%}' if must_gain else 'within the limits'}"
+        return Verdict.INCONCLUSIVE, f"too noisy to say: the pairs' ratios spread by {rough:.0%} ({figures})", False
+    passed = f"clearly a gain of {gate - 1:.1%}" if must_gain else "within the limits"
+    return Verdict.PASS, f"{figures}, {passed}", False
 
 
 def _increases(

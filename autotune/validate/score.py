@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ class Served:
         pad_token_id: for left padding.
         eos_token_ids: tokens that end a text; none while tokens are forced or counted.
         fall_back: whether the original serves what the variant cannot, as for a user, or `BypassedError` is raised.
+
+    Attributes:
+        left: groups of an exam that were left to the original, by reason.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Served:
     ) -> None:
         self.variant = variant
         self.fall_back = fall_back
+        self.left: Counter[str] = Counter()
         self.model: PreTrainedModel = route.routed(variant.original, self)
         self.pad_token_id = pad_token_id
         self._settle(list(eos_token_ids) or None)

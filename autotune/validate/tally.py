@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +20,11 @@ SURE = (0.0, 0.5, 0.9, 1.0)  # edges between open, likely and settled tokens, by
 
 @dataclass
 class Tally:
-    """Per-token metrics collected so far, and where each token stood."""
+    """Per-token metrics collected so far, where each token stood, and what was left to the original, by reason."""
 
     parts: list[tuple[Divergence, NDArray[np.int64], str]] = field(default_factory=list)
     natural: list[NDArray[np.bool_]] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
 
     def add(self, found: Divergence, text: Text, stratum: str) -> None:
         count = len(found.kld)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as Xml
 
 import pytest
 import torch
 
-from autotune import cli
+from autotune import cli, transforms
+from autotune.plan import Outcome, Trial
 from tests.check.conftest import subject
 from tests.models import token_prompts
 
@@ -96,6 +98,22 @@ def test_a_policy_is_tuned_with_first_on_other_prompts(work, tmp_path, monkeypat
     tuned = ["--policy", tmp_path / "quick.toml", "--tuned-on", others]
     assert cli.main(list(map(str, command + tuned))) == 0
     assert "none of the 18" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_policy_of_which_nothing_could_be_tried_is_not_checked(work, tmp_path, monkeypatch, capsys):
+    """The model as it is would pass under the policy's name."""
+    tried = Trial(transforms.make("threads", {"count": 1}), "step", "decode", Outcome.ERROR, "why")
+
+    def tune(model, work, policy, **_):
+        return SimpleNamespace(plan=SimpleNamespace(trials=(tried,)), verdict="kept the original, but ...")
+
+    monkeypatch.setattr("autotune.tune.tune", tune)
+    others = tmp_path / "others.jsonl"
+    others.write_text("\n".join(json.dumps({"prompt": p}) for p in token_prompts(18, 40, seed=8)))
+    command = ["check", "run", work / "model", "--baseline", work / "base", "--no-latency"]
+    tuned = ["--policy", "balanced", "--tuned-on", others]
+    assert cli.main(list(map(str, command + tuned))) == 3
+    assert "autotune: kept the original, but ...\n" in capsys.readouterr().err
 
 
 def test_files_for_ci(work, tmp_path, capsys):

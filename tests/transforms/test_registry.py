@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
@@ -11,7 +11,10 @@ import pytest
 
 from autotune import transforms
 from autotune.errors import AutotuneError, ChoiceError, TransformError
-from autotune.transforms import Stage, Transform, make, registry
+from autotune.hardware import Hardware
+from autotune.seam import cannot_step
+from autotune.transforms import Blocker, Stage, Transform, make, registry
+from autotune.transforms.compile_step import no_compiler
 from autotune.transforms.weight_only import WeightOnly
 
 
@@ -111,3 +114,34 @@ def test_a_transform_is_a_value() -> None:
     with pytest.raises(FrozenInstanceError):
         transform.phase = "both"  # type: ignore[misc]
     assert make(transform.name, transform.params, transform.phase) == transform
+
+
+def known(self: Any, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any) -> None: ...
+
+
+def renamed(self: Any, input_ids: Any, attention_mask: Any, position_ids: Any, memory: Any) -> None: ...
+
+
+def state_space(self: Any, input_ids: Any, attention_mask: Any, cache_params: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason", "blocks"),
+    [
+        (known, None, False),
+        (renamed, "the model's forward takes no cache that is known by name", True),
+        (state_space, "the model's forward takes no position_ids", False),
+    ],
+    ids=["known", "renamed", "state space"],
+)
+def test_a_model_with_positions_whose_cache_has_another_name_is_a_blocker(
+    forward: Any, reason: str | None, blocks: bool
+) -> None:
+    found = cannot_step(type("Model", (), {"forward": forward})())
+    assert (found, isinstance(found, Blocker)) == (reason, blocks)
+
+
+def test_a_missing_compiler_is_a_blocker() -> None:
+    cpu = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
+    assert isinstance(no_compiler(cpu), Blocker)
+    assert no_compiler(replace(cpu, compiler="g++ 13")) is None

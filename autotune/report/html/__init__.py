@@ -50,6 +50,8 @@ def state(record: Mapping[str, Any]) -> tuple[str, str | None]:
     """What became of the model in a word or two, and its tone."""
     if record["transforms"]:
         return ("replayed" if record["replayed"] else "tuned"), "good"
+    if record.get("doubt"):
+        return "original kept", "doubt"
     return ("original kept" if record["policy"]["name"] else "profiled"), None
 
 

@@ -12,7 +12,11 @@ from ..layout import Section, Table
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
 VOID = {"meta", "link", "input"}
-TONES = {"accepted": "good", "pass": "good", "rejected": "bad", "error": "bad", "fail": "bad", "inconclusive": "doubt"}
+TONES = {
+    **dict.fromkeys(("accepted", "pass"), "good"),
+    **dict.fromkeys(("rejected", "error", "blocked", "fail"), "bad"),
+    **dict.fromkeys(("inconclusive", "unreached"), "doubt"),
+}
 
 
 class Html(str):

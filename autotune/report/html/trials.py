@@ -16,7 +16,9 @@ from .elements import Chapter, Html, badge, code, element, figure, joined, row, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OUTCOMES = ("accepted", "rejected", "inconclusive", "error", "skipped", "unavailable")  # the order, and the filters
+# The order, and the filters.
+OUTCOMES = ("accepted", "rejected", "inconclusive", "error", "blocked", "unreached", "skipped", "unavailable")
+WANTED = sections.TRIED | sections.UNTRIED
 COLUMNS = ("candidate", "predicted", "measured", "KLD", "took", "outcome")
 ALIGN = "lrrrrl"
 NOTE = (
@@ -30,14 +32,19 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
     """Every trial, where there are any."""
     if not record["trials"]:
         return None
-    trials = sorted(record["trials"], key=lambda trial: trial["outcome"] not in sections.RAN)
-    ran = [trial for trial in trials if trial["outcome"] in sections.RAN]
-    accepted = sum(trial["outcome"] == "accepted" for trial in trials)
-    told = f"{accepted} of {len(ran)} candidates that ran were accepted; {len(trials) - len(ran)} did not run. {NOTE}"
+    trials = sorted(record["trials"], key=lambda trial: trial["outcome"] not in WANTED)
+    ran = [trial for trial in trials if trial["outcome"] in sections.TRIED]
+    wanted, accepted = sum(map(_is_wanted, trials)), sum(trial["outcome"] == "accepted" for trial in trials)
+    told = f"{accepted} of {len(ran)} candidates tried were accepted; {len(trials) - wanted} were ruled out. {NOTE}"
+    if failed := wanted - len(ran):
+        told = f"{failed} of {wanted} candidates that were called for could not be tried. {told}"
     drawn = Table(COLUMNS, ALIGN, ())
-    body = (row(_cells(trial), drawn, data_outcome=_known(trial["outcome"]), data_ran=_ran(trial)) for trial in trials)
+    body = (
+        row(_cells(trial), drawn, data_outcome=_known(trial["outcome"]), data_ran="yes" if _is_wanted(trial) else "no")
+        for trial in trials
+    )
     listed = tabulated(drawn, "Everything that was considered", body, stacked=True)
-    filtered = element("div", _filters(trials, len(ran)), listed, class_="trials")
+    filtered = element("div", _filters(trials, wanted), listed, class_="trials")
     return Chapter("trials", "What was tried", joined((element("p", told), _scatter(ran), filtered)))
 
 
@@ -47,7 +54,7 @@ def _cells(trial: Mapping[str, Any]) -> tuple[str, ...]:
         n.ratio(trial["predicted"]),
         n.ratio(trial["speedup"]),
         n.divergence(trial["quality"]["mean_kld"] if trial["quality"] else None),
-        n.duration(trial["seconds"]) if trial["outcome"] in sections.RAN else n.MISSING,
+        n.duration(trial["seconds"]) if _is_wanted(trial) else n.MISSING,
         joined((badge(trial["outcome"]), " ", trial["reason"])),
     )
 
@@ -56,20 +63,20 @@ def _known(outcome: str) -> str:
     return outcome if outcome in OUTCOMES else "other"
 
 
-def _ran(trial: Mapping[str, Any]) -> str:
-    return "yes" if trial["outcome"] in sections.RAN else "no"
+def _is_wanted(trial: Mapping[str, Any]) -> bool:
+    return trial["outcome"] in WANTED
 
 
-def _filters(trials: Sequence[Mapping[str, Any]], ran: int) -> Html:
+def _filters(trials: Sequence[Mapping[str, Any]], wanted: int) -> Html:
     """One choice an outcome that there is; the style sheet hides the rows of the others."""
     counts = {name: sum(trial["outcome"] == name for trial in trials) for name in OUTCOMES}
-    choices = {"ran": ran, **{name: count for name, count in counts.items() if count}, "all": len(trials)}
-    chosen = "ran" if ran else "all"
+    choices = {"ran": wanted, **{name: count for name, count in counts.items() if count}, "all": len(trials)}
+    chosen = "ran" if wanted else "all"
     buttons = (
         element(
             "label",
             element("input", type="radio", name="outcome", value=name, checked="" if name == chosen else None),
-            element("span", f"{'tried' if name == 'ran' else name} {count}"),
+            element("span", f"{'called for' if name == 'ran' else name} {count}"),
         )
         for name, count in choices.items()
         if count
