@@ -8,19 +8,26 @@ EXTRAS := demo,torchao,bitsandbytes,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+MATRIX_ARGS ?=
 BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 PROVE_ARGS ?=
 
-.PHONY: prove demo test test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: prove demo test test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
 
 test: $(READY)  ## the tests, the real model's among them
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-matrix: $(READY)  ## the compatibility suite on other versions of transformers, torchao, bitsandbytes, accelerate
+	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
+
+test-latest: $(READY)  ## the same on the newest of everything but torch
+	$(BIN)/python -m tests.matrix --latest $(MATRIX_ARGS)
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
