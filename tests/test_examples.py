@@ -109,11 +109,12 @@ def test_the_custom_transform_computes_the_same(phase: Any) -> None:
 
 
 def module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"examples.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = loaded  # pydantic resolves annotations there
+    sys.modules[name] = loaded  # pydantic resolves annotations there
     spec.loader.exec_module(loaded)
     return loaded
 
