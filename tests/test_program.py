@@ -90,6 +90,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]
     "layer norm without weights": (lambda x: F.layer_norm(x, (37,)), (X,)),
     "embedding": (lambda ids: F.embedding(ids, TABLE), (IDS,)),
     "linear": (lambda x: F.linear(x, WEIGHT, BIAS), (X,)),
+    "products over one number": (lambda x, y: x[:, :, :1] @ y[:, :1], (X, Y)),
     "linear without bias": (lambda x: F.linear(x, WEIGHT), (X,)),
     "constants": (lambda x: x * torch.arange(37) + torch.full((37,), 2.0), (X,)),
     "one input twice": (lambda x: (x + 1) * (x + 1), (X,)),
@@ -144,6 +145,7 @@ def test_masks(name: str) -> None:
         (lambda x: x.mean(0), (X,), "means over other dimensions"),
         (lambda x: x.half() + 1, (X,), "float16"),
         (lambda x, y: x[:, 0] @ y[0, 0], (X, Y), "mv"),
+        (lambda x, y: x @ y.transpose(1, 2), (X, Y), "products over 37 numbers"),
     ],
 )
 def test_what_has_no_instruction_is_named(function: Any, inputs: tuple[torch.Tensor, ...], named: str) -> None:

@@ -194,6 +194,14 @@ def attend(
     return y
 
 
+def outer(build: Lowering, out: torch.Tensor, a: Any, b: Any) -> Place:
+    """Matrices [B, N, K] and [B, K, M] with K = 1, as rotary embeddings of transformers to 5.19 multiply positions."""
+    x, y = build.floats(a), build.floats(b)
+    if x.shape[2] != 1:
+        raise TransformError(f"a program has no instruction for a batch of products over {x.shape[2]} numbers")
+    return build.like("multiply", out, x, y)
+
+
 OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.pow: power,
     aten.gelu: gelu,
@@ -206,6 +214,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.index_copy_: index_copy,
     aten.mm: product,
     aten.addmm: product,
+    aten.bmm: outer,
 }
 KERNELS: dict[str, Callable[..., Any]] = {  # autotune's own, which are known once they are loaded
     "autotune.linear_f16": linear,
