@@ -18,6 +18,8 @@ Read in this order:
     validate                          quality first, then paired latency
     experiment                        candidates against a control: offline, in shadow, on a share of live traffic
     plan -> store, fingerprint        what is kept, where, and what it is valid for
+    seam                              the only place that names what is inside transformers
+    versions -> selfcheck, shrink     releases that were tested, and a check of others on a tiny model
     report, cli                       what is shown
 """
 

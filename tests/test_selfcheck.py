@@ -32,7 +32,7 @@ def future(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(selfcheck, "MOST_S", 60.0)  # a busy machine is no other release
     monkeypatch.setattr(seam.arguments, "_CACHE_NAME", {})
     monkeypatch.setattr(route, "_ROUTED", {})
-    monkeypatch.setattr(selfcheck.folders, "cache", lambda name="": None)
+    monkeypatch.setattr(selfcheck, "_kept", lambda key, find: find())
     return monkeypatch
 
 
@@ -201,8 +201,12 @@ def test_a_model_that_cannot_be_shrunk_is_judged_by_a_llama(future: pytest.Monke
     assert "on a tiny LlamaForCausalLM, " in (selfcheck.problem(model) or "")
 
 
-def test_what_was_found_is_kept_for_other_processes(future: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    future.setattr(selfcheck.folders, "cache", lambda name="": tmp_path)
+def test_what_was_found_is_kept_for_other_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    future = monkeypatch
+    for module in (versions, selfcheck):
+        future.setattr(module, "library_versions", lambda: FUTURE)
+    future.setattr(selfcheck, "_found", {})
+    future.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path))
     found = iter(["the first finding"])
     future.setattr(selfcheck, "difference", lambda _: next(found))
     model = tiny("llama")
@@ -210,7 +214,7 @@ def test_what_was_found_is_kept_for_other_processes(future: pytest.MonkeyPatch, 
     assert "the first finding" in (first or "")
     future.setattr(selfcheck, "_found", {})  # another process
     assert selfcheck.problem(model) == first
-    (file,) = tmp_path.iterdir()
+    (file,) = (tmp_path / "checks").iterdir()
     file.write_text("{")
     future.setattr(selfcheck, "_found", {})
     future.setattr(selfcheck, "difference", lambda _: None)
