@@ -148,8 +148,9 @@ def test_cache_size_is_what_transformers_allocates(architecture: str) -> None:
     ids = torch.tensor(models.token_prompts(2, 24))  # longer than the sliding windows
     with torch.no_grad():
         out = model(ids, use_cache=True)
-    layers = getattr(seam.cache_in(out), "layers", ())
-    held = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
+    cache = seam.cache_in(out)
+    pairs = seam.keys_and_values(cache) if cache is not None and seam.counts_tokens(cache) else []
+    held = sum(t.nbytes for pair in pairs for t in pair)
     assert cache_size(model, batch=2, tokens=24, element_bytes=4) == held
 
 
