@@ -46,11 +46,12 @@ class Program:
         meets = layout.meetings(lowered.instructions)
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
         self.instructions, self.meetings = lowered.instructions, sum(meets)
-        self.output = torch.zeros(lowered.output.shape)
-        self.spent = torch.zeros(len(self.instructions), dtype=torch.int64)  # nanoseconds, by the latest timed run
+        self.output = torch.zeros(lowered.output.shape, dtype=torch.float32, device="cpu")
+        count = len(self.instructions)
+        self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, by the latest timed run
         self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
-        self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8)
+        self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8, device="cpu")
         self._constants = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
         self._inputs = lowered.inputs
         read = {number for i in self.instructions if i.matrix for number in i.reads}
@@ -59,7 +60,7 @@ class Program:
         for root in lowered.roots:
             own = self.output if root.kind == "output" else root.tensor
             bases.append(0 if own is None else own.data_ptr())
-        self._bases = torch.tensor(bases, dtype=torch.int64)
+        self._bases = torch.tensor(bases, dtype=torch.int64, device="cpu")
 
     def addresses(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """What `run` needs to know of the graph's inputs: tensors of the recorded shapes, strides and dtypes."""
@@ -91,8 +92,8 @@ class _Recorded:
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
         batch = cache.shape[0]
         self.program = Program(trace(module, cache), batch)
-        self.token = torch.zeros(batch, 1, dtype=torch.int64)
-        self.position = torch.zeros(batch, 1, dtype=torch.int64)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
+        self.position = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
         self.lock = threading.Lock()
 
     def over(self, cache: SlotCache) -> Step:

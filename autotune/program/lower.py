@@ -104,7 +104,7 @@ class Lowering:
     def constant(self, tensor: torch.Tensor) -> Place:
         key = tensor.untyped_storage().data_ptr()
         if key not in self.constants:
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
             self.constants[key] = self.root("constant", whole.numel(), whole)
         return Place(
             self.constants[key], int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
@@ -114,7 +114,7 @@ class Lowering:
         """An operator's argument as a value; a number becomes a constant of `dtype`."""
         value = self.values[argument] if isinstance(argument, torch.fx.Node) else argument
         if isinstance(value, bool | int | float):
-            value = torch.tensor(value, dtype=dtype)
+            value = torch.tensor(value, dtype=dtype, device="cpu")
         return value if isinstance(value, Place) else self.constant(value)
 
     def floats(self, argument: Any) -> Place:
