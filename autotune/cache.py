@@ -197,8 +197,9 @@ def forward(
 ) -> torch.Tensor:
     """`steps` over bare tensors: nothing is read back from the device, so that it can be compiled and captured."""
     count = tokens.shape[1]
-    slot = slot if count == 1 else slot + torch.arange(count, device=slot.device)  # [K], where each token goes
-    index = torch.arange(valid.shape[1], device=slot.device)
+    if count > 1:
+        slot = slot + torch.arange(count, dtype=slot.dtype, device=slot.device)  # [K], where each token goes
+    index = torch.arange(valid.shape[1], dtype=slot.dtype, device=slot.device)
     full = (valid[:, None] & (index <= slot[:, None]))[:, None]  # [B, 1, K, slots]; models take a 4-D mask as it is
     masks = {"full_attention": full}
     config = model.config.get_text_config(decoder=True)

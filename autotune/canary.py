@@ -90,7 +90,7 @@ def score(variant: Variant, sample: Sample, *, original: bool) -> tuple[float | 
     expected = reference.read((sample.prompt + sample.answer)[:-1], last=len(sample.answer))[None].float()
     if defect := find_defect(expected, logits):
         return None, defect
-    targets = torch.tensor(sample.answer, device=logits.device)
+    targets = torch.tensor(sample.answer, dtype=torch.int64, device=logits.device)
     return float(np.mean(compare_logits(expected[0], logits[0], targets).kld)), None
 
 

@@ -70,7 +70,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answer, Answer]:
     """The demo's question answered by the original and by whatever serves now, greedily."""
-    ids = torch.tensor([ids_of(tokenizer, QUESTION)], device=model.device)  # [1, P]
+    ids = torch.tensor([ids_of(tokenizer, QUESTION)], dtype=torch.int64, device=model.device)  # [1, P]
     return answer(route.bare(model), tokenizer, ids), answer(model, tokenizer, ids)
 
 

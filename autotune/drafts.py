@@ -96,8 +96,8 @@ class Drafter:
             return []
         held = self._cache()
         unseen = self.tokens[held.length :]
-        given = torch.tensor([unseen], device=self.call.input_ids.device)  # [1, N]
-        positions = self._position(held.length) + torch.arange(len(unseen), device=given.device)
+        given = torch.tensor([unseen], dtype=torch.int64, device=self.call.input_ids.device)  # [1, N]
+        positions = self._position(held.length) + torch.arange(len(unseen), dtype=torch.int64, device=given.device)
         token = self.draft.steps(given, positions, held)[:, -1].argmax(-1, keepdim=True)  # [1, 1]
         held.advance(len(unseen))
         guesses, position = [token], positions[:, -1:]

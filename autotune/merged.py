@@ -202,5 +202,6 @@ def _same(expected: Tensor | None, got: Tensor | None) -> bool:
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    draw = torch.Generator(device="cpu").manual_seed(len(shape))
+    numbers = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
     return numbers.to(like.device, like.dtype)

@@ -33,8 +33,10 @@ def read_bandwidth(device: Device) -> float:
     reaches further differs by BLAS and by thread count, and a peak is the better of the two. On a GPU a sum and a copy,
     which moves every byte twice, are tried as well: libraries' products do not always fill its memory's bus.
     """
-    data = torch.ones(device.scratch_bytes() // 8192, 2, 1024, device=device.where)  # [rows, 2, 1024] float32
-    matrix, flat, vector = data.view(-1, 1024), data.view(-1), torch.ones(1024, device=device.where)
+    rows = device.scratch_bytes() // 8192
+    data = torch.ones(rows, 2, 1024, dtype=torch.float32, device=device.where)
+    vector = torch.ones(1024, dtype=torch.float32, device=device.where)
+    matrix, flat = data.view(-1, 1024), data.view(-1)
     reads: list[tuple[int, Multiply]] = [
         (data.nbytes, lambda: matrix.mv(vector)),
         (data.nbytes, lambda: flat.dot(flat)),
@@ -126,7 +128,7 @@ def _int8(device: Device, side: int) -> Multiply:
 
 
 def _float8(device: Device, side: int) -> Multiply:
-    a, one = _operand(device, side).to(torch.float8_e4m3fn), torch.ones((), device=device.where)
+    a, one = _operand(device, side).to(torch.float8_e4m3fn), torch.ones((), dtype=torch.float32, device=device.where)
     b = a.t()  # the layout that the operator demands
     return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 

@@ -63,7 +63,7 @@ class Recompiling:
         """
         for length in lengths:
             ids = torch.zeros(1, length, dtype=torch.int64, device=device)
-            positions = torch.arange(length, device=device)[None]  # [1, P]
+            positions = torch.arange(length, dtype=torch.int64, device=device)[None]  # [1, P]
             given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "position_ids": positions}
             given |= seam.last_logits(self._module, 1)  # as generate asks
             try:

@@ -175,8 +175,9 @@ class Ahead:
         """Logits [1, V] after `token`, and those after each guess for later."""
         self._guesses = guesses
         self.tally += Tally(steps=1, guessed=len(guesses))
-        tokens = torch.cat([token, torch.tensor([guesses], device=token.device)], dim=1)  # [1, K + 1]
-        positions = position + torch.arange(tokens.shape[1], device=position.device)
+        guessed = torch.tensor([guesses], dtype=token.dtype, device=token.device)
+        tokens = torch.cat([token, guessed], dim=1)  # [1, K + 1]
+        positions = position + torch.arange(tokens.shape[1], dtype=torch.int64, device=position.device)
         with self.variant.running("decode"):
             first, *self._logits = self.stride.steps(tokens, positions, held).unbind(1)
         return first
@@ -204,7 +205,7 @@ def measure_cost(variant: Variant) -> float:
     original = variant.original
     device, guesses = devices.of(original), speculation.tokens
     tokens = torch.zeros(1, guesses + 1, dtype=torch.int64, device=original.device)
-    positions = torch.arange(1, guesses + 2, device=original.device)[None]
+    positions = torch.arange(1, guesses + 2, dtype=torch.int64, device=original.device)[None]
     with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
         held = lent.enter_context(pool.lend(slots.example(original, 1), None))
         step = variant.step.fitting(held) if variant.step is not None else None

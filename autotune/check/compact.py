@@ -70,9 +70,9 @@ class Compact:
         top_logp, top_ids = logp.topk(kept)
         tail = logp.exp().scatter(-1, top_ids, 0.0).cumsum(-1)  # [T, V]
         mass = tail[:, -1:]
-        strata = (torch.arange(drawn) + torch.rand(len(logp), drawn, generator=draw, dtype=torch.double)) / max(
-            1, drawn
-        )
+        first = torch.arange(drawn, dtype=torch.float64, device="cpu")
+        within = torch.rand(len(logp), drawn, generator=draw, dtype=torch.float64, device="cpu")
+        strata = (first + within) / max(1, drawn)
         tail_ids = torch.searchsorted(tail, (strata * mass).minimum(mass * (1 - 1e-12)), right=True)
         tail_ids = tail_ids.clamp_max(logp.shape[1] - 1)
         return cls(
@@ -145,7 +145,7 @@ class Compact:
     def _among_others(self, logq: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """The divergence among the tokens that were not kept [T]; see the module's text."""
         if not self.tail_ids.shape[1]:
-            return torch.zeros(len(self), dtype=torch.double)
+            return torch.zeros(len(self), dtype=torch.float64, device="cpu")
         q = logq.gather(-1, self.tail_ids.long()) - others[:, None]
         p = self.tail_logp.double() - self.tail_mass.double().clamp_min(1e-300).log()[:, None]
         log_r = (q - p).clamp(-WORST_NATS, 50.0)

@@ -129,7 +129,7 @@ def _add(exam: RecordedExam, group: tuple[Text, ...], stratum: str, logits: torc
     """Compare logits [B, T, V] of a group, sequence by sequence."""
     steps = logits.shape[1]
     for text, mine, row in zip(group, exam.compacts[group].split([steps] * len(group)), logits, strict=True):
-        divergence = mine.compare(row, torch.tensor(text.scored))
+        divergence = mine.compare(row, torch.tensor(text.scored, dtype=torch.int64, device="cpu"))
         found.tally.add(divergence, text, stratum)
         if stratum.endswith("-prompt"):
             found.scored.append(Scored(text, divergence, row.argmax(-1).cpu().numpy()))

@@ -44,7 +44,7 @@ def sketch(states: torch.Tensor) -> torch.Tensor:
     """[..., WIDTH] float32 of states [..., N]."""
     place, sign = _hashes(states.shape[-1])
     flat = states.detach().cpu().float()
-    return torch.zeros(*flat.shape[:-1], WIDTH).index_add_(-1, place, flat * sign)
+    return torch.zeros(*flat.shape[:-1], WIDTH, dtype=torch.float32, device="cpu").index_add_(-1, place, flat * sign)
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,7 +83,7 @@ def fingerprint(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dic
     try:
         with torch.no_grad():
             for prompt in prompts:
-                ids = torch.tensor([prompt[-READ:]], device=model.device)  # [1, P]
+                ids = torch.tensor([prompt[-READ:]], dtype=torch.int64, device=model.device)  # [1, P]
                 model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:

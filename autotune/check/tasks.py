@@ -156,7 +156,7 @@ def _chooses(served: Served, task: Task) -> bool:
 
 def _log_likelihood(served: Served, prompt: tuple[int, ...], choice: tuple[int, ...]) -> float:
     logits = served.step([prompt], [choice])[0]  # [T, V]
-    following = torch.tensor(choice, device=logits.device)[:, None]
+    following = torch.tensor(choice, dtype=torch.int64, device=logits.device)[:, None]
     total = float(logits.log_softmax(-1).gather(-1, following).sum())
     return total if math.isfinite(total) else -math.inf
 

@@ -75,7 +75,7 @@ class Cuda(Device):
             yield
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         copied = self.mark()
 

@@ -164,7 +164,7 @@ def replay(control: Rerun, candidate: Rerun, request: Request, turns: Turns, *, 
         return Replay(error=str(error))
     if defect := find_defect(reference, found):
         return Replay(error=defect)
-    targets = torch.tensor(scored, device=reference.device)
+    targets = torch.tensor(scored, dtype=torch.int64, device=reference.device)
     there = compare_logits(reference.flatten(0, 1), found.flatten(0, 1), targets.flatten())
     gaps = there.top_gap.reshape(targets.shape).max(axis=0)  # [T], the largest of any sequence
     diverged = next((n for n, gap in enumerate(gaps) if gap > 0), None)

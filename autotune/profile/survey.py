@@ -111,7 +111,8 @@ def median_prompts(workload: Workload, batch: int) -> torch.Tensor:
     ordered = sorted(workload.prompts, key=len)
     length = len(ordered[len(ordered) // 2])
     fitting = [prompt[:length] for prompt in ordered if len(prompt) >= length]
-    return torch.tensor(list(itertools.islice(itertools.cycle(fitting), batch)))
+    rows = list(itertools.islice(itertools.cycle(fitting), batch))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def right_guesses(variant: Variant) -> int:

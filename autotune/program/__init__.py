@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cache import SlotCache
+from ..errors import TransformError
 from . import layout
-from .instruction import Instruction
+from .instruction import Instruction, Place
 from .lower import lower
 from .trace import trace
 
@@ -42,15 +43,20 @@ class Program:
     """
 
     def __init__(self, graph: GraphModule, rows: int) -> None:
+        with torch.inference_mode(False):  # it is made once, wherever that is, and run in any mode
+            self._make(graph, rows)
+
+    def _make(self, graph: GraphModule, rows: int) -> None:
         lowered = lower(graph, rows)
         meets = layout.meetings(lowered.instructions)
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
         self.instructions, self.meetings = lowered.instructions, sum(meets)
-        self.output = torch.zeros(lowered.output.shape)
-        self.spent = torch.zeros(len(self.instructions), dtype=torch.int64)  # nanoseconds, by the latest timed run
+        self.output = torch.zeros(lowered.output.shape, dtype=torch.float32, device="cpu")
+        count = len(self.instructions)
+        self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, by the latest timed run
         self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
-        self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8)
+        self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8, device="cpu")
         self._constants = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
         self._inputs = lowered.inputs
         read = {number for i in self.instructions if i.matrix for number in i.reads}
@@ -59,14 +65,23 @@ class Program:
         for root in lowered.roots:
             own = self.output if root.kind == "output" else root.tensor
             bases.append(0 if own is None else own.data_ptr())
-        self._bases = torch.tensor(bases, dtype=torch.int64)
+        self._bases = torch.tensor(bases, dtype=torch.int64, device="cpu")
 
     def addresses(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What `run` needs to know of the graph's inputs: tensors of the recorded shapes, strides and dtypes."""
-        bases = self._bases.clone()
-        for root, tensor in zip(self._inputs, inputs, strict=True):
-            bases[root + 1] = tensor.data_ptr()
-        return bases
+        """What `run` needs to know of the graph's inputs; they must stay where they are for as long as it is used.
+
+        Raises:
+            TransformError: an input is not of the recorded shape, strides and dtype, or not in the CPU's memory.
+        """
+        if len(inputs) != len(self._inputs):
+            raise TransformError(f"the program was recorded for {len(self._inputs)} inputs, not {len(inputs)}")
+        bases = self._bases.tolist()
+        for i, (place, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
+            if defect := _other(place, tensor):
+                raise TransformError(f"input {i} of the program is {defect}")
+            bases[place.root.number + 1] = tensor.data_ptr()
+        with torch.inference_mode(False):
+            return torch.tensor(bases, dtype=torch.int64, device="cpu")
 
     def times(self) -> list[tuple[Instruction, float]]:
         """Seconds that the latest timed run spent on each instruction; empty if there was none."""
@@ -85,14 +100,29 @@ class Program:
         return self.output
 
 
+def _other(place: Place, tensor: torch.Tensor) -> str | None:
+    """What sets a tensor apart from the one that a program was recorded with, or None."""
+    if tensor.dtype != place.dtype:
+        return f"{tensor.dtype}, and was recorded as {place.dtype}"
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return f"{tensor.layout} on {tensor.device}, not strided memory of the CPU"
+    if tuple(tensor.shape) != place.shape:
+        return f"of shape {list(tensor.shape)}, and was recorded as {list(place.shape)}"
+    steps = zip(place.shape, tensor.stride(), place.strides, strict=True)
+    if any(size > 1 and own != recorded for size, own, recorded in steps):
+        return f"of strides {list(tensor.stride())}, and was recorded with {list(place.strides)}"
+    return None
+
+
 class _Recorded:
     """The step for one shape of cache."""
 
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
         batch = cache.shape[0]
-        self.program = Program(trace(module, cache), batch)
-        self.token = torch.zeros(batch, 1, dtype=torch.int64)
-        self.position = torch.zeros(batch, 1, dtype=torch.int64)
+        with torch.inference_mode(False):  # a step recorded in inference mode is run outside of it as well
+            self.program = Program(trace(module, cache), batch)
+            self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
+            self.position = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
         self.lock = threading.Lock()
 
     def over(self, cache: SlotCache) -> Step:

@@ -19,6 +19,14 @@ CODES = (  # the order of Code in kernels/instructions.h
     *("less_int", "less_equal_int", "equal_int", "and", "or"),
     *("mean", "normalize", "embed", "embed_packed", "index_copy", "arrange", "linear", "dot", "attend"),
 )
+FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
+ELEMENTS = {  # the dtypes that an elementwise instruction writes and reads; the others compute in FP32
+    **dict.fromkeys(("copy_int", "add_int", "subtract_int", "multiply_int"), (INT, INT)),
+    **dict.fromkeys(("less_int", "less_equal_int", "equal_int"), (BOOL, INT)),
+    **dict.fromkeys(("copy_bool", "not", "and", "or"), (BOOL, BOOL)),
+    "to_float": (FLOAT, INT),
+}
+MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels there
 TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's ScalarType
 
@@ -70,6 +78,14 @@ class Place:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def end_bytes(self) -> int:
+        """How much of the root it takes, from the root's start."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (self.offset + last + 1) * self.dtype.itemsize
 
     @property
     def contiguous(self) -> bool:

@@ -94,4 +94,4 @@ def encode(instructions: Sequence[Instruction], meets: Sequence[bool], offsets: 
             else:
                 body.append(int(word))
         words += [4 + len(body), CODES.index(instruction.code), int(instruction.share), int(meet), *body]
-    return torch.tensor(words, dtype=torch.int64)
+    return torch.tensor(words, dtype=torch.int64, device="cpu")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import TransformError
-from .instruction import Instruction, Place, Root, Share, dense
+from .instruction import ELEMENTS, FLOAT, MOST_DIMS, Instruction, Place, Root, Share, dense
 from .operators import KERNELS, OPERATORS, ref
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ BINARY = {
 }
 COMPARISONS = {aten.lt: ("less_int", False), aten.le: ("less_equal_int", False), aten.eq: ("equal_int", False)}
 COMPARISONS |= {aten.gt: ("less_int", True), aten.ge: ("less_equal_int", True)}  # with the operands exchanged
+NOTHING = Root(-1, "temporary", 0)
 LOGIC = {aten.bitwise_and: "and", aten.logical_and: "and", aten.bitwise_or: "or", aten.logical_or: "or"}
 
 
@@ -51,13 +52,13 @@ class Lowered:
     """A step as instructions.
 
     Args:
-        inputs: root numbers of the graph's inputs, in order.
+        inputs: the graph's inputs, in order.
         output: in a root of kind "output".
     """
 
     instructions: tuple[Instruction, ...]
     roots: tuple[Root, ...]
-    inputs: tuple[int, ...]
+    inputs: tuple[Place, ...]
     output: Place
 
 
@@ -83,7 +84,7 @@ class Lowering:
     def __init__(self, graph: GraphModule, rows: int) -> None:
         self.graph, self.rows = graph, rows
         self.roots: list[Root] = []
-        self.inputs: list[int] = []
+        self.inputs: list[Place] = []
         self.instructions: list[Instruction] = []
         self.values: dict[Node, Any] = {}  # a Place, a constant tensor, or a tuple of them
         self.constants: dict[int, Root] = {}
@@ -104,7 +105,7 @@ class Lowering:
     def constant(self, tensor: torch.Tensor) -> Place:
         key = tensor.untyped_storage().data_ptr()
         if key not in self.constants:
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
             self.constants[key] = self.root("constant", whole.numel(), whole)
         return Place(
             self.constants[key], int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor.dtype
@@ -114,7 +115,7 @@ class Lowering:
         """An operator's argument as a value; a number becomes a constant of `dtype`."""
         value = self.values[argument] if isinstance(argument, torch.fx.Node) else argument
         if isinstance(value, bool | int | float):
-            value = torch.tensor(value, dtype=dtype)
+            value = torch.tensor(value, dtype=dtype, device="cpu")
         return value if isinstance(value, Place) else self.constant(value)
 
     def floats(self, argument: Any) -> Place:
@@ -142,6 +143,10 @@ class Lowering:
         *writes: Place,
         matrix: tuple[int, int] | None = None,
     ) -> None:
+        for place in (*reads, *writes):
+            if place.offset < 0 or place.end_bytes > place.root.size_bytes:
+                size = place.root.size_bytes
+                raise TransformError(f"{code} would use {place.end_bytes} bytes of memory that has {size}")
         self.instructions.append(
             Instruction(
                 code,
@@ -154,7 +159,15 @@ class Lowering:
         )
 
     def elementwise(self, code: str, out: Place, *operands: Place, pinned: bool = False) -> Place:
-        """One instruction over the elements of `out`; pinned: the last dimension stays one of its own."""
+        """One instruction over the elements of `out`; pinned: the last dimension stays one of its own.
+
+        Raises:
+            TransformError: it does not write the dtype of `out`, or does not read that of an operand.
+        """
+        written, read = ELEMENTS.get(code, (FLOAT, FLOAT))
+        if out.dtype != written or any(operand.dtype != read for operand in operands):
+            found = ", ".join(str(operand.dtype) for operand in operands)
+            raise TransformError(f"a program has no instruction for {code} of {found} that gives {out.dtype}")
         seen = [operand.broadcast(out.shape) for operand in operands]
         words, share = self.space((out, *seen), pinned)
         self.emit(code, share, words, operands, out)
@@ -167,6 +180,8 @@ class Lowering:
         words: list[Any] = [len(sizes), *sizes]
         for place, steps in zip(places, strides, strict=True):
             words += [place.ref, *steps]
+        if len(sizes) > MOST_DIMS:
+            raise TransformError(f"a program has no instruction over {len(sizes)} dimensions; the most are {MOST_DIMS}")
         return words, share
 
     def share(self, places: Sequence[Place]) -> Share:
@@ -195,11 +210,29 @@ class Lowering:
             self.values[node] = view
         else:
             self.values[node] = self.operator(node)
+        if node.op == "call_function":
+            self.check(node)
+
+    def check(self, node: Node) -> None:
+        """What follows was recorded for the dtypes and shapes that torch gave: nothing else may stand in their place.
+
+        Raises:
+            TransformError: a value is of another dtype or shape than was recorded.
+        """
+        made, recorded = self.values[node], node.meta.get("val")
+        parts = zip(made, recorded, strict=True) if isinstance(made, tuple | list) else [(made, recorded)]
+        for value, example in parts:
+            if value is None or not isinstance(example, torch.Tensor):
+                continue
+            if value.dtype != example.dtype or tuple(value.shape) != tuple(example.shape):
+                there, here = f"{example.dtype} {list(example.shape)}", f"{value.dtype} {list(value.shape)}"
+                raise TransformError(f"{node.target} was recorded as {there}, and gives {here}")
 
     def input(self, example: torch.Tensor) -> Place:
-        root = self.root("input", example.numel() * example.dtype.itemsize)
-        self.inputs.append(root.number)
-        return Place(root, 0, tuple(example.shape), example.stride(), example.dtype)
+        lies = Place(NOTHING, 0, tuple(example.shape), example.stride(), example.dtype)
+        root = self.root("input", lies.end_bytes)
+        self.inputs.append(replace(lies, root=root))
+        return self.inputs[-1]
 
     def folded(self, node: Node) -> Any:
         """What the node comes to, where it depends on no input; None where it does."""

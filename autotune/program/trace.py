@@ -29,7 +29,7 @@ def trace(module: Any, cache: SlotCache) -> GraphModule:
     def step(*inputs: Any) -> torch.Tensor:
         return run(module, *inputs)
 
-    token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64)
+    token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device="cpu")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = mode.from_tensor
     try:

@@ -176,7 +176,7 @@ class Attention(Transform):
 def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
     """Names of torch's operators that a few tokens of a phase go through."""
     seen = _Names()
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None]  # [1, PROBE_TOKENS]
+    ids = torch.arange(1, PROBE_TOKENS + 1, dtype=torch.int64, device=model.device)[None]  # [1, PROBE_TOKENS]
     with torch.no_grad():
         if phase == "prefill":
             with seen:

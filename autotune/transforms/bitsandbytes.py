@@ -158,7 +158,7 @@ def _missing(scheme: str, where: torch.device) -> str | None:
         return "importing bitsandbytes beside the package kernels may download code: set HF_HUB_OFFLINE=1 to allow it"
     try:
         layer = _layer(torch.nn.Linear(64, 64, bias=False, dtype=torch.float32, device=where), scheme)
-        layer(torch.ones(1, 64, device=where))
+        layer(torch.ones(1, 64, dtype=torch.float32, device=where))
     except Exception as error:  # whatever an optional package raises, it cannot be used
         return f"bitsandbytes cannot run {scheme} here: {type(error).__name__}: {error}"
     return None

@@ -111,7 +111,8 @@ def norm(module: nn.Module) -> RmsNorm | None:
     if set(own) != {"weight"} or own["weight"].dim() != 1 or eps is None or any(True for _ in module.children()):
         return None
     weight = own["weight"]
-    x = _random(2, 3, len(weight)) * torch.tensor([3.0, eps**0.5])[:, None, None]  # where eps matters, and where not
+    sizes = torch.tensor([3.0, eps**0.5], dtype=torch.float32, device="cpu")  # where eps matters, and where not
+    x = _random(2, 3, len(weight)) * sizes[:, None, None]
     for scale in (weight, weight.detach() + 1):
         if _agree(module, new := RmsNorm(scale, eps), x):
             return new
@@ -130,7 +131,7 @@ def mlp(module: nn.Module) -> GatedMlp | None:
     if not isinstance(inputs, int):
         return None
     for name, curve in CURVES.items():
-        if _agree(children["act_fn"], curve, torch.linspace(-8, 8, 65)):
+        if _agree(children["act_fn"], curve, torch.linspace(-8, 8, 65, dtype=torch.float32, device="cpu")):
             new = GatedMlp(gate, up, down, name)
             return new if _agree(module, new, _random(1, 3, inputs)) else None
     return None
@@ -189,4 +190,5 @@ def _same(expected: Any, got: torch.Tensor) -> bool:
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    draw = torch.Generator(device="cpu").manual_seed(len(shape))
+    return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")

@@ -218,7 +218,8 @@ class Exam:
             if not bool(torch.isfinite(reference).any(-1).all()) or bool(torch.isnan(reference).any()):
                 self.problem = "the original itself gives NaN or infinite logits: nothing can be compared with it"
                 return
-            klds.append(compare_logits(reference, again, torch.tensor(text.scored, device=again.device)).kld)
+            targets = torch.tensor(text.scored, dtype=torch.int64, device=again.device)
+            klds.append(compare_logits(reference, again, targets).kld)
             top = reference.argmax(-1, keepdim=True)
             shift = (reference.log_softmax(-1) - again.log_softmax(-1)).gather(-1, top)
             shifts.append(shift.abs().flatten().cpu().double().numpy())

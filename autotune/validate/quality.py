@@ -132,7 +132,7 @@ def _add(
     if defect := find_defect(reference, candidate):
         raise OutputError(f"{defect} ({where})")
     for row, text in enumerate(group):
-        targets = torch.tensor(text.scored, device=candidate.device)
+        targets = torch.tensor(text.scored, dtype=torch.int64, device=candidate.device)
         tally.add(compare_logits(reference[row], candidate[row], targets), text, stratum)
 
 

@@ -103,7 +103,7 @@ class Served:
             OutputError: it stopped early, changed its logits' shape, or did not follow the tokens it was given.
             CandidateError: it raised.
         """
-        teacher = _Teacher(torch.tensor(forced, device=self.model.device))
+        teacher = _Teacher(torch.tensor(forced, dtype=torch.int64, device=self.model.device))
         out = self.generate(contexts, teacher.steps, logits_processor=[teacher])
         if len(teacher.seen) != teacher.steps:
             raise OutputError(f"decoding stopped after {len(teacher.seen)} of {teacher.steps} tokens")
@@ -121,7 +121,8 @@ class Served:
         keep = seam.last_logits(model, last)
         try:
             with torch.no_grad():
-                logits = seam.logits(model(input_ids=torch.tensor([ids], device=model.device), **keep))
+                given = torch.tensor([ids], dtype=torch.int64, device=model.device)
+                logits = seam.logits(model(input_ids=given, **keep))
         except DeviceError:
             raise
         except Exception as error:
@@ -160,4 +161,5 @@ def left_padded(prompts: Sequence[Tokens], pad: int, device: torch.device) -> tu
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    rows, seen = (torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (ids, mask))
+    return rows, seen

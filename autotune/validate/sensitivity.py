@@ -43,7 +43,8 @@ class Probe:
         texts = [text.context + text.scored for text in exam.texts]
         width = min(TOKENS, *map(len, texts))
         self.context = min(CONTEXT, width // 2)
-        ids = torch.tensor([text[-width:] for text in texts], device=exam.original.device)  # [texts, width]
+        ends = [text[-width:] for text in texts]
+        ids = torch.tensor(ends, dtype=torch.int64, device=exam.original.device)  # [texts, width]
         self.batches = [ids[k : k + BATCH] for k in range(0, len(ids), BATCH)]
 
     def divergence(self, names: Collection[str]) -> float:
