@@ -219,7 +219,8 @@ class Lowering:
         Raises:
             TransformError: a value is of another dtype or shape than was recorded.
         """
-        made, recorded = self.values[node], node.meta.get("val")
+        made: Any = self.values[node]
+        recorded: Any = node.meta.get("val")
         parts = zip(made, recorded, strict=True) if isinstance(made, tuple | list) else [(made, recorded)]
         for value, example in parts:
             if value is None or not isinstance(example, torch.Tensor):
