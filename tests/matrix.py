@@ -1,6 +1,6 @@
 """The compatibility suite on other versions of what autotune builds on, as a table of versions and results.
 
-    make test-matrix                                                 every row; a few minutes each
+    make test-matrix                                                 every row, two at a time; a few minutes each
     make test-matrix MATRIX_ARGS="--only transformers==5.17.0,torchao==0.17.0"
     make test-matrix MATRIX_ARGS="--torch 2.14.1"                    another torch: gigabytes, so only on request
     make test-latest                                                 the newest of everything but torch
@@ -28,6 +28,7 @@ import time
 import tomllib
 import venv
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ VERSIONS: dict[str, list[str]] = {
 SHOWN = ("torch", *VERSIONS)
 INSTALL_S = 1800.0  # the largest torch is a download of gigabytes
 LIMIT_S = 1200.0  # for the suite, which takes a quarter of that on two quiet cores
+JOBS = 2  # rows at a time; each computes with one thread
 FAILURES_SHOWN = 5  # of a row, below the table
 
 PASSED, FAILED, TIMED_OUT, NOT_INSTALLED, NOT_RUN = "passed", "FAILED", "TIME-OUT", "NOT INSTALLED", "DID NOT RUN"
@@ -111,6 +113,7 @@ class Result:
 
 
 PINNED = Row("as pinned")
+RUNNING: set[int] = set()  # process groups of the suites that run now
 
 
 # ---- which rows
@@ -246,11 +249,13 @@ def limited(command: Sequence[str], log: Path, limit_s: float) -> int | None:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
         )
+        RUNNING.add(process.pid)
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return None
         finally:
+            RUNNING.discard(process.pid)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -344,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--latest", action="store_true", help="the newest of everything but torch")
     parser.add_argument("--with-torch", action="store_true", help="--latest with the newest torch, which is gigabytes")
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for each row's tests")
+    parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help=f"rows at a time, by default {JOBS}")
     given = parser.parse_args(arguments)
     FOLDER.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the row's processes are ended, too
@@ -354,15 +360,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     today = datetime.date.today().isoformat()
     notes = [] if given.with_torch or not given.latest else newer_torch(installed["torch"])
+
+    def tested(row: Row) -> Result:
+        print(f"{row.name}: log in .matrix/{row.folder.name}.log", flush=True)
+        result = test(row, given.limit)
+        print(f"{row.name}: {result.outcome}, {result.passed} passed, {result.failed} failed", flush=True)
+        return result
+
     results: list[Result] = []
-    for number, row in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}] {row.name}, log in .matrix/{row.folder.name}.log", flush=True)
-        results.append(result := test(row, given.limit))
-        print(
-            f"    {result.outcome}: {result.passed} passed, {result.failed} failed in {result.seconds:.0f} s",
-            flush=True,
-        )
-        write(results, today, notes)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        try:
+            for result in pool.map(tested, chosen):
+                results.append(result)
+                write(results, today, notes)
+        except BaseException:  # Ctrl-C and SIGTERM come in this thread; the rows' processes end with it
+            pool.shutdown(wait=False, cancel_futures=True)
+            for group in list(RUNNING):
+                os.killpg(group, signal.SIGKILL)
+            raise
     print("", table(results, today), "", *notes, *(line for r in results for line in details(r)), sep="\n")
     return int(any(result.outcome != PASSED for result in results))
 
