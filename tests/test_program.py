@@ -162,6 +162,63 @@ def test_an_index_outside_its_table_is_an_error() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((X.half(), Y), "input 0 of the program is torch.float16, and was recorded as torch.float32"),
+        ((X, Y.double()), "input 1 of the program is torch.float64"),
+        ((X, Y[:2]), r"input 1 .* of shape \[2, 5, 37\]"),
+        ((X, Y.transpose(0, 2).contiguous().transpose(0, 2)), "input 1 .* of strides"),
+        ((X, Y.to_sparse()), "input 1 .* not strided memory of the CPU"),
+        ((X, Y.to("meta")), "input 1 .* not strided memory of the CPU"),
+        ((X,), "2 inputs, not 1"),
+        ((X, Y, ROW), "2 inputs, not 3"),
+    ],
+)
+def test_what_was_not_recorded_is_refused(given: tuple[torch.Tensor, ...], says: str) -> None:
+    program = record(torch.add, X, Y)
+    with pytest.raises(TransformError, match=says):
+        program.addresses(given)
+    torch.testing.assert_close(program.run(program.addresses((X, Y))), X + Y)
+
+
+@needs_kernels
+def test_strides_of_single_elements_do_not_matter() -> None:
+    program = record(torch.add, X[:1], Y[:1])
+    odd = Y.as_strided((1, 5, 37), (7, 37, 1))
+    torch.testing.assert_close(program.run(program.addresses((X[:1], odd))), X[:1] + odd)
+
+
+@needs_kernels
+def test_weights_whose_memory_was_freed_are_not_read() -> None:
+    weight = WEIGHT.clone()
+    program = record(lambda x: F.linear(x, weight), X)
+    program.addresses((X,))
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(TransformError, match="weights have moved"):
+        program.addresses((X,))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_arithmetic_in_another_default_dtype_is_refused(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with pytest.raises(TransformError, match=str(dtype)):
+            record(lambda ids: ids * 0.5, IDS)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_kernels
+def test_more_dimensions_than_the_loops_hold_are_refused() -> None:
+    x, y = floats(2, 3, 2, 3, 2, 3), floats(3, 2, 3, 2, 3, 2, seed=1)
+    with pytest.raises(TransformError, match="over 6 dimensions"):
+        record(lambda x, y: x + y.permute(5, 4, 3, 2, 1, 0), x, y)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
     ("name", "batch", "weights"),
     [(name, batch, "int8") for name in ARCHITECTURES for batch in (1, 3)]
     + [("llama", batch, weights) for weights in WEIGHTS for batch in (1, 9)],
@@ -340,13 +397,13 @@ def test_memory_is_reused_only_when_nobody_can_be_reading_it(steps: list[tuple[S
             assert apart or over
 
 
-def test_the_program_is_encoded_with_its_length_in_front() -> None:
+def test_instructions_are_encoded_with_their_length_in_front() -> None:
     place = Place(Root(0, "temporary", 64), 2, (4,), (1,), torch.float32)
     instruction = Instruction(
         "negative", Share.SOLO, (1, 4, place.ref, 1, place.ref, 1), frozenset({0}), frozenset({0})
     )
     words = layout.encode([instruction], [False], {0: 128}).tolist()
-    assert words == [12, CODES.index("negative"), 0, 0, 1, 4, layout.ARENA, 136, 1, layout.ARENA, 136, 1]
+    assert words == [1, 12, CODES.index("negative"), 0, 0, 1, 4, layout.ARENA, 136, 1, layout.ARENA, 136, 1]
 
 
 @needs_kernels

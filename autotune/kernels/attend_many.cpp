@@ -183,7 +183,8 @@ Tensor empty_ints(const std::vector<int64_t>& sizes) {
   return Tensor(handle);
 }
 
-Tensor rows_of(const Tensor& t) {
+Tensor rows_of(const Tensor& given) {
+  const Tensor& t = present(given);
   const Tensor floats = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
   return floats.stride(3) == 1 ? floats : torch::stable::contiguous(floats);
 }
@@ -206,7 +207,7 @@ Tensor attend_many(const Tensor& q, const Tensor& keys, const Tensor& values, co
     STD_TORCH_CHECK(spans->dim() == 3 && (spans->size(0) == 1 || spans->size(0) == p.batch) && spans->size(1) == p.count &&
                         spans->size(2) == 2 && spans->is_contiguous() && spans->scalar_type() == ScalarType::Int,
                     "spans must be INT32 [B or 1, Q, 2]");
-    p.spans = static_cast<const int32_t*>(spans->data_ptr());
+    p.spans = static_cast<const int32_t*>(present(*spans).data_ptr());
     p.spans_batch = spans->size(0) == 1 ? 0 : 2 * p.count;
     for (int64_t i = 0; i < spans->size(0) * p.count; ++i)
       STD_TORCH_CHECK(p.spans[2 * i] >= 0 && p.spans[2 * i + 1] <= p.keys, "a span goes beyond the ", p.keys, " keys");
@@ -233,7 +234,7 @@ Tensor mask_spans(const Tensor& mask) {
   const int64_t batch = mask.size(0), count = mask.size(2), keys = mask.size(3);
   const Tensor found = empty_ints({batch, count, 2});
   int32_t* out = static_cast<int32_t*>(found.data_ptr());
-  const uint8_t* at = static_cast<const uint8_t*>(mask.data_ptr());
+  const uint8_t* at = static_cast<const uint8_t*>(present(mask).data_ptr());
   std::vector<uint8_t> broken(batch * count);  // a byte for each row: threads write side by side
   torch::stable::parallel_for(0, batch * count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -10,7 +10,7 @@ constexpr int64_t kLeastTask = 16 << 10;  // numbers of cache: below this a seco
 
 Cache cache(const Tensor& t) {
   STD_TORCH_CHECK(t.stride(3) == 1, "keys and values must be contiguous in their last dimension");
-  return {static_cast<const uint8_t*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+  return {static_cast<const uint8_t*>(present(t).data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 Mask described(const Tensor& t, int64_t batch, int64_t heads, int64_t length) {
@@ -19,14 +19,15 @@ Mask described(const Tensor& t, int64_t batch, int64_t heads, int64_t length) {
                   "the mask must be [B or 1, H or 1, 1, slots], contiguous in its slots and no shorter than the length");
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Float, "the mask must be boolean or FP32");
-  return {static_cast<const uint8_t*>(t.data_ptr()), type == ScalarType::Float, t.size(0) == 1 ? 0 : t.stride(0),
-          t.size(1) == 1 ? 0 : t.stride(1)};
+  return {static_cast<const uint8_t*>(present(t).data_ptr()), type == ScalarType::Float,
+          t.size(0) == 1 ? 0 : t.stride(0), t.size(1) == 1 ? 0 : t.stride(1)};
 }
 
 Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& length,
                   const std::optional<Tensor>& mask, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == 1, "attend_one takes one query: q must be [B, H, 1, D]");
   const int64_t batch = q.size(0), heads = q.size(1), depth = q.size(3);
+  STD_TORCH_CHECK(heads > 0 && depth > 0, "q must have heads, and numbers in each");
   STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.size(0) == batch && values.size(0) == batch &&
                       keys.size(1) == values.size(1) && keys.size(1) > 0 && heads % keys.size(1) == 0 &&
                       keys.size(2) == values.size(2) && keys.size(3) == depth && values.size(3) == depth,
@@ -36,7 +37,7 @@ Tensor attend_one(const Tensor& q, const Tensor& keys, const Tensor& values, con
                   "length must be one INT64");
   const Tensor query = contiguous_floats(q);
   Problem p{floats(query), cache(keys), cache(values), {}, heads, heads / keys.size(1), depth,
-            length ? *static_cast<const int64_t*>(length->data_ptr()) : keys.size(2), static_cast<float>(scale)};
+            length ? *static_cast<const int64_t*>(present(*length).data_ptr()) : keys.size(2), static_cast<float>(scale)};
   STD_TORCH_CHECK(p.length >= 0 && p.length <= keys.size(2), "length ", p.length, " exceeds ", keys.size(2), " slots");
   if (mask) {
     p.mask = described(*mask, batch, heads, p.length);

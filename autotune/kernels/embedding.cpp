@@ -27,12 +27,16 @@ Numbers per_group(const Table& table, const Tensor& factors, int64_t blocks) {
 
 Tensor packed_rows(const Tensor& ids, const Tensor& packed, const std::optional<Tensor>& scales,
                    const std::optional<Tensor>& zeros, int64_t rows, int64_t width) {
+  STD_TORCH_CHECK(rows > 0 && width > 0, "expected a table with rows and columns, not [", rows, ", ", width, "]");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
+                  "token ids must be INT64 or INT32");
+  present(ids);
   const LookUp use = look_up_of(packed.scalar_type());
   const int64_t blocks = (rows + kRows - 1) / kRows;
   STD_TORCH_CHECK(packed.is_contiguous() && packed.dim() == 3 && packed.size(0) == blocks && packed.size(2) == kRows,
                   "a packed table of ", rows, " rows must be contiguous [", blocks, ", K, 16]");
   Table table{};
-  table.numbers = static_cast<const uint8_t*>(packed.data_ptr());
+  table.numbers = static_cast<const uint8_t*>(present(packed).data_ptr());
   table.inputs = packed.size(1) * (packed.scalar_type() == ScalarType::Int ? kWord : 1);
   table.block_bytes = packed.size(1) * kRows * packed.element_size();
   table.width = width;

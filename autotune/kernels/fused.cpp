@@ -96,6 +96,7 @@ Tensor rotated(const Tensor& t, const Tensor& cosines, const Tensor& sines) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.size(3) % 2 == 0 && t.size(3) > 0 &&
                       t.stride(3) == 1,
                   "expected FP32 [B, H, Q, D], D even and contiguous");
+  present(t);
   const int64_t batch = t.size(0), heads = t.size(1), tokens = t.size(2), depth = t.size(3);
   STD_TORCH_CHECK(cosines.dim() == 3 && (cosines.size(0) == 1 || cosines.size(0) == batch) && cosines.size(1) == tokens &&
                       cosines.size(2) == depth && sizes_of(cosines) == sizes_of(sines),

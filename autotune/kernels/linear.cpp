@@ -50,7 +50,8 @@ void multiply_many(const Kernel& kernel, const Weights& w, const Tensor& x, cons
 Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const std::optional<Tensor>& bias) {
   const auto sizes = input.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  STD_TORCH_CHECK(!shape.empty() && shape.back() <= w.inputs && shape.back() > w.inputs - std::max<int64_t>(w.pad, 1),
+  STD_TORCH_CHECK(!shape.empty() && shape.back() > 0 && shape.back() <= w.inputs &&
+                      shape.back() > w.inputs - std::max<int64_t>(w.pad, 1),
                   "x does not have the number of inputs that the weights were packed for (", w.inputs, " after padding)");
   const int64_t inputs = shape.back(), tokens = input.numel() / inputs;
   shape.back() = w.rows;
@@ -70,15 +71,16 @@ Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const
 
 Weights packed(const Tensor& numbers, int inputs_per_number, int64_t rows) {
   Weights w{};
-  w.numbers = static_cast<const uint8_t*>(numbers.data_ptr());
+  w.numbers = static_cast<const uint8_t*>(present(numbers).data_ptr());
   w.rows = rows;
+  STD_TORCH_CHECK(rows > 0, "expected weights for one output or more, not ", rows);
   STD_TORCH_CHECK(numbers.is_contiguous() && numbers.dim() == 3 && numbers.size(0) == w.blocks() &&
                       numbers.size(2) == kRows,
                   "packed weights for ", rows, " outputs must be contiguous [", w.blocks(), ", K, 16]");
   w.group = w.inputs = numbers.size(1) * inputs_per_number;
   w.pad = kStep;
   w.block_bytes = numbers.size(1) * kRows * numbers.element_size();
-  STD_TORCH_CHECK(w.inputs % kStep == 0, "packed weights need a multiple of 8 inputs, not ", w.inputs);
+  STD_TORCH_CHECK(w.inputs > 0 && w.inputs % kStep == 0, "packed weights need a multiple of 8 inputs, not ", w.inputs);
   return w;
 }
 

@@ -134,7 +134,9 @@ inline Numbers factors(Weights& w, const Tensor& t) {
 
 inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
                          int64_t outputs, int64_t inputs) {
+  STD_TORCH_CHECK(outputs > 0 && inputs > 0, "expected a weight with inputs and outputs, not [", outputs, ", ", inputs, "]");
   Matrix m{outputs, inputs};
+  present(weight);
   if (weight.dim() == 2) {
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.size(0) == outputs && weight.size(1) == inputs &&
                         (weight.stride(0) == 1 || weight.stride(1) == 1),
@@ -161,6 +163,8 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
   w.group = w.inputs = weight.size(1) * (weight.scalar_type() == ScalarType::Int ? kStep : 1);
   w.pad = kStep;
   w.block_bytes = weight.size(1) * kRows * weight.element_size();
+  STD_TORCH_CHECK(!scales || !zeros || (scales->dim() == 3 && zeros->dim() == 3 && scales->size(1) == zeros->size(1)),
+                  "there must be as many zeros as scales");
   if (scales) w.scales = factors(w, *scales);
   if (zeros) w.zeros = factors(w, *zeros);
   STD_TORCH_CHECK(w.inputs % kStep == 0 && inputs <= w.inputs && inputs > w.inputs - w.pad,

@@ -1,8 +1,9 @@
 // Runs a recorded decode step: instructions over fixed memory, by one team of threads, with nothing decided on the way.
 //
-// A program is INT64 words. Every instruction begins with its length, its code, who works on it and whether all meet
-// before it; what follows depends on the code. Memory is named by a base (an index into the table of addresses that
-// the call brings) and an offset in bytes, so that one program serves any cache of its shape. autotune/program writes it.
+// A program is INT64 words. The first is how many addresses it needs. Every instruction begins with its length, its code,
+// who works on it and whether all meet before it; what follows depends on the code. Memory is named by a base (an index
+// into the table of addresses that the call brings) and an offset in bytes, so that one program serves any cache of its
+// shape. autotune/program writes it, and checks what lies at the addresses.
 #include "instructions.h"
 
 #include <chrono>
@@ -10,6 +11,8 @@
 
 namespace autotune {
 namespace {
+
+constexpr int64_t kHeader = 4;  // words before an instruction's own
 
 // False where an index was outside its table.
 bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, std::vector<float>& scratch) {
@@ -80,9 +83,13 @@ class Stopwatch {
   Clock::time_point last_;
 };
 
+// How many instructions there are; each must say its length, and the last end where the words do.
 int64_t length(const int64_t* words, const int64_t* end) {
   int64_t count = 0;
-  for (const int64_t* at = words; at < end; at += at[0]) ++count;
+  for (; words < end; words += words[0], ++count)
+    STD_TORCH_CHECK(end - words >= kHeader && words[0] >= kHeader && words[0] <= end - words && words[1] >= 0 &&
+                        words[1] <= kAttend && words[2] >= kSolo && words[2] <= kTeam,
+                    "instruction ", count, " of the program is damaged");
   return count;
 }
 
@@ -90,11 +97,14 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
   STD_TORCH_CHECK(code.scalar_type() == ScalarType::Long && bases.scalar_type() == ScalarType::Long &&
                       code.is_contiguous() && bases.is_contiguous() && threads > 0,
                   "a program is contiguous INT64 words, with a table of INT64 addresses, for at least one thread");
-  const int64_t* words = static_cast<const int64_t*>(code.data_ptr());
+  STD_TORCH_CHECK(code.numel() > 0, "a program begins with the number of its addresses");
+  const int64_t* words = static_cast<const int64_t*>(present(code).data_ptr());
   const int64_t* end = words + code.numel();
-  const int64_t* addresses = static_cast<const int64_t*>(bases.data_ptr());
+  const int64_t* addresses = static_cast<const int64_t*>(present(bases).data_ptr());
+  STD_TORCH_CHECK(bases.numel() >= *words, "the program needs ", *words, " addresses, and was given ", bases.numel());
+  const int64_t count = length(++words, end);
   STD_TORCH_CHECK(!spent || (spent->scalar_type() == ScalarType::Long && spent->is_contiguous() &&
-                             spent->numel() == length(words, end)),
+                             present(*spent).numel() == count),
                   "times are INT64 nanoseconds, one for each instruction");
   static thread_local std::vector<float> own;
   std::vector<float>& scratch = own;  // the caller's, whichever thread looks at it
@@ -107,7 +117,7 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
       if (at[3]) m.meet();
       if (watch && at != words) watch->lap();
       if (share == kSolo && m.index) continue;
-      Reader in{at + 4, addresses};
+      Reader in{at + kHeader, addresses};
       if (!run_instruction(at[1], share, in, m, scratch)) failed.store(at, std::memory_order_relaxed);
     }
     if (watch) watch->lap();

@@ -35,7 +35,26 @@ inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes, int64_t r
   return Tensor(handle);
 }
 
-inline Tensor contiguous_floats(const Tensor& t) {
+// The tensor, all of whose elements lie in this machine's memory: a storage may have been freed, or cut short.
+inline const Tensor& present(const Tensor& t) {
+  int32_t where;
+  int64_t bytes, first;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &where));
+  STD_TORCH_CHECK(where == aoti_torch_device_type_cpu(), "expected a tensor on the CPU");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &first));
+  int64_t end = first + 1;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return t;
+    end += (t.size(d) - 1) * t.stride(d);
+  }
+  STD_TORCH_CHECK(end * static_cast<int64_t>(t.element_size()) <= bytes, "a tensor goes beyond its memory: it needs ",
+                  end * static_cast<int64_t>(t.element_size()), " bytes and has ", bytes);
+  return t;
+}
+
+inline Tensor contiguous_floats(const Tensor& given) {
+  const Tensor& t = present(given);
   const Tensor floats = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
   return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
 }
@@ -69,7 +88,7 @@ struct Numbers {
     const ScalarType type = t.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
                     "expected numbers in FP32, FP16 or BF16");
-    return {static_cast<const uint8_t*>(t.data_ptr()), type};
+    return {static_cast<const uint8_t*>(present(t).data_ptr()), type};
   }
 };
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..cache import SlotCache
-from ..errors import TransformError
+from ..errors import TransformError, VariantError
 from . import layout
 from .instruction import Instruction, Place
 from .lower import lower
@@ -57,7 +57,7 @@ class Program:
         self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
         self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8, device="cpu")
-        self._constants = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
+        self._constants = [(root, root.tensor) for root in lowered.roots if root.tensor is not None]  # kept alive
         self._inputs = lowered.inputs
         read = {number for i in self.instructions if i.matrix for number in i.reads}
         self.weight_bytes = sum(r.size_bytes for r in lowered.roots if r.kind == "constant" and r.number in read)
@@ -65,7 +65,7 @@ class Program:
         for root in lowered.roots:
             own = self.output if root.kind == "output" else root.tensor
             bases.append(0 if own is None else own.data_ptr())
-        self._bases = torch.tensor(bases, dtype=torch.int64, device="cpu")
+        self._bases = tuple(bases)
 
     def addresses(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """What `run` needs to know of the graph's inputs; they must stay where they are for as long as it is used.
@@ -75,7 +75,10 @@ class Program:
         """
         if len(inputs) != len(self._inputs):
             raise TransformError(f"the program was recorded for {len(self._inputs)} inputs, not {len(inputs)}")
-        bases = self._bases.tolist()
+        for root, whole in self._constants:
+            if whole.untyped_storage().nbytes() < root.size_bytes or whole.data_ptr() != self._bases[root.number + 1]:
+                raise TransformError("the program's weights have moved since it was recorded")
+        bases = list(self._bases)
         for i, (place, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
             if defect := _other(place, tensor):
                 raise TransformError(f"input {i} of the program is {defect}")
@@ -102,6 +105,9 @@ class Program:
 
 def _other(place: Place, tensor: torch.Tensor) -> str | None:
     """What sets a tensor apart from the one that a program was recorded with, or None."""
+    lies = tensor.is_cpu and tensor.layout is torch.strided and tensor.dtype is place.dtype
+    if lies and tensor.shape == place.shape and tensor.stride() == place.strides:
+        return None
     if tensor.dtype != place.dtype:
         return f"{tensor.dtype}, and was recorded as {place.dtype}"
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
@@ -129,7 +135,12 @@ class _Recorded:
         inputs = (self.token, self.position, cache.slot, cache.valid, *cache.keys, *cache.values)
         addresses = self.program.addresses(inputs)
 
-        def step(token: torch.Tensor, position: torch.Tensor, _cache: SlotCache) -> torch.Tensor:
+        def step(
+            token: torch.Tensor, position: torch.Tensor, _cache: SlotCache, _held: object = inputs
+        ) -> torch.Tensor:
+            if token.shape != self.token.shape or position.shape != self.token.shape:
+                shapes = f"{list(token.shape)} and {list(position.shape)}"
+                raise VariantError(f"the step takes token and position {list(self.token.shape)}, not {shapes}")
             with self.lock:
                 self.token.copy_(token)
                 self.position.copy_(position)

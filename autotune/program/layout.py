@@ -81,17 +81,19 @@ def place_temporaries(
 
 def encode(instructions: Sequence[Instruction], meets: Sequence[bool], offsets: Mapping[int, int]) -> torch.Tensor:
     """The program as INT64 words; see kernels/program.cpp."""
-    words: list[int] = []
+    words, most = [0], ARENA  # the first word is how many bases the program needs
     for instruction, meet in zip(instructions, meets, strict=True):
         body: list[int] = []
         for word in instruction.words:
             if isinstance(word, Ref):
                 inside = word.root in offsets
                 base = ARENA if inside else word.root + 1 if word.root >= 0 else -1
+                most = max(most, base)
                 body += [base, word.offset_bytes + (offsets[word.root] if inside else 0)]
             elif isinstance(word, float):
                 body += struct.unpack("q", struct.pack("d", word))
             else:
                 body.append(int(word))
         words += [4 + len(body), CODES.index(instruction.code), int(instruction.share), int(meet), *body]
+    words[0] = most + 1
     return torch.tensor(words, dtype=torch.int64, device="cpu")

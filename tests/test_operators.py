@@ -1,0 +1,172 @@
+"""Operators raise on tensors that they cannot read, before any memory is touched; a crash would end the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from autotune import kernels
+
+pytestmark = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return ones(*shape, dtype=torch.float16)
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return ones(*shape, dtype=dtype)
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same sizes over no memory."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    """The same sizes over one element too few."""
+    tensor.untyped_storage().resize_(tensor.nbytes - tensor.itemsize)
+    return tensor
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return ints(*shape, dtype=torch.int8)
+
+
+def words(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+GONE = "beyond its memory"
+CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
+    "f16: weights of integers": ("linear_f16", lambda: (ones(3, 64), ints(1, 64, 16), None, 16), "FP16, BF16 or FP32"),
+    "f16: a matrix": ("linear_f16", lambda: (ones(3, 64), half(16, 64), None, 16), "packed weights"),
+    "f16: strided": ("linear_f16", lambda: (ones(3, 64), half(1, 64, 32)[..., ::2], None, 16), "must be contiguous"),
+    "f16: freed": ("linear_f16", lambda: (ones(3, 64), freed(half(1, 64, 16)), None, 16), GONE),
+    "f16: cut": ("linear_f16", lambda: (ones(3, 64), cut(half(1, 64, 16)), None, 16), GONE),
+    "f16: x is freed": ("linear_f16", lambda: (freed(ones(3, 64)), half(1, 64, 16), None, 16), GONE),
+    "f16: half of x is freed": ("linear_f16", lambda: (freed(half(3, 64)), half(1, 64, 16), None, 16), GONE),
+    "f16: bias is freed": ("linear_f16", lambda: (ones(3, 64), half(1, 64, 16), freed(ones(16)), 16), GONE),
+    "f16: bias of 15": ("linear_f16", lambda: (ones(3, 64), half(1, 64, 16), ones(15), 16), "the bias has 15"),
+    "f16: no inputs": ("linear_f16", lambda: (ones(3, 0), half(1, 0, 16), None, 16), "multiple of 8"),
+    "f16: no outputs": ("linear_f16", lambda: (ones(3, 64), half(0, 64, 16), None, -5), "one output or more"),
+    "i8: FP16": ("linear_i8", lambda: (ones(3, 64), half(1, 64, 16), half(1, 2, 16), None, 16), "INT8"),
+    "i8: scales": ("linear_i8", lambda: (ones(3, 64), int8(1, 64, 16), ints(1, 2, 16), None, 16), "FP32, FP16 or BF16"),
+    "i8: groups": (
+        "linear_i8",
+        lambda: (ones(3, 64), int8(1, 64, 16), half(1, 3, 16), None, 16),
+        "groups of a multiple",
+    ),
+    "i8: cut": ("linear_i8", lambda: (ones(3, 64), int8(1, 64, 16), cut(half(1, 2, 16)), None, 16), GONE),
+    "i4: bytes": (
+        "linear_i4",
+        lambda: (ones(3, 64), int8(1, 8, 16), half(1, 2, 16), half(1, 2, 16), None, 16),
+        "eight weights in each INT32",
+    ),
+    "i4: zeros": (
+        "linear_i4",
+        lambda: (ones(3, 64), ints(1, 8, 16), half(1, 1, 16), half(1, 2, 16), None, 16),
+        "as many zeros",
+    ),
+    "brain: FP16": ("linear_brain", lambda: (ones(40, 64), half(16, 64), None, None, None, 16, 1), "must be FP32"),
+    "brain: freed": ("linear_brain", lambda: (ones(40, 64), freed(ones(16, 64)), None, None, None, 16, 1), GONE),
+    "brain: no outputs": (
+        "linear_brain",
+        lambda: (ones(40, 64), ones(0, 64), None, None, None, 0, 1),
+        "with inputs and",
+    ),
+    "brain: zeros": (
+        "linear_brain",
+        lambda: (ones(40, 64), ints(1, 8, 16), half(1, 1, 16), half(1, 4, 16), None, 16, 1),
+        "as many zeros",
+    ),
+    "mlp: nothing hidden": (
+        "linear_mlp",
+        lambda: (ones(40, 64), [ones(0, 64)], [ones(0, 64)], [ones(64, 0)], None, None, None, 0, 64, 0, 1),
+        "with inputs and outputs",
+    ),
+    "mlp: no weight": (
+        "linear_mlp",
+        lambda: (ones(40, 64), [], [ones(32, 64)], [ones(64, 32)], None, None, None, 32, 64, 0, 1),
+        "a weight is its numbers",
+    ),
+    "mlp: another width": (
+        "linear_mlp",
+        lambda: (ones(40, 64), [ones(32, 64)], [ones(31, 64)], [ones(64, 32)], None, None, None, 32, 64, 0, 1),
+        "must be FP32",
+    ),
+    "rms_norm: width": ("rms_norm", lambda: (ones(3, 64), ones(63), 1e-6), "one number for each"),
+    "rms_norm: freed": ("rms_norm", lambda: (ones(3, 64), freed(ones(64)), 1e-6), GONE),
+    "gate_up: shapes": ("gate_up", lambda: (ones(3, 64), ones(3, 63), 0), "one shape"),
+    "gate_up: freed": ("gate_up", lambda: (ones(3, 64), freed(half(3, 64)), 0), GONE),
+    "rotary: FP16": ("rotary", lambda: (half(1, 2, 3, 8), ones(1, 2, 3, 8), *[ones(1, 3, 8)] * 2), "expected FP32"),
+    "rotary: strided": (
+        "rotary",
+        lambda: (ones(1, 2, 8, 3).transpose(2, 3), ones(1, 2, 3, 8), *[ones(1, 3, 8)] * 2),
+        "contiguous",
+    ),
+    "rotary: freed": ("rotary", lambda: (ones(1, 2, 3, 8), freed(ones(1, 2, 3, 8)), *[ones(1, 3, 8)] * 2), GONE),
+    "rotary: angles": ("rotary", lambda: (*[ones(1, 2, 3, 8)] * 2, ones(1, 2, 8), ones(1, 2, 8)), "cosines and sines"),
+    "one: integers": ("attend_one", lambda: (ones(1, 2, 1, 8), *[ints(1, 2, 5, 8)] * 2, None, None, 1.0), "FP32, FP16"),
+    "one: freed": ("attend_one", lambda: (ones(1, 2, 1, 8), *[freed(ones(1, 2, 5, 8))] * 2, None, None, 1.0), GONE),
+    "one: no depth": ("attend_one", lambda: (ones(1, 2, 1, 0), *[ones(1, 2, 5, 0)] * 2, None, None, 1.0), "numbers in"),
+    "one: no heads": ("attend_one", lambda: (ones(1, 0, 1, 8), *[ones(1, 2, 5, 8)] * 2, None, None, 1.0), "must have"),
+    "one: strided": (
+        "attend_one",
+        lambda: (ones(1, 2, 1, 8), *[ones(1, 2, 8, 5).transpose(2, 3)] * 2, None, None, 1.0),
+        "contiguous in their last",
+    ),
+    "one: mask is freed": (
+        "attend_one",
+        lambda: (ones(1, 2, 1, 8), *[ones(1, 2, 5, 8)] * 2, None, freed(ones(1, 1, 1, 5)), 1.0),
+        GONE,
+    ),
+    "many: spans": ("attend_many", lambda: (*[ones(1, 2, 5, 8)] * 3, words(0, 1)[None, None], 1.0, 0), "spans must be"),
+    "many: freed": ("attend_many", lambda: (*[ones(1, 2, 5, 8)] * 2, freed(ones(1, 2, 5, 8)), None, 1.0, 0), GONE),
+    "mask_spans: FP32": ("mask_spans", lambda: (ones(1, 1, 3, 3),), "boolean"),
+    "mask_spans: freed": ("mask_spans", lambda: (freed(ones(1, 1, 3, 3, dtype=torch.bool)),), GONE),
+    "rows: ids in FP32": ("packed_rows", lambda: (ones(3), half(1, 8, 16), None, None, 16, 8), "INT64 or INT32"),
+    "rows: FP64": (
+        "packed_rows",
+        lambda: (words(1), ones(1, 8, 16, dtype=torch.float64), None, None, 16, 8),
+        "packed_rows takes tables",
+    ),
+    "rows: outside": ("packed_rows", lambda: (words(16), half(1, 8, 16), None, None, 16, 8), "out of range"),
+    "rows: freed": ("packed_rows", lambda: (words(1), freed(half(1, 8, 16)), None, None, 16, 8), GONE),
+    "rows: no columns": ("packed_rows", lambda: (words(1), half(1, 8, 16), None, None, 16, 0), "rows and columns"),
+    "program: no words": ("run_program", lambda: (words(), words(0), 1, None), "begins with"),
+    "program: FP32": ("run_program", lambda: (ones(4), words(0), 1, None), "INT64 words"),
+    "program: addresses": ("run_program", lambda: (words(2), words(0), 1, None), "needs 2 addresses, and was given 1"),
+    "program: no length": (
+        "run_program",
+        lambda: (words(1, 0, 0, 0, 0), words(0), 1, None),
+        "instruction 0 .* damaged",
+    ),
+    "program: too long": ("run_program", lambda: (words(1, 9, 0, 0, 0), words(0), 1, None), "instruction 0 .* damaged"),
+    "program: no such code": ("run_program", lambda: (words(1, 4, 99, 0, 0), words(0), 1, None), "damaged"),
+    "program: freed": ("run_program", lambda: (freed(words(1, 4, 0, 0, 0)), words(0), 1, None), GONE),
+    "program: times": ("run_program", lambda: (words(1), words(0), 1, words(1, 2)), "one for each instruction"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_read_is_refused(case: str) -> None:
+    operator, arguments, says = CASES[case]
+    with pytest.raises(RuntimeError, match=says):
+        getattr(torch.ops.autotune, operator)(*arguments())
+
+
+def test_a_view_that_fills_its_memory_is_read() -> None:
+    """The last element counts, and none after it."""
+    whole = ones(2, 3, 64)
+    last = whole[1, 1:]
+    y = torch.ops.autotune.rms_norm(last, whole[0, 0], 0.0)
+    torch.testing.assert_close(y, ones(2, 64))
