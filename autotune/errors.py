@@ -10,6 +10,7 @@
     ├── TransformError          a transform cannot do what it was asked to (expected: the candidate is set aside)
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
+    │   └── UnreadyError        what a batch of that size needs, slots or a recorded step, could not be made
     ├── MeasurementError        a number that was needed could not be measured
     ├── PackageError            an optional package is missing; names the line that installs it
     ├── DeviceError             the device cannot do this, or is dead for this process (nothing is retried on it)
@@ -57,6 +58,10 @@ class ChoiceError(TransformError, ValueError):
 
 class VariantError(AutotuneError):
     """A variant's own module or kernel failed while it ran."""
+
+
+class UnreadyError(VariantError):
+    """What a variant needs for a batch of that size could not be made."""
 
 
 class MeasurementError(AutotuneError):

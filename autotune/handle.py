@@ -8,12 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import route, seam, workload
-from .errors import DeviceError, StateError, VariantError, WorkloadError
+from . import outside, route, seam, workload
+from .attempt import Attempt
+from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError
 from .freshness import Snapshot
 from .original import RELOAD, Original, releasable_bytes
 from .policy import Policy
@@ -34,6 +36,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("autotune")
 
 RESTING = "the plan rests after it failed"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was wrong with a plan that raised.
+
+    Args:
+        reason: in words.
+        unready: whether only a batch of that size is concerned.
+    """
+
+    reason: str
+    unready: bool
+
+    @classmethod
+    def of(cls, error: Exception, variant: Variant) -> Fault:
+        reason = str(error) if isinstance(error, VariantError) else f"{type(error).__name__}: {error}"
+        return cls(reason, isinstance(error, UnreadyError) or variant.device.failure(error) == "memory")
 
 
 class Handle:
@@ -205,7 +225,8 @@ class Handle:
         with self._traffic.request():
             variant = self._fresh()
             if variant is not None:
-                reason = variant.unsupported(call) or (None if self._watch.admits() else RESTING)
+                reason = variant.unsupported(call)
+                reason = reason or (None if self._watch.admits(call.input_ids.shape[0]) else RESTING)
                 if reason is None:
                     return self._serve(variant, call)
                 self._bypassed[reason] += 1
@@ -216,15 +237,15 @@ class Handle:
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         devices.of(self._model).check()
+        original = partial(seam.bare_class(model).forward, model, *args, **kwargs)
         with self._traffic.request():
             variant = self._fresh()
             if variant is None or self._watch.open():
-                return seam.bare_class(model).forward(model, *args, **kwargs)
+                return original()
             if not serves_forward(args, kwargs):
                 self._bypassed["forward with a cache of the caller's, gradients or extra arguments"] += 1
-            else:
-                self._served += 1
-            return variant.forward(model, args, kwargs)
+                return original()
+            return self._serve_forward(variant, args, kwargs, original)
 
     def other_loop(self, name: str) -> AbstractContextManager[None]:
         if self._active is not None:
@@ -257,36 +278,73 @@ class Handle:
         return "it was never tuned" if self._snapshot is None else self._snapshot.changed()
 
     def _serve(self, variant: Variant, call: seam.Sampling) -> Any:
-        streamer = call.streamer
-        watched = call if streamer is None else call.with_streamer(seen := route.CountingStreamer(streamer))
+        attempt = Attempt(call, variant.device)
         try:
-            result = self._watch.serve(variant, watched)
-        except DeviceError as failure:  # nothing can be retried on this device
-            self._active, self._state, self._detail = None, "failed", str(failure)
+            result = self._watch.serve(variant, attempt.call)
+        except DeviceError as dead:
+            self._lose(dead)
             raise
-        except VariantError as failure:
-            if streamer is not None and seen.tokens:
-                self._fail(f"the plan failed in the middle of a stream: {failure}")
-                raise
-            reason = str(failure)
+        except Exception as error:
+            theirs, fault = attempt.outsiders(error), Fault.of(error, variant)
         except BaseException:
-            self._watch.abandoned()
+            self._watch.abandoned(call)
             raise
         else:
             self._served += 1
             return result
-        variant.device.trim()  # now that no exception holds on to what the plan had allocated
-        try:
-            result = call.original()
-        except BaseException:  # the call was at fault, not the plan
-            self._watch.abandoned()
-            raise
-        self._fail(f"the plan failed: {reason}")
-        return result
+        return self._recover(fault, theirs, partial(attempt.again, seam.Sampling.original), call)
 
-    def _fail(self, reason: str) -> None:
-        self._watch.failed(reason)
-        warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
+    def _serve_forward(
+        self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[[], Any]
+    ) -> Any:
+        try:
+            result = variant.forward(self._model, args, kwargs)
+        except DeviceError as dead:
+            self._lose(dead)
+            raise
+        except Exception as error:
+            theirs, fault = outside.delivered(error), Fault.of(error, variant)
+        else:
+            self._served += 1
+            return result
+        return self._recover(fault, theirs, original)
+
+    def _lose(self, failure: DeviceError) -> None:
+        """Nothing can be retried on this device."""
+        self._active, self._state, self._detail = None, "failed", str(failure)
+
+    def _recover(
+        self,
+        fault: Fault,
+        theirs: BaseException | None,
+        original: Callable[[], Any],
+        call: seam.Sampling | None = None,
+    ) -> Any:
+        """The original's answer after the plan raised; called when no exception holds on to the plan's memory any more.
+
+        Args:
+            fault: what was wrong with the plan.
+            theirs: the exception of the caller's own that was behind it, or None.
+            original: answers from a clean state.
+            call: of generate's loop, or None for a direct forward.
+        """
+        if theirs is not None:
+            self._watch.abandoned(call)
+            raise theirs
+        devices.of(self._model).trim()
+        try:
+            result = original()
+        except BaseException:  # the call was at fault, not the plan
+            self._watch.abandoned(call)
+            raise
+        if fault.unready and call is not None:
+            self._bypassed["no room or no step for a batch of that size"] += 1
+            self._watch.unready(call)
+            warnings.warn(f"autotune: {fault.reason}; {self._other()} for such calls", RuntimeWarning, stacklevel=3)
+        else:
+            self._watch.failed(f"the plan failed: {fault.reason}")
+            warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=3)
+        return result
 
     def _note(self, event: Event) -> None:
         """The plan was taken out, or back."""
@@ -313,6 +371,12 @@ class Handle:
         warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
 
     def _observe_call(self, call: seam.Sampling) -> None:
+        try:
+            self._consider(call)
+        except Exception as error:  # the call is answered, and nobody asked for more
+            log.warning("a call was not observed: %s: %s", type(error).__name__, error)
+
+    def _consider(self, call: seam.Sampling) -> None:
         self._observer.observe(call.input_ids, call.mask, call.settings.max_length - call.input_ids.shape[1])
         if self._when == "manual" or not self._observer.ready(self._observe):
             return

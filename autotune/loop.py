@@ -69,8 +69,9 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
 
         @cache
         def decoder() -> tuple[slots.SlotCache, Step | None]:  # once the first token is out: it needs no slots
-            held = lent.enter_context(pool.lend(prompt, call.mask))
-            return held, variant.step.fitting(held) if variant.step is not None else None
+            with variant.preparing(call.input_ids.shape[0]):
+                held = lent.enter_context(pool.lend(prompt, call.mask))
+                return held, variant.step.fitting(held) if variant.step is not None else None
 
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             held, step = decoder()

@@ -25,20 +25,6 @@ LAYERS = "_autotune_layers"  # and the one that holds the routers above it, the 
 _ROUTED: dict[type, type[PreTrainedModel]] = {}  # model class -> its routed subclass
 
 
-class CountingStreamer:
-    """The caller's streamer, and how many of the answer's tokens it has seen."""
-
-    def __init__(self, streamer: Any) -> None:
-        self._streamer, self.tokens = streamer, 0
-
-    def put(self, value: Any) -> None:
-        self.tokens += 1
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        self._streamer.end()
-
-
 class Router(Protocol):
     """Who decides which variant serves a call."""
 

@@ -15,7 +15,7 @@ import torch
 
 from . import device as devices
 from . import route, seam
-from .errors import AutotuneError, MeasurementError, TransformError, VariantError
+from .errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
 from .workload import PHASES, Phase, Workload
 
 if TYPE_CHECKING:
@@ -172,6 +172,20 @@ class Variant:
         finally:
             if threads != before:
                 torch.set_num_threads(before)
+
+    @contextmanager
+    def preparing(self, batch: int) -> Iterator[None]:
+        """Around making what decoding needs.
+
+        Raises:
+            UnreadyError: whatever the body raised, a dead device apart.
+        """
+        try:
+            yield
+        except DeviceError:
+            raise
+        except Exception as error:
+            raise UnreadyError(f"a batch of {batch} cannot be decoded: {type(error).__name__}: {error}") from error
 
     def unsupported(self, call: seam.Sampling) -> str | None:
         """Why this variant cannot serve a call of generate's loop, or None."""

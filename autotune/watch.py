@@ -109,6 +109,7 @@ class Watch:
         self._paces = expected_paces(plan.latency if plan else None)
         self._slow, self._others_s = ((0, 0), 0.0), list[float]()  # shape and time per token that took the plan out
         self._compilations = Compilations()
+        self._batches: dict[int, Breaker] = {}  # sequences -> of a size that could not be prepared for
         self._samples: deque[Sample] = deque(maxlen=1)
         self._latest: Sample | None = None
         self._rest_until_s = 0.0
@@ -116,17 +117,25 @@ class Watch:
 
     # Around a call
 
-    def admits(self) -> bool:
-        """Whether the plan may serve the call at hand; while half-open, one call at a time may try."""
+    def admits(self, batch: int) -> bool:
+        """Whether the plan may serve the call at hand; while half-open, one call at a time may try.
+
+        Args:
+            batch: its sequences.
+        """
         with self._lock:
-            if self.breaker.phase == "closed":
-                return True
-            if not self.breaker.due(self.clock()):
+            now, known = self.clock(), self._batches.get(batch, Breaker())
+            if known.phase != "closed" and not known.due(now):
                 return False
-            if self.cause == "drift":  # no user's answer is the trial: the kept call is scored again
-                self._work_when_idle()
-                return False
-            self._step("asked", "one call tries the plan again")
+            if self.breaker.phase != "closed":
+                if not self.breaker.due(now):
+                    return False
+                if self.cause == "drift":  # no user's answer is the trial: the kept call is scored again
+                    self._work_when_idle()
+                    return False
+                self._step("asked", "one call tries the plan again")
+            if batch in self._batches:
+                self._batches[batch] = known.after("asked", now, self.rules)
             return True
 
     def open(self) -> bool:
@@ -140,6 +149,7 @@ class Watch:
         result = variant.sample(call.with_streamer(marks))
         with self._lock:
             self.served += 1
+            self._note_batch(call, "served")
             if self.breaker.phase == "half-open":
                 self._step("served", "the trial call was served")
                 self._paces = {shape: Pace(pace.expected_s) for shape, pace in self._paces.items()}
@@ -173,9 +183,19 @@ class Watch:
             self.cause = cause
             self._step("failed", reason, numbers or {})
 
-    def abandoned(self) -> None:
+    def unready(self, call: Sampling) -> None:
+        """What the plan needs for a call's number of sequences could not be made: such calls are not for it, for a
+        while or for good. Others are."""
+        with self._lock:
+            self._batches.setdefault(call.input_ids.shape[0], Breaker(since_s=self.clock()))
+            self._note_batch(call, "failed")
+            self._step("abandoned", "the trial call could not be prepared for")
+
+    def abandoned(self, call: Sampling | None = None) -> None:
         """A call ended early for reasons of its caller's, which says nothing about the plan."""
         with self._lock:
+            if call is not None:
+                self._note_batch(call, "abandoned")
             self._step("abandoned", "the trial call was given up by its caller")
 
     def summary(self) -> str:
@@ -263,6 +283,11 @@ class Watch:
             self._slow, self._others_s = (shape, marks.tpot_s), []
             numbers = {"ms per token": 1e3 * marks.tpot_s, "expected": 1e3 * pace.expected_s}
             self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
+
+    def _note_batch(self, call: Sampling, event: Happening) -> None:
+        batch = call.input_ids.shape[0]
+        if (known := self._batches.get(batch)) is not None:
+            self._batches[batch] = known.after(event, self.clock(), self.rules)
 
     def _step(self, event: Happening, reason: str, numbers: Mapping[str, float] | None = None) -> None:
         before, now, thread = self.breaker, self.clock(), threading.get_ident()

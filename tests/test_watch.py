@@ -441,7 +441,7 @@ def test_what_failed_is_not_adopted_blindly_by_the_next_process(watched: Any) ->
     assert store.find(PRINT) is None
     watch._step("asked", "")  # too early
     watch.clock.now += 10
-    assert watch.admits()
+    assert watch.admits(1)
     watch._step("served", "fine again")
     assert store.find(PRINT) is not None
     watch.failed("made up")

@@ -149,6 +149,13 @@ class Device(ABC):
     def stream(self) -> AbstractContextManager[None]:
         """Within it this thread queues into a stream of its own, the one that graphs are captured and replayed on."""
 
+    def random_state(self) -> Any:
+        """The state of the generators that sampling on this device draws from, for `set_random_state`."""
+        return torch.get_rng_state()
+
+    def set_random_state(self, state: Any) -> None:
+        torch.set_rng_state(state)
+
     @abstractmethod
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start copying a tensor to the host; the function returned waits for the copy and nothing queued later."""

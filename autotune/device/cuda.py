@@ -74,6 +74,13 @@ class Cuda(Device):
         with torch.cuda.device(self.where), torch.cuda.stream(self._stream):
             yield
 
+    def random_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.where)
+
+    def set_random_state(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        torch.cuda.set_rng_state(state[1], self.where)
+
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         host.copy_(tensor, non_blocking=True)

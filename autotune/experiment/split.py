@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .. import codec, route, seam
+from ..attempt import Attempt
 from ..errors import DeviceError, ExperimentError, StateError, VariantError
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
@@ -38,10 +39,10 @@ _KEY: ContextVar[str | None] = ContextVar("autotune_experiment_key", default=Non
 class Split(Layer):
     """A candidate on a share of live traffic; begins when entered or started, and leaves the model as it found it.
 
-    A candidate that fails before its answer has reached the caller is replaced by the control, which costs the caller
-    time and nothing else; one that fails in the middle of a stream raises what it raised. Both count as its errors, and
-    so do NaN logits. What the callers' own streamers, processors and criteria raise is theirs. Requests are taken as
-    independent: where a few keys make up much of the traffic, figures are surer of themselves than they should be.
+    A candidate that fails is replaced by the control, which costs the caller time and nothing else; tokens that were
+    streamed by then stand, and the control goes on from them. It counts as the candidate's error, and so do NaN logits.
+    What the callers' own streamers, processors and criteria raise is theirs. Requests are taken as independent: where a
+    few keys make up much of the traffic, figures are surer of themselves than they should be.
 
     Args:
         experiment: whose candidate it is; its name is the salt of the keys.
@@ -188,21 +189,23 @@ class Split(Layer):
         return result
 
     def _candidate(self, call: seam.Sampling) -> Any:
-        watch = _Watch(call, self._clock)
+        attempt = Attempt(call, self._variant.device)
+        watch = _Watch(attempt.call, self._clock)
         try:
             result = self._run(watch.call)
         except DeviceError as failure:  # nothing can be retried on this device
             self.rollback(str(failure))
             raise
-        except VariantError as failure:
-            message = str(failure)
-            if watch.streams and watch.marks_s:
-                self._failed(message, "failed in the middle of a stream")
-                raise
+        except Exception as failure:
+            theirs, message = attempt.outsiders(failure), str(failure)
+            if not isinstance(failure, VariantError):
+                message = f"{type(failure).__name__}: {failure}"
         else:
             self._observe("candidate", {**self._measured(call, watch, result), "errors": 0.0}, "candidate")
             return result
-        result = self.control(call)  # when this raises, too, the call was at fault
+        if theirs is not None:
+            raise theirs
+        result = attempt.again(self.control)  # when this raises, too, the call was at fault
         self._failed(message, "failed, the control answered")
         return result
 
@@ -288,7 +291,7 @@ class _Watch:
 
     def __init__(self, call: seam.Sampling, clock: Clock) -> None:
         self._streamer, self._clock = call.streamer, clock
-        self.streams, self.call = self._streamer is not None, call.with_streamer(self)
+        self.call = call.with_streamer(self)
         self.start_s, self.marks_s = clock(), list[float]()
 
     def put(self, value: Any) -> None:

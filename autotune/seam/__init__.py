@@ -61,7 +61,7 @@ from .caches import (
     narrow_cache,
     replace_layers,
 )
-from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, routable
+from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, remembers, routable
 from .models import COMPILED, EAGER, ROTARY, causal_lms, conv1d, experts, forward_function, uncompiled
 
 __all__ = [
@@ -108,6 +108,7 @@ __all__ = [
     "parameters",
     "pop_cache",
     "register_attention",
+    "remembers",
     "replace_layers",
     "routable",
     "sdpa",

@@ -18,6 +18,12 @@ LOOP = "_sample"  # the decoding loop of greedy search and sampling
 OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # of that loop
 ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}  # that a plan understands
 
+REMEMBERING = {  # logits processors of transformers that keep something from one token to the next
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",  # it asks a function of the caller's
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -143,10 +149,22 @@ class Sampling:
     def with_streamer(self, streamer: Any) -> Sampling:
         return replace(self, options={**self.options, "streamer": streamer})
 
+    def through(self, processors: Callable[..., Any], criteria: Callable[..., Any] | None = None) -> Sampling:
+        """The same call with its logits processors and stopping criteria called by way of functions.
+
+        Args:
+            processors: called with the list of processors and what that is called with, tokens [B, T] and scores
+                [B, V]; returns scores [B, V].
+            criteria: the same for the list of stopping criteria; returns [B] bool. None: they are called as they are.
+        """
+        options = {**self.options, "logits_processor": _relayed(self.processors, processors)}
+        if criteria is not None:
+            options["stopping_criteria"] = _relayed(self.criteria, criteria)
+        return replace(self, options=options)
+
     def with_processor_before(self, processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Sampling:
         """The same call with one more logits processor, the first of all."""
-        processors = type(self.processors)([processor, *self.processors])
-        return replace(self, options={**self.options, "logits_processor": processors})
+        return self.through(lambda others, ids, scores: others(ids, processor(ids, scores)))
 
     def with_fresh_cache(self, model: PreTrainedModel) -> Sampling:
         """The same call for `model`, over a cache of its own, made as generate makes it."""
@@ -184,6 +202,30 @@ class Sampling:
             output_cache_name(): cache,
         }
         return GenerateDecoderOnlyOutput(**result)
+
+
+def _relayed(objects: Any, relay: Callable[..., Any]) -> Any:
+    """A list of the same class with the same elements; calling it calls `relay` with the given list and the rest."""
+    cls: Any = type(objects)
+    found = (cls if hasattr(cls, "relay") else _relaying(cls))(objects)
+    found.relay, found.objects = relay, objects
+    return found
+
+
+@functools.cache
+def _relaying(cls: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.relay(self.objects, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "relay": None, "__module__": cls.__module__})
+
+
+def remembers(call: Sampling) -> bool:
+    """Whether a processor or criterion of a call may keep something from one token to the next."""
+    return any(
+        not type(each).__module__.startswith("transformers.generation.") or type(each).__name__ in REMEMBERING
+        for each in (*call.processors, *call.criteria)
+    )
 
 
 def marking(cls: type) -> dict[str, Callable[..., Any]]:

@@ -1,0 +1,50 @@
+"""Exceptions that were delivered into our code from outside: a signal handler's, or another thread's.
+
+A user's alarm or a library's timeout may go off while a candidate is measured or a plan serves. That says nothing about
+either: it is the user's own call that ends, as it would without autotune.
+"""
+
+from __future__ import annotations
+
+import dis
+import queue
+from collections.abc import Iterator
+from types import TracebackType
+
+RAISES = frozenset(dis.opmap[name] for name in ("RAISE_VARARGS", "RERAISE"))
+WORDLESS = (MemoryError, StopIteration, StopAsyncIteration, queue.Empty)  # functions in C raise these without a message
+
+
+def delivered(error: BaseException) -> BaseException | None:
+    """The exception that came from outside, where `error` is one or was raised from one; or None."""
+    for each in _causes(error):
+        if each.__traceback__ is not None and _from_outside(each, each.__traceback__):
+            return each
+    return None
+
+
+def pass_on(error: BaseException) -> None:
+    """First thing where a failure is caught: raise what was delivered from outside, if that is what failed."""
+    if (theirs := delivered(error)) is not None:
+        raise theirs
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__
+
+
+def _from_outside(error: BaseException, trace: TracebackType) -> bool:
+    """A signal handler is given the frame that it interrupts, which called it; what another thread raises
+    (`PyThreadState_SetAsyncExc`) has no message, and comes up where no instruction raises."""
+    while (inner := trace.tb_next) is not None:
+        interrupted, trace = trace.tb_frame, inner
+        values = list(trace.tb_frame.f_locals.values())
+        values += [each for value in values if isinstance(value, tuple) for each in value]  # handler(*args)
+        if any(v is interrupted for v in values) and any(isinstance(v, int) for v in values):  # (number, frame)
+            return True
+    wordless = not error.args and not isinstance(error, WORDLESS)
+    return wordless and trace.tb_frame.f_code.co_code[trace.tb_lasti] not in RAISES
