@@ -9,7 +9,7 @@ Read in this order:
     sensitivity                       the layers that make a scheme fail the gate, and what to try without them
     wrap -> handle -> route           the model object: its life, its interception
     variant                           copy-on-write: one way to run the model
-    traffic, freshness, original      measuring between live requests; noticing changes; where the original is
+    traffic, revision, original       measuring between live requests; noticing changes; where the original is
     watch -> canary, drift, breaker   after commit: is it still as good and as fast? out and back
     workload, hardware, device        what it is asked to do, what the machine can do, where CPU and GPU differ
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be

@@ -16,9 +16,9 @@ from . import device as devices
 from . import outside, route, seam, workload
 from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError
-from .freshness import Snapshot
 from .original import RELOAD, Original, releasable_bytes
 from .policy import Policy
+from .revision import Revision
 from .sites import stored_bytes
 from .status import State, Status
 from .traffic import Cancelled, Traffic
@@ -83,7 +83,8 @@ class Handle:
         self._traffic = Traffic()
         self._tuned: Tuned | None = None
         self._active: Variant | None = None
-        self._snapshot: Snapshot | None = None
+        self._revision: Revision | None = None
+        self._stale: str | None = None  # how the model differs from when it was tuned, as of the latest call
         self._watch = Watch(watch, changed=self._note)
         self._tuning = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -97,7 +98,8 @@ class Handle:
 
     @property
     def status(self) -> Status:
-        names = tuple(map(str, self._active.transforms)) if self._active and not self._watch.open() else ()
+        serves = self._active is not None and self._stale is None and not self._watch.open()
+        names = tuple(map(str, self._active.transforms)) if self._active and serves else ()
         speculation = self._active.speculation if self._active else None
         return Status(
             self._state,
@@ -264,18 +266,26 @@ class Handle:
             self._spawn(work)
 
     def _fresh(self) -> Variant | None:
-        """The variant to serve with, unless the model changed under it."""
+        """The variant to serve with, while the model is what it was when it was tuned."""
         variant = self._active
-        if variant is not None and (change := self._change()) is not None:
-            self._drop("stale", f"the model changed after tuning ({change})", ".tune() tunes again")
+        if variant is None:
             return None
-        return variant
+        change = self._change()
+        if change != self._stale:
+            self._stale = change
+            if change is None:
+                self._state, self._detail = "tuned", "the model is again what it was when it was tuned: the plan serves"
+                log.info(self._detail)
+            else:
+                self._state = "stale"
+                self._say(f"the model changed after tuning ({change})", "the plan serves again once that is undone")
+        return variant if change is None else None
 
     def _change(self) -> str | None:
         """How the model differs from when it was tuned, or None."""
         if self._model.training:
             return "it is in training mode"
-        return "it was never tuned" if self._snapshot is None else self._snapshot.changed()
+        return "it was never tuned" if self._revision is None else self._revision.changed()
 
     def _serve(self, variant: Variant, call: seam.Sampling) -> Any:
         attempt = Attempt(call, variant.device)
@@ -361,13 +371,14 @@ class Handle:
 
     def _unwatchable(self) -> str | None:
         """Why a served call cannot be scored by the original now, or None."""
-        return self._change() if self._original.place == "resident" else f"the original is {self._original.place}"
+        if self._original.place != "resident":
+            return f"the original is {self._original.place}"
+        return self._change() or (self._revision.look_closer() if self._revision else None)
 
-    def _drop(self, state: State, detail: str, remedy: str = "") -> None:
-        """Serve without the plan from now on, and say so."""
-        self._active = None
+    def _say(self, detail: str, remedy: str = "") -> None:
+        """The plan does not serve: say why, and what does."""
         remedy = RELOAD if self._original.place == "released" else remedy
-        self._state, self._detail = state, "; ".join(filter(None, (detail, self._other(), remedy)))
+        self._detail = "; ".join(filter(None, (detail, self._other(), remedy)))
         warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
 
     def _observe_call(self, call: seam.Sampling) -> None:
@@ -399,7 +410,8 @@ class Handle:
         except Cancelled:
             log.info("tuning was called off")
         except Exception as error:
-            self._drop("failed", f"tuning failed: {type(error).__name__}: {error}")
+            self._active, self._state = None, "failed"
+            self._say(f"tuning failed: {type(error).__name__}: {error}")
             log.debug("tuning failed", exc_info=True)
         finally:
             self._tuning.release()
@@ -409,7 +421,7 @@ class Handle:
 
         self._state, self._detail = "tuning", "started"
         try:
-            snapshot = Snapshot(self._model)
+            revision = Revision(self._model)
             self._tuned = tune(
                 route.bare(self._model),
                 work,
@@ -423,9 +435,9 @@ class Handle:
         except BaseException as error:
             self._state, self._detail = "failed", f"{type(error).__name__}: {error}"
             raise
-        if change := snapshot.changed():
+        if change := revision.differs():
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
-        self._snapshot = snapshot
+        self._revision = revision
         self._switch(self._tuned.variant)
         if self._quiet and self._tuned.doubt is not None:  # whoever draws progress was told
             log.warning("%s. This is not kept as a plan: %s", self._tuned.verdict, self._tuned.doubt)
@@ -437,7 +449,7 @@ class Handle:
         self._notify(step)
 
     def _switch(self, variant: Variant) -> None:
-        self._active = variant if variant.transforms else None
+        self._active, self._stale = variant if variant.transforms else None, None
         self._state = "tuned" if variant.transforms else "original"
         self._detail = self._tuned.verdict if self._tuned else ""
         self._watch.begin(variant, self._tuned.plan if self._tuned else None, self._unwatchable, stored=self._cache)
@@ -454,7 +466,7 @@ class Handle:
             return
         with self._traffic.step():
             self._original.park(variant) if park else self._original.release(variant)
-            self._snapshot = Snapshot(self._model)
+            self._revision = Revision(self._model)
         report = self._tuned.report.without_original(stored_bytes(*variant.modules.values()))
         self._tuned = replace(self._tuned, report=report)
 
@@ -471,7 +483,7 @@ class Handle:
                 device.trim()
                 log.warning("the plan was dropped: beside it there was no room to bring the original back")
             self._original.restore()
-            self._snapshot = Snapshot(self._model)
+            self._revision = Revision(self._model)
 
     def read(self, value: Any) -> Workload:
         return workload.read(value, tokenizer=self.tokenizer, model=self._model)
