@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GLOBAL_HOOKS = (registry._global_forward_hooks, registry._global_forward_pre_hooks)
-OWN = {route.SLOT, route.LAYERS, "generation_config", "_cache", "_compiled_call"}  # the model object's, set at will
-UNREAD = {*vars(nn.Module()), *OWN, "warnings_issued"}  # not looked into: what counts of them is compared by itself
+OWN = {route.SLOT, route.LAYERS, *seam.SET_AT_WILL}  # attributes that say nothing of what is computed
+UNREAD = {*vars(nn.Module()), *OWN}  # not looked into: what counts of them is compared by itself
 DEPTH = 3  # of containers and objects, from a module's attributes on
 OPAQUE = (  # compared as such, and not looked into
     *(nn.Module, torch.Tensor, torch.dtype, torch.device, type, types.ModuleType),
@@ -76,8 +76,8 @@ class Revision:
 
     def changed(self) -> str | None:
         """What changed, or None. A hook is one, whether it was there before or not."""
-        if any(GLOBAL_HOOKS) or any(self._hooks):
-            return f"there is a forward hook on {self._hooked()}"
+        if (any(GLOBAL_HOOKS) or any(self._hooks)) and (where := hooked(self._model)) is not None:
+            return f"there is a forward hook on {where}"
         return self.differs()
 
     def differs(self) -> str | None:
@@ -85,15 +85,19 @@ class Revision:
         if self._found is not None:
             return self._found
         try:
-            if not (self._live == self._was and self._attributes() == self._own and self._same_classes()):
-                return self._difference()
+            if not (self._live == self._was and self._attributes() == self._own):
+                if (difference := self._difference()) is not None:
+                    return difference
+                self._was = [held.copy() for held in self._live]
+            if not self._same_classes():
+                return "a class or its forward was replaced"
             versions, places = self._marks()
             if versions != self._versions or places != self._places:
                 return self._written(versions, places)
             probed = [torch.cat(probes) for probes in self._probes]
             return None if all(map(torch.equal, probed, self._probed)) else UNCOUNTED
-        except Exception:  # what cannot be compared with what there was is something else
-            return self._difference()
+        except Exception as error:  # what cannot be compared with what there was is something else
+            return self._difference() or f"it could not be compared: {type(error).__name__}: {error}"
 
     def look_closer(self) -> str | None:
         """As `changed`, after a look at more numbers; what that finds stays found."""
@@ -117,15 +121,11 @@ class Revision:
 
     # In words
 
-    def _hooked(self) -> str:
-        names = (name for name, module in self._model.named_modules() if any(_hooks(module)))
-        return next(names, "every module") or "the model"
-
-    def _difference(self) -> str:
+    def _difference(self) -> str | None:
         if self._model.training:
             return "it is in training mode"
         pairs = zip([*self._names, ""], [*self._live, self._attributes()], [*self._was, self._own], strict=True)
-        return next((said for each in pairs if (said := _described(*each))), "a class or its forward was replaced")
+        return next((said for each in pairs if (said := _described(*each))), None)
 
     def _written(self, versions: list[int], places: list[int]) -> str:
         marks = chain(
@@ -134,6 +134,16 @@ class Revision:
         )
         name = next(name for name, before, now in marks if before != now)
         return f"tensor {name} was written to or converted"
+
+
+def hooked(model: nn.Module) -> str | None:
+    """Where there is a forward hook, those of transformers' own apart, or None."""
+    if any(GLOBAL_HOOKS):
+        return "every module"
+    for name, module in model.named_modules():
+        if not all(seam.is_own_hook(hook) for hooks in _hooks(module) for hook in hooks.values()):
+            return name or "the model"
+    return None
 
 
 def _hooks(module: nn.Module) -> tuple[Any, Any]:
@@ -167,6 +177,8 @@ def _described(name: str, now: Any, was: Any) -> str | None:
     if not isinstance(now, dict):
         return None if now == was else f"a list or set of {name or 'the model'} changed"
     for key in (*was, *(key for key in now if key not in was)):
+        if key in OWN:
+            continue
         before, after = was.get(key), now.get(key)
         if before is after:
             continue

@@ -19,6 +19,7 @@ from .hardware import Hardware
 from .plan import Outcome, Trial
 from .policy import Choice, Limits, Policy, Step
 from .profile import Profile
+from .revision import hooked
 from .sensitivity import Probe, Promises, Refinement, refine
 from .transforms import Blocker, Transform
 from .transforms.linears import reusing
@@ -312,9 +313,16 @@ def why_not(
 
 def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float | None:
     """Predicted best-case speed-up of `phase`, or None where the transform cannot be had."""
-    if transform.unavailable(state.variant, hardware) is not None:
+    if unavailable(transform, state.variant, hardware) is not None:
         return None
     return expect(transform, phase, state, hardware)
+
+
+def unavailable(transform: Transform, variant: Variant, hardware: Hardware) -> str | None:
+    """Why a transform cannot be had, or None."""
+    if (where := hooked(variant.original)) is not None:
+        return Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
+    return transform.unavailable(variant, hardware)
 
 
 def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
@@ -326,7 +334,7 @@ def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> 
     """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
     missing, predicted = None, trial.predicted
     if predicted is None:
-        missing = trial.transform.unavailable(state.variant, hardware) or "not available"
+        missing = unavailable(trial.transform, state.variant, hardware) or "not available"
         if not isinstance(missing, Blocker):
             return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
         predicted = expect(trial.transform, trial.target, state, hardware)  # is anything lost?

@@ -16,7 +16,7 @@ from .errors import AutotuneError, PlanError, TransformError
 from .plan import Fingerprint, Plan
 from .policy import Policy
 from .report import Drawn, Report, read
-from .search import Found, search
+from .search import Found, search, unavailable
 from .traffic import Traffic
 from .validate import Latency
 from .variant import Variant
@@ -155,7 +155,7 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
     try:
         variant = bench.original
         for transform in plan.transforms:
-            if reason := transform.unavailable(variant, bench.hardware):
+            if reason := unavailable(transform, variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")
             variant = variant.with_transform(transform)
             if missing := transform.took_effect(variant):

@@ -62,7 +62,18 @@ from .caches import (
     replace_layers,
 )
 from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, remembers, routable
-from .models import COMPILED, EAGER, ROTARY, causal_lms, conv1d, experts, forward_function, uncompiled
+from .models import (
+    COMPILED,
+    EAGER,
+    ROTARY,
+    SET_AT_WILL,
+    causal_lms,
+    conv1d,
+    experts,
+    forward_function,
+    is_own_hook,
+    uncompiled,
+)
 
 __all__ = [
     "ARGUMENTS",
@@ -74,6 +85,7 @@ __all__ = [
     "OPTIONS",
     "PLACES",
     "ROTARY",
+    "SET_AT_WILL",
     "SUPPORTS",
     "UNUSUAL",
     "Attend",
@@ -96,6 +108,7 @@ __all__ = [
     "forward_function",
     "growing_cache",
     "is_decoding",
+    "is_own_hook",
     "keeps_last_logits",
     "keys_and_values",
     "last_logits",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPILED = ("_compiled_call", "_last_compile_config")  # where generate keeps a model's compiled forward
+SET_AT_WILL = {"generation_config", "warnings_issued", "_cache", "_output_capturing_hooks_installed", *COMPILED}
 ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # functions that all models' modules have
 
 
@@ -20,6 +21,13 @@ def uncompiled(twin: PreTrainedModel) -> PreTrainedModel:
     for leftover in COMPILED:
         twin.__dict__.pop(leftover, None)
     return twin
+
+
+def is_own_hook(hook: Any) -> bool:
+    """Whether a forward hook is one that transformers leaves behind: the collectors of hidden states and attentions,
+    which wait to be asked (from 5.2), or what makes embeddings require gradients. They change no answer."""
+    module = getattr(hook, "__module__", None) or ""
+    return module.startswith("transformers.") and not module.startswith("transformers.debug_utils")
 
 
 def experts(model: Any) -> str:
