@@ -85,6 +85,8 @@ class FourBitLinear(sites.Replacement):
         pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
         if pack is not None and fits and weight.device.type == "cpu" and bnb.functional.has_avx512bf16():
             self.weight, self.state = pack(self.weight, self.state)
+        else:
+            self.weight = self.weight.t()  # to 0.49 the shape of the codes says which way the weight lies
         self.dtype = torch.bfloat16 if weight.is_cuda and weight.dtype == torch.float32 else weight.dtype
         self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
         self.multiply = bnb.matmul_4bit
@@ -157,7 +159,7 @@ def _missing(scheme: str, where: torch.device) -> str | None:
     if "bitsandbytes" not in sys.modules and importlib.util.find_spec("kernels") is not None and online:
         return "importing bitsandbytes beside the package kernels may download code: set HF_HUB_OFFLINE=1 to allow it"
     try:
-        layer = _layer(torch.nn.Linear(64, 64, bias=False, dtype=torch.float32, device=where), scheme)
+        layer = _layer(torch.nn.Linear(64, 128, bias=False, dtype=torch.float32, device=where), scheme)
         layer(torch.ones(1, 64, dtype=torch.float32, device=where))
     except Exception as error:  # whatever an optional package raises, it cannot be used
         return f"bitsandbytes cannot run {scheme} here: {type(error).__name__}: {error}"
