@@ -8,6 +8,7 @@ EXTRAS := demo,torchao,bitsandbytes,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_JOBS ?= 2
 MATRIX_ARGS ?=
 BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
@@ -20,8 +21,8 @@ PROVE_ARGS ?=
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
 
-test: $(READY)  ## the tests, the real model's among them
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: $(READY)  ## the tests, the real model's among them; a thread each, on tiny models more only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 test-matrix: $(READY)  ## the compatibility suite on other versions of transformers, torchao, bitsandbytes, accelerate
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)

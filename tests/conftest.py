@@ -29,10 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the session's own: compiled kernels are shared by its tests and gone afterwards.
 
-    AUTOTUNE_TEST_KERNELS names a folder where kernels stay for other sessions: their names hold all they depend on.
+    Processes that share out the tests share them, too. AUTOTUNE_TEST_KERNELS names a folder where kernels stay for
+    other sessions: their names hold all they depend on.
     """
     folder = tmp_path_factory.mktemp("cache")
-    if shared := os.environ.get("AUTOTUNE_TEST_KERNELS"):
+    among = str(tmp_path_factory.getbasetemp().parent / "kernels") if "PYTEST_XDIST_WORKER" in os.environ else None
+    if shared := os.environ.get("AUTOTUNE_TEST_KERNELS", among):
         Path(shared).mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "kernels").symlink_to(shared, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
