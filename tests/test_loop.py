@@ -44,6 +44,9 @@ class Banned(LogitsProcessor):
 class Long(StoppingCriteria):
     """Stops a sequence whose tokens add up to much."""
 
+    def __repr__(self) -> str:  # the same in every process that shares the tests out
+        return "Long()"
+
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.Tensor:
         return input_ids.sum(-1) > 2500
 
