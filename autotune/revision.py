@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 GLOBAL_HOOKS = (registry._global_forward_hooks, registry._global_forward_pre_hooks)
 OWN = {route.SLOT, route.LAYERS, *seam.SET_AT_WILL}  # attributes that say nothing of what is computed
-UNREAD = {*vars(nn.Module()), *OWN}  # not looked into: what counts of them is compared by itself
+UNREAD = {*vars(nn.Module()), *OWN, "_hf_hook"}  # not looked into: what counts is compared by itself, or as such
 DEPTH = 3  # of containers and objects, from a module's attributes on
 OPAQUE = (  # compared as such, and not looked into
     *(nn.Module, torch.Tensor, torch.dtype, torch.device, type, types.ModuleType),
@@ -58,7 +58,10 @@ class Revision:
         self._classes = list({self._class, *self._types})
         self._forwards = list(map(_forward, self._classes))
         self._hooks = [hooks for module in named.values() for hooks in _hooks(module)]
-        watched = {id(held): (name, held) for name, module in named.items() for held in _held(name, module)}
+        watched: dict[int, tuple[str, Any]] = {}
+        for name, module in named.items():
+            for held in _held(name, module):
+                watched.setdefault(id(held), (name, held))
         self._names = [name for name, _ in watched.values()]
         self._live = [held for _, held in watched.values()]
         self._was: list[Any] = [held.copy() for held in self._live]
@@ -68,7 +71,7 @@ class Revision:
         self._counted, self._counted_names = list(counted.values()), list(counted)
         self._tensors, self._tensor_names = list(tensors.values()), list(tensors)
         self._versions, self._places = self._marks()
-        self._samples = [_sample(tensor) for tensor in self._tensors if _readable(tensor)]
+        self._samples = [_spread(tensor) for tensor in self._tensors if _readable(tensor)]
         self._numbers = [sample.clone() for sample in self._samples]
         self._probes = _probes(self._samples)
         self._probed = [torch.cat(probes) for probes in self._probes]
@@ -200,7 +203,7 @@ def _readable(tensor: torch.Tensor) -> bool:
     return plain and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() > 0
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
     """A view of numbers [up to SAMPLED] all over a tensor."""
     flat = tensor.detach().view(-1)
     return flat[:: -(-flat.numel() // SAMPLED)]

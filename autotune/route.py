@@ -8,6 +8,7 @@ Experiments on live calls are layers above it, which come and go in any order.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 SLOT = "autotune"  # the instance attribute that holds the router
 LAYERS = "_autotune_layers"  # and the one that holds the routers above it, the outermost last
+_ORIGINS: weakref.WeakKeyDictionary[PreTrainedModel, Callable[[], PreTrainedModel | None]] = (
+    weakref.WeakKeyDictionary()
+)  # alias -> what it is an alias of
 _ROUTED: dict[type, type[PreTrainedModel]] = {}  # model class -> its routed subclass
 
 
@@ -113,18 +117,23 @@ def is_routed(model: object) -> bool:
     return (SLOT in held or LAYERS in held) and hasattr(type(model), seam.BARE)
 
 
+def _new(cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """An empty object, whose attributes follow once it is known to whoever copies or unpickles it."""
+    return cls.__new__(cls)
+
+
+def origin(model: PreTrainedModel) -> PreTrainedModel:
+    """The object that `bare` and `routed` were given; any other model itself."""
+    return _ORIGINS.get(model, lambda: None)() or model
+
+
 def _alias(model: PreTrainedModel, cls: type[PreTrainedModel]) -> PreTrainedModel:
     alias = cls.__new__(cls)
     alias.__dict__.update(model.__dict__)
     for name in (SLOT, LAYERS):
         alias.__dict__.pop(name, None)
+    _ORIGINS[alias] = weakref.ref(origin(model))
     return alias
-
-
-def _restore(cls: type[PreTrainedModel], state: dict[str, Any]) -> PreTrainedModel:
-    model = cls.__new__(cls)
-    model.__dict__.update(state)
-    return model
 
 
 def routed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -145,7 +154,7 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
         return below(self).sample(Sampling.of(bare(self), input_ids, kwargs))
 
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
-        return _restore, (cls, {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)})
+        return _new, (cls,), {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)}
 
     body: dict[str, Any] = {
         "forward": forward,

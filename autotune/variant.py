@@ -5,10 +5,8 @@ The original is never edited. `Variant.edit` hands out structural copies (twins)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +14,7 @@ import torch
 from . import device as devices
 from . import route, seam
 from .errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
+from .twins import fork
 from .workload import PHASES, Phase, Workload
 
 if TYPE_CHECKING:
@@ -33,12 +32,6 @@ if TYPE_CHECKING:
     from .trees import TreeStep
 
 DEFAULT_CONTEXT = 256
-
-
-def fork(model: PreTrainedModel) -> PreTrainedModel:
-    """A structural copy of an unrouted model that shares every parameter and buffer (ties stay ties)."""
-    memo: dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    return seam.uncompiled(copy.deepcopy(model, memo))
 
 
 class Variant:

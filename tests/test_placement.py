@@ -19,7 +19,8 @@ import autotune
 from autotune import placement, sites
 from autotune.errors import UnsupportedModelError
 from autotune.transforms import make
-from autotune.variant import Variant, fork, serving
+from autotune.twins import fork
+from autotune.variant import Variant, serving
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

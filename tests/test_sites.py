@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from autotune import sites
-from autotune.variant import fork
+from autotune.twins import fork
 from tests import models
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from torch import nn
 
 from autotune.errors import TransformError, VariantError
 from autotune.transforms import Stage, Transform
-from autotune.variant import Variant, build, fork, serving
+from autotune.twins import fork
+from autotune.variant import Variant, build, serving
 from autotune.workload import PHASES
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 

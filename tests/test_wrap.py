@@ -168,10 +168,10 @@ def test_rollback_and_commit(scripted: list[Transform]) -> None:
     ("change", "said"),
     [
         (lambda m: m.load_state_dict(tiny("llama", seed=7).state_dict()), "was written to or converted"),
-        (lambda m: m.double(), "was written to or converted"),
+        (lambda m: m.double(), "tensor inv_freq of model.rotary_emb was replaced"),
         (lambda m: m.train(), "training mode"),
         (lambda m: m.set_submodule("model.layers.0.mlp.up_proj", torch.nn.Linear(64, 96, bias=False)), "was replaced"),
-        (lambda m: m.resize_token_embeddings(260), "tensor weight was"),
+        (lambda m: m.resize_token_embeddings(260), "attribute vocab_size of the model changed"),
     ],
     ids=["load_state_dict", "double", "train", "module", "resize"],
 )

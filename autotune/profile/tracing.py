@@ -59,7 +59,8 @@ class Watched:
 
 def watched(variant: Variant) -> Watched:
     """How to watch a variant. The original is never hooked: a twin over the same tensors stands in for it."""
-    from ..variant import Variant, fork
+    from ..twins import fork
+    from ..variant import Variant
 
     original = variant.original
     if not variant.transforms:

@@ -43,6 +43,13 @@ def conv1d() -> type[torch.nn.Module]:
     return Conv1D
 
 
+def configurations() -> tuple[type, ...]:
+    """The classes of all configurations."""
+    from transformers import GenerationConfig, PretrainedConfig
+
+    return PretrainedConfig, GenerationConfig
+
+
 def causal_lms() -> Mapping[str, str]:
     """Model type -> name of its causal LM class."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
