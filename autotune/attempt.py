@@ -49,7 +49,7 @@ class Attempt:
     def outsiders(self, error: BaseException) -> BaseException | None:
         """The exception that is the caller's own, where one is the cause of `error`: raised by what came with the call,
         or delivered from outside (a signal handler, another thread)."""
-        return self._raised if self._raised is not None else outside.delivered(error)
+        return self._raised if self._raised is not None else outside.delivered(error, depth=2)
 
     def again(self, answer: Callable[[Sampling], Any]) -> Any:
         """What `answer` returns for the call when it starts from a clean state.

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from . import cache as slots
+from . import outside
 from .errors import DeviceError, TransformError
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class GraphSteps:
             try:
                 return self._replayed(captured, token, position)
             except Exception as error:
+                outside.pass_on(error)
                 if self.device.failure(error) is None:
                     raise
                 self._give_up(error, cache, read)
@@ -206,6 +208,7 @@ class GraphSteps:
         except DeviceError:
             raise
         except Exception as error:  # whatever the model, a library or the driver does not allow during a capture
+            outside.pass_on(error)
             self._give_up(error, cache, read)
             return None
 

@@ -6,14 +6,14 @@ import logging
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import outside, route, seam, workload
+from . import ending, outside, route, seam, workload
 from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError
 from .original import RELOAD, Original, releasable_bytes
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
+CALLED_OFF = "tuning was called off: the model was unwrapped, or the process ends"
 RESTING = "the plan rests after it failed"
 
 
@@ -153,7 +154,7 @@ class Handle:
         if not self._tuning.acquire(blocking=False):
             raise StateError("tuning is under way already; wait for it, see .status")
         try:
-            self._run(work)
+            self._run_here(work)
         finally:
             self._tuning.release()
         return self.report()
@@ -261,7 +262,7 @@ class Handle:
         self._given = work
         if self._when == "blocking":
             with self._tuning:
-                self._run(work)
+                self._run_here(work)
         elif self._when == "background" and self._tuning.acquire(blocking=False):
             self._spawn(work)
 
@@ -400,21 +401,35 @@ class Handle:
 
     def _spawn(self, work: Workload) -> None:
         self._state, self._detail = "tuning", "started"
-        self._thread = threading.Thread(target=self._run_and_unlock, args=(work,), name="autotune", daemon=True)
-        self._thread.start()
+        worker = ending.Worker(lambda: self._run_and_unlock(work), "autotune", stop=self._traffic.cancel)
+        if worker.launch():
+            self._thread = worker
+        else:
+            self._state, self._detail = "observing", "the process ends"
+            self._tuning.release()
 
     def _run_and_unlock(self, work: Workload) -> None:
         """Tune on behalf of a live call, which must not fail for it."""
         try:
             self._run(work)
         except Cancelled:
-            log.info("tuning was called off")
+            log.debug("tuning was called off")
         except Exception as error:
+            if self._traffic.cancelled:  # whatever it was, it follows from that
+                log.debug("tuning was called off", exc_info=True)
+                return
             self._active, self._state = None, "failed"
             self._say(f"tuning failed: {type(error).__name__}: {error}")
             log.debug("tuning failed", exc_info=True)
         finally:
             self._tuning.release()
+
+    def _run_here(self, work: Workload) -> None:
+        """Tune on behalf of a caller, who is told what became of it."""
+        try:
+            self._run(work)
+        except Cancelled:
+            raise StateError(CALLED_OFF) from None
 
     def _run(self, work: Workload) -> None:
         from .tune import tune
@@ -432,6 +447,9 @@ class Handle:
                 traffic=self._traffic,
                 notify=self._progress,
             )
+        except Cancelled:
+            self._state, self._detail = "original", CALLED_OFF
+            raise
         except BaseException as error:
             self._state, self._detail = "failed", f"{type(error).__name__}: {error}"
             raise
@@ -443,6 +461,15 @@ class Handle:
             log.warning("%s. This is not kept as a plan: %s", self._tuned.verdict, self._tuned.doubt)
         if self._keep_original is not True:
             self._send_away(park=self._keep_original == "parked")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no request is in flight."""
+        try:
+            with self._traffic.step():
+                yield
+        except Cancelled:
+            raise StateError("the model was unwrapped meanwhile, or the process ends") from None
 
     def _progress(self, step: str) -> None:
         self._detail = step
@@ -464,7 +491,7 @@ class Handle:
         if self._original.place == "resident" and not releasable_bytes(self._model, variant):
             log.info("the original stays: the plan uses all of its weights")
             return
-        with self._traffic.step():
+        with self._alone():
             self._original.park(variant) if park else self._original.release(variant)
             self._revision = Revision(self._model)
         report = self._tuned.report.without_original(stored_bytes(*variant.modules.values()))
@@ -475,7 +502,7 @@ class Handle:
         self._original.require(what)
         if self._original.place != "parked" or self._tuned is None:
             return
-        with self._traffic.step():
+        with self._alone():
             device, report = devices.of(self._model), self._tuned.report.without_original(None)
             self._active, self._tuned = None, replace(self._tuned, report=report)
             if device.memory().free < self._original.parked_bytes:

@@ -8,33 +8,49 @@ from __future__ import annotations
 
 import dis
 import queue
+import sys
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 
 RAISES = frozenset(dis.opmap[name] for name in ("RAISE_VARARGS", "RERAISE"))
 WORDLESS = (MemoryError, StopIteration, StopAsyncIteration, queue.Empty)  # functions in C raise these without a message
 
 
-def delivered(error: BaseException) -> BaseException | None:
-    """The exception that came from outside, where `error` is one or was raised from one; or None."""
-    for each in _causes(error):
-        if each.__traceback__ is not None and _from_outside(each, each.__traceback__):
+def delivered(error: BaseException, depth: int = 1) -> BaseException | None:
+    """The exception that came from outside, where `error` is one or came of one; or None.
+
+    Args:
+        error: was caught.
+        depth: how many calls ago. What the callers of the catching function handle themselves does not count.
+    """
+    callers = set(_callers(sys._getframe(depth)))
+    for each in _chain(error):
+        trace = each.__traceback__
+        if trace is not None and trace.tb_frame in callers:
+            return None
+        if trace is not None and _from_outside(each, trace):
             return each
     return None
 
 
 def pass_on(error: BaseException) -> None:
     """First thing where a failure is caught: raise what was delivered from outside, if that is what failed."""
-    if (theirs := delivered(error)) is not None:
+    if (theirs := delivered(error, depth=2)) is not None:
         raise theirs
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     seen = set[int]()
     while error is not None and id(error) not in seen:
         yield error
         seen.add(id(error))
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
+
+
+def _callers(frame: FrameType) -> Iterator[FrameType]:
+    while (caller := frame.f_back) is not None:
+        yield caller
+        frame = caller
 
 
 def _from_outside(error: BaseException, trace: TracebackType) -> bool:

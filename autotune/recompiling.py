@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import seam
+from . import outside, seam
 from .errors import TransformError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Recompiling:
                 with torch.no_grad():
                     self(input_ids=ids, return_dict=True, **seam.over(self._module, seam.growing_cache()), **given)
             except Exception as error:  # dynamo, inductor and the compiler behind it raise what they like
+                outside.pass_on(error)
                 first = " ".join(str(error).split("\n\n")[0].split())
                 raise TransformError(f"prefill does not compile: {type(error).__name__}: {first}") from error
         if self.compilations > 1:

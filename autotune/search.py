@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from . import architecture, transforms
+from . import architecture, outside, transforms
 from .diagnose import Diagnosis
 from .errors import DeviceError, TransformError
 from .hardware import Hardware
@@ -159,6 +159,7 @@ class _Search:
         except DeviceError:
             raise
         except Exception as error:  # what is measured is foreign code, as in a trial
+            outside.pass_on(error)
             log.debug("%s could not be refined", failed.transform, exc_info=True)
             found = Refinement((), f"its layers could not be compared: {self.bench.explain(error)}")
         if found is None:
@@ -203,6 +204,7 @@ class _Search:
         except DeviceError:
             raise
         except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
+            outside.pass_on(error)
             log.debug("%s crashed", trial.transform, exc_info=True)
             trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.explain(error)), None
         if candidate is None:  # and no exception is alive, whose traceback would hold on to its memory

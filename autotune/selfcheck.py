@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import folders, route, seam, shrink, versions
+from . import folders, outside, route, seam, shrink, versions
 from .errors import AutotuneError
 from .hardware import library_versions
 from .variant import Variant, serving
@@ -84,6 +84,7 @@ def difference(model: PreTrainedModel, clock: Callable[[], float] = time.thread_
     except DifferenceError as found:
         return f"on a tiny {name}, {found}"
     except Exception as error:  # another release raises what it likes
+        outside.pass_on(error)
         first = " ".join(str(error).split())
         log.debug("the check of untested versions failed", exc_info=True)
         return f"on a tiny {name}, a routed call raises {type(error).__name__}: {first[:200]}"
@@ -94,7 +95,8 @@ def _generates(tiny: PreTrainedModel) -> bool:
     """Whether a shrunk model works by itself."""
     try:
         _answers(tiny)
-    except Exception:  # it was shrunk to something that its class does not support
+    except Exception as error:  # it was shrunk to something that its class does not support
+        outside.pass_on(error)
         return False
     return True
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Cancelled(BaseException):
-    """Tuning was called off by unwrap. A BaseException, so that no trial mistakes it for its own failure."""
+    """Tuning was called off, by unwrap or at exit. A BaseException: no trial takes it for a failure of its own."""
 
 
 class Traffic:

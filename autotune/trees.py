@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import outside
 from .cache import SlotCache, run
 from .compiled import LEAN, MODES, Step, layers_as_regions
 from .errors import AutotuneError, TransformError
@@ -78,6 +79,7 @@ class TreeStep:
         except AutotuneError:
             raise
         except Exception as error:  # dynamo, inductor and Triton raise what they like
+            outside.pass_on(error)
             if self.device.failure(error) == "dead":
                 raise self.device.condemn(error) from error
             first = " ".join(str(error).strip().splitlines()[:1])

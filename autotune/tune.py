@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from . import bench as benches
-from . import fingerprint, hardware, store
+from . import fingerprint, hardware, outside, store
 from .bench import LiveBench
 from .errors import AutotuneError, PlanError, TransformError
 from .plan import Fingerprint, Plan
@@ -162,6 +162,7 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
                 raise TransformError(f"{transform} had no effect: {missing}")
         quality, latency = bench.reverify(plan, variant)
     except Exception as error:  # whatever is wrong with an old plan, a fresh search is the answer
+        outside.pass_on(error)
         log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
         return None
     if latency is None or latency.verdict != "pass":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import device as devices
-from . import route, seam
+from . import outside, route, seam
 from .errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
 from .twins import fork
 from .workload import PHASES, Phase, Workload
@@ -161,6 +161,7 @@ class Variant:
         except AutotuneError:  # a refusal, or an inner phase's failure: it says what it is
             raise
         except Exception as error:
+            outside.pass_on(error)
             raise VariantError(f"{phase} failed: {type(error).__name__}: {error}") from error
         finally:
             if threads != before:
@@ -178,6 +179,7 @@ class Variant:
         except DeviceError:
             raise
         except Exception as error:
+            outside.pass_on(error)
             raise UnreadyError(f"a batch of {batch} cannot be decoded: {type(error).__name__}: {error}") from error
 
     def unsupported(self, call: seam.Sampling) -> str | None:

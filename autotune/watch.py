@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import store
+from . import ending, store
 from .breaker import Breaker, Happening, Phase, Rules
 from .canary import Marks, Sample, graphs, score
 from .drift import Compilations, Divergence, Pace, describe, expected_paces, shape_of
@@ -81,7 +81,7 @@ class Watch:
         self.breaker = Breaker()
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._lock = threading.RLock()
-        self._worker: threading.Thread | None = None
+        self._worker: ending.Worker | None = None
         self._begin(None, None, lambda: None)
 
     def begin(
@@ -259,8 +259,8 @@ class Watch:
         """In a thread that ends with its work, so that nothing holds on to a model that nobody uses."""
         if self._variant is None or self._variant.traffic is None or (self._worker and self._worker.is_alive()):
             return
-        self._worker = threading.Thread(target=self._work_quietly, name="autotune-watch", daemon=True)
-        self._worker.start()
+        self._worker = ending.Worker(self._work_quietly, "autotune-watch", stop=self._variant.traffic.cancel)
+        self._worker.launch()
 
     def _work_quietly(self) -> None:
         try:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from .. import ending
 from .counters import Counters, combine, unavailable
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ class Sampler:
         elif _hung.is_set():
             self.counters = unavailable(SILENT)
         else:
-            threading.Thread(target=self._sample, args=(library,), name="autotune NVML", daemon=True).start()
-            self._await(self._begun)
-            return self
+            worker = ending.Worker(lambda: self._sample(library), "autotune NVML", stop=self._stop.set)
+            if worker.launch():
+                self._await(self._begun)
+                return self
         self._done.set()
         return self
 

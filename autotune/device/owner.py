@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import ending
+
 if TYPE_CHECKING:
     from . import Device
 
@@ -27,8 +29,8 @@ class Owner:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread: ending.Worker | None = None
         self._starting = threading.Lock()
 
     def run(self, work: Callable[[], T]) -> T:
@@ -60,14 +62,16 @@ class Owner:
         with self._starting:
             if self._thread is None or not self._thread.is_alive():  # none is alive after a fork
                 name = f"autotune graphs {self.device.where}"
-                self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-                self._thread.start()
+                worker = ending.Worker(self._serve, name, stop=lambda: self._work.put(None))
+                if not worker.launch():
+                    raise RuntimeError("the process ends, and with it the thread that replays graphs")
+                self._thread = worker
 
     def _serve(self) -> None:
-        while True:
-            work, done = self._work.get()
+        while (piece := self._work.get()) is not None:
+            work, done = piece
             try:
                 done.set_result(work())
             except BaseException as error:  # it is the caller's to handle
                 done.set_exception(error)
-            del work, done  # what it refers to must not live until the next piece comes
+            del piece, work, done  # what it refers to must not live until the next piece comes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import workload
+from .. import outside, workload
 from ..errors import AutotuneError, DeviceError, ExperimentError, PlanError, TransformError
 from ..plan import Plan
 from ..policy import Policy
@@ -81,6 +81,7 @@ class Bench:
         except DeviceError:
             raise
         except Exception as error:
+            outside.pass_on(error)
             why = str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
             return Arm(given.name, given.kind, None, f"{given.kind} that could not be built", problem=why)
 

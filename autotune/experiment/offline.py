@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import bench as benches
-from .. import codec
+from .. import codec, outside
 from .. import device as devices
 from ..errors import AutotuneError, DeviceError, MeasurementError
 from ..hardware import library_versions
@@ -145,6 +145,7 @@ class _Offline:
         except DeviceError:
             raise
         except Exception as error:  # a candidate's failure is its own; the others go on
+            outside.pass_on(error)
             why = str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
             return Quality(tier, Verdict.ERROR, why)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from .. import route, seam
+from .. import ending, route, seam
 from ..errors import DeviceError, ExperimentError, MeasurementError
 from ..traffic import Cancelled, Traffic
 from ..validate import Verdict
@@ -99,7 +99,7 @@ class Shadow(Layer):
         self._traffic, self._changed, self._waiting = Traffic(), threading.Condition(), deque[Request]()
         self._busy, self._state, self._spent_s, self._start_s = False, "stopped", 0.0, clock()
         self._requests, self._counts = 0, Counter[str]()
-        self._thread: threading.Thread | None = None
+        self._thread: ending.Worker | None = None
         settings = {"tier": experiment.tier, "limits": [[g.name, g.limit] for g in self.limits]}
         self._record = Record(experiment, "shadow", self._control_arm, self._arms, settings)
         self._figures = {name: self._restored(name) for name in self._arms}
@@ -116,25 +116,28 @@ class Shadow(Layer):
         if self._thread is not None:
             raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
         self._state, self._start_s = "running", self._clock()
-        self._thread = threading.Thread(target=self._work, name=f"autotune shadow {self.name}", daemon=True)
-        self._thread.start()
+        self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
+        self._thread.launch()
         route.add_layer(self._model, self)
         return self
 
     def stop(self) -> None:
         """End, and leave the model as it was; what was measured is kept, what still waits is dropped."""
         route.remove_layer(self._model, self)
+        self._call_off()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_S)
+            if self._thread.is_alive():
+                log.warning("the shadow %s ended, but a candidate hangs in a replay", self.name)
+        self._record.save(self.status, self._figures)
+
+    def _call_off(self) -> None:
         with self._changed:
             self._state = "stopped"
             self._counts["dropped: stopped"] += len(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
         self._traffic.cancel()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(JOIN_S)
-            if self._thread.is_alive():
-                log.warning("the shadow %s ended, but a candidate hangs in a replay", self.name)
-        self._record.save(self.status, self._figures)
 
     __enter__ = start
 

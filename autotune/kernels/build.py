@@ -14,11 +14,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from autotune import folders, hardware
+from autotune import ending, folders, hardware
 from autotune.errors import AutotuneError
 
 log = logging.getLogger("autotune")
@@ -41,6 +43,7 @@ HEADERS = (
     "curves.h",
 )
 TIMEOUT_S = 300.0
+LEFT_S = 4 * TIMEOUT_S  # older than that, no compiler is at work there any more
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
 
 
@@ -116,15 +119,14 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
     Raises:
         BuildError: the compiler failed or took too long, or the directory cannot be written.
     """
+    _sweep(cache)
     scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
     target = scratch / "kernels.so"
     command = [*compiler, *(str(HERE / name) for name in SOURCES), *flags(), "-o", str(target)]
     log.info("compiling the CPU operators (about ten seconds, once): %s", shlex.join(command))
     name = shlex.join(compiler)
     try:
-        done = subprocess.run(  # noqa: S603 - the compiler that the user has chosen
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
-        )
+        done = ending.compile_with(command, TIMEOUT_S)
         if done.returncode:
             raise BuildError(f"{name} could not compile the operators: {_gist(done.stderr or done.stdout)}")
         library = cache / f"{key}-{_digest(target)}.so"
@@ -136,6 +138,14 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
         raise BuildError(f"the operators could not be compiled: {reason}") from reason
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what processes that were killed while they compiled have left."""
+    for folder in cache.iterdir():
+        with suppress(OSError):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > LEFT_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _register(library: Path) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .. import outside
 from ..cache import SlotCache, run
 from ..errors import TransformError
 
@@ -40,6 +41,7 @@ def trace(module: Any, cache: SlotCache) -> GraphModule:
                 [fake(values) for values in cache.values],
             )
     except Exception as error:  # a model's own code and torch's tracer raise what they like
+        outside.pass_on(error)
         first = str(error).strip().splitlines()[:1]
         raise TransformError(
             f"the decode step cannot be recorded: {type(error).__name__}: {' '.join(first)}"

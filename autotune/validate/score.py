@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import route, seam
+from .. import outside, route, seam
 from ..errors import AutotuneError, DeviceError, MeasurementError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Served:
         except (OutputError, BypassedError, DeviceError):
             raise
         except Exception as error:
+            outside.pass_on(error)
             failure = _message(error)
         else:
             return out
@@ -126,6 +127,7 @@ class Served:
         except DeviceError:
             raise
         except Exception as error:
+            outside.pass_on(error)
             failure = _message(error)
         else:
             return logits[0, -last:]
