@@ -19,7 +19,6 @@ from .hardware import Hardware
 from .plan import Outcome, Trial
 from .policy import Choice, Limits, Policy, Step
 from .profile import Profile
-from .revision import hooked
 from .sensitivity import Probe, Promises, Refinement, refine
 from .transforms import Blocker, Transform
 from .transforms.linears import reusing
@@ -75,12 +74,17 @@ class Bench(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """The best variant so far and what is known of it."""
+    """The best variant so far and what is known of it.
+
+    Args:
+        obstacle: why no transform can be had on this model, whatever it is, or None.
+    """
 
     variant: Variant
     profile: Profile
     diagnoses: Mapping[Phase, Diagnosis]
     free_bytes: float = math.inf
+    obstacle: Blocker | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,13 @@ class _Search:
     notify: Callable[[str], None]
     clock: Callable[[], float]
     deadline: float
+    obstacle: Blocker | None = None
     trials: list[Trial] = field(default_factory=list)
 
     def examine(self, variant: Variant) -> State:
         profile = self.bench.profile(variant)
-        return State(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes())
+        diagnoses, free_bytes = self.bench.diagnose(profile), self.bench.free_bytes()
+        return State(variant, profile, diagnoses, free_bytes, self.obstacle)
 
     def take(self, step: Step, state: State) -> State:
         """Try a step's choices, the most promising first; each that is kept changes what the rest can promise."""
@@ -257,6 +263,7 @@ def search(
     notify: Callable[[str], None] = log.info,
     clock: Callable[[], float] = time.monotonic,
     deadline: float | None = None,
+    obstacle: Blocker | None = None,
 ) -> Found:
     """Try what the diagnosis calls for, keeping each step that proves itself.
 
@@ -265,9 +272,10 @@ def search(
     Args:
         original: a variant without transforms.
         deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
+        obstacle: why nothing can be tried, or None; what would have been tried is recorded with it.
     """
     deadline = clock() + policy.budget_s if deadline is None else deadline
-    run = _Search(policy, hardware, bench, notify, clock, deadline)
+    run = _Search(policy, hardware, bench, notify, clock, deadline, obstacle)
     notify("profiling the original")
     before = state = run.examine(original)
     pending, parameters = list(policy.steps), parameter_count(original, policy)
@@ -315,16 +323,14 @@ def why_not(
 
 def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float | None:
     """Predicted best-case speed-up of `phase`, or None where the transform cannot be had."""
-    if unavailable(transform, state.variant, hardware) is not None:
+    if unavailable(transform, state, hardware) is not None:
         return None
     return expect(transform, phase, state, hardware)
 
 
-def unavailable(transform: Transform, variant: Variant, hardware: Hardware) -> str | None:
+def unavailable(transform: Transform, state: State, hardware: Hardware) -> str | None:
     """Why a transform cannot be had, or None."""
-    if (where := hooked(variant.original)) is not None:
-        return Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
-    return transform.unavailable(variant, hardware)
+    return state.obstacle or transform.unavailable(state.variant, hardware)
 
 
 def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
@@ -336,7 +342,7 @@ def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> 
     """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
     missing, predicted = None, trial.predicted
     if predicted is None:
-        missing = unavailable(trial.transform, state.variant, hardware) or "not available"
+        missing = unavailable(trial.transform, state, hardware) or "not available"
         if not isinstance(missing, Blocker):
             return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
         predicted = expect(trial.transform, trial.target, state, hardware)  # is anything lost?

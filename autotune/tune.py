@@ -16,8 +16,10 @@ from .errors import AutotuneError, PlanError, TransformError
 from .plan import Fingerprint, Plan
 from .policy import Policy
 from .report import Drawn, Report, read
-from .search import Found, search, unavailable
+from .revision import hooked
+from .search import Found, search
 from .traffic import Traffic
+from .transforms import Blocker
 from .validate import Latency
 from .variant import Variant
 from .verdict import Conclusion, doubts
@@ -76,11 +78,15 @@ def tune(
     identity = fingerprint.of(model, machine, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
-    if cache and (known := store.find(identity)) is not None:
+    obstacle = None
+    if (where := hooked(model)) is not None:
+        obstacle = Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
+    if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
         if (tuned := replay(known, bench, start)) is not None:
             return tuned
-    found = search(original, policy, machine, bench, notify=notify, deadline=start + policy.budget_s)
+    deadline = start + policy.budget_s
+    found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle)
     tuned = conclude(found, bench, identity, start)
     if fingerprint.of_model(model) != identity.model:
         culprits = ", ".join(sorted({t.transform.name for t in found.trials if t.compile_s}))
@@ -155,7 +161,7 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
     try:
         variant = bench.original
         for transform in plan.transforms:
-            if reason := unavailable(transform, variant, bench.hardware):
+            if reason := transform.unavailable(variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")
             variant = variant.with_transform(transform)
             if missing := transform.took_effect(variant):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,10 +10,11 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 import autotune
-from autotune import kernels, outside, pool, transforms
+from autotune import kernels, pool, transforms
 from autotune.errors import TransformError
 from autotune.transforms import Transform
 from tests.models import left_padded, tiny, token_prompts
+from tests.test_outside import LateError, alarm, busy, ring
 from tests.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 
 IDS, MANY = torch.tensor(token_prompts(1)), torch.tensor(token_prompts(3))
@@ -274,102 +270,13 @@ def test_a_batch_that_cannot_be_prepared_for_is_the_originals(
     assert sum(model.autotune.status.bypassed.values()) == 2
 
 
-# What is delivered from outside
-
-
-class Late(Exception):
-    """An alarm's."""
-
-
-@contextlib.contextmanager
-def alarm(handler: Callable[..., Any]) -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def named(number: int, frame: Any) -> None:
-    raise Late("the client's time is over")
-
-
-def starred(*_: Any) -> None:
-    raise Late
-
-
-def deeper(number: int, frame: Any) -> None:
-    named(number, frame)
-
-
-def raise_in(thread: int) -> None:
-    time.sleep(0.05)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Late))
-
-
-def spin() -> None:
-    while True:
-        sum(range(1000))
-
-
-@pytest.mark.parametrize("handler", [named, starred, deeper])
-def test_an_alarm_is_told_from_a_failure(handler: Callable[..., Any]) -> None:
-    with pytest.raises(Late) as caught, alarm(handler):
-        spin()
-    assert outside.delivered(caught.value) is caught.value
-
-
-def test_another_threads_exception_is_told_from_a_failure() -> None:
-    own = threading.get_ident()
-    thread = threading.Thread(target=raise_in, args=(own,))
-    thread.start()
-    with pytest.raises(Late) as caught:
-        spin()
-    thread.join()
-    assert outside.delivered(caught.value) is caught.value
-
-
-def failures() -> list[Callable[[], Any]]:
-    def wordless() -> None:
-        raise RuntimeError
-
-    def asserted() -> None:
-        assert not wordless
-
-    def again() -> None:
-        try:
-            wordless()
-        finally:
-            sum([])
-
-    return [
-        wordless,
-        asserted,
-        again,
-        lambda: 1 / 0,
-        lambda: {}["x"],
-        lambda: next(iter([])),
-        lambda: torch.ones(2) @ torch.ones(3),
-        lambda: torch.empty(1 << 60),
-    ]
-
-
-@pytest.mark.parametrize("fail", failures())
-def test_a_failure_is_no_exception_from_outside(fail: Callable[[], Any]) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - of any kind
-        fail()
-    assert outside.delivered(caught.value) is None
-
-
 @pytest.mark.parametrize("way", ["generate", "forward"])
 def test_an_alarm_while_the_plan_serves_reaches_the_caller(scripted: list[Transform], way: str) -> None:  # noqa: F811
     scripted[:] = plan("lean")
     model = wrapped(tiny("llama"))
     (module,) = model.autotune._active.edit("prefill")
-    module.forward = lambda *_, **__: spin()
-    with pytest.raises(Late, match="time is over"), alarm(named), torch.no_grad():
+    module.forward = lambda *_, **__: busy()
+    with pytest.raises(LateError, match="too late"), alarm(ring), torch.no_grad():
         model.generate(IDS, max_new_tokens=2) if way == "generate" else model(IDS)
     assert model.autotune.status.state == "tuned"
     assert autotune.VariantError.__name__ not in str(model.autotune.events)

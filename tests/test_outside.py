@@ -77,7 +77,31 @@ def bare() -> None:
     raise LateError
 
 
-@pytest.mark.parametrize("work", [bare, lambda: ring(1, None), lambda: torch.ones(2) @ torch.ones(3), lambda: [][1]])
+def asserted() -> None:
+    assert not bare
+
+
+def raised_again() -> None:
+    try:
+        bare()
+    finally:
+        sum([])
+
+
+FAILURES: list[Callable[[], object]] = [
+    bare,
+    asserted,
+    raised_again,
+    lambda: ring(1, None),
+    lambda: 1 / 0,
+    lambda: {}["x"],
+    lambda: next(iter([])),
+    lambda: torch.ones(2) @ torch.ones(3),
+    lambda: torch.empty(1 << 60),
+]
+
+
+@pytest.mark.parametrize("work", FAILURES)
 def test_a_failure_of_its_own_stays_one(work: Callable[[], object]) -> None:
     assert guarded(work).startswith("failed")
 

@@ -145,7 +145,7 @@ def test_a_device_that_dies_is_not_tried_again(gpu: FakeCuda, phase: str) -> Non
     assert "restart the process" in model.autotune.status.detail
 
 
-def test_a_plan_that_runs_out_of_memory_gives_way_to_the_original(gpu: FakeCuda) -> None:
+def test_a_batch_that_a_plan_has_no_memory_for_is_the_originals(gpu: FakeCuda) -> None:
     model = tiny("llama")
     answer = greedy(model)
     wrapped(model)
@@ -155,10 +155,12 @@ def test_a_plan_that_runs_out_of_memory_gives_way_to_the_original(gpu: FakeCuda)
 
     model.autotune._active.modules["decode"].forward = exhaust
     trims = gpu.trims
-    with pytest.warns(RuntimeWarning, match="the plan failed: .*out of memory"):
+    with pytest.warns(RuntimeWarning, match="out of memory.*; the original serves for such calls"):
         assert greedy(model) == answer
     assert gpu.trims == trims + 1
     assert greedy(model) == answer
+    assert model.autotune.status.state == "tuned", "other batches are not concerned"
+    assert not model.autotune.events
 
 
 def test_a_dead_device_ends_tuning_with_one_sentence(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_the_model_shows_what_it_consists_of(scripted: list[Transform]) -> None:
     ("change", "said"),
     [
         (lambda m: m.train(), "training mode"),
-        (lambda m: m.to(torch.bfloat16), "tensor scales was replaced"),
+        (lambda m: m.to(torch.bfloat16), "tensor scales of model.embed_tokens was replaced"),
         (lambda m: m.set_submodule("model.norm", torch.nn.LayerNorm(64)), "was replaced"),
     ],
     ids=["train", "to", "module"],
