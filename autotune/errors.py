@@ -78,3 +78,12 @@ class DeviceError(AutotuneError, RuntimeError):
 
 class StateError(AutotuneError, RuntimeError):
     """The operation is not possible in the present state."""
+
+
+def in_words(error: BaseException, own: type[AutotuneError] = AutotuneError) -> str:
+    """What happened: errors of autotune's own say it themselves, others with their type.
+
+    Args:
+        own: which of autotune's errors do.
+    """
+    return str(error) if isinstance(error, own) else f"{type(error).__name__}: {error}"

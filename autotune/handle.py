@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import device as devices
 from . import ending, outside, route, seam, workload
 from .attempt import Attempt
-from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError
+from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words
 from .original import RELOAD, Original, releasable_bytes
 from .policy import Policy
 from .revision import Revision
@@ -53,7 +53,7 @@ class Fault:
 
     @classmethod
     def of(cls, error: Exception, variant: Variant) -> Fault:
-        reason = str(error) if isinstance(error, VariantError) else f"{type(error).__name__}: {error}"
+        reason = in_words(error, VariantError)
         return cls(reason, isinstance(error, UnreadyError) or variant.device.failure(error) == "memory")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import outside, workload
-from ..errors import AutotuneError, DeviceError, ExperimentError, PlanError, TransformError
+from ..errors import DeviceError, ExperimentError, PlanError, TransformError, in_words
 from ..plan import Plan
 from ..policy import Policy
 from ..report import numbers as n
@@ -82,7 +82,7 @@ class Bench:
             raise
         except Exception as error:
             outside.pass_on(error)
-            why = str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
+            why = in_words(error)
             return Arm(given.name, given.kind, None, f"{given.kind} that could not be built", problem=why)
 
     def _built(self, given: Given) -> Arm:

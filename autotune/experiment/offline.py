@@ -13,7 +13,7 @@ import torch
 from .. import bench as benches
 from .. import codec, outside
 from .. import device as devices
-from ..errors import AutotuneError, DeviceError, MeasurementError
+from ..errors import DeviceError, MeasurementError, in_words
 from ..hardware import library_versions
 from ..profile.counts import activation_dtype, cache_size
 from ..sites import stored_bytes
@@ -146,7 +146,7 @@ class _Offline:
             raise
         except Exception as error:  # a candidate's failure is its own; the others go on
             outside.pass_on(error)
-            why = str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
+            why = in_words(error)
             return Quality(tier, Verdict.ERROR, why)
 
     def _noise(self, budget_s: float) -> float:

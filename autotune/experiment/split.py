@@ -16,7 +16,7 @@ import torch
 
 from .. import codec, route, seam
 from ..attempt import Attempt
-from ..errors import DeviceError, ExperimentError, StateError, VariantError
+from ..errors import DeviceError, ExperimentError, StateError, VariantError, in_words
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
 from .live import Layer, LiveStatus, Record, Standing, arms_of, log, sentences
@@ -197,9 +197,7 @@ class Split(Layer):
             self.rollback(str(failure))
             raise
         except Exception as failure:
-            theirs, message = attempt.outsiders(failure), str(failure)
-            if not isinstance(failure, VariantError):
-                message = f"{type(failure).__name__}: {failure}"
+            theirs, message = attempt.outsiders(failure), in_words(failure, VariantError)
         else:
             self._observe("candidate", {**self._measured(call, watch, result), "errors": 0.0}, "candidate")
             return result

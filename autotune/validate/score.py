@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import outside, route, seam
-from ..errors import AutotuneError, DeviceError, MeasurementError
+from ..errors import DeviceError, MeasurementError, in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +92,7 @@ class Served:
             raise
         except Exception as error:
             outside.pass_on(error)
-            failure = _message(error)
+            failure = in_words(error)
         else:
             return out
         raise CandidateError(failure)  # outside the handler, whose traceback would pin the candidate's tensors
@@ -128,15 +128,10 @@ class Served:
             raise
         except Exception as error:
             outside.pass_on(error)
-            failure = _message(error)
+            failure = in_words(error)
         else:
             return logits[0, -last:]
         raise CandidateError(failure)
-
-
-def _message(error: Exception) -> str:
-    """What happened; autotune's own errors say it themselves."""
-    return str(error) if isinstance(error, AutotuneError) else f"{type(error).__name__}: {error}"
 
 
 class _Teacher:
