@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import device as devices
-from . import outside, route, seam
+from . import intraop, outside, route, seam
 from .errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
 from .twins import fork
 from .workload import PHASES, Phase, Workload
@@ -152,20 +152,15 @@ class Variant:
             VariantError: whatever the body raised (autotune's own errors apart), so that the module's failures are
                 told from the caller's callbacks'.
         """
-        before = torch.get_num_threads()
-        threads = self.threads.get(phase, before)
-        if threads != before:
-            torch.set_num_threads(threads)
+        threads = self.threads.get(phase)
         try:
-            yield self.modules[phase]
+            with nullcontext() if threads is None else intraop.computing_with(threads):
+                yield self.modules[phase]
         except AutotuneError:  # a refusal, or an inner phase's failure: it says what it is
             raise
         except Exception as error:
             outside.pass_on(error)
             raise VariantError(f"{phase} failed: {type(error).__name__}: {error}") from error
-        finally:
-            if threads != before:
-                torch.set_num_threads(before)
 
     @contextmanager
     def preparing(self, batch: int) -> Iterator[None]:

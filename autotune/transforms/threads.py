@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from .. import intraop
 from ..errors import ChoiceError
 from . import Stage, Transform
 
@@ -43,6 +44,8 @@ class Threads(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device != "cpu":
             return f"threads compute on a CPU; this model runs on {hardware.device}"
+        if not intraop.is_settable():
+            return "this build of torch has no way to set the threads of one call without those of others"
         if self.count > (cores := usable_cores()):
             return f"{self.count} threads on {cores} cores would wait for one another"
         if all(variant.threads.get(phase, torch.get_num_threads()) == self.count for phase in self.phases):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from autotune import intraop
 from autotune.profile import MemoryUse, PhaseProfile, Profile
 from autotune.transforms.threads import Threads, usable_cores
 from autotune.variant import Variant
@@ -37,6 +41,37 @@ def test_holds_while_the_phase_runs(llama: PreTrainedModel) -> None:
     assert torch.get_num_threads() == 2
     assert transform.took_effect(candidate) is None
     assert transform.took_effect(Variant(llama)) == "decode runs on 2 threads instead of 1"
+
+
+def test_other_threads_compute_with_their_own_number(llama: PreTrainedModel) -> None:
+    """One that was there before, and one that starts meanwhile."""
+
+    def numbers() -> tuple[int, int]:
+        return torch.get_num_threads(), mkl_threads()
+
+    candidate = Variant(llama).with_transform(Threads("decode", 1))
+    with ThreadPoolExecutor(1) as before, ThreadPoolExecutor(1) as meanwhile:
+        own, others = numbers(), before.submit(numbers).result()
+        with candidate.running("decode"):
+            assert numbers() == (1, 1)
+            assert before.submit(numbers).result() == others
+            assert meanwhile.submit(numbers).result() == others
+        assert numbers() == own
+        assert meanwhile.submit(numbers).result() == others
+
+
+def mkl_threads() -> int:
+    """What MKL's multiplications of the calling thread compute with; torch's number where there is no MKL."""
+    (path,) = (Path(torch.__file__).parent / "lib").glob("*torch_cpu.*")
+    ask = getattr(ctypes.CDLL(str(path)), "MKL_Get_Max_Threads", torch.get_num_threads)
+    return int(ask())
+
+
+def test_where_threads_cannot_be_set_apart(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intraop, "_setters", tuple)
+    assert "no way to set the threads of one call" in (Threads("both", 1).unavailable(Variant(llama), COMPILER) or "")
+    with intraop.computing_with(1):
+        assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(
