@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import ending, outside, route, seam, workload
+from . import ending, modes, outside, route, seam, workload
 from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words
 from .original import RELOAD, Original, releasable_bytes
@@ -226,6 +226,8 @@ class Handle:
     def sample(self, call: seam.Sampling) -> Any:
         devices.of(self._model).check()
         with self._traffic.request():
+            if self._is_unserved():
+                return call.original()
             variant = self._fresh()
             if variant is not None:
                 reason = variant.unsupported(call)
@@ -242,6 +244,8 @@ class Handle:
         devices.of(self._model).check()
         original = partial(seam.bare_class(model).forward, model, *args, **kwargs)
         with self._traffic.request():
+            if self._is_unserved():
+                return original()
             variant = self._fresh()
             if variant is None or self._watch.open():
                 return original()
@@ -265,6 +269,13 @@ class Handle:
                 self._run_here(work)
         elif self._when == "background" and self._tuning.acquire(blocking=False):
             self._spawn(work)
+
+    def _is_unserved(self) -> bool:
+        """Whether a mode is on under which no plan serves."""
+        mode = modes.unserved()
+        if mode is not None and self._active is not None:
+            self._bypassed[mode] += 1
+        return mode is not None
 
     def _fresh(self) -> Variant | None:
         """The variant to serve with, while the model is what it was when it was tuned."""

@@ -39,8 +39,6 @@ class CachePool:
         """Why a generation does not fit, or None."""
         if config.max_length > self.slots + 1:
             return f"a context beyond the static cache's {self.slots} tokens"
-        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
-            return "autocast, whose dtype the static cache does not have"
         return None
 
     @contextmanager

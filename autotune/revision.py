@@ -24,13 +24,13 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registry
 
-from . import route, seam
+from . import route, seam, twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GLOBAL_HOOKS = (registry._global_forward_hooks, registry._global_forward_pre_hooks)
-OWN = {route.SLOT, route.LAYERS, *seam.SET_AT_WILL}  # attributes that say nothing of what is computed
+OWN = {route.SLOT, route.LAYERS, *seam.SET_AT_WILL, *twins.COMPILED}  # they say nothing of what is computed
 UNREAD = {*vars(nn.Module()), *OWN, "_hf_hook"}  # not looked into: what counts is compared by itself, or as such
 DEPTH = 3  # of containers and objects, from a module's attributes on
 OPAQUE = (  # compared as such, and not looked into

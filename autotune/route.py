@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from . import seam
+from . import modes, seam
 from .seam import Sampling, bare_class
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
 
     @functools.wraps(cls.forward)  # generate inspects the signature
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if modes.tracing():
+            return cls.forward(self, *args, **kwargs)
         return below(self).forward(self, args, kwargs)
 
     @functools.wraps(getattr(cls, seam.LOOP))

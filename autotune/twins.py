@@ -3,6 +3,7 @@
     modules                       copied, and with them their dictionaries, lists, tuples and sets
     configurations                copied: which attention is used stands there
     methods, partials             of a copied module belong to its copy
+    compiled calls                left out: they are the copied module's
     parameters, buffers, tensors  shared, and so are all other objects: what cannot be copied, too
 
 Copying goes by identity, so that ties stay ties and a model that is reached from its own attributes leads to the copy.
@@ -23,6 +24,9 @@ from . import route, seam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # what torch.compile leaves on a module
 
 
 def fork(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,7 +50,8 @@ class _Copier:
         self.known: dict[int, Any] = {}
 
     def fill(self, twin: nn.Module, module: nn.Module) -> None:
-        twin.__dict__.update({key: self.copy(value) for key, value in vars(module).items()})
+        held = {key: value for key, value in vars(module).items() if key not in COMPILED}
+        twin.__dict__.update({key: self.copy(value) for key, value in held.items()})
 
     def copy(self, value: Any) -> Any:
         if id(value) in self.known:

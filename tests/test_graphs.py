@@ -28,7 +28,6 @@ from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
 from autotune.trees import TreeStep
-from autotune.validate.score import Served
 from autotune.variant import Variant, serving
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
@@ -381,13 +380,6 @@ def test_a_released_original_is_captured_anew(fake: FakeCuda) -> None:
     assert torch.equal(ask(served), before)
     assert fake.captures > captures
     assert not steps_of(variant).fallbacks
-
-
-def test_autocast_is_left_to_the_original(fake: FakeCuda) -> None:
-    model = tiny("llama")
-    served = Served(graphed(model), pad_token_id=0)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ask(served.model), ask(model))
 
 
 def test_inference_mode_leaves_nothing_behind(fake: FakeCuda) -> None:
