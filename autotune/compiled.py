@@ -12,7 +12,6 @@ import inspect
 import io
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from . import device as devices
-from . import folders, hardware, seam
+from . import folders, forking, hardware, seam
 from .cache import SlotCache, run
 from .errors import TransformError
 
@@ -53,7 +52,7 @@ class CompiledStep:
     def __init__(self, module: PreTrainedModel, regions: bool = True, mode: str = "default") -> None:
         self.module, self.regions, self.mode = module, regions, mode
         self._steps: dict[tuple[int, int, int], Callable[..., torch.Tensor]] = {}
-        self._lock = threading.Lock()  # compiled code runs one step at a time
+        self._lock = forking.lock()  # compiled code runs one step at a time
 
     def prepare(self, cache: SlotCache) -> None:
         """Compile for this cache's layout, or load what was compiled before.

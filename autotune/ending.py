@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from . import forking
 from .traffic import Cancelled
 
 log = logging.getLogger("autotune")
@@ -31,7 +32,7 @@ MOST_S = 2.0  # that an exit may wait for all threads together
 GENTLE_S = 0.3  # of which for a step that ends by itself
 AGAIN_S = 0.05  # between two attempts to stop a thread
 
-_lock = threading.Lock()
+_lock = forking.lock()
 _workers: set[Worker] = set()
 _compilers: set[int] = set()  # process groups
 _ended = False
@@ -240,5 +241,7 @@ def _let_wait() -> None:
 
 
 atexit.register(end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compilers.clear)  # they are the parent's
 with suppress(AttributeError, RuntimeError):
     threading._register_atexit(_before_executors)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import ending, modes, outside, route, seam, workload
+from . import ending, forking, modes, outside, route, seam, workload
 from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words
 from .original import RELOAD, Original, releasable_bytes
@@ -87,12 +87,13 @@ class Handle:
         self._revision: Revision | None = None
         self._stale: str | None = None  # how the model differs from when it was tuned, as of the latest call
         self._watch = Watch(watch, changed=self._note)
-        self._tuning = threading.Lock()
+        self._tuning = forking.lock()
         self._thread: threading.Thread | None = None
         self._served = 0
         self._bypassed: Counter[str] = Counter()
         self._problem: str | None = None  # why the model's calls are not routed
         self._state: State = "waiting" if when == "manual" else "observing"
+        forking.tell(self)
         self._detail = "tuning starts with .tune()" if when == "manual" else f"tuning starts after {observe} calls"
 
     # What users call
@@ -260,6 +261,12 @@ class Handle:
         return self._traffic.request()
 
     # How it works
+
+    def after_fork(self) -> None:
+        """What a thread of the parent's was tuning is tuned there."""
+        if self._state == "tuning":
+            self._state = "waiting" if self._when == "manual" else "observing"
+            self._detail = "it was being tuned in the process that this one was forked from; this one may tune again"
 
     def start(self, work: Workload) -> None:
         """Tune for `work`: at once, or in the background."""

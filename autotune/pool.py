@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import device as devices
+from . import forking
 from .cache import SlotCache
 from .seam import keys_and_values
 
@@ -33,7 +33,7 @@ class CachePool:
         self.config, self.slots, self.rows, self.lasting = config, slots, tuple(sorted(rows)), lasting
         self._idle: dict[int, list[SlotCache]] = {}
         self._made: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def unsupported(self, config: GenerationConfig) -> str | None:
         """Why a generation does not fit, or None."""

@@ -8,12 +8,11 @@ word; this one runs uncompiled and says so.
 from __future__ import annotations
 
 import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import outside, seam
+from . import forking, outside, seam
 from .errors import TransformError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Recompiling:
         self.given_up: str | None = None
         self._graphs = 0
         self._module = module
-        self._lock = threading.Lock()  # one thread compiles
+        self._lock = forking.lock()  # one thread compiles
         compiler: Any = torch.compile  # its stubs do not know the last argument
         self._compiled = compiler(self.plain, dynamic=True, backend=self._compile, isolate_recompiles=True)
 

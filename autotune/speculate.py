@@ -15,7 +15,6 @@ token that the model itself drew, where it is the guess, is their rule for guess
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import device as devices
+from . import forking
 from .drafts import Drafter, Guesser, Lookup
 from .pace import Pace
 
@@ -75,7 +75,7 @@ class Speculation:
 
     def __init__(self, tokens: int, stride: Stride, draft: tuple[Stride, CachePool] | None = None) -> None:
         self.tokens, self.stride, self.draft, self.cost, self.tally = tokens, stride, draft, 1.0, Tally()
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def ahead(
         self, variant: Variant, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack

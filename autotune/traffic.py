@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from . import forking
+
 
 class Cancelled(BaseException):
     """Tuning was called off, by unwrap or at exit. A BaseException: no trial takes it for a failure of its own."""
@@ -19,11 +21,15 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed = forking.free(threading.Condition())
         self._requests = 0
         self._measuring: int | None = None  # thread that measures
         self._waited_s = 0.0
         self.cancelled = False
+        forking.tell(self)
+
+    def after_fork(self) -> None:
+        self._requests, self._measuring = 0, None
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -37,7 +43,7 @@ class Traffic:
             yield
         finally:
             with self._changed:
-                self._requests -= 1
+                self._requests = max(0, self._requests - 1)  # below one after a fork in the middle of it
                 self._changed.notify_all()
 
     @contextmanager

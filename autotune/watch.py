@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import ending, store
+from . import ending, forking, store
 from .breaker import Breaker, Happening, Phase, Rules
 from .canary import Marks, Sample, graphs, score
 from .drift import Compilations, Divergence, Pace, describe, expected_paces, shape_of
@@ -80,7 +80,7 @@ class Watch:
         self.share, self.rules, self.clock, self.chance, self.changed = share, rules or Rules(), clock, chance, changed
         self.breaker = Breaker()
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
-        self._lock = threading.RLock()
+        self._lock = forking.free(threading.RLock())
         self._worker: ending.Worker | None = None
         self._begin(None, None, lambda: None)
 

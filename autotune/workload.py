@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import random
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import prompts
+from . import forking, prompts
 from .errors import WorkloadError
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ class Observer:
 
     def __init__(self, context: int | None = None) -> None:
         self._context = context
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
         self._rows: deque[tuple[torch.Tensor, torch.Tensor | None]] = deque(
             maxlen=OBSERVED_PROMPTS
         )  # ids [P], mask [P]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import ending
+from .. import ending, forking
 
 if TYPE_CHECKING:
     from . import Device
@@ -31,7 +31,7 @@ class Owner:
         self.device = device
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: ending.Worker | None = None
-        self._starting = threading.Lock()
+        self._starting = forking.lock()
 
     def run(self, work: Callable[[], T]) -> T:
         """`work` on the owner thread, between what the caller queued before and what it queues after.

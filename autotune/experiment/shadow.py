@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from .. import ending, route, seam
+from .. import ending, forking, route, seam
 from ..errors import DeviceError, ExperimentError, MeasurementError
 from ..traffic import Cancelled, Traffic
 from ..validate import Verdict
@@ -96,7 +96,7 @@ class Shadow(Layer):
         self._share, self._places, self._deadline_s, self._clock = share, queue, deadline_s, clock
         self._budget, self._budget_s = budget, budget_s
         self._chance = random.Random(seed)  # noqa: S311 - which calls are sampled is no secret
-        self._traffic, self._changed, self._waiting = Traffic(), threading.Condition(), deque[Request]()
+        self._traffic, self._changed, self._waiting = Traffic(), forking.free(threading.Condition()), deque[Request]()
         self._busy, self._state, self._spent_s, self._start_s = False, "stopped", 0.0, clock()
         self._requests, self._counts = 0, Counter[str]()
         self._thread: ending.Worker | None = None
@@ -118,6 +118,7 @@ class Shadow(Layer):
         self._state, self._start_s = "running", self._clock()
         self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
         self._thread.launch()
+        forking.tell(self)
         route.add_layer(self._model, self)
         return self
 
@@ -138,6 +139,11 @@ class Shadow(Layer):
             self._waiting.clear()
             self._changed.notify_all()
         self._traffic.cancel()
+
+    def after_fork(self) -> None:
+        """The parent's calls are sampled there."""
+        route.remove_layer(self._model, self)
+        self._call_off()
 
     __enter__ = start
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .. import codec, route, seam
+from .. import codec, forking, route, seam
 from ..attempt import Attempt
 from ..errors import DeviceError, ExperimentError, StateError, VariantError, in_words
 from . import guardrails, ramp
@@ -79,7 +78,7 @@ class Split(Layer):
         self._arm = arms[names[0]]
         assert self._arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
         self._variant: Variant = self._arm.variant
-        self._key, self._clock, self._lock = key, clock, threading.Lock()
+        self._key, self._clock, self._lock = key, clock, forking.lock()
         self._running, self._requests, self._counts = False, 0, Counter[str]()
         self._errors = deque[str](maxlen=KEPT_ERRORS)
         rails = [[g.name, g.kind, g.limit, g.worse] for g in self.ramp.rails]

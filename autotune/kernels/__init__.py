@@ -13,10 +13,9 @@ Read in this order: modules, pack (the layout), arena, build, then linear.cpp an
 
 from __future__ import annotations
 
-import threading
-
 from torch import Tensor
 
+from autotune import forking
 from autotune.kernels.brain import BrainLinear
 from autotune.kernels.embedding import PackedEmbedding
 from autotune.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
@@ -35,7 +34,7 @@ __all__ = [
     "no_brain_unit",
 ]
 
-_lock = threading.Lock()
+_lock = forking.lock()
 _outcome: list[Blocker | None] = []  # empty until the first call, then why the operators are missing, or None
 
 

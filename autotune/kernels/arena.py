@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
 
 import torch
 from torch import Tensor
 
+from autotune import forking
+
 CHUNK_BYTES = 32 << 20
 ALIGN_BYTES = 64  # a cache line, and the widest vector
 
-_lock = threading.Lock()
+_lock = forking.lock()
 _chunk: tuple[mmap.mmap, int] | None = None  # the chunk being filled, and how far it is
 
 

@@ -8,13 +8,13 @@ decides where values lie and when threads meet, and the operator `run_program` r
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from .. import forking
 from ..cache import SlotCache
 from ..errors import TransformError, VariantError
 from . import layout
@@ -126,7 +126,7 @@ class _Recorded:
             self.program = Program(trace(module, cache), batch)
             self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
             self.position = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
-        self.lock = threading.Lock()
+        self.lock = forking.lock()
 
     def over(self, cache: SlotCache) -> Step:
         inputs = (self.token, self.position, cache.slot, cache.valid, *cache.keys, *cache.values)
@@ -153,7 +153,7 @@ class StepPrograms:
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
         self._steps: dict[tuple[int, int], _Recorded] = {}
-        self._lock = threading.Lock()
+        self._lock = forking.lock()
 
     def prepare(self, cache: SlotCache) -> None:
         """Record the step for this cache's shape, unless it is recorded.
