@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from . import device as devices
 from . import profile as profiling
+from . import rehearsal
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
 from .plan import Plan
@@ -18,7 +19,7 @@ from .profile import Profile
 from .profile.counts import activation_dtype, cache_size
 from .search import tier_for
 from .sites import stored_bytes
-from .transforms import Transform
+from .transforms import Transform, is_foreign
 from .transforms.linears import LinearTransform
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam
@@ -92,6 +93,19 @@ class LiveBench:
             return min(run.ttft_s if phase == "prefill" else run.tpot_s for run in runs)
 
         return seconds(incumbent) / seconds(candidate)
+
+    def rehearse(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
+        if not (is_foreign(transform) and rehearsal.is_possible(self.hardware.device)):
+            return None
+        bucket = self.buckets[0]
+        prompts = request(bucket, self.tuning.prompts, 0)
+
+        def work() -> None:
+            candidate = incumbent.with_transform(transform)
+            Served(candidate, self.pad).generate(prompts, min(bucket.new_tokens, GLANCE_TOKENS))
+
+        self.notify(f"trying {transform} in a child process first")
+        return rehearsal.rehearse(work, most_s, incumbent.turn)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         return quality.judge(self.exam, variant, tier)

@@ -31,6 +31,7 @@ log = logging.getLogger("autotune")
 
 HOPELESS = 0.1  # speed-up of a first run below which not even quality, which is judged first, is worth the time
 REFINING_SHARE = 0.15  # of the budget that may go into finding out which layers of one transform to leave wider
+LEAST_S = 10.0  # that a candidate may take to show in a child process whether it ends, however little time is left
 ROOM = 0.9  # of the free memory: activations and the allocator's slack want the rest
 OUTCOMES = {
     Verdict.PASS: Outcome.ACCEPTED,
@@ -52,6 +53,9 @@ class Bench(Protocol):
 
     def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
         """Speed-up of `phase` from a single run of each: enough to turn down what is hopeless."""
+
+    def rehearse(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
+        """What a candidate did to a child process that tried it first, where foreign code is to be feared; or None."""
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         """Quality against the original."""
@@ -224,6 +228,9 @@ class _Search:
         raises.
         """
         transform, phase, start = trial.transform, trial.target, self.clock()
+        if death := self.bench.rehearse(incumbent, transform, max(LEAST_S, self.deadline - start)):
+            yield replace(trial, outcome=Outcome.ERROR, reason=death), None
+            return
         try:
             candidate = incumbent.with_transform(transform)
             missing = transform.took_effect(candidate)

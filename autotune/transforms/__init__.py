@@ -70,6 +70,7 @@ class Transform:
     name: ClassVar[str]
     stage: ClassVar[Stage]
     summary: ClassVar[str]  # one line for `autotune transforms`
+    foreign: ClassVar[bool] = False  # runs a compiler's or another library's kernels; see `is_foreign`
     lossless: ClassVar[bool] = False  # judged at the lossless tier whatever the policy's tier is
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
@@ -110,6 +111,14 @@ class Transform:
     def __str__(self) -> str:
         inner = ", ".join(f"{k}={v}" for k, v in self.params.items() if v != "")
         return f"{self.name}({inner})@{self.phase}" if inner else f"{self.name}@{self.phase}"
+
+
+def is_foreign(transform: Transform) -> bool:
+    """Whether a transform runs native code that neither torch nor autotune has: it may end the process or never return.
+
+    That of a plug-in is taken to.
+    """
+    return transform.foreign or not type(transform).__module__.startswith("autotune.")
 
 
 @functools.cache

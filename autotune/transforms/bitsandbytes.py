@@ -108,6 +108,7 @@ class Bitsandbytes(LinearTransform):
     scheme: str = "nf4"
 
     name: ClassVar[str] = "bitsandbytes"
+    foreign: ClassVar[bool] = True
     summary: ClassVar[str] = "bitsandbytes' LLM.int8, NF4 and FP4 linear layers"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 

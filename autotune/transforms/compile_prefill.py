@@ -29,6 +29,7 @@ class CompilePrefill(Transform):
 
     name: ClassVar[str] = "compile_prefill"
     stage: ClassVar[Stage] = Stage.COMPILE
+    foreign: ClassVar[bool] = True
     summary: ClassVar[str] = "torch.compile of prefill with dynamic shapes, for prompts of any length"
     lossless: ClassVar[bool] = True
 

@@ -40,6 +40,7 @@ class CompileStep(Transform):
 
     name: ClassVar[str] = "compile_step"
     stage: ClassVar[Stage] = Stage.COMPILE
+    foreign: ClassVar[bool] = True
     summary: ClassVar[str] = "torch.compile of the whole decode step over a static KV cache, ahead of time"
     lossless: ClassVar[bool] = True
 

@@ -94,6 +94,7 @@ class Torchao(LinearTransform):
     compile: bool = True
 
     name: ClassVar[str] = "torchao"
+    foreign: ClassVar[bool] = True
     summary: ClassVar[str] = "torchao's INT8, INT4 and FP8 linear layers"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 

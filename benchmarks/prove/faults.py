@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).parents[2]
-IN_PROCESS = "trials run in this process, not in a worker"
 
 # Number -> what goes wrong. A: a trial or its transform. B: the measurement. C: the input.
 FAULTS: dict[str, str] = {
@@ -76,11 +75,6 @@ FAULTS: dict[str, str] = {
 }
 
 NOT_COVERED: dict[str, str] = {
-    "A15": f"{IN_PROCESS}; an allocation that fails is set aside like any other, the kernel's killer ends the process",
-    "A17": f"{IN_PROCESS}; the C++ compiler has a time limit, a trial inside torch.compile has none but the budget",
-    "A21": f"{IN_PROCESS}, which ends; the original was never edited and the stored plans are written whole or not",
-    "A23": f"{IN_PROCESS}: there is no pipe to write to",
-    "A24": f"{IN_PROCESS}: nothing is left behind",
     "B35": "needs other processes; simulated as throttling and as two clock rates",
     "B41": "needs a CUDA device",
 }
