@@ -33,6 +33,7 @@ log = logging.getLogger("autotune")
 
 Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
 LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on every kernel's arguments, 0.5 ms a token
+MOST_BYTES = 1 << 30  # of a step's compiled code
 MODES: dict[str, dict[str, bool]] = {  # what torch means by these names; see torch._inductor.list_mode_options
     "default": {},
     "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
@@ -127,7 +128,7 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
     """Where this step's compiled code is kept, or None without a private cache directory."""
     folder = folders.cache("steps")
-    if folder is None or not _private(folder):
+    if folder is None:
         return None
     seen = hashlib.blake2b(digest_size=16)
     for part in _ingredients(module):
@@ -157,9 +158,8 @@ def _ingredients(module: PreTrainedModel) -> Iterator[str]:
 def load(path: Path) -> Any | None:
     """Compiled code from an earlier process, or None. Only files of this user that nobody else can write are read."""
     try:
-        if path.is_symlink() or not _private(path):
-            return None
-        return torch.compiler.load_compiled_function(io.BytesIO(path.read_bytes()), f_globals=run.__globals__)
+        content = folders.read(path, MOST_BYTES)
+        return torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=run.__globals__)
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged file must cost a compilation, nothing more
@@ -177,8 +177,3 @@ def keep(compiled: Any, path: Path) -> None:
     except Exception as error:
         draft.unlink(missing_ok=True)
         log.warning("the compiled step could not be kept: %s", error)
-
-
-def _private(path: Path) -> bool:
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022

@@ -1,4 +1,8 @@
-"""Where autotune keeps what it may lose: plans, compiled kernels, the converted demo model."""
+"""Where autotune keeps what it may lose: plans, compiled kernels, the converted demo model.
+
+What lies there is run (compiled code) or believed (plans, weights), so nobody else may have put it there.
+`require_private` guards every folder and `require_own` every file: this user's alone, or not used.
+"""
 
 from __future__ import annotations
 
@@ -19,51 +23,46 @@ def cache(name: str = "") -> Path | None:
     """The user's cache directory, or its subdirectory `name`, created and private (0700).
 
     The first of $AUTOTUNE_CACHE_DIR, $XDG_CACHE_HOME/autotune and ~/.cache/autotune that is set decides. Where it
-    cannot be written, a temporary directory that lasts as long as the process takes its place, with one warning; None
-    where even that fails: callers go on without a cache.
+    cannot be written, or others can write there, a temporary directory that lasts as long as the process takes its
+    place, with one warning; None where even that fails: callers go on without a cache.
     """
-    chosen, problem = _chosen(), "there is no home directory"
-    if chosen is not None:
-        try:
-            return _made(chosen, name)
-        except OSError as error:
-            problem = str(error)
-    temporary = _temporary()
-    if temporary is None:
-        warn_once(f"no cache is kept: {problem}, and there is no temporary directory; set AUTOTUNE_CACHE_DIR")
+    try:
+        return _made(_chosen(), name)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        problem = str(error)
+    wanted = "set AUTOTUNE_CACHE_DIR to a writable directory of this user's alone"
+    try:
+        found = _made(_temporary(), name)
+    except OSError as error:
+        warn_once(f"no cache is kept: {problem}, and there is no temporary directory ({error}); {wanted}")
         return None
-    warn_once(
-        f"the cache lasts only as long as this process: {problem}; set AUTOTUNE_CACHE_DIR to a writable directory"
-    )
-    return _made(temporary, name)
+    warn_once(f"the cache lasts only as long as this process: {problem}; {wanted}")
+    return found
 
 
-def _chosen() -> Path | None:
+def _chosen() -> Path:
     if own := os.environ.get("AUTOTUNE_CACHE_DIR"):
         return Path(own).expanduser()
     if (shared := os.environ.get("XDG_CACHE_HOME")) and Path(shared).is_absolute():  # the XDG rule: others are ignored
         return Path(shared) / "autotune"
-    try:
-        return Path.home() / ".cache" / "autotune"
-    except RuntimeError:
-        return None
+    return Path.home() / ".cache" / "autotune"
 
 
 def _made(root: Path, name: str) -> Path:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_private(root)
     folder = root / name
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if name:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        require_private(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} is not writable")
     return folder
 
 
 @functools.cache
-def _temporary() -> Path | None:
-    try:
-        folder = tempfile.mkdtemp(prefix="autotune-")
-    except OSError:
-        return None
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="autotune-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
@@ -93,27 +92,62 @@ def read(path: Path, most_bytes: int) -> bytes:
     """The content of a regular, reasonably small file that only this user can have written.
 
     Raises:
-        OSError: it cannot be opened, is a link, a directory or no regular file, is too large, or it or its directory is
-            not this user's alone; FileNotFoundError: there is none.
+        OSError: as `require_own`, or it cannot be opened, or is too large; FileNotFoundError: there is none.
     """
-    _require_private(os.stat(path.parent), "its directory")
+    require_private(path.parent)
     with open(path, "rb", opener=_open_unlinked) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is not a regular file")
-        _require_private(status, "it")
+        _require_own(os.fstat(file.fileno()))
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise OSError(f"it is larger than {most_bytes >> 20} MB")
     return content
 
 
+def require_own(path: Path) -> os.stat_result:
+    """Refuse a file, about to be run or loaded by its name, that anyone else can have written or put there.
+
+    Returns:
+        The file's status.
+
+    Raises:
+        OSError: it is a link, a directory or no regular file, or it or its directory is not this user's alone;
+            FileNotFoundError: there is none.
+    """
+    require_private(path.parent)
+    status = os.lstat(path)
+    _require_own(status)
+    return status
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder in which anyone else can put, exchange or remove something.
+
+    Raises:
+        OSError: it is a link, belongs to someone else, or can be written by others, or one above it can be written by
+            everybody, who may then rename it (in a sticky one, such as /tmp, nobody may); FileNotFoundError: there is
+            none.
+    """
+    status = os.lstat(folder)
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(f"{folder} is a link; expected a directory")
+    _require_private(status, folder, "0700")
+    for above in folder.resolve().parents:
+        if os.stat(above).st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH:
+            raise OSError(f"{folder} can be exchanged by other users, who can write to {above}")
+
+
 def _open_unlinked(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not block
 
 
-def _require_private(status: os.stat_result, what: str) -> None:
+def _require_own(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a regular file")
+    _require_private(status, "it", "0600")
+
+
+def _require_private(status: os.stat_result, what: object, mode: str) -> None:
     if status.st_uid != os.getuid():
         raise OSError(f"{what} belongs to user {status.st_uid}, not to this one")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{what} can be written by other users; expected mode 0600, and 0700 for the directory")
+        raise OSError(f"{what} can be written by other users; expected mode {mode}")

@@ -17,6 +17,7 @@ from .errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+NAMED = 3  # of missing weights
 EXPECTED = "expected a directory saved by save_pretrained, a .gguf file, or a model name on the hub"
 
 
@@ -41,18 +42,42 @@ def load(
         from .convert import checkpoint
 
         source = checkpoint(source, dtype or torch.float32)
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.is_dir() or _offline()}
     where = str(source)
     refuse(_config(where, options), where)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or "auto", **options)
+        model = with_all_weights(where, source, dtype=dtype or "auto", **options)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever damaged or unfit files make their reader raise
         raise UnsupportedModelError(f"{where} cannot be loaded: {_first_line(error)}") from error
     nn.Module.to(model, device)
     return model, _tokenizer(where, options)
+
+
+def with_all_weights(where: str | Path, source: Path, **options: Any) -> PreTrainedModel:
+    """`from_pretrained`, which fills in at random what a checkpoint lacks, without that.
+
+    Args:
+        where: directory or hub name.
+        source: what the user named.
+        options: of `from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        named = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+        raise UnsupportedModelError(
+            f"{source} lacks {len(missing)} of the weights that its configuration asks for: {named}; "
+            "expected a whole checkpoint: save or download it again"
+        )
+    return model
 
 
 def locate(name: str | Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ import torch
 from tests import models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -34,12 +36,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     folder = tmp_path_factory.mktemp("cache")
     among = str(tmp_path_factory.getbasetemp().parent / "kernels") if "PYTEST_XDIST_WORKER" in os.environ else None
-    if shared := os.environ.get("AUTOTUNE_TEST_KERNELS", among):
-        Path(shared).mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / "kernels").symlink_to(shared, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
+        if shared := os.environ.get("AUTOTUNE_TEST_KERNELS", among):
+            patch.setattr("autotune.kernels.build.compile_library", _once(Path(shared), folder / "kernels"))
         patch.setenv("AUTOTUNE_CACHE_DIR", str(folder))
         yield folder
+
+
+def _once(shared: Path, own: Path) -> Callable[[list[str], str, Path], Path]:
+    """`compile_library` into `own`, but from `shared` where another process or session has done it."""
+    from autotune.kernels import build
+
+    compile_library = build.compile_library
+
+    def compiled(compiler: list[str], key: str, cache: Path) -> Path:
+        if cache != own:
+            return compile_library(compiler, key, cache)
+        shared.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(shared / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = next(shared.glob(f"{key}-*.so"), None)
+            if kept is None:
+                kept = Path(shutil.copy(compile_library(compiler, key, cache), shared))
+        return Path(shutil.copy(kept, cache))
+
+    return compiled
 
 
 @pytest.fixture(scope="session", autouse=True)

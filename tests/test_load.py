@@ -83,8 +83,32 @@ def test_a_gguf_file_is_converted_once(tmp_path, llama, monkeypatch):
     def again(*_):
         pytest.fail("converted a second time")
 
-    monkeypatch.setattr("autotune.convert._convert", again)
-    load(tmp_path / "tiny.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr("autotune.convert._convert", again)
+        load(tmp_path / "tiny.gguf")
+    (weights,) = (tmp_path / "cache").glob("models/*/tiny/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])  # as a full disk or a crash leaves it
+    healed, _ = load(tmp_path / "tiny.gguf")
+    torch.testing.assert_close(healed(ids).logits, llama(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["..gguf", "....gguf", "a b.gguf", "\x1b[31m.gguf"])
+def test_a_gguf_file_of_any_name_stays_in_its_folder(name, tmp_path, llama, monkeypatch):
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    other = tmp_path / "cache" / "models" / "other"
+    other.mkdir(parents=True, mode=0o700)
+    write_gguf(tmp_path / name, llama)
+    load(tmp_path / name)
+    assert sorted(len(p.name) for p in (tmp_path / "cache" / "models").iterdir()) == [5, 16]
+
+
+def test_a_gguf_file_without_all_weights_is_refused(tmp_path, llama, monkeypatch):
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    whole = llama.state_dict
+    monkeypatch.setattr(llama, "state_dict", lambda: {k: v for k, v in whole().items() if "down_proj" not in k})
+    write_gguf(tmp_path / "tiny.gguf", llama)
+    with pytest.raises(UnsupportedModelError, match=r"tiny\.gguf lacks 2 of the weights"):
+        load(tmp_path / "tiny.gguf")
 
 
 def test_a_directory(tmp_path, llama, tokenizer):

@@ -188,8 +188,8 @@ def _pipe(path: Path) -> None:
         (_pipe, "not a regular file"),
         (lambda path: path.chmod(0o620), "it can be written by other users"),
         (lambda path: path.chmod(0o602), "it can be written by other users"),
-        (lambda path: path.parent.chmod(0o777), "its directory can be written by other users"),
-        (lambda path: path.parent.chmod(0o770), "its directory can be written by other users"),
+        (lambda path: path.parent.chmod(0o777), "plans can be written by other users"),
+        (lambda path: path.parent.chmod(0o770), "plans can be written by other users"),
     ],
     ids=["symlink", "directory", "pipe", "group file", "world file", "world directory", "group directory"],
 )

@@ -65,12 +65,14 @@ def load() -> Path:
         raise BuildError("there is no directory to keep the compiled operators in; set AUTOTUNE_CACHE_DIR")
     key = build_key(compiler)
     for library in sorted(cache.glob(f"{key}-*.so")):
-        if _intact(library):
-            try:
+        try:
+            folders.require_own(library)
+            if _intact(library):
                 return _register(library)
-            except BuildError as reason:
-                log.warning("%s; building it again", reason)
-        library.unlink(missing_ok=True)
+            raise BuildError("its content is not what its name says")
+        except (OSError, BuildError) as reason:
+            log.warning("%s is not used: %s; building it again", library, reason)
+        _remove(library)
     return _register(compile_library(compiler, key, cache))
 
 
@@ -130,6 +132,7 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
         if done.returncode:
             raise BuildError(f"{name} could not compile the operators: {_gist(done.stderr or done.stdout)}")
         library = cache / f"{key}-{_digest(target)}.so"
+        target.chmod(0o700)  # whatever the umask is
         os.replace(target, library)
         return library
     except subprocess.TimeoutExpired:
@@ -154,6 +157,13 @@ def _register(library: Path) -> Path:
     except (OSError, RuntimeError) as reason:
         raise BuildError(f"the compiled operators do not load: {_gist(str(reason))}") from reason
     return library
+
+
+def _remove(library: Path) -> None:
+    try:
+        library.unlink(missing_ok=True)
+    except OSError as reason:  # a directory of that name, say: it is never loaded either
+        log.debug("%s stays: %s", library, reason)
 
 
 def _intact(library: Path) -> bool:
