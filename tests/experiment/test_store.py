@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autotune import ExperimentError
-from autotune.experiment import Store
+from autotune.experiment import Store, database
 from autotune.experiment.store import Observation
 
 ARMS = {"control": "c0", "a": "a0"}
@@ -157,9 +160,186 @@ def test_a_corrupt_file_is_set_aside(path: Path, damage: str, caplog: pytest.Log
     assert aside.read_bytes() == content
 
 
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="give another: store="):
-        Store(tmp_path)
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and file.name != "kept.sqlite.lock"
+    }
+
+
+def text(path: Path) -> None:
+    path.write_text("my notes of a year\n" * 100)
+
+
+def one_letter(path: Path) -> None:
+    path.write_text("a")
+
+
+def pages(path: Path) -> None:
+    """Of a database's size, and none."""
+    path.write_bytes(bytes(range(256)) * 64)
+
+
+def linked_text(path: Path) -> None:
+    text(path.with_name("notes.txt"))
+    path.symlink_to(path.with_name("notes.txt"))
+
+
+def linked_store(path: Path) -> None:
+    Store(path.with_name("other.sqlite")).close()
+    path.symlink_to(path.with_name("other.sqlite"))
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("nothing"))
+
+
+def linked_lock(path: Path) -> None:
+    text(path.with_name("notes.txt"))
+    path.with_name(f"{path.name}.lock").symlink_to(path.with_name("notes.txt"))
+
+
+def dangling_lock(path: Path) -> None:
+    path.with_name(f"{path.name}.lock").symlink_to(path.with_name("nothing"))
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def pipe_as_lock(path: Path) -> None:
+    os.mkfifo(path.with_name(f"{path.name}.lock"))
+
+
+def other_database(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE mine (x)")
+
+
+def half_of_another(path: Path) -> None:
+    """Corrupt, and not ours to move."""
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE mine (x)")
+        other.executemany("INSERT INTO mine VALUES (?)", [("x" * 500,)] * 100)
+        other.commit()
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (text, "no file of experiments"),
+        (one_letter, "no file of experiments"),
+        (pages, "no file of experiments"),
+        (linked_text, "is a link"),
+        (linked_store, "is a link"),
+        (dangling, "is a link"),
+        (linked_lock, "lock is a link"),
+        (dangling_lock, "lock is a link"),
+        (pipe, "not a regular file"),
+        (pipe_as_lock, "lock is not a regular file"),
+        (Path.mkdir, "not a regular file"),
+        (other_database, "another program's database"),
+        (half_of_another, "another program's database"),
+    ],
+)
+def test_what_is_someone_elses_stays_as_it_is(path: Path, make: Callable[[Path], None], words: str) -> None:
+    make(path)
+    before = snapshot(path.parent)
+    for _ in range(2):
+        with pytest.raises(ExperimentError, match="give another file: store=") as raised:
+            Store(path)
+        assert words in str(raised.value)
+        assert snapshot(path.parent) == before
+
+
+KILLED = """
+import os, sys
+from autotune.experiment import database
+database._Lock.note = lambda self: os._exit(9)
+database.connect(database.Path(sys.argv[1]))
+"""
+
+
+def test_a_process_that_was_killed_as_it_began_leaves_a_file_of_ours(path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, path], check=False, timeout=120)
+    assert done.returncode == 9
+    assert path.read_bytes()[68:72] != database.APPLICATION.to_bytes(4, "big")  # that is still in the journal
+    with closing(Store(path)) as store:
+        assert store.versions() == ()
+
+
+def test_a_linked_journal_is_not_followed(path: Path) -> None:
+    text(path.with_name("notes.txt"))
+    path.with_name("kept.sqlite-wal").symlink_to(path.with_name("notes.txt"))
+    before = snapshot(path.parent)["notes.txt"]
+    with contextlib.suppress(ExperimentError), closing(Store(path)) as store:
+        store.begin("x", "offline", ARMS, SETTINGS)
+    assert snapshot(path.parent)["notes.txt"] == before
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_what_a_lock_file_says_already_is_kept(path: Path, link: Callable[[Path, Path], None]) -> None:
+    notes, lock = path.with_name("notes.txt"), path.with_name("kept.sqlite.lock")
+    notes.write_text("")
+    link(notes, lock)
+    with contextlib.suppress(ExperimentError):
+        Store(path).close()
+    assert notes.read_text() == ""
+    lock.unlink()
+    lock.write_text("4711")  # another program's
+    Store(path).close()
+    assert lock.read_text() == "4711"
+
+
+def test_a_file_set_aside_before_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(2026, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(database, "datetime", Clock)
+    contents = [bytes([k]) * 4096 for k in (1, 2, 3)]
+    for content in contents:
+        Store(path).close()
+        path.write_bytes(content)
+    Store(path).close()
+    assert sorted(file.read_bytes() for file in path.parent.glob("kept.sqlite.corrupt-*")) == contents
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["lock", "transaction"])
+def test_a_lock_is_not_waited_for_without_end(path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store(path).close()
+    monkeypatch.setattr(database, "BUSY_S", 0.2)
+    if how == "transaction":
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("PRAGMA locking_mode = EXCLUSIVE")
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(ExperimentError, match="locked"):
+                Store(path)
+    else:
+        command = [sys.executable, "-c", HOLDER, f"{path}.lock"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ExperimentError, match="another process has held"):
+                Store(path)
+            holder.kill()
+    Store(path).close()
+
+
+def test_a_name_that_can_be_none(tmp_path: Path) -> None:
+    for name in ("a\0b", "x" * 300):
+        with pytest.raises(ExperimentError, match="give another file: store="):
+            Store(tmp_path / name)
 
 
 WRITER = """
