@@ -29,7 +29,7 @@ from .folder import load
 from .localise import Decode, Localised, layer_shifts, localise
 from .recording import buckets
 from .result import CheckResult, Metric
-from .tasks import Flips
+from .tasks import Flips, Suite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -255,21 +255,30 @@ def _task_metrics(
         notify(f"answering {suite.name}")
         try:
             right = _right(suite, variant, tokenizer, base.questions.pad_token_id)
-            flips = tasks.compare(suite, right)
         except AutotuneError as error:
             missing = suite.name.startswith(harness.PREFIX) and harness.unavailable()
             verdict = Verdict.INCONCLUSIVE if missing else Verdict.ERROR
             metrics.append(Metric(suite.name, verdict, f"unavailable: {error}" if missing else str(error)))
             continue
-        was, now = (sum(each) / max(1, len(each)) for each in (suite.right, right))
-        metrics.append(Metric(suite.name, flips.verdict, flips.reason, value=now, recorded=was))
-        found[suite.name] = flips
+        for name, positions in _parts(suite).items():
+            was, now = ([each[k] for k in positions] for each in (suite.right, right))
+            flips = tasks.compare(Suite(name, (), tuple(suite.ids[k] for k in positions), tuple(was)), now)
+            before, after = (sum(each) / max(1, len(each)) for each in (was, now))
+            metrics.append(Metric(name, flips.verdict, flips.reason, value=after, recorded=before))
+            found[name] = flips
     return metrics, found
 
 
-def _right(
-    suite: tasks.Suite, variant: Variant, tokenizer: PreTrainedTokenizerBase | None, pad: int
-) -> tuple[bool, ...]:
+def _parts(suite: Suite) -> dict[str, tuple[int, ...]]:
+    """Name -> positions of the outcomes that are compared together."""
+    return (
+        harness.by_filter(suite)
+        if suite.name.startswith(harness.PREFIX)
+        else {suite.name: tuple(range(len(suite.ids)))}
+    )
+
+
+def _right(suite: Suite, variant: Variant, tokenizer: PreTrainedTokenizerBase | None, pad: int) -> tuple[bool, ...]:
     if not suite.name.startswith(harness.PREFIX):
         if tokenizer is None and any(task.text for task in suite.tasks):
             raise MeasurementError("the tasks' answers are text, which needs a tokenizer: pass tokenizer=...")

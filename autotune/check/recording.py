@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .. import workload
-from ..errors import MeasurementError, WorkloadError
-from ..validate.exam import LONGEST_CONTEXT, Exam, Text
+from ..errors import WorkloadError
+from ..validate.exam import LONGEST_CONTEXT, Exam, Text, context_limit
 from ..validate.score import Served
 from ..validate.timing import Clock
 from ..variant import Variant
@@ -79,7 +79,9 @@ def record(
     variant = subject.serving(model)
     original = variant.original
     work = _work(prompts, tokenizer, original, batch_sizes)
-    given = tasks.read(Path(labelled), tokenizer) if labelled is not None else ()
+    harness.require(lm_eval)
+    width, longest = subject.vocabulary(original), context_limit(original)
+    given = tasks.read(Path(labelled), tokenizer, width, longest) if labelled is not None else ()
     exam = Exam.prepare(
         original,
         work.prompts,
@@ -185,8 +187,6 @@ def _suites(
         notify(f"answering {len(given)} tasks")
         right = tasks.answer(variant, given, tokenizer, pad)
         found.append(Suite("tasks", tuple(given), tuple(map(str, range(len(given)))), right))
-    if lm_eval and (reason := harness.unavailable()):
-        raise MeasurementError(reason)
     for name in lm_eval:
         notify(f"running {name} of lm-evaluation-harness")
         found.append(harness.answer(variant, name, tokenizer))

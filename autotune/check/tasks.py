@@ -85,10 +85,18 @@ class Flips:
     reason: str
 
 
-def read(file: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Task, ...]:
+def read(
+    file: Path, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None = None, context: int | None = None
+) -> tuple[Task, ...]:
     """Tasks of a .jsonl file.
 
     A choice, or an answer given as text, follows its prompt after a space, unless one of both brings white space.
+
+    Args:
+        file: a line a task.
+        tokenizer: needed for text.
+        vocabulary: number of token ids that the model knows.
+        context: most tokens of prompt and answer that it can take.
 
     Raises:
         WorkloadError: which line is wrong, and what was expected.
@@ -97,10 +105,30 @@ def read(file: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Task, .
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise WorkloadError(f"the tasks {file} cannot be read as text ({error})") from error
-    found = [_task(line, f"{file}, line {k}", tokenizer) for k, line in enumerate(lines, 1) if line.strip()]
+    found = {k: _task(line, f"{file}, line {k}", tokenizer) for k, line in enumerate(lines, 1) if line.strip()}
     if not found:
         raise WorkloadError(f"{file} has no tasks; a line each was expected: {EXPECTED}")
-    return tuple(found)
+    for k, task in found.items():
+        _require_fitting(task, f"{file}, line {k}", vocabulary, context)
+    return tuple(found.values())
+
+
+def _require_fitting(task: Task, where: str, vocabulary: int | None, context: int | None) -> None:
+    """Refuse what the model cannot be asked.
+
+    Raises:
+        WorkloadError: nothing to ask or to answer, no token of the model, or too long.
+    """
+    answers = task.choices or (task.answer,)
+    if not task.prompt or not all(answers):
+        raise WorkloadError(f"{where} has an empty prompt, answer or choice; a token at least was expected")
+    ids = [token for part in (task.prompt, *answers) for token in part]
+    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+        wrong = next(token for token in ids if not 0 <= token < vocabulary)
+        raise WorkloadError(f"{where} has the token id {wrong}; the model knows 0 to {vocabulary - 1}")
+    longest = len(task.prompt) + max(map(len, answers)) + (0 if task.choices else SPARE_TOKENS)
+    if context is not None and longest > context:
+        raise WorkloadError(f"{where} takes {longest} tokens; the model's context has {context}")
 
 
 def _task(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Task:
@@ -111,27 +139,45 @@ def _task(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> T
     if not isinstance(record, dict) or not {"prompt", "answer"} <= record.keys():
         raise WorkloadError(f"{where} has no prompt and answer; {EXPECTED}")
     asked, answer = record["prompt"], record["answer"]
-    (prompt,) = prompts.parse([asked], tokenizer)
+    if not isinstance(asked, (str, list)):
+        raise WorkloadError(f"{where} has the prompt {asked!r}; text or token ids were expected: {EXPECTED}")
+    prompt = _ids(asked, where, tokenizer)
     spaced = isinstance(asked, str) and not asked.endswith((" ", "\n", "\t"))
     if "choices" not in record:
         text = answer if isinstance(answer, str) else ""
         if not answer or not isinstance(answer, (str, list)):
             raise WorkloadError(f"{where} has the answer {answer!r}; {EXPECTED}")
-        return Task(prompt, answer=_continuation(answer, spaced, tokenizer), text=text.strip())
+        if text and not text.strip():
+            raise WorkloadError(f"{where} has the answer {answer!r}, which is blank; {EXPECTED}")
+        return Task(prompt, answer=_continuation(answer, spaced, where, tokenizer), text=text.strip())
     choices = record["choices"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(choices):
         raise WorkloadError(f"{where} has the choices {choices!r}; two or more were expected")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise WorkloadError(f"{where} has the answer {answer!r}; the index of one of its {len(choices)} choices is due")
-    return Task(prompt, tuple(_continuation(choice, spaced, tokenizer) for choice in choices), answer)
+    return Task(prompt, tuple(_continuation(choice, spaced, where, tokenizer) for choice in choices), answer)
 
 
-def _continuation(value: Any, spaced: bool, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+def _continuation(value: Any, spaced: bool, where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     """Token ids of what follows a prompt, without the special tokens that begin a text."""
+    if not isinstance(value, (str, list)):
+        raise WorkloadError(f"{where} has the choice {value!r}; text or token ids were expected")
     if not isinstance(value, str) or tokenizer is None:
-        return prompts.parse([value], tokenizer)[0]
+        return _ids(value, where, tokenizer)
     text = f" {value}" if spaced and not value[:1].isspace() else value
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except (TypeError, ValueError, UnicodeError) as error:  # e.g. a lone surrogate
+        raise WorkloadError(f"{where}: the tokenizer refuses {value!r} ({error}); Unicode text was expected") from error
+    return tuple(ids)
+
+
+def _ids(value: str | list[Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    try:
+        (ids,) = prompts.parse([value], tokenizer)
+    except WorkloadError as error:
+        raise WorkloadError(f"{where}: {error}") from error
+    return ids
 
 
 def answer(

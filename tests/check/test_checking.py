@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autotune import check, seam
-from autotune.check import checking
+from autotune.check import checking, harness
 from autotune.check.baseline import Environment, Pace
 from autotune.check.pace import Slowdown
 from autotune.check.tasks import Suite, Task
@@ -334,6 +334,37 @@ def test_tasks_are_compared_one_by_one(baseline, model):
     other = check.run(subject(seed=3), recorded)
     assert metric(other, "tasks").verdict is Verdict.FAIL
     assert len(other.flips["tasks"].lost) >= 5
+
+
+def test_two_filters_over_the_same_answers_are_not_two_losses(baseline, model, tokenizer, monkeypatch):
+    """Three documents lost are too few to tell; counted once for each filter they would be a regression."""
+    ids = tuple(f"sums/{name}/{k}" for name in ("strict", "flexible") for k in range(10))
+    recorded = replace(baseline, suites=(Suite("lm-eval:sums", (), ids, (True,) * 20),))
+    now = Suite("lm-eval:sums", (), ids[::-1], tuple(not key.endswith(("0", "1", "2")) for key in ids[::-1]))
+    monkeypatch.setattr(harness, "answer", lambda *_: now)
+    metrics, flips = checking._task_metrics(recorded, Variant(model), tokenizer, str)
+    assert {m.name: (m.verdict, m.value, m.recorded) for m in metrics} == {
+        "lm-eval:sums (strict)": (Verdict.INCONCLUSIVE, 0.7, 1.0),
+        "lm-eval:sums (flexible)": (Verdict.INCONCLUSIVE, 0.7, 1.0),
+    }
+    assert flips["lm-eval:sums (flexible)"].lost == ("sums/flexible/0", "sums/flexible/1", "sums/flexible/2")
+
+
+def test_outcomes_that_an_earlier_version_kept_by_document_alone_are_not_compared(baseline, model, monkeypatch):
+    recorded = replace(baseline, suites=(Suite("lm-eval:sums", (), ("0", "1"), (True, True)),))
+    now = Suite("lm-eval:sums", (), ("sums/strict/0", "sums/strict/1"), (True, True))
+    monkeypatch.setattr(harness, "answer", lambda *_: now)
+    monkeypatch.setattr(harness, "unavailable", lambda: None)
+    (metric,), _ = checking._task_metrics(recorded, Variant(model), None, str)
+    assert metric.verdict is Verdict.ERROR
+    assert "record the baseline again" in metric.reason
+
+
+def test_tasks_are_checked_before_anything_takes_long(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("autotune.validate.exam.Exam.prepare", lambda *_, **__: pytest.fail("it took long"))
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": [5], "answer": [100000]}')
+    with pytest.raises(WorkloadError, match=r"tasks\.jsonl, line 1 has the token id 100000"):
+        check.record(model, tmp_path / "b", prompts=token_prompts(18, 40), labelled=tmp_path / "tasks.jsonl")
 
 
 @pytest.mark.parametrize(
