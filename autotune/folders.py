@@ -40,6 +40,14 @@ def cache(name: str = "") -> Path | None:
     return found
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home directory for `~`; as it stands where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _chosen() -> Path:
     if own := os.environ.get("AUTOTUNE_CACHE_DIR"):
         return Path(own).expanduser()

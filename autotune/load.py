@@ -13,10 +13,13 @@ from torch import nn
 
 from . import seam
 from .errors import UnsupportedModelError
+from .folders import expanded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+MOST_SAID = 300  # characters of another library's error
 NAMED = 3  # of missing weights
 EXPECTED = "expected a directory saved by save_pretrained, a .gguf file, or a model name on the hub"
 
@@ -44,14 +47,17 @@ def load(
         source = checkpoint(source, dtype or torch.float32)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.is_dir() or _offline()}
     where = str(source)
-    refuse(_config(where, options), where)
+    config = _config(where, options)
+    refuse(config, where)
+    if source.is_dir():
+        _require_room(config, source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = with_all_weights(where, source, dtype=dtype or "auto", **options)
     except UnsupportedModelError:
         raise
     except Exception as error:  # whatever damaged or unfit files make their reader raise
-        raise UnsupportedModelError(f"{where} cannot be loaded: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"{where} cannot be loaded: {_gist(error)}") from error
     nn.Module.to(model, device)
     return model, _tokenizer(where, options)
 
@@ -87,19 +93,27 @@ def locate(name: str | Path) -> Path:
         UnsupportedModelError: it looks like a path and nothing usable is there.
     """
     text = str(name)
-    path = Path(text).expanduser()
+    path = expanded(text)
+    try:
+        found = _located(path)
+    except (OSError, ValueError) as error:  # too long for a name, not to be looked into, or with a NUL
+        raise UnsupportedModelError(f"{text[:200]} cannot be looked at ({error}); {EXPECTED}") from error
+    parts = text.split("/")
+    if found is None and (len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~") or path.suffix == ".gguf"):
+        raise UnsupportedModelError(f"there is no file or directory {text}; {EXPECTED}")
+    return found or Path(text)
+
+
+def _located(path: Path) -> Path | None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UnsupportedModelError(f"the directory {path} has no config.json; {EXPECTED}{_ggufs(path)}")
         return path
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UnsupportedModelError(f"{path} is neither a directory nor a .gguf file; {EXPECTED}")
+    if path.is_file() and path.suffix == ".gguf":
         return path
-    parts = text.split("/")
-    if len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~") or path.suffix == ".gguf":
-        raise UnsupportedModelError(f"there is no file or directory {text}; {EXPECTED}")
-    return Path(text)
+    if path.exists():
+        raise UnsupportedModelError(f"{path} is neither a directory nor a .gguf file; {EXPECTED}")
+    return None
 
 
 def _offline() -> bool:
@@ -127,12 +141,12 @@ def _config(where: str, options: dict[str, Any]) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(where, **options)
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{where} is not a model that transformers itself implements ({_first_line(error)}); "
+            f"{where} is not a model that transformers itself implements ({_gist(error)}); "
             "code that comes with a model is not run here: load it yourself and call autotune.wrap"
         ) from error
-    except OSError as error:
-        if Path(where).is_dir():
-            raise UnsupportedModelError(f"{where} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # OSError, and whatever a damaged file makes its reader raise
+        if Path(where).is_dir() or not isinstance(error, OSError):
+            raise UnsupportedModelError(f"{where} cannot be loaded: {_gist(error)}") from error
         raise UnsupportedModelError(
             f"there is no directory {where}, and the model hub cannot be reached or has no such model; {EXPECTED}"
         ) from error
@@ -145,15 +159,39 @@ def refuse(config: PretrainedConfig, where: str) -> None:
     Raises:
         UnsupportedModelError: encoder-decoder, encoder-only, or nothing with a language-model head.
     """
+    for key, value in _sizes(config).items():
+        if value < 1:
+            raise UnsupportedModelError(f"the configuration of {where} says {key}: {value}; expected 1 or more")
     kind, causal = config.model_type, seam.causal_lms()
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{where} is an encoder-decoder model ({kind}); autotune tunes decoder-only causal LMs"
         )
-    classes = set(config.architectures or ())
+    listed = config.architectures or ()
+    classes = {listed} if isinstance(listed, str) else set(map(str, listed))
     if kind not in causal or (classes and not classes & _names(causal.values())):
         shown = ", ".join(sorted(classes)) or kind
         raise UnsupportedModelError(f"{where} is a {shown}, which does not generate text; autotune tunes causal LMs")
+
+
+def _sizes(config: PretrainedConfig) -> dict[str, int]:
+    text = config.get_text_config(decoder=True)
+    found = {key: getattr(text, key, None) for key in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    return {key: value for key, value in found.items() if isinstance(value, int)}
+
+
+def _require_room(config: PretrainedConfig, folder: Path) -> None:
+    """Refuse more layers than the files can hold, which would take hours and all memory to build.
+
+    A layer has at least a norm's weights, and no format takes less than half a byte for each.
+    """
+    sizes = _sizes(config)
+    layers, width = sizes.get("num_hidden_layers", 0), sizes.get("hidden_size", 0)
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if layers * width // 2 > held:
+        raise UnsupportedModelError(
+            f"the configuration of {folder} says num_hidden_layers: {layers}; {held} bytes of files cannot hold them"
+        )
 
 
 def _names(values: Any) -> set[str]:
@@ -165,16 +203,22 @@ def _tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase |
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # what transformers raises where files are missing
-        return None
+    except Exception as error:  # whatever missing or damaged files make their reader raise
+        there = [name for name in TOKENIZERS if (Path(where) / name).exists()]
+        if not there:
+            return None
+        raise UnsupportedModelError(
+            f"the tokenizer of {where} ({', '.join(there)}) cannot be loaded: {_gist(error)}; "
+            "mend it, or take its files away and give prompts as token ids"
+        ) from error
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _gist(error: Exception) -> str:
+    """What an error of a library says, as one line that begins with its type where the text alone says little."""
+    said = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in said:
+        return "weights have other shapes than its configuration asks for"
+    if isinstance(error, (OSError, ValueError)):
+        return said[:MOST_SAID] or type(error).__name__
+    return f"{type(error).__name__}: {said[:MOST_SAID]}"

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from . import ranges, transforms
 from .diagnose import Bottleneck
 from .errors import ChoiceError, PolicyError
+from .folders import expanded
 from .ranges import Range
 from .workload import PHASES, Phase
 
@@ -120,7 +121,7 @@ def available(extra_dir: str | Path | None = None) -> dict[str, Path]:
     extra = extra_dir or os.environ.get("AUTOTUNE_POLICY_DIR")
     if not extra:
         return found
-    folder = Path(extra).expanduser()
+    folder = expanded(extra)
     if not folder.is_dir():
         raise PolicyError(f"the policy directory {folder} does not exist; make it, or unset AUTOTUNE_POLICY_DIR")
     for path in sorted(folder.glob("*.toml")):
@@ -151,7 +152,7 @@ def check(path: str | Path) -> Policy:
     Raises:
         PolicyError: names file, step, what was wrong, what was expected and the nearest spelling.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # tomllib's and UTF-8's errors are ValueErrors

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from .printable import printable
 from .report.numbers import duration
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Lines:
         if step == self._last:
             return
         self._last = step
-        self._stream.write(f"[{self._watch}] {step}\n")
+        self._stream.write(f"[{self._watch}] {printable(step)}\n")
         self._stream.flush()
 
 
@@ -81,13 +82,13 @@ class Live:
         from rich.text import Text
 
         if self._step:
-            self._console.print(Text(f"[{self._began}] {self._step}", style="dim"))
+            self._console.print(Text(f"[{self._began}] {printable(self._step)}", style="dim"))
             self._step = ""
 
     def __rich__(self) -> Spinner:  # drawn anew several times a second
         from rich.text import Text
 
-        self._spinner.update(text=Text(f"[{self._watch}] {self._step}"))
+        self._spinner.update(text=Text(f"[{self._watch}] {printable(self._step)}"))
         return self._spinner
 
 

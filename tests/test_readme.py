@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from autotune import codes, route
 from autotune import policy as policies
-from autotune import route
 from autotune.transforms import registry
 from autotune.validate.tiers import TIERS
 from autotune.variant import build, serving
@@ -79,6 +79,10 @@ def transforms_table() -> str:
 def test_the_transforms_are_those_of_the_registry() -> None:
     shown = README.split("<!-- transforms: begin -->\n")[1].split("\n<!-- transforms: end -->")[0]
     assert shown == transforms_table()
+
+
+def test_the_exit_codes_are_those_of_the_table() -> None:
+    assert README.split("<!-- codes: begin -->\n")[1].split("\n<!-- codes: end -->")[0] == codes.table()
 
 
 def test_the_policies_are_those_that_are_shipped() -> None:

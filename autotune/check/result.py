@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import codec
+from ..codes import OF_VERDICT
 from ..validate import Quality, Verdict
 from . import render
 from .localise import Localised
 from .tasks import Flips
 
 SCHEMA = 1
-EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 2, Verdict.ERROR: 3}
 GRAVEST = (Verdict.FAIL, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASS)
 
 
@@ -73,7 +73,7 @@ class CheckResult:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 regression, 2 inconclusive, 3 could not measure."""
-        return EXIT_CODES[self.verdict]
+        return int(OF_VERDICT[self.verdict.value])
 
     @property
     def reason(self) -> str:

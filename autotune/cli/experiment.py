@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..codes import OF_VERDICT
 from ..errors import ExperimentError
 from .screen import screen
 
@@ -16,18 +18,16 @@ if TYPE_CHECKING:
     from ..experiment.store import Concluded, Version
     from ..report.layout import Section
 
-CODES = {"pass": 0, "fail": 1, "inconclusive": 2, "error": 3}
-
 
 def add_arguments(experiment: ArgumentParser) -> None:
     """The options of the three commands."""
-    from . import positive
+    from . import threads
 
     kind = type(experiment)
     actions = experiment.add_subparsers(dest="action", required=True, metavar="run|status|report", parser_class=kind)
-    run = actions.add_parser("run", help="exit code 0 a candidate passes, 1 all fail, 2 inconclusive, 3 no measurement")
+    run = actions.add_parser("run", help="measure; the exit code is the verdict")
     run.add_argument("file", metavar="FILE.toml", type=Path, help="control, candidates, workload, tier, budget_s")
-    run.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    run.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
     status = actions.add_parser("status", help="the experiments kept, or one's versions and events")
     status.add_argument("name", metavar="NAME", nargs="?")
     report = actions.add_parser("report", help="a kept result again, with its exit code")
@@ -67,7 +67,6 @@ def run(args: Namespace) -> int:
 
 def status(args: Namespace) -> int:
     """What is kept: every experiment's latest version, or all versions and events of one."""
-    from ..experiment.live import describe
     from ..report.layout import Section, Table
     from ..report.terminal import show
 
@@ -79,7 +78,7 @@ def status(args: Namespace) -> int:
     if args.name:
         now = store.verdicts(versions[0]).get("")
         if now and versions[0].mode != "offline":
-            sections.append(Section("As last kept", tuple(describe(now.body))))
+            sections.append(Section("As last kept", _described(now.body)))
         sections.append(_events(store, versions[0]))
     show(str(store.path), sections, screen())
     return 0
@@ -121,12 +120,27 @@ def _report_live(store: Store, version: Version, concluded: Concluded, args: Nam
         _events(store, version),
     )
     if args.json:
-        sys.stdout.write(json.dumps(concluded.body, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(concluded.body, indent=2) + "\n")
     elif args.markdown:
         sys.stdout.write(document(title, sections))
     else:
         show(title, sections, screen())
-    return CODES[concluded.verdict]
+    return OF_VERDICT[_known(concluded.verdict)]
+
+
+def _described(body: Mapping[str, Any]) -> tuple[str, ...]:
+    from ..experiment.live import describe
+
+    try:
+        return tuple(describe(body))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExperimentError(f"the kept status cannot be shown ({type(error).__name__}: {error})") from error
+
+
+def _known(verdict: str) -> str:
+    if verdict not in OF_VERDICT:
+        raise ExperimentError(f"the kept verdict {verdict!r} is none; expected one of {', '.join(OF_VERDICT)}")
+    return verdict
 
 
 def _events(store: Store, version: Version) -> Section:
@@ -139,14 +153,16 @@ def _events(store: Store, version: Version) -> Section:
 def _finish(result: Result, args: Namespace) -> int:
     if args.chart:
         result.chart(args.chart)
-    return CODES[result.verdict]
+    return OF_VERDICT[result.verdict.value]
 
 
 def _store(args: Namespace) -> Store:
     from ..experiment import Store
 
-    if args.store and not args.store.exists():
-        raise ExperimentError(f"there is no file {args.store}; run an experiment with --store {args.store} first")
+    if args.store and (not args.store.exists() or not args.store.stat().st_size):
+        raise ExperimentError(
+            f"there is no file {args.store} with experiments; run one with --store {args.store} first"
+        )
     return Store(args.store)
 
 

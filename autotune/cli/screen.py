@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
+from rich.text import Text
+
+from ..printable import printable
 
 PLAIN_WIDTH = 120  # of what goes into a file or a pipe
 
 
-def screen() -> Console:
-    """Text as it is given: nothing in it is taken for markup or highlighted."""
-    from rich.console import Console
+class Screen(Console):
+    """Text as it is given: nothing in it is taken for markup, highlighted, or obeyed by the terminal."""
 
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=PLAIN_WIDTH)
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__(highlight=False, markup=False, width=width)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+def screen() -> Console:
+    """A console on standard output, as wide as the terminal."""
+    console = Screen()
+    return console if console.is_terminal else Screen(PLAIN_WIDTH)

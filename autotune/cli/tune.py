@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasurementError, PackageError, UnsupportedModelError, WorkloadError
+from ..folders import expanded
 from ..ncu import command, parse
 from ..policy import Policy
 from ..policy import load as load_policy
+from ..printable import printable
 from ..progress import Progress, shown
 from ..report import Drawn, Report
 from ..workload import PHASES, Phase
@@ -200,13 +202,13 @@ def draw_answers(console: Console, question: str, *answers: Any) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    console.print(Text(f"The same question to both, once each: {question}", style="bold"))
+    console.print(Text(f"The same question to both, once each: {printable(question)}", style="bold"))
     width = max(30, console.width // len(answers) - 1)
     titles = ("original", "tuned")
     console.print(
         Columns(
             Panel(
-                Text(answer.text),
+                Text(printable(answer.text)),
                 title=title,
                 subtitle=f"{answer.tokens_per_s:.0f} tok/s, {answer.tokens} tokens in {answer.seconds:.1f} s",
                 width=width,
@@ -248,7 +250,7 @@ def _workload(prompts: Path | None, tokenizer: PreTrainedTokenizerBase | None) -
 
 def _folder(out: Path | None, model: str) -> Path:
     """Where the results go, made and found writable before anything takes long."""
-    name = Path(model).expanduser().resolve().name.removesuffix(".gguf")
+    name = os.path.basename(os.path.realpath(expanded(model))).removesuffix(".gguf")
     folder = out or Path("out") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,12 +269,19 @@ def _hand_over(report: Drawn, folder: Path | None, stem: str, others: dict[str, 
         return
     files = {f"{stem}.md": report.to_markdown(), f"{stem}.json": report.to_json()} | others
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        _write(folder / name, text)
     page = f"{stem}.html"  # last: what took minutes to find out is kept, whatever becomes of the charts
     try:
-        (folder / page).write_text(report.to_html(), encoding="utf-8")
+        _write(folder / page, report.to_html())
     except PackageError as error:
         console.print(f"No {page}: {error}")
     else:
         files[page] = ""
     console.print(f"Written to {folder}: {', '.join(files)}", style="bold")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise MeasurementError(f"{file} cannot be written: {error.strerror}") from error

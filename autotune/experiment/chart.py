@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ExperimentError, PackageError
+from ..folders import expanded
 from ..report import numbers as n
 from .pareto import front, points
 
@@ -29,7 +30,7 @@ def draw(result: Result, path: str | Path) -> Path:
         PackageError: matplotlib is not installed.
         ExperimentError: the ending says no known format, or the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix not in FORMATS:
         raise ExperimentError(f"{path} cannot be drawn; expected a file that ends in {', '.join(FORMATS)}")
     try:

@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from .. import plan as plans
 from .. import policy as policies
 from .. import route
 from ..errors import AutotuneError, ExperimentError, PlanError
+from ..folders import expanded
 from ..plan import Plan
 from ..policy import Policy
 from ..transforms import Transform
@@ -108,7 +108,7 @@ def _named(where: str, name: str, text: str) -> Given:
     """A plan's file, a policy or a checkpoint, by how it is spelt."""
     from .. import load
 
-    path = Path(text).expanduser()
+    path = expanded(text)
     try:
         if path.suffix == ".json":
             return Given(name, "plan", plans.loads(path.read_bytes()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import policy as policies
 from .. import transforms
 from ..errors import ChoiceError, ExperimentError
+from ..folders import expanded
 from ..policy import Limits, nearest
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def load(path: str | Path) -> Sheet:
     Raises:
         ExperimentError: names the file, what was wrong, what was expected and the nearest spelling.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # tomllib's and UTF-8's errors are ValueErrors
@@ -127,5 +128,5 @@ def _check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:
 
 def _beside(path: Path, text: str) -> str:
     """A path that exists beside the file, or the text as it stands (the name of a policy, or of a model on the hub)."""
-    there = path.parent / Path(text).expanduser()
+    there = path.parent / expanded(text)
     return str(there) if there.exists() else text

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExperimentError
+from ..folders import expanded
 from . import database
 
 logger = logging.getLogger("autotune")
@@ -100,7 +101,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path | None = None, *, keep_prompts: bool = False) -> None:
-        self.path = database.default() if path is None else Path(path).expanduser()
+        self.path = database.default() if path is None else expanded(path)
         self.keep_prompts = keep_prompts
         self._lock = threading.RLock()
         self._db = database.connect(self.path)
@@ -174,7 +175,7 @@ class Store:
                 "SELECT * FROM observations WHERE experiment = ? AND kind = ? AND (? IS NULL OR arm = ?) ORDER BY id",
                 (version.id, kind, arm, arm),
             ).fetchall()
-        return tuple(Observation(r["arm"], r["kind"], r["bucket"], r["turn"], json.loads(r["body"])) for r in rows)
+        return tuple(Observation(r["arm"], r["kind"], r["bucket"], r["turn"], self._decode(r["body"])) for r in rows)
 
     def note(self, version: Version, kind: str, text: str) -> None:
         """Keep an event."""
@@ -197,7 +198,7 @@ class Store:
         """Arm -> what was concluded about it."""
         with self._transaction(write=False) as db:
             rows = db.execute("SELECT * FROM verdicts WHERE experiment = ?", (version.id,)).fetchall()
-        return {r["arm"]: Concluded(r["verdict"], r["reason"], json.loads(r["body"])) for r in rows}
+        return {r["arm"]: Concluded(r["verdict"], r["reason"], self._decode(r["body"])) for r in rows}
 
     def finish(self, version: Version, status: str = "done") -> None:
         """No more is observed under this version."""
@@ -216,6 +217,15 @@ class Store:
         """What is kept of a prompt: its hash, and its token ids where asked for."""
         kept: dict[str, Any] = {"hash": _hash(json.dumps(list(tokens)))}
         return kept | {"tokens": list(tokens)} if self.keep_prompts else kept
+
+    def _decode(self, body: str) -> dict[str, Any]:
+        try:
+            found: Any = json.loads(body)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ExperimentError(f"what {self.path} keeps is no JSON ({error}); give another file") from error
+        if not isinstance(found, dict):
+            raise ExperimentError(f"{self.path} keeps {body[:40]!r} where an object was expected; give another file")
+        return found
 
     @contextmanager
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..printable import printable
 from .layout import Section, Table
 from .sections import headline, sections
 
@@ -24,7 +25,7 @@ def document(title: str, sections: Iterable[Section]) -> str:
 
 
 def _section(section: Section) -> str:
-    parts = [f"## {section.title}", *(escape(s) for s in section.sentences)]
+    parts = [f"## {printable(section.title)}", *(escape(s) for s in section.sentences)]
     if section.table is not None:
         parts.append(_table(section.table))
     return "\n\n".join(parts)
@@ -32,7 +33,7 @@ def _section(section: Section) -> str:
 
 def _table(table: Table) -> str:
     rows = [
-        _row(table.columns),
+        _row(map(printable, table.columns)),
         _row("---:" if side == "r" else "---" for side in table.align),
         *(_row(escape(cell) for cell in row) for row in table.rows),
     ]
@@ -47,4 +48,4 @@ def _row(cells: Any) -> str:
 
 def escape(text: str) -> str:
     """Text without what Markdown would take for markup or for the end of a cell; names_like_this need no help."""
-    return " ".join(MARKUP.sub(r"\\\g<0>", text).split())
+    return " ".join(MARKUP.sub(r"\\\g<0>", printable(text)).split())

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..printable import printable
 from .layout import Section, Table
 from .sections import headline, sections
 
@@ -39,12 +40,12 @@ def show(title: str, sections: Iterable[Section], console: Console | None = None
 
     console = console or Console()
     console.print()
-    console.print(Text(title, style="bold"))
+    console.print(Text(printable(title), style="bold"))
     for section in sections:
         console.print()
-        console.print(Text(section.title, style="bold cyan"))
+        console.print(Text(printable(section.title), style="bold cyan"))
         for sentence in section.sentences:
-            console.print(Text(sentence))
+            console.print(Text(printable(sentence)))
         if section.table is not None:
             console.print(drawn(section.table))
     console.print()
@@ -74,12 +75,11 @@ def drawn(table: Table) -> Drawing:
     for index, (name, side) in enumerate(zip(table.columns, table.align, strict=True)):
         justify: Literal["left", "right"] = "right" if side == "r" else "left"
         short = all(len(row[index]) <= UNBROKEN for row in table.rows)
-        drawing.add_column(name, justify=justify, overflow="fold", no_wrap=name == "candidate" and short)
+        drawing.add_column(printable(name), justify=justify, overflow="fold", no_wrap=name == "candidate" and short)
     for index, row in enumerate(table.rows):
         last = table.total and index == len(table.rows) - 1
         if last:
             drawing.add_section()
-        drawing.add_row(
-            *(Text(cell, style=STYLES.get(cell.split(":")[0], "")) for cell in row), style="bold" if last else None
-        )
+        cells = (Text(printable(cell), style=STYLES.get(cell.split(":")[0], "")) for cell in row)
+        drawing.add_row(*cells, style="bold" if last else None)
     return drawing

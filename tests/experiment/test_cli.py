@@ -120,7 +120,7 @@ def test_what_was_live_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "words"),
     [
         (["run", "gone.toml"], "gone.toml: cannot be read as TOML"),
-        (["report", "ab", "--store", "gone.sqlite"], "there is no file gone.sqlite"),
+        (["report", "ab", "--store", "gone.sqlite"], "there is no file gone.sqlite with experiments"),
         (["report", "aa"], "there is no experiment 'aa'"),
     ],
 )
