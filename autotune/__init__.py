@@ -10,6 +10,7 @@ Read in this order:
     wrap -> handle -> route           the model object: its life, its interception
     variant                           copy-on-write: one way to run the model
     traffic, revision, original       measuring between live requests; noticing changes; where the original is
+    stateful                          what a model's forward writes by itself: shared by all who serve it
     ending, outside                   how threads end with the process; exceptions that are the user's own
     watch -> canary, drift, breaker   after commit: is it still as good and as fast? out and back
     workload, hardware, device        what it is asked to do, what the machine can do, where CPU and GPU differ

@@ -216,9 +216,9 @@ class LiveBench:
         self.notify("collecting the original's answers to judge against")
         missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
         prompts = (*work.prompts, *texts[:missing])
-        return Exam.prepare(
-            self.original.original, prompts, size=size, pad_token_id=self.pad
-        )  # untimed: requests may overlap
+        # untimed: requests may overlap, unless what one leaves in the model would change another's answer
+        traffic = self.original.traffic if self.original.state.modules else None
+        return Exam.prepare(self.original.original, prompts, size=size, pad_token_id=self.pad, traffic=traffic)
 
 
 def own_memory(variant: Variant) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -14,6 +15,8 @@ from .seam.layers import CacheLayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from .variant import Variant
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
@@ -218,10 +221,11 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def example(model: Any, batch: int) -> Any:
+def example(variant: Variant, batch: int) -> Any:
     """One token's keys and values [B, Hk, 1, D] a layer: the shapes that a step is prepared for."""
+    model: Any = variant.original
     prompt = seam.growing_cache()
-    with torch.no_grad():
+    with variant.turn() if variant.state.modules else nullcontext(), torch.no_grad():
         token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         model(token, **seam.over(model, prompt))
     return prompt

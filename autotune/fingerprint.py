@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import seam
+from . import seam, stateful
 from .errors import UnsupportedModelError
 from .plan import Fingerprint
 
@@ -83,8 +83,15 @@ def of_model(model: PreTrainedModel) -> str:
 
 
 def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Those that the model's own forward writes say nothing of what it computes."""
+    state = stateful.of(model)
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        module, _, attribute = name.rpartition(".")
+        if not state.writes(module, attribute):
+            yield name, tensor
 
 
 def _content(name: str, tensor: torch.Tensor) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import device as devices
-from . import ending, forking, modes, outside, route, seam, workload
+from . import ending, forking, modes, outside, route, seam, stateful, workload
 from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words
 from .original import RELOAD, Original, releasable_bytes
@@ -454,6 +454,7 @@ class Handle:
 
         self._state, self._detail = "tuning", "started"
         try:
+            stateful.forget(self._model)
             revision = Revision(self._model)
             self._tuned = tune(
                 route.bare(self._model),

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registry
 
-from . import route, seam, twins
+from . import route, seam, stateful, twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +52,7 @@ class Revision:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._class = model, seam.bare_class(model)
-        named = dict(model.named_modules())
+        named, state = dict(model.named_modules()), stateful.of(model)
         self._parts = [module for name, module in named.items() if name]
         self._types = list(map(type, self._parts))
         self._classes = list({self._class, *self._types})
@@ -60,13 +60,15 @@ class Revision:
         self._hooks = [hooks for module in named.values() for hooks in _hooks(module)]
         watched: dict[int, tuple[str, Any]] = {}
         for name, module in named.items():
+            own = {key for where, key in state.written if where == name}
             for held in _held(name, module):
-                watched.setdefault(id(held), (name, held))
+                watched.setdefault(id(held), (name, _Without(held, own) if own and isinstance(held, dict) else held))
         self._names = [name for name, _ in watched.values()]
         self._live = [held for _, held in watched.values()]
         self._was: list[Any] = [held.copy() for held in self._live]
         self._own = self._attributes()
-        tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+        all_tensors = chain(model.named_parameters(), model.named_buffers())
+        tensors = {name: t for name, t in all_tensors if not state.writes(*_parted(name))}
         counted = {name: tensor for name, tensor in tensors.items() if not tensor.is_inference()}
         self._counted, self._counted_names = list(counted.values()), list(counted)
         self._tensors, self._tensor_names = list(tensors.values()), list(tensors)
@@ -163,6 +165,26 @@ def _held(name: str, module: nn.Module) -> Iterator[Any]:
             yield from _inside(value, DEPTH)
 
 
+class _Without:
+    """A dictionary, live, without the keys that a module writes by itself."""
+
+    def __init__(self, held: dict[str, Any], own: set[str]) -> None:
+        self._held, self._own = held, own
+
+    def copy(self) -> dict[str, Any]:
+        return {key: value for key, value in self._held.items() if key not in self._own}
+
+    def __eq__(self, other: object) -> bool:
+        return self.copy() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _parted(name: str) -> tuple[str, str]:
+    module, _, attribute = name.rpartition(".")
+    return module, attribute
+
+
 def _inside(value: Any, depth: int) -> Iterator[Any]:
     if depth == 0 or isinstance(value, OPAQUE):
         return
@@ -177,6 +199,7 @@ def _inside(value: Any, depth: int) -> Iterator[Any]:
 
 def _described(name: str, now: Any, was: Any) -> str | None:
     """What is different in a container, or None."""
+    now = now.copy() if isinstance(now, _Without) else now
     if not isinstance(now, dict):
         return None if now == was else f"a list or set of {name or 'the model'} changed"
     for key in (*was, *(key for key in now if key not in was)):

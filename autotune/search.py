@@ -88,7 +88,7 @@ class State:
     profile: Profile
     diagnoses: Mapping[Phase, Diagnosis]
     free_bytes: float = math.inf
-    obstacle: Blocker | None = None
+    obstacle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Search:
     notify: Callable[[str], None]
     clock: Callable[[], float]
     deadline: float
-    obstacle: Blocker | None = None
+    obstacle: str | None = None
     trials: list[Trial] = field(default_factory=list)
 
     def examine(self, variant: Variant) -> State:
@@ -270,7 +270,7 @@ def search(
     notify: Callable[[str], None] = log.info,
     clock: Callable[[], float] = time.monotonic,
     deadline: float | None = None,
-    obstacle: Blocker | None = None,
+    obstacle: str | None = None,
 ) -> Found:
     """Try what the diagnosis calls for, keeping each step that proves itself.
 

@@ -207,7 +207,7 @@ def measure_cost(variant: Variant) -> float:
     tokens = torch.zeros(1, guesses + 1, dtype=torch.int64, device=original.device)
     positions = torch.arange(1, guesses + 2, dtype=torch.int64, device=original.device)[None]
     with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
-        held = lent.enter_context(pool.lend(slots.example(original, 1), None))
+        held = lent.enter_context(pool.lend(slots.example(variant, 1), None))
         step = variant.step.fitting(held) if variant.step is not None else None
         guesser: Guesser | None = None
         if speculation.draft is not None:

@@ -78,9 +78,7 @@ def tune(
     identity = fingerprint.of(model, machine, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
-    obstacle = None
-    if (where := hooked(model)) is not None:
-        obstacle = Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
+    obstacle = _obstacle(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
         if (tuned := replay(known, bench, start)) is not None:
@@ -99,6 +97,13 @@ def tune(
     elif cache:
         store.save(tuned.plan)
     return tuned
+
+
+def _obstacle(original: Variant) -> str | None:
+    """Why nothing can be tried on a model, or None."""
+    if (where := hooked(original.original)) is not None:
+        return Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
+    return original.state.obstacle()
 
 
 def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float) -> Tuned:

@@ -5,6 +5,8 @@
     methods, partials             of a copied module belong to its copy
     compiled calls                left out: they are the copied module's
     parameters, buffers, tensors  shared, and so are all other objects: what cannot be copied, too
+    modules that are run for      shared: what they write by themselves is state of the calls (`autotune.stateful`)
+      what they remember
 
 Copying goes by identity, so that ties stay ties and a model that is reached from its own attributes leads to the copy.
 """
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import route, seam
+from . import route, seam, stateful
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +87,7 @@ class _Copier:
 
     def module(self, module: nn.Module) -> Any:
         cls = type(module)
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) or stateful.is_shared(module):
             return module
         if cls.__new__ is not object.__new__ or hasattr(cls, "__deepcopy__"):  # a class of its own for each object
             return copy.deepcopy(module, self.known)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from . import device as devices
-from . import intraop, outside, route, seam
+from . import intraop, outside, route, seam, stateful
 from .errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
 from .twins import fork
 from .workload import PHASES, Phase, Workload
@@ -81,6 +81,8 @@ class Variant:
             TransformError: the transform refuses.
         """
         if all(done.stage <= transform.stage for done in self.transforms):
+            if (reason := self.state.obstacle()) is not None:
+                raise TransformError(reason)
             variant = self._copy()
             transform.apply(variant)
             if variant.kv is not None and variant.caches is not None:
@@ -115,6 +117,7 @@ class Variant:
     def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:
         """The modules a transform may edit for `phase`: twins made on demand, one where both phases still share it."""
         phases = PHASES if phase == "both" else (phase,)
+        stateful.of(self.original)  # twins share what it finds
         twins: dict[int, PreTrainedModel] = {}
         for p in phases:
             module = self.modules[p]
@@ -129,9 +132,16 @@ class Variant:
             twins[id(self.modules[p])] = self.modules[p]
         return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Around a measured call of a wrapped model: one step among live requests."""
-        return nullcontext() if self.traffic is None else self.traffic.step()
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around a measured call: one step among a wrapped model's live requests, which leaves no state behind."""
+        with nullcontext() if self.traffic is None else self.traffic.step(), self.state.kept():
+            yield
+
+    @property
+    def state(self) -> stateful.State:
+        """What the model's own forward writes."""
+        return stateful.of(self.original)
 
     @property
     def context_tokens(self) -> int:
@@ -183,6 +193,8 @@ class Variant:
             return None
         if reason := call.unusual():
             return reason
+        if self.loop == "lean" and call.starts_over():
+            return "a length at which the model reads everything before it anew"
         return None if self.caches is None else self.caches.unsupported(call.settings)
 
     def sample(self, call: seam.Sampling) -> Any:
@@ -212,6 +224,7 @@ class Variant:
     def front(self) -> PreTrainedModel:
         """A model for transformers' own loop: its forward goes to the phase's module."""
         if self._front is None:
+            stateful.of(self.original)
             front = fork(self.modules["decode"])
             front.__dict__.pop("forward", None)  # one of the instance's own would hide the route
             self._front = route.routed(front, _PhaseSwitch(self))

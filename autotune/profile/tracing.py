@@ -20,6 +20,7 @@ from torch.autograd.profiler import profile as record  # torch.profiler would tr
 from torch.profiler import record_function
 
 from .. import device as devices
+from .. import stateful
 from ..device.trace import silent_kineto
 from ..errors import MeasurementError
 from ..workload import Phase
@@ -161,7 +162,8 @@ def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     try:
         for model in models:
             for name, group in sections(model).items():
-                module = model.get_submodule(name)
+                if stateful.is_shared(module := model.get_submodule(name)):
+                    continue  # with live requests
                 handles.append(module.register_forward_pre_hook(enter(group)))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         yield

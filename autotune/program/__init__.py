@@ -1,9 +1,10 @@
 """A decode step recorded once as a program of C++ instructions and run by one team of threads: no Python, no dispatch.
 
-    trace -> lower -> layout -> kernels/program.cpp
+    given -> trace -> lower -> layout -> kernels/program.cpp
 
-`trace` records the step's operators on fake tensors, `lower` turns them into instructions over named memory, `layout`
-decides where values lie and when threads meet, and the operator `run_program` runs the words that come out.
+`given` runs what cannot be part of a program, `trace` records the step's operators on fake tensors, `lower` turns them
+into instructions over named memory, `layout` decides where values lie and when threads meet, and the operator
+`run_program` runs the words that come out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .. import forking
 from ..cache import SlotCache
 from ..errors import TransformError, VariantError
 from . import layout
+from .given import Given
 from .instruction import Instruction, Place
 from .lower import lower
 from .trace import trace
@@ -123,13 +125,14 @@ class _Recorded:
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
         batch = cache.shape[0]
         with torch.inference_mode(False):  # a step recorded in inference mode is run outside of it as well
-            self.program = Program(trace(module, cache), batch)
+            self.given = Given(module, cache)
+            self.program = Program(trace(module, cache, self.given), batch)
             self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
             self.position = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
         self.lock = forking.lock()
 
     def over(self, cache: SlotCache) -> Step:
-        inputs = (self.token, self.position, cache.slot, cache.valid, *cache.keys, *cache.values)
+        inputs = (self.token, self.position, cache.slot, cache.valid, *cache.keys, *cache.values, *self.given.tensors)
         addresses = self.program.addresses(inputs)
 
         def step(
@@ -142,6 +145,7 @@ class _Recorded:
             with self.lock:
                 self.token.copy_(token)
                 self.position.copy_(position)
+                self.given.update(self.position)
                 return self.program.run(addresses).clone()
 
         return step

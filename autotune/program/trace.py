@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,17 @@ from ..errors import TransformError
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
+    from .given import Given
 
-def trace(module: Any, cache: SlotCache) -> GraphModule:
+
+def trace(module: Any, cache: SlotCache, given: Given | None = None) -> GraphModule:
     """Record `cache.run` for this module and this cache's shape.
 
+    Args:
+        given: what the step reads beside them, or None.
+
     Returns:
-        A graph over (token, position, slot, valid, *keys, *values) that returns logits [B, V]. Weights are its
+        A graph over (token, position, slot, valid, *keys, *values, *given) that returns logits [B, V]. Weights are its
         attributes, by reference; every node's `meta["val"]` is a fake tensor with the value's shape and strides.
 
     Raises:
@@ -28,7 +34,9 @@ def trace(module: Any, cache: SlotCache) -> GraphModule:
     """
 
     def step(*inputs: Any) -> torch.Tensor:
-        return run(module, *inputs)
+        *known, extra = inputs
+        with given.returning(extra) if given is not None else nullcontext():
+            return run(module, *known)
 
     token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device="cpu")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -39,6 +47,7 @@ def trace(module: Any, cache: SlotCache) -> GraphModule:
                 *(fake(t) for t in (token, token.clone(), cache.slot, cache.valid)),
                 [fake(keys) for keys in cache.keys],
                 [fake(values) for values in cache.values],
+                [fake(each) for each in given.tensors] if given is not None else [],
             )
     except Exception as error:  # a model's own code and torch's tracer raise what they like
         outside.pass_on(error)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arguments import CACHE_NAMES, bare_class, cache_in, output_cache_name, over
+from .preparation import drops_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,6 +138,11 @@ class Sampling:
         if self.options.get("synced_gpus") or settings.prefill_chunk_size is not None or settings.is_assistant:
             return "chunked, synchronised or assistant generation"
         return None
+
+    def starts_over(self) -> bool:
+        """Whether generate's loop may drop the cache between two tokens, and read everything before anew."""
+        prompt, last = self.input_ids.shape[1], self.settings.max_length - 1  # the last token is not read any more
+        return last > prompt and drops_cache(self.model, prompt, last)
 
     def run_on(self, model: PreTrainedModel) -> Any:
         """Transformers' own loop on `model`, which must be unrouted or route its forward itself."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import roofline, seam
-from ..errors import ChoiceError
+from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
 from .compile_step import no_compiler
 
@@ -40,6 +40,8 @@ class CompilePrefill(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if "forward" in vars(variant.modules["prefill"]):
             return "prefill is compiled already, or its forward was replaced"
+        if reason := variant.state.unseen("compiled prefill"):
+            return reason
         return no_compiler(hardware) or seam.cannot_step(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
@@ -49,6 +51,8 @@ class CompilePrefill(Transform):
     def apply(self, variant: Variant) -> None:
         from ..recompiling import Recompiling
 
+        if reason := variant.state.unseen("compiled prefill"):
+            raise TransformError(reason)
         (module,) = variant.edit("prefill")
         compiled = Recompiling(module)
         compiled.try_out(LENGTHS, variant.original.device)

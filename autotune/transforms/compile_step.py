@@ -55,6 +55,8 @@ class CompileStep(Transform):
             return "the decode step is compiled or recorded already"
         if variant.kv is not None:
             return f"the decode step is compiled over slots, and the KV cache is {variant.kv}"
+        if reason := variant.state.unseen("a compiled step"):
+            return reason
         return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original)
 
     def _captured_anew(self, variant: Variant) -> bool:
@@ -83,7 +85,7 @@ class CompileStep(Transform):
         from ..cache import SlotCache, example
         from ..compiled import CompiledStep
 
-        if reason := self._out_of_place(variant):
+        if reason := self._out_of_place(variant) or variant.state.unseen("a compiled step"):
             raise TransformError(reason)
         if self.mode == "reduce-overhead":
             self._apply_graphs(variant)
@@ -93,7 +95,7 @@ class CompileStep(Transform):
         step = CompiledStep(variant.modules["decode"], self.layers == "once", self.mode)
         for batch in variant.batch_sizes:
             with variant.running("decode"):
-                step.prepare(SlotCache(example(variant.original, batch), variant.caches.slots))
+                step.prepare(SlotCache(example(variant, batch), variant.caches.slots))
         variant.step = step
 
     def _apply_graphs(self, variant: Variant) -> None:
@@ -106,7 +108,7 @@ class CompileStep(Transform):
         variant.caches, variant.loop = CachePool(config, slots), "lean"
         step = TreeStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
         for batch in variant.batch_sizes:
-            with variant.running("decode"), variant.caches.lend(example(variant.original, batch), None) as cache:
+            with variant.running("decode"), variant.caches.lend(example(variant, batch), None) as cache:
                 step.prepare(cache)
         variant.step = step
 

@@ -84,7 +84,7 @@ class CudaGraph(Transform):
         variant.loop = "lean"
         steps = GraphSteps(variant.modules["decode"], device, rows, reads, inner)
         for batch in sorted({_bucket(rows, batch) for batch in variant.batch_sizes if batch <= rows[-1]}):
-            with variant.running("decode"), variant.caches.lend(example(variant.original, batch), None) as cache:
+            with variant.running("decode"), variant.caches.lend(example(variant, batch), None) as cache:
                 if inner is not None:
                     for read in reads:
                         inner.prepare(cache.first(read))
@@ -108,6 +108,8 @@ def uncapturable(variant: Variant) -> str | None:
         return "the decode step is captured or recorded already"
     if variant.kv is not None:
         return f"the KV cache is {variant.kv}, which does not stay at one address"
+    if reason := variant.state.unseen("a captured step"):
+        return reason
     model = variant.modules["decode"]
     places = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(places) > 1:

@@ -64,7 +64,7 @@ class Speculation(Transform):
             return f"it serves single sequences; the workload has batches of {', '.join(map(str, variant.batch_sizes))}"
         if self.draft == "model" and variant.draft is None:
             return "no draft model was given; pass one with the same vocabulary: autotune.wrap(model, draft=...)"
-        return no_slots(variant.original)
+        return variant.state.unseen("a guess that is wrong") or no_slots(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best every guess is right, and a step with K guesses takes as long as one without.

@@ -70,7 +70,7 @@ class StepProgram(Transform):
         variant.loop = "lean"
         programs = StepPrograms(variant.modules["decode"])
         for batch in variant.batch_sizes:
-            programs.prepare(SlotCache(example(variant.original, batch), slots))
+            programs.prepare(SlotCache(example(variant, batch), slots))
         variant.step = programs
 
     def took_effect(self, variant: Variant) -> str | None:

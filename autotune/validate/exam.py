@@ -17,6 +17,8 @@ from .tiers import NEAR_TIE_NATS, SIZES, Size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..traffic import Traffic
+
 KEEP_BYTES = (
     512 * 2**20
 )  # reference logits kept in half precision; what exceeds this is computed again for each candidate
@@ -60,6 +62,7 @@ class Exam:
         long: scored after a long context.
         noise_kld: mean KL of the original's stepped decoding from its own full forward, nats.
         tie_nats: a flip of the top token within this margin counts as a tie.
+        traffic: where the original's answers queue, or None.
         problem: why nothing can be judged with this exam, or None.
     """
 
@@ -73,6 +76,7 @@ class Exam:
     noise_kld: float = 0.0
     tie_nats: float = NEAR_TIE_NATS
     problem: str | None = None
+    traffic: Traffic | None = None
     _kept: dict[tuple[Text, ...], torch.Tensor] = field(default_factory=dict)
     _kept_bytes: int = 0
 
@@ -86,6 +90,7 @@ class Exam:
         pad_token_id: int,
         seed: int = 0,
         progress: Progress | None = None,
+        traffic: Traffic | None = None,
     ) -> Exam:
         """Choose texts, let the original continue them, and keep what it says.
 
@@ -96,12 +101,13 @@ class Exam:
             pad_token_id: for left padding.
             seed: chooses the prompts when there are more than needed.
             progress: called with a step's name and the share done.
+            traffic: where the original's answers queue behind live requests; None: they may overlap.
 
         Raises:
             MeasurementError: the original raised.
         """
         report = progress or (lambda step, share: None)
-        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original))
+        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original), traffic=traffic)
         chosen = exam._choose(prompts, seed)
         if exam.problem:
             return exam
@@ -116,6 +122,10 @@ class Exam:
         report("exam ready", 1.0)
         return exam
 
+    def plain(self) -> Variant:
+        """The original as a variant."""
+        return Variant(self.original, self.traffic)
+
     def groups(self) -> tuple[tuple[Text, ...], ...]:
         """Everything that is scored together: single texts, padded batches, long texts."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
@@ -129,9 +139,9 @@ class Exam:
         if group in self._kept:
             return self._kept[group].to(self.original.device).float()
         if len(group) == 1:
-            logits = self.read(Served(Variant(self.original), self.pad_token_id), group[0])[None]
+            logits = self.read(Served(self.plain(), self.pad_token_id), group[0])[None]
         else:
-            logits = self.step(Served(Variant(self.original), self.pad_token_id), group)
+            logits = self.step(Served(self.plain(), self.pad_token_id), group)
         logits = logits.float()
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
         if self._kept_bytes + 2 * logits.numel() <= KEEP_BYTES:
@@ -202,7 +212,7 @@ class Exam:
 
     def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The original's greedy continuations, up to and including the end-of-sequence token."""
-        served = Served(Variant(self.original), self.pad_token_id, self.eos_token_ids)
+        served = Served(self.plain(), self.pad_token_id, self.eos_token_ids)
         own: list[tuple[int, ...]] = []
         for k in range(0, len(heads), 2 * PADDED_BATCH):
             part = heads[k : k + 2 * PADDED_BATCH]
@@ -211,7 +221,7 @@ class Exam:
         return own
 
     def _measure_noise(self) -> None:
-        served = Served(Variant(self.original), self.pad_token_id)
+        served = Served(self.plain(), self.pad_token_id)
         klds, shifts = [], []
         for text in self.texts[:NOISE_TEXTS]:
             reference, again = self.reference((text,))[0], self.step(served, (text,))[0]

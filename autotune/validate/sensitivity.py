@@ -66,7 +66,7 @@ class Probe:
     @cached_property
     def _references(self) -> list[torch.Tensor]:
         """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
-        logits = (self._read(Variant(self.exam.original), ids) for ids in self.batches)
+        logits = (self._read(self.exam.plain(), ids) for ids in self.batches)
         return [(part - part.amax(-1, keepdim=True)).half() for part in logits]
 
     def _tally(self, transform: LinearTransform, batches: int) -> Tally:

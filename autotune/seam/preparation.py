@@ -1,0 +1,71 @@
+"""What a model class does between the steps of generate's loop, where it does more than others."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .arguments import bare_class, cache_in, over
+from .caches import cache_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREPARE = "prepare_inputs_for_generation"
+log = logging.getLogger("autotune")
+
+
+def drops_cache(model: PreTrainedModel, held: int, length: int) -> bool:
+    """Whether a model's own preparation drops a cache of `held` tokens on the way to `length`, to read all anew.
+
+    Phi-3's does where its context leaves the length that it was trained with: other frequencies hold from there on, for
+    the tokens before as well.
+    """
+    prepare = getattr(bare_class(model), PREPARE)
+    if inspect.unwrap(prepare) is inspect.unwrap(getattr(_base(), PREPARE)):
+        return False
+    every = torch.zeros(1, 1, dtype=torch.int64, device="cpu").expand(1, length)
+    given: dict[str, Any] = {"attention_mask": every, "position_ids": every, **_one_more(length - 1)}
+    try:
+        prepared = prepare(model, every, **given, **over(model, _full(held)))
+    except Exception:  # it wants more, and says so to those who ask in earnest
+        log.debug("%s could not be asked about %d tokens", type(model).__name__, length, exc_info=True)
+        return False
+    return cache_in(prepared) is None or prepared["input_ids"].shape[1] != 1
+
+
+def _one_more(place: int) -> dict[str, Any]:
+    """Arguments that say that one token is to be computed, and its place."""
+    if "next_sequence_length" in inspect.signature(getattr(_base(), PREPARE)).parameters:
+        return {"next_sequence_length": 1}
+    return {"cache_position": torch.tensor([place], dtype=torch.int64, device="cpu")}  # to 5.1
+
+
+def _full(length: int) -> Any:
+    """A cache that says that it holds so many tokens."""
+    return cache_over([_layers()(length)])
+
+
+@functools.cache
+def _layers() -> Any:
+    from .layers import CacheLayer
+
+    class Full(CacheLayer):  # type: ignore[no-untyped-call]
+        def __init__(self, length: int) -> None:
+            super().__init__()
+            self.length, self.is_initialized = length, True
+
+        def filled(self) -> int:
+            return self.length
+
+    return Full
+
+
+def _base() -> Any:
+    from transformers import GenerationMixin
+
+    return GenerationMixin
