@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import device as devices
 from .ncu import RANGES
-from .profile.timing import forced
+from .profile.timing import request
 from .workload import PHASES
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ def replay(model: PreTrainedModel, ids: torch.Tensor, phase: Phase) -> None:
         phase: "prefill" is one call, "decode" one token after it.
     """
     device, new_tokens = devices.of(ids.device), {"prefill": 1, "decode": 2}[phase]
-    model.generate(ids, **forced(model, ids, 2))  # type: ignore[operator]
+    request(model, ids, 2)()
     device.synchronize()
     ranges = Ranges(device)
     try:
-        model.generate(ids, streamer=ranges, **forced(model, ids, new_tokens))  # type: ignore[operator]
+        request(model, ids, new_tokens)(ranges)
     finally:
         ranges.end()
     device.synchronize()

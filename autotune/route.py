@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,6 +109,21 @@ def routed(model: PreTrainedModel, router: Router) -> PreTrainedModel:
     """The same model, routed through `router`; the object given stays as it is."""
     alias = _alias(model, routed_class(bare_class(model)))
     alias.__dict__[SLOT] = router
+    return alias
+
+
+def greedy(model: PreTrainedModel, pad_token_id: int, eos_token_ids: Sequence[int] = ()) -> PreTrainedModel:
+    """The same model, routed as it is, with plain greedy decoding for a default; the object given keeps its own.
+
+    Whatever measures or judges generates with this: a checkpoint's defaults, of whichever kind, are its users' matter.
+
+    Args:
+        pad_token_id: for left padding, and after the end of a sequence.
+        eos_token_ids: tokens that end a text; none where tokens are forced or counted.
+    """
+    alias = _alias(model, type(model))
+    alias.__dict__.update({name: model.__dict__[name] for name in (SLOT, LAYERS) if name in model.__dict__})
+    alias.generation_config = seam.greedy_settings(pad_token_id, list(eos_token_ids) or None)
     return alias
 
 

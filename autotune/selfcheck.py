@@ -140,9 +140,9 @@ def _answers(model: Any) -> list[torch.Tensor]:
     ids = torch.arange(3, 3 + 18, dtype=torch.int64, device="cpu").view(2, 9)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
-        batch = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **how)
+        batch = route.greedy(model, pad_token_id=0).generate(ids, attention_mask=mask, **how)  # type: ignore[operator]
         read = seam.logits(model(input_ids=ids[:1]))
     return [seam.sequences(batch), read.argmax(-1)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.profiler import record_function
 
 from .. import device as devices
+from .. import route
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,13 +62,13 @@ def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
     Args:
         served: the model as it will serve (`autotune.variant.serving`).
         ids: prompts of one length, [B, P] int64; every position counts.
-        new_tokens: tokens per sequence; end-of-sequence is held back.
+        new_tokens: tokens per sequence; none of them ends it.
     """
-    device, watch = devices.of(ids.device), Stopwatch()
+    device, watch, run = devices.of(ids.device), Stopwatch(), request(served, ids, new_tokens)
     device.synchronize()
     with record_function(START):
         start = time.perf_counter()
-    served.generate(ids, streamer=watch, **forced(served, ids, new_tokens))  # type: ignore[operator]
+    run(watch)
     _, *tokens = watch.ticks
     if device.asynchronous:
         device.synchronize()
@@ -74,16 +76,11 @@ def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
     return Request(start, tuple(tokens))
 
 
-def forced(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """Arguments of `generate` for a greedy request of a fixed length."""
-    eos = model.generation_config.eos_token_id
-    end = eos[0] if isinstance(eos, list) and eos else eos
-    pad = model.generation_config.pad_token_id
-    return {
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": False,
-        "num_beams": 1,
-        "min_new_tokens": new_tokens,
-        "max_new_tokens": new_tokens,
-        "pad_token_id": pad if pad is not None else end if isinstance(end, int) else 0,
-    }
+def request(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Callable[..., None]:
+    """What generates greedily exactly `new_tokens` tokens for `ids` [B, P], given a streamer or None."""
+    plain, mask = route.greedy(model, pad_token_id=0), torch.ones_like(ids)
+
+    def run(streamer: Any = None) -> None:
+        plain.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, streamer=streamer)  # type: ignore[operator]
+
+    return run

@@ -75,6 +75,7 @@ from .models import (
     is_own_hook,
     uncompiled,
 )
+from .preparation import drops_cache, greedy_settings
 
 __all__ = [
     "ARGUMENTS",
@@ -105,9 +106,11 @@ __all__ = [
     "configurations",
     "conv1d",
     "counts_tokens",
+    "drops_cache",
     "exchangeable_attention",
     "experts",
     "forward_function",
+    "greedy_settings",
     "growing_cache",
     "is_decoding",
     "is_own_hook",

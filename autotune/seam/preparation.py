@@ -38,6 +38,15 @@ def drops_cache(model: PreTrainedModel, held: int, length: int) -> bool:
     return cache_in(prepared) is None or prepared["input_ids"].shape[1] != 1
 
 
+def greedy_settings(pad_token_id: int, eos_token_id: list[int] | None) -> Any:
+    """A complete generation configuration for greedy decoding of one answer per prompt."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, use_cache=True, pad_token_id=pad_token_id, eos_token_id=eos_token_id
+    )
+
+
 def _one_more(place: int) -> dict[str, Any]:
     """Arguments that say that one token is to be computed, and its place."""
     if "next_sequence_length" in inspect.signature(getattr(_base(), PREPARE)).parameters:

@@ -51,17 +51,8 @@ class Served:
         self.variant = variant
         self.fall_back = fall_back
         self.left: Counter[str] = Counter()
-        self.model: PreTrainedModel = route.routed(variant.original, self)
+        self.model: PreTrainedModel = route.greedy(route.routed(variant.original, self), pad_token_id, eos_token_ids)
         self.pad_token_id = pad_token_id
-        self._settle(list(eos_token_ids) or None)
-
-    def _settle(self, eos_token_id: list[int] | None) -> None:
-        """Plain greedy decoding, whatever the model's own defaults are; only this alias of the model is told."""
-        from transformers import GenerationConfig
-
-        self.model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False, use_cache=True, pad_token_id=self.pad_token_id, eos_token_id=eos_token_id
-        )
 
     def sample(self, call: seam.Sampling) -> Any:
         if reason := self.variant.unsupported(call):
