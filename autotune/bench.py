@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from . import device as devices
+from . import probation
 from . import profile as profiling
-from . import rehearsal
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
 from .plan import Plan
@@ -94,8 +94,8 @@ class LiveBench:
 
         return seconds(incumbent) / seconds(candidate)
 
-    def rehearse(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
-        if not (is_foreign(transform) and rehearsal.is_possible(self.hardware.device)):
+    def risk(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
+        if not (is_foreign(transform) and probation.is_possible(self.hardware.device)):
             return None
         bucket = self.buckets[0]
         prompts = request(bucket, self.tuning.prompts, 0)
@@ -105,7 +105,7 @@ class LiveBench:
             Served(candidate, self.pad).generate(prompts, min(bucket.new_tokens, GLANCE_TOKENS))
 
         self.notify(f"trying {transform} in a child process first")
-        return rehearsal.rehearse(work, most_s, incumbent.turn)
+        return probation.death_of(work, most_s, incumbent.turn)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         return quality.judge(self.exam, variant, tier)

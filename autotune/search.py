@@ -54,7 +54,7 @@ class Bench(Protocol):
     def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
         """Speed-up of `phase` from a single run of each: enough to turn down what is hopeless."""
 
-    def rehearse(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
+    def risk(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
         """What a candidate did to a child process that tried it first, where foreign code is to be feared; or None."""
 
     def judge(self, variant: Variant, tier: str) -> Quality:
@@ -228,7 +228,7 @@ class _Search:
         raises.
         """
         transform, phase, start = trial.transform, trial.target, self.clock()
-        if death := self.bench.rehearse(incumbent, transform, max(LEAST_S, self.deadline - start)):
+        if death := self.bench.risk(incumbent, transform, max(LEAST_S, self.deadline - start)):
             yield replace(trial, outcome=Outcome.ERROR, reason=death), None
             return
         try:

@@ -18,14 +18,14 @@ import torch
 
 import autotune
 from autotune import policy as policies
-from autotune import rehearsal, transforms
+from autotune import probation, transforms
 from autotune.fingerprint import of_model
 from autotune.policy import Choice, Step
 from autotune.transforms import Stage, Transform
 from autotune.variant import Variant
 from tests.models import tiny, token_prompts
 
-pytestmark = pytest.mark.skipif(not rehearsal.is_possible("cpu"), reason="no fork tries candidates here")
+pytestmark = pytest.mark.skipif(not probation.is_possible("cpu"), reason="no fork tries candidates here")
 LONG_S = 60.0  # far more than any work below takes
 
 
@@ -61,7 +61,7 @@ WORKS: dict[str, tuple[Callable[[], object], str]] = {
 @pytest.mark.parametrize("name", WORKS)
 def test_a_child_that_dies_is_told_of(name: str) -> None:
     work, said = WORKS[name]
-    assert rehearsal.rehearse(work, LONG_S) == said
+    assert probation.death_of(work, LONG_S) == said
 
 
 def multiply() -> torch.Tensor:
@@ -71,7 +71,7 @@ def multiply() -> torch.Tensor:
 @pytest.mark.parametrize("work", [lambda: None, lambda: 1 / 0, lambda: sys.exit(4), multiply])
 def test_what_ends_of_its_own_will_is_no_news(work: Callable[[], object]) -> None:
     multiply()  # makes a team of threads, where there are cores for one, that a child does not have
-    assert rehearsal.rehearse(work, LONG_S) is None
+    assert probation.death_of(work, LONG_S) is None
 
 
 @pytest.mark.fault("A17")
@@ -81,7 +81,7 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
         (tmp_path / "started").write_text(str(started.pid))
         forever()
 
-    found = rehearsal.rehearse(hang, 3.0)
+    found = probation.death_of(hang, 3.0)
     assert found == "it did not end within the 3 s that were left"
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -106,9 +106,9 @@ def test_a_child_ends_with_its_parent() -> None:
     """Killed as the kernel or an operator does it, with no time to clean up."""
     script = """if True:
         import os, time
-        from autotune import rehearsal
+        from autotune import probation
         out = os.dup(1)
-        rehearsal.rehearse(lambda: (os.write(out, b"%d\\n" % os.getpid()), time.sleep(1000)), 1000)
+        probation.death_of(lambda: (os.write(out, b"%d\\n" % os.getpid()), time.sleep(1000)), 1000)
     """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -124,7 +124,7 @@ def test_a_users_handlers_and_files_are_the_parents(tmp_path: Path) -> None:
     try:
         with path.open("w") as file:
             file.write("once")  # not flushed yet
-            found = rehearsal.rehearse(lambda: os.kill(os.getpid(), signal.SIGTERM), LONG_S)
+            found = probation.death_of(lambda: os.kill(os.getpid(), signal.SIGTERM), LONG_S)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert found == "it would have ended the process with SIGTERM"

@@ -36,7 +36,7 @@ def is_possible(device: str) -> bool:
     return sys.platform == "linux" and not on_gpu and intraop.is_settable()
 
 
-def rehearse(
+def death_of(
     work: Callable[[], object], most_s: float, turn: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> str | None:
     """Do `work` in a child process. What it raises is no news: it will be raised here, too.
