@@ -10,13 +10,14 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
 MATRIX_ARGS ?=
+ARCHITECTURES_ARGS ?=
 BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 PROVE_ARGS ?=
 
-.PHONY: prove demo test test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -29,6 +30,9 @@ test-matrix: $(READY)  ## the compatibility suite on other versions of transform
 
 test-latest: $(READY)  ## the same on the newest of everything but torch
 	$(BIN)/python -m tests.matrix --latest $(MATRIX_ARGS)
+
+test-architectures: $(READY)  ## every causal LM class of transformers, tiny, under every transform
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures $(ARCHITECTURES_ARGS)
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from . import architecture, outside, transforms
+from . import architecture, outside, rehearsal, transforms
 from .diagnose import Diagnosis
 from .errors import DeviceError, TransformError
 from .hardware import Hardware
@@ -337,7 +337,8 @@ def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware
 
 def unavailable(transform: Transform, state: State, hardware: Hardware) -> str | None:
     """Why a transform cannot be had, or None."""
-    return state.obstacle or transform.unavailable(state.variant, hardware)
+    reason = state.obstacle or transform.unavailable(state.variant, hardware)
+    return reason or rehearsal.obstacle(state.variant.original, transform, hardware)
 
 
 def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import autotune
-from autotune import hardware, route, seam
+from autotune import hardware, route
 from autotune import policy as policies
 from autotune.errors import ChoiceError, TransformError
 from autotune.transforms import registry
 from autotune.variant import Variant
+from tests import architectures
+from tests.architectures import BAD, Fallback, Result, apart, document, examine, first_wrong_token, table
 from tests.models import ARCHITECTURES, left_padded, plain_module, tiny, tiny_bert, tiny_t5, token_prompts
 
 if TYPE_CHECKING:
@@ -25,8 +29,8 @@ if TYPE_CHECKING:
     from autotune.hardware import Hardware
 
 NEW_TOKENS = 16
-NEAR_TIE = 0.05  # nats between the original's two best tokens, below which either may come first
 PROMPTS = token_prompts(16)
+SAMPLE = ["gpt_neo", "falcon, ALiBi", "minimax", "mamba2", "mixtral", "phi3, longrope"]  # each was wrong once
 INPUTS = {
     "one prompt": {"input_ids": torch.tensor(token_prompts(1, length=10, seed=5))},
     "another, longer": {"input_ids": torch.tensor(token_prompts(1, length=30, seed=6))},
@@ -40,34 +44,7 @@ def machine() -> Hardware:
 
 
 def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens [B, N] and log-probabilities [B, N, V]."""
-    out = model.generate(
-        **inputs,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1).log_softmax(-1)
-
-
-def first_wrong_token(expected: torch.Tensor, log_probs: torch.Tensor, got: torch.Tensor) -> str | None:
-    """Where greedy tokens part other than at a near-tie of the original; after a near-tie anything may follow.
-
-    Args:
-        expected, got: [B, N].
-        log_probs: the original's, [B, N, V].
-    """
-    top = log_probs.topk(2).values  # [B, N, 2]
-    for row in range(len(expected)):
-        different = (expected[row] != got[row]).nonzero()
-        if len(different):
-            at = int(different[0])
-            margin = float(top[row, at, 0] - top[row, at, 1])
-            if margin > NEAR_TIE:
-                was, is_now = int(expected[row, at]), int(got[row, at])
-                return f"row {row}, token {at}: {is_now} instead of {was}, margin {margin:.2f}"
-    return None
+    return architectures.answer(model, inputs, NEW_TOKENS)
 
 
 @pytest.mark.slow
@@ -123,22 +100,6 @@ def test_a_lossless_transform_answers_as_before_or_says_why_not(name: str, trans
         assert first_wrong_token(*expected[case], tokens) is None, case
 
 
-class Fallback:
-    """A router as a wrapped model has it: what a variant cannot serve goes to the original."""
-
-    def __init__(self, variant: Variant) -> None:
-        self.variant = variant
-
-    def sample(self, call: seam.Sampling) -> Any:
-        return call.original() if self.variant.unsupported(call) else self.variant.sample(call)
-
-    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.variant.forward(model, args, kwargs)
-
-    def other_loop(self, name: str) -> Any:
-        return nullcontext()
-
-
 def on_meta() -> PreTrainedModel:
     with torch.device("meta"):
         return tiny()
@@ -177,3 +138,73 @@ def test_the_rule_for_greedy_tokens(got: list[list[int]], wrong: str | None) -> 
     found = first_wrong_token(torch.tensor([[5, 6, 7]]), logits.log_softmax(-1), torch.tensor(got))
     assert (found is None) == (wrong is None)
     assert found is None or found.startswith(str(wrong))
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_every_transform_answers_rightly_or_is_refused_beforehand(name: str, machine: Hardware) -> None:
+    found = list(examine(name, machine))
+    assert not [r for r in found if r.outcome in (*BAD, "LATE", "not built")]
+    assert sum(r.outcome == "right" for r in found) >= 10
+
+
+def _dies(*_: Any) -> None:
+    os._exit(7)
+
+
+def _hangs(*_: Any) -> None:
+    threading.Event().wait()
+
+
+def _raises(*_: Any) -> None:
+    raise KeyError("nobody expected this")
+
+
+@pytest.mark.parametrize(
+    ("work", "limit_s", "outcome", "why"),
+    [(_dies, 60.0, "CRASH", "exit code 7"), (_raises, 60.0, "CRASH", "exit code 1"), (_hangs, 0.5, "TIME-OUT", "0 s")],
+)
+def test_an_architecture_that_ends_its_process_costs_itself(
+    work: Any, limit_s: float, outcome: str, why: str, machine: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architectures, "_work", work)
+    (found,) = apart("llama", machine, False, limit_s)
+    assert (found.outcome, found.architecture) == (outcome, "llama")
+    assert why in found.why
+
+
+RESULTS = [
+    Result("llama", "lean_loop@decode", "right"),
+    Result("llama", "static_cache(slots=0)@decode", "refused", "layers of llama keep nothing"),
+    Result("llama", "step_program(slots=0)@decode", "WRONG", "row 0 | token 1"),
+    Result("rwkv", "", "not built", "ValueError: it is not tiny"),
+]
+
+
+def test_the_table_of_architectures() -> None:
+    assert table(RESULTS)[2:] == [
+        "| llama | - | - | - | 1 right, 1 refused | 1 WRONG; step_program(slots=0)@decode: row 0 \\| token 1 |",
+        "| rwkv | not built: ValueError: it is not tiny | | | | |",
+    ]
+    text = document(RESULTS)
+    assert "2 model types have a causal LM; 1 of them were built" in text
+    assert "| static_cache | layers of it keep nothing | llama |" in text
+
+
+def test_a_run_is_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
+    seen = list[str]()
+
+    def found(name: str, *_: Any) -> list[Result]:
+        seen.append(name)
+        return [Result(name, "lean_loop@decode", "ERROR" if name == "opt" else "right")]
+
+    monkeypatch.setattr(architectures, "OUT", tmp_path)
+    monkeypatch.setattr(architectures, "ready", lambda: machine)
+    monkeypatch.setattr(architectures, "apart", found)
+    assert architectures.main(["--only", "llama"]) == 0
+    assert architectures.main(["--only", "llama; opt", "--resume"]) == 1
+    assert architectures.main(["--only", "llama"]) == 0
+    assert seen == ["llama", "opt", "llama"]
+    assert {r.architecture for r in architectures.read(tmp_path / "architectures.jsonl")} == {"llama", "opt"}
+    assert "| opt |" in (tmp_path / "architectures.md").read_text()
+    with pytest.raises(SystemExit):
+        architectures.main(["--only", "lama"])

@@ -57,6 +57,16 @@ def causal_lms() -> Mapping[str, str]:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def causal_lm(kind: str) -> tuple[Any, Any]:
+    """The causal LM class of a model type, and a configuration as its class makes it."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.for_model(kind)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found, config
+
+
 def forward_function(module: torch.nn.Module) -> Any:
     """The function that a module's class has written down as its forward, without what decorates it."""
     return inspect.unwrap(type(module).forward)

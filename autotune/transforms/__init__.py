@@ -80,6 +80,13 @@ class Transform:
         """
         return None
 
+    def rehearsed(self) -> Transform | None:
+        """What is tried on a tiny model of the user's class before this is tried on the user's, or None.
+
+        That shows whether an architecture bears it at all; see `autotune.rehearsal`. It has to be quick.
+        """
+        return None
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """Best-case speed-up per phase it touches, from the roofline: {"decode": 2.1}."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from .. import device as devices
 from .. import roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
-from .static_cache import automatic_slots, no_slots, slot_bytes
+from .static_cache import REHEARSED_SLOTS, StaticCache, automatic_slots, no_slots, slot_bytes
 
 if TYPE_CHECKING:
     from ..graphs import GraphSteps
@@ -56,6 +56,9 @@ class CudaGraph(Transform):
         if reason := devices.of(variant.original).without_graphs():
             return reason
         return uncapturable(variant)
+
+    def rehearsed(self) -> Transform:
+        return StaticCache("decode", slots=REHEARSED_SLOTS)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""

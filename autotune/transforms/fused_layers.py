@@ -5,6 +5,7 @@ A layer is known by what it computes: before it is exchanged, it and its stand-i
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ class FusedLayers(Transform):
             return f"{type(model).__name__} has no norm, feed-forward block or rotary embedding of a known form"
         return None
 
+    def rehearsed(self) -> Transform:
+        return self
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best everything but matmuls and attention takes no time."""
         return {"prefill": roofline.less_overhead(profile.phases["prefill"], hardware)}
@@ -106,6 +110,8 @@ def _observed(module: nn.Module) -> bool:
 
 def norm(module: nn.Module) -> RmsNorm | None:
     """The stand-in of an RMS norm, times its weight or, as in Gemma, times one more than that."""
+    if len(inspect.signature(seam.forward_function(module)).parameters) != 2:  # itself and what it norms
+        return None
     own = dict(module.named_parameters())
     eps = next((value for key in EPSILONS if isinstance(value := getattr(module, key, None), float)), None)
     if set(own) != {"weight"} or own["weight"].dim() != 1 or eps is None or any(True for _ in module.children()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, require
+from .lean_loop import LeanLoop
 from .static_cache import no_slots
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class QuantisedCache(Transform):
         kinds = set(getattr(_config(variant), "layer_types", None) or ()) - {"full_attention"}
         return f"{self.backend} caches take no layers of type {', '.join(sorted(kinds))}" if kinds else None
 
+    def rehearsed(self) -> Transform:
+        return LeanLoop("decode")
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """It wins memory, never time: what attention reads is decoded first, into as many bytes as before."""
         return {"decode": 1.0}
@@ -101,6 +105,9 @@ class OffloadedCache(Transform):
         if hardware.device != "cuda":
             return f"there is nothing to offload to: the model runs on {hardware.device}, in the host's own memory"
         return _no_growing_cache(variant)
+
+    def rehearsed(self) -> Transform:
+        return LeanLoop("decode")
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """It wins memory, never time: at best fetching hides behind computing, and the whole cache crosses the link

@@ -35,6 +35,9 @@ class LeanLoop(Transform):
             return "the loop is lean already"
         return seam.cannot_step(variant.original)
 
+    def rehearsed(self) -> Transform:
+        return self
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best all time between operators was the loop's."""
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}

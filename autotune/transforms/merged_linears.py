@@ -52,6 +52,9 @@ class MergedLinears(Transform):
                     )
         return None
 
+    def rehearsed(self) -> Transform:
+        return self
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best no time goes by between operators, and larger matmuls reach their floor."""
         return {

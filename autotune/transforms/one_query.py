@@ -46,6 +46,9 @@ class OneQueryAttention(Transform):
 
         return kernels.available()
 
+    def rehearsed(self) -> Transform:
+        return self
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best attention, and all the small operators that lead up to it, take as long as reading the cache."""
         phase = profile.phases["decode"]

@@ -58,6 +58,9 @@ class PrefillAttention(Transform):
             return f"{type(model).__name__} does not take other attention implementations"
         return self._missing()
 
+    def rehearsed(self) -> Transform:
+        return self
+
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best attention, and all that surrounds it, takes as long as its FLOPs."""
         return {"prefill": roofline.faster_attention(profile.phases["prefill"], hardware)}

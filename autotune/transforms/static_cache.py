@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROUND_TO = 128  # slots; a multiple of every vector width and of flash attention's blocks
 MEMORY_SHARE = 0.5  # of the machine's memory that full slots may take
+REHEARSED_SLOTS = 64  # for the longest request of a rehearsal
 HEADROOM = 2  # times the longest context of the workload
 
 
@@ -50,6 +51,9 @@ class StaticCache(Transform):
         if variant.kv is not None:
             return f"the KV cache is {variant.kv}"
         return no_slots(variant.original)
+
+    def rehearsed(self) -> Transform:
+        return StaticCache("decode", slots=REHEARSED_SLOTS)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best the cache's growth and the loop's work between steps disappear."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from .. import roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, one_query
-from .static_cache import no_slots, roomy_slots
+from .static_cache import REHEARSED_SLOTS, no_slots, roomy_slots
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -49,6 +49,9 @@ class StepProgram(Transform):
             return reason
         uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query.IMPLEMENTATION
         return None if uses_kernel else one_query.OneQueryAttention("decode").unavailable(variant, hardware)
+
+    def rehearsed(self) -> Transform:
+        return StepProgram("decode", slots=REHEARSED_SLOTS)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""
