@@ -22,6 +22,7 @@ Read in this order:
     plan -> store, fingerprint        what is kept, where, and what it is valid for
     seam                              the only place that names what is inside transformers
     versions -> selfcheck, shrink     releases that were tested, and a check of others on a tiny model
+    rehearsal                         what an architecture does not bear, found out on a tiny model of its class
     report, cli                       what is shown
 """
 

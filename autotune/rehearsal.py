@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import outside, route, seam, shrink
-from .errors import AutotuneError, MeasurementError
+from .errors import AutotuneError, MeasurementError, TransformError
 from .variant import Variant, serving
 
 if TYPE_CHECKING:
@@ -70,15 +70,20 @@ def _difference(tiny: PreTrainedModel, expected: list[Answer], transform: Transf
         if (reason := transform.unavailable(plain, hardware)) is not None:
             log.debug("a tiny %s does not rehearse %s: %s", name, transform, reason)
             return None
-        served = route.greedy(serving(plain.with_transform(transform)), pad_token_id=0)
+        variant = plain.with_transform(transform)
+        if (missing := transform.took_effect(variant)) is not None:
+            return f"on a tiny {name} it has no effect: {missing}"
+        served = route.greedy(serving(variant), pad_token_id=0)
         for lengths, answer in zip(LENGTHS, expected, strict=True):
             if _first_difference(answer, _answer(served, lengths)):
                 return f"a tiny {name} gives other tokens with it"
     except MeasurementError as bypassed:
         log.debug("a tiny %s does not rehearse: %s", name, bypassed)
         return None
-    except AutotuneError as refusal:
+    except TransformError as refusal:
         return str(refusal)
+    except AutotuneError as failure:
+        return f"a tiny {name} does not bear it: {failure}"
     except Exception as error:
         outside.pass_on(error)
         return f"a tiny {name} raises {type(error).__name__} with it: {' '.join(str(error).split())[:200]}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VOCABULARY, HEADS, HEAD_SIZE, CONTEXT = 128, 4, 16, 128
 WIDTH = HEADS * HEAD_SIZE
+MOST_PARAMETERS = 4_000_000
 NAMES: tuple[
     tuple[Any, tuple[str, ...]], ...
 ] = (  # a small size -> what configurations call it; those that one lacks are not set
@@ -106,12 +107,17 @@ def llama() -> PreTrainedModel:
 
 def built(cls: Any, config: Any, sdpa: bool) -> PreTrainedModel:
     """A random model of a class, in evaluation mode; the process's random numbers stay as they are."""
+    how: dict[str, Any] = {"attn_implementation": "sdpa" if sdpa else "eager", "dtype": torch.float32}
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls._from_config(copy.deepcopy(config), **how).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(
+            f"it has {size / 1e6:.0f} million parameters where {MOST_PARAMETERS // 1_000_000} would be tiny"
+        )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model: Any = cls._from_config(config, attn_implementation="sdpa" if sdpa else "eager", dtype=torch.float32)
+        model: Any = cls._from_config(config, **how)
     model.eval().requires_grad_(False)
-    if sum(parameter.numel() for parameter in model.parameters()) > 4_000_000:
-        raise ValueError("it is not tiny")
     made: PreTrainedModel = model
     return made
 
@@ -123,10 +129,10 @@ def _shrink(config: Any) -> None:
             _set(config, name, size)
     if hasattr(type(config), "num_key_value_heads") or _get(config, "num_key_value_heads") is not None:
         _set(config, "num_key_value_heads", HEADS if groups <= 1 else HEADS // 2)
-    for name in ("rope_scaling", "rope_parameters"):  # factors for each number of a head would not fit another size
-        rope = _get(config, name)
-        if isinstance(rope, dict) and any(value is None or isinstance(value, list) for value in rope.values()):
-            setattr(config, name, {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0})
+    name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"  # to 4.57
+    rope = _get(config, name)  # factors for each number of a head would not fit another size
+    if isinstance(rope, dict) and any(value is None or isinstance(value, list) for value in rope.values()):
+        setattr(config, name, {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0})
     if isinstance(expand := _get(config, "expand"), int):  # state-space models derive their inner size
         _set(config, "intermediate_size", expand * WIDTH)
         _set(config, "num_heads", expand * WIDTH // HEAD_SIZE)

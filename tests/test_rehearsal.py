@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 REFUSED = [
     ("gpt_neo", "static_cache", "decode", "gives other tokens"),
     ("falcon, ALiBi", "static_cache", "decode", "ValueError"),
+    ("falcon", "prefill_attention", "prefill", "does not take other attention"),
     ("minimax", "lean_loop", "decode", "cache of its own"),
     ("mixtral", "step_program", "decode", "cannot be recorded"),
     ("axk2", "prefill_attention", "prefill", "gives other tokens"),
@@ -62,6 +63,9 @@ class Scripted(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         return "not here" if self.how == "unavailable" else None
 
+    def took_effect(self, variant: Variant) -> str | None:
+        return "no damage" if self.how == "nothing" else None
+
     def apply(self, variant: Variant) -> None:
         if self.how == "refuses":
             raise TransformError("it refuses")
@@ -78,6 +82,7 @@ class Scripted(Transform):
     [
         ("refuses", "it refuses"),
         ("raises", "raises KeyError with it: 'a layer'"),
+        ("nothing", "on a tiny LlamaForCausalLM it has no effect: no damage"),
         ("damages", "a tiny LlamaForCausalLM gives other tokens with it"),
         ("unavailable", None),
         ("unrehearsed", None),

@@ -40,7 +40,7 @@ class OneQueryAttention(Transform):
         model = variant.modules["decode"]
         if seam.attention_of(model) == IMPLEMENTATION:
             return "decode uses it already"
-        if not seam.supports(model, "sdpa"):
+        if not (seam.supports(model, "sdpa") and seam.exchangeable_attention(model)):
             return f"{type(model).__name__} does not take other attention implementations"
         from .. import kernels
 

@@ -54,7 +54,7 @@ class PrefillAttention(Transform):
         model = variant.modules["prefill"]
         if (used := seam.attention_of(model)) in {f"autotune_{name}_prefill" for name in PARTS}:
             return f"prefill already uses {used}"
-        if not seam.supports(model, "sdpa"):
+        if not (seam.supports(model, "sdpa") and seam.exchangeable_attention(model)):
             return f"{type(model).__name__} does not take other attention implementations"
         return self._missing()
 
