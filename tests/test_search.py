@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from autotune import transforms
 from autotune.diagnose import Diagnosis
@@ -158,7 +159,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(bench: ScriptedBench, chosen: Policy, **options: Any) -> Found:
-    return search(Variant(object()), chosen, HARDWARE, bench, **options)  # type: ignore[arg-type]
+    return search(Variant(nn.Module()), chosen, HARDWARE, bench, **options)  # type: ignore[arg-type]
 
 
 def outcomes(found: Found) -> dict[str, str]:

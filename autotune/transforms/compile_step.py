@@ -11,7 +11,7 @@ from .. import device as devices
 from .. import roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Blocker, Stage, Transform, require
-from .static_cache import REHEARSED_SLOTS, StaticCache, automatic_slots, no_slots, slot_bytes, use_slots
+from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, use_slots
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -75,7 +75,7 @@ class CompileStep(Transform):
         return device.without_graphs() or sites.waiting(variant.modules["decode"])
 
     def rehearsed(self) -> Transform:
-        return StaticCache("decode", slots=REHEARSED_SLOTS)
+        return over_few_slots()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""

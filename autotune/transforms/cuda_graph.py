@@ -11,7 +11,7 @@ from .. import device as devices
 from .. import roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
-from .static_cache import REHEARSED_SLOTS, StaticCache, automatic_slots, no_slots, slot_bytes
+from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes
 
 if TYPE_CHECKING:
     from ..graphs import GraphSteps
@@ -58,7 +58,7 @@ class CudaGraph(Transform):
         return uncapturable(variant)
 
     def rehearsed(self) -> Transform:
-        return StaticCache("decode", slots=REHEARSED_SLOTS)
+        return over_few_slots()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""

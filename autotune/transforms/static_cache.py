@@ -53,7 +53,7 @@ class StaticCache(Transform):
         return no_slots(variant.original)
 
     def rehearsed(self) -> Transform:
-        return StaticCache("decode", slots=REHEARSED_SLOTS)
+        return over_few_slots()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best the cache's growth and the loop's work between steps disappear."""
@@ -67,6 +67,11 @@ class StaticCache(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         return None if variant.caches is not None and variant.loop == "lean" else "decode does not run over slots"
+
+
+def over_few_slots() -> Transform:
+    """What shows on a tiny model whether an architecture can be decoded over slots."""
+    return StaticCache("decode", slots=REHEARSED_SLOTS)
 
 
 def no_slots(model: PreTrainedModel) -> str | None:
