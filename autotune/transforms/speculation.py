@@ -10,7 +10,7 @@ from .. import device as devices
 from .. import roofline
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, require
-from .static_cache import no_slots, over_few_slots, use_slots
+from .static_cache import no_slots, use_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ class Speculation(Transform):
         return variant.state.unseen("a guess that is wrong") or no_slots(variant.original)
 
     def rehearsed(self) -> Transform:
-        return over_few_slots()
+        return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best every guess is right, and a step with K guesses takes as long as one without.
