@@ -14,6 +14,7 @@ from .localise import Localised
 from .tasks import Flips
 
 SCHEMA = 1
+EXIT_CODES = {verdict: int(OF_VERDICT[verdict.value]) for verdict in Verdict}
 GRAVEST = (Verdict.FAIL, Verdict.ERROR, Verdict.INCONCLUSIVE, Verdict.PASS)
 
 
@@ -73,7 +74,7 @@ class CheckResult:
     @property
     def exit_code(self) -> int:
         """0 pass, 1 regression, 2 inconclusive, 3 could not measure."""
-        return int(OF_VERDICT[self.verdict.value])
+        return EXIT_CODES[self.verdict]
 
     @property
     def reason(self) -> str:

@@ -52,6 +52,7 @@ OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it 
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
+MOST_SAID = 1500  # characters of an error: a name may have any length
 MOST_THREADS = 1024  # more than any machine has: OpenMP ends the process where it cannot start them
 PLANS = "plan.json is written where a plan won, or all that should be tried was."
 BESIDE = Path()  # a file beside the one that is read
@@ -126,7 +127,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"autotune: {printable(' '.join(message.split()))}\n")
+    said = printable(" ".join(message.split()))
+    sys.stderr.write(f"autotune: {said if len(said) <= MOST_SAID else f'{said[:MOST_SAID]} ...'}\n")
     return code
 
 

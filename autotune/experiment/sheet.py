@@ -31,6 +31,7 @@ KEYS = {
     "limits": dict,
     "candidates": dict,
 }
+MOST_ROWS = 4096  # of a batch: prompts are repeated to fill it
 NEEDED = ("control", "workload", "candidates")
 
 
@@ -77,6 +78,9 @@ def load(path: str | Path) -> Sheet:
             raise ExperimentError(f"{path}: {key} is {value!r}; expected {names}")
     if not 0 < table.get("budget_s", 1) < float("inf") or table.get("pairs", 1) < 1:
         raise ExperimentError(f"{path}: budget_s and pairs must be above 0")
+    for size in table.get("batch_sizes", ()):
+        if type(size) is not int or not 1 <= size <= MOST_ROWS:
+            raise ExperimentError(f"{path}: batch_sizes holds {size!r}; expected whole numbers of 1 to {MOST_ROWS}")
     given: dict[str, Any] = {
         key: table[key] for key in ("new_tokens", "batch_sizes", "tier", "objective") if key in table
     }
@@ -115,8 +119,8 @@ def _transform(where: str, table: Mapping[str, Any]) -> transforms.Transform:
 def _limits(path: Path, table: Mapping[str, Any]) -> Limits:
     _check_keys(table, [f.name for f in fields(Limits)], f"{path}, [limits]")
     for key, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ExperimentError(f"{path}, [limits]: {key} is {value!r}; expected a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 < value < float("inf"):
+            raise ExperimentError(f"{path}, [limits]: {key} is {value!r}; expected a number above -1")
     return Limits(**table)
 
 

@@ -189,6 +189,6 @@ def read(record: Mapping[str, Any]) -> Recorded:
     recorded = Recorded(record)
     try:
         str(recorded)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise PlanError(f"the report in it cannot be shown ({type(error).__name__}: {error})") from error
     return recorded
