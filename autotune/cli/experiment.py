@@ -52,9 +52,11 @@ def run(args: Namespace) -> int:
     """Run an experiment that is written down, print its result, and return the verdict as an exit code."""
     import torch
 
-    from ..experiment import sheet
+    from ..experiment import chart, sheet
     from ..progress import shown
 
+    if args.chart:
+        chart.require_format(args.chart)
     if args.threads:
         torch.set_num_threads(args.threads)
     asked = sheet.load(args.file)

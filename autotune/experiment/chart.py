@@ -20,6 +20,18 @@ NEUTRAL = "#57606a"  # the control, and the front
 COLOURS = {"pass": "#1a7f37", "fail": "#cf222e", "inconclusive": "#9a6700", "error": NEUTRAL}
 
 
+def require_format(path: str | Path) -> Path:
+    """The path of a chart, refused before anything takes long.
+
+    Raises:
+        ExperimentError: the ending says no known format.
+    """
+    path = expanded(path)
+    if path.suffix not in FORMATS:
+        raise ExperimentError(f"{path} cannot be drawn; expected a file that ends in {', '.join(FORMATS)}")
+    return path
+
+
 def draw(result: Result, path: str | Path) -> Path:
     """Write the chart: an arm a point, intervals as bars, and what no other arm beats joined by a line.
 
@@ -30,9 +42,7 @@ def draw(result: Result, path: str | Path) -> Path:
         PackageError: matplotlib is not installed.
         ExperimentError: the ending says no known format, or the file cannot be written.
     """
-    path = expanded(path)
-    if path.suffix not in FORMATS:
-        raise ExperimentError(f"{path} cannot be drawn; expected a file that ends in {', '.join(FORMATS)}")
+    path = require_format(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -120,6 +120,7 @@ def test_what_was_live_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "words"),
     [
         (["run", "gone.toml"], "gone.toml: cannot be read as TOML"),
+        (["run", "gone.toml", "--chart", "c.exe"], "c.exe cannot be drawn; expected a file that ends in .svg"),
         (["report", "ab", "--store", "gone.sqlite"], "there is no file gone.sqlite with experiments"),
         (["report", "aa"], "there is no experiment 'aa'"),
     ],
