@@ -1,0 +1,234 @@
+"""A wrapped model and its plain twin, and what is known about the plan that one of them has."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from autotune import StateError
+from autotune.breaker import Rules
+from tests.fuzz import models, plans
+from tests.fuzz.adapters import ADAPTERS
+from tests.fuzz.calls import KINDS, PLAIN, Call
+from tests.fuzz.changes import CHANGES, INEXACT, SILENT, Change, Undo
+from tests.fuzz.failures import Failure, injected
+from tests.fuzz.forwards import FORWARDS
+from tests.fuzz.modes import MODES
+from tests.fuzz.seen import Seen, difference, look, unequal
+
+ALL_CALLS = {**KINDS, **FORWARDS}
+ALL_CHANGES: dict[str, Change] = {**CHANGES, **ADAPTERS}
+COUNTS: Counter[str] = Counter()  # what was done, over all examples
+RULES = Rules()
+THREADS = 3
+
+
+class Pair:
+    """Both sides of one example.
+
+    Args:
+        architecture: one of models.NAMES.
+        plan: one of plans.PLANS.
+        watch: share of the served calls that are scored again in the background.
+    """
+
+    def __init__(self, architecture: str, plan: str, watch: float) -> None:
+        self.plain = models.build(architecture)
+        self.wrapped = plans.wrap(models.build(architecture), plan, watch)
+        self.now_s = 0.0
+        self.watch = watch
+        self.done: list[tuple[str, Undo, Undo]] = []  # changes that are not undone, the latest last
+        self.lasting = 0  # changes that nothing undoes
+        self._committed()
+
+    @property
+    def handle(self) -> Any:
+        return self.wrapped.autotune
+
+    def _committed(self) -> None:
+        """The plan fits the model as it is now."""
+        self.handle._watch.clock = lambda: self.now_s
+        self.handle._watch._note_pace = lambda *_: None  # what else the machine does is not the plan's fault
+        self.handle._watch.breaker = type(self.handle._watch.breaker)(since_s=self.now_s)
+        self.fitting = self._stamp()
+        COUNTS["plans" if self.handle._active is not None else "plans without a transform"] += 1
+
+    def _stamp(self) -> tuple[int, tuple[str, ...]]:
+        return self.lasting, tuple(name for name, *_ in self.done if name not in SILENT)
+
+    def _must_serve(self, call: Call) -> bool:
+        """Whether nothing stands between a call and the plan."""
+        hooked = any("hook" in name for name, *_ in self.done)
+        usual = call.kind in PLAIN and call.length + call.new <= plans.PROMPT + plans.NEW
+        rested = self.handle._watch.admits(call.rows) if usual else False
+        return (
+            usual
+            and rested
+            and self.handle._active is not None
+            and not hooked
+            and not self.plain.training
+            and self.fitting == self._stamp()
+        )
+
+    # Calls
+
+    def call(self, call: Call, mode: str = "none", failure: Failure | None = None) -> None:
+        """Make a call on both sides and compare.
+
+        Raises:
+            AssertionError: what differs, or what the plan should have done and did not.
+        """
+        kind, entered = ALL_CALLS[call.kind], MODES[mode]
+        failed, must = self._failures(), mode == "none" and failure is None and self._must_serve(call)
+        resting = self.handle._watch.breaker.phase in ("open", "disabled") and not self._due()
+        served = self.handle.status.served
+        with entered():
+            plain = look(lambda: kind(self.plain, call), call.seed)
+        with injected(failure) as found, entered():
+            wrapped = look(lambda: kind(self.wrapped, call), call.seed)
+        self._count(call, mode, failure, plain, found.fired, served)
+        said = f"{call} mode={mode!r} {failure or ''}: "
+        if failure is not None and failure.place == "alarm" and found.fired:
+            assert wrapped.error is not None and "Late" in wrapped.error, f"{said}the alarm became {wrapped.error}"
+        else:
+            found_different = difference(plain, wrapped)
+            assert found_different is None, said + found_different
+        blamed = failure is not None and failure.place != "alarm" and found.fired
+        if not blamed:
+            assert self._failures() == failed, f"{said}the plan failed: {self._problem()}"
+        elif plain.error is None and not resting:
+            assert self._failures() != failed, f"{said}the plan failed, and nothing became of it"
+        if resting:
+            assert not found.entered, f"{said}the plan was run while it rests"
+        if must and wrapped.error is None:
+            assert self.handle.status.served > served, f"{said}the plan did not serve: {self.handle.status}"
+
+    def in_threads(self, call: Call, failure: Failure | None) -> None:
+        """The same calls at the same time: each is answered as if it were alone."""
+        kind, results = ALL_CALLS[call.kind], dict[int, Any]()
+        calls = [call._replace(seed=call.seed + i, rows=1 + (call.rows + i) % 3) for i in range(THREADS)]
+        alone = [look(lambda each=each: kind(self.plain, each), 0) for each in calls]  # type: ignore[misc]
+        start = threading.Barrier(THREADS)
+
+        def run(number: int) -> None:
+            start.wait()
+            results[number] = look_quietly(lambda: kind(self.wrapped, calls[number]))
+
+        with injected(failure):
+            workers = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        COUNTS["calls in threads"] += THREADS
+        for number, one in enumerate(alone):
+            answer, error = results[number]
+            assert error == one.error, f"{calls[number]} among threads: {error}, alone {one.error}"
+            found = unequal(one.value, answer, "the answer")
+            assert found is None, f"{calls[number]} among threads: {found}"
+
+    def _failures(self) -> tuple[int, int]:
+        """Times that the plan was taken out, and that a batch could not be prepared for."""
+        handle = self.handle
+        reason = "no room or no step for a batch of that size"
+        return sum(e.phase in ("open", "disabled") for e in handle.events), handle.status.bypassed.get(reason, 0)
+
+    def _problem(self) -> str:
+        return f"{self.handle.status.detail}; {[event.reason for event in self.handle.events]}"
+
+    def _due(self) -> bool:
+        return bool(self.handle._watch.breaker.due(self.now_s))
+
+    def _count(self, call: Call, mode: str, failure: Any, plain: Seen, fired: int, served: int) -> None:
+        COUNTS["calls"] += 1
+        COUNTS["calls in a mode"] += mode != "none"
+        COUNTS["calls that raise"] += plain.error is not None
+        COUNTS["served by the plan" if self.handle.status.served > served else "answered by the original"] += 1
+        COUNTS["failures injected"] += bool(fired)
+        COUNTS[f"kind {call.kind}"] += 1
+
+    # Changes
+
+    def change(self, name: str) -> None:
+        torch.manual_seed(11)
+        one = ALL_CHANGES[name](self.plain)
+        torch.manual_seed(11)
+        other = ALL_CHANGES[name](self.wrapped)
+        COUNTS["changes"] += 1
+        COUNTS[f"change {name}"] += 1
+        if one is None:
+            self.lasting += 1
+        else:
+            self.done.append((name, one, other))
+
+    def undo(self) -> None:
+        """The latest change; a change of a class is undone in the order that this asks for."""
+        if not self.done:
+            return
+        name, one, other = self.done.pop()
+        assert one is not None and other is not None
+        other()
+        one()
+        self.lasting += name in INEXACT
+        COUNTS["changes undone"] += 1
+
+    # Plans
+
+    def switch(self, plan: str) -> None:
+        """Tune again, for the model as it is now."""
+        if self.plain.training:
+            return
+        if self.plain.dtype != torch.float32:
+            plan = plans.EXACT[0]
+        with plans.scripted(plan):
+            self.handle.tune()
+        self._committed()
+        COUNTS["plan switches"] += 1
+
+    def rewrap(self, plan: str) -> None:
+        if self.plain.training:
+            return
+        self.handle.unwrap()
+        assert type(self.wrapped) is type(self.plain)
+        plans.wrap(self.wrapped, plan if self.plain.dtype == torch.float32 else plans.EXACT[0], self.watch)
+        self._committed()
+        COUNTS["plan switches"] += 1
+
+    def roll_back(self) -> None:
+        self.handle.rollback()
+
+    def commit(self) -> None:
+        """The latest plan again; it says so where it does not fit any more."""
+        try:
+            self.handle.commit()
+        except StateError as refused:
+            assert "stale" in str(refused)
+            return
+        self.handle._watch.breaker = type(self.handle._watch.breaker)(since_s=self.now_s)
+
+    def wait(self, pauses: int) -> None:
+        self.now_s += RULES.pause_s * pauses
+
+    def close(self) -> None:
+        """Undo everything; the two are the same plain models again."""
+        while self.done:
+            self.undo()
+        self.handle.unwrap()
+        assert type(self.wrapped) is type(self.plain)
+        assert sorted(vars(self.wrapped)) == sorted(vars(self.plain)), "unwrapped, it has other attributes"
+        found = difference(*(look(lambda m=m: m.state_dict(), 0) for m in (self.plain, self.wrapped)))  # type: ignore[misc]
+        assert found is None, f"after everything: {found}"
+
+
+def look_quietly(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """The answer and the error of a call in a thread, where generator and notes are shared with others."""
+    from tests.fuzz.seen import ADDRESS, plainly
+
+    try:
+        return plainly(call()), None
+    except Exception as error:
+        return None, ADDRESS.sub("0x", f"{type(error).__module__}.{type(error).__name__}: {error}")
