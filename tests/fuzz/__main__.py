@@ -8,7 +8,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,9 +65,21 @@ def round_of(seed: int, examples: int, shrink: bool = True) -> str | None:
     try:
         run_state_machine_as_test(hypothesis.seed(seed)(Seeded), settings=configured(examples, random=True, shrink=shrink))
     except Exception as error:
-        notes = "\n".join(getattr(error, "__notes__", []))
-        return f"{notes}\n{''.join(traceback.format_exception(error)[-6:])}"
+        return "\n".join(described(error))
     return None
+
+
+def described(error: BaseException) -> Iterator[str]:
+    """The sequence, what went wrong, and where that was in files of this project."""
+    yield from getattr(error, "__notes__", [])
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from described(each)
+        return
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.startswith(str(ROOT)):
+            yield f"  {Path(frame.filename).relative_to(ROOT)}:{frame.lineno} {frame.name}"
+    yield f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

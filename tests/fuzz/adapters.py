@@ -112,9 +112,20 @@ def written(model: Any) -> Undo:
     return None if found else lambda: None
 
 
+def _fitting() -> bool:
+    """Whether this release of PEFT is one that transformers' interface takes."""
+    from transformers.integrations import peft as interface
+
+    try:
+        interface.check_peft_version(min_version=interface.MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
+
+
 ADAPTERS: dict[str, Change] = {
     "adapters": inject("a", "b"),
-    "adapters of transformers": added,
+    **({"adapters of transformers": added} if _fitting() else {}),
     "adapter b": switch("b"),
     "both adapters": switch("a", "b"),
     "adapters off": off,

@@ -19,8 +19,10 @@ def forward(**options: Any) -> Kind:
 
 
 def padded(model: Any, call: Call) -> Any:
+    """The logits of tokens; those of padding mean nothing, and depend on how attention is computed."""
+    given = models.padded(call.rows, call.length, call.seed)
     with torch.no_grad():
-        return model(**models.padded(call.rows, call.length, call.seed))
+        return model(**given).logits[given["attention_mask"].bool()]
 
 
 def labelled(model: Any, call: Call) -> Any:
