@@ -68,6 +68,16 @@ def keep_hook(old: nn.Module, new: nn.Module) -> None:
         add_hook_to_module(new, hook)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether a module computes with a forward of its own, not its class's; accelerate's hooks are none."""
+    forwards = [vars(module).get("forward")]
+    if hasattr(module, "_hf_hook"):
+        if getattr(getattr(forwards[0], "func", None), "__module__", None) == "accelerate.hooks":
+            forwards.clear()
+        forwards.append(vars(module).get("_old_forward"))
+    return any(f is not None and getattr(f, "__func__", None) is not type(module).forward for f in forwards)
+
+
 def _offloaded(model: nn.Module) -> str | None:
     away = [name for name, module in model.named_modules() if any(map(_offloads, _flat(module)))]
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}

@@ -2,7 +2,7 @@
 
 Linear layers are `nn.Linear` and GPT-2's `Conv1D`, a tied lm_head included: its replacement gets weights of its own and
 the embedding keeps the table. Experts that a mixture stores as one 3-D parameter are no layers and are left alone, as
-are layers with hooks and layers whose weight the model's own code reads (Mamba's `dt_proj`).
+are layers with hooks or a patched forward and layers whose weight the model's own code reads (Mamba's `dt_proj`).
 """
 
 from __future__ import annotations
@@ -160,13 +160,14 @@ def _sites(model: nn.Module, skip: str) -> list[tuple[str, nn.Module, nn.Linear]
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every name, but for those that have hooks or that their parent does not call."""
+    """Every module under every name, but for those that have hooks or a forward of their own, or that their parent does
+    not call."""
     for prefix, parent in model.named_modules(remove_duplicate=False):
         read = _weights_read(type(parent))  # type: ignore[arg-type]  # mypy takes no class for hashable
         for attribute, layer in parent._modules.items():  # named_children() leaves out second names
             if layer is None or attribute in read:
                 continue
-            if not (layer._forward_hooks or layer._forward_pre_hooks):
+            if not (layer._forward_hooks or layer._forward_pre_hooks or placement.is_patched(layer)):
                 yield f"{prefix}.{attribute}" if prefix else attribute, layer
 
 

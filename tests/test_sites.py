@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -85,6 +86,24 @@ def test_other_layers_are_not_linear(layer: nn.Module) -> None:
 
 
 @pytest.mark.fault("A28")
+@pytest.mark.parametrize("hooked", ["not", "before", "after"])
+def test_a_layer_with_a_patched_forward_is_left_alone(llama: PreTrainedModel, hooked: str) -> None:
+    if hooked == "before":
+        add_hook_to_module(llama.lm_head, AlignDevicesHook(io_same_device=True))
+    forward = llama.lm_head.forward
+    llama.lm_head.forward = lambda x: forward(x)
+    if hooked == "after":
+        add_hook_to_module(llama.lm_head, AlignDevicesHook(io_same_device=True))
+    assert "lm_head" not in sites.linears(llama)
+    assert sites.replace(fork(llama), Doubling) == 14
+
+
+def test_a_layer_with_a_hook_of_accelerates_is_none_with_a_patched_forward(llama: PreTrainedModel) -> None:
+    add_hook_to_module(llama.lm_head, AlignDevicesHook(io_same_device=True))
+    assert "lm_head" in sites.linears(llama)
+    assert "lm_head" in sites.linears(fork(llama))
+
+
 def test_a_layer_with_hooks_is_left_alone(llama: PreTrainedModel) -> None:
     llama.lm_head.register_forward_hook(lambda *_: None)
     assert "lm_head" not in sites.linears(llama)
