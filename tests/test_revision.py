@@ -134,6 +134,7 @@ def test_a_hook_is_seen_while_it_is_there(where: str, add: Callable[[Any], Any])
     [
         lambda m: m.generate(IDS, max_new_tokens=3),
         lambda m: m.generate(IDS, max_new_tokens=3, num_beams=2),
+        lambda m: m.generate(IDS, max_new_tokens=3, cache_implementation="static"),
         lambda m: m(IDS, labels=IDS, output_hidden_states=True),
         lambda m: setattr(m.generation_config, "temperature", 0.5),
         lambda m: m.to("cpu").float().eval().requires_grad_(False),

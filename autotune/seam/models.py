@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPILED = ("_compiled_call", "_last_compile_config")  # where generate keeps a model's compiled forward
-SET_AT_WILL = {"generation_config", "warnings_issued", "_cache", "_output_capturing_hooks_installed", *COMPILED}
+SET_AT_WILL = {  # attributes that generate sets on a model, and that say nothing of what it computes
+    *("generation_config", "warnings_issued", "_cache", "_previous_max_cache_length"),
+    *("_output_capturing_hooks_installed", *COMPILED),
+}
 ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # functions that all models' modules have
 
 

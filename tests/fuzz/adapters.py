@@ -31,8 +31,9 @@ def inject(*names: str) -> Change:
         if lora_layers(model):
             return lambda: None
         torch.manual_seed(7)
+        wanted = config(model)
         for name in names:
-            peft.inject_adapter_in_model(config(model), model, name)
+            peft.inject_adapter_in_model(wanted, model, name)
         _activate(model, names[:1])
         model.eval()
         return None
@@ -45,8 +46,9 @@ def added(model: Any) -> Undo:
     if lora_layers(model):
         return lambda: None
     torch.manual_seed(8)
+    wanted = config(model)
     for name in ("a", "b"):
-        model.add_adapter(config(model), adapter_name=name)
+        model.add_adapter(wanted, adapter_name=name)
     model.set_adapter("a")
     model.eval().requires_grad_(False)
     return None

@@ -204,7 +204,7 @@ class Pair:
         COUNTS["plan switches"] += 1
 
     def rewrap(self, plan: str) -> None:
-        if self.plain.training:
+        if self.plain.training or any(name == "hook of accelerate" for name, *_ in self.done):  # it would be refused
             return
         self.handle.unwrap()
         assert type(self.wrapped) is type(self.plain)
