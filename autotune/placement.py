@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import route
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -75,7 +77,8 @@ def is_patched(module: nn.Module) -> bool:
         if getattr(getattr(forwards[0], "func", None), "__module__", None) == "accelerate.hooks":
             forwards.clear()
         forwards.append(vars(module).get("_old_forward"))
-    return any(f is not None and getattr(f, "__func__", None) is not type(module).forward for f in forwards)
+    own = route.own_forwards(type(module))
+    return any(f is not None and getattr(f, "__func__", None) not in own for f in forwards)
 
 
 def _offloaded(model: nn.Module) -> str | None:

@@ -290,19 +290,38 @@ def test_hooks_act_once_a_call_and_the_plan_waits(scripted: list[Transform], whe
     assert model.autotune.status.served == 1
 
 
-def test_nothing_is_tried_while_there_is_a_hook() -> None:
+def hook(model: Any) -> None:
+    layer(model).register_forward_hook(lambda *_: None)
+
+
+def patch(model: Any) -> None:
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (hook, "there is a forward hook on model.layers.0, which no plan would call"),
+        (patch, "the model's forward was replaced on the object"),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nothing_is_tried_that_no_plan_would_call(change: Change, why: str, when: str) -> None:
     from dataclasses import replace
 
     from autotune import policy
 
     model = tiny("llama")
-    layer(model).register_forward_hook(lambda *_: None)
     short = replace(policy.load("balanced"), budget_s=3.0)
-    autotune.wrap(model, workload=token_prompts(8), when="blocking", policy=short, cache=False)
+    if when == "before":
+        change(model)
+    autotune.wrap(model, policy=short, when="manual", cache=False)
+    if when == "after":
+        change(model)
+    model.autotune.tune(token_prompts(8))
     assert "could not be tried" in model.autotune.status.detail
-    assert (
-        "there is a forward hook on model.layers.0, which no plan would call" in model.autotune.report().to_markdown()
-    )
+    assert why in model.autotune.report().to_markdown()
 
 
 def test_methods_are_no_attributes_of_a_module(llama: Any) -> None:
