@@ -160,7 +160,7 @@ def routed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def own_forwards(cls: type) -> tuple[Any, ...]:
     """The functions that are the forward of a class's modules, routed or not."""
-    return tuple(each.forward for each in (cls, _ROUTED.get(cls)) if each is not None)  # type: ignore[attr-defined,call-overload]
+    return tuple(each.forward for each in (cls, _ROUTED.get(cls)) if each is not None)  # type: ignore[attr-defined]
 
 
 def _make_routed(cls: Any) -> type[PreTrainedModel]:
