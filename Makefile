@@ -16,8 +16,10 @@ BENCH_VENV := .venv-bench
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 PROVE_ARGS ?=
+MINUTES ?= 10
+FUZZ_ARGS ?=
 
-.PHONY: prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -54,6 +56,9 @@ bench-smoke: $(READY)  ## what a token costs in counts: operators, allocations, 
 
 prove: $(READY)  ## are the gates any good? injected damage, made-up clocks, and the tests that inject faults
 	$(BIN)/python -m benchmarks.prove $(PROVE_ARGS)
+
+fuzz: $(READY)  ## a wrapped model against a plain one for MINUTES: random calls, changes, modes, failures, threads, plans
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'

@@ -22,5 +22,12 @@ def test_a_wrapped_model_is_the_model() -> None:
         run_state_machine_as_test(Machine, settings=configured(EXAMPLES, random=False))
     assert COUNTS["examples"] >= EXAMPLES
     assert COUNTS["served by the plan"] > COUNTS["calls"] / 4
-    for done in ("changes", "changes undone", "failures injected", "plan switches", "calls in a mode", "calls that raise"):
+    for done in (
+        "changes",
+        "changes undone",
+        "failures injected",
+        "plan switches",
+        "calls in a mode",
+        "calls that raise",
+    ):
         assert COUNTS[done] > EXAMPLES / 10, done

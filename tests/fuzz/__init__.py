@@ -12,5 +12,5 @@ Read in this order:
     machine    the sequences of all this, and what is asserted after each step
     reverts    faults that were mended once, each brought back by a patch: the fuzzer has to find them
 
-`make fuzz MINUTES=10` runs it, `python -m tests.fuzz --reverts` proves it, tests/test_fuzz.py is its share of the tests.
+`make fuzz MINUTES=10` runs it, `python -m tests.fuzz --reverts` proves it, tests/test_fuzz.py is a fixed part of it.
 """

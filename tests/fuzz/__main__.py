@@ -46,7 +46,9 @@ def fuzz(minutes: float, seed: int, examples: int, keep_on: bool) -> int:
             print(f"\nFINDING {findings}, --seed {seed - 1} --examples {examples}\n{finding}", flush=True)
     spent = (time.monotonic() - start) / 60
     print(f"\n{spent:.1f} minutes, {findings} findings; how often what was done:")
-    for name, count in sorted(COUNTS.items(), key=lambda each: (each[0].startswith(("kind", "change ", "plan ")), each)):
+    for name, count in sorted(
+        COUNTS.items(), key=lambda each: (each[0].startswith(("kind", "change ", "plan ")), each)
+    ):
         print(f"{count:8d}  {name}")
     return 1 if findings else 0
 
@@ -63,7 +65,9 @@ def round_of(seed: int, examples: int, shrink: bool = True) -> str | None:
 
     Seeded.TestCase.settings = configured(examples, random=True, shrink=shrink)
     try:
-        run_state_machine_as_test(hypothesis.seed(seed)(Seeded), settings=configured(examples, random=True, shrink=shrink))
+        run_state_machine_as_test(
+            hypothesis.seed(seed)(Seeded), settings=configured(examples, random=True, shrink=shrink)
+        )
     except Exception as error:
         return "\n".join(described(error))
     return None

@@ -185,8 +185,7 @@ def swapped(model: Any) -> Undo:
 
 
 def led_back(model: Any) -> Undo:
-    undo = put(layers(model)[0], "owner", {"model": [model], "call": model.forward})
-    return undo
+    return put(layers(model)[0], "owner", {"model": [model], "call": model.forward})
 
 
 # Tensors

@@ -1,4 +1,4 @@
-"""Random sequences of calls, changes, modes, failures, threads and plan switches, as Hypothesis draws and shrinks them."""
+"""Random sequences of calls, changes, modes, failures, threads and plan switches, drawn and shrunk by Hypothesis."""
 
 from __future__ import annotations
 
@@ -126,5 +126,3 @@ def configured(examples: int, *, random: bool, shrink: bool = True, steps: int =
         print_blob=False,
         report_multiple_bugs=False,
     )
-
-

@@ -100,7 +100,7 @@ def scripted(name: str) -> Iterator[None]:
 
     with (
         mock.patch.object(tuning, "tune", tune),
-        mock.patch.object(speculate, "measure_cost", lambda _: 1.2),  # whether guesses pay is not left to the clock
+        mock.patch.object(speculate, "measure_cost", return_value=1.2),  # whether guesses pay is not left to the clock
     ):
         yield
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from autotune import attempt, cache, handle, outside, pool, revision, route, seam, variant, watch
+from autotune import attempt, cache, device, handle, outside, revision, route, seam, variant, watch
 from autotune.errors import VariantError
 
 EXAMPLES = 15  # in a round
@@ -41,6 +41,10 @@ class Revert:
 
 def patch(owner: Any, name: str, value: Any) -> Patch:
     return lambda: mock.patch.object(owner, name, value)
+
+
+def ignored(*_: Any, **__: Any) -> None:
+    """Do nothing."""
 
 
 # A: fallback with a clean state
@@ -115,10 +119,6 @@ def room_of_any_dtype(keys: torch.Tensor, rows: int, slots: int) -> torch.Tensor
     return torch.zeros(rows, keys.shape[1], slots, keys.shape[3])
 
 
-def fits_the_length(self: Any, config: Any) -> str | None:
-    return "a context beyond the static cache" if config.max_length > self.slots + 1 else None
-
-
 class _NoMode:
     """torch without inference_mode(False)."""
 
@@ -152,7 +152,7 @@ REVERTS: dict[str, Revert] = {
     "random numbers": Revert(
         "A",
         "the original draws from where the plan stopped drawing",
-        (lambda: mock.patch("autotune.device.Device.set_random_state", lambda self, state: None),),
+        (patch(device.Device, "set_random_state", ignored),),
     ),
     "stream": Revert(
         "A",
@@ -167,7 +167,7 @@ REVERTS: dict[str, Revert] = {
     "blame": Revert(
         "A",
         "an exception of a caller's object is taken for the plan's failure",
-        (patch(attempt.Attempt, "outsiders", lambda self, error: None),),
+        (patch(attempt.Attempt, "outsiders", ignored),),
     ),
     "forward": Revert(
         "A",
@@ -179,9 +179,7 @@ REVERTS: dict[str, Revert] = {
         "a batch that cannot be prepared for ends in an error of ours",
         (patch(handle.Handle, "_recover", unready_raised(handle.Handle._recover)),),
     ),
-    "breaker": Revert(
-        "A", "a plan that fails is tried at every call", (patch(watch.Watch, "failed", lambda self, *args: None),)
-    ),
+    "breaker": Revert("A", "a plan that fails is tried at every call", (patch(watch.Watch, "failed", ignored),)),
     "hooks": Revert("B", "hooks are ignored", (patch(revision.Revision, "changed", revision.Revision.differs),)),
     "everything but tensors": Revert(
         "B",
@@ -220,14 +218,12 @@ REVERTS: dict[str, Revert] = {
     "inference mode": Revert(
         "C", "slots first made in inference mode cannot be written outside", (patch(cache, "torch", _NoMode()),)
     ),
-    "autocast": Revert(
-        "C", "slots are served under autocast", (patch(pool.CachePool, "unsupported", fits_the_length),)
-    ),
+    "autocast": Revert("C", "plans serve under autocast and torch.func", (patch(variant, "unproven_mode", ignored),)),
     "threads": Revert("C", "a plan's number of threads stays", (patch(variant.Variant, "running", leaking),)),
     "alarm": Revert(
         "D",
         "an alarm of the caller's is taken for the plan's failure",
-        (patch(outside, "delivered", lambda error, depth=1: None),),
+        (patch(outside, "delivered", ignored),),
     ),
     "hooks twice": Revert("E", "hooks on the model act twice", (patch(handle.Handle, "forward", called_again),)),
     "copies": Revert(
@@ -275,5 +271,8 @@ def main(names: list[str], minutes: float, seed: int) -> int:
         missed += found.examples is None
         examples = "not found" if found.examples is None else str(found.examples)
         how = found.how.split("mode=")[-1][:160].replace("|", "/")
-        print(f"| {name}: {REVERTS[name].was} | {REVERTS[name].letter} | {examples} | {found.seconds:.0f} | {how} |", flush=True)
+        print(
+            f"| {name}: {REVERTS[name].was} | {REVERTS[name].letter} | {examples} | {found.seconds:.0f} | {how} |",
+            flush=True,
+        )
     return 1 if missed else 0
