@@ -8,6 +8,7 @@ import peft
 import torch
 from torch import nn
 
+from tests.fuzz.calls import Call, generate
 from tests.fuzz.changes import FACTOR, Change, Undo
 
 SCALE = 64.0
@@ -82,6 +83,21 @@ def off(model: Any) -> Undo:
     on = not any(each.disable_adapters for each in lora_layers(model))
     enable(False)
     return lambda: enable(on)
+
+
+def row_by_row(model: Any, call: Call) -> Any:
+    """One tenant's adapter for each sequence, as PEFT's models do it: by hooks, for one call."""
+    tenants = [("a", "__base__", "b")[row % 3] for row in range(call.rows)]
+
+    def choose(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "adapter_names": tenants}
+
+    handles = [each.register_forward_pre_hook(choose, with_kwargs=True) for each in lora_layers(model)]
+    try:
+        return generate(model, call, return_dict_in_generate=True, output_logits=True)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def scaled(model: Any) -> Undo:

@@ -44,12 +44,17 @@ CHANGES = st.sampled_from(list(ALL_CHANGES))
 class Machine(RuleBasedStateMachine):
     pair: Pair | None = None
 
-    @initialize(architecture=st.sampled_from(models.NAMES), plan=PLANS, watched=st.booleans())
-    def start(self, architecture: str, plan: str, watched: bool) -> None:
+    @initialize(
+        architecture=st.sampled_from(models.NAMES),
+        shape=st.sampled_from(list(models.SHAPES)),
+        plan=PLANS,
+        watched=st.booleans(),
+    )
+    def start(self, architecture: str, shape: str, plan: str, watched: bool) -> None:
         COUNTS["examples"] += 1
         COUNTS[f"plan {plan}"] += 1
         warnings.simplefilter("ignore")
-        self.pair = Pair(architecture, plan, 1.0 if watched else 0.0)
+        self.pair = Pair(architecture, plan, 1.0 if watched else 0.0, shape)
 
     @property
     def both(self) -> Pair:
@@ -79,6 +84,12 @@ class Machine(RuleBasedStateMachine):
     @rule(name=CHANGES, call=st.one_of(USUAL, ANY))
     def change(self, name: str, call: Call) -> None:
         self.both.change(name)
+        self.both.call(call)
+
+    @rule(names=st.lists(CHANGES, min_size=2, max_size=3, unique=True), call=USUAL)
+    def changes(self, names: list[str], call: Call) -> None:
+        for name in names:
+            self.both.change(name)
         self.both.call(call)
 
     @precondition(lambda self: self.pair is None or self.pair.done)

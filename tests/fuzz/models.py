@@ -31,19 +31,27 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi": ("PhiConfig", GROUPED),
 }
+SHAPES: dict[str, dict[str, int]] = {  # of attention with grouped heads; other architectures have one
+    "usual": {},
+    "one key": {"num_key_value_heads": 1, "intermediate_size": 72},
+    "no groups": {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128},
+}
 NAMES = sorted({*ARCHITECTURES, *OTHERS})
 
 
-def build(name: str, seed: int = 0) -> Any:
+def build(name: str, seed: int = 0, shape: str = "usual") -> Any:
     """A model [2 layers, hidden size 64, 64 tokens], the same for the same seed."""
+    changes = {"vocab_size": VOCABULARY}
+    if "num_key_value_heads" in {**ARCHITECTURES, **OTHERS}[name][1]:
+        changes |= SHAPES[shape]
     if name in OTHERS:
         config_class, sizes = OTHERS[name]
         torch.manual_seed(seed)
-        config = getattr(transformers, config_class)(**(sizes | {"vocab_size": VOCABULARY}))
+        config = getattr(transformers, config_class)(**(sizes | changes))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
         model.generation_config.update(do_sample=False, **SPECIAL)
     else:
-        model = tiny(name, seed, vocab_size=VOCABULARY)
+        model = tiny(name, seed, **changes)
     generator = torch.Generator().manual_seed(seed)
     for parameter in {id(p): p for p in model.parameters()}.values():
         if parameter.dim() == 2:

@@ -12,7 +12,7 @@ import torch
 from autotune import StateError
 from autotune.breaker import Breaker, Rules
 from tests.fuzz import models, plans
-from tests.fuzz.adapters import ADAPTERS
+from tests.fuzz.adapters import ADAPTERS, row_by_row
 from tests.fuzz.calls import KINDS, PLAIN, Call
 from tests.fuzz.changes import CHANGES, INEXACT, SILENT, Change, Undo
 from tests.fuzz.failures import Failure, injected
@@ -20,7 +20,7 @@ from tests.fuzz.forwards import FORWARDS
 from tests.fuzz.modes import MODES
 from tests.fuzz.seen import Seen, difference, look, unequal
 
-ALL_CALLS = {**KINDS, **FORWARDS}
+ALL_CALLS = {**KINDS, **FORWARDS, "adapters row by row": row_by_row}
 ALL_CHANGES: dict[str, Change] = {**CHANGES, **ADAPTERS}
 COUNTS: Counter[str] = Counter()  # what was done, over all examples
 RULES = Rules()
@@ -35,11 +35,12 @@ class Pair:
         architecture: one of models.NAMES.
         plan: one of plans.PLANS.
         watch: share of the served calls that are scored again in the background.
+        shape: one of models.SHAPES.
     """
 
-    def __init__(self, architecture: str, plan: str, watch: float) -> None:
-        self.plain = models.build(architecture)
-        self.wrapped = plans.wrap(models.build(architecture), plan, watch)
+    def __init__(self, architecture: str, plan: str, watch: float = 0.0, shape: str = "usual") -> None:
+        self.plain = models.build(architecture, shape=shape)
+        self.wrapped = plans.wrap(models.build(architecture, shape=shape), plan, watch)
         self.now_s = 0.0
         self.watch = watch
         self.done: list[tuple[str, Undo, Undo]] = []  # changes that are not undone, the latest last

@@ -19,6 +19,7 @@ from autotune.tune import Tuned
 from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.fuzz import models
+from tests.fuzz.seen import modes
 
 Steps = list[tuple[str, dict[str, Any], str]]
 PROMPT, NEW = 12, 20  # tokens: a static cache has room for twice their sum
@@ -91,7 +92,7 @@ def variant(model: Any, traffic: Any, work: Workload, name: str) -> Variant:
 
 @contextmanager
 def scripted(name: str) -> Iterator[None]:
-    """Within it tuning ends with the plan of this name, and measures nothing."""
+    """Within it tuning ends with the plan of this name, and measures nothing; nor does it leave anything changed."""
 
     def tune(model: Any, work: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         made = variant(model, traffic, work, name)
@@ -102,7 +103,9 @@ def scripted(name: str) -> Iterator[None]:
         mock.patch.object(tuning, "tune", tune),
         mock.patch.object(speculate, "measure_cost", return_value=1.2),  # whether guesses pay is not left to the clock
     ):
+        before = modes()
         yield
+        assert modes() == before, "tuning left the process in other modes"
 
 
 def workload(seed: int = 1) -> Workload:
