@@ -98,12 +98,11 @@ class Counted:
     """A user's object, one of whose methods takes a module's place. It cannot be copied."""
 
     def __init__(self, forward: Any) -> None:
-        self.inner, self.calls, self.lock = forward, 0, threading.Lock()
+        self.inner, self.lock = forward, threading.Lock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
-            self.calls += 1
-        LOG.append(("counted", self.calls))
+            LOG.append("counted")
         return self.inner(*args, **kwargs)
 
 
