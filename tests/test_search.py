@@ -90,6 +90,9 @@ class ScriptedBench:
     def memory_ratio(self, variant: Variant) -> float:
         return self.memory.get(self.label(variant), 1.0)
 
+    def risk(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
+        return None
+
     def glance(self, incumbent: Variant, candidate: Variant, phase: str) -> float:
         return self.glances.get(self.label(candidate), 1.5)
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from autotune import attempt, cache, device, handle, outside, revision, route, seam, variant, watch
+from autotune import attempt, cache, device, handle, modes, outside, revision, route, seam, variant, watch
 from autotune.errors import VariantError
 
 EXAMPLES = 15  # in a round
@@ -218,7 +218,7 @@ REVERTS: dict[str, Revert] = {
     "inference mode": Revert(
         "C", "slots first made in inference mode cannot be written outside", (patch(cache, "torch", _NoMode()),)
     ),
-    "autocast": Revert("C", "plans serve under autocast and torch.func", (patch(variant, "unproven_mode", ignored),)),
+    "autocast": Revert("C", "plans serve under autocast and torch.func", (patch(modes, "unserved", ignored),)),
     "threads": Revert("C", "a plan's number of threads stays", (patch(variant.Variant, "running", leaking),)),
     "alarm": Revert(
         "D",
