@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from math import inf
 from statistics import median
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from autotune import hardware, profile, seam
 from autotune.errors import MeasurementError
@@ -19,6 +21,7 @@ from autotune.profile.counts import (
     Work,
     activation_dtype,
     attention_flops,
+    attention_layers,
     cache_size,
     compute_dtype,
     count,
@@ -87,6 +90,18 @@ def test_flops_as_counted_by_hand(architecture: str, per_layer: int, forward: Fo
 )
 def test_query_key_pairs_under_a_causal_mask(window: int | None, forward: Forward, expected: int) -> None:
     assert Keys(heads=1, kv_heads=1, head_size=1, window=window).pairs(forward) == expected
+
+
+def test_layers_whose_heads_differ_are_counted_one_by_one() -> None:
+    """As Gemma 4's: wider heads, fewer of them for keys and values, where a layer sees everything."""
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    config.layer_types, config.sliding_window = ["sliding_attention", "full_attention"], 32
+    try:
+        config.per_layer_config = {1: {"head_dim": 64, "num_key_value_heads": 2}}
+        config.is_heterogeneous  # noqa: B018
+    except AttributeError:
+        pytest.skip("layers of a model do not differ in this release")
+    assert attention_layers(SimpleNamespace(config=config)) == [Keys(8, 4, 16, 32), Keys(8, 2, 64, None)]  # type: ignore[arg-type]
 
 
 class Hidden(torch.nn.Module):

@@ -149,24 +149,26 @@ def activation_size(model: PreTrainedModel, forward: Forward, element_bytes: int
 def attention_layers(model: PreTrainedModel) -> list[Keys]:
     """What each layer with a KV cache keeps, from the configuration; layers without (Mamba) are left out."""
     config = text_config(model)
+    layers = seam.layer_configurations(config)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [None] * len(layers)
+    kept = zip(kinds, layers, strict=False)
+    return [keys for kind, layer in kept if (keys := _kept(layer, kind)) is not None]
+
+
+def _kept(config: Any, kind: str | None) -> Keys | None:
+    """What one layer with a configuration keeps, and nothing where it has no KV cache."""
     heads = _first(config, ("num_attention_heads", "n_heads", "n_head"))
-    if not heads:
-        return []
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if kind is None:  # as transformers' caches read a configuration
+        kind = "sliding_attention" if window else "full_attention"
+    if not heads or "attention" not in kind or kind == "linear_attention":
+        return None
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
     else:
         kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
     size = _first(config, ("head_dim",)) or config.hidden_size // heads
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    if kinds is None:  # as transformers' caches read a configuration
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    limited = ("sliding_attention", "chunked_attention")
-    return [
-        Keys(heads, kv_heads, size, window if kind in limited else None)
-        for kind in kinds
-        if "attention" in kind and kind != "linear_attention"
-    ]
+    return Keys(heads, kv_heads, size, window if kind in ("sliding_attention", "chunked_attention") else None)
 
 
 def text_config(model: PreTrainedModel) -> Any:

@@ -74,6 +74,7 @@ from .models import (
     experts,
     forward_function,
     is_own_hook,
+    layer_configurations,
     uncompiled,
 )
 from .preparation import drops_cache, greedy_settings
@@ -119,6 +120,7 @@ __all__ = [
     "keeps_last_logits",
     "keys_and_values",
     "last_logits",
+    "layer_configurations",
     "logits",
     "marking",
     "narrow_cache",

@@ -39,6 +39,14 @@ def experts(model: Any) -> str:
     return str(known()) if known is not None else ""
 
 
+def layer_configurations(config: Any) -> list[Any]:
+    """What configures each layer: the same for all, or one for each where they differ, as in Gemma 4."""
+    count = getattr(config, "num_hidden_layers", 0)
+    if getattr(config, "is_heterogeneous", False):
+        return [config.per_layer_config[number] for number in range(count)]
+    return [config] * count
+
+
 def conv1d() -> type[torch.nn.Module]:
     """The linear layer of GPT-2's family, whose weight is transposed."""
     from transformers.pytorch_utils import Conv1D
