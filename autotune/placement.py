@@ -43,7 +43,7 @@ def one_device(model: PreTrainedModel) -> str | None:
     found = devices(model)
     if len(found) > 1:
         return f"the model lies on {' and '.join(map(str, found))}; slots, graphs and compiled steps need one device"
-    if any(hook.execution_device is not None for hook in _hooks(model)):
+    if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):
         return (
             "accelerate's hooks run between the layers though the model lies on one device, and no graph or compiler "
             "takes them: load it with device_map naming that device alone"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from autotune import sites
+from autotune import placement, sites
 from autotune.twins import fork
 from tests import models
 
@@ -102,6 +102,12 @@ def test_a_layer_with_a_hook_of_accelerates_is_none_with_a_patched_forward(llama
     add_hook_to_module(llama.lm_head, AlignDevicesHook(io_same_device=True))
     assert "lm_head" in sites.linears(llama)
     assert "lm_head" in sites.linears(fork(llama))
+
+
+def test_a_bare_hook_of_accelerates_says_nothing_of_devices(llama: PreTrainedModel) -> None:
+    add_hook_to_module(llama.lm_head, ModelHook())
+    assert placement.one_device(llama) is None
+    assert placement.obstacle(llama) is None
 
 
 def test_a_layer_with_hooks_is_left_alone(llama: PreTrainedModel) -> None:
