@@ -230,6 +230,7 @@ def record(whole: Path, change: Callable[[Path], None], tmp_path: Path) -> int:
     return cli.main(argv)
 
 
+@pytest.mark.fault("F78")
 @pytest.mark.parametrize(("change", "said"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_checkpoint_is_one_sentence(
     whole: Path, change: Callable[[Path], None], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

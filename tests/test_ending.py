@@ -74,6 +74,7 @@ def noise(done: subprocess.CompletedProcess[str]) -> str:
     return "\n".join(line for line in done.stderr.splitlines() if not any(word in line for word in said))
 
 
+@pytest.mark.fault("D62")
 @pytest.mark.parametrize("wait", [0.05, 0.5, 1.5, 3.0])
 def test_a_process_ends_in_order_while_it_is_being_tuned_for(wait: float) -> None:
     done = run(WRAPPED.format(wait=wait, last=""))

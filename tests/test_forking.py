@@ -110,6 +110,7 @@ def test_a_fork_in_the_middle_of_a_request_of_its_own() -> None:
         assert in_child(lambda: leave_and_go_on(request)) == ANSWERED
 
 
+@pytest.mark.fault("D61")
 def test_a_child_of_a_process_that_tunes_answers_and_tunes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     measuring, leave = threading.Event(), threading.Event()
 
@@ -139,6 +140,7 @@ def test_a_child_of_a_process_that_tunes_answers_and_tunes_by_itself(monkeypatch
     model.autotune.unwrap()
 
 
+@pytest.mark.fault("D61")
 def test_a_plan_serves_in_a_child(scripted: list[Any]) -> None:  # noqa: F811
     model = tiny("llama")
     expected = greedy(model)

@@ -202,6 +202,7 @@ def test_a_larger_batch_runs_uncaptured_and_is_counted(fake: FakeCuda) -> None:
     assert "11 steps uncaptured (a batch of 5, beyond" in str(variant.step)
 
 
+@pytest.mark.fault("D58")
 def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
     model = tiny("llama")
     variant = graphed(model)

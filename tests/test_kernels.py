@@ -454,6 +454,7 @@ def test_a_narrow_cpu_gets_the_same_numbers(tmp_path, march) -> None:
 
 @needs_operators
 @pytest.mark.slow
+@pytest.mark.fault("D64")
 def test_two_processes_and_a_damaged_library(tmp_path) -> None:
     code = "from autotune import kernels; assert kernels.available() is None, kernels.available()"
     environment = {**os.environ, "AUTOTUNE_CACHE_DIR": str(tmp_path)}

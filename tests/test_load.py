@@ -158,6 +158,7 @@ def test_what_is_no_causal_lm_is_refused(make, said, tmp_path):
         load(save(tmp_path, make()))
 
 
+@pytest.mark.fault("F78")
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     ran = tmp_path / "ran"
     config = {"model_type": "homemade", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}

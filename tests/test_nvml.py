@@ -100,6 +100,7 @@ FAILURES: list[tuple[str, FakeNvml, set[str] | frozenset[str], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault("E72")
 @pytest.mark.parametrize(("fake", "lost", "why"), [f[1:] for f in FAILURES], ids=[f[0] for f in FAILURES])
 def test_what_fails_is_missing_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, fake: FakeNvml, lost: set[str], why: str
@@ -121,6 +122,7 @@ def test_a_gpu_that_is_lost_meanwhile_keeps_what_was_read(monkeypatch: pytest.Mo
     assert set(sampler.counters.unavailable) == GPM
 
 
+@pytest.mark.fault("E72")
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     found = counted(monkeypatch, None)  # None in sys.modules: the import fails
     assert set(found.unavailable.values()) == {"pynvml is not installed: pip install nvidia-ml-py"}

@@ -124,7 +124,7 @@ def test_on_a_cpu_there_is_nowhere_to_park() -> None:
 DEATH = "CUDA error: device-side assert triggered"
 
 
-@pytest.mark.fault("A22")
+@pytest.mark.fault("A22", "E71")
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_device_that_dies_is_not_tried_again(gpu: FakeCuda, phase: str) -> None:
     model = wrapped(tiny("llama"))

@@ -47,7 +47,7 @@ def test_names_are_unique_and_faults_are_known() -> None:
     assert set(plan.ON_A_REAL_MODEL) <= {c.name for c in CORRUPTIONS}
     assert set(faults.NOT_COVERED) <= set(faults.FAULTS)
     numbers = [int(number[1:]) for number in faults.FAULTS]
-    assert numbers == list(range(1, 57))
+    assert numbers == list(range(1, 79))
 
 
 @pytest.mark.parametrize(("limit_s", "answered"), [(None, 3), (0.0, 0)])
@@ -87,9 +87,9 @@ def test_only_what_is_over_the_limit_has_to_be_caught(cases: list[Case], share: 
 )
 def test_a_row_for_every_fault(found: dict[str, dict[str, str]], outcome: str) -> None:
     rows = {row.number: row for row in faults.table(found)}
-    assert len(rows) == 56
+    assert len(rows) == 78
     assert rows["A4"].outcome == outcome
-    assert "worker" in rows["A23"].where
+    assert "CUDA" in rows["B41"].where
 
 
 @pytest.mark.parametrize("machine", MACHINES)

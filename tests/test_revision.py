@@ -96,6 +96,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.fault("D63")
 @pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES)
 def test_a_change_is_seen(change: Change, said: str) -> None:
     model = tiny("llama", tie_word_embeddings=False)

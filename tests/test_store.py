@@ -69,6 +69,7 @@ def test_nobody_else_can_read_or_write(path: Path, cache: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.fault("F74")
 @pytest.mark.parametrize(
     "change",
     [
@@ -90,6 +91,7 @@ def test_any_other_fingerprint_is_a_quiet_miss(
     assert not warnings(caplog)
 
 
+@pytest.mark.fault("F77")
 def test_another_schema_has_another_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SCHEMA", plan.SCHEMA + 1)
     assert store.path_for(FINGERPRINT) != path  # neither reads nor destroys what the other version keeps
@@ -138,6 +140,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("F73")
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
 def test_a_bad_file_is_a_miss_with_one_warning(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(content)
@@ -156,6 +159,7 @@ def test_a_bad_file_is_set_aside(path: Path, caplog: pytest.LogCaptureFixture) -
     assert path.with_name(f"{path.name}.refused").read_bytes() == b"garbage"
 
 
+@pytest.mark.fault("F75")
 def test_a_pickle_is_not_run(path: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     path.write_bytes(pickle.dumps(_Canary(canary)))
@@ -180,6 +184,7 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path, 0o600)
 
 
+@pytest.mark.fault("F75")
 @pytest.mark.parametrize(
     ("tamper", "says"),
     [
@@ -251,6 +256,7 @@ def _writer(mode: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.fault("F76")
 def test_killed_between_write_and_rename_the_old_plan_stays(path: Path) -> None:
     assert _writer("killed").wait(120) == -signal.SIGKILL
     assert len(list(path.parent.iterdir())) == 2  # the temporary file was there
@@ -258,6 +264,7 @@ def test_killed_between_write_and_rename_the_old_plan_stays(path: Path) -> None:
     assert store.save(KEEP) == path
 
 
+@pytest.mark.fault("F76")
 def test_concurrent_writers_never_leave_half_a_plan(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writers = [_writer("writes") for _ in range(3)]
     while any(writer.poll() is None for writer in writers):

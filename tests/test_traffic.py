@@ -43,6 +43,7 @@ def test_requests_share_and_a_step_has_the_model_to_itself() -> None:
     assert sorted(seen) == ["request", "step"]
 
 
+@pytest.mark.fault("D65")
 def test_a_request_waits_for_the_step_in_progress_and_for_no_other() -> None:
     traffic, started, finish, served = Traffic(), threading.Event(), threading.Event(), threading.Event()
     request_went_first: list[bool] = []

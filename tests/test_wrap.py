@@ -228,6 +228,7 @@ def test_unwrap_leaves_no_trace(scripted: list[Transform]) -> None:
     assert (set(model.__dict__), type(model), greedy(model)) == (attributes, cls, before)
 
 
+@pytest.mark.fault("D62")
 def test_wrapping_again_starts_afresh(scripted: list[Transform]) -> None:
     model = wrapped(tiny("llama"))
     first = model.autotune
@@ -236,6 +237,7 @@ def test_wrapping_again_starts_afresh(scripted: list[Transform]) -> None:
     assert is_routed(model)
 
 
+@pytest.mark.fault("D57")
 def test_threads_share_a_plan(scripted: list[Transform]) -> None:
     scripted[:] = [StaticCache()]
     model = wrapped(tiny("llama"))

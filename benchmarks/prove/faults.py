@@ -15,6 +15,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).parents[2]
 
 # Number -> what goes wrong. A: a trial or its transform. B: the measurement. C: the input.
+# D: threads and the process. E: after commit. F: files.
 FAULTS: dict[str, str] = {
     "A1": "a transform raises when it is applied",
     "A2": "a transform raises half-way",
@@ -72,6 +73,28 @@ FAULTS: dict[str, str] = {
     "C54": "odd sampling, callbacks that raise",
     "C55": "arguments drawn at random",
     "C56": "models that cannot be tuned",
+    "D57": "threads call while plans are switched",
+    "D58": "a graph is called from another thread than captured it",
+    "D59": "a plan is switched in the middle of an answer",
+    "D60": "a commit fails half-way",
+    "D61": "forks, copies, pickles",
+    "D62": "wrapped twice, unwrapped while tuning, the end of the process",
+    "D63": "the weights change after tuning",
+    "D64": "two processes build or keep the same thing",
+    "D65": "tuning under traffic",
+    "D66": "calls that leave something behind",
+    "E67": "a plan fails in a request",
+    "E68": "a plan fails after a part was streamed",
+    "E69": "NaN, slower or compiling over and over after commit",
+    "E70": "a plan that keeps failing",
+    "E71": "the device is lost",
+    "E72": "NVML is missing or refuses",
+    "F73": "damaged files in the cache",
+    "F74": "a plan of another model, machine or release",
+    "F75": "planted files in the cache",
+    "F76": "killed while writing, many writers",
+    "F77": "a schema of another time",
+    "F78": "hostile checkpoints",
 }
 
 NOT_COVERED: dict[str, str] = {
