@@ -35,7 +35,7 @@ WRAPPERS = {  # class of a wrapper that is no transformers model -> where the mo
 
 def obstacle(model: PreTrainedModel) -> str | None:
     """Why a model cannot be tuned where it lies, in a sentence that says what to do; or None."""
-    return _sharded(model) or _offloaded(model) or _missing(model) or _strange(model)
+    return _sharded(model) or _offloaded(model) or _missing(model) or strange(model)
 
 
 def one_device(model: PreTrainedModel) -> str | None:
@@ -111,7 +111,8 @@ def _sharded(model: nn.Module) -> str | None:
     return None
 
 
-def _strange(model: nn.Module) -> str | None:
+def strange(model: nn.Module) -> str | None:
+    """Which hook of accelerate's may change what a module computes, or None."""
     for name, module in model.named_modules():
         for hook in _flat(module):
             if not _aligns(hook):

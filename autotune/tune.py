@@ -103,6 +103,8 @@ def _obstacle(original: Variant) -> str | None:
     """Why nothing can be tried on a model, or None."""
     if (where := hooked(original.original)) is not None:
         return Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
+    if (reason := placement.strange(original.original)) is not None:
+        return Blocker(reason)
     if placement.is_patched(original.original):  # it leads back to the routed model, or past every transform
         patched = "the model's forward was replaced on the object, which no plan would call"
         return Blocker(f"{patched}: undo that, and tune again")

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.modules import module as registry
 
@@ -300,9 +301,18 @@ def patch(model: Any) -> None:
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
 
 
+class Noting(ModelHook):
+    pass
+
+
+def dispatch(model: Any) -> None:
+    add_hook_to_module(layer(model).mlp.up_proj, Noting())
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        (dispatch, "that is not known to leave its result alone (Noting)"),
         (hook, "there is a forward hook on model.layers.0, which no plan would call"),
         (patch, "the model's forward was replaced on the object"),
     ],
@@ -315,6 +325,8 @@ def test_nothing_is_tried_that_no_plan_would_call(change: Change, why: str, when
 
     model = tiny("llama")
     short = replace(policy.load("balanced"), budget_s=3.0)
+    if when == "before" and change is dispatch:
+        pytest.skip("such a model is not wrapped at all")
     if when == "before":
         change(model)
     autotune.wrap(model, policy=short, when="manual", cache=False)

@@ -6,7 +6,7 @@ import warnings
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.fuzz import models, plans
 from tests.fuzz.calls import PLAIN, Call
@@ -92,7 +92,6 @@ class Machine(RuleBasedStateMachine):
             self.both.change(name)
         self.both.call(call)
 
-    @precondition(lambda self: self.pair is None or self.pair.done)
     @rule(call=USUAL)
     def undo(self, call: Call) -> None:
         self.both.undo()

@@ -118,6 +118,8 @@ class Pair:
 
     def in_threads(self, call: Call, failure: Failure | None) -> None:
         """The same calls at the same time: each is answered as if it were alone."""
+        if any(module.training for module in self.plain.modules()):  # dropout draws from a generator that threads share
+            return
         kind, results = ALL_CALLS[call.kind], dict[int, Any]()
         calls = [call._replace(seed=call.seed + i, rows=1 + (call.rows + i) % 3) for i in range(THREADS)]
         alone = [look(lambda each=each: kind(self.plain, each), 0) for each in calls]  # type: ignore[misc]
