@@ -199,8 +199,9 @@ def bias(model: Any) -> Undo:
 
 def buffered(model: Any) -> Undo:
     module = norm(model)
-    module.register_buffer("more", torch.ones(3))
-    return lambda: delattr(module, "more")
+    name = f"more{len(module._buffers)}"  # it may be done twice
+    module.register_buffer(name, torch.ones(3))
+    return lambda: delattr(module, name)
 
 
 def reparametrised(model: Any) -> Undo:

@@ -33,7 +33,7 @@ IN_THREADS = calls([*(k for k in ("greedy", "long", "dict", "stops", "padded", "
 FAILURES = st.builds(
     Failure,
     place=st.sampled_from([PLACES[0], *PLACES]),
-    at=st.integers(0, 700),
+    at=st.integers(0, 400),
     error=st.sampled_from(list(ERRORS)),
     lasting=st.booleans(),
 )
@@ -75,6 +75,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(call=st.one_of(USUAL, ANY), failure=FAILURES)
     def call_that_fails(self, call: Call, failure: Failure) -> None:
+        self.both.call(call, failure=failure)
+
+    @rule(call=USUAL, failure=FAILURES, plan=PLANS)
+    def fresh_plan_fails(self, call: Call, failure: Failure, plan: str) -> None:
+        """A plan that fits the model, in its first call."""
+        self.both.switch(plan)
         self.both.call(call, failure=failure)
 
     @rule(call=IN_THREADS, failure=st.one_of(st.none(), FAILURES.filter(lambda f: f.place != "alarm")))

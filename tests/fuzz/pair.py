@@ -200,9 +200,7 @@ class Pair:
         """Tune again, for the model as it is now."""
         if self.plain.training:
             return
-        if self.plain.dtype != torch.float32:
-            plan = plans.EXACT[0]
-        with plans.scripted(plan):
+        with plans.scripted(self._lossless(plan)):
             self.handle.tune()
         self._committed()
         COUNTS["plan switches"] += 1
@@ -212,9 +210,15 @@ class Pair:
             return
         self.handle.unwrap()
         assert type(self.wrapped) is type(self.plain)
-        plans.wrap(self.wrapped, plan if self.plain.dtype == torch.float32 else plans.EXACT[0], self.watch)
+        plans.wrap(self.wrapped, self._lossless(plan), self.watch)
         self._committed()
         COUNTS["plan switches"] += 1
+
+    def _lossless(self, plan: str) -> str:
+        """The plan, or one that answers as the original does also with weights such as there are now."""
+        if self.plain.dtype != torch.float32:
+            return plans.EXACT[0]
+        return "merged" if plan in plans.NARROW and (self.done or self.lasting) else plan
 
     def roll_back(self) -> None:
         self.handle.rollback()

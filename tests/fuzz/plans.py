@@ -43,6 +43,7 @@ PLANS: dict[str, Steps] = {
     "eager": [("attention", {"implementation": "eager"}, "both")],
     "all": [*FUSED, *HALF, *PROGRAM],
 }
+NARROW = {"half", "half program", "int8", "all"}  # lossless for the weights of models.build, not for any others
 EXACT = ("lean", "threads")  # the very operators of the original: also in types where another order of sums would show
 
 
