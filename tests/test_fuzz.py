@@ -16,7 +16,7 @@ from tests.fuzz.machine import Machine, configured
 from tests.fuzz.pair import COUNTS, Pair
 from tests.fuzz.reverts import REVERTS
 
-EXAMPLES = 160  # two minutes' work for one core of 2020
+EXAMPLES = 110  # two minutes' work for one core of 2020
 FAILS = Failure("operation", 250)  # in the midst of decoding
 
 
