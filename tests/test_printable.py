@@ -169,6 +169,7 @@ def test_what_the_library_says_meanwhile(
         return 0
 
     monkeypatch.setattr("autotune.cli.show.transforms", said)
+    monkeypatch.setattr(logging.getLogger("autotune"), "propagate", False)  # pytest cannot send a report with it
     assert cli.main(["transforms"]) == cli.DONE
     err = capsys.readouterr().err
     assert err.count("owned") == 2
