@@ -330,15 +330,19 @@ def why_not(
 
 def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float | None:
     """Predicted best-case speed-up of `phase`, or None where the transform cannot be had."""
-    if unavailable(transform, state, hardware) is not None:
+    if unavailable(transform, state.variant, hardware, state.obstacle) is not None:
         return None
     return expect(transform, phase, state, hardware)
 
 
-def unavailable(transform: Transform, state: State, hardware: Hardware) -> str | None:
-    """Why a transform cannot be had, or None."""
-    reason = state.obstacle or transform.unavailable(state.variant, hardware)
-    return reason or rehearsal.obstacle(state.variant.original, transform, hardware)
+def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obstacle: str | None = None) -> str | None:
+    """Why a transform cannot be had, or None.
+
+    Args:
+        obstacle: why none can on this model, where that is known.
+    """
+    reason = obstacle or variant.state.obstacle() or transform.unavailable(variant, hardware)
+    return reason or rehearsal.obstacle(variant.original, transform, hardware)
 
 
 def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
@@ -350,7 +354,7 @@ def rule_out(trial: Trial, state: State, limits: Limits, hardware: Hardware) -> 
     """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
     missing, predicted = None, trial.predicted
     if predicted is None:
-        missing = unavailable(trial.transform, state, hardware) or "not available"
+        missing = unavailable(trial.transform, state.variant, hardware, state.obstacle) or "not available"
         if not isinstance(missing, Blocker):
             return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
         predicted = expect(trial.transform, trial.target, state, hardware)  # is anything lost?

@@ -108,7 +108,7 @@ def _obstacle(original: Variant) -> str | None:
     if placement.is_patched(original.original):  # it leads back to the routed model, or past every transform
         patched = "the model's forward was replaced on the object, which no plan would call"
         return Blocker(f"{patched}: undo that, and tune again")
-    return original.state.obstacle()
+    return None
 
 
 def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float) -> Tuned:
