@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,14 +15,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from autotune import device as devices
 from autotune.policy import Limits
 from autotune.transforms import Stage, Transform
+from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Verdict
 from autotune.validate.latency import compare, decide, label, noise_floor
 from autotune.validate.score import Served
 from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
 from autotune.variant import Variant
 from autotune.workload import Bucket
+from tests.fakes.cuda import FakeCuda
 
 BUCKET = Bucket(batch=1, prompt_tokens=12, new_tokens=8)
 PROMPTS = [list(range(3, 3 + n)) for n in (5, 20, 9)]
@@ -172,6 +178,133 @@ def test_a_variant_that_raises_is_an_error(model):
     )
     assert found.verdict is Verdict.ERROR
     assert "no kernel image" in found.reason
+
+
+class Queue(FakeCuda):
+    """A device whose work is only queued by the host: it takes made-up time on the clock, and waiting lets that pass."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.done_s = clock, 0.0
+
+    def queue(self, takes_s: float) -> None:
+        self.done_s = max(self.done_s, self.clock.now_s) + takes_s
+
+    def wait_until(self, when_s: float) -> None:
+        self.clock.now_s = max(self.clock.now_s, when_s)
+
+    def synchronize(self) -> None:
+        self.wait_until(self.done_s)
+
+    def fetch(self, tensor):
+        fetched, ready_s = super().fetch(tensor), self.done_s
+
+        def arrived():
+            self.wait_until(ready_s)
+            return fetched()
+
+        return arrived
+
+
+@pytest.fixture
+def queue():
+    device = Queue(Clock())
+    with devices.stand_in(device):
+        yield device
+
+
+@dataclass(frozen=True)
+class Queued(Cost):
+    """The phases' modules return as soon as their work is queued."""
+
+    device: Queue | None = None
+    launch_s: float = 0.001
+
+    def _charge(self, module: Any, takes_s: Callable[[int], float]) -> None:
+        def launch(batch: int) -> float:
+            self.device.queue(takes_s(batch))
+            return self.launch_s
+
+        super()._charge(module, launch)
+
+
+def queued(model, device, takes_s=0.03, launch_s=0.001):
+    work = Queued("both", device.clock, takes_s, lambda batch: takes_s, device, launch_s)
+    return Variant(model).with_transform(LeanLoop("decode")).with_transform(work)
+
+
+@pytest.mark.fault("B41")
+def test_what_a_device_still_works_on_is_waited_for(model, queue):
+    served = Served(queued(model, queue), pad_token_id=0)
+    queue.queue(5.0)  # of somebody else
+    found = time_request(served, [PROMPTS[0]], 8, queue.clock)
+    assert found.ttft_s == pytest.approx(0.03)
+    assert found.tpot_s == pytest.approx(0.03, abs=0.002)
+    assert queue.clock.now_s == pytest.approx(queue.done_s)
+
+
+@pytest.mark.fault("B41")
+def test_launching_faster_or_answering_early_is_no_gain(model, queue):
+    def against(candidate, **how):
+        return compare(
+            queued(model, queue),
+            candidate,
+            [BUCKET],
+            PROMPTS,
+            objective="end_to_end",
+            limits=Limits(),
+            noise=0.0,
+            clock=queue.clock,
+            **how,
+        )
+
+    class Hasty(Variant):
+        """Hands over tokens that the device has not computed yet."""
+
+        def sample(self, call):
+            queue.queue(8 * 0.03)
+            ids = call.input_ids
+            for _ in range(8):
+                ids = torch.cat([ids, torch.full((ids.shape[0], 1), 3)], dim=1)
+                queue.clock.now_s += 1e-5
+                call.streamer.put(ids[:, -1])
+            call.streamer.end()
+            return ids
+
+    eager, hasty = against(queued(model, queue, launch_s=0.0)), against(Hasty(model))
+    assert (eager.verdict, hasty.verdict) == (Verdict.FAIL, Verdict.FAIL)
+    assert eager.end_to_end.ratio == pytest.approx(1.0, abs=0.01)
+    assert hasty.end_to_end.ratio == pytest.approx(1.0, abs=0.01)
+    assert against(queued(model, queue, takes_s=0.015)).verdict is Verdict.PASS
+
+
+@pytest.fixture
+def neighbours():
+    """Another program on every core, for as long as a test runs."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    yield
+    for process in busy:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.fault("B35")
+@pytest.mark.parametrize("forwards", [1, 2], ids=["as fast", "twice the work"])
+def test_beside_busy_neighbours_nothing_is_called_faster_that_is_not(model, neighbours, forwards):
+    candidate = Variant(model).with_transform(Cost("both", Clock()))
+    decode = candidate.modules["decode"]
+    inner = decode.forward
+
+    def forward(**kwargs):
+        for _ in range(forwards - 1):
+            torch.nn.Module.__call__(model, input_ids=kwargs["input_ids"])
+        return inner(**kwargs)
+
+    decode.forward = forward
+    found = compare(
+        Variant(model), candidate, [BUCKET], PROMPTS, objective="tpot", limits=Limits(), noise=None, budget_s=10.0
+    )
+    assert found.verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE), found.reason
 
 
 @pytest.mark.fault("B38")

@@ -45,7 +45,7 @@ def test_names_are_unique_and_faults_are_known() -> None:
     assert len({c.name for c in CORRUPTIONS}) == len(CORRUPTIONS)
     assert {c.fault for c in CORRUPTIONS} <= set(faults.FAULTS)
     assert set(plan.ON_A_REAL_MODEL) <= {c.name for c in CORRUPTIONS}
-    assert set(faults.NOT_COVERED) <= set(faults.FAULTS)
+    assert set(faults.CAVEATS) <= set(faults.FAULTS)
     numbers = [int(number[1:]) for number in faults.FAULTS]
     assert numbers == list(range(1, 79))
 
@@ -89,7 +89,6 @@ def test_a_row_for_every_fault(found: dict[str, dict[str, str]], outcome: str) -
     rows = {row.number: row for row in faults.table(found)}
     assert len(rows) == 78
     assert rows["A4"].outcome == outcome
-    assert "CUDA" in rows["B41"].where
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "prove.json").write_text(json.dumps(report, indent=1) + "\n")
     show(report, figures, answers, covered)
-    met = all(figure.met for figure in figures) and all(fault.outcome != "failed" for fault in covered)
+    met = all(figure.met for figure in figures) and all(fault.outcome == "passed" for fault in covered)
     return 0 if met else 1
 
 
