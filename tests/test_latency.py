@@ -181,7 +181,7 @@ def test_a_variant_that_raises_is_an_error(model):
 
 
 class Queue(FakeCuda):
-    """A device whose work is only queued by the host: it takes made-up time on the clock, and waiting lets that pass."""
+    """A device whose work the host only queues: it takes made-up time on the clock, and waiting lets that pass."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
