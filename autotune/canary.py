@@ -63,31 +63,30 @@ class Marks:
         return (self._latest_s - self._first_s) / (self.tokens - 1)
 
 
-def score(variant: Variant, sample: Sample, *, original: bool) -> tuple[float | None, str | None]:
+def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[float | None, str | None]:
     """Mean KL divergence of a served call's tokens from the original, nats, and what is plainly broken.
 
     Args:
         variant: the plan, whose decoding is stepped through the answer.
         sample: prompt and answer.
-        original: whether the original is there to compare with; without it only broken logits are seen.
+        original: what to compare with; without it only broken logits are seen.
 
     Raises:
         CandidateError: the plan raised.
     """
     from .validate.divergence import compare_logits, find_defect
     from .validate.score import BypassedError, Served
-    from .variant import Variant
 
     served = Served(variant, pad_token_id=0, fall_back=False)  # one sequence: nothing is padded
     try:
         logits = served.step([sample.prompt], [sample.answer])  # [1, T, V]
     except BypassedError:
         return None, None  # the original would serve it
-    if not original:
+    if original is None:
         sound = not bool(torch.isnan(logits).any()) and bool(torch.isfinite(logits).any(-1).all())
         return None, None if sound else "NaN or infinite logits"
-    reference = Served(Variant(variant.original, variant.traffic), pad_token_id=0)
-    expected = reference.read((sample.prompt + sample.answer)[:-1], last=len(sample.answer))[None].float()
+    text = (sample.prompt + sample.answer)[:-1]
+    expected = Served(original, pad_token_id=0).read(text, last=len(sample.answer))[None].float()
     if defect := find_defect(expected, logits):
         return None, defect
     targets = torch.tensor(sample.answer, dtype=torch.int64, device=logits.device)

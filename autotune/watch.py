@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import ending, forking, store
+from . import ending, forking, store, twins
 from .breaker import Breaker, Happening, Phase, Rules
 from .canary import Marks, Sample, graphs, score
 from .drift import Compilations, Divergence, Pace, describe, expected_paces, shape_of
@@ -214,6 +214,8 @@ class Watch:
         Raises:
             Cancelled: the model was unwrapped.
         """
+        from .variant import Variant
+
         with self._lock:
             variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause == "drift"
             sample = self._samples.popleft() if self._samples else self._latest if retry else None
@@ -222,8 +224,10 @@ class Watch:
             if retry:
                 self._step("asked", "the kept call is scored again")
             obstacle = self._obstacle()
+            # a twin: hooks that its user sets from now on are for the user's own calls
+            original = Variant(twins.fork(variant.original), variant.traffic) if obstacle is None else None
         start = self.clock()
-        kld, defect = score(variant, sample, original=obstacle is None)
+        kld, defect = score(variant, sample, original)
         with self._lock:
             self._rest_until_s = self.clock() + (self.clock() - start) * (1 / IDLE_SHARE - 1)
             if variant is self._variant and self._obstacle() == obstacle:  # nothing changed meanwhile

@@ -16,6 +16,7 @@ from autotune import plan as plans
 from autotune import store
 from autotune import tune as tuning
 from autotune.breaker import Breaker, Rules
+from autotune.canary import score
 from autotune.drift import (
     COMPILED_CALLS,
     FIRST_CALLS,
@@ -412,6 +413,23 @@ def test_what_is_kept_is_bounded(watched: Any) -> None:
     (sample,) = watched.autotune._watch._samples
     assert len(sample.answer) == 16
     assert list(sample.prompt) == IDS[0].tolist()
+
+
+def test_scoring_calls_no_hook_that_is_set_meanwhile(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, scored = list[str](), []
+
+    def hooked(*given: Any) -> Any:
+        for part in (watched, watched.model.layers[0], watched.lm_head):
+            part.register_forward_hook(lambda module, args, out: called.append(type(module).__name__))
+        scored.append(found := score(*given))
+        return found
+
+    monkeypatch.setattr("autotune.watch.score", hooked)
+    serve(watched, 1, tokens=4)
+    ((kld, defect),) = scored
+    assert (called, defect) == ([], None)
+    assert kld < 1e-6
+    assert watched.autotune._watch.scored == 0, "what computes something else meanwhile is no evidence"
 
 
 def test_scoring_leaves_no_mark_on_the_answers(watched: Any) -> None:
