@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .. import forking
 from ..errors import ExperimentError
 from ..folders import expanded
 from . import database
@@ -104,12 +105,22 @@ class Store:
         self.path = database.default() if path is None else expanded(path)
         self.keep_prompts = keep_prompts
         self._lock = threading.RLock()
-        self._db = database.connect(self.path)
-        self._closing = weakref.finalize(self, self._db.close)
+        self._open = [database.connect(self.path)]  # or nothing, since a fork
+        self._closing = weakref.finalize(self, _close, self._open)
+        forking.let_go(self)
 
     def close(self) -> None:
         """Let go of the file; the store cannot be used any more."""
         self._closing()
+
+    def before_fork(self) -> None:
+        """SQLite's connections may not be carried into a child, not even to be closed there."""
+        self._lock.acquire()
+        _close(self._open)
+
+    def after_fork(self) -> None:
+        """Whoever needs the file again opens it."""
+        self._lock.release()
 
     def begin(self, name: str, mode: str, arms: Mapping[str, str], settings: Mapping[str, Any]) -> Version:
         """The version to observe under: the latest one of the same name, mode, arms and settings that is still running
@@ -232,16 +243,29 @@ class Store:
         """All or nothing, and never held while something is measured."""
         try:
             with self._lock:
-                self._db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                db = self._connection()
+                db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 try:
-                    yield self._db
-                    self._db.execute("COMMIT")
+                    yield db
+                    db.execute("COMMIT")
                 except BaseException:
                     with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
-                        self._db.execute("ROLLBACK")
+                        db.execute("ROLLBACK")
                     raise
         except sqlite3.Error as error:
             raise ExperimentError(f"the experiments' file {self.path} cannot be used: {error}") from error
+
+    def _connection(self) -> sqlite3.Connection:
+        if not self._closing.alive:
+            raise ExperimentError(f"the store of {self.path} was closed; open another one")
+        if not self._open:
+            self._open.append(database.connect(self.path))
+        return self._open[0]
+
+
+def _close(connections: list[sqlite3.Connection]) -> None:
+    while connections:
+        connections.pop().close()
 
 
 def _version(row: sqlite3.Row, resumed: bool = False, reason: str = "") -> Version:

@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime
@@ -97,7 +98,7 @@ def test_verdicts_replace_one_another(store: Store) -> None:
 
 def test_all_or_nothing(store: Store) -> None:
     version = store.begin("x", "offline", ARMS, SETTINGS)
-    store._db.execute(
+    store._open[0].execute(
         "CREATE TRIGGER t BEFORE INSERT ON observations WHEN NEW.turn = 1 BEGIN SELECT RAISE(FAIL, 'disk'); END"
     )
     with pytest.raises(ExperimentError, match="cannot be used: disk"):
@@ -344,6 +345,7 @@ def test_a_name_that_can_be_none(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
+import threading
 from autotune.experiment.store import Observation, Store
 store = Store(sys.argv[1])
 version = store.begin("x", "offline", {"control": "c0", "a": "a0"}, {})
@@ -366,3 +368,56 @@ def test_two_processes(path: Path) -> None:
     assert len(kept) == 300
     for arm in ("control", "a", "both"):
         assert sorted(o.turn for o in kept if o.arm == arm) == list(range(100))
+
+
+@pytest.mark.fault("D61")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_has_a_connection_of_its_own(store: Store) -> None:
+    version = store.begin("x", "offline", ARMS, SETTINGS)
+    store.add(version, seen(0))
+    (before,) = store._open
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            inherited = list(store._open)
+            store.add(version, seen(1))
+            code = 0 if not inherited and len(store.observations(version, "latency")) == 2 else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        before.execute("SELECT 1")
+    store.add(version, seen(2))
+    assert [each.turn for each in store.observations(version, "latency")] == [0, 1, 2]
+
+
+@pytest.mark.fault("D61")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_waits_for_a_transaction(store: Store) -> None:
+    version, begun, go_on = store.begin("x", "offline", ARMS, SETTINGS), threading.Event(), threading.Event()
+
+    def write() -> None:
+        with store._transaction() as db:
+            begun.set()
+            go_on.wait(60)
+            db.execute("UPDATE experiments SET name = 'y'")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    begun.wait(60)
+    threading.Timer(0.2, go_on.set).start()
+    child = os.fork()
+    if not child:
+        os._exit(0 if go_on.is_set() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    writer.join()
+    assert store.observations(version, "latency") == ()
+
+
+def test_a_closed_store_says_so(store: Store) -> None:
+    store.close()
+    with pytest.raises(ExperimentError, match="was closed; open another"):
+        store.begin("x", "offline", ARMS, SETTINGS)
