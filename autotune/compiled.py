@@ -171,6 +171,7 @@ def keep(compiled: Any, path: Path) -> None:
     """Save compiled code for the next process; a full or read-only disk costs that process a compilation."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        folders.sweep(path.parent.glob("*.tmp"))
         compiled.save_compiled_function(str(draft))
         draft.chmod(0o600)
         draft.replace(path)

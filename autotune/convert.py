@@ -94,6 +94,7 @@ def _digest(file: Path) -> str:
 def _convert(gguf: Path, dtype: torch.dtype, kept: Path) -> None:
     """Write beside the parent of `kept` and rename: whoever comes second finds a whole checkpoint or none."""
     target = kept.parent
+    folders.sweep(target.parent.glob(".draft-*"))
     try:
         with tempfile.TemporaryDirectory(prefix=".draft-", dir=target.parent, ignore_cleanup_errors=True) as folder:
             draft = Path(folder) / target.name

@@ -13,10 +13,14 @@ import os
 import shutil
 import stat
 import tempfile
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger("autotune")
+
+LEFT_S = 3600.0  # nothing is written or compiled for so long
 
 
 def cache(name: str = "") -> Path | None:
@@ -94,6 +98,14 @@ def write(path: Path, content: bytes) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def sweep(drafts: Iterable[Path]) -> None:
+    """Remove those that no process can be at work on any more: what killed ones left."""
+    for draft in drafts:
+        with suppress(OSError):
+            if time.time() - draft.lstat().st_mtime > LEFT_S:
+                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
 def read(path: Path, most_bytes: int) -> bytes:

@@ -304,3 +304,17 @@ def test_a_torn_conversion_is_noticed(own: Path, tear: Callable[[Path], object])
     assert convert._defect(own / "key") is None
     tear(stem / "model.safetensors")
     assert convert._defect(own / "key")
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    old, young, folder = tmp_path / "old.tmp", tmp_path / "young.tmp", tmp_path / "folder"
+    elsewhere = tmp_path / "kept"
+    folder.mkdir()
+    for file in (old, young, folder / "inside", elsewhere):
+        file.touch()
+    link = tmp_path / "link.tmp"
+    link.symlink_to(elsewhere)
+    for path in (old, folder, link):
+        os.utime(path, (1, 1), follow_symlinks=False)
+    folders.sweep((old, young, folder, link, tmp_path / "gone"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "young.tmp"]

@@ -14,8 +14,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,7 +41,6 @@ HEADERS = (
     "curves.h",
 )
 TIMEOUT_S = 300.0
-LEFT_S = 4 * TIMEOUT_S  # older than that, no compiler is at work there any more
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
 
 
@@ -121,7 +118,7 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
     Raises:
         BuildError: the compiler failed or took too long, or the directory cannot be written.
     """
-    _sweep(cache)
+    folders.sweep(each for each in cache.iterdir() if each.is_dir())
     scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
     target = scratch / "kernels.so"
     command = [*compiler, *(str(HERE / name) for name in SOURCES), *flags(), "-o", str(target)]
@@ -141,14 +138,6 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
         raise BuildError(f"the operators could not be compiled: {reason}") from reason
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sweep(cache: Path) -> None:
-    """Remove what processes that were killed while they compiled have left."""
-    for folder in cache.iterdir():
-        with suppress(OSError):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > LEFT_S:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _register(library: Path) -> Path:
