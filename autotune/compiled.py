@@ -13,20 +13,19 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from . import device as devices
-from . import folders, forking, hardware, seam
+from . import folders, forking, hardware, outside, seam
 from .cache import SlotCache, run
 from .errors import TransformError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
 log = logging.getLogger("autotune")
@@ -96,16 +95,39 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "defaul
     """Compile `cache.run` for these arguments, as one graph.
 
     Raises:
-        TransformError: it cannot be traced as one graph, or the compiler failed.
+        TransformError: it cannot be traced as one graph, the compiler failed, or others can write to its cache.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN, **MODES[mode]}
+    require_private_cache()
     try:
         with torch.no_grad(), layers_as_regions(arguments[0], regions):
             function: Any = torch.compile(run, fullgraph=True, dynamic=False, options=options)
             return function.aot_compile((arguments, {}))
     except Exception as error:  # dynamo, inductor and the C++ compiler raise what they like
+        outside.pass_on(error)
         first = str(error).strip().splitlines()[:1]
         raise TransformError(f"the decode step does not compile: {type(error).__name__}: {' '.join(first)}") from error
+
+
+def require_private_cache() -> None:
+    """Refuse inductor's cache under its own name in /tmp, which anyone can guess and make first, where it is not this
+    user's alone: code in it is run. A directory that $TORCHINDUCTOR_CACHE_DIR names is that setting's business.
+
+    Raises:
+        TransformError: others can write to it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    own = Path(default_cache_dir())
+    with suppress(FileExistsError):
+        own.mkdir(mode=0o700, parents=True)
+    try:
+        if Path(cache_dir()) == own:
+            folders.require_private(own)
+    except OSError as error:
+        raise TransformError(
+            f"torch.compile's cache cannot be trusted: {error}; set TORCHINDUCTOR_CACHE_DIR to a private one"
+        ) from error
 
 
 @contextmanager

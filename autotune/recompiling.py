@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import forking, outside, seam
+from .compiled import require_private_cache
 from .errors import TransformError
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ class Recompiling:
         """Compile now, for prompts of several lengths.
 
         Raises:
-            TransformError: it cannot be compiled, or is compiled for each length.
+            TransformError: it cannot be compiled, or is compiled for each length, or others can write to the cache.
         """
+        require_private_cache()
         for length in lengths:
             ids = torch.zeros(1, length, dtype=torch.int64, device=device)
             positions = torch.arange(length, dtype=torch.int64, device=device)[None]  # [1, P]

@@ -15,7 +15,7 @@ import torch
 
 from . import outside
 from .cache import SlotCache, run
-from .compiled import LEAN, MODES, Step, layers_as_regions
+from .compiled import LEAN, MODES, Step, layers_as_regions, require_private_cache
 from .errors import AutotuneError, TransformError
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ class TreeStep:
         """Compile for this cache's layout, and record its graph.
 
         Raises:
-            TransformError: the module cannot be compiled, in a sentence.
+            TransformError: the module cannot be compiled, in a sentence, or others can write to the compiler's cache.
         """
+        require_private_cache()
         guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the module is never edited again
         options = {"guard_filter_fn": guards, **LEAN, **MODES["reduce-overhead"]}
         compiler: Any = torch.compile  # its stubs know neither the options nor the last argument

@@ -6,12 +6,14 @@ import ast
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from autotune import compiled, convert, folders
+from autotune.errors import TransformError
 from autotune.kernels import build
 
 if TYPE_CHECKING:
@@ -318,3 +320,28 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) ->
         os.utime(path, (1, 1), follow_symlinks=False)
     folders.sweep((old, young, folder, link, tmp_path / "gone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "young.tmp"]
+
+
+@pytest.mark.fault("F75")
+@pytest.mark.parametrize(
+    ("mode", "named", "trusted"),
+    [(None, False, True), (0o755, False, True), (0o777, False, False), (0o777, True, True)],
+    ids=["not there", "ours", "writable by others", "named by the user"],
+)
+def test_torchs_own_cache_is_not_believed_where_others_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None, named: bool, trusted: bool
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine" if named else default_cache_dir()))
+    if mode is not None:
+        folder = Path(default_cache_dir())
+        folder.mkdir()
+        folder.chmod(mode)
+    if trusted:
+        compiled.require_private_cache()
+        assert Path(default_cache_dir()).stat().st_mode & 0o777 == (mode or 0o700)
+    else:
+        with pytest.raises(TransformError, match=r"can be written by other users.*set TORCHINDUCTOR_CACHE_DIR"):
+            compiled.require_private_cache()
