@@ -19,6 +19,13 @@
 Messages say what was wrong, what was expected and what to do. Anything else that escapes is a bug.
 """
 
+from __future__ import annotations
+
+import sys
+import warnings
+
+LIBRARIES = frozenset({"autotune", "transformers", "torch"})  # between the user's line and a warning
+
 
 class AutotuneError(Exception):
     """Root of autotune's own errors."""
@@ -87,3 +94,11 @@ def in_words(error: BaseException, own: type[AutotuneError] = AutotuneError) -> 
         own: which of autotune's errors do.
     """
     return str(error) if isinstance(error, own) else f"{type(error).__name__}: {error}"
+
+
+def warn(problem: str) -> None:
+    """A RuntimeWarning that names the line of the user's that is being run, whatever it called to come here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"autotune: {problem}", RuntimeWarning, stacklevel=level)

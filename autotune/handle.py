@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import device as devices
 from . import ending, forking, modes, outside, route, seam, stateful, workload
 from .attempt import Attempt
-from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words
+from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words, warn
 from .original import RELOAD, Original, releasable_bytes
 from .policy import Policy
 from .revision import Revision
@@ -369,10 +368,10 @@ class Handle:
         if fault.unready and call is not None:
             self._bypassed["no room or no step for a batch of that size"] += 1
             self._watch.unready(call)
-            warnings.warn(f"autotune: {fault.reason}; {self._other()} for such calls", RuntimeWarning, stacklevel=3)
+            warn(f"{fault.reason}; {self._other()} for such calls")
         else:
             self._watch.failed(f"the plan failed: {fault.reason}")
-            warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=3)
+            warn(self._detail)
         return result
 
     def _note(self, event: Event) -> None:
@@ -398,7 +397,7 @@ class Handle:
         """The plan does not serve: say why, and what does."""
         remedy = RELOAD if self._original.place == "released" else remedy
         self._detail = "; ".join(filter(None, (detail, self._other(), remedy)))
-        warnings.warn(f"autotune: {self._detail}", RuntimeWarning, stacklevel=4)
+        warn(self._detail)
 
     def _observe_call(self, call: seam.Sampling) -> None:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +9,7 @@ from . import device as devices
 from . import placement, route, selfcheck
 from . import policy as policies
 from .drafts import unfit
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, warn
 from .handle import Handle
 from .policy import Policy
 
@@ -94,7 +93,7 @@ def wrap(
     )
     work = None if workload is None else handle.read(workload)
     if (problem := selfcheck.problem(model)) is not None:
-        warnings.warn(f"autotune: {problem}", RuntimeWarning, stacklevel=2)
+        warn(problem)
         handle.pass_through(problem)
         return model
     route.attach(model, handle)

@@ -178,8 +178,9 @@ def test_rollback_and_commit(scripted: list[Transform]) -> None:
 def test_a_changed_model_is_served_by_the_original_again(scripted: list[Transform], change: Any, said: str) -> None:
     model = wrapped(tiny("llama"))
     change(model)
-    with pytest.warns(RuntimeWarning, match=said):
+    with pytest.warns(RuntimeWarning, match=said) as warned:
         after = greedy(model)
+    assert {each.filename for each in warned} == {__file__}, "not the caller's line"
     assert model.autotune.status.state == "stale"
     assert after == greedy(bare(model))
     with pytest.raises(autotune.StateError, match="stale"):
@@ -201,8 +202,9 @@ def test_a_plan_that_fails_is_dropped_and_the_original_answers(scripted: list[Tr
     wrapped(model)
     (decode,) = model.autotune._active.edit("decode")
     decode.forward = lambda *_, **__: 1 / 0
-    with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError") as warned:
         assert greedy(model) == before
+    assert {each.filename for each in warned} == {__file__}, "not the caller's line"
     assert model.autotune.status.state == "failed"
     assert greedy(model) == before
 
