@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import outside, route, seam, shrink
+from . import outside, route, seam, shrink, versions
 from .errors import AutotuneError, MeasurementError, TransformError
+from .transforms import Blocker
 from .variant import Variant, serving
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ _models: dict[str, tuple[PreTrainedModel, list[Answer]] | None] = {}  # what reh
 
 
 def obstacle(model: PreTrainedModel, transform: Transform, hardware: Hardware) -> str | None:
-    """Why a transform does not work for a model's class, or None: it does, or it cannot be found out."""
+    """Why a transform does not work for a model's class, or None: it does, or it cannot be found out.
+
+    With releases that autotune was not tested with, the release may be the cause, so the reason is a `Blocker`.
+    """
     rehearsed = transform.rehearsed()
     if rehearsed is None:
         return None
@@ -44,7 +48,9 @@ def obstacle(model: PreTrainedModel, transform: Transform, hardware: Hardware) -
         if key not in _models:
             _models[key] = _cast(model)
         cast = _models[key]
-        _found[found] = None if cast is None else _difference(*cast, rehearsed, hardware)
+        reason = None if cast is None else _difference(*cast, rehearsed, hardware)
+        untested = ", ".join(f"{library} {version}" for library, version in versions.untested().items())
+        _found[found] = Blocker(f"{reason}; {untested} was not tested") if reason and untested else reason
     return _found[found]
 
 

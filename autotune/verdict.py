@@ -144,7 +144,7 @@ def _not_better(trials: Sequence[Trial]) -> str:
     """What became of the candidates that were judged; nothing where none was, for another reason that is told."""
     judged = [trial for trial in wanted(trials) if trial.outcome not in UNTRIED]
     if not judged:
-        return "" if untried(trials) else "no candidate is called for on this model and machine"
+        return "" if untried(trials) else "no candidate is both called for and to be had on this model and machine"
     open_ = sum(trial.outcome is Outcome.INCONCLUSIVE for trial in judged)
     told = (
         f"none of {len(judged)} candidates tried proved" if len(judged) > 1 else "the one candidate tried did not prove"

@@ -144,7 +144,7 @@ def test_the_rule_for_greedy_tokens(got: list[list[int]], wrong: str | None) -> 
 def test_every_transform_answers_rightly_or_is_refused_beforehand(name: str, machine: Hardware) -> None:
     found = list(examine(name, machine))
     assert not [r for r in found if r.outcome in (*BAD, "LATE", "not built")]
-    assert sum(r.outcome == "right" for r in found) >= 10
+    assert sum(r.outcome == "right" for r in found) >= 5
 
 
 def _dies(*_: Any) -> None:

@@ -190,6 +190,7 @@ def refuse(patch):
         raise TransformError(f"{self}: it cannot after all")
 
     patch.setattr(LeanLoop, "apply", apply)
+    patch.setattr(LeanLoop, "rehearsed", lambda self: None)  # it shows on the real model alone
 
 
 def bypass(patch):
@@ -207,6 +208,7 @@ def ruin(patch):
         module.lm_head = torch.nn.Linear(64, models.VOCABULARY, bias=False)
 
     patch.setattr(LeanLoop, "apply", apply)
+    patch.setattr(LeanLoop, "rehearsed", lambda self: None)  # it shows on the real model alone
 
 
 SERVED = "it leaves 16 of 16 prompts to the original: argument cache"

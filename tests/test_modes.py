@@ -104,7 +104,7 @@ def test_a_step_takes_one_token_a_sequence() -> None:
 
     variant = Variant(tiny("llama")).with_transforms(plan("program"))
     assert isinstance(variant.step, StepPrograms)
-    cache = SlotCache(example(variant.original, 3), 64)
+    cache = SlotCache(example(variant, 3), 64)
     step = variant.step.fitting(cache)
     with pytest.raises(VariantError, match=r"\[3, 1\], not \[1, 1\]"):
         step(ONE[:, :1], ONE[:, :1], cache)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from autotune import hardware, rehearsal, seam, search, shrink
+from autotune import hardware, rehearsal, seam, search, shrink, versions
 from autotune.errors import TransformError
-from autotune.transforms import Stage, Transform, make
+from autotune.transforms import Blocker, Stage, Transform, make
 from autotune.variant import Variant
 from tests import architectures
 from tests.models import tiny
@@ -93,6 +93,19 @@ def test_what_a_rehearsal_says(how: str, said: str | None, machine: Hardware) ->
     found = rehearsal.obstacle(tiny(), Scripted(how=how), machine)
     assert (found is None) == (said is None)
     assert said is None or said in (found or "")
+
+
+@pytest.mark.parametrize("version", ["5.24.1", "6.0.0"])
+def test_with_another_release_it_may_be_the_releases_fault(
+    version: str, machine: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untested = {} if version == "5.24.1" else {"transformers": version}
+    monkeypatch.setattr(versions, "untested", lambda: untested)
+    monkeypatch.setattr(rehearsal, "_found", {})
+    found = rehearsal.obstacle(tiny(), Scripted(how="raises"), machine)
+    assert isinstance(found, Blocker) == bool(untested)
+    assert ("; transformers 6.0.0 was not tested" in (found or "")) == bool(untested)
+    assert rehearsal.obstacle(tiny(), Scripted(), machine) is None
 
 
 def test_it_is_found_once_for_a_configuration(machine: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:

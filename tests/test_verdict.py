@@ -53,10 +53,15 @@ GAIN = (
 
 # name -> trials, verdict, doubt, whether nothing could be tried
 SEARCHES: dict[str, tuple[list[Trial], str, str | None, bool]] = {
-    "nothing considered": ([], "kept the original: no candidate is called for on this model and machine", None, False),
+    "nothing considered": (
+        [],
+        "kept the original: no candidate is both called for and to be had on this model and machine",
+        None,
+        False,
+    ),
     "nothing wanted": (
         [trial("skipped"), trial("unavailable")],
-        "kept the original: no candidate is called for on this model and machine",
+        "kept the original: no candidate is both called for and to be had on this model and machine",
         None,
         False,
     ),
