@@ -78,7 +78,7 @@ def tune(
     identity = fingerprint.of(model, machine, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
-    obstacle = _obstacle(original)
+    obstacle = obstacle_of(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
         if (tuned := replay(known, bench, start)) is not None:
@@ -99,7 +99,7 @@ def tune(
     return tuned
 
 
-def _obstacle(original: Variant) -> str | None:
+def obstacle_of(original: Variant) -> str | None:
     """Why nothing can be tried on a model, or None."""
     if (where := hooked(original.original)) is not None:
         return Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")

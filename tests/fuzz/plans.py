@@ -15,7 +15,7 @@ from autotune import search, speculate, transforms
 from autotune import tune as tuning
 from autotune.errors import TransformError
 from autotune.hardware import Hardware
-from autotune.tune import Tuned
+from autotune.tune import Tuned, obstacle_of
 from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.fuzz import models
@@ -78,9 +78,10 @@ def hardware() -> Hardware:
 def variant(model: Any, traffic: Any, work: Workload, name: str) -> Variant:
     """The variant of a plan by name, asked for as a plan from the store is."""
     made = Variant(model, traffic, work)
+    obstacle = obstacle_of(made)
     steps = [transforms.make(*step) for step in PLANS[name]]
     for step in sorted(steps, key=lambda each: each.stage):
-        if search.unavailable(step, made, hardware()) is not None:
+        if search.unavailable(step, made, hardware(), obstacle) is not None:
             continue
         try:
             tried = made.with_transform(step)
