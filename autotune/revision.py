@@ -199,6 +199,7 @@ def _inside(value: Any, depth: int) -> Iterator[Any]:
 
 def _described(name: str, now: Any, was: Any) -> str | None:
     """What is different in a container, or None."""
+    held = now._held if isinstance(now, _Without) else now
     now = now.copy() if isinstance(now, _Without) else now
     if not isinstance(now, dict):
         return None if now == was else f"a list or set of {name or 'the model'} changed"
@@ -206,7 +207,7 @@ def _described(name: str, now: Any, was: Any) -> str | None:
         if key in OWN:
             continue
         before, after = was.get(key), now.get(key)
-        if before is after:
+        if before is after or (key == "forward" and _is_own(before, held) and _is_own(after, held)):
             continue
         for kind, word in ((torch.Tensor, "tensor"), (nn.Module, "module")):
             if isinstance(before, kind) or isinstance(after, kind):
@@ -218,6 +219,14 @@ def _described(name: str, now: Any, was: Any) -> str | None:
         if not same or (key in was) != (key in now):
             return f"attribute {key} of {name or 'the model'} changed"
     return None
+
+
+def _is_own(forward: Any, held: Any) -> bool:
+    """Whether a module's forward is its class's, also where someone who exchanged it for a while has put it back."""
+    owner = getattr(forward, "__self__", None)
+    if forward is None or getattr(owner, "__dict__", None) is not held:
+        return forward is None
+    return getattr(forward, "__func__", None) in route.own_forwards(type(owner))
 
 
 def _readable(tensor: torch.Tensor) -> bool:

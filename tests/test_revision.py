@@ -80,6 +80,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "a buffer": (lambda m: layer(m).mlp.register_buffer("offset", torch.ones(96)), "tensor offset of"),
     "a forward": (assign(lambda m: layer(m).mlp, "forward", lambda x: x), "attribute forward of model.layers.0.mlp"),
+    "a neighbour's forward": (
+        lambda m: setattr(layer(m).mlp, "forward", m.model.layers[1].mlp.forward),
+        "attribute forward of model.layers.0.mlp",
+    ),
     "a number": (assign(lambda m: layer(m).self_attn, "scaling", 0.5), "attribute scaling of model.layers.0.self_attn"),
     "eps": (assign(lambda m: m.model.norm, "variance_epsilon", 0.1), "attribute variance_epsilon of model.norm"),
     "a class": (swap_class, "a class or its forward was replaced"),
@@ -154,6 +158,20 @@ def test_use_is_no_change(name: str, use: Change) -> None:
     with torch.no_grad():
         use(model)
     assert revision.look_closer() is None
+
+
+def test_a_forward_that_was_exchanged_and_put_back_is_no_change() -> None:
+    """As transformers 4.57 does where hidden states are asked for: what is put back is the bound method."""
+    model = tiny("llama")
+    revision, part = Revision(model), layer(model).mlp
+    forward = part.forward
+    part.forward = lambda x: forward(x)
+    assert "attribute forward of model.layers.0.mlp" in str(revision.changed())
+    part.forward = forward
+    assert revision.look_closer() is None
+    assert Revision(model).changed() is None
+    del part.forward
+    assert revision.changed() is None
 
 
 def test_a_closer_look_sees_more(llama: Any) -> None:
