@@ -69,13 +69,16 @@ def causal_lms() -> Mapping[str, str]:
 
 
 def causal_lm(kind: str) -> tuple[Any, Any]:
-    """The causal LM class of a model type, and a configuration as its class makes it."""
+    """The causal LM class of a model type, and a configuration for it as its class makes it."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = AutoConfig.for_model(kind)
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return found[0] if isinstance(found, tuple) else found, config
+    cls: Any = found[0] if isinstance(found, tuple) else found
+    if cls.config_class is getattr(config, "sub_configs", {}).get("text_config"):  # as AutoModelForCausalLM does
+        config = config.get_text_config()
+    return cls, config
 
 
 def forward_function(module: torch.nn.Module) -> Any:
