@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,37 @@ MOST_PARAMETERS = 4_000_000
 NAMES: tuple[
     tuple[Any, tuple[str, ...]], ...
 ] = (  # a small size -> what configurations call it; those that one lacks are not set
-    (VOCABULARY, ("vocab_size", "vocab_size_per_layer_input")),
-    (WIDTH, ("hidden_size", "word_embed_proj_dim", "d_model", "embedding_size", "lru_width", "attention_hidden_size")),
-    (96, ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dim_ff", "ffn_hidden_size")),
+    (
+        VOCABULARY,
+        (
+            *("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size"),
+            *("pronunciation_vocab_size", "shape_vocab_size", "encoder_hash_byte_group_vocab", "ngram_vocab_size_base"),
+        ),
+    ),
+    (
+        WIDTH,
+        (
+            *("hidden_size", "word_embed_proj_dim", "d_model", "embedding_size", "embedding_dim", "lru_width"),
+            *("attention_hidden_size", "hidden_size_global", "ple_embed_dim", "feed_forward_size"),
+            *("pronunciation_embed_dim", "shape_embed_dim"),
+            *("out_hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"),  # of images
+            *("adapter_out_dim", "ext_pw_out_channel", "nemo_conv_channels"),  # of sound
+            "depthwise_separable_out_channel",
+        ),
+    ),
+    (
+        96,
+        (
+            *("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dim_ff", "ffn_hidden_size"),
+            *("intermediate_size_mlp", "mlp_dim"),
+        ),
+    ),
     (
         HEADS,
         (
-            *("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"),
-            *("linear_num_key_heads", "linear_num_value_heads", "index_n_heads"),
+            *("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads"),
+            *("num_encoder_attention_heads", "num_decoder_attention_heads", "swa_num_attention_heads"),
+            *("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads", "index_n_heads", "indexer_n_heads"),
         ),
     ),
     (
@@ -36,32 +59,59 @@ NAMES: tuple[
         (
             *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "dim_head", "global_head_dim"),
             *("mamba_d_head", "mamba_head_dim", "mamba_headdim", "linear_key_head_dim", "linear_value_head_dim"),
-            "index_head_dim",
+            *("index_head_dim", "linear_head_dim", "indexer_head_dim", "swa_head_dim", "attention_head_size"),
         ),
     ),
     (
         32,
         (
             *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
-            *("q_lora_rank", "kv_lora_rank", "o_lora_rank", "expert_ffn_hidden_size"),
+            *("shared_experts_intermediate_size", "q_lora_rank", "kv_lora_rank", "o_lora_rank"),
+            *("expert_ffn_hidden_size", "hc_lowrank", "rel_extent"),
         ),
     ),
-    (4, ("num_local_experts", "num_experts", "n_routed_experts", "index_topk", "mamba_d_conv", "zero_expert_num")),
+    (
+        4,
+        (
+            *("num_local_experts", "num_experts", "n_routed_experts", "index_topk", "mamba_d_conv", "zero_expert_num"),
+            *("moe_num_experts", "indexer_compress_ratio"),
+        ),
+    ),
     (
         2,
         (
-            *("num_experts_per_tok", "moe_topk", "encoder_layers", "decoder_layers", "num_encoder_layers"),
-            *("num_decoder_layers", "attn_layer_period", "expert_layer_period"),
+            *("num_experts_per_tok", "moe_topk", "moe_top_k", "encoder_layers", "decoder_layers", "num_encoder_layers"),
+            *("num_decoder_layers", "num_blocks", "depth", "attn_layer_period", "expert_layer_period"),
         ),
     ),
-    (1, ("n_group", "topk_group", "attn_layer_offset", "expert_layer_offset", "mamba_n_groups", "n_groups")),
-    (CONTEXT, ("max_position_embeddings", "original_max_position_embeddings")),
-    (8, ("sliding_window", "window_size", "state_size", "mamba_d_state", "rotary_dim", "hidden_size_per_layer_input")),
-    (0.3, ("initializer_range", "init_std")),  # large: logits are decisive, and a wrong cache or mask changes tokens
+    (
+        1,
+        (
+            *("n_group", "topk_group", "attn_layer_offset", "expert_layer_offset", "mamba_n_groups", "n_groups"),
+            *("indexer_kv_heads", "n_layers_per_attn_res_block"),
+        ),
+    ),
+    (CONTEXT, ("max_position_embeddings", "original_max_position_embeddings", "max_target_positions")),
+    (
+        8,
+        (
+            *("sliding_window", "window_size", "attention_chunk_size", "indexer_budget"),
+            *("state_size", "mamba_d_state", "rotary_dim", "hidden_size_per_layer_input"),
+        ),
+    ),
+    # large: logits are decisive, and a wrong cache or mask changes tokens
+    (0.3, ("initializer_range", "init_std", "initializer_factor")),
 )
 SIZES: dict[str, Any] = {name: size for size, names in NAMES for name in names}
+GROUPED = ("num_key_value_heads", "swa_num_key_value_heads")
+MAMBA = {"mamba_n_heads": HEAD_SIZE, "mamba_num_heads": HEAD_SIZE, "n_mamba_heads": HEAD_SIZE, "mamba_d_ssm": 1}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")  # one entry a layer
+LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")  # a kind for each layer
+INDEX_LISTS = ("mlp_only_layers", "moe_layers", "ple_layer_ids", "hybrid_layer_ids")  # numbers of the layers of a kind
+LOOP = ("loop_layer_index_start", "loop_layer_index_end")
+# how many layers at the beginning, or at the end, are of a kind
+FIRST = ("first_k_dense_replace", "num_dense_layers", "n_input_layers", *LOOP)
+LAST = ("num_kv_shared_layers", "n_output_layers")
 
 
 def shrunk(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -76,19 +126,21 @@ def small(cls: Any, config: Any, settings: Mapping[str, Any] = MappingProxyType(
     """A tiny random model of a class, on the CPU in FP32, from a configuration of any size, which stays as it is.
 
     Args:
-        settings: of the text model, to be as they are here.
+        settings: of the text model, to be as they are here; of a configuration inside it a mapping again.
 
     Raises:
         ValueError and others: the configuration cannot be shrunk.
     """
     config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=True)
-    _shrink(text)
+    parts = list(_parts(config))
+    for part in parts:
+        _shrink(part)
+    decoder = config.get_text_config(decoder=True)  # of some it is a copy
+    text = next((part for part in parts if part is decoder), config)
     for name, token in SPECIAL.items():
         for holder in (config, text):
             _set(holder, name, token)
-    for name, value in settings.items():
-        setattr(text, name, value)
+    _apply(text, settings)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return built(cls, config, seam.supports(cls, "sdpa"))
@@ -122,31 +174,123 @@ def built(cls: Any, config: Any, sdpa: bool) -> PreTrainedModel:
     return made
 
 
+def _apply(config: Any, settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        if hasattr(inside := _get(config, name), "get_text_config"):
+            _apply(inside, value)
+        else:
+            setattr(config, name, value)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it, of the text, images or sound."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "get_text_config"):
+            yield from _parts(value)
+
+
 def _shrink(config: Any) -> None:
-    groups = (_get(config, "num_attention_heads") or 1) // (_get(config, "num_key_value_heads") or 1)
+    groups = {name: _groups(config, name) for name in GROUPED}
+    different = _layers_that_differ(config)
+    wider = (_get(config, "attention_hidden_size") or 1) // (_get(config, "hidden_size") or 1)
+    before = dict(vars(config))
     for name, size in SIZES.items():
-        if _get(config, name) is not None:
-            _set(config, name, size)
-    if hasattr(type(config), "num_key_value_heads") or _get(config, "num_key_value_heads") is not None:
-        _set(config, "num_key_value_heads", HEADS if groups <= 1 else HEADS // 2)
+        if (old := _get(config, name)) is not None:
+            _set(config, name, [size] * len(old) if isinstance(old, list) else size)
+    for name, each in groups.items():
+        if each is not None:
+            _set(config, name, HEADS if each <= 1 else HEADS // 2)
+    if vars(config).get("head_dim", 0) is None:
+        _set(config, "head_dim", HEAD_SIZE)
+    if _get(config, "qk_head_dim") is not None:
+        _set(config, "qk_head_dim", 2 * HEAD_SIZE)  # a part with positions and a part without
+    if wider > 1:
+        _set(config, "attention_hidden_size", wider * WIDTH)
+        _set(config, "attention_head_dim", wider * HEAD_SIZE)
     name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"  # to 4.57
-    rope = _get(config, name)  # factors for each number of a head would not fit another size
-    if isinstance(rope, dict) and any(value is None or isinstance(value, list) for value in rope.values()):
-        setattr(config, name, {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0})
+    if isinstance(rope := _get(config, name), dict):
+        setattr(config, name, _rope(rope, whole=_get(config, "qk_rope_head_dim") is not None))
     if isinstance(expand := _get(config, "expand"), int):  # state-space models derive their inner size
         _set(config, "intermediate_size", expand * WIDTH)
         _set(config, "num_heads", expand * WIDTH // HEAD_SIZE)
-    for name in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"):
+    inner = int(_get(config, "mamba_expand") or 2) * WIDTH
+    for name, size in MAMBA.items():
         if isinstance(_get(config, name), int):
-            _set(config, name, int(_get(config, "mamba_expand") or 2) * WIDTH // HEAD_SIZE)
+            _set(config, name, inner // size)
     if hasattr(config, "attn_layer_indices"):
         config.attn_layer_indices = [1]
-    kept = _layers(config)
-    for name in LAYER_LISTS:
-        listed = vars(config).get(name)  # some derive it from other settings
-        if isinstance(listed, (list, tuple)):
-            setattr(config, name, [listed[k] for k in kept if k < len(listed)])
+    if _get(config, "num_hidden_layers") is not None:
+        kept = _leave_out_layers(config)
+        if different:
+            config.per_layer_config = {
+                number: {
+                    name: _scaled(value, before.get(name), _get(config, name)) for name, value in different[k].items()
+                }
+                for number, k in enumerate(kept)
+            }
+
+
+def _scaled(value: Any, whole: Any, size: Any) -> Any:
+    """What a layer says, as many times what the others say as before."""
+    if not (type(value) is type(whole) is type(size) is int):
+        return value
+    return max(1, value * size // whole)
+
+
+def _groups(config: Any, name: str) -> int | None:
+    """How many heads share a key and value head, or None where a configuration does not say."""
+    if not hasattr(type(config), name) and _get(config, name) is None:
+        return None
+    return int(_get(config, name.replace("key_value", "attention")) or 1) // int(_get(config, name) or 1)
+
+
+def _layers_that_differ(config: Any) -> list[dict[str, Any]]:
+    """What a configuration says of single layers, for each of them; it is taken from it."""
+    if not getattr(config, "is_heterogeneous", False):
+        return []
+    names = [*config.per_layer_attributes, "skip"]
+    found = [
+        {name: value for name in names if (value := getattr(layer, name)) != []} for layer in config.per_layer_config
+    ]
+    config.per_layer_config = None
+    return found
+
+
+def _rope(rope: dict[str, Any], whole: bool) -> dict[str, Any]:
+    """Without factors for each number of a head, which would not fit another size.
+
+    Args:
+        whole: heads have a part for positions, all of which is rotated.
+    """
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layer
+        return {kind: _rope(each, whole) if isinstance(each, dict) else each for kind, each in rope.items()}
+    if any(value is None or isinstance(value, list) for value in rope.values()):
+        return {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0}
+    return {**rope, "partial_rotary_factor": 1.0} if whole and "partial_rotary_factor" in rope else rope
+
+
+def _leave_out_layers(config: Any) -> list[int]:
+    """Keep a layer of each kind; their numbers."""
+    depth, stack = int(_get(config, "num_hidden_layers")), _get(config, "num_layers_per_stack")
+    if stack:  # the same layers several times, each time with a cache of its own
+        _set(config, "num_layers_per_stack", 1)
+        _set(config, "num_hidden_layers", depth // stack)
+        return []
+    kept = _layers(config, depth)
+    for name, value in list(vars(config).items()):
+        if name in INDEX_LISTS and value is not None:
+            _set(config, name, [number for number, k in enumerate(kept) if k in value])
+        elif name in FIRST and isinstance(value, int):
+            _set(config, name, sum(k < value for k in kept))
+        elif name in LAST and isinstance(value, int):
+            _set(config, name, sum(k >= depth - value for k in kept))
+        elif isinstance(value, (list, tuple)) and (name in LAYER_LISTS or len(value) == depth):
+            _set(config, name, type(value)(value[k] for k in kept if k < len(value)))
+    if _get(config, "n_recurrent_layers") is not None:
+        _set(config, "n_recurrent_layers", len(kept) - config.n_input_layers - config.n_output_layers)
     _set(config, "num_hidden_layers", len(kept))
+    return kept
 
 
 def _get(config: Any, name: str) -> Any:
@@ -163,12 +307,16 @@ def _set(config: Any, name: str, value: Any) -> None:
         setattr(config, name, value)
 
 
-def _layers(config: Any) -> list[int]:
-    """Indices of the layers to keep: the first of each kind, and at least two."""
-    listed = [vars(config).get(name) for name in LAYER_LISTS]
-    derived = [tuple(kinds) for name in LAYER_LISTS if isinstance(kinds := _get(config, name), (list, tuple))]
-    if derived and not any(listed):  # from a pattern that goes by the layers' numbers: no layer can be left out
-        return list(range(max(2, *(max(map(kinds.index, kinds), default=0) + 1 for kinds in derived))))
-    kinds = list(zip(*(entry for entry in listed if isinstance(entry, (list, tuple))), strict=False))
-    first = sorted({kinds.index(kind) for kind in kinds})
-    return first if len(first) > 1 else [0, 1]
+def _layers(config: Any, depth: int) -> list[int]:
+    """Indices of the layers to keep: the first of each kind, and at least two where there are two."""
+    said = vars(config)
+    listed = [said[name] for name in LAYER_LISTS if isinstance(said.get(name), (list, tuple)) and said[name]]
+    first = [[k < said[name] for k in range(depth)] for name in FIRST if isinstance(said.get(name), int)]
+    derived = [list(kinds) for name in LAYER_LISTS if isinstance(kinds := _get(config, name), (list, tuple))]
+    if derived and not listed:  # from a pattern that goes by the layers' numbers: no layer can be left out
+        return list(range(max([2, *(kinds.index(kind) + 1 for kinds in derived + first for kind in kinds)])))
+    last = [[k >= depth - said[name] for k in range(depth)] for name in LAST if isinstance(said.get(name), int)]
+    some = [[k in said[name] for k in range(depth)] for name in INDEX_LISTS if said.get(name) is not None]
+    kinds = list(zip(*listed, *first, *last, *some, strict=False))
+    kept = sorted({kinds.index(kind) for kind in kinds})
+    return kept if len(kept) > 1 else list(range(min(2, depth)))
