@@ -106,8 +106,10 @@ SIZES: dict[str, Any] = {name: size for size, names in NAMES for name in names}
 GROUPED = ("num_key_value_heads", "swa_num_key_value_heads")
 MAMBA = {"mamba_n_heads": HEAD_SIZE, "mamba_num_heads": HEAD_SIZE, "n_mamba_heads": HEAD_SIZE, "mamba_d_ssm": 1}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")  # a kind for each layer
-INDEX_LISTS = ("mlp_only_layers", "moe_layers", "ple_layer_ids", "hybrid_layer_ids")  # numbers of the layers of a kind
+# a kind for each layer
+LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "no_rope_layers")
+# numbers of the layers of a kind
+INDEX_LISTS = ("mlp_only_layers", "moe_layers", "ple_layer_ids", "hybrid_layer_ids", "full_attn_idxs")
 LOOP = ("loop_layer_index_start", "loop_layer_index_end")
 # how many layers at the beginning, or at the end, are of a kind
 FIRST = ("first_k_dense_replace", "num_dense_layers", "n_input_layers", *LOOP)

@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {  # what a tiny model's configuration says
     "qwen3_5": {"layer_types": ["linear_attention", "full_attention"], "model_type": "qwen3_5_text"},
     "deepseek_v3": {"num_hidden_layers": 2, "first_k_dense_replace": 1},
     "lfm2_moe": {"num_hidden_layers": 2, "num_dense_layers": 1},
+    "hy_v4": {"indexer_types": ["full", "full", "shared"], "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "smollm3": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]},
     "llama4": {"layer_types": ["chunked_attention", "full_attention"], "moe_layers": [0, 1], "no_rope_layers": [1, 0]},
     "gemma3n_text": {
