@@ -211,3 +211,4 @@ KINDS: dict[str, Kind] = {
     "none new": plain(max_new_tokens=0),
 }
 PLAIN = ("greedy", "sampled", "streamed", "dict", "stops", "processor")  # calls that every plan here serves
+SINGLE = ("streamed", "streamed sampled", "streamer raises", "interrupted", "within")  # of one sequence

@@ -13,7 +13,7 @@ from autotune import StateError
 from autotune.breaker import Breaker, Rules
 from tests.fuzz import models, plans
 from tests.fuzz.adapters import ADAPTERS, row_by_row
-from tests.fuzz.calls import KINDS, PLAIN, Call
+from tests.fuzz.calls import KINDS, PLAIN, SINGLE, Call
 from tests.fuzz.changes import CHANGES, INEXACT, SILENT, Change, Undo
 from tests.fuzz.failures import Failure, injected
 from tests.fuzz.forwards import FORWARDS
@@ -67,7 +67,8 @@ class Pair:
         hooked = any("hook" in name for name, *_ in self.done)
         usual = call.kind in PLAIN and call.length + call.new <= plans.PROMPT + plans.NEW
         watch = self.handle._watch
-        breakers = (watch.breaker, watch._batches.get(call.rows, Breaker()))
+        rows = 1 if call.kind in SINGLE else call.rows
+        breakers = (watch.breaker, watch._batches.get(rows, Breaker()))
         return (
             usual
             and all(each.phase == "closed" or each.due(self.now_s) for each in breakers)
