@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as registry
 
 from autotune import seam
-from tests.fuzz.seen import LOG
+from tests.fuzz.seen import COUNTED, LOG
 
 Undo = Callable[[], Any] | None
 Change = Callable[[Any], Undo]
@@ -102,7 +102,7 @@ class Counted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
-            LOG.append("counted")
+            LOG.append(COUNTED)
         return self.inner(*args, **kwargs)
 
 

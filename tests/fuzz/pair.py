@@ -105,7 +105,7 @@ class Pair:
         if failure is not None and failure.place == "alarm" and found.fired:
             assert "Late" in str(wrapped.error), f"{said}the alarm became {wrapped.error}"
         else:
-            found_different = difference(plain, wrapped)
+            found_different = difference(plain, wrapped, anew=bool(found.fired))
             assert found_different is None, said + found_different
         blamed = failure is not None and failure.place != "alarm" and found.fired
         if not blamed:

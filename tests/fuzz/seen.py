@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+COUNTED = "counted"  # noted by an object that took the place of a module's forward
 LOG: list[Any] = []  # what hooks, streamers, processors and criteria note down during the call at hand
 RELATIVE = 2e-3  # difference of floating-point results; sums are taken in another order
 ADDRESS = re.compile(r"0x[0-9a-f]+")
@@ -79,17 +80,25 @@ def _states(layer: Any) -> Iterator[tuple[str, Any]]:
             yield name, held
 
 
-def difference(plain: Seen, wrapped: Seen) -> str | None:
-    """What sets the wrapped model's call apart, or None."""
+def difference(plain: Seen, wrapped: Seen, anew: bool = False) -> str | None:
+    """What sets the wrapped model's call apart, or None.
+
+    Args:
+        anew: the plan failed within it, after it may have run parts of the model, which the original runs again.
+    """
     if plain.error != wrapped.error:
         return f"the original ended with {plain.error or 'an answer'}, the wrapped model with {wrapped.error}"
     if found := unequal(plain.value, wrapped.value, "the answer"):
         return found
-    if plain.log != wrapped.log:
+    if _of_callers(plain.log, anew) != _of_callers(wrapped.log, anew):
         return f"the caller's objects saw {_short(plain.log)} of the original and {_short(wrapped.log)} of the wrapped"
     if plain.error is None and not torch.equal(plain.random, wrapped.random):  # type: ignore[arg-type]
         return "random numbers were drawn in another number"
     return None if plain.left == wrapped.left else f"left behind: {wrapped.left}, by the original {plain.left}"
+
+
+def _of_callers(log: list[Any], anew: bool) -> list[Any]:
+    return [each for each in log if each != COUNTED] if anew else log
 
 
 def unequal(a: Any, b: Any, where: str) -> str | None:
