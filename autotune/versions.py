@@ -8,9 +8,9 @@ from .hardware import library_versions
 
 # Minor releases with which all tests, or the suite of `make test-matrix`, passed. A patch release counts as its minor.
 TESTED: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("5.23", "5.24"),
-    "torch": ("2.13",),
-    "accelerate": ("1.15",),
+    "transformers": ("4.57", "5.0", "5.5", "5.10", *(f"5.{minor}" for minor in range(17, 25))),
+    "torch": ("2.13", "2.14"),
+    "accelerate": ("1.14", "1.15"),
 }
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from autotune import codes, route
+from autotune import codes, route, versions
 from autotune import policy as policies
 from autotune.transforms import registry
 from autotune.validate.tiers import TIERS
 from autotune.variant import build, serving
+from autotune.versions import TESTED
 from tests.models import tiny, token_prompts
 
 if TYPE_CHECKING:
@@ -83,6 +84,15 @@ def test_the_transforms_are_those_of_the_registry() -> None:
 
 def test_the_exit_codes_are_those_of_the_table() -> None:
     assert README.split("<!-- codes: begin -->\n")[1].split("\n<!-- codes: end -->")[0] == codes.table()
+
+
+def test_the_versions_that_count_as_tested_are_those_that_passed() -> None:
+    shown = README.split("<!-- versions: begin -->\n")[1].split("\n<!-- versions: end -->")[0]
+    passed = [row[0] for row in rows(shown) if row[-1] == "passed" and row[2] == "0"]
+    found = {
+        name: {versions.minor(each) for each in re.findall(rf"\b{name} ([0-9.]+)", " ".join(passed))} for name in TESTED
+    }
+    assert found == {name: set(minors) for name, minors in TESTED.items()}
 
 
 def test_the_policies_are_those_that_are_shipped() -> None:
