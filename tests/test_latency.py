@@ -21,7 +21,7 @@ from autotune.transforms import Stage, Transform
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Verdict
 from autotune.validate.latency import compare, decide, label, noise_floor
-from autotune.validate.score import Served
+from autotune.validate.score import OutputError, Served
 from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
 from autotune.variant import Variant
 from autotune.workload import Bucket
@@ -241,6 +241,16 @@ def test_what_a_device_still_works_on_is_waited_for(model, queue):
     assert found.ttft_s == pytest.approx(0.03)
     assert found.tpot_s == pytest.approx(0.03, abs=0.002)
     assert queue.clock.now_s == pytest.approx(queue.done_s)
+
+
+@pytest.mark.fault("B41")
+def test_where_no_token_comes_out_there_is_nothing_to_time(model, queue):
+    class Mute(Variant):
+        def sample(self, call):
+            return call.input_ids
+
+    with pytest.raises(OutputError, match="0 tokens reached the streamer, expected 1"):
+        time_request(Served(Mute(model), pad_token_id=0), [PROMPTS[0]], 1, queue.clock)
 
 
 @pytest.mark.fault("B41")

@@ -16,6 +16,8 @@ from .. import route
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..device import Device
+
 START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler trace: a request made, a token out
 
 
@@ -40,39 +42,50 @@ class Request:
 class Stopwatch:
     """A transformers streamer that keeps times instead of tokens. The first thing generate hands over is the prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.ticks: list[float] = []
 
     def put(self, tokens: torch.Tensor) -> None:
         if tokens.device.type != "cpu":  # a loop that hands over what is still being computed
             tokens.cpu()
         with record_function(TICK):
-            self.ticks.append(time.perf_counter())
+            self.ticks.append(self.clock())
 
     def end(self) -> None:
         """Nothing is left to flush."""
 
 
-def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Request:
-    """Generate greedily exactly `new_tokens` tokens for `ids` [B, P] and time them.
+def timed(run: Callable[[Stopwatch], object], device: Device, clock: Callable[[], float]) -> tuple[float, list[float]]:
+    """When a request was made and when each of its tokens came out.
 
-    Work queued before is waited for, and so is what is left when generate returns: a token counts as out when it has
+    Work queued before is waited for, and so is what is left when the request returns: a token counts as out when it has
     reached the host, the last one when the device has nothing left to do.
+
+    Args:
+        run: makes the request, with a streamer.
+    """
+    watch = Stopwatch(clock)
+    device.synchronize()
+    with record_function(START):
+        start = clock()
+    run(watch)
+    tokens = watch.ticks[1:]
+    if device.asynchronous and tokens:
+        device.synchronize()
+        tokens[-1] = clock()
+    return start, tokens
+
+
+def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Request:
+    """Generate greedily exactly `new_tokens` tokens for `ids` [B, P] and time them, as `timed`.
 
     Args:
         served: the model as it will serve (`autotune.variant.serving`).
         ids: prompts of one length, [B, P] int64; every position counts.
         new_tokens: tokens per sequence; none of them ends it.
     """
-    device, watch, run = devices.of(ids.device), Stopwatch(), request(served, ids, new_tokens)
-    device.synchronize()
-    with record_function(START):
-        start = time.perf_counter()
-    run(watch)
-    _, *tokens = watch.ticks
-    if device.asynchronous:
-        device.synchronize()
-        tokens[-1:] = [time.perf_counter()]
+    start, tokens = timed(request(served, ids, new_tokens), devices.of(ids.device), time.perf_counter)
     return Request(start, tuple(tokens))
 
 

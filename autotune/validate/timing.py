@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .. import device as devices
+from ..profile.timing import timed
 from ..workload import Bucket
 from .score import OutputError, Served, Tokens
 
@@ -55,21 +54,15 @@ def time_request(
 ) -> Timing:
     """Time one request of `new_tokens` tokens; end-of-sequence must be off so that every arm generates as many.
 
-    Work queued on the device before is waited for, and the last token counts as out when the device has nothing left to
-    do: a variant that returns early is not a faster one.
+    What the device still works on is waited for (`profile.timing.timed`): a variant that returns early is no faster.
 
     Raises:
         CandidateError: the variant raised, or stopped early (OutputError).
     """
-    count = min(new_tokens, TIMED_TOKENS)
-    watch, device = _Stopwatch(clock), devices.of(served.model.device)
-    device.synchronize()
-    before, start = Disturbance(), clock()
-    served.generate(prompts, count, streamer=watch)
-    marks = watch.marks_s
-    if device.asynchronous:
-        device.synchronize()
-        marks[-1:] = [clock()]
+    count, before = min(new_tokens, TIMED_TOKENS), Disturbance()
+    start, marks = timed(
+        lambda watch: served.generate(prompts, count, streamer=watch), devices.of(served.model.device), clock
+    )
     if len(marks) != count:
         raise OutputError(f"{len(marks)} tokens reached the streamer, expected {count}")
     return timing(start, marks, new_tokens, before.since())
@@ -84,24 +77,6 @@ def timing(start_s: float, marks_s: Sequence[float], new_tokens: int, polluted: 
     if not (ttft > 0 and total > 0 and (math.isnan(tpot) or tpot > 0) and math.isfinite(total)):
         polluted = "the clock did not advance"
     return Timing(ttft, tpot, total, polluted)
-
-
-class _Stopwatch:
-    """A streamer that notes when each token arrives; the prompt, which comes first, is not a token."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.marks_s: list[float] = []
-        self.started = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if value.device.type != "cpu":  # a loop that hands over what is still being computed
-            value.cpu()
-        if self.started:
-            self.marks_s.append(self.clock())
-        self.started = True
-
-    def end(self) -> None: ...
 
 
 class Disturbance:
