@@ -188,9 +188,11 @@ def _missing(scheme: str, where: torch.device) -> str | None:
 @functools.cache
 def _compiled(scheme: str, shape: tuple[int, ...], biased: bool) -> Callable[..., torch.Tensor]:
     """A compiled product for all layers of one kind, with a recompilation limit of its own."""
+    from ..compiled import require_private_cache
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
+    require_private_cache()
     compiled = torch.compile(product, isolate_recompiles=True)  # type: ignore[call-overload]  # missing in the stub
     return cast("Callable[..., torch.Tensor]", compiled)
