@@ -18,6 +18,7 @@ from autotune.transforms import Stage, Transform, make, registry
 from autotune.transforms.linears import LinearTransform
 from autotune.variant import Variant, serving
 from tests import models
+from tests.surroundings import surroundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,16 +103,11 @@ def contents(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def surroundings() -> dict[str, Any]:
+def world() -> dict[str, Any]:
     """Everything about the process that a transform must leave alone."""
     return {
-        "threads": torch.get_num_threads(),
-        "dtype": torch.get_default_dtype(),
-        "grad": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
+        **surroundings(),
         "random": torch.get_rng_state().tolist(),
-        "precision": torch.get_float32_matmul_precision(),
-        "engine": torch.backends.quantized.engine,
         # but for the note that inductor leaves to itself there
         "environment": {k: v for k, v in os.environ.items() if not k.startswith("_TORCHINDUCTOR_")},
         "inductor": torch._inductor.config.get_config_copy(),
@@ -137,7 +133,7 @@ def test_says_why_not_or_edits_the_variant_alone(
 ) -> None:
     before, expected, variant = contents(original), logits(original, prompts), Variant(original)
     transform.unavailable(variant, COMPILER)  # loads what the transform needs, once
-    world = surroundings()
+    around = world()
     reason, candidate = transform.unavailable(variant, COMPILER), variant
     if reason is None:
         try:
@@ -154,7 +150,7 @@ def test_says_why_not_or_edits_the_variant_alone(
         assert all(candidate.modules[phase] is original for phase in untouched)
     else:
         assert len(reason.split()) > 3, "not a sentence"
-    assert surroundings() == world
+    assert world() == around
     assert contents(original) == before
     assert torch.equal(logits(original, prompts), expected)
     assert variant.transforms == ()

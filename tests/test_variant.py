@@ -18,6 +18,7 @@ from autotune.twins import fork
 from autotune.variant import Variant, build, serving
 from autotune.workload import PHASES
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
+from tests.surroundings import surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,17 +44,6 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "config": model.config.to_dict() | {"attention": model.config._attn_implementation},
         "generation": model.generation_config.to_dict(),
         "logits": hashlib.sha256(logits).hexdigest(),
-    }
-
-
-def surroundings() -> dict[str, Any]:
-    """Global state that a variant may only change while it runs."""
-    return {
-        "threads": torch.get_num_threads(),
-        "grad": torch.is_grad_enabled(),
-        "dtype": torch.get_default_dtype(),
-        "precision": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 
 

@@ -11,39 +11,21 @@ import torch
 Mode = Callable[[], AbstractContextManager[Any]]
 
 
+def setting(read: Callable[[], Any], write: Callable[[Any], Any], value: Any) -> Mode:
+    @contextmanager
+    def mode() -> Iterator[None]:
+        before = read()
+        write(value)
+        try:
+            yield
+        finally:
+            write(before)
+
+    return mode
+
+
 def default_dtype(dtype: torch.dtype) -> Mode:
-    @contextmanager
-    def mode() -> Iterator[None]:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-    return mode
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def threads(count: int) -> Mode:
-    @contextmanager
-    def mode() -> Iterator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    return mode
+    return setting(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
 MODES: dict[str, Mode] = {
@@ -57,6 +39,6 @@ MODES: dict[str, Mode] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "default device": lambda: torch.device("cpu"),
     "meta device": lambda: torch.device("meta"),
-    "deterministic": deterministic,
-    "two threads": threads(2),
+    "deterministic": setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    "two threads": setting(torch.get_num_threads, torch.set_num_threads, 2),
 }

@@ -21,7 +21,7 @@ from autotune.tune import Tuned, obstacle_of
 from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.fuzz import models
-from tests.fuzz.seen import modes
+from tests.surroundings import surroundings
 
 Steps = list[tuple[str, dict[str, Any], str]]
 PROMPT, NEW = 12, 20  # tokens: a static cache has room for twice their sum
@@ -117,9 +117,9 @@ def scripted(name: str) -> Iterator[None]:
         mock.patch.object(tuning, "tune", tune),
         mock.patch.object(speculate, "measure_cost", return_value=1.2),  # whether guesses pay is not left to the clock
     ):
-        before = modes()
+        before = surroundings()
         yield
-        assert modes() == before, "tuning left the process in other modes"
+        assert surroundings() == before, "tuning left the process in other modes"
 
 
 def workload(seed: int = 1) -> Workload:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tests.surroundings import surroundings
+
 COUNTED = "counted"  # noted by an object that took the place of a module's forward
 LOG: list[Any] = []  # what hooks, streamers, processors and criteria note down during the call at hand
 RELATIVE = 2e-3  # difference of floating-point results; sums are taken in another order
@@ -34,29 +36,17 @@ class Seen:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def modes() -> dict[str, Any]:
-    return {
-        "threads": torch.get_num_threads(),
-        "dtype": torch.get_default_dtype(),
-        "device": torch.get_default_device(),
-        "grad": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-
-
 def look(call: Callable[[], Any], seed: int) -> Seen:
     """Run a call and note what there is to see."""
     LOG.clear()
     torch.manual_seed(seed)
-    before, seen = modes(), Seen()
+    before, seen = surroundings(), Seen()
     try:
         seen.value = plainly(call())
     except Exception as error:
         seen.error = ADDRESS.sub("0x", f"{type(error).__module__}.{type(error).__name__}: {error}")
     seen.random, seen.log = torch.get_rng_state(), list(LOG)
-    after = modes()
+    after = surroundings()
     seen.left = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
     return seen
 
