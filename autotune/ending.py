@@ -75,6 +75,10 @@ class Worker(threading.Thread):
             self._work()
         except Cancelled:
             log.debug("%s was called off", self.name)
+        except Exception:
+            if not ends():
+                raise
+            log.debug("%s failed as the process ended", self.name, exc_info=True)
         finally:
             while self._interruptible:
                 with suppress(Cancelled), self._guard:
@@ -128,6 +132,11 @@ def _go_on() -> None:
         raise Cancelled
 
 
+def ends() -> bool:
+    """Whether the process ends. What fails then may follow from that: no thread starts, some modules do not load."""
+    return _ended or (getattr(threading, "_SHUTTING_DOWN", False) and not _goes_on())
+
+
 def end() -> None:
     """End every thread of ours, within `MOST_S`."""
     global _ended
@@ -160,15 +169,17 @@ def _join(workers: Iterable[Worker], until_s: float) -> None:
 
 
 def _before_executors() -> None:
-    """Runs ahead of the hook that waits for executors' threads, which may be compiling for ours.
+    """Runs ahead of the hook that waits for executors' threads, which may be compiling for ours."""
+    if not _goes_on():
+        end()
 
-    Where the script goes on in threads of its own (a server's), everything goes on.
-    """
+
+def _goes_on() -> bool:
+    """Whether the script goes on in threads of its own (a server's) when its main thread is done; then all goes on."""
     own = threading.main_thread()
     waited_for = set(getattr(executors, "_threads_queues", ()))
     others = [t for t in threading.enumerate() if t is not own and not t.daemon and t not in waited_for]
-    if not any(type(t).__name__ != "_ExecutorManagerThread" for t in others):
-        end()
+    return any(type(t).__name__ != "_ExecutorManagerThread" for t in others)
 
 
 @contextmanager

@@ -432,7 +432,7 @@ class Handle:
         except Cancelled:
             log.debug("tuning was called off")
         except Exception as error:
-            if self._traffic.cancelled:  # whatever it was, it follows from that
+            if self._traffic.cancelled or ending.ends():  # whatever it was, it follows from that
                 log.debug("tuning was called off", exc_info=True)
                 return
             self._active, self._state = None, "failed"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import device as devices
 from . import placement, route, selfcheck
 from . import policy as policies
+from .device import trace
 from .drafts import unfit
 from .errors import UnsupportedModelError, warn
 from .handle import Handle
@@ -79,6 +80,8 @@ def wrap(
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
     if (wrapped := model.__dict__.get(route.SLOT)) is not None:
         wrapped.unwrap()
+    if when == "background":
+        trace.initialise()  # the thread that tunes would be the wrong one
     handle = Handle(
         model,
         tokenizer=tokenizer,

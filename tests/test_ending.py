@@ -110,6 +110,13 @@ def test_a_process_ends_in_the_middle_of_a_compilation(wait: float) -> None:
     assert (done.returncode, noise(done)) == (0, "")
 
 
+def test_what_fails_because_the_process_ends_is_not_reported() -> None:
+    """Modules first loaded then may not register what they do at exit, `concurrent.futures.process` for one."""
+    work = "exec('while not threading._SHUTTING_DOWN: pass'); threading._register_atexit(print)"
+    done = run(WORKING.format(work=work))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_script_that_goes_on_in_its_own_threads_keeps_ours() -> None:
     script = """
 import threading, time

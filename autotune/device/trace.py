@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import MeasurementError
 
 if TYPE_CHECKING:
@@ -44,6 +46,18 @@ def record(work: Callable[[], object], device: Device, **options: Any) -> bytes:
         raise MeasurementError(
             f"the profiler's trace could not be written ({error}): make room for it, or set TMPDIR to another directory"
         ) from error
+
+
+def initialise() -> None:
+    """Have the calling thread initialise the profiling library, which takes about a millisecond.
+
+    It wants to be initialised by the thread that loaded torch, and writes an error to stderr when another comes first.
+    """
+    from torch.autograd.profiler import profile
+
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with silent_kineto(), profile(use_kineto=False):
+            pass
 
 
 @contextmanager
