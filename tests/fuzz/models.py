@@ -15,6 +15,7 @@ from tests.models import ARCHITECTURES, GROUPED, SPECIAL, tiny
 
 VOCABULARY = 64
 LARGEST = 127  # in INT8; one number of each 32 in a row or a column is as large, so that scales are powers of two
+GROUP = 32
 SPREAD = 40.0  # standard deviation of the others
 UNIT = 2.0**-7
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,7 +64,11 @@ def _numbers(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     numbers = (torch.randn(shape, generator=generator) * SPREAD).round().clamp(-LARGEST, LARGEST)
     rows, columns = torch.meshgrid(torch.arange(shape[0]), torch.arange(shape[1]), indexing="ij")
     signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
-    return torch.where((rows - columns) % 32 == 0, signs * LARGEST, numbers) * UNIT
+    large = (rows - columns) % GROUP == 0
+    for one, other, size in ((rows, columns, shape[1]), (columns, rows, shape[0])):
+        if (rest := size % GROUP) != 0:  # the last group is a short one
+            large |= (other >= size - rest) & ((one - other) % rest == 0)
+    return torch.where(large, signs * LARGEST, numbers) * UNIT
 
 
 def prompts(rows: int, length: int, seed: int) -> torch.Tensor:
