@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from autotune import shrink, stateful
+from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Verdict
 from autotune.validate.divergence import compare_logits, find_defect
 from autotune.validate.exam import Text
 from autotune.validate.quality import Exam, judge, repetition
 from autotune.validate.tally import Tally
-from autotune.validate.tiers import TIERS
+from autotune.validate.tiers import SIZES, TIERS
 from autotune.variant import Variant
 from benchmarks.prove.corruptions import (
     CORRUPTIONS,
@@ -27,6 +30,7 @@ from benchmarks.prove.corruptions import (
     with_logits,
     zeroed_head,
 )
+from tests import architectures
 
 VOCABULARY = 200
 
@@ -258,6 +262,35 @@ def test_reference_logits_beyond_the_memory_limit_are_computed_again(model, prom
     monkeypatch.setattr("autotune.validate.exam.KEEP_BYTES", 0)
     exam = Exam.prepare(model, prompts, pad_token_id=0)
     assert judge(exam, edited(model, lambda module: None), "lossless").verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "phi3", "bloom", "mamba2", "gemma3_text"])
+def test_a_padded_batch_is_read_at_once_as_it_would_be_stepped(name, prompts):
+    original = architectures.built(name)
+    exam = Exam(original, SIZES["quick"], 0, (2,))
+    own = [[token % shrink.VOCABULARY for token in prompt[:40]] for prompt in prompts]
+    (group, *_) = exam._pad([tuple(max(3, token) for token in prompt) for prompt in own])
+    stateful.of(original)  # which runs it
+    calls = []
+    original.register_forward_pre_hook(lambda *given: calls.append(given))
+    read = exam.reference(group)
+    assert len(calls) == 1
+    stepped = exam.reference(group, stepped=True)
+    assert len(calls) == 1 + len(group[0].scored)
+    assert read.shape == stepped.shape == (len(group), len(group[0].scored), shrink.VOCABULARY)
+    targets = torch.tensor([text.scored for text in group])
+    assert compare_logits(read.flatten(0, 1), stepped.flatten(0, 1), targets.flatten()).kld.max() < 1e-4
+
+
+def test_in_16_bits_a_lossless_candidate_is_compared_with_steps(model, prompts):
+    original = copy.deepcopy(model).bfloat16()
+    exam = Exam.prepare(original, prompts, pad_token_id=0)
+    candidate = Variant(original).with_transform(LeanLoop("decode"))
+    assert exam.noise_kld > 1e-6, "steps and a full forward round alike here, so this shows nothing"
+    found = judge(exam, candidate, "lossless")
+    assert found.verdict is Verdict.PASS, found.reason
+    assert found.mean_kld < 1e-6
+    assert judge(exam, candidate, "strict").mean_kld > 1e-6
 
 
 def test_texts_cross_powers_of_two_and_batches_are_ragged(exam):

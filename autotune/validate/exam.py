@@ -77,7 +77,7 @@ class Exam:
     tie_nats: float = NEAR_TIE_NATS
     problem: str | None = None
     traffic: Traffic | None = None
-    _kept: dict[tuple[Text, ...], torch.Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[tuple[Text, ...], bool], torch.Tensor] = field(default_factory=dict)
     _kept_bytes: int = 0
 
     @classmethod
@@ -130,22 +130,26 @@ class Exam:
         """Everything that is scored together: single texts, padded batches, long texts."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
 
-    def reference(self, group: tuple[Text, ...]) -> torch.Tensor:
+    def reference(self, group: tuple[Text, ...], stepped: bool = False) -> torch.Tensor:
         """The original's logits [B, T, V] for the scored tokens of a group.
 
-        A single text is read in one full forward; a padded batch is stepped, since what the original makes of padding
-        is what users get today.
+        Args:
+            stepped: from one decoding step each, as candidates are judged; otherwise from one full forward, which says
+                the same but for rounding and takes a fraction of the time.
         """
-        if group in self._kept:
-            return self._kept[group].to(self.original.device).float()
-        if len(group) == 1:
-            logits = self.read(Served(self.plain(), self.pad_token_id), group[0])[None]
+        if (found := self._kept.get((group, stepped))) is not None:
+            return found.to(self.original.device).float()
+        served = Served(self.plain(), self.pad_token_id)
+        if stepped:
+            logits = self.step(served, group)
+        elif len(group) == 1:
+            logits = self.read(served, group[0])[None]
         else:
-            logits = self.step(Served(self.plain(), self.pad_token_id), group)
+            logits = served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
         logits = logits.float()
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
         if self._kept_bytes + 2 * logits.numel() <= KEEP_BYTES:
-            self._kept[group] = logits.half().cpu()
+            self._kept[group, stepped] = logits.half().cpu()
             self._kept_bytes += 2 * logits.numel()
         return logits
 

@@ -25,6 +25,7 @@ __all__ = ["Exam", "compare_logits", "decide", "judge"]
 
 log = logging.getLogger("autotune")
 
+FULL_BYTES = 4  # of a number; narrower ones round so that a step and a full forward differ by more than lossless is
 EARLY_PROMPTS = 4  # prompts before a candidate may fail early
 EARLY_FACTOR = 3.0  # times the limit at which it does; also what a part of the exam with few prompts may reach
 LENGTH_RATIO = (0.9, 1.1)  # of free-running output
@@ -67,6 +68,7 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
     served = Served(variant, exam.pad_token_id, fall_back=False)
     tally.left = served.left
     reads = variant.modules["prefill"] is not variant.original
+    stepped = limits.name == "lossless" and exam.original.dtype.itemsize < FULL_BYTES
     singles = [(t,) for t in exam.texts]
     order = [
         *singles[:EARLY_PROMPTS],
@@ -77,9 +79,10 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
     ]
     for k, group in enumerate(order):
         progress("comparing with the original", k / len(order))
-        reference = exam.reference(group)
         for stratum, logits in answers(exam, served, group, reads):
-            _add(tally, reference, logits, group, stratum, exam.original.dtype if stratum == "prefill" else None)
+            alike = stepped and stratum != "prefill"
+            dtype = exam.original.dtype if stratum == "prefill" else None
+            _add(tally, exam.reference(group, alike), logits, group, stratum, dtype)
         if k >= EARLY_PROMPTS - 1:
             _fail_early(tally, limits, exam)
 

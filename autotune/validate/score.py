@@ -125,6 +125,50 @@ class Served:
         raise CandidateError(failure)
 
 
+    def read_together(self, texts: Sequence[Tokens], last: int) -> torch.Tensor:
+        """Logits [B, last, V] at the last positions of left-padded texts, from one forward of the model as it is.
+
+        The texts are a prompt of generate's, which says what padding means: masks and positions are its own.
+
+        Raises:
+            CandidateError: the model raised.
+        """
+        reader = _Reader(last)
+        ids, mask = left_padded(texts, self.pad_token_id, self.model.device)
+        model: Any = route.greedy(route.routed(self.variant.original, reader), self.pad_token_id)
+        try:
+            with self.variant.turn():
+                model.generate(ids, attention_mask=mask, max_new_tokens=1)
+        except DeviceError:
+            raise
+        except Exception as error:
+            outside.pass_on(error)
+            failure = in_words(error)
+        else:
+            return reader.logits
+        raise CandidateError(failure)
+
+
+class _Reader:
+    """A router that keeps the logits of a prompt's last tokens."""
+
+    logits: torch.Tensor  # [B, last, V]
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def sample(self, call: seam.Sampling) -> Any:
+        return call.run_on(route.routed(call.model, self))
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out: Any = seam.bare_class(model).forward(model, *args, **kwargs | seam.last_logits(model, self.last))
+        self.logits = seam.logits(out)[:, -self.last :]
+        return out
+
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class _Teacher:
     """A logits processor that keeps the raw scores and forces the next token."""
 
