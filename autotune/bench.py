@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Literal
 from . import device as devices
 from . import probation
 from . import profile as profiling
+from .choose import tier_for
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
-from .plan import Plan
+from .plan import Confirmation, Plan, Target
 from .policy import Limits, Policy
 from .profile import Profile
 from .profile.counts import activation_dtype, cache_size
-from .search import tier_for
 from .sites import stored_bytes
-from .transforms import Transform, is_foreign
+from .transforms import Transform
 from .transforms.linears import LinearTransform
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
-METRICS: dict[Phase, Metric] = {"prefill": "ttft", "decode": "tpot"}
+METRICS: dict[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}
 GLANCE_TOKENS = 5
 SPOT_TOKENS = 8  # of a request by which a kept plan is timed again
 PROFILE_S, BRIEF_PROFILE_S = 24.0, 6.0  # with batch and context scaling, and without
@@ -94,18 +94,17 @@ class LiveBench:
 
         return seconds(incumbent) / seconds(candidate)
 
-    def risk(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
-        if not (is_foreign(transform) and probation.is_possible(self.hardware.device)):
+    def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
+        if not probation.is_possible(self.hardware.device):
             return None
         bucket = self.buckets[0]
         prompts = request(bucket, self.tuning.prompts, 0)
 
         def work() -> None:
-            candidate = incumbent.with_transform(transform)
-            Served(candidate, self.pad).generate(prompts, min(bucket.new_tokens, GLANCE_TOKENS))
+            Served(make(), self.pad).generate(prompts, min(bucket.new_tokens, GLANCE_TOKENS))
 
         self.notify(f"trying {transform} in a child process first")
-        return probation.death_of(work, most_s, incumbent.turn)
+        return probation.death_of(work, most_s, self.original.turn)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         return quality.judge(self.exam, variant, tier)
@@ -116,8 +115,8 @@ class LiveBench:
             return None
         return Probe(self.exam, incumbent, transform, tier)
 
-    def race(self, incumbent: Variant, candidate: Variant, phase: Phase) -> Latency:
-        return self._compare(incumbent, candidate, METRICS[phase], self.tuning, pairs=25)
+    def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
+        return self._compare(incumbent, candidate, METRICS[target], self.tuning, pairs=25)
 
     def free_bytes(self) -> float:
         return self.device.memory().free
@@ -132,13 +131,15 @@ class LiveBench:
     def tidy(self) -> None:
         self.device.trim()
 
-    def confirm(self, variant: Variant) -> tuple[Quality, Latency | None]:
-        """The winner once more, on prompts it was not chosen on and with fresh timing (against the winner's curse)."""
-        exam = self._exam(self.held_out, self._texts[1])
-        verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
+    def confirm(self, variant: Variant) -> Confirmation:
+        """An accepted variant once more, on prompts it was not chosen on and with fresh timing."""
+        if (failure := self.stress(variant)) is not None:
+            return Confirmation(failure)
+        verdict = quality.judge(self.held_out_exam, variant, tier_for(variant, self.policy))
         if verdict.verdict is not Verdict.PASS:
-            return verdict, None
-        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
+            return Confirmation(None, verdict)
+        found = self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
+        return Confirmation(None, verdict, found)
 
     def stress(self, variant: Variant) -> str | None:
         """What goes wrong with the largest request of the workload, the first that would run out of memory; or None."""
@@ -169,6 +170,10 @@ class LiveBench:
     @cached_property
     def exam(self) -> Exam:
         return self._exam(self.tuning, self._texts[0])
+
+    @cached_property
+    def held_out_exam(self) -> Exam:
+        return self._exam(self.held_out, self._texts[1])
 
     @cached_property
     def noise(self) -> float:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import codec, route
 from .errors import PlanError
 from .transforms import Transform
-from .validate import Latency, Quality
-from .workload import Phase
+from .validate import Latency, Quality, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .variant import Variant
+
+Target = Literal["prefill", "decode", "both"]  # what is to be faster: a phase, or whole requests
 
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 
@@ -39,9 +40,9 @@ class Trial:
     """One candidate and what became of it.
 
     Args:
-        transform: the candidate.
+        transform: the candidate, or the first of several that are tried at once.
         step: name of the policy step.
-        target: the phase it should speed up.
+        target: what it should speed up.
         outcome: what became of it.
         reason: one sentence with numbers.
         predicted: best-case speed-up of the target phase from the roofline.
@@ -49,11 +50,13 @@ class Trial:
         latency: against the variant accepted before; None when it did not come to that.
         seconds: time spent on it, compilation included.
         compile_s: share of that spent applying and compiling.
+        others: those that are tried at once with it.
+        instead_of: transforms of the variant accepted before that are left out for it.
     """
 
     transform: Transform
     step: str
-    target: Phase
+    target: Target
     outcome: Outcome
     reason: str
     predicted: float | None = None
@@ -61,6 +64,53 @@ class Trial:
     latency: Latency | None = None
     seconds: float = 0.0
     compile_s: float = 0.0
+    others: tuple[Transform, ...] = ()
+    instead_of: tuple[Transform, ...] = ()
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """All that it adds."""
+        return (self.transform, *self.others)
+
+    @property
+    def candidate(self) -> str:
+        """What was tried, in words."""
+        names = " + ".join(map(str, self.transforms))
+        return f"{names} instead of {' + '.join(map(str, self.instead_of))}" if self.instead_of else names
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The second look at a variant, on prompts that it was not chosen on (against the winner's curse).
+
+    Args:
+        failure: what went wrong with the workload's largest request, or None.
+        quality: against the original; None when it did not come to that.
+        latency: against the original; None when it did not come to that.
+    """
+
+    failure: str | None = None
+    quality: Quality | None = None
+    latency: Latency | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.latency is not None and self.latency.verdict is Verdict.PASS
+
+    @property
+    def is_disproof(self) -> bool:
+        """Whether it turned the variant down on its merits, not for noise or too little text."""
+        if self.latency is not None:
+            return self.latency.verdict is Verdict.FAIL and not self.latency.drowned
+        return self.quality is not None and self.quality.verdict is Verdict.FAIL
+
+    @property
+    def reason(self) -> str:
+        """What decided, in a sentence that follows "on held-out prompts"."""
+        if self.failure is not None:
+            return self.failure
+        found = self.latency or self.quality
+        return found.reason if found else "nothing could be measured"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from . import bench as benches
 from . import fingerprint, hardware, outside, placement, store
 from .bench import LiveBench
 from .errors import AutotuneError, PlanError, TransformError
-from .plan import Fingerprint, Plan
+from .plan import Confirmation, Fingerprint, Plan
 from .policy import Policy
 from .report import Drawn, Report, read
 from .revision import hooked
@@ -87,7 +87,7 @@ def tune(
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle)
     tuned = conclude(found, bench, identity, start)
     if fingerprint.of_model(model) != identity.model:
-        culprits = ", ".join(sorted({t.transform.name for t in found.trials if t.compile_s}))
+        culprits = ", ".join(sorted({t.name for trial in found.trials if trial.compile_s for t in trial.transforms}))
         raise AutotuneError(
             f"the model's weights changed during tuning: another thread or one of the transforms tried ({culprits}) "
             "wrote into them; nothing was committed; reload the model"
@@ -112,14 +112,10 @@ def obstacle_of(original: Variant) -> str | None:
 
 
 def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float) -> Tuned:
-    """Confirm the search's winner on held-out prompts; what does not confirm is not kept."""
-    winner, quality, latency, failure = found.after.variant, None, None, None
-    if winner.transforms:
-        bench.notify("confirming the winner on held-out prompts")
-        failure = bench.stress(winner)
-        if failure is None:
-            quality, latency = bench.confirm(winner)
-    conclusion = Conclusion(found.trials, winner.transforms, failure, quality, latency)
+    """What the search came to as a plan and a report."""
+    winner, shown = found.after.variant, found.confirmation or Confirmation()
+    transforms, quality, latency = winner.transforms or found.refuted, shown.quality, shown.latency
+    conclusion = Conclusion(found.trials, transforms, shown.failure, quality, latency)
     kept = conclusion.is_committed
     variant = winner if kept else bench.original
     after = None

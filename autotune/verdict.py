@@ -154,7 +154,7 @@ def _not_better(trials: Sequence[Trial]) -> str:
 
 def _names(trials: Iterable[Trial]) -> str:
     """Names of their transforms, each once; where they are many, the first ones."""
-    names = list(dict.fromkeys(trial.transform.name for trial in trials))
+    names = list(dict.fromkeys(transform.name for trial in trials for transform in trial.transforms))
     if len(names) <= MOST_NAMES:
         return ", ".join(names)
     return f"{', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"

@@ -31,10 +31,12 @@ import torch
 
 from autotune import bench, demo, hardware, search, workload
 from autotune import policy as policies
+from autotune.choose import make
 from autotune.load import load
 from autotune.plan import Outcome, Trial
 from autotune.policy import Choice, Policy, Step
 from autotune.transforms import Stage
+from autotune.trying import Trier
 from autotune.validate import Speedup
 from autotune.variant import Variant
 
@@ -66,7 +68,7 @@ class Arm:
             "skipped": len(self.trials) - len(self.tried),
             "trials": [
                 {
-                    "transform": str(t.transform),
+                    "transform": t.candidate,
                     "step": t.step,
                     "phase": t.target,
                     "predicted": t.predicted,
@@ -84,7 +86,7 @@ def speedup(trial: Trial) -> float | None:
     """Of the phase the trial was for, against the variant it was tried on."""
     if trial.latency is None:
         return None
-    measured = trial.latency.ttft if trial.target == "prefill" else trial.latency.tpot
+    measured: Speedup = getattr(trial.latency, bench.METRICS[trial.target])
     return measured.ratio
 
 
@@ -98,11 +100,11 @@ def diagnosed(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
 def everything(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
     """Every choice that any built-in policy has for this device, the best first, until nothing more passes."""
     start = time.monotonic()
-    run = search._Search(side.policy, side.hardware, side, notify, time.monotonic, math.inf)
-    variant = side.original
+    trier = Trier(side.policy, side.hardware, side, notify, time.monotonic, math.inf)
+    variant, trials = side.original, list[Trial]()
     for step in catalogue(side.hardware.device):
-        variant = exhaust(run, step, variant)
-    return Arm(variant, tuple(run.trials), time.monotonic() - start)
+        variant = exhaust(trier, step, variant, trials)
+    return Arm(variant, tuple(trials), time.monotonic() - start)
 
 
 def catalogue(device: str) -> list[Step]:
@@ -113,7 +115,7 @@ def catalogue(device: str) -> list[Step]:
         if step.devices and device not in step.devices:
             continue
         for choice in step.choices:
-            known = grouped.setdefault((search.make(choice).stage, step.phase), [])
+            known = grouped.setdefault((make(choice).stage, step.phase), [])
             if choice not in known:
                 known.append(choice)
     return [
@@ -122,21 +124,19 @@ def catalogue(device: str) -> list[Step]:
     ]
 
 
-def exhaust(run: search._Search, step: Step, variant: Variant) -> Variant:
-    """The best that the choices of one step make of `variant`."""
-    choices = [search.make(choice) for choice in step.choices]
+def exhaust(trier: Trier, step: Step, variant: Variant, trials: list[Trial]) -> Variant:
+    """The best that the choices of one step make of `variant`; adds to `trials`."""
+    choices = [make(choice) for choice in step.choices]
     while True:
         accepted: list[tuple[float, int, Variant]] = []
         for i, transform in enumerate(choices):
             trial = Trial(transform, step.name, step.phase, Outcome.UNAVAILABLE, "")
-            if reason := transform.unavailable(variant, run.hardware):
-                run.trials.append(replace(trial, reason=reason))
+            if reason := transform.unavailable(variant, trier.hardware):
+                trials.append(replace(trial, reason=reason))
                 continue
-            began = time.monotonic()
-            run.notify(f"trying {transform} for {step.phase}")
-            trial, candidate = run.attempt(trial, variant)
-            run.trials.append(replace(trial, seconds=time.monotonic() - began))
-            run.notify(f"{trial.outcome} {transform}: {trial.reason}")
+            trier.notify(f"trying {transform} for {step.phase}")
+            trial, candidate = trier.attempt(trial, variant)
+            trials.append(trial)
             if trial.outcome is Outcome.ACCEPTED and candidate is not None:
                 accepted.append((speedup(trial) or 1.0, i, candidate))
         if not accepted:

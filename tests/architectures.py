@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autotune import hardware, route, seam, shrink
+from autotune.choose import unavailable
 from autotune.errors import AutotuneError, ChoiceError, TransformError
-from autotune.search import unavailable
 from autotune.transforms import Stage, Transform, make, registry
 from autotune.variant import Variant
 from autotune.wrap import unsupported

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import pytest
 
 from autotune import policy, transforms
+from autotune.choose import why_not
 from autotune.diagnose import Diagnosis
 from autotune.hardware import Hardware
-from autotune.search import why_not
 from autotune.transforms import Stage
 from tests.test_policy import NAMES
 

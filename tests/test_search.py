@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import transforms
+from autotune import choose, compose, transforms, trying
 from autotune.diagnose import Diagnosis
 from autotune.errors import DeviceError, TransformError
 from autotune.hardware import Hardware
-from autotune.plan import Outcome
+from autotune.plan import Confirmation, Outcome
 from autotune.policy import Choice, Limits, Policy, Step
 from autotune.search import Found, search
 from autotune.transforms import Blocker, Stage, Transform
@@ -23,6 +23,12 @@ from autotune.validate import Latency, Quality, Speedup, Verdict
 from autotune.variant import Variant
 
 HARDWARE = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
+
+
+GAIN = Speedup(1.5, 1.4, 1.6, 8)
+CONFIRMED = Confirmation(
+    None, Quality("strict", Verdict.PASS, "ok"), Latency(Verdict.PASS, "ok", GAIN, GAIN, GAIN, 0.01)
+)
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,20 @@ class Scripted(Transform):
     breaks: str = ""
     idle: str = ""
     takes: float = 0.0
+    at: int = 1
 
     name: ClassVar[str] = "scripted"
-    stage: ClassVar[Stage] = Stage.WEIGHTS
     summary: ClassVar[str] = "for tests"
+
+    @property
+    def stage(self) -> Stage:  # type: ignore[override]
+        return Stage(self.at)
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         return Blocker(self.blocker) if self.blocker else self.missing or None
 
     def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
-        return {"decode": self.promises}
+        return dict.fromkeys(self.phases, self.promises)
 
     def extra_bytes(self, variant: Variant) -> float:
         return self.takes
@@ -70,6 +80,7 @@ class ScriptedBench:
     bottlenecks: dict[str, str] = field(default_factory=dict)  # label, or "" for the original -> decode's bottleneck
     glances: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    confirmations: dict[str, Confirmation] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
     free: float = 8e9
     examined: bool = True
@@ -90,7 +101,7 @@ class ScriptedBench:
     def memory_ratio(self, variant: Variant) -> float:
         return self.memory.get(self.label(variant), 1.0)
 
-    def risk(self, incumbent: Variant, transform: Transform, most_s: float) -> str | None:
+    def risk(self, transform: Transform, make: Any, most_s: float) -> str | None:
         return None
 
     def glance(self, incumbent: Variant, candidate: Variant, phase: str) -> float:
@@ -111,6 +122,11 @@ class ScriptedBench:
         once = Speedup(1.5, 1.4, 1.6, 8)
         verdict = self.speed.get(label, Verdict.PASS)
         return Latency(verdict, f"speed of {label}", once, once, once, 0.01, drowned=self.drowned)
+
+    def confirm(self, variant: Variant) -> Confirmation:
+        label = self.label(variant)
+        self.calls.append(f"confirm {label}")
+        return self.confirmations.get(label, CONFIRMED)
 
     def free_bytes(self) -> float:
         return self.free
@@ -391,3 +407,142 @@ def test_an_interruption_is_not_taken_for_a_failed_trial(stop: type[BaseExceptio
 
     with pytest.raises(stop):
         run(Interrupted(), policy(step({})))
+
+
+# The draft: what promises the most, in one piece
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted transforms count as autotune's own, as those of a draft have to."""
+    for module in (compose, choose, trying):
+        monkeypatch.setattr(module, "is_foreign", lambda transform: False)
+
+
+WEIGHTS = step({"label": "int4", "promises": 4.0}, {"label": "int8", "promises": 3.0}, name="weights")
+PROGRAM = step(
+    {"label": "program", "promises": 2.5, "at": 6}, {"label": "loop", "promises": 1.5, "at": 5}, name="overhead"
+)
+PREFILL = Step("prefill", "prefill", (Choice("scripted", {"label": "fused", "promises": 1.4, "at": 3}, "prefill"),))
+
+
+def tried(bench: ScriptedBench) -> list[str]:
+    return [call for call in bench.calls if call.startswith(("race", "confirm"))]
+
+
+def committed(found: Found) -> list[str]:
+    return sorted(transform.label for transform in found.after.variant.transforms)  # type: ignore[attr-defined]
+
+
+def candidates(found: Found) -> dict[str, str]:
+    def named(transforms: tuple[Transform, ...]) -> str:
+        return "+".join(str(transform.params["label"]) for transform in transforms)
+
+    return {
+        named(t.transforms) + (f" for {named(t.instead_of)}" if t.instead_of else ""): str(t.outcome)
+        for t in found.trials
+    }
+
+
+@pytest.mark.usefixtures("own")
+def test_the_best_of_every_step_is_tried_in_one_piece_and_confirmed_at_once() -> None:
+    bench = ScriptedBench()
+    found = run(bench, policy(WEIGHTS, PROGRAM, PREFILL))
+    assert tried(bench)[:2] == ["race original program", "confirm program"]
+    assert found.trials[0].target == "both"
+    assert candidates(found) == {
+        "int4+fused+program": "accepted",
+        "int8 for int4": "skipped",
+        "loop for program": "skipped",
+    }
+    assert committed(found) == ["fused", "int4", "program"]
+    assert found.confirmation == CONFIRMED
+
+
+@pytest.mark.usefixtures("own")
+def test_a_draft_takes_the_narrowest_weights_whose_loss_will_do_and_the_others_are_refined_later() -> None:
+    bench = ScriptedBench(probes={"int4": ScriptedProbe(1)})
+    found = run(bench, policy(WEIGHTS, PROGRAM))
+    assert candidates(found) == {
+        "int8+program": "accepted",
+        "int4 for int8": "rejected",
+        "a2 for int8": "accepted",
+        "loop for program": "skipped",
+    }
+    assert "read at once, mean KLD is 0.06" in next(t.reason for t in found.trials if t.instead_of)
+    assert not any(call.startswith("judge int4") for call in bench.calls), "its loss was known"
+    assert committed(found) == ["a2", "program"]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("bench", "expected", "left"),
+    [
+        (
+            {"speed": {"program": Verdict.FAIL}},
+            {"int4+fused+program": "rejected", "int4+program": "rejected"},
+            ["fused", "int4", "int8", "loop"],
+        ),
+        ({"quality": {"program": Verdict.FAIL}}, {"int4+fused+program": "rejected"}, ["fused", "int4", "int8", "loop"]),
+        (
+            {"confirmations": {"program": Confirmation("it ran out of memory")}},
+            {"int4+fused+program": "inconclusive"},
+            ["fused", "int4", "int8", "loop"],
+        ),
+    ],
+)
+def test_a_draft_that_fails_is_tried_by_phase_and_then_step_by_step(
+    bench: dict[str, Any], expected: dict[str, str], left: list[str]
+) -> None:
+    found = run(ScriptedBench(**bench), policy(WEIGHTS, PROGRAM, PREFILL))
+    outcomes = candidates(found)
+    assert {name: outcomes[name] for name in expected} == expected
+    assert committed(found) == left
+
+
+@pytest.mark.usefixtures("own")
+def test_a_draft_has_one_transform_of_a_stage_and_no_threads() -> None:
+    """Two that save the same time would be promised it twice."""
+    again = step({"label": "other", "promises": 2.0}, name="other weights")
+    threads = step({"label": "threads", "promises": 1.9, "at": 8}, name="threads")
+    found = run(ScriptedBench(), policy(WEIGHTS, again, PROGRAM, threads))
+    assert candidates(found)["int4+program"] == "accepted"
+    assert {"other", "threads"} <= set(candidates(found)), "they are tried by themselves"
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    "hindrance", [{"missing": "no"}, {"takes": 1e12}, {"refuses": "no"}, {"breaks": "no"}, {"idle": "no"}]
+)
+def test_what_cannot_be_had_is_not_in_the_draft(hindrance: dict[str, Any]) -> None:
+    weights = step({"label": "int4", "promises": 4.0, **hindrance}, {"label": "int8", "promises": 3.0}, name="weights")
+    found = run(ScriptedBench(), policy(weights, PROGRAM))
+    assert candidates(found)["int8+program"] == "accepted"
+
+
+@pytest.mark.usefixtures("own")
+def test_after_a_draft_what_is_worth_the_most_comes_first() -> None:
+    small = step({"label": "small", "promises": 1.1, "at": 7}, bottlenecks=("overhead",), name="small")
+    large = step({"label": "large", "promises": 1.8, "at": 7}, bottlenecks=("overhead",), name="large")
+    bench = ScriptedBench(bottlenecks={"": "memory", "program": "overhead", "large": "overhead", "small": "overhead"})
+    run(bench, policy(WEIGHTS, small, large, PROGRAM))
+    assert tried(bench) == [
+        "race original program",
+        "confirm program",
+        "race program large",
+        "confirm large",
+        "race large small",
+        "confirm small",
+    ]
+
+
+def test_what_held_out_prompts_do_not_confirm_is_not_kept_and_says_so() -> None:
+    failed = replace(CONFIRMED, latency=replace(CONFIRMED.latency, verdict=Verdict.FAIL, reason="no gain of 3 %"))  # type: ignore[type-var]
+    bench = ScriptedBench(confirmations={"a": failed})
+    found = run(bench, policy(step({"promises": 3.0}, {"label": "b"})))
+    assert outcomes(found) == {"a": "rejected", "b": "accepted"}
+    assert found.trials[0].reason == "speed of a; on held-out prompts, no gain of 3 %"
+    assert (committed(found), found.confirmation) == (["b"], CONFIRMED)
+    alone = run(ScriptedBench(confirmations={"a": failed}), policy(step({})))
+    assert (committed(alone), alone.confirmation) == ([], failed)
+    assert [t.label for t in alone.refuted] == ["a"]  # type: ignore[attr-defined]

@@ -14,11 +14,12 @@ import pytest
 
 from autotune import policy as policies
 from autotune import transforms
+from autotune.choose import parameter_count, why_not
 from autotune.diagnose import Diagnosis
 from autotune.hardware import Hardware
 from autotune.plan import Trial
 from autotune.policy import Policy
-from autotune.search import Found, parameter_count, search, why_not
+from autotune.search import Found, search
 from autotune.transforms import Transform
 from autotune.validate import Latency, latency
 from autotune.validate.timing import Timing

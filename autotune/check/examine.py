@@ -48,12 +48,15 @@ class RecordedExam(Exam):
             vocabulary=baseline.subject.vocabulary,
         )
 
-    def reference(self, group: tuple[Text, ...], ruled_out: torch.Tensor | None = None) -> torch.Tensor:
+    def reference(
+        self, group: tuple[Text, ...], ruled_out: torch.Tensor | None = None, *, stepped: bool = False
+    ) -> torch.Tensor:
         """Log-probabilities [B, T, V], those that were not kept filled in evenly: for guards, not for divergences.
 
         Args:
             group: of the exam's texts.
             ruled_out: [B, T, V] tokens that the candidate rules out, which models with padded vocabularies do.
+            stepped: as of any exam; what was recorded is there in one form.
         """
         flat = None if ruled_out is None else ruled_out.flatten(0, 1).cpu()
         dense = self.compacts[group].dense(self.vocabulary, flat)

@@ -187,9 +187,9 @@ def _trial(trial: Trial) -> dict[str, Any]:
     metric = METRIC.get(trial.target, "end_to_end")
     speedup: Speedup | None = getattr(trial.latency, metric, None)
     return {
-        "candidate": str(trial.transform),
+        "candidate": trial.candidate,
         "transform": trial.transform.name,
-        "phase": trial.transform.phase,
+        "phase": "both" if trial.target == "both" else trial.transform.phase,
         "params": trial.transform.params,
         "target": trial.target,
         "step": trial.step,

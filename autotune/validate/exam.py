@@ -130,7 +130,7 @@ class Exam:
         """Everything that is scored together: single texts, padded batches, long texts."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
 
-    def reference(self, group: tuple[Text, ...], stepped: bool = False) -> torch.Tensor:
+    def reference(self, group: tuple[Text, ...], *, stepped: bool = False) -> torch.Tensor:
         """The original's logits [B, T, V] for the scored tokens of a group.
 
         Args:

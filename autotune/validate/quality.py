@@ -82,7 +82,7 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
         for stratum, logits in answers(exam, served, group, reads):
             alike = stepped and stratum != "prefill"
             dtype = exam.original.dtype if stratum == "prefill" else None
-            _add(tally, exam.reference(group, alike), logits, group, stratum, dtype)
+            _add(tally, exam.reference(group, stepped=alike), logits, group, stratum, dtype)
         if k >= EARLY_PROMPTS - 1:
             _fail_early(tally, limits, exam)
 

@@ -124,7 +124,6 @@ class Served:
             return logits[0, -last:]
         raise CandidateError(failure)
 
-
     def read_together(self, texts: Sequence[Tokens], last: int) -> torch.Tensor:
         """Logits [B, last, V] at the last positions of left-padded texts, from one forward of the model as it is.
 
