@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,11 +23,12 @@ from .sites import stored_bytes
 from .transforms import Transform
 from .transforms.linears import LinearTransform
 from .validate import Latency, Quality, Verdict, latency, quality
-from .validate.exam import Exam
-from .validate.latency import Metric
+from .validate.exam import Exam, effort
+from .validate.latency import EARLY_LOOKS, Metric
 from .validate.score import CandidateError, Served
 from .validate.sensitivity import Probe
-from .validate.timing import request, time_request
+from .validate.tiers import SIZES
+from .validate.timing import TIMED_TOKENS, request, time_request
 from .variant import Variant
 from .workload import PHASES, Bucket, Phase, Workload
 
@@ -37,8 +39,9 @@ PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
 METRICS: dict[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}
 GLANCE_TOKENS = 5
-SPOT_TOKENS = 8  # of a request by which a kept plan is timed again
-PROFILE_S, BRIEF_PROFILE_S = 24.0, 6.0  # with batch and context scaling, and without
+SPOT_TOKENS = 8  # of a request by which a kept plan is timed again, or the machine's noise
+PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # of the original, of others, and of how they grow
+RACE_S, LEAST_RACE_S = 60.0, 5.0  # that a race may take, and may take however little of the budget is left
 
 
 class LiveBench:
@@ -67,14 +70,22 @@ class LiveBench:
         self._texts = (texts[:half], texts[half:])
         self.clock = original.traffic.clock if original.traffic else time.perf_counter
         self.pad = original.original.generation_config.pad_token_id or 0
+        self.deadline = math.inf  # of time.monotonic, after which nothing is measured that nobody waits for
 
-    def profile(self, variant: Variant, scaling: bool | None = None) -> Profile:
-        """With batch and context scaling for the original and where asked for; without it takes seconds."""
-        scaling = not variant.transforms if scaling is None else scaling
-        budget_s = PROFILE_S if scaling else BRIEF_PROFILE_S
+    def profile(self, variant: Variant) -> Profile:
+        """What decides. Decode's diagnosis on a GPU asks how the original grows with the context, too."""
+        scaling = self.device.asynchronous and not variant.transforms
+        budget_s = PROFILE_S + GROWTH_S if scaling else BRIEF_PROFILE_S if variant.transforms else PROFILE_S
         return profiling.measure(
             variant, self.tuning, self.hardware, budget_s=budget_s, scaling=scaling, progress=self.notify
         )
+
+    def grow(self, profile: Profile, variant: Variant) -> Profile:
+        """A profile with what the report shows of larger batches and longer contexts, as far as the budget goes."""
+        left_s = min(GROWTH_S, self.deadline - time.monotonic())
+        if profile.batch_scaling or left_s <= 0:
+            return profile
+        return profiling.grow(profile, variant, self.tuning, budget_s=left_s, progress=self.notify)
 
     def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]:
         return {phase: diagnose(profile.phases[phase], self.hardware, profile.memory) for phase in PHASES}
@@ -117,6 +128,14 @@ class LiveBench:
 
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
         return self._compare(incumbent, candidate, METRICS[target], self.tuning, pairs=25)
+
+    def least_s(self, profile: Profile) -> float:
+        """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
+        prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
+        exam_s = effort(SIZES["quick"], profile.prompt_tokens).seconds(prefill_s / profile.prompt_tokens, decode_s)
+        tokens = min(self.buckets[0].new_tokens, TIMED_TOKENS)
+        request_s = prefill_s + (tokens - 1) * decode_s
+        return 2 * exam_s + (2 * EARLY_LOOKS[0] + 4) * request_s
 
     def free_bytes(self) -> float:
         return self.device.memory().free
@@ -164,8 +183,9 @@ class LiveBench:
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
         self.noise = plan.latency.noise if plan.latency else 0.0
-        short = tuple(replace(b, new_tokens=min(b.new_tokens, SPOT_TOKENS)) for b in self.buckets[:1])
-        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed=2, buckets=short)
+        return verdict, self._compare(
+            self.original, variant, "end_to_end", self.held_out, 8, seed=2, buckets=self._short
+        )
 
     @cached_property
     def exam(self) -> Exam:
@@ -179,7 +199,12 @@ class LiveBench:
     def noise(self) -> float:
         """What this host shows when the original races itself."""
         self.notify("timing the original against itself")
-        return latency.noise_floor(self.original, self.buckets[:1], self.tuning.prompts, clock=self.clock)
+        return latency.noise_floor(self.original, self._short, self.tuning.prompts, clock=self.clock)
+
+    @property
+    def _short(self) -> tuple[Bucket, ...]:
+        """The first bucket with short answers, where something is timed that their length does not decide."""
+        return tuple(replace(b, new_tokens=min(b.new_tokens, SPOT_TOKENS)) for b in self.buckets[:1])
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -205,6 +230,7 @@ class LiveBench:
             noise=self.noise,
             clock=self.clock,
             max_pairs=pairs,
+            budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic())),
             seed=seed,
         )
 

@@ -6,6 +6,7 @@ It is written over a `Bench`, which measures, so that its logic runs on scripted
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,8 @@ class _Search:
     refuted: tuple[Transform, ...] = ()
     chosen: dict[str, Transform] = field(default_factory=dict)  # step -> what the draft in use has for it
     shortfalls: dict[Transform, str] = field(default_factory=dict)  # why a transform's quality would not do
+    usual_s: float = 0.0  # that the latest whole trial took, applying and compiling apart
+    too_short: str = ""  # why the budget does not reach for any trial
 
     def begin(self, draft: compose.Draft) -> None:
         """Try the draft; where it fails, what it has for each phase."""
@@ -108,7 +111,7 @@ class _Search:
             base: what its layers would be compared on.
             others: speed-up that the step's next choice promises.
         """
-        if (reason := self.shortfalls.get(trial.transform)) is not None and not self.is_late():
+        if (reason := self.shortfalls.get(trial.transform)) is not None and not self.lateness():
             trial = replace(trial, outcome=Outcome.REJECTED, reason=f"on the exam's texts, read at once, {reason}")
             return self.trier.refine(trial, self.state, base, others)
         trial, candidate = self.attempt(trial)
@@ -118,19 +121,23 @@ class _Search:
 
     def attempt(self, trial: Trial) -> tuple[Trial, Variant | None]:
         """Try one candidate if the budget reaches it."""
-        if self.is_late():
-            return self.trier.unreached(trial), None
+        if late := self.lateness():
+            return replace(trial, outcome=Outcome.UNREACHED, reason=late), None
         promised = f": predicted up to {trial.predicted:.2f}x for {trial.target}" if trial.predicted else ""
         self.trier.notify(f"trying {trial.candidate}{promised}")
         return self.trier.attempt(trial, self.state.variant)
 
-    def is_late(self) -> bool:
-        return self.trier.clock() >= self.trier.deadline
+    def lateness(self) -> str | None:
+        """Why no further trial is begun, or None."""
+        return self.too_short or self.trier.lateness(self.usual_s)
 
     def settle(self, trial: Trial, candidate: Variant | None) -> None:
         """Record a trial; one that was accepted is used from now on if held-out prompts confirm it."""
+        start = self.trier.clock()
         if trial.outcome is Outcome.ACCEPTED and candidate is not None:
             trial = self.confirm(trial, candidate)
+        if trial.latency is not None:
+            self.usual_s = trial.seconds - trial.compile_s + self.trier.clock() - start
         self.trials.append(trial)
 
     def confirm(self, trial: Trial, candidate: Variant) -> Trial:
@@ -168,13 +175,20 @@ def search(
         deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
         obstacle: why nothing can be tried, or None; what would have been tried is recorded with it.
     """
-    deadline = clock() + policy.budget_s if deadline is None else deadline
+    start = clock()
+    deadline = start + policy.budget_s if deadline is None else deadline
     trier = Trier(policy, hardware, bench, notify, clock, deadline)
     notify("profiling the original")
     before = trier.examine(original, obstacle)
     run = _Search(trier, before, before)
     parameters = parameter_count(original, policy)
-    run.begin(compose.compose(before, policy, hardware, bench, parameters=parameters, notify=notify))
+    if late := trier.lateness(least_s := bench.least_s(before.profile)):
+        whole_s = clock() - start + least_s
+        run.too_short = (
+            f"judging and timing a candidate {late}: give a budget of {math.ceil(whole_s / 10) * 10} s or more"
+        )
+    else:
+        run.begin(compose.compose(before, policy, hardware, bench, parameters=parameters, notify=notify))
     pending = list(policy.steps)
     while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:
         step = max(called, key=run.value) if run.chosen else called[0]

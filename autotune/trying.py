@@ -63,6 +63,9 @@ class Bench(Protocol):
     def confirm(self, variant: Variant) -> Confirmation:
         """An accepted variant once more, against the original, on prompts it was not chosen on."""
 
+    def least_s(self, profile: Profile) -> float:
+        """Seconds that judging, timing and confirming takes at the very least, by the original's profile."""
+
     def free_bytes(self) -> float:
         """Memory of the device that is still to be had."""
 
@@ -93,8 +96,12 @@ class Trier:
         profile = self.bench.profile(variant)
         return State(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes(), obstacle)
 
-    def unreached(self, trial: Trial) -> Trial:
-        return replace(trial, outcome=Outcome.UNREACHED, reason=f"the budget of {self.policy.budget_s:.0f} s was spent")
+    def lateness(self, needed_s: float = 0.0) -> str | None:
+        """Why what takes `needed_s` seconds is not begun any more, or None."""
+        left_s, budget = self.deadline - self.clock(), f"the budget of {self.policy.budget_s:.0f} s"
+        if left_s <= 0:
+            return f"{budget} was spent"
+        return None if needed_s <= left_s else f"it takes about {needed_s:.0f} s, {left_s:.0f} s of {budget} were left"
 
     def attempt(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
         """One candidate from application to verdict, with what it took."""
@@ -132,8 +139,9 @@ class Trier:
         candidate = None
         for proposal in found.proposals:
             refined = replace(failed, transform=proposal.transform, predicted=proposal.predicted, quality=None)
-            if self.clock() >= self.deadline:
-                return [*trials, self.unreached(replace(refined, seconds=0.0, compile_s=0.0))], None
+            if late := self.lateness():
+                refined = replace(refined, outcome=Outcome.UNREACHED, reason=late, seconds=0.0, compile_s=0.0)
+                return [*trials, refined], None
             trial, candidate = self.attempt(refined, state.variant)
             if trial.outcome in UNTRIED:
                 return [*trials, trial], candidate

@@ -84,6 +84,7 @@ def tune(
         if (tuned := replay(known, bench, start)) is not None:
             return tuned
     deadline = start + policy.budget_s
+    bench.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle)
     tuned = conclude(found, bench, identity, start)
     if fingerprint.of_model(model) != identity.model:
@@ -118,17 +119,17 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
     conclusion = Conclusion(found.trials, transforms, shown.failure, quality, latency)
     kept = conclusion.is_committed
     variant = winner if kept else bench.original
-    after = None
-    if kept:
-        bench.notify("profiling the winner")
-        after = bench.profile(winner, scaling=True)
+    before, after = found.before.profile, found.after.profile if kept else None
+    if after is not None:
+        bench.notify("measuring how the original and the winner grow")
+        before, after = bench.grow(before, bench.original), bench.grow(after, winner)
     seconds = time.monotonic() - start
     report = Report(
         model=name_of(bench.original.original),
         parameters=bench.original.original.num_parameters(),
         hardware=bench.hardware,
         workload=describe(bench.workload),
-        before=found.before.profile,
+        before=before,
         diagnoses_before=found.before.diagnoses,
         verdict=conclusion.verdict,
         doubt=conclusion.doubt,

@@ -141,7 +141,7 @@ def test_freed_after_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.exam = bench._exam(bench.tuning, (), "brief")  # a quick one takes half a minute
         judged.append(bench.judge(variant, "aggressive"))
         bench.glance(original, variant, "decode")
-        bench.profile(variant, scaling=False)
+        bench.profile(variant)
         return variant
 
     def conclude(variant: Any, bench: Any, identity: Any, start: float) -> Any:

@@ -83,6 +83,7 @@ class ScriptedBench:
     confirmations: dict[str, Confirmation] = field(default_factory=dict)
     probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
     free: float = 8e9
+    least: float = 0.0
     examined: bool = True
     drowned: bool = False
     calls: list[str] = field(default_factory=list)
@@ -127,6 +128,9 @@ class ScriptedBench:
         label = self.label(variant)
         self.calls.append(f"confirm {label}")
         return self.confirmations.get(label, CONFIRMED)
+
+    def least_s(self, profile: Any) -> float:
+        return self.least
 
     def free_bytes(self) -> float:
         return self.free

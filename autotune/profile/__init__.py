@@ -9,7 +9,7 @@ counters).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from statistics import median
 from typing import TYPE_CHECKING
@@ -205,3 +205,19 @@ def measure(
     from .survey import survey
 
     return survey(variant, workload, hardware, budget_s=budget_s, scaling=scaling, progress=progress)
+
+
+def grow(
+    profile: Profile,
+    variant: Variant,
+    workload: Workload,
+    *,
+    budget_s: float,
+    progress: Callable[[str], None] | None = None,
+) -> Profile:
+    """A profile with batch scaling and context growth; the arguments are those of `measure`."""
+    from .budget import Budget
+    from .survey import grown
+
+    batches, contexts = grown(variant, workload, Budget(budget_s, progress))
+    return replace(profile, batch_scaling=batches, context_growth=contexts)

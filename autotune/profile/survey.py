@@ -76,11 +76,7 @@ def survey(
     if device.asynchronous:
         with budget.step("device counters"):
             seen = observe(device, lambda tokens: time_request(served, ids, tokens), new_tokens)
-    batches, contexts = tuple[ScalePoint, ...](), tuple[ScalePoint, ...]()
-    if scaling:
-        sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
-        batches = batch_scaling(served, ids[:1], sizes, device.memory().free, budget.part(0.5))
-        contexts = context_growth(served, ids[:1], budget.part(1.0))
+    batches, contexts = grown(variant, workload, budget) if scaling else ((), ())
 
     prompt_tokens = ids.shape[1]
     samples = {"prefill": [r.ttft_s for r in requests], "decode": [r.tpot_s for r in requests]}
@@ -101,6 +97,17 @@ def survey(
         prompt_tokens=prompt_tokens,
         batch=batch,
     )
+
+
+def grown(
+    variant: Variant, workload: Workload, budget: Budget
+) -> tuple[tuple[ScalePoint, ...], tuple[ScalePoint, ...]]:
+    """How decoding grows over batch sizes and over context lengths, as far as the budget goes."""
+    served, device = serving(variant), devices.of(variant.original)
+    ids = median_prompts(workload, 1).to(variant.original.device)  # [1, P]
+    sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
+    batches = batch_scaling(served, ids, sizes, device.memory().free, budget.part(0.5))
+    return batches, context_growth(served, ids, budget.part(1.0))
 
 
 def median_prompts(workload: Workload, batch: int) -> torch.Tensor:

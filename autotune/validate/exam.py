@@ -51,6 +51,31 @@ class Text:
         return self.natural + self.own
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What an exam asks of the original.
+
+    Args:
+        read: tokens in full forwards.
+        steps: decoding steps.
+    """
+
+    read: int
+    steps: int
+
+    def seconds(self, token_s: float, step_s: float) -> float:
+        """At so many seconds for a token of a prompt and for a decoding step."""
+        return self.read * token_s + self.steps * step_s
+
+
+def effort(size: Size, prompt_tokens: int) -> Effort:
+    """What an exam over prompts of a usual length asks of the original; long batches count as a step each. Pure."""
+    prompt = min(prompt_tokens, LONGEST_CONTEXT)
+    read = size.prompts * (prompt + size.own) + size.prompts * prompt + sum(size.lengths)
+    continued = -(-size.prompts // (2 * PADDED_BATCH)) * size.own
+    return Effort(read, continued + NOISE_TEXTS * (size.natural + size.own))
+
+
 @dataclass
 class Exam:
     """Texts and reference logits, made once from the original and used for every candidate.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 # chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (5, 8, 12, 25, 50)
 STEADY = 1.05  # slowest / fastest of three requests in a row, or twice the noise where that is more
-MAX_WARMUP = 10
+MAX_WARMUP, WARMUP_TOKENS = 10, 8
 WARMUP_SHARE = 0.15  # of the budget
 
 
@@ -205,13 +206,16 @@ def _pair(reference: Arm, candidate: Arm, bucket: Bucket, turn: int, swap: bool)
 
 
 def warm_up(arms: Mapping[str, Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> list[str]:
-    """Run arms until three requests in a row take equally long, within `steady`; says so when they never do."""
-    restless = []
+    """Run arms until three requests in a row take equally long, within `steady`; says so when they never do.
+
+    Those have short answers, after a first one that is whole.
+    """
+    restless, short = [], replace(bucket, new_tokens=min(bucket.new_tokens, WARMUP_TOKENS))
     for name, arm in arms.items():
         arm(bucket, 0)  # may compile, so its time is not counted
         start, took = clock(), []
         for turn in range(1, MAX_WARMUP):
-            took.append(arm(bucket, turn).end_to_end_s)
+            took.append(arm(short, turn).end_to_end_s)
             if len(took) >= 3 and max(took[-3:]) <= steady * min(took[-3:]):
                 break
             if clock() - start > budget_s / len(arms):
