@@ -193,7 +193,7 @@ class LiveBench:
 
     @cached_property
     def held_out_exam(self) -> Exam:
-        return self._exam(self.held_out, self._texts[1])
+        return self._exam(self.held_out, self._texts[1], like=self.exam)
 
     @cached_property
     def noise(self) -> float:
@@ -242,14 +242,20 @@ class LiveBench:
         return limits
 
     def _exam(
-        self, work: Workload, texts: tuple[tuple[int, ...], ...], size: Literal["brief", "quick"] = "quick"
+        self,
+        work: Workload,
+        texts: tuple[tuple[int, ...], ...],
+        size: Literal["brief", "quick"] = "quick",
+        like: Exam | None = None,
     ) -> Exam:
         self.notify("collecting the original's answers to judge against")
         missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
         prompts = (*work.prompts, *texts[:missing])
         # untimed: requests may overlap, unless what one leaves in the model would change another's answer
         traffic = self.original.traffic if self.original.state.modules else None
-        return Exam.prepare(self.original.original, prompts, size=size, pad_token_id=self.pad, traffic=traffic)
+        return Exam.prepare(
+            self.original.original, prompts, size=size, pad_token_id=self.pad, traffic=traffic, like=like
+        )
 
 
 def own_memory(variant: Variant) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,7 +77,8 @@ def _tuned(
     policy = _policy(args)
     out = _folder(args.out, name)
     with shown(policy.budget_s) as progress:
-        model, tokenizer = _load(args, name, prompts, progress)
+        with _kernels_being_built():
+            model, tokenizer = _load(args, name, prompts, progress)
         model = wrap(
             model,
             tokenizer=tokenizer,
@@ -99,6 +101,24 @@ def _tuned(
         earlier = "; the one that is there is of an earlier run" if (out / "plan.json").exists() else ""
         screen().print(f"No plan.json{earlier}: {doubt}", soft_wrap=True)
     return model, tokenizer
+
+
+@contextmanager
+def _kernels_being_built() -> Iterator[None]:
+    """Compile the CPU operators, where they are not in the cache, beside what is done meanwhile and times nothing."""
+    import torch
+
+    from .. import ending, kernels
+
+    def build() -> None:
+        if not torch.cuda.is_available():
+            kernels.available()
+
+    builder = ending.Worker(build, "autotune kernels")
+    begun = builder.launch()
+    yield
+    if begun:
+        builder.join()
 
 
 def profile(args: Namespace) -> int:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,7 +25,15 @@ from autotune.errors import AutotuneError
 log = logging.getLogger("autotune")
 
 HERE = Path(__file__).parent
-SOURCES = ("linear.cpp", "attention.cpp", "program.cpp", "embedding.cpp", "matmul.cpp", "attend_many.cpp", "fused.cpp")
+SOURCES = (  # what takes the longest to compile comes first
+    "program.cpp",
+    "attention.cpp",
+    "linear.cpp",
+    "attend_many.cpp",
+    "fused.cpp",
+    "embedding.cpp",
+    "matmul.cpp",
+)
 HEADERS = (
     "vectors.h",
     "tensors.h",
@@ -90,25 +99,26 @@ def find_compiler() -> list[str]:
 
 
 def flags() -> list[str]:
-    """Compiler and linker flags for this CPU; $AUTOTUNE_KERNEL_MARCH names another one's instructions."""
+    """Compiler flags for this CPU; $AUTOTUNE_KERNEL_MARCH names another one's instructions."""
     package = Path(torch.__file__).parent
     march = os.environ.get("AUTOTUNE_KERNEL_MARCH", "native")
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
     return [
-        *("-O3", f"-march={march}" if x86 else f"-mcpu={march}", "-std=c++17", "-shared", "-fPIC"),
+        *("-O3", f"-march={march}" if x86 else f"-mcpu={march}", "-std=c++17", "-fPIC"),
         *(f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{package / 'include'}"),
-        # libtorch_cpu brings its own OpenMP threads through parallel_for; a second pool would fight them for the cores
-        *(f"-L{package / 'lib'}", "-ltorch_cpu"),
     ]
+
+
+def libraries() -> list[str]:
+    """Linker flags. libtorch_cpu brings its own OpenMP threads; a second pool would fight them for the cores."""
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
 
 
 def build_key(compiler: list[str]) -> str:
     """What a library depends on, as a hash: sources, compiler and its version, flags, torch and CPU."""
     parts = [(HERE / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    parts += [
-        text.encode()
-        for text in (*compiler, *flags(), _version(compiler), torch.__version__, hardware.instruction_sets())
-    ]
+    texts = [*compiler, *flags(), *libraries(), _version(compiler), torch.__version__, hardware.instruction_sets()]
+    parts += [text.encode() for text in texts]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
@@ -121,13 +131,22 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
     folders.sweep(each for each in cache.iterdir() if each.is_dir())
     scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
     target = scratch / "kernels.so"
-    command = [*compiler, *(str(HERE / name) for name in SOURCES), *flags(), "-o", str(target)]
-    log.info("compiling the CPU operators (about ten seconds, once): %s", shlex.join(command))
+    objects = {name: str(scratch / f"{name}.o") for name in SOURCES}
+    steps = [[*compiler, "-c", str(HERE / name), *flags(), "-o", made] for name, made in objects.items()]
+    link = [*compiler, "-shared", *objects.values(), *libraries(), "-o", str(target)]
+    log.info("compiling the CPU operators (about half a minute, once): %s", shlex.join(link))
     name = shlex.join(compiler)
-    try:
+
+    def run(command: list[str]) -> None:
         done = ending.compile_with(command, TIMEOUT_S)
         if done.returncode:
             raise BuildError(f"{name} could not compile the operators: {_gist(done.stderr or done.stdout)}")
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for made in [pool.submit(run, command) for command in steps]:
+                made.result()
+        run(link)
         library = cache / f"{key}-{_digest(target)}.so"
         target.chmod(0o700)  # whatever the umask is
         os.replace(target, library)

@@ -102,6 +102,7 @@ class Exam:
     tie_nats: float = NEAR_TIE_NATS
     problem: str | None = None
     traffic: Traffic | None = None
+    at_once: list[torch.Tensor] = field(default_factory=list)  # what `sensitivity` had the original read
     _kept: dict[tuple[tuple[Text, ...], bool], torch.Tensor] = field(default_factory=dict)
     _kept_bytes: int = 0
 
@@ -116,6 +117,7 @@ class Exam:
         seed: int = 0,
         progress: Progress | None = None,
         traffic: Traffic | None = None,
+        like: Exam | None = None,
     ) -> Exam:
         """Choose texts, let the original continue them, and keep what it says.
 
@@ -127,6 +129,7 @@ class Exam:
             seed: chooses the prompts when there are more than needed.
             progress: called with a step's name and the share done.
             traffic: where the original's answers queue behind live requests; None: they may overlap.
+            like: another exam of the same original, whose noise is its own.
 
         Raises:
             MeasurementError: the original raised.
@@ -138,8 +141,11 @@ class Exam:
             return exam
         report("continuing the prompts", 0.0)
         exam._write(chosen)
-        report("measuring the original's own noise", 0.3)
-        exam._measure_noise()
+        if like is None:
+            report("measuring the original's own noise", 0.3)
+            exam._measure_noise()
+        else:
+            exam.noise_kld, exam.tie_nats, exam.problem = like.noise_kld, like.tie_nats, exam.problem or like.problem
         groups = exam.groups()
         for k, group in enumerate(groups):
             report("reading the original's logits", 0.5 + 0.5 * k / len(groups))

@@ -14,7 +14,7 @@ from ..policy import Limits
 from ..workload import Bucket
 from . import Latency, Verdict
 from .exam import Progress
-from .ratios import Metric, bounds, decide, failed, known, log_ratios, pooled
+from .ratios import FEWEST_PAIRS, Metric, bounds, decide, failed, known, leads, log_ratios, pooled
 from .score import CandidateError, Served, Tokens
 from .timing import Clock, Pair, Timing, request, time_request
 
@@ -27,7 +27,7 @@ Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 
 # Pairs per bucket after which a clear answer ends the race. Five early looks at 0.5 % and the last at 2.5 % keep the
 # chance of a false "faster" within 5 % (Bonferroni).
-EARLY_LOOKS = (5, 8, 12, 25, 50)
+EARLY_LOOKS = (FEWEST_PAIRS, 8, 12, 25, 50)
 STEADY = 1.05  # slowest / fastest of three requests in a row, or twice the noise where that is more
 MAX_WARMUP, WARMUP_TOKENS = 10, 8
 WARMUP_SHARE = 0.15  # of the budget
@@ -60,7 +60,8 @@ def compare(
         noise: A/A half-width from `noise_floor`; None measures it first.
         clock: monotonic seconds.
         max_pairs: pairs per bucket at most.
-        budget_s: seconds for all of it, after the very first request of each arm (which may compile).
+        budget_s: seconds after which no further pair is begun, once there are enough to call a candidate faster that is
+            ahead.
         seed: of the order in which the arms run.
         progress: called with a step's name and the share done.
     """
@@ -117,7 +118,7 @@ def race(
             found = decide(pairs, objective, limits, noise, early=True, warnings=warnings)
             if found.verdict is not Verdict.INCONCLUSIVE:
                 return found
-        if clock() - start > budget_s:
+        if clock() - start > budget_s and (turn + 1 >= FEWEST_PAIRS or not leads(pairs, objective)):
             warnings += (f"stopped after {turn + 1} pairs, when the time of {budget_s:.0f} s was used up",)
             # stopped by time, not by the data, so this is the one final look
             break

@@ -21,6 +21,7 @@ FINAL_ALPHA = 0.025
 # 99.5 % quantiles of Student's t by number of values, for use from there on
 STUDENT = ((2, 63.66), (3, 9.925), (4, 5.841), (5, 4.604), (8, 3.499), (12, 3.106), (25, 2.797), (50, 2.680))
 
+FEWEST_PAIRS = 5  # for "faster": of fewer, not even all being so is an interval of 95 % (2 / 2^5 = 6 % by chance)
 MAX_POLLUTED = 0.2  # share of pairs that may be dropped
 NOISY = 0.10  # interquartile range of the pairs' ratios that is worth a warning
 TOO_NOISY = 0.25  # and the one from which nothing is concluded
@@ -50,7 +51,7 @@ def decide(
     if polluted:
         warnings += (f"{len(polluted)} of {total} pairs dropped: {'; '.join(sorted(set(polluted)))}",)
     clean = {name: [p for p in pairs if not p.polluted] for name, pairs in samples.items()}
-    if min(map(len, clean.values())) < 2 or not math.isfinite(noise):
+    if (fewest := min(map(len, clean.values()))) < 2 or not math.isfinite(noise):
         return failed(
             "fewer than 2 undisturbed pairs in a bucket: measure again on a quieter machine",
             noise,
@@ -66,6 +67,11 @@ def decide(
         reason = f"{len(polluted)} of {total} pairs were disturbed, over {MAX_POLLUTED:.0%}"
     else:
         verdict, reason, drowned = _conclude(ratios, clean, overall[objective], objective, limits, noise, rough, early)
+        if verdict is Verdict.PASS and fewest < FEWEST_PAIRS:
+            verdict, reason = (
+                Verdict.INCONCLUSIVE,
+                f"{fewest} undisturbed pairs are too few, need {FEWEST_PAIRS}: {reason}",
+            )
     return Latency(
         verdict=verdict,
         reason=reason,
@@ -184,6 +190,11 @@ def pooled(ratios: Mapping[str, Mapping[Metric, Floats]], metric: Metric) -> Flo
     count = there.sum(axis=0)
     means: Floats = np.where(there, turns, 0.0).sum(axis=0)[count > 0] / count[count > 0]
     return means
+
+
+def leads(samples: Mapping[str, Sequence[Pair]], objective: Metric) -> bool:
+    """Whether the candidate is ahead so far."""
+    return any(float(np.nanmedian(log_ratios(pairs, objective))) > 0 for pairs in samples.values())
 
 
 def known(values: Floats) -> Floats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 
@@ -14,7 +13,7 @@ from ..transforms.linears import LinearTransform, joined
 from ..variant import Variant
 from .divergence import compare_logits
 from .exam import Exam
-from .quality import beyond
+from .quality import EARLY_FACTOR, beyond
 from .tally import Tally, summarise
 from .tiers import TIERS
 
@@ -56,21 +55,28 @@ class Probe:
 
     def shortfall(self, wide: str) -> str | None:
         """Why the transform with these layers left wider is not within the tier on the exam's texts, or None."""
-        tally = self._tally(self.widened(wide), batches=len(self.batches))
+        limit = self.tier.kld_limit(self.exam.noise_kld)
+        tally = self._tally(self.widened(wide), batches=len(self.batches), enough=EARLY_FACTOR * limit)
         found = summarise(tally, self.tier.name, self.exam.tie_nats)
         return beyond(found, self.tier, self.exam)
 
     def widened(self, wide: str) -> LinearTransform:
         return self.transform.widened(wide)
 
-    @cached_property
+    @property
     def _references(self) -> list[torch.Tensor]:
         """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
-        logits = (self._read(self.exam.plain(), ids) for ids in self.batches)
-        return [(part - part.amax(-1, keepdim=True)).half() for part in logits]
+        if not self.exam.at_once:
+            logits = (self._read(self.exam.plain(), ids) for ids in self.batches)
+            self.exam.at_once = [(part - part.amax(-1, keepdim=True)).half() for part in logits]
+        return self.exam.at_once
 
-    def _tally(self, transform: LinearTransform, batches: int) -> Tally:
-        """Every token's metrics under a transform, applied to the incumbent's modules alone: nothing is compiled."""
+    def _tally(self, transform: LinearTransform, batches: int, enough: float = math.inf) -> Tally:
+        """Every token's metrics under a transform, applied to the incumbent's modules alone: nothing is compiled.
+
+        Args:
+            enough: mean KL divergence, nats, above which no further batch is read.
+        """
         variant = Variant(self.incumbent.original)
         variant.modules = dict(self.incumbent.modules)
         transform.apply(variant)
@@ -83,6 +89,8 @@ class Probe:
                 text = self.exam.texts[k * BATCH + row]
                 found = compare_logits(reference[row, first:], logits[row, first:], targets[first:])
                 tally.add(found, text, "read")
+            if not tally.column("kld").mean() <= enough:
+                break
         return tally
 
     @torch.no_grad()
