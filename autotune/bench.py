@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 
 from . import device as devices
@@ -25,6 +26,7 @@ from .transforms.linears import LinearTransform
 from .validate import Latency, Quality, Verdict, latency, quality
 from .validate.exam import Exam, effort
 from .validate.latency import EARLY_LOOKS, Metric
+from .validate.ratios import own_noise
 from .validate.score import CandidateError, Served
 from .validate.sensitivity import Probe
 from .validate.tiers import SIZES
@@ -41,6 +43,7 @@ METRICS: dict[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "e
 GLANCE_TOKENS = 5
 SPOT_TOKENS = 8  # of a request by which a kept plan is timed again, or the machine's noise
 PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # of the original, of others, and of how they grow
+GRACE, GRACE_S = 0.05, 10.0  # of the budget, and seconds, that what is under way may take beyond it
 RACE_S, LEAST_RACE_S = 60.0, 5.0  # that a race may take, and may take however little of the budget is left
 
 
@@ -70,6 +73,7 @@ class LiveBench:
         self._texts = (texts[:half], texts[half:])
         self.clock = original.traffic.clock if original.traffic else time.perf_counter
         self.pad = original.original.generation_config.pad_token_id or 0
+        self._took = dict[str, float]()  # seconds of the latest of each kind
         self.deadline = math.inf  # of time.monotonic, after which nothing is measured that nobody waits for
 
     def profile(self, variant: Variant) -> Profile:
@@ -118,7 +122,9 @@ class LiveBench:
         return probation.death_of(work, most_s, self.original.turn)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
-        return quality.judge(self.exam, variant, tier)
+        exam = self.exam
+        with self._timed("judgement"):
+            return quality.judge(exam, variant, tier)
 
     def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
         """Measures what its layers cause where a transform exchanges layers one by one; None for others."""
@@ -127,7 +133,8 @@ class LiveBench:
         return Probe(self.exam, incumbent, transform, tier)
 
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
-        return self._compare(incumbent, candidate, METRICS[target], self.tuning, pairs=25)
+        with self._timed("race"):
+            return self._compare(incumbent, candidate, METRICS[target], self.tuning, pairs=25)
 
     def least_s(self, profile: Profile) -> float:
         """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
@@ -151,9 +158,16 @@ class LiveBench:
         self.device.trim()
 
     def confirm(self, variant: Variant) -> Confirmation:
-        """An accepted variant once more, on prompts it was not chosen on and with fresh timing."""
+        """An accepted variant once more, on prompts it was not chosen on and with fresh timing.
+
+        In brief, as a kept plan is, where the budget has no room for as much as choosing it took.
+        """
         if (failure := self.stress(variant)) is not None:
             return Confirmation(failure)
+        left_s, needed_s = self.deadline - time.monotonic(), sum(self._took.values())
+        if needed_s > left_s + max(GRACE_S, GRACE * self.policy.budget_s):
+            self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
+            return Confirmation(None, *self._spot(variant, 1), brief=True)
         verdict = quality.judge(self.held_out_exam, variant, tier_for(variant, self.policy))
         if verdict.verdict is not Verdict.PASS:
             return Confirmation(None, verdict)
@@ -178,18 +192,28 @@ class LiveBench:
 
         A few prompts can fail what broke since, which is what is asked here; the noise floor is the one of that time.
         """
+        self.noise = plan.latency.noise if plan.latency else 0.0
+        return self._spot(variant, 2)
+
+    def _spot(self, variant: Variant, seed: int) -> tuple[Quality, Latency | None]:
+        """Quality on a few held-out prompts, which can fail what is broken, and a few short requests."""
         exam = self._exam(self.held_out, self._texts[1], "brief")
         verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
-        self.noise = plan.latency.noise if plan.latency else 0.0
-        return verdict, self._compare(
-            self.original, variant, "end_to_end", self.held_out, 8, seed=2, buckets=self._short
-        )
+        race = self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets=self._short)
+        return verdict, race
 
     @cached_property
     def exam(self) -> Exam:
-        return self._exam(self.tuning, self._texts[0])
+        with self._timed("exam"):
+            return self._exam(self.tuning, self._texts[0])
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._took[what] = time.monotonic() - start
 
     @cached_property
     def held_out_exam(self) -> Exam:
@@ -220,19 +244,27 @@ class LiveBench:
         seed: int = 0,
         buckets: tuple[Bucket, ...] = (),
     ) -> Latency:
-        return latency.compare(
+        race = partial(
+            latency.compare,
             reference,
             candidate,
             buckets or self.buckets,
             work.prompts,
             objective=objective,
             limits=self._limits(reference, candidate),
-            noise=self.noise,
             clock=self.clock,
             max_pairs=pairs,
             budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic())),
             seed=seed,
         )
+        if "noise" not in self.__dict__:  # it takes long to measure, and decides about small gains alone
+            found = race(noise=0.0)
+            if found.verdict is not Verdict.PASS or self.policy.limits.min_gain < 0:
+                return found
+            own: float = own_noise(found, objective)
+            if getattr(found, objective).low >= 1 + 2 * own:
+                return replace(found, noise=own)
+        return race(noise=self.noise)
 
     def _limits(self, reference: Variant, candidate: Variant) -> Limits:
         """Where memory is the objective, a variant that needs less of it has to gain no time; the other limits hold."""

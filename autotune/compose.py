@@ -102,8 +102,11 @@ class _Drafting:
         least = 1 + self.policy.limits.min_gain
         choices = [make(choice) for choice in step.choices]
         promised = {t: expect(t, step.phase, self.state, self.hardware) for t in choices if self.is_candidate(t)}
-        for transform in sorted(promised, key=lambda t: -promised[t]):
-            if promised[transform] < least or not self.fits(transform):
+        while promised:
+            best = max(promised.values())  # of what promises about as much, the policy's first
+            transform = next(t for t, gain in promised.items() if gain * least >= best)
+            gain = promised.pop(transform)
+            if gain < least or not self.fits(transform):
                 continue
             try:
                 candidate = self.variant.with_transform(transform)
@@ -119,7 +122,7 @@ class _Drafting:
                 self.bench.explain(error)
                 continue
             self.variant = candidate
-            self.parts.append(Part(step, transform, promised[transform]))
+            self.parts.append(Part(step, transform, gain))
             self.taken |= {(phase, transform.stage) for phase in transform.phases}
             return
 

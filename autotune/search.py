@@ -144,8 +144,10 @@ class _Search:
         self.trier.notify(f"confirming {trial.candidate} on held-out prompts")
         found = self.trier.bench.confirm(candidate)
         if found.holds:
-            self.state, self.confirmation = self.trier.examine(candidate, self.before.obstacle), found
-            return trial
+            self.state = self.trier.examine(candidate, self.before.obstacle)
+            self.confirmation = replace(found, quality=trial.quality) if found.brief else found
+            short = "; confirmed on a few held-out prompts and short requests: the budget had no room for more"
+            return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
         if self.confirmation is None or self.refuted:
             self.confirmation, self.refuted = found, candidate.transforms
         outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
@@ -185,7 +187,7 @@ def search(
     if late := trier.lateness(least_s := bench.least_s(before.profile)):
         whole_s = clock() - start + least_s
         run.too_short = (
-            f"judging and timing a candidate {late}: give a budget of {math.ceil(whole_s / 10) * 10} s or more"
+            f"judging and timing a candidate: {late}; give a budget of {math.ceil(whole_s / 10) * 10} s or more"
         )
     else:
         run.begin(compose.compose(before, policy, hardware, bench, parameters=parameters, notify=notify))

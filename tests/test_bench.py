@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
+from autotune.validate import Latency, Quality, Speedup, Verdict, latency
 from autotune.validate.score import Served
 from autotune.variant import Variant
 from autotune.workload import Workload
@@ -104,3 +106,66 @@ def test_slots_take_memory_on_a_gpu(transform: Transform) -> None:
     with device.stand_in(FakeCuda()):
         assert transform.extra_bytes(original) == 2 * 2 * 4 * 128 * 2 * 16 * 4  # K and V, layers, batch, slots, heads
         assert transform.extra_bytes(original.with_transform(StaticCache("decode"))) == 0
+
+
+# Speeds are made up below: which of them are believed, and what is measured for it
+
+
+def raced(ratio: float, spread: float, verdict: Verdict = Verdict.PASS) -> Latency:
+    """A race whose reference requests took turns between 1 s and 1 + `spread` s."""
+    gain = Speedup(ratio, ratio * 0.99, ratio * 1.01, 6)
+    took = tuple(1.0 + spread * (k % 2) for k in range(6))
+    metrics = ("ttft", "tpot", "end_to_end")
+    return Latency(
+        verdict, "scripted", gain, gain, gain, 0.0, buckets={"b1": {}}, reference_s=dict.fromkeys(metrics, took)
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "asked"),
+    [
+        (raced(5.0, 0.05), [0.0]),
+        (raced(1.05, 0.0), [0.0]),
+        (raced(1.05, 0.05), [0.0, "A/A", 0.02]),  # twice what its own requests differ by is more than that
+        (raced(0.9, 0.0, Verdict.FAIL), [0.0]),
+        (raced(1.05, 0.05, Verdict.INCONCLUSIVE), [0.0]),
+    ],
+    ids=["large gain", "small gain, steady", "small gain, restless", "loss", "open"],
+)
+def test_the_machines_noise_is_measured_where_it_decides(
+    first: Latency, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def compare(*_: Any, noise: float, **__: Any) -> Latency:
+        calls.append(noise)
+        return first if len(calls) == 1 else raced(1.05, 0.05)
+
+    def floor(*_: Any, **__: Any) -> float:
+        calls.append("A/A")
+        return 0.02
+
+    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr(latency, "noise_floor", floor)
+    bench = bench_of(tiny("llama"))
+    found = bench.race(bench.original, bench.original, "decode")
+    assert calls == asked
+    assert found.verdict is first.verdict
+    if asked == [0.0] and first.verdict is Verdict.PASS:
+        assert found.noise < (found.tpot.low - 1) / 2
+
+
+@pytest.mark.parametrize(("left_s", "brief"), [(1000.0, False), (-5.0, False), (-60.0, True)])
+def test_a_confirmation_is_brief_where_the_budget_has_no_room(
+    left_s: float, brief: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "compare", lambda *_, **__: raced(5.0, 0.0))
+    bench = bench_of(tiny("llama"))
+    bench.held_out_exam = Quality("strict", Verdict.PASS, "in full")  # type: ignore[assignment]
+    monkeypatch.setattr("autotune.bench.quality.judge", lambda exam, *_: exam)
+    monkeypatch.setattr(bench, "_exam", lambda *_: Quality("strict", Verdict.INCONCLUSIVE, "in brief"))
+    bench._took, bench.deadline = {"exam": 3.0, "race": 2.0}, time.monotonic() + left_s
+    found = bench.confirm(bench.original.with_transform(LeanLoop(phase="decode")))
+    assert found.holds
+    assert found.quality is not None
+    assert (found.brief, found.quality.reason) == (brief, "in brief" if brief else "in full")

@@ -550,3 +550,38 @@ def test_what_held_out_prompts_do_not_confirm_is_not_kept_and_says_so() -> None:
     alone = run(ScriptedBench(confirmations={"a": failed}), policy(step({})))
     assert (committed(alone), alone.confirmation) == ([], failed)
     assert [t.label for t in alone.refuted] == ["a"]  # type: ignore[attr-defined]
+
+
+def test_a_brief_confirmation_leaves_the_quality_that_chose_and_says_so() -> None:
+    weak = Quality("strict", Verdict.INCONCLUSIVE, "4 prompts")
+    found = run(ScriptedBench(confirmations={"a": replace(CONFIRMED, quality=weak, brief=True)}), policy(step({})))
+    assert found.trials[0].reason.startswith("speed of a; confirmed on a few held-out prompts")
+    assert found.confirmation is not None
+    assert found.confirmation.quality == found.trials[0].quality
+
+
+def test_a_budget_that_pays_for_no_trial_is_told_at_once_with_one_that_would() -> None:
+    bench = ScriptedBench(least=250.0)
+    found = run(bench, policy(step({})), clock=lambda: 0.0)
+    assert outcomes(found) == {"a": "unreached"}
+    assert found.trials[0].reason == (
+        "judging and timing a candidate: it takes about 250 s, 100 s of the budget of 100 s were left; "
+        "give a budget of 250 s or more"
+    )
+    assert bench.calls == []
+
+
+def test_what_the_rest_of_the_budget_does_not_pay_for_is_not_begun() -> None:
+    """By what the trial before took."""
+    bench = ScriptedBench(speed={"a": Verdict.FAIL})
+    seconds = {"judge": 60.0}
+    now = [0.0]
+
+    def judge(variant: Variant, tier: str) -> Quality:
+        now[0] += seconds["judge"]
+        return ScriptedBench.judge(bench, variant, tier)
+
+    bench.judge = judge  # type: ignore[method-assign]
+    found = run(bench, policy(step({"promises": 3.0}, {"label": "b"})), clock=lambda: now[0])
+    assert outcomes(found) == {"a": "rejected", "b": "unreached"}
+    assert found.trials[1].reason == "it takes about 60 s, 40 s of the budget of 100 s were left"

@@ -192,6 +192,16 @@ def pooled(ratios: Mapping[str, Mapping[Metric, Floats]], metric: Metric) -> Flo
     return means
 
 
+def own_noise(found: Latency, metric: Metric) -> float:
+    """How far apart the reference's requests of a race are, as an A/A half-width: each against the one before.
+
+    A candidate's request lies between them, and they are few, so that this is more than `latency.noise_floor` finds.
+    """
+    times = np.array_split(np.array(found.reference_s.get(metric, ())), max(len(found.buckets), 1))
+    steps = known(np.concatenate([np.diff(np.log(of_bucket)) for of_bucket in times]))
+    return math.expm1(max(map(abs, bounds(steps, early=True)))) if len(steps) > 1 else math.inf
+
+
 def leads(samples: Mapping[str, Sequence[Pair]], objective: Metric) -> bool:
     """Whether the candidate is ahead so far."""
     return any(float(np.nanmedian(log_ratios(pairs, objective))) > 0 for pairs in samples.values())
