@@ -20,6 +20,7 @@ from .plan import Confirmation, Plan, Target
 from .policy import Limits, Policy
 from .profile import Profile
 from .profile.counts import activation_dtype, cache_size
+from .progress import Doing
 from .sites import stored_bytes
 from .transforms import Transform
 from .transforms.linears import LinearTransform
@@ -124,7 +125,7 @@ class LiveBench:
     def judge(self, variant: Variant, tier: str) -> Quality:
         exam = self.exam
         with self._timed("judgement"):
-            return quality.judge(exam, variant, tier)
+            return quality.judge(exam, variant, tier, self._doing("comparing answers with the original's"))
 
     def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
         """Measures what its layers cause where a transform exchanges layers one by one; None for others."""
@@ -168,7 +169,8 @@ class LiveBench:
         if needed_s > left_s + max(GRACE_S, GRACE * self.policy.budget_s):
             self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
             return Confirmation(None, *self._spot(variant, 1), brief=True)
-        verdict = quality.judge(self.held_out_exam, variant, tier_for(variant, self.policy))
+        exam, doing = self.held_out_exam, self._doing("comparing answers to held-out prompts with the original's")
+        verdict = quality.judge(exam, variant, tier_for(variant, self.policy), doing)
         if verdict.verdict is not Verdict.PASS:
             return Confirmation(None, verdict)
         found = self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
@@ -222,8 +224,11 @@ class LiveBench:
     @cached_property
     def noise(self) -> float:
         """What this host shows when the original races itself."""
-        self.notify("timing the original against itself")
-        return latency.noise_floor(self.original, self._short, self.tuning.prompts, clock=self.clock)
+        doing = self._doing("timing the original against itself")
+        return latency.noise_floor(self.original, self._short, self.tuning.prompts, clock=self.clock, progress=doing)
+
+    def _doing(self, what: str) -> Callable[[str, float], None]:
+        return lambda step, share: self.notify(Doing(what, share))
 
     @property
     def _short(self) -> tuple[Bucket, ...]:
@@ -256,6 +261,7 @@ class LiveBench:
             max_pairs=pairs,
             budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic())),
             seed=seed,
+            progress=self._doing("timing requests in pairs"),
         )
         if "noise" not in self.__dict__:  # it takes long to measure, and decides about small gains alone
             found = race(noise=0.0)
@@ -280,13 +286,18 @@ class LiveBench:
         size: Literal["brief", "quick"] = "quick",
         like: Exam | None = None,
     ) -> Exam:
-        self.notify("collecting the original's answers to judge against")
         missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
         prompts = (*work.prompts, *texts[:missing])
         # untimed: requests may overlap, unless what one leaves in the model would change another's answer
         traffic = self.original.traffic if self.original.state.modules else None
         return Exam.prepare(
-            self.original.original, prompts, size=size, pad_token_id=self.pad, traffic=traffic, like=like
+            self.original.original,
+            prompts,
+            size=size,
+            pad_token_id=self.pad,
+            traffic=traffic,
+            like=like,
+            progress=self._doing("collecting the original's answers to judge against"),
         )
 
 

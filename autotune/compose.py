@@ -17,7 +17,9 @@ from .hardware import Hardware
 from .plan import Outcome, Target, Trial
 from .policy import Policy, Step
 from .transforms import Stage, Transform, is_foreign
+from .transforms.linears import reusing
 from .trying import Bench
+from .variant import Variant
 from .workload import PHASES, Phase
 
 log = logging.getLogger("autotune")
@@ -41,10 +43,12 @@ class Draft:
     Args:
         parts: in stage order.
         shortfalls: transform -> why its quality would not do, for those that promised more than what was taken.
+        made: the variant, to be taken out by who tries it: nothing else is to hold on to its memory.
     """
 
     parts: tuple[Part, ...]
     shortfalls: dict[Transform, str]
+    made: list[Variant]
 
     def attempts(self) -> Iterator[tuple[Part, ...]]:
         """The whole, then each phase's part; one transform is its step's own matter."""
@@ -82,11 +86,12 @@ def compose(
     Raises:
         DeviceError: the device is dead.
     """
+    notify("putting together what promises the most")
     steps = [step for step in policy.steps if why_not(step, state.diagnoses, hardware, parameters) is None]
     draft = _Drafting(state, policy, hardware, bench, notify)
     for step in sorted(steps, key=lambda step: min(make(choice).stage for choice in step.choices)):
         draft.take(step)
-    return Draft(tuple(draft.parts), draft.shortfalls)
+    return Draft(tuple(draft.parts), draft.shortfalls, [draft.variant])
 
 
 class _Drafting:
@@ -109,9 +114,10 @@ class _Drafting:
             if gain < least or not self.fits(transform):
                 continue
             try:
-                candidate = self.variant.with_transform(transform)
-                if transform.took_effect(candidate) is not None or self.falls_short(transform):
-                    continue
+                with reusing():
+                    candidate = self.variant.with_transform(transform)
+                    if transform.took_effect(candidate) is not None or self.falls_short(transform):
+                        continue
             except TransformError:
                 continue
             except DeviceError:

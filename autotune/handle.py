@@ -17,6 +17,7 @@ from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words, warn
 from .original import RELOAD, Original, releasable_bytes
 from .policy import Policy
+from .progress import Doing, said
 from .revision import Revision
 from .sites import stored_bytes
 from .status import State, Status
@@ -490,8 +491,9 @@ class Handle:
             raise StateError("the model was unwrapped meanwhile, or the process ends") from None
 
     def _progress(self, step: str) -> None:
-        self._detail = step
-        self._notify(step)
+        self._detail = said(step)
+        if not (self._quiet and isinstance(step, Doing) and step.share):  # a log has steps
+            self._notify(step)
 
     def _switch(self, variant: Variant) -> None:
         self._active, self._stale = variant if variant.transforms else None, None

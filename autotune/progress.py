@@ -1,4 +1,4 @@
-"""What long work is doing, for people: the step, the time it has taken, and the budget."""
+"""What long work is doing, for people: the step, how much of it is done, the time it has taken, and the budget."""
 
 from __future__ import annotations
 
@@ -16,16 +16,38 @@ if TYPE_CHECKING:
     from rich.spinner import Spinner
 
 Clock = Callable[[], float]
+EVERY_S = 5.0  # between two lines about the same step
+
+
+class Doing(str):
+    """A step in words, with how much of it is done: what a `progress` callback is given while something goes on.
+
+    Attributes:
+        share: from 0 to 1.
+    """
+
+    __slots__ = ("share",)
+    share: float
+
+    def __new__(cls, step: str, share: float) -> Doing:
+        self = super().__new__(cls, step)
+        self.share = share
+        return self
+
+
+def said(step: str) -> str:
+    """A step on one line, with the share done where it is known."""
+    return f"{step}: {step.share * 100:.0f} %" if isinstance(step, Doing) else step
 
 
 class Progress(Protocol):
     """Where steps are announced. Its `update` is what the library takes as `progress`."""
 
     def update(self, step: str) -> None:
-        """A new step begins.
+        """A new step begins, or goes on.
 
         Args:
-            step: what is being done, in a phrase.
+            step: what is being done, in a phrase; a `Doing` says how much of it is done.
         """
 
 
@@ -52,13 +74,14 @@ class Lines:
     """A line a step: "[42 s / 5 min] trying weight_only(bits=8, group=32)@decode"."""
 
     def __init__(self, stream: TextIO, watch: Watch) -> None:
-        self._stream, self._watch, self._last = stream, watch, ""
+        self._stream, self._watch, self._last, self._told_s = stream, watch, "", 0.0
 
     def update(self, step: str) -> None:
-        if step == self._last:
+        new, now_s = step != self._last, self._watch.elapsed_s
+        if not new and not (isinstance(step, Doing) and now_s >= self._told_s + EVERY_S):
             return
-        self._last = step
-        self._stream.write(f"[{self._watch}] {printable(step)}\n")
+        self._last, self._told_s = step, now_s
+        self._stream.write(f"[{self._watch}] {printable(step if new else said(step))}\n")
         self._stream.flush()
 
 
@@ -70,12 +93,13 @@ class Live:
 
         self._console, self._watch = console, watch
         self._spinner = Spinner("dots")
-        self._began, self._step = "", ""
+        self._began, self._step, self._said = "", "", ""
 
     def update(self, step: str) -> None:
         if step != self._step:
             self.finish()
             self._began, self._step = str(self._watch), step
+        self._said = said(step)
 
     def finish(self) -> None:
         """The present step is done: leave its line behind."""
@@ -88,7 +112,7 @@ class Live:
     def __rich__(self) -> Spinner:  # drawn anew several times a second
         from rich.text import Text
 
-        self._spinner.update(text=Text(f"[{self._watch}] {printable(self._step)}"))
+        self._spinner.update(text=Text(f"[{self._watch}] {printable(self._said)}"))
         return self._spinner
 
 

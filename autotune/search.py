@@ -64,7 +64,7 @@ class _Search:
             if any(part.step.name in self.chosen for part in parts):
                 continue
             before = self.state
-            self.settle(*self.attempt(compose.trial(parts)))
+            self.settle(*self.attempt(compose.trial(parts), draft.made if parts is draft.parts else None))
             if self.state is not before:
                 self.chosen |= {part.step.name: part.transform for part in parts}
 
@@ -119,13 +119,17 @@ class _Search:
             return [trial], candidate
         return self.trier.refine(trial, self.state, base, others)
 
-    def attempt(self, trial: Trial) -> tuple[Trial, Variant | None]:
-        """Try one candidate if the budget reaches it."""
+    def attempt(self, trial: Trial, made: list[Variant] | None = None) -> tuple[Trial, Variant | None]:
+        """Try one candidate if the budget reaches it.
+
+        Args:
+            made: it, where it was put together already; emptied.
+        """
         if late := self.lateness():
             return replace(trial, outcome=Outcome.UNREACHED, reason=late), None
         promised = f": predicted up to {trial.predicted:.2f}x for {trial.target}" if trial.predicted else ""
         self.trier.notify(f"trying {trial.candidate}{promised}")
-        return self.trier.attempt(trial, self.state.variant)
+        return self.trier.attempt(trial, self.state.variant, made)
 
     def lateness(self) -> str | None:
         """Why no further trial is begun, or None."""

@@ -103,10 +103,16 @@ class Trier:
             return f"{budget} was spent"
         return None if needed_s <= left_s else f"it takes about {needed_s:.0f} s, {left_s:.0f} s of {budget} were left"
 
-    def attempt(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
-        """One candidate from application to verdict, with what it took."""
+    def attempt(
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None = None
+    ) -> tuple[Trial, Variant | None]:
+        """One candidate from application to verdict, with what it took.
+
+        Args:
+            made: the candidate, where it was put together already; taken out, as nothing else may hold on to it.
+        """
         start = self.clock()
-        trial, candidate = self._judge(trial, incumbent)
+        trial, candidate = self._judge(trial, incumbent, made)
         trial = replace(trial, seconds=self.clock() - start)
         self.notify(f"{trial.outcome} {trial.candidate}: {trial.reason}")
         return trial, candidate
@@ -163,7 +169,7 @@ class Trier:
         end = min(self.deadline, self.clock() + REFINING_SHARE * self.policy.budget_s)
         return refine(probe, promises, spent=lambda: self.clock() >= end)
 
-    def _judge(self, trial: Trial, incumbent: Variant) -> tuple[Trial, Variant | None]:
+    def _judge(self, trial: Trial, incumbent: Variant, made: list[Variant] | None) -> tuple[Trial, Variant | None]:
         """One candidate's verdict. Whatever it raises, the incumbent is as it was, and so is the memory.
 
         Raises:
@@ -171,7 +177,7 @@ class Trier:
         """
         candidate = None
         try:
-            for stage in self._stages(trial, incumbent):
+            for stage in self._stages(trial, incumbent, made):
                 trial, candidate = stage
         except DeviceError:
             raise
@@ -183,7 +189,9 @@ class Trier:
             self.bench.tidy()
         return trial, candidate
 
-    def _stages(self, trial: Trial, incumbent: Variant) -> Iterator[tuple[Trial, Variant | None]]:
+    def _stages(
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None
+    ) -> Iterator[tuple[Trial, Variant | None]]:
         """One candidate from application to verdict, as far as it comes: what is known after each stage.
 
         The candidate is yielded with the verdict that keeps it, and before only as None. Raises what the candidate
@@ -195,7 +203,7 @@ class Trier:
                 yield replace(trial, outcome=Outcome.ERROR, reason=death), None
                 return
         try:
-            candidate = assemble(trial, incumbent)
+            candidate = made.pop() if made else assemble(trial, incumbent)
             missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
         except TransformError as error:
             yield replace(trial, outcome=Outcome.BLOCKED, reason=str(error)), None

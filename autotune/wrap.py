@@ -52,7 +52,8 @@ def wrap(
             GPU to the host's memory; see `Handle.commit`.
         watch: share of the calls that a committed plan serves which the original scores again when no request is in
             flight, to notice drift; 0 turns that off. Calls' times are watched in any case.
-        progress: told each step in a sentence; default: the "autotune" logger.
+        progress: told each step in a sentence when it begins and, where it is long, the share done while it goes on
+            (`progress.Doing`, a str with `share`); default: the "autotune" logger.
 
     Raises:
         UnsupportedModelError: not a causal LM with loaded weights in eval mode, or a draft of another vocabulary.

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from autotune.progress import Lines, Live, Watch, shown
+from autotune.progress import Doing, Lines, Live, Watch, shown
 
 
 class Ticking:
@@ -42,6 +42,28 @@ def test_a_step_is_announced_once():
     for step in ("profiling", "profiling", "trying", "profiling"):
         lines.update(step)
     assert [line.split("] ")[1] for line in out.getvalue().splitlines()] == ["profiling", "trying", "profiling"]
+
+
+def test_a_long_step_says_now_and_then_how_much_is_done():
+    clock, out = Ticking(), io.StringIO()
+    lines = Lines(out, Watch(None, clock))
+    for second, share in enumerate((0.0, 0.1, 0.2, 0.3, 0.4, 0.55, 0.6)):
+        clock.now = 100.0 + second
+        lines.update(Doing("judging", share))
+    assert out.getvalue() == "[0 s] judging\n[5 s] judging: 55 %\n"
+
+
+def test_on_a_terminal_the_present_step_shows_the_share():
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    live = Live(console, Watch(60.0, Ticking()))
+    live.update("profiling")
+    for share in (0.1, 0.5):
+        live.update(Doing("judging", share))
+    console.print(live)
+    assert "[0 s / 1 min] judging: 50 %" in out.getvalue()
+    live.finish()
+    assert out.getvalue().endswith("[0 s / 1 min] judging\n")
 
 
 def test_on_a_terminal_finished_steps_stay_and_the_present_one_shows_its_time():
