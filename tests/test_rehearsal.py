@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from autotune import hardware, rehearsal, seam, search, shrink, versions
+from autotune import choose, hardware, rehearsal, seam, shrink, versions
 from autotune.errors import TransformError
 from autotune.transforms import Blocker, Stage, Transform, make
 from autotune.variant import Variant
@@ -38,7 +38,7 @@ def test_what_an_architecture_does_not_bear_is_refused_beforehand(
 ) -> None:
     if name not in architectures.VARIANTS and name not in seam.causal_lms():
         pytest.skip(f"this release of transformers has no {name}")
-    reason = search.unavailable(make(transform, {}, phase), Variant(architectures.built(name)), machine)
+    reason = choose.unavailable(make(transform, {}, phase), Variant(architectures.built(name)), machine)
     assert reason is not None
     assert said in reason
 

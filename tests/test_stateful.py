@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import fingerprint, hardware, search, stateful, transforms
+from autotune import choose, fingerprint, hardware, stateful, transforms
 from autotune.errors import TransformError
 from autotune.revision import Revision
 from autotune.route import routed
@@ -178,7 +178,7 @@ def test_a_layer_with_weights_that_changes_itself_is_no_plans() -> None:
     model.lm_head.__class__ = Counting
     assert stateful.of(model).alien == ("lm_head.calls",)
     lean = transforms.make("lean_loop", {}, "decode")
-    reason = search.unavailable(lean, Variant(model), hardware.probe("cpu"))
+    reason = choose.unavailable(lean, Variant(model), hardware.probe("cpu"))
     assert reason is not None
     assert "lm_head.calls" in reason
     with pytest.raises(TransformError, match=r"lm_head\.calls"):

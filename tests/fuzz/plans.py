@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 
 import autotune
+from autotune import choose, route, speculate, transforms
 from autotune import plan as plans
-from autotune import route, search, speculate, transforms
 from autotune import tune as tuning
 from autotune.errors import TransformError
 from autotune.hardware import Hardware
@@ -83,7 +83,7 @@ def variant(model: Any, traffic: Any, work: Workload, name: str) -> Variant:
     obstacle = obstacle_of(made)
     steps = [transforms.make(*step) for step in PLANS[name]]
     for step in sorted(steps, key=lambda each: each.stage):
-        if search.unavailable(step, made, hardware(), obstacle) is not None:
+        if choose.unavailable(step, made, hardware(), obstacle) is not None:
             continue
         try:
             tried = made.with_transform(step)
