@@ -168,7 +168,7 @@ class LiveBench:
         left_s, needed_s = self.deadline - time.monotonic(), sum(self._took.values())
         if needed_s > left_s + max(GRACE_S, GRACE * self.policy.budget_s):
             self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
-            return Confirmation(None, *self._spot(variant, 1), brief=True)
+            return Confirmation(None, *self._spot(variant, 1, self.buckets), brief=True)
         exam, doing = self.held_out_exam, self._doing("comparing answers to held-out prompts with the original's")
         verdict = quality.judge(exam, variant, tier_for(variant, self.policy), doing)
         if verdict.verdict is not Verdict.PASS:
@@ -195,15 +195,15 @@ class LiveBench:
         A few prompts can fail what broke since, which is what is asked here; the noise floor is the one of that time.
         """
         self.noise = plan.latency.noise if plan.latency else 0.0
-        return self._spot(variant, 2)
+        return self._spot(variant, 2, self._short)
 
-    def _spot(self, variant: Variant, seed: int) -> tuple[Quality, Latency | None]:
-        """Quality on a few held-out prompts, which can fail what is broken, and a few short requests."""
+    def _spot(self, variant: Variant, seed: int, buckets: tuple[Bucket, ...]) -> tuple[Quality, Latency | None]:
+        """Quality on a few held-out prompts, which can fail what is broken, and a few requests."""
         exam = self._exam(self.held_out, self._texts[1], "brief")
         verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
-        race = self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets=self._short)
+        race = self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets)
         return verdict, race
 
     @cached_property

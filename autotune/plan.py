@@ -87,7 +87,7 @@ class Confirmation:
         failure: what went wrong with the workload's largest request, or None.
         quality: against the original; None when it did not come to that.
         latency: against the original; None when it did not come to that.
-        brief: whether a few prompts and short requests had to do, which can turn down what is broken and no more.
+        brief: whether its quality was looked at on a few prompts alone, which can turn down what is broken and no more.
     """
 
     failure: str | None = None

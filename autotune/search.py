@@ -150,7 +150,7 @@ class _Search:
         if found.holds:
             self.state = self.trier.examine(candidate, self.before.obstacle)
             self.confirmation = replace(found, quality=trial.quality) if found.brief else found
-            short = "; confirmed on a few held-out prompts and short requests: the budget had no room for more"
+            short = "; confirmed on a few held-out prompts: the budget had no room for more"
             return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
         if self.confirmation is None or self.refuted:
             self.confirmation, self.refuted = found, candidate.transforms
