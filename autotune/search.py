@@ -152,7 +152,7 @@ class _Search:
             self.confirmation = replace(found, quality=trial.quality) if found.brief else found
             short = "; confirmed on a few held-out prompts: the budget had no room for more"
             return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
-        if self.confirmation is None or self.refuted:
+        if self.state is self.before:  # nothing is confirmed yet, whose place this would take
             self.confirmation, self.refuted = found, candidate.transforms
         outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
         self.trier.bench.tidy()

@@ -552,6 +552,15 @@ def test_what_held_out_prompts_do_not_confirm_is_not_kept_and_says_so() -> None:
     assert [t.label for t in alone.refuted] == ["a"]  # type: ignore[attr-defined]
 
 
+def test_what_is_confirmed_stays_whatever_fails_before_and_after_it() -> None:
+    failed = Confirmation("it ran out of memory")
+    bench = ScriptedBench(confirmations={"a": failed, "c": failed})
+    choices = ({"promises": 3.0}, {"label": "b", "promises": 2.5}, {"label": "c", "promises": 2.0})
+    found = run(bench, policy(step(*choices)))
+    assert outcomes(found) == {"a": "inconclusive", "b": "accepted", "c": "inconclusive"}
+    assert (committed(found), found.confirmation) == (["b"], CONFIRMED)
+
+
 def test_a_brief_confirmation_leaves_the_quality_that_chose_and_says_so() -> None:
     weak = Quality("strict", Verdict.INCONCLUSIVE, "4 prompts")
     found = run(ScriptedBench(confirmations={"a": replace(CONFIRMED, quality=weak, brief=True)}), policy(step({})))
