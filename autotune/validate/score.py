@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +77,7 @@ class Served:
         """
         ids, mask = left_padded(prompts, self.pad_token_id, self.model.device)
         model: Any = self.model  # transformers' own types are loose here
-        try:
-            out: torch.Tensor = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
-        except (OutputError, BypassedError, DeviceError):
-            raise
-        except Exception as error:
-            outside.pass_on(error)
-            failure = in_words(error)
-        else:
-            return out
-        raise CandidateError(failure)  # outside the handler, whose traceback would pin the candidate's tensors
+        return _attempted(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options))
 
     def step(self, contexts: Sequence[Tokens], forced: Sequence[Tokens]) -> torch.Tensor:
         """Next-token logits [B, T, V] (float32) while decoding `contexts` and being told the tokens `forced` [B, T].
@@ -111,18 +102,13 @@ class Served:
         """
         model: Any = self.model
         keep = seam.last_logits(model, last)
-        try:
+
+        def logits() -> torch.Tensor:
             with torch.no_grad():
                 given = torch.tensor([ids], dtype=torch.int64, device=model.device)
-                logits = seam.logits(model(input_ids=given, **keep))
-        except DeviceError:
-            raise
-        except Exception as error:
-            outside.pass_on(error)
-            failure = in_words(error)
-        else:
-            return logits[0, -last:]
-        raise CandidateError(failure)
+                return seam.logits(model(input_ids=given, **keep))
+
+        return _attempted(logits)[0, -last:]
 
     def read_together(self, texts: Sequence[Tokens], last: int) -> torch.Tensor:
         """Logits [B, last, V] at the last positions of left-padded texts, from one forward of the model as it is.
@@ -135,17 +121,25 @@ class Served:
         reader = _Reader(last)
         ids, mask = left_padded(texts, self.pad_token_id, self.model.device)
         model: Any = route.greedy(route.routed(self.variant.original, reader), self.pad_token_id)
-        try:
-            with self.variant.turn():
-                model.generate(ids, attention_mask=mask, max_new_tokens=1)
-        except DeviceError:
-            raise
-        except Exception as error:
-            outside.pass_on(error)
-            failure = in_words(error)
-        else:
-            return reader.logits
-        raise CandidateError(failure)
+        with self.variant.turn():
+            _attempted(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=1))
+        return reader.logits
+
+
+def _attempted(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `run` gives.
+
+    Raises:
+        CandidateError: it raised.
+    """
+    try:
+        return run()
+    except (OutputError, BypassedError, DeviceError):
+        raise
+    except Exception as error:
+        outside.pass_on(error)
+        failure = in_words(error)
+    raise CandidateError(failure)  # outside the handler, whose traceback would pin the candidate's tensors
 
 
 class _Reader:
