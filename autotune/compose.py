@@ -7,18 +7,17 @@ two that save the same time would be promised it twice. Threads and guessing com
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import outside
 from .choose import State, expect, make, outgrows, unavailable, why_not
 from .errors import DeviceError, TransformError
-from .hardware import Hardware
 from .plan import Outcome, Target, Trial
-from .policy import Policy, Step
+from .policy import Step
 from .transforms import Stage, Transform, is_foreign
 from .transforms.linears import reusing
-from .trying import Bench
+from .trying import Trier
 from .variant import Variant
 from .workload import PHASES, Phase
 
@@ -66,47 +65,39 @@ def trial(parts: tuple[Part, ...]) -> Trial:
     return Trial(first, NAME, target, Outcome.SKIPPED, "", others=tuple(others))
 
 
-def compose(
-    state: State,
-    policy: Policy,
-    hardware: Hardware,
-    bench: Bench,
-    *,
-    parameters: int | None = None,
-    notify: Callable[[str], None] = log.info,
-) -> Draft:
+def compose(state: State, trier: Trier, parameters: int | None = None) -> Draft:
     """The draft for a model.
 
     Layers that lose quality are read once with the exam's texts: the narrowest whose loss is within the tier is taken.
 
     Args:
         state: the original.
+        trier: knows policy, hardware and bench.
         parameters: of the model, where the policy asks.
 
     Raises:
         DeviceError: the device is dead.
     """
-    notify("putting together what promises the most")
-    steps = [step for step in policy.steps if why_not(step, state.diagnoses, hardware, parameters) is None]
-    draft = _Drafting(state, policy, hardware, bench, notify)
-    for step in sorted(steps, key=lambda step: min(make(choice).stage for choice in step.choices)):
+    trier.notify("putting together what promises the most")
+    steps = trier.policy.steps
+    called = [step for step in steps if why_not(step, state.diagnoses, trier.hardware, parameters) is None]
+    draft = _Drafting(state, trier)
+    for step in sorted(called, key=lambda step: min(make(choice).stage for choice in step.choices)):
         draft.take(step)
     return Draft(tuple(draft.parts), draft.shortfalls, [draft.variant])
 
 
 class _Drafting:
-    def __init__(
-        self, state: State, policy: Policy, hardware: Hardware, bench: Bench, notify: Callable[[str], None]
-    ) -> None:
-        self.state, self.policy, self.hardware, self.bench, self.notify = state, policy, hardware, bench, notify
+    def __init__(self, state: State, trier: Trier) -> None:
+        self.state, self.trier = state, trier
         self.variant, self.parts, self.shortfalls = state.variant, list[Part](), dict[Transform, str]()
         self.taken = set[tuple[Phase, Stage]]()
 
     def take(self, step: Step) -> None:
         """Add what promises the most of a step's choices, of those that can be had and lose too little to matter."""
-        least = 1 + self.policy.limits.min_gain
+        least = 1 + self.trier.policy.limits.min_gain
         choices = [make(choice) for choice in step.choices]
-        promised = {t: expect(t, step.phase, self.state, self.hardware) for t in choices if self.is_candidate(t)}
+        promised = {t: expect(t, step.phase, self.state, self.trier.hardware) for t in choices if self.is_candidate(t)}
         while promised:
             best = max(promised.values())  # of what promises about as much, the policy's first
             transform = next(t for t, gain in promised.items() if gain * least >= best)
@@ -125,7 +116,7 @@ class _Drafting:
             except Exception as error:  # it will be tried by itself, and then be told
                 outside.pass_on(error)
                 log.debug("%s is not in the draft", transform, exc_info=True)
-                self.bench.explain(error)
+                self.trier.bench.explain(error)
                 continue
             self.variant = candidate
             self.parts.append(Part(step, transform, gain))
@@ -139,7 +130,7 @@ class _Drafting:
 
     def fits(self, transform: Transform) -> bool:
         return (
-            unavailable(transform, self.variant, self.hardware, self.state.obstacle) is None
+            unavailable(transform, self.variant, self.trier.hardware, self.state.obstacle) is None
             and outgrows(transform, self.variant, self.state.free_bytes) is None
         )
 
@@ -147,10 +138,10 @@ class _Drafting:
         """Whether a transform's loss is beyond the tier, from texts read at once; its verdict is for the gate."""
         if transform.lossless:
             return False
-        probe = self.bench.probe(self.state.variant, transform, self.policy.tier)
+        probe = self.trier.bench.probe(self.state.variant, transform, self.trier.policy.tier)
         if probe is None:
             return False
-        self.notify(f"reading the exam's texts with {transform}")
+        self.trier.notify(f"reading the exam's texts with {transform}")
         if (reason := probe.shortfall("")) is not None:
             self.shortfalls[transform] = reason
         return reason is not None

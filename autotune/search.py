@@ -102,7 +102,7 @@ class _Search:
 
     def value(self, step: Step) -> float:
         """What a step is worth trying for: the most that one of its choices is."""
-        return max(worth(make(choice), self.promise(make(choice), step)) for choice in step.choices)
+        return max(worth(transform, self.promise(transform, step)) for transform in map(make, step.choices))
 
     def find(self, trial: Trial, base: State, others: float) -> tuple[list[Trial], Variant | None]:
         """Try a candidate, and without some layers where it loses too much: what is to be recorded, the last decides.
@@ -194,7 +194,7 @@ def search(
             f"judging and timing a candidate: {late}; give a budget of {math.ceil(whole_s / 10) * 10} s or more"
         )
     else:
-        run.begin(compose.compose(before, policy, hardware, bench, parameters=parameters, notify=notify))
+        run.begin(compose.compose(before, trier, parameters))
     pending = list(policy.steps)
     while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:
         step = max(called, key=run.value) if run.chosen else called[0]
