@@ -203,8 +203,7 @@ class LiveBench:
         verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
-        race = self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets)
-        return verdict, race
+        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets)
 
     @cached_property
     def exam(self) -> Exam:
@@ -249,6 +248,7 @@ class LiveBench:
         seed: int = 0,
         buckets: tuple[Bucket, ...] = (),
     ) -> Latency:
+        limits = self._limits(reference, candidate)
         race = partial(
             latency.compare,
             reference,
@@ -256,7 +256,7 @@ class LiveBench:
             buckets or self.buckets,
             work.prompts,
             objective=objective,
-            limits=self._limits(reference, candidate),
+            limits=limits,
             clock=self.clock,
             max_pairs=pairs,
             budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic())),
@@ -265,7 +265,7 @@ class LiveBench:
         )
         if "noise" not in self.__dict__:  # it takes long to measure, and decides about small gains alone
             found = race(noise=0.0)
-            if found.verdict is not Verdict.PASS or self.policy.limits.min_gain < 0:
+            if found.verdict is not Verdict.PASS or limits.min_gain < 0:
                 return found
             own: float = own_noise(found, objective)
             if getattr(found, objective).low >= 1 + 2 * own:

@@ -204,7 +204,8 @@ def own_noise(found: Latency, metric: Metric) -> float:
 
 def leads(samples: Mapping[str, Sequence[Pair]], objective: Metric) -> bool:
     """Whether the candidate is ahead so far."""
-    return any(float(np.nanmedian(log_ratios(pairs, objective))) > 0 for pairs in samples.values())
+    ratios = (known(log_ratios(pairs, objective)) for pairs in samples.values())
+    return any(len(values) > 0 and float(np.median(values)) > 0 for values in ratios)
 
 
 def known(values: Floats) -> Floats:
