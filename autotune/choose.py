@@ -17,6 +17,7 @@ from .variant import Variant
 from .workload import Phase
 
 ROOM = 0.9  # of the free memory: activations and the allocator's slack want the rest
+LEAST_LEFT = 0.05  # share of a phase's time that an exchange leaves: the two predictions are no more exact than that
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,29 @@ def why_not(
     return None
 
 
-def promise(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float | None:
-    """Predicted best-case speed-up of `phase`, or None where the transform cannot be had."""
-    if unavailable(transform, state.variant, hardware, state.obstacle) is not None:
+def promise(
+    transform: Transform,
+    phase: Phase,
+    state: State,
+    hardware: Hardware,
+    *,
+    replaced: Transform | None = None,
+    before: State | None = None,
+) -> float | None:
+    """Predicted best-case speed-up of `phase`, or None where the transform cannot be had.
+
+    Args:
+        state: what it is measured against.
+        replaced: a transform in `state` whose place it would take.
+        before: the original; asked for with `replaced`, as both are predicted on it.
+    """
+    base = before if replaced is not None and before is not None else state
+    if unavailable(transform, base.variant, hardware, base.obstacle) is not None:
         return None
-    return expect(transform, phase, state, hardware)
+    own = expect(transform, phase, base, hardware)
+    if replaced is None:
+        return own
+    return exchange(own, expect(replaced, phase, base, hardware), phase, base, state)
 
 
 def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obstacle: str | None = None) -> str | None:
@@ -87,6 +106,21 @@ def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obst
 def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
     """Predicted best-case speed-up of `phase`, were the transform to be had."""
     return transform.predict(state.profile, hardware).get(phase, 1.0)
+
+
+def exchange(own: float, replaced: float, phase: Phase, before: State, now: State) -> float:
+    """Predicted best-case speed-up of `phase` over what there is, where one transform takes another's place.
+
+    How long each leaves the phase is predicted on the original; the difference is saved from the phase as it is now.
+
+    Args:
+        own, replaced: speed-up of the original's phase that each promises.
+        before: the original.
+        now: what there is, `replaced` in it.
+    """
+    was_s, now_s = before.profile.phases[phase].seconds, now.profile.phases[phase].seconds
+    saved_s = was_s / replaced - was_s / own
+    return now_s / max(now_s - saved_s, LEAST_LEFT * now_s)
 
 
 def worth(transform: Transform, promised: float | None) -> float:

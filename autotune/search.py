@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from . import compose
-from .choose import State, expect, make, parameter_count, promise, rule_out, why_not, worth
+from .choose import State, make, parameter_count, promise, rule_out, why_not, worth
 from .hardware import Hardware
 from .plan import Confirmation, Outcome, Trial
 from .policy import Policy, Step
@@ -95,10 +95,8 @@ class _Search:
 
     def promise(self, transform: Transform, step: Step) -> float | None:
         """Predicted best-case speed-up of the step's phase over what there is, or None where it cannot be had."""
-        if (replaced := self.chosen.get(step.name)) is None:
-            return promise(transform, step.phase, self.state, self.trier.hardware)
-        own = promise(transform, step.phase, self.before, self.trier.hardware)
-        return own and own / expect(replaced, step.phase, self.before, self.trier.hardware)
+        replaced = self.chosen.get(step.name)
+        return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=self.before)
 
     def value(self, step: Step) -> float:
         """What a step is worth trying for: the most that one of its choices is."""

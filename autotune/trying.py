@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from . import outside
-from .choose import State, promise, tier_for
+from .choose import State, exchange, expect, promise, tier_for
 from .diagnose import Diagnosis
 from .errors import DeviceError, TransformError
 from .hardware import Hardware
@@ -131,7 +131,7 @@ class Trier:
         """
         start = self.clock()
         try:
-            found = self._look_into(failed, base, others)
+            found = self._look_into(failed, state, base, others)
         except DeviceError:
             raise
         except Exception as error:  # what is measured is foreign code, as in a trial
@@ -156,15 +156,17 @@ class Trier:
                 break
         return trials, candidate
 
-    def _look_into(self, failed: Trial, base: State, others: float) -> Refinement | None:
+    def _look_into(self, failed: Trial, state: State, base: State, others: float) -> Refinement | None:
         """Which layers made a transform fail, and what to try without them; None where it cannot be tried so."""
         tier = failed.quality.tier if failed.quality else self.policy.tier
         if failed.target == "both" or (probe := self.bench.probe(base.variant, failed.transform, tier)) is None:
             return None
         self.notify(f"looking for the layers that make {failed.transform} fail")
-        wide = (promise(probe.wider, failed.target, base, self.hardware) or 1.0) if probe.wider else 1.0
-        for replaced in failed.instead_of:  # what it promises is over that
-            wide /= promise(replaced, failed.target, base, self.hardware) or 1.0
+        replaced, wide = next(iter(failed.instead_of), None), 1.0  # left wider, a layer is as in the original
+        if probe.wider is not None:
+            wide = promise(probe.wider, failed.target, state, self.hardware, replaced=replaced, before=base) or 1.0
+        elif replaced is not None:
+            wide = exchange(1.0, expect(replaced, failed.target, base, self.hardware), failed.target, base, state)
         promises = Promises(failed.predicted or 1.0, wide, max(1 + self.policy.limits.min_gain, others))
         end = min(self.deadline, self.clock() + REFINING_SHARE * self.policy.budget_s)
         return refine(probe, promises, spent=lambda: self.clock() >= end)

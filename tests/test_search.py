@@ -71,6 +71,17 @@ class Scripted(Transform):
         return self.idle or None
 
 
+@dataclass(frozen=True)
+class Phase:
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profiled:
+    label: str
+    phases: Mapping[str, Phase]
+
+
 @dataclass
 class ScriptedBench:
     """A bench whose verdicts are looked up by the label of the newest transform."""
@@ -84,6 +95,7 @@ class ScriptedBench:
     probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
     free: float = 8e9
     least: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # label -> of both phases
     examined: bool = True
     drowned: bool = False
     calls: list[str] = field(default_factory=list)
@@ -93,10 +105,11 @@ class ScriptedBench:
         return variant.transforms[-1].label if variant.transforms else ""
 
     def profile(self, variant: Variant) -> Any:
-        return self.label(variant)
+        label = self.label(variant)
+        return Profiled(label, dict.fromkeys(("prefill", "decode"), Phase(self.seconds.get(label, 0.1))))
 
     def diagnose(self, profile: Any) -> Any:
-        kind = self.bottlenecks.get(profile, "memory")
+        kind = self.bottlenecks.get(profile.label, "memory")
         return {phase: Diagnosis(phase, kind, "because", 2.0, 0.5) for phase in ("prefill", "decode")}
 
     def memory_ratio(self, variant: Variant) -> float:
@@ -461,6 +474,38 @@ def test_the_best_of_every_step_is_tried_in_one_piece_and_confirmed_at_once() ->
     }
     assert committed(found) == ["fused", "int4", "program"]
     assert found.confirmation == CONFIRMED
+
+
+@pytest.mark.parametrize(
+    ("own", "replaced", "now_s", "expected"),
+    [
+        # 100 ms before: 4x leaves 25 ms and 2.5x 40 ms, so that 15 ms are saved from what there is now
+        (4.0, 2.5, 0.040, 40 / 25),
+        (4.0, 2.5, 0.030, 30 / 15),
+        (2.5, 2.5, 0.030, 1.0),
+        (2.5, 4.0, 0.030, 30 / 45),  # worse than what it would replace
+        (1.0, 4.0, 0.025, 25 / 100),  # given back whole
+        (4.0, 2.5, 0.010, 20.0),  # predicted to save more than there is
+    ],
+)
+def test_an_exchange_saves_the_difference_from_the_time_as_it_is_now(
+    own: float, replaced: float, now_s: float, expected: float
+) -> None:
+    before, now = (
+        choose.State(Variant(nn.Module()), Profiled("", {"decode": Phase(seconds)}), {})  # type: ignore[arg-type]
+        for seconds in (0.1, now_s)
+    )
+    assert choose.exchange(own, replaced, "decode", before, now) == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("own")
+def test_an_alternative_is_weighed_against_the_plan_and_not_against_the_original() -> None:
+    weights = step({"label": "int8", "promises": 2.0}, {"label": "int4", "promises": 2.04}, name="weights")
+    bench = ScriptedBench(seconds={"program": 0.012})  # int4 saves 0.98 ms of 100 more: a twelfth of these 12
+    found = run(bench, policy(weights, PROGRAM))
+    alternative = next(trial for trial in found.trials if trial.instead_of)
+    assert alternative.predicted == pytest.approx(12 / (12 - 100 * (1 / 2.0 - 1 / 2.04)))
+    assert candidates(found)["int4 for int8"] == "accepted"
 
 
 @pytest.mark.usefixtures("own")
