@@ -110,17 +110,22 @@ class LiveBench:
 
         return seconds(incumbent) / seconds(candidate)
 
+    def answer(self, variant: Variant) -> None:
+        """A short request of the workload.
+
+        Raises:
+            CandidateError: the variant raised.
+        """
+        bucket = self.buckets[0]
+        Served(variant, self.pad).generate(
+            request(bucket, self.tuning.prompts, 0), min(bucket.new_tokens, GLANCE_TOKENS)
+        )
+
     def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
         if not probation.is_possible(self.hardware.device):
             return None
-        bucket = self.buckets[0]
-        prompts = request(bucket, self.tuning.prompts, 0)
-
-        def work() -> None:
-            Served(make(), self.pad).generate(prompts, min(bucket.new_tokens, GLANCE_TOKENS))
-
         self.notify(f"trying {transform} in a child process first")
-        return probation.death_of(work, most_s, self.original.turn)
+        return probation.death_of(lambda: self.answer(make()), most_s, self.original.turn)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         exam = self.exam

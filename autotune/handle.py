@@ -293,10 +293,10 @@ class Handle:
         if change != self._stale:
             self._stale = change
             if change is None:
-                self._state, self._detail = "tuned", "the model is again what it was when it was tuned: the plan serves"
+                self._turn("tuned", "the model is again what it was when it was tuned: the plan serves")
                 log.info(self._detail)
             else:
-                self._state = "stale"
+                self._turn("stale")
                 self._say(f"the model changed after tuning ({change})", "the plan serves again once that is undone")
         return variant if change is None else None
 
@@ -378,10 +378,16 @@ class Handle:
     def _note(self, event: Event) -> None:
         """The plan was taken out, or back."""
         if event.phase == "closed":
-            self._state, self._detail = "tuned", f"{event.reason}; the plan serves again"
+            self._turn("tuned", f"{event.reason}; the plan serves again")
         elif event.phase != "half-open":
             again = "; the plan is tried again later" if event.phase == "open" else "; the plan failed too often"
-            self._state, self._detail = "failed", f"{event.reason}; {self._other()}{again}"
+            self._turn("failed", f"{event.reason}; {self._other()}{again}")
+
+    def _turn(self, state: State, detail: str = "") -> None:
+        """Something happened to the plan that serves. While tuning goes on, the state says that."""
+        self._detail = detail or self._detail
+        if self._state != "tuning":
+            self._state = state
 
     def _other(self) -> str:
         """What serves instead of the plan, in words."""
@@ -465,12 +471,13 @@ class Handle:
                 cache=self._cache,
                 traffic=self._traffic,
                 notify=self._progress,
+                serve=partial(self._serve_meanwhile, revision),
             )
         except Cancelled:
-            self._state, self._detail = "original", CALLED_OFF
+            self._active, self._state, self._detail = None, "original", CALLED_OFF
             raise
         except BaseException as error:
-            self._state, self._detail = "failed", f"{type(error).__name__}: {error}"
+            self._active, self._state, self._detail = None, "failed", f"{type(error).__name__}: {error}"
             raise
         if change := revision.differs():
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
@@ -480,6 +487,16 @@ class Handle:
             log.warning("%s. This is not kept as a plan: %s", self._tuned.verdict, self._tuned.doubt)
         if self._keep_original is not True:
             self._send_away(park=self._keep_original == "parked")
+
+    def _serve_meanwhile(self, revision: Revision, variant: Variant) -> None:
+        """What is proven so far serves while tuning goes on, unless the model changed since, or was rolled back.
+
+        It is not watched: calls that overlap with tuning say nothing about its pace.
+        """
+        if self._state == "tuning" and revision.differs() is None:
+            self._revision = revision
+            self._put_in(variant)
+            self._watch.begin(variant, None, self._unwatchable)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -496,10 +513,13 @@ class Handle:
             self._notify(step)
 
     def _switch(self, variant: Variant) -> None:
-        self._active, self._stale = variant if variant.transforms else None, None
+        self._put_in(variant)
         self._state = "tuned" if variant.transforms else "original"
         self._detail = self._tuned.verdict if self._tuned else ""
         self._watch.begin(variant, self._tuned.plan if self._tuned else None, self._unwatchable, stored=self._cache)
+
+    def _put_in(self, variant: Variant) -> None:
+        self._active, self._stale = variant if variant.transforms else None, None
 
     def _send_away(self, park: bool) -> None:
         """Park or release the original's weights, but for those that the plan uses."""

@@ -56,6 +56,7 @@ class _Search:
     shortfalls: dict[Transform, str] = field(default_factory=dict)  # why a transform's quality would not do
     usual_s: float = 0.0  # that the latest whole trial took, applying and compiling apart
     too_short: str = ""  # why the budget does not reach for any trial
+    kept: Callable[[Variant], None] = lambda variant: None
 
     def begin(self, draft: compose.Draft) -> None:
         """Try the draft; where it fails, what it has for each phase."""
@@ -146,6 +147,7 @@ class _Search:
         self.trier.notify(f"confirming {trial.candidate} on held-out prompts")
         found = self.trier.bench.confirm(candidate)
         if found.holds:
+            self.kept(candidate)
             self.state = self.trier.examine(candidate, self.before.obstacle)
             self.confirmation = replace(found, quality=trial.quality) if found.brief else found
             short = "; confirmed on a few held-out prompts: the budget had no room for more"
@@ -167,6 +169,7 @@ def search(
     clock: Callable[[], float] = time.monotonic,
     deadline: float | None = None,
     obstacle: str | None = None,
+    kept: Callable[[Variant], None] = lambda variant: None,
 ) -> Found:
     """Try what the diagnosis calls for, keeping each change that proves itself.
 
@@ -178,13 +181,14 @@ def search(
         original: a variant without transforms.
         deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
         obstacle: why nothing can be tried, or None; what would have been tried is recorded with it.
+        kept: given each variant that was confirmed, while the search goes on.
     """
     start = clock()
     deadline = start + policy.budget_s if deadline is None else deadline
     trier = Trier(policy, hardware, bench, notify, clock, deadline)
     notify("profiling the original")
     before = trier.examine(original, obstacle)
-    run = _Search(trier, before, before)
+    run = _Search(trier, before, before, kept=kept)
     parameters = parameter_count(original, policy)
     if late := trier.lateness(least_s := bench.least_s(before.profile)):
         whole_s = clock() - start + least_s

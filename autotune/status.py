@@ -19,9 +19,10 @@ class Status:
     """Where a wrapped model stands.
 
     Args:
-        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning", "tuned", "original" (kept: nothing
-            better was proven, or nothing could be tried), "rolled back", "stale" (the model changed), "failed" (tuning
-            or the plan failed) or "passed through" (calls cannot be routed with the installed versions).
+        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning" (what `transforms` names is proven and
+            serves meanwhile), "tuned", "original" (kept: nothing better was proven, or nothing could be tried),
+            "rolled back", "stale" (the model changed), "failed" (tuning or the plan failed) or "passed through" (calls
+            cannot be routed with the installed versions).
         detail: one sentence more.
         transforms: the plan that serves, in words.
         served: calls served by the plan.

@@ -58,6 +58,7 @@ def tune(
     cache: bool = True,
     traffic: Traffic | None = None,
     notify: Callable[[str], None] = log.info,
+    serve: Callable[[Variant], None] = lambda variant: None,
 ) -> Tuned:
     """Find, prove and keep the variant of `model` that serves `workload` best under `policy`.
 
@@ -68,6 +69,8 @@ def tune(
         cache: read and write plans in the user's cache directory.
         traffic: lets live requests through between measured steps.
         notify: told each step in a sentence.
+        serve: given each variant that is proven, while tuning goes on. A kept plan's, which an earlier run proved, is
+            given before it is verified again, and the original where that fails.
 
     Raises:
         AutotuneError: something that is needed could not be measured, or a transform wrote into the original.
@@ -81,11 +84,11 @@ def tune(
     obstacle = obstacle_of(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
-        if (tuned := replay(known, bench, start)) is not None:
+        if (tuned := replay(known, bench, start, serve)) is not None:
             return tuned
     deadline = start + policy.budget_s
     bench.deadline = deadline
-    found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle)
+    found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)
     tuned = conclude(found, bench, identity, start)
     if fingerprint.of_model(model) != identity.model:
         culprits = ", ".join(sorted({t.name for trial in found.trials if trial.compile_s for t in trial.transforms}))
@@ -151,8 +154,11 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
     return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt)
 
 
-def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
-    """A plan from disk is a hint: applied and re-verified, or ignored."""
+def replay(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None]) -> Tuned | None:
+    """A plan from disk is a hint: applied and re-verified, or ignored.
+
+    It serves as soon as it answers: it was proven on this very model and machine.
+    """
     try:
         report = read(plan.summary)
     except PlanError as error:
@@ -166,22 +172,18 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
         return Tuned(bench.original, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
     try:
-        variant = bench.original
-        for transform in plan.transforms:
-            if reason := transform.unavailable(variant, bench.hardware):
-                raise TransformError(f"{transform}: {reason}")
-            variant = variant.with_transform(transform)
-            if missing := transform.took_effect(variant):
-                raise TransformError(f"{transform} had no effect: {missing}")
+        variant = restored(plan, bench)
+        serve(variant)
         quality, latency = bench.reverify(plan, variant)
     except Exception as error:  # whatever is wrong with an old plan, a fresh search is the answer
         outside.pass_on(error)
+        serve(bench.original)
         log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
         return None
     if latency is None or latency.verdict != "pass":
-        log.warning(
-            "the kept plan did not hold (%s); searching anew", quality.reason if latency is None else latency.reason
-        )
+        serve(bench.original)
+        reason = quality.reason if latency is None else latency.reason
+        log.warning("the kept plan did not hold (%s); searching anew", reason)
         return None
     seconds = time.monotonic() - start
     verdict = (
@@ -189,6 +191,24 @@ def replay(plan: Plan, bench: LiveBench, start: float) -> Tuned | None:
         f"{quality.mean_kld:.2g}, same top token {quality.same_top:.1%} on {quality.tokens} tokens"
     )
     return Tuned(variant, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
+
+
+def restored(plan: Plan, bench: LiveBench) -> Variant:
+    """The variant of a plan from disk, once it has answered a request of the workload.
+
+    Raises:
+        TransformError: a transform of it cannot be had any more, or did nothing.
+        CandidateError: it cannot answer.
+    """
+    variant = bench.original
+    for transform in plan.transforms:
+        if reason := transform.unavailable(variant, bench.hardware):
+            raise TransformError(f"{transform}: {reason}")
+        variant = variant.with_transform(transform)
+        if missing := transform.took_effect(variant):
+            raise TransformError(f"{transform} had no effect: {missing}")
+    bench.answer(variant)
+    return variant
 
 
 def break_even(found: Found, latency: Latency | None, seconds: float) -> float | None:

@@ -87,11 +87,11 @@ class Watch:
     def begin(
         self, variant: Variant, plan: Plan | None, obstacle: Callable[[], str | None], stored: bool = False
     ) -> None:
-        """A plan was committed; what is known of one before is forgotten.
+        """A plan serves; what is known of one before is forgotten.
 
         Args:
             variant: what serves.
-            plan: where its figures are from.
+            plan: where its figures are from; None: tuning goes on, and nothing but failures is looked for.
             obstacle: why the original cannot be asked now, or None.
             stored: whether the plan is in the store, which is told when it fails.
         """
@@ -153,11 +153,12 @@ class Watch:
             if self.breaker.phase == "half-open":
                 self._step("served", "the trial call was served")
                 self._paces = {shape: Pace(pace.expected_s) for shape, pace in self._paces.items()}
-            self._note_pace(call, marks)
+            if self._plan is not None:
+                self._note_pace(call, marks)
             if self._compilations.note(before, graphs()):
                 self._compilations = Compilations()
                 self.failed("calls compile over and over", "recompiling")
-            if self.share and self.chance() < self.share:
+            if self._plan is not None and self.share and self.chance() < self.share:
                 self._keep(call, result)
         return result
 

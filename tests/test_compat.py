@@ -15,6 +15,7 @@ import torch
 
 import autotune
 from autotune import bench, kernels
+from autotune.bench import LiveBench
 from autotune.validate import Latency, Speedup, Verdict, latency
 from autotune.validate.tiers import SIZES
 from tests.models import tiny, token_prompts
@@ -93,8 +94,16 @@ def test_a_kept_plan_is_replayed(policy: str, monkeypatch: pytest.MonkeyPatch) -
     assert first.status.state == "tuned", first.status.detail
     if kernels.available() is None:
         assert "step_program" in [transform.name for transform in first.plan.transforms]
-    model = tiny("llama")
+    model, serving = tiny("llama"), []
+    reverify = LiveBench.reverify
+
+    def seen(*given: Any) -> Any:
+        serving.append(model.autotune.status.transforms)
+        return reverify(*given)
+
+    monkeypatch.setattr(LiveBench, "reverify", seen)
     second = wrapped(model, policy, cache=True)
+    assert serving == [second.status.transforms], "it serves while it is verified again"
     assert "replayed and re-verified" in second.status.detail
     assert second.plan.transforms == first.plan.transforms
     assert greedy(model) == before

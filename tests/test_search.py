@@ -476,6 +476,20 @@ def test_the_best_of_every_step_is_tried_in_one_piece_and_confirmed_at_once() ->
     assert found.confirmation == CONFIRMED
 
 
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("holds", "served"), [(True, ["int8+program", "a2+program"]), (False, [])])
+def test_what_is_confirmed_is_handed_over_while_the_search_goes_on(holds: bool, served: list[str]) -> None:
+    bench, given = ScriptedBench(probes={"int4": ScriptedProbe(1)}), list[str]()
+    if not holds:
+        bench.confirmations = dict.fromkeys(["program", "a2", "int8", "loop"], Confirmation("it failed"))
+    run(
+        bench,
+        policy(WEIGHTS, PROGRAM),
+        kept=lambda variant: given.append("+".join(sorted(t.label for t in variant.transforms))),
+    )
+    assert given == served
+
+
 @pytest.mark.parametrize(
     ("own", "replaced", "now_s", "expected"),
     [

@@ -145,6 +145,98 @@ def test_background_tuning_ends_and_serves(scripted: list[Transform]) -> None:
     assert model.autotune.status.state == "tuned"
 
 
+class Paused:
+    """Tuning that proves a plan, then goes on until it is let go, and ends as the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, meanwhile: Any = lambda model: None) -> None:
+        self.proven, self.go_on, self.error = threading.Event(), threading.Event(), None
+        self.meanwhile = meanwhile
+        monkeypatch.setattr(tuning, "tune", self)
+
+    def __call__(self, model: Any, workload: Any, policy: Any, *, traffic: Any, serve: Any, **_: Any) -> Tuned:
+        variant = Variant(model, traffic, workload).with_transforms([StaticCache()])
+        self.meanwhile(model)
+        serve(variant)
+        self.proven.set()
+        assert self.go_on.wait(60)
+        if self.error is not None:
+            raise self.error
+        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+
+    def end(self, model: Any) -> None:
+        self.go_on.set()
+        model.autotune._thread.join(60)
+
+
+def test_what_is_proven_serves_while_tuning_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused, model = Paused(monkeypatch), tiny("llama")
+    expected = greedy(model)
+    wrapped(model, when="background")
+    assert paused.proven.wait(60)
+    assert greedy(model) == expected
+    status = model.autotune.status
+    assert (status.state, status.served, status.transforms) == ("tuning", 1, ("static_cache(slots=0)@both",))
+    paused.end(model)
+    assert greedy(model) == expected
+    assert (model.autotune.status.state, model.autotune.status.served) == ("tuned", 2)
+
+
+@pytest.mark.parametrize("error", [autotune.errors.AutotuneError("no"), MemoryError()], ids=repr)
+def test_where_tuning_fails_later_the_original_serves(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    paused, model = Paused(monkeypatch), tiny("llama")
+    paused.error = error  # type: ignore[assignment]
+    wrapped(model, when="background")
+    assert paused.proven.wait(60)
+    with pytest.warns(RuntimeWarning, match="tuning failed"):
+        paused.end(model)
+    greedy(model)
+    assert (model.autotune.status.state, model.autotune.status.served) == ("failed", 0)
+
+
+def test_what_was_proven_on_a_model_that_changed_meanwhile_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(model: Any) -> None:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+
+    paused, model = Paused(monkeypatch, meanwhile=train), tiny("llama")
+    wrapped(model, when="background")
+    assert paused.proven.wait(60)
+    greedy(model)
+    assert model.autotune.status.served == 0
+    with pytest.warns(RuntimeWarning, match="the model changed while it was being tuned"):
+        paused.end(model)
+
+
+def test_a_change_meanwhile_takes_it_out_and_tuning_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused, model = Paused(monkeypatch), tiny("llama")
+    wrapped(model, when="background")
+    assert paused.proven.wait(60)
+    model.train()
+    with pytest.warns(RuntimeWarning, match="it is in training mode"):
+        greedy(model)
+    assert (model.autotune.status.state, model.autotune.status.served) == ("tuning", 0)
+    model.eval()
+    greedy(model)
+    assert (model.autotune.status.state, model.autotune.status.served) == ("tuning", 1)
+    paused.end(model)
+    assert model.autotune.status.state == "tuned"
+
+
+def test_what_is_rolled_back_meanwhile_stays_out_until_tuning_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused, model = Paused(monkeypatch, meanwhile=lambda _: handle.rollback()), tiny("llama")
+    wrapped(model, when="manual", workload=None)
+    handle = model.autotune
+    greedy(model)
+    tuner = threading.Thread(target=handle.tune)
+    tuner.start()
+    assert paused.proven.wait(60)
+    assert (handle.status.state, handle.status.transforms) == ("rolled back", ())
+    paused.go_on.set()
+    tuner.join(60)
+    assert handle.status.state == "tuned"
+
+
 def test_manual_tuning_waits_to_be_asked(scripted: list[Transform]) -> None:
     model = wrapped(tiny("llama"), when="manual", workload=None)
     greedy(model)
