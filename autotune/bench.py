@@ -163,15 +163,17 @@ class LiveBench:
     def tidy(self) -> None:
         self.device.trim()
 
-    def confirm(self, variant: Variant) -> Confirmation:
-        """An accepted variant once more, on prompts it was not chosen on and with fresh timing.
+    def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
+        """A variant on prompts it was not chosen on, and with fresh timing.
 
-        In brief, as a kept plan is, where the budget has no room for as much as choosing it took.
+        Args:
+            brief: whether it is looked at in brief, as a kept plan is, where the budget has no room for as much as
+                choosing it took.
         """
         if (failure := self.stress(variant)) is not None:
             return Confirmation(failure)
         left_s, needed_s = self.deadline - time.monotonic(), sum(self._took.values())
-        if needed_s > left_s + max(GRACE_S, GRACE * self.policy.budget_s):
+        if brief and needed_s > left_s + max(GRACE_S, GRACE * self.policy.budget_s):
             self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
             return Confirmation(None, *self._spot(variant, 1, self.buckets), brief=True)
         exam, doing = self.held_out_exam, self._doing("comparing answers to held-out prompts with the original's")

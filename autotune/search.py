@@ -59,13 +59,17 @@ class _Search:
     kept: Callable[[Variant], None] = lambda variant: None
 
     def begin(self, draft: compose.Draft) -> None:
-        """Try the draft; where it fails, what it has for each phase."""
+        """Try the draft; where it fails, what it has for each phase.
+
+        The whole is the first candidate, not the best of several, so held-out prompts prove it at once.
+        """
         self.shortfalls = draft.shortfalls
         for parts in draft.attempts():
             if any(part.step.name in self.chosen for part in parts):
                 continue
-            before = self.state
-            self.settle(*self.attempt(compose.trial(parts), draft.made if parts is draft.parts else None))
+            before, whole = self.state, parts is draft.parts
+            made = draft.made if whole else None
+            self.settle(*self.attempt(compose.trial(parts), made, held_out=whole), held_out=whole)
             if self.state is not before:
                 self.chosen |= {part.step.name: part.transform for part in parts}
 
@@ -118,27 +122,37 @@ class _Search:
             return [trial], candidate
         return self.trier.refine(trial, self.state, base, others)
 
-    def attempt(self, trial: Trial, made: list[Variant] | None = None) -> tuple[Trial, Variant | None]:
+    def attempt(
+        self, trial: Trial, made: list[Variant] | None = None, *, held_out: bool = False
+    ) -> tuple[Trial, Variant | None]:
         """Try one candidate if the budget reaches it.
 
         Args:
             made: it, where it was put together already; emptied.
+            held_out: whether it is proven on held-out prompts at once.
         """
         if late := self.lateness():
             return replace(trial, outcome=Outcome.UNREACHED, reason=late), None
         promised = f": predicted up to {trial.predicted:.2f}x for {trial.target}" if trial.predicted else ""
         self.trier.notify(f"trying {trial.candidate}{promised}")
-        return self.trier.attempt(trial, self.state.variant, made)
+        return self.trier.attempt(trial, self.state.variant, made, held_out=held_out)
 
     def lateness(self) -> str | None:
         """Why no further trial is begun, or None."""
         return self.too_short or self.trier.lateness(self.usual_s)
 
-    def settle(self, trial: Trial, candidate: Variant | None) -> None:
-        """Record a trial; one that was accepted is used from now on if held-out prompts confirm it."""
+    def settle(self, trial: Trial, candidate: Variant | None, *, held_out: bool = False) -> None:
+        """Record a trial; one that was accepted is used from now on if held-out prompts confirm it.
+
+        Args:
+            held_out: whether they did already.
+        """
         start = self.trier.clock()
         if trial.outcome is Outcome.ACCEPTED and candidate is not None:
-            trial = self.confirm(trial, candidate)
+            if held_out:
+                self.keep(candidate, Confirmation(None, trial.quality, trial.latency))
+            else:
+                trial = self.confirm(trial, candidate)
         if trial.latency is not None:
             self.usual_s = trial.seconds - trial.compile_s + self.trier.clock() - start
         self.trials.append(trial)
@@ -147,9 +161,7 @@ class _Search:
         self.trier.notify(f"confirming {trial.candidate} on held-out prompts")
         found = self.trier.bench.confirm(candidate)
         if found.holds:
-            self.kept(candidate)
-            self.state = self.trier.examine(candidate, self.before.obstacle)
-            self.confirmation = replace(found, quality=trial.quality) if found.brief else found
+            self.keep(candidate, replace(found, quality=trial.quality) if found.brief else found)
             short = "; confirmed on a few held-out prompts: the budget had no room for more"
             return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
         if self.state is self.before:  # nothing is confirmed yet, whose place this would take
@@ -157,6 +169,11 @@ class _Search:
         outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
         self.trier.bench.tidy()
         return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
+
+    def keep(self, candidate: Variant, confirmation: Confirmation) -> None:
+        """A proven variant is what there is from now on."""
+        self.kept(candidate)
+        self.state, self.confirmation = self.trier.examine(candidate, self.before.obstacle), confirmation
 
 
 def search(

@@ -60,8 +60,12 @@ class Bench(Protocol):
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
         """Paired latency of a phase, or of whole requests."""
 
-    def confirm(self, variant: Variant) -> Confirmation:
-        """An accepted variant once more, against the original, on prompts it was not chosen on."""
+    def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
+        """A variant against the original, on prompts it was not chosen on.
+
+        Args:
+            brief: whether fewer prompts will do where the budget has no room for all.
+        """
 
     def least_s(self, profile: Profile) -> float:
         """Seconds that judging, timing and confirming takes at the very least, by the original's profile."""
@@ -104,15 +108,16 @@ class Trier:
         return None if needed_s <= left_s else f"it takes about {needed_s:.0f} s, {left_s:.0f} s of {budget} were left"
 
     def attempt(
-        self, trial: Trial, incumbent: Variant, made: list[Variant] | None = None
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None = None, *, held_out: bool = False
     ) -> tuple[Trial, Variant | None]:
         """One candidate from application to verdict, with what it took.
 
         Args:
             made: the candidate, where it was put together already; taken out, as nothing else may hold on to it.
+            held_out: whether it is proven on held-out prompts at once.
         """
         start = self.clock()
-        trial, candidate = self._judge(trial, incumbent, made)
+        trial, candidate = self._judge(trial, incumbent, made, held_out)
         trial = replace(trial, seconds=self.clock() - start)
         self.notify(f"{trial.outcome} {trial.candidate}: {trial.reason}")
         return trial, candidate
@@ -171,7 +176,9 @@ class Trier:
         end = min(self.deadline, self.clock() + REFINING_SHARE * self.policy.budget_s)
         return refine(probe, promises, spent=lambda: self.clock() >= end)
 
-    def _judge(self, trial: Trial, incumbent: Variant, made: list[Variant] | None) -> tuple[Trial, Variant | None]:
+    def _judge(
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None, held_out: bool
+    ) -> tuple[Trial, Variant | None]:
         """One candidate's verdict. Whatever it raises, the incumbent is as it was, and so is the memory.
 
         Raises:
@@ -179,7 +186,7 @@ class Trier:
         """
         candidate = None
         try:
-            for stage in self._stages(trial, incumbent, made):
+            for stage in self._stages(trial, incumbent, made, held_out):
                 trial, candidate = stage
         except DeviceError:
             raise
@@ -192,7 +199,7 @@ class Trier:
         return trial, candidate
 
     def _stages(
-        self, trial: Trial, incumbent: Variant, made: list[Variant] | None
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None, held_out: bool
     ) -> Iterator[tuple[Trial, Variant | None]]:
         """One candidate from application to verdict, as far as it comes: what is known after each stage.
 
@@ -225,14 +232,28 @@ class Trier:
                 reason = f"the first run of {phase} took {1 / first:.1f}x as long"
                 yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
                 return
+        if held_out:
+            found = bench.confirm(candidate, brief=False)
+            yield (trial := _decided(trial, found)), candidate if found.holds else None
+            return
         quality = bench.judge(candidate, tier_for(candidate, self.policy))
-        outcome = OUTCOMES[quality.verdict] if quality.examined else Outcome.BLOCKED
-        yield (trial := replace(trial, quality=quality, outcome=outcome, reason=quality.reason)), None
+        yield (trial := _decided(trial, Confirmation(quality=quality))), None
         if quality.verdict is not Verdict.PASS:
             return
         latency = bench.race(incumbent, candidate, trial.target)
+        yield _decided(trial, Confirmation(quality=quality, latency=latency)), candidate
+
+
+def _decided(trial: Trial, found: Confirmation) -> Trial:
+    """A trial with what was found, as far as it came."""
+    quality, latency = found.quality, found.latency
+    if latency is not None:
         outcome = Outcome.INCONCLUSIVE if latency.drowned else OUTCOMES[latency.verdict]
-        yield replace(trial, latency=latency, outcome=outcome, reason=latency.reason), candidate
+    elif quality is not None:
+        outcome = OUTCOMES[quality.verdict] if quality.examined else Outcome.BLOCKED
+    else:
+        outcome = Outcome.ERROR
+    return replace(trial, quality=quality, latency=latency, outcome=outcome, reason=found.reason)
 
 
 def assemble(trial: Trial, incumbent: Variant) -> Variant:

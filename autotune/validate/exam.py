@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from ..errors import MeasurementError
 from ..variant import Variant
 from .divergence import compare_logits
-from .score import Served, Tokens
+from .score import CandidateError, Served, Tokens
 from .tiers import NEAR_TIE_NATS, SIZES, Size
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ KEEP_BYTES = (
     512 * 2**20
 )  # reference logits kept in half precision; what exceeds this is computed again for each candidate
 PADDED_BATCH = 8  # sequences in a padded batch
-NOISE_TEXTS = 4  # texts that the original decodes itself to show its A/A noise; also the free-running ones
+NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
 LONGEST_CONTEXT = 512  # a prompt is read up to here; longer contexts have texts of their own
 FEWEST_TOKENS = 0.5  # share of the size's tokens without which nothing passes
 
@@ -78,7 +79,7 @@ def effort(size: Size, prompt_tokens: int) -> Effort:
 
 @dataclass
 class Exam:
-    """Texts and reference logits, made once from the original and used for every candidate.
+    """Texts, and the original's logits for them: each is read once and used for every candidate.
 
     Attributes:
         size: how much is read.
@@ -119,7 +120,7 @@ class Exam:
         traffic: Traffic | None = None,
         like: Exam | None = None,
     ) -> Exam:
-        """Choose texts, let the original continue them, and keep what it says.
+        """Choose texts and let the original continue them; what it says about them is read when it is first asked for.
 
         Args:
             original: the model as it is, in eval mode.
@@ -142,14 +143,10 @@ class Exam:
         report("continuing the prompts", 0.0)
         exam._write(chosen)
         if like is None:
-            report("measuring the original's own noise", 0.3)
+            report("measuring the original's own noise", 0.5)
             exam._measure_noise()
         else:
             exam.noise_kld, exam.tie_nats, exam.problem = like.noise_kld, like.tie_nats, exam.problem or like.problem
-        groups = exam.groups()
-        for k, group in enumerate(groups):
-            report("reading the original's logits", 0.5 + 0.5 * k / len(groups))
-            exam.reference(group)
         report("exam ready", 1.0)
         return exam
 
@@ -167,22 +164,31 @@ class Exam:
         Args:
             stepped: from one decoding step each, as candidates are judged; otherwise from one full forward, which says
                 the same but for rounding and takes a fraction of the time.
+
+        Raises:
+            MeasurementError: the original raised.
         """
         if (found := self._kept.get((group, stepped))) is not None:
             return found.to(self.original.device).float()
-        served = Served(self.plain(), self.pad_token_id)
-        if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # one of its own, which no route reaches
-            logits = self.step(served, group)
-        elif len(group) == 1:
-            logits = self.read(served, group[0])[None]
-        else:
-            logits = served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
+        try:
+            logits = self._ask(group, stepped)
+        except CandidateError as error:  # it is no candidate
+            raise MeasurementError(f"the original cannot be judged against: {error}") from None
         logits = logits.float()
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
         if self._kept_bytes + 2 * logits.numel() <= KEEP_BYTES:
             self._kept[group, stepped] = logits.half().cpu()
             self._kept_bytes += 2 * logits.numel()
         return logits
+
+    def _ask(self, group: tuple[Text, ...], stepped: bool) -> torch.Tensor:
+        """The original's logits [B, T, V], as they come."""
+        served = Served(self.plain(), self.pad_token_id)
+        if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # one of its own, which no route reaches
+            return self.step(served, group)
+        if len(group) == 1:
+            return self.read(served, group[0])[None]
+        return served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
 
     def step(self, served: Served, group: Sequence[Text]) -> torch.Tensor:
         """Logits [B, T, V] of the scored tokens, one decoding step each."""
