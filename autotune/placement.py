@@ -81,6 +81,15 @@ def is_patched(module: nn.Module) -> bool:
     return any(f is not None and getattr(f, "__func__", None) not in own for f in forwards)
 
 
+def unrecordable(model: nn.Module) -> str | None:
+    """Which part of a model computes with a forward of its own, which what is recorded or compiled would not call."""
+    name = next((name for name, module in model.named_modules() if is_patched(module)), None)
+    if name is None:
+        return None
+    where = f"of {name}" if name else "of the model"
+    return f"the forward {where} was replaced on the object, and would be called once, when the phase is recorded"
+
+
 def _offloaded(model: nn.Module) -> str | None:
     away = [name for name, module in model.named_modules() if any(map(_offloads, _flat(module)))]
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}

@@ -19,6 +19,7 @@ import autotune
 from autotune import placement, sites
 from autotune.errors import UnsupportedModelError
 from autotune.transforms import make
+from autotune.transforms.cuda_graph import uncapturable
 from autotune.twins import fork
 from autotune.variant import Variant, serving
 from tests import models
@@ -186,6 +187,22 @@ def test_a_hook_of_a_replacement_is_called() -> None:
     seen.clear()  # finding out what the model writes has run it
     candidate.modules["decode"](torch.tensor(models.token_prompts(1)))
     assert seen == ["CastLinear"]
+
+
+@pytest.mark.fault("A28")
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1.mlp.act_fn", "model.norm", "lm_head"])
+def test_a_forward_that_somebody_put_on_a_part_is_not_recorded_into_a_phase(part: str) -> None:
+    model = models.tiny("llama")
+    assert placement.unrecordable(model) is None
+    module = model.get_submodule(part)
+    forward = module.forward
+    module.forward = lambda *args: forward(*args)  # it may count, log, or look at what nobody sees here
+    variant, expected = Variant(model), f"the forward of {part} was replaced on the object"
+    for name, phase in (("step_program", "decode"), ("compile_step", "decode"), ("compile_prefill", "prefill")):
+        assert expected in (make(name, {}, phase).unavailable(variant, COMPILER) or "")  # type: ignore[arg-type]
+    assert expected in (uncapturable(variant) or "")
+    del module.forward
+    assert placement.unrecordable(model) is None
 
 
 def test_one_device() -> None:

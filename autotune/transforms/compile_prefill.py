@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import roofline, seam
+from .. import placement, roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
 from .compile_step import no_compiler
@@ -40,7 +40,7 @@ class CompilePrefill(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if "forward" in vars(variant.modules["prefill"]):
             return "prefill is compiled already, or its forward was replaced"
-        if reason := variant.state.unseen("compiled prefill"):
+        if reason := variant.state.unseen("compiled prefill") or placement.unrecordable(variant.original):
             return reason
         return no_compiler(hardware) or seam.cannot_step(variant.original)
 

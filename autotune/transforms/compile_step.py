@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import device as devices
-from .. import roofline, sites
+from .. import placement, roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Blocker, Stage, Transform, require
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, use_slots
@@ -55,7 +55,7 @@ class CompileStep(Transform):
             return "the decode step is compiled or recorded already"
         if variant.kv is not None:
             return f"the decode step is compiled over slots, and the KV cache is {variant.kv}"
-        if reason := variant.state.unseen("a compiled step"):
+        if reason := variant.state.unseen("a compiled step") or placement.unrecordable(variant.original):
             return reason
         return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original)
 

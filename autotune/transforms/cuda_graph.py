@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import device as devices
-from .. import roofline, sites
+from .. import placement, roofline, sites
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes
@@ -111,7 +111,7 @@ def uncapturable(variant: Variant) -> str | None:
         return "the decode step is captured or recorded already"
     if variant.kv is not None:
         return f"the KV cache is {variant.kv}, which does not stay at one address"
-    if reason := variant.state.unseen("a captured step"):
+    if reason := variant.state.unseen("a captured step") or placement.unrecordable(variant.original):
         return reason
     model = variant.modules["decode"]
     places = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import roofline, seam
+from .. import placement, roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, one_query
 from .static_cache import REHEARSED_SLOTS, no_slots, roomy_slots
@@ -45,7 +45,7 @@ class StepProgram(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.step is not None:
             return "the decode step is recorded or compiled already"
-        if reason := no_slots(variant.original):
+        if reason := placement.unrecordable(variant.original) or no_slots(variant.original):
             return reason
         uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query.IMPLEMENTATION
         return None if uses_kernel else one_query.OneQueryAttention("decode").unavailable(variant, hardware)
