@@ -15,6 +15,7 @@ Read in this order:
     watch -> canary, drift, breaker   after commit: is it still as good and as fast? out and back
     workload, hardware, device        what it is asked to do, what the machine can do, where CPU and GPU differ
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
+    machines                          other processors and GPUs by their data sheets, for the report's advice
     policy -> transforms              what to try when; one file an optimisation
     loop, cache, compiled, kernels    what the transforms put in: decoding loop, slots, compiled step, C++ operators
     validate                          quality first, then paired latency

@@ -26,6 +26,7 @@ from autotune.profile.counts import (
     compute_dtype,
     count,
     matrices,
+    query_heads_per_kv_head,
     stored_weights,
 )
 from autotune.profile.operators import share, table
@@ -102,6 +103,11 @@ def test_layers_whose_heads_differ_are_counted_one_by_one() -> None:
     except AttributeError:
         pytest.skip("layers of a model do not differ in this release")
     assert attention_layers(SimpleNamespace(config=config)) == [Keys(8, 4, 16, 32), Keys(8, 2, 64, None)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("architecture", "shared"), [("llama", 2.0), ("gpt2", 1.0), ("mamba", None)])
+def test_query_heads_that_share_a_key_head(architecture: str, shared: float | None) -> None:
+    assert query_heads_per_kv_head(models.tiny(architecture)) == shared
 
 
 class Hidden(torch.nn.Module):

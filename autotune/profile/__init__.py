@@ -173,7 +173,17 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Profile:
-    """Both phases, and how decode grows with batch and context."""
+    """Both phases, and how decode grows with batch and context.
+
+    Args:
+        phases: each phase on the workload's median prompt.
+        batch_scaling: decode by batch size; empty where that was not measured.
+        context_growth: decode by context length, one sequence at a time; empty where that was not measured.
+        memory: peak memory.
+        prompt_tokens: tokens of the prompt that was measured.
+        batch: sequences generated together.
+        query_heads_per_kv_head: query heads that share a key and value head; None without a KV cache.
+    """
 
     phases: Mapping[Phase, PhaseProfile]
     batch_scaling: tuple[ScalePoint, ...]
@@ -181,6 +191,7 @@ class Profile:
     memory: MemoryUse
     prompt_tokens: int
     batch: int
+    query_heads_per_kv_head: float | None = None
 
 
 def measure(

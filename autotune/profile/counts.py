@@ -155,6 +155,12 @@ def attention_layers(model: PreTrainedModel) -> list[Keys]:
     return [keys for kind, layer in kept if (keys := _kept(layer, kind)) is not None]
 
 
+def query_heads_per_kv_head(model: PreTrainedModel) -> float | None:
+    """Query heads that share a key and value head, over all layers; None without a KV cache."""
+    layers = attention_layers(model)
+    return sum(keys.heads for keys in layers) / sum(keys.kv_heads for keys in layers) if layers else None
+
+
 def _kept(config: Any, kind: str | None) -> Keys | None:
     """What one layer with a configuration keeps, and nothing where it has no KV cache."""
     heads = _first(config, ("num_attention_heads", "n_heads", "n_head"))

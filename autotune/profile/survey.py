@@ -25,6 +25,7 @@ from .counts import (
     cache_size,
     compute_dtype,
     count,
+    query_heads_per_kv_head,
     stored_weights,
 )
 from .observing import Observation, observe
@@ -96,6 +97,7 @@ def survey(
         memory=memory_use(variant, shapes["prefill"], new_tokens),
         prompt_tokens=prompt_tokens,
         batch=batch,
+        query_heads_per_kv_head=query_heads_per_kv_head(variant.original),
     )
 
 

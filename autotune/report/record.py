@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..roofline import floor_s, peak_flops_per_s
 from ..workload import PHASES, Phase
 from . import device
+from .advice import METRIC, advise
 
 if TYPE_CHECKING:
     from ..diagnose import Diagnosis
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from . import Report
 
 SCHEMA = 1
-METRIC: Mapping[str, str] = {"prefill": "ttft", "decode": "tpot"}
 
 
 def record(report: Report) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def record(report: Report) -> dict[str, Any]:
         "break_even_tokens": report.break_even_tokens,
         "served": report.served,
         "bypassed": dict(report.bypassed),
+        "advice": [asdict(advice) for advice in advise(report)],
     }
     return {key: json_safe(value) for key, value in found.items()}
 

@@ -12,6 +12,7 @@ from . import numbers as n
 from .layout import Section, Table, sentence
 
 UNIT = {"prefill": "ms to the first token", "decode": "ms per token"}
+GAINS = {"tpot": "decode", "ttft": "prefill", "throughput": "tokens/s"}
 WAIT = {"prefill": "time to first token", "decode": "time per token"}
 TRIED = {"accepted", "rejected", "inconclusive"}
 UNTRIED = {"error", "blocked", "unreached"}  # wanted, and not judged
@@ -33,6 +34,7 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
         memory(record),
         bypassed(record),
         method(record),
+        *advice(record),
     )
     return tuple(s for s in found if s is not None)
 
@@ -273,6 +275,26 @@ def method(record: Mapping[str, Any]) -> Section:
         sentences.append(f"{timing} {sentence(latency['reason'])}".strip())
         sentences += [f"Warning: {warning.rstrip('.')}." for warning in latency["warnings"]]
     return Section("How it was measured", tuple(sentences))
+
+
+def advice(record: Mapping[str, Any]) -> Iterator[Section]:
+    """What the user could change: what would help and by how much, then what would not."""
+    rows, useless, before = list[tuple[str, ...]](), list[str](), ""
+    for found in record.get("advice") or ():  # records of earlier versions have none
+        gains = [f"{GAINS[metric]} {n.ratio(gain)}" for metric, gain in found["speedups"].items() if n.known(gain)]
+        because, assumes = sentence(found["because"]), found["assumes"]
+        if not gains:
+            useless.append(sentence(f"{found['change']}: {found['because']}"))
+            continue
+        if assumes:
+            because += " Assumes the same." if assumes == before else f" Assumes that {assumes}."
+        rows.append((found["change"], ", ".join(gains), because))
+        before = assumes
+    if rows:
+        note = "Predicted for what serves now, one change at a time; none of it was tried."
+        yield Section("What you could change", (note,), Table(("change", "predicted", "because"), "lll", tuple(rows)))
+    if useless:
+        yield Section("What would bring little or nothing", tuple(useless))
 
 
 def machine(hw: Mapping[str, Any]) -> str:

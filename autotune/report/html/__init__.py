@@ -14,7 +14,7 @@ from .. import device, sections
 from .. import numbers as n
 from ..layout import sentence
 from . import growth, operators, quality, roofline, samples, steps, trials
-from .elements import Chapter, Html, badge, cleaned, code, element, joined, paragraphs, section, titled
+from .elements import Chapter, Html, badge, cleaned, code, element, joined, paragraphs, section, table, titled
 from .page import page
 
 
@@ -138,6 +138,16 @@ def method(record: Mapping[str, Any]) -> Chapter:
     return Chapter("method", "How it was measured", section(sections.method(record)))
 
 
+def advice(record: Mapping[str, Any]) -> Chapter | None:
+    """What the user could change, and below it what would not help."""
+    title, parts = "What you could change", list[Html]()
+    for found in sections.advice(record):
+        drawn = table(found.table, found.title, stacked=True) if found.table is not None else None
+        shown = joined((paragraphs(found.sentences), drawn))
+        parts.append(shown if found.title == title else joined((element("h3", found.title), shown)))
+    return Chapter("advice", title, joined(parts)) if parts else None
+
+
 CHAPTERS: tuple[Callable[[Mapping[str, Any]], Chapter | None], ...] = (
     roofline.chapter,
     steps.chapter,
@@ -150,4 +160,5 @@ CHAPTERS: tuple[Callable[[Mapping[str, Any]], Chapter | None], ...] = (
     gpu,
     bypassed,
     method,
+    advice,
 )
