@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NARROW = (torch.bfloat16, torch.float16)
-PACKED = (kernels.PackedLinear, kernels.PackedEmbedding, sites.Replacement)  # they compute in FP32 as they are
+PACKED = (kernels.PackedLinear, sites.Replacement)  # they compute in FP32 as they are
 
 
 class WideRows(nn.Module):
@@ -44,6 +44,9 @@ def widen(twin: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             twin.set_submodule(name, WideRows(module).train(module.training))
             continue
+        if isinstance(module, kernels.PackedEmbedding):
+            twin.set_submodule(name, module.widened())
+            continue
         for key, tensor in _own(module):
             if tensor.dim() > 1:
                 where = ".".join(filter(None, (name, key)))
@@ -56,11 +59,14 @@ def widen(twin: nn.Module) -> None:
 
 
 def _narrow(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules outside packed layers that have tensors of their own in 16 bits, under each of their names."""
+    """Modules outside packed layers that have or give tensors in 16 bits, under each of their names."""
     widened: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, WideRows):
             widened.append(f"{name}.")
+        elif isinstance(module, kernels.PackedEmbedding):
+            if module.dtype in NARROW:
+                yield name, module
         elif not isinstance(module, PACKED) and not name.startswith(tuple(widened)) and _own(module):
             yield name, module
 
