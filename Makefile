@@ -19,7 +19,7 @@ PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
 
-.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice bench-sizes
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -53,6 +53,9 @@ bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time
 
 bench-smoke: $(READY)  ## what a token costs in counts: operators, allocations, barriers, bytes
 	$(BIN)/python -m benchmarks.smoke
+
+bench-sizes: $(BENCH_VENV)/.ready  ## models of 0.5 to 3 billion random weights: tuning time, memory, latency, llama.cpp beside them
+	$(BENCH_VENV)/bin/python -m benchmarks.sizes $(BENCH_ARGS)
 
 prove: $(READY)  ## are the gates any good? injected damage, made-up clocks, and the tests that inject faults
 	$(BIN)/python -m benchmarks.prove $(PROVE_ARGS)

@@ -56,6 +56,7 @@ class SlotCache:
 
     Attributes:
         keys, values: one tensor a layer, [rows, Hk, slots, D].
+        given: dtype of the keys and values that a prompt brought and a caller gets back.
         slot: [1] int64, where the next token goes.
         valid: [rows, slots] bool, False on left padding.
         batch: sequences in use, B <= rows; rows beyond them repeat the last one, so that nothing new is in them.
@@ -64,22 +65,23 @@ class SlotCache:
         left: what was queued when it was given back; another thread's stream may still read it. None: nothing.
     """
 
-    def __init__(self, prompt: Any, slots: int, rows: int | None = None) -> None:
+    def __init__(self, prompt: Any, slots: int, rows: int | None = None, dtype: torch.dtype | None = None) -> None:
         """Allocate with the shapes of a prefilled cache, every layer of it full length.
 
         Args:
             prompt: keys and values [B, Hk, P, D] a layer.
             slots: tokens a sequence has room for.
             rows: sequences to have room for; None means as many as the prompt has.
+            dtype: of keys and values here; None means the prompt's.
         """
         filled = seam.keys_and_values(prompt)
         self.batch, self.length, self.lasting = filled[0][0].shape[0], 0, False
-        self._capacity = slots
+        self._capacity, self.given = slots, filled[0][0].dtype
         self.left: Any = None
         rows, device = rows or self.batch, filled[0][0].device
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside of it
-            self.keys = [_room(keys, rows, slots) for keys, _ in filled]
-            self.values = [_room(values, rows, slots) for _, values in filled]
+            self.keys = [_room(keys, rows, slots, dtype or keys.dtype) for keys, _ in filled]
+            self.values = [_room(values, rows, slots, dtype or values.dtype) for _, values in filled]
             self.slot = torch.zeros(1, dtype=torch.int64, device=device)
             self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
 
@@ -102,7 +104,7 @@ class SlotCache:
         self.valid[:batch, :length] = True if mask is None else mask.bool()
         self.valid[batch:, :length] = self.valid[batch - 1, :length]
         self.slot.fill_(length)
-        self.batch, self.length = batch, length
+        self.batch, self.length, self.given = batch, length, filled[0][0].dtype
 
     def advance(self, count: int = 1) -> None:
         """So many tokens more, written before, count."""
@@ -123,7 +125,7 @@ class SlotCache:
         """What generate would have returned: a cache of the caller's own, filled slots only."""
         cache = seam.growing_cache(config)
         for i, pair in enumerate(zip(self.keys, self.values, strict=True)):
-            keys, values = (held[: self.batch, :, : self.length].clone() for held in pair)
+            keys, values = (held[: self.batch, :, : self.length].to(self.given, copy=True) for held in pair)
             cache.update(keys, values, i)
         return cache
 
@@ -231,11 +233,11 @@ def example(variant: Variant, batch: int) -> Any:
     return prompt
 
 
-def _room(sample: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+def _room(sample: torch.Tensor, rows: int, slots: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [rows, Hk, slots, D]; on a CPU the system gives the memory page by page as it is first written."""
     _, heads, _, size = sample.shape
     shape = rows, heads, slots, size
     if sample.device.type != "cpu":
-        return sample.new_zeros(shape)
-    untouched = numpy.zeros(math.prod(shape) * sample.element_size(), dtype=numpy.uint8)  # calloc; torch would write
-    return torch.from_numpy(untouched).view(sample.dtype).view(shape)
+        return sample.new_zeros(shape, dtype=dtype)
+    untouched = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)  # calloc; torch would write
+    return torch.from_numpy(untouched).view(dtype).view(shape)

@@ -27,10 +27,19 @@ class CachePool:
         slots: tokens each sequence has room for.
         rows: sizes to round a batch up to; one larger than all of them gets a cache of its own size.
         lasting: caches kept for each size; when more generations overlap, the rest get caches for once.
+        dtype: of keys and values in slots; None means the prompt's.
     """
 
-    def __init__(self, config: PretrainedConfig, slots: int, rows: Sequence[int] = (), lasting: int = 1) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        slots: int,
+        rows: Sequence[int] = (),
+        lasting: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.config, self.slots, self.rows, self.lasting = config, slots, tuple(sorted(rows)), lasting
+        self.dtype = dtype
         self._idle: dict[int, list[SlotCache]] = {}
         self._made: dict[int, int] = {}
         self._lock = forking.lock()
@@ -63,12 +72,12 @@ class CachePool:
             if idle := self._idle.setdefault(rows, []):
                 return idle.pop()
         try:
-            cache = SlotCache(prompt, self.slots, rows)
+            cache = SlotCache(prompt, self.slots, rows, self.dtype)
         except Exception as error:
             device = devices.of(keys_and_values(prompt)[0][0].device)
             if device.failure(error) != "memory" or not self._drop_idle(device):
                 raise
-            cache = SlotCache(prompt, self.slots, rows)
+            cache = SlotCache(prompt, self.slots, rows, self.dtype)
         with self._lock:
             planned = not self.rows or rows in self.rows
             cache.lasting = planned and self._made.get(rows, 0) < self.lasting

@@ -15,9 +15,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.peers import PEERS, Peer, Runtime, Setup
+
+
+class Answering(Protocol):
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """{"value": ...} or {"error": sentence}."""
+        ...
 
 
 class Worker:
@@ -34,6 +40,10 @@ class Worker:
             return {"value": getattr(self, "do_" + arguments.pop("do"))(**arguments)}
         except Exception as error:  # a foreign library may raise anything, and the comparison goes on without it
             return {"error": f"{type(error).__name__}: {first_line(error)}"}
+
+    def do_find(self) -> None:
+        """An error where its library cannot be imported."""
+        self._module()
 
     def do_prepare(self, setup: Mapping[str, Any]) -> None:
         module = self._module()
@@ -87,7 +97,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def serve(worker: Worker, lines: Iterable[str], reply: Callable[[str], None]) -> None:
+def serve(worker: Answering, lines: Iterable[str], reply: Callable[[str], None]) -> None:
     """Answer until the lines end."""
     for line in lines:
         reply(json.dumps(worker.answer(json.loads(line))))

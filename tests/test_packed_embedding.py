@@ -145,6 +145,22 @@ def test_it_says_why_not(architecture: str, transforms: list[Transform], said: s
         variant.with_transform(Packed())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_rows_are_given_in_the_models_dtype(architecture: str, dtype: torch.dtype) -> None:
+    model = tiny(architecture).to(dtype)
+    variant = Variant(model).with_transforms([INT8, Packed()])
+    (module,) = set(variant.modules.values())
+    embedding, table, ids = module.get_input_embeddings(), model.get_input_embeddings().weight, torch.arange(200)
+    assert table.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in module.buffers()}
+    rows = embedding(ids)
+    assert rows.dtype == dtype
+    torch.testing.assert_close(rows, table[ids], rtol=0.02, atol=0.02)
+    assert torch.equal(embedding.widened()(ids).to(dtype), rows)
+    assert embedding.widened().weight is embedding.weight
+    assert module(torch.tensor(token_prompts(2))).logits.dtype == dtype
+
+
 def test_phases_with_modules_of_their_own_share_the_table() -> None:
     variant = Variant(tiny("phi3"))
     variant.edit("decode")

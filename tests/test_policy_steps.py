@@ -74,6 +74,14 @@ def test_a_cpu_is_tuned_as_ever(name: str, parameters: int) -> None:
     assert considered(name, CPU, parameters, "memory") == ON_CPU[name]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_that_computes_on_a_cpu_gets_weights_that_compute_in_fp32(name: str) -> None:
+    """A BF16 model where BF16 is emulated."""
+    steps = {step.name: step for step in policy.load(name).steps}
+    taken = [steps[step].choices for step in considered(name, CPU, SMALL, "compute") if steps[step].phase == "decode"]
+    assert "weight_storage" in {choice.transform for choices in taken for choice in choices}
+
+
 # pattern -> what limits decode and prefill, and steps of which some have to be considered and some must not
 NARROW, OLD = "narrower weights for decode, FP8 hardware", "narrower weights for decode"
 MERGED, GRAPH, GUESS = "fewer, larger matmuls", "one launch a token", "guess ahead"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from autotune import hardware, profile, seam
+from autotune import hardware, kernels, profile, seam, transforms
 from autotune.errors import MeasurementError
 from autotune.hardware import Hardware
 from autotune.profile.budget import Budget
@@ -116,6 +116,16 @@ class Hidden(torch.nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features, self.weight_bytes, self.dtype = 64, 96, 64 * 96 * dtype.itemsize, dtype
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+def test_packed_layers_of_a_16_bit_model_compute_in_fp32() -> None:
+    variant = Variant(models.tiny("llama").bfloat16()).with_transform(transforms.make("weight_only", {}, "decode"))
+    found = {phase: (compute_dtype(m), activation_dtype(m)) for phase, m in variant.modules.items()}
+    assert found == {
+        "prefill": (torch.bfloat16, torch.bfloat16),
+        "decode": (torch.float32, torch.bfloat16),
+    }
 
 
 def test_replaced_layers_count_as_they_state() -> None:

@@ -56,6 +56,7 @@ def floats(*shape: int, seed: int = 0) -> torch.Tensor:
 X, Y, ROW = floats(3, 5, 37), floats(3, 5, 37, seed=1), floats(37, seed=2)
 IDS = torch.tensor([[3], [0], [6]])
 TABLE, WEIGHT, BIAS = floats(7, 20, seed=3), floats(24, 37, seed=4), floats(24, seed=5)
+BRAIN_TABLE, HALF_TABLE = TABLE.bfloat16(), TABLE.half()
 FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
     "negative": (lambda x: -x, (X,)),
     "inverse_root": (lambda x: torch.rsqrt(x * x + 1), (X,)),
@@ -89,6 +90,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]
     "layer norm": (lambda x, y: F.layer_norm(x, (37,), y, y * 2, 1e-5), (X, ROW)),
     "layer norm without weights": (lambda x: F.layer_norm(x, (37,)), (X,)),
     "embedding": (lambda ids: F.embedding(ids, TABLE), (IDS,)),
+    "embedding in bfloat16": (lambda ids: F.embedding(ids, BRAIN_TABLE).float(), (IDS,)),
+    "embedding in float16": (lambda ids: F.embedding(ids, HALF_TABLE).float(), (IDS,)),
     "linear": (lambda x: F.linear(x, WEIGHT, BIAS), (X,)),
     "products over one number": (lambda x, y: x[:, :, :1] @ y[:, :1], (X, Y)),
     "linear without bias": (lambda x: F.linear(x, WEIGHT), (X,)),
@@ -263,6 +266,72 @@ def test_a_packed_embedding_is_part_of_the_program(weights: tuple[str, dict[str,
     assert torch.equal(
         *(serving(v).generate(**inputs, max_new_tokens=24, min_new_tokens=24) for v in (plain, recorded))
     )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name != "gemma3"]
+)  # it scales embeddings in 16 bits
+def test_a_16_bit_models_step_is_that_of_the_same_weights_in_fp32(name: str, dtype: torch.dtype) -> None:
+    model = tiny(name).to(dtype)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    plan = [transforms.make("weight_only", {"bits": 8}, "decode"), transforms.make("step_program", {}, "decode")]
+    narrow = Variant(model).with_transforms(plan)
+    wide = Variant(tiny(name).to(dtype).float()).with_transforms(plan)
+    prompt = torch.tensor(token_prompts(2, length=11))
+    filled = seam.growing_cache()
+    model(prompt, **seam.over(model, filled))
+    logits = []
+    for variant in (narrow, wide):
+        assert variant.step is not None
+        cache = slots.SlotCache(filled, 64, dtype=torch.float32)
+        cache.fill(filled, None)
+        steps = variant.step.fitting(cache)
+        for i in range(3):
+            token = torch.tensor(token_prompts(2, length=1, seed=i))
+            logits.append(steps(token, torch.full((2, 1), 11 + i), cache))
+            cache.advance()
+    for one, other in zip(logits[:3], logits[3:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@needs_kernels
+def test_a_packed_embedding_gives_a_16_bit_models_step_its_own_rows() -> None:
+    """In FP32, as they are in memory, while prefill has them in the model's dtype."""
+    from autotune.kernels import PackedEmbedding
+
+    plan = [transforms.make("weight_only", {}, "both"), transforms.make("packed_embedding", {}, "both")]
+    variant = Variant(tiny("llama").bfloat16()).with_transforms([*plan, transforms.make("step_program", {}, "decode")])
+    tables = [variant.modules[phase].get_input_embeddings() for phase in ("prefill", "decode")]
+    assert all(isinstance(table, PackedEmbedding) for table in tables)
+    assert [table.dtype for table in tables] == [torch.bfloat16, torch.float32]
+    assert tables[0].weight is tables[1].weight
+    assert any(i.code == "embed_packed" for i in variant.step.program(1).instructions)
+
+
+@needs_kernels
+def test_a_16_bit_model_answers_in_its_own_dtype() -> None:
+    model = tiny("llama").bfloat16()
+    plan = [transforms.make("weight_only", {"bits": 8}, "decode"), transforms.make("step_program", {}, "decode")]
+    served = serving(Variant(model).with_transforms(plan))
+    ids = torch.tensor(token_prompts(1, length=11))
+    asked: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True}
+    expected, got = (each.generate(ids, attention_mask=torch.ones_like(ids), **asked) for each in (model, served))
+    for one, other in zip(*(seam.keys_and_values(seam.cache_in(out)) for out in (expected, got)), strict=True):
+        assert [t.dtype for t in other] == [t.dtype for t in one] == [torch.bfloat16] * 2
+        assert [t.shape for t in other] == [t.shape for t in one]
+
+
+@needs_kernels
+def test_a_16_bit_matrix_that_is_not_packed_is_refused() -> None:
+    plan = [
+        transforms.make("weight_only", {"bits": 8, "skip": "layers.1.mlp.up_proj"}, "decode"),
+        transforms.make("step_program", {}, "decode"),
+    ]
+    with pytest.raises(TransformError, match=r"layers\.1\.mlp\.up_proj\.weight is torch\.bfloat16: pack its layer"):
+        Variant(tiny("llama").bfloat16()).with_transforms(plan)
 
 
 @needs_kernels

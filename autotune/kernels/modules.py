@@ -21,6 +21,7 @@ class PackedLinear(nn.Module, ABC):
     """
 
     bias: Tensor | None
+    dtype = torch.float32  # that it computes in
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 POWERS = {2: "square", 3: "cube", 0.5: "root", -0.5: "inverse_root", -1: "reciprocal"}
+WIDENINGS = {torch.float16: "widen_half", torch.bfloat16: "widen_brain"}
 COPIES = {torch.float32: "copy", torch.int64: "copy_int", torch.bool: "copy_bool"}
 
 
@@ -66,10 +67,12 @@ def normalize(
 
 
 def embedding(build: Lowering, out: torch.Tensor, weight: Any, given: Any, *_: Any) -> Place:
-    table, ids = build.dense(weight), token_ids(build, given)
-    rows = build.new(out.shape)
+    table, ids = build.place(weight), token_ids(build, given)
+    if table.dtype not in WIDENINGS or not table.contiguous:
+        table = build.dense(table)
+    rows = build.new(out.shape, table.dtype)
     share = build.share((ids,))
-    words = [ids.size, table.shape[0], table.shape[1] * 4, ids.ref, table.ref, rows.ref]
+    words = [ids.size, table.shape[0], table.shape[1] * table.dtype.itemsize, ids.ref, table.ref, rows.ref]
     build.emit("embed", share, words, [ids, table], rows)
     return rows
 
@@ -88,6 +91,8 @@ def copy(build: Lowering, out: torch.Tensor, given: Any, **_: Any) -> Place:
     place = build.place(given)
     if place.dtype == torch.int64 and out.dtype == torch.float32:
         return build.like("to_float", out, place)
+    if place.dtype in WIDENINGS and out.dtype == torch.float32:
+        return build.like(WIDENINGS[place.dtype], out, place)
     if place.dtype != out.dtype or out.dtype not in COPIES:
         raise TransformError(f"a program has no instruction to turn {place.dtype} into {out.dtype}")
     return build.like(COPIES[out.dtype], out, place)

@@ -1,15 +1,14 @@
-"""The token embedding looked up in packed weights: no FP32 table beside them."""
+"""The token embedding looked up in packed weights: no table of its own beside them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from .. import kernels, sites
 from ..errors import TransformError
 from . import Stage, Transform
+from .linears import FLOATING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedEmbedding(Transform):
-    """Exchanges the embedding's FP32 table for lm_head's packed weights where they are tied, else for INT8 of its own.
+    """Exchanges the embedding's table for lm_head's packed weights where they are tied, else for INT8 of its own.
 
     It saves memory and no time.
     """
@@ -54,7 +53,7 @@ class PackedEmbedding(Transform):
             head = shared(twin, variant.original)
             table = embedding.weight if head is None else head.weight
             if id(table) not in made:
-                made[id(table)] = kernels.PackedEmbedding(head or quantised(embedding)).train(embedding.training)
+                made[id(table)] = packed_rows(head or quantised(embedding), embedding)
             for name in names:
                 twin.set_submodule(name, made[id(table)])
 
@@ -76,8 +75,8 @@ def obstacle(module: PreTrainedModel, original: PreTrainedModel) -> str | None:
     table = next(iter(sites.embeddings(module).values()), None)
     if table is None:
         return "the model's embedding does more than look rows up, or its weight is read elsewhere"
-    if table.weight.dtype != torch.float32:
-        return f"it replaces an FP32 table; this is {table.weight.dtype}"
+    if table.weight.dtype not in FLOATING:
+        return f"it replaces a table in {' or '.join(map(str, FLOATING))}; this is {table.weight.dtype}"
     if tied(original) and shared(module, original) is None:
         return "lm_head shares the embedding's table and is not packed: the table would stay"
     return None
@@ -93,6 +92,11 @@ def shared(module: PreTrainedModel, original: PreTrainedModel) -> kernels.Packed
     """The packed lm_head whose table is the embedding's, too, or None."""
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     return head if tied(original) and isinstance(head, kernels.PackedLinear) else None
+
+
+def packed_rows(table: kernels.PackedLinear, embedding: nn.Embedding) -> nn.Module:
+    """What looks rows up in `table`, and gives them in the dtype of those of `embedding`."""
+    return kernels.PackedEmbedding(table, embedding.weight.dtype).train(embedding.training)
 
 
 def quantised(embedding: nn.Embedding) -> kernels.PackedLinear:

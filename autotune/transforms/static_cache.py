@@ -11,6 +11,7 @@ from ..errors import ChoiceError, TransformError
 from . import Stage, Transform
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ..hardware import Hardware
@@ -112,17 +113,21 @@ def slot_bytes(variant: Variant, slots: int = 0) -> float:
     return cache_size(variant.original, max(variant.batch_sizes), slots, variant.original.dtype.itemsize)
 
 
-def roomy_slots(variant: Variant) -> int:
+def roomy_slots(variant: Variant, dtype: torch.dtype | None = None) -> int:
     """As many as the model's longest context, or as half of the machine's memory can hold when all are filled.
 
     For decoders that read only what is filled: there an empty slot costs address space, nothing more.
+
+    Args:
+        dtype: of keys and values; None means the model's.
     """
     from ..hardware import memory_bytes
     from ..profile.counts import cache_size
 
     config = variant.original.config.get_text_config(decoder=True)
     least = automatic_slots(variant, config)
-    per_slot_bytes = cache_size(variant.original, max(variant.batch_sizes), 1, variant.original.dtype.itemsize)
+    itemsize = (dtype or variant.original.dtype).itemsize
+    per_slot_bytes = cache_size(variant.original, max(variant.batch_sizes), 1, itemsize)
     most = int(memory_bytes() * MEMORY_SHARE / per_slot_bytes)
     return max(least, min(getattr(config, "max_position_embeddings", None) or least, most))
 

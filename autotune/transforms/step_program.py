@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from .. import placement, roofline, seam
 from ..errors import ChoiceError, TransformError
 from . import Stage, Transform, one_query
@@ -24,6 +26,9 @@ class StepProgram(Transform):
 
     Every batch size is recorded when it is first seen (the workload's at once); the cache has room for the model's
     longest context, since slots take memory only when they are filled and only filled ones are read.
+
+    Programs compute in FP32. The packed layers of a 16-bit model do so already; its norms and biases are widened, and
+    keys and values are kept in FP32.
 
     Args:
         slots: tokens a sequence has room for; 0 means the model's longest context, or what memory allows.
@@ -58,7 +63,7 @@ class StepProgram(Transform):
         return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
 
     def apply(self, variant: Variant) -> None:
-        from .. import kernels
+        from .. import kernels, widening
         from ..cache import SlotCache, example
         from ..pool import CachePool
         from ..program import StepPrograms
@@ -68,12 +73,17 @@ class StepProgram(Transform):
         one_query.use_kernel(variant)
         if reason := no_slots(variant.original):
             raise TransformError(reason)
-        slots = self.slots or roomy_slots(variant)
-        variant.caches = CachePool(variant.original.config.get_text_config(decoder=True), slots)
+        dtype = None
+        if widening.is_narrow(variant.modules["decode"]):
+            dtype = torch.float32
+            for twin in variant.edit("decode"):
+                widening.widen(twin)
+        slots = self.slots or roomy_slots(variant, dtype)
+        variant.caches = CachePool(variant.original.config.get_text_config(decoder=True), slots, dtype=dtype)
         variant.loop = "lean"
         programs = StepPrograms(variant.modules["decode"])
         for batch in variant.batch_sizes:
-            programs.prepare(SlotCache(example(variant, batch), slots))
+            programs.prepare(SlotCache(example(variant, batch), slots, dtype=dtype))
         variant.step = programs
 
     def took_effect(self, variant: Variant) -> str | None:

@@ -48,4 +48,4 @@ class WeightStorage(LinearTransform):
         return kernels.HalfLinear.from_linear(linear, dtype=getattr(torch, self.dtype))
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16))
+        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype="float32")

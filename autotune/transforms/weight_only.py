@@ -76,4 +76,5 @@ class WeightOnly(LinearTransform):
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
-        return roofline.faster_weights(phase, hardware, weight_bytes(phase, self.bits + factors))
+        read = weight_bytes(phase, self.bits + factors)
+        return roofline.faster_weights(phase, hardware, read, compute_dtype="float32")

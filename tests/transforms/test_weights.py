@@ -228,6 +228,8 @@ PREFILL = profile_of(linear_s=0.500, other_s=0.100, weight_bytes=500e6, flops=70
 
 # the same in BF16: half the bytes in half the time, so that INT8 saves half of that, not three quarters
 NARROW = profile_of(linear_s=0.010, other_s=0.010, weight_bytes=250e6, flops=0.25e9, compute_dtype="bfloat16")
+# 0.25 GFLOP in BF16 take 1.67 s where 0.15 GFLOP/s are emulated
+EMULATED = profile_of(linear_s=1.670, other_s=0.010, weight_bytes=250e6, flops=0.25e9, compute_dtype="bfloat16")
 FAST = Hardware(**CPU, flops_per_s={"float32": 400e9, "bfloat16": 2700e9})
 H100 = Hardware(
     **CPU | {"device": "cuda", "capability": "9.0"},
@@ -253,6 +255,8 @@ H100 = Hardware(
         ("torchao", {"scheme": "int4_weight_only"}, NARROW, FAST, 0.020 / (0.010 + 0.0025)),
         ("bitsandbytes", {"scheme": "nf4"}, NARROW, FAST, 0.020 / (0.010 + 0.0025)),
         ("weight_storage", {}, NARROW, FAST, 1.0),
+        ("weight_only", {"group": 0}, EMULATED, AVX2, 1.680 / (0.010 + 0.005)),
+        ("weight_storage", {"dtype": "bfloat16"}, EMULATED, AVX2, 1.680 / (0.010 + 0.010)),
         ("torchao", {"scheme": "float8_dynamic"}, PREFILL, H100, 0.600 / (0.100 + 70 / 1400)),
     ],
 )

@@ -1,0 +1,60 @@
+"""Prefill over the layers that decode's weights are packed in: FP32 arithmetic for models whose own is slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from .. import kernels, roofline, sites
+from ..errors import ChoiceError, TransformError
+from . import Stage, Transform
+from .linear_bf16 import NOT_PACKED, packed
+from .linears import weight_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..hardware import Hardware
+    from ..profile import Profile
+    from ..variant import Variant
+    from ..workload import Phase
+
+
+@dataclass(frozen=True)
+class PackedPrefill(Transform):
+    """Exchanges prefill's linear layers for decode's packed ones: their precision, FP32 arithmetic, no copy.
+
+    It pays where the processor multiplies the model's own dtype more slowly than FP32, as most do BF16 and FP16.
+    """
+
+    name: ClassVar[str] = "packed_prefill"
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    summary: ClassVar[str] = "prefill over decode's packed weights in FP32 arithmetic, without a copy; C++ kernels"
+
+    def __post_init__(self) -> None:
+        if self.phase != "prefill":
+            raise ChoiceError(f"{self.name}: phase must be 'prefill'; it takes over decode's layers")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cpu":
+            return f"it runs on cpu, not on {hardware.device}"
+        if sites.count(variant.modules["prefill"], kernels.PackedLinear):
+            return "the linear layers of prefill are packed already"
+        if not packed(variant.modules["decode"], ""):
+            return NOT_PACKED
+        return sites.obstacle(variant.original)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        phase = profile.phases["prefill"]
+        read = weight_bytes(phase, 4)  # at best
+        return {"prefill": roofline.faster_weights(phase, hardware, read, compute_dtype="float32")}
+
+    def apply(self, variant: Variant) -> None:
+        if not (shared := packed(variant.modules["decode"], "")):
+            raise TransformError(f"{self}: {NOT_PACKED}")
+        for twin in variant.edit("prefill"):
+            for name, layer in shared.items():
+                twin.set_submodule(name, layer)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return None if sites.count(variant.modules["prefill"], kernels.PackedLinear) else "prefill has no packed layer"

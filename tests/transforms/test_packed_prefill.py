@@ -1,0 +1,85 @@
+"""Prefill over decode's packed layers: what is shared, what it computes, when it promises something, and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from autotune import kernels, sites
+from autotune.errors import ChoiceError, TransformError
+from autotune.hardware import Hardware
+from autotune.transforms import make
+from autotune.variant import Variant
+from tests.models import tiny, token_prompts
+from tests.transforms.test_weights import profile_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+pytestmark = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+
+SLOW = {"float32": 140e9, "bfloat16": 10e9, "float16": 10e9}  # FLOP/s of AVX2 alone
+FAST = {"float32": 400e9, "bfloat16": 2500e9, "float16": 100e9}  # with a BF16 unit
+CPU = Hardware("cpu", "CPU", "AVX2", 2, 24 * 10**9, 20e9, SLOW, "c++", {})
+INT8, PREFILL = make("weight_only", {"bits": 8}, "decode"), make("packed_prefill", {}, "prefill")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_prefill_takes_over_decodes_layers(dtype: torch.dtype) -> None:
+    packed = Variant(tiny("llama").to(dtype)).with_transform(INT8)
+    assert PREFILL.unavailable(packed, CPU) is None
+    candidate = packed.with_transform(PREFILL)
+    assert PREFILL.took_effect(packed) is not None
+    assert PREFILL.took_effect(candidate) is None
+    prefill, decode = candidate.modules["prefill"], candidate.modules["decode"]
+    assert prefill.lm_head is decode.lm_head
+    assert sites.stored_bytes(prefill, decode) == sites.stored_bytes(decode)
+    assert sites.count(packed.modules["prefill"], kernels.PackedLinear) == 0
+    ids = torch.tensor(token_prompts(2, length=40))
+    with torch.no_grad():
+        got, expected = prefill(ids).logits, decode(ids).logits
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+
+
+def test_layers_that_decode_left_alone_are_left_alone() -> None:
+    skipping = make("weight_only", {"bits": 8, "skip": "lm_head"}, "decode")
+    candidate = Variant(tiny("llama").bfloat16()).with_transforms([skipping, PREFILL])
+    assert isinstance(candidate.modules["prefill"].lm_head, torch.nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("before", "hardware", "said"),
+    [
+        ([], CPU, "decode has no packed weights"),
+        ([make("weight_only", {"bits": 8}, "both")], CPU, "packed already"),
+        ([INT8], replace(CPU, device="cuda"), "not on cuda"),
+    ],
+)
+def test_refusals(before: list[Any], hardware: Hardware, said: str, llama: PreTrainedModel) -> None:
+    assert said in str(PREFILL.unavailable(Variant(llama).with_transforms(before), hardware))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "linear_s", "peaks", "least", "most"),
+    [
+        ("bfloat16", 6.4, SLOW, 7.0, 10.0),  # 64 GFLOP at 10 GFLOP/s, then at 140; 0.3 s beside them stay
+        ("float32", 0.457, SLOW, 0.99, 1.01),  # it computes in FP32 already
+        ("bfloat16", 0.0256, FAST, 0.5, 0.99),  # at 2500 GFLOP/s: FP32 is slower
+    ],
+)
+def test_it_promises_what_fp32_arithmetic_saves(
+    dtype: str, linear_s: float, peaks: dict[str, float], least: float, most: float
+) -> None:
+    profile = profile_of(linear_s, 0.3, weight_bytes=1e9, flops=64e9, compute_dtype=dtype)
+    assert least < PREFILL.predict(profile, replace(CPU, flops_per_s=peaks))["prefill"] < most
+
+
+def test_it_is_for_prefill_over_packed_layers(llama: PreTrainedModel) -> None:
+    with pytest.raises(ChoiceError, match="'prefill'"):
+        make("packed_prefill", {}, "both")
+    with pytest.raises(TransformError, match="decode has no packed weights"):
+        Variant(llama).with_transform(PREFILL)
