@@ -5,6 +5,7 @@
 Read in this order:
 
     tune -> search -> bench           the loop: its frame, its decisions (pure), its measurements
+    contributions                     what each transform of a plan brings, by leaving it out
     verdict                           what a search came to: a sentence, worth keeping or not (pure)
     sensitivity                       the layers that make a scheme fail the gate, and what to try without them
     wrap -> handle -> route           the model object: its life, its interception

@@ -142,6 +142,11 @@ class LiveBench:
         with self._timed("race"):
             return self._compare(incumbent, candidate, METRICS[target], self.tuning, pairs=25)
 
+    def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency:
+        """How much faster one is than another, for the report: few pairs, and nothing is decided by it."""
+        limits = replace(self.policy.limits, min_gain=-1.0)
+        return self._compare(reference, candidate, METRICS[target], self.tuning, EARLY_LOOKS[1], limits=limits)
+
     def least_s(self, profile: Profile) -> float:
         """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
         prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
@@ -254,8 +259,9 @@ class LiveBench:
         pairs: int,
         seed: int = 0,
         buckets: tuple[Bucket, ...] = (),
+        limits: Limits | None = None,
     ) -> Latency:
-        limits = self._limits(reference, candidate)
+        limits = limits or self._limits(reference, candidate)
         race = partial(
             latency.compare,
             reference,

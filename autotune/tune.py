@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from . import bench as benches
-from . import fingerprint, hardware, outside, placement, store
+from . import contributions, fingerprint, hardware, outside, placement, store
 from .bench import LiveBench
 from .errors import AutotuneError, PlanError, TransformError
 from .plan import Confirmation, Fingerprint, Plan
@@ -126,6 +126,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
     if after is not None:
         bench.notify("measuring how the original and the winner grow")
         before, after = bench.grow(before, bench.original), bench.grow(after, winner)
+    contributed = contributions.measure(winner, bench) if kept else ()
     seconds = time.monotonic() - start
     report = Report(
         model=name_of(bench.original.original),
@@ -139,6 +140,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         after=after,
         diagnoses_after=bench.diagnose(after) if after else {},
         transforms=variant.transforms,
+        contributions=contributed,
         trials=found.trials,
         quality=quality,
         latency=latency,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from rich.console import Console
 
+from autotune.contributions import Contribution
 from autotune.diagnose import Diagnosis
 from autotune.hardware import Hardware
 from autotune.plan import Outcome, Trial
@@ -17,7 +18,7 @@ from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePo
 from autotune.report import Recorded, Report
 from autotune.report import numbers as n
 from autotune.report.markdown import escape
-from autotune.report.sections import not_tried
+from autotune.report.sections import contributions, not_tried
 from autotune.transforms import Stage, Transform
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
@@ -426,6 +427,24 @@ def test_numbers(text, expected):
 )
 def test_markdown_takes_no_text_for_markup(text, escaped):
     assert escape(text) == escaped
+
+
+def test_what_each_transform_contributes_is_shown_and_why_where_it_was_not_measured() -> None:
+    found = (
+        Contribution(Shrink(), "decode", FASTER),
+        Contribution(Shrink(phase="prefill"), "prefill", None, "the others need it: no weights"),
+    )
+    record = replace(COMMITTED, contributions=found).to_dict()
+    section, own, whole = contributions(record), FASTER.tpot, FASTER.end_to_end
+    assert section is not None
+    assert section.table is not None
+    name, figures = str(Shrink()), (n.ratio(own.ratio), n.interval(own.low, own.high), n.ratio(whole.ratio))
+    assert section.table.rows == (
+        (name, "decode", *figures, ""),
+        (str(Shrink(phase="prefill")), "prefill", "", "", "", "the others need it: no weights"),
+    )
+    assert contributions(COMMITTED.to_dict()) is None
+    assert contributions({key: value for key, value in record.items() if key != "contributions"}) is None
 
 
 def test_a_step_that_was_not_called_for_takes_one_line() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from ..contributions import Contribution
 from ..diagnose import Diagnosis
 from ..errors import PlanError
 from ..hardware import Hardware
@@ -97,6 +98,7 @@ class Report(Drawn):
         after: profile of the variant that serves; None where that is the original.
         diagnoses_after: what limits it now.
         transforms: what the plan applies, in order; empty where the original was kept.
+        contributions: what each of them brings; empty where it is one, or none.
         trials: everything considered.
         quality, latency: the whole plan against the original, on held-out prompts; None where it did not come to that.
         policy, tier, objective, budget_s: what was asked for.
@@ -120,6 +122,7 @@ class Report(Drawn):
     after: Profile | None = None
     diagnoses_after: Mapping[Phase, Diagnosis] = field(default_factory=dict)
     transforms: tuple[Transform, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
     trials: tuple[Trial, ...] = ()
     quality: Quality | None = None
     latency: Latency | None = None

@@ -15,6 +15,7 @@ from . import device
 from .advice import METRIC, advise
 
 if TYPE_CHECKING:
+    from ..contributions import Contribution
     from ..diagnose import Diagnosis
     from ..hardware import Hardware
     from ..plan import Trial
@@ -49,6 +50,7 @@ def record(report: Report) -> dict[str, Any]:
         "quality": _quality(report.quality, report.tier),
         "quality_detail": _quality_detail(report.quality),
         "latency": _latency(report.latency),
+        "contributions": [_contribution(c) for c in report.contributions],
         "trials": [_trial(t) for t in report.trials],
         "operators": {
             p: _operators(report.before, after, p, report.hardware) for p in PHASES if p in report.before.phases
@@ -182,6 +184,17 @@ def _samples(raw_s: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 
 def _speedup(speedup: Speedup) -> dict[str, Any]:
     return {"ratio": speedup.ratio, "low": speedup.low, "high": speedup.high, "pairs": speedup.pairs}
+
+
+def _contribution(found: Contribution) -> dict[str, Any]:
+    latency = found.latency
+    return {
+        "transform": str(found.transform),
+        "target": found.target,
+        "speedup": _speedup(getattr(latency, METRIC.get(found.target, "end_to_end"))) if latency else None,
+        "end_to_end": _speedup(latency.end_to_end) if latency else None,
+        "reason": found.reason,
+    }
 
 
 def _trial(trial: Trial) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
         diagnosis(record),
         *operators(record),
         *device.sections(record),
+        contributions(record),
         could_not_be_tried(record),
         tried(record),
         not_tried(record),
@@ -131,6 +132,29 @@ def _operator_row(row: Mapping[str, Any], tuned: bool) -> tuple[str, ...]:
     if not tuned:
         return cells
     return *cells, n.milliseconds(row["after_ms"]), n.change(row["before_ms"], row["after_ms"])
+
+
+def contributions(record: Mapping[str, Any]) -> Section | None:
+    """What each transform of the plan brings."""
+    found = record.get("contributions")  # records of earlier versions have none
+    if not found:
+        return None
+    note = (
+        "The plan against the plan without one of its transforms, in a few interleaved pairs: above 1x it is worth its "
+        "place. What two of them save alike shows with neither."
+    )
+    columns = ("transform", "phase", "speed-up", "95 % interval", "whole request", "")
+    return Section(
+        "What each transform contributes", (note,), Table(columns, "llrrrl", tuple(map(_contributed, found)))
+    )
+
+
+def _contributed(found: Mapping[str, Any]) -> tuple[str, ...]:
+    own, whole = found["speedup"], found["end_to_end"]
+    figures = (
+        (n.ratio(own["ratio"]), n.interval(own["low"], own["high"]), n.ratio(whole["ratio"])) if own else ("",) * 3
+    )
+    return (found["transform"], found["target"], *figures, found["reason"])
 
 
 def could_not_be_tried(record: Mapping[str, Any]) -> Section | None:

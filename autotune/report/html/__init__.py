@@ -134,6 +134,11 @@ def bypassed(record: Mapping[str, Any]) -> Chapter | None:
     return Chapter("bypassed", found.title, section(found)) if found is not None else None
 
 
+def contributions(record: Mapping[str, Any]) -> Chapter | None:
+    found = sections.contributions(record)
+    return Chapter("contributions", found.title, section(found)) if found is not None else None
+
+
 def method(record: Mapping[str, Any]) -> Chapter:
     return Chapter("method", "How it was measured", section(sections.method(record)))
 
@@ -151,6 +156,7 @@ def advice(record: Mapping[str, Any]) -> Chapter | None:
 CHAPTERS: tuple[Callable[[Mapping[str, Any]], Chapter | None], ...] = (
     roofline.chapter,
     steps.chapter,
+    contributions,
     trials.chapter,
     samples.chapter,
     quality.chapter,
