@@ -14,6 +14,7 @@ Read in this order:
     ending, outside                   how threads end with the process; exceptions that are the user's own
     watch -> canary, drift, breaker   after commit: is it still as good and as fast? out and back
     workload, hardware, device        what it is asked to do, what the machine can do, where CPU and GPU differ
+    busy                              what others took of the machine meanwhile
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
     policy -> transforms              what to try when; one file an optimisation
     loop, cache, compiled, kernels    what the transforms put in: decoding loop, slots, compiled step, C++ operators
