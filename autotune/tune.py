@@ -74,7 +74,7 @@ def tune(
     """
     start = time.monotonic()
     notify("measuring the hardware")
-    machine = hardware.probe(model)
+    machine = hardware.probe(model, again=True)
     identity = fingerprint.of(model, machine, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)

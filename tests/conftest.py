@@ -74,6 +74,7 @@ def unhindered() -> Iterator[None]:
     """What the hypervisor, a quota or other processes take from this machine is no part of what is tested."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autotune.busy.Meter", UnknownShare)
+        patch.setattr("autotune.hardware.UNEVEN", float("inf"))
         patch.setattr("autotune.validate.timing._cpu_ticks", list)
         patch.setattr("autotune.validate.timing._throttled_s", float)
         yield

@@ -276,4 +276,5 @@ def _hardware(hardware: Hardware) -> dict[str, Any]:
         "compiler": hardware.compiler,
         "versions": dict(hardware.versions),
         "measured": hardware.measured,
+        "disturbed": hardware.disturbed,
     }

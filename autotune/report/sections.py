@@ -280,5 +280,7 @@ def machine(hw: Mapping[str, Any]) -> str:
     peaks = [f"{n.scaled(rate, 'FLOP/s')} in {dtype}" for dtype, rate in hw["flops_per_s"].items() if n.known(rate)]
     figures = ", ".join((f"{n.scaled(hw['bandwidth_bytes_per_s'], 'B/s')}", *peaks))
     origin = "measured" if hw["measured"] else "partly from data sheets"
+    if hw.get("disturbed"):  # records of earlier versions do not say
+        origin += " beside others' work, perhaps too low"
     about = f"{hw['name']} ({hw['device']}, {hw['capability']}), {hw['threads']} threads"
     return f"{about}, {n.scaled(hw['memory_bytes'], 'B')} of memory; {figures} ({origin})"
