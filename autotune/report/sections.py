@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 
+from ..busy import is_noticeable
 from . import device
 from . import numbers as n
 from .layout import Section, Table, sentence
@@ -78,6 +79,9 @@ def _per_second(ms: float | None) -> str:
 
 def _story(record: Mapping[str, Any]) -> Iterator[str]:
     yield sentence(record["verdict"])
+    elsewhere = (record["replayed"] or record).get("elsewhere")  # records of earlier versions have none
+    if n.known(elsewhere) and is_noticeable(elsewhere):
+        yield f"This machine was busy: {n.percent(elsewhere)} of the CPU time went elsewhere."
     if doubt := record.get("doubt"):  # records of earlier versions have none
         yield f"This outcome is not kept as a plan, and the next run searches anew: {doubt}."
     if record["transforms"]:
