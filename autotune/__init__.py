@@ -8,6 +8,7 @@ Read in this order:
     verdict                           what a search came to: a sentence, worth keeping or not (pure)
     sensitivity                       the layers that make a scheme fail the gate, and what to try without them
     wrap -> handle -> route           the model object: its life, its interception
+    again                             when a search that noise may have misled is repeated
     variant                           copy-on-write: one way to run the model
     traffic, revision, original       measuring between live requests; noticing changes; where the original is
     stateful                          what a model's forward writes by itself: shared by all who serve it

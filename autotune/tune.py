@@ -39,6 +39,7 @@ class Tuned:
         variant: what should serve; without transforms it is the original.
         verdict: one sentence with the numbers that decided, or with what could not be tried.
         doubt: why "keep the original" is not kept as a plan, or None where the outcome is.
+        noisy: whether noise or a busy machine may have hidden a gain.
     """
 
     variant: Variant
@@ -46,6 +47,7 @@ class Tuned:
     report: Drawn
     verdict: str
     doubt: str | None = None
+    noisy: bool = False
 
 
 def tune(
@@ -150,7 +152,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     plan = Plan(identity, variant.transforms, quality, latency, found.trials, report.created, report.to_dict())
-    return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt)
+    return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt, conclusion.is_noisy)
 
 
 def replay(plan: Plan, bench: LiveBench, start: float, meter: busy.Meter) -> Tuned | None:

@@ -46,5 +46,5 @@ def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
     nothing = plans.Fingerprint("", "", {}, "", "", "strict")
     tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))  # type: ignore[arg-type]
     assert tuned.report.to_dict()["elsewhere"] == elsewhere
-    assert (tuned.doubt is None) == believed
+    assert (tuned.doubt is None, tuned.noisy) == (believed, not believed)
     assert ("This machine was busy: 23 % of the CPU time went elsewhere." in str(tuned.report)) != believed
