@@ -9,12 +9,14 @@ Read in this order:
     verdict                           what a search came to: a sentence, worth keeping or not (pure)
     sensitivity                       the layers that make a scheme fail the gate, and what to try without them
     wrap -> handle -> route           the model object: its life, its interception
+    again                             when a search that noise may have misled is repeated
     variant                           copy-on-write: one way to run the model
     traffic, revision, original       measuring between live requests; noticing changes; where the original is
     stateful                          what a model's forward writes by itself: shared by all who serve it
     ending, outside                   how threads end with the process; exceptions that are the user's own
     watch -> canary, drift, breaker   after commit: is it still as good and as fast? out and back
     workload, hardware, device        what it is asked to do, what the machine can do, where CPU and GPU differ
+    busy                              what others took of the machine meanwhile
     profile -> roofline -> diagnose   what each phase costs, what limits it, how much faster it could be
     machines                          other processors and GPUs by their data sheets, for the report's advice
     policy -> transforms              what to try when; one file an optimisation

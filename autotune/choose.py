@@ -63,7 +63,7 @@ def why_not(
     if step.parameters is not None and parameters is not None and not step.parameters.admits(parameters):
         return f"for models of {step.parameters} parameters, this has {parameters:.3g}"
     found = diagnoses[step.phase].bottleneck
-    if step.bottlenecks and found not in step.bottlenecks:
+    if step.bottlenecks and step.bottlenecks.isdisjoint((found, *diagnoses[step.phase].perhaps)):
         return f"{step.phase} is {found}-bound; this helps where it is {' or '.join(sorted(step.bottlenecks))}-bound"
     return None
 
@@ -141,7 +141,7 @@ def rule_out(trial: Trial, phase: Phase, state: State, limits: Limits, hardware:
         if not isinstance(missing, Blocker):
             return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
         predicted = expect(trial.transform, phase, state, hardware)  # is anything lost?
-    if predicted < 1 + limits.min_gain:
+    if at_best(trial.transform, predicted, phase, state, hardware) < 1 + limits.min_gain:
         reason = f"the roofline allows {predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
         return replace(trial, outcome=Outcome.SKIPPED, reason=reason, predicted=predicted)
     if missing is not None:
@@ -149,6 +149,13 @@ def rule_out(trial: Trial, phase: Phase, state: State, limits: Limits, hardware:
     if (excess := outgrows(trial.transform, state.variant, state.free_bytes)) is not None:
         return replace(trial, outcome=Outcome.BLOCKED, reason=excess)
     return None
+
+
+def at_best(transform: Transform, predicted: float, phase: Phase, state: State, hardware: Hardware) -> float:
+    """A predicted speed-up; where the peaks were disturbed, what it would be with those that there may be."""
+    if not hardware.disturbed or not predicted:
+        return predicted
+    return predicted * expect(transform, phase, state, hardware.at_best()) / expect(transform, phase, state, hardware)
 
 
 def outgrows(transform: Transform, variant: Variant, free_bytes: float) -> str | None:

@@ -45,6 +45,7 @@ class Diagnosis:
         evidence: one sentence with the numbers that decided it.
         ceiling: how many times faster the phase could become at best with its present bytes and FLOPs.
         roofline_share: roofline floor / measured time, 0 to 1.
+        perhaps: what it may be instead, as the peaks were measured while others were at work.
     """
 
     phase: Phase
@@ -52,6 +53,7 @@ class Diagnosis:
     evidence: str
     ceiling: float
     roofline_share: float
+    perhaps: tuple[Bottleneck, ...] = ()
 
 
 def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse | None = None) -> Diagnosis:
@@ -64,12 +66,17 @@ def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse 
     """
     share = min(1.0, roofline_s(phase_profile, hardware) / phase_profile.seconds)
     bottleneck = find_bottleneck(phase_profile, hardware, memory)
+    possible = (hardware.at_best(flops=False), hardware.at_best(bandwidth=False))
+    others = {find_bottleneck(phase_profile, machine, memory) for machine in possible} - {bottleneck}
     return Diagnosis(
         phase=phase_profile.phase,
         bottleneck=bottleneck,
-        evidence=_evidence(phase_profile, hardware, bottleneck, share, memory) + _counters(phase_profile),
+        evidence=_evidence(phase_profile, hardware, bottleneck, share, memory)
+        + _counters(phase_profile)
+        + (f" (others disturbed the measured peaks: perhaps {' or '.join(sorted(others))}-bound)" if others else ""),
         ceiling=1 / share if share else float("inf"),
         roofline_share=share,
+        perhaps=tuple(sorted(others)),
     )
 
 

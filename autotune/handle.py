@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakMethod
 
 from . import device as devices
 from . import ending, forking, modes, outside, route, seam, stateful, workload
+from .again import Again
 from .attempt import Attempt
 from .errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words, warn
 from .original import RELOAD, Original, releasable_bytes
@@ -82,6 +84,7 @@ class Handle:
         self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
         self._given: Workload | None = None
         self._traffic = Traffic()
+        self._again = Again(self._traffic.rest)
         self._tuned: Tuned | None = None
         self._active: Variant | None = None
         self._revision: Revision | None = None
@@ -105,7 +108,7 @@ class Handle:
         speculation = self._active.speculation if self._active else None
         return Status(
             self._state,
-            self._detail,
+            self._again.said(self._detail) if self._state == "original" else self._detail,
             names,
             self._served,
             dict(self._bypassed),
@@ -154,6 +157,7 @@ class Handle:
         work = self._given or self._observer.workload()
         if not self._tuning.acquire(blocking=False):
             raise StateError("tuning is under way already; wait for it, see .status")
+        self._again.drop()
         try:
             self._run_here(work)
         finally:
@@ -425,12 +429,22 @@ class Handle:
 
     def _spawn(self, work: Workload) -> None:
         self._state, self._detail = "tuning", "started"
-        worker = ending.Worker(lambda: self._run_and_unlock(work), "autotune", stop=self._traffic.cancel)
+        repeat = partial(self._again.keep_trying, WeakMethod(self._tune_by_itself), work)
+        worker = ending.Worker(repeat, "autotune", stop=self._traffic.cancel)
         if worker.launch():
             self._thread = worker
         else:
             self._state, self._detail = "observing", "the process ends"
             self._tuning.release()
+
+    def _tune_by_itself(self, work: Workload, again: bool) -> bool:
+        """Tune in the background, unless things have changed since; whether noise may have hidden a gain."""
+        if again and not (
+            self._state == "original" and self._change() is None and self._tuning.acquire(blocking=False)
+        ):
+            return False
+        self._run_and_unlock(work)
+        return self._state == "original" and self._tuned is not None and self._tuned.noisy
 
     def _run_and_unlock(self, work: Workload) -> None:
         """Tune on behalf of a live call, which must not fail for it."""

@@ -71,6 +71,12 @@ class Traffic:
                     self._measuring = None
                     self._changed.notify_all()
 
+    def rest(self, seconds: float) -> bool:
+        """Wait; whether tuning was called off, as soon as it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled, seconds)
+            return self.cancelled
+
     def cancel(self) -> None:
         with self._changed:
             self.cancelled = True

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from . import bench as benches
-from . import contributions, fingerprint, hardware, outside, placement, store
+from . import busy, contributions, fingerprint, hardware, outside, placement, store
 from .bench import LiveBench
 from .errors import AutotuneError, PlanError, TransformError
 from .plan import Confirmation, Fingerprint, Plan
@@ -39,6 +39,7 @@ class Tuned:
         variant: what should serve; without transforms it is the original.
         verdict: one sentence with the numbers that decided, or with what could not be tried.
         doubt: why "keep the original" is not kept as a plan, or None where the outcome is.
+        noisy: whether noise or a busy machine may have hidden a gain.
     """
 
     variant: Variant
@@ -46,6 +47,7 @@ class Tuned:
     report: Drawn
     verdict: str
     doubt: str | None = None
+    noisy: bool = False
 
 
 def tune(
@@ -75,21 +77,21 @@ def tune(
     Raises:
         AutotuneError: something that is needed could not be measured, or a transform wrote into the original.
     """
-    start = time.monotonic()
+    start, meter = time.monotonic(), busy.Meter()
     notify("measuring the hardware")
-    machine = hardware.probe(model)
+    machine = hardware.probe(model, again=True)
     identity = fingerprint.of(model, machine, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
     obstacle = obstacle_of(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
-        if (tuned := replay(known, bench, start, serve)) is not None:
+        if (tuned := replay(known, bench, start, serve, meter)) is not None:
             return tuned
     deadline = start + policy.budget_s
     bench.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)
-    tuned = conclude(found, bench, identity, start)
+    tuned = conclude(found, bench, identity, start, meter)
     if fingerprint.of_model(model) != identity.model:
         culprits = ", ".join(sorted({t.name for trial in found.trials if trial.compile_s for t in trial.transforms}))
         raise AutotuneError(
@@ -115,11 +117,12 @@ def obstacle_of(original: Variant) -> str | None:
     return None
 
 
-def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float) -> Tuned:
+def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float, meter: busy.Meter) -> Tuned:
     """What the search came to as a plan and a report."""
     winner, shown = found.after.variant, found.confirmation or Confirmation()
     transforms, quality, latency = winner.transforms or found.refuted, shown.quality, shown.latency
-    conclusion = Conclusion(found.trials, transforms, shown.failure, quality, latency)
+    elsewhere = meter.elsewhere()
+    conclusion = Conclusion(found.trials, transforms, shown.failure, quality, latency, elsewhere)
     kept = conclusion.is_committed
     variant = winner if kept else bench.original
     before, after = found.before.profile, found.after.profile if kept else None
@@ -149,14 +152,17 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         objective=bench.policy.objective,
         budget_s=bench.policy.budget_s,
         seconds=seconds,
+        elsewhere=elsewhere,
         break_even_tokens=break_even(found, latency, seconds) if kept else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     plan = Plan(identity, variant.transforms, quality, latency, found.trials, report.created, report.to_dict())
-    return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt)
+    return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt, conclusion.is_noisy)
 
 
-def replay(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None]) -> Tuned | None:
+def replay(
+    plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter
+) -> Tuned | None:
     """A plan from disk is a hint: applied and re-verified, or ignored.
 
     It serves as soon as it answers: it was proven on this very model and machine.
@@ -192,7 +198,8 @@ def replay(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant]
         f"replayed and re-verified on short requests: {latency.reason}; a spot check of quality found mean KLD "
         f"{quality.mean_kld:.2g}, same top token {quality.same_top:.1%} on {quality.tokens} tokens"
     )
-    return Tuned(variant, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
+    again = report.reverified(verdict=verdict, seconds=seconds, elsewhere=meter.elsewhere())
+    return Tuned(variant, plan, again, verdict)
 
 
 def restored(plan: Plan, bench: LiveBench) -> Variant:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .busy import is_noticeable
 from .plan import Outcome, Trial
 from .transforms import Transform
 from .validate import Latency, Quality, Verdict
@@ -12,6 +13,7 @@ from .validate import Latency, Quality, Verdict
 UNTRIED = frozenset({Outcome.ERROR, Outcome.BLOCKED, Outcome.UNREACHED})  # wanted, and it did not come to a judgement
 UNWANTED = frozenset({Outcome.SKIPPED, Outcome.UNAVAILABLE})
 MOST_CAUSES, MOST_NAMES = 3, 4  # named in a verdict; the report lists every candidate
+SPEED_OPEN = "the winner's speed is open"
 LONGEST_CAUSE = 160  # characters of a cause in a verdict: a compiler's message may be longer
 
 
@@ -25,6 +27,7 @@ class Conclusion:
         failure: what went wrong with the workload's largest request under the winner, or None.
         quality: the winner's, on held-out prompts; None where it did not come to that.
         latency: the winner's, on held-out prompts; None where it did not come to that.
+        elsewhere: share of the CPU time that others took meanwhile; None where nobody knows.
     """
 
     trials: tuple[Trial, ...]
@@ -32,6 +35,7 @@ class Conclusion:
     failure: str | None = None
     quality: Quality | None = None
     latency: Latency | None = None
+    elsewhere: float | None = None
 
     @property
     def is_committed(self) -> bool:
@@ -52,7 +56,15 @@ class Conclusion:
         """Why "keep the original" is not to be kept as a plan, or None: another search might come to something else."""
         if self.is_committed:
             return None
-        return "; ".join(filter(None, (doubts(self.trials), self._unproven()))) or None
+        return "; ".join(filter(None, (doubts(self.trials), self._unproven(), self._disturbed()))) or None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the original was kept as no gain could be told from noise: at a quieter time one may be."""
+        if self.is_committed:
+            return False
+        drowned = any(trial.outcome is Outcome.INCONCLUSIVE and trial.latency is not None for trial in self.trials)
+        return drowned or self._unproven() == SPEED_OPEN or self._disturbed() != ""
 
     def _gain(self) -> str:
         assert self.latency is not None  # noqa: S101 - it is committed; for the type checker
@@ -90,8 +102,16 @@ class Conclusion:
         if self.failure is not None or (quality is None and latency is None):
             return "the winner failed before it was confirmed"
         if latency is not None:
-            return "" if latency.verdict is Verdict.FAIL and not latency.drowned else "the winner's speed is open"
+            return "" if latency.verdict is Verdict.FAIL and not latency.drowned else SPEED_OPEN
         return "" if quality is not None and quality.verdict is Verdict.FAIL else "the winner's quality is open"
+
+    def _disturbed(self) -> str:
+        """How many candidates were called no faster while others were at work; nothing where none was."""
+        slow = sum(trial.outcome is Outcome.REJECTED and trial.latency is not None for trial in self.trials)
+        if not slow or self.elsewhere is None or not is_noticeable(self.elsewhere):
+            return ""
+        beside = f"while others took {self.elsewhere:.0%} of the CPU time".replace("%", " %")
+        return f"{slow} of {len(wanted(self.trials))} candidates came out no faster {beside}"
 
     def _names(self) -> str:
         return " + ".join(map(str, self.winner))

@@ -63,10 +63,18 @@ def _once(shared: Path, own: Path) -> Callable[[list[str], str, Path], Path]:
     return compiled
 
 
+class UnknownShare:
+    """A machine that does not say what others take; tests that run beside others are among those."""
+
+    def elsewhere(self) -> None: ...
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unhindered() -> Iterator[None]:
-    """What the hypervisor or a quota takes from this machine is no part of a scripted race."""
+    """What the hypervisor, a quota or other processes take from this machine is no part of what is tested."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autotune.busy.Meter", UnknownShare)
+        patch.setattr("autotune.hardware.UNEVEN", float("inf"))
         patch.setattr("autotune.validate.timing._cpu_ticks", list)
         patch.setattr("autotune.validate.timing._throttled_s", float)
         yield

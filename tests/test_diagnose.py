@@ -213,3 +213,27 @@ def test_a_phase_faster_than_memory_is_at_its_roof() -> None:
 
 def test_overhead_is_the_gaps_and_the_small_operators() -> None:
     assert overhead_s(DECODE) == pytest.approx(0.032 * 0.1 + 0.003)
+
+
+# FLOPs of a call that moves 538 MB, where the ridge lies at 12.4 FLOPs a byte -> found, and what it may be
+RIDGES = [
+    (538e6 * 0.1, "memory", ()),
+    (538e6 * 5.0, "memory", ("compute",)),
+    (538e6 * 20.0, "compute", ("memory",)),
+    (538e6 * 2000.0, "compute", ()),
+]
+
+
+@pytest.mark.parametrize(("flops", "found", "perhaps"), RIDGES)
+def test_near_the_ridge_disturbed_peaks_leave_open_what_bounds(flops: float, found: str, perhaps: tuple[str]) -> None:
+    phase = replace(DECODE, flops=flops)
+    quiet, disturbed = diagnose(phase, CPU), diagnose(phase, replace(CPU, disturbed=True))
+    assert (quiet.bottleneck, quiet.perhaps) == (found, ())
+    assert (disturbed.bottleneck, disturbed.perhaps) == (found, perhaps)
+    said = f" (others disturbed the measured peaks: perhaps {perhaps[0]}-bound)" if perhaps else ""
+    assert disturbed.evidence == quiet.evidence + said
+
+
+def test_what_no_peak_decides_is_as_sure_as_ever() -> None:
+    idle = replace(DECODE, busy=0.2)
+    assert diagnose(idle, replace(CPU, disturbed=True)) == diagnose(idle, CPU)

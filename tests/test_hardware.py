@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from autotune import device, hardware, peaks
+from autotune import busy, device, hardware, peaks
 from autotune.device import Identity
 from tests.fakes.cuda import FakeCuda
 
@@ -70,7 +74,7 @@ GPUS = [("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("10.0", T
 @pytest.mark.parametrize(("capability", "float8"), GPUS)
 def test_a_gpus_peaks_are_measured_for_the_dtypes_it_has(capability: str, float8: bool) -> None:
     fake = FakeCuda(Identity("a GPU", capability, 2**34))
-    found = peaks.matmul_peaks(fake)
+    found = peaks.measure(fake).flops_per_s
     assert {"float32", "tf32", "bfloat16", "float16", "int8"} <= set(found)
     assert ("float8_e4m3fn" in found) == float8
     assert all(peak > 0 for peak in found.values())
@@ -81,7 +85,7 @@ def test_measuring_leaves_the_precision_of_float32_as_it_was(before: str) -> Non
     setting, was = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     try:
         setting.fp32_precision = before
-        peaks.matmul_peaks(FakeCuda())
+        peaks.measure(FakeCuda())
         with peaks.float32_precision("tf32"):
             assert peaks.uses_tf32()
         assert setting.fp32_precision == before
@@ -99,7 +103,7 @@ def test_measuring_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     fake = FakeCuda()
-    peaks.matmul_peaks(fake)
+    peaks.measure(fake)
     assert sizes
     assert max(sizes) <= fake.scratch_bytes()
 
@@ -110,7 +114,94 @@ def test_a_dtype_that_fails_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
-    assert {"int8", "float8_e4m3fn"}.isdisjoint(peaks.matmul_peaks(FakeCuda()))
+    assert {"int8", "float8_e4m3fn"}.isdisjoint(peaks.measure(FakeCuda()).flops_per_s)
+
+
+# bandwidth in two tries, FLOP/s in two tries, on a GPU or not -> how far the two are apart
+TRIES = [
+    ((10.0, 10.0), (5.0, 5.0), False, 0.0),
+    ((10.0, 8.0), (5.0, 5.0), False, 0.2),
+    ((8.0, 10.0), (5.0, 5.0), False, 0.2),
+    ((10.0, 9.0), (2.0, 5.0), False, 0.6),
+    ((8.0, 10.0), (2.0, 5.0), True, 0.0),  # its clocks were not up yet
+    ((10.0, 8.0), (5.0, 4.5), True, 0.2),
+]
+
+
+@pytest.mark.parametrize(("reads", "matmuls", "gpu", "spread"), TRIES)
+def test_a_peak_is_the_better_of_two_tries(
+    reads: tuple[float, float],
+    matmuls: tuple[float, float],
+    gpu: bool,
+    spread: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where = FakeCuda() if gpu else device.of("cpu")
+    read, multiply, sides = iter(reads), dict[str, Iterator[float]](), list[Sequence[int]]()
+
+    def peak(_: device.Device, prepare: Any, tried: Sequence[int] = peaks.SIDES) -> tuple[float, int]:
+        sides.append(tried)
+        return next(multiply.setdefault(prepare, iter(matmuls))), 512
+
+    monkeypatch.setattr(peaks, "_reads", lambda _: [])
+    monkeypatch.setattr(peaks, "_bandwidth", lambda *_: next(read))
+    monkeypatch.setattr(peaks, "_peak", peak)
+    found = peaks.measure(where)
+    assert (found.bandwidth_bytes_per_s, set(found.flops_per_s.values())) == (max(reads), {max(matmuls)})
+    assert found.spread == pytest.approx(spread)
+    assert set(sides) == {peaks.SIDES, (512,)}, "the second try repeats the size that was best"
+
+
+MEASURED = peaks.Peaks(10.0, {"float32": 5.0}, 0.0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[peaks.Peaks, float | None], None]:
+    """Decides what the next measurement finds, and what others take meanwhile."""
+
+    class Share(busy.Meter):
+        def __init__(self) -> None: ...
+
+    def found(measured: peaks.Peaks, elsewhere: float | None) -> None:
+        monkeypatch.setattr(peaks, "measure", lambda _: measured)
+        monkeypatch.setattr(Share, "elsewhere", lambda _: elsewhere)
+
+    monkeypatch.setattr(busy, "Meter", Share)
+    monkeypatch.setattr(hardware, "UNEVEN", 0.2)
+    monkeypatch.setattr(hardware, "_known", {})
+    return found
+
+
+DISTURBANCES = [
+    (0.0, None, "cpu", False),
+    (0.1, 0.01, "cpu", False),
+    (0.3, None, "cpu", True),
+    (0.0, 0.25, "cpu", True),
+    (0.0, 0.25, "cuda", False),  # a GPU's peaks need no CPU
+    (0.3, 0.0, "cuda", True),
+]
+
+
+@pytest.mark.parametrize(("spread", "elsewhere", "kind", "disturbed"), DISTURBANCES)
+def test_others_at_work_and_uneven_tries_disturb(
+    spread: float, elsewhere: float | None, kind: str, disturbed: bool, machine: Any
+) -> None:
+    machine(replace(MEASURED, spread=spread), elsewhere)
+    with device.stand_in(FakeCuda()) if kind == "cuda" else nullcontext():
+        assert hardware.probe().disturbed == disturbed
+
+
+def test_what_was_disturbed_is_measured_again_when_tuning_begins(machine: Any) -> None:
+    machine(replace(MEASURED, flops_per_s={"float32": 5.0, "bfloat16": 1.0}), 0.5)
+    first = hardware.probe()
+    assert first.disturbed
+    machine(peaks.Peaks(9.0, {"float32": 7.0}, 0.0), 0.0)
+    assert hardware.probe() is first
+    second = hardware.probe(again=True)
+    assert not second.disturbed
+    assert (second.bandwidth_bytes_per_s, second.flops_per_s) == (10.0, {"float32": 7.0})
+    machine(peaks.Peaks(99.0, {"float32": 99.0}, 0.0), 0.0)
+    assert hardware.probe(again=True) is second
 
 
 @pytest.mark.gpu

@@ -43,7 +43,7 @@ FULL = replace(COMMITTED, quality=replace(PASSED, certainty=SURE), latency=TIMED
 UNKNOWN = Speedup(NAN, NAN, NAN, 0)
 NEW = {"certainty", "samples", "flops", "moved_bytes", "after_flops", "after_moved_bytes", "roofline_share"}
 NEW |= {"ttft", "tpot"}  # of a trial
-LATER = {"device", "ncu", "bytes_after_release", "doubt", "advice"}
+LATER = {"device", "ncu", "bytes_after_release", "doubt", "advice", "contributions", "elsewhere"}
 
 
 def old(record: Any, *, trial: bool = False) -> Any:

@@ -15,10 +15,10 @@ from autotune.diagnose import Diagnosis
 from autotune.hardware import Hardware
 from autotune.plan import Outcome, Trial
 from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePoint
-from autotune.report import Recorded, Report
+from autotune.report import Recorded, Report, read
 from autotune.report import numbers as n
 from autotune.report.markdown import escape
-from autotune.report.sections import contributions, not_tried
+from autotune.report.sections import contributions, not_tried, result
 from autotune.transforms import Stage, Transform
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
@@ -375,6 +375,37 @@ def test_a_replay_shows_the_figures_of_today():
     assert record["quality"]["verdict"] == "pass"
     assert "inconclusive. Need 1 more prompt." in str(recorded)
     assert COMMITTED.to_dict()["phases"]["decode"]["speedup"] == 2.5
+
+
+BUSY = "This machine was busy: 23 % of the CPU time went elsewhere."
+
+# what the record holds, and what a replay measured -> whether the first lines say that the machine was busy
+ELSEWHERE = [(None, None, False), (0.04, None, False), (0.234, None, True), (0.0, 0.234, True), (0.234, 0.0, False)]
+
+
+@pytest.mark.parametrize(("tuning", "replay", "said"), ELSEWHERE)
+def test_the_first_lines_say_that_the_machine_was_busy(tuning: float | None, replay: float | None, said: bool):
+    shown = replace(COMMITTED, elsewhere=tuning)
+    assert shown.to_dict()["elsewhere"] == tuning
+    if replay is not None:
+        shown = Recorded(shown.to_dict()).reverified(verdict="Replayed.", seconds=12.0, elsewhere=replay)
+        assert shown.to_dict()["replayed"]["elsewhere"] == replay
+    story = result(shown.to_dict()).sentences
+    assert (BUSY in story[:2]) == said
+    assert (BUSY in " ".join(str(shown).split())) == said
+
+
+def test_a_record_of_before_says_nothing_of_others():
+    record = COMMITTED.to_dict()
+    del record["elsewhere"], record["hardware"]["disturbed"]
+    assert str(read(record)) == str(COMMITTED)
+
+
+def test_peaks_that_others_disturbed_are_shown_as_such():
+    said = "measured beside others' work, perhaps too low"
+    disturbed = replace(COMMITTED, hardware=replace(HARDWARE, disturbed=True))
+    assert said in " ".join(str(disturbed).split())
+    assert said not in " ".join(str(COMMITTED).split())
 
 
 @pytest.mark.parametrize(

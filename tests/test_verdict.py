@@ -29,8 +29,8 @@ class Named(Transform):
         return f"{self.label}@{self.phase}"
 
 
-def trial(outcome: str, reason: str = "because", label: str = "a") -> Trial:
-    return Trial(Named(label=label), "step", "decode", Outcome(outcome), reason)
+def trial(outcome: str, reason: str = "because", label: str = "a", raced: Latency | None = None) -> Trial:
+    return Trial(Named(label=label), "step", "decode", Outcome(outcome), reason, latency=raced)
 
 
 def quality(verdict: str) -> Quality:
@@ -187,6 +187,53 @@ def test_beside_a_winner_that_was_not_confirmed_what_could_not_be_tried_comes_fi
         "on held-out prompts w@both did not keep the quality: KLD says so"
     )
     assert found.doubt == "1 of 2 candidates could not be tried"
+
+
+SLOWER = trial("rejected", raced=latency("fail"))
+WORSE = trial("rejected")
+DROWNED = trial("inconclusive", raced=latency("fail", drowned=True))
+TOO_LITTLE_TEXT = trial("inconclusive")
+BESIDE = "1 of 1 candidates came out no faster while others took 23 % of the CPU time"
+
+# what was tried and how it ended, share that others took -> doubt for that, whether a quieter time may show more
+BUSY: dict[str, tuple[tuple[Trial, ...], dict[str, Any], float | None, str | None, bool]] = {
+    "slower, alone": ((SLOWER,), {}, 0.01, None, False),
+    "slower, nobody knows": ((SLOWER,), {}, None, None, False),
+    "slower, beside others": ((SLOWER,), {}, 0.23, BESIDE, True),
+    "worse, beside others": ((WORSE,), {}, 0.23, None, False),
+    "drowned in noise, alone": ((DROWNED,), {}, 0.0, "1 of 1 candidates came out inconclusive", True),
+    "too little text": ((TOO_LITTLE_TEXT,), {}, 0.0, "1 of 1 candidates came out inconclusive", False),
+    "a crash beside others": ((trial("error"),), {}, 0.23, "1 of 1 candidates could not be tried", False),
+    "a winner whose speed is open": (
+        (ACCEPTED,),
+        {"winner": WINNER, "quality": quality("pass"), "latency": latency("inconclusive")},
+        0.0,
+        "the winner's speed is open",
+        True,
+    ),
+    "a winner whose quality is open": (
+        (ACCEPTED,),
+        {"winner": WINNER, "quality": quality("inconclusive")},
+        0.0,
+        "the winner's quality is open",
+        False,
+    ),
+    "committed beside others": (
+        (SLOWER, ACCEPTED),
+        {"winner": WINNER, "quality": quality("pass"), "latency": latency("pass")},
+        0.23,
+        None,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("trials", "ending", "elsewhere", "doubt", "noisy"), BUSY.values(), ids=BUSY)
+def test_what_noise_or_a_busy_machine_hid_is_not_shown_to_be_no_better(
+    trials: tuple[Trial, ...], ending: dict[str, Any], elsewhere: float | None, doubt: str | None, noisy: bool
+) -> None:
+    found = Conclusion(trials, **ending, elsewhere=elsewhere)
+    assert (found.doubt, found.is_noisy) == (doubt, noisy)
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))

@@ -49,6 +49,8 @@ def doctor(args: Namespace) -> int:
     table.add_row("threads", f"{machine.threads} of {usable_cores()} usable cores")
     table.add_row("memory", n.scaled(machine.memory_bytes, "B"))
     origin = "measured" if machine.measured else "data sheet"
+    if machine.disturbed:
+        origin += " beside others' work, perhaps too low"
     table.add_row("read bandwidth", f"{n.scaled(machine.bandwidth_bytes_per_s, 'B/s')} ({origin})")
     for dtype, rate in machine.flops_per_s.items():
         table.add_row(f"{dtype} matmul", f"{n.scaled(rate, 'FLOP/s')} ({origin})")

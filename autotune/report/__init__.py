@@ -103,6 +103,7 @@ class Report(Drawn):
         quality, latency: the whole plan against the original, on held-out prompts; None where it did not come to that.
         policy, tier, objective, budget_s: what was asked for.
         seconds: time spent tuning.
+        elsewhere: share of the CPU time that others took meanwhile; None where nobody knows.
         break_even_tokens: tokens to generate until the tuning time is won back.
         served: calls served by the plan since.
         bypassed: calls that went to the original since, by reason.
@@ -131,6 +132,7 @@ class Report(Drawn):
     objective: str | None = None
     budget_s: float | None = None
     seconds: float | None = None
+    elsewhere: float | None = None
     break_even_tokens: float | None = None
     served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
@@ -176,11 +178,12 @@ class Recorded(Drawn):
         seconds: float,
         latency: Latency | None = None,
         quality: Quality | None = None,
+        elsewhere: float | None = None,
     ) -> Self:
         """This report with what a replay measured anew; profiles and trials stay those of the tuning."""
         from .record import reverify
 
-        return replace(self, record=reverify(self.record, verdict, seconds, latency, quality))
+        return replace(self, record=reverify(self.record, verdict, seconds, latency, quality, elsewhere))
 
 
 def read(record: Mapping[str, Any]) -> Recorded:

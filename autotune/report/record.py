@@ -44,6 +44,7 @@ def record(report: Report) -> dict[str, Any]:
         },
         "workload": report.workload,
         "seconds": report.seconds,
+        "elsewhere": report.elsewhere,
         "transforms": [str(t) for t in report.transforms],
         "phases": {p: _phase(report, p) for p in PHASES if p in report.before.phases},
         "diagnoses_after": {p: _diagnosis(d) for p, d in report.diagnoses_after.items()},
@@ -76,6 +77,7 @@ def reverify(
     seconds: float,
     latency: Latency | None,
     quality: Quality | None,
+    elsewhere: float | None = None,
 ) -> dict[str, Any]:
     """A record with the figures that a replay measured anew.
 
@@ -84,6 +86,7 @@ def reverify(
     new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}, "bytes_after_release": None}
     new["replayed"] = {
         "seconds": seconds,
+        "elsewhere": elsewhere,
         "tuned": old.get("created", ""),
         "quality": _quality(quality, quality.tier) | {"reason": quality.reason} if quality else None,
     }
@@ -290,4 +293,5 @@ def _hardware(hardware: Hardware) -> dict[str, Any]:
         "compiler": hardware.compiler,
         "versions": dict(hardware.versions),
         "measured": hardware.measured,
+        "disturbed": hardware.disturbed,
     }

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 
+from ..busy import is_noticeable
 from . import device
 from . import numbers as n
 from .layout import Section, Table, sentence
@@ -81,6 +82,9 @@ def _per_second(ms: float | None) -> str:
 
 def _story(record: Mapping[str, Any]) -> Iterator[str]:
     yield sentence(record["verdict"])
+    elsewhere = (record["replayed"] or record).get("elsewhere")  # records of earlier versions have none
+    if n.known(elsewhere) and is_noticeable(elsewhere):
+        yield f"This machine was busy: {n.percent(elsewhere)} of the CPU time went elsewhere."
     if doubt := record.get("doubt"):  # records of earlier versions have none
         yield f"This outcome is not kept as a plan, and the next run searches anew: {doubt}."
     if record["transforms"]:
@@ -326,5 +330,7 @@ def machine(hw: Mapping[str, Any]) -> str:
     peaks = [f"{n.scaled(rate, 'FLOP/s')} in {dtype}" for dtype, rate in hw["flops_per_s"].items() if n.known(rate)]
     figures = ", ".join((f"{n.scaled(hw['bandwidth_bytes_per_s'], 'B/s')}", *peaks))
     origin = "measured" if hw["measured"] else "partly from data sheets"
+    if hw.get("disturbed"):  # records of earlier versions do not say
+        origin += " beside others' work, perhaps too low"
     about = f"{hw['name']} ({hw['device']}, {hw['capability']}), {hw['threads']} threads"
     return f"{about}, {n.scaled(hw['memory_bytes'], 'B')} of memory; {figures} ({origin})"
