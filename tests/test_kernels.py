@@ -165,6 +165,21 @@ def test_quantizing_keeps_its_precision_at_any_magnitude(kind, error, size) -> N
     assert (kind.from_weight(weight).dequantize() - weight).norm() <= error * weight.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantize", [pack.quantize_i8, pack.quantize_i4])
+def test_a_large_table_is_widened_and_quantised_in_parts(quantize, dtype, monkeypatch) -> None:
+    """The embedding of a vocabulary of 150 000 in FP32 is larger than the rest of a small model."""
+    torch.manual_seed(0)
+    weight, rows, grouped = torch.randn(100, 40).to(dtype), list[int](), pack._grouped
+    whole = quantize(weight)
+    monkeypatch.setattr(pack, "PART", 16)
+    monkeypatch.setattr(pack, "_grouped", lambda part, group: rows.append(len(part)) or grouped(part, group))
+    for expected, got in zip(whole, quantize(weight), strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+    assert set(rows) == {16, 4}
+
+
 def test_constant_groups_are_exact() -> None:
     weight = torch.full((16, 64), 0.25)
     assert torch.equal(Int4Linear.from_weight(weight).dequantize(), weight)

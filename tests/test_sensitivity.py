@@ -216,6 +216,21 @@ def test_mamba_is_read_without_a_cache_of_keys() -> None:
 
 
 @pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(("texts", "together"), [(10.0, 4), (2.5, 2), (0.1, 1)])
+def test_of_a_large_vocabulary_fewer_texts_are_read_together(
+    texts: float, together: int, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = probe_of(llama, WeightOnly(bits=4, phase="decode"))
+    expected, width = plain.divergence(tuple(plain.layers)), plain.batches[0].shape[1]
+    monkeypatch.setattr("autotune.validate.sensitivity.READ_BYTES", int(texts * 4 * width * models.VOCABULARY))
+    probe, read = probe_of(llama, WeightOnly(bits=4, phase="decode")), list[int]()
+    whole = probe._read
+    monkeypatch.setattr(probe, "_read", lambda variant, ids: read.append(len(ids)) or whole(variant, ids))
+    assert probe.divergence(tuple(probe.layers)) == pytest.approx(expected, rel=0.01)
+    assert set(read) == {together}
+
+
+@pytest.mark.usefixtures("built")
 def test_left_wider_a_model_is_closer(llama: Any) -> None:
     probe = probe_of(llama, WeightOnly(bits=4, phase="decode"), tier="strict")
     assert "mean KLD" in (probe.shortfall("lm_head") or "")

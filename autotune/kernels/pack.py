@@ -15,7 +15,7 @@ from autotune.kernels import arena
 ROWS = 16  # output rows in a block; kRows in linear.cpp
 STEP = 8  # inputs decoded together; kStep in linear.cpp
 GROUP = 32  # inputs that share a scale, unless the caller says otherwise
-PART = 4096  # output rows quantised at a time, to bound the memory for intermediate results
+PART = 4096  # output rows widened and quantised at a time, to bound the memory for intermediate results
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's range tried at four bits
 
 
@@ -68,11 +68,14 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
     """
-    grouped = _grouped(weight, group)  # [N, groups, group]
-    scales = grouped.abs().amax(-1) / 127
+    check(weight)
+    parts = _parts(weight)
+    scales = torch.cat([_grouped(part, group).abs().amax(-1) for part in parts]) / 127
     scales = scales.to(_factor_dtype(scales, scales))
-    parts = [slice(first, first + PART) for first in range(0, len(grouped), PART)]
-    rounded = [(grouped[part] / _divisor(scales[part])).round_().clamp_(-127, 127).to(torch.int8) for part in parts]
+    rounded = [
+        (_grouped(part, group) / _divisor(factors)).round_().clamp_(-127, 127).to(torch.int8)
+        for part, factors in zip(parts, _parts(scales), strict=True)
+    ]
     numbers = torch.cat(rounded).flatten(1)
     return interleave(numbers, numbers.shape[1]), interleave(scales, scales.shape[1])
 
@@ -94,11 +97,15 @@ def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Ten
     Raises:
         ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
     """
-    grouped = _grouped(weight, group)  # [N, groups, group]
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), grouped.abs().amax(-1))
-    parts = [slice(first, first + PART) for first in range(0, len(grouped), PART)]
-    fitted = [_fit_i4(grouped[part], low[part], high[part], dtype) for part in parts]
+    check(weight)
+    parts = _parts(weight)
+    ranges = [_grouped(part, group).aminmax(dim=-1) for part in parts]
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), torch.maximum(-low, high))
+    fitted = [
+        _fit_i4(_grouped(part, group), lowest, highest, dtype)
+        for part, lowest, highest in zip(parts, _parts(low), _parts(high), strict=True)
+    ]
     words, scales, zeros = (torch.cat(pieces) for pieces in zip(*fitted, strict=True))
     return (
         interleave(words, words.shape[1]),
@@ -146,6 +153,11 @@ def check(weight: Tensor) -> None:
         raise ValueError(
             f"expected a floating-point weight [N, K] with N, K > 0, got {weight.dtype} {list(weight.shape)}"
         )
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """PART rows after PART rows, as views."""
+    return [tensor[first : first + PART] for first in range(0, len(tensor), PART)]
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:

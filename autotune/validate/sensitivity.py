@@ -19,7 +19,8 @@ from .tiers import TIERS
 
 TOKENS = 96  # of each of the exam's texts
 CONTEXT = 32  # of these are read by the prefill module, the rest by the decode module in one go
-BATCH = 4  # texts read together; one such batch to compare layers, all to see whether the rest is within the tier
+BATCH = 4  # texts in a batch; one batch to compare layers, all to see whether the rest is within the tier
+READ_BYTES = 128 * 2**20  # logits of texts that are read together, in FP32; of a large vocabulary fewer texts are
 
 
 class Probe:
@@ -45,6 +46,8 @@ class Probe:
         ends = [text[-width:] for text in texts]
         ids = torch.tensor(ends, dtype=torch.int64, device=exam.original.device)  # [texts, width]
         self.batches = [ids[k : k + BATCH] for k in range(0, len(ids), BATCH)]
+        vocabulary = int(exam.original.config.get_text_config().vocab_size)
+        self.together = max(1, min(BATCH, READ_BYTES // (4 * width * vocabulary)))
 
     def divergence(self, names: Collection[str]) -> float:
         """Mean KL divergence from the original, nats a token, with these layers exchanged alone."""
@@ -67,9 +70,19 @@ class Probe:
     def _references(self) -> list[torch.Tensor]:
         """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
         if not self.exam.at_once:
-            logits = (self._read(self.exam.plain(), ids) for ids in self.batches)
-            self.exam.at_once = [(part - part.amax(-1, keepdim=True)).half() for part in logits]
+            self.exam.at_once = [
+                torch.cat([self._reference(part) for part in self._parts(ids)]) for ids in self.batches
+            ]
         return self.exam.at_once
+
+    def _parts(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """A batch's texts, as many at a time as are read together."""
+        return [ids[first : first + self.together] for first in range(0, len(ids), self.together)]
+
+    def _reference(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self._read(self.exam.plain(), ids)
+        logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
+        return logits.half()
 
     def _tally(self, transform: LinearTransform, batches: int, enough: float = math.inf) -> Tally:
         """Every token's metrics under a transform, applied to the incumbent's modules alone: nothing is compiled.
@@ -84,11 +97,10 @@ class Probe:
         # what the original read is the same by definition, and would only dilute what decode adds
         first = self.context if variant.modules["prefill"] is variant.original else 0
         for k, (ids, reference) in enumerate(zip(self.batches[:batches], self._references, strict=False)):
-            logits = self._read(variant, ids)
-            for row, targets in enumerate(ids[:, 1:]):
+            logits = (row for part in self._parts(ids) for row in self._read(variant, part))
+            for row, (targets, got) in enumerate(zip(ids[:, 1:], logits, strict=True)):
                 text = self.exam.texts[k * BATCH + row]
-                found = compare_logits(reference[row, first:], logits[row, first:], targets[first:])
-                tally.add(found, text, "read")
+                tally.add(compare_logits(reference[row, first:], got[first:], targets[first:]), text, "read")
             if not tally.column("kld").mean() <= enough:
                 break
         return tally
