@@ -66,9 +66,11 @@ class Probe:
     @property
     def _references(self) -> list[torch.Tensor]:
         """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
-        if not self.exam.at_once:
+        shapes = [(len(ids), ids.shape[1] - 1) for ids in self.batches]
+        if [tuple(kept.shape[:2]) for kept in self.exam.at_once] != shapes:
             logits = (self._read(self.exam.plain(), ids) for ids in self.batches)
             self.exam.at_once = [(part - part.amax(-1, keepdim=True)).half() for part in logits]
+        self.exam.at_once = [part.to(self.exam.original.device) for part in self.exam.at_once]  # from disk, on the CPU
         return self.exam.at_once
 
     def _tally(self, transform: LinearTransform, batches: int, enough: float = math.inf) -> Tally:
