@@ -24,6 +24,7 @@ Read in this order:
     validate                          quality first, then paired latency
     experiment                        candidates against a control: offline, in shadow, on a share of live traffic
     plan -> store, fingerprint        what is kept, where, and what it is valid for
+    references                        what the original said in exams, kept between runs
     seam                              the only place that names what is inside transformers
     versions -> selfcheck, shrink     releases that were tested, and a check of others on a tiny model
     rehearsal                         what an architecture does not bear, found out on a tiny model of its class

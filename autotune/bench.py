@@ -38,6 +38,8 @@ from .workload import PHASES, Bucket, Phase, Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .references import References
+
 PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
 METRICS: dict[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}
@@ -55,6 +57,7 @@ class LiveBench:
         original: the variant without transforms.
         workload: what to measure with; half of its prompts are held out for `confirm`.
         texts: token ids of natural text that fill up too few prompts for the quality exam.
+        references: what the original said in earlier runs, or None to ask it.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class LiveBench:
         *,
         texts: tuple[tuple[int, ...], ...] = (),
         notify: Callable[[str], None],
+        references: References | None = None,
     ) -> None:
         self.original, self.policy, self.hardware, self.notify = original, policy, hardware, notify
         self.workload, self.device = workload, devices.of(original.original)
+        self.references = references
         self.tuning, self.held_out = workload.split(0.5)
         half = len(texts) // 2
         self._texts = (texts[:half], texts[half:])
@@ -222,6 +227,12 @@ class LiveBench:
         with self._timed("exam"):
             return self._exam(self.tuning, self._texts[0])
 
+    def keep_references(self) -> None:
+        """Keep what the original said in the exams that were needed, for the next run."""
+        for name in ("exam", "held_out_exam"):
+            if self.references is not None and name in self.__dict__:
+                self.references.save(self.__dict__[name])
+
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.monotonic()
@@ -310,6 +321,7 @@ class LiveBench:
             pad_token_id=self.pad,
             traffic=traffic,
             like=like,
+            kept=self.references if size == "quick" else None,  # a kept plan is verified against the model of today
             progress=self._doing("collecting the original's answers to judge against"),
         )
 

@@ -23,17 +23,23 @@ logger = logging.getLogger("autotune")
 LEFT_S = 3600.0  # nothing is written or compiled for so long
 
 
-def cache(name: str = "") -> Path | None:
+def cache(name: str = "", *, lasting: bool = False) -> Path | None:
     """The user's cache directory, or its subdirectory `name`, created and private (0700).
 
     The first of $AUTOTUNE_CACHE_DIR, $XDG_CACHE_HOME/autotune and ~/.cache/autotune that is set decides. Where it
     cannot be written, or others can write there, a temporary directory that lasts as long as the process takes its
     place, with one warning; None where even that fails: callers go on without a cache.
+
+    Args:
+        lasting: None rather than the temporary directory, for what is large and pays in later processes alone.
     """
     try:
         return _made(_chosen(), name)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         problem = str(error)
+    if lasting:
+        logger.debug("%s is not kept: %s", name, problem)
+        return None
     wanted = "set AUTOTUNE_CACHE_DIR to a writable directory of this user's alone"
     try:
         found = _made(_temporary(), name)
@@ -85,12 +91,12 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, *parts: bytes | memoryview) -> None:
     """All or nothing, also when the process or the machine dies: a private temporary file, synced, then renamed."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")  # mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

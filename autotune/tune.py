@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from . import bench as benches
-from . import busy, contributions, fingerprint, hardware, outside, placement, store
+from . import busy, contributions, fingerprint, hardware, modes, outside, placement, store
 from .bench import LiveBench
 from .errors import AutotuneError, PlanError, TransformError
 from .plan import Confirmation, Fingerprint, Plan
 from .policy import Policy
+from .references import References
 from .report import Drawn, Report, read
 from .revision import hooked
 from .search import Found, search
@@ -68,7 +69,7 @@ def tune(
         model: unrouted, in eval mode. It is left bit-identical.
         tokenizer: fills up a workload of few prompts with natural text to judge quality on.
         draft: a smaller model that may guess tokens.
-        cache: read and write plans in the user's cache directory.
+        cache: read and write plans, and what the original said, in the user's cache directory.
         traffic: lets live requests through between measured steps.
         notify: told each step in a sentence.
         serve: given each variant that is proven, while tuning goes on. A kept plan's, which an earlier run proved, is
@@ -82,7 +83,9 @@ def tune(
     machine = hardware.probe(model, again=True)
     identity = fingerprint.of(model, machine, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
-    bench = LiveBench(original, workload, policy, machine, texts=benches.natural_texts(tokenizer), notify=notify)
+    texts = benches.natural_texts(tokenizer)
+    kept = References(identity) if cache and modes.unserved() is None else None  # under autocast it says something else
+    bench = LiveBench(original, workload, policy, machine, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
@@ -98,6 +101,7 @@ def tune(
             f"the model's weights changed during tuning: another thread or one of the transforms tried ({culprits}) "
             "wrote into them; nothing was committed; reload the model"
         )
+    bench.keep_references()
     if tuned.doubt is not None:
         notify(f"{tuned.verdict}. This is not kept as a plan: {tuned.doubt}")
     elif cache:

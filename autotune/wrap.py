@@ -47,7 +47,7 @@ def wrap(
             Without it the first `observe` calls of `generate` are the workload.
         when: "background" tunes in a thread between requests, "blocking" before a call returns, "manual" on `.tune()`.
         observe: calls of `generate` to observe.
-        cache: read and write plans in the user's cache directory.
+        cache: read and write plans, and what the original said in exams, in the user's cache directory.
         keep_original: False frees the original's weights as soon as a plan is committed, "parked" moves them from the
             GPU to the host's memory; see `Handle.commit`.
         watch: share of the calls that a committed plan serves which the original scores again when no request is in

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 KEY = "0" * 24
-NAMES = ("kernels", "steps", "models", "plans", "checks", "experiments")
+NAMES = ("kernels", "steps", "models", "plans", "checks", "experiments", "references")
 PACKAGE = Path(folders.__file__).parent
 
 

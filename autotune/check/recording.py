@@ -14,7 +14,7 @@ import torch
 
 from .. import workload
 from ..errors import WorkloadError
-from ..validate.exam import LONGEST_CONTEXT, Exam, Text, context_limit
+from ..validate.exam import LONGEST_CONTEXT, Exam, Text, context_limit, vocabulary
 from ..validate.score import Served
 from ..validate.timing import Clock
 from ..variant import Variant
@@ -80,7 +80,7 @@ def record(
     original = variant.original
     work = _work(prompts, tokenizer, original, batch_sizes)
     harness.require(lm_eval)
-    width, longest = subject.vocabulary(original), context_limit(original)
+    width, longest = vocabulary(original), context_limit(original)
     given = tasks.read(Path(labelled), tokenizer, width, longest) if labelled is not None else ()
     exam = Exam.prepare(
         original,

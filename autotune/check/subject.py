@@ -15,7 +15,7 @@ from ..errors import BaselineError, UnsupportedModelError
 from ..hardware import library_versions
 from ..sites import stored_bytes
 from ..tune import name_of
-from ..validate.exam import context_limit
+from ..validate.exam import context_limit, vocabulary
 from ..variant import Variant
 from .baseline import Baseline, Environment, Subject
 
@@ -115,8 +115,3 @@ def require_comparable(
     longest = max(len(text.context) + len(text.scored) for group in baseline.questions.groups for text in group)
     if (limit := context_limit(model)) < longest:
         raise BaselineError(f"the model's context is {limit} tokens, the baseline's longest text has {longest}")
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """Width of the model's logits, as far as its configuration says."""
-    return int(model.config.get_text_config(decoder=True).vocab_size)

@@ -4,6 +4,7 @@ tiers -> exam -> score -> divergence -> tally -> quality     no worse than the o
 sensitivity                                                  which layers make it worse?
 timing -> ratios -> latency                                  faster than what is there?
 statistics                                                   bounds for both
+answers                                                      what is kept of the original's between runs
 """
 
 from __future__ import annotations

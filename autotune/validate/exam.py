@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +13,7 @@ import torch
 
 from ..errors import MeasurementError
 from ..variant import Variant
+from .answers import MOST_NOISE, Answers, Keeper, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
 from .score import CandidateError, Served, Tokens
 from .tiers import NEAR_TIE_NATS, SIZES, Size
@@ -27,6 +30,7 @@ PADDED_BATCH = 8  # sequences in a padded batch
 NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
 LONGEST_CONTEXT = 512  # a prompt is read up to here; longer contexts have texts of their own
 FEWEST_TOKENS = 0.5  # share of the size's tokens without which nothing passes
+AT_ONCE = "at-once."  # begins the names of what `sensitivity` had the original read
 
 Progress = Callable[[str, float], None]  # what is being done, and how much of it is done (0 to 1)
 
@@ -90,6 +94,9 @@ class Exam:
         tie_nats: a flip of the top token within this margin counts as a tie.
         traffic: where the original's answers queue, or None.
         problem: why nothing can be judged with this exam, or None.
+        prompts: those that were chosen, as far as they are read.
+        seed: chose them.
+        at_once: what `sensitivity` had the original read, float16 [B, T, V].
     """
 
     original: PreTrainedModel
@@ -103,9 +110,12 @@ class Exam:
     tie_nats: float = NEAR_TIE_NATS
     problem: str | None = None
     traffic: Traffic | None = None
-    at_once: list[torch.Tensor] = field(default_factory=list)  # what `sensitivity` had the original read
-    _kept: dict[tuple[tuple[Text, ...], bool], torch.Tensor] = field(default_factory=dict)
-    _kept_bytes: int = 0
+    prompts: tuple[tuple[int, ...], ...] = ()
+    seed: int = 0
+    at_once: list[torch.Tensor] = field(default_factory=list)
+    _kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    _noise: tuple[float, ...] | None = None  # what was measured on this exam itself
+    _taken: int = 0  # answers that came from an earlier run
 
     @classmethod
     def prepare(
@@ -119,6 +129,7 @@ class Exam:
         progress: Progress | None = None,
         traffic: Traffic | None = None,
         like: Exam | None = None,
+        kept: Keeper | None = None,
     ) -> Exam:
         """Choose texts and let the original continue them; what it says about them is read when it is first asked for.
 
@@ -131,22 +142,26 @@ class Exam:
             progress: called with a step's name and the share done.
             traffic: where the original's answers queue behind live requests; None: they may overlap.
             like: another exam of the same original, whose noise is its own.
+            kept: may have the original's answers from an earlier run; what is missing there is asked for as usual.
 
         Raises:
             MeasurementError: the original raised.
         """
         report = progress or (lambda step, share: None)
-        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original), traffic=traffic)
-        chosen = exam._choose(prompts, seed)
+        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original), traffic=traffic, seed=seed)
+        exam.prompts = exam._choose(prompts)
         if exam.problem:
             return exam
         report("continuing the prompts", 0.0)
-        exam._write(chosen)
-        if like is None:
+        if kept is None or not kept.restore(exam):
+            exam._write(exam._continue(exam._heads()))
+        if like is not None:
+            exam.noise_kld, exam.tie_nats, exam.problem = like.noise_kld, like.tie_nats, exam.problem or like.problem
+        elif exam._noise is not None:
+            exam.noise_kld, exam.tie_nats = exam._noise
+        else:
             report("measuring the original's own noise", 0.5)
             exam._measure_noise()
-        else:
-            exam.noise_kld, exam.tie_nats, exam.problem = like.noise_kld, like.tie_nats, exam.problem or like.problem
         report("exam ready", 1.0)
         return exam
 
@@ -159,7 +174,9 @@ class Exam:
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
 
     def reference(self, group: tuple[Text, ...], *, stepped: bool = False) -> torch.Tensor:
-        """The original's logits [B, T, V] for the scored tokens of a group.
+        """The original's logits [B, T, V] for the scored tokens of a group, rounded to half precision.
+
+        They are rounded whether they are kept or not: a candidate's figures do not depend on who was judged before.
 
         Args:
             stepped: from one decoding step each, as candidates are judged; otherwise from one full forward, which says
@@ -168,7 +185,8 @@ class Exam:
         Raises:
             MeasurementError: the original raised.
         """
-        if (found := self._kept.get((group, stepped))) is not None:
+        name = _name(group, stepped)
+        if (found := self._kept.get(name)) is not None:
             return found.to(self.original.device).float()
         try:
             logits = self._ask(group, stepped)
@@ -176,10 +194,45 @@ class Exam:
             raise MeasurementError(f"the original cannot be judged against: {error}") from None
         logits = logits.float()
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
-        if self._kept_bytes + 2 * logits.numel() <= KEEP_BYTES:
-            self._kept[group, stepped] = logits.half().cpu()
-            self._kept_bytes += 2 * logits.numel()
-        return logits
+        rounded = logits.half()
+        if sum(t.nbytes for t in self._kept.values()) + rounded.nbytes <= KEEP_BYTES:
+            self._kept[name] = rounded.cpu()
+        return rounded.float()
+
+    def answers(self) -> Answers | None:
+        """What the original has said so far, or None: nothing since `take`, or nothing can be judged with it."""
+        said = self._kept | {f"{AT_ONCE}{k}": t.cpu() for k, t in enumerate(self.at_once)}
+        if self.problem or not self.texts or len(said) + bool(self._noise) == self._taken:
+            return None
+        shapes = self._shapes()
+        logits = {name: t for name, t in said.items() if odd_logits(name, t, shapes) is None}
+        return Answers(tuple(t.own for t in self.texts), self._noise, logits)
+
+    def take(self, known: Answers) -> None:
+        """Prepare the exam from what the original said in an earlier run.
+
+        Raises:
+            ValueError: the answers do not fit this exam, whose texts have to be written anew.
+        """
+        width, shapes = vocabulary(self.original), dict[str, Shape]()
+        odd = odd_texts(known.own, len(self.prompts), self.size.own, self.eos_token_ids, width)
+        if odd is None:
+            self._write(known.own)
+            odd, self.problem, shapes = self.problem, None, self._shapes()
+        odd = odd or odd_noise(known.noise)
+        found = (odd_logits(name, logits, shapes) for name, logits in known.logits.items())
+        if odd := odd or next(filter(None, found), None):
+            raise ValueError(odd)
+        self.at_once = [known.logits[n] for n in shapes if n in known.logits and n.startswith(AT_ONCE)]
+        self._kept = {name: t for name, t in known.logits.items() if not name.startswith(AT_ONCE)}
+        self._noise, self._taken = known.noise, len(known.logits) + bool(known.noise)
+
+    def _shapes(self) -> dict[str, Shape]:
+        """Shapes [B, T, V] of all that the original may be asked, by name. None: `sensitivity` knows."""
+        width = vocabulary(self.original)
+        asked = {(g, stepped): (len(g), len(g[0].scored), width) for g in self.groups() for stepped in (False, True)}
+        at_once: dict[str, Shape] = {f"{AT_ONCE}{k}": (None, None, width) for k in range(len(self.texts))}
+        return at_once | {_name(*what): shape for what, shape in asked.items()}
 
     def _ask(self, group: tuple[Text, ...], stepped: bool) -> torch.Tensor:
         """The original's logits [B, T, V], as they come."""
@@ -199,27 +252,28 @@ class Exam:
         ids = text.context + text.scored
         return served.read(ids[:-1], last=len(text.scored))
 
-    def _choose(self, prompts: Sequence[Tokens], seed: int) -> list[tuple[int, ...]]:
+    def _choose(self, prompts: Sequence[Tokens]) -> tuple[tuple[int, ...], ...]:
         if self.original.training:
             self.problem = "the original is in training mode, so it does not even reproduce itself: call eval()"
-            return []
+            return ()
         limit = min(LONGEST_CONTEXT, context_limit(self.original) - self.size.own)
         unique = [p[:limit] for p in dict.fromkeys(tuple(map(int, p)) for p in prompts) if len(p) >= 2]
         unique = list(dict.fromkeys(unique))
         if (missing := self.size.prompts - len(unique)) > 0:
             self.problem = f"{len(unique)} different prompts of 2 tokens or more: need {missing} more prompts"
-            return []
-        order = np.random.default_rng(seed).permutation(len(unique))[: self.size.prompts]
-        return [unique[k] for k in order]
+            return ()
+        order = np.random.default_rng(self.seed).permutation(len(unique))[: self.size.prompts]
+        return tuple(unique[k] for k in order)
 
-    def _write(self, prompts: list[tuple[int, ...]]) -> None:
-        size = self.size
-        ends = [self._end(p, cross=bool(k % 2)) for k, p in enumerate(prompts)]
-        heads = [p[:e] for p, e in zip(prompts, ends, strict=True)]
+    def _heads(self) -> list[tuple[int, ...]]:
+        """The natural part of each prompt's text."""
+        return [p[: self._end(p, cross=bool(k % 2))] for k, p in enumerate(self.prompts)]
+
+    def _write(self, own: Sequence[tuple[int, ...]]) -> None:
+        size, prompts, heads = self.size, self.prompts, self._heads()
         joined = tuple(t for p in prompts for t in p)
         room = context_limit(self.original) - size.natural
         lengths = [n for n in size.lengths if n + size.natural <= len(joined) and n <= room]
-        own = self._continue(heads)
         starts = [max(1, len(head) - size.natural) for head in heads]
         self.texts = tuple(Text(k, h[:s], h[s:], own[k]) for k, (h, s) in enumerate(zip(heads, starts, strict=True)))
         self.batches = self._pad(prompts)
@@ -240,7 +294,7 @@ class Exam:
         power = 1 << (len(prompt).bit_length() - 1)
         return power if cross and power >= 2 * self.size.natural else len(prompt)
 
-    def _pad(self, prompts: list[tuple[int, ...]]) -> tuple[tuple[Text, ...], ...]:
+    def _pad(self, prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[Text, ...], ...]:
         """Batches with equally many tokens scored after contexts of different lengths."""
         steps = min(self.size.padded, sorted(map(len, prompts))[len(prompts) // 2] // 2)
         texts = []
@@ -276,11 +330,18 @@ class Exam:
             shifts.append(shift.abs().flatten().cpu().double().numpy())
         self.noise_kld = float(np.mean(np.concatenate(klds)))
         self.tie_nats = max(NEAR_TIE_NATS, 3 * float(np.quantile(np.concatenate(shifts), 0.99)))
-        if self.noise_kld > 0.05:
+        self._noise = (self.noise_kld, self.tie_nats)
+        if self.noise_kld > MOST_NOISE:
             self.problem = (
                 f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward. It does"
                 " not reproduce itself (dropout, sampling inside, a broken cache): nothing can be compared with it"
             )
+
+
+def _name(group: tuple[Text, ...], stepped: bool) -> str:
+    """What the original is asked, as a hash of the tokens: other texts have another name."""
+    tokens = json.dumps([[text.context, text.scored] for text in group])
+    return f"{hashlib.blake2b(tokens.encode(), digest_size=16).hexdigest()}.{'stepped' if stepped else 'read'}"
 
 
 def until_eos(tokens: Sequence[int], eos: Sequence[int]) -> tuple[int, ...]:
@@ -300,3 +361,8 @@ def context_limit(model: PreTrainedModel) -> int:
     """Positions the model was made for; very many where it does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else 1 << 20
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Width of the model's logits, as far as its configuration says."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)

@@ -69,10 +69,12 @@ class Probe:
     @property
     def _references(self) -> list[torch.Tensor]:
         """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
-        if not self.exam.at_once:
+        shapes = [(len(ids), ids.shape[1] - 1) for ids in self.batches]
+        if [tuple(kept.shape[:2]) for kept in self.exam.at_once] != shapes:
             self.exam.at_once = [
                 torch.cat([self._reference(part) for part in self._parts(ids)]) for ids in self.batches
             ]
+        self.exam.at_once = [part.to(self.exam.original.device) for part in self.exam.at_once]  # from disk, on the CPU
         return self.exam.at_once
 
     def _parts(self, ids: torch.Tensor) -> list[torch.Tensor]:
