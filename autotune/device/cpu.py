@@ -77,6 +77,11 @@ class Cpu(Device):
 def trim_host() -> None:
     """Give memory back: layers may refer to themselves, and glibc keeps freed blocks of up to 32 MiB to itself."""
     gc.collect()
+    give_back()
+
+
+def give_back() -> None:
+    """Give freed blocks back to the system, in milliseconds."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

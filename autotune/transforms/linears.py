@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 
 from .. import architecture, sites
+from ..device import cpu
 from ..errors import TransformError
 from . import Stage, Transform
 
@@ -152,6 +153,8 @@ class LinearTransform(Transform):
                 raise TransformError(f"{self}: {error}") from error
             if not exchanged:
                 raise TransformError(f"{self}: no linear layer of {type(twin).__name__} can be exchanged")
+        if variant.device.kind == "cpu":
+            cpu.give_back()  # quantising a table of 152 000 rows leaves 730 MB of freed blocks behind
 
     def exchange_in(self, twin: nn.Module) -> int:
         """Exchange the layers of a twin; how many became `kind`."""

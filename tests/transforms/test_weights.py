@@ -196,6 +196,14 @@ def test_phases_take_different_weights(llama: PreTrainedModel) -> None:
     )
 
 
+@pytest.mark.skipif(kernels.available() is not None, reason="needs a compiler")
+def test_what_quantising_freed_is_given_back(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr("autotune.device.cpu.give_back", lambda: given.append(True))
+    Variant(llama).with_transform(make("weight_only", {"bits": 4}, "decode"))
+    assert given
+
+
 def profile_of(
     linear_s: float, other_s: float, weight_bytes: float, flops: float, compute_dtype: str = "float32"
 ) -> Profile:
