@@ -625,7 +625,7 @@ def test_tuning_keeps_what_the_original_said(
                 model.lm_head.weight += 1
         return type("Found", (), {"trials": ()})
 
-    def conclude(found: Any, bench: Any, identity: Any, start: float) -> Any:
+    def conclude(found: Any, bench: Any, identity: Any, start: float, meter: Any) -> Any:
         return Tuned(bench.original, plans.Plan(identity, ()), None, "kept the original", "for a test")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "search", search)

@@ -144,7 +144,7 @@ def test_freed_after_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.profile(variant)
         return variant
 
-    def conclude(variant: Any, bench: Any, identity: Any, start: float) -> Any:
+    def conclude(variant: Any, bench: Any, identity: Any, start: float, meter: Any) -> Any:
         return Tuned(variant, plans.Plan(identity, variant.transforms), Written(), "won")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "search", search)
