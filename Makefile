@@ -19,7 +19,8 @@ PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
 
-.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice bench-sizes
+.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: bench-sizes bench-loaded
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -73,6 +74,9 @@ bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: p
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py
+
+bench-loaded: $(READY)  ## decode while another process takes a core: the recorded step and transformers' generate
+	$(BIN)/python -m benchmarks.loaded $(BENCH_ARGS)
 
 # Everything at the versions of constraints.txt, what the package is built with among it: hence no isolated build, which
 # would take the newest setuptools.

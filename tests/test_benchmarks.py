@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from autotune import kernels
 from autotune.texts import TEXTS
-from benchmarks import gpu, peers, quality, smoke, stage, table, worker
+from benchmarks import gpu, loaded, peers, quality, smoke, stage, table, worker
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
 from benchmarks.peers import PEERS, Peer, Setup, Weights
@@ -25,7 +29,6 @@ from tests.models import tiny, token_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedTokenizerFast
 
@@ -526,3 +529,62 @@ def test_the_gpu_benchmark_is_of_the_class_it_says() -> None:
 def test_the_gpu_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+BEFORE = loaded.Round({(loaded.OURS, False): 10.0, (loaded.THEIRS, False): 60.0}, 0.01)
+ROUNDS = [
+    replace(BEFORE, ms=BEFORE.ms | {(loaded.OURS, True): 15.0, (loaded.THEIRS, True): 600.0}),
+    replace(BEFORE, ms=BEFORE.ms | {(loaded.OURS, True): 20.0, (loaded.THEIRS, True): 300.0}),
+    replace(BEFORE, ms=BEFORE.ms | {(loaded.OURS, True): 30.0, (loaded.THEIRS, True): 120.0}, elsewhere=None),
+]
+
+
+def test_what_a_busy_machine_costs_is_a_ratio_within_a_round() -> None:
+    assert loaded.rows(ROUNDS) == [
+        ("recorded INT8 step, ms", "10.00 [10.00, 10.00]", "20.00 [15.00, 30.00]", "2.00x [1.50, 3.00]"),
+        ("transformers, ms", "60.00 [60.00, 60.00]", "300.00 [120.00, 600.00]", "5.00x [2.00, 10.00]"),
+        ("times as fast", "6.00x [6.00, 6.00]", "15.00x [4.00, 40.00]", ""),
+    ]
+    assert loaded.others(ROUNDS) == "1% of the CPU time went elsewhere"
+    assert loaded.others(ROUNDS[2:]) == "nobody says what others took"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="this system does not say what a process is at")
+def test_the_load_runs_while_it_is_on_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "SETTLE_S", 0.0)
+    load = loaded.Load(1, pinned=True)
+    (process,) = load._processes
+
+    def becomes(stopped: bool) -> bool:
+        """Whether it is stopped, or runs, within a minute: a signal takes its time."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if (state == "T") == stopped:
+                return True
+            time.sleep(0.01)
+        return False
+
+    try:
+        for running in (False, True, False):
+            with load.on(running):
+                assert becomes(stopped=not running)
+        assert becomes(stopped=True)
+    finally:
+        load.end()
+    assert process.poll() is not None
+
+
+@pytest.mark.slow
+def test_decode_beside_another_process_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    if kernels.available() is not None:
+        pytest.skip("there is no recorded step without the kernels")
+    assert loaded.main(["--layers", "1", "--rounds", "1", "--tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 rounds; median [lowest, highest]. While the load was stopped nobody says what others took." in out
+    assert [line.split(" | ")[0] for line in out.splitlines()[-3:]] == [
+        "| recorded INT8 step, ms",
+        "| transformers, ms",
+        "| times as fast",
+    ]
+    assert "round 1 of 1" in err

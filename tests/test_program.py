@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -499,3 +502,45 @@ def test_every_instruction_occurs_in_some_tested_graph() -> None:
     assert variant.step is not None
     used |= {i.code for step in variant.step._steps.values() for i in step.program.instructions}  # type: ignore[union-attr]
     assert set(CODES) - used == set()
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """All threads of this process on one CPU: whoever waits for another is in its way."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system does not tell threads where to run")
+    tasks, allowed = Path("/proc/self/task"), os.sched_getaffinity(0)
+
+    def stay_on(cpus: set[int]) -> None:
+        for thread in tasks.iterdir():
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread.name), cpus)
+
+    stay_on({min(allowed)})
+    yield
+    stay_on(allowed)
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_team_that_is_held_up_goes_on_with_fewer_and_computes_the_same(
+    count: int, threads: Callable[[int], None], one_cpu: None
+) -> None:
+    weight = floats(64, 64, seed=6) / 8
+
+    def deep(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(40):  # every product is of all that the others computed
+            x = F.linear(x, weight)
+        return x
+
+    x = floats(1, 64)
+    program, sizes = record(deep, x), list[int]()
+    addresses = program.addresses([x])
+    threads(1)
+    alone = program.run(addresses).clone()
+    threads(count)
+    for _ in range(30):
+        assert torch.equal(program.run(addresses), alone)
+        sizes.append(torch.ops.autotune.team_size(count))
+    assert program.meetings >= 39
+    assert min(sizes) < count

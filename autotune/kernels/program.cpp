@@ -111,12 +111,12 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
   static thread_local std::vector<float> own;
   std::vector<float>& scratch = own;  // the caller's, whichever thread looks at it
   std::atomic<const int64_t*> failed{nullptr};
-  as_team(static_cast<int>(threads), [&](const Member& m) {
+  as_team(static_cast<int>(threads), [&](Member& m) {
     std::optional<Stopwatch> watch;
     if (spent && m.index == 0) watch.emplace(static_cast<int64_t*>(spent->data_ptr()));
     for (const int64_t* at = words; at < end; at += at[0]) {
       const int64_t share = at[2];
-      if (at[3]) m.meet();
+      if (at[3] && !m.regroup()) return;
       if (watch && at != words) watch->lap();
       if (share == kSolo && m.index) continue;
       Reader in{at + kHeader, addresses};
@@ -128,11 +128,19 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
   STD_TORCH_CHECK(!culprit, "instruction ", culprit ? culprit[1] : 0, " of the program met an index outside its table");
 }
 
+// How many threads the next program will begin with.
+int64_t team_size(int64_t wanted) { return crew.size(static_cast<int>(wanted)); }
+
 }  // namespace
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def("run_program(Tensor code, Tensor bases, int threads, Tensor? spent) -> ()");
+  library.def("team_size(int wanted) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("run_program", TORCH_BOX(&autotune::run_program)); }
+
+STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
+  library.impl("team_size", TORCH_BOX(&autotune::team_size));
+}

@@ -1,8 +1,22 @@
 // Threads that run one program together and meet at barriers, borrowed from torch's own pool for the time of one call.
+//
+// Where another process takes a core, whoever computes on it is late at every barrier, and the others wait for a whole
+// time slice. They sleep while they wait, so that the system may move the late one to a core that is free. Where they
+// were held up for long all the same, the team goes on with fewer: first in the program that runs, then in the next
+// ones, until all are tried again. Nothing that is computed depends on how many there are.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <climits>
 #include <thread>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "tensors.h"
 
@@ -16,41 +30,139 @@ inline void pause_briefly() {
 #endif
 }
 
-constexpr int kSpins = 1 << 14;  // about a hundred microseconds; then another process may want the core
+constexpr int kSpins = 1 << 12;  // about a hundred microseconds; who takes longer was interrupted, and sleeping pays
+constexpr int kPatience = 64;    // spins before the time is noted; most waits are shorter
+constexpr int64_t kHeldUpNs = 1000000;  // less than a time slice: not worth a change
+constexpr int kHeldUpShare = 3;         // of the time since the last change, one part in so many
+constexpr int kShortestRest = 4, kLongestRest = 64;  // programs that a smaller team runs before all are tried again
 
-template <class Done>
-inline void wait_until(Done done) {
-  for (int spins = 0; !done(); ++spins)
-    if (spins < kSpins)
-      pause_briefly();
-    else
-      std::this_thread::yield();
+inline int64_t now_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
+// Sleeps while the word has this value; may return before. Where the system offers no such thing it gives up its turn.
+inline void sleep_while(std::atomic<int>& word, int value) {
+#ifdef __linux__
+  static_assert(sizeof(word) == sizeof(int), "a futex is an int");
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+  std::this_thread::yield();
+#endif
+}
+
+inline void wake_all(std::atomic<int>& word) {
+#ifdef __linux__
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
 }
 
 // Everyone waits for everyone: the last to arrive lets the others go.
 class Barrier {
  public:
-  void wait(int members) {
-    if (members == 1) return;
+  // Returns how many go on: all, or where `may_shrink` and they were held up for long, the first ones.
+  int wait(int members, bool may_shrink) {
+    if (members == 1) return 1;
     const int round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      going_on_.store(after(members, may_shrink), std::memory_order_relaxed);
+      round_.store(round + 1);
+      if (asleep_.load()) wake_all(round_);
     } else {
-      wait_until([&] { return round_.load(std::memory_order_acquire) != round; });
+      await(round);
+    }
+    return going_on_.load(std::memory_order_relaxed);  // who does not go on may find an even smaller number
+  }
+
+  // For those who left, until the program is over: they keep no core busy meanwhile.
+  void await_end() {
+    while (!over_.load()) sleep_while(over_, 0);
+  }
+  void end() {
+    over_.store(1);
+    wake_all(over_);
+  }
+
+ private:
+  void await(int round) {
+    int64_t since = 0;
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+      if (spins == kPatience) since = now_ns();
+      pause_briefly();
+    }
+    int64_t nobody = 0;
+    waiting_since_ns_.compare_exchange_strong(nobody, since, std::memory_order_relaxed);
+    if (round_.load() != round) waiting_since_ns_.store(0, std::memory_order_relaxed);  // it was over just before
+    asleep_.fetch_add(1);
+    while (round_.load() == round) sleep_while(round_, round);
+    asleep_.fetch_sub(1);
+  }
+
+  // For the last to arrive, while nobody else does anything.
+  int after(int members, bool may_shrink) {
+    if (const int64_t since = waiting_since_ns_.exchange(0, std::memory_order_relaxed)) held_up_ns_ += now_ns() - since;
+    if (!may_shrink || held_up_ns_ < kHeldUpNs) return members;
+    const int64_t now = now_ns();
+    if (kHeldUpShare * held_up_ns_ < now - start_ns_) return members;
+    start_ns_ = now;
+    held_up_ns_ = 0;
+    return members - std::max(1, members / 4);
+  }
+
+  alignas(64) std::atomic<int> arrived_{0};
+  int64_t held_up_ns_ = 0, start_ns_ = now_ns();  // by the last to arrive alone
+  alignas(64) std::atomic<int> round_{0};
+  std::atomic<int> going_on_{0};
+  alignas(64) std::atomic<int> asleep_{0};
+  std::atomic<int> over_{0};
+  std::atomic<int64_t> waiting_since_ns_{0};  // the first of those who ran out of spins
+};
+
+// How many threads the programs of this process have had use for lately.
+class Crew {
+ public:
+  int size(int wanted) const {
+    return rest_.load(std::memory_order_relaxed) > 0 ? std::min(wanted, enough_.load(std::memory_order_relaxed)) : wanted;
+  }
+
+  int begin(int wanted) {
+    const int begins = size(wanted), rest = rest_.load(std::memory_order_relaxed);
+    if (rest > 0) rest_.store(rest - 1, std::memory_order_relaxed);
+    return begins;
+  }
+
+  // A program that began with some and ended with as many, or fewer.
+  void learn(int began, int ended) {
+    if (ended < began) {
+      const int rest = next_rest_.load(std::memory_order_relaxed);
+      enough_.store(ended, std::memory_order_relaxed);
+      rest_.store(rest, std::memory_order_relaxed);
+      next_rest_.store(std::min(2 * rest, kLongestRest), std::memory_order_relaxed);
+    } else if (began > enough_.load(std::memory_order_relaxed)) {  // all were tried again, and none was late
+      enough_.store(INT_MAX, std::memory_order_relaxed);
+      next_rest_.store(kShortestRest, std::memory_order_relaxed);
     }
   }
 
  private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> round_{0};
+  std::atomic<int> enough_{INT_MAX}, rest_{0}, next_rest_{kShortestRest};  // callers that overlap may mix them up
 };
+
+inline Crew crew;
 
 struct Member {
   int index, members;
   Barrier& barrier;
 
-  void meet() const { barrier.wait(members); }
+  // Within an instruction, whose work is shared out among as many before and after.
+  void meet() const { barrier.wait(members, false); }
+  // Between instructions; whether this one goes on.
+  bool regroup() {
+    members = barrier.wait(members, true);
+    return index < members;
+  }
   int64_t first(int64_t count) const { return count * index / members; }
   int64_t last(int64_t count) const { return count * (index + 1) / members; }
 };
@@ -59,14 +171,23 @@ struct Member {
 // (inside another parallel region, say); whoever gets the first share tells the others how large the shares are.
 template <class Work>
 void as_team(int wanted, Work work) {
+  const int asked = crew.begin(wanted);
+  int began = 1, ended = 1;
   Barrier barrier;
   std::atomic<int64_t> share{0};
-  torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, asked, 1, [&](int64_t begin, int64_t end) {
     if (begin == 0) share.store(end, std::memory_order_release);
-    wait_until([&] { return share.load(std::memory_order_acquire) != 0; });
+    while (!share.load(std::memory_order_acquire)) std::this_thread::yield();
     const int64_t size = share.load(std::memory_order_relaxed);
-    work(Member{static_cast<int>(begin / size), static_cast<int>((wanted + size - 1) / size), barrier});
+    Member member{static_cast<int>(begin / size), static_cast<int>((asked + size - 1) / size), barrier};
+    if (member.index == 0) began = member.members;
+    work(member);
+    if (member.index >= member.members) barrier.await_end();
+    if (member.index) return;
+    ended = member.members;
+    if (ended < began) barrier.end();
   });
+  crew.learn(began, ended);
 }
 
 }  // namespace autotune
