@@ -303,10 +303,10 @@ def test_idle_caches_make_room_for_a_larger_one(fake: FakeCuda, monkeypatch: pyt
     variant = graphed(model)
     room, trims = cache._room, fake.trims
 
-    def limited(sample: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+    def limited(sample: torch.Tensor, rows: int, *given: Any) -> torch.Tensor:
         if rows == 2 and fake.trims == trims:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return room(sample, rows, slots)
+        return room(sample, rows, *given)
 
     monkeypatch.setattr(cache, "_room", limited)
     two = torch.tensor(token_prompts(2))
