@@ -115,7 +115,7 @@ def leaking(self: Any, phase: Any) -> Iterator[Any]:
         raise VariantError(str(error)) from error
 
 
-def room_of_any_dtype(keys: torch.Tensor, rows: int, slots: int) -> torch.Tensor:
+def room_of_any_dtype(keys: torch.Tensor, rows: int, slots: int, *_: Any) -> torch.Tensor:
     return torch.zeros(rows, keys.shape[1], slots, keys.shape[3])
 
 
