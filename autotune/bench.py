@@ -16,7 +16,7 @@ from . import profile as profiling
 from .choose import tier_for
 from .diagnose import Diagnosis, diagnose
 from .hardware import Hardware
-from .plan import Confirmation, Plan, Target
+from .plan import METRIC_OF, Confirmation, Plan, Target
 from .policy import Limits, Policy
 from .profile import Profile
 from .profile.counts import activation_dtype, cache_size
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
 TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
-METRICS: dict[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}
 GLANCE_TOKENS = 5
 SPOT_TOKENS = 8  # of a request by which a kept plan is timed again, or the machine's noise
 PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # of the original, of others, and of how they grow
@@ -145,12 +144,12 @@ class LiveBench:
 
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
         with self._timed("race"):
-            return self._compare(incumbent, candidate, METRICS[target], self.tuning, pairs=25)
+            return self._compare(incumbent, candidate, METRIC_OF[target], self.tuning, pairs=25)
 
     def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency:
         """How much faster one is than another, for the report: few pairs, and nothing is decided by it."""
         limits = replace(self.policy.limits, min_gain=-1.0)
-        return self._compare(reference, candidate, METRICS[target], self.tuning, EARLY_LOOKS[1], limits=limits)
+        return self._compare(reference, candidate, METRIC_OF[target], self.tuning, EARLY_LOOKS[1], limits=limits)
 
     def least_s(self, profile: Profile) -> float:
         """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""

@@ -11,6 +11,7 @@ from . import codec, route
 from .errors import PlanError
 from .transforms import Transform
 from .validate import Latency, Quality, Verdict
+from .validate.ratios import Metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .variant import Variant
 
 Target = Literal["prefill", "decode", "both"]  # what is to be faster: a phase, or whole requests
+METRIC_OF: Mapping[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}  # by which it is told
 
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..diagnose import FULL, UNITS, Bottleneck, overhead_s
 from ..machines import MACHINES, Machine
+from ..plan import METRIC_OF
 from ..profile.operators import SMALL_KERNEL_S
 from ..profile.scaling import growth_s
 from ..roofline import attainable_bandwidth, attainable_peak, floor_s, roofline_s
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ..profile import PhaseProfile, Profile, ScalePoint
     from . import Report
 
-METRIC: Mapping[str, str] = {"prefill": "ttft", "decode": "tpot"}
 MIN_GAIN = 1.05  # two profiles of the same model differ by up to 5 %: less than that is called nothing
 MIN_MACHINE_GAIN = 1.25  # data sheets promise 10 to 25 % more than is measured: less may be no gain
 NEAR_BEST = 0.9  # share of the best throughput at which a batch is large enough: beyond it, mostly latency grows
@@ -227,7 +227,7 @@ def elsewhere(served: Served, machine: Machine) -> dict[str, float] | None:
         if here_s := _here_s(found, served.hardware):
             kept_s, worked_s = _divided(found)
             launched_s = _launches(served, machine).get(phase, 0) * SMALL_KERNEL_S
-            gains[METRIC[phase]] = found.seconds / (max(kept_s, launched_s) + worked_s * there_s / here_s)
+            gains[METRIC_OF[phase]] = found.seconds / (max(kept_s, launched_s) + worked_s * there_s / here_s)
     useful = gains and min(gains.values()) >= 1 and max(gains.values()) >= MIN_MACHINE_GAIN
     return gains if useful else None
 
@@ -256,7 +256,7 @@ def no_use(served: Served) -> Iterator[Advice]:
                 )
             case _:
                 continue
-        yield Advice(f"{change}, for {phase}", {METRIC[phase]: None}, because)
+        yield Advice(f"{change}, for {phase}", {METRIC_OF[phase]: None}, because)
 
 
 def _batches(served: Served) -> tuple[ScalePoint | None, list[ScalePoint]]:
@@ -326,7 +326,7 @@ def _launches(served: Served, machine: Machine) -> Mapping[Phase, int]:
 
 def _figures(served: Served, machine: Machine, gains: Mapping[str, float]) -> str:
     """Both machines' figures, in the dtypes that serve."""
-    dtypes = dict.fromkeys(found.compute_dtype for p, found in served.profile.phases.items() if METRIC[p] in gains)
+    dtypes = dict.fromkeys(found.compute_dtype for p, found in served.profile.phases.items() if METRIC_OF[p] in gains)
 
     def figures(of: Machine | Hardware) -> str:
         rates = [f"{n.scaled(of.flops_per_s.get(dtype), 'FLOP/s')} in {dtype}" for dtype in dtypes]
@@ -342,7 +342,7 @@ def _assumed(served: Served, machine: Machine, gains: Mapping[str, float]) -> st
     shares, kept, launched = list[str](), list[str](), list[str]()
     launches = _launches(served, machine)
     for phase, found in served.profile.phases.items():
-        if METRIC[phase] in gains:
+        if METRIC_OF[phase] in gains:
             kept_s, worked_s = _divided(found)
             share = min(1.0, _here_s(found, served.hardware) / worked_s) if worked_s else None
             shares.append(f"{phase} {n.percent(share)}")

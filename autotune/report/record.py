@@ -9,10 +9,11 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ..plan import METRIC_OF
 from ..roofline import floor_s, peak_flops_per_s
 from ..workload import PHASES, Phase
 from . import device
-from .advice import METRIC, advise
+from .advice import advise
 
 if TYPE_CHECKING:
     from ..contributions import Contribution
@@ -130,9 +131,9 @@ def _phase(report: Report, phase: Phase) -> dict[str, Any]:
     return figures | (_paired(report.latency, phase) if report.latency else {})
 
 
-def _paired(latency: Latency, phase: str) -> dict[str, Any]:
+def _paired(latency: Latency, phase: Phase) -> dict[str, Any]:
     """What the paired timing says of a phase. It outranks two profiles taken at different times."""
-    metric = METRIC[phase]
+    metric = METRIC_OF[phase]
     speedup: Speedup = getattr(latency, metric)
     figures = {"speedup": speedup.ratio, "speedup_low": speedup.low, "speedup_high": speedup.high}
     reference, candidate = latency.reference_s.get(metric), latency.candidate_s.get(metric)
@@ -194,14 +195,14 @@ def _contribution(found: Contribution) -> dict[str, Any]:
     return {
         "transform": str(found.transform),
         "target": found.target,
-        "speedup": _speedup(getattr(latency, METRIC.get(found.target, "end_to_end"))) if latency else None,
+        "speedup": _speedup(getattr(latency, METRIC_OF[found.target])) if latency else None,
         "end_to_end": _speedup(latency.end_to_end) if latency else None,
         "reason": found.reason,
     }
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
-    metric = METRIC.get(trial.target, "end_to_end")
+    metric = METRIC_OF[trial.target]
     speedup: Speedup | None = getattr(trial.latency, metric, None)
     return {
         "candidate": trial.candidate,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...plan import METRIC_OF
+from ...workload import Phase
 from .. import numbers as n
 from ..layout import Table
 from . import drawing as d
@@ -15,8 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRIC = {"decode": "tpot", "prefill": "ttft"}
-TITLE = {"decode": "ms per token (decode)", "prefill": "ms to the first token (prefill)"}
+TITLE: Mapping[Phase, str] = {"decode": "ms per token (decode)", "prefill": "ms to the first token (prefill)"}
 ROW, FRAME = 42.0, 46.0  # points a step and around the steps
 NAME_WIDTH = {False: 54, True: 50}  # characters
 CAPTION = (
@@ -38,9 +39,9 @@ class Step:
         return n.ratio(self.before_ms / self.after_ms) if self.before_ms != self.after_ms else ""
 
 
-def steps(record: Mapping[str, Any], phase: str) -> list[Step]:
+def steps(record: Mapping[str, Any], phase: Phase) -> list[Step]:
     """The original, what was accepted for a phase in the order of its acceptance, and the plan as confirmed."""
-    figures, metric = record["phases"][phase], METRIC[phase]
+    figures, metric = record["phases"][phase], METRIC_OF[phase]
     now = figures["baseline_ms"]
     found = [Step("original", now, now)]
     for trial in record["trials"]:
@@ -63,7 +64,7 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
     """Where there is a plan: its steps, drawn and in a table."""
     if not record["transforms"]:
         return None
-    found = {phase: steps(record, phase) for phase in METRIC if phase in record["phases"]}
+    found = {phase: steps(record, phase) for phase in TITLE if phase in record["phases"]}
     rows = [len(steps) for steps in found.values()]
     drawing = d.chart(
         lambda sheet, narrow: _draw(sheet, narrow, found),
@@ -78,14 +79,14 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
     return Chapter("steps", "Step by step", figure(drawing, CAPTION, fold("The same as a table", listed)))
 
 
-def _described(found: Mapping[str, Sequence[Step]]) -> str:
+def _described(found: Mapping[Phase, Sequence[Step]]) -> str:
     return " ".join(
         f"{TITLE[phase]}: {'; '.join(f'{step.name} {n.milliseconds(step.after_ms)}' for step in steps)}."
         for phase, steps in found.items()
     )
 
 
-def _draw(sheet: Figure, narrow: bool, found: Mapping[str, Sequence[Step]]) -> None:
+def _draw(sheet: Figure, narrow: bool, found: Mapping[Phase, Sequence[Step]]) -> None:
     if narrow:
         panels = sheet.subplots(len(found), 1, squeeze=False, height_ratios=[len(steps) for steps in found.values()])
     else:
