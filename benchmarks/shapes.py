@@ -68,42 +68,37 @@ class ModelShape:
         return getattr(transformers, f"{self.architecture}Config")(**self.fields, **special)
 
 
-def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
-    return {
+def _decoder(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **fields: Any
+) -> dict[str, Any]:
+    return fields | {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "tie_word_embeddings": True,
     }
+
+
+def _qwen(*sizes: int) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return _decoder(*sizes, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_parameters=rope)
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": hidden // heads,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
     }
+    sizes = hidden, intermediate, layers, heads, kv_heads, vocabulary
+    fields = {"head_dim": hidden // heads, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    return _decoder(*sizes, **fields, rope_parameters=rope)
 
 
 # config.json of Qwen/Qwen2.5-0.5B, meta-llama/Llama-3.2-1B and Qwen/Qwen2.5-3B

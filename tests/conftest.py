@@ -63,6 +63,26 @@ def _once(shared: Path, own: Path) -> Callable[[list[str], str, Path], Path]:
     return compiled
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread computes: the models are far too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory of the test's own, and warnings as in a fresh process."""
+    from autotune import folders
+
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    folders.warn_once.cache_clear()
+    folders._temporary.cache_clear()
+    return tmp_path / "cache"
+
+
 class UnknownShare:
     """A machine that does not say what others take; tests that run beside others are among those."""
 

@@ -159,3 +159,17 @@ def left_padded(lengths: tuple[int, ...] = (9, 5, 12), seed: int = 2) -> dict[st
         ids[row, width - length :] = torch.randint(EOS + 2, VOCABULARY, (length,), generator=generator)
         mask[row, width - length :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+ONE_QUESTION = """
+name = "quick"
+description = "One question, in seconds"
+objective = "latency"
+tier = "strict"
+budget_s = 10
+
+[[steps]]
+name = "threads"
+when = { phase = "decode" }
+choices = [{ transform = "threads", phase = "decode", count = 1 }]
+"""  # a policy

@@ -25,7 +25,7 @@ from benchmarks.peers import PEERS, Peer, Setup, Weights
 from benchmarks.remote import Remote, WorkerError
 from benchmarks.results import Quality, Result, Run, Spread, roofline_share, speedup, spread
 from benchmarks.worker import Worker
-from tests.models import tiny, token_prompts
+from tests.models import ONE_QUESTION, tiny, token_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -445,30 +445,16 @@ def test_a_transformers_runtime_answers_in_full_and_knows_its_bytes() -> None:
     assert runtime.weights().read == pytest.approx(stored, rel=0.01)  # tied: the embedding is what lm_head reads
 
 
-POLICY = """
-name = "policy"
-description = "One question, in seconds"
-objective = "latency"
-tier = "strict"
-budget_s = 10
-
-[[steps]]
-name = "threads"
-when = { phase = "decode" }
-choices = [{ transform = "threads", phase = "decode", count = 1 }]
-"""
-
-
 @pytest.mark.slow
 def test_autotune_is_a_runtime_like_any_other(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     from benchmarks.peers import tuned
 
     tiny("llama").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "policy.toml").write_text(POLICY)
+    (tmp_path / "quick.toml").write_text(ONE_QUESTION)
     prompts = token_prompts(32, 16)
     setup = replace(SETUP, checkpoint=str(tmp_path / "model"), workload=prompts, new_tokens=8)
-    runtime = tuned.create(setup, policy=str(tmp_path / "policy.toml"))
+    runtime = tuned.create(setup, policy=str(tmp_path / "quick.toml"))
     assert runtime.generate(prompts[:1], 5).first_s is not None
     assert set(runtime.logits(prompts[0])) == {"prefill", "decode"}
     assert runtime.weights().read

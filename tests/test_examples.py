@@ -16,24 +16,12 @@ import torch
 
 from autotune import policy as policies
 from autotune.variant import build
-from tests.models import tiny, token_prompts
+from tests.models import ONE_QUESTION, tiny, token_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-QUICK = """
-name = "quick"
-description = "One question, in seconds"
-objective = "latency"
-tier = "strict"
-budget_s = 10
-
-[[steps]]
-name = "threads"
-when = { phase = "decode" }
-choices = [{ transform = "threads", phase = "decode", count = 1 }]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     folder = tmp_path_factory.mktemp("examples")
     tiny().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "quick.toml").write_text(QUICK)
+    (folder / "quick.toml").write_text(ONE_QUESTION)
     return folder
 
 

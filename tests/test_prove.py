@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.prove import clocks, faults, plan, quality
 from benchmarks.prove.__main__ import main
@@ -17,13 +15,7 @@ from benchmarks.prove.machines import MACHINES
 from benchmarks.prove.quality import Case
 from benchmarks.prove.rates import Rate
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are far too small for more
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,7 @@ def exam(model, prompts):
     return Exam.prepare(model, prompts, pad_token_id=0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are far too small for more
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -18,6 +18,7 @@ from benchmarks.results import Spread
 from benchmarks.shapes import SHAPES, TINY
 from benchmarks.size_row import Stage, Watcher
 from benchmarks.sizes import CASES, Case, Row, Sizes
+from tests.models import ONE_QUESTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -240,25 +241,11 @@ def test_rows_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no row 7B-bf16" in capsys.readouterr().err
 
 
-POLICY = """
-name = "policy"
-description = "One question, in seconds"
-objective = "latency"
-tier = "strict"
-budget_s = 10
-
-[[steps]]
-name = "threads"
-when = { phase = "decode" }
-choices = [{ transform = "threads", phase = "decode", count = 1 }]
-"""
-
-
 @pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "policy.toml").write_text(POLICY)
+    (tmp_path / "quick.toml").write_text(ONE_QUESTION)
     arguments = ["--tiny", "--only", "tiny-bf16", "--rounds", "2", "--budget", "20", "--threads", "1"]
-    arguments += ["--policy", str(tmp_path / "policy.toml"), "--caches", str(cache), "--out", str(tmp_path)]
+    arguments += ["--policy", str(tmp_path / "quick.toml"), "--caches", str(cache), "--out", str(tmp_path)]
     assert sizes.main(arguments) == 0
     (row,) = json.loads((tmp_path / "sizes.json").read_text())["rows"]
     assert row["failure"] == ""

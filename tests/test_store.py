@@ -28,12 +28,8 @@ FASTER = replace(KEEP, transforms=(transforms.make("threads", {"count": 1}, "dec
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory of the test's own, and warnings as in a fresh process."""
-    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
-    folders.warn_once.cache_clear()
-    folders._temporary.cache_clear()
-    return tmp_path / "cache"
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 @pytest.fixture
