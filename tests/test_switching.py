@@ -29,7 +29,7 @@ CALLS, SWITCHES = 12, 40
 @pytest.mark.parametrize("plan", [[LeanLoop()], [StaticCache()]], ids=str)
 def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform], plan: list[Transform]) -> None:  # noqa: F811
     scripted[:] = plan
-    model = wrapped(tiny("llama"), watch=0.0)
+    model = wrapped(tiny("llama"))
     expected = [greedy(tiny("llama"), ids) for ids in PROMPTS]
     wrong: list[str] = []
     left = threading.Semaphore(0)
@@ -128,7 +128,7 @@ def test_calls_leave_no_tensors_behind(scripted: list[Transform], plan: list[Tra
         gc.collect()
         return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
-    settled = alive_after(8)  # caches are made, and a call is kept to be scored again
+    settled = alive_after(8)  # caches are made
     assert alive_after(24) == settled
     kept = [torch.ones(1)]
     assert alive_after(8) == settled + len(kept), "a leak would be seen"
