@@ -26,7 +26,7 @@ from .validate.exam import Exam
 
 log = logging.getLogger("autotune")
 
-SCHEMA = 1  # raised whenever the same key would mean other answers, or a file is laid out differently
+SCHEMA = 2  # raised whenever the same key would mean other answers, or a file is laid out differently
 # Of all files. An exam of SmolLM2-135M is 94 MB, 244 MB where layers are compared: three tunings with two exams each.
 MOST_BYTES = 1 << 30
 SHARE = 0.5  # of them that one exam may take; larger ones would leave no room for a second

@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, TransformError
+from ..sites import obstacle
+from ..transforms.wide_arithmetic import WideArithmetic, emulated
 from ..variant import Variant
 from .answers import MOST_NOISE, Answers, Keeper, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
@@ -169,6 +172,17 @@ class Exam:
         """The original as a variant."""
         return Variant(self.original, self.traffic)
 
+    @cached_property
+    def reader(self) -> Variant:
+        """The original for long inputs: the same but for rounding, in FP32 arithmetic where its own is emulated."""
+        model, variant = self.original, self.plain()
+        if model.device.type != "cpu" or not emulated(model.dtype) or "forward" in vars(model) or obstacle(model):
+            return variant
+        try:
+            return variant.with_transform(WideArithmetic())
+        except TransformError:
+            return variant
+
     def groups(self) -> tuple[tuple[Text, ...], ...]:
         """Everything that is scored together: single texts, padded batches, long texts."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
@@ -236,9 +250,9 @@ class Exam:
 
     def _ask(self, group: tuple[Text, ...], stepped: bool) -> torch.Tensor:
         """The original's logits [B, T, V], as they come."""
-        served = Served(self.plain(), self.pad_token_id)
         if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # one of its own, which no route reaches
-            return self.step(served, group)
+            return self.step(Served(self.plain(), self.pad_token_id), group)
+        served = Served(self.reader, self.pad_token_id)
         if len(group) == 1:
             return self.read(served, group[0])[None]
         return served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
@@ -307,7 +321,7 @@ class Exam:
 
     def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The original's greedy continuations, up to and including the end-of-sequence token."""
-        served = Served(self.plain(), self.pad_token_id, self.eos_token_ids)
+        served = Served(self.reader, self.pad_token_id, self.eos_token_ids)
         own: list[tuple[int, ...]] = []
         for k in range(0, len(heads), 2 * PADDED_BATCH):
             part = heads[k : k + 2 * PADDED_BATCH]

@@ -111,14 +111,14 @@ class Served:
         return _attempted(logits)[0, -last:]
 
     def read_together(self, texts: Sequence[Tokens], last: int) -> torch.Tensor:
-        """Logits [B, last, V] at the last positions of left-padded texts, from one forward of the model as it is.
+        """Logits [B, last, V] at the last positions of left-padded texts, from one forward of prefill's module.
 
         The texts are a prompt of generate's, which says what padding means: masks and positions are its own.
 
         Raises:
             CandidateError: the model raised.
         """
-        reader = _Reader(last)
+        reader = _Reader(self.variant, last)
         ids, mask = left_padded(texts, self.pad_token_id, self.model.device)
         model: Any = route.greedy(route.routed(self.variant.original, reader), self.pad_token_id)
         with self.variant.turn():
@@ -147,14 +147,19 @@ class _Reader:
 
     logits: torch.Tensor  # [B, last, V]
 
-    def __init__(self, last: int) -> None:
-        self.last = last
+    def __init__(self, variant: Variant, last: int) -> None:
+        self.variant, self.last = variant, last
 
     def sample(self, call: seam.Sampling) -> Any:
         return call.run_on(route.routed(call.model, self))
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out: Any = seam.bare_class(model).forward(model, *args, **kwargs | seam.last_logits(model, self.last))
+        asked = kwargs | seam.last_logits(model, self.last)
+        if not self.variant.transforms:
+            out: Any = seam.bare_class(model).forward(model, *args, **asked)
+        else:
+            with self.variant.running("prefill") as module:
+                out = module(*args, **asked)
         self.logits = seam.logits(out)[:, -self.last :]
         return out
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import seam, sites
 from ..transforms.linears import LinearTransform, joined
+from ..transforms.wide_arithmetic import WideArithmetic
 from ..variant import Variant
 from .divergence import compare_logits
 from .exam import Exam
@@ -82,7 +83,7 @@ class Probe:
         return [ids[first : first + self.together] for first in range(0, len(ids), self.together)]
 
     def _reference(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self._read(self.exam.plain(), ids)
+        logits = self._read(self.exam.reader, ids)
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
         return logits.half()
 
@@ -95,9 +96,12 @@ class Probe:
         variant = Variant(self.incumbent.original)
         variant.modules = dict(self.incumbent.modules)
         transform.apply(variant)
-        tally = Tally()
         # what the original read is the same by definition, and would only dilute what decode adds
         first = self.context if variant.modules["prefill"] is variant.original else 0
+        if self.exam.reader.transforms:  # the other layers multiply as in what they are compared with
+            for twin in variant.edit("both"):
+                WideArithmetic().exchange_in(twin)
+        tally = Tally()
         for k, (ids, reference) in enumerate(zip(self.batches[:batches], self._references, strict=False)):
             logits = (row for part in self._parts(ids) for row in self._read(variant, part))
             for row, (targets, got) in enumerate(zip(ids[:, 1:], logits, strict=True)):

@@ -1,0 +1,89 @@
+"""Long inputs of a 16-bit model in FP32 arithmetic over its own weights, where the processor only emulates 16 bits.
+
+The products and sums are those of the layer: 16-bit numbers are exact in FP32, sums are kept in FP32 and rounded once,
+as torch does. Only the order of the sums differs, which flips the last bit of one output in a few thousand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import roofline
+from .linears import CPU, LinearTransform
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+    from ..profile import PhaseProfile
+
+FEWEST_ROWS = 16  # tokens from which converting the weights pays
+PART_BYTES = 8 * 2**20  # of weights in FP32 at a time
+
+
+class WideLinear(nn.Module):
+    """y = x W^T + b in FP32, rounded to the layer's dtype; W is converted a part at a time and never kept in FP32.
+
+    Args:
+        linear: a layer in 16 bits; its tensors are shared.
+    """
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name in ("weight", "bias"):
+            tensor = getattr(linear, name)
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        self._rows = max(1, PART_BYTES // (4 * self.in_features))  # of W
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() < FEWEST_ROWS * self.in_features or x.dtype != self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        wide = x.reshape(-1, self.in_features).float()
+        y = x.new_empty(len(wide), self.out_features)
+        for first in range(0, self.out_features, self._rows):
+            part = slice(first, first + self._rows)
+            bias = None if self.bias is None else self.bias[part].float()
+            y[:, part] = F.linear(wide, self.weight[part].float(), bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+@dataclass(frozen=True)
+class WideArithmetic(LinearTransform):
+    """Exchanges 16-bit linear layers for ones that multiply in FP32 from FEWEST_ROWS tokens on."""
+
+    name: ClassVar[str] = "wide_arithmetic"
+    summary: ClassVar[str] = "FP32 matmuls over 16-bit weights where the processor only emulates narrower ones; no copy"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return WideLinear
+
+    def missing(self, where: torch.device = CPU) -> str | None:
+        return None
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        return WideLinear(linear)
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        return roofline.faster_weights(phase, hardware, phase.weight_bytes, compute_dtype="float32")
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, whose matmuls torch uses on CPUs, has none of this dtype for the processor at hand."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
