@@ -141,7 +141,7 @@ def _seal(folder: Path) -> None:
         file.chmod(0o600)
         size = file.stat().st_size
         listed[f"{folder.name}/{file.name}"] = size, _sampled_digest(file, size)
-    folders.write(folder.parent / WHOLE, json.dumps(listed).encode())
+    folders.write(folder.parent / WHOLE, [json.dumps(listed).encode()])
 
 
 def _discard(path: Path) -> None:

@@ -14,9 +14,10 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 logger = logging.getLogger("autotune")
 
@@ -91,7 +92,7 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def write(path: Path, *parts: bytes | memoryview) -> None:
+def write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """All or nothing, also when the process or the machine dies: a private temporary file, synced, then renamed."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")  # mode 0600
     try:
@@ -115,18 +116,25 @@ def sweep(drafts: Iterable[Path]) -> None:
 
 
 def read(path: Path, most_bytes: int) -> bytes:
-    """The content of a regular, reasonably small file that only this user can have written.
+    """The content of a file as `opened` opens it. Raises what that raises."""
+    with opened(path, most_bytes) as (file, size):
+        return file.read(size)
+
+
+@contextmanager
+def opened(path: Path, most_bytes: int) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular, reasonably small file that only this user can have written, and its size in bytes.
 
     Raises:
         OSError: as `require_own`, or it cannot be opened, or is too large; FileNotFoundError: there is none.
     """
     require_private(path.parent)
     with open(path, "rb", opener=_open_unlinked) as file:
-        _require_own(os.fstat(file.fileno()))
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise OSError(f"it is larger than {most_bytes >> 20} MB")
-    return content
+        status = os.fstat(file.fileno())
+        _require_own(status)
+        if status.st_size > most_bytes:
+            raise OSError(f"it is larger than {most_bytes >> 20} MB")
+        yield file, status.st_size
 
 
 def require_own(path: Path) -> os.stat_result:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -23,12 +25,15 @@ from . import codec, folders, seam
 from .plan import Fingerprint
 from .validate.answers import Answers
 from .validate.exam import Exam
+from .validate.shelf import Shelf
 
 log = logging.getLogger("autotune")
 
 SCHEMA = 2  # raised whenever the same key would mean other answers, or a file is laid out differently
 # Of all files. An exam of SmolLM2-135M is 94 MB, 244 MB where layers are compared: three tunings with two exams each.
 MOST_BYTES = 1 << 30
+DTYPE = "F16"  # safetensors' name
+MOST_HEADER = 1 << 20  # bytes; one with the logits of 128 texts has 30 kB
 SHARE = 0.5  # of them that one exam may take; larger ones would leave no room for a second
 
 
@@ -62,7 +67,8 @@ class References:
         if (path := self.path(exam)) is None:
             return False
         try:
-            exam.take(_parsed(folders.read(path, int(SHARE * MOST_BYTES))))
+            with folders.opened(path, int(SHARE * MOST_BYTES)) as (file, size):
+                exam.take(_parsed(file, size))
         except FileNotFoundError:
             return False
         except Exception as error:  # a damaged file must cost the time to ask again, nothing more
@@ -78,14 +84,14 @@ class References:
         """Keep what the original has said, where that is more than there was."""
         if (answers := exam.answers()) is None or (path := self.path(exam)) is None:
             return
-        parts = _laid_out(answers)
-        size_bytes = sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
-        if size_bytes > SHARE * MOST_BYTES:
+        names, most_bytes, size_bytes = sorted(answers.logits), SHARE * MOST_BYTES, Shelf.of(answers.logits).nbytes
+        head = _head(answers) if size_bytes <= most_bytes else b""  # which reads them all
+        if (size_bytes := size_bytes + len(head)) > most_bytes:
             log.debug("an exam's answers are not kept: %.0f MB are more than fits", size_bytes / 1e6)
             return
         try:
             _make_room(path.parent, size_bytes)
-            folders.write(path, *parts)
+            folders.write(path, chain([head], (_bytes(answers.logits[name]) for name in names)))
             _make_room(path.parent, 0)  # others may have written meanwhile
         except OSError as error:
             log.debug("an exam's answers are not kept: %s", error)
@@ -97,32 +103,45 @@ def _precision() -> list[str]:
     return [torch.backends.cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision]
 
 
-def _laid_out(answers: Answers) -> list[bytes | memoryview]:
-    """A file's parts, without a copy of the logits."""
-    about, logits = codec.dumps(_About(answers.own, answers.noise)), _bytes(answers.logits)
+def _head(answers: Answers) -> bytes:
+    """What a file begins with. The logits follow, by name, one at a time: together they may be large."""
+    about = codec.dumps(_About(answers.own, answers.noise))
     header: dict[str, Any] = {"__metadata__": {"about": about, "digest": _digest(about, answers.logits)}}
     start = 0
-    for name, content in logits.items():
-        shape = list(answers.logits[name].shape)
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, start + content.nbytes]}
-        start += content.nbytes
+    for name in sorted(answers.logits):
+        logits = answers.logits[name]
+        header[name] = {"dtype": DTYPE, "shape": list(logits.shape), "data_offsets": [start, start + logits.nbytes]}
+        start += logits.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
-    return [len(text).to_bytes(8, "little"), text, *logits.values()]
+    return len(text).to_bytes(8, "little") + text
 
 
-def _parsed(content: bytes) -> Answers:
-    """The answers in a file.
+def _parsed(file: IO[bytes], size: int) -> Answers:
+    """The answers in a file of so many bytes.
 
     Raises:
-        ValueError: it is torn or was changed.
+        ValueError: it is torn or was changed, or is not laid out as `_head` says.
         Exception: whatever parsing what was never written here runs into.
     """
-    from safetensors.torch import load
-
-    logits = load(content)  # checks that shapes and offsets are those of the data, before any memory is taken
-    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    metadata = json.loads(header)["__metadata__"]
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, MOST_HEADER):
+        raise ValueError(f"it begins with {length}, which is no header's length")
+    header = json.loads(file.read(length))
+    metadata, logits, start = header.pop("__metadata__"), Shelf(), 0
+    for name in sorted(header):
+        shape, (first, last) = header[name]["shape"], header[name]["data_offsets"]
+        whole = all(type(n) is int and 0 < n <= size for n in shape)
+        if header[name]["dtype"] != DTYPE or not whole or first != start or last - first != 2 * math.prod(shape):
+            raise ValueError(f"{name} is {header[name]}, which is no {DTYPE} from {start} on")
+        if last + 8 + length > size:
+            raise ValueError(f"{name} ends at {last} of {size} bytes")
+        content = bytearray(file.read(last - first))
+        if not logits.put(name, torch.frombuffer(content, dtype=torch.float16).view(shape)):
+            raise ValueError(f"there is no room for {name}")
+        start = last
+    if start + 8 + length != size:
+        raise ValueError(f"its data ends at {start} of {size} bytes")
     if metadata["digest"] != _digest(metadata["about"], logits):
         raise ValueError("it is torn or was changed")
     about: _About = codec.decode(_About, codec.loads(metadata["about"]), "it")
@@ -132,15 +151,16 @@ def _parsed(content: bytes) -> Answers:
 def _digest(about: str, logits: Mapping[str, torch.Tensor]) -> str:
     """Of everything that is believed."""
     seen = hashlib.blake2b(about.encode(), digest_size=32)
-    for name, content in sorted(_bytes(logits).items()):
-        seen.update(f"\n{name} {logits[name].dtype} {list(logits[name].shape)}\n".encode())
-        seen.update(content)
+    for name in sorted(logits):
+        content = logits[name]
+        seen.update(f"\n{name} {content.dtype} {list(content.shape)}\n".encode())
+        seen.update(_bytes(content))
     return seen.hexdigest()
 
 
-def _bytes(logits: Mapping[str, torch.Tensor]) -> dict[str, memoryview]:
-    """The memory of each."""
-    return {name: t.contiguous().view(torch.uint8).numpy().data for name, t in logits.items()}
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Its memory."""
+    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def _make_room(folder: Path, coming_bytes: int) -> None:

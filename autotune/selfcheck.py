@@ -202,7 +202,7 @@ def _kept(key: str, find: Callable[[], str | None]) -> str | None:
     found = find()
     if path is not None:
         try:
-            folders.write(path, json.dumps({"difference": found}).encode())
+            folders.write(path, [json.dumps({"difference": found}).encode()])
         except OSError as error:
             folders.warn_once(f"the check of the installed versions is not kept: {path.parent}: {error.strerror}")
     return found

@@ -41,7 +41,7 @@ def save(value: Plan) -> Path | None:
         return None
     text = plan.dumps(value)
     try:
-        folders.write(path, text.encode())
+        folders.write(path, [text.encode()])
         path.with_suffix(DOUBT).unlink(missing_ok=True)  # it was proven anew
     except OSError as error:
         folders.warn_once(f"plans are not kept: {path.parent}: {error.strerror}; tuning starts afresh next time")
@@ -60,7 +60,7 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
         if doubt is None:
             mark.unlink(missing_ok=True)
         else:
-            folders.write(mark, json.dumps({"reason": doubt}).encode())
+            folders.write(mark, [json.dumps({"reason": doubt}).encode()])
     except OSError as error:
         folders.warn_once(f"that a plan failed is not remembered: {mark.parent}: {error.strerror}")
 

@@ -83,7 +83,8 @@ def said(model: Any) -> Answers:
     for k, group in enumerate(exam.groups()):
         exam.reference(group, stepped=k == 1)
     exam.reference(exam.texts[1:2])
-    assert Probe(exam, Variant(model), INT8, "strict")._references
+    probe = Probe(exam, Variant(model), INT8, "strict")
+    assert all(len(probe._kept(k)) for k in range(len(probe.batches)))
     answers = exam.answers()
     assert answers is not None
     return answers
@@ -92,7 +93,7 @@ def said(model: Any) -> Answers:
 def knowing(model: Any, answers: Answers) -> Exam:
     """An exam that has these answers, none of them kept."""
     exam = blank(model)
-    exam.take(answers)
+    exam.take(replace(answers, logits=dict(answers.logits)))  # a shelf of its own
     exam._taken = -1
     return exam
 
@@ -181,7 +182,9 @@ def test_an_exam_that_judges_nothing_is_not_kept(model: Any, said: Answers, chan
 def test_logits_that_are_none_are_not_kept(model: Any, said: Answers) -> None:
     exam = knowing(model, said)
     name = next(iter(exam._kept))
-    exam._kept[name] = torch.full_like(exam._kept[name], torch.nan)
+    damaged = torch.full_like(exam._kept[name], torch.nan)
+    exam._kept.drop(name)
+    exam._kept.put(name, damaged)
     answers = exam.answers()
     assert answers is not None
     assert said.logits.keys() - answers.logits.keys() == {name}
@@ -358,7 +361,7 @@ def refused(model: Any, caplog: pytest.LogCaptureFixture) -> str:
     caplog.set_level(logging.DEBUG, "autotune")
     exam = blank(model)
     assert not References(IDENTITY).restore(exam)
-    assert (exam.problem, exam._kept, exam.at_once, exam._noise) == (None, {}, [], None)
+    assert (exam.problem, dict(exam._kept), exam._noise) == (None, {}, None)
     (record,) = [r for r in caplog.records if r.name == "autotune"]
     assert record.levelno == logging.DEBUG
     return record.getMessage()
@@ -403,9 +406,9 @@ def test_after_a_bad_file_the_exam_is_prepared_as_ever(model: Any, said: Answers
 def test_of_layers_compared_another_way_the_original_is_asked_again(model: Any, said: Answers) -> None:
     halves = {n: t[:, ::2] if n.startswith("at-once") else t for n, t in said.logits.items()}
     exam = knowing(model, replace(said, logits=halves))
-    found = Probe(exam, Variant(model), INT8, "strict")._references
-    assert all(torch.equal(t, said.logits[f"at-once.{k}"]) for k, t in enumerate(found))
-    assert len(found) == 4
+    probe = Probe(exam, Variant(model), INT8, "strict")
+    assert len(probe.batches) == 4
+    assert all(torch.equal(probe._kept(k), said.logits[f"at-once.{k}"]) for k in range(4))
 
 
 def _link(path: Path) -> None:

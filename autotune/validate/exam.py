@@ -19,6 +19,7 @@ from ..variant import Variant
 from .answers import MOST_NOISE, Answers, Keeper, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
 from .score import CandidateError, Served, Tokens
+from .shelf import Shelf
 from .tiers import NEAR_TIE_NATS, SIZES, Size
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
     from ..traffic import Traffic
 
-KEEP_BYTES = (
-    512 * 2**20
-)  # reference logits kept in half precision; what exceeds this is computed again for each candidate
 PADDED_BATCH = 8  # sequences in a padded batch
 NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
 LONGEST_CONTEXT = 512  # a prompt is read up to here; longer contexts have texts of their own
@@ -99,7 +97,6 @@ class Exam:
         problem: why nothing can be judged with this exam, or None.
         prompts: those that were chosen, as far as they are read.
         seed: chose them.
-        at_once: what `sensitivity` had the original read, float16 [B, T, V].
     """
 
     original: PreTrainedModel
@@ -115,8 +112,7 @@ class Exam:
     traffic: Traffic | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
-    at_once: list[torch.Tensor] = field(default_factory=list)
-    _kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    _kept: Shelf = field(default_factory=Shelf)  # logits; what it has no room for is computed for each candidate
     _noise: tuple[float, ...] | None = None  # what was measured on this exam itself
     _taken: int = 0  # answers that came from an earlier run
 
@@ -209,18 +205,33 @@ class Exam:
         logits = logits.float()
         logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
         rounded = logits.half()
-        if sum(t.nbytes for t in self._kept.values()) + rounded.nbytes <= KEEP_BYTES:
-            self._kept[name] = rounded.cpu()
+        self._kept.put(name, rounded)
         return rounded.float()
+
+    def read_at_once(self, number: int, shape: tuple[int, int], ask: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `sensitivity` had the original read: logits [B, T, V] in half precision, rounded as `reference` does.
+
+        Args:
+            number: of the batch.
+            shape: [B, T] that are expected.
+            ask: gives the original's logits where they are not kept; they may be written to.
+        """
+        name = f"{AT_ONCE}{number}"
+        found = self._kept.get(name)
+        if found is None or found.shape[:2] != shape:
+            self._kept.drop(name)
+            self._kept.put(name, found := ask())
+        return found.to(self.original.device)
 
     def answers(self) -> Answers | None:
         """What the original has said so far, or None: nothing since `take`, or nothing can be judged with it."""
-        said = self._kept | {f"{AT_ONCE}{k}": t.cpu() for k, t in enumerate(self.at_once)}
-        if self.problem or not self.texts or len(said) + bool(self._noise) == self._taken:
+        if self.problem or not self.texts or len(self._kept) + bool(self._noise) == self._taken:
             return None
         shapes = self._shapes()
-        logits = {name: t for name, t in said.items() if odd_logits(name, t, shapes) is None}
-        return Answers(tuple(t.own for t in self.texts), self._noise, logits)
+        for name in list(self._kept):
+            if odd_logits(name, self._kept[name], shapes):
+                self._kept.drop(name)
+        return Answers(tuple(t.own for t in self.texts), self._noise, self._kept)
 
     def take(self, known: Answers) -> None:
         """Prepare the exam from what the original said in an earlier run.
@@ -237,8 +248,7 @@ class Exam:
         found = (odd_logits(name, logits, shapes) for name, logits in known.logits.items())
         if odd := odd or next(filter(None, found), None):
             raise ValueError(odd)
-        self.at_once = [known.logits[n] for n in shapes if n in known.logits and n.startswith(AT_ONCE)]
-        self._kept = {name: t for name, t in known.logits.items() if not name.startswith(AT_ONCE)}
+        self._kept = Shelf.of(known.logits)
         self._noise, self._taken = known.noise, len(known.logits) + bool(known.noise)
 
     def _shapes(self) -> dict[str, Shape]:

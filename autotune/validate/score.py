@@ -88,11 +88,11 @@ class Served:
         """
         teacher = _Teacher(torch.tensor(forced, dtype=torch.int64, device=self.model.device))
         out = self.generate(contexts, teacher.steps, logits_processor=[teacher])
-        if len(teacher.seen) != teacher.steps:
-            raise OutputError(f"decoding stopped after {len(teacher.seen)} of {teacher.steps} tokens")
+        if teacher.logits is None or teacher.seen != teacher.steps:
+            raise OutputError(f"decoding stopped after {teacher.seen} of {teacher.steps} tokens")
         if not torch.equal(out[:, -teacher.steps :], teacher.forced):
             raise OutputError("decoding did not emit the tokens that the logits processor chose")
-        return torch.stack(teacher.seen, dim=1)
+        return teacher.logits
 
     def read(self, ids: Tokens, last: int) -> torch.Tensor:
         """Logits [last, V] at the last positions of one direct forward over `ids`.
@@ -172,17 +172,22 @@ class _Teacher:
 
     def __init__(self, forced: torch.Tensor) -> None:
         self.forced = forced  # [B, T]
-        self.seen: list[torch.Tensor] = []  # T times [B, V]
+        self.logits: torch.Tensor | None = None  # [B, T, V], as far as they were seen
+        self.seen = 0
 
     @property
     def steps(self) -> int:
         return self.forced.shape[1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.seen and scores.shape != self.seen[0].shape:
-            raise OutputError(f"logits of shape {list(scores.shape)}, expected {list(self.seen[0].shape)}")
-        target = self.forced[:, len(self.seen) : len(self.seen) + 1]
-        self.seen.append(scores.detach().to(torch.float32, copy=True))  # a graph's buffer would be overwritten
+        rows, width = scores.shape
+        if self.logits is None:
+            self.logits = scores.new_empty(rows, self.steps, width, dtype=torch.float32)
+        if scores.shape != self.logits[:, 0].shape:
+            raise OutputError(f"logits of shape {list(scores.shape)}, expected {list(self.logits[:, 0].shape)}")
+        target = self.forced[:, self.seen : self.seen + 1]
+        self.logits[:, self.seen] = scores.detach()  # a graph's buffer would be overwritten
+        self.seen += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, target, 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -67,16 +68,15 @@ class Probe:
     def widened(self, wide: str) -> LinearTransform:
         return self.transform.widened(wide)
 
-    @property
-    def _references(self) -> list[torch.Tensor]:
-        """What the original says: logits [B, T, V] per batch, in half precision as the exam keeps them."""
-        shapes = [(len(ids), ids.shape[1] - 1) for ids in self.batches]
-        if [tuple(kept.shape[:2]) for kept in self.exam.at_once] != shapes:
-            self.exam.at_once = [
-                torch.cat([self._reference(part) for part in self._parts(ids)]) for ids in self.batches
-            ]
-        self.exam.at_once = [part.to(self.exam.original.device) for part in self.exam.at_once]  # from disk, on the CPU
-        return self.exam.at_once
+    def _kept(self, number: int) -> torch.Tensor:
+        """What the original says about a batch: logits [B, T, V], in half precision as the exam keeps them."""
+        ids = self.batches[number]
+        shape = len(ids), ids.shape[1] - 1
+        ask = functools.partial(self._references, ids)
+        return self.exam.read_at_once(number, shape, ask)
+
+    def _references(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._reference(part) for part in self._parts(ids)])
 
     def _parts(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """A batch's texts, as many at a time as are read together."""
@@ -102,7 +102,8 @@ class Probe:
             for twin in variant.edit("both"):
                 WideArithmetic().exchange_in(twin)
         tally = Tally()
-        for k, (ids, reference) in enumerate(zip(self.batches[:batches], self._references, strict=False)):
+        for k, ids in enumerate(self.batches[:batches]):
+            reference = self._kept(k)
             logits = (row for part in self._parts(ids) for row in self._read(variant, part))
             for row, (targets, got) in enumerate(zip(ids[:, 1:], logits, strict=True)):
                 text = self.exam.texts[k * BATCH + row]

@@ -1,0 +1,111 @@
+"""Tensors that are read now and then: a few in memory, the others in a file without a name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .. import folders
+
+MEMORY_BYTES = 128 * 2**20  # reference logits in half precision; an exam of SmolLM2-135M takes 94 MB
+FILE_BYTES = 2 * 2**30  # beyond those
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in the file."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Shelf(Mapping[str, torch.Tensor]):
+    """Tensors by name. One that is asked for is on the CPU, and its reader's own where it comes from the file.
+
+    Args:
+        memory_bytes: that are kept in memory.
+        file_bytes: that are kept in a file of the cache folder beside those; it goes with the shelf.
+    """
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES, file_bytes: int = FILE_BYTES) -> None:
+        self._room, self._file_room = memory_bytes, file_bytes
+        self._near: dict[str, torch.Tensor] = {}
+        self._far: dict[str, _Place] = {}
+        self._file: int | None = None  # its descriptor
+        self._end = 0  # of what the file holds
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Shelf:
+        """These tensors: themselves where they are on a shelf already."""
+        if isinstance(tensors, Shelf):
+            return tensors
+        shelf = cls()
+        for name, tensor in tensors.items():
+            shelf.put(name, tensor)
+        return shelf
+
+    def put(self, name: str, tensor: torch.Tensor) -> bool:
+        """Keep a tensor under a new name; whether there was room."""
+        size = tensor.nbytes
+        if size <= self._room:
+            self._room -= size
+            self._near[name] = tensor.cpu()
+            return True
+        if size > self._file_room:
+            return False
+        try:
+            self._write(tensor.cpu())
+        except OSError:  # a full disk: the file takes no more
+            self._file_room = 0
+            return False
+        self._far[name] = _Place(self._end, tensor.shape, tensor.dtype)
+        self._end += size
+        self._file_room -= size
+        return True
+
+    def _write(self, tensor: torch.Tensor) -> None:
+        if self._file is None:
+            self._file, path = tempfile.mkstemp(prefix=".", dir=folders.cache("references"))  # mode 0600
+            weakref.finalize(self, os.close, self._file)
+            os.unlink(path)
+        rest = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        done = 0
+        while done < len(rest):
+            done += os.pwrite(self._file, rest[done:], self._end + done)
+
+    def drop(self, name: str) -> None:
+        """Keep a tensor no longer; its room in the file is not used again."""
+        if (tensor := self._near.pop(name, None)) is not None:
+            self._room += tensor.nbytes
+        self._far.pop(name, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        far = sum(place.shape.numel() * place.dtype.itemsize for place in self._far.values())
+        return far + sum(tensor.nbytes for tensor in self._near.values())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._file is None or name not in self._far:
+            return self._near[name]
+        place = self._far[name]
+        content = bytearray(place.shape.numel() * place.dtype.itemsize)
+        done, view = 0, memoryview(content)
+        while done < len(content):
+            if not (count := os.preadv(self._file, [view[done:]], place.offset + done)):
+                raise OSError("the file of kept logits was cut short")
+            done += count
+        return torch.frombuffer(content, dtype=place.dtype).view(place.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._near
+        yield from self._far
+
+    def __len__(self) -> int:
+        return len(self._near) + len(self._far)
