@@ -20,7 +20,7 @@ MINUTES ?= 10
 FUZZ_ARGS ?=
 
 .PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
-.PHONY: bench-sizes bench-loaded
+.PHONY: bench-sizes bench-loaded bench-restart
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -77,6 +77,9 @@ bench-choice: $(READY)  ## the diagnosed choice against trying everything
 
 bench-loaded: $(READY)  ## decode while another process takes a core: the recorded step and transformers' generate
 	$(BIN)/python -m benchmarks.loaded $(BENCH_ARGS)
+
+bench-restart: $(READY)  ## a service that starts again with a kept plan: seconds until the plan answers
+	$(BIN)/python -m benchmarks.restart $(BENCH_ARGS)
 
 # Everything at the versions of constraints.txt, what the package is built with among it: hence no isolated build, which
 # would take the newest setuptools.

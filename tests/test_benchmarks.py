@@ -18,7 +18,7 @@ import torch
 
 from autotune import kernels
 from autotune.texts import TEXTS
-from benchmarks import gpu, loaded, peers, quality, smoke, stage, table, worker
+from benchmarks import gpu, loaded, peers, quality, restart, smoke, stage, table, worker
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
 from benchmarks.peers import PEERS, Peer, Setup, Weights
@@ -574,3 +574,19 @@ def test_decode_beside_another_process_is_timed(capsys: pytest.CaptureFixture[st
         "| times as fast",
     ]
     assert "round 1 of 1" in err
+
+
+def test_restarts_show_what_did_not_happen_in_every_life() -> None:
+    lives = [
+        {"loading": 2.0, "wrap returned": 0.5, "first answer": 1.0, "by the plan": 3.0, "verified": 20.0},
+        {"loading": 4.0, "wrap returned": 0.7, "first answer": 1.5, "state": "original"},
+    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in restart.table(lives).splitlines()[2:]]
+    assert rows == [
+        ["loading", "3.00", "2.00", "4.00", "2"],
+        ["wrap returned", "0.60", "0.50", "0.70", "2"],
+        ["first answer", "1.25", "1.00", "1.50", "2"],
+        ["by the plan", "3.00", "3.00", "3.00", "1"],
+        ["verified", "20.0", "20.0", "20.0", "1"],
+    ]
+    assert "-" in restart.table([{"loading": 1.0}]).splitlines()[-1]
