@@ -24,8 +24,9 @@ from .progress import Doing
 from .sites import stored_bytes
 from .transforms import Transform
 from .transforms.linears import LinearTransform
+from .transforms.wide_arithmetic import WideArithmetic
 from .validate import Latency, Quality, Verdict, latency, quality
-from .validate.exam import Exam, effort
+from .validate.exam import Exam, effort, is_read_wide
 from .validate.latency import EARLY_LOOKS, Metric
 from .validate.ratios import own_noise
 from .validate.score import CandidateError, Served
@@ -154,7 +155,10 @@ class LiveBench:
     def least_s(self, profile: Profile) -> float:
         """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
         prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
-        exam_s = effort(SIZES["quick"], profile.prompt_tokens).seconds(prefill_s / profile.prompt_tokens, decode_s)
+        read_s = prefill_s / profile.prompt_tokens
+        if is_read_wide(self.original.original):
+            read_s /= max(1.0, WideArithmetic().speedup(profile.phases["prefill"], self.hardware))
+        exam_s = effort(SIZES["quick"], profile.prompt_tokens).seconds(read_s, decode_s)
         tokens = min(self.buckets[0].new_tokens, TIMED_TOKENS)
         request_s = prefill_s + (tokens - 1) * decode_s
         return 2 * exam_s + (2 * EARLY_LOOKS[0] + 4) * request_s

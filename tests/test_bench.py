@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,11 +20,16 @@ from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
 from autotune.validate import Latency, Quality, Speedup, Verdict, latency
+from autotune.validate.exam import effort
+from autotune.validate.latency import EARLY_LOOKS
 from autotune.validate.score import Served
+from autotune.validate.tiers import SIZES
 from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
+from tests.transforms.test_packed_prefill import CPU
+from tests.transforms.test_weights import profile_of
 
 
 def bench_of(model: Any, batches: tuple[int, ...] = (1, 4)) -> LiveBench:
@@ -169,3 +175,22 @@ def test_a_confirmation_is_brief_where_the_budget_has_no_room(
     assert found.holds
     assert found.quality is not None
     assert (found.brief, found.quality.reason) == (brief, "in brief" if brief else "in full")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "emulated", "times"),
+    [(torch.bfloat16, True, 14.0), (torch.bfloat16, False, 1.0), (torch.float32, True, 1.0)],
+)
+def test_the_exam_is_foreseen_in_the_arithmetic_in_which_it_reads(
+    dtype: torch.dtype, emulated: bool, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 GFLOP in 6.4 s at 10 GFLOP/s, or at 140."""
+    monkeypatch.setattr("autotune.validate.exam.emulated", lambda given: emulated and given == torch.bfloat16)
+    bench = bench_of(tiny("llama").to(dtype))
+    bench.hardware = CPU
+    profile = profile_of(6.4, 0.0, weight_bytes=1e6, flops=64e9, compute_dtype=str(dtype).removeprefix("torch."))
+    profile = replace(profile, prompt_tokens=64)
+    profile.phases["decode"] = replace(profile.phases["decode"], samples_s=(0.0,))  # type: ignore[index]
+    tokens = effort(SIZES["quick"], 64).read
+    requests = 2 * EARLY_LOOKS[0] + 4  # one prompt each
+    assert bench.least_s(profile) == pytest.approx(2 * tokens * 0.1 / times + requests * 6.4, rel=0.01)

@@ -171,13 +171,12 @@ class Exam:
     @cached_property
     def reader(self) -> Variant:
         """The original for long inputs: the same but for rounding, in FP32 arithmetic where its own is emulated."""
-        model, variant = self.original, self.plain()
-        if model.device.type != "cpu" or not emulated(model.dtype) or "forward" in vars(model) or obstacle(model):
-            return variant
+        if not is_read_wide(self.original):
+            return self.plain()
         try:
-            return variant.with_transform(WideArithmetic())
+            return self.plain().with_transform(WideArithmetic())
         except TransformError:
-            return variant
+            return self.plain()
 
     def groups(self) -> tuple[tuple[Text, ...], ...]:
         """Everything that is scored together: single texts, padded batches, long texts."""
@@ -360,6 +359,12 @@ class Exam:
                 f"the original decoding step by step is {self.noise_kld:.2g} nats from its own full forward. It does"
                 " not reproduce itself (dropout, sampling inside, a broken cache): nothing can be compared with it"
             )
+
+
+def is_read_wide(model: PreTrainedModel) -> bool:
+    """Whether exams read a model in FP32 arithmetic, as its own is emulated."""
+    narrow = model.device.type == "cpu" and emulated(model.dtype)
+    return narrow and "forward" not in vars(model) and obstacle(model) is None
 
 
 def _name(group: tuple[Text, ...], stepped: bool) -> str:
