@@ -77,7 +77,7 @@ def test_memory_never_keeps_a_copy_per_phase() -> None:
     for step in policy.load("memory").steps:
         for choice in step.choices:
             keeps = transforms.registry()[choice.transform].stage is transforms.Stage.WEIGHTS
-            converts = choice.transform == "linear_bf16"  # as it multiplies, over the packed weights that are there
+            converts = choice.transform in ("linear_bf16", "wide_arithmetic")  # as it multiplies, over what is there
             assert choice.phase == "both" or converts or not keeps
 
 
