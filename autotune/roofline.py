@@ -87,11 +87,10 @@ def attainable_peak(phase: PhaseProfile, hardware: Hardware, dtype: str | None =
     return peak
 
 
-def roofline_s(phase: PhaseProfile, hardware: Hardware) -> float:
-    """Floor of a whole call (prefill) or token (decode) with its present bytes and FLOPs."""
-    return floor_s(
-        phase.flops, phase.moved_bytes, attainable_peak(phase, hardware), attainable_bandwidth(phase, hardware)
-    )
+def roofline_s(phase: PhaseProfile, hardware: Hardware, compute_dtype: str | None = None) -> float:
+    """Floor of a whole call (prefill) or token (decode) with its present bytes and FLOPs; None: its own dtype."""
+    peak = attainable_peak(phase, hardware, compute_dtype)
+    return floor_s(phase.flops, phase.moved_bytes, peak, attainable_bandwidth(phase, hardware))
 
 
 def faster_weights(
@@ -114,15 +113,18 @@ def faster_weights(
     return _speedup(phase.seconds, phase.seconds - phase.linear_s + max(flops_s, bytes_s))
 
 
-def less_overhead(phase: PhaseProfile, hardware: Hardware, *, new_kernels: bool = False) -> float:
+def less_overhead(
+    phase: PhaseProfile, hardware: Hardware, *, new_kernels: bool = False, compute_dtype: str | None = None
+) -> float:
     """Best-case speed-up of a phase when the time between operators and in small ones disappears.
 
     Args:
         phase: the phase as measured now.
         hardware: measured peaks.
         new_kernels: the matmuls are replaced, too (a compiler that generates its own), and shrink to their floor.
+        compute_dtype: dtype that the new kernels compute in; None keeps the present one.
     """
-    floor = min(roofline_s(phase, hardware), phase.seconds)
+    floor = min(roofline_s(phase, hardware, compute_dtype), phase.seconds)
     kept = 0.0 if new_kernels else phase.linear_s + phase.attention_s
     return _speedup(phase.seconds, max(kept, floor))
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..variant import Variant
     from ..workload import Phase
 
+NARROW = ("bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class StepProgram(Transform):
@@ -59,8 +61,13 @@ class StepProgram(Transform):
         return StepProgram("decode", slots=REHEARSED_SLOTS)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best nothing is left but what has to move and be computed."""
-        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+        """At best nothing is left but what has to move and be computed, of 16-bit models in FP32 over packed layers."""
+        phase = profile.phases["decode"]
+        if phase.compute_dtype in NARROW:
+            gain = roofline.less_overhead(phase, hardware, new_kernels=True, compute_dtype="float32")
+        else:
+            gain = roofline.less_overhead(phase, hardware)
+        return {"decode": gain}
 
     def apply(self, variant: Variant) -> None:
         from .. import kernels, widening
