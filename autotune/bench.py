@@ -15,8 +15,9 @@ from . import probation
 from . import profile as profiling
 from .choose import tier_for
 from .diagnose import Diagnosis, diagnose
+from .errors import BudgetSpentError
 from .hardware import Hardware
-from .plan import METRIC_OF, Confirmation, Plan, Target
+from .plan import METRIC_OF, Confirmation, Target
 from .policy import Limits, Policy
 from .profile import Profile
 from .profile.counts import activation_dtype, cache_size
@@ -135,7 +136,7 @@ class LiveBench:
     def judge(self, variant: Variant, tier: str) -> Quality:
         exam = self.exam
         with self._timed("judgement"):
-            return quality.judge(exam, variant, tier, self._doing("comparing answers with the original's"))
+            return quality.judge(exam, variant, tier, self._in_time("comparing answers with the original's"))
 
     def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
         """Measures what its layers cause where a transform exchanges layers one by one; None for others."""
@@ -182,15 +183,19 @@ class LiveBench:
         Args:
             brief: whether it is looked at in brief, as a kept plan is, where the budget has no room for as much as
                 choosing it took.
+
+        Raises:
+            BudgetSpentError: it was not to be brief, and the budget ended.
         """
         if (failure := self.stress(variant)) is not None:
             return Confirmation(failure)
         left_s, needed_s = self.deadline - time.monotonic(), sum(self._took.values())
-        if brief and needed_s > left_s + max(GRACE_S, GRACE * self.policy.budget_s):
+        if brief and needed_s > left_s + self._grace_s:
             self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
             return Confirmation(None, *self._spot(variant, 1, self.buckets), brief=True)
-        exam, doing = self.held_out_exam, self._doing("comparing answers to held-out prompts with the original's")
-        verdict = quality.judge(exam, variant, tier_for(variant, self.policy), doing)
+        what = "comparing answers to held-out prompts with the original's"
+        doing = self._doing(what) if brief else self._in_time(what)
+        verdict = quality.judge(self.held_out_exam, variant, tier_for(variant, self.policy), doing)
         if verdict.verdict is not Verdict.PASS:
             return Confirmation(None, verdict)
         found = self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
@@ -209,12 +214,13 @@ class LiveBench:
         shape = f"{batch} x {len(longest)} tokens and {self.workload.new_tokens} new ones"
         return f"the workload's largest request ({shape}) failed: {failure}"
 
-    def reverify(self, plan: Plan, variant: Variant) -> tuple[Quality, Latency | None]:
+    def reverify(self, variant: Variant) -> tuple[Quality, Latency | None]:
         """A plan from disk, proven once for this very model and machine, tried again in seconds.
 
-        A few prompts can fail what broke since, which is what is asked here; the noise floor is the one of that time.
+        A few prompts and requests can fail what broke since, which is what is asked here. How much a gain had to be for
+        this machine to show it was decided then, on long requests and at rest; now calls may be served meanwhile.
         """
-        self.noise = plan.latency.noise if plan.latency else 0.0
+        self.noise = 0.0
         return self._spot(variant, 2, self._short)
 
     def _spot(self, variant: Variant, seed: int, buckets: tuple[Bucket, ...]) -> tuple[Quality, Latency | None]:
@@ -254,6 +260,22 @@ class LiveBench:
 
     def _doing(self, what: str) -> Callable[[str, float], None]:
         return lambda step, share: self.notify(Doing(what, share))
+
+    def _in_time(self, what: str) -> Callable[[str, float], None]:
+        """Progress of what is given up once the budget is spent, by a BudgetSpentError."""
+        doing = self._doing(what)
+
+        def tell(step: str, share: float) -> None:
+            if time.monotonic() > self.deadline + self._grace_s:
+                budget = f"the budget of {self.policy.budget_s:.0f} s"
+                raise BudgetSpentError(f"{budget} was spent when {share:.0%} of its answers were compared")
+            doing(step, share)
+
+        return tell
+
+    @property
+    def _grace_s(self) -> float:
+        return max(GRACE_S, GRACE * self.policy.budget_s)
 
     @property
     def _short(self) -> tuple[Bucket, ...]:
@@ -297,6 +319,9 @@ class LiveBench:
             own: float = own_noise(found, objective)
             if getattr(found, objective).low >= 1 + 2 * own:
                 return replace(found, noise=own)
+            if time.monotonic() > self.deadline:
+                reason = "the gain is small, and the budget was spent before this machine's noise was measured"
+                return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
         return race(noise=self.noise)
 
     def _limits(self, reference: Variant, candidate: Variant) -> Limits:

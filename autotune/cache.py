@@ -242,10 +242,10 @@ def _room(sample: torch.Tensor, rows: int, slots: int, dtype: torch.dtype) -> to
     """
     _, heads, _, size = sample.shape
     shape = rows, heads, slots, size
-    if sample.device.type != "cpu":
-        return sample.new_zeros(shape, dtype=dtype)
     size_bytes = math.prod(shape) * dtype.itemsize
-    if not (size_bytes and hasattr(mmap, "MADV_NOHUGEPAGE")):  # Linux has it
+    if sample.device.type != "cpu" or not size_bytes:
+        return sample.new_zeros(shape, dtype=dtype)
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux has it
         untouched = numpy.zeros(size_bytes, dtype=numpy.uint8)  # calloc; torch would write
         return torch.from_numpy(untouched).view(dtype).view(shape)
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

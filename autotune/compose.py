@@ -107,7 +107,9 @@ class _Drafting:
             try:
                 with reusing():
                     candidate = self.variant.with_transform(transform)
-                    if transform.took_effect(candidate) is not None or self.falls_short(transform):
+                    if transform.took_effect(candidate) is not None or self.is_too_large(candidate):
+                        continue
+                    if self.falls_short(transform):
                         continue
             except TransformError:
                 continue
@@ -133,6 +135,9 @@ class _Drafting:
             unavailable(transform, self.variant, self.trier.hardware, self.state.obstacle) is None
             and outgrows(transform, self.variant, self.state.free_bytes) is None
         )
+
+    def is_too_large(self, candidate: Variant) -> bool:
+        return self.trier.bench.memory_ratio(candidate) > self.trier.policy.limits.max_memory_ratio
 
     def falls_short(self, transform: Transform) -> bool:
         """Whether a transform's loss is beyond the tier, from texts read at once; its verdict is for the gate."""

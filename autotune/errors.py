@@ -12,6 +12,7 @@
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
     │   └── UnreadyError        what a batch of that size needs, slots or a recorded step, could not be made
     ├── MeasurementError        a number that was needed could not be measured
+    │   └── BudgetSpentError    the budget ended while a candidate was judged (it counts as not tried)
     ├── PackageError            an optional package is missing; names the line that installs it
     ├── DeviceError             the device cannot do this, or is dead for this process (nothing is retried on it)
     └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
@@ -73,6 +74,10 @@ class UnreadyError(VariantError):
 
 class MeasurementError(AutotuneError):
     """Something that had to be measured could not be."""
+
+
+class BudgetSpentError(MeasurementError):
+    """The budget of a tuning ended while a candidate was being judged."""
 
 
 class PackageError(AutotuneError, ImportError):

@@ -54,7 +54,7 @@ class _Search:
     refuted: tuple[Transform, ...] = ()
     chosen: dict[str, Transform] = field(default_factory=dict)  # step -> what the draft in use has for it
     shortfalls: dict[Transform, str] = field(default_factory=dict)  # why a transform's quality would not do
-    usual_s: float = 0.0  # that the latest whole trial took, applying and compiling apart
+    usual_s: float = 0.0  # that a trial takes at the least, then what the latest whole one took beside compiling
     too_short: str = ""  # why the budget does not reach for any trial
     kept: Callable[[Variant], None] = lambda variant: None
 
@@ -213,6 +213,7 @@ def search(
             f"judging and timing a candidate: {late}; give a budget of {math.ceil(whole_s / 10) * 10} s or more"
         )
     else:
+        run.usual_s = least_s / 2  # without a confirmation
         run.begin(compose.compose(before, trier, parameters))
     pending = list(policy.steps)
     while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:

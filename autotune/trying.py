@@ -10,7 +10,7 @@ from typing import Protocol
 from . import outside
 from .choose import State, exchange, expect, promise, tier_for
 from .diagnose import Diagnosis
-from .errors import DeviceError, TransformError
+from .errors import BudgetSpentError, DeviceError, TransformError
 from .hardware import Hardware
 from .plan import Confirmation, Outcome, Target, Trial
 from .policy import Policy
@@ -52,7 +52,11 @@ class Bench(Protocol):
         """What a candidate did to a child process that made and ran it first; or None."""
 
     def judge(self, variant: Variant, tier: str) -> Quality:
-        """Quality against the original."""
+        """Quality against the original.
+
+        Raises:
+            BudgetSpentError: the budget ended.
+        """
 
     def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
         """What finds out which layers a transform ruins; None where it cannot leave out some."""
@@ -65,6 +69,9 @@ class Bench(Protocol):
 
         Args:
             brief: whether fewer prompts will do where the budget has no room for all.
+
+        Raises:
+            BudgetSpentError: it was not to be brief, and the budget ended.
         """
 
     def least_s(self, profile: Profile) -> float:
@@ -232,13 +239,20 @@ class Trier:
                 reason = f"the first run of {phase} took {1 / first:.1f}x as long"
                 yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
                 return
-        if held_out:
-            found = bench.confirm(candidate, brief=False)
-            yield (trial := _decided(trial, found)), candidate if found.holds else None
+        try:
+            if held_out:
+                found = bench.confirm(candidate, brief=False)
+            else:
+                found = Confirmation(quality=bench.judge(candidate, tier_for(candidate, self.policy)))
+        except BudgetSpentError as error:
+            yield replace(trial, outcome=Outcome.UNREACHED, reason=str(error)), None
             return
-        quality = bench.judge(candidate, tier_for(candidate, self.policy))
-        yield (trial := _decided(trial, Confirmation(quality=quality))), None
-        if quality.verdict is not Verdict.PASS:
+        yield (trial := _decided(trial, found)), candidate if held_out and found.holds else None
+        quality = found.quality
+        if held_out or quality is None or quality.verdict is not Verdict.PASS:
+            return
+        if late := self.lateness():
+            yield replace(trial, outcome=Outcome.UNREACHED, reason=f"it is no worse, and was not timed: {late}"), None
             return
         latency = bench.race(incumbent, candidate, trial.target)
         yield _decided(trial, Confirmation(quality=quality, latency=latency)), candidate

@@ -186,7 +186,7 @@ def replay(
     try:
         variant = restored(plan, bench)
         serve(variant)
-        quality, latency = bench.reverify(plan, variant)
+        quality, latency = bench.reverify(variant)
     except Exception as error:  # whatever is wrong with an old plan, a fresh search is the answer
         outside.pass_on(error)
         serve(bench.original)

@@ -97,6 +97,17 @@ class Load:
             process.send_signal(number)
 
 
+@contextmanager
+def competing(taken: int) -> Iterator[None]:
+    """While so many processes compute without end."""
+    load = Load(taken, pinned=False)
+    try:
+        with load.on(True):
+            yield
+    finally:
+        load.end()
+
+
 def model(layers: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.loaded import competing
 from benchmarks.results import spread
 from benchmarks.table import NONE, grid, number
 
@@ -69,6 +70,7 @@ def life(when: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="starts; default 5")
+    parser.add_argument("--taken", type=int, default=0, help="processes that compete with the starts; default 0")
     parser.add_argument("--life", choices=("background", "blocking"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.life:
@@ -78,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"The plan was there {first['wrap returned']:.0f} s after loading: {first['detail']}", flush=True)
     if first["state"] != "tuned":
         return 1
-    print(table([life("background") for _ in range(given.runs)]))
+    with competing(given.taken):
+        lives = [life("background") for _ in range(given.runs)]
+    print(table(lives))
     return 0
 
 

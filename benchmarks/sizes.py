@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cores import physical_cores
+from benchmarks.loaded import competing
 from benchmarks.measures import STEPS, Timing, tpot_ms, ttft_ms
 from benchmarks.peers import Setup
 from benchmarks.remote import ROOT, Remote, WorkerError
@@ -194,6 +195,7 @@ class Sizes:
     threads: int
     rows: list[Row]
     seconds: float = 0.0
+    taken: int = 0  # processes that competed
 
 
 def markdown(run: Sizes) -> str:
@@ -202,9 +204,10 @@ def markdown(run: Sizes) -> str:
     where = f"{machine['name']} ({machine['capability']}), " if machine else ""
     bandwidths = [row.bandwidth_bytes_per_s for row in run.rows if row.bandwidth_bytes_per_s]
     measured = f"{min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f} GB/s measured, " if bandwidths else ""
+    beside = f" beside {run.taken} processes that compute without end" if run.taken else ""
     parts = [
         "# Real sizes, random weights",
-        f"{where}{run.threads} threads, {measured}{run.created}, {run.seconds / 60:.0f} min in all. TTFT after "
+        f"{where}{run.threads} threads{beside}, {measured}{run.created}, {run.seconds / 60:.0f} min in all. TTFT after "
         f"{PROMPT_TOKENS} tokens and TPOT over the next {STEPS}, medians of rounds that take turns with the original, "
         "lowest and highest in brackets.",
         grid(
@@ -381,6 +384,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--policy", default=POLICY, help=f"default {POLICY}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed rounds; default {ROUNDS}")
     parser.add_argument("--threads", type=int, help="default: the physical cores this process may use")
+    parser.add_argument("--taken", type=int, default=0, help="processes that compete with tuning and timing; default 0")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape instead, to try the script itself")
     parser.add_argument("--out", type=Path, default=Path("out"), help="default out")
     parser.add_argument("--caches", type=Path, help="where compiled kernels are kept; default: empty for each row")
@@ -399,10 +403,11 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(given: argparse.Namespace, notify: Callable[[str], None]) -> Sizes:
     """Every row, one after the other, each in a process of its own with empty caches."""
     begin, rivals = time.monotonic(), dict[str, dict[str, Any]]()
-    found = Sizes(datetime.now(UTC).isoformat(timespec="seconds"), given.threads, [])
+    found = Sizes(datetime.now(UTC).isoformat(timespec="seconds"), given.threads, [], taken=given.taken)
     for case in given.cases:
         with tempfile.TemporaryDirectory(prefix="autotune-sizes-") as folder:
-            row = measure(case, given, Path(folder), notify)
+            with competing(given.taken):
+                row = measure(case, given, Path(folder), notify)
             if case.shape not in rivals:
                 rivals[case.shape] = rival(case.shape, given, Path(folder), notify)
         row.take(rivals[case.shape])

@@ -11,7 +11,7 @@ import torch
 
 from autotune import device, policy
 from autotune.bench import LiveBench
-from autotune.errors import DeviceError
+from autotune.errors import BudgetSpentError, DeviceError
 from autotune.sites import stored_bytes
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
@@ -194,3 +194,48 @@ def test_the_exam_is_foreseen_in_the_arithmetic_in_which_it_reads(
     tokens = effort(SIZES["quick"], 64).read
     requests = 2 * EARLY_LOOKS[0] + 4  # one prompt each
     assert bench.least_s(profile) == pytest.approx(2 * tokens * 0.1 / times + requests * 6.4, rel=0.01)
+
+
+@pytest.mark.parametrize(("late_s", "given_up"), [(-1.0, False), (9.0, False), (20.0, True)])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_judgement_ends_with_the_budget(
+    held_out: bool, late_s: float, given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a little grace: 5 % of 240 s."""
+    shares = list[float]()
+
+    def judge(exam: Any, variant: Variant, tier: str, progress: Any) -> Quality:
+        for share in (0.0, 0.5):
+            progress("comparing", share)
+            shares.append(share)
+            bench.deadline = time.monotonic() - late_s
+        return Quality(tier, Verdict.FAIL, "judged")
+
+    bench = bench_of(tiny("llama"))
+    bench.exam = bench.held_out_exam = Any  # type: ignore[assignment]
+    monkeypatch.setattr("autotune.bench.quality.judge", judge)
+    variant = bench.original.with_transform(LeanLoop(phase="decode"))
+    ask = (lambda: bench.confirm(variant, brief=False)) if held_out else (lambda: bench.judge(variant, "strict"))
+    if not given_up:
+        ask()
+        assert shares == [0.0, 0.5]
+        return
+    with pytest.raises(BudgetSpentError, match="the budget of 240 s was spent when 50% of its answers were compared"):
+        ask()
+    assert shares == [0.0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_where_the_budget_is_spent_no_noise_is_measured_and_no_small_gain_believed(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(latency, "compare", lambda *_, **__: raced(1.05, 0.05))
+    monkeypatch.setattr(latency, "noise_floor", lambda *_, **__: asked.append("noise") or 0.02)
+    bench = bench_of(tiny("llama"))
+    if late:
+        bench.deadline = time.monotonic() - 1.0
+    found = bench.race(bench.original, bench.original, "decode")
+    assert asked == ([] if late else ["noise"])
+    assert found.verdict is (Verdict.INCONCLUSIVE if late else Verdict.PASS)
+    assert ("the budget was spent" in found.reason) == late

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from autotune.program.instruction import CODES, Instruction, Place, Root, Share,
 from autotune.program.lower import collapse
 from autotune.variant import Variant, serving
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
+from tests.transforms.test_packed_prefill import CPU
+from tests.transforms.test_weights import profile_of
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "gpt-neox", "opt", "gemma3", "mistral-window", "phi3")
@@ -544,3 +547,36 @@ def test_a_team_that_is_held_up_goes_on_with_fewer_and_computes_the_same(
         sizes.append(torch.ops.autotune.team_size(count))
     assert program.meetings >= 39
     assert min(sizes) < count
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 2.0, 3.0), ("float32", 1.0, 1.1)])
+def test_of_a_16_bit_model_it_promises_fp32_over_packed_layers(dtype: str, least: float, most: float) -> None:
+    """132 ms a token, nearly all in matmuls over 1 GB: at 20 GB/s they take 50 ms, computed in FP32."""
+    profile = profile_of(0.128, 0.004, weight_bytes=1e9, flops=1e9, compute_dtype=dtype)
+    promised = transforms.make("step_program", {}, "decode").predict(profile, CPU)["decode"]
+    assert least < promised < most
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell")
+def test_slots_never_lie_in_huge_pages() -> None:
+    """Which the first token of every head would fill: of a batch of 8, gigabytes."""
+    room = slots._room(torch.zeros(1, 4, 1, 64), rows=8, slots=32768, dtype=torch.float32)
+    assert room.shape == (8, 4, 32768, 64)
+    room[:, :, 0] = 1.0
+    assert float(room[7, 3, :2].sum()) == 64.0
+    start = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
+    inside, found = False, dict[str, str]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (at := start.match(line)) is not None:
+            inside = int(at[1], 16) <= room.data_ptr() < int(at[2], 16)
+        elif inside:
+            name, _, value = line.partition(":")
+            found[name] = value
+    assert "nh" in found["VmFlags"].split()
+    assert int(found["Rss"].split()[0]) < 4 * 8 * 4 + 64, "kB: a page for each head of each row"
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 16, 8), (2, 3, 0, 8)])
+def test_no_room_is_room_for_nothing(shape: tuple[int, int, int, int]) -> None:
+    rows, heads, count, size = shape
+    assert slots._room(torch.zeros(1, heads, 1, size), rows, count, torch.float32).shape == shape

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autotune import shrink, stateful
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.validate import Verdict
+from autotune.validate import Quality, Verdict
 from autotune.validate.divergence import compare_logits, find_defect
 from autotune.validate.exam import Text
-from autotune.validate.quality import Exam, judge, repetition
+from autotune.validate.quality import Exam, beyond, judge, repetition
 from autotune.validate.tally import Tally
 from autotune.validate.tiers import SIZES, TIERS
 from autotune.variant import Variant
@@ -346,3 +348,25 @@ def test_tokens_are_told_apart_by_how_sure_the_original_was():
     assert (open_.max_kld, likely.max_kld, open_.same_top) == (0.0, 0.0, 1.0)
     assert settled.max_kld == pytest.approx(9.5, rel=1e-2)
     assert (settled.same_top, settled.p50_kld) == (0.5, pytest.approx(settled.max_kld / 2))
+
+
+@pytest.mark.parametrize(
+    ("tier", "noise", "tokens", "limit"),
+    [
+        ("strict", 0.0, 1500, 1.005),
+        ("strict", 0.0, 0, 1.005),
+        ("strict", 1e-9, 1500, 1.005009),  # of FP32
+        ("strict", 0.0018, 1500, 1.0120),  # of BF16: 0.18 % and twice 1.645 times 0.155 %
+        ("strict", 0.0018, 150_000, 1.0073),  # the more is read, the less is excused
+        ("lossless", 0.0018, 1500, 1.0080),
+        ("relaxed", 0.0018, 1500, 1.0573),
+    ],
+)
+def test_the_perplexity_limit_is_beyond_the_originals_own_noise(tier, noise, tokens, limit):
+    exact = TIERS[tier].ppl_limit(noise, tokens)
+    assert exact == pytest.approx(limit, abs=1e-4)
+    same = {"mean_kld": 0.0, "mean_kld_high": 0.0, "p99_kld": 0.0, "same_top": 1.0, "same_top_low": 1.0}
+    found = Quality(tier, Verdict.INCONCLUSIVE, "", **same, ppl_ratio=1.0, ppl_ratio_high=exact - 1e-6, tokens=tokens)
+    exam = SimpleNamespace(noise_kld=noise)
+    assert beyond(found, TIERS[tier], exam) is None
+    assert "perplexity" in beyond(replace(found, ppl_ratio_high=exact + 1e-6), TIERS[tier], exam)

@@ -13,7 +13,7 @@ from torch import nn
 
 from autotune import choose, compose, transforms, trying
 from autotune.diagnose import Diagnosis
-from autotune.errors import DeviceError, TransformError
+from autotune.errors import BudgetSpentError, DeviceError, TransformError
 from autotune.hardware import Hardware
 from autotune.plan import Confirmation, Outcome
 from autotune.policy import Choice, Limits, Policy, Step
@@ -661,3 +661,58 @@ def test_what_the_rest_of_the_budget_does_not_pay_for_is_not_begun() -> None:
     found = run(bench, policy(step({"promises": 3.0}, {"label": "b"})), clock=lambda: now[0])
     assert outcomes(found) == {"a": "rejected", "b": "unreached"}
     assert found.trials[1].reason == "it takes about 60 s, 40 s of the budget of 100 s were left"
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_judgement_that_the_budget_does_not_wait_for_leaves_its_candidate_untried(
+    held_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spent(*_: Any, brief: bool = held_out) -> Any:
+        if not brief:
+            raise BudgetSpentError("the budget of 100 s was spent when 40% of its answers were compared")
+        return CONFIRMED
+
+    bench = ScriptedBench()
+    monkeypatch.setattr(bench, "confirm" if held_out else "judge", spent)
+    if held_out:
+        for module in (compose, choose, trying):
+            monkeypatch.setattr(module, "is_foreign", lambda transform: False)
+    found = run(bench, policy(WEIGHTS, PROGRAM) if held_out else policy(step({})))
+    assert str(found.trials[0].outcome) == "unreached"
+    assert found.trials[0].reason == "the budget of 100 s was spent when 40% of its answers were compared"
+
+
+def test_no_race_begins_when_the_budget_is_spent() -> None:
+    bench, now = ScriptedBench(), [0.0]
+
+    def judge(variant: Variant, tier: str) -> Quality:
+        now[0] = 101.0
+        return ScriptedBench.judge(bench, variant, tier)
+
+    bench.judge = judge  # type: ignore[method-assign]
+    found = run(bench, policy(step({})), clock=lambda: now[0])
+    assert outcomes(found) == {"a": "unreached"}
+    assert found.trials[0].reason == "it is no worse, and was not timed: the budget of 100 s was spent"
+    assert tried(bench) == []
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("reading_s", "reached"), [(59.0, True), (61.0, False)])
+def test_the_first_trial_is_begun_only_where_the_least_it_takes_is_left(reading_s: float, reached: bool) -> None:
+    bench, now = ScriptedBench(least=80.0), [0.0]
+
+    def probe(*_: Any) -> None:
+        now[0] = reading_s
+
+    bench.probe = probe  # type: ignore[method-assign]
+    found = run(bench, policy(WEIGHTS, PROGRAM), clock=lambda: now[0])
+    assert bool(tried(bench)) == reached
+    if not reached:
+        assert found.trials[0].reason == "it takes about 40 s, 39 s of the budget of 100 s were left"
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("ratio", "taken"), [(2.0, "int4+program"), (2.01, "int8+program")])
+def test_what_would_take_too_much_memory_is_not_in_the_draft(ratio: float, taken: str) -> None:
+    found = run(ScriptedBench(memory={"int4": ratio}), policy(WEIGHTS, PROGRAM))
+    assert next(iter(candidates(found))) == taken

@@ -60,7 +60,7 @@ class ScriptedBench:
         if self.cannot_answer:
             raise CandidateError(self.cannot_answer)
 
-    def reverify(self, plan: Plan, variant: Variant) -> Any:
+    def reverify(self, variant: Variant) -> Any:
         self.log.append("verified")
         if isinstance(self.verified, Exception):
             raise self.verified

@@ -245,7 +245,7 @@ def gates(found: Quality, limits: Tier, exam: Exam) -> list[tuple[str, float, fl
         ("mean KLD", found.mean_kld, found.mean_kld_high, limits.kld_limit(exam.noise_kld)),
         ("p99 KLD", found.p99_kld, found.p99_kld, limits.p99_kld),
         ("share of changed top tokens", 1 - found.same_top, 1 - found.same_top_low, 1 - limits.same_top),
-        ("perplexity ratio", found.ppl_ratio, found.ppl_ratio_high, limits.ppl_limit(exam.noise_kld)),
+        ("perplexity ratio", found.ppl_ratio, found.ppl_ratio_high, limits.ppl_limit(exam.noise_kld, found.tokens)),
     ]
 
 

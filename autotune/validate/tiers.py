@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-PPL_NOISE_FACTOR = 5.0  # times the noise that the logarithm of the perplexity ratio may reach, as lossless KLD may
+Z_95 = 1.645  # standard deviations of a one-sided bound of 95 %
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class Tier:
         """Limit of the mean KLD for an original whose own noise is `noise_kld` nats."""
         return max(self.mean_kld, self.noise_factor * noise_kld)
 
-    def ppl_limit(self, noise_kld: float) -> float:
-        """Limit of the perplexity ratio for an original whose own noise is `noise_kld` nats.
+    def ppl_limit(self, noise_kld: float, tokens: int) -> float:
+        """Limit of the perplexity ratio's upper bound, for an original whose own noise is `noise_kld` nats.
 
-        A 16-bit original's rounding moves every token's probability, also where nothing is exchanged: Qwen2.5-0.5B's
-        shape in BF16 has a noise of 0.0018 nat, and its stepped decoding 1.005 times its own perplexity on its own
-        texts. FP32 has none.
+        Rounding to 16 bits moves every token's probability, also of a candidate that computes the same. The variance of
+        a log-likelihood ratio is about twice the KL divergence, so that over `tokens` tokens the mean of such a
+        candidate is spread by sqrt(2 noise / tokens), and its bound by as much again, beside the noise itself.
+        In FP32 all of that is nothing.
         """
-        return max(self.ppl_ratio, math.exp(PPL_NOISE_FACTOR * noise_kld))
+        spread = math.sqrt(2 * noise_kld / max(tokens, 1))
+        return self.ppl_ratio * math.exp(noise_kld + 2 * Z_95 * spread)
 
 
 # Published readings of llama.cpp's perplexity tool on 7-8B models, Wikitext-2: BF16 against FP16 of one model 0.000025

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import sites
+from autotune import kernels, sites
 from autotune.transforms import make, wide_arithmetic
 from autotune.transforms.wide_arithmetic import FEWEST_ROWS, PART_BYTES, WideLinear
 from autotune.validate.exam import Exam
+from autotune.validate.sensitivity import Probe
 from autotune.variant import Variant
 from tests.models import tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU, FAST, SLOW
@@ -121,3 +122,23 @@ def test_what_is_emulated(supported: bool, dtype: torch.dtype, monkeypatch: pyte
     for name in ("bf16", "fp16"):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: supported, raising=False)
     assert wide_arithmetic.emulated(dtype) == (dtype != torch.float32 and not supported)
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+@pytest.mark.parametrize("phase", ["decode", "both"])
+def test_layers_are_compared_in_the_arithmetic_of_their_reference(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one layer exchanged alone, the others multiply as the original is read."""
+    model = tiny("llama", initializer_range=0.1).bfloat16()
+    found, calls = [], list[int]()
+    forward = WideLinear.forward
+    monkeypatch.setattr(WideLinear, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    for emulated in (False, True):
+        monkeypatch.setattr("autotune.validate.exam.emulated", lambda given, wide=emulated: wide)
+        exam = Exam.prepare(model, token_prompts(16), size="quick", pad_token_id=0)
+        probe = Probe(exam, Variant(model), make("weight_only", {"bits": 4}, phase), "strict")
+        calls.clear()
+        found.append([probe.divergence(list(probe.layers)[:1]), probe.divergence(list(probe.layers))])
+        assert bool(calls) == emulated
+    narrow, wide = found
+    assert wide == pytest.approx(narrow, rel=0.5)
+    assert 1e-5 < wide[0] < wide[1]
