@@ -50,8 +50,7 @@ def greedy(model: Any, ids: torch.Tensor = IDS, tokens: int = 8, **options: Any)
 
 
 def wrapped(model: Any, **options: Any) -> Any:
-    kept = {"workload": token_prompts(4), "when": "blocking", "cache": False, "watch": 0.0}  # no call is kept by chance
-    return autotune.wrap(model, **(kept | options))
+    return autotune.wrap(model, **({"workload": token_prompts(4), "when": "blocking", "cache": False} | options))
 
 
 @pytest.mark.parametrize("transforms", [[], [LeanLoop()], [StaticCache()]], ids=str)
