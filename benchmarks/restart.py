@@ -16,14 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.loaded import competing
+from benchmarks.remote import ROOT
 from benchmarks.results import spread
 from benchmarks.table import NONE, grid, number
 
-ROOT = Path(__file__).parents[1]
 TOKENS = 8  # of every answer
 LONGEST_S = 600.0  # from when on it is given up
 

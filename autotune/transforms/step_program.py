@@ -10,6 +10,7 @@ import torch
 
 from .. import placement, roofline, seam
 from ..errors import ChoiceError, TransformError
+from ..widening import NARROW
 from . import Stage, Transform, one_query
 from .static_cache import REHEARSED_SLOTS, no_slots, roomy_slots
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ..profile import Profile
     from ..variant import Variant
     from ..workload import Phase
-
-NARROW = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class StepProgram(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed, of 16-bit models in FP32 over packed layers."""
         phase = profile.phases["decode"]
-        if phase.compute_dtype in NARROW:
+        if getattr(torch, phase.compute_dtype) in NARROW:
             gain = roofline.less_overhead(phase, hardware, new_kernels=True, compute_dtype="float32")
         else:
             gain = roofline.less_overhead(phase, hardware)

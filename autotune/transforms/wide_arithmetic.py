@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import roofline
+from ..widening import NARROW
 from .linears import CPU, LinearTransform
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class WideArithmetic(LinearTransform):
 
     name: ClassVar[str] = "wide_arithmetic"
     summary: ClassVar[str] = "FP32 matmuls over 16-bit weights where the processor only emulates narrower ones; no copy"
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = NARROW
 
     @property
     def kind(self) -> type[nn.Module]:
