@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -50,7 +51,7 @@ class Hardware:
             and "float8_e4m3fn", where it has them).
         compiler: C++ compiler found, or None.
         versions: library name to version.
-        measured: False where a figure is a datasheet value.
+        measured: False where a figure is a datasheet value, or is not there.
         disturbed: whether others were at work while it was measured, so that a peak may be too low.
     """
 
@@ -80,6 +81,28 @@ class Hardware:
 _known: dict[tuple[Device, int], Hardware] = {}
 
 
+def identify(where: str | torch.device | PreTrainedModel = "cpu") -> Hardware:
+    """This machine without its peaks (a bandwidth of NaN, no FLOP/s), which takes no measuring.
+
+    Args:
+        where: as `probe` has it.
+    """
+    device = devices.of(where)
+    identity = device.identity()
+    return Hardware(
+        device=device.kind,
+        name=identity.name,
+        capability=identity.capability,
+        threads=torch.get_num_threads(),
+        memory_bytes=identity.memory_bytes,
+        bandwidth_bytes_per_s=math.nan,
+        flops_per_s={},
+        compiler=find_compiler(),
+        versions=library_versions(),
+        measured=False,
+    )
+
+
 def probe(where: str | torch.device | PreTrainedModel = "cpu", *, again: bool = False) -> Hardware:
     """Measure this machine at the process's present thread count; two to three seconds, once per process and device.
 
@@ -89,9 +112,9 @@ def probe(where: str | torch.device | PreTrainedModel = "cpu", *, again: bool = 
     """
     key = devices.of(where), torch.get_num_threads()
     if (known := _known.get(key)) is None:
-        _known[key] = _probe(*key)
+        _known[key] = _probe(key[0])
     elif again and known.disturbed:
-        _known[key] = _better(known, _probe(*key))
+        _known[key] = _better(known, _probe(key[0]))
     return _known[key]
 
 
@@ -102,23 +125,18 @@ def _better(old: Hardware, new: Hardware) -> Hardware:
     return replace(new, bandwidth_bytes_per_s=bandwidth, flops_per_s=best)
 
 
-def _probe(device: Device, threads: int) -> Hardware:
-    identity, meter = device.identity(), busy.Meter()
+def _probe(device: Device) -> Hardware:
+    meter = busy.Meter()
     with torch.inference_mode():
         reached = peaks.measure(device)
     beside_others = not device.asynchronous and busy.is_noticeable(meter.elsewhere())  # a GPU's peaks need no CPU
     if device.asynchronous:
         device.trim()  # what was measured with is the model's again
-    return Hardware(
-        device=device.kind,
-        name=identity.name,
-        capability=identity.capability,
-        threads=threads,
-        memory_bytes=identity.memory_bytes,
+    return replace(
+        identify(device.where),
         bandwidth_bytes_per_s=reached.bandwidth_bytes_per_s,
         flops_per_s=reached.flops_per_s,
-        compiler=find_compiler(),
-        versions=library_versions(),
+        measured=True,
         disturbed=beside_others or reached.spread > UNEVEN,
     )
 

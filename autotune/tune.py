@@ -79,18 +79,19 @@ def tune(
         AutotuneError: something that is needed could not be measured, or a transform wrote into the original.
     """
     start, meter = time.monotonic(), busy.Meter()
-    notify("measuring the hardware")
-    machine = hardware.probe(model, again=True)
-    identity = fingerprint.of(model, machine, workload, policy, draft)
+    here = hardware.identify(model)
+    identity = fingerprint.of(model, here, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     texts = benches.natural_texts(tokenizer)
     kept = References(identity) if cache and modes.unserved() is None else None  # under autocast it says something else
-    bench = LiveBench(original, workload, policy, machine, texts=texts, notify=notify, references=kept)
+    bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
         notify("re-verifying the plan kept from an earlier run")
         if (tuned := replay(known, bench, start, serve, meter)) is not None:
             return tuned
+    notify("measuring the hardware")
+    machine = bench.hardware = hardware.probe(model, again=True)  # a kept plan, above, needs no peaks
     deadline = start + policy.budget_s
     bench.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import autotune
-from autotune import bench, kernels
+from autotune import bench, hardware, kernels
 from autotune.bench import LiveBench
 from autotune.validate import Latency, Speedup, Verdict, latency
 from autotune.validate.tiers import SIZES
@@ -102,6 +102,7 @@ def test_a_kept_plan_is_replayed(policy: str, monkeypatch: pytest.MonkeyPatch) -
         return reverify(*given)
 
     monkeypatch.setattr(LiveBench, "reverify", seen)
+    monkeypatch.setattr(hardware, "probe", lambda *_, **__: pytest.fail("peaks take seconds, and nothing needs them"))
     second = wrapped(model, policy, cache=True)
     assert serving == [second.status.transforms], "it serves while it is verified again"
     assert "replayed and re-verified" in second.status.detail

@@ -70,7 +70,7 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """
     check(weight)
     parts = _parts(weight)
-    scales = torch.cat([_grouped(part, group).abs().amax(-1) for part in parts]) / 127
+    scales = _finite(torch.cat([_grouped(part, group).abs().amax(-1) for part in parts])) / 127
     scales = scales.to(_factor_dtype(scales, scales))
     rounded = [
         (_grouped(part, group) / _divisor(factors)).round_().clamp_(-127, 127).to(torch.int8)
@@ -100,7 +100,7 @@ def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Ten
     check(weight)
     parts = _parts(weight)
     ranges = [_grouped(part, group).aminmax(dim=-1) for part in parts]
-    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    low, high = (_finite(torch.cat(ends)) for ends in zip(*ranges, strict=True))
     dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), torch.maximum(-low, high))
     fitted = [
         _fit_i4(_grouped(part, group), lowest, highest, dtype)
@@ -165,8 +165,6 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
     check(weight)
     if group < 0 or group % STEP:
         raise ValueError(f"group must be a multiple of {STEP}, or 0 for one scale per row, not {group}")
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
     rows, inputs = weight.shape
     whole = _round_up(inputs, STEP)
     group = min(group or whole, whole)
@@ -175,6 +173,17 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
     if missing:
         weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], 1)
     return weight.view(rows, -1, group)
+
+
+def _finite(extremes: Tensor) -> Tensor:
+    """The largest or smallest weights of groups, once none is NaN or infinite: then no other weight is.
+
+    Raises:
+        ValueError: one is.
+    """
+    if not torch.isfinite(extremes).all():
+        raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
+    return extremes
 
 
 def _factor_dtype(steps: Tensor, sizes: Tensor) -> torch.dtype:
