@@ -50,6 +50,7 @@ choices = [{ transform = "attention", phase = "prefill", implementation = "sdpa"
 @pytest.fixture
 def policy(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """A policy of few steps, all of which are measured, but for seconds."""
+    kernels.available()  # compiles them, which is longer than the budget on a busy machine
     monkeypatch.setenv("AUTOTUNE_POLICY_DIR", str(tmp_path))
     monkeypatch.setattr(bench, "PROFILE_S", 4.0)
     monkeypatch.setattr(bench, "BRIEF_PROFILE_S", 1.0)
