@@ -33,6 +33,7 @@ Read in this order:
 
 from __future__ import annotations
 
+from .compare.experiment import Experiment
 from .errors import (
     AutotuneError,
     DeviceError,
@@ -46,14 +47,13 @@ from .errors import (
     VariantError,
     WorkloadError,
 )
-from .experiment import Experiment
-from .handle import Handle
-from .plan import Plan
-from .policy import Policy
-from .status import Status
+from .live.handle import Handle
+from .live.status import Status
+from .live.wrap import unsupported, wrap
 from .transforms import Transform
+from .tune.plan import Plan
+from .tune.policy import Policy
 from .workload import Workload
-from .wrap import unsupported, wrap
 
 __version__ = "0.1.0"
 

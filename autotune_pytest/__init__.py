@@ -1,4 +1,4 @@
-"""pytest plugin: a fixture that checks a live model against a recorded baseline; see `autotune.check`.
+"""pytest plugin: a fixture that checks a live model against a recorded baseline; see `autotune.compare.check`.
 
     def test_quality(autotune_check):
         autotune_check(my_model, tokenizer=my_tokenizer)
@@ -19,7 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from autotune.check import CheckResult
+    from autotune.compare.check import CheckResult
 
 TIERS = ("lossless", "strict", "relaxed", "aggressive")
 WHEN_INCONCLUSIVE = ("skip", "fail", "pass")
@@ -41,8 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]:
     """Checks a live model against the baseline: `autotune_check(model, tokenizer=..., ...)`.
 
-    Arguments are those of `autotune.check.run`, which take precedence over the command line. A regression fails the
-    test with the reason and where it is, an inconclusive check skips it unless told otherwise, and one that could not
+    Arguments are those of `autotune.compare.check.run`, and take precedence over the command line. A regression fails
+    the test with the reason and where it is, an inconclusive check skips it unless told otherwise, and one that could not
     be made is an error. A baseline on the command line is relative to where pytest was called, one in a configuration
     file to that file.
     """
@@ -50,7 +50,7 @@ def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]
 
     def check(model: Any, baseline: Any = None, **options: Any) -> CheckResult:
         __tracebackhide__ = True
-        from autotune.check import run
+        from autotune.compare.check import run
 
         options.setdefault("tier", _setting(config, "tier") or "strict")
         options.setdefault("measure_latency", bool(config.getoption("autotune_latency")))

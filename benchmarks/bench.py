@@ -22,8 +22,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from autotune import convert, demo, folders, hardware
-from autotune.texts import TEXTS
+from autotune.cli import demo
+from autotune.machine import cache_dir as folders
+from autotune.machine import hardware
+from autotune.model import gguf as convert
+from autotune.workload.texts import TEXTS
 from benchmarks import chart, quality, table
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, metrics, prompt, shapes

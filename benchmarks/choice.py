@@ -29,19 +29,22 @@ from unittest import mock
 
 import torch
 
-from autotune import bench, demo, hardware, search, workload
-from autotune import policy as policies
-from autotune.choose import make
-from autotune.load import load
-from autotune.plan import Outcome, Trial
-from autotune.policy import Choice, Policy, Step
+from autotune import workload
+from autotune.cli import demo
+from autotune.machine import hardware
+from autotune.model.load import load
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage
-from autotune.trying import Trier
+from autotune.tune import bench, search
+from autotune.tune import policy as policies
+from autotune.tune.choose import make
+from autotune.tune.plan import Outcome, Trial
+from autotune.tune.policy import Choice, Policy, Step
+from autotune.tune.trying import Trier
 from autotune.validate import Speedup
-from autotune.variant import Variant
 
 if TYPE_CHECKING:
-    from autotune.hardware import Hardware
+    from autotune.machine.hardware import Hardware
 
 WITHIN = 1.03  # the diagnosed choice may be this much slower
 HALF = 0.5  # of the time that trying everything takes

@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dataclasses import replace
 
     import autotune
-    from autotune import policy
-    from autotune.load import load
+    from autotune.model.load import load
+    from autotune.tune import policy
 
     tokenizer = None
     if asked.model:

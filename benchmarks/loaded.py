@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from autotune import busy, transforms
+from autotune import transforms
+from autotune.machine import busy
 from autotune.profile.timing import time_request
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms.threads import usable_cores
-from autotune.variant import Variant, serving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -35,8 +35,8 @@ def serve(when: str) -> dict[str, Any]:
     """
     start = time.monotonic()
     import autotune
-    from autotune import demo
-    from autotune.load import load
+    from autotune.cli import demo
+    from autotune.model.load import load
 
     model, tokenizer = load(str(demo.model_file()))
     loaded = time.monotonic()

@@ -1,4 +1,4 @@
-"""What asking costs whether a model is still what it was when it was tuned (autotune/revision.py), at every call.
+"""What asking costs whether a model is still what it was when it was tuned (autotune/model/revision.py), at every call.
 
     python -m benchmarks.revision
 
@@ -13,7 +13,7 @@ from statistics import quantiles
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autotune.revision import Revision
+from autotune.model.revision import Revision
 
 ASKED = 500  # times
 

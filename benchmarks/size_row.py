@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 import autotune
-from autotune import hardware, policy
-from autotune.profile.counts import stored_weights
+from autotune.diagnose.work import stored_weights
+from autotune.machine import hardware
+from autotune.tune import policy
 from benchmarks import shapes
 from benchmarks.measures import STEPS, Shape, tpot_ms, ttft_ms
 from benchmarks.peers import Weights

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autotune
-from autotune import policy as policies
+from autotune.tune import policy as policies
 
 PROMPTS = [f"Question {i}: what is {i} times {i + 3}? Answer:" for i in range(16)]
 

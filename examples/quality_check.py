@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from autotune import check
-from autotune.load import load
+from autotune.compare import check
+from autotune.model.load import load
 
 
 def damage(model: torch.nn.Module) -> str:

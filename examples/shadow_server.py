@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autotune.experiment import Experiment
+from autotune.compare.experiment import Experiment
 
 PROMPTS = ["Once upon a time there was", "The recipe needs", "In 1969", "def add(a, b):"]  # sizes what is prepared
 

@@ -4,7 +4,7 @@
     make test-architectures ARCHITECTURES_ARGS="--only 'phi3;mamba2' --compile"
     make test-architectures ARCHITECTURES_ARGS="--resume"          those that a run before did not come to
 
-A model is built from its class's own configuration, made small by `autotune.shrink`. Each transform is applied by
+A model is built from its class's own configuration, made small by `autotune.model.shrink`. Each transform is applied by
 itself and answers three requests: a prompt, a longer one, a left-padded batch. Each architecture has a process of its
 own with a time limit, so that a crash costs that one. The table is printed and written to out/architectures.md;
 out/architectures.jsonl holds every result. Exit codes: 0 nothing was wrong, 1 something was.
@@ -37,17 +37,19 @@ from unittest import mock
 
 import torch
 
-from autotune import hardware, route, seam, shrink, speculate
-from autotune.choose import unavailable
 from autotune.errors import AutotuneError, ChoiceError, TransformError
+from autotune.live.wrap import unsupported
+from autotune.machine import hardware
+from autotune.model import route, seam, shrink
+from autotune.runtime.speculation import speculate
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage, Transform, make, registry
-from autotune.variant import Variant
-from autotune.wrap import unsupported
+from autotune.tune.choose import unavailable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from autotune.hardware import Hardware
+    from autotune.machine.hardware import Hardware
 
 NEW_TOKENS = 8
 NEAR_TIE = 0.05  # nats between the original's two best tokens, below which either may come first

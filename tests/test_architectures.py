@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import autotune
-from autotune import hardware, route
-from autotune import policy as policies
 from autotune.errors import ChoiceError, TransformError
+from autotune.machine import hardware
+from autotune.model import route
+from autotune.runtime.variant import Variant
 from autotune.transforms import registry
-from autotune.variant import Variant
+from autotune.tune import policy as policies
 from tests import architectures
 from tests.architectures import BAD, Fallback, Result, apart, document, examine, first_wrong_token, table
 from tests.models import ARCHITECTURES, left_padded, plain_module, tiny, tiny_bert, tiny_t5, token_prompts
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from autotune.hardware import Hardware
+    from autotune.machine.hardware import Hardware
 
 NEW_TOKENS = 16
 PROMPTS = token_prompts(16)

@@ -10,8 +10,10 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 import autotune
-from autotune import kernels, pool, transforms
+from autotune import transforms
 from autotune.errors import TransformError
+from autotune.runtime import kernels
+from autotune.runtime.cache import pool
 from autotune.transforms import Transform
 from tests.models import left_padded, tiny, token_prompts
 from tests.test_outside import LateError, alarm, busy, ring

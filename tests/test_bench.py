@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import device, policy
-from autotune.bench import LiveBench
 from autotune.errors import BudgetSpentError, DeviceError
-from autotune.sites import stored_bytes
+from autotune.machine import device
+from autotune.model.linear_layers import stored_bytes
+from autotune.runtime.variant import Variant
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
+from autotune.tune import policy
+from autotune.tune.bench import LiveBench
 from autotune.validate import Latency, Quality, Speedup, Verdict, latency
 from autotune.validate.exam import effort
 from autotune.validate.latency import EARLY_LOOKS
 from autotune.validate.score import Served
 from autotune.validate.tiers import SIZES
-from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
@@ -168,7 +169,7 @@ def test_a_confirmation_is_brief_where_the_budget_has_no_room(
     monkeypatch.setattr(latency, "compare", lambda *_, **__: raced(5.0, 0.0))
     bench = bench_of(tiny("llama"))
     bench.held_out_exam = Quality("strict", Verdict.PASS, "in full")  # type: ignore[assignment]
-    monkeypatch.setattr("autotune.bench.quality.judge", lambda exam, *_: exam)
+    monkeypatch.setattr("autotune.tune.bench.quality.judge", lambda exam, *_: exam)
     monkeypatch.setattr(bench, "_exam", lambda *_: Quality("strict", Verdict.INCONCLUSIVE, "in brief"))
     bench._took, bench.deadline = {"exam": 3.0, "race": 2.0}, time.monotonic() + left_s
     found = bench.confirm(bench.original.with_transform(LeanLoop(phase="decode")))
@@ -213,7 +214,7 @@ def test_a_judgement_ends_with_the_budget(
 
     bench = bench_of(tiny("llama"))
     bench.exam = bench.held_out_exam = Any  # type: ignore[assignment]
-    monkeypatch.setattr("autotune.bench.quality.judge", judge)
+    monkeypatch.setattr("autotune.tune.bench.quality.judge", judge)
     variant = bench.original.with_transform(LeanLoop(phase="decode"))
     ask = (lambda: bench.confirm(variant, brief=False)) if held_out else (lambda: bench.judge(variant, "strict"))
     if not given_up:

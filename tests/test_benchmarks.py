@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from autotune import kernels
-from autotune.texts import TEXTS
+from autotune.runtime import kernels
+from autotune.workload.texts import TEXTS
 from benchmarks import gpu, loaded, peers, quality, restart, smoke, stage, table, worker
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms

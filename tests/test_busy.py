@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from autotune import busy
-from autotune.busy import Reading
+from autotune.machine import busy
+from autotune.machine.busy import Reading
 
 START = Reading(clock_s=100.0, cpus=2, used_s=1000.0, own_s=50.0)
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autotune import cli
-from autotune.codes import Code
+from autotune.report.exit_codes import Code
 from tests import models
 from tests.test_load import write_gguf
 

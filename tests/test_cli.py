@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from autotune import cli, demo
-from autotune import policy as policies
+from autotune import cli
+from autotune.cli import demo
 from autotune.errors import MeasurementError, TransformError, UnsupportedModelError
-from autotune.plan import Outcome, Trial
+from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.variant import Variant
+from autotune.tune import policy as policies
+from autotune.tune.plan import Outcome, Trial
 from tests import models
 
 POLICY = """
@@ -248,7 +249,7 @@ def test_what_could_not_be_tried_is_said_and_not_kept(
 def test_a_model_that_is_passed_through_ends_like_one_of_which_nothing_could_be_tried(
     saved, prompts, monkeypatch, capsys
 ):
-    monkeypatch.setattr("autotune.selfcheck.problem", lambda model: "calls differ with transformers 9.9")
+    monkeypatch.setattr("autotune.live.selfcheck.problem", lambda model: "calls differ with transformers 9.9")
     with pytest.warns(RuntimeWarning, match="calls differ"):
         assert cli.main(["tune", str(saved), "--prompts", str(prompts)]) == cli.UNMEASURED
     assert "\nautotune: calls differ with transformers 9.9\n" in capsys.readouterr().err
@@ -296,7 +297,7 @@ def test_tune_keeps_the_original_unless_told(saved, prompts, monkeypatch, option
         given.update(options)
         raise UnsupportedModelError("that is all that is asked here")
 
-    monkeypatch.setattr(sys.modules["autotune.wrap"], "wrap", wrap)
+    monkeypatch.setattr(sys.modules["autotune.live.wrap"], "wrap", wrap)
     cli.main(["tune", str(saved), "--prompts", str(prompts), *option])
     assert given["keep_original"] is kept
 
@@ -371,7 +372,7 @@ def test_an_export_that_is_none_is_a_usage_error(saved, prompts, tmp_path, capsy
 
 
 def test_doctor_tells_what_the_gpu_counts(monkeypatch, capsys):
-    from autotune import device
+    from autotune.machine import device
     from tests.fakes.cuda import FakeCuda
     from tests.fakes.nvml import FakeNvml, NVMLError
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import autotune
-from autotune import bench, hardware, kernels
-from autotune.bench import LiveBench
+from autotune.machine import hardware
+from autotune.runtime import kernels
+from autotune.tune import bench
+from autotune.tune.bench import LiveBench
 from autotune.validate import Latency, Speedup, Verdict, latency
 from autotune.validate.tiers import SIZES
 from tests.models import tiny, token_prompts

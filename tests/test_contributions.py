@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
-from autotune.contributions import measure
 from autotune.errors import DeviceError, TransformError
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage, Transform
+from autotune.tune.contributions import measure
 from autotune.validate import Latency, Speedup, Verdict
-from autotune.variant import Variant
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from autotune import hardware, route, selfcheck, shrink, transforms
 from autotune import profile as profiling
-from autotune import replay as replays
+from autotune import transforms
+from autotune.live import selfcheck
+from autotune.machine import hardware
+from autotune.model import route, shrink
+from autotune.profile import ncu_replay as replays
+from autotune.runtime.variant import Variant
 from autotune.validate.score import Served
-from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.models import tiny, token_prompts
 from tests.test_architectures import Fallback

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from autotune import device, hardware
-from autotune.device.failures import classify
 from autotune.errors import DeviceError, VariantError
+from autotune.machine import device, hardware
+from autotune.machine.device.failures import classify
 from tests.fakes.cuda import FakeCuda, Misuse
 
 

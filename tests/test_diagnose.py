@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from autotune.device.counters import Counters
-from autotune.diagnose import diagnose, overhead_s
-from autotune.hardware import Hardware
+from autotune.diagnose.diagnosis import diagnose, overhead_s
+from autotune.machine.device.counters import Counters
+from autotune.machine.hardware import Hardware
 from autotune.profile import DeviceUse, MemoryUse, PhaseProfile
 
 CPU = Hardware("cpu", "a CPU", "AVX512", 2, 16 * 10**9, 34e9, {"float32": 420e9}, None, {})

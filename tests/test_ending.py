@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from autotune import ending
-from autotune.ending import Worker
-from autotune.traffic import Cancelled
+from autotune.machine import ending
+from autotune.machine.ending import Worker
+from autotune.runtime.traffic import Cancelled
 
 HANG_S = 240.0  # a deadlock shows as a failure, not as a hang
 WRAPPED = """
@@ -28,7 +28,7 @@ time.sleep({wait})
 COMPILING = """
 import sys, threading, time, torch
 from torch._inductor import config
-from autotune import ending
+from autotune.machine import ending
 config.force_disable_caches, config.compile_threads = True, 2
 begun = threading.Event()
 
@@ -47,7 +47,7 @@ time.sleep({wait})
 WORKING = """
 import threading, time
 import torch
-from autotune import ending
+from autotune.machine import ending
 begun = threading.Event()
 
 def work():
@@ -120,7 +120,7 @@ def test_what_fails_because_the_process_ends_is_not_reported() -> None:
 def test_a_script_that_goes_on_in_its_own_threads_keeps_ours() -> None:
     script = """
 import threading, time
-from autotune import ending
+from autotune.machine import ending
 went_on = threading.Event()
 
 def work():

@@ -14,8 +14,8 @@ import httpx
 import pytest
 import torch
 
-from autotune import policy as policies
-from autotune.variant import build
+from autotune.runtime.variant import build
+from autotune.tune import policy as policies
 from tests.models import ONE_QUESTION, tiny, token_prompts
 
 if TYPE_CHECKING:

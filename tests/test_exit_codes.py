@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, TextIO
 
 import pytest
 
-from autotune import cli, codes
+from autotune import cli
 from autotune.cli import check as check_command
 from autotune.cli import tune as tune_command
 from autotune.cli.screen import screen
-from autotune.codes import Code
 from autotune.errors import MeasurementError
+from autotune.report import exit_codes as codes
+from autotune.report.exit_codes import Code
 from autotune.validate import Verdict
 from tests import models
 

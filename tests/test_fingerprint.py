@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import fingerprint, route, variant
 from autotune.errors import UnsupportedModelError
-from autotune.hardware import Hardware
-from autotune.policy import Choice, Limits, Policy, Step
+from autotune.machine.hardware import Hardware
+from autotune.model import route
+from autotune.runtime import variant
+from autotune.tune import fingerprint
+from autotune.tune.policy import Choice, Limits, Policy, Step
 from autotune.workload import Workload
 from tests import models
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from autotune import compiled, convert, folders
 from autotune.errors import TransformError
-from autotune.kernels import build
+from autotune.machine import cache_dir as folders
+from autotune.model import gguf as convert
+from autotune.runtime.kernels import build
+from autotune.runtime.steps import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable

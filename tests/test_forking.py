@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import autotune
-from autotune import forking
-from autotune import tune as tuning
-from autotune.traffic import Traffic
+from autotune.machine import forking
+from autotune.runtime.traffic import Traffic
+from autotune.tune import run as tuning
 from tests.models import tiny, token_prompts
 from tests.test_wrap import greedy, scripted, wrapped  # noqa: F401 - a fixture
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import autotune
-from autotune import bench, device, policy
-from autotune.graphs import GraphSteps
+from autotune.machine import device
+from autotune.runtime.steps.graphs import GraphSteps
+from autotune.tune import bench, policy
 from autotune.validate import Latency, Speedup, Verdict, latency
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts

@@ -16,19 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import cache, device, seam
-from autotune.cache import SlotCache
-from autotune.device import Graph
 from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
-from autotune.graphs import Captured, GraphSteps, agree, buckets, lengths
-from autotune.hardware import Hardware
-from autotune.original import Original
-from autotune.traffic import Traffic
+from autotune.live.original import Original
+from autotune.machine import device
+from autotune.machine.device import Graph
+from autotune.machine.hardware import Hardware
+from autotune.model import seam
+from autotune.runtime.cache import slots as cache
+from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.steps.graphs import Captured, GraphSteps, agree, buckets, lengths
+from autotune.runtime.steps.inductor_graphs import TreeStep
+from autotune.runtime.traffic import Traffic
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
-from autotune.trees import TreeStep
-from autotune.variant import Variant, serving
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
@@ -227,7 +229,7 @@ def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
 
 
 def test_many_caches_do_not_multiply_graphs_without_limit(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotune.graphs.MOST_GRAPHS", 3)
+    monkeypatch.setattr("autotune.runtime.steps.graphs.MOST_GRAPHS", 3)
     model = tiny("llama")
     variant = graphed(model)
     served = serving(variant)
@@ -318,7 +320,7 @@ def test_idle_caches_make_room_for_a_larger_one(fake: FakeCuda, monkeypatch: pyt
 def test_the_device_s_last_error_is_one_clear_exception(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = graphed(tiny("llama"))
     dead = _raise(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
-    monkeypatch.setattr("autotune.graphs.Captured.replay", dead)
+    monkeypatch.setattr("autotune.runtime.steps.graphs.Captured.replay", dead)
     for _ in range(2):
         with pytest.raises(DeviceError, match="restart the process"):
             ask(serving(variant))

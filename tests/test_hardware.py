@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import busy, device, hardware, peaks
-from autotune.device import Identity
+from autotune.machine import busy, device, hardware, peaks
+from autotune.machine.device import Identity
 from tests.fakes.cuda import FakeCuda
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from autotune import cli, plan
+from autotune import cli
 from autotune.cli.tune import _hand_over
 from autotune.errors import PackageError
-from autotune.plan import Fingerprint, Plan
 from autotune.report import Recorded
 from autotune.report import numbers as n
 from autotune.report.html import elements, roofline, samples, steps
+from autotune.tune import plan
+from autotune.tune.plan import Fingerprint, Plan
 from autotune.validate import Certainty, Latency, Speedup, Verdict
 from tests import chromium, pages
 from tests.test_report import COMMITTED, FASTER, NAN, ORIGINAL, PASSED, PROFILED

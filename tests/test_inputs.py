@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import autotune
-from autotune import plan as plans
-from autotune import tune as tuning
+from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
-from autotune.tune import Tuned
-from autotune.variant import Variant
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.run import Tuned
 from tests.models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny, tiny_tokenizer, token_prompts
 from tests.test_wrap import Written
 

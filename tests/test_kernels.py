@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.pytorch_utils import Conv1D
 
-from autotune.kernels import HalfLinear, Int4Linear, Int8Linear, PackedLinear, arena, attend_one, available, build, pack
+from autotune.runtime.kernels import (
+    HalfLinear,
+    Int4Linear,
+    Int8Linear,
+    PackedLinear,
+    arena,
+    attend_one,
+    available,
+    build,
+    pack,
+)
 
 SENTENCE = available()
 needs_operators = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
@@ -405,7 +415,7 @@ def test_no_compiler_is_a_sentence(monkeypatch, environment, message) -> None:
 
 def test_available_says_why_not() -> None:
     done = python(
-        "from autotune import kernels; print(kernels.available()); print(kernels.available())", CXX="nonesuch"
+        "from autotune.runtime import kernels; print(kernels.available()); print(kernels.available())", CXX="nonesuch"
     )
     first, second = done.stdout.splitlines()
     assert first == second
@@ -427,7 +437,7 @@ def test_an_unwritable_cache_costs_one_warning(tmp_path, monkeypatch, caplog) ->
 NARROW = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from autotune import kernels
+from autotune.runtime import kernels
 
 assert kernels.available() is None, kernels.available()
 torch.set_num_threads(1)
@@ -471,7 +481,7 @@ def test_a_narrow_cpu_gets_the_same_numbers(tmp_path, march) -> None:
 @pytest.mark.slow
 @pytest.mark.fault("D64")
 def test_two_processes_and_a_damaged_library(tmp_path) -> None:
-    code = "from autotune import kernels; assert kernels.available() is None, kernels.available()"
+    code = "from autotune.runtime import kernels; assert kernels.available() is None, kernels.available()"
     environment = {**os.environ, "AUTOTUNE_CACHE_DIR": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(300) for process in both] == [0, 0]
@@ -488,7 +498,7 @@ def test_the_process_has_one_openmp_runtime() -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs /proc")
     code = (
-        "import torch; from autotune import kernels as k; assert k.available() is None;"
+        "import torch; from autotune.runtime import kernels as k; assert k.available() is None;"
         "k.Int8Linear.from_weight(torch.randn(4096, 64))(torch.randn(1, 64));"
         "print({line.split()[-1] for line in open('/proc/self/maps') if 'omp.' in line or 'omp5.' in line})"
     )

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from autotune.kernels import BrainLinear, HalfLinear, Int4Linear, Int8Linear, attend_many, available, no_brain_unit
-from autotune.kernels.brain import FEW
+from autotune.runtime.kernels import (
+    BrainLinear,
+    HalfLinear,
+    Int4Linear,
+    Int8Linear,
+    attend_many,
+    available,
+    no_brain_unit,
+)
+from autotune.runtime.kernels.brain import FEW
 
 OPERATORS = available()
 needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))

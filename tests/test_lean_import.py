@@ -22,7 +22,7 @@ HEAVY = [
 
 
 @pytest.mark.parametrize(
-    "name", ["autotune", "autotune.transforms", "autotune.cli", "autotune.report", "autotune.check"]
+    "name", ["autotune", "autotune.transforms", "autotune.cli", "autotune.report", "autotune.compare.check"]
 )
 def test_importing_pulls_in_nothing_heavy(name: str) -> None:
     code = (

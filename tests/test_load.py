@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autotune.errors import UnsupportedModelError
-from autotune.load import load
+from autotune.model.load import load
 from tests import models
 
 
@@ -84,7 +84,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, llama, monkeypatch):
         pytest.fail("converted a second time")
 
     with monkeypatch.context() as patch:
-        patch.setattr("autotune.convert._convert", again)
+        patch.setattr("autotune.model.gguf._convert", again)
         load(tmp_path / "tiny.gguf")
     (weights,) = (tmp_path / "cache").glob("models/*/tiny/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])  # as a full disk or a crash leaves it

@@ -10,17 +10,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, StoppingCriteria
 
-from autotune import device, kernels, loop, seam
-from autotune.compiled import artifact
 from autotune.errors import TransformError
-from autotune.loop import _choose_unwaiting
+from autotune.machine import device
+from autotune.model import seam
+from autotune.runtime import kernels, loop
+from autotune.runtime.loop import _choose_unwaiting
+from autotune.runtime.steps.compiled import artifact
+from autotune.runtime.variant import Variant, build, serving
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.transforms.one_query import OneQueryAttention
+from autotune.transforms.one_query_attention import OneQueryAttention
 from autotune.transforms.static_cache import StaticCache, no_slots
-from autotune.variant import Variant, build, serving
 from autotune.workload import Workload
 from tests.fakes.cuda import WAITS, FakeCuda
 from tests.models import left_padded, tiny, token_prompts

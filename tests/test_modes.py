@@ -11,12 +11,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autotune import kernels, transforms
+from autotune import transforms
 from autotune.errors import VariantError
-from autotune.program import StepPrograms
+from autotune.model.twins import fork
+from autotune.runtime import kernels
+from autotune.runtime.steps.program import StepPrograms
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms import Transform
-from autotune.twins import fork
-from autotune.variant import Variant, serving
 from tests.models import tiny, token_prompts
 from tests.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 
@@ -100,7 +101,7 @@ def test_a_plan_made_in_inference_mode(name: str) -> None:
 
 @needs_kernels
 def test_a_step_takes_one_token_a_sequence() -> None:
-    from autotune.cache import SlotCache, example
+    from autotune.runtime.cache.slots import SlotCache, example
 
     variant = Variant(tiny("llama")).with_transforms(plan("program"))
     assert isinstance(variant.step, StepPrograms)

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune import device
 from autotune.errors import MeasurementError
-from autotune.ncu import METRICS, RANGES, command, number, parse
-from autotune.replay import replay
+from autotune.machine import device
+from autotune.profile.ncu import METRICS, RANGES, command, number, parse
+from autotune.profile.ncu_replay import replay
 from autotune.workload import PHASES
 from tests import models
 from tests.fakes.cuda import FakeCuda

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import device
-from autotune.device import Address, nvml
-from autotune.device.counters import FIGURES, Counters, combine
-from autotune.device.nvml import Sampler, sampled
+from autotune.machine import device
+from autotune.machine.device import Address, nvml
+from autotune.machine.device.counters import FIGURES, Counters, combine
+from autotune.machine.device.nvml import Sampler, sampled
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import OWN, PCI, UUID, FakeNvml, NVMLError, process
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import kernels
+from autotune.runtime import kernels
 
 pytestmark = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from autotune import outside
-from autotune.variant import Variant
+from autotune.machine import outside
+from autotune.runtime.variant import Variant
 
 
 class LateError(Exception):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from autotune.errors import TransformError
-from autotune.kernels import HalfLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear, available
-from autotune.sites import stored_bytes
+from autotune.model.linear_layers import stored_bytes
+from autotune.runtime.kernels import HalfLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear, available
+from autotune.runtime.variant import Variant
 from autotune.transforms import Transform
 from autotune.transforms.packed_embedding import PackedEmbedding as Packed
 from autotune.transforms.weight_only import WeightOnly
-from autotune.variant import Variant
 from tests.models import tiny, token_prompts
 
 SENTENCE = available()

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import autotune
-from autotune import device
-from autotune import plan as plans
-from autotune import tune as tuning
-from autotune.kernels import available
+from autotune.machine import device
+from autotune.runtime.kernels import available
+from autotune.runtime.variant import Variant
 from autotune.transforms import Transform
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
-from autotune.tune import Tuned
-from autotune.variant import Variant
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.run import Tuned
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
 from tests.test_release import Written, greedy, storages, wrapped

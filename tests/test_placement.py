@@ -16,12 +16,13 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_ho
 from torch import nn
 
 import autotune
-from autotune import placement, sites
 from autotune.errors import UnsupportedModelError
+from autotune.model import linear_layers as sites
+from autotune.model import placement
+from autotune.model.twins import fork
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
 from autotune.transforms.cuda_graph import uncapturable
-from autotune.twins import fork
-from autotune.variant import Variant, serving
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

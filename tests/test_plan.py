@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from autotune import fingerprint, plan, transforms, variant
+from autotune import transforms
 from autotune.errors import ChoiceError, PlanError
-from autotune.plan import Fingerprint, Outcome, Plan, Trial
+from autotune.runtime import variant
+from autotune.tune import fingerprint, plan
+from autotune.tune.plan import Fingerprint, Outcome, Plan, Trial
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from tests import models
 

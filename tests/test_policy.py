@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from autotune import architecture, policy, ranges, transforms
+from autotune import transforms
 from autotune.errors import PolicyError
-from autotune.policy import BUILT_IN, Choice, Limits, Step
+from autotune.machine import gpus as architecture
+from autotune.tune import conditions as ranges
+from autotune.tune import policy
+from autotune.tune.policy import BUILT_IN, Choice, Limits, Step
 
 NAMES = ["balanced", "latency", "lossless", "memory", "throughput"]
 MINE = """

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import pytest
 
-from autotune import policy, transforms
-from autotune.choose import why_not
-from autotune.diagnose import Diagnosis
-from autotune.hardware import Hardware
+from autotune import transforms
+from autotune.diagnose.diagnosis import Diagnosis
+from autotune.machine.hardware import Hardware
 from autotune.transforms import Stage
+from autotune.tune import policy
+from autotune.tune.choose import why_not
 from tests.test_policy import NAMES
 
 Machine = tuple[Literal["cpu", "cuda"], str]

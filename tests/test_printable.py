@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
-from autotune import cli, progress
-from autotune.experiment import Store
-from autotune.printable import printable
-from autotune.report import markdown, terminal
+from autotune import cli
+from autotune.compare.experiment import Store
+from autotune.report import markdown, progress, terminal
 from autotune.report.layout import Section, Table
+from autotune.report.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,7 +162,7 @@ def test_what_the_library_says_meanwhile(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said() -> int:
-        logging.getLogger("autotune.store").warning("the plan %s is ignored", EVIL)
+        logging.getLogger("autotune.tune.store").warning("the plan %s is ignored", EVIL)
         sys.stderr.write(
             warnings.formatwarning(f"autotune: {EVIL}", RuntimeWarning, __file__, 1)
         )  # pytest keeps others

@@ -18,12 +18,13 @@ import pytest
 import torch
 
 import autotune
-from autotune import policy as policies
-from autotune import probation, transforms
-from autotune.fingerprint import of_model
-from autotune.policy import Choice, Step
+from autotune import transforms
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage, Transform
-from autotune.variant import Variant
+from autotune.tune import policy as policies
+from autotune.tune import probation
+from autotune.tune.fingerprint import of_model
+from autotune.tune.policy import Choice, Step
 from tests.models import tiny, token_prompts
 
 pytestmark = pytest.mark.skipif(not probation.is_possible("cpu"), reason="no fork tries candidates here")
@@ -117,7 +118,7 @@ def test_a_child_ends_with_its_parent() -> None:
     """Killed as the kernel or an operator does it, with no time to clean up."""
     script = """if True:
         import os, time
-        from autotune import probation
+        from autotune.tune import probation
         out = os.dup(1)
         probation.death_of(lambda: (os.write(out, b"%d\\n" % os.getpid()), time.sleep(1000)), 1000)
     """

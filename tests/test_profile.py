@@ -11,11 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from autotune import hardware, kernels, profile, seam, transforms
-from autotune.errors import MeasurementError
-from autotune.hardware import Hardware
-from autotune.profile.budget import Budget
-from autotune.profile.counts import (
+from autotune import profile, transforms
+from autotune.diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OTHER, OVERHEAD, sections
+from autotune.diagnose.work import (
     Forward,
     Keys,
     Work,
@@ -29,14 +27,19 @@ from autotune.profile.counts import (
     query_heads_per_kv_head,
     stored_weights,
 )
+from autotune.errors import MeasurementError
+from autotune.machine import hardware
+from autotune.machine.hardware import Hardware
+from autotune.model import seam
+from autotune.profile.budget import Budget
 from autotune.profile.operators import share, table
 from autotune.profile.scaling import batch_scaling, context_growth
-from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OTHER, OVERHEAD, sections
 from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes
 from autotune.profile.survey import median_prompts
 from autotune.profile.tracing import trace, watched
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_step import CompileStep
-from autotune.variant import Variant, serving
 from autotune.workload import PHASES, Workload
 from tests import models
 

@@ -10,21 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import device, profile
-from autotune.diagnose import diagnose
+from autotune import profile
+from autotune.diagnose.diagnosis import diagnose
+from autotune.diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OVERHEAD
 from autotune.errors import MeasurementError
-from autotune.hardware import Hardware
+from autotune.machine import device
+from autotune.machine.hardware import Hardware
 from autotune.profile import PhaseProfile, ScalePoint
 from autotune.profile.operators import device_use, share
 from autotune.profile.phases import on_device
 from autotune.profile.recording import read
 from autotune.profile.scaling import growth_s
-from autotune.profile.sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OVERHEAD
 from autotune.profile.spans import Span, Trace
 from autotune.profile.timeline import Timeline, timeline
 from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
-from autotune.variant import Variant, serving
+from autotune.runtime.variant import Variant, serving
 from autotune.workload import PHASES, Workload
 from tests import models
 from tests.fakes.cuda import FakeCuda

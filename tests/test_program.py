@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from autotune import cache as slots
-from autotune import kernels, seam, transforms
+from autotune import transforms
 from autotune.errors import TransformError
-from autotune.program import Program, layout
-from autotune.program.instruction import CODES, Instruction, Place, Root, Share, dense
-from autotune.program.lower import collapse
-from autotune.variant import Variant, serving
+from autotune.model import seam
+from autotune.runtime import kernels
+from autotune.runtime.cache import slots
+from autotune.runtime.steps.program import Program, layout
+from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
+from autotune.runtime.steps.program.lower import collapse
+from autotune.runtime.variant import Variant, serving
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU
 from tests.transforms.test_weights import profile_of
@@ -257,7 +259,7 @@ def test_a_recorded_step_gives_the_modules_logits(name: str, batch: int, weights
 
 
 def _steps(module: Any, cache: slots.SlotCache) -> Callable[..., torch.Tensor]:
-    from autotune.program import StepPrograms
+    from autotune.runtime.steps.program import StepPrograms
 
     return StepPrograms(module).fitting(cache)
 
@@ -306,7 +308,7 @@ def test_a_16_bit_models_step_is_that_of_the_same_weights_in_fp32(name: str, dty
 @needs_kernels
 def test_a_packed_embedding_gives_a_16_bit_models_step_its_own_rows() -> None:
     """In FP32, as they are in memory, while prefill has them in the model's dtype."""
-    from autotune.kernels import PackedEmbedding
+    from autotune.runtime.kernels import PackedEmbedding
 
     plan = [transforms.make("weight_only", {}, "both"), transforms.make("packed_embedding", {}, "both")]
     variant = Variant(tiny("llama").bfloat16()).with_transforms([*plan, transforms.make("step_program", {}, "decode")])
@@ -357,7 +359,7 @@ def test_generation_is_the_originals(name: str, sampling: bool) -> None:
 
 @needs_kernels
 def test_a_timed_step_knows_its_instructions() -> None:
-    from autotune.program import StepPrograms
+    from autotune.runtime.steps.program import StepPrograms
 
     variant = Variant(tiny("llama")).with_transforms(
         [transforms.make("weight_only", {}, "decode"), transforms.make("step_program", {}, "decode")]

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from autotune.progress import Doing, Lines, Live, Watch, shown
+from autotune.report.progress import Doing, Lines, Live, Watch, shown
 
 
 class Ticking:

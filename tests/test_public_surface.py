@@ -8,7 +8,8 @@ from importlib import metadata, resources
 import pytest
 
 import autotune
-from autotune import errors, policy
+from autotune import errors
+from autotune.tune import policy
 
 NAMES = [
     "AutotuneError",

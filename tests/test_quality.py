@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autotune import shrink, stateful
+from autotune.model import shrink, stateful
+from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Quality, Verdict
 from autotune.validate.divergence import compare_logits, find_defect
@@ -21,7 +22,6 @@ from autotune.validate.exam import Text
 from autotune.validate.quality import Exam, beyond, judge, repetition
 from autotune.validate.tally import Tally
 from autotune.validate.tiers import SIZES, TIERS
-from autotune.variant import Variant
 from benchmarks.prove.corruptions import (
     CORRUPTIONS,
     Edit,

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from autotune import codes, route, versions
-from autotune import policy as policies
+from autotune.machine import versions
+from autotune.machine.versions import TESTED
+from autotune.model import route
+from autotune.report import exit_codes as codes
+from autotune.runtime.variant import build, serving
 from autotune.transforms import registry
+from autotune.tune import policy as policies
 from autotune.validate.tiers import TIERS
-from autotune.variant import build, serving
-from autotune.versions import TESTED
 from tests.models import tiny, token_prompts
 
 if TYPE_CHECKING:

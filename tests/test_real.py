@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from autotune import bench, demo, fingerprint, kernels
-from autotune.load import load
+from autotune.cli import demo
+from autotune.model.load import load
+from autotune.runtime import kernels
+from autotune.runtime.variant import build, serving
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.dynamic_int8 import DynamicInt8
-from autotune.transforms.one_query import OneQueryAttention
-from autotune.transforms.storage import WeightStorage
+from autotune.transforms.one_query_attention import OneQueryAttention
 from autotune.transforms.weight_only import WeightOnly
+from autotune.transforms.weight_storage import WeightStorage
+from autotune.tune import bench, fingerprint
 from autotune.validate import Verdict, quality
 from autotune.validate.exam import Exam
-from autotune.variant import build, serving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

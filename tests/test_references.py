@@ -19,19 +19,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
-from autotune import folders, policy, references, stateful
-from autotune import plan as plans
-from autotune import tune as tuning
 from autotune.errors import AutotuneError
-from autotune.plan import Fingerprint
-from autotune.references import References
+from autotune.machine import cache_dir as folders
+from autotune.model import stateful
+from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
-from autotune.tune import Tuned
+from autotune.tune import plan as plans
+from autotune.tune import policy, references
+from autotune.tune import run as tuning
+from autotune.tune.plan import Fingerprint
+from autotune.tune.references import References
+from autotune.tune.run import Tuned
 from autotune.validate.answers import Answers
 from autotune.validate.exam import SIZES, Exam, eos_ids
 from autotune.validate.quality import judge
 from autotune.validate.sensitivity import Probe
-from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
 
@@ -551,8 +553,8 @@ def test_an_exam_larger_than_half_of_the_room_is_not_kept(
 WRITER = """
 import sys, torch
 from types import SimpleNamespace
-from autotune.plan import Fingerprint
-from autotune.references import References
+from autotune.tune.plan import Fingerprint
+from autotune.tune.references import References
 from autotune.validate.answers import Answers
 from autotune.validate.tiers import SIZES
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from autotune import choose, hardware, rehearsal, seam, shrink, versions
 from autotune.errors import TransformError
+from autotune.machine import hardware, versions
+from autotune.model import seam, shrink
+from autotune.runtime.variant import Variant
 from autotune.transforms import Blocker, Stage, Transform, make
-from autotune.variant import Variant
+from autotune.tune import choose, rehearsal
 from tests import architectures
 from tests.models import tiny
 
 if TYPE_CHECKING:
-    from autotune.hardware import Hardware
+    from autotune.machine.hardware import Hardware
 
 REFUSED = [
     ("gpt_neo", "static_cache", "decode", "gives other tokens"),

@@ -15,14 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import autotune
-from autotune import plan as plans
-from autotune import policy as policies
-from autotune import seam
-from autotune import tune as tuning
-from autotune.bench import LiveBench
-from autotune.kernels import PackedLinear, available
-from autotune.policy import Limits
-from autotune.sites import stored_bytes
+from autotune.model import seam
+from autotune.model.linear_layers import stored_bytes
+from autotune.runtime.kernels import PackedLinear, available
+from autotune.runtime.variant import Variant
 from autotune.transforms import Transform
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
@@ -31,10 +27,14 @@ from autotune.transforms.packed_embedding import PackedEmbedding
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
-from autotune.tune import Tuned
+from autotune.tune import plan as plans
+from autotune.tune import policy as policies
+from autotune.tune import run as tuning
+from autotune.tune.bench import LiveBench
+from autotune.tune.policy import Limits
+from autotune.tune.run import Tuned
 from autotune.validate.latency import decide
 from autotune.validate.timing import Pair, Timing
-from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.models import left_padded, tiny, token_prompts
 

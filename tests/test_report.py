@@ -10,16 +10,16 @@ from typing import Any, ClassVar, Literal
 import pytest
 from rich.console import Console
 
-from autotune.contributions import Contribution
-from autotune.diagnose import Diagnosis
-from autotune.hardware import Hardware
-from autotune.plan import Outcome, Trial
+from autotune.diagnose.diagnosis import Diagnosis
+from autotune.machine.hardware import Hardware
 from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePoint
 from autotune.report import Recorded, Report, read
 from autotune.report import numbers as n
 from autotune.report.markdown import escape
 from autotune.report.sections import contributions, not_tried, result
 from autotune.transforms import Stage, Transform
+from autotune.tune.contributions import Contribution
+from autotune.tune.plan import Outcome, Trial
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
 NAN = float("nan")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from autotune.device.counters import Counters, unavailable
-from autotune.ncu import parse
+from autotune.machine.device.counters import Counters, unavailable
 from autotune.profile import DeviceUse, PhaseProfile, Profile
+from autotune.profile.ncu import parse
 from autotune.profile.timeline import Copy, Kernel
 from autotune.report import Recorded, Report, read
 from tests.test_report import COMMITTED, HARDWARE, ORIGINAL, PROFILED

@@ -15,7 +15,7 @@ from torch.nn.modules import module as registry
 
 import autotune
 from autotune import transforms
-from autotune.revision import UNCOUNTED, Revision, hooked
+from autotune.model.revision import UNCOUNTED, Revision, hooked
 from autotune.transforms import Transform
 from tests.models import tiny, token_prompts
 from tests.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
@@ -339,7 +339,7 @@ def dispatch(model: Any) -> None:
 def test_nothing_is_tried_that_no_plan_would_call(change: Change, why: str, when: str) -> None:
     from dataclasses import replace
 
-    from autotune import policy
+    from autotune.tune import policy
 
     model = tiny("llama")
     short = replace(policy.load("balanced"), budget_s=3.0)

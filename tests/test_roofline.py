@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from autotune import roofline
-from autotune.hardware import Hardware
+from autotune.diagnose import roofline
+from autotune.machine.hardware import Hardware
 from autotune.profile import PhaseProfile
 
 GIB = 2**30

@@ -21,10 +21,10 @@ from transformers import (
     pipeline,
 )
 
-from autotune import route, seam
 from autotune.errors import MeasurementError
+from autotune.model import route, seam
+from autotune.runtime.variant import Variant, build, serving
 from autotune.transforms import Stage, Transform
-from autotune.variant import Variant, build, serving
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 
 if TYPE_CHECKING:

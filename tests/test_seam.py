@@ -1,4 +1,4 @@
-"""What belongs to transformers' insides is named in `autotune/seam` and nowhere else: read from the syntax trees."""
+"""What belongs to transformers' insides is named in `model/seam` and nowhere else: read from the syntax trees."""
 
 from __future__ import annotations
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import choose, compose, transforms, trying
-from autotune.diagnose import Diagnosis
+from autotune import transforms
+from autotune.diagnose.diagnosis import Diagnosis
 from autotune.errors import BudgetSpentError, DeviceError, TransformError
-from autotune.hardware import Hardware
-from autotune.plan import Confirmation, Outcome
-from autotune.policy import Choice, Limits, Policy, Step
-from autotune.search import Found, search
+from autotune.machine.hardware import Hardware
+from autotune.runtime.variant import Variant
 from autotune.transforms import Blocker, Stage, Transform
+from autotune.tune import choose, compose, trying
+from autotune.tune.plan import Confirmation, Outcome
+from autotune.tune.policy import Choice, Limits, Policy, Step
+from autotune.tune.search import Found, search
 from autotune.validate import Latency, Quality, Speedup, Verdict
-from autotune.variant import Variant
 
 HARDWARE = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
 

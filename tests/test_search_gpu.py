@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from autotune import policy as policies
 from autotune import transforms
-from autotune.choose import parameter_count, why_not
-from autotune.diagnose import Diagnosis
-from autotune.hardware import Hardware
-from autotune.plan import Trial
-from autotune.policy import Policy
-from autotune.search import Found, search
+from autotune.diagnose.diagnosis import Diagnosis
+from autotune.machine.hardware import Hardware
+from autotune.runtime.variant import Variant
 from autotune.transforms import Transform
+from autotune.tune import policy as policies
+from autotune.tune.choose import parameter_count, why_not
+from autotune.tune.plan import Trial
+from autotune.tune.policy import Policy
+from autotune.tune.search import Found, search
 from autotune.validate import Latency, latency
 from autotune.validate.timing import Timing
-from autotune.variant import Variant
 from autotune.workload import Bucket
 from tests.models import tiny
 from tests.test_search import Scripted, ScriptedBench

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import kernels, sensitivity
-from autotune.sensitivity import Part, Promises, fewest, kinds, rank, refine, spell
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.linears import LinearTransform, reusing
 from autotune.transforms.weight_only import WeightOnly
+from autotune.tune import refine as sensitivity
+from autotune.tune.refine import Part, Promises, fewest, kinds, rank, refine, spell
 from autotune.validate.exam import Exam
 from autotune.validate.sensitivity import Probe
-from autotune.variant import Variant
 from tests import models
 
 KINDS = ("attn.q_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autotune import seam, shrink
+from autotune.model import seam, shrink
 from tests import architectures
 
 KINDS: dict[str, dict[str, Any]] = {  # what a tiny model's configuration says

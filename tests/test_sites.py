@@ -11,8 +11,9 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from autotune import placement, sites
-from autotune.twins import fork
+from autotune.model import linear_layers as sites
+from autotune.model import placement
+from autotune.model.twins import fork
 from tests import models
 
 if TYPE_CHECKING:

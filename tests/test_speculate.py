@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
 import autotune
-from autotune import cache as slots
-from autotune import device, profile, seam
-from autotune.drafts import Lookup
+from autotune import profile
 from autotune.errors import UnsupportedModelError, VariantError
-from autotune.pace import LONGEST_REST, Pace, expected_tokens, pays, worthwhile
-from autotune.speculate import Tally
+from autotune.machine import device
+from autotune.model import seam
+from autotune.runtime.cache import slots
+from autotune.runtime.speculation.drafts import Lookup
+from autotune.runtime.speculation.pace import LONGEST_REST, Pace, expected_tokens, pays, worthwhile
+from autotune.runtime.speculation.speculate import Tally
+from autotune.runtime.variant import Variant, build, serving
 from autotune.transforms import Transform
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
-from autotune.variant import Variant, build, serving
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import CONTEXT, left_padded, tiny, tiny_bert, token_prompts

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import choose, fingerprint, hardware, stateful, transforms
+from autotune import transforms
 from autotune.errors import TransformError
-from autotune.revision import Revision
-from autotune.route import routed
-from autotune.seam.preparation import drops_cache
-from autotune.twins import fork
-from autotune.variant import Variant, serving
+from autotune.machine import hardware
+from autotune.model import stateful
+from autotune.model.revision import Revision
+from autotune.model.route import routed
+from autotune.model.seam.preparation import drops_cache
+from autotune.model.twins import fork
+from autotune.runtime.variant import Variant, serving
+from autotune.tune import choose, fingerprint
 from tests.models import tiny, token_prompts
 from tests.test_architectures import Fallback
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from autotune.policy import Limits
+from autotune.tune.policy import Limits
 from autotune.validate import Verdict
 from autotune.validate.ratios import bounds, decide, pooled
 from autotune.validate.statistics import cluster_means, median_bounds, spread

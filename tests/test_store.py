@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from autotune import folders, plan, store, transforms
-from autotune.plan import Fingerprint, Plan
+from autotune import transforms
+from autotune.machine import cache_dir as folders
+from autotune.tune import plan, store
+from autotune.tune.plan import Fingerprint, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,7 +235,7 @@ def test_a_full_disk_leaves_the_old_plan_and_nothing_else(
 
 WRITER = """
 import os, signal, sys
-from autotune import plan, store
+from autotune.tune import plan, store
 one, two = (plan.loads(text) for text in sys.stdin.read().split("---"))
 if sys.argv[1] == "killed":
     os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import autotune
-from autotune import original, revision, transforms
-from autotune import tune as tuning
-from autotune.original import Original
+from autotune import transforms
+from autotune.live import original
+from autotune.live.original import Original
+from autotune.live.watch.watch import Watch
+from autotune.model import revision
 from autotune.transforms import Transform
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
-from autotune.watch import Watch
+from autotune.tune import run as tuning
 from tests.models import tiny, token_prompts
 from tests.test_wrap import greedy, scripted, wrapped  # noqa: F401 - a fixture
 
@@ -108,7 +110,7 @@ def test_a_commit_that_fails_leaves_a_model_that_answers(
     expected = greedy(model)
     monkeypatch.setattr(owner, name, break_down)
     if name == "releasable_bytes":  # the handle has it by its own name
-        monkeypatch.setattr("autotune.handle.releasable_bytes", break_down)
+        monkeypatch.setattr("autotune.live.handle.releasable_bytes", break_down)
     with pytest.raises((RuntimeError, autotune.AutotuneError), match="broken off here"):
         wrapped(model, keep_original=False)
     monkeypatch.undo()

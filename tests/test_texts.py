@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from autotune.texts import TEXTS
 from autotune.validate.tiers import SIZES
+from autotune.workload.texts import TEXTS
 
 
 @pytest.mark.fault("B45")

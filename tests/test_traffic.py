@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from autotune.traffic import Cancelled, Traffic
+from autotune.runtime.traffic import Cancelled, Traffic
 
 WAIT_S = 20.0  # a deadlock shows as a failure, not as a hang
 
@@ -81,7 +81,7 @@ def test_a_measured_call_may_nest_a_request_and_a_step() -> None:
 
 def test_the_clock_stands_still_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     traffic, now = Traffic(), [100.0]
-    monkeypatch.setattr("autotune.traffic.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("autotune.runtime.traffic.time.perf_counter", lambda: now[0])
     spans: list[float] = []
 
     def tuner() -> None:

@@ -13,10 +13,10 @@ import torch._dynamo.config
 import torch._inductor.config
 
 from autotune.errors import ChoiceError, TransformError
-from autotune.hardware import Hardware
+from autotune.machine.hardware import Hardware
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms import Stage, Transform, make, registry
 from autotune.transforms.linears import LinearTransform
-from autotune.variant import Variant, serving
 from tests import models
 from tests.surroundings import surroundings
 
@@ -123,7 +123,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _guessing_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether guesses pay is not left to this machine's clock."""
-    monkeypatch.setattr("autotune.speculate.measure_cost", lambda variant: 1.2)
+    monkeypatch.setattr("autotune.runtime.speculation.speculate.measure_cost", lambda variant: 1.2)
 
 
 @pytest.mark.fault("A27", "A28")

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from autotune import plan as plans
-from autotune import policy as policies
 from autotune import workload
-from autotune.choose import State
 from autotune.errors import TransformError
-from autotune.hardware import Hardware
-from autotune.plan import Fingerprint, Outcome, Plan, Trial
-from autotune.search import Found
+from autotune.machine.hardware import Hardware
+from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import conclude, replay
+from autotune.tune import plan as plans
+from autotune.tune import policy as policies
+from autotune.tune.choose import State
+from autotune.tune.plan import Fingerprint, Outcome, Plan, Trial
+from autotune.tune.run import conclude, replay
+from autotune.tune.search import Found
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from autotune.validate.score import CandidateError
-from autotune.variant import Variant
 from tests.models import tiny, token_prompts
 from tests.test_report import DIAGNOSES, HARDWARE, ORIGINAL, Shrink, profile
 

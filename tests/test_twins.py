@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import route
-from autotune.twins import fork
-from autotune.variant import Variant, serving
+from autotune.model import route
+from autotune.model.twins import fork
+from autotune.runtime.variant import Variant, serving
 from tests.models import ARCHITECTURES, tiny, token_prompts
 
 IDS = torch.tensor(token_prompts(1))

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from autotune import verdict
-from autotune.plan import Outcome, Trial
 from autotune.transforms import Stage, Transform
+from autotune.tune import verdict
+from autotune.tune.plan import Outcome, Trial
+from autotune.tune.verdict import Conclusion
 from autotune.validate import Latency, Quality, Speedup, Verdict
-from autotune.verdict import Conclusion
 
 
 @dataclass(frozen=True)

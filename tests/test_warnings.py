@@ -13,7 +13,7 @@ import torch
 
 OURS = [
     "autotune",
-    "autotune.loop",
+    "autotune.runtime.loop",
     "autotune_pytest",
     "tests.test_wrap",
     "benchmarks.smoke",

@@ -11,12 +11,9 @@ import pytest
 import torch
 
 import autotune
-from autotune import plan as plans
-from autotune import store
-from autotune import tune as tuning
-from autotune.breaker import Breaker, Rules
-from autotune.canary import score
-from autotune.drift import (
+from autotune.live.watch.breaker import Breaker, Rules
+from autotune.live.watch.canary import score
+from autotune.live.watch.drift import (
     COMPILED_CALLS,
     FIRST_CALLS,
     LOOKED_AT,
@@ -26,11 +23,14 @@ from autotune.drift import (
     expected_paces,
     shape_of,
 )
+from autotune.live.watch.watch import Watch
+from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import Tuned
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune import store
+from autotune.tune.run import Tuned
 from autotune.validate import Latency, Speedup, Verdict
-from autotune.variant import Variant
-from autotune.watch import Watch
 from tests.models import tiny, token_prompts
 from tests.test_wrap import IDS, Written, greedy
 
@@ -235,7 +235,7 @@ def test_a_sound_plan_stays(watched: Any) -> None:
 
 @pytest.mark.fault("E69")
 def test_a_plan_that_drifts_is_taken_out(watched: Any, clock: Clock) -> None:
-    from autotune.route import bare
+    from autotune.model.route import bare
 
     expected = greedy(bare(watched), tokens=12)
     good = spoil(watched)
@@ -298,7 +298,7 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
 
 @pytest.mark.fault("E67", "E70")
 def test_a_plan_that_keeps_failing_rests_longer_and_ends(watched: Any, clock: Clock) -> None:
-    from autotune.route import bare
+    from autotune.model.route import bare
 
     expected = greedy(bare(watched), tokens=2)
     decode = watched.autotune._active.modules["decode"]
@@ -357,7 +357,7 @@ def test_a_trial_that_its_caller_gives_up_leaves_the_next_one_to_try(watched: An
 
 def test_a_recompile_storm_takes_the_plan_out(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     count = iter(range(10_000))
-    monkeypatch.setattr("autotune.watch.graphs", lambda: next(count))
+    monkeypatch.setattr("autotune.live.watch.watch.graphs", lambda: next(count))
     serve(watched, COMPILED_CALLS)
     assert "compile over and over" in watched.autotune.events[0].reason
 
@@ -418,7 +418,7 @@ def test_scoring_calls_no_hook_that_is_set_meanwhile(watched: Any, monkeypatch: 
         scored.append(found := score(*given))
         return found
 
-    monkeypatch.setattr("autotune.watch.score", hooked)
+    monkeypatch.setattr("autotune.live.watch.watch.score", hooked)
     serve(watched, 1, tokens=4)
     ((kld, defect),) = scored
     assert (called, defect) == ([], None)
@@ -427,7 +427,7 @@ def test_scoring_calls_no_hook_that_is_set_meanwhile(watched: Any, monkeypatch: 
 
 
 def test_scoring_leaves_no_mark_on_the_answers(watched: Any) -> None:
-    from autotune.route import bare
+    from autotune.model.route import bare
 
     before = greedy(bare(watched), tokens=12)
     serve(watched, 2)

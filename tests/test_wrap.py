@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import autotune
-from autotune import plan as plans
-from autotune import seam
-from autotune import tune as tuning
-from autotune.route import bare, is_routed
+from autotune.model import seam
+from autotune.model.route import bare, is_routed
+from autotune.runtime.variant import Variant
 from autotune.transforms import Transform
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
-from autotune.tune import Tuned
-from autotune.variant import Variant
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.run import Tuned
 from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
 
 IDS = torch.tensor([token_prompts(1)[0]])

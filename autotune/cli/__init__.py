@@ -1,4 +1,4 @@
-"""The command line. What each command ends with is the table of `autotune.codes`, whatever happens."""
+"""The command line. What each command ends with is the table of `autotune.report.exit_codes`, whatever happens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..codes import Code, text
 from ..errors import (
     AutotuneError,
     BaselineError,
@@ -24,7 +23,8 @@ from ..errors import (
     UnsupportedModelError,
     WorkloadError,
 )
-from ..printable import printable
+from ..report.exit_codes import Code, text
+from ..report.printable import printable
 from .streams import guarded
 
 log = logging.getLogger("autotune")

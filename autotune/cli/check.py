@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasurementError, PlanError, UnsupportedModelError, WorkloadError
-from ..progress import shown
+from ..report.progress import shown
 from .screen import screen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..check import CheckResult
-    from ..plan import Plan
-    from ..variant import Variant
+    from ..compare.check import CheckResult
+    from ..runtime.variant import Variant
+    from ..tune.plan import Plan
 
 Notify = Callable[[str], None]
 
 
 def record(args: Namespace) -> int:
     """Record a baseline."""
-    from ..check import record as keep
-    from ..check.folder import require_free
+    from ..compare.check import record as keep
+    from ..compare.check.folder import require_free
 
     require_free(args.out, args.force)
     with shown(None) as progress:
@@ -51,8 +51,8 @@ def record(args: Namespace) -> int:
 
 def run(args: Namespace) -> int:
     """Check a model against a baseline; the exit code is the verdict."""
-    from ..check import load as load_baseline
-    from ..check import run as check
+    from ..compare.check import load as load_baseline
+    from ..compare.check import run as check
 
     base = load_baseline(args.baseline)  # said before minutes of loading
     plan = _plan(args.plan)
@@ -86,7 +86,7 @@ def run(args: Namespace) -> int:
 
 def draw(result: CheckResult) -> None:
     """The verdict, its metrics, and where the model differs."""
-    from ..check.render import number
+    from ..compare.check.render import number
     from .show import _print, _table
 
     table = _table("metric", "verdict", "recorded", "now", "limit", "reason")
@@ -105,7 +105,7 @@ def draw(result: CheckResult) -> None:
 def _load(name: str, args: Namespace, notify: Notify) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     import torch
 
-    from ..load import load
+    from ..model.load import load
 
     for file in (args.prompts, getattr(args, "tasks", None), getattr(args, "tuned_on", None)):
         if file is not None and not file.is_file():
@@ -117,7 +117,7 @@ def _load(name: str, args: Namespace, notify: Notify) -> tuple[PreTrainedModel, 
 
 
 def _plan(file: Path | None) -> Plan | None:
-    from .. import plan
+    from ..tune import plan
 
     if file is None:
         return None
@@ -135,7 +135,7 @@ def _tuning_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase | None) 
         return args.tuned_on
     if tokenizer is None:
         raise WorkloadError("the model has no tokenizer: name prompts to tune on as token ids, --tuned-on FILE.jsonl")
-    from ..demo import prompts
+    from .demo import prompts
 
     found = prompts(tokenizer)
     return found[: len(found) // 2]
@@ -149,11 +149,11 @@ def _tuned(
     notify: Notify,
 ) -> Variant:
     """What a policy makes of the model. No tokenizer is handed on: it would fill up the prompts with built-in texts."""
-    from .. import policy as policies
     from .. import workload
-    from ..tune import tune
-    from ..verdict import is_fruitless
-    from ..wrap import unsupported
+    from ..live.wrap import unsupported
+    from ..tune import policy as policies
+    from ..tune.run import tune
+    from ..tune.verdict import is_fruitless
 
     chosen = policies.load(policy)
     if reason := unsupported(model):

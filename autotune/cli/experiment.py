@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..codes import OF_VERDICT
 from ..errors import ExperimentError
+from ..report.exit_codes import OF_VERDICT
 from .screen import screen
 
 if TYPE_CHECKING:
-    from ..experiment import Result, Store
-    from ..experiment.store import Concluded, Version
+    from ..compare.experiment import Result, Store
+    from ..compare.experiment.store import Concluded, Version
     from ..report.layout import Section
 
 
@@ -52,8 +52,8 @@ def run(args: Namespace) -> int:
     """Run an experiment that is written down, print its result, and return the verdict as an exit code."""
     import torch
 
-    from ..experiment import chart, sheet
-    from ..progress import shown
+    from ..compare.experiment import chart, sheet
+    from ..report.progress import shown
 
     if args.chart:
         chart.require_format(args.chart)
@@ -88,7 +88,7 @@ def status(args: Namespace) -> int:
 
 def report(args: Namespace) -> int:
     """A kept result again; its verdict is the exit code."""
-    from ..experiment.results import read
+    from ..compare.experiment.results import read
 
     store = _store(args)
     kept = ((v, c) for v in _versions(store, args.name) if (c := store.verdicts(v).get("")))
@@ -131,7 +131,7 @@ def _report_live(store: Store, version: Version, concluded: Concluded, args: Nam
 
 
 def _described(body: Mapping[str, Any]) -> tuple[str, ...]:
-    from ..experiment.live import describe
+    from ..compare.experiment.live import describe
 
     try:
         return tuple(describe(body))
@@ -159,7 +159,7 @@ def _finish(result: Result, args: Namespace) -> int:
 
 
 def _store(args: Namespace) -> Store:
-    from ..experiment import Store
+    from ..compare.experiment import Store
 
     if args.store and (not args.store.exists() or not args.store.stat().st_size):
         raise ExperimentError(
@@ -169,7 +169,7 @@ def _store(args: Namespace) -> Store:
 
 
 def _versions(store: Store, name: str) -> tuple[Version, ...]:
-    from ..policy import nearest
+    from ..tune.policy import nearest
 
     found = store.versions(name)
     if not found:

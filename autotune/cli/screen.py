@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..printable import printable
+from ..report.printable import printable
 
 PLAIN_WIDTH = 120  # of what goes into a file or a pipe
 

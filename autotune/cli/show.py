@@ -16,7 +16,7 @@ from .screen import screen
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..transforms import Transform
 
 OPTIONAL = {
@@ -33,7 +33,8 @@ def doctor(args: Namespace) -> int:
     """What this machine can do, and what is missing."""
     import torch
 
-    from .. import folders, hardware
+    from ..machine import cache_dir as folders
+    from ..machine import hardware
     from ..transforms.threads import usable_cores
 
     if args.threads:
@@ -72,7 +73,9 @@ def doctor(args: Namespace) -> int:
 
 def _versions() -> str:
     """Whether the installed versions are known to work, or what a check of them found."""
-    from .. import selfcheck, shrink, versions
+    from ..live import selfcheck
+    from ..machine import versions
+    from ..model import shrink
 
     others = versions.untested()
     if not others:
@@ -83,8 +86,8 @@ def _versions() -> str:
 
 def _add_counters(table: Table) -> None:
     """What NVML tells of the GPU now, and what it does not."""
-    from ..device import of
-    from ..device.nvml import sampled
+    from ..machine.device import of
+    from ..machine.device.nvml import sampled
 
     with sampled(of("cuda")) as sampler:
         pass
@@ -106,8 +109,8 @@ def availability(machine: Hardware) -> dict[str, str | None]:
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from ..runtime.variant import Variant
     from ..transforms import registry
-    from ..variant import Variant
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4
@@ -127,8 +130,8 @@ def _for_a_phase(cls: type[Transform]) -> Transform:
 
 def plan(file: Path) -> int:
     """A plan: what it was made for, what it applies, and the report of the time."""
-    from .. import plan as plans
     from ..report import read
+    from ..tune import plan as plans
 
     try:
         loaded = plans.loads(file.read_bytes())
@@ -153,7 +156,7 @@ def plan(file: Path) -> int:
 
 def policies() -> int:
     """Every policy that can be named, and where it comes from."""
-    from ..policy import available, check
+    from ..tune.policy import available, check
 
     table = _table("policy", "objective", "tier", "budget", "description", "file")
     for name, path in available().items():
@@ -169,7 +172,7 @@ def policies() -> int:
 
 def check_policy(file: Path) -> int:
     """Whether a policy file is valid."""
-    from ..policy import check
+    from ..tune.policy import check
 
     found = check(file)
     choices = sum(len(step.choices) for step in found.steps)

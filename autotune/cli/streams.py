@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from ..codes import Code
-from ..printable import printable
+from ..report.exit_codes import Code
+from ..report.printable import printable
 
 
 class Stream:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasurementError, PackageError, UnsupportedModelError, WorkloadError
-from ..folders import expanded
-from ..ncu import command, parse
-from ..policy import Policy
-from ..policy import load as load_policy
-from ..printable import printable
-from ..progress import Progress, shown
+from ..machine.cache_dir import expanded
+from ..profile.ncu import command, parse
 from ..report import Drawn, Report
+from ..report.printable import printable
+from ..report.progress import Progress, shown
+from ..tune.policy import Policy
+from ..tune.policy import load as load_policy
 from ..workload import PHASES, Phase
 from .screen import screen
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..diagnose import Diagnosis
-    from ..ncu import Reading
+    from ..diagnose.diagnosis import Diagnosis
+    from ..profile.ncu import Reading
 
 PROFILE_BUDGET_S = 60.0
 
@@ -49,7 +49,7 @@ def demo(args: Namespace) -> int:
     Raises:
         MeasurementError: nothing of what should have been tried could be; the report is written all the same.
     """
-    from .. import demo as stage
+    from . import demo as stage
 
     model, tokenizer = _tuned(args, str(stage.model_file()), None)
     if tokenizer is None:
@@ -62,7 +62,7 @@ def demo(args: Namespace) -> int:
 
 def _require_tries(model: PreTrainedModel) -> None:
     """Fail where tuning wanted to try something, and could try nothing of it."""
-    from ..verdict import is_fruitless
+    from ..tune.verdict import is_fruitless
 
     handle: Any = model.autotune
     if is_fruitless(handle.plan.trials):
@@ -72,7 +72,7 @@ def _require_tries(model: PreTrainedModel) -> None:
 def _tuned(
     args: Namespace, name: str, prompts: Path | None, keep_original: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    from ..wrap import wrap
+    from ..live.wrap import wrap
 
     policy = _policy(args)
     out = _folder(args.out, name)
@@ -92,7 +92,7 @@ def _tuned(
     handle: Any = model.autotune
     if handle.status.state == "passed through":
         raise MeasurementError(handle.status.detail)
-    from .. import plan
+    from ..tune import plan
 
     report = handle.report()
     doubt = report.to_dict().get("doubt")
@@ -108,7 +108,8 @@ def _kernels_being_built() -> Iterator[None]:
     """Compile the CPU operators, where they are not in the cache, beside what is done meanwhile and times nothing."""
     import torch
 
-    from .. import ending, kernels
+    from ..machine import ending
+    from ..runtime import kernels
 
     def build() -> None:
         if not torch.cuda.is_available():
@@ -145,8 +146,8 @@ def profile(args: Namespace) -> int:
 
 def replay(args: Namespace) -> int:
     """One phase of the model once, for a tool that watches."""
-    from .. import replay as replays
     from .. import workload
+    from ..profile import ncu_replay as replays
     from ..profile.survey import median_prompts
 
     with shown(PROFILE_BUDGET_S) as progress:
@@ -187,12 +188,13 @@ def profiled(
     counted: Mapping[Phase, Reading] | None = None,
 ) -> Report:
     """A report of what the model costs as it is; `counted` is what Nsight Compute told of a phase."""
-    from .. import hardware, workload
     from .. import profile as profiling
-    from ..diagnose import diagnose, supported
-    from ..tune import describe, name_of
-    from ..variant import Variant
-    from ..wrap import unsupported
+    from .. import workload
+    from ..diagnose.diagnosis import diagnose, supported
+    from ..live.wrap import unsupported
+    from ..machine import hardware
+    from ..runtime.variant import Variant
+    from ..tune.run import describe, name_of
 
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
@@ -248,7 +250,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     import torch
 
-    from ..load import load
+    from ..model.load import load
 
     if prompts is not None and not prompts.is_file():  # said before minutes of loading
         raise WorkloadError(f"there is no file {prompts}; expected prompts, one a line, or .jsonl")
@@ -259,7 +261,7 @@ def _load(
 
 
 def _workload(prompts: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    from ..demo import prompts as built_in
+    from .demo import prompts as built_in
 
     if prompts is not None:
         return prompts

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from ..workload import Phase, Workload
 
 if TYPE_CHECKING:
-    from ..device.counters import Counters
-    from ..hardware import Hardware
-    from ..variant import Variant
+    from ..machine.device.counters import Counters
+    from ..machine.hardware import Hardware
+    from ..runtime.variant import Variant
     from .timeline import Copy, Kernel
 
 

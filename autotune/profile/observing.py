@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ..device.nvml import sampled
+from ..machine.device.nvml import sampled
 from ..workload import Phase
 
 if TYPE_CHECKING:
-    from ..device import Device
-    from ..device.counters import Counters
+    from ..machine.device import Device
+    from ..machine.device.counters import Counters
 
 OBSERVE_S = 0.5  # of each phase: NVML's utilisation is a mean over up to a second
 REPEATS = 200  # of a request that takes no time to speak of

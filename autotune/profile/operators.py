@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..roofline import classify, intensity
+from ..diagnose.parts import ATTENTION, CACHE, COMPILED, GROUPS, OVERHEAD
+from ..diagnose.roofline import classify, intensity
+from ..diagnose.work import Work
 from . import DeviceUse, Operator
-from .counts import Work
-from .sections import ATTENTION, CACHE, COMPILED, GROUPS, OVERHEAD
 from .spans import Trace
 
 if TYPE_CHECKING:
-    from ..device.counters import Counters
+    from ..machine.device.counters import Counters
 
 SMALL_KERNEL_S = 5e-6  # a GPU takes 5 to 20 us to launch a kernel: one shorter than that waits for the next
 SMALL_S = 20e-6  # at 25 GB/s an operator this short moves 500 KB at most: its start, not its work, is what it costs

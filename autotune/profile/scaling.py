@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..diagnose.work import Forward, activation_dtype, activation_size, cache_size, text_config
 from ..errors import MeasurementError
 from . import ScalePoint
 from .budget import Budget
-from .counts import Forward, activation_dtype, activation_size, cache_size, text_config
 from .timing import time_request
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE
 from .recording import Call, Work
-from .sections import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE
 from .timeline import Timeline, group_of
 
 Role = Literal["linear", "attention", "cache"]

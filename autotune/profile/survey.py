@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import device as devices
-from ..peaks import uses_tf32
-from ..roofline import peak_flops_per_s, ridge
-from ..variant import serving
-from ..workload import PHASES, Phase, Workload
-from . import MemoryUse, PhaseProfile, Profile, ScalePoint
-from .budget import Budget
-from .counts import (
+from ..diagnose.roofline import peak_flops_per_s, ridge
+from ..diagnose.work import (
     Forward,
     activation_dtype,
     activation_size,
@@ -28,6 +22,12 @@ from .counts import (
     query_heads_per_kv_head,
     stored_weights,
 )
+from ..machine import device as devices
+from ..machine.peaks import uses_tf32
+from ..runtime.variant import serving
+from ..workload import PHASES, Phase, Workload
+from . import MemoryUse, PhaseProfile, Profile, ScalePoint
+from .budget import Budget
 from .observing import Observation, observe
 from .operators import device_use, share, table
 from .scaling import BATCHES, batch_scaling, context_growth, growth_s
@@ -38,8 +38,8 @@ from .tracing import trace, watched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..hardware import Hardware
-    from ..variant import Variant
+    from ..machine.hardware import Hardware
+    from ..runtime.variant import Variant
 
 TIMING_SHARE = 0.3  # of the budget, for TTFT and TPOT samples; the rest is for operators and scaling
 MAX_SAMPLES = 9  # beyond this the median of a quiet host no longer moves

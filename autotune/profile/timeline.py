@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ..diagnose.parts import RANGE
 from .recording import RUNTIME, Call, Recording, Work
-from .sections import RANGE
 
 Interval = tuple[float, float]  # seconds since the recording began
 

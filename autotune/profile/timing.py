@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import record_function
 
-from .. import device as devices
-from .. import route
+from ..machine import device as devices
+from ..model import route
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..device import Device
+    from ..machine.device import Device
 
 START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler trace: a request made, a token out
 
@@ -81,7 +81,7 @@ def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
     """Generate greedily exactly `new_tokens` tokens for `ids` [B, P] and time them, as `timed`.
 
     Args:
-        served: the model as it will serve (`autotune.variant.serving`).
+        served: the model as it will serve (`autotune.runtime.variant.serving`).
         ids: prompts of one length, [B, P] int64; every position counts.
         new_tokens: tokens per sequence; none of them ends it.
     """

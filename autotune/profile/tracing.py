@@ -19,15 +19,15 @@ from torch import nn
 from torch.autograd.profiler import profile as record  # torch.profiler would trace every thread
 from torch.profiler import record_function
 
-from .. import device as devices
-from .. import stateful
-from ..device.trace import silent_kineto
+from ..diagnose.parts import ATTENTION, CACHE, COMPILED, RANGE, sections
+from ..diagnose.work import matrices
 from ..errors import MeasurementError
+from ..machine import device as devices
+from ..machine.device.trace import silent_kineto
+from ..model import stateful
 from ..workload import Phase
-from .counts import matrices
 from .phases import intervals, length, on_device
 from .recording import read
-from .sections import ATTENTION, CACHE, COMPILED, RANGE, sections
 from .spans import DISPATCH, Role, Shapes, Span, Trace, mark_cache_writes, span_of
 from .timeline import Interval
 from .timing import START, TICK, time_request
@@ -35,8 +35,8 @@ from .timing import START, TICK, time_request
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..program.instruction import Instruction
-    from ..variant import Variant
+    from ..runtime.steps.program.instruction import Instruction
+    from ..runtime.variant import Variant
 
 PROGRAM = "run_program"
 PROGRAM_ROLES: dict[str, Role] = {"linear": "linear", "dot": "linear", "attend": "attention", "index_copy": "cache"}
@@ -60,8 +60,8 @@ class Watched:
 
 def watched(variant: Variant) -> Watched:
     """How to watch a variant. The original is never hooked: a twin over the same tensors stands in for it."""
-    from ..twins import fork
-    from ..variant import Variant
+    from ..model.twins import fork
+    from ..runtime.variant import Variant
 
     original = variant.original
     if not variant.transforms:
@@ -92,8 +92,8 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     Raises:
         MeasurementError: another profiler is at work.
     """
-    from ..program import StepPrograms
-    from ..variant import serving
+    from ..runtime.steps.program import StepPrograms
+    from ..runtime.variant import serving
 
     device = devices.of(ids.device)
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]

@@ -12,20 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from ..contributions import Contribution
-from ..diagnose import Diagnosis
+from ..diagnose.diagnosis import Diagnosis
 from ..errors import PlanError
-from ..hardware import Hardware
-from ..plan import Trial
+from ..machine.hardware import Hardware
 from ..profile import Profile
 from ..transforms import Transform
+from ..tune.contributions import Contribution
+from ..tune.plan import Trial
 from ..validate import Latency, Quality
 from ..workload import Phase
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..ncu import Reading
+    from ..profile.ncu import Reading
 
 
 class Drawn:

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..diagnose import FULL, UNITS, Bottleneck, overhead_s
-from ..machines import MACHINES, Machine
-from ..plan import METRIC_OF
+from ..diagnose.diagnosis import FULL, UNITS, Bottleneck, overhead_s
+from ..diagnose.roofline import attainable_bandwidth, attainable_peak, floor_s, roofline_s
+from ..machine.catalogue import MACHINES, Machine
 from ..profile.operators import SMALL_KERNEL_S
 from ..profile.scaling import growth_s
-from ..roofline import attainable_bandwidth, attainable_peak, floor_s, roofline_s
+from ..tune.plan import METRIC_OF
 from ..workload import PHASES, Phase
 from . import numbers as n
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile, Profile, ScalePoint
     from . import Report
 

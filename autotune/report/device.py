@@ -12,8 +12,8 @@ from . import numbers as n
 from .layout import Section, Table, sentence
 
 if TYPE_CHECKING:
-    from ..ncu import Reading
     from ..profile import PhaseProfile, Profile
+    from ..profile.ncu import Reading
 
 UNIT = re.compile("_(hz|w|c|bytes)$")
 ROWS = 8  # of the longest kernels

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..printable import printable
 from .layout import Section, Table
+from .printable import printable
 from .sections import headline, sections
 
 MARKUP = re.compile(r"[\\|*`]|(?<!\w)_|_(?!\w)|<(?=[\w/!])")

@@ -9,18 +9,18 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..plan import METRIC_OF
-from ..roofline import floor_s, peak_flops_per_s
+from ..diagnose.roofline import floor_s, peak_flops_per_s
+from ..tune.plan import METRIC_OF
 from ..workload import PHASES, Phase
 from . import device
 from .advice import advise
 
 if TYPE_CHECKING:
-    from ..contributions import Contribution
-    from ..diagnose import Diagnosis
-    from ..hardware import Hardware
-    from ..plan import Trial
+    from ..diagnose.diagnosis import Diagnosis
+    from ..machine.hardware import Hardware
     from ..profile import MemoryUse, Operator, Profile, ScalePoint
+    from ..tune.contributions import Contribution
+    from ..tune.plan import Trial
     from ..validate import Latency, Quality, Speedup
     from . import Report
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 
-from ..busy import is_noticeable
+from ..machine.busy import is_noticeable
 from . import device
 from . import numbers as n
 from .layout import Section, Table, sentence

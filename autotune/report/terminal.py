@@ -6,8 +6,8 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..printable import printable
 from .layout import Section, Table
+from .printable import printable
 from .sections import headline, sections
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 from ..errors import ChoiceError
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 GROUP = "autotune.transforms"  # the entry-point group of third parties
@@ -83,7 +83,7 @@ class Transform:
     def rehearsed(self) -> Transform | None:
         """What is tried on a tiny model of the user's class before this is tried on the user's, or None.
 
-        That shows whether an architecture bears it at all; see `autotune.rehearsal`. It has to be quick.
+        That shows whether an architecture bears it at all; see `autotune.tune.rehearsal`. It has to be quick.
         """
         return None
 

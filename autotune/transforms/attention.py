@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import architecture, roofline, seam
+from ..diagnose import roofline
 from ..errors import TransformError
-from . import Stage, Transform, require, sdpa
+from ..machine import gpus as architecture
+from ..model import seam
+from ..runtime import attention_sdpa as sdpa
+from . import Stage, Transform, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..architecture import Capability
-    from ..hardware import Hardware
+    from ..machine.gpus import Capability
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 PROBE_TOKENS = 4  # of the request that shows which kernel runs; shorter than any sliding window
@@ -128,7 +131,7 @@ class Attention(Transform):
         )
 
     def _unfit_model(self, variant: Variant, needs: Needs, hardware: Hardware) -> str | None:
-        from ..profile.counts import activation_dtype, attention_layers
+        from ..diagnose.work import activation_dtype, attention_layers
 
         wanted, dtype = self.implementation, activation_dtype(variant.original)
         if needs.half and hardware.device != "cpu" and dtype not in (torch.float16, torch.bfloat16):

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from .. import roofline, sites
+from ..diagnose import roofline
+from ..model import linear_layers as sites
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..architecture import Capability
-    from ..hardware import Hardware
+    from ..machine.gpus import Capability
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
 
 BITS = {"int8": 8, "int8_vectorwise": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import placement, roofline, seam
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..model import placement, seam
 from . import Stage, Transform
 from .compile_step import no_compiler
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 LENGTHS = (24, 40, 56)  # of prompts to try it on, tokens: none is a power of two, which kernels could be made for
@@ -49,7 +50,7 @@ class CompilePrefill(Transform):
         return {"prefill": roofline.less_overhead(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:
-        from ..recompiling import Recompiling
+        from ..runtime.steps.compiled_prefill import Recompiling
 
         if reason := variant.state.unseen("compiled prefill"):
             raise TransformError(reason)
@@ -59,7 +60,7 @@ class CompilePrefill(Transform):
         module.forward = compiled
 
     def took_effect(self, variant: Variant) -> str | None:
-        from ..recompiling import Recompiling
+        from ..runtime.steps.compiled_prefill import Recompiling
 
         forward = vars(variant.modules["prefill"]).get("forward")
         if not isinstance(forward, Recompiling) or not forward.compilations:

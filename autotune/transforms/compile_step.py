@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import device as devices
-from .. import placement, roofline, sites
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..machine import device as devices
+from ..model import linear_layers as sites
+from ..model import placement
 from . import Blocker, Stage, Transform, require
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, use_slots
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 TRITON_CAPABILITY = (7, 0)  # Volta; see torch.utils._triton
@@ -61,7 +63,7 @@ class CompileStep(Transform):
 
     def _captured_anew(self, variant: Variant) -> bool:
         """Whether the step is one of graphs, which will be captured again around the compiled one."""
-        from ..graphs import GraphSteps
+        from ..runtime.steps.graphs import GraphSteps
 
         plain = isinstance(variant.step, GraphSteps) and variant.step.inner is None
         return plain and self.mode != "reduce-overhead"
@@ -85,8 +87,8 @@ class CompileStep(Transform):
         return slot_bytes(variant, self.slots)
 
     def apply(self, variant: Variant) -> None:
-        from ..cache import SlotCache, example
-        from ..compiled import CompiledStep
+        from ..runtime.cache.slots import SlotCache, example
+        from ..runtime.steps.compiled import CompiledStep
 
         if reason := self._out_of_place(variant) or variant.state.unseen("a compiled step"):
             raise TransformError(reason)
@@ -102,9 +104,9 @@ class CompileStep(Transform):
         variant.step = step
 
     def _apply_graphs(self, variant: Variant) -> None:
-        from ..cache import example
-        from ..pool import CachePool
-        from ..trees import TreeStep
+        from ..runtime.cache.pool import CachePool
+        from ..runtime.cache.slots import example
+        from ..runtime.steps.inductor_graphs import TreeStep
 
         config = variant.original.config.get_text_config(decoder=True)
         slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
@@ -116,7 +118,7 @@ class CompileStep(Transform):
         variant.step = step
 
     def took_effect(self, variant: Variant) -> str | None:
-        from ..graphs import GraphSteps
+        from ..runtime.steps.graphs import GraphSteps
 
         step = variant.step.inner if isinstance(variant.step, GraphSteps) else variant.step  # captured since
         if step is None or variant.caches is None:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import device as devices
-from .. import placement, roofline, sites
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..machine import device as devices
+from ..model import linear_layers as sites
+from ..model import placement
 from . import Stage, Transform
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes
 
 if TYPE_CHECKING:
-    from ..graphs import GraphSteps
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.steps.graphs import GraphSteps
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 LASTING = 2  # caches with graphs for each batch size: generations that may overlap before one runs uncaptured
@@ -68,10 +70,10 @@ class CudaGraph(Transform):
         return slot_bytes(variant, self.slots)
 
     def apply(self, variant: Variant) -> None:
-        from ..cache import example
-        from ..compiled import CompiledStep
-        from ..graphs import GraphSteps, buckets, lengths
-        from ..pool import CachePool
+        from ..runtime.cache.pool import CachePool
+        from ..runtime.cache.slots import example
+        from ..runtime.steps.compiled import CompiledStep
+        from ..runtime.steps.graphs import GraphSteps, buckets, lengths
 
         device = devices.of(variant.original)
         if reason := device.without_graphs() or uncapturable(variant):
@@ -96,7 +98,7 @@ class CudaGraph(Transform):
         variant.step = steps
 
     def took_effect(self, variant: Variant) -> str | None:
-        from ..graphs import GraphSteps
+        from ..runtime.steps.graphs import GraphSteps
 
         if not isinstance(variant.step, GraphSteps):
             return "the decode step was not captured"
@@ -105,7 +107,7 @@ class CudaGraph(Transform):
 
 def uncapturable(variant: Variant) -> str | None:
     """Why this variant's decode step cannot be captured, or None."""
-    from ..compiled import CompiledStep
+    from ..runtime.steps.compiled import CompiledStep
 
     if variant.step is not None and not isinstance(variant.step, CompiledStep):
         return "the decode step is captured or recorded already"

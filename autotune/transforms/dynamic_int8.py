@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .. import roofline, sites
+from ..diagnose import roofline
+from ..model import linear_layers as sites
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
 
 

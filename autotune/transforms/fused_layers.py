@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import kernels, roofline, seam
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
-from ..kernels.fused import GatedMlp, RmsNorm
+from ..model import seam
+from ..runtime import kernels
+from ..runtime.kernels.fused import GatedMlp, RmsNorm
 from . import Stage, Transform
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 CLOSE = 1e-5  # relative error of the same sum in another order

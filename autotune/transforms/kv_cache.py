@@ -15,9 +15,9 @@ from .static_cache import no_slots
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 LIBRARIES = {"quanto": "optimum.quanto", "hqq": "hqq"}  # backend -> module; PyPI: optimum-quanto, hqq
@@ -27,7 +27,7 @@ LINK_BYTES_PER_S = 64e9  # PCIe 5.0 x16, one direction: the fastest link to a ho
 
 @dataclass(frozen=True)
 class QuantisedCache(Transform):
-    """Stores keys and values in 8 or 4 bits; see `autotune.kv`.
+    """Stores keys and values in 8 or 4 bits; see `autotune.runtime.cache.narrow`.
 
     Args:
         scheme: "int8", "fp8" (8 bits, relative precision) or "int4" (groups of 32).
@@ -69,7 +69,7 @@ class QuantisedCache(Transform):
     def apply(self, variant: Variant) -> None:
         if reason := _no_growing_cache(variant) or self._indivisible(variant):
             raise TransformError(reason)
-        from ..kv import KvCache
+        from ..runtime.cache.narrow import KvCache
 
         kind: Literal["int8", "int4", "fp8", "quanto", "hqq"]
         kind = self.scheme if self.backend == "own" else self.backend  # type: ignore[assignment]  # __post_init__ checked
@@ -80,7 +80,7 @@ class QuantisedCache(Transform):
         return _other_than(kind, variant)
 
     def _indivisible(self, variant: Variant) -> str | None:
-        from ..profile.counts import attention_layers
+        from ..diagnose.work import attention_layers
 
         if self.scheme != "int4" or self.backend != "own":
             return None
@@ -118,7 +118,7 @@ class OffloadedCache(Transform):
     def apply(self, variant: Variant) -> None:
         if reason := _no_growing_cache(variant):
             raise TransformError(reason)
-        from ..kv import KvCache
+        from ..runtime.cache.narrow import KvCache
 
         variant.kv, variant.loop = KvCache("offloaded"), "lean"
 
@@ -136,7 +136,7 @@ def _no_growing_cache(variant: Variant) -> str | None:
 
 
 def _only_windows(model: PreTrainedModel) -> str | None:
-    from ..profile.counts import attention_layers
+    from ..diagnose.work import attention_layers
 
     if any(keys.window is None for keys in attention_layers(model)):
         return None

@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import roofline, seam
+from ..diagnose import roofline
 from ..errors import ChoiceError
+from ..model import seam
 from . import Stage, Transform
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 
 @dataclass(frozen=True)
 class LeanLoop(Transform):
-    """Runs greedy search and sampling in `autotune.loop`, token for token as generate does, with less in between."""
+    """Runs greedy search and sampling token for token as generate does, with less in between; see `runtime.loop`."""
 
     name: ClassVar[str] = "lean_loop"
     stage: ClassVar[Stage] = Stage.LOOP

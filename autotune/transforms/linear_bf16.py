@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .. import kernels, roofline, sites
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..model import linear_layers as sites
+from ..runtime import kernels
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
 NOT_PACKED = "decode has no packed weights that prefill could share"
 
 

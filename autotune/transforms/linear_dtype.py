@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import roofline, sites
+from ..diagnose import roofline
+from ..model import linear_layers as sites
 from . import require
 from .linears import LinearTransform, nothing_left, weight_bytes
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
 
 
 class CastLinear(sites.Replacement):

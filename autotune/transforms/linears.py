@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
-from .. import architecture, sites
-from ..device import cpu
 from ..errors import TransformError
+from ..machine import gpus as architecture
+from ..machine.device import cpu
+from ..model import linear_layers as sites
 from . import Stage, Transform
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile, Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from .. import roofline, sites
+from ..diagnose import roofline
 from ..errors import TransformError
-from ..merged import MergedAttention, MergedMlp, stand_in
+from ..model import linear_layers as sites
+from ..runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
 from . import Stage, Transform
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 KINDS = (MergedAttention, MergedMlp)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import kernels, roofline, sites
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..model import linear_layers as sites
+from ..runtime import kernels
 from . import Stage, Transform
 from .linear_bf16 import NOT_PACKED, packed
 from .linears import weight_bytes
@@ -14,9 +16,9 @@ from .linears import weight_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 

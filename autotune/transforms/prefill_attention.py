@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import kernels, roofline, seam
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..model import seam
+from ..runtime import kernels
 from . import Stage, Transform, require
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that stand for one of FP32
@@ -24,7 +26,7 @@ PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numb
 
 @dataclass(frozen=True)
 class PrefillAttention(Transform):
-    """Prefills with `autotune.kernels.attend_many`: blocks that the mask excludes are skipped, keys are not repeated.
+    """Prefills with `runtime.kernels.attend_many`: blocks that the mask excludes are skipped, keys are not repeated.
 
     Args:
         precision: arithmetic of the two products: "float32", "bfloat16", or "bfloat16x3" (three BF16 products of split

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import device as devices
-from .. import roofline
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..machine import device as devices
 from . import Stage, Transform, require
 from .static_cache import no_slots, use_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 SHORTEST = 256  # slots that a graph reads at least, where the plain step's graphs do not say
@@ -26,7 +26,7 @@ MOST = 32  # guesses a step; slots that are known to have been written without c
 
 @dataclass(frozen=True)
 class Speculation(Transform):
-    """Guesses tokens and checks them in one step of the decode module; see `autotune.speculate`.
+    """Guesses tokens and checks them in one step of the decode module; see `autotune.runtime.speculation.speculate`.
 
     One sequence at a time: other batches are decoded token by token. Tokens for which nothing is guessed run as they
     would without it, recorded or compiled step included. Guesses are checked by the decode module itself, captured as a
@@ -80,11 +80,11 @@ class Speculation(Transform):
         return {"decode": tokens * phase.seconds / max(phase.seconds, computing_s)}
 
     def apply(self, variant: Variant) -> None:
-        from .. import speculate
-        from ..graphs import GraphSteps, lengths
-        from ..pool import CachePool
-        from ..strides import Stride, captured
-        from ..trees import TreeStep
+        from ..runtime.cache.pool import CachePool
+        from ..runtime.speculation import speculate
+        from ..runtime.speculation.strides import Stride, captured
+        from ..runtime.steps.graphs import GraphSteps, lengths
+        from ..runtime.steps.inductor_graphs import TreeStep
 
         if self.draft == "model" and variant.draft is None:
             raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
@@ -107,7 +107,7 @@ class Speculation(Transform):
         variant.speculation.cost = speculate.measure_cost(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
-        from ..pace import pays
+        from ..runtime.speculation.pace import pays
 
         speculation = variant.speculation
         if speculation is None:

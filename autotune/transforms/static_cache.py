@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .. import placement, roofline, seam
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
+from ..model import placement, seam
 from . import Stage, Transform
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 ROUND_TO = 128  # slots; a multiple of every vector width and of flash attention's blocks
@@ -77,7 +78,7 @@ def over_few_slots() -> Transform:
 
 def no_slots(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode over slots, or None."""
-    from ..cache import unsupported
+    from ..runtime.cache.slots import unsupported
 
     return (
         placement.one_device(model)
@@ -92,7 +93,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     Raises:
         TransformError: the model cannot decode over slots.
     """
-    from ..pool import CachePool
+    from ..runtime.cache.pool import CachePool
 
     if reason := no_slots(variant.original):
         raise TransformError(reason)
@@ -104,7 +105,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
 
 def slot_bytes(variant: Variant, slots: int = 0) -> float:
     """What a static cache takes for the workload's largest batch; on a CPU nothing until slots are filled."""
-    from ..profile.counts import cache_size
+    from ..diagnose.work import cache_size
 
     if variant.caches is not None or variant.device.kind == "cpu":
         return 0.0
@@ -121,8 +122,8 @@ def roomy_slots(variant: Variant, dtype: torch.dtype | None = None) -> int:
     Args:
         dtype: of keys and values; None means the model's.
     """
-    from ..hardware import memory_bytes
-    from ..profile.counts import cache_size
+    from ..diagnose.work import cache_size
+    from ..machine.hardware import memory_bytes
 
     config = variant.original.config.get_text_config(decoder=True)
     least = automatic_slots(variant, config)

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .. import placement, roofline, seam
+from ..diagnose import roofline
 from ..errors import ChoiceError, TransformError
-from ..widening import NARROW
-from . import Stage, Transform, one_query
+from ..model import placement, seam
+from ..runtime.widening import NARROW
+from . import Stage, Transform
+from . import one_query_attention as one_query
 from .static_cache import REHEARSED_SLOTS, no_slots, roomy_slots
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 
@@ -69,10 +71,10 @@ class StepProgram(Transform):
         return {"decode": gain}
 
     def apply(self, variant: Variant) -> None:
-        from .. import kernels, widening
-        from ..cache import SlotCache, example
-        from ..pool import CachePool
-        from ..program import StepPrograms
+        from ..runtime import kernels, widening
+        from ..runtime.cache.pool import CachePool
+        from ..runtime.cache.slots import SlotCache, example
+        from ..runtime.steps.program import StepPrograms
 
         if reason := kernels.available():
             raise TransformError(reason)

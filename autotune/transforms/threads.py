@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from .. import intraop
 from ..errors import ChoiceError
+from ..machine import intraop
 from . import Stage, Transform
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile, Profile
-    from ..variant import Variant
+    from ..runtime.variant import Variant
     from ..workload import Phase
 
 REGION_S = 3e-6  # waking and joining the threads of a parallel region, as OpenMP libraries take it

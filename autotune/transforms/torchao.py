@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import roofline, sites
+from ..diagnose import roofline
+from ..model import linear_layers as sites
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
-    from ..architecture import Capability
-    from ..hardware import Hardware
+    from ..machine.gpus import Capability
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
 
 
@@ -188,7 +189,7 @@ def _missing(scheme: str, where: torch.device) -> str | None:
 @functools.cache
 def _compiled(scheme: str, shape: tuple[int, ...], biased: bool) -> Callable[..., torch.Tensor]:
     """A compiled product for all layers of one kind, with a recompilation limit of its own."""
-    from ..compiled import require_private_cache
+    from ..runtime.steps.compiled import require_private_cache
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
-from .. import kernels, roofline, sites
+from ..diagnose import roofline
+from ..model import linear_layers as sites
+from ..runtime import kernels
 from . import require
 from .linears import CPU, LinearTransform, joined, weight_bytes
-from .storage import WeightStorage
+from .weight_storage import WeightStorage
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
 
 SCALE_BITS = 16

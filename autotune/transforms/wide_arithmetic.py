@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import roofline
-from ..widening import NARROW
+from ..diagnose import roofline
+from ..runtime.widening import NARROW
 from .linears import CPU, LinearTransform
 
 if TYPE_CHECKING:
-    from ..hardware import Hardware
+    from ..machine.hardware import Hardware
     from ..profile import PhaseProfile
 
 FEWEST_ROWS = 16  # tokens from which converting the weights pays

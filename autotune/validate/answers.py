@@ -35,7 +35,7 @@ class Answers:
 
 
 class Keeper(Protocol):
-    """Keeps answers between runs; `autotune.references` does, on disk."""
+    """Keeps answers between runs; `autotune.tune.references` does, on disk."""
 
     def restore(self, exam: Exam) -> bool:
         """Hand the answers of an earlier run to `Exam.take`. False where there are none, or they do not fit."""

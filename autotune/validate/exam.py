@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ..errors import MeasurementError, TransformError
-from ..sites import obstacle
+from ..model.linear_layers import obstacle
+from ..runtime.variant import Variant
 from ..transforms.wide_arithmetic import WideArithmetic, emulated
-from ..variant import Variant
 from .answers import MOST_NOISE, Answers, Keeper, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
 from .score import CandidateError, Served, Tokens
@@ -25,7 +25,7 @@ from .tiers import NEAR_TIE_NATS, SIZES, Size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..traffic import Traffic
+    from ..runtime.traffic import Traffic
 
 PADDED_BATCH = 8  # sequences in a padded batch
 NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..policy import Limits
+from ..tune.policy import Limits
 from ..workload import Bucket
 from . import Latency, Verdict
 from .exam import Progress
@@ -19,7 +19,7 @@ from .score import CandidateError, Served, Tokens
 from .timing import Clock, Pair, Timing, request, time_request
 
 if TYPE_CHECKING:
-    from ..variant import Variant
+    from ..runtime.variant import Variant
 
 __all__ = ["Metric", "Pair", "Timing", "compare", "decide", "label", "noise_floor", "race", "timed", "warm_up"]
 

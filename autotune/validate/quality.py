@@ -19,7 +19,7 @@ from .tally import CONFIDENCE, Tally, summarise
 from .tiers import TIERS, Tier
 
 if TYPE_CHECKING:
-    from ..variant import Variant
+    from ..runtime.variant import Variant
 
 __all__ = ["Exam", "compare_logits", "decide", "judge"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..policy import Limits
+from ..tune.policy import Limits
 from . import Latency, Speedup, Verdict
 from .statistics import Floats, median_bounds, spread
 from .timing import Pair

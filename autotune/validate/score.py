@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import outside, route, seam
 from ..errors import DeviceError, MeasurementError, in_words
+from ..machine import outside
+from ..model import route, seam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..variant import Variant
+    from ..runtime.variant import Variant
 
 Tokens = Sequence[int]
 

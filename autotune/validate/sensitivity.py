@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from .. import seam, sites
+from ..model import linear_layers as sites
+from ..model import seam
+from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
 from ..transforms.wide_arithmetic import WideArithmetic
-from ..variant import Variant
 from .divergence import compare_logits
 from .exam import Exam
 from .quality import EARLY_FACTOR, beyond

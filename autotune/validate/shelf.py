@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import folders
+from ..machine import cache_dir as folders
 
 MEMORY_BYTES = 128 * 2**20  # reference logits in half precision; an exam of SmolLM2-135M takes 94 MB
 FILE_BYTES = 2 * 2**30  # beyond those

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import device as devices
+from ..machine import device as devices
 from ..profile.timing import timed
 from ..workload import Bucket
 from .score import OutputError, Served, Tokens

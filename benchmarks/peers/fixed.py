@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from autotune import transforms
-from autotune.profile.counts import stored_weights
-from autotune.variant import Variant, serving
+from autotune.diagnose.work import stored_weights
+from autotune.runtime.variant import Variant, serving
 from benchmarks.peers import Setup, Weights
 from benchmarks.peers.hugging_face import bytes_per_token, load
 from benchmarks.peers.tuned import Tuned

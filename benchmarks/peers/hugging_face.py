@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from autotune.profile.counts import Forward, count, stored_weights
+from autotune.diagnose.work import Forward, count, stored_weights
 from benchmarks.measures import Timing
 from benchmarks.peers import Setup, Weights
 

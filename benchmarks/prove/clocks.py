@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autotune.policy import Limits
+from autotune.tune.policy import Limits
 from autotune.validate import Verdict
-
-from .machines import MACHINES, Machine
-from .rates import Rate
+from benchmarks.prove.machines import MACHINES, Machine
+from benchmarks.prove.rates import Rate
 
 FALSE_COMMITS = 0.01  # at most, of the original raced against itself
 FAMILY_COMMITS = 0.05  # at most, of 30 null candidates with the winner confirmed

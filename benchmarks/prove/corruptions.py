@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from autotune import seam
+from autotune.model import seam
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage, Transform
-from autotune.variant import Variant
 
 Damage = Callable[[Any], None]  # edits a module
 Change = Callable[[torch.Tensor, int, dict[str, Any]], torch.Tensor]  # logits [B, S, V], call, arguments -> logits

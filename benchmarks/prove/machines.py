@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autotune.policy import Limits
+from autotune.tune.policy import Limits
 from autotune.validate import Latency
 from autotune.validate.latency import race, self_noise
 from autotune.validate.timing import Timing

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from autotune.validate import Verdict
-
-from . import clocks, quality
-from .clocks import Sizes
-from .corruptions import CORRUPTIONS
-from .machines import MACHINES
-from .quality import Case
-from .rates import Rate
+from benchmarks.prove import clocks, quality
+from benchmarks.prove.clocks import Sizes
+from benchmarks.prove.corruptions import CORRUPTIONS
+from benchmarks.prove.machines import MACHINES
+from benchmarks.prove.quality import Case
+from benchmarks.prove.rates import Rate
 
 Answer = list[Any]
 

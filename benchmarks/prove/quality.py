@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
 from autotune.validate.divergence import compare_logits
 from autotune.validate.exam import Exam, Text
 from autotune.validate.quality import judge
 from autotune.validate.score import CandidateError, Served
 from autotune.validate.tiers import SIZES, TIERS
-from autotune.variant import Variant
-
-from .corruptions import BY_NAME, Edit, InapplicableError, edited, linears
+from benchmarks.prove.corruptions import BY_NAME, Edit, InapplicableError, edited, linears
 
 CAUGHT = 0.95  # at least, of the corruptions whose effect is over a tier's limit
 FALSE_ALARMS = 0.01  # at most, of whole models judged
@@ -77,7 +76,7 @@ def real(folder: Path) -> tuple[Any, tuple[tuple[int, ...], ...]]:
     """A model from disk and natural text for it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from autotune.bench import natural_texts
+    from autotune.tune.bench import natural_texts
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)

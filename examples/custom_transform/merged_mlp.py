@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from autotune import roofline
+from autotune.diagnose import roofline
 from autotune.errors import TransformError
 from autotune.transforms import Stage, Transform
 

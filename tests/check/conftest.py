@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from autotune import check
+from autotune.compare import check
 from autotune.validate.tiers import SIZES, Size
 from autotune.validate.timing import Disturbance
 from tests.models import tiny, token_prompts

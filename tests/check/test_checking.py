@@ -10,23 +10,23 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from autotune import check, seam
-from autotune.check import checking, harness
-from autotune.check.baseline import Environment, Pace
-from autotune.check.pace import Slowdown
-from autotune.check.tasks import Suite, Task
+from autotune.compare import check
+from autotune.compare.check import checking, harness
+from autotune.compare.check.baseline import Environment, Pace
+from autotune.compare.check.pace import Slowdown
+from autotune.compare.check.tasks import Suite, Task
 from autotune.errors import BaselineError, MeasurementError, PlanError, UnsupportedModelError, WorkloadError
-from autotune.fingerprint import of_model
-from autotune.plan import Fingerprint, Plan
+from autotune.live.wrap import wrap
+from autotune.model import seam
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage, Transform, make
+from autotune.tune.fingerprint import of_model
+from autotune.tune.plan import Fingerprint, Plan
 from autotune.validate import Verdict
 from autotune.validate.score import Served
-from autotune.variant import Variant
 from autotune.workload import Bucket
-from autotune.wrap import wrap
+from tests.check.conftest import subject
 from tests.models import tiny, tiny_bert, token_prompts
-
-from .conftest import subject
 
 Change = Callable[[Any], None]
 
@@ -145,7 +145,7 @@ def masked(model: Any) -> Any:
 
 
 def test_tokens_that_are_ruled_out_are_no_defect(tmp_path, monkeypatch):
-    monkeypatch.setattr("autotune.check.compact.TOP", 100)  # so that those tokens are among the others
+    monkeypatch.setattr("autotune.compare.check.compact.TOP", 100)  # so that those tokens are among the others
     prompts = [[t % 250 for t in p] for p in token_prompts(18, 40)]
     base = check.record(masked(subject()), tmp_path / "b", prompts=prompts, latency=False)
     assert check.run(masked(subject()), base, tier="lossless").verdict is Verdict.PASS
@@ -302,7 +302,7 @@ def test_latency_counts_only_on_the_same_machine(baseline, model, median_s, envi
 
 
 def test_latency_is_recorded_and_compared(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("autotune.check.recording.NEW_TOKENS", 3)
+    monkeypatch.setattr("autotune.compare.check.recording.NEW_TOKENS", 3)
     base = check.record(model, tmp_path / "b", prompts=token_prompts(18, 40), clock=Clock())
     assert base.pace[0].noise == pytest.approx(0.0, abs=1e-6)
     names = {f"latency {name} b1/p40/n3" for name in ("ttft", "tpot", "end_to_end")}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from autotune import cli, transforms
-from autotune.plan import Outcome, Trial
+from autotune.tune.plan import Outcome, Trial
 from tests.check.conftest import subject
 from tests.models import token_prompts
 
@@ -107,7 +107,7 @@ def test_a_policy_of_which_nothing_could_be_tried_is_not_checked(work, tmp_path,
     def tune(model, work, policy, **_):
         return SimpleNamespace(plan=SimpleNamespace(trials=(tried,)), verdict="kept the original, but ...")
 
-    monkeypatch.setattr("autotune.tune.tune", tune)
+    monkeypatch.setattr("autotune.tune.run.tune", tune)
     others = tmp_path / "others.jsonl"
     others.write_text("\n".join(json.dumps({"prompt": p}) for p in token_prompts(18, 40, seed=8)))
     command = ["check", "run", work / "model", "--baseline", work / "base", "--no-latency"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from autotune.check import compact
-from autotune.check.compact import Compact
+from autotune.compare.check import compact
+from autotune.compare.check.compact import Compact
 from autotune.validate.divergence import compare_logits
 
 POSITIONS = 300

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotune import check
-from autotune.check import folder as folders
+from autotune.compare import check
+from autotune.compare.check import folder as folders
 from autotune.errors import BaselineError, MeasurementError
 
 

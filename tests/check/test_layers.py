@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autotune.check.layers import QUIET, WIDTH, Shift, fingerprint, first_jump, shifts, sketch, stages
+from autotune.compare.check.layers import QUIET, WIDTH, Shift, fingerprint, first_jump, shifts, sketch, stages
 from tests.models import ARCHITECTURES, tiny, token_prompts
 
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from autotune.check import pace
-from autotune.check.baseline import Pace
+from autotune.compare.check import pace
+from autotune.compare.check.baseline import Pace
+from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
 from autotune.validate.ratios import METRICS
-from autotune.variant import Variant
 from autotune.workload import Bucket
 from tests.models import token_prompts
 

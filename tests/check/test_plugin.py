@@ -80,6 +80,6 @@ def test_loading_it_imports_neither_torch_nor_autotune():
 
 
 def test_the_subject_is_the_recorded_model(baseline):
-    from autotune.fingerprint import of_model
+    from autotune.tune.fingerprint import of_model
 
     assert of_model(subject()) == baseline.subject.fingerprint

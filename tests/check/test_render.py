@@ -7,10 +7,10 @@ from xml.etree import ElementTree as Xml
 
 import pytest
 
-from autotune.check.layers import Shift
-from autotune.check.localise import Localised, PromptShift
-from autotune.check.result import EXIT_CODES, CheckResult, Metric
-from autotune.check.tasks import Flips
+from autotune.compare.check.layers import Shift
+from autotune.compare.check.localise import Localised, PromptShift
+from autotune.compare.check.result import EXIT_CODES, CheckResult, Metric
+from autotune.compare.check.tasks import Flips
 from autotune.validate import Quality, Verdict
 
 NASTY = "<b>&\"'| `x` \x00\x1b[31m\ud800 \ufffe end"

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotune.check import harness, tasks
-from autotune.check.tasks import Suite, Task, at_least, compare, decide, upper_share
+from autotune.compare.check import harness, tasks
+from autotune.compare.check.tasks import Suite, Task, at_least, compare, decide, upper_share
 from autotune.errors import MeasurementError, WorkloadError
+from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
 from autotune.validate.score import Served
-from autotune.variant import Variant
 from tests.models import token_prompts
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from autotune.runtime.variant import Variant
 from autotune.transforms import Stage, Transform
-from autotune.variant import Variant
 from autotune.workload import Workload
 from tests.models import token_prompts
 

@@ -12,8 +12,8 @@ import torch
 
 from autotune import ExperimentError
 from autotune.cli import main
-from autotune.experiment import Experiment, Store, results, sheet
-from autotune.experiment.results import Outcome, Result
+from autotune.compare.experiment import Experiment, Store, results, sheet
+from autotune.compare.experiment.results import Outcome, Result
 from autotune.validate import Verdict, tiers
 from autotune.validate.tiers import Size
 from tests.models import tiny, tiny_tokenizer

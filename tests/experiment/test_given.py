@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from autotune import Experiment, ExperimentError
-from autotune import plan as plans
-from autotune import policy as policies
-from autotune.experiment.arms import fingerprint, is_same
-from autotune.experiment.given import classify
-from autotune.plan import Fingerprint, Plan
-from autotune.route import routed
+from autotune.compare.experiment.arms import fingerprint, is_same
+from autotune.compare.experiment.given import classify
+from autotune.model.route import routed
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
-from autotune.variant import Variant
+from autotune.tune import plan as plans
+from autotune.tune import policy as policies
+from autotune.tune.plan import Fingerprint, Plan
 from tests.experiment.scripted import WORK
 from tests.models import plain_module, tiny, tiny_bert
 
@@ -124,7 +124,7 @@ def test_a_policy_is_tuned_first(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((is_same(model, MODEL), work, policy.name, policy.budget_s))
         return SimpleNamespace(variant=Variant(model, None, work).with_transform(THREADS), verdict="committed threads")
 
-    monkeypatch.setattr("autotune.tune.tune", tune)
+    monkeypatch.setattr("autotune.tune.run.tune", tune)
     (_, arm) = Experiment("x", control=MODEL, candidates={"a": "lossless"}, workload=WORK).arms()
     assert asked == [(True, WORK, "lossless", policies.load("lossless").budget_s)]
     assert (arm.problem, arm.notes) == (None, ("committed threads",))
@@ -132,14 +132,14 @@ def test_a_policy_is_tuned_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fingerprint_of_model() -> str:
-    from autotune.fingerprint import of_model
+    from autotune.tune.fingerprint import of_model
 
     return of_model(MODEL)
 
 
 def test_without_room_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autotune import device as devices
-    from autotune.device import Memory
+    from autotune.machine import device as devices
+    from autotune.machine.device import Memory
 
     MODEL.save_pretrained(tmp_path / "other")
     monkeypatch.setattr(type(devices.of("cpu")), "memory", lambda self: Memory(free=1000, used=0, peak=0))

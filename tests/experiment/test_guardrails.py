@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from autotune.compare.experiment import guardrails
+from autotune.compare.experiment.guardrails import STANDARD, Guardrail, conclude, judge, stated_bound
+from autotune.compare.experiment.sequential import Moments
 from autotune.errors import ExperimentError
-from autotune.experiment import guardrails
-from autotune.experiment.guardrails import STANDARD, Guardrail, conclude, judge, stated_bound
-from autotune.experiment.sequential import Moments
 from autotune.validate import Verdict
 
 ERRORS, TTFT, TPOT = STANDARD

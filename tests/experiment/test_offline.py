@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from autotune import Experiment, ExperimentError, MeasurementError, WorkloadError
-from autotune.experiment import Result
-from autotune.experiment.results import read
+from autotune.compare.experiment import Result
+from autotune.compare.experiment.results import read
 from autotune.validate import Verdict, tiers
 from autotune.validate.tiers import Size
 from tests.experiment.scripted import CLOCK, WORK, Corrupt, Cost, costing

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from autotune.experiment import sequential
-from autotune.experiment.sequential import START, START_SKEWED, Interval, Moments
+from autotune.compare.experiment import sequential
+from autotune.compare.experiment.sequential import START, START_SKEWED, Interval, Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import autotune
-from autotune import cli, route
+from autotune import cli
+from autotune.compare.experiment import Experiment
 from autotune.errors import ExperimentError
-from autotune.experiment import Experiment
+from autotune.model import route
 from autotune.transforms.threads import Threads
 from tests.models import BOS, left_padded, tiny, token_prompts
 

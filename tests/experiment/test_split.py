@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import autotune
-from autotune import route
+from autotune.compare.experiment import Experiment, Guardrail, ramp
+from autotune.compare.experiment.guardrails import STANDARD
+from autotune.compare.experiment.ramp import Progress, Ramp
+from autotune.compare.experiment.sequential import requests_to_see_rate
 from autotune.errors import ExperimentError, StateError
-from autotune.experiment import Experiment, Guardrail, ramp
-from autotune.experiment.guardrails import STANDARD
-from autotune.experiment.ramp import Progress, Ramp
-from autotune.experiment.sequential import requests_to_see_rate
+from autotune.model import route
 from autotune.validate import Verdict
 from tests.models import tiny, token_prompts
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from autotune import ExperimentError
-from autotune.experiment import Store, database
-from autotune.experiment.store import Observation
+from autotune.compare.experiment import Store, database
+from autotune.compare.experiment.store import Observation
 
 ARMS = {"control": "c0", "a": "a0"}
 SETTINGS: dict[str, Any] = {"tier": "strict", "prompts": ["h1"]}
@@ -255,7 +255,7 @@ def test_what_is_someone_elses_stays_as_it_is(path: Path, make: Callable[[Path],
 
 KILLED = """
 import os, sys
-from autotune.experiment import database
+from autotune.compare.experiment import database
 database._Lock.note = lambda self: os._exit(9)
 database.connect(database.Path(sys.argv[1]))
 """
@@ -346,7 +346,7 @@ def test_a_name_that_can_be_none(tmp_path: Path) -> None:
 WRITER = """
 import sys
 import threading
-from autotune.experiment.store import Observation, Store
+from autotune.compare.experiment.store import Observation, Store
 store = Store(sys.argv[1])
 version = store.begin("x", "offline", {"control": "c0", "a": "a0"}, {})
 for turn in range(100):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from autotune.experiment.pareto import Point, dominates, front, plotted
-from autotune.experiment.results import Outcome
-from autotune.experiment.verdicts import Terms, cells, chance, conclude, correct, holm, is_settled, weigh
-from autotune.policy import Limits
+from autotune.compare.experiment.pareto import Point, dominates, front, plotted
+from autotune.compare.experiment.results import Outcome
+from autotune.compare.experiment.verdicts import Terms, cells, chance, conclude, correct, holm, is_settled, weigh
+from autotune.tune.policy import Limits
 from autotune.validate import Quality, Verdict
 from autotune.validate.ratios import decide
 from autotune.validate.timing import Pair, Timing

@@ -26,10 +26,10 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from autotune.device import Address, Device, Graph, Identity, Memory
-from autotune.device.cuda import WARM_UPS
-from autotune.device.owner import Owner
-from autotune.device.trace import record
+from autotune.machine.device import Address, Device, Graph, Identity, Memory
+from autotune.machine.device.cuda import WARM_UPS
+from autotune.machine.device.owner import Owner
+from autotune.machine.device.trace import record
 from tests.fakes import traces
 
 OPERATOR_S = 5e-6  # what each operator takes on the fake clock

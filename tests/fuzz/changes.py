@@ -14,7 +14,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 from torch.nn.modules import module as registry
 
-from autotune import seam
+from autotune.model import seam
 from tests.fuzz.seen import COUNTED, LOG
 
 Undo = Callable[[], Any] | None

@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autotune import pool, program
 from autotune.errors import TransformError
-from autotune.variant import Variant
+from autotune.runtime.cache import pool
+from autotune.runtime.steps import program
+from autotune.runtime.variant import Variant
 
 
 class Late(Exception):

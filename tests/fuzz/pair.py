@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autotune import StateError
-from autotune.breaker import Breaker, Rules
+from autotune.live.watch.breaker import Breaker, Rules
 from tests.fuzz import models, plans
 from tests.fuzz.adapters import ADAPTERS, row_by_row
 from tests.fuzz.calls import KINDS, PLAIN, SINGLE, Call

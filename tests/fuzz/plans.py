@@ -12,13 +12,16 @@ from unittest import mock
 import torch
 
 import autotune
-from autotune import choose, route, speculate, transforms
-from autotune import plan as plans
-from autotune import tune as tuning
+from autotune import transforms
 from autotune.errors import TransformError
-from autotune.hardware import Hardware
-from autotune.tune import Tuned, obstacle_of
-from autotune.variant import Variant
+from autotune.machine.hardware import Hardware
+from autotune.model import route
+from autotune.runtime.speculation import speculate
+from autotune.runtime.variant import Variant
+from autotune.tune import choose
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.run import Tuned, obstacle_of
 from autotune.workload import Workload
 from tests.fuzz import models
 from tests.surroundings import surroundings

@@ -17,8 +17,13 @@ from unittest import mock
 
 import torch
 
-from autotune import attempt, cache, device, handle, modes, outside, revision, route, seam, variant, watch
 from autotune.errors import VariantError
+from autotune.live import handle
+from autotune.live.watch import watch
+from autotune.machine import device, outside
+from autotune.model import modes, revision, route, seam
+from autotune.runtime import attempt, variant
+from autotune.runtime.cache import slots as cache
 
 EXAMPLES = 15  # in a round
 Patch = Callable[[], AbstractContextManager[Any]]

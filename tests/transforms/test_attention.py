@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from autotune.errors import TransformError
-from autotune.seam import attentions_of as in_use
-from autotune.transforms import attention, make, sdpa
+from autotune.model.seam import attentions_of as in_use
+from autotune.runtime import attention_sdpa as sdpa
+from autotune.runtime.variant import Variant, serving
+from autotune.transforms import attention, make
 from autotune.transforms.attention import IMPLEMENTATIONS, Attention, operators
-from autotune.variant import Variant, serving
 from tests import models
 from tests.test_transforms_contract import COMPILER
 
@@ -284,7 +285,7 @@ def test_operators_are_those_of_the_phase(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("backend", sdpa.KERNELS)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_chosen_kernel_on_a_gpu(backend: str, phase: str) -> None:
-    from autotune import hardware
+    from autotune.machine import hardware
 
     model = models.tiny("llama", hidden_size=256).to("cuda", torch.bfloat16)
     transform, variant = Attention(phase, f"sdpa:{backend}"), Variant(model)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autotune import recompiling
 from autotune.errors import ChoiceError, TransformError
-from autotune.hardware import Hardware
-from autotune.recompiling import Recompiling
+from autotune.machine.hardware import Hardware
+from autotune.runtime.steps import compiled_prefill as recompiling
+from autotune.runtime.steps.compiled_prefill import Recompiling
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_prefill import CompilePrefill
 from autotune.transforms.static_cache import StaticCache
-from autotune.variant import Variant, serving
 from tests.models import left_padded, tiny, token_prompts
 
 PLAN = CompilePrefill(phase="prefill")

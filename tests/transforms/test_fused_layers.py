@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autotune import kernels, sites
 from autotune.errors import ChoiceError
-from autotune.hardware import Hardware
-from autotune.kernels.fused import GatedMlp, RmsNorm
+from autotune.machine.hardware import Hardware
+from autotune.model import linear_layers as sites
+from autotune.runtime import kernels
+from autotune.runtime.kernels.fused import GatedMlp, RmsNorm
+from autotune.runtime.variant import Variant
 from autotune.transforms import fused_layers, make
-from autotune.variant import Variant
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from autotune import device as devices
 from autotune.errors import TransformError
+from autotune.machine import device as devices
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms import bitsandbytes, make, torchao
 from autotune.transforms.cuda_graph import uncapturable
-from autotune.variant import Variant, serving
 from tests import models
 from tests.fakes.cuda import FakeCuda
 from tests.test_transforms_contract import COMPILER
 
 if TYPE_CHECKING:
-    from autotune.hardware import Hardware
+    from autotune.machine.hardware import Hardware
 
 GPU = replace(COMPILER, device="cuda", name="a GPU", flops_per_s={"float32": 60e12, "bfloat16": 700e12})
 HALVES = (torch.bfloat16, torch.float16, torch.float32)
@@ -217,7 +217,7 @@ def test_narrow_weights_in_captured_steps(transforms: list[Any], dtype: torch.dt
     ],
 )
 def test_numbers_on_a_gpu(name: str, scheme: str, error: float, dtype: torch.dtype) -> None:
-    from autotune import hardware
+    from autotune.machine import hardware
 
     torch.manual_seed(0)
     model = models.tiny("llama", hidden_size=256, intermediate_size=512).to("cuda", dtype)

@@ -9,17 +9,19 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from autotune import device, kv, seam
+from autotune.diagnose.work import Forward, cache_size
 from autotune.errors import ChoiceError, TransformError
+from autotune.machine import device
+from autotune.model import seam
 from autotune.profile import PhaseProfile, Profile
-from autotune.profile.counts import Forward, cache_size
 from autotune.profile.survey import memory_use
+from autotune.runtime.cache import narrow as kv
+from autotune.runtime.variant import Variant, build, serving
 from autotune.transforms import make
 from autotune.transforms.kv_cache import OffloadedCache, QuantisedCache
 from autotune.transforms.static_cache import StaticCache
 from autotune.validate import Verdict
 from autotune.validate.quality import Exam, judge
-from autotune.variant import Variant, build, serving
 from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
 from tests.test_loop import ask, same

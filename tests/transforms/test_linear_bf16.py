@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from autotune import kernels, sites
 from autotune.errors import ChoiceError
-from autotune.hardware import Hardware
+from autotune.machine.hardware import Hardware
+from autotune.model import linear_layers as sites
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
-from autotune.variant import Variant
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

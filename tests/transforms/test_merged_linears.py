@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import sites
-from autotune.merged import MergedAttention, MergedMlp, stand_in
+from autotune.model import linear_layers as sites
+from autotune.runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
-from autotune.variant import Variant, serving
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from autotune.runtime.variant import Variant
 from autotune.transforms import bitsandbytes, make, torchao
-from autotune.variant import Variant
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

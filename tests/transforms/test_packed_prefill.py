@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from autotune import kernels, sites
 from autotune.errors import ChoiceError, TransformError
-from autotune.hardware import Hardware
+from autotune.machine.hardware import Hardware
+from autotune.model import linear_layers as sites
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
-from autotune.variant import Variant
 from tests.models import tiny, token_prompts
 from tests.transforms.test_weights import profile_of
 

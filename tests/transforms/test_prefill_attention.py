@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from autotune import kernels
 from autotune.errors import ChoiceError
-from autotune.hardware import Hardware
+from autotune.machine.hardware import Hardware
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant
 from autotune.transforms import make, prefill_attention
-from autotune.variant import Variant
 from tests import models
 from tests.test_transforms_contract import COMPILER
 

@@ -11,8 +11,8 @@ import pytest
 
 from autotune import transforms
 from autotune.errors import AutotuneError, ChoiceError, TransformError
-from autotune.hardware import Hardware
-from autotune.seam import cannot_step
+from autotune.machine.hardware import Hardware
+from autotune.model.seam import cannot_step
 from autotune.transforms import Blocker, Stage, Transform, make, registry
 from autotune.transforms.compile_step import no_compiler
 from autotune.transforms.weight_only import WeightOnly

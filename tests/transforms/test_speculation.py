@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import autotune
-from autotune import device, kernels, speculate
 from autotune.errors import ChoiceError, TransformError
+from autotune.machine import device
 from autotune.profile import PhaseProfile, Profile
+from autotune.runtime import kernels
+from autotune.runtime.speculation import speculate
+from autotune.runtime.steps.inductor_graphs import TreeStep
+from autotune.runtime.variant import Variant, build, serving
 from autotune.transforms import Stage, Transform, make
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.kv_cache import QuantisedCache
@@ -19,8 +23,6 @@ from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.threads import Threads
-from autotune.trees import TreeStep
-from autotune.variant import Variant, build, serving
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
@@ -213,8 +215,8 @@ def test_on_a_gpu_guesses_are_checked_in_graphs(draft: Speculation, dtype: torch
 
 
 def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autotune import plan as plans
-    from autotune import tune as tuning
+    from autotune.tune import plan as plans
+    from autotune.tune import run as tuning
 
     def scripted(model: Any, workload: Any, policy: Any, *, draft: Any, traffic: Any, **_: Any) -> tuning.Tuned:
         variant = Variant(model, traffic, workload, draft).with_transform(MODEL)
@@ -236,7 +238,7 @@ def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.Monk
 
 
 def test_a_plan_is_valid_for_its_draft() -> None:
-    from autotune import fingerprint, policy
+    from autotune.tune import fingerprint, policy
 
     model, work = tiny(), Workload(tuple(map(tuple, token_prompts(4))), 12, (1,))
     balanced = policy.load("balanced")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from autotune import intraop
+from autotune.machine import intraop
 from autotune.profile import MemoryUse, PhaseProfile, Profile
+from autotune.runtime.variant import Variant
 from autotune.transforms.threads import Threads, usable_cores
-from autotune.variant import Variant
 from tests.test_transforms_contract import COMPILER
 
 if TYPE_CHECKING:

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import kernels, sites
 from autotune.errors import TransformError
-from autotune.hardware import Hardware
+from autotune.machine.hardware import Hardware
+from autotune.model import linear_layers as sites
 from autotune.profile import PhaseProfile, Profile
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
 from autotune.transforms.linear_dtype import CastLinear
 from autotune.transforms.linears import LinearTransform
-from autotune.variant import Variant, serving
 from autotune.workload import PHASES
 from tests import models
 from tests.models import tiny, token_prompts
@@ -199,7 +200,7 @@ def test_phases_take_different_weights(llama: PreTrainedModel) -> None:
 @pytest.mark.skipif(kernels.available() is not None, reason="needs a compiler")
 def test_what_quantising_freed_is_given_back(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bool] = []
-    monkeypatch.setattr("autotune.device.cpu.give_back", lambda: given.append(True))
+    monkeypatch.setattr("autotune.machine.device.cpu.give_back", lambda: given.append(True))
     Variant(llama).with_transform(make("weight_only", {"bits": 4}, "decode"))
     assert given
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from autotune import kernels, sites
+from autotune.model import linear_layers as sites
+from autotune.runtime import kernels
+from autotune.runtime.variant import Variant
 from autotune.transforms import make, wide_arithmetic
 from autotune.transforms.wide_arithmetic import FEWEST_ROWS, PART_BYTES, WideLinear
 from autotune.validate.exam import Exam
 from autotune.validate.sensitivity import Probe
-from autotune.variant import Variant
 from tests.models import tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU, FAST, SLOW
 from tests.transforms.test_weights import profile_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...plan import METRIC_OF
+from ...tune.plan import METRIC_OF
 from ...workload import Phase
 from .. import numbers as n
 from ..layout import Table

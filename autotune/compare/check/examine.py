@@ -1,0 +1,160 @@
+"""The recorded exam put to a model: all answers are collected, however bad, so that what is wrong can be located."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...runtime.variant import Variant
+from ...validate import Quality, Verdict
+from ...validate.divergence import Divergence, find_defect
+from ...validate.exam import Exam, Text
+from ...validate.quality import answers, decide, require_alike, write_free
+from ...validate.score import CandidateError, OutputError, Served
+from ...validate.tally import Tally, summarise
+from ...validate.tiers import SIZES, TIERS
+from .baseline import Baseline
+from .compact import Compact
+
+
+@dataclass
+class RecordedExam(Exam):
+    """An exam whose original is no longer there: what it said is read from a baseline.
+
+    `original` is the model under check, which says where and in what type it computes.
+    """
+
+    compacts: dict[tuple[Text, ...], Compact] = field(default_factory=dict)
+    vocabulary: int = 0
+
+    @classmethod
+    def of(cls, baseline: Baseline, variant: Variant) -> RecordedExam:
+        asked = baseline.questions
+        return cls(
+            variant.original,
+            SIZES[asked.size],
+            asked.pad_token_id,
+            asked.eos_token_ids,
+            asked.texts,
+            asked.batches,
+            asked.long,
+            asked.noise_kld,
+            asked.tie_nats,
+            compacts=dict(zip(asked.groups, baseline.answers, strict=True)),
+            vocabulary=baseline.subject.vocabulary,
+        )
+
+    def reference(
+        self, group: tuple[Text, ...], ruled_out: torch.Tensor | None = None, *, stepped: bool = False
+    ) -> torch.Tensor:
+        """Log-probabilities [B, T, V], those that were not kept filled in evenly: for guards, not for divergences.
+
+        Args:
+            group: of the exam's texts.
+            ruled_out: [B, T, V] tokens that the candidate rules out, which models with padded vocabularies do.
+            stepped: as of any exam; what was recorded is there in one form.
+        """
+        flat = None if ruled_out is None else ruled_out.flatten(0, 1).cpu()
+        dense = self.compacts[group].dense(self.vocabulary, flat)
+        return dense.reshape(len(group), -1, self.vocabulary).to(self.original.device)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One text's answers by decoding: divergence and the candidate's top tokens [T]."""
+
+    text: Text
+    divergence: Divergence
+    top: NDArray[np.int64]
+
+
+@dataclass
+class Examined:
+    """Everything a model answered.
+
+    Attributes:
+        tally: divergences of all tokens.
+        scored: single texts decoded step by step.
+        defects: what was plainly broken, in words.
+        wrote: free-running output of the first texts, without the prompts.
+        dtype: of the logits of a direct forward, "float32"; empty where none was read.
+        error: why the rest could not be asked, or None.
+    """
+
+    tally: Tally = field(default_factory=Tally)
+    scored: list[Scored] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+    wrote: list[tuple[int, ...]] = field(default_factory=list)
+    dtype: str = ""
+    error: str | None = None
+
+
+def examine(exam: RecordedExam, variant: Variant, notify: Callable[[str], None] = lambda step: None) -> Examined:
+    """Ask everything. A candidate that raises ends it; one that gives nonsense is asked on."""
+    found, served = Examined(), Served(variant, exam.pad_token_id, fall_back=False)
+    groups = exam.groups()
+    try:
+        for k, group in enumerate(groups):
+            notify(f"comparing with the baseline, {k} of {len(groups)}")
+            _ask(exam, served, group, found)
+        found.wrote = write_free(exam, variant)
+    except CandidateError as error:
+        found.error = str(error)
+    return found
+
+
+def _ask(exam: RecordedExam, served: Served, group: tuple[Text, ...], found: Examined) -> None:
+    try:
+        for stratum, logits in answers(exam, served, group, reads=True):
+            if stratum == "prefill":
+                found.dtype = str(logits.dtype).removeprefix("torch.")
+            where = f"{stratum}, prompt {group[0].prompt}" + (f" to {group[-1].prompt}" if len(group) > 1 else "")
+            if defect := _defect(exam, group, logits):
+                found.defects.append(f"{defect} ({where})")
+                continue
+            _add(exam, group, stratum, logits, found)
+    except OutputError as failure:
+        found.defects.append(str(failure))
+
+
+def _defect(exam: RecordedExam, group: tuple[Text, ...], logits: torch.Tensor) -> str | None:
+    """What is plainly broken in logits [B, T, V], or None."""
+    if logits.shape[-1] != exam.vocabulary:
+        return f"logits over {logits.shape[-1]} tokens, expected {exam.vocabulary}"
+    return find_defect(exam.reference(group, logits == -torch.inf), logits)
+
+
+def _add(exam: RecordedExam, group: tuple[Text, ...], stratum: str, logits: torch.Tensor, found: Examined) -> None:
+    """Compare logits [B, T, V] of a group, sequence by sequence."""
+    steps = logits.shape[1]
+    for text, mine, row in zip(group, exam.compacts[group].split([steps] * len(group)), logits, strict=True):
+        divergence = mine.compare(row, torch.tensor(text.scored, dtype=torch.int64, device="cpu"))
+        found.tally.add(divergence, text, stratum)
+        if stratum.endswith("-prompt"):
+            found.scored.append(Scored(text, divergence, row.argmax(-1).cpu().numpy()))
+
+
+def judge(exam: RecordedExam, found: Examined, tier: str) -> Quality:
+    """The verdict of `validate.quality` on what was collected; nonsense fails whatever the figures are. Pure."""
+    figures = summarise(found.tally, tier, exam.tie_nats)
+    if found.error is not None:
+        return replace(figures, verdict=Verdict.ERROR, reason=found.error)
+    if found.defects:
+        more = f", and {len(found.defects) - 1} more" if len(found.defects) > 1 else ""
+        return replace(figures, verdict=Verdict.FAIL, reason=found.defects[0] + more)
+    return decide(found.tally, TIERS[tier], exam)
+
+
+def judge_free(exam: RecordedExam, found: Examined, tier: str) -> tuple[Verdict, str]:
+    """Whether free-running output stops, repeats itself and (lossless) reads as the recorded model's did. Pure."""
+    if not found.wrote:
+        return Verdict.INCONCLUSIVE, "nothing was written freely"
+    try:
+        require_alike(exam, found.wrote, TIERS[tier])
+    except OutputError as failure:
+        return Verdict.FAIL, str(failure)
+    return Verdict.PASS, "as long as the recorded output, without more repetition"

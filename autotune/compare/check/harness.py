@@ -1,0 +1,108 @@
+"""Tasks of the lm-evaluation-harness, where it is installed; autotune installs and downloads nothing of it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import MeasurementError, WorkloadError
+from ...runtime.variant import serving
+from ...tune.policy import nearest
+from .tasks import Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...runtime.variant import Variant
+
+METRICS = ("acc", "exact_match", "em")  # per sample 0 or 1, the first that a task has
+EXPECTED = f"0 or 1 as one of {', '.join(METRICS)}"
+PREFIX = "lm-eval:"
+
+
+def unavailable() -> str | None:
+    """Why the harness cannot be used, or None."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return "lm-evaluation-harness is not installed: pip install lm-eval"
+    return None
+
+
+def answer(variant: Variant, task: str, tokenizer: PreTrainedTokenizerBase | None, limit: int | None = None) -> Suite:
+    """A task's outcomes on a variant as it serves.
+
+    Raises:
+        MeasurementError: the harness is not installed, cannot run the task, or gives no outcome per sample.
+    """
+    if reason := unavailable():
+        raise MeasurementError(reason)
+    if tokenizer is None:
+        raise MeasurementError(f"the task {task} of lm-evaluation-harness needs a tokenizer; the model has none")
+    evaluator: Any = importlib.import_module("lm_eval")
+    adapter: Any = importlib.import_module("lm_eval.models.huggingface")
+    try:
+        model = adapter.HFLM(pretrained=serving(variant), tokenizer=tokenizer)
+        found: Any = evaluator.simple_evaluate(model=model, tasks=[task], limit=limit, log_samples=True)
+    except Exception as error:  # the harness raises whatever its tasks' own code does
+        raise MeasurementError(f"lm-evaluation-harness cannot run {task}: {type(error).__name__}: {error}") from error
+    return outcomes(task, found)
+
+
+def require(tasks: Sequence[str]) -> None:
+    """Refuse tasks that cannot be run, before anything takes long.
+
+    Raises:
+        MeasurementError: the harness is not installed.
+        WorkloadError: it knows no such task; names the nearest.
+    """
+    if not tasks:
+        return
+    if reason := unavailable():
+        raise MeasurementError(reason)
+    known = importlib.import_module("lm_eval.tasks").TaskManager().all_tasks
+    for task in tasks:
+        if task not in known:
+            raise WorkloadError(f"lm-evaluation-harness has no task {task!r}{nearest(task, known)}")
+
+
+def outcomes(task: str, found: Mapping[str, Any]) -> Suite:
+    """Outcomes from what the harness returned, named "task/filter/document". Pure.
+
+    A group's tasks number their documents each from 0, and a task with several filters judges each document once with
+    each.
+
+    Raises:
+        MeasurementError: there is none, or one that is neither right nor wrong.
+    """
+    right: dict[str, bool] = {}
+    for name, samples in found.get("samples", {}).items():
+        for sample in samples:
+            key = f"{name}/{sample.get('filter', 'none')}/{sample['doc_id']}"
+            if key in right:
+                raise MeasurementError(f"{task} has two outcomes for {key}; one was expected")
+            right[key] = _outcome(name, sample)
+    if not right:
+        raise MeasurementError(f"{task} has no outcome per sample; expected {EXPECTED}")
+    return Suite(f"{PREFIX}{task}", (), tuple(right), tuple(right.values()))
+
+
+def _outcome(name: str, sample: Mapping[str, Any]) -> bool:
+    metric = next((each for each in METRICS if each in sample), None)
+    if metric is None:
+        raise MeasurementError(f"{name} has no outcome per sample; expected {EXPECTED}")
+    value = sample[metric]
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise MeasurementError(f"{name} has the {metric} {value!r} for a sample; expected {EXPECTED}")
+    return bool(value)
+
+
+def by_filter(suite: Suite) -> dict[str, tuple[int, ...]]:
+    """Name -> positions of the outcomes of each filter, which are compared apart: two filters judge the same answers,
+    and McNemar's test would take one change for two.
+    """
+    found: dict[str, list[int]] = {}
+    for position, key in enumerate(suite.ids):
+        found.setdefault(key.split("/")[-2] if "/" in key else "", []).append(position)
+    named = {f"{suite.name} ({each})" if len(found) > 1 else suite.name: at for each, at in found.items()}
+    return {name: tuple(positions) for name, positions in named.items()}

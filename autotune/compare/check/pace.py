@@ -1,0 +1,105 @@
+"""How long requests take now, against how long they took when a baseline was recorded."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...validate import Verdict
+from ...validate.latency import label, noise_floor
+from ...validate.ratios import METRICS
+from ...validate.score import Served, Tokens
+from ...validate.statistics import median_bounds
+from ...validate.timing import Clock, request, time_request
+from ...workload import Bucket
+from .baseline import Pace
+
+if TYPE_CHECKING:
+    from ...runtime.variant import Variant
+
+REQUESTS = 16  # of each bucket: the median's 95 % interval is then some +-0.6 standard deviations wide
+WARM_UP = 3
+FEWEST = 6  # undisturbed requests below which an interval of 95 % says nothing
+ALPHA = 0.0125  # in each tail of each side, so that the ratio's interval covers 95 % (Bonferroni)
+NOISE_PAIRS = 6
+LONGEST_NOISE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """Median time now / then - 1, with a 95 % interval."""
+
+    point: float
+    low: float
+    high: float
+
+
+def measure(
+    variant: Variant,
+    buckets: Sequence[Bucket],
+    prompts: Sequence[Tokens],
+    *,
+    requests: int = REQUESTS,
+    clock: Clock = time.perf_counter,
+    notify: Callable[[str], None] = lambda step: None,
+) -> tuple[Pace, ...]:
+    """Time requests of every bucket through the path that serves; disturbed ones are left out.
+
+    Raises:
+        CandidateError: the variant raised.
+    """
+    found = []
+    for bucket in buckets:
+        notify(f"timing {label(bucket)}")
+        served = Served(variant, pad_token_id=0)  # requests of one bucket are equally long, so nothing is padded
+        times = [
+            time_request(served, request(bucket, prompts, turn), bucket.new_tokens, clock)
+            for turn in range(WARM_UP + requests)
+        ]
+        clean = [timing for timing in times[WARM_UP:] if not timing.polluted]
+        noise = noise_floor(variant, [bucket], prompts, pairs=NOISE_PAIRS, clock=clock, budget_s=LONGEST_NOISE_S)
+        samples: dict[str, tuple[float, ...]] = {
+            metric: tuple(getattr(t, f"{metric}_s") for t in clean) for metric in METRICS
+        }
+        found.append(Pace(bucket, samples, noise if math.isfinite(noise) else 1.0))
+    return tuple(found)
+
+
+def slowdown(then_s: Sequence[float], now_s: Sequence[float]) -> Slowdown:
+    """How much slower the median became; the samples are not paired, so both medians' intervals count. Pure."""
+    then, now = (np.array([s for s in samples if s == s], dtype=np.float64) for samples in (then_s, now_s))
+    (then_low, then_high), (now_low, now_high) = median_bounds(then, ALPHA), median_bounds(now, ALPHA)
+    point = float(np.median(now) / np.median(then))
+    return Slowdown(point - 1, now_low / then_high - 1, now_high / then_low - 1)
+
+
+def decide(then: Pace, now: Pace, metric: str, max_slowdown: float) -> tuple[Verdict, str, Slowdown | None]:
+    """The verdict on one metric of one bucket. Pure.
+
+    The machine was another one in load and temperature when the baseline was recorded, so twice the larger of both A/A
+    noises is allowed on top, as `validate.ratios` asks a gain to exceed twice the noise.
+    """
+    what = f"{metric} of {label(then.bucket)}"
+    then_s, now_s = ([s for s in pace.samples_s.get(metric, ()) if s == s] for pace in (then, now))
+    if not then_s and not now_s:
+        return Verdict.PASS, f"{what} is not defined for one new token", None
+    if min(len(then_s), len(now_s)) < FEWEST:
+        few = min(len(then_s), len(now_s))
+        return Verdict.INCONCLUSIVE, f"{what}: {few} undisturbed requests, need {FEWEST}: use a quieter machine", None
+    found = slowdown(then_s, now_s)
+    allowance = 2 * max(then.noise, now.noise)
+    limit = max_slowdown + allowance
+    figures = (
+        f"{what} changed by {found.point:+.1%} [{found.low:+.1%}, {found.high:+.1%}],"
+        f" limit {max_slowdown:.0%} and {allowance:.1%} for noise"
+    )
+    if found.low > limit:
+        return Verdict.FAIL, figures, found
+    if found.point <= max_slowdown and found.high <= limit:  # noise may widen the interval, not move the estimate
+        return Verdict.PASS, figures, found
+    return Verdict.INCONCLUSIVE, f"{figures}: need more requests, or --against on one machine", found

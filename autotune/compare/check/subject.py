@@ -1,0 +1,118 @@
+"""The model under check: what serves, what it is called, where it runs, and whether a baseline is about its kind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import BaselineError, UnsupportedModelError
+from ...machine import device as devices
+from ...machine.hardware import library_versions
+from ...model import route, seam
+from ...model.linear_layers import stored_bytes
+from ...runtime.variant import Variant
+from ...tune import fingerprint
+from ...tune.run import name_of
+from ...validate.exam import context_limit, vocabulary
+from .baseline import Baseline, Environment, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ...tune.plan import Plan
+
+PROBE = "Zwölf Boxkämpfer jagen\nViktor: 3.14159 != 22/7, naïve 東京 🙂 def f(x): return x  # end"
+
+
+def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
+    """What serves a model's calls: a plan applied to it, the plan of a wrapped model, or the model as it is.
+
+    Raises:
+        UnsupportedModelError: not a causal LM in eval mode.
+        PlanError: the plan was made for another model.
+        TransformError: a transform refuses.
+    """
+    from ...live.wrap import unsupported
+
+    if reason := unsupported(model):
+        raise UnsupportedModelError(reason)
+    if plan is not None:
+        return plan.apply(model)
+    if not route.is_routed(model):
+        return Variant(model)
+    active: Variant | None = getattr(model.__dict__.get(route.SLOT), "_active", None)
+    return active or Variant(route.bare(model))
+
+
+def tuned_on(model: PreTrainedModel) -> tuple[tuple[int, ...], ...]:
+    """Prompts that a wrapped model was given to tune for; none where it is not known."""
+    given = getattr(model.__dict__.get(route.SLOT), "_given", None)
+    return given.prompts if given is not None else ()
+
+
+def describe(variant: Variant, tokenizer: PreTrainedTokenizerBase | None, dtype: str, vocabulary: int) -> Subject:
+    """What is recorded of a model that gives logits of `dtype` over `vocabulary` tokens."""
+    model = variant.original
+    return Subject(
+        name=name_of(model),
+        kind=seam.bare_class(model).__name__,
+        fingerprint=fingerprint.of_model(model),
+        dtype=dtype,
+        vocabulary=vocabulary,
+        tokenizer=tokenizer_hash(tokenizer),
+        weights_bytes=stored_bytes(*variant.modules.values()),
+        transforms=tuple(map(str, variant.transforms)),
+    )
+
+
+def environment(model: PreTrainedModel) -> Environment:
+    """The machine, without measuring it, and the libraries."""
+    device = devices.of(model)
+    identity = device.identity()
+    return Environment(device.kind, identity.name, identity.capability, torch.get_num_threads(), library_versions())
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A hash of a tokenizer's vocabulary and of how it cuts a sentence that has a bit of everything."""
+    if tokenizer is None:
+        return ""
+    ids: Any = tokenizer(PROBE)["input_ids"]
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), ids])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def require_comparable(
+    baseline: Baseline,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[Sequence[int]] | None,
+) -> None:
+    """Refuse what would compare one thing with another.
+
+    Raises:
+        BaselineError: another vocabulary, tokenizer or prompts, or a context too short for the recorded texts.
+    """
+    was, width = baseline.subject, vocabulary(model)
+    if width != was.vocabulary:
+        raise BaselineError(
+            f"the model has {width} tokens in its vocabulary, the baseline's {was.name} {was.vocabulary}: "
+            "probabilities over different tokens cannot be compared; record a baseline of this model's kind"
+        )
+    mine = tokenizer_hash(tokenizer)
+    if mine and was.tokenizer and mine != was.tokenizer:
+        raise BaselineError(
+            f"the model's tokenizer is not the one of the baseline's {was.name}: the same text gives other tokens; "
+            "use the recorded tokenizer, or record a baseline with this one"
+        )
+    if prompts is not None and {tuple(p) for p in prompts} != set(baseline.questions.prompts):
+        raise BaselineError(
+            f"the prompts given are not the {len(baseline.questions.prompts)} that were recorded; "
+            "leave them out to use those, or record a baseline with these"
+        )
+    longest = max(len(text.context) + len(text.scored) for group in baseline.questions.groups for text in group)
+    if (limit := context_limit(model)) < longest:
+        raise BaselineError(f"the model's context is {limit} tokens, the baseline's longest text has {longest}")

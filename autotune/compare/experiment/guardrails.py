@@ -1,0 +1,206 @@
+"""Guardrails: what a candidate must not make worse, by how much at most, and what the figures so far say. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import ExperimentError
+from ...validate import Verdict
+from . import sequential
+from .sequential import EVERYTHING, START_SKEWED, Interval, Moments
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["rate", "ratio", "mean"]
+# Of log times until it was seen: between requests, whose prompts and answers differ in length, and between pairs.
+UNSEEN_STD, UNSEEN_PAIRED_STD = 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class Guardrail:
+    """One limit.
+
+    Args:
+        name: "errors", "ttft", "tpot", or the user's own.
+        kind: "rate" of requests for which it holds, "ratio" of positive values (a time, a length; geometric means are
+            compared), or "mean" of any values.
+        limit: by how much the candidate may be worse: a rate by so much, a ratio by such a fraction, a mean by so much.
+        measure: for a metric of one's own, what it is of one answer: of the prompt's ids [B, P] and the new ones
+            [B, N]; None leaves the answer out. "errors", "ttft" and "tpot" are measured without it.
+        worse: which way is worse.
+
+    Raises:
+        ExperimentError: a limit or kind that makes no sense.
+    """
+
+    name: str
+    kind: Kind
+    limit: float
+    measure: Callable[[torch.Tensor, torch.Tensor], float | bool | None] | None = None
+    worse: Literal["higher", "lower"] = "higher"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("rate", "ratio", "mean") or self.worse not in ("higher", "lower"):
+            raise ExperimentError(
+                f"guardrail {self.name!r} has kind {self.kind!r} and worse {self.worse!r}; expected rate, ratio or "
+                "mean, and higher or lower"
+            )
+        if not (math.isfinite(self.limit) and self.limit >= 0 and (self.kind != "rate" or self.limit < 1)):
+            raise ExperimentError(
+                f"guardrail {self.name!r} has the limit {self.limit}; expected 0 or more (a rate < 1)"
+            )
+
+    @property
+    def bar(self) -> float:
+        """The limit on the scale of `scale`."""
+        return math.log1p(self.limit) if self.kind == "ratio" else self.limit
+
+    def scale(self, raw: float | bool | None) -> float | None:
+        """A measurement as it is averaged, larger being worse; None where it says nothing."""
+        if raw is None or math.isnan(raw):
+            return None
+        if self.kind == "rate":
+            return float(bool(raw) is (self.worse == "higher"))
+        if self.kind == "ratio" and raw <= 0:
+            return None
+        value = math.log(raw) if self.kind == "ratio" else float(raw)
+        return value if self.worse == "higher" else -value
+
+
+# At most 2 % more failures than the control, and answers that are at most 10 % slower.
+STANDARD = (
+    Guardrail("errors", "rate", 0.02),
+    Guardrail("ttft", "ratio", 0.10),
+    Guardrail("tpot", "ratio", 0.10),
+)
+
+Figures = Mapping[str, Moments]  # guardrail -> what was seen of one arm
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one guardrail says of a candidate.
+
+    Args:
+        name: of the guardrail.
+        verdict: FAIL: surely over the limit; PASS: surely within it; INCONCLUSIVE: neither yet.
+        worse_by: how much worse the candidate is, on the guardrail's scale (logarithms for a ratio); NaN if unknown.
+        interval: all of that which is compatible with what was seen, valid at any look.
+        requests: of the candidate, that were measured.
+        text: a sentence.
+    """
+
+    name: str
+    verdict: Verdict
+    worse_by: float
+    interval: Interval
+    requests: int
+    text: str
+
+
+def judge(guardrail: Guardrail, control: Moments | None, candidate: Moments, alpha: float) -> Finding:
+    """What the figures say of one limit.
+
+    Args:
+        guardrail: the limit.
+        control: of the control's own requests; None where the candidate's figures are differences of pairs already, or
+            failures that the control did not have.
+        candidate: of the candidate's requests.
+        alpha: chance of ever saying FAIL, or ever PASS, where it is not so.
+    """
+    if guardrail.kind == "rate":
+        within = sequential.rate_interval(candidate.hits, candidate.n, alpha)
+        interval = within if control is None else sequential.rate_difference(control, candidate, alpha)
+    else:
+        start = START_SKEWED if guardrail.kind == "mean" else sequential.START
+        interval = (
+            sequential.mean_interval(candidate, alpha, start)
+            if control is None
+            else sequential.mean_difference(control, candidate, alpha, start)
+        )
+    seen = candidate.n > 0 and (control is None or control.n > 0)
+    by = candidate.mean - (control.mean if control else 0.0) if seen else math.nan
+    if interval.low > guardrail.bar:
+        verdict = Verdict.FAIL
+    else:
+        verdict = Verdict.PASS if interval.high <= guardrail.bar else Verdict.INCONCLUSIVE
+    return Finding(guardrail.name, verdict, by, interval, candidate.n, _say(guardrail, by, interval, candidate.n))
+
+
+def _say(guardrail: Guardrail, by: float, interval: Interval, requests: int) -> str:
+    def figure(value: float) -> str:
+        if math.isinf(value) or math.isnan(value):
+            return "unknown" if math.isnan(value) else ("any" if value > 0 else "-any")
+        if guardrail.kind == "mean":
+            return f"{value:+.4g}"
+        return f"{math.expm1(value) if guardrail.kind == 'ratio' else value:+.1%}"
+
+    within = "not enough to say" if interval == EVERYTHING else f"[{figure(interval.low)}, {figure(interval.high)}]"
+    return f"{guardrail.name} {figure(by)} {within}, limit {figure(guardrail.bar)}, {requests} requests"
+
+
+def conclude(findings: Sequence[Finding]) -> tuple[Verdict, str]:
+    """The verdict on all guardrails, and the sentence that decided: one failed, all passed, or which is open."""
+    for wanted, lead in ((Verdict.FAIL, "over the limit: "), (Verdict.INCONCLUSIVE, "open: ")):
+        if found := [f for f in findings if f.verdict is wanted]:
+            return wanted, lead + "; ".join(f.text for f in found)
+    return Verdict.PASS, "within every limit: " + "; ".join(f.text for f in findings)
+
+
+def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, share: float | None = None) -> str:
+    """Within how many of its requests a candidate that is clearly worse is caught, in a sentence.
+
+    The effect stated for is a rate 10 points over the limit and a total failure, or a ratio or mean at twice the limit;
+    the chance of having caught it by then is at least 95 %.
+
+    Args:
+        guardrail: the limit.
+        alpha: as for `judge`.
+        std: of the values so far; NaN: not seen yet, so `UNSEEN_STD` or `UNSEEN_PAIRED_STD` for a ratio and no
+            statement for a mean.
+        share: of requests that the candidate gets, above 0; None where there is no control to compare with.
+    """
+    control = math.inf if share is None or share >= 1 else (1 - share) / share
+    if guardrail.kind == "rate":
+        rate = min(1.0, guardrail.limit + 0.10)
+        some = sequential.requests_to_see_rate(rate, guardrail.limit, alpha, control_per_request=control)
+        every = sequential.requests_to_see_rate(1.0, guardrail.limit, alpha, control_per_request=control)
+        within = some or "over 10000"
+        return f"{guardrail.name}: a rate of {rate:.0%} is caught within {within} requests, of 100% within {every}"
+    if guardrail.kind == "mean" and math.isnan(std):
+        return f"{guardrail.name}: its spread is not known yet"
+    unseen = UNSEEN_PAIRED_STD if share is None else UNSEEN_STD
+    known = round(unseen if math.isnan(std) else std, 3)
+    excess = math.log1p(2 * guardrail.limit) - guardrail.bar if guardrail.kind == "ratio" else guardrail.limit
+    n = sequential.requests_to_see_mean(excess, known, alpha, control_per_request=control) if excess > 0 else None
+    many = f"{max(n, START_SKEWED) if guardrail.kind == 'mean' else n}" if n else f"over {sequential.MAX_REQUESTS}"
+    how = "assumed" if math.isnan(std) else "seen"
+    effect = f"+{2 * guardrail.limit:.0%}" if guardrail.kind == "ratio" else f"+{2 * guardrail.limit:.4g}"
+    return f"{guardrail.name}: {effect} is caught within {many} requests, at the {how} spread of {known:.3g}"
+
+
+def add(figures: Figures, values: Mapping[str, float | None]) -> dict[str, Moments]:
+    """Figures with one more request's values; None is left out."""
+    more = {name: figures.get(name, Moments()).add(v) for name, v in values.items() if v is not None}
+    return {**figures, **more}
+
+
+def checked(guardrails: Sequence[Any]) -> tuple[Guardrail, ...]:
+    """Guardrails with different names.
+
+    Raises:
+        ExperimentError: something else was given, or a metric of one's own has nothing to measure it with.
+    """
+    for rail in guardrails:
+        if not isinstance(rail, Guardrail):
+            raise ExperimentError(f"a guardrail was expected, not {rail!r}: Guardrail(name, kind, limit, measure)")
+        if rail.measure is None and rail.name not in ("errors", "ttft", "tpot"):
+            raise ExperimentError(f"guardrail {rail.name!r} has no `measure`; only errors, ttft and tpot need none")
+    names = [rail.name for rail in guardrails]
+    if len(set(names)) != len(names) or not names:
+        raise ExperimentError(f"guardrails need different names, and at least one; got {names}")
+    return tuple(guardrails)

@@ -1,0 +1,210 @@
+"""Experiments on live calls: the layer they put over a model, the arms they run, and what they say of themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ... import workload
+from ...errors import ExperimentError
+from ...model import route, seam
+from ...runtime.variant import Variant
+from ...tune import codec
+from ...workload import Workload
+from .arms import Arm, Bench
+from .given import CONTROL, Given
+from .guardrails import Figures, Finding
+from .sequential import Moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from . import Experiment
+    from .store import Version
+
+log = logging.getLogger("autotune")
+
+ANY_WORK = Workload(((1,) * 128,), 128)  # sizes what a candidate prepares where no workload was given
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One candidate in a live experiment.
+
+    Args:
+        name, description: of the arm.
+        verdict, reason: what can be said now; valid at any look.
+        requests: of the candidate, that were measured.
+        share: of live requests that it answers; 0 in a shadow.
+        findings: by guardrail, a sentence each.
+        bounds: within how many requests a candidate that is clearly worse is caught, a sentence each.
+        errors: the latest failures' messages.
+        counts: what became of requests, by name.
+    """
+
+    name: str
+    description: str
+    verdict: str
+    reason: str
+    requests: int
+    share: float
+    findings: tuple[str, ...]
+    bounds: tuple[str, ...]
+    errors: tuple[str, ...] = ()
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LiveStatus:
+    """A live experiment.
+
+    Args:
+        name, mode: of the experiment; mode is "shadow" or "split".
+        state: "running", "stopped", "rolled back" or "full".
+        requests: live calls that came through generate's greedy or sampling loop.
+        counts: what became of them, by name: sampled, dropped and why, bypassed and why.
+        candidates: how they stand.
+    """
+
+    name: str
+    mode: str
+    state: str
+    requests: int
+    counts: Mapping[str, int]
+    candidates: tuple[Standing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain: dict[str, Any] = codec.encode(self)
+        return plain
+
+    def lines(self) -> list[str]:
+        """In words, a line each."""
+        return describe(self.to_dict())
+
+
+def describe(body: Mapping[str, Any]) -> list[str]:
+    """A stored or present status (`LiveStatus.to_dict`) in words, a line each."""
+    counts = ", ".join(f"{name} {n}" for name, n in sorted(body["counts"].items()))
+    lines = [
+        f"{body['name']}: {body['mode']}, {body['state']}, {body['requests']} requests ({counts or 'none counted'})"
+    ]
+    for arm in body["candidates"]:
+        where = f", answers {arm['share']:.0%} of requests" if body["mode"] == "split" else ""
+        lines.append(f"{arm['name']} ({arm['description']}): {arm['verdict']}{where}; {arm['reason']}")
+        lines += [f"  {text}" for text in (*arm["findings"], *arm["bounds"])]
+        lines += [f"  failed: {text}" for text in arm["errors"]]
+    return lines
+
+
+class Layer:
+    """A router on top of a live model, which passes on everything; see `route.below`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def sample(self, call: seam.Sampling) -> Any:
+        return self.control(call)
+
+    def control(self, call: seam.Sampling) -> Any:
+        """The answer of whoever serves below: autotune's handle, another experiment, or the model."""
+        return route.below(self._model, self).sample(call)
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return route.below(self._model, self).forward(model, args, kwargs)
+
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        return route.below(self._model, self).other_loop(name)
+
+
+def arms_of(experiment: Experiment, model: PreTrainedModel, names: Sequence[str]) -> tuple[Arm, dict[str, Arm]]:
+    """The live model's own arm, and the candidates' by name.
+
+    Raises:
+        ExperimentError: no such candidate, or it cannot be built or run on the live model's calls.
+        UnsupportedModelError: the live model is not one that autotune can route.
+    """
+    from ...errors import UnsupportedModelError
+    from ...live.wrap import unsupported
+
+    if reason := unsupported(model):
+        raise UnsupportedModelError(reason)
+    if unknown := [name for name in names if name not in experiment.candidates]:
+        raise ExperimentError(f"there is no candidate {unknown[0]!r}; there are {', '.join(experiment.candidates)}")
+    bare = route.bare(model)
+    work, given = ANY_WORK, experiment._given
+    if given is not None:
+        work = workload.read(given, tokenizer=experiment.tokenizer, model=bare)
+    bench = Bench(bare, experiment.tokenizer, work, log.info)
+    built = {name: bench.candidate(experiment.candidates[name]) for name in names}
+    for name, arm in built.items():
+        if problem := arm.problem or arm.unjudged:
+            raise ExperimentError(f"candidate {name!r} cannot answer the live model's calls: {problem}")
+    return bench.control(Given(CONTROL, "model", bare)), built
+
+
+def serving_variant(model: PreTrainedModel) -> Variant:
+    """What answers a live model's calls now: its plan, or the model as it is."""
+    active: Variant | None = getattr(model.__dict__.get(route.SLOT), "_active", None)
+    return active or Variant(route.bare(model))
+
+
+def overall(candidates: Sequence[Standing]) -> tuple[str, str]:
+    """The verdict on an experiment, as offline: pass where some candidate passes, fail or error where all do."""
+    found = {arm.verdict for arm in candidates}
+    verdict = "pass" if "pass" in found else found.pop() if len(found) == 1 else "inconclusive"
+    return verdict, "; ".join(f"{arm.name}: {arm.reason}" for arm in candidates)
+
+
+class Record:
+    """What a live experiment keeps in its store, and finds there after a restart."""
+
+    def __init__(self, experiment: Experiment, mode: str, control: Arm, arms: Mapping[str, Arm], settings: Any) -> None:
+        prints = {CONTROL: control.fingerprint, **{name: arm.fingerprint for name, arm in arms.items()}}
+        self.store = experiment.store
+        self.version: Version = self.store.begin(experiment.name, mode, prints, settings)
+
+    def load(self, arm: str) -> Mapping[str, Any]:
+        """What `save` kept of an arm; empty at the first start."""
+        if not self.version.resumed or (found := self.store.verdicts(self.version).get(arm)) is None:
+            return {}
+        kept: Mapping[str, Any] = found.body.get("kept", {})
+        return kept
+
+    def save(self, status: LiveStatus, kept: Mapping[str, Any]) -> None:
+        """Keep the status, and by arm what `load` shall find. A store that fails is no reason to fail a live call."""
+        try:
+            for arm in status.candidates:
+                body = {**codec.encode(arm), "kept": codec.encode(kept[arm.name])}
+                self.store.conclude(self.version, arm.name, arm.verdict, arm.reason, body)
+            self.store.conclude(self.version, "", *overall(status.candidates), status.to_dict())
+        except Exception as error:
+            log.warning("experiment %s is not kept: %s: %s", status.name, type(error).__name__, error)
+
+    def note(self, kind: str, text: str) -> None:
+        """Keep an event, and log it."""
+        log.info("%s: %s", kind, text)
+        try:
+            self.store.note(self.version, kind, text)
+        except Exception as error:
+            log.warning("an event is not kept: %s: %s", type(error).__name__, error)
+
+
+def read_figures(kept: Mapping[str, Any]) -> dict[str, Moments]:
+    """Figures as `Record` kept them."""
+    figures: dict[str, Moments] = codec.decode(Mapping[str, Moments], kept, "figures")
+    return figures
+
+
+def sentences(findings: Sequence[Finding]) -> tuple[str, ...]:
+    return tuple(finding.text for finding in findings)
+
+
+def spread_of(figures: Figures, name: str) -> float:
+    """Standard deviation of what was seen; NaN before there are enough values."""
+    seen = figures.get(name, Moments())
+    return seen.std if seen.n >= 20 else float("nan")

@@ -1,0 +1,164 @@
+"""Ramps: how large a share of live requests a candidate gets, and what has to be shown for more. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ...errors import ExperimentError
+from ...validate import Verdict
+from . import guardrails
+from .guardrails import Finding, Guardrail, stated_bound
+from .sequential import Moments
+
+ALPHA = 0.05  # chance of ever rolling back, in one run of a ramp, a candidate that is within every limit
+
+State = Literal["ramping", "full", "rolled back"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a ramp stands. All of it is kept across restarts.
+
+    Args:
+        step: index into the ramp's shares.
+        state: "ramping", "full" (the last step was passed; guardrails still watch) or "rolled back".
+        reason: the sentence that led here.
+        requests: of the candidate, in this step.
+        rollbacks: so far.
+        control, candidate: figures of this step by guardrail; at a share of 1 the control's are those of the step
+            before, since it serves nothing any more.
+    """
+
+    step: int = 0
+    state: State = "ramping"
+    reason: str = "begun"
+    requests: int = 0
+    rollbacks: int = 0
+    control: Mapping[str, Moments] = field(default_factory=dict)
+    candidate: Mapping[str, Moments] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The rules.
+
+    Figures start anew at every step, so that requests of one step are compared with those served beside them and not
+    with those of another time of day. The chance of an error is divided among steps and guardrails (Bonferroni).
+
+    Args:
+        shares: of requests, rising.
+        rails: what must hold.
+        step_requests: of the candidate that a step takes at least; doubled by every roll-back (back-off).
+
+    Raises:
+        ExperimentError: shares that do not rise from above 0 to at most 1.
+    """
+
+    shares: tuple[float, ...]
+    rails: tuple[Guardrail, ...]
+    step_requests: int = 50
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.shares, self.shares[1:], strict=False))
+        if not self.shares or not rising or not 0 < self.shares[0] <= self.shares[-1] <= 1:
+            raise ExperimentError(f"the ramp is {self.shares}; expected shares that rise, above 0 and at most 1")
+        if self.step_requests < 1:
+            raise ExperimentError(f"step_requests is {self.step_requests}; expected 1 or more")
+
+    @property
+    def alpha(self) -> float:
+        """Of one guardrail in one step."""
+        return ALPHA / (len(self.shares) * len(self.rails))
+
+    def share(self, progress: Progress) -> float:
+        """Of requests that the candidate gets now."""
+        return 0.0 if progress.state == "rolled back" else self.shares[progress.step]
+
+    def needed(self, progress: Progress) -> int:
+        """Requests of the candidate that this step takes at least."""
+        return self.step_requests << progress.rollbacks
+
+    def findings(self, progress: Progress) -> list[Finding]:
+        """What every guardrail says now."""
+        empty = Moments()
+        beside = {rail.name: _beside(progress, rail) for rail in self.rails}
+        return [
+            guardrails.judge(rail, beside[rail.name], progress.candidate.get(rail.name, empty), self.alpha)
+            for rail in self.rails
+        ]
+
+    def advance(self, progress: Progress) -> Progress:
+        """The next state: rolled back as soon as a guardrail fails, a step up once all hold and enough was seen."""
+        if progress.state == "rolled back":
+            return progress
+        verdict, reason = guardrails.conclude(self.findings(progress))
+        if verdict is Verdict.FAIL:
+            return replace(progress, state="rolled back", reason=reason, rollbacks=progress.rollbacks + 1)
+        if verdict is not Verdict.PASS or progress.requests < self.needed(progress) or progress.state == "full":
+            return progress
+        if progress.step + 1 == len(self.shares):
+            return replace(progress, state="full", reason=reason)
+        up = progress.step + 1
+        control = progress.control if self.shares[up] >= 1 else {}
+        return replace(progress, step=up, reason=reason, requests=0, control=control, candidate={})
+
+    def bounds(self, progress: Progress) -> tuple[str, ...]:
+        """Within how many of its requests a candidate that is clearly worse is rolled back, a sentence each."""
+        share = self.share(progress) or self.shares[0]
+        return tuple(
+            stated_bound(
+                rail,
+                self.alpha,
+                std=_spread(progress, rail),
+                share=None if _beside(progress, rail) is None else share,
+            )
+            for rail in self.rails
+        )
+
+    def verdict(self, progress: Progress) -> tuple[Verdict, str]:
+        """What can be said of the candidate."""
+        if progress.state == "rolled back":
+            return Verdict.FAIL, progress.reason
+        if progress.state == "full":
+            return Verdict.PASS, progress.reason
+        _, reason = guardrails.conclude(self.findings(progress))
+        many = f"{progress.requests} of at least {self.needed(progress)} requests at {self.share(progress):.0%}"
+        return Verdict.INCONCLUSIVE, f"{many}; {reason}"
+
+
+def _beside(progress: Progress, rail: Guardrail) -> Moments | None:
+    """The control's figures; None for errors, which count only where the control then answered: it had none there."""
+    return None if rail.name == "errors" else progress.control.get(rail.name, Moments())
+
+
+def _spread(progress: Progress, rail: Guardrail) -> float:
+    seen = [arm[rail.name] for arm in (progress.candidate, progress.control) if rail.name in arm]
+    return next((figures.std for figures in seen if figures.n >= 20), math.nan)
+
+
+def observed(progress: Progress, arm: Literal["control", "candidate"], values: Mapping[str, float | None]) -> Progress:
+    """With one more answer's values."""
+    if arm == "control":
+        return replace(progress, control=guardrails.add(progress.control, values))
+    grown = guardrails.add(progress.candidate, values)
+    return replace(progress, candidate=grown, requests=progress.requests + 1)
+
+
+def resumed(progress: Progress) -> Progress:
+    """From the first step again, after a roll-back; every step takes twice as many requests as before."""
+    return Progress(rollbacks=progress.rollbacks, reason=f"resumed after {progress.rollbacks} roll-backs")
+
+
+def place(salt: str, key: str | bytes) -> float:
+    """Where a key lies in [0, 1): always the same place, and for another salt another one.
+
+    A request goes to the candidate where its key's place is below the share, so raising the share only ever moves keys
+    from the control to the candidate.
+    """
+    raw = key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(raw, digest_size=8, key=hashlib.blake2b(salt.encode(), digest_size=32).digest()).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53  # a float's 53 bits: rounding up to 1.0 cannot happen

@@ -1,0 +1,171 @@
+"""A live request run again, off its path: on the control and on a candidate, while no live request is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import MeasurementError
+from ...model import seam
+from ...validate.divergence import compare_logits, find_defect
+from ...validate.score import BypassedError, CandidateError, OutputError, Served, Tokens
+from ...validate.timing import TIMED_TOKENS, Clock, Pair, Timing, time_request
+
+if TYPE_CHECKING:
+    from ...runtime.traffic import Traffic
+    from ...runtime.variant import Variant
+
+SCORED_TOKENS = 16  # of an answer, whose distributions are compared
+
+
+class LateError(OutputError):
+    """The replay took longer than its deadline."""
+
+
+class Turns:
+    """A clock and a streamer that let live requests go first, before every token; their time is not counted.
+
+    Nothing live waits for a replay: a request that comes in the middle of a token is served beside the rest of it.
+
+    Args:
+        traffic: of the live requests.
+        until_s: when to give up, on `clock`.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, traffic: Traffic, until_s: float, clock: Clock = time.perf_counter) -> None:
+        self._traffic, self._until_s, self._clock, self._waited_s = traffic, until_s, clock, 0.0
+
+    def __call__(self) -> float:
+        """Seconds, less those for which live requests were served.
+
+        Raises:
+            LateError: the deadline has passed.
+            Cancelled: nothing is to be replayed any more.
+        """
+        start = self._clock()
+        with self._traffic.step():
+            pass
+        now = self._clock()
+        if now > self._until_s:
+            raise LateError("its deadline passed")
+        self._waited_s += now - start
+        return now - self._waited_s
+
+    def put(self, _value: Any) -> None:
+        self()
+
+    def end(self) -> None: ...
+
+
+class Rerun(Served):
+    """A variant that answers live requests again, and takes turns with them."""
+
+    def __init__(self, variant: Variant, turns: Turns, pad_token_id: int) -> None:
+        super().__init__(variant, pad_token_id, fall_back=False)
+        self._turns = turns
+
+    def sample(self, call: seam.Sampling) -> Any:
+        if reason := self.variant.unsupported(call):
+            raise BypassedError(reason)
+        return self.variant.sample(call)  # without `turn`: a candidate that hangs must not hold up live requests
+
+    def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.variant.forward(model, args, kwargs)
+
+    def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
+        return super().generate(prompts, new_tokens, **{"streamer": self._turns, **options})
+
+
+@dataclass(frozen=True)
+class Request:
+    """A live request and its answer.
+
+    Args:
+        ids: [B, P] int64.
+        mask: [B, P], or None.
+        answer: [B, N] int64, the new tokens.
+        ends: token ids that end an answer.
+        pad_token_id: for left padding.
+        at_s: when it was answered.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    answer: torch.Tensor
+    ends: tuple[int, ...]
+    pad_token_id: int
+    at_s: float
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids without padding."""
+        mask = torch.ones_like(self.ids) if self.mask is None else self.mask
+        return [row[keep.bool()].tolist() for row, keep in zip(self.ids, mask, strict=True)]
+
+    def served(self) -> list[list[int]]:
+        """New tokens [B][N], up to where the first of the answers ended."""
+        rows = self.answer.tolist()
+        lengths = [next((n + 1 for n, token in enumerate(row) if token in self.ends), len(row)) for row in rows]
+        return [row[: min(lengths)] for row in rows]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What became of one request on one candidate.
+
+    Args:
+        tokens: that were compared, of every sequence.
+        diverged: index of the first at which the candidate would have chosen another than the control; None: nowhere.
+        kld: mean KL(control || candidate) over them, nats; NaN where it failed.
+        pair: both timings, equally many tokens forced out; None where it failed.
+        error: how the candidate failed, or None.
+    """
+
+    tokens: int = 0
+    diverged: int | None = None
+    kld: float = float("nan")
+    pair: Pair | None = None
+    error: str | None = None
+
+
+def replay(control: Rerun, candidate: Rerun, request: Request, turns: Turns, *, candidate_first: bool) -> Replay:
+    """Run a request again on both arms: timed, and scored on the tokens that were served.
+
+    Everything is greedy, whatever the live call asked for, and so leaves the process's random numbers alone.
+
+    Raises:
+        LateError: the deadline passed.
+        MeasurementError: the control itself cannot replay this.
+        Cancelled: nothing is to be replayed any more.
+    """
+    prompts, served = request.prompts(), request.served()
+    count, scored = min(len(served[0]), TIMED_TOKENS), [row[:SCORED_TOKENS] for row in served]
+    timings: dict[Rerun, Timing] = {}
+    for arm in (candidate, control) if candidate_first else (control, candidate):
+        try:
+            timings[arm] = time_request(arm, prompts, count, turns)
+        except LateError:
+            raise
+        except CandidateError as error:
+            if arm is candidate:
+                return Replay(error=str(error))
+            raise MeasurementError(f"the control cannot replay this: {error}") from error
+    pair = Pair(timings[control], timings[candidate])
+    reference = control.step(prompts, scored)  # [B, T, V]
+    try:
+        found = candidate.step(prompts, scored)
+    except LateError:
+        raise
+    except CandidateError as error:
+        return Replay(error=str(error))
+    if defect := find_defect(reference, found):
+        return Replay(error=defect)
+    targets = torch.tensor(scored, dtype=torch.int64, device=reference.device)
+    there = compare_logits(reference.flatten(0, 1), found.flatten(0, 1), targets.flatten())
+    gaps = there.top_gap.reshape(targets.shape).max(axis=0)  # [T], the largest of any sequence
+    diverged = next((n for n, gap in enumerate(gaps) if gap > 0), None)
+    return Replay(len(scored[0]), diverged, float(there.kld.mean()), pair)

@@ -1,0 +1,320 @@
+"""Shadow: the control answers every live call; candidates get copies of a sample, afterwards and off the path."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import DeviceError, ExperimentError, MeasurementError
+from ...machine import ending, forking
+from ...model import route, seam
+from ...runtime.traffic import Cancelled, Traffic
+from ...validate import Verdict
+from ...validate.tiers import TIERS
+from . import guardrails
+from .guardrails import Guardrail, stated_bound
+from .live import Layer, LiveStatus, Record, Standing, arms_of, log, read_figures, sentences, serving_variant, spread_of
+from .replays import LateError, Replay, Request, Rerun, Turns, replay
+from .sequential import Moments
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from transformers import PreTrainedModel
+
+    from ...validate.timing import Clock
+    from . import Experiment
+
+ALPHA = 0.05  # chance of any false statement about a candidate, ever
+MAX_ERRORS = 0.02  # share of replays that may fail
+MAX_DIVERGENT = 0.05  # share of requests whose mean KLD may exceed the tier's limit for single tokens
+KEPT_ERRORS = 5
+JOIN_S = 30.0  # for the replay under way; live calls do not wait for it
+
+
+def limits_of(experiment: Experiment) -> tuple[Guardrail, ...]:
+    """What a candidate must hold in a shadow: the experiment's tier and limits."""
+    tier = TIERS[experiment.tier]
+    return (
+        Guardrail("errors", "rate", MAX_ERRORS),
+        Guardrail("divergent", "rate", MAX_DIVERGENT),
+        Guardrail("kld", "mean", tier.mean_kld),
+        Guardrail("ttft", "ratio", max(0.0, experiment.limits.max_ttft_increase)),
+        Guardrail("tpot", "ratio", max(0.0, experiment.limits.max_tpot_increase)),
+    )
+
+
+class Shadow(Layer):
+    """Candidates beside live traffic; begins when entered or started, and leaves the model as it found it.
+
+    A live call takes the control's answer and, where it is sampled, one copy of its ids. Replays run in one thread,
+    only while no live call is in flight, and pause before every token for one that comes. Under traffic without a gap
+    nothing is replayed: the queue fills and the rest is dropped and counted.
+
+    Args:
+        experiment: whose candidates run, all of them.
+        model: the live model, wrapped or not: the control.
+        share: of live calls that are replayed.
+        queue: sampled calls that may wait.
+        deadline_s: seconds from an answer to the end of its replay; later ones are dropped.
+        budget: share of the time since the start that replays may take.
+        budget_s: seconds that they may take altogether.
+        seed: of the sampling and of the order of arms; random numbers of the process are not used.
+        clock: monotonic seconds.
+
+    Raises:
+        ExperimentError: a candidate cannot be run, or a number makes no sense.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: PreTrainedModel,
+        *,
+        share: float = 0.05,
+        queue: int = 16,
+        deadline_s: float = 60.0,
+        budget: float = 0.1,
+        budget_s: float = math.inf,
+        seed: int = 0,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        if not (0 < share <= 1 and queue >= 1 and deadline_s > 0 and 0 < budget <= 1 and budget_s > 0):
+            raise ExperimentError(
+                f"share={share}, queue={queue}, deadline_s={deadline_s}, budget={budget}, budget_s={budget_s}: "
+                "expected shares above 0 and at most 1, and at least one place in the queue and some time"
+            )
+        super().__init__(model)
+        self.name, self.limits = experiment.name, limits_of(experiment)
+        self._tier = TIERS[experiment.tier]
+        self._control_arm, self._arms = arms_of(experiment, model, list(experiment.candidates))
+        self._share, self._places, self._deadline_s, self._clock = share, queue, deadline_s, clock
+        self._budget, self._budget_s = budget, budget_s
+        self._chance = random.Random(seed)  # noqa: S311 - which calls are sampled is no secret
+        self._traffic, self._changed, self._waiting = Traffic(), forking.free(threading.Condition()), deque[Request]()
+        self._busy, self._state, self._spent_s, self._start_s = False, "stopped", 0.0, clock()
+        self._requests, self._counts = 0, Counter[str]()
+        self._thread: ending.Worker | None = None
+        settings = {"tier": experiment.tier, "limits": [[g.name, g.limit] for g in self.limits]}
+        self._record = Record(experiment, "shadow", self._control_arm, self._arms, settings)
+        self._figures = {name: self._restored(name) for name in self._arms}
+        self._errors: dict[str, deque[str]] = {name: deque(maxlen=KEPT_ERRORS) for name in self._arms}
+        self._tallies: dict[str, Counter[str]] = {name: Counter() for name in self._arms}
+
+    def _restored(self, name: str) -> dict[str, Moments]:
+        return read_figures(self._record.load(name))
+
+    # What users call
+
+    def start(self) -> Shadow:
+        """Begin; live calls are sampled from now on."""
+        if self._thread is not None:
+            raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
+        self._state, self._start_s = "running", self._clock()
+        self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
+        self._thread.launch()
+        forking.tell(self)
+        route.add_layer(self._model, self)
+        return self
+
+    def stop(self) -> None:
+        """End, and leave the model as it was; what was measured is kept, what still waits is dropped."""
+        route.remove_layer(self._model, self)
+        self._call_off()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_S)
+            if self._thread.is_alive():
+                log.warning("the shadow %s ended, but a candidate hangs in a replay", self.name)
+        self._record.save(self.status, self._figures)
+
+    def _call_off(self) -> None:
+        with self._changed:
+            self._state = "stopped"
+            self._counts["dropped: stopped"] += len(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._traffic.cancel()
+
+    def after_fork(self) -> None:
+        """The parent's calls are sampled there."""
+        route.remove_layer(self._model, self)
+        self._call_off()
+
+    __enter__ = start
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self.stop()
+        return False
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until everything sampled was replayed or dropped; whether it was within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+
+    @property
+    def status(self) -> LiveStatus:
+        """What can be said now; however often one asks."""
+        with self._changed:
+            standings = tuple(map(self._standing, self._arms))
+            return LiveStatus(self.name, "shadow", self._state, self._requests, dict(self._counts), standings)
+
+    def _standing(self, name: str) -> Standing:
+        figures, alpha = self._figures[name], ALPHA / len(self.limits)
+        found = [guardrails.judge(rail, None, figures.get(rail.name, Moments()), alpha) for rail in self.limits]
+        verdict, reason = guardrails.conclude(found)
+        if self._state == "failed" and verdict is not Verdict.FAIL:
+            verdict, reason = Verdict.ERROR, "the device failed"
+        return Standing(
+            name=name,
+            description=self._arms[name].description,
+            verdict=verdict.value,
+            reason=reason,
+            requests=figures.get("errors", Moments()).n,
+            share=0.0,
+            findings=sentences(found),
+            bounds=tuple(stated_bound(rail, alpha, std=spread_of(figures, rail.name)) for rail in self.limits),
+            errors=tuple(self._errors[name]),
+            counts=dict(self._tallies[name]),
+        )
+
+    # What the routed model calls
+
+    def sample(self, call: seam.Sampling) -> Any:
+        with self._traffic.request():  # only counts: nothing live ever waits for a replay
+            result = self.control(call)
+        try:
+            self._offer(call, result)
+        except Exception as error:  # the answer is there, and nothing of the experiment's may cost it
+            log.warning("a live call was not sampled: %s: %s", type(error).__name__, error)
+        return result
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._traffic.request():
+            return super().forward(model, args, kwargs)
+
+    @contextmanager
+    def other_loop(self, name: str) -> Iterator[None]:
+        with self._traffic.request(), super().other_loop(name):
+            yield
+
+    # How it works
+
+    def _offer(self, call: seam.Sampling, result: Any) -> None:
+        with self._changed:
+            self._requests += 1
+            if self._state != "running" or self._chance.random() >= self._share:
+                return
+            self._counts["sampled"] += 1
+            if (reason := self._hindrance(call)) is not None:
+                self._counts[f"dropped: {reason}"] += 1
+                return
+            self._waiting.append(_request(call, result, self._clock()))
+            self._changed.notify_all()
+
+    def _hindrance(self, call: seam.Sampling) -> str | None:
+        """Why a call is not copied, or None."""
+        if reason := call.unusual_argument():
+            return reason
+        return "queue full" if len(self._waiting) >= self._places else None
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting or self._state != "running")
+                if self._state != "running":
+                    return
+                request, self._busy = self._waiting.popleft(), True
+                dropped = self._obstacle(request)
+            try:
+                if dropped is None:
+                    dropped = self._replay_on_all(request)
+            except Cancelled:
+                dropped = "stopped"
+            except DeviceError as error:
+                log.warning("the shadow %s ends: %s", self.name, error)
+                with self._changed:
+                    self._state = "failed"
+            except Exception as error:  # of the experiment's own: a live model is no place to fail for it
+                dropped = f"{type(error).__name__}: {error}"
+                log.warning("a replay of the shadow %s failed: %s", self.name, dropped)
+            if dropped is not None:
+                with self._changed:
+                    self._counts[f"dropped: {dropped}"] += 1
+
+    def _obstacle(self, request: Request) -> str | None:
+        now = self._clock()
+        if now - request.at_s > self._deadline_s:
+            return "deadline"
+        if self._spent_s > min(self._budget * (now - self._start_s), self._budget_s):
+            return "budget"
+        handle = self._model.__dict__.get(route.SLOT)
+        return "tuning" if getattr(getattr(handle, "status", None), "state", "") == "tuning" else None
+
+    def _replay_on_all(self, request: Request) -> str | None:
+        """Replay on every candidate; why nothing came of it, or None."""
+        if not request.served()[0]:
+            return "empty answer"
+        start = self._clock()
+        turns = Turns(self._traffic, request.at_s + self._deadline_s, self._clock)
+        control = Rerun(serving_variant(self._model), turns, request.pad_token_id)
+        try:
+            for name, arm in self._arms.items():
+                assert arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
+                candidate = Rerun(arm.variant, turns, request.pad_token_id)
+                first = self._chance.random() < 0.5
+                self._count(name, replay(control, candidate, request, turns, candidate_first=first))
+        except LateError:
+            return "deadline"
+        except MeasurementError as error:
+            return str(error)
+        finally:
+            self._spent_s += self._clock() - start
+        self._record.save(self.status, self._figures)
+        return None
+
+    def _count(self, name: str, found: Replay) -> None:
+        with self._changed:
+            self._figures[name] = guardrails.add(self._figures[name], self._values(found))
+            tally = self._tallies[name]
+            if found.error is not None:
+                self._errors[name].append(found.error)
+                tally["failed"] += 1
+            else:
+                tally["same tokens" if found.diverged is None else "diverged"] += 1
+
+    def _values(self, found: Replay) -> dict[str, float | None]:
+        by = {rail.name: rail for rail in self.limits}
+        values: dict[str, float | None] = {"errors": float(found.error is not None)}
+        if found.error is None:
+            values |= {"divergent": float(found.kld > self._tier.p99_kld), "kld": found.kld}
+        if found.pair is not None and not found.pair.polluted:
+            for name in ("ttft", "tpot"):
+                there, here = (getattr(t, f"{name}_s") for t in (found.pair.candidate, found.pair.reference))
+                values[name] = by[name].scale(there / here)
+        return values
+
+
+def _request(call: seam.Sampling, result: Any, now_s: float) -> Request:
+    """Copies, since the caller may go on to change its own."""
+    config, whole = call.settings, seam.sequences(result)  # [B, P + N]
+    ends: Sequence[int] | int | None = config.eos_token_id
+    mask = call.mask
+    ended = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    return Request(
+        ids=call.input_ids.clone(),
+        mask=None if mask is None else mask.clone(),
+        answer=whole[:, call.input_ids.shape[1] :].clone(),
+        ends=ended,
+        pad_token_id=config.pad_token_id if isinstance(config.pad_token_id, int) else (ended or (0,))[0],
+        at_s=now_s,
+    )

@@ -1,0 +1,323 @@
+"""Split: a share of live requests is answered by a candidate, chosen by a stable key, guarded and ramped up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ...errors import DeviceError, ExperimentError, StateError, VariantError, in_words
+from ...machine import forking
+from ...model import route, seam
+from ...runtime.attempt import Attempt
+from ...tune import codec
+from . import guardrails, ramp
+from .guardrails import STANDARD, Guardrail
+from .live import Layer, LiveStatus, Record, Standing, arms_of, log, sentences
+from .ramp import Progress, Ramp
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from transformers import PreTrainedModel
+
+    from ...runtime.variant import Variant
+    from ...validate.timing import Clock
+    from . import Experiment
+
+SAVE_EVERY = 25  # the candidate's requests between two writes to the store; changes of state are written at once
+KEPT_ERRORS = 5
+_KEY: ContextVar[str | None] = ContextVar("autotune_experiment_key", default=None)
+
+
+class Split(Layer):
+    """A candidate on a share of live traffic; begins when entered or started, and leaves the model as it found it.
+
+    A candidate that fails is replaced by the control, which costs the caller time and nothing else; tokens that were
+    streamed by then stand, and the control goes on from them. It counts as the candidate's error, and so do NaN logits.
+    What the callers' own streamers, processors and criteria raise is theirs. Requests are taken as independent: where a
+    few keys make up much of the traffic, figures are surer of themselves than they should be.
+
+    Args:
+        experiment: whose candidate it is; its name is the salt of the keys.
+        model: the live model, wrapped or not: the control.
+        candidate: its name, where the experiment has several.
+        ramp: shares of requests, rising; a step up needs every guardrail to hold.
+        guardrails: what rolls the candidate back. A metric of one's own is measured in the caller's thread.
+        step_requests: of the candidate that a step takes at least.
+        key: of a call (`seam.Sampling`); default: that of `with split.key("user-42"):`, or the prompt's hash.
+        clock: monotonic seconds.
+
+    Raises:
+        ExperimentError: the candidate cannot be run, or a setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: PreTrainedModel,
+        *,
+        candidate: str | None = None,
+        ramp: Sequence[float] = (0.01, 0.1, 0.5, 1.0),
+        guardrails: Sequence[Guardrail] = STANDARD,
+        step_requests: int = 50,
+        key: Callable[[seam.Sampling], str] | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        super().__init__(model)
+        names = [candidate] if candidate is not None else list(experiment.candidates)
+        if len(names) != 1:
+            raise ExperimentError(f"a split has one candidate; choose candidate= from {', '.join(names)}")
+        self.name, self.ramp = experiment.name, Ramp(tuple(ramp), _checked(guardrails), step_requests)
+        control, arms = arms_of(experiment, model, names)
+        self._arm = arms[names[0]]
+        assert self._arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
+        self._variant: Variant = self._arm.variant
+        self._key, self._clock, self._lock = key, clock, forking.lock()
+        self._running, self._requests, self._counts = False, 0, Counter[str]()
+        self._errors = deque[str](maxlen=KEPT_ERRORS)
+        rails = [[g.name, g.kind, g.limit, g.worse] for g in self.ramp.rails]
+        self._record = Record(experiment, "split", control, arms, {"ramp": list(self.ramp.shares), "guardrails": rails})
+        kept = self._record.load(self._arm.name)
+        self._progress: Progress = codec.decode(Progress, kept, "progress") if kept else Progress()
+
+    # What users call
+
+    def start(self) -> Split:
+        """Begin, at the share where an earlier process left off."""
+        route.add_layer(self._model, self)
+        self._running = True
+        self._save("started", f"{self._arm.name} gets {self.share:.0%} of requests; {'; '.join(self.status_bounds)}")
+        return self
+
+    def stop(self) -> None:
+        """End: the control answers everything; what was measured is kept."""
+        route.remove_layer(self._model, self)
+        self._running = False
+        self._save()
+
+    __enter__ = start
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self.stop()
+        return False
+
+    @contextmanager
+    def key(self, value: str) -> Iterator[None]:
+        """Around the calls of one user, say, who stays in one arm. Holds in this thread or task, not in new threads."""
+        token = _KEY.set(value)
+        try:
+            yield
+        finally:
+            _KEY.reset(token)
+
+    def arm_of(self, key: str) -> str:
+        """Who answers the requests of a key now: "control", or the candidate's name."""
+        return self._arm.name if ramp.place(self.name, key) < self.share else "control"
+
+    def resume(self) -> None:
+        """Try the candidate again after a roll-back, from the first step; nothing else does.
+
+        Raises:
+            StateError: it was not rolled back.
+        """
+        with self._lock:
+            if self._progress.state != "rolled back":
+                raise StateError(f"the split {self.name!r} is {self._progress.state}; there is nothing to resume")
+            self._progress = ramp.resumed(self._progress)
+        self._save("resumed", f"every step now takes {self.ramp.needed(self._progress)} requests")
+
+    def rollback(self, reason: str = "asked for") -> None:
+        """Give the candidate no more requests, until `resume`."""
+        with self._lock:
+            more = self._progress.rollbacks + (self._progress.state != "rolled back")
+            self._progress = replace(self._progress, state="rolled back", reason=reason, rollbacks=more)
+        self._save("rolled back", reason)
+
+    @property
+    def share(self) -> float:
+        """Of requests that the candidate gets now."""
+        return self.ramp.share(self._progress)
+
+    @property
+    def status_bounds(self) -> tuple[str, ...]:
+        """Within how many of its requests a candidate that is clearly worse is rolled back, a sentence each."""
+        return self.ramp.bounds(self._progress)
+
+    @property
+    def status(self) -> LiveStatus:
+        """What can be said now; however often one asks."""
+        with self._lock:
+            progress, counts, errors, requests = self._progress, dict(self._counts), tuple(self._errors), self._requests
+        verdict, reason = self.ramp.verdict(progress)
+        standing = Standing(
+            name=self._arm.name,
+            description=self._arm.description,
+            verdict=verdict.value,
+            reason=reason,
+            requests=progress.requests,
+            share=self.ramp.share(progress),
+            findings=sentences(self.ramp.findings(progress)),
+            bounds=self.ramp.bounds(progress),
+            errors=errors,
+        )
+        state = "stopped" if not self._running else "running" if progress.state == "ramping" else progress.state
+        return LiveStatus(self.name, "split", state, requests, counts, (standing,))
+
+    # What the routed model calls
+
+    def sample(self, call: seam.Sampling) -> Any:
+        share = self.share
+        chosen = share > 0 and ramp.place(self.name, self._key_of(call)) < share
+        if chosen and (reason := self._unsupported(call)) is not None:
+            self._count(f"bypassed: {reason}")
+            return self.control(call)
+        return self._candidate(call) if chosen else self._timed_control(call)
+
+    def _timed_control(self, call: seam.Sampling) -> Any:
+        watch = _Watch(call, self._clock)
+        result = self.control(watch.call)
+        self._observe("control", {**self._measured(call, watch, result), "errors": 0.0}, "control")
+        return result
+
+    def _candidate(self, call: seam.Sampling) -> Any:
+        attempt = Attempt(call, self._variant.device)
+        watch = _Watch(attempt.call, self._clock)
+        try:
+            result = self._run(watch.call)
+        except DeviceError as failure:  # nothing can be retried on this device
+            self.rollback(str(failure))
+            raise
+        except Exception as failure:
+            theirs, message = attempt.outsiders(failure), in_words(failure, VariantError)
+        else:
+            self._observe("candidate", {**self._measured(call, watch, result), "errors": 0.0}, "candidate")
+            return result
+        if theirs is not None:
+            raise theirs
+        result = attempt.again(self.control)  # when this raises, too, the call was at fault
+        self._failed(message, "failed, the control answered")
+        return result
+
+    def _run(self, call: seam.Sampling) -> Any:
+        """The candidate's answer, over a cache of its own: the control may yet need the one that was prepared."""
+        variant = self._variant
+        own = call.with_fresh_cache(variant.original).with_processor_before(_refuse_nan)
+        with variant.device.guard():
+            # transformers' loop runs over `front`, so that the model's failures are told from the caller's callbacks'
+            return variant.sample(own) if variant.transforms else own.run_on(variant.front)
+
+    # How it works
+
+    def _key_of(self, call: seam.Sampling) -> str | bytes:
+        if self._key is not None:
+            return self._key(call)
+        if (set_here := _KEY.get()) is not None:
+            return set_here
+        prompt: bytes = call.input_ids.cpu().numpy().tobytes()
+        return prompt
+
+    def _unsupported(self, call: seam.Sampling) -> str | None:
+        """Why the candidate cannot answer a call, or None."""
+        if call.has_callers_cache():
+            return "a cache of the caller's"
+        if call.has_embeddings():  # of the live model's own embedding
+            return "argument inputs_embeds"
+        if (kind := call.settings.cache_implementation) is not None:
+            return f"cache_implementation={kind!r}"
+        return self._variant.unsupported(call)
+
+    def _measured(self, call: seam.Sampling, watch: _Watch, result: Any) -> dict[str, float | None]:
+        """Values of an answer by guardrail."""
+        whole = seam.sequences(result)  # [B, P + N]
+        values: dict[str, float | None] = {}
+        for rail in self.ramp.rails:
+            raw: float | bool | None = {"ttft": watch.ttft_s, "tpot": watch.tpot_s}.get(rail.name)
+            if rail.measure is not None:
+                try:
+                    raw = rail.measure(call.input_ids, whole[:, call.input_ids.shape[1] :])
+                except Exception as error:  # the user's, and no reason to fail a live call
+                    self._count(f"{rail.name} could not be measured")
+                    log.warning("guardrail %s could not be measured: %s: %s", rail.name, type(error).__name__, error)
+            if rail.name != "errors":
+                values[rail.name] = rail.scale(raw)
+        return values
+
+    def _failed(self, message: str, what: str) -> None:
+        with self._lock:
+            self._errors.append(message)
+        log.warning("candidate %s %s: %s", self._arm.name, what, message)
+        self._observe("candidate", {"errors": 1.0}, what)
+
+    def _observe(self, arm: Literal["control", "candidate"], values: Mapping[str, float | None], what: str) -> None:
+        named = {rail.name: values.get(rail.name) for rail in self.ramp.rails}
+        with self._lock:
+            self._requests += 1
+            self._counts[what] += 1
+            before = self._progress
+            if before.state == "rolled back":  # a call that was under way when it happened
+                return
+            seen = ramp.observed(before, arm, named)
+            self._progress = after = seen if arm == "control" else self.ramp.advance(seen)
+        if after.state != before.state:
+            self._save(after.state, after.reason)
+        elif after.step != before.step:
+            self._save("step up", f"{self._arm.name} gets {self.share:.0%} of requests: {after.reason}")
+        elif arm == "candidate" and after.requests % SAVE_EVERY == 0:
+            self._save()
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._counts[what] += 1
+
+    def _save(self, kind: str = "", text: str = "") -> None:
+        if kind:
+            self._record.note(kind, text)
+        self._record.save(self.status, {self._arm.name: self._progress})
+
+
+class _Watch:
+    """A call whose tokens' times are noted on their way to the caller's streamer, if there is one."""
+
+    def __init__(self, call: seam.Sampling, clock: Clock) -> None:
+        self._streamer, self._clock = call.streamer, clock
+        self.call = call.with_streamer(self)
+        self.start_s, self.marks_s = clock(), list[float]()
+
+    def put(self, value: Any) -> None:
+        self.marks_s.append(self._clock())
+        if self._streamer is not None:
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+    @property
+    def ttft_s(self) -> float:
+        return self.marks_s[0] - self.start_s if self.marks_s else math.nan
+
+    @property
+    def tpot_s(self) -> float:
+        steps = len(self.marks_s) - 1
+        return (self.marks_s[-1] - self.marks_s[0]) / steps if steps > 0 else math.nan
+
+
+def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor that lets no token be made of NaN."""
+    if bool(torch.isnan(scores).any()):
+        raise VariantError(f"NaN logits at token {input_ids.shape[1]}")
+    return scores
+
+
+def _checked(given: Sequence[Guardrail]) -> tuple[Guardrail, ...]:
+    return guardrails.checked(given)

@@ -1,0 +1,308 @@
+"""Work counted, not measured: the FLOPs and bytes of one forward pass, from the modules and the configuration.
+
+Counted are the matmuls over weights and attention's two products. Element-wise work, recurrent scans and the traffic of
+activations are left out. Weights move once per forward, as stored: of an embedding only the rows that are looked up, of
+a mixture only the experts that even routing is expected to choose. Keys and values of earlier tokens are read once,
+those of the new tokens are written once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..model import seam
+from .parts import ATTENTION, CACHE, HEAD, NORM, OTHER, owner, sections
+from .roofline import kv_cache_bytes, matmul_flops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of one part of a forward pass."""
+
+    flops: float = 0.0
+    weight_bytes: float = 0.0
+    cache_bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.weight_bytes + other.weight_bytes,
+            self.cache_bytes + other.cache_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The shape of one forward pass.
+
+    Args:
+        batch: sequences.
+        new: tokens per sequence that are computed.
+        past: tokens per sequence already in the cache.
+    """
+
+    batch: int
+    new: int
+    past: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.new
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What one layer keeps of a token.
+
+    Args:
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_size: elements of a head.
+        window: tokens a layer looks back at most; None without a limit.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    window: int | None = None
+
+    def pairs(self, forward: Forward) -> int:
+        """Query-key pairs of one sequence under a causal mask."""
+        past, new = forward.past, forward.new
+        window = self.window or past + new
+        growing = min(max(window - past, 0), new)  # tokens that still see everything before them
+        return growing * past + growing * (growing + 1) // 2 + (new - growing) * window
+
+    def flops(self, forward: Forward) -> int:
+        """Scores and weighted values: two products over every pair, in every query head."""
+        return 2 * matmul_flops(1, self.pairs(forward), self.head_size) * self.heads * forward.batch
+
+    def bytes(self, forward: Forward, element_bytes: int) -> tuple[float, float]:
+        """Bytes of earlier tokens read, and of new ones written."""
+        past = min(forward.past, self.window - 1) if self.window else forward.past  # a token sees itself, too
+        one = kv_cache_bytes(forward.batch, 1, self.kv_heads, self.head_size, element_bytes)
+        return past * one, forward.new * one
+
+
+def count(model: PreTrainedModel, forward: Forward, element_bytes: int) -> dict[str, Work]:
+    """Work of a forward pass by group of the operator table.
+
+    Args:
+        model: the module that runs it.
+        forward: its shape.
+        element_bytes: size of an element of the KV cache.
+    """
+    found, work = sections(model), dict[str, Work]()
+    positions = forward.batch if keeps_last_logits(model) else forward.tokens  # that lm_head computes
+
+    def add(group: str, part: Work) -> None:
+        work[group] = work.get(group, Work()) + part
+
+    for name, module in _parts(model):
+        group = owner(name, found) or OTHER
+        add(group, _module_work(name, module, model, positions if group == HEAD else forward.tokens))
+    for keys in attention_layers(model):
+        read, written = keys.bytes(forward, element_bytes)
+        add(ATTENTION, Work(flops=keys.flops(forward), cache_bytes=read))
+        add(CACHE, Work(cache_bytes=written))
+    return work
+
+
+def attention_flops(model: PreTrainedModel, forward: Forward) -> int:
+    """The share of `count`'s FLOPs that is attention proper, which no weight takes part in."""
+    return sum(keys.flops(forward) for keys in attention_layers(model))
+
+
+def cache_size(model: PreTrainedModel, batch: int, tokens: int, element_bytes: int) -> int:
+    """Bytes of the KV cache that holds `tokens` tokens of each sequence."""
+    shape = Forward(batch, 0, tokens)
+    return int(sum(sum(keys.bytes(shape, element_bytes)) for keys in attention_layers(model)))
+
+
+def activation_size(model: PreTrainedModel, forward: Forward, element_bytes: int) -> int:
+    """Estimated peak bytes of activations: the residual stream and a layer's widest input and two outputs, and logits.
+
+    A gated FFN, the widest part of most models, holds gate, up and their product at once.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    widths = [shape for _, module in _parts(model) if (shape := linear_shape(module)) and module is not head]
+    widest = max((inputs + 2 * outputs for inputs, outputs in widths), default=0)
+    hidden, vocabulary = int(text_config(model).hidden_size), int(text_config(model).vocab_size)
+    positions = forward.batch if keeps_last_logits(model) else forward.tokens
+    return forward.tokens * (2 * hidden + widest) * element_bytes + positions * vocabulary * (element_bytes + 4)
+
+
+def attention_layers(model: PreTrainedModel) -> list[Keys]:
+    """What each layer with a KV cache keeps, from the configuration; layers without (Mamba) are left out."""
+    config = text_config(model)
+    layers = seam.layer_configurations(config)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [None] * len(layers)
+    kept = zip(kinds, layers, strict=False)
+    return [keys for kind, layer in kept if (keys := _kept(layer, kind)) is not None]
+
+
+def query_heads_per_kv_head(model: PreTrainedModel) -> float | None:
+    """Query heads that share a key and value head, over all layers; None without a KV cache."""
+    layers = attention_layers(model)
+    return sum(keys.heads for keys in layers) / sum(keys.kv_heads for keys in layers) if layers else None
+
+
+def _kept(config: Any, kind: str | None) -> Keys | None:
+    """What one layer with a configuration keeps, and nothing where it has no KV cache."""
+    heads = _first(config, ("num_attention_heads", "n_heads", "n_head"))
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if kind is None:  # as transformers' caches read a configuration
+        kind = "sliding_attention" if window else "full_attention"
+    if not heads or "attention" not in kind or kind == "linear_attention":
+        return None
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1
+    else:
+        kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
+    size = _first(config, ("head_dim",)) or config.hidden_size // heads
+    return Keys(heads, kv_heads, size, window if kind in ("sliding_attention", "chunked_attention") else None)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype most matmuls compute in: a replaced layer's own `dtype`, or that of the activations."""
+    sizes = dict[torch.dtype, int]()
+    for _, module in _parts(model):
+        if shape := linear_shape(module):
+            own = getattr(module, "dtype", None)
+            dtype = own if isinstance(own, torch.dtype) else activation_dtype(model)
+            sizes[dtype] = sizes.get(dtype, 0) + shape[0] * shape[1]
+    return max(sizes, key=lambda dtype: sizes[dtype], default=activation_dtype(model))
+
+
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype between layers and in the KV cache: that of the norms, which stay when weights are stored narrower."""
+    found = sections(model)
+    norms = (p for name, p in model.named_parameters() if owner(name.rpartition(".")[0], found) == NORM)
+    return next((p.dtype for p in norms if p.dtype.is_floating_point), model.dtype)
+
+
+def keeps_last_logits(model: PreTrainedModel) -> bool:
+    """Whether generate asks the model for the logits of the last position only."""
+    return seam.keeps_last_logits(model)
+
+
+def stored_weights(*models: nn.Module) -> int:
+    """Bytes of the distinct storages that models hold, and of layers that keep their weights out of torch's sight."""
+    storages, hidden = dict[int, int](), dict[int, float]()
+    for module in chain.from_iterable(model.modules() for model in models):
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        for tensor in chain.from_iterable(map(tensors_within, own)):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if not own and linear_shape(module):
+            hidden[id(module)] = _linear_bytes(module, 0)
+    return int(sum(storages.values()) + sum(hidden.values()))
+
+
+def tensors_within(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors a tensor is made of: itself, or those inside a subclass (torchao)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from tensors_within(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes as stored."""
+    return sum(t.numel() * t.element_size() for t in tensors_within(tensor))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer of any make, or None."""
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):  # GPT-2's: weight [inputs, outputs]
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+def matrices(models: Iterable[PreTrainedModel]) -> dict[tuple[int, int], str | None]:
+    """(inputs, outputs) of the linear layers -> the group they belong to, None where it is more than one."""
+    groups = dict[tuple[int, int], str | None]()
+    for model in models:
+        found = sections(model)
+        for name, module in _parts(model):
+            if shape := linear_shape(module):
+                group = owner(name, found) or OTHER
+                groups[shape] = group if groups.get(shape, group) == group else None
+    return groups
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold tensors of their own; below one that states its `weight_bytes` nothing is counted again."""
+    stated: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in stated):
+            continue
+        if hasattr(module, "weight_bytes"):
+            stated.append(f"{name}.")
+            yield name, module
+        elif linear_shape(module) or next(module.parameters(recurse=False), None) is not None:
+            yield name, module
+
+
+def _module_work(name: str, module: nn.Module, model: PreTrainedModel, tokens: int) -> Work:
+    own = sum(stored_bytes(p) for p in module.parameters(recurse=False))
+    if isinstance(module, nn.Embedding):
+        rows = min(tokens, module.num_embeddings)
+        return Work(weight_bytes=rows * own / module.num_embeddings)
+    if shape := linear_shape(module):
+        flops, size = matmul_flops(tokens, shape[1], shape[0]), _linear_bytes(module, own)
+        if _EXPERT.search(name):
+            used, chosen = _routing(model, tokens)
+            return Work(flops * used, size * chosen)
+        return Work(flops, size)
+    if isinstance(module, nn.Conv1d):
+        return Work(2 * module.weight.numel() * tokens, own)
+    experts = _first(text_config(model), _EXPERTS)
+    tensors = [p for p in module.parameters(recurse=False) if p.dim() > 1 and p.shape[0] == experts]
+    if stacked := [p for p in tensors if p.dim() == 3]:  # [E, out, in]
+        used, chosen = _routing(model, tokens)
+        return Work(sum(2 * p.numel() for p in stacked) * tokens * used, own * chosen)
+    return Work(sum(2 * p.numel() for p in tensors) * tokens, own)  # a router's [E, in] meets every token
+
+
+def _linear_bytes(module: nn.Module, own: int) -> float:
+    if (stated := getattr(module, "weight_bytes", None)) is not None:
+        return float(stated() if callable(stated) else stated)
+    weight = getattr(module, "weight", None)
+    if callable(weight):  # torch's dynamically quantised Linear hides its packed weight behind a method
+        return float(stored_bytes(weight()))
+    return float(own)
+
+
+def _routing(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
+    """For a mixture: share of all experts a token uses, and expected share of experts that `tokens` tokens use."""
+    config = text_config(model)
+    top_k, experts = _first(config, _TOP_K) or 1, _first(config, _EXPERTS) or 1
+    used = min(1.0, top_k / experts)
+    return used, 1 - (1 - used) ** tokens
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)

@@ -1,0 +1,171 @@
+"""A wrapped model's own weights: on its device, parked in the host's memory, or let go.
+
+Without them the model object consists of layers of the plan: those of its prefill, which take any number of tokens, so
+that calls which the plan cannot serve run through them in transformers' own loop. It stays the object it was, with its
+class, configuration and handle.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import StateError
+from ..machine import device as devices
+from ..model.linear_layers import stored_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import PreTrainedModel
+
+    from ..runtime.variant import Variant
+
+Place = Literal["resident", "parked", "released"]
+
+PLAIN = (torch.Tensor, nn.Parameter)
+KINDS = ("_modules", "_parameters", "_buffers")
+RELOAD = "the original's weights were released; load the model again"
+UNPARK = "the original's weights are parked; call .autotune.rollback() first"
+
+
+class Original:
+    """Where the weights of `model` are; no call may be under way when they go or come.
+
+    Args:
+        model: the wrapped model. Aliases of it share its dictionaries of modules, which are edited in place.
+
+    Attributes:
+        place: "resident", "parked" or "released".
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.place: Place = "resident"
+        self._model = model
+        self._tree: dict[str, dict[str, Any]] = {}
+        self._parked: dict[torch.device, list[torch.Tensor]] = {}  # by where they belong
+        self._hooks: list[Any] = []
+
+    def release(self, variant: Variant) -> None:
+        """Free what the variant does not use, for good."""
+        if self.place == "parked":
+            self._tree, self._parked = {}, {}
+            self._forbid_saving(RELOAD)
+        else:
+            theirs = {where(t) for t in tensors(self._model)} - {0}
+            self._become(variant, RELOAD)
+            _move(variant, theirs)
+        self.place = "released"
+        devices.of(variant.original).trim()
+
+    def park(self, variant: Variant) -> None:
+        """Move what the variant does not use to the host's memory.
+
+        Raises:
+            StateError: the device is a CPU, whose memory is the host's.
+        """
+        device = devices.of(self._model)
+        if device.kind == "cpu":
+            raise StateError("the original lies in the CPU's own memory: keep it there, or release it")
+        used = {where(t) for module in variant.modules.values() for t in tensors(module)}
+        self._tree = {kind: dict(getattr(self._model, kind)) for kind in KINDS}
+        for tensor in {id(t): t for t in tensors(self._model) if where(t) not in used}.values():
+            self._parked.setdefault(tensor.device, []).append(tensor)
+        self._become(variant, UNPARK)
+        for group in self._parked.values():
+            relocate(group, torch.device("cpu"))
+        self.place = "parked"
+        device.trim()
+
+    @property
+    def parked_bytes(self) -> int:
+        """What has to fit on the device to bring the original back."""
+        return sum({where(t): t.untyped_storage().nbytes() for t in chain(*self._parked.values())}.values())
+
+    def restore(self) -> None:
+        """Bring the parked weights back; the model is what it was, bit for bit."""
+        for home, group in self._parked.items():
+            relocate(group, home)
+        for kind, was in self._tree.items():
+            _replace(getattr(self._model, kind), was)
+        self._tree, self._parked = {}, {}
+        self._allow_saving()
+        self.place = "resident"
+
+    def require(self, what: str) -> None:
+        """Raises StateError when the weights are gone for good."""
+        if self.place == "released":
+            raise StateError(f"cannot {what}: {RELOAD}")
+
+    def _become(self, variant: Variant, remedy: str) -> None:
+        module = variant.modules["prefill"]
+        for kind in KINDS:
+            _replace(getattr(self._model, kind), dict(getattr(module, kind)))
+        self._forbid_saving(remedy)
+
+    def _forbid_saving(self, remedy: str) -> None:
+        """`state_dict`, with it `save_pretrained`, and `load_state_dict`: the weights are not those that the model's
+        class and configuration describe."""
+
+        def refuse(*_: Any) -> None:
+            raise StateError(f"this model has no weights of its own to save or to load into: {remedy} for that")
+
+        self._allow_saving()
+        model: Any = self._model
+        self._hooks = [model.register_state_dict_pre_hook(refuse), model.register_load_state_dict_pre_hook(refuse)]
+
+    def _allow_saving(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def releasable_bytes(model: PreTrainedModel, variant: Variant) -> int:
+    """Bytes of the model's weights that no module of the variant uses."""
+    serving = variant.modules.values()
+    return stored_bytes(model, *serving) - stored_bytes(*serving)
+
+
+def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Everything with memory that a model computes with, plain attributes of exchanged layers included."""
+    attributes = chain.from_iterable(vars(module).values() for module in model.modules())
+    for value in chain(model.parameters(), model.buffers(), attributes):
+        if type(value) in PLAIN and value.layout is torch.strided:  # packed and foreign kinds show no storage
+            yield value
+
+
+def where(tensor: torch.Tensor) -> int:
+    """The address of a tensor's memory, which tied tensors and views have in common."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def relocate(group: Iterable[torch.Tensor], home: torch.device) -> None:
+    """Give tensors memory of their own on `home`, those that shared memory one together. They stay the same objects."""
+    moved: dict[int, torch.UntypedStorage] = {}
+    for tensor in group:
+        storage = tensor.untyped_storage()
+        if (old := storage.data_ptr()) not in moved:
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            moved[old] = flat.to(home, copy=True).untyped_storage()
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=home).set_(moved[old], *place)
+
+
+def _move(variant: Variant, theirs: set[int]) -> None:
+    """Give what is left of the original memory of its own: one tensor of a checkpoint keeps the whole file mapped."""
+    left = {id(t): t for module in variant.modules.values() for t in tensors(module) if where(t) in theirs}
+    for home in {t.device for t in left.values()}:
+        relocate([t for t in left.values() if t.device == home], home)
+    if variant.step is not None and hasattr(variant.step, "forget"):
+        variant.step.forget()  # recorded steps hold on to addresses
+    if variant.speculation is not None:
+        variant.speculation.forget()
+
+
+def _replace(held: dict[str, Any], new: dict[str, Any]) -> None:
+    """In place: aliases of the model share its dictionaries."""
+    held.clear()
+    held.update(new)

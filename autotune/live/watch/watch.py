@@ -1,0 +1,313 @@
+"""After commit: is the plan that serves still the one that was proven?
+
+Every call's time per token is compared with what was measured at commit, and a small share of calls is examined again:
+a few served tokens are kept, and when no request is in flight the original scores them against the plan. What is found
+opens a circuit breaker, and every transition is an event.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...machine import ending, forking
+from ...model import twins
+from ...runtime.traffic import Cancelled
+from ...tune import store
+from ...validate.tiers import TIERS
+from .breaker import Breaker, Happening, Phase, Rules
+from .canary import Marks, Sample, graphs, score
+from .drift import Compilations, Divergence, Pace, describe, expected_paces, shape_of
+
+if TYPE_CHECKING:
+    from ...model.seam import Sampling
+    from ...runtime.variant import Variant
+    from ...tune.plan import Plan
+
+log = logging.getLogger("autotune")
+
+IDLE_SHARE = 0.05  # of the time may go into scoring again
+FEWEST_TOKENS = 8  # of a call whose time per token counts
+OTHERS = 3  # calls of the original that show whether it is faster than a plan that became slow
+KEPT_EVENTS = 100
+
+Cause = Literal["failure", "drift", "latency", "recompiling"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One transition of the circuit breaker.
+
+    Args:
+        time: ISO 8601, UTC.
+        phase: the breaker's from then on: "closed", "open", "half-open" or "disabled".
+        reason: in a sentence.
+        numbers: what decided, by name.
+    """
+
+    time: str
+    phase: Phase
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Watch:
+    """Decides whether the committed plan may serve, call by call.
+
+    Args:
+        share: of served calls that are scored again when the model is idle; 0 turns that off.
+        rules: of the breaker.
+        clock: monotonic seconds.
+        chance: draws from 0 to 1.
+        changed: told of every transition, with the breaker after it.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        *,
+        rules: Rules | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+        changed: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.share, self.rules, self.clock, self.chance, self.changed = share, rules or Rules(), clock, chance, changed
+        self.breaker = Breaker()
+        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._lock = forking.free(threading.RLock())
+        self._worker: ending.Worker | None = None
+        self._begin(None, None, lambda: None)
+
+    def begin(
+        self, variant: Variant, plan: Plan | None, obstacle: Callable[[], str | None], stored: bool = False
+    ) -> None:
+        """A plan serves; what is known of one before is forgotten.
+
+        Args:
+            variant: what serves.
+            plan: where its figures are from; None: tuning goes on, and nothing but failures is looked for.
+            obstacle: why the original cannot be asked now, or None.
+            stored: whether the plan is in the store, which is told when it fails.
+        """
+        with self._lock:
+            self._begin(variant, plan, obstacle)
+            self._stored = stored
+
+    def _begin(self, variant: Variant | None, plan: Plan | None, obstacle: Callable[[], str | None]) -> None:
+        self._variant, self._plan, self._obstacle, self._stored = variant, plan, obstacle, False
+        self._trial: int | None = None  # the thread that tries a plan again
+        self.breaker = Breaker(since_s=self.clock())
+        self.cause: Cause = "failure"
+        tier = plan.fingerprint.tier if plan else "strict"
+        self.divergence = Divergence(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
+        self._paces = expected_paces(plan.latency if plan else None)
+        self._slow, self._others_s = ((0, 0), 0.0), list[float]()  # shape and time per token that took the plan out
+        self._compilations = Compilations()
+        self._batches: dict[int, Breaker] = {}  # sequences -> of a size that could not be prepared for
+        self._samples: deque[Sample] = deque(maxlen=1)
+        self._latest: Sample | None = None
+        self._rest_until_s = 0.0
+        self.served = self.scored = 0
+
+    # Around a call
+
+    def admits(self, batch: int) -> bool:
+        """Whether the plan may serve the call at hand; while half-open, one call at a time may try.
+
+        Args:
+            batch: its sequences.
+        """
+        with self._lock:
+            now, known = self.clock(), self._batches.get(batch, Breaker())
+            if known.phase != "closed" and not known.due(now):
+                return False
+            if self.breaker.phase != "closed":
+                if not self.breaker.due(now):
+                    return False
+                if self.cause == "drift":  # no user's answer is the trial: the kept call is scored again
+                    self._work_when_idle()
+                    return False
+                self._step("asked", "one call tries the plan again")
+            if batch in self._batches:
+                self._batches[batch] = known.after("asked", now, self.rules)
+            return True
+
+    def open(self) -> bool:
+        """Whether the plan is out, for calls that cannot try it."""
+        return self.breaker.phase != "closed"
+
+    def serve(self, variant: Variant, call: Sampling) -> Any:
+        """`variant.sample(call)`, timed and perhaps kept. Raises what that raises; then `failed` or `abandoned`."""
+        marks = Marks(call.streamer, self.clock)
+        before = graphs()
+        result = variant.sample(call.with_streamer(marks))
+        with self._lock:
+            self.served += 1
+            self._note_batch(call, "served")
+            if self.breaker.phase == "half-open":
+                self._step("served", "the trial call was served")
+                self._paces = {shape: Pace(pace.expected_s) for shape, pace in self._paces.items()}
+            if self._plan is not None:
+                self._note_pace(call, marks)
+            if self._compilations.note(before, graphs()):
+                self._compilations = Compilations()
+                self.failed("calls compile over and over", "recompiling")
+            if self._plan is not None and self.share and self.chance() < self.share:
+                self._keep(call, result)
+        return result
+
+    def serve_other(self, call: Sampling) -> Any:
+        """`call.original()`. While the plan is out for being slow it shows whether the original is any faster."""
+        shape, slow_s = self._slow
+        if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
+            return call.original()
+        marks = Marks(call.streamer, self.clock)
+        result = call.with_streamer(marks).original()
+        with self._lock:
+            if marks.tokens >= FEWEST_TOKENS:
+                self._others_s.append(marks.tpot_s)
+            if len(self._others_s) >= OTHERS and median(self._others_s) >= slow_s:
+                numbers = {"ms per token": 1e3 * slow_s, "original": 1e3 * median(self._others_s)}
+                self._paces[shape] = Pace(slow_s)
+                self._step("cleared", "the original is no faster: it is the machine that became slower", numbers)
+        return result
+
+    def failed(self, reason: str, cause: Cause = "failure", numbers: Mapping[str, float] | None = None) -> None:
+        """The plan did something wrong: it is taken out, for a while or for good."""
+        with self._lock:
+            self.cause = cause
+            self._step("failed", reason, numbers or {})
+
+    def unready(self, call: Sampling) -> None:
+        """What the plan needs for a call's number of sequences could not be made: such calls are not for it, for a
+        while or for good. Others are."""
+        with self._lock:
+            self._batches.setdefault(call.input_ids.shape[0], Breaker(since_s=self.clock()))
+            self._note_batch(call, "failed")
+            self._step("abandoned", "the trial call could not be prepared for")
+
+    def abandoned(self, call: Sampling | None = None) -> None:
+        """A call ended early for reasons of its caller's, which says nothing about the plan."""
+        with self._lock:
+            if call is not None:
+                self._note_batch(call, "abandoned")
+            self._step("abandoned", "the trial call was given up by its caller")
+
+    def summary(self) -> str:
+        """What is watched, and what was seen, in a sentence."""
+        seen = f"{self.scored} of {self.served} calls scored again"
+        if self.divergence.samples:
+            seen += f", mean KLD {self.divergence.mean:.2g}"
+        obstacle = self._obstacle() if self.share else "watch=0"
+        return f"{self.breaker.phase}; {seen}" + (f"; latency only: {obstacle}" if obstacle else "")
+
+    # When idle
+
+    def work(self) -> None:
+        """Score what was kept, and retry a plan that drifted. Waits until no request is in flight.
+
+        Raises:
+            Cancelled: the model was unwrapped.
+        """
+        from ...runtime.variant import Variant
+
+        with self._lock:
+            variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause == "drift"
+            sample = self._samples.popleft() if self._samples else self._latest if retry else None
+            if sample is None or variant is None or (self.open() and not retry):
+                return
+            if retry:
+                self._step("asked", "the kept call is scored again")
+            obstacle = self._obstacle()
+            # a twin: hooks that its user sets from now on are for the user's own calls
+            original = Variant(twins.fork(variant.original), variant.traffic) if obstacle is None else None
+        start = self.clock()
+        kld, defect = score(variant, sample, original)
+        with self._lock:
+            self._rest_until_s = self.clock() + (self.clock() - start) * (1 / IDLE_SHARE - 1)
+            if variant is self._variant and self._obstacle() == obstacle:  # nothing changed meanwhile
+                self._note_score(sample, kld, defect, retry)
+
+    def _note_score(self, sample: Sample, kld: float | None, defect: str | None, retry: bool) -> None:
+        self.scored += 1
+        self._latest = sample
+        if defect is not None:
+            return self.failed(f"the plan gives {defect}", "drift")
+        if retry:
+            if kld is not None and kld > self.divergence.limit:
+                return self.failed("the kept call still differs", "drift", {"KLD": kld})
+            self.divergence = Divergence(self.divergence.limit)
+            return self._step("served", "the kept call is as the original would have it")
+        if kld is None:
+            return None
+        self.divergence = found = self.divergence.after(kld)
+        if found.alarmed:
+            numbers = {"mean KLD": found.mean, "limit": found.limit, "samples": float(found.samples)}
+            self.divergence = Divergence(found.limit)
+            self.failed("the plan drifted away from the original", "drift", numbers)
+        return None
+
+    def _keep(self, call: Sampling, result: Any) -> None:
+        if self.clock() < self._rest_until_s or self.open():
+            return
+        if (sample := Sample.of(call, result)) is not None:
+            self._samples.append(sample)
+            self._work_when_idle()
+
+    def _work_when_idle(self) -> None:
+        """In a thread that ends with its work, so that nothing holds on to a model that nobody uses."""
+        if self._variant is None or self._variant.traffic is None or (self._worker and self._worker.is_alive()):
+            return
+        self._worker = ending.Worker(self._work_quietly, "autotune-watch", stop=self._variant.traffic.cancel)
+        self._worker.launch()
+
+    def _work_quietly(self) -> None:
+        try:
+            self.work()
+        except Cancelled:
+            log.debug("watching was called off")
+        except Exception as error:  # the canary must not take down what it watches
+            log.warning("a served call could not be scored again: %s: %s", type(error).__name__, error)
+            self.abandoned()
+
+    # What follows
+
+    def _note_pace(self, call: Sampling, marks: Marks) -> None:
+        if marks.tokens < FEWEST_TOKENS or marks.tpot_s <= 0:
+            return
+        shape = shape_of(*call.input_ids.shape)
+        pace = self._paces[shape] = self._paces.get(shape, Pace()).after(marks.tpot_s)
+        if pace.alarmed and pace.expected_s is not None:
+            self._paces[shape] = Pace(pace.expected_s)
+            self._slow, self._others_s = (shape, marks.tpot_s), []
+            numbers = {"ms per token": 1e3 * marks.tpot_s, "expected": 1e3 * pace.expected_s}
+            self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
+
+    def _note_batch(self, call: Sampling, event: Happening) -> None:
+        batch = call.input_ids.shape[0]
+        if (known := self._batches.get(batch)) is not None:
+            self._batches[batch] = known.after(event, self.clock(), self.rules)
+
+    def _step(self, event: Happening, reason: str, numbers: Mapping[str, float] | None = None) -> None:
+        before, now, thread = self.breaker, self.clock(), threading.get_ident()
+        if before.phase == "half-open" and thread != self._trial:
+            return  # a call from before it opened says nothing about the trial
+        self.breaker = after = before.after(event, now, self.rules)
+        if after.phase == before.phase:
+            return
+        self._trial = thread if after.phase == "half-open" else None
+        said = f"{reason} ({describe(numbers)})" if numbers else reason
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.events.append(noted := Event(moment, after.phase, said, dict(numbers or {})))
+        log.warning("the plan's circuit breaker is %s: %s", after.phase, said)
+        if self._plan is not None and self._stored and after.phase != "half-open":
+            store.trust(self._plan.fingerprint, None if after.phase == "closed" else said)
+        self.changed(noted)

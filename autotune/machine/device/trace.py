@@ -1,0 +1,74 @@
+"""torch's profiler around a piece of work, and the file that it writes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import MeasurementError
+
+if TYPE_CHECKING:
+    from . import Device
+
+
+def record(work: Callable[[], object], device: Device, **options: Any) -> bytes:
+    """The Chrome trace of `work` on the host and, where that is another, on the device; JSON.
+
+    Args:
+        options: further ones of `torch.profiler.profile`.
+
+    Raises:
+        MeasurementError: the trace could not be written.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if device.where.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with (
+        silent_kineto(),
+        profile(activities=activities, record_shapes=True, acc_events=True, **options) as recorded,
+    ):
+        work()
+        device.synchronize()  # what is still queued belongs to it
+    try:
+        with tempfile.TemporaryDirectory(prefix="autotune-") as folder:
+            file = Path(folder) / "trace.json"
+            recorded.export_chrome_trace(str(file))
+            return file.read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise MeasurementError(
+            f"the profiler's trace could not be written ({error}): make room for it, or set TMPDIR to another directory"
+        ) from error
+
+
+def initialise() -> None:
+    """Have the calling thread initialise the profiling library, which takes about a millisecond.
+
+    It wants to be initialised by the thread that loaded torch, and writes an error to stderr when another comes first.
+    """
+    from torch.autograd.profiler import profile
+
+    if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with silent_kineto(), profile(use_kineto=False):
+            pass
+
+
+@contextmanager
+def silent_kineto() -> Iterator[None]:
+    """Keep the profiling library from writing its start and stop to stderr. It asks the environment on first use."""
+    variable = "KINETO_LOG_LEVEL"
+    if variable in os.environ:  # the user wants it so
+        yield
+        return
+    os.environ[variable] = "99"
+    try:
+        yield
+    finally:
+        del os.environ[variable]

@@ -1,0 +1,191 @@
+"""What a device reaches at best: read bandwidth, and matmul FLOP/s by dtype.
+
+Everything is tried twice, about a second apart: what others take meanwhile is rarely the same, and where the two tries
+are far apart, the better one may be too low as well.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..diagnose.roofline import matmul_flops
+
+if TYPE_CHECKING:
+    from .device import Device
+
+READ_ROUNDS = 3  # of a try; the first warms up
+SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matmuls, until one takes long enough to be the peak
+HOPELESS_FLOPS_PER_S = 1e9  # no vector unit is this slow: the dtype is emulated, and the smallest matmul says enough
+MATMUL_S = 0.04  # a matmul this long has paid for its start: larger ones run no faster
+MATMUL_ROUNDS, MATMUL_LIMIT_S = 3, 0.1  # rounds of one size in a try, and when to stop repeating it
+FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply FP8 on tensor cores
+
+Multiply = Callable[[], torch.Tensor]
+Prepare = Callable[["Device", int], Multiply]  # a device and a side -> a matmul ready to be run
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The best of two tries.
+
+    Args:
+        bandwidth_bytes_per_s: of a large sequential read.
+        flops_per_s: of a square matmul, by dtype name.
+        spread: how far the lower try of a peak is below the better one, the furthest of all peaks; a fraction.
+    """
+
+    bandwidth_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
+    spread: float
+
+
+def measure(device: Device) -> Peaks:
+    """What a device reaches, in two to three seconds on a CPU.
+
+    A matmul in a dtype that the machine only emulates gets a tiny one's figure. On a GPU "float32" is IEEE's, "tf32" is
+    float32 on tensor cores, and dtypes that it cannot multiply are absent.
+    """
+    reads, matmuls = _reads(device), _matmuls(device)
+    early = {"": (_bandwidth(device, reads), 0)}
+    early |= {name: _peak(device, prepare) for name, prepare in matmuls.items()}
+    late = {name: _peak(device, matmuls[name], (side,))[0] for name, (_, side) in early.items() if side}
+    late[""] = _bandwidth(device, reads)
+    tries = {name: (peak, late[name]) for name, (peak, _) in early.items() if peak and late.get(name)}
+    best = {name: max(both) for name, both in tries.items()}
+    spread = max(_shortfall(*both, warms_up=device.asynchronous) for both in tries.values())
+    return Peaks(best.pop(""), best, spread)
+
+
+def _shortfall(early: float, late: float, warms_up: bool) -> float:
+    """How far one try is below the other, a fraction. A GPU's first one may be slow until its clocks are up."""
+    if warms_up and early < late:
+        return 0.0
+    return 1 - min(early, late) / max(early, late)
+
+
+def _reads(device: Device) -> list[tuple[int, Multiply]]:
+    """Kernels that read more than the caches hold, each with the bytes that it moves.
+
+    A matrix times a vector is what decoding does to weights; a dot product reads without a stride. Which of them
+    reaches further differs by BLAS and by thread count, and a peak is the better of the two. On a GPU a sum and a copy,
+    which moves every byte twice, are tried as well: libraries' products do not always fill its memory's bus.
+    """
+    rows = device.scratch_bytes() // 8192
+    data = torch.ones(rows, 2, 1024, dtype=torch.float32, device=device.where)
+    vector = torch.ones(1024, dtype=torch.float32, device=device.where)
+    matrix, flat = data.view(-1, 1024), data.view(-1)
+    reads: list[tuple[int, Multiply]] = [
+        (data.nbytes, lambda: matrix.mv(vector)),
+        (data.nbytes, lambda: flat.dot(flat)),
+    ]
+    if device.asynchronous:
+        halves = flat.chunk(2)
+        reads += [(data.nbytes, flat.sum), (data.nbytes, lambda: halves[0].copy_(halves[1]))]
+    return reads
+
+
+def _bandwidth(device: Device, reads: list[tuple[int, Multiply]]) -> float:
+    return max(size / device.seconds(read) for _ in range(READ_ROUNDS) for size, read in reads)
+
+
+def _matmuls(device: Device) -> Mapping[str, Prepare]:
+    found: dict[str, Prepare] = {"float32": _plain(torch.float32)}
+    if device.asynchronous:
+        found = {"float32": _with_precision("ieee"), "tf32": _with_precision("tf32")}
+    found |= {"bfloat16": _plain(torch.bfloat16), "float16": _plain(torch.float16)}
+    if device.asynchronous:
+        found["int8"] = _int8
+        if tuple(map(int, device.identity().capability.split("."))) >= FP8_CAPABILITY:
+            found["float8_e4m3fn"] = _float8
+    return found
+
+
+def _peak(device: Device, prepare: Prepare, sides: Sequence[int] = SIDES) -> tuple[float, int]:
+    """FLOP/s, and the side of the matmul that reached them; 0 where there is none in this dtype.
+
+    Larger and larger ones, which also bring a GPU's clocks up, until one is long enough to tell.
+    """
+    best = (0.0, 0)
+    for side in sides:
+        if 8 * side * side > device.scratch_bytes():  # an operand and the result, at float32
+            break
+        try:
+            fastest = _fastest(device, prepare(device, side))
+        except RuntimeError:  # no matmul in this dtype, or no memory for one so large
+            break
+        best = max(best, (matmul_flops(side, side, side) / fastest, side))
+        if fastest > MATMUL_S or best[0] < HOPELESS_FLOPS_PER_S:
+            break
+    return best
+
+
+def _fastest(device: Device, multiply: Multiply) -> float:
+    fastest, end = math.inf, time.perf_counter() + MATMUL_LIMIT_S
+    for _ in range(MATMUL_ROUNDS):
+        fastest = min(fastest, device.seconds(multiply))
+        if time.perf_counter() > end:
+            break
+    return fastest
+
+
+def _operand(device: Device, side: int) -> torch.Tensor:
+    """[side, side] float32. A GPU draws less power for equal numbers, and clocks higher than it will for a model's."""
+    make = torch.randn if device.asynchronous else torch.ones
+    return make(side, side, device=device.where)
+
+
+def _plain(dtype: torch.dtype) -> Prepare:
+    def prepare(device: Device, side: int) -> Multiply:
+        a = _operand(device, side).to(dtype)
+        return lambda: a @ a
+
+    return prepare
+
+
+def _with_precision(precision: str) -> Prepare:
+    def prepare(device: Device, side: int) -> Multiply:
+        a = _operand(device, side)
+
+        def multiply() -> torch.Tensor:
+            with float32_precision(precision):
+                return a @ a
+
+        return multiply
+
+    return prepare
+
+
+def _int8(device: Device, side: int) -> Multiply:
+    a = _operand(device, side).mul(40).clamp(-127, 127).to(torch.int8)
+    b = a.t()  # the layout that tensor cores read
+    return lambda: torch._int_mm(a, b)
+
+
+def _float8(device: Device, side: int) -> Multiply:
+    a, one = _operand(device, side).to(torch.float8_e4m3fn), torch.ones((), dtype=torch.float32, device=device.where)
+    b = a.t()  # the layout that the operator demands
+    return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Within it float32 matmuls on a GPU run in "ieee" or "tf32", whatever the process has chosen."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def uses_tf32() -> bool:
+    """Whether the process lets float32 matmuls on a GPU run on tensor cores."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -1,0 +1,1 @@
+"""See the docstring of autotune."""

@@ -1,0 +1,135 @@
+"""The seam to transformers: the only place that names what belongs to that library's insides.
+
+Everything else speaks autotune's own terms: a `Sampling` call, its cache, positions and settings; a `CacheLayer`; the
+attention a model uses. What differs between releases is found out by looking (signatures, fields) where that is enough
+and stands in a table where it is not:
+
+    the cache argument and field   cache (from 5.24), past_key_values (to 5.23), cache_params (Mamba, to 5.23)
+    position_ids before the loop   prepared by generate (from 5.2), by the loop itself (before)
+    the cache before the loop      prepared by generate; left to forward (5.0)
+    a caller's cache               marked by generate (from 5.17), by the routed class (before)
+    Mamba's cache                  has layers (from 5.4); is known by cache_position alone (before)
+    where tokens go in the cache   is asked of the cache (from 5.4), an argument cache_position (before)
+    CacheLayer.get_mask_sizes      takes the number of queries (from 5.4), their positions (before)
+    a layer's capacity             get_max_length (from 5.13), get_max_cache_shape (before)
+    attention functions            found by `get_interface` (from 5.1), by name (before)
+    Cache.update                   more arguments: a dictionary (to 5.3), `kwargs` (from 5.24)
+"""
+
+from __future__ import annotations
+
+from .arguments import (
+    BARE,
+    CACHE_NAMES,
+    PLACES,
+    bare_class,
+    cache_argument,
+    cache_in,
+    cache_name,
+    cannot_step,
+    keeps_last_logits,
+    last_logits,
+    logits,
+    output_cache_name,
+    over,
+    parameters,
+    pop_cache,
+    sequences,
+    update_layer,
+)
+from .attention import (
+    SUPPORTS,
+    UNUSUAL,
+    Attend,
+    accepts_package,
+    attention_function,
+    attention_of,
+    attentions_of,
+    exchangeable_attention,
+    register_attention,
+    sdpa,
+    supports,
+    use_attention,
+    with_attention,
+)
+from .caches import cache_over, counts_tokens, growing_cache, is_decoding, keys_and_values, narrow_cache, replace_layers
+from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, remembers, routable
+from .models import (
+    COMPILED,
+    EAGER,
+    ROTARY,
+    SET_AT_WILL,
+    causal_lm,
+    causal_lms,
+    configurations,
+    conv1d,
+    experts,
+    forward_function,
+    is_own_hook,
+    layer_configurations,
+    uncompiled,
+)
+from .preparation import drops_cache, greedy_settings
+
+__all__ = [
+    "ARGUMENTS",
+    "BARE",
+    "CACHE_NAMES",
+    "COMPILED",
+    "EAGER",
+    "LOOP",
+    "OPTIONS",
+    "PLACES",
+    "ROTARY",
+    "SET_AT_WILL",
+    "SUPPORTS",
+    "UNUSUAL",
+    "Attend",
+    "Sampling",
+    "accepts_package",
+    "attention_function",
+    "attention_of",
+    "attentions_of",
+    "bare_class",
+    "cache_argument",
+    "cache_in",
+    "cache_name",
+    "cache_over",
+    "cannot_step",
+    "causal_lm",
+    "causal_lms",
+    "configurations",
+    "conv1d",
+    "counts_tokens",
+    "drops_cache",
+    "exchangeable_attention",
+    "experts",
+    "forward_function",
+    "greedy_settings",
+    "growing_cache",
+    "is_decoding",
+    "is_own_hook",
+    "keeps_last_logits",
+    "keys_and_values",
+    "last_logits",
+    "layer_configurations",
+    "logits",
+    "marking",
+    "narrow_cache",
+    "other_loops",
+    "output_cache_name",
+    "over",
+    "parameters",
+    "pop_cache",
+    "register_attention",
+    "remembers",
+    "replace_layers",
+    "routable",
+    "sdpa",
+    "sequences",
+    "supports",
+    "uncompiled",
+    "update_layer",
+    "use_attention",
+    "with_attention",
+]

@@ -1,0 +1,125 @@
+"""What a model's forward takes and gives, by the names that each release has for it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...transforms import Blocker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of the argument and the output's field; newest first
+BARE = "_autotune_bare"  # attribute of a routed class that holds the class it routes
+PLACES = "cache_position"  # to 5.3: the argument that says where in the cache the tokens go
+_CACHE_NAME: dict[type, str | None] = {}  # model class -> the name that its forward has for its cache
+_TAKES_PLACES: dict[type, bool] = {}  # model class -> whether its forward takes `PLACES`
+
+
+def bare_class(model: Any) -> type[PreTrainedModel]:
+    """The class that a model had before its calls were routed."""
+    cls: type[PreTrainedModel] = getattr(type(model), BARE, type(model))
+    return cls
+
+
+def parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the arguments of a model's forward."""
+    return frozenset(inspect.signature(bare_class(model).forward).parameters)
+
+
+def cache_name(model: PreTrainedModel) -> str | None:
+    """The name that a model's forward has for its cache, or None where it has none that is known."""
+    cls = bare_class(model)
+    if cls not in _CACHE_NAME:  # asked at every token, and while a step is compiled, where no signature can be read
+        _CACHE_NAME[cls] = cache_argument(cls.forward)
+    return _CACHE_NAME[cls]
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """The name that a function has for its cache, or None where it has none that is known."""
+    taken = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in taken), None)
+
+
+@functools.cache
+def output_cache_name() -> str:
+    """The name that generate's result has for the cache."""
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+    known = {field.name for field in fields(GenerateDecoderOnlyOutput)}
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[0])
+
+
+def over(model: PreTrainedModel, cache: Any, at: torch.Tensor | None = None) -> dict[str, Any]:
+    """Keyword arguments for a forward of `model` over `cache`, which it reads and fills.
+
+    Args:
+        at: [K] int64, where in the cache the tokens go, for releases that would ask the cache, and wait for its answer.
+    """
+    given = {cache_name(model) or output_cache_name(): cache, "use_cache": True}
+    return given if at is None or not _takes_places(model) else {**given, PLACES: at}
+
+
+def _takes_places(model: PreTrainedModel) -> bool:
+    cls = bare_class(model)
+    if cls not in _TAKES_PLACES:
+        _TAKES_PLACES[cls] = PLACES in parameters(model)
+    return _TAKES_PLACES[cls]
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among a forward's keyword arguments or in its output, whatever its name; None: there is none."""
+    return next((given[name] for name in CACHE_NAMES if name in given and given[name] is not None), None)
+
+
+def logits(output: Any) -> torch.Tensor:
+    """[B, S, V] of a forward's output."""
+    found: torch.Tensor = output.logits
+    return found
+
+
+def cannot_step(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be driven token by token from outside generate's loop, or None."""
+    missing = sorted({"position_ids", "attention_mask"} - parameters(model))
+    if missing:  # another kind of model: state spaces, ALiBi
+        return f"the model's forward takes no {', '.join(missing)}"
+    return None if cache_name(model) else Blocker("the model's forward takes no cache that is known by name")
+
+
+def keeps_last_logits(model: Any) -> bool:
+    """Whether generate asks a model for the logits of the last position only."""
+    return bool(model._supports_logits_to_keep())
+
+
+def last_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """Keyword arguments for a forward that computes logits for the last `count` positions, where it can."""
+    return {"logits_to_keep": count} if keeps_last_logits(model) else {}
+
+
+def sequences(result: Any) -> torch.Tensor:
+    """Tokens [B, P + new] of what generate returned, a tensor or a dictionary."""
+    ids: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
+    return ids
+
+
+def update_layer(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a call of `Cache.update` says beside keys and values: the layer, and what only some caches read.
+
+    Left out are a dictionary of positions (to 5.3) and `kwargs` (from 5.24), which static and paged caches read.
+    """
+    return [*(arg for arg in args if not isinstance(arg, dict)), *sorted(set(kwargs) - {"kwargs", "cache_kwargs"})]
+
+
+def pop_cache(given: dict[str, Any]) -> Any:
+    """Take the cache out of the keyword arguments of an attention block's forward."""
+    found = None
+    for name in CACHE_NAMES:
+        value = given.pop(name, None)
+        found = value if found is None else found
+    return found

@@ -1,0 +1,231 @@
+"""Modules that change themselves as they are run: rotary embeddings whose frequencies depend on the length, for one.
+
+What such a module holds is state of the calls, not of the model. Which modules do that is found out by running the
+model: a twin with buffers of its own is given two tokens, and modules without weights that are told the tokens'
+positions are called with others, too, far away and near again. What they wrote meanwhile is the state.
+
+    twins      share these modules with the original, so that whoever serves a call finds what the call before left
+    measuring  puts back what it found (`State.kept`), so that live requests do not notice it
+    revisions  do not compare what was written; a user's change of it is as good as one of the original
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..machine import outside
+from . import route, seam
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("autotune")
+
+FAR = 1 << 24  # a position beyond every context
+NEAR = 0
+PLUMBING = frozenset(vars(nn.Module()))  # attributes that every module has
+_states: weakref.WeakKeyDictionary[PreTrainedModel, State] = weakref.WeakKeyDictionary()
+_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all states
+Marks = dict[str, tuple[Any, int]]  # attribute -> what it holds, and how often that was written to
+
+
+@dataclass(frozen=True)
+class State:
+    """What of a model its own forward writes.
+
+    Args:
+        modules: name -> module that twins share.
+        written: (name of the module, attribute), of these modules and of others.
+        alien: attributes that modules with weights or parts of their own write. Twins would have copies of them.
+    """
+
+    modules: dict[str, nn.Module]
+    written: frozenset[tuple[str, str]]
+    alien: tuple[str, ...] = ()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is run within, the shared modules hold afterwards what they held before."""
+        saved = [(module, dict(vars(module)), dict(module._buffers)) for module in self.modules.values()]
+        numbers = [(t, t._version, t.clone()) for _, own, buffers in saved for t in _tensors(own, buffers)]
+        try:
+            yield
+        finally:
+            for tensor, version, before in numbers:
+                if tensor._version != version:
+                    with torch.no_grad():
+                        tensor.copy_(before)
+            for module, own, buffers in saved:
+                _put_back(vars(module), own)
+                _put_back(module._buffers, buffers)
+
+    def writes(self, module: str, attribute: str) -> bool:
+        return (module, attribute) in self.written
+
+    def obstacle(self) -> str | None:
+        """Why no plan can serve the model, or None."""
+        return f"the model's forward writes {', '.join(self.alien)}, which no twin shares" if self.alien else None
+
+    def unseen(self, by: str) -> str | None:
+        """Why something that reads the model's tensors once, in words, cannot serve it, or None."""
+        if not self.modules:
+            return None
+        return f"{', '.join(self.modules)} computes anew what it holds as contexts grow, which {by} would not see"
+
+
+NOTHING = State({}, frozenset())
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether twins share a module with their original."""
+    return module in _modules
+
+
+def shared(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of those that a model shares with its twins."""
+    return {name: module for name, module in model.named_modules() if module in _modules}
+
+
+def of(model: PreTrainedModel) -> State:
+    """The state of a model, routed or not; found out when it is first asked for."""
+    root = route.origin(model)
+    if root not in _states:
+        known = shared(root)
+        _states[root] = State(known, frozenset()) if known else _find(root)  # of a twin, what it shares
+        _modules.update(_states[root].modules.values())
+    return _states[root]
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Find out anew when next asked: the model may be another."""
+    _states.pop(route.origin(model), None)
+
+
+def _find(model: PreTrainedModel) -> State:
+    try:
+        with torch.no_grad():
+            return _probe(model)
+    except Exception as error:  # a model that takes no two tokens will say so when it is tuned
+        outside.pass_on(error)
+        log.debug("what a forward writes was not found out", exc_info=True)
+        return NOTHING
+
+
+def _probe(model: PreTrainedModel) -> State:
+    from .twins import fork
+
+    twin = fork(model)
+    named = {name: module for name, module in twin.named_modules() if name and not is_shared(module)}
+    for module in named.values():
+        _own_tensors(module)
+    before = {name: _marks(module) for name, module in named.items()}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    light = {name: module for name, module in named.items() if _is_light(module)}
+    hooks = [module.register_forward_pre_hook(_noting(calls, name), with_kwargs=True) for name, module in light.items()]
+    ids = torch.tensor([[1, 2]], dtype=torch.int64, device=model.device)
+    seam.bare_class(twin).forward(twin, input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    written = {name: _changed(before[name], _marks(module)) for name, module in named.items()}
+    for name, given in calls.items():
+        written[name] |= _written_elsewhere(light[name], *given)
+    names = frozenset((name, attribute) for name, attributes in written.items() for attribute in attributes)
+    ours = dict(model.named_modules())
+    modules = {name: ours[name] for name in light if written[name]}
+    return State(modules, names, tuple(f"{name}.{key}" for name, key in sorted(names) if name not in modules))
+
+
+def _is_light(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None and next(module.children(), None) is None
+
+
+def _own_tensors(module: nn.Module) -> None:
+    """Give a twin's module memory of its own for whatever is no weight."""
+    for held in (vars(module), module._buffers):
+        for key, value in held.items():
+            if type(value) is torch.Tensor or type(value) is nn.Buffer:
+                held[key] = value.clone()
+
+
+def _noting(calls: dict[str, Any], name: str) -> Callable[..., None]:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(name, (args, kwargs))
+
+    return note
+
+
+def _written_elsewhere(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """What a module without weights writes when it is told of other positions. On the CPU, where an index beyond a
+    table is an exception and no more."""
+    if not any(map(_is_positions, (*args, *kwargs.values()))):
+        return set()
+    copied = copy.deepcopy(module).cpu()
+    before, found = _marks(copied), set[str]()
+    for position in (FAR, NEAR):
+        moved = [_moved(value, position) for value in args], {k: _moved(v, position) for k, v in kwargs.items()}
+        try:
+            copied(*moved[0], **moved[1])
+        except Exception as error:  # beyond its table
+            outside.pass_on(error)
+        found |= _changed(before, _marks(copied))
+    return found
+
+
+def _is_positions(value: Any) -> bool:
+    """Whether a value says where the probe's two tokens stand."""
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or not value.numel():
+        return False
+    return value.shape[-1] == 2 and value.flatten()[-2:].tolist() == [0, 1]
+
+
+def _moved(value: Any, position: int) -> Any:
+    if _is_positions(value):
+        return (value + position).cpu()
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _marks(module: nn.Module) -> Marks:
+    held = {key: value for key, value in vars(module).items() if key not in PLUMBING}
+    return {key: (value, _version(value)) for key, value in (held | module._buffers | module._parameters).items()}
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+
+
+def _changed(before: Marks, after: Marks) -> set[str]:
+    return {
+        key
+        for key in before.keys() | after.keys()
+        if key not in before or key not in after or not _same(before[key], after[key])
+    }
+
+
+def _same(one: tuple[Any, int], other: tuple[Any, int]) -> bool:
+    if one[0] is other[0]:
+        return one[1] == other[1]
+    if isinstance(one[0], torch.Tensor) or isinstance(other[0], torch.Tensor):
+        return False
+    return bool(one[0] == other[0])
+
+
+def _tensors(*held: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for values in held:
+        yield from (v for v in values.values() if isinstance(v, torch.Tensor) and not v.is_inference())
+
+
+def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
+    for key in held.keys() - before.keys():
+        del held[key]
+    for key, value in before.items():
+        if held.get(key) is not value:
+            held[key] = value

@@ -1,0 +1,140 @@
+"""One chosen kernel of torch's scaled dot-product attention, as an attention function of its own.
+
+`torch.nn.attention.sdpa_kernel` chooses by switches that belong to the whole process, other threads' requests included.
+Here the kernel's operator is called itself: it runs or it raises, and nothing falls back without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model import seam
+
+aten = torch.ops.aten
+
+FLASH_MULTIPLE = 8  # heads are padded to this many numbers, as SDPA does
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One of SDPA's kernels.
+
+    Args:
+        name: among transformers' attention implementations; "flash" in it would send it through flash-attn's masks.
+        operator: its name in torch's dispatcher, by which it is recognised in a trace.
+        masks: whether it takes an attention mask.
+        grouped: whether it takes fewer heads of keys than of queries.
+        compute: query, key, value, mask, causal, scale -> [B, H, Q, D].
+    """
+
+    name: str
+    operator: str
+    masks: bool
+    grouped: bool
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    size = q.shape[-1]
+    if pad := -size % FLASH_MULTIPLE:
+        q, k, v = (F.pad(t, (0, pad)) for t in (q, k, v))
+        scale = size**-0.5 if scale is None else scale
+    out: Tensor = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[0]
+    return out[..., :size] if pad else out
+
+
+def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    bias = _additive(mask, q.dtype)
+    out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)[0]
+    return out
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    bias = _additive(mask, q.dtype)
+    out: Tensor = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, 0.0, causal, False, scale=scale)[0]
+    return out
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    bias = _additive(mask, q.dtype)
+    if bias is not None:  # rows of the bias have to begin at multiples of 16 bytes
+        keys = bias.shape[-1]
+        bias = F.pad(bias, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)
+    out: Tensor = aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, 0.0, causal, scale=scale)[0]
+    return out
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    bias = _additive(mask, q.dtype)
+    out: Tensor = aten._scaled_dot_product_attention_math(q, k, v, bias, 0.0, causal, scale=scale, enable_gqa=True)[0]
+    return out
+
+
+KERNELS = {
+    "flash": Kernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention", False, True, _flash),
+    "cudnn": Kernel("autotune_sdpa_cudnn", "_scaled_dot_product_cudnn_attention", True, True, _cudnn),
+    "efficient": Kernel("autotune_sdpa_efficient", "_scaled_dot_product_efficient_attention", True, False, _efficient),
+    "math": Kernel("autotune_sdpa_math", "_safe_softmax", True, True, _math),
+}
+ON_CPU = {
+    "flash": Kernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention_for_cpu", True, False, _flash_on_cpu),
+    "math": KERNELS["math"],
+}
+
+
+def kernel(backend: str, device: torch.device) -> Kernel | None:
+    """The kernel of a backend on a device, or None where it has none."""
+    return (ON_CPU if device.type == "cpu" else KERNELS).get(backend)
+
+
+def register(backend: str) -> str:
+    """Make a backend known to transformers; returns the name to ask for."""
+    name = KERNELS[backend].name
+    seam.register_attention(name, functools.partial(attend, backend))
+    return name
+
+
+def attend(
+    backend: str,
+    module: torch.nn.Module,
+    query: Tensor,  # [B, H, Q, D]
+    key: Tensor,  # [B, Hk, T, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: the kernel where it takes the call, whatever SDPA chooses elsewhere.
+
+    Returns:
+        [B, Q, H, D].
+    """
+    chosen = kernel(backend, query.device)
+    usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in seam.UNUSUAL)
+    fits = query.shape[-1] == value.shape[-1] and chosen is not None and (attention_mask is None or chosen.masks)
+    if chosen is None or not usual or not fits:
+        return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    queries, causal = query.shape[2], kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(queries > 1 and attention_mask is None and causal)
+    if causal and key.shape[2] > queries:  # a static cache that holds nothing yet: its tail is masked
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    if not chosen.grouped and (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    out = chosen.compute(query, key, value, attention_mask, causal, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as what is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))

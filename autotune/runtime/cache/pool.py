@@ -1,0 +1,96 @@
+"""Slot caches lent for one generation each, so that threads never share one, and kept for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...machine import device as devices
+from ...machine import forking
+from ...model.seam import keys_and_values
+from .slots import SlotCache
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+    from ...machine.device import Device
+
+
+class CachePool:
+    """Slot caches by number of rows, lent for one generation each, so that threads never share one.
+
+    Args:
+        config: the model's text configuration.
+        slots: tokens each sequence has room for.
+        rows: sizes to round a batch up to; one larger than all of them gets a cache of its own size.
+        lasting: caches kept for each size; when more generations overlap, the rest get caches for once.
+        dtype: of keys and values in slots; None means the prompt's.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        slots: int,
+        rows: Sequence[int] = (),
+        lasting: int = 1,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.config, self.slots, self.rows, self.lasting = config, slots, tuple(sorted(rows)), lasting
+        self.dtype = dtype
+        self._idle: dict[int, list[SlotCache]] = {}
+        self._made: dict[int, int] = {}
+        self._lock = forking.lock()
+
+    def unsupported(self, config: GenerationConfig) -> str | None:
+        """Why a generation does not fit, or None."""
+        if config.max_length > self.slots + 1:
+            return f"a context beyond the static cache's {self.slots} tokens"
+        return None
+
+    @contextmanager
+    def lend(self, prompt: Any, mask: torch.Tensor | None) -> Iterator[SlotCache]:
+        """A slot cache filled with a prefilled one ([B, Hk, P, D] a layer; mask [B, P] or None)."""
+        batch = keys_and_values(prompt)[0][0].shape[0]
+        cache = self._take(prompt, next((rows for rows in self.rows if rows >= batch), batch))
+        device = devices.of(cache.slot.device)
+        if cache.left is not None:
+            device.wait(cache.left)
+        try:
+            cache.fill(prompt, mask)
+            yield cache
+        finally:
+            if cache.lasting:
+                cache.left = device.mark()
+                with self._lock:
+                    self._idle[cache.shape[0]].append(cache)
+
+    def _take(self, prompt: Any, rows: int) -> SlotCache:
+        with self._lock:
+            if idle := self._idle.setdefault(rows, []):
+                return idle.pop()
+        try:
+            cache = SlotCache(prompt, self.slots, rows, self.dtype)
+        except Exception as error:
+            device = devices.of(keys_and_values(prompt)[0][0].device)
+            if device.failure(error) != "memory" or not self._drop_idle(device):
+                raise
+            cache = SlotCache(prompt, self.slots, rows, self.dtype)
+        with self._lock:
+            planned = not self.rows or rows in self.rows
+            cache.lasting = planned and self._made.get(rows, 0) < self.lasting
+            self._made[rows] = self._made.get(rows, 0) + cache.lasting
+        return cache
+
+    def _drop_idle(self, device: Device) -> bool:
+        """Free the caches that nobody uses; whether there were any."""
+        device.synchronize()  # graphs over them may be running
+        with self._lock:
+            sizes = {rows: len(idle) for rows, idle in self._idle.items() if idle}
+            for rows, count in sizes.items():
+                self._idle[rows].clear()
+                self._made[rows] -= count
+        device.trim()
+        return bool(sizes)

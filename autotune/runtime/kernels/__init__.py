@@ -1,0 +1,111 @@
+"""C++ operators for decoding with narrow weights on a CPU, compiled at first use and cached.
+
+    available()              None once the operators are loaded, otherwise a sentence saying why not
+    HalfLinear               FP16 or BF16 weights, FP32 arithmetic
+    Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
+    BrainLinear              BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
+    PackedEmbedding          rows of a packed table, looked up one by one
+    attend_one               one query over a preallocated key-value cache, reading only its filled slots
+    attend_many              many queries, each over an unbroken span of keys
+
+Read in this order: modules, pack (the layout), arena, build, then linear.cpp and attention.cpp.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from autotune.machine import forking
+from autotune.runtime.kernels.brain import BrainLinear
+from autotune.runtime.kernels.embedding import PackedEmbedding
+from autotune.runtime.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
+from autotune.transforms import Blocker
+
+__all__ = [
+    "BrainLinear",
+    "HalfLinear",
+    "Int4Linear",
+    "Int8Linear",
+    "PackedEmbedding",
+    "PackedLinear",
+    "attend_many",
+    "attend_one",
+    "available",
+    "no_brain_unit",
+]
+
+_lock = forking.lock()
+_outcome: list[Blocker | None] = []  # empty until the first call, then why the operators are missing, or None
+
+
+def available() -> str | None:
+    """Load the operators, building them if need be (about ten seconds, once per machine).
+
+    Returns:
+        None when they are loaded, otherwise why not in a sentence, a `Blocker`. The answer is kept for the process.
+    """
+    from autotune.runtime.kernels import build, shapes
+
+    with _lock:
+        if not _outcome:
+            try:
+                build.load()
+                shapes.register()
+                _outcome.append(None)
+            except build.BuildError as reason:
+                _outcome.append(Blocker(reason))
+        return _outcome[0]
+
+
+def no_brain_unit() -> str | None:
+    """Why `BrainLinear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
+    import torch
+
+    if torch.ops.autotune.brain_unit():
+        return None
+    return "this processor multiplies no BF16: it has neither AMX nor AVX512-BF16"
+
+
+def attend_one(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of one new token over a preallocated cache; query heads share key heads in groups (GQA).
+
+    Args:
+        q: [B, H, 1, D].
+        keys, values: [B, Hk, slots, D] in FP32, FP16 or BF16, Hk a divisor of H, contiguous in D.
+        length: one INT64, the number of filled slots (None: all of them); slots beyond it are not read, nor are those
+            beyond the last one that the mask admits. A tensor, so that a compiled graph stays valid as it grows.
+        mask: [B or 1, H or 1, 1, slots or more than length], boolean (True: attend) or FP32 to add.
+        scale: factor of the scores, usually D ** -0.5.
+
+    Returns:
+        [B, 1, H, D] in q's dtype, the layout of transformers' attention interface; zeros where nothing is admitted.
+
+    Raises:
+        RuntimeError: the shapes do not fit each other, or length exceeds the slots.
+    """
+    import torch
+
+    return torch.ops.autotune.attend_one(q, keys, values, length, mask, scale)  # type: ignore[no-any-return]
+
+
+def attend_many(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None, scale: float, parts: int = 0) -> Tensor:
+    """Attention of a prompt's tokens; query heads share key heads in groups (GQA).
+
+    Args:
+        q: [B, H, Q, D].
+        keys, values: [B, Hk, T, D], Hk a divisor of H; values may have another D.
+        spans: INT32 [B or 1, Q, 2], the first key that a query sees and the one after its last; None: causal, Q = T.
+        scale: factor of the scores, usually D ** -0.5.
+        parts: BF16 numbers that stand for one of FP32 in the two products: 1, 2, or 0 for products in FP32.
+
+    Returns:
+        [B, Q, H, D] in q's dtype; zeros for a query that sees nothing.
+
+    Raises:
+        RuntimeError: the shapes do not fit each other, a span leaves the keys, or the processor multiplies no BF16.
+    """
+    import torch
+
+    return torch.ops.autotune.attend_many(q, keys, values, spans, scale, parts)  # type: ignore[no-any-return]

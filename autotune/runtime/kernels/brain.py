@@ -1,0 +1,71 @@
+"""Linear layers multiplied in BF16 over weights that stay as they are stored, for many tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autotune.runtime.kernels.modules import PackedLinear
+
+# fewer tokens than this go through FP32, which is exact and by then as fast: parts -> tokens
+FEW = {1: 8, 2: 24}
+
+
+class BrainLinear(nn.Module):
+    """y = x W^T + b with BF16 products and FP32 sums, weights converted on the way and never kept in BF16.
+
+    The operators must be loaded (`kernels.available`) and the processor able (`kernels.brain_unit`).
+
+    Args:
+        layer: an FP32 `nn.Linear`, or a packed layer; its tensors are shared.
+        parts: BF16 numbers that stand for one of FP32: 1, or 2 for three products and an error of about 2^-16.
+
+    Raises:
+        ValueError: the weight of an `nn.Linear` is not FP32, or `parts` is neither 1 nor 2.
+    """
+
+    weight: Tensor  # [N, K] in FP32, or packed in blocks of 16 rows
+    scales: Tensor | None
+    zeros: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear | PackedLinear, parts: int = 1) -> None:
+        super().__init__()
+        if parts not in FEW:
+            raise ValueError(f"parts must be 1 or 2, not {parts}")
+        if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32:
+            raise ValueError(f"expected a weight in FP32, got {layer.weight.dtype}")
+        self.in_features, self.out_features, self.parts = layer.in_features, layer.out_features, parts
+        for name in ("weight", "scales", "zeros", "bias"):
+            tensor = getattr(layer, name, None)
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        # a bound method, so that the layer itself is no part of the module tree
+        self.packed: Callable[[Tensor], Tensor] | None = layer.forward if isinstance(layer, PackedLinear) else None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes read at each call; shared with the layer that this one was made of."""
+        held = (self.weight, self.scales, self.zeros, self.bias)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The weight as it is stored: its numbers, then scales and zeros where it has them."""
+        return [tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() < FEW[self.parts] * self.in_features:
+            return self.packed(x) if self.packed else F.linear(x, self.weight, self.bias)
+        y: Tensor = torch.ops.autotune.linear_brain(
+            x, self.weight, self.scales, self.zeros, self.bias, self.out_features, self.parts
+        )
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, parts={self.parts}"

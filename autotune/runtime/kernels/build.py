@@ -1,0 +1,200 @@
+"""Compile the operators once per machine, keep the library in the cache, load it.
+
+A library's file name holds a key (sources, flags, compiler, torch, CPU) and a digest of its own content: a stale or
+truncated file is never loaded, and processes that build at the same time cannot disturb each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from autotune.errors import AutotuneError
+from autotune.machine import cache_dir as folders
+from autotune.machine import ending, hardware
+
+log = logging.getLogger("autotune")
+
+HERE = Path(__file__).parent
+SOURCES = (  # what takes the longest to compile comes first
+    "program.cpp",
+    "attention.cpp",
+    "linear.cpp",
+    "attend_many.cpp",
+    "fused.cpp",
+    "embedding.cpp",
+    "matmul.cpp",
+)
+HEADERS = (
+    "vectors.h",
+    "tensors.h",
+    "linear.h",
+    "attention.h",
+    "elementwise.h",
+    "embedding.h",
+    "instructions.h",
+    "team.h",
+    "blocks.h",
+    "brains.h",
+    "singles.h",
+    "matmul.h",
+    "curves.h",
+)
+TIMEOUT_S = 300.0
+STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
+
+
+class BuildError(AutotuneError):
+    """The operators could not be built or loaded; the message is one sentence for the user."""
+
+
+def load() -> Path:
+    """Load the operators into torch, building them if the cache has none for this machine.
+
+    Returns:
+        The library loaded.
+
+    Raises:
+        BuildError: there is no compiler, compilation failed or timed out, or the library does not load.
+    """
+    compiler, cache = find_compiler(), folders.cache("kernels")
+    if cache is None:
+        raise BuildError("there is no directory to keep the compiled operators in; set AUTOTUNE_CACHE_DIR")
+    key = build_key(compiler)
+    for library in sorted(cache.glob(f"{key}-*.so")):
+        try:
+            folders.require_own(library)
+            if _intact(library):
+                return _register(library)
+            raise BuildError("its content is not what its name says")
+        except (OSError, BuildError) as reason:
+            log.warning("%s is not used: %s; building it again", library, reason)
+        _remove(library)
+    return _register(compile_library(compiler, key, cache))
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, or the first of c++, g++ and clang++ on the path.
+
+    Raises:
+        BuildError: there is none, or this platform's are not supported.
+    """
+    if os.name == "nt":
+        raise BuildError("the C++ operators are built on Linux and macOS only")
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    wanted = named[0] if named else "c++, g++ or clang++"
+    raise BuildError(f"no C++ compiler: {wanted} is not on PATH; install one (such as g++) or set CXX")
+
+
+def flags() -> list[str]:
+    """Compiler flags for this CPU; $AUTOTUNE_KERNEL_MARCH names another one's instructions."""
+    package = Path(torch.__file__).parent
+    march = os.environ.get("AUTOTUNE_KERNEL_MARCH", "native")
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return [
+        *("-O3", f"-march={march}" if x86 else f"-mcpu={march}", "-std=c++17", "-fPIC"),
+        *(f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-I{package / 'include'}"),
+    ]
+
+
+def libraries() -> list[str]:
+    """Linker flags. libtorch_cpu brings its own OpenMP threads; a second pool would fight them for the cores."""
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+
+
+def build_key(compiler: list[str]) -> str:
+    """What a library depends on, as a hash: sources, compiler and its version, flags, torch and CPU."""
+    parts = [(HERE / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    texts = [*compiler, *flags(), *libraries(), _version(compiler), torch.__version__, hardware.instruction_sets()]
+    parts += [text.encode() for text in texts]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
+    """Compile into the directory `cache`.
+
+    Raises:
+        BuildError: the compiler failed or took too long, or the directory cannot be written.
+    """
+    folders.sweep(each for each in cache.iterdir() if each.is_dir())
+    scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
+    target = scratch / "kernels.so"
+    objects = {name: str(scratch / f"{name}.o") for name in SOURCES}
+    steps = [[*compiler, "-c", str(HERE / name), *flags(), "-o", made] for name, made in objects.items()]
+    link = [*compiler, "-shared", *objects.values(), *libraries(), "-o", str(target)]
+    log.info("compiling the CPU operators (about half a minute, once): %s", shlex.join(link))
+    name = shlex.join(compiler)
+
+    def run(command: list[str]) -> None:
+        done = ending.compile_with(command, TIMEOUT_S)
+        if done.returncode:
+            raise BuildError(f"{name} could not compile the operators: {_gist(done.stderr or done.stdout)}")
+
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for made in [pool.submit(run, command) for command in steps]:
+                made.result()
+        run(link)
+        library = cache / f"{key}-{_digest(target)}.so"
+        target.chmod(0o700)  # whatever the umask is
+        os.replace(target, library)
+        return library
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{name} did not compile the operators within {TIMEOUT_S:.0f} s") from None
+    except OSError as reason:
+        raise BuildError(f"the operators could not be compiled: {reason}") from reason
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _register(library: Path) -> Path:
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as reason:
+        raise BuildError(f"the compiled operators do not load: {_gist(str(reason))}") from reason
+    return library
+
+
+def _remove(library: Path) -> None:
+    try:
+        library.unlink(missing_ok=True)
+    except OSError as reason:  # a directory of that name, say: it is never loaded either
+        log.debug("%s stays: %s", library, reason)
+
+
+def _intact(library: Path) -> bool:
+    return library.stem.endswith(f"-{_digest(library)}")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:24]
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        done = subprocess.run(  # noqa: S603
+            [*compiler, "--version"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as reason:
+        raise BuildError(f"the C++ compiler {shlex.join(compiler)} does not run: {reason}") from reason
+    return done.stdout
+
+
+def _gist(output: str) -> str:
+    """The lines of a compiler's output that say what is wrong, on one line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return " | ".join((errors or lines)[-3:]) or "it said nothing"

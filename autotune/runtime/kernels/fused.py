@@ -1,0 +1,74 @@
+"""Layers of a decoder whose small operators are one: in prefill each of them passes over megabytes of activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autotune.runtime.kernels.brain import FEW, BrainLinear
+
+ACTIVATIONS = ("silu", "gelu_tanh")  # in the order that the operators number them
+
+
+class RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in FP32.
+
+    Args:
+        weight: [N]; shared, if it is a parameter.
+        eps: added to the mean.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        if isinstance(weight, nn.Parameter):
+            self.register_parameter("weight", weight)
+        else:
+            self.register_buffer("weight", weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.rms_norm(x, self.weight, self.eps)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class GatedMlp(nn.Module):
+    """down(activation(gate(x)) * up(x)); one operator for all of it if the three layers are `BrainLinear`.
+
+    Args:
+        gate_proj, up_proj, down_proj: linear layers of any kind.
+        activation: a name in `ACTIVATIONS`.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.activation = ACTIVATIONS.index(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if isinstance(gate, BrainLinear) and isinstance(up, BrainLinear) and isinstance(down, BrainLinear):
+            enough = x.numel() >= FEW[gate.parts] * gate.in_features
+            if enough and gate.parts == up.parts == down.parts:
+                return self._multiply(x, gate, up, down)
+        y: Tensor = down(torch.ops.autotune.gate_up(gate(x), up(x), self.activation))
+        return y
+
+    def _multiply(self, x: Tensor, gate: BrainLinear, up: BrainLinear, down: BrainLinear) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_mlp(
+            x,
+            *(layer.stored for layer in (gate, up, down)),
+            *(layer.bias for layer in (gate, up, down)),
+            gate.out_features,
+            down.out_features,
+            self.activation,
+            gate.parts,
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        return f"activation={ACTIVATIONS[self.activation]}"

@@ -1,0 +1,144 @@
+"""Linear layers over the kernels, for inference: buffers in packed layout, and one operator in `forward`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from autotune.runtime.kernels import pack
+
+
+class PackedLinear(nn.Module, ABC):
+    """y = x W^T + b with narrow weights and FP32 arithmetic; the operators must be loaded (`kernels.available`).
+
+    Inputs in another dtype are widened, and results given back in it.
+
+    A layer is made by `from_linear`, or by `from_weight` from a weight [out_features, in_features]; transformers'
+    `Conv1D` stores the transpose, so pass `conv.weight.T`.
+    """
+
+    bias: Tensor | None
+    dtype = torch.float32  # that it computes in
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        pack.check(weight)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in any floating dtype -> [..., out_features] in the same."""
+        if x.dtype is torch.float32:  # casts that change nothing are operators to dispatch all the same
+            return self.product(x)
+        return self.product(x.float()).to(x.dtype)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], both FP32."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The FP32 weight [out_features, in_features] that `forward` computes with."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes read for each token at batch 1."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class HalfLinear(PackedLinear):
+    """Weights stored in FP16 (or BF16, or FP32) and computed with in FP32."""
+
+    weight: Tensor  # [ceil(N / 16), K padded, 16]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, dtype: torch.dtype = torch.float16) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, dtype)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float16) -> Self:
+        """Pack a weight [out_features, in_features].
+
+        Raises:
+            ValueError: a weight is not finite in `dtype`.
+        """
+        layer = cls(weight, bias)
+        layer.register_buffer("weight", pack.pack_half(weight, dtype))
+        return layer
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_f16(x, self.weight, self.bias, self.out_features)
+        return y
+
+    def dequantize(self) -> Tensor:
+        return pack.deinterleave(self.weight.float(), self.out_features, self.in_features)
+
+
+class Int8Linear(PackedLinear):
+    """Symmetric INT8 weights with a scale per group of inputs."""
+
+    weight: Tensor  # [ceil(N / 16), K padded, 16]
+    scales: Tensor  # [ceil(N / 16), groups, 16]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, group)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
+        """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
+
+        Raises:
+            ValueError: the weight is not finite, or the group is no multiple of 8.
+        """
+        layer = cls(weight, bias)
+        for name, buffer in zip(("weight", "scales"), pack.quantize_i8(weight, group), strict=True):
+            layer.register_buffer(name, buffer)
+        return layer
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_i8(x, self.weight, self.scales, self.bias, self.out_features)
+        return y
+
+    def dequantize(self) -> Tensor:
+        return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
+
+
+class Int4Linear(PackedLinear):
+    """Asymmetric INT4 weights with a scale and a zero per group of inputs."""
+
+    weight: Tensor  # [ceil(N / 16), K padded / 8, 16]
+    scales: Tensor  # [ceil(N / 16), groups, 16]
+    zeros: Tensor  # [ceil(N / 16), groups, 16]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, group)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
+        """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
+
+        Raises:
+            ValueError: the weight is not finite, or the group is no multiple of 8.
+        """
+        layer = cls(weight, bias)
+        for name, buffer in zip(("weight", "scales", "zeros"), pack.quantize_i4(weight, group), strict=True):
+            layer.register_buffer(name, buffer)
+        return layer
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.autotune.linear_i4(x, self.weight, self.scales, self.zeros, self.bias, self.out_features)
+        return y
+
+    def dequantize(self) -> Tensor:
+        return pack.dequantize_i4(self.weight, self.scales, self.zeros, self.out_features, self.in_features)

@@ -1,0 +1,206 @@
+"""Weights in the layout of the kernels, and back: plain torch, no compiler needed.
+
+Sixteen output rows form a block in which the numbers for one input lie side by side, so that one vector load serves
+sixteen rows. Rows are padded to whole blocks and inputs to whole groups: results of padding are dropped, padded inputs
+are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autotune.runtime.kernels import arena
+
+ROWS = 16  # output rows in a block; kRows in linear.cpp
+STEP = 8  # inputs decoded together; kStep in linear.cpp
+GROUP = 32  # inputs that share a scale, unless the caller says otherwise
+PART = 4096  # output rows widened and quantised at a time, to bound the memory for intermediate results
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's range tried at four bits
+
+
+def interleave(weight: Tensor, inputs: int) -> Tensor:
+    """Reorder a weight into blocks of sixteen rows.
+
+    Args:
+        weight: [N, K], any dtype.
+        inputs: K after padding.
+
+    Returns:
+        [ceil(N / 16), inputs, 16], contiguous, zeros where there was nothing.
+    """
+    rows, width = weight.shape
+    blocks = -(-rows // ROWS)
+    padded = weight.new_zeros(blocks * ROWS, inputs)
+    padded[:rows, :width] = weight
+    return arena.settle(padded.view(blocks, ROWS, inputs).transpose(1, 2).contiguous())
+
+
+def deinterleave(blocks: Tensor, rows: int, inputs: int) -> Tensor:
+    """The inverse of `interleave`: [N, K] from [ceil(N / 16), K padded, 16]."""
+    return blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[:rows, :inputs].contiguous()
+
+
+def pack_half(weight: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Store a weight [N, K] in FP16, BF16 or FP32 blocks.
+
+    Raises:
+        ValueError: a weight is not finite in `dtype` (FP16 ends at 65504).
+    """
+    check(weight)
+    narrow = weight.detach().to(dtype)
+    if not torch.isfinite(narrow).all():
+        raise ValueError(f"weights up to {weight.abs().max():.3g} do not fit {dtype}; use torch.bfloat16 instead")
+    return interleave(narrow, _round_up(weight.shape[1], STEP))
+
+
+def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 with one scale per group of inputs: weight = scale * number.
+
+    Args:
+        weight: [N, K], floating point.
+        group: inputs that share a scale, a multiple of 8; 0 for one scale per output row.
+
+    Returns:
+        Numbers INT8 [ceil(N / 16), K padded, 16] and scales FP16 (FP32 if FP16 cannot hold them)
+        [ceil(N / 16), groups, 16].
+
+    Raises:
+        ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
+    """
+    check(weight)
+    parts = _parts(weight)
+    scales = _finite(torch.cat([_grouped(part, group).abs().amax(-1) for part in parts])) / 127
+    scales = scales.to(_factor_dtype(scales, scales))
+    rounded = [
+        (_grouped(part, group) / _divisor(factors)).round_().clamp_(-127, 127).to(torch.int8)
+        for part, factors in zip(parts, _parts(scales), strict=True)
+    ]
+    numbers = torch.cat(rounded).flatten(1)
+    return interleave(numbers, numbers.shape[1]), interleave(scales, scales.shape[1])
+
+
+def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric INT4 with a scale and a zero per group of inputs: weight = scale * number + zero, number in -8..7.
+
+    The range of a group is shrunk step by step from its minimum and maximum, and the range with the least squared error
+    kept: at four bits, clipping the rarest weights often costs less than coarser steps for all others.
+
+    Args:
+        weight: [N, K], floating point.
+        group: inputs that share a scale and a zero, a multiple of 8; 0 for one of each per output row.
+
+    Returns:
+        Words INT32 [ceil(N / 16), K padded / 8, 16], input 8i + j in the signed nibble j of word i; scales and zeros
+        FP16 (FP32 if FP16 cannot hold them) [ceil(N / 16), groups, 16].
+
+    Raises:
+        ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
+    """
+    check(weight)
+    parts = _parts(weight)
+    ranges = [_grouped(part, group).aminmax(dim=-1) for part in parts]
+    low, high = (_finite(torch.cat(ends)) for ends in zip(*ranges, strict=True))
+    dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), torch.maximum(-low, high))
+    fitted = [
+        _fit_i4(_grouped(part, group), lowest, highest, dtype)
+        for part, lowest, highest in zip(parts, _parts(low), _parts(high), strict=True)
+    ]
+    words, scales, zeros = (torch.cat(pieces) for pieces in zip(*fitted, strict=True))
+    return (
+        interleave(words, words.shape[1]),
+        interleave(scales, scales.shape[1]),
+        interleave(zeros, zeros.shape[1]),
+    )
+
+
+def _fit_i4(grouped: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Words [N, K / 8], scales and zeros [N, groups] of the best of the shrunken ranges."""
+    least = torch.full_like(low, torch.inf)
+    numbers, scales, zeros = torch.empty_like(grouped), torch.empty_like(low), torch.empty_like(low)
+    for share in SHRINK:
+        scale = ((high - low) * (share / 15)).to(dtype).float()
+        zero = ((high + low) / 2 + scale / 2).to(dtype).float()  # the middle of -8..7 is -1/2
+        number = ((grouped - zero[..., None]) / _divisor(scale)).round_().clamp_(-8, 7)
+        error = torch.addcmul(zero[..., None] - grouped, number, scale[..., None]).square_().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        numbers = torch.where(better[..., None], number, numbers)
+    nibbles = numbers.to(torch.int32).view(len(numbers), -1, STEP) & 15  # [N, K / 8, 8]
+    words = (nibbles << _shifts(nibbles.device)).sum(-1, dtype=torch.int32)
+    return words, scales.to(dtype), zeros.to(dtype)
+
+
+def dequantize_i8(numbers: Tensor, scales: Tensor, rows: int, inputs: int) -> Tensor:
+    """The FP32 weight [rows, inputs] that `linear_i8` computes with."""
+    group = numbers.shape[1] // scales.shape[1]
+    return deinterleave(numbers.float() * scales.float().repeat_interleave(group, 1), rows, inputs)
+
+
+def dequantize_i4(words: Tensor, scales: Tensor, zeros: Tensor, rows: int, inputs: int) -> Tensor:
+    """The FP32 weight [rows, inputs] that `linear_i4` computes with."""
+    upper = words[:, :, None, :] << _shifts(words.device).flip(0)[:, None]  # [blocks, K / 8, 8, 16]
+    numbers = (upper >> 28).flatten(1, 2).float()  # [blocks, K, 16]
+    group = numbers.shape[1] // scales.shape[1]
+    weight = numbers * scales.float().repeat_interleave(group, 1) + zeros.float().repeat_interleave(group, 1)
+    return deinterleave(weight, rows, inputs)
+
+
+def check(weight: Tensor) -> None:
+    """Raise ValueError unless the weight is a floating-point matrix with something in it."""
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ValueError(
+            f"expected a floating-point weight [N, K] with N, K > 0, got {weight.dtype} {list(weight.shape)}"
+        )
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """PART rows after PART rows, as views."""
+    return [tensor[first : first + PART] for first in range(0, len(tensor), PART)]
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    """[N, K] as FP32 [N, groups, group], padded by repeating the last input so that padding widens no group's range."""
+    check(weight)
+    if group < 0 or group % STEP:
+        raise ValueError(f"group must be a multiple of {STEP}, or 0 for one scale per row, not {group}")
+    rows, inputs = weight.shape
+    whole = _round_up(inputs, STEP)
+    group = min(group or whole, whole)
+    weight = weight.detach().float()
+    missing = _round_up(inputs, group) - inputs
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], 1)
+    return weight.view(rows, -1, group)
+
+
+def _finite(extremes: Tensor) -> Tensor:
+    """The largest or smallest weights of groups, once none is NaN or infinite: then no other weight is.
+
+    Raises:
+        ValueError: one is.
+    """
+    if not torch.isfinite(extremes).all():
+        raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
+    return extremes
+
+
+def _factor_dtype(steps: Tensor, sizes: Tensor) -> torch.dtype:
+    """FP16 where it keeps eleven bits of every step and holds every size, FP32 otherwise."""
+    half = torch.finfo(torch.float16)
+    fits = bool(((steps == 0) | (steps >= half.tiny)).all()) and bool((sizes <= half.max).all())
+    return torch.float16 if fits else torch.float32
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """[N, groups] as a divisor [N, groups, 1]; a group of equal weights has scale 0 and any divisor will do."""
+    return torch.where(scales == 0, 1.0, scales.float())[..., None]
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return 4 * torch.arange(STEP, dtype=torch.int32, device=device)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

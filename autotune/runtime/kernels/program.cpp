@@ -1,0 +1,146 @@
+// Runs a recorded decode step: instructions over fixed memory, by one team of threads, with nothing decided on the way.
+//
+// A program is INT64 words. The first is how many addresses it needs. Every instruction begins with its length, its code,
+// who works on it and whether all meet before it; what follows depends on the code. Memory is named by a base (an index
+// into the table of addresses that the call brings) and an offset in bytes, so that one program serves any cache of its
+// shape. autotune/runtime/steps/program writes it, and checks what lies at the addresses.
+#include "instructions.h"
+
+#include <chrono>
+#include <optional>
+
+namespace autotune {
+namespace {
+
+constexpr int64_t kHeader = 4;  // words before an instruction's own
+
+// False where an index was outside its table.
+bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, std::vector<float>& scratch) {
+  using I = int64_t;
+  switch (code) {
+    case kCopy: run_unary<float, float>(in, m, share, [](float a) { return a; }); break;
+    case kToFloat: run_unary<float, I>(in, m, share, [](I a) { return static_cast<float>(a); }); break;
+    case kWidenHalf: run_unary<float, Half>(in, m, share, [](const Half& a) { return widen_one(&a); }); break;
+    case kWidenBrain: run_unary<float, Brain>(in, m, share, [](const Brain& a) { return widen_one(&a); }); break;
+    case kCopyInt: run_unary<I, I>(in, m, share, [](I a) { return a; }); break;
+    case kCopyBool: run_unary<uint8_t, uint8_t>(in, m, share, [](uint8_t a) { return a; }); break;
+    case kNegative: run_unary<float, float>(in, m, share, [](float a) { return -a; }); break;
+    case kInverseRoot: run_unary<float, float>(in, m, share, [](float a) { return 1 / std::sqrt(a); }); break;
+    case kRoot: run_unary<float, float>(in, m, share, [](float a) { return std::sqrt(a); }); break;
+    case kExp: run_unary<float, float>(in, m, share, [](float a) { return std::exp(a); }); break;
+    case kTanh: run_vectors(in, m, share, hyperbolic_tangent); break;
+    case kSigmoid: run_vectors(in, m, share, sigmoid); break;
+    case kSilu: run_vectors(in, m, share, silu); break;
+    case kRelu: run_unary<float, float>(in, m, share, [](float a) { return a < 0 ? 0 : a; }); break;
+    case kGelu: run_unary<float, float>(in, m, share, [](float a) { return 0.5f * a * (1 + std::erf(a * 0.70710678f)); }); break;
+    case kGeluTanh: run_vectors(in, m, share, gelu_tanh); break;
+    case kCos: run_unary<float, float>(in, m, share, [](float a) { return std::cos(a); }); break;
+    case kSin: run_unary<float, float>(in, m, share, [](float a) { return std::sin(a); }); break;
+    case kSquare: run_unary<float, float>(in, m, share, [](float a) { return a * a; }); break;
+    case kCube: run_unary<float, float>(in, m, share, [](float a) { return a * a * a; }); break;
+    case kReciprocal: run_unary<float, float>(in, m, share, [](float a) { return 1 / a; }); break;
+    case kNot: run_unary<uint8_t, uint8_t>(in, m, share, [](uint8_t a) { return !a; }); break;
+    case kAdd: run_binary<float, float>(in, m, share, [](float a, float b) { return a + b; }); break;
+    case kSubtract: run_binary<float, float>(in, m, share, [](float a, float b) { return a - b; }); break;
+    case kMultiply: run_binary<float, float>(in, m, share, [](float a, float b) { return a * b; }); break;
+    case kDivide: run_binary<float, float>(in, m, share, [](float a, float b) { return a / b; }); break;
+    case kLarger: run_binary<float, float>(in, m, share, [](float a, float b) { return a > b ? a : b; }); break;
+    case kSmaller: run_binary<float, float>(in, m, share, [](float a, float b) { return a < b ? a : b; }); break;
+    case kAddInt: run_binary<I, I>(in, m, share, [](I a, I b) { return a + b; }); break;
+    case kSubtractInt: run_binary<I, I>(in, m, share, [](I a, I b) { return a - b; }); break;
+    case kMultiplyInt: run_binary<I, I>(in, m, share, [](I a, I b) { return a * b; }); break;
+    case kLessInt: run_binary<uint8_t, I>(in, m, share, [](I a, I b) { return a < b; }); break;
+    case kLessEqualInt: run_binary<uint8_t, I>(in, m, share, [](I a, I b) { return a <= b; }); break;
+    case kEqualInt: run_binary<uint8_t, I>(in, m, share, [](I a, I b) { return a == b; }); break;
+    case kAnd: run_binary<uint8_t, uint8_t>(in, m, share, [](uint8_t a, uint8_t b) -> uint8_t { return a & b; }); break;
+    case kOr: run_binary<uint8_t, uint8_t>(in, m, share, [](uint8_t a, uint8_t b) -> uint8_t { return a | b; }); break;
+    case kMean: run_mean(in, m, share); break;
+    case kNormalize: run_normalize(in, m, share); break;
+    case kEmbed: return run_embed(in, m, share);
+    case kEmbedPacked: return run_embed_packed(in, m, share);
+    case kIndexCopy: return run_index_copy(in, m, share);
+    case kArrange: run_arrange(in, m); break;
+    case kLinear: run_linear(in, m); break;
+    case kDot: run_dot(in, m); break;
+    case kAttend: run_attend(in, m, scratch); break;
+    default: return false;
+  }
+  return true;
+}
+
+// How long the first thread was at each instruction, the wait for the others before the next included.
+class Stopwatch {
+ public:
+  explicit Stopwatch(int64_t* spent) : spent_(spent), last_(Clock::now()) {}
+
+  void lap() {
+    const auto now = Clock::now();
+    *spent_++ = std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  int64_t* spent_;
+  Clock::time_point last_;
+};
+
+// How many instructions there are; each must say its length, and the last end where the words do.
+int64_t length(const int64_t* words, const int64_t* end) {
+  int64_t count = 0;
+  for (; words < end; words += words[0], ++count)
+    STD_TORCH_CHECK(end - words >= kHeader && words[0] >= kHeader && words[0] <= end - words && words[1] >= 0 &&
+                        words[1] <= kAttend && words[2] >= kSolo && words[2] <= kTeam,
+                    "instruction ", count, " of the program is damaged");
+  return count;
+}
+
+void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const std::optional<Tensor>& spent) {
+  STD_TORCH_CHECK(code.scalar_type() == ScalarType::Long && bases.scalar_type() == ScalarType::Long &&
+                      code.is_contiguous() && bases.is_contiguous() && threads > 0,
+                  "a program is contiguous INT64 words, with a table of INT64 addresses, for at least one thread");
+  STD_TORCH_CHECK(code.numel() > 0, "a program begins with the number of its addresses");
+  const int64_t* words = static_cast<const int64_t*>(present(code).data_ptr());
+  const int64_t* end = words + code.numel();
+  const int64_t* addresses = static_cast<const int64_t*>(present(bases).data_ptr());
+  STD_TORCH_CHECK(bases.numel() >= *words, "the program needs ", *words, " addresses, and was given ", bases.numel());
+  const int64_t count = length(++words, end);
+  STD_TORCH_CHECK(!spent || (spent->scalar_type() == ScalarType::Long && spent->is_contiguous() &&
+                             present(*spent).numel() == count),
+                  "times are INT64 nanoseconds, one for each instruction");
+  static thread_local std::vector<float> own;
+  std::vector<float>& scratch = own;  // the caller's, whichever thread looks at it
+  std::atomic<const int64_t*> failed{nullptr};
+  as_team(static_cast<int>(threads), [&](Member& m) {
+    std::optional<Stopwatch> watch;
+    if (spent && m.index == 0) watch.emplace(static_cast<int64_t*>(spent->data_ptr()));
+    for (const int64_t* at = words; at < end; at += at[0]) {
+      const int64_t share = at[2];
+      if (at[3] && !m.regroup()) return;
+      if (watch && at != words) watch->lap();
+      if (share == kSolo && m.index) continue;
+      Reader in{at + kHeader, addresses};
+      if (!run_instruction(at[1], share, in, m, scratch)) failed.store(at, std::memory_order_relaxed);
+    }
+    if (watch) watch->lap();
+  });
+  const int64_t* culprit = failed.load();
+  STD_TORCH_CHECK(!culprit, "instruction ", culprit ? culprit[1] : 0, " of the program met an index outside its table");
+}
+
+// How many threads the next program will begin with.
+int64_t team_size(int64_t wanted) { return crew.size(static_cast<int>(wanted)); }
+
+}  // namespace
+}  // namespace autotune
+
+STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
+  library.def("run_program(Tensor code, Tensor bases, int threads, Tensor? spent) -> ()");
+  library.def("team_size(int wanted) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("run_program", TORCH_BOX(&autotune::run_program)); }
+
+STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
+  library.impl("team_size", TORCH_BOX(&autotune::team_size));
+}

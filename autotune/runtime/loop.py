@@ -1,0 +1,186 @@
+"""A lean decoding loop: generate's greedy search and sampling, token for token, without its work between the steps.
+
+It serves what `Variant.unsupported` lets through: ids in, a cache of generate's own, no attentions or hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import softmax
+
+from ..machine import device as devices
+from ..model import seam
+
+if TYPE_CHECKING:
+    from ..machine.device import Device
+    from ..model.seam import Sampling
+    from .steps.program import Step
+    from .variant import Variant
+
+NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
+Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether every sequence is finished
+
+
+def decode(variant: Variant, call: Sampling) -> Any:
+    """Serve one call of generate's loop.
+
+    Returns:
+        what generate's own loop returns: ids [B, P + new], or a dictionary of them and more.
+    """
+    return over_slots(variant, call) if variant.caches is not None else over_growing_cache(variant, call)
+
+
+def over_growing_cache(variant: Variant, call: Sampling) -> Any:
+    """Decode with the cache that generate prepared."""
+    config, kv = variant.original.config.get_text_config(decoder=True), variant.kv
+    cache, mask = call.cache if kv is None else kv.make(config), call.mask
+    cache = seam.growing_cache(config) if cache is None else cache
+    with variant.running("prefill") as module:
+        logits = seam.logits(module(**call.prompt(cache)))[:, -1]
+
+    def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        nonlocal mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+        with variant.running("decode") as module:
+            given = {"attention_mask": mask, "position_ids": position, **seam.over(variant.original, cache)}
+            return seam.logits(module(token, **given))[:, -1]
+
+    returned = call.settings.return_dict_in_generate  # and must hold no token too many
+    final_cache = (lambda: cache) if kv is None else (lambda: kv.returned(cache, config))
+    return sample(call, logits, following, final_cache, None if returned else lambda: None)
+
+
+def over_slots(variant: Variant, call: Sampling) -> Any:
+    """Decode over a static cache: prefill grows a cache of its own, as the original's does, and hands it over."""
+    from .cache import slots
+
+    pool = variant.caches
+    assert pool is not None  # noqa: S101 - the caller checked; for the type checker
+    prompt = seam.growing_cache()  # no configuration: every layer at full length
+    with variant.running("prefill") as module:
+        logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
+    with ExitStack() as lent:
+
+        @cache
+        def decoder() -> tuple[slots.SlotCache, Step | None]:  # once the first token is out: it needs no slots
+            with variant.preparing(call.input_ids.shape[0]):
+                held = lent.enter_context(pool.lend(prompt, call.mask))
+                return held, variant.step.fitting(held) if variant.step is not None else None
+
+        def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            held, step = decoder()
+            with variant.running("decode") as module:
+                return slots.step(module, token, position, held) if step is None else step(token, position, held)
+
+        def final_cache() -> Any:
+            return decoder()[0].to_dynamic(variant.original.config)
+
+        coming: NextLogits = following
+        if variant.speculation is not None and call.input_ids.shape[0] == 1:
+            coming = variant.speculation.ahead(variant, call, lambda: decoder()[0], following, lent)
+        return sample(call, logits, coming, final_cache, lambda: decoder()[0].advance())
+
+
+def sample(
+    call: Sampling,
+    logits: torch.Tensor,
+    following: NextLogits,
+    final_cache: Callable[[], Any],
+    keep: Callable[[], None] | None = None,
+) -> Any:
+    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of generate's loop.
+
+    A GPU is given the next step before the host has seen the token, so that it has work while the host looks, feeds the
+    streamer and decides; the step launched when everything turns out to be finished is not kept. The first token goes
+    out before anything is launched after it: somebody waits for it, and the first step has the cache to set up.
+
+    Args:
+        call: the call that is served.
+        logits: the prompt's last [B, V].
+        following: one step. Without `keep` it counts at once.
+        final_cache: the cache that is returned, with every step that counts.
+        keep: told that the latest step counts; None when a step cannot be taken back.
+    """
+    config, processors, criteria, streamer = call.settings, call.processors, call.criteria, call.streamer
+    ids, position, pads = call.input_ids, call.last_position, call.pads()
+    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+    device = devices.of(ids.device)
+    choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
+    first, longest = ids.shape[1] + 1, 0  # between them, the next step is launched before the host has looked
+    if device.asynchronous and keep is not None:
+        longest = min(config.max_length, criteria.max_length or config.max_length)
+    scores: list[torch.Tensor] = []
+    raw: list[torch.Tensor] = []
+    while True:
+        logits = logits.to(dtype=torch.float32, device=ids.device)  # every step brings a tensor of its own
+        score = processors(ids, logits)
+        if config.return_dict_in_generate and config.output_scores:
+            scores.append(score)
+        if config.return_dict_in_generate and config.output_logits:
+            raw.append(logits)
+        token, sound = choose(score, config.do_sample)  # [B]
+        if pads is not None:
+            token = token * unfinished + pads * (1 - unfinished)
+        ids = torch.cat([ids, token[:, None]], dim=-1)
+        unfinished = unfinished & ~criteria(ids, tuple(scores) or None)
+        seen, position = look(device, token, unfinished, sound), position + 1
+        ahead = following(token[:, None], position) if first < ids.shape[1] < longest else None
+        shown, finished = seen()
+        if streamer is not None:
+            streamer.put(shown)
+        if finished:
+            break
+        logits = following(token[:, None], position) if ahead is None else ahead
+        if keep is not None:
+            keep()
+    if streamer is not None:
+        streamer.end()
+    return call.result(ids, scores, raw, final_cache()) if config.return_dict_in_generate else ids
+
+
+def _choose(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, None]:
+    """The next token [B] of every sequence, from its scores [B, V]."""
+    if sampling:
+        return torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1), None
+    return score.max(dim=-1).indices, None  # the first of equals, as argmax, in a third of its time
+
+
+def _choose_unwaiting(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same tokens from the same random numbers, and whether the scores were sound [B], all left on the device.
+
+    `torch.multinomial` makes the host wait for its checks. What it computes after them is this: the index of the
+    largest p / q with q from an exponential distribution.
+    """
+    if not sampling:
+        return score.argmax(dim=-1), None
+    odds = softmax(score, dim=-1)
+    drawn = torch.empty_like(odds).exponential_()
+    sound = (odds.amax(dim=-1) < torch.inf) & (odds.amin(dim=-1) >= 0)
+    return (odds / drawn).argmax(dim=-1), sound
+
+
+def _look_now(_device: Device, token: torch.Tensor, unfinished: torch.Tensor, _sound: object) -> Look:
+    return lambda: (token.cpu(), not unfinished.max().item())  # `any` would convert the numbers first
+
+
+def _look_later(device: Device, token: torch.Tensor, unfinished: torch.Tensor, sound: torch.Tensor | None) -> Look:
+    """Start copying what the host has to see; `Look` waits for this copy alone.
+
+    Raises (when looking):
+        RuntimeError: the scores were no probabilities, as torch.multinomial says it.
+    """
+    arrived = device.fetch(torch.stack([token, unfinished] + ([] if sound is None else [sound.long()])))  # [2 or 3, B]
+
+    def look() -> tuple[torch.Tensor, bool]:
+        shown, going, *checked = arrived()
+        if checked and not checked[0].numpy().all():
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+        return shown, not going.numpy().any()
+
+    return look

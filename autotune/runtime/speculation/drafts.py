@@ -1,0 +1,147 @@
+"""Where guesses of the next tokens come from: what followed the same tokens earlier, or a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ...machine import device as devices
+from ...model import seam
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...model.seam import Sampling
+    from ..cache.pool import CachePool
+    from ..cache.slots import SlotCache
+    from .strides import Stride
+
+LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuation is believed; one alone says too little
+
+
+class Guesser(Protocol):
+    """Guesses for one sequence that grows token by token."""
+
+    tokens: list[int]
+
+    def append(self, token: int) -> None:
+        """The sequence went on with `token`."""
+
+    def guess(self, most: int) -> list[int]:
+        """At most so many tokens that may come next; none where nothing is worth guessing."""
+
+
+class Lookup:
+    """Guesses that the sequence goes on as it did after the latest earlier occurrence of its last tokens.
+
+    A continuation that runs into the sequence's end goes on with itself, so that a short period is repeated for as long
+    as asked (as in LZ77). Source of the idea: prompt look-up decoding, Saxena 2023.
+
+    Args:
+        tokens: the sequence so far.
+        longest: tokens that are looked for first; fewer, down to `SHORTEST`, where they never occurred.
+    """
+
+    def __init__(self, tokens: Iterable[int] = (), longest: int = LONGEST) -> None:
+        self.tokens: list[int] = []
+        self._lengths = range(longest, SHORTEST - 1, -1)
+        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where the latest continuation of them begins
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        for length in self._lengths:
+            if len(self.tokens) >= length:
+                self._after[tuple(self.tokens[-length:])] = len(self.tokens)
+        self.tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        places = (self._after.get(tuple(self.tokens[-length:])) for length in self._lengths)
+        start = next((place for place in places if place is not None), None)
+        if start is None:
+            return []
+        period = len(self.tokens) - start
+        return [self.tokens[start + i % period] for i in range(most)]
+
+
+class Drafter:
+    """A smaller model's greedy continuation, over a static cache of its own.
+
+    Tokens of the sequence are given to it when it next guesses, all in one step; its own guesses are taken back from
+    its cache each time, so that it never builds on one that was wrong.
+
+    Args:
+        draft: the smaller model's steps.
+        caches: its caches, with room for as many tokens as the model's.
+        call: the call that is served, of one sequence.
+        tokens: its prompt.
+        lent: where the cache is given back.
+    """
+
+    def __init__(self, draft: Stride, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack) -> None:
+        self.draft, self.caches, self.call, self.tokens, self.lent = draft, caches, call, tokens, lent
+        self.device = devices.of(call.input_ids.device)
+        config = draft.module.config.get_text_config(decoder=True)
+        self.room = min(caches.slots, getattr(config, "max_position_embeddings", None) or caches.slots)
+        self._held: SlotCache | None = None
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        if len(self.tokens) + most > self.room:
+            return []
+        held = self._cache()
+        unseen = self.tokens[held.length :]
+        given = torch.tensor([unseen], dtype=torch.int64, device=self.call.input_ids.device)  # [1, N]
+        positions = self._position(held.length) + torch.arange(len(unseen), dtype=torch.int64, device=given.device)
+        token = self.draft.steps(given, positions, held)[:, -1].argmax(-1, keepdim=True)  # [1, 1]
+        held.advance(len(unseen))
+        guesses, position = [token], positions[:, -1:]
+        for _ in range(most - 1):
+            position = position + 1
+            token = self.draft.step(token, position, held).argmax(-1, keepdim=True)
+            held.advance()
+            guesses.append(token)
+        held.advance(1 - most)
+        found: list[int] = self.device.fetch(torch.cat(guesses, dim=1))()[0].tolist()
+        return found
+
+    def _cache(self) -> SlotCache:
+        """Filled with the prompt when it is first asked for."""
+        if self._held is None:
+            prompt, model, call = seam.growing_cache(), self.draft.module, self.call
+            given = {"attention_mask": call.mask, "position_ids": call.positions, **seam.last_logits(model, 1)}
+            model(call.input_ids, **given, **seam.over(model, prompt))
+            self._held = self.lent.enter_context(self.caches.lend(prompt, call.mask))
+        return self._held
+
+    def _position(self, index: int) -> torch.Tensor:
+        """Position [1, 1] of the sequence's token number `index`, which is none of the prompt's."""
+        return self.call.last_position + (index - self.call.input_ids.shape[1] + 1)
+
+
+def unfit(draft: Any, model: PreTrainedModel) -> str | None:
+    """Why `draft` cannot guess for `model`, in a sentence that says what to do, or None."""
+    from ...live.wrap import unsupported
+    from ...transforms.static_cache import no_slots
+
+    if reason := unsupported(draft):
+        return f"the draft model cannot be used: {reason}"
+    name = type(draft).__name__
+    if draft is model:
+        return "the draft model is the model itself, which guesses no faster than it answers; pass a smaller one"
+    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (draft, model))
+    if own != wanted:
+        return (
+            f"the draft model {name} has a vocabulary of {own} tokens, the model one of {wanted}: its guesses would "
+            "mean other tokens; pass a draft with the same tokenizer and vocabulary size"
+        )
+    if draft.device != model.device:
+        return f"the draft model {name} is on {draft.device}, the model on {model.device}; move it there first"
+    if reason := no_slots(draft):
+        return f"the draft model {name} cannot decode over slots: {reason}"
+    return None

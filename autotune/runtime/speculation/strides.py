@@ -1,0 +1,67 @@
+"""Steps of several tokens over a static cache, captured where the device has graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...machine.device import Device
+    from ..cache.slots import SlotCache
+    from ..steps.graphs import GraphSteps
+
+
+@dataclass(frozen=True)
+class Stride:
+    """How a module takes one token of a sequence, or several at once.
+
+    Args:
+        module: what computes.
+        one, several: captured steps of it, of one token and of a fixed number; None to call the module.
+    """
+
+    module: PreTrainedModel
+    one: GraphSteps | None = None
+    several: GraphSteps | None = None
+
+    def step(self, token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """token, position [1, 1] -> logits [1, V]."""
+        from ..cache import slots
+
+        if self.one is not None:
+            return self.one.step(token, position, cache)
+        return slots.step(self.module, token, position, cache)
+
+    def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.runtime.cache.slots.steps`.
+
+        A graph takes one number of tokens. What is missing is filled up with the last one: it is written behind those
+        that matter, where nothing counts, and costs a step that is bound by its weights no time.
+        """
+        from ..cache import slots
+
+        wanted, graphs = tokens.shape[1], self.several
+        if graphs is None or wanted > graphs.tokens or cache.length + graphs.tokens > cache.shape[1]:
+            return slots.steps(self.module, tokens, positions, cache)
+        if missing := graphs.tokens - wanted:
+            tokens, positions = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (tokens, positions))
+        return graphs.step(tokens, positions, cache)[:, :wanted]
+
+    def forget(self) -> None:
+        """Drop graphs, to be captured anew when next needed."""
+        for graphs in (self.one, self.several):
+            if graphs is not None:
+                graphs.forget()
+
+
+def captured(module: PreTrainedModel, device: Device, reads: Sequence[int], tokens: int) -> Stride:
+    """Graphs of one and of `tokens` tokens for single sequences, over so many slots as `graphs.GraphSteps` takes."""
+    from ..steps.graphs import GraphSteps
+
+    one, several = (GraphSteps(module, device, (1,), reads, tokens=n) for n in (1, tokens))
+    return Stride(module, one, several)

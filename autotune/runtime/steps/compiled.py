@@ -1,0 +1,204 @@
+"""One decode step compiled ahead of time: no Python, no guards, decoder layers generated once.
+
+A step is compiled for exactly one batch size and number of slots. It has no guards, so the caller checks shapes by
+looking it up in `CompiledStep.fitting`; shapes that were not prepared run the same module uncompiled. Compiled code is
+kept in the user's cache directory under a key of everything that shaped it: modules, libraries, processor, threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ...errors import TransformError
+from ...machine import cache_dir as folders
+from ...machine import device as devices
+from ...machine import forking, hardware, outside
+from ...model import seam
+from ..cache.slots import SlotCache, run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("autotune")
+
+Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
+LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on every kernel's arguments, 0.5 ms a token
+MOST_BYTES = 1 << 30  # of a step's compiled code
+MODES: dict[str, dict[str, bool]] = {  # what torch means by these names; see torch._inductor.list_mode_options
+    "default": {},
+    "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "reduce-overhead": {"triton.cudagraphs": True},
+}
+
+
+class CompiledStep:
+    """Compiled decode steps of one module, by the layout of a cache.
+
+    Args:
+        module: the decode module; its weights are passed by reference, never copied into the code.
+        regions: trace every decoder layer as one nested region, generated once instead of once a layer.
+        mode: "default" or "max-autotune".
+    """
+
+    def __init__(self, module: PreTrainedModel, regions: bool = True, mode: str = "default") -> None:
+        self.module, self.regions, self.mode = module, regions, mode
+        self._steps: dict[tuple[int, int, int], Callable[..., torch.Tensor]] = {}
+        self._lock = forking.lock()  # compiled code runs one step at a time
+
+    def prepare(self, cache: SlotCache) -> None:
+        """Compile for this cache's layout, or load what was compiled before.
+
+        Raises:
+            TransformError: the module cannot be compiled, in a sentence.
+        """
+        if cache.layout in self._steps:
+            return
+        token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
+        arguments = (self.module, token, token.clone(), cache.slot, cache.valid, cache.keys, cache.values)
+        path = artifact(self.module, cache.layout, self.regions, self.mode)
+        compiled = load(path) if path is not None else None
+        if compiled is None:
+            compiled = compile_ahead(arguments, self.regions, self.mode)
+            if path is not None:
+                keep(compiled, path)
+        compiled.disable_guard_check()
+        self._steps[cache.layout] = compiled.fn
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(batch, slots) of every step there is."""
+        return tuple((batch, slots) for batch, slots, _ in self._steps)
+
+    def fitting(self, cache: SlotCache) -> Step | None:
+        """The step compiled for this cache's layout, or None."""
+        compiled = self._steps.get(cache.layout)
+        if compiled is None:
+            return None
+
+        def step(token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+            with self._lock:
+                return compiled(self.module, token, position, cache.slot, cache.valid, cache.keys, cache.values)
+
+        return step
+
+
+def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "default") -> Any:
+    """Compile `cache.run` for these arguments, as one graph.
+
+    Raises:
+        TransformError: it cannot be traced as one graph, the compiler failed, or others can write to its cache.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN, **MODES[mode]}
+    require_private_cache()
+    try:
+        with torch.no_grad(), layers_as_regions(arguments[0], regions):
+            function: Any = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+            return function.aot_compile((arguments, {}))
+    except Exception as error:  # dynamo, inductor and the C++ compiler raise what they like
+        outside.pass_on(error)
+        first = str(error).strip().splitlines()[:1]
+        raise TransformError(f"the decode step does not compile: {type(error).__name__}: {' '.join(first)}") from error
+
+
+def require_private_cache() -> None:
+    """Refuse inductor's cache under its own name in /tmp, which anyone can guess and make first, where it is not this
+    user's alone: code in it is run. A directory that $TORCHINDUCTOR_CACHE_DIR names is that setting's business.
+
+    Raises:
+        TransformError: others can write to it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    own = Path(default_cache_dir())
+    with suppress(FileExistsError):
+        own.mkdir(mode=0o700, parents=True)
+    try:
+        if Path(cache_dir()) == own:
+            folders.require_private(own)
+    except OSError as error:
+        raise TransformError(
+            f"torch.compile's cache cannot be trusted: {error}; set TORCHINDUCTOR_CACHE_DIR to a private one"
+        ) from error
+
+
+@contextmanager
+def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """While it lasts, every decoder layer traces as one nested region."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not wanted or not stacks:
+        yield
+        return
+    kind = type(stacks[0][0])
+    forward = kind.forward
+    kind.forward = torch.compiler.nested_compile_region(forward)
+    try:
+        yield
+    finally:
+        kind.forward = forward
+
+
+def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
+    """Where this step's compiled code is kept, or None without a private cache directory."""
+    folder = folders.cache("steps")
+    if folder is None:
+        return None
+    seen = hashlib.blake2b(digest_size=16)
+    for part in _ingredients(module):
+        seen.update(part.encode() + b"\0")
+    seen.update(repr((layout, regions, sorted(LEAN.items()), mode, torch.get_num_threads())).encode())
+    return folder / f"{seen.hexdigest()}.step"
+
+
+def _ingredients(module: PreTrainedModel) -> Iterator[str]:
+    """Everything that shapes the generated code, weights' values apart."""
+    yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
+    yield hardware.instruction_set() + hardware.instruction_sets()
+    identity = devices.of(module).identity()
+    yield f"{identity.name} {identity.capability} {torch.version.cuda}"
+    yield module.config.to_json_string(use_diff=False)
+    yield f"{seam.attention_of(module)} {seam.experts(module)}"  # not in the JSON
+    yield inspect.getsource(inspect.getmodule(run) or run)
+    for kind in sorted({type(m) for m in module.modules()}, key=lambda k: (k.__module__, k.__qualname__)):
+        yield f"{kind.__module__}.{kind.__qualname__}"
+        yield inspect.getsource(kind)
+    for name, part in module.named_modules():
+        yield f"{name} {type(part).__qualname__} {part.extra_repr()}"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.device}"
+
+
+def load(path: Path) -> Any | None:
+    """Compiled code from an earlier process, or None. Only files of this user that nobody else can write are read."""
+    try:
+        content = folders.read(path, MOST_BYTES)
+        return torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=run.__globals__)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file must cost a compilation, nothing more
+        log.warning("compiled step %s could not be loaded (%s); compiling anew", path.name, error)
+        return None
+
+
+def keep(compiled: Any, path: Path) -> None:
+    """Save compiled code for the next process; a full or read-only disk costs that process a compilation."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        folders.sweep(path.parent.glob("*.tmp"))
+        compiled.save_compiled_function(str(draft))
+        draft.chmod(0o600)
+        draft.replace(path)
+    except Exception as error:
+        draft.unlink(missing_ok=True)
+        log.warning("the compiled step could not be kept: %s", error)

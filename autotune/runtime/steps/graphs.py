@@ -1,0 +1,276 @@
+"""The decode step as CUDA graphs: one launch a token instead of one an operator.
+
+A graph replays kernels on the very memory it was captured with. So each belongs to one slot cache, has buffers of its
+own for token and position, and reads a fixed number of slots: the first 256, 512, 1024, ... that cover what is filled,
+so that short contexts do not pay for empty slots. Graphs of one step share a memory pool, which is sound because the
+device's owner thread runs them one after another; a step's result is copied out before the next one can begin.
+
+What has no graph runs the same step uncaptured: a batch beyond the buckets, a cache that is lent only once, a shape
+whose capture failed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...errors import DeviceError, TransformError
+from ...machine import outside
+from ..cache import slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...machine.device import Device, Graph
+    from .compiled import CompiledStep
+
+log = logging.getLogger("autotune")
+
+Step = Callable[[torch.Tensor, torch.Tensor, slots.SlotCache], torch.Tensor]
+MOST_GRAPHS = 64  # of one step: an 8B model's takes some ten MB of device memory
+MOST_FAILURES = 3  # shapes that cannot be captured before none is tried any more
+AGREEMENT = 0.02  # of the largest logit: a graph runs the kernels it was captured from, in BF16 at worst
+
+
+def lengths(capacity: int, shortest: int) -> tuple[int, ...]:
+    """Numbers of slots to read: `shortest`, doubled until all `capacity` slots are read."""
+    found = []
+    while shortest < capacity:
+        found.append(shortest)
+        shortest *= 2
+    return (*found, capacity)
+
+
+def buckets(largest: int) -> tuple[int, ...]:
+    """Batch sizes to capture for: powers of two, the last of them holding `largest` sequences."""
+    return tuple(2**k for k in range((largest - 1).bit_length() + 1))
+
+
+def agree(given: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two logits are the same but for rounding; a model may mask some with -inf."""
+    largest = expected.masked_fill(~expected.isfinite(), 0).abs().max()
+    return torch.allclose(given, expected, rtol=0, atol=AGREEMENT * float(largest), equal_nan=True)
+
+
+@dataclass(eq=False)
+class Captured:
+    """One graph and its buffers.
+
+    Args:
+        token, position: [rows, K] int64, read by the graph.
+        logits: [rows, V], or [rows, K, V] of a step of several tokens, written by the graph.
+        used: replays of the step when this graph was last replayed.
+    """
+
+    graph: Graph
+    token: torch.Tensor
+    position: torch.Tensor
+    logits: torch.Tensor
+    used: int = 0
+
+    def replay(self, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
+        """On the owner thread: token, position [B, K] in, logits out; rows beyond B repeat the last."""
+        batch = token.shape[0]
+        for buffer, given in ((self.token, token), (self.position, position)):
+            buffer[:batch].copy_(given)
+            if batch < buffer.shape[0]:
+                buffer[batch:].copy_(given[-1:].expand(buffer.shape[0] - batch, -1))
+        self.graph.replay()
+        out.copy_(self.logits[:batch])
+
+
+class GraphSteps:
+    """Decode steps of one module as graphs, by slot cache and number of slots read.
+
+    Args:
+        module: the decode module.
+        device: where its weights lie.
+        rows: batch sizes that are captured; a smaller batch is served by the next larger one.
+        lengths: numbers of slots that are captured, ascending, the last one all of them.
+        inner: compiled steps to capture; None to capture the module itself.
+        tokens: K, tokens of a sequence that a step takes at once; logits are [B, K, V] where it is more than one.
+
+    Attributes:
+        captures, replays: how many there were.
+        fallbacks: steps that ran uncaptured, by reason.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        device: Device,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        inner: CompiledStep | None = None,
+        tokens: int = 1,
+    ) -> None:
+        self.module, self.device, self.inner, self.tokens = module, device, inner, tokens
+        self.rows, self.lengths = tuple(rows), tuple(lengths)
+        self.captures = self.replays = 0
+        self.fallbacks: Counter[str] = Counter()
+        self._graphs: WeakKeyDictionary[slots.SlotCache, dict[int, Captured]] = WeakKeyDictionary()
+        self._failed: dict[tuple[int, int], str] = {}  # (rows, slots) -> why
+        self._pool: object = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, slots read) of every graph there is."""
+        return tuple({(cache.shape[0], read) for cache, graphs in self._graphs.items() for read in graphs})
+
+    def __str__(self) -> str:
+        uncaptured = self.fallbacks.total()
+        why = f", {uncaptured} steps uncaptured ({'; '.join(self.fallbacks)})" if uncaptured else ""
+        return f"{self.captures} graphs captured, {self.replays} steps replayed{why}"
+
+    def covering(self, tokens: int) -> int:
+        """Slots that are read to see so many tokens."""
+        return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
+
+    def prepare(self, cache: slots.SlotCache, tokens: int) -> None:
+        """Capture for a cache of up to `tokens` tokens, and see that each graph follows what it is given.
+
+        Raises:
+            TransformError: the step cannot be captured, or a replay gives other logits than the step itself.
+        """
+        start = torch.zeros(cache.batch, self.tokens, dtype=torch.int64, device=cache.slot.device)
+        for read in [n for n in self.lengths if n <= self.covering(tokens)]:
+            if (captured := self._captured(cache, read)) is None:
+                raise TransformError(f"the decode step cannot be captured: {self._refusal(cache.shape[0], read)}")
+            cache.advance()  # another slot, token and position than during the capture, where the host's were frozen
+            token, position = start + 1, start + cache.length
+            expected = self._uncaptured(token, position, cache.first(read))
+            given = self._replayed(captured, token, position)
+            if not agree(given, expected):
+                raise TransformError("a replay of the decode step gives other logits than the step that was captured")
+
+    def fitting(self, cache: slots.SlotCache) -> Step:
+        """The step for this cache."""
+        return self.step
+
+    def step(self, token: torch.Tensor, position: torch.Tensor, cache: slots.SlotCache) -> torch.Tensor:
+        """token, position [B, K] -> logits [B, V] or [B, K, V], a tensor of the caller's own.
+
+        Raises:
+            DeviceError: the device failed for good.
+        """
+        read = self.covering(cache.length + self.tokens)
+        if reason := self._outside(cache):
+            self.fallbacks[reason] += 1
+            return self._uncaptured(token, position, cache.first(read))
+        if (captured := self._captured(cache, read)) is not None:
+            try:
+                return self._replayed(captured, token, position)
+            except Exception as error:
+                outside.pass_on(error)
+                if self.device.failure(error) is None:
+                    raise
+                self._give_up(error, cache, read)
+        self.fallbacks[self._refusal(cache.shape[0], read)] += 1
+        return self._uncaptured(token, position, cache.first(read))
+
+    def forget(self) -> None:
+        """Drop every graph, to be captured anew when next needed: addresses have changed."""
+
+        def drop() -> None:
+            self.device.synchronize()
+            self._graphs.clear()
+            self._pool = None  # a pool without graphs is gone
+
+        self._failed.clear()
+        self.device.owner.run(drop)
+
+    def _outside(self, cache: slots.SlotCache) -> str | None:
+        rows = cache.shape[0]
+        if rows not in self.rows:
+            return f"a batch of {rows}, beyond the largest bucket of {self.rows[-1]}"
+        if not cache.lasting:
+            return "more generations at once than caches are kept"
+        return None
+
+    def _refusal(self, rows: int, read: int) -> str:
+        known = self._failed.get((rows, read))
+        return known or f"{len(self._failed)} captures failed, the last one: {list(self._failed.values())[-1]}"
+
+    def _captured(self, cache: slots.SlotCache, read: int) -> Captured | None:
+        """The graph that reads `read` slots of a cache, captured now if need be; None where that failed."""
+        if (found := self._graphs.get(cache, {}).get(read)) is not None:
+            return found
+        if (cache.shape[0], read) in self._failed or len(self._failed) >= MOST_FAILURES:
+            return None
+        try:
+            return self.device.owner.run(lambda: self._capture(cache, read))
+        except DeviceError:
+            raise
+        except Exception as error:  # whatever the model, a library or the driver does not allow during a capture
+            outside.pass_on(error)
+            self._give_up(error, cache, read)
+            return None
+
+    def _capture(self, cache: slots.SlotCache, read: int) -> Captured:
+        """On the owner thread. What the warm-ups write is written again by the first replay, into the same slot."""
+        self._make_room()
+        part, shape = cache.first(read), (cache.shape[0], self.tokens)
+        with torch.inference_mode(False), torch.no_grad():
+            token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
+            step = self._inner(part)
+            self._pool = self._pool or self.device.pool()
+            graph, logits = self.device.capture(lambda: step(token, position, part), self._pool)
+        captured = Captured(graph, token, position, logits, self.replays)
+        self._graphs.setdefault(cache, {})[read] = captured
+        self.captures += 1
+        return captured
+
+    def _make_room(self) -> None:
+        held = [(graph.used, graphs, read) for graphs in self._graphs.values() for read, graph in graphs.items()]
+        if len(held) >= MOST_GRAPHS:
+            _, graphs, read = min(held, key=lambda entry: entry[0])
+            self.device.synchronize()  # it may be running
+            del graphs[read]
+
+    def _give_up(self, error: Exception, cache: slots.SlotCache, read: int) -> None:
+        """Note why a shape has no graph from now on.
+
+        Raises:
+            DeviceError: the error was the device's last.
+        """
+        failure = self.device.failure(error)
+        if failure == "dead":
+            raise self.device.condemn(error) from error
+        root: BaseException = error
+        while root.__context__ is not None:  # ending a capture that was broken off fails once more, and says less
+            root = root.__context__
+        first = (str(root).strip().splitlines() or [""])[0]
+        reason = "out of memory" if failure == "memory" else f"{type(root).__name__}: {first}"
+        self._failed[cache.shape[0], read] = reason
+        self._graphs.get(cache, {}).pop(read, None)
+        self._pool = None  # what a broken capture left in it is not shared with others
+        if failure == "memory":
+            self.device.trim()
+        log.warning("no graph for %d sequences over %d slots, which run uncaptured: %s", cache.shape[0], read, reason)
+
+    def _replayed(self, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        logits = captured.logits
+        with torch.inference_mode(False):  # the owner thread, which writes it, is not in the caller's inference mode
+            out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
+        self.device.owner.run(lambda: captured.replay(token, position, out))
+        self.replays += 1
+        captured.used = self.replays
+        return out
+
+    def _uncaptured(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
+        """The step as it is captured, run as it is; rows beyond the batch repeat the last."""
+        rows, batch = part.shape[0], token.shape[0]
+        if batch < rows:
+            token, position = (torch.cat([x, x[-1:].expand(rows - batch, -1)]) for x in (token, position))
+        return self._inner(part)(token, position, part)[:batch]
+
+    def _inner(self, part: slots.SlotCache) -> Step:
+        compiled = self.inner.fitting(part) if self.inner is not None else None
+        eager = slots.step if self.tokens == 1 else slots.steps
+        return compiled or (lambda token, position, part: eager(self.module, token, position, part))

@@ -1,0 +1,230 @@
+"""Operators that are more than one elementwise instruction, as instructions: what each takes and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ....errors import TransformError
+from .instruction import FORMATS, NOWHERE, TYPES, Place, Ref, Share, dense
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+aten = torch.ops.aten
+
+POWERS = {2: "square", 3: "cube", 0.5: "root", -0.5: "inverse_root", -1: "reciprocal"}
+WIDENINGS = {torch.float16: "widen_half", torch.bfloat16: "widen_brain"}
+COPIES = {torch.float32: "copy", torch.int64: "copy_int", torch.bool: "copy_bool"}
+
+
+def ref(place: Place | None) -> Ref:
+    return NOWHERE if place is None else place.ref
+
+
+def token_ids(build: Lowering, given: Any) -> Place:
+    ids = build.place(given)
+    return ids if ids.contiguous else build.elementwise("copy_int", build.new(ids.shape, torch.int64), ids)
+
+
+def power(build: Lowering, out: torch.Tensor, base: Any, exponent: Any) -> Place:
+    if exponent not in POWERS:
+        raise TransformError(f"a program has no instruction for powers of {exponent}")
+    return build.like(POWERS[exponent], out, build.floats(base))
+
+
+def gelu(build: Lowering, out: torch.Tensor, x: Any, approximate: str = "none") -> Place:
+    return build.like("gelu_tanh" if approximate == "tanh" else "gelu", out, build.floats(x))
+
+
+def mean(build: Lowering, out: torch.Tensor, given: Any, dims: Any, keepdim: bool = False) -> Place:
+    x = build.floats(given)
+    if [d % len(x.shape) for d in dims] != [len(x.shape) - 1]:
+        raise TransformError("a program has no instruction for means over other dimensions than the last")
+    means = build.new(out.shape)
+    repeated = replace(means, shape=x.shape, strides=(*dense(x.shape[:-1]), 0))
+    words, share = build.space((repeated, x), pinned=True)
+    build.emit("mean", share, words, [x], means)
+    return means
+
+
+def normalize(
+    build: Lowering, out: Any, given: Any, shape: Any, weight: Any, bias: Any, eps: float
+) -> tuple[Place, None, None]:
+    x = build.dense(given)
+    if len(shape) != 1:
+        raise TransformError("a program has no instruction for layer norms over several dimensions")
+    factors = [None if p is None else build.dense(p) for p in (weight, bias)]
+    normal = build.new(x.shape)
+    words, share = build.space((normal, x), pinned=True)
+    reads = [x, *filter(None, factors)]
+    build.emit("normalize", share, [*words, *map(ref, factors), float(eps)], reads, normal)
+    return normal, None, None  # mean and deviation are for gradients
+
+
+def embedding(build: Lowering, out: torch.Tensor, weight: Any, given: Any, *_: Any) -> Place:
+    table, ids = build.place(weight), token_ids(build, given)
+    if table.dtype not in WIDENINGS or not table.contiguous:
+        table = build.dense(table)
+    rows = build.new(out.shape, table.dtype)
+    share = build.share((ids,))
+    words = [ids.size, table.shape[0], table.shape[1] * table.dtype.itemsize, ids.ref, table.ref, rows.ref]
+    build.emit("embed", share, words, [ids, table], rows)
+    return rows
+
+
+def concatenate(build: Lowering, out: torch.Tensor, parts: Any, dim: int = 0) -> Place:
+    whole = build.new(out.shape, out.dtype)
+    dim, at = dim % len(out.shape), 0
+    for part in map(build.place, parts):
+        offset = whole.offset + at * whole.strides[dim]
+        build.elementwise(COPIES[part.dtype], replace(whole, offset=offset, shape=part.shape), part)
+        at += part.shape[dim]
+    return whole
+
+
+def copy(build: Lowering, out: torch.Tensor, given: Any, **_: Any) -> Place:
+    place = build.place(given)
+    if place.dtype == torch.int64 and out.dtype == torch.float32:
+        return build.like("to_float", out, place)
+    if place.dtype in WIDENINGS and out.dtype == torch.float32:
+        return build.like(WIDENINGS[place.dtype], out, place)
+    if place.dtype != out.dtype or out.dtype not in COPIES:
+        raise TransformError(f"a program has no instruction to turn {place.dtype} into {out.dtype}")
+    return build.like(COPIES[out.dtype], out, place)
+
+
+def index_copy(build: Lowering, out: torch.Tensor, target: Any, dim: int, index: Any, source: Any) -> Place:
+    held, slot, new = build.place(target), build.place(index), build.floats(source)
+    if held.dtype != torch.float32 or slot.size != 1 or held.root.kind != "input":
+        raise TransformError("a program writes FP32 keys and values, one slot at a time")
+    d = dim % len(held.shape)
+    words, share = build.space((replace(held, shape=new.shape), new))
+    header = [held.shape[d], held.strides[d], slot.ref]
+    build.emit("index_copy", share, [*header, *words], [slot, new], held)
+    return held
+
+
+def packed_rows(
+    build: Lowering, out: torch.Tensor, given: Any, packed: Any, scales: Any, zeros: Any, rows: int, width: int
+) -> Place:
+    """Rows of a packed table."""
+    ids, table = token_ids(build, given), build.place(packed)
+    factors = [None if f is None else build.place(f) for f in (scales, zeros)]
+    form, inputs, block_bytes = packing(table)
+    groups = factors[0].shape[1] if factors[0] else 1
+    found = build.new(out.shape)
+    words = [form, ids.size, rows, inputs, groups, block_bytes, width, ids.ref, found.ref, table.ref]
+    reads = [ids, table, *filter(None, factors)]
+    build.emit("embed_packed", build.share((ids,)), [*words, *chain(*map(factor, factors))], reads, found)
+    return found
+
+
+def packing(packed: Place) -> tuple[int, int, int]:
+    """Of weights [blocks, K or words, 16]: their format's number, inputs and bytes of a block."""
+    _, length, lanes = packed.shape
+    words = packed.dtype == torch.int32
+    form = "int4" if words else str(packed.dtype).removeprefix("torch.")
+    return FORMATS.index(form), length * (8 if words else 1), length * lanes * packed.dtype.itemsize
+
+
+def factor(place: Place | None) -> tuple[Ref, int]:
+    """Scales or zeros, which may be absent."""
+    return ref(place), TYPES[torch.float32 if place is None else place.dtype]
+
+
+def linear(build: Lowering, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
+    """The packed layers of `kernels`."""
+    *factors, bias, rows = more
+    given = build.dense(x)
+    packed = build.place(weight)
+    scales, zeros = ([build.place(f) for f in factors] + [None, None])[:2]
+    form, padded, block_bytes = packing(packed)
+    group = padded // (scales.shape[1] if scales else 1)
+    inputs = given.shape[-1]
+    tokens = given.size // inputs
+    shift = None if bias is None else build.dense(bias)
+    y = build.new(out.shape)
+    weights = (rows, padded, group)
+    arranged, sums = build.arrange(given, weights, inputs, tokens, zeros is not None)
+    words: list[Any] = [form, *weights, block_bytes, tokens]
+    words += [arranged.ref, ref(sums), ref(shift), y.ref, packed.ref, *factor(scales), *factor(zeros)]
+    reads = [p for p in (arranged, sums, shift, packed, scales, zeros) if p is not None]
+    build.emit("linear", Share.TEAM, words, reads, y, matrix=(inputs, rows))
+    return y
+
+
+def product(build: Lowering, out: torch.Tensor, *args: Any) -> Place:
+    """mm(x, W^T) and addmm(bias, x, W^T) with W [N, K] as torch keeps it."""
+    *bias, x, transposed = args
+    given, weight = build.dense(x), build.floats(transposed)
+    if weight.root.kind != "constant" or weight.strides != (1, weight.shape[0]):
+        raise TransformError("a program multiplies by weights only, one row after the other")
+    shift = build.dense(bias[0]) if bias else None
+    inputs, rows = weight.shape
+    y = build.new(out.shape)
+    words = [rows, inputs, given.size // inputs, given.ref, ref(shift), y.ref, weight.ref]
+    reads = [p for p in (given, shift, weight) if p is not None]
+    build.emit("dot", Share.TEAM, words, reads, y, matrix=(inputs, rows))
+    return y
+
+
+def attend(
+    build: Lowering, out: torch.Tensor, query: Any, keys: Any, values: Any, length: Any, mask: Any, scale: float
+) -> Place:
+    """One query over the slots."""
+    if length is not None:
+        raise TransformError("a program takes the length from the mask")
+    q, k, v = build.dense(query), build.place(keys), build.place(values)
+    admitted = None if mask is None else build.place(mask)
+    batch, heads, _, depth = q.shape
+    if k.dtype not in TYPES or k.strides[3] != 1 or v.strides[3] != 1 or v.dtype != k.dtype:
+        raise TransformError("a program attends to floating-point keys and values, contiguous in their last dimension")
+    y = build.new(out.shape)
+    words: list[Any] = [batch, k.shape[1], heads, depth, k.shape[2], float(scale), TYPES[k.dtype], q.ref]
+    words += chain.from_iterable((p.ref, *p.strides[:3]) for p in (k, v))
+    if admitted is None:
+        words += [NOWHERE, 0, 0, 0]
+    else:
+        if admitted.dtype not in (torch.bool, torch.float32) or (admitted.strides[3] != 1 and admitted.shape[3] > 1):
+            raise TransformError("a program takes masks that are boolean or FP32, contiguous in their slots")
+        steps = (0 if size == 1 else stride for size, stride in zip(admitted.shape, admitted.strides, strict=True))
+        words += [admitted.ref, int(admitted.dtype == torch.float32), *list(steps)[:2]]
+    reads = [p for p in (q, k, v, admitted) if p is not None]
+    build.emit("attend", Share.TEAM, [*words, y.ref], reads, y)
+    return y
+
+
+def outer(build: Lowering, out: torch.Tensor, a: Any, b: Any) -> Place:
+    """Matrices [B, N, K] and [B, K, M] with K = 1, as rotary embeddings of transformers to 5.19 multiply positions."""
+    x, y = build.floats(a), build.floats(b)
+    if x.shape[2] != 1:
+        raise TransformError(f"a program has no instruction for a batch of products over {x.shape[2]} numbers")
+    return build.like("multiply", out, x, y)
+
+
+OPERATORS: dict[Any, Callable[..., Any]] = {
+    aten.pow: power,
+    aten.gelu: gelu,
+    aten.mean: mean,
+    aten.native_layer_norm: normalize,
+    aten.embedding: embedding,
+    aten.cat: concatenate,
+    aten._to_copy: copy,
+    aten.clone: copy,
+    aten.index_copy_: index_copy,
+    aten.mm: product,
+    aten.addmm: product,
+    aten.bmm: outer,
+}
+KERNELS: dict[str, Callable[..., Any]] = {  # autotune's own, which are known once they are loaded
+    "autotune.linear_f16": linear,
+    "autotune.linear_i8": linear,
+    "autotune.linear_i4": linear,
+    "autotune.packed_rows": packed_rows,
+    "autotune.attend_one": attend,
+}

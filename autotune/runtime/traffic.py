@@ -1,0 +1,87 @@
+"""Live requests go first: a measured step runs while none is in flight, and no request waits for more than one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..machine import forking
+
+
+class Cancelled(BaseException):
+    """Tuning was called off, by unwrap or at exit. A BaseException: no trial takes it for a failure of its own."""
+
+
+class Traffic:
+    """Requests share the model; a measured step has it to itself.
+
+    `clock` stands still while a measured step waits its turn, so that waiting is not timed as work.
+    """
+
+    def __init__(self) -> None:
+        self._changed = forking.free(threading.Condition())
+        self._requests = 0
+        self._measuring: int | None = None  # thread that measures
+        self._waited_s = 0.0
+        self.cancelled = False
+        forking.tell(self)
+
+    def after_fork(self) -> None:
+        self._requests, self._measuring = 0, None
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a live request: waits for the measured step in progress, if any, and for nothing else."""
+        own = threading.get_ident()
+        with self._changed:
+            self._requests += 1  # announced before it waits, so that no further step starts in between
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._measuring in (None, own))
+            yield
+        finally:
+            with self._changed:
+                self._requests = max(0, self._requests - 1)  # below one after a fork in the middle of it
+                self._changed.notify_all()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a measured step: waits until no request is in flight.
+
+        Raises:
+            Cancelled: tuning was called off.
+        """
+        own, start = threading.get_ident(), time.perf_counter()
+        with self._changed:
+            nested = self._measuring == own
+            self._changed.wait_for(
+                lambda: nested or self.cancelled or (self._requests == 0 and self._measuring is None)
+            )
+            if self.cancelled:
+                raise Cancelled
+            self._measuring = own
+        self._waited_s += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            if not nested:
+                with self._changed:
+                    self._measuring = None
+                    self._changed.notify_all()
+
+    def rest(self, seconds: float) -> bool:
+        """Wait; whether tuning was called off, as soon as it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.cancelled, seconds)
+            return self.cancelled
+
+    def cancel(self) -> None:
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
+
+    def clock(self) -> float:
+        """Seconds, less what measured steps waited for their turn."""
+        return time.perf_counter() - self._waited_s

@@ -1,0 +1,296 @@
+"""A variant: one way to run the model, which shares every tensor with the original until a transform replaces it.
+
+The original is never edited. `Variant.edit` hands out structural copies (twins); dropping the variant is the roll-back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
+from ..machine import device as devices
+from ..machine import intraop, outside
+from ..model import route, seam, stateful
+from ..model.twins import fork
+from ..workload import PHASES, Phase, Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..machine.device import Device
+    from ..transforms import Transform
+    from .cache.narrow import KvCache
+    from .cache.pool import CachePool
+    from .speculation.speculate import Speculation
+    from .steps.compiled import CompiledStep
+    from .steps.graphs import GraphSteps
+    from .steps.inductor_graphs import TreeStep
+    from .steps.program import StepPrograms
+    from .traffic import Traffic
+
+DEFAULT_CONTEXT = 256
+
+
+class Variant:
+    """The modules and settings that serve the two phases.
+
+    Attributes:
+        original: the untouched model.
+        workload: what it is tuned for, which decides sizes (slots, batches); None: small defaults.
+        traffic: where measured steps of this variant queue behind live requests; None outside a wrapped model.
+        modules: phase -> module that computes it; the original itself until edited.
+        transforms: what was applied, in order.
+        threads: phase -> intra-op threads while it runs; missing means the process's own number.
+        caches: pool of static KV caches, or None for the cache that generate prepares.
+        loop: "transformers" for generate's own decoding loop, "lean" for `autotune.runtime.loop.decode`.
+        step: decode steps recorded, compiled or captured, or None to call the decode module.
+        draft: a smaller model with the same vocabulary that may guess tokens, or None.
+        speculation: how tokens are guessed ahead, or None to decode them one by one.
+        kv: what makes the growing KV cache, or None for the one that generate prepared.
+    """
+
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        traffic: Traffic | None = None,
+        workload: Workload | None = None,
+        draft: PreTrainedModel | None = None,
+    ) -> None:
+        self.original = original
+        self.traffic = traffic
+        self.workload = workload
+        self.draft = draft
+        self.modules: dict[Phase, PreTrainedModel] = dict.fromkeys(PHASES, original)
+        self.transforms: tuple[Transform, ...] = ()
+        self.threads: dict[Phase, int] = {}
+        self.caches: CachePool | None = None
+        self.loop: Literal["transformers", "lean"] = "transformers"
+        self.step: CompiledStep | TreeStep | StepPrograms | GraphSteps | None = None
+        self.speculation: Speculation | None = None
+        self.kv: KvCache | None = None
+        self._editable: set[int] = set()  # ids of modules made by this very object
+        self._front: PreTrainedModel | None = None
+
+    def with_transform(self, transform: Transform) -> Variant:
+        """A new variant: this one plus `transform`, every transform in stage order.
+
+        Raises:
+            TransformError: the transform refuses.
+        """
+        if all(done.stage <= transform.stage for done in self.transforms):
+            if (reason := self.state.obstacle()) is not None:
+                raise TransformError(reason)
+            variant = self._copy()
+            transform.apply(variant)
+            if variant.kv is not None and variant.caches is not None:
+                raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
+            variant.transforms = (*self.transforms, transform)
+            return variant
+        fresh = Variant(self.original, self.traffic, self.workload, self.draft)
+        return fresh.with_transforms((*self.transforms, transform))
+
+    def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
+        """A new variant: this one plus `transforms`, in stage order.
+
+        Raises:
+            TransformError: one of them refuses.
+        """
+        variant = self
+        for transform in sorted(transforms, key=lambda t: t.stage):
+            variant = variant.with_transform(transform)
+        return variant
+
+    def _copy(self) -> Variant:
+        other = Variant(self.original, self.traffic, self.workload, self.draft)
+        other.modules, other.transforms, other.threads = (
+            dict(self.modules),
+            self.transforms,
+            dict(self.threads),
+        )
+        other.caches, other.loop, other.step = self.caches, self.loop, self.step
+        other.speculation, other.kv = self.speculation, self.kv
+        return other
+
+    def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:
+        """The modules a transform may edit for `phase`: twins made on demand, one where both phases still share it."""
+        phases = PHASES if phase == "both" else (phase,)
+        stateful.of(self.original)  # twins share what it finds
+        twins: dict[int, PreTrainedModel] = {}
+        for p in phases:
+            module = self.modules[p]
+            shared_outside = any(self.modules[q] is module for q in PHASES if q not in phases)
+            if id(module) in self._editable and not shared_outside:
+                twins[id(module)] = module
+            elif id(module) not in twins:
+                twin = fork(module)
+                self._editable.add(id(twin))
+                twins[id(module)] = twin
+            self.modules[p] = twins[id(module)]
+            twins[id(self.modules[p])] = self.modules[p]
+        return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Around a measured call: one step among a wrapped model's live requests, which leaves no state behind."""
+        with nullcontext() if self.traffic is None else self.traffic.step(), self.state.kept():
+            yield
+
+    @property
+    def state(self) -> stateful.State:
+        """What the model's own forward writes."""
+        return stateful.of(self.original)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest context to expect, prompt and answer."""
+        if self.workload is None:
+            return DEFAULT_CONTEXT
+        return max(map(len, self.workload.prompts)) + self.workload.new_tokens
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return self.workload.batch_sizes if self.workload else (1,)
+
+    @contextmanager
+    def running(self, phase: Phase) -> Iterator[PreTrainedModel]:
+        """The phase's module inside its run context; what the context changes is restored.
+
+        Raises:
+            VariantError: whatever the body raised (autotune's own errors apart), so that the module's failures are
+                told from the caller's callbacks'.
+        """
+        threads = self.threads.get(phase)
+        try:
+            with nullcontext() if threads is None else intraop.computing_with(threads):
+                yield self.modules[phase]
+        except AutotuneError:  # a refusal, or an inner phase's failure: it says what it is
+            raise
+        except Exception as error:
+            outside.pass_on(error)
+            raise VariantError(f"{phase} failed: {type(error).__name__}: {error}") from error
+
+    @contextmanager
+    def preparing(self, batch: int) -> Iterator[None]:
+        """Around making what decoding needs.
+
+        Raises:
+            UnreadyError: whatever the body raised, a dead device apart.
+        """
+        try:
+            yield
+        except DeviceError:
+            raise
+        except Exception as error:
+            outside.pass_on(error)
+            raise UnreadyError(f"a batch of {batch} cannot be decoded: {type(error).__name__}: {error}") from error
+
+    def unsupported(self, call: seam.Sampling) -> str | None:
+        """Why this variant cannot serve a call of generate's loop, or None."""
+        if not self.transforms:
+            return None
+        if reason := call.unusual():
+            return reason
+        if self.loop == "lean" and call.starts_over():
+            return "a length at which the model reads everything before it anew"
+        return None if self.caches is None else self.caches.unsupported(call.settings)
+
+    def sample(self, call: seam.Sampling) -> Any:
+        """Serve one call of generate's loop; `unsupported` must have said None."""
+        if not self.transforms:
+            return call.original()
+        with self.device.guard():
+            if self.loop == "lean":
+                from .loop import decode
+
+                return decode(self, call)
+            return call.run_on(self.front)
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve one direct forward without a cache of the caller's."""
+        if not serves_forward(args, kwargs):
+            return seam.bare_class(model).forward(model, *args, **kwargs)
+        with self.device.guard(), self.running("prefill") as module:
+            return module(*args, **kwargs)
+
+    @property
+    def device(self) -> Device:
+        """Where the model's first weights lie."""
+        return devices.of(self.original)
+
+    @property
+    def front(self) -> PreTrainedModel:
+        """A model for transformers' own loop: its forward goes to the phase's module."""
+        if self._front is None:
+            stateful.of(self.original)
+            front = fork(self.modules["decode"])
+            front.__dict__.pop("forward", None)  # one of the instance's own would hide the route
+            self._front = route.routed(front, _PhaseSwitch(self))
+        return self._front
+
+
+class _Quiet:
+    """What the two inner routers have in common: nobody is told anything."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+
+    def other_loop(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _PhaseSwitch(_Quiet):
+    """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.variant.running("decode" if seam.is_decoding(kwargs) else "prefill") as module:
+            return module(*args, **kwargs)
+
+    def sample(self, call: seam.Sampling) -> Any:
+        return call.original()
+
+
+class _Measured(_Quiet):
+    """Router of `serving`: the variant itself, each call one step among live requests."""
+
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.variant.turn():
+            return self.variant.forward(model, args, kwargs)
+
+    def sample(self, call: seam.Sampling) -> Any:
+        if reason := self.variant.unsupported(call):
+            raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
+        with self.variant.turn():
+            return self.variant.sample(call)
+
+
+def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a direct forward is one that the prefill module may serve: inference on ids, nothing unusual asked."""
+    plain = {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+        "labels",
+    }
+    asked = {k for k, v in kwargs.items() if v is not None}
+    return len(args) <= 1 and asked <= plain and not torch.is_grad_enabled()
+
+
+def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant:
+    """The variant that a plan's transforms make of an unrouted model.
+
+    Raises:
+        TransformError: one of them refuses.
+    """
+    return Variant(original).with_transforms(transforms)
+
+
+def serving(variant: Variant) -> PreTrainedModel:
+    """A model object whose `generate` and `forward` run `variant`, for measuring and judging it as it will serve."""
+    return route.routed(variant.original, _Measured(variant))

@@ -1,0 +1,98 @@
+"""Attention of one query over a cache, in a kernel that reads only what may be attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diagnose import roofline
+from ..errors import ChoiceError, TransformError
+from ..model import seam
+from . import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..machine.hardware import Hardware
+    from ..profile import Profile
+    from ..runtime.variant import Variant
+    from ..workload import Phase
+
+IMPLEMENTATION = "autotune_one_query"  # its name among transformers' attention implementations
+
+
+@dataclass(frozen=True)
+class OneQueryAttention(Transform):
+    """Decodes with `runtime.kernels.attend_one`: grouped heads share one pass, an empty cache tail is not read."""
+
+    name: ClassVar[str] = "one_query_attention"
+    stage: ClassVar[Stage] = Stage.ATTENTION
+    summary: ClassVar[str] = "a CPU kernel for one query over the KV cache (flash-decoding)"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.phase != "decode":
+            raise ChoiceError("one_query_attention: phase must be 'decode'; prefill has many queries")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if hardware.device != "cpu":
+            return f"the kernel is for CPUs; this model runs on {hardware.device}"
+        model = variant.modules["decode"]
+        if seam.attention_of(model) == IMPLEMENTATION:
+            return "decode uses it already"
+        if not (seam.supports(model, "sdpa") and seam.exchangeable_attention(model)):
+            return f"{type(model).__name__} does not take other attention implementations"
+        from ..runtime import kernels
+
+        return kernels.available()
+
+    def rehearsed(self) -> Transform:
+        return self
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """At best attention, and all the small operators that lead up to it, take as long as reading the cache."""
+        phase = profile.phases["decode"]
+        return {"decode": max(roofline.faster_attention(phase, hardware), roofline.less_overhead(phase, hardware))}
+
+    def apply(self, variant: Variant) -> None:
+        use_kernel(variant)
+
+    def took_effect(self, variant: Variant) -> str | None:
+        used = seam.attention_of(variant.modules["decode"])
+        return None if used == IMPLEMENTATION else f"decode uses {used}"
+
+
+def use_kernel(variant: Variant) -> None:
+    """Decode with the kernel from now on, unless it does already.
+
+    Raises:
+        TransformError: the kernels cannot be had.
+    """
+    from ..runtime import kernels
+
+    if reason := kernels.available():
+        raise TransformError(reason)
+    seam.register_attention(IMPLEMENTATION, attend)
+    if seam.attention_of(variant.modules["decode"]) != IMPLEMENTATION:
+        for module in variant.edit("decode"):
+            seam.use_attention(module, IMPLEMENTATION)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [B, H, Q, D]
+    key: torch.Tensor,  # [B, Hk, T, D]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface: the kernel for one query, SDPA for more. Returns [B, Q, H, D]."""
+    plain = all(kwargs.get(name) is None for name in seam.UNUSUAL)
+    if query.shape[2] == 1 and query.shape[3] == value.shape[3] and plain:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        out: torch.Tensor = torch.ops.autotune.attend_one(query, key, value, None, attention_mask, scale)
+        return out, None
+    return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

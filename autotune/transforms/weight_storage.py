@@ -1,0 +1,52 @@
+"""Weights stored in half the bytes; the arithmetic stays FP32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..diagnose import roofline
+from ..runtime import kernels
+from . import require
+from .linears import CPU, LinearTransform, weight_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..machine.hardware import Hardware
+    from ..profile import PhaseProfile
+
+
+@dataclass(frozen=True)
+class WeightStorage(LinearTransform):
+    """Stores linear weights in FP16 or BF16 and widens them in registers as they are read.
+
+    FP16 keeps eleven significant bits, BF16 eight; a model whose weights were published in one of them loses nothing.
+
+    Args:
+        dtype: "float16" or "bfloat16". FP16 refuses weights beyond 65504.
+    """
+
+    dtype: str = "float16"
+
+    name: ClassVar[str] = "weight_storage"
+    summary: ClassVar[str] = "FP16 or BF16 weights with FP32 arithmetic, C++ kernels"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.dtype, ("float16", "bfloat16"), "weight_storage: dtype")
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return kernels.HalfLinear
+
+    def missing(self, where: torch.device = CPU) -> str | None:
+        return kernels.available()
+
+    def exchange(self, linear: nn.Linear) -> nn.Module:
+        return kernels.HalfLinear.from_linear(linear, dtype=getattr(torch, self.dtype))
+
+    def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
+        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype="float32")

@@ -1,0 +1,371 @@
+"""The search's measuring side on a real model: a workload split into prompts to tune on and prompts to confirm on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Literal
+
+from .. import profile as profiling
+from ..diagnose.diagnosis import Diagnosis, diagnose
+from ..diagnose.work import activation_dtype, cache_size
+from ..errors import BudgetSpentError
+from ..machine import device as devices
+from ..machine.hardware import Hardware
+from ..model.linear_layers import stored_bytes
+from ..profile import Profile
+from ..report.progress import Doing
+from ..runtime.variant import Variant
+from ..transforms import Transform
+from ..transforms.linears import LinearTransform
+from ..transforms.wide_arithmetic import WideArithmetic
+from ..validate import Latency, Quality, Verdict, latency, quality
+from ..validate.exam import Exam, effort, is_read_wide
+from ..validate.latency import EARLY_LOOKS, Metric
+from ..validate.ratios import own_noise
+from ..validate.score import CandidateError, Served
+from ..validate.sensitivity import Probe
+from ..validate.tiers import SIZES
+from ..validate.timing import TIMED_TOKENS, request, time_request
+from ..workload import PHASES, Bucket, Phase, Workload
+from . import probation
+from .choose import tier_for
+from .plan import METRIC_OF, Confirmation, Target
+from .policy import Limits, Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .references import References
+
+PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
+TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
+GLANCE_TOKENS = 5
+SPOT_TOKENS = 8  # of a request by which a kept plan is timed again, or the machine's noise
+PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # of the original, of others, and of how they grow
+GRACE, GRACE_S = 0.05, 10.0  # of the budget, and seconds, that what is under way may take beyond it
+RACE_S, LEAST_RACE_S = 60.0, 5.0  # that a race may take, and may take however little of the budget is left
+
+
+class LiveBench:
+    """Measures variants of one model through the path that serves.
+
+    Args:
+        original: the variant without transforms.
+        workload: what to measure with; half of its prompts are held out for `confirm`.
+        texts: token ids of natural text that fill up too few prompts for the quality exam.
+        references: what the original said in earlier runs, or None to ask it.
+    """
+
+    def __init__(
+        self,
+        original: Variant,
+        workload: Workload,
+        policy: Policy,
+        hardware: Hardware,
+        *,
+        texts: tuple[tuple[int, ...], ...] = (),
+        notify: Callable[[str], None],
+        references: References | None = None,
+    ) -> None:
+        self.original, self.policy, self.hardware, self.notify = original, policy, hardware, notify
+        self.workload, self.device = workload, devices.of(original.original)
+        self.references = references
+        self.tuning, self.held_out = workload.split(0.5)
+        half = len(texts) // 2
+        self._texts = (texts[:half], texts[half:])
+        self.clock = original.traffic.clock if original.traffic else time.perf_counter
+        self.pad = original.original.generation_config.pad_token_id or 0
+        self._took = dict[str, float]()  # seconds of the latest of each kind
+        self.deadline = math.inf  # of time.monotonic, after which nothing is measured that nobody waits for
+
+    def profile(self, variant: Variant) -> Profile:
+        """What decides. Decode's diagnosis on a GPU asks how the original grows with the context, too."""
+        scaling = self.device.asynchronous and not variant.transforms
+        budget_s = PROFILE_S + GROWTH_S if scaling else BRIEF_PROFILE_S if variant.transforms else PROFILE_S
+        return profiling.measure(
+            variant, self.tuning, self.hardware, budget_s=budget_s, scaling=scaling, progress=self.notify
+        )
+
+    def grow(self, profile: Profile, variant: Variant) -> Profile:
+        """A profile with what the report shows of larger batches and longer contexts, as far as the budget goes."""
+        left_s = min(GROWTH_S, self.deadline - time.monotonic())
+        if profile.batch_scaling or left_s <= 0:
+            return profile
+        return profiling.grow(profile, variant, self.tuning, budget_s=left_s, progress=self.notify)
+
+    def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]:
+        return {phase: diagnose(profile.phases[phase], self.hardware, profile.memory) for phase in PHASES}
+
+    def memory_ratio(self, variant: Variant) -> float:
+        own = stored_bytes(self.original.original)
+        return stored_bytes(self.original.original, *variant.modules.values()) / own
+
+    def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
+        bucket = self.buckets[0]
+        prompts = request(bucket, self.tuning.prompts, 0)
+
+        def seconds(variant: Variant) -> float:
+            served = Served(variant, self.pad)
+            runs = [time_request(served, prompts, min(bucket.new_tokens, GLANCE_TOKENS)) for _ in range(2)]
+            return min(run.ttft_s if phase == "prefill" else run.tpot_s for run in runs)
+
+        return seconds(incumbent) / seconds(candidate)
+
+    def answer(self, variant: Variant) -> None:
+        """A short request of the workload.
+
+        Raises:
+            CandidateError: the variant raised.
+        """
+        bucket = self.buckets[0]
+        Served(variant, self.pad).generate(
+            request(bucket, self.tuning.prompts, 0), min(bucket.new_tokens, GLANCE_TOKENS)
+        )
+
+    def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
+        if not probation.is_possible(self.hardware.device):
+            return None
+        self.notify(f"trying {transform} in a child process first")
+        return probation.death_of(lambda: self.answer(make()), most_s, self.original.turn)
+
+    def judge(self, variant: Variant, tier: str) -> Quality:
+        exam = self.exam
+        with self._timed("judgement"):
+            return quality.judge(exam, variant, tier, self._in_time("comparing answers with the original's"))
+
+    def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
+        """Measures what its layers cause where a transform exchanges layers one by one; None for others."""
+        if not isinstance(transform, LinearTransform):
+            return None
+        return Probe(self.exam, incumbent, transform, tier)
+
+    def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
+        with self._timed("race"):
+            return self._compare(incumbent, candidate, METRIC_OF[target], self.tuning, pairs=25)
+
+    def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency:
+        """How much faster one is than another, for the report: few pairs, and nothing is decided by it."""
+        limits = replace(self.policy.limits, min_gain=-1.0)
+        return self._compare(reference, candidate, METRIC_OF[target], self.tuning, EARLY_LOOKS[1], limits=limits)
+
+    def least_s(self, profile: Profile) -> float:
+        """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
+        prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
+        read_s = prefill_s / profile.prompt_tokens
+        if is_read_wide(self.original.original):
+            read_s /= max(1.0, WideArithmetic().speedup(profile.phases["prefill"], self.hardware))
+        exam_s = effort(SIZES["quick"], profile.prompt_tokens).seconds(read_s, decode_s)
+        tokens = min(self.buckets[0].new_tokens, TIMED_TOKENS)
+        request_s = prefill_s + (tokens - 1) * decode_s
+        return 2 * exam_s + (2 * EARLY_LOOKS[0] + 4) * request_s
+
+    def free_bytes(self) -> float:
+        return self.device.memory().free
+
+    def explain(self, error: Exception) -> str:
+        failure = self.device.failure(error)
+        if failure == "dead":
+            raise self.device.condemn(error) from error
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"out of memory: {first}" if failure == "memory" else f"{type(error).__name__}: {first}"
+
+    def tidy(self) -> None:
+        self.device.trim()
+
+    def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
+        """A variant on prompts it was not chosen on, and with fresh timing.
+
+        Args:
+            brief: whether it is looked at in brief, as a kept plan is, where the budget has no room for as much as
+                choosing it took.
+
+        Raises:
+            BudgetSpentError: it was not to be brief, and the budget ended.
+        """
+        if (failure := self.stress(variant)) is not None:
+            return Confirmation(failure)
+        left_s, needed_s = self.deadline - time.monotonic(), sum(self._took.values())
+        if brief and needed_s > left_s + self._grace_s:
+            self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
+            return Confirmation(None, *self._spot(variant, 1, self.buckets), brief=True)
+        what = "comparing answers to held-out prompts with the original's"
+        doing = self._doing(what) if brief else self._in_time(what)
+        verdict = quality.judge(self.held_out_exam, variant, tier_for(variant, self.policy), doing)
+        if verdict.verdict is not Verdict.PASS:
+            return Confirmation(None, verdict)
+        found = self._compare(self.original, variant, "end_to_end", self.held_out, pairs=40, seed=1)
+        return Confirmation(None, verdict, found)
+
+    def stress(self, variant: Variant) -> str | None:
+        """What goes wrong with the largest request of the workload, the first that would run out of memory; or None."""
+        longest, batch = max(self.workload.prompts, key=len), max(self.workload.batch_sizes)
+        try:
+            Served(variant, self.pad).generate([longest] * batch, self.workload.new_tokens)
+        except CandidateError as error:
+            failure = str(error)
+        else:
+            return None
+        self.tidy()
+        shape = f"{batch} x {len(longest)} tokens and {self.workload.new_tokens} new ones"
+        return f"the workload's largest request ({shape}) failed: {failure}"
+
+    def reverify(self, variant: Variant) -> tuple[Quality, Latency | None]:
+        """A plan from disk, proven once for this very model and machine, tried again in seconds.
+
+        A few prompts and requests can fail what broke since, which is what is asked here. How much a gain had to be for
+        this machine to show it was decided then, on long requests and at rest; now calls may be served meanwhile.
+        """
+        self.noise = 0.0
+        return self._spot(variant, 2, self._short)
+
+    def _spot(self, variant: Variant, seed: int, buckets: tuple[Bucket, ...]) -> tuple[Quality, Latency | None]:
+        """Quality on a few held-out prompts, which can fail what is broken, and a few requests."""
+        exam = self._exam(self.held_out, self._texts[1], "brief")
+        verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
+        if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
+            return verdict, None
+        return verdict, self._compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets)
+
+    @cached_property
+    def exam(self) -> Exam:
+        with self._timed("exam"):
+            return self._exam(self.tuning, self._texts[0])
+
+    def keep_references(self) -> None:
+        """Keep what the original said in the exams that were needed, for the next run."""
+        for name in ("exam", "held_out_exam"):
+            if self.references is not None and name in self.__dict__:
+                self.references.save(self.__dict__[name])
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._took[what] = time.monotonic() - start
+
+    @cached_property
+    def held_out_exam(self) -> Exam:
+        return self._exam(self.held_out, self._texts[1], like=self.exam)
+
+    @cached_property
+    def noise(self) -> float:
+        """What this host shows when the original races itself."""
+        doing = self._doing("timing the original against itself")
+        return latency.noise_floor(self.original, self._short, self.tuning.prompts, clock=self.clock, progress=doing)
+
+    def _doing(self, what: str) -> Callable[[str, float], None]:
+        return lambda step, share: self.notify(Doing(what, share))
+
+    def _in_time(self, what: str) -> Callable[[str, float], None]:
+        """Progress of what is given up once the budget is spent, by a BudgetSpentError."""
+        doing = self._doing(what)
+
+        def tell(step: str, share: float) -> None:
+            if time.monotonic() > self.deadline + self._grace_s:
+                budget = f"the budget of {self.policy.budget_s:.0f} s"
+                raise BudgetSpentError(f"{budget} was spent when {share:.0%} of its answers were compared")
+            doing(step, share)
+
+        return tell
+
+    @property
+    def _grace_s(self) -> float:
+        return max(GRACE_S, GRACE * self.policy.budget_s)
+
+    @property
+    def _short(self) -> tuple[Bucket, ...]:
+        """The first bucket with short answers, where something is timed that their length does not decide."""
+        return tuple(replace(b, new_tokens=min(b.new_tokens, SPOT_TOKENS)) for b in self.buckets[:1])
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return self.workload.buckets()
+
+    def _compare(
+        self,
+        reference: Variant,
+        candidate: Variant,
+        objective: Metric,
+        work: Workload,
+        pairs: int,
+        seed: int = 0,
+        buckets: tuple[Bucket, ...] = (),
+        limits: Limits | None = None,
+    ) -> Latency:
+        limits = limits or self._limits(reference, candidate)
+        race = partial(
+            latency.compare,
+            reference,
+            candidate,
+            buckets or self.buckets,
+            work.prompts,
+            objective=objective,
+            limits=limits,
+            clock=self.clock,
+            max_pairs=pairs,
+            budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic())),
+            seed=seed,
+            progress=self._doing("timing requests in pairs"),
+        )
+        if "noise" not in self.__dict__:  # it takes long to measure, and decides about small gains alone
+            found = race(noise=0.0)
+            if found.verdict is not Verdict.PASS or limits.min_gain < 0:
+                return found
+            own: float = own_noise(found, objective)
+            if getattr(found, objective).low >= 1 + 2 * own:
+                return replace(found, noise=own)
+            if time.monotonic() > self.deadline:
+                reason = "the gain is small, and the budget was spent before this machine's noise was measured"
+                return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
+        return race(noise=self.noise)
+
+    def _limits(self, reference: Variant, candidate: Variant) -> Limits:
+        """Where memory is the objective, a variant that needs less of it has to gain no time; the other limits hold."""
+        limits = self.policy.limits
+        if self.policy.objective == "memory" and own_memory(candidate) < own_memory(reference):
+            return replace(limits, min_gain=-1.0)
+        return limits
+
+    def _exam(
+        self,
+        work: Workload,
+        texts: tuple[tuple[int, ...], ...],
+        size: Literal["brief", "quick"] = "quick",
+        like: Exam | None = None,
+    ) -> Exam:
+        missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
+        prompts = (*work.prompts, *texts[:missing])
+        # untimed: requests may overlap, unless what one leaves in the model would change another's answer
+        traffic = self.original.traffic if self.original.state.modules else None
+        return Exam.prepare(
+            self.original.original,
+            prompts,
+            size=size,
+            pad_token_id=self.pad,
+            traffic=traffic,
+            like=like,
+            kept=self.references if size == "quick" else None,  # a kept plan is verified against the model of today
+            progress=self._doing("collecting the original's answers to judge against"),
+        )
+
+
+def own_memory(variant: Variant) -> int:
+    """Bytes of the weights that serve, those that stay once the original is released, and of a full KV cache."""
+    model, held = variant.original, cache_size if variant.kv is None else variant.kv.bytes
+    element_bytes = activation_dtype(model).itemsize
+    cache_bytes = held(model, max(variant.batch_sizes), variant.context_tokens, element_bytes)
+    return stored_bytes(*variant.modules.values()) + cache_bytes
+
+
+def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:
+    """The built-in texts as token ids; none without a tokenizer."""
+    if tokenizer is None:
+        return ()
+    from ..workload.texts import TEXTS
+
+    return tuple(tuple(tokenizer(text)["input_ids"][:TEXT_TOKENS]) for text in TEXTS)

@@ -1,0 +1,176 @@
+"""What the diagnosis and the roofline say about a candidate before it is tried. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .. import transforms
+from ..diagnose.diagnosis import Diagnosis
+from ..machine import gpus as architecture
+from ..machine.hardware import Hardware
+from ..profile import Profile
+from ..runtime.variant import Variant
+from ..transforms import Blocker, Transform, is_foreign
+from ..workload import Phase
+from . import rehearsal
+from .plan import Outcome, Trial
+from .policy import Choice, Limits, Policy, Step
+
+ROOM = 0.9  # of the free memory: activations and the allocator's slack want the rest
+LEAST_LEFT = 0.05  # share of a phase's time that an exchange leaves: the two predictions are no more exact than that
+
+
+@dataclass(frozen=True)
+class State:
+    """The best variant so far and what is known of it.
+
+    Args:
+        obstacle: why no transform can be had on this model, whatever it is, or None.
+    """
+
+    variant: Variant
+    profile: Profile
+    diagnoses: Mapping[Phase, Diagnosis]
+    free_bytes: float = math.inf
+    obstacle: str | None = None
+
+
+def make(choice: Choice) -> Transform:
+    return transforms.make(choice.transform, choice.params, choice.phase)
+
+
+def parameter_count(original: Variant, policy: Policy) -> int | None:
+    """How many parameters a model has, where the policy asks."""
+    if all(step.parameters is None for step in policy.steps):
+        return None
+    return sum(parameter.numel() for parameter in original.original.parameters())
+
+
+def why_not(
+    step: Step, diagnoses: Mapping[Phase, Diagnosis], hardware: Hardware, parameters: int | None = None
+) -> str | None:
+    """Why a step is not called for, or None.
+
+    Args:
+        parameters: how many the model has; None: nobody knows, and every size will do.
+    """
+    if step.devices and hardware.device not in step.devices:
+        return f"for {', '.join(sorted(step.devices))}, this is {hardware.device}"
+    found_gpu = architecture.capability(hardware)
+    if step.capabilities and not (found_gpu and any(wanted.admits(found_gpu) for wanted in step.capabilities)):
+        this = architecture.name(found_gpu) if found_gpu else hardware.device
+        return f"for GPUs of {' or '.join(map(str, step.capabilities))}, this is {this}"
+    if step.parameters is not None and parameters is not None and not step.parameters.admits(parameters):
+        return f"for models of {step.parameters} parameters, this has {parameters:.3g}"
+    found = diagnoses[step.phase].bottleneck
+    if step.bottlenecks and step.bottlenecks.isdisjoint((found, *diagnoses[step.phase].perhaps)):
+        return f"{step.phase} is {found}-bound; this helps where it is {' or '.join(sorted(step.bottlenecks))}-bound"
+    return None
+
+
+def promise(
+    transform: Transform,
+    phase: Phase,
+    state: State,
+    hardware: Hardware,
+    *,
+    replaced: Transform | None = None,
+    before: State | None = None,
+) -> float | None:
+    """Predicted best-case speed-up of `phase`, or None where the transform cannot be had.
+
+    Args:
+        state: what it is measured against.
+        replaced: a transform in `state` whose place it would take.
+        before: the original; asked for with `replaced`, as both are predicted on it.
+    """
+    base = before if replaced is not None and before is not None else state
+    if unavailable(transform, base.variant, hardware, base.obstacle) is not None:
+        return None
+    own = expect(transform, phase, base, hardware)
+    if replaced is None:
+        return own
+    return exchange(own, expect(replaced, phase, base, hardware), phase, base, state)
+
+
+def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obstacle: str | None = None) -> str | None:
+    """Why a transform cannot be had, or None.
+
+    Args:
+        obstacle: why none can on this model, where that is known.
+    """
+    reason = obstacle or variant.state.obstacle() or transform.unavailable(variant, hardware)
+    return reason or rehearsal.obstacle(variant.original, transform, hardware)
+
+
+def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
+    """Predicted best-case speed-up of `phase`, were the transform to be had."""
+    return transform.predict(state.profile, hardware).get(phase, 1.0)
+
+
+def exchange(own: float, replaced: float, phase: Phase, before: State, now: State) -> float:
+    """Predicted best-case speed-up of `phase` over what there is, where one transform takes another's place.
+
+    How long each leaves the phase is predicted on the original; the difference is saved from the phase as it is now.
+
+    Args:
+        own, replaced: speed-up of the original's phase that each promises.
+        before: the original.
+        now: what there is, `replaced` in it.
+    """
+    was_s, now_s = before.profile.phases[phase].seconds, now.profile.phases[phase].seconds
+    saved_s = was_s / replaced - was_s / own
+    return now_s / max(now_s - saved_s, LEAST_LEFT * now_s)
+
+
+def worth(transform: Transform, promised: float | None) -> float:
+    """What trying a transform is worth for its cost: expected gain, as a logarithm, per trial of the usual length.
+
+    What is lossless passes the quality gate unless something is wrong; of narrower numbers about half do. What another
+    compiler or library runs is compiled, and tried in a child process first.
+    """
+    chance, trials = (0.9 if transform.lossless else 0.5), (3.0 if is_foreign(transform) else 1.0)
+    return chance * math.log(max(promised or 1.0, 1.0)) / trials
+
+
+def rule_out(trial: Trial, phase: Phase, state: State, limits: Limits, hardware: Hardware) -> Trial | None:
+    """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
+    missing, predicted = None, trial.predicted
+    if predicted is None:
+        missing = unavailable(trial.transform, state.variant, hardware, state.obstacle) or "not available"
+        if not isinstance(missing, Blocker):
+            return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
+        predicted = expect(trial.transform, phase, state, hardware)  # is anything lost?
+    if at_best(trial.transform, predicted, phase, state, hardware) < 1 + limits.min_gain:
+        reason = f"the roofline allows {predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
+        return replace(trial, outcome=Outcome.SKIPPED, reason=reason, predicted=predicted)
+    if missing is not None:
+        return replace(trial, outcome=Outcome.BLOCKED, reason=str(missing), predicted=predicted)
+    if (excess := outgrows(trial.transform, state.variant, state.free_bytes)) is not None:
+        return replace(trial, outcome=Outcome.BLOCKED, reason=excess)
+    return None
+
+
+def at_best(transform: Transform, predicted: float, phase: Phase, state: State, hardware: Hardware) -> float:
+    """A predicted speed-up; where the peaks were disturbed, what it would be with those that there may be."""
+    if not hardware.disturbed or not predicted:
+        return predicted
+    return predicted * expect(transform, phase, state, hardware.at_best()) / expect(transform, phase, state, hardware)
+
+
+def outgrows(transform: Transform, variant: Variant, free_bytes: float) -> str | None:
+    """Why a transform does not fit into the memory that is free, or None."""
+    needed, free = transform.extra_bytes(variant), ROOM * free_bytes
+    if needed <= free:
+        return None
+    return (
+        f"it takes {needed / 1e9:.3g} GB beside what serves now, and {free / 1e9:.3g} GB of memory are free; "
+        "a shorter workload, or keep_original=False once something smaller is committed, makes room"
+    )
+
+
+def tier_for(candidate: Variant, policy: Policy) -> str:
+    """A variant made of lossless transforms alone has to be lossless, whatever the policy would accept."""
+    return "lossless" if all(t.lossless for t in candidate.transforms) else policy.tier

@@ -1,0 +1,152 @@
+"""The first draft of a plan: what diagnosis and roofline promise the most from, put together for both phases.
+
+What a step chooses is read off the original's profile, so a draft takes one transform for each phase and stage at most:
+two that save the same time would be promised it twice. Threads and guessing come later, over what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import DeviceError, TransformError
+from ..machine import outside
+from ..runtime.variant import Variant
+from ..transforms import Stage, Transform, is_foreign
+from ..transforms.linears import reusing
+from ..workload import PHASES, Phase
+from .choose import State, expect, make, outgrows, unavailable, why_not
+from .plan import Outcome, Target, Trial
+from .policy import Step
+from .trying import Trier
+
+log = logging.getLogger("autotune")
+
+NAME = "the first draft"  # the step under which its trial is reported
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step contributes to a draft, and the speed-up of its phase that it promises by itself."""
+
+    step: Step
+    transform: Transform
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Transforms that fit together.
+
+    Args:
+        parts: in stage order.
+        shortfalls: transform -> why its quality would not do, for those that promised more than what was taken.
+        made: the variant, to be taken out by who tries it: nothing else is to hold on to its memory.
+    """
+
+    parts: tuple[Part, ...]
+    shortfalls: dict[Transform, str]
+    made: list[Variant]
+
+    def attempts(self) -> Iterator[tuple[Part, ...]]:
+        """The whole, then each phase's part; one transform is its step's own matter."""
+        halves = [tuple(part for part in self.parts if part.step.phase == phase) for phase in PHASES]
+        if len(self.parts) > 1:
+            yield self.parts
+        yield from (half for half in halves if 1 < len(half) < len(self.parts))
+
+
+def trial(parts: tuple[Part, ...]) -> Trial:
+    """A draft as a candidate."""
+    phases: set[Phase] = {part.step.phase for part in parts}
+    first, *others = (part.transform for part in parts)
+    target: Target = "both" if len(phases) > 1 else parts[0].step.phase
+    return Trial(first, NAME, target, Outcome.SKIPPED, "", others=tuple(others))
+
+
+def compose(state: State, trier: Trier, parameters: int | None = None) -> Draft:
+    """The draft for a model.
+
+    Layers that lose quality are read once with the exam's texts: the narrowest whose loss is within the tier is taken.
+
+    Args:
+        state: the original.
+        trier: knows policy, hardware and bench.
+        parameters: of the model, where the policy asks.
+
+    Raises:
+        DeviceError: the device is dead.
+    """
+    trier.notify("putting together what promises the most")
+    steps = trier.policy.steps
+    called = [step for step in steps if why_not(step, state.diagnoses, trier.hardware, parameters) is None]
+    draft = _Drafting(state, trier)
+    for step in sorted(called, key=lambda step: min(make(choice).stage for choice in step.choices)):
+        draft.take(step)
+    return Draft(tuple(draft.parts), draft.shortfalls, [draft.variant])
+
+
+class _Drafting:
+    def __init__(self, state: State, trier: Trier) -> None:
+        self.state, self.trier = state, trier
+        self.variant, self.parts, self.shortfalls = state.variant, list[Part](), dict[Transform, str]()
+        self.taken = set[tuple[Phase, Stage]]()
+
+    def take(self, step: Step) -> None:
+        """Add what promises the most of a step's choices, of those that can be had and lose too little to matter."""
+        least = 1 + self.trier.policy.limits.min_gain
+        choices = [make(choice) for choice in step.choices]
+        promised = {t: expect(t, step.phase, self.state, self.trier.hardware) for t in choices if self.is_candidate(t)}
+        while promised:
+            best = max(promised.values())  # of what promises about as much, the policy's first
+            transform = next(t for t, gain in promised.items() if gain * least >= best)
+            gain = promised.pop(transform)
+            if gain < least or not self.fits(transform):
+                continue
+            try:
+                with reusing():
+                    candidate = self.variant.with_transform(transform)
+                    if transform.took_effect(candidate) is not None or self.is_too_large(candidate):
+                        continue
+                    if self.falls_short(transform):
+                        continue
+            except TransformError:
+                continue
+            except DeviceError:
+                raise
+            except Exception as error:  # it will be tried by itself, and then be told
+                outside.pass_on(error)
+                log.debug("%s is not in the draft", transform, exc_info=True)
+                self.trier.bench.explain(error)
+                continue
+            self.variant = candidate
+            self.parts.append(Part(step, transform, gain))
+            self.taken |= {(phase, transform.stage) for phase in transform.phases}
+            return
+
+    def is_candidate(self, transform: Transform) -> bool:
+        if is_foreign(transform) or transform.stage >= Stage.THREADS:
+            return False
+        return self.taken.isdisjoint((phase, transform.stage) for phase in transform.phases)
+
+    def fits(self, transform: Transform) -> bool:
+        return (
+            unavailable(transform, self.variant, self.trier.hardware, self.state.obstacle) is None
+            and outgrows(transform, self.variant, self.state.free_bytes) is None
+        )
+
+    def is_too_large(self, candidate: Variant) -> bool:
+        return self.trier.bench.memory_ratio(candidate) > self.trier.policy.limits.max_memory_ratio
+
+    def falls_short(self, transform: Transform) -> bool:
+        """Whether a transform's loss is beyond the tier, from texts read at once; its verdict is for the gate."""
+        if transform.lossless:
+            return False
+        probe = self.trier.bench.probe(self.state.variant, transform, self.trier.policy.tier)
+        if probe is None:
+            return False
+        self.trier.notify(f"reading the exam's texts with {transform}")
+        if (reason := probe.shortfall("")) is not None:
+            self.shortfalls[transform] = reason
+        return reason is not None

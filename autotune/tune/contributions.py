@@ -1,0 +1,88 @@
+"""What each transform of a plan contributes: the plan against what is left of it without that one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import DeviceError, TransformError
+from ..machine import outside
+from ..runtime.variant import Variant
+from ..transforms import Transform
+from ..transforms.linears import reusing
+from ..validate import Latency, Verdict
+from .plan import Target
+
+log = logging.getLogger("autotune")
+
+
+class Bench(Protocol):
+    """What is needed of a bench to measure them."""
+
+    original: Variant
+    notify: Callable[[str], None]
+    deadline: float
+
+    def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency: ...
+
+    def explain(self, error: Exception) -> str: ...
+
+    def tidy(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one transform contributes.
+
+    Args:
+        transform: the one that was left out.
+        target: what it is to make faster: its phase, or "both".
+        latency: of the plan against the plan without it; None where that was not measured.
+        reason: why it was not; empty where it was.
+    """
+
+    transform: Transform
+    target: Target
+    latency: Latency | None
+    reason: str = ""
+
+
+def measure(winner: Variant, bench: Bench, clock: Callable[[], float] = time.monotonic) -> tuple[Contribution, ...]:
+    """Leave out each transform of a plan of two or more, as far as the budget goes.
+
+    Raises:
+        DeviceError: the device is dead.
+    """
+    found: list[Contribution] = []
+    took_s = 0.0  # the one before
+    with reusing():
+        for transform in winner.transforms if len(winner.transforms) > 1 else ():
+            start = clock()
+            if start + took_s >= bench.deadline:
+                found.append(Contribution(transform, transform.phase, None, "the budget had no time for it"))
+                continue
+            bench.notify(f"measuring what {transform} contributes")
+            found.append(_contribution(transform, winner, bench))
+            bench.tidy()
+            took_s = max(took_s, clock() - start)
+    return tuple(found)
+
+
+def _contribution(transform: Transform, winner: Variant, bench: Bench) -> Contribution:
+    others = tuple(other for other in winner.transforms if other is not transform)
+    try:
+        latency = bench.compare_briefly(bench.original.with_transforms(others), winner, transform.phase)
+    except TransformError as error:
+        return Contribution(transform, transform.phase, None, f"the others need it: {error}")
+    except DeviceError:
+        raise
+    except Exception as error:  # a transform is foreign code
+        outside.pass_on(error)
+        log.debug("the plan without %s", transform, exc_info=True)
+        return Contribution(transform, transform.phase, None, bench.explain(error))
+    if latency.verdict is Verdict.ERROR:
+        return Contribution(transform, transform.phase, None, latency.reason)
+    return Contribution(transform, transform.phase, latency)

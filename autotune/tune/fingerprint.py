@@ -1,0 +1,142 @@
+"""What a plan is valid for: configuration and weights of the model, the machine, the libraries, the kind of work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import UnsupportedModelError
+from ..model import seam, stateful
+from .plan import Fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..machine.hardware import Hardware
+    from ..workload import Workload
+    from .policy import Policy
+
+COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
+# told better elsewhere: by the class and the tensors, and by Fingerprint.versions
+TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
+
+
+def of(
+    model: PreTrainedModel,
+    hardware: Hardware,
+    workload: Workload,
+    policy: Policy,
+    draft: PreTrainedModel | None = None,
+) -> Fingerprint:
+    """The fingerprint of a plan made for all of them.
+
+    Raises:
+        UnsupportedModelError: the model's weights cannot be read.
+    """
+    drafted = {} if draft is None else {"draft model": of_model(draft)}
+    return Fingerprint(
+        model=of_model(model),
+        hardware=f"{hardware.device}, {hardware.name}, {hardware.capability}, {hardware.threads} threads",
+        versions={**hardware.versions, "autotune": _own_version()} | drafted,
+        workload=workload.shape_key(),
+        policy=f"{policy.name}:{_of_policy(policy)}",
+        tier=policy.tier,
+    )
+
+
+def of_model(model: PreTrainedModel) -> str:
+    """A hash of what a model computes: class, configuration, and the content of every parameter and buffer.
+
+    A tensor's bytes are laid out as a grid of 64-bit words; all row and column sums (wrapping) go into a BLAKE2 hash,
+    as do names, shapes and dtypes. That reads the weights at memory speed, where BLAKE2 alone would take seconds per
+    gigabyte. Any single changed word changes two sums, and moving words around changes the sums of their rows or
+    columns: other weights, trained on, merged, quantised or permuted, would have to agree in thousands of independent
+    64-bit sums by chance. It is no protection against someone who constructs weights with equal sums; such a one can
+    already change the model.
+
+    Args:
+        model: on any device but "meta"; routed or not.
+
+    Raises:
+        UnsupportedModelError: a tensor's content cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    cls = seam.bare_class(model)
+    digest.update(f"{cls.__module__}.{cls.__qualname__}\n".encode())
+    config = {"attention": seam.attention_of(model), **_without_transient(model.config.to_dict())}
+    digest.update(json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__).encode())
+    seen: dict[int, str] = {}
+    with torch.no_grad():
+        for name, tensor in _named_tensors(model):
+            first = seen.setdefault(id(tensor), name)
+            digest.update(f"\n{name} {first} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            if first == name:  # a tied weight counts once
+                for part in _content(name, tensor):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that the model's own forward writes say nothing of what it computes."""
+    state = stateful.of(model)
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        module, _, attribute = name.rpartition(".")
+        if not state.writes(module, attribute):
+            yield name, tensor
+
+
+def _content(name: str, tensor: torch.Tensor) -> Iterator[bytes]:
+    if hasattr(tensor, "__tensor_flatten__"):  # e.g. torchao's quantised weights
+        inner, _ = tensor.__tensor_flatten__()
+        for attribute in inner:
+            yield from _content(f"{name}.{attribute}", getattr(tensor, attribute))
+        return
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"{name} is a {tensor.layout} tensor on {tensor.device}, whose content cannot be read; "
+            "expected dense weights: load the model fully (without device_map offloading) first"
+        )
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    rows = data.numel() // (8 * COLUMNS)
+    words = data[: rows * 8 * COLUMNS]
+    if words.data_ptr() % 8:
+        words = words.clone()
+    if rows:
+        grid = words.view(torch.int64).reshape(rows, COLUMNS)
+        yield from (_bytes(grid.sum(0)), _bytes(grid.sum(1)))
+    yield _bytes(data[rows * 8 * COLUMNS :])
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.cpu().numpy().tobytes())
+
+
+def _without_transient(value: Any) -> Any:
+    """The configuration without paths and without what changes from load to load, at any depth."""
+    if isinstance(value, dict):
+        return {str(k): _without_transient(v) for k, v in value.items() if k not in TRANSIENT}
+    if isinstance(value, (list, tuple)):
+        return [_without_transient(v) for v in value]
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def _of_policy(policy: Policy) -> str:
+    content = {key: value for key, value in asdict(policy).items() if key != "source"}
+    text = json.dumps(content, sort_keys=True, default=sorted)  # frozensets, in a stable order
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("autotune-inference")
+    except metadata.PackageNotFoundError:  # a source checkout that is not installed
+        return "source"

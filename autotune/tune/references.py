@@ -1,0 +1,181 @@
+"""What originals said in exams, kept between runs: tuning anew asks for what is missing alone.
+
+A file an exam, in safetensors format: logits in half precision, and in its header the continuations, the original's own
+noise and a digest of everything. It is believed only where no one else could have written it, its digest is right and
+it fits the exam; any other file is a miss, and is removed. Of two that are written at once, the later one stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ..machine import cache_dir as folders
+from ..model import seam
+from ..validate.answers import Answers
+from ..validate.exam import Exam
+from ..validate.shelf import Shelf
+from . import codec
+from .plan import Fingerprint
+
+log = logging.getLogger("autotune")
+
+SCHEMA = 2  # raised whenever the same key would mean other answers, or a file is laid out differently
+# Of all files. An exam of SmolLM2-135M is 94 MB, 244 MB where layers are compared: three tunings with two exams each.
+MOST_BYTES = 1 << 30
+DTYPE = "F16"  # safetensors' name
+MOST_HEADER = 1 << 20  # bytes; one with the logits of 128 texts has 30 kB
+SHARE = 0.5  # of them that one exam may take; larger ones would leave no room for a second
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a header says beside the logits; see `Answers`."""
+
+    own: tuple[tuple[int, ...], ...]
+    noise: tuple[float, ...] | None
+
+
+class References:
+    """The answers of one model on one machine.
+
+    Args:
+        identity: model, hardware and versions count, workload and policy do not.
+    """
+
+    def __init__(self, identity: Fingerprint) -> None:
+        self._said_by = [identity.model, identity.hardware, dict(identity.versions)]
+
+    def path(self, exam: Exam) -> Path | None:
+        """Where the answers to an exam are or would be; None where nothing lasts."""
+        asked = [asdict(exam.size), exam.prompts, exam.pad_token_id, exam.eos_token_ids, exam.seed]
+        key = json.dumps([SCHEMA, self._said_by, seam.experts(exam.original), _precision(), asked], sort_keys=True)
+        folder = folders.cache("references", lasting=True)
+        return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+
+    def restore(self, exam: Exam) -> bool:
+        """Hand what is kept to `exam.take`; whether there was anything that fits."""
+        if (path := self.path(exam)) is None:
+            return False
+        try:
+            with folders.opened(path, int(SHARE * MOST_BYTES)) as (file, size):
+                exam.take(_parsed(file, size))
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # a damaged file must cost the time to ask again, nothing more
+            log.debug("what is kept in %s is removed: %s", path, error)
+            with suppress(OSError):
+                path.unlink()
+            return False
+        with suppress(OSError):
+            os.utime(path, follow_symlinks=False)  # the least recently used go first
+        return True
+
+    def save(self, exam: Exam) -> None:
+        """Keep what the original has said, where that is more than there was."""
+        if (answers := exam.answers()) is None or (path := self.path(exam)) is None:
+            return
+        names, most_bytes, size_bytes = sorted(answers.logits), SHARE * MOST_BYTES, Shelf.of(answers.logits).nbytes
+        head = _head(answers) if size_bytes <= most_bytes else b""  # which reads them all
+        if (size_bytes := size_bytes + len(head)) > most_bytes:
+            log.debug("an exam's answers are not kept: %.0f MB are more than fits", size_bytes / 1e6)
+            return
+        try:
+            _make_room(path.parent, size_bytes)
+            folders.write(path, chain([head], (_bytes(answers.logits[name]) for name in names)))
+            _make_room(path.parent, 0)  # others may have written meanwhile
+        except OSError as error:
+            log.debug("an exam's answers are not kept: %s", error)
+
+
+def _precision() -> list[str]:
+    """Settings of the process by which matrices of float32 are multiplied in less."""
+    mkldnn: Any = torch.backends.mkldnn  # a class stands in for the module, unknown to mypy
+    return [torch.backends.cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision]
+
+
+def _head(answers: Answers) -> bytes:
+    """What a file begins with. The logits follow, by name, one at a time: together they may be large."""
+    about = codec.dumps(_About(answers.own, answers.noise))
+    header: dict[str, Any] = {"__metadata__": {"about": about, "digest": _digest(about, answers.logits)}}
+    start = 0
+    for name in sorted(answers.logits):
+        logits = answers.logits[name]
+        header[name] = {"dtype": DTYPE, "shape": list(logits.shape), "data_offsets": [start, start + logits.nbytes]}
+        start += logits.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parsed(file: IO[bytes], size: int) -> Answers:
+    """The answers in a file of so many bytes.
+
+    Raises:
+        ValueError: it is torn or was changed, or is not laid out as `_head` says.
+        Exception: whatever parsing what was never written here runs into.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, MOST_HEADER):
+        raise ValueError(f"it begins with {length}, which is no header's length")
+    header = json.loads(file.read(length))
+    metadata, logits, start = header.pop("__metadata__"), Shelf(), 0
+    for name in sorted(header):
+        shape, (first, last) = header[name]["shape"], header[name]["data_offsets"]
+        whole = all(type(n) is int and 0 < n <= size for n in shape)
+        if header[name]["dtype"] != DTYPE or not whole or first != start or last - first != 2 * math.prod(shape):
+            raise ValueError(f"{name} is {header[name]}, which is no {DTYPE} from {start} on")
+        if last + 8 + length > size:
+            raise ValueError(f"{name} ends at {last} of {size} bytes")
+        content = bytearray(file.read(last - first))
+        if not logits.put(name, torch.frombuffer(content, dtype=torch.float16).view(shape)):
+            raise ValueError(f"there is no room for {name}")
+        start = last
+    if start + 8 + length != size:
+        raise ValueError(f"its data ends at {start} of {size} bytes")
+    if metadata["digest"] != _digest(metadata["about"], logits):
+        raise ValueError("it is torn or was changed")
+    about: _About = codec.decode(_About, codec.loads(metadata["about"]), "it")
+    return Answers(about.own, about.noise, logits)
+
+
+def _digest(about: str, logits: Mapping[str, torch.Tensor]) -> str:
+    """Of everything that is believed."""
+    seen = hashlib.blake2b(about.encode(), digest_size=32)
+    for name in sorted(logits):
+        content = logits[name]
+        seen.update(f"\n{name} {content.dtype} {list(content.shape)}\n".encode())
+        seen.update(_bytes(content))
+    return seen.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Its memory."""
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def _make_room(folder: Path, coming_bytes: int) -> None:
+    """Remove the least recently used until so much more fits, and what killed processes left."""
+    folders.sweep(folder.glob(".*"))
+    found = []
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process removed it
+            status = path.lstat()
+            found.append((status.st_mtime, status.st_size, path))
+    excess = sum(size for _, size, _ in found) + coming_bytes - MOST_BYTES
+    for _, size, path in sorted(found):
+        if excess > 0 and not path.name.startswith("."):  # those are being written
+            with suppress(OSError):
+                path.unlink()
+                excess -= size

@@ -1,0 +1,226 @@
+"""The search: a draft of the whole plan first, then single changes to it; what proves itself is kept.
+
+It is written over a `Bench`, which measures, so that its logic runs on scripted numbers in milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from ..machine.hardware import Hardware
+from ..runtime.variant import Variant
+from ..transforms import Transform
+from ..transforms.linears import reusing
+from ..validate import Verdict
+from . import compose
+from .choose import State, make, parameter_count, promise, rule_out, why_not, worth
+from .plan import Confirmation, Outcome, Trial
+from .policy import Policy, Step
+from .trying import Bench, Trier
+
+log = logging.getLogger("autotune")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Args:
+        before: the original.
+        after: the best variant, or the original.
+        trials: everything considered on the way.
+        confirmation: of the best variant, or of the last one that was accepted and did not confirm.
+        refuted: transforms of the latter, where nothing else was kept.
+    """
+
+    before: State
+    after: State
+    trials: tuple[Trial, ...]
+    confirmation: Confirmation | None = None
+    refuted: tuple[Transform, ...] = ()
+
+
+@dataclass
+class _Search:
+    trier: Trier
+    before: State
+    state: State
+    trials: list[Trial] = field(default_factory=list)
+    confirmation: Confirmation | None = None
+    refuted: tuple[Transform, ...] = ()
+    chosen: dict[str, Transform] = field(default_factory=dict)  # step -> what the draft in use has for it
+    shortfalls: dict[Transform, str] = field(default_factory=dict)  # why a transform's quality would not do
+    usual_s: float = 0.0  # that a trial takes at the least, then what the latest whole one took beside compiling
+    too_short: str = ""  # why the budget does not reach for any trial
+    kept: Callable[[Variant], None] = lambda variant: None
+
+    def begin(self, draft: compose.Draft) -> None:
+        """Try the draft; where it fails, what it has for each phase.
+
+        The whole is the first candidate, not the best of several, so held-out prompts prove it at once.
+        """
+        self.shortfalls = draft.shortfalls
+        for parts in draft.attempts():
+            if any(part.step.name in self.chosen for part in parts):
+                continue
+            before, whole = self.state, parts is draft.parts
+            made = draft.made if whole else None
+            self.settle(*self.attempt(compose.trial(parts), made, held_out=whole), held_out=whole)
+            if self.state is not before:
+                self.chosen |= {part.step.name: part.transform for part in parts}
+
+    def take(self, step: Step) -> None:
+        """Try a step's choices, the most promising first; each that is kept changes what the rest can promise.
+
+        Where the draft in use has something for the step, the others are to replace it.
+        """
+        choices = [t for choice in step.choices if (t := make(choice)) != self.chosen.get(step.name)]
+        while choices:
+            predicted = {t: self.promise(t, step) for t in choices}
+            transform = max(choices, key=lambda t: predicted[t] or 0.0)
+            choices.remove(transform)
+            trial = Trial(transform, step.name, step.phase, Outcome.SKIPPED, "", predicted=predicted[transform])
+            base = self.state
+            if (replaced := self.chosen.get(step.name)) is not None:
+                trial, base = replace(trial, instead_of=(replaced,)), self.before
+            if ruled_out := rule_out(trial, step.phase, base, self.trier.policy.limits, self.trier.hardware):
+                self.trials.append(ruled_out)
+                continue
+            others, before = max((predicted[other] or 0.0 for other in choices), default=0.0), self.state
+            with reusing():
+                (*failed, last), candidate = self.find(trial, base, others)
+                self.trials += failed
+                self.settle(last, candidate)
+            if replaced is not None and self.state is not before:
+                self.chosen[step.name] = last.transform
+
+    def promise(self, transform: Transform, step: Step) -> float | None:
+        """Predicted best-case speed-up of the step's phase over what there is, or None where it cannot be had."""
+        replaced = self.chosen.get(step.name)
+        return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=self.before)
+
+    def value(self, step: Step) -> float:
+        """What a step is worth trying for: the most that one of its choices is."""
+        return max(worth(transform, self.promise(transform, step)) for transform in map(make, step.choices))
+
+    def find(self, trial: Trial, base: State, others: float) -> tuple[list[Trial], Variant | None]:
+        """Try a candidate, and without some layers where it loses too much: what is to be recorded, the last decides.
+
+        Args:
+            base: what its layers would be compared on.
+            others: speed-up that the step's next choice promises.
+        """
+        if (reason := self.shortfalls.get(trial.transform)) is not None and not self.lateness():
+            trial = replace(trial, outcome=Outcome.REJECTED, reason=f"on the exam's texts, read at once, {reason}")
+            return self.trier.refine(trial, self.state, base, others)
+        trial, candidate = self.attempt(trial)
+        if trial.quality is None or trial.quality.verdict is not Verdict.FAIL:
+            return [trial], candidate
+        return self.trier.refine(trial, self.state, base, others)
+
+    def attempt(
+        self, trial: Trial, made: list[Variant] | None = None, *, held_out: bool = False
+    ) -> tuple[Trial, Variant | None]:
+        """Try one candidate if the budget reaches it.
+
+        Args:
+            made: it, where it was put together already; emptied.
+            held_out: whether it is proven on held-out prompts at once.
+        """
+        if late := self.lateness():
+            return replace(trial, outcome=Outcome.UNREACHED, reason=late), None
+        promised = f": predicted up to {trial.predicted:.2f}x for {trial.target}" if trial.predicted else ""
+        self.trier.notify(f"trying {trial.candidate}{promised}")
+        return self.trier.attempt(trial, self.state.variant, made, held_out=held_out)
+
+    def lateness(self) -> str | None:
+        """Why no further trial is begun, or None."""
+        return self.too_short or self.trier.lateness(self.usual_s)
+
+    def settle(self, trial: Trial, candidate: Variant | None, *, held_out: bool = False) -> None:
+        """Record a trial; one that was accepted is used from now on if held-out prompts confirm it.
+
+        Args:
+            held_out: whether they did already.
+        """
+        start = self.trier.clock()
+        if trial.outcome is Outcome.ACCEPTED and candidate is not None:
+            if held_out:
+                self.keep(candidate, Confirmation(None, trial.quality, trial.latency))
+            else:
+                trial = self.confirm(trial, candidate)
+        if trial.latency is not None:
+            self.usual_s = trial.seconds - trial.compile_s + self.trier.clock() - start
+        self.trials.append(trial)
+
+    def confirm(self, trial: Trial, candidate: Variant) -> Trial:
+        self.trier.notify(f"confirming {trial.candidate} on held-out prompts")
+        found = self.trier.bench.confirm(candidate)
+        if found.holds:
+            self.keep(candidate, replace(found, quality=trial.quality) if found.brief else found)
+            short = "; confirmed on a few held-out prompts: the budget had no room for more"
+            return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
+        if self.state is self.before:  # nothing is confirmed yet, whose place this would take
+            self.confirmation, self.refuted = found, candidate.transforms
+        outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
+        self.trier.bench.tidy()
+        return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
+
+    def keep(self, candidate: Variant, confirmation: Confirmation) -> None:
+        """A proven variant is what there is from now on."""
+        self.kept(candidate)
+        self.state, self.confirmation = self.trier.examine(candidate, self.before.obstacle), confirmation
+
+
+def search(
+    original: Variant,
+    policy: Policy,
+    hardware: Hardware,
+    bench: Bench,
+    *,
+    notify: Callable[[str], None] = log.info,
+    clock: Callable[[], float] = time.monotonic,
+    deadline: float | None = None,
+    obstacle: str | None = None,
+    kept: Callable[[Variant], None] = lambda variant: None,
+) -> Found:
+    """Try what the diagnosis calls for, keeping each change that proves itself.
+
+    The draft comes first: the best that is promised for both phases, in one piece. Then single changes to what there
+    is, those first that are worth the most for their cost; without a draft, in the policy's order. After every change
+    the variant is profiled and diagnosed again: removing one bottleneck shows the next.
+
+    Args:
+        original: a variant without transforms.
+        deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
+        obstacle: why nothing can be tried, or None; what would have been tried is recorded with it.
+        kept: given each variant that was confirmed, while the search goes on.
+    """
+    start = clock()
+    deadline = start + policy.budget_s if deadline is None else deadline
+    trier = Trier(policy, hardware, bench, notify, clock, deadline)
+    notify("profiling the original")
+    before = trier.examine(original, obstacle)
+    run = _Search(trier, before, before, kept=kept)
+    parameters = parameter_count(original, policy)
+    if late := trier.lateness(least_s := bench.least_s(before.profile)):
+        whole_s = clock() - start + least_s
+        run.too_short = (
+            f"judging and timing a candidate: {late}; give a budget of {math.ceil(whole_s / 10) * 10} s or more"
+        )
+    else:
+        run.usual_s = least_s / 2  # without a confirmation
+        run.begin(compose.compose(before, trier, parameters))
+    pending = list(policy.steps)
+    while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:
+        step = max(called, key=run.value) if run.chosen else called[0]
+        pending.remove(step)
+        run.take(step)
+    for step in pending:
+        reason = why_not(step, run.state.diagnoses, hardware, parameters) or ""
+        run.trials += [Trial(make(c), step.name, step.phase, Outcome.SKIPPED, reason) for c in step.choices]
+    return Found(before, run.state, tuple(run.trials), run.confirmation, run.refuted)

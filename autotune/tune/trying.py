@@ -1,0 +1,283 @@
+"""One candidate, from application to verdict; what fails the quality gate is tried without the layers that cause it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ..diagnose.diagnosis import Diagnosis
+from ..errors import BudgetSpentError, DeviceError, TransformError
+from ..machine import outside
+from ..machine.hardware import Hardware
+from ..profile import Profile
+from ..runtime.variant import Variant
+from ..transforms import Transform, is_foreign
+from ..validate import Latency, Quality, Verdict
+from ..workload import PHASES, Phase
+from .choose import State, exchange, expect, promise, tier_for
+from .plan import Confirmation, Outcome, Target, Trial
+from .policy import Policy
+from .refine import Probe, Promises, Refinement, refine
+from .verdict import UNTRIED
+
+log = logging.getLogger("autotune")
+
+HOPELESS = 0.1  # speed-up of a first run below which not even quality, which is judged first, is worth the time
+REFINING_SHARE = 0.15  # of the budget that may go into finding out which layers of one transform to leave wider
+LEAST_S = 10.0  # that a candidate may take to show in a child process whether it ends, however little time is left
+OUTCOMES = {
+    Verdict.PASS: Outcome.ACCEPTED,
+    Verdict.FAIL: Outcome.REJECTED,
+    Verdict.INCONCLUSIVE: Outcome.INCONCLUSIVE,
+    Verdict.ERROR: Outcome.ERROR,
+}
+
+
+class Bench(Protocol):
+    """Everything the search has to measure."""
+
+    def profile(self, variant: Variant) -> Profile: ...
+
+    def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]: ...
+
+    def memory_ratio(self, variant: Variant) -> float:
+        """Bytes held by the original and the variant together / bytes held by the original."""
+
+    def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
+        """Speed-up of `phase` from a single run of each: enough to turn down what is hopeless."""
+
+    def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
+        """What a candidate did to a child process that made and ran it first; or None."""
+
+    def judge(self, variant: Variant, tier: str) -> Quality:
+        """Quality against the original.
+
+        Raises:
+            BudgetSpentError: the budget ended.
+        """
+
+    def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
+        """What finds out which layers a transform ruins; None where it cannot leave out some."""
+
+    def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
+        """Paired latency of a phase, or of whole requests."""
+
+    def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
+        """A variant against the original, on prompts it was not chosen on.
+
+        Args:
+            brief: whether fewer prompts will do where the budget has no room for all.
+
+        Raises:
+            BudgetSpentError: it was not to be brief, and the budget ended.
+        """
+
+    def least_s(self, profile: Profile) -> float:
+        """Seconds that judging, timing and confirming takes at the very least, by the original's profile."""
+
+    def free_bytes(self) -> float:
+        """Memory of the device that is still to be had."""
+
+    def explain(self, error: Exception) -> str:
+        """What a candidate raised, in words; raises DeviceError where it means that the device is dead."""
+
+    def tidy(self) -> None:
+        """Give back the memory of a candidate that was not kept."""
+
+
+@dataclass(frozen=True)
+class Trier:
+    """Tries candidates against an incumbent.
+
+    Args:
+        deadline: value of `clock` at which the budget is spent.
+    """
+
+    policy: Policy
+    hardware: Hardware
+    bench: Bench
+    notify: Callable[[str], None]
+    clock: Callable[[], float]
+    deadline: float
+
+    def examine(self, variant: Variant, obstacle: str | None = None) -> State:
+        """What is known of a variant before anything is tried on it."""
+        profile = self.bench.profile(variant)
+        return State(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes(), obstacle)
+
+    def lateness(self, needed_s: float = 0.0) -> str | None:
+        """Why what takes `needed_s` seconds is not begun any more, or None."""
+        left_s, budget = self.deadline - self.clock(), f"the budget of {self.policy.budget_s:.0f} s"
+        if left_s <= 0:
+            return f"{budget} was spent"
+        return None if needed_s <= left_s else f"it takes about {needed_s:.0f} s, {left_s:.0f} s of {budget} were left"
+
+    def attempt(
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None = None, *, held_out: bool = False
+    ) -> tuple[Trial, Variant | None]:
+        """One candidate from application to verdict, with what it took.
+
+        Args:
+            made: the candidate, where it was put together already; taken out, as nothing else may hold on to it.
+            held_out: whether it is proven on held-out prompts at once.
+        """
+        start = self.clock()
+        trial, candidate = self._judge(trial, incumbent, made, held_out)
+        trial = replace(trial, seconds=self.clock() - start)
+        self.notify(f"{trial.outcome} {trial.candidate}: {trial.reason}")
+        return trial, candidate
+
+    def refine(self, failed: Trial, state: State, base: State, others: float) -> tuple[list[Trial], Variant | None]:
+        """Try a transform that failed the gate without the layers that made it fail, where there are few enough.
+
+        Args:
+            failed: the trial of the whole transform.
+            state: what it was tried on.
+            base: what its layers are compared on: `state`, or the original where it was to replace another transform.
+            others: speed-up that the step's next choice promises; a refined transform has to promise more.
+
+        Returns:
+            What is to be recorded, the last of it decides, and its variant.
+        """
+        start = self.clock()
+        try:
+            found = self._look_into(failed, state, base, others)
+        except DeviceError:
+            raise
+        except Exception as error:  # what is measured is foreign code, as in a trial
+            outside.pass_on(error)
+            log.debug("%s could not be refined", failed.transform, exc_info=True)
+            found = Refinement((), f"its layers could not be compared: {self.bench.explain(error)}")
+        if found is None:
+            return [failed], None
+        seconds = failed.seconds + self.clock() - start
+        trials = [replace(failed, reason=f"{failed.reason}; {found.finding}", seconds=seconds)]
+        candidate = None
+        for proposal in found.proposals:
+            refined = replace(failed, transform=proposal.transform, predicted=proposal.predicted, quality=None)
+            if late := self.lateness():
+                refined = replace(refined, outcome=Outcome.UNREACHED, reason=late, seconds=0.0, compile_s=0.0)
+                return [*trials, refined], None
+            trial, candidate = self.attempt(refined, state.variant)
+            if trial.outcome in UNTRIED:
+                return [*trials, trial], candidate
+            trials.append(replace(trial, reason=f"{proposal.reason}; {trial.reason}"))
+            if trial.quality is None or trial.quality.verdict is Verdict.PASS:
+                break
+        return trials, candidate
+
+    def _look_into(self, failed: Trial, state: State, base: State, others: float) -> Refinement | None:
+        """Which layers made a transform fail, and what to try without them; None where it cannot be tried so."""
+        tier = failed.quality.tier if failed.quality else self.policy.tier
+        if failed.target == "both" or (probe := self.bench.probe(base.variant, failed.transform, tier)) is None:
+            return None
+        self.notify(f"looking for the layers that make {failed.transform} fail")
+        replaced, wide = next(iter(failed.instead_of), None), 1.0  # left wider, a layer is as in the original
+        if probe.wider is not None:
+            wide = promise(probe.wider, failed.target, state, self.hardware, replaced=replaced, before=base) or 1.0
+        elif replaced is not None:
+            wide = exchange(1.0, expect(replaced, failed.target, base, self.hardware), failed.target, base, state)
+        promises = Promises(failed.predicted or 1.0, wide, max(1 + self.policy.limits.min_gain, others))
+        end = min(self.deadline, self.clock() + REFINING_SHARE * self.policy.budget_s)
+        return refine(probe, promises, spent=lambda: self.clock() >= end)
+
+    def _judge(
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None, held_out: bool
+    ) -> tuple[Trial, Variant | None]:
+        """One candidate's verdict. Whatever it raises, the incumbent is as it was, and so is the memory.
+
+        Raises:
+            DeviceError: the device is dead for this process, and every further trial with it.
+        """
+        candidate = None
+        try:
+            for stage in self._stages(trial, incumbent, made, held_out):
+                trial, candidate = stage
+        except DeviceError:
+            raise
+        except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
+            outside.pass_on(error)
+            log.debug("%s crashed", trial.candidate, exc_info=True)
+            trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.explain(error)), None
+        if candidate is None:  # and no exception is alive, whose traceback would hold on to its memory
+            self.bench.tidy()
+        return trial, candidate
+
+    def _stages(
+        self, trial: Trial, incumbent: Variant, made: list[Variant] | None, held_out: bool
+    ) -> Iterator[tuple[Trial, Variant | None]]:
+        """One candidate from application to verdict, as far as it comes: what is known after each stage.
+
+        The candidate is yielded with the verdict that keeps it, and before only as None. Raises what the candidate
+        raises.
+        """
+        start, bench = self.clock(), self.bench
+        for foreign in filter(is_foreign, trial.transforms):
+            if death := bench.risk(foreign, lambda: assemble(trial, incumbent), max(LEAST_S, self.deadline - start)):
+                yield replace(trial, outcome=Outcome.ERROR, reason=death), None
+                return
+        try:
+            candidate = made.pop() if made else assemble(trial, incumbent)
+            missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
+        except TransformError as error:
+            yield replace(trial, outcome=Outcome.BLOCKED, reason=str(error)), None
+            return
+        yield (trial := replace(trial, compile_s=self.clock() - start)), None
+        if missing is not None:
+            yield replace(trial, outcome=Outcome.BLOCKED, reason=f"it had no effect: {missing}"), None
+            return
+        memory = bench.memory_ratio(candidate)
+        if memory > self.policy.limits.max_memory_ratio:
+            limit = self.policy.limits.max_memory_ratio
+            reason = f"weights would take {memory:.2f}x the original's memory, {limit:.2f}x is allowed"
+            yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+            return
+        for phase in PHASES if trial.target == "both" else (trial.target,):
+            if (first := bench.glance(incumbent, candidate, phase)) < HOPELESS:
+                reason = f"the first run of {phase} took {1 / first:.1f}x as long"
+                yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+                return
+        try:
+            if held_out:
+                found = bench.confirm(candidate, brief=False)
+            else:
+                found = Confirmation(quality=bench.judge(candidate, tier_for(candidate, self.policy)))
+        except BudgetSpentError as error:
+            yield replace(trial, outcome=Outcome.UNREACHED, reason=str(error)), None
+            return
+        yield (trial := _decided(trial, found)), candidate if held_out and found.holds else None
+        quality = found.quality
+        if held_out or quality is None or quality.verdict is not Verdict.PASS:
+            return
+        if late := self.lateness():
+            yield replace(trial, outcome=Outcome.UNREACHED, reason=f"it is no worse, and was not timed: {late}"), None
+            return
+        latency = bench.race(incumbent, candidate, trial.target)
+        yield _decided(trial, Confirmation(quality=quality, latency=latency)), candidate
+
+
+def _decided(trial: Trial, found: Confirmation) -> Trial:
+    """A trial with what was found, as far as it came."""
+    quality, latency = found.quality, found.latency
+    if latency is not None:
+        outcome = Outcome.INCONCLUSIVE if latency.drowned else OUTCOMES[latency.verdict]
+    elif quality is not None:
+        outcome = OUTCOMES[quality.verdict] if quality.examined else Outcome.BLOCKED
+    else:
+        outcome = Outcome.ERROR
+    return replace(trial, quality=quality, latency=latency, outcome=outcome, reason=found.reason)
+
+
+def assemble(trial: Trial, incumbent: Variant) -> Variant:
+    """The variant that a trial is about.
+
+    Raises:
+        TransformError: one of its transforms refuses.
+    """
+    if not trial.instead_of:
+        return incumbent.with_transforms(trial.transforms)
+    rest = tuple(transform for transform in incumbent.transforms if transform not in trial.instead_of)
+    fresh = Variant(incumbent.original, incumbent.traffic, incumbent.workload, incumbent.draft)
+    return fresh.with_transforms((*rest, *trial.transforms))
