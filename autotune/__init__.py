@@ -49,10 +49,11 @@ from .errors import (
 )
 from .live.handle import Handle
 from .live.status import Status
-from .live.wrap import unsupported, wrap
-from .transforms import Transform
+from .live.wrap import wrap
+from .runtime.variant import Transform
 from .tune.plan import Plan
 from .tune.policy import Policy
+from .tune.supported import unsupported
 from .workload import Workload
 
 __version__ = "0.1.0"

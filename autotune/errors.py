@@ -24,6 +24,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 LIBRARIES = frozenset({"autotune", "transformers", "torch"})  # between the user's line and a warning
 
@@ -107,3 +111,14 @@ def warn(problem: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
     warnings.warn(f"autotune: {problem}", RuntimeWarning, stacklevel=level)
+
+
+class Blocker(str):
+    """A reason of `Transform.unavailable` that the user can and may want to put right.
+
+    A plain reason lies in the model, the machine or the packages that are installed: nothing is wrong. A blocker keeps
+    away what should work here: a compiler is missing or failed, or autotune does not know how a model is called.
+    A search does not pass over it in silence.
+    """
+
+    __slots__ = ()

@@ -41,10 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]:
     """Checks a live model against the baseline: `autotune_check(model, tokenizer=..., ...)`.
 
-    Arguments are those of `autotune.compare.check.run`, and take precedence over the command line. A regression fails
-    the test with the reason and where it is, an inconclusive check skips it unless told otherwise, and one that could not
-    be made is an error. A baseline on the command line is relative to where pytest was called, one in a configuration
-    file to that file.
+    Arguments are those of `autotune.compare.check.run` and take precedence over the command line. A regression fails
+    the test with the reason and where it is, an inconclusive check skips it unless told otherwise, and one that could
+    not be made is an error. A baseline on the command line is relative to where pytest was called, one in a
+    configuration file to that file.
     """
     config = request.config
 

@@ -33,8 +33,7 @@ from autotune import workload
 from autotune.cli import demo
 from autotune.machine import hardware
 from autotune.model.load import load
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage
+from autotune.runtime.variant import Stage, Variant
 from autotune.tune import bench, search
 from autotune.tune import policy as policies
 from autotune.tune.choose import make
@@ -42,6 +41,7 @@ from autotune.tune.plan import Outcome, Trial
 from autotune.tune.policy import Choice, Policy, Step
 from autotune.tune.trying import Trier
 from autotune.validate import Speedup
+from autotune.workload import built_in
 
 if TYPE_CHECKING:
     from autotune.machine.hardware import Hardware
@@ -212,7 +212,7 @@ def compare(model: Any, tokenizer: Any, policy: Policy, prompts: Any, notify: Ca
     """Both searches and the race between their winners."""
     work = workload.read(prompts, tokenizer=tokenizer, model=model)
     machine: Hardware = hardware.probe(model.device.type)
-    texts = bench.natural_texts(tokenizer)
+    texts = built_in.natural(tokenizer)
     arms: dict[str, Arm] = {}
     for name, run in (("diagnosed", diagnosed), ("everything", everything)):
         with empty_caches():
@@ -255,7 +255,7 @@ def main() -> int:
     model, tokenizer = load(options.model or demo.model_file())
     if tokenizer is None:
         parser.error(f"{options.model} has no tokenizer, and the prompts are text")
-    prompts = options.prompts or demo.prompts(tokenizer)
+    prompts = options.prompts or built_in.chats(tokenizer)
     result = compare(model, tokenizer, policies.load(options.policy), prompts, notify)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "choice.json").write_text(json.dumps(result, indent=2) + "\n")

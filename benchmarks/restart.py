@@ -37,11 +37,12 @@ def serve(when: str) -> dict[str, Any]:
     import autotune
     from autotune.cli import demo
     from autotune.model.load import load
+    from autotune.workload import built_in
 
     model, tokenizer = load(str(demo.model_file()))
     loaded = time.monotonic()
     found: dict[str, Any] = {"loading": loaded - start}
-    autotune.wrap(model, tokenizer=tokenizer, workload=demo.prompts(tokenizer), when=when, progress=None)
+    autotune.wrap(model, tokenizer=tokenizer, workload=built_in.chats(tokenizer), when=when, progress=None)
     found["wrap returned"] = time.monotonic() - loaded
     handle: Any = model.autotune
     asked = tokenizer(demo.QUESTION, return_tensors="pt")

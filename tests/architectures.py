@@ -38,13 +38,13 @@ from unittest import mock
 import torch
 
 from autotune.errors import AutotuneError, ChoiceError, TransformError
-from autotune.live.wrap import unsupported
 from autotune.machine import hardware
 from autotune.model import route, seam, shrink
 from autotune.runtime.speculation import speculate
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform, make, registry
+from autotune.runtime.variant import Stage, Transform, Variant
+from autotune.transforms import make, registry
 from autotune.tune.choose import unavailable
+from autotune.tune.supported import unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from autotune.diagnose.costs import MemoryUse, PhaseProfile, Profile, ScalePoint
 from autotune.diagnose.diagnosis import Diagnosis
 from autotune.machine.catalogue import MACHINES
 from autotune.machine.hardware import Hardware
-from autotune.profile import MemoryUse, PhaseProfile, Profile, ScalePoint
-from autotune.report import Recorded, Report
-from autotune.report.advice import (
+from autotune.report import Report
+from autotune.tune.advice import (
     Advice,
     Served,
     advise,
@@ -26,6 +26,8 @@ from autotune.report.advice import (
     shorter_context,
     shorter_prompts,
 )
+from autotune.tune.findings import Findings
+from autotune.tune.record import report_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -311,7 +313,7 @@ def diagnoses(prefill: Any, decode: Any) -> dict[Any, Diagnosis]:
     return {phase: Diagnosis(phase, bound, "", 2.0, 0.5) for phase, bound in found.items()}  # type: ignore[arg-type]
 
 
-BEFORE = Report(
+BEFORE = Findings(
     model="m",
     parameters=1,
     hardware=CPU,
@@ -347,10 +349,11 @@ def test_what_helps_comes_first() -> None:
     assert False in helps
 
 
-@pytest.mark.parametrize("report", [BEFORE, AFTER], ids=["before", "after"])
-def test_every_form_ends_with_it(report: Report) -> None:
+@pytest.mark.parametrize("findings", [BEFORE, AFTER], ids=["before", "after"])
+def test_every_form_ends_with_it(findings: Findings) -> None:
+    report = report_of(findings)
     found = json.loads(report.to_json())["advice"]
-    assert len(found) == len(advise(report))
+    assert len(found) == len(advise(findings))
     assert all(set(a) == {"change", "speedups", "because", "assumes"} for a in found)
     text, markdown, page = str(report), report.to_markdown(), report.to_html()
     help_, nothing = "What you could change", "What would bring little or nothing"
@@ -359,28 +362,28 @@ def test_every_form_ends_with_it(report: Report) -> None:
     for advice in found:
         assert advice["change"] in markdown[markdown.index(help_) :].replace("\\", "")
         assert advice["change"].split()[0] in text[text.index(help_) :]
-    assert "decode 1.11x" in BEFORE.to_markdown()
+    assert "decode 1.11x" in report_of(BEFORE).to_markdown()
 
 
 def test_the_same_assumption_is_told_once() -> None:
-    told = BEFORE.to_markdown()
+    told = report_of(BEFORE).to_markdown()
     assert told.count("Assumes that work reaches the same share") == 2  # of processors, of GPUs
     assert told.count("Assumes the same.") == 2
 
 
 def test_a_record_of_an_earlier_version_has_none_and_is_shown() -> None:
-    record = {key: value for key, value in BEFORE.to_dict().items() if key != "advice"}
-    for form in (str(Recorded(record)), Recorded(record).to_markdown(), Recorded(record).to_html()):
+    record = {key: value for key, value in report_of(BEFORE).to_dict().items() if key != "advice"}
+    for form in (str(Report(record)), Report(record).to_markdown(), Report(record).to_html()):
         assert "What you could change" not in form
         assert "What would bring" not in form
 
 
 def test_where_nothing_helps_only_that_is_told() -> None:
-    record = BEFORE.to_dict()
+    record = report_of(BEFORE).to_dict()
     record["advice"] = [a for a in record["advice"] if not any(a["speedups"].values())]
-    for form in (str(Recorded(record)), Recorded(record).to_markdown()):
+    for form in (str(Report(record)), Report(record).to_markdown()):
         assert "What you could change" not in form
         assert "What would bring little or nothing" in form
-    page = Recorded(record).to_html()
+    page = Report(record).to_html()
     assert '<section id="advice"' in page
     assert "What would bring little or nothing" in page

@@ -14,7 +14,7 @@ from autotune import transforms
 from autotune.errors import TransformError
 from autotune.runtime import kernels
 from autotune.runtime.cache import pool
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform
 from tests.models import left_padded, tiny, token_prompts
 from tests.test_outside import LateError, alarm, busy, ring
 from tests.test_wrap import scripted, wrapped  # noqa: F401 - a fixture

@@ -12,8 +12,7 @@ import torch
 from autotune.errors import BudgetSpentError, DeviceError
 from autotune.machine import device
 from autotune.model.linear_layers import stored_bytes
-from autotune.runtime.variant import Variant
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import pytest
 
 from autotune.diagnose.diagnosis import Diagnosis
+from autotune.errors import Blocker
 from autotune.machine.hardware import DOUBT, Hardware
-from autotune.runtime.variant import Variant
-from autotune.transforms import Blocker, Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune.choose import State, rule_out, why_not
 from autotune.tune.plan import Outcome, Trial
-from autotune.tune.policy import Limits, Step
+from autotune.tune.policy import Step
+from autotune.validate.limits import Limits
 from tests.models import tiny
 
 QUIET = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 10e9, {"float32": 100e9, "bfloat16": 1e9}, None, {})

@@ -19,6 +19,7 @@ from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import policy as policies
 from autotune.tune.plan import Outcome, Trial
+from autotune.workload import built_in
 from tests import models
 
 POLICY = """
@@ -325,7 +326,7 @@ def test_an_answer_of_the_original_and_of_what_serves(llama, tokenizer):
 def test_built_in_prompts_are_chats_where_the_tokenizer_knows_chats(template):
     tokenizer = models.tiny_tokenizer()
     tokenizer.chat_template = template
-    prompts = demo.prompts(tokenizer)
+    prompts = built_in.chats(tokenizer)
     assert len({tuple(ids) for ids in prompts}) == len(prompts) >= 32
     assert tokenizer.decode(prompts[0]).startswith("<user>") is (template is not None)
 

@@ -9,8 +9,7 @@ import pytest
 from torch import nn
 
 from autotune.errors import DeviceError, TransformError
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune.contributions import measure
 from autotune.validate import Latency, Speedup, Verdict
 

@@ -10,11 +10,11 @@ import torch
 
 from autotune import profile as profiling
 from autotune import transforms
-from autotune.live import selfcheck
 from autotune.machine import hardware
 from autotune.model import route, shrink
 from autotune.profile import ncu_replay as replays
 from autotune.runtime.variant import Variant
+from autotune.tune import selfcheck
 from autotune.validate.score import Served
 from autotune.workload import Workload
 from tests.models import tiny, token_prompts

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from autotune.diagnose.costs import DeviceUse, MemoryUse, PhaseProfile
 from autotune.diagnose.diagnosis import diagnose, overhead_s
 from autotune.machine.device.counters import Counters
 from autotune.machine.hardware import Hardware
-from autotune.profile import DeviceUse, MemoryUse, PhaseProfile
 
 CPU = Hardware("cpu", "a CPU", "AVX512", 2, 16 * 10**9, 34e9, {"float32": 420e9}, None, {})
 H100 = Hardware("cuda", "a GPU", "9.0", 1, 80 * 10**9, 3350e9, {"float16": 989e12}, None, {})

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from autotune.machine import ending
-from autotune.machine.ending import Worker
-from autotune.runtime.traffic import Cancelled
+from autotune.machine.ending import Cancelled, Worker
 
 HANG_S = 240.0  # a deadlock shows as a failure, not as a hang
 WRAPPED = """

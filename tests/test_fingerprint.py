@@ -17,7 +17,8 @@ from autotune.machine.hardware import Hardware
 from autotune.model import route
 from autotune.runtime import variant
 from autotune.tune import fingerprint
-from autotune.tune.policy import Choice, Limits, Policy, Step
+from autotune.tune.policy import Choice, Policy, Step
+from autotune.validate.limits import Limits
 from autotune.workload import Workload
 from tests import models
 

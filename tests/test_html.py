@@ -16,14 +16,15 @@ import pytest
 from autotune import cli
 from autotune.cli.tune import _hand_over
 from autotune.errors import PackageError
-from autotune.report import Recorded
+from autotune.report import Report
 from autotune.report import numbers as n
 from autotune.report.html import elements, roofline, samples, steps
 from autotune.tune import plan
 from autotune.tune.plan import Fingerprint, Plan
+from autotune.tune.record import report_of, reverified
 from autotune.validate import Certainty, Latency, Speedup, Verdict
 from tests import chromium, pages
-from tests.test_report import COMMITTED, FASTER, NAN, ORIGINAL, PASSED, PROFILED
+from tests.test_report import CALLED, COMMITTED, FASTER, NAN, ORIGINAL, PASSED, PROFILED
 from tests.test_report_device import DOUBTED, MEASURED
 from tests.test_report_device import TUNED as ON_GPU
 
@@ -40,8 +41,10 @@ TIMED = replace(
     reference_s={m: tuple(0.03 + 0.001 * k for k in range(2 * PAIRS)) for m in ("ttft", "tpot", "end_to_end")},
     candidate_s={m: tuple(0.012 + 0.0005 * k for k in range(2 * PAIRS)) for m in ("ttft", "tpot", "end_to_end")},
 )
-FULL = replace(COMMITTED, quality=replace(PASSED, certainty=SURE), latency=TIMED)
+WHOLE = replace(COMMITTED, quality=replace(PASSED, certainty=SURE), latency=TIMED)
+FULL = report_of(WHOLE).with_calls(0, {"beam search": 3})
 UNKNOWN = Speedup(NAN, NAN, NAN, 0)
+UNTIMED = Latency(Verdict.ERROR, "", UNKNOWN, UNKNOWN, UNKNOWN, NAN)
 NEW = {"certainty", "samples", "flops", "moved_bytes", "after_flops", "after_moved_bytes", "roofline_share"}
 NEW |= {"ttft", "tpot"}  # of a trial
 LATER = {"device", "ncu", "bytes_after_release", "doubt", "advice", "contributions", "elsewhere"}
@@ -64,24 +67,26 @@ def lean(record: dict[str, Any]) -> dict[str, Any]:
 
 RECORDS: dict[str, dict[str, Any]] = {
     "committed": FULL.to_dict(),
-    "kept": ORIGINAL.to_dict(),
-    "profiled": PROFILED.to_dict(),
-    "replayed": Recorded(lean(FULL.to_dict())).reverified(verdict="Replayed.", seconds=12.0, latency=TIMED).to_dict(),
-    "released": Recorded(lean(COMMITTED.to_dict())).without_original(148_500_000).to_dict(),
-    "device": replace(ON_GPU, latency=TIMED).to_dict(),
-    "device, profiled": lean(MEASURED.to_dict()),
-    "counted": lean(DOUBTED.to_dict()),
-    "unpaired": lean(replace(COMMITTED, latency=None, quality=None).to_dict()),
-    "untimed": lean(replace(COMMITTED, latency=Latency(Verdict.ERROR, "", UNKNOWN, UNKNOWN, UNKNOWN, NAN)).to_dict()),
+    "kept": report_of(ORIGINAL).to_dict(),
+    "profiled": report_of(PROFILED).to_dict(),
+    "replayed": reverified(Report(lean(FULL.to_dict())), verdict="Replayed.", seconds=12.0, latency=TIMED).to_dict(),
+    "released": Report(lean(CALLED.to_dict())).without_original(148_500_000).to_dict(),
+    "device": report_of(replace(ON_GPU, latency=TIMED)).to_dict(),
+    "device, profiled": lean(report_of(MEASURED).to_dict()),
+    "counted": lean(report_of(DOUBTED).to_dict()),
+    "unpaired": lean(report_of(replace(COMMITTED, latency=None, quality=None)).to_dict()),
+    "untimed": lean(
+        report_of(replace(COMMITTED, latency=Latency(Verdict.ERROR, "", UNKNOWN, UNKNOWN, UNKNOWN, NAN))).to_dict()
+    ),
     "old": {key: value for key, value in old(FULL.to_dict()).items() if key not in LATER},
-    "bare": lean(PROFILED.to_dict()),
+    "bare": lean(report_of(PROFILED).to_dict()),
 }
 EVERY = pytest.mark.parametrize("kind", list(RECORDS))
 
 
 @functools.cache
 def written(kind: str) -> str:
-    return Recorded(RECORDS[kind]).to_html()
+    return Report(RECORDS[kind]).to_html()
 
 
 @functools.cache
@@ -120,7 +125,7 @@ def test_the_data_goes_with_the_page(kind: str) -> None:
 
 
 def test_the_same_record_is_the_same_page() -> None:
-    assert Recorded(json.loads(json.dumps(RECORDS["released"]))).to_html() == written("released")
+    assert Report(json.loads(json.dumps(RECORDS["released"]))).to_html() == written("released")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_the_same_record_is_the_same_page() -> None:
         ("committed", {"device"}),
         ("kept", {"steps", "latency", "quality", "device", "bypassed"}),
         ("profiled", {"steps", "trials", "latency", "quality", "device", "bypassed"}),
-        ("device", set()),
+        ("device", {"bypassed"}),
         ("bare", {"steps", "trials", "latency", "quality", "operators", "growth", "device", "bypassed"}),
     ],
 )
@@ -269,7 +274,7 @@ def spoiled(value: Any, key: str = "") -> Any:
 
 @pytest.mark.parametrize("kind", ["committed", "device", "counted"])
 def test_no_text_becomes_markup(kind: str) -> None:
-    text = Recorded(spoiled(RECORDS[kind])).to_html()
+    text = Report(spoiled(RECORDS[kind])).to_html()
     found = pages.parse(text)
     assert {node.tag for node in found.all()} <= HARMLESS
     names = {name for node in found.all() for name in node.attributes}
@@ -335,7 +340,7 @@ def test_a_file_is_shown_in_every_form(source: str, request: Any, tmp_path: Path
     assert cli.main(["report", str(file)]) == cli.DONE
     assert "Committed shrink(bits=8)@decode." in capsys.readouterr().out
     assert cli.main(["report", str(file), "--markdown"]) == cli.DONE
-    assert capsys.readouterr().out == Recorded(RECORDS["released"]).to_markdown()
+    assert capsys.readouterr().out == Report(RECORDS["released"]).to_markdown()
     assert cli.main(["report", str(file), "--html"]) == cli.DONE
     beside = file.with_suffix(".html")
     assert str(beside) in "".join(capsys.readouterr().out.split("\n"))
@@ -352,7 +357,11 @@ def test_a_file_is_shown_in_every_form(source: str, request: Any, tmp_path: Path
         ("[]", [], "holds no report"),
         ('{"fingerprint": {}, "summary": {}}', [], "holds no report"),
         ('{"verdict": "x"}', [], "cannot be shown"),
-        (json.dumps(COMMITTED.to_dict() | {"operators": {"decode": [{"group": 1}]}}), ["--html"], "cannot be"),
+        (
+            json.dumps(CALLED.to_dict() | {"operators": {"decode": [{"group": 1}]}}),
+            ["--html"],
+            "cannot be",
+        ),
         (json.dumps(RECORDS["bare"]), ["--html", "no/such/folder/x.html"], "cannot be written"),
     ],
     ids=["missing", "broken", "deep", "list", "empty plan", "no report", "spoiled", "nowhere"],
@@ -378,7 +387,7 @@ def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_matplotlib")
 def test_the_missing_library_is_named(report_file: Path, capsys: Any) -> None:
     with pytest.raises(PackageError, match=r"pip install 'matplotlib>="):
-        COMMITTED.to_html()
+        CALLED.to_html()
     assert cli.main(["report", str(report_file), "--html"]) == cli.USAGE
     assert "pip install" in capsys.readouterr().err
     assert not report_file.with_suffix(".html").exists()
@@ -386,13 +395,13 @@ def test_the_missing_library_is_named(report_file: Path, capsys: Any) -> None:
 
 @pytest.mark.usefixtures("without_matplotlib")
 def test_tuning_leaves_the_page_out_and_says_so(tmp_path: Path, capsys: Any) -> None:
-    _hand_over(COMMITTED, tmp_path, "report", {"plan.json": "{}"})
+    _hand_over(CALLED, tmp_path, "report", {"plan.json": "{}"})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "report.json", "report.md"]
     assert "No report.html" in capsys.readouterr().out
 
 
 def test_tuning_writes_the_page(tmp_path: Path, capsys: Any) -> None:
-    _hand_over(Recorded(RECORDS["released"]), tmp_path, "report", {})
+    _hand_over(Report(RECORDS["released"]), tmp_path, "report", {})
     assert (tmp_path / "report.html").read_text() == written("released")
     assert "report.html" in capsys.readouterr().out.splitlines()[-1]
 
@@ -486,7 +495,7 @@ def test_the_filters_work_without_a_script(tab: chromium.Page, shown: Any) -> No
 @needs_chromium
 def test_a_hostile_page_runs_nothing(tab: chromium.Page, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
-    file.write_text(Recorded(spoiled(RECORDS["committed"])).to_html(), encoding="utf-8")
+    file.write_text(Report(spoiled(RECORDS["committed"])).to_html(), encoding="utf-8")
     tab.open(file, 360)
     assert tab.said == []
     assert [url for url in tab.asked if not url.startswith("data:")] == [file.as_uri()]

@@ -16,12 +16,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autotune.machine import device as devices
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune.policy import Limits
 from autotune.validate import Verdict
 from autotune.validate.latency import compare, decide, label, noise_floor
+from autotune.validate.limits import Limits
 from autotune.validate.score import OutputError, Served
 from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
 from autotune.workload import Bucket

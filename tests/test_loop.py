@@ -16,8 +16,7 @@ from autotune.model import seam
 from autotune.runtime import kernels, loop
 from autotune.runtime.loop import _choose_unwaiting
 from autotune.runtime.steps.compiled import artifact
-from autotune.runtime.variant import Variant, build, serving
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop

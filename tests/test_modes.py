@@ -16,8 +16,7 @@ from autotune.errors import VariantError
 from autotune.model.twins import fork
 from autotune.runtime import kernels
 from autotune.runtime.steps.program import StepPrograms
-from autotune.runtime.variant import Variant, serving
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant, serving
 from tests.models import tiny, token_prompts
 from tests.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 

@@ -11,8 +11,7 @@ import torch
 from autotune.errors import TransformError
 from autotune.model.linear_layers import stored_bytes
 from autotune.runtime.kernels import HalfLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear, available
-from autotune.runtime.variant import Variant
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.packed_embedding import PackedEmbedding as Packed
 from autotune.transforms.weight_only import WeightOnly
 from tests.models import tiny, token_prompts

@@ -13,8 +13,7 @@ import torch
 import autotune
 from autotune.machine import device
 from autotune.runtime.kernels import available
-from autotune.runtime.variant import Variant
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import plan as plans

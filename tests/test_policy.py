@@ -13,7 +13,8 @@ from autotune.errors import PolicyError
 from autotune.machine import gpus as architecture
 from autotune.tune import conditions as ranges
 from autotune.tune import policy
-from autotune.tune.policy import BUILT_IN, Choice, Limits, Step
+from autotune.tune.policy import BUILT_IN, Choice, Step
+from autotune.validate.limits import Limits
 
 NAMES = ["balanced", "latency", "lossless", "memory", "throughput"]
 MINE = """

@@ -9,7 +9,7 @@ import pytest
 from autotune import transforms
 from autotune.diagnose.diagnosis import Diagnosis
 from autotune.machine.hardware import Hardware
-from autotune.transforms import Stage
+from autotune.runtime.variant import Stage
 from autotune.tune import policy
 from autotune.tune.choose import why_not
 from tests.test_policy import NAMES

@@ -19,8 +19,7 @@ import torch
 
 import autotune
 from autotune import transforms
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import policy as policies
 from autotune.tune import probation
 from autotune.tune.fingerprint import of_model

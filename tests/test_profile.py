@@ -44,7 +44,7 @@ from autotune.workload import PHASES, Workload
 from tests import models
 
 if TYPE_CHECKING:
-    from autotune.profile import Profile
+    from autotune.diagnose.costs import Profile
 
 CPU = Hardware("cpu", "a CPU", "AVX2", 2, 16 * 10**9, 25e9, {"float32": 140e9}, None, {})
 PREFILL, DECODE = Forward(batch=1, new=12), Forward(batch=1, new=1, past=16)

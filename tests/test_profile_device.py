@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from autotune import profile
+from autotune.diagnose.costs import PhaseProfile, ScalePoint
 from autotune.diagnose.diagnosis import diagnose
 from autotune.diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OVERHEAD
 from autotune.errors import MeasurementError
 from autotune.machine import device
 from autotune.machine.hardware import Hardware
-from autotune.profile import PhaseProfile, ScalePoint
 from autotune.profile.operators import device_use, share
 from autotune.profile.phases import on_device
 from autotune.profile.recording import read

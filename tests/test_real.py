@@ -18,9 +18,10 @@ from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.one_query_attention import OneQueryAttention
 from autotune.transforms.weight_only import WeightOnly
 from autotune.transforms.weight_storage import WeightStorage
-from autotune.tune import bench, fingerprint
+from autotune.tune import fingerprint
 from autotune.validate import Verdict, quality
 from autotune.validate.exam import Exam
+from autotune.workload import built_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def model(loaded: tuple[PreTrainedModel, Any]) -> Iterator[PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def exam(model: PreTrainedModel, loaded: tuple[PreTrainedModel, Any]) -> Exam:
-    return Exam.prepare(model, bench.natural_texts(loaded[1])[:16], pad_token_id=2)
+    return Exam.prepare(model, built_in.natural(loaded[1])[:16], pad_token_id=2)
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from autotune.errors import TransformError
+from autotune.errors import Blocker, TransformError
 from autotune.machine import hardware, versions
 from autotune.model import seam, shrink
-from autotune.runtime.variant import Variant
-from autotune.transforms import Blocker, Stage, Transform, make
+from autotune.runtime.variant import Stage, Transform, Variant
+from autotune.transforms import make
 from autotune.tune import choose, rehearsal
 from tests import architectures
 from tests.models import tiny

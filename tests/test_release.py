@@ -18,8 +18,7 @@ import autotune
 from autotune.model import seam
 from autotune.model.linear_layers import stored_bytes
 from autotune.runtime.kernels import PackedLinear, available
-from autotune.runtime.variant import Variant
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linear_dtype import LinearDtype
@@ -31,9 +30,9 @@ from autotune.tune import plan as plans
 from autotune.tune import policy as policies
 from autotune.tune import run as tuning
 from autotune.tune.bench import LiveBench
-from autotune.tune.policy import Limits
 from autotune.tune.run import Tuned
 from autotune.validate.latency import decide
+from autotune.validate.limits import Limits
 from autotune.validate.timing import Pair, Timing
 from autotune.workload import Workload
 from tests.models import left_padded, tiny, token_prompts

@@ -10,16 +10,18 @@ from typing import Any, ClassVar, Literal
 import pytest
 from rich.console import Console
 
+from autotune.diagnose.costs import MemoryUse, Operator, PhaseProfile, Profile, ScalePoint
 from autotune.diagnose.diagnosis import Diagnosis
 from autotune.machine.hardware import Hardware
-from autotune.profile import MemoryUse, Operator, PhaseProfile, Profile, ScalePoint
-from autotune.report import Recorded, Report, read
+from autotune.report import Report, read
 from autotune.report import numbers as n
 from autotune.report.markdown import escape
 from autotune.report.sections import contributions, not_tried, result
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform
 from autotune.tune.contributions import Contribution
+from autotune.tune.findings import Findings
 from autotune.tune.plan import Outcome, Trial
+from autotune.tune.record import report_of, reverified
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
 NAN = float("nan")
@@ -125,7 +127,7 @@ TRIALS = (
     Trial(Shrink(phase="prefill"), "smaller weights", "prefill", Outcome.SKIPPED, "prefill is compute-bound"),
     Trial(Shrink(bits=2), "smaller weights", "decode", Outcome.UNAVAILABLE, "needs | AVX-512", NAN),
 )
-ORIGINAL = Report(
+ORIGINAL = Findings(
     model="tiny-llama",
     parameters=134_500_000,
     hardware=HARDWARE,
@@ -154,8 +156,8 @@ COMMITTED = replace(
     quality=PASSED,
     latency=FASTER,
     break_even_tokens=12_345.0,
-    bypassed={"beam search": 3},
 )
+CALLED = report_of(COMMITTED).with_calls(0, {"beam search": 3})
 PROFILED = replace(
     ORIGINAL,
     verdict="Profiled; nothing was tried.",
@@ -177,7 +179,9 @@ IDLE = replace(
     ),
 )
 REPORTS = pytest.mark.parametrize(
-    "report", [ORIGINAL, COMMITTED, PROFILED, IDLE], ids=["original", "committed", "profiled", "idle"]
+    "report",
+    [report_of(each) for each in (ORIGINAL, COMMITTED, PROFILED, IDLE)],
+    ids=["original", "committed", "profiled", "idle"],
 )
 
 PHASE_KEYS = {
@@ -213,20 +217,20 @@ def test_json_keeps_everything_and_has_no_nan(report):
 
 
 def test_paired_timing_outranks_the_profiles():
-    decode = COMMITTED.to_dict()["phases"]["decode"]
+    decode = CALLED.to_dict()["phases"]["decode"]
     assert decode["baseline_ms"] == pytest.approx(32.0)
     assert decode["final_ms"] == pytest.approx(12.8)
     assert (decode["speedup"], decode["speedup_low"], decode["speedup_high"]) == (2.5, 2.4, 2.6)
 
 
 def test_without_paired_timing_there_is_no_interval():
-    decode = replace(COMMITTED, latency=None).to_dict()["phases"]["decode"]
+    decode = report_of(replace(COMMITTED, latency=None)).to_dict()["phases"]["decode"]
     assert decode["speedup"] == pytest.approx(32 / 13)
     assert decode["speedup_low"] is None
 
 
 def test_the_original_is_exactly_as_fast_as_itself():
-    decode = ORIGINAL.to_dict()["phases"]["decode"]
+    decode = report_of(ORIGINAL).to_dict()["phases"]["decode"]
     assert decode["final_ms"] == decode["baseline_ms"]
     assert decode["speedup"] == decode["speedup_low"] == decode["speedup_high"] == 1.0
 
@@ -239,7 +243,7 @@ def test_operators_are_paired_by_group():
             "decode": phase_profile("decode", 0.013, [("FFN", 0.01, "memory"), ("lm_head", 0.003, "memory")]),
         },
     )
-    rows = {row["group"]: row for row in replace(COMMITTED, after=changed).to_dict()["operators"]["decode"]}
+    rows = {row["group"]: row for row in report_of(replace(COMMITTED, after=changed)).to_dict()["operators"]["decode"]}
     assert rows["FFN"]["before_ms"] == pytest.approx(11.2)
     assert rows["FFN"]["after_ms"] == pytest.approx(10.0)
     assert rows["attention"]["after_ms"] == 0.0
@@ -251,7 +255,7 @@ def test_operators_are_paired_by_group():
     ("report", "said", "unsaid"),
     [
         (
-            COMMITTED,
+            CALLED,
             [
                 "2.50x",
                 "2.40-2.60x",
@@ -274,12 +278,12 @@ def test_operators_are_paired_by_group():
             ["nan"],
         ),
         (
-            ORIGINAL,
+            report_of(ORIGINAL),
             ["Kept the original", "mean KLD 1.21, at most 0.0050", "2.50x", "skipped", "unavailable"],
             ["after ms", "went to the original", "nan", "Applied", "Could not be tried", "not kept as a plan"],
         ),
         (
-            IDLE,
+            report_of(IDLE),
             [
                 "Kept the original, but 2 of 3 candidates could not be tried: no compiler (shrink)",
                 "This outcome is not kept as a plan, and the next run searches anew: 2 of 3 candidates could not be",
@@ -292,12 +296,12 @@ def test_operators_are_paired_by_group():
             ["nan", "Applied"],
         ),
         (
-            PROFILED,
+            report_of(PROFILED),
             ["Decode moves 538 MB a token at 10.0 GB/s: overhead-bound.", "attention", "45 %", "batch"],
             ["Tried", "speed-up", "after ms", "nan"],
         ),
         (
-            COMMITTED.without_original(148_500_000),
+            CALLED.without_original(148_500_000),
             [
                 "Without the original the weights take 0.28x of its bytes.",
                 "148 MB",
@@ -306,7 +310,7 @@ def test_operators_are_paired_by_group():
             ["The original is kept", "went to the original"],
         ),
         (
-            Recorded(COMMITTED.to_dict()).without_original(148_500_000),
+            CALLED.without_original(148_500_000),
             ["Without the original the weights take 0.28x of its bytes.", "148 MB"],
             ["The original is kept"],
         ),
@@ -339,22 +343,23 @@ def test_plain_text_fits_and_has_no_escapes(report):
 
 def test_a_long_name_leaves_room_for_the_reason():
     layers = "layers.0.self_attn,down_proj,gate_proj,k_proj,o_proj,v_proj,up_proj,embed_tokens"
-    text = str(replace(ORIGINAL, trials=(replace(TRIALS[1], transform=Named(name_of=layers)),)))
+    findings = replace(ORIGINAL, trials=(replace(TRIALS[1], transform=Named(name_of=layers)),))
+    text = str(report_of(findings))
     assert "mean KLD 1.21" in text
 
 
 @REPORTS
 def test_a_recorded_report_shows_the_same(report):
-    recorded = Recorded(json.loads(report.to_json()))
+    recorded = Report(json.loads(report.to_json()))
     assert recorded.to_markdown() == report.to_markdown()
     assert str(recorded) == str(report)
 
 
 def test_the_verdict_comes_first_and_what_could_not_be_tried_is_listed_before_what_was():
-    text = IDLE.to_markdown()
+    text = report_of(IDLE).to_markdown()
     marks = ["Kept the original, but 2 of 3", "## Diagnosis", "## Could not be tried", "## Tried", "## Ruled out"]
     assert sorted(marks, key=text.index) == marks
-    page = IDLE.to_html()
+    page = report_of(IDLE).to_html()
     assert "2 of 3 candidates that were called for could not be tried." in page
     assert page.index("Kept the original, but 2 of 3") < page.index("not kept as a plan") < page.index("no compiler</")
 
@@ -362,19 +367,17 @@ def test_the_verdict_comes_first_and_what_could_not_be_tried_is_listed_before_wh
 def test_a_replay_shows_the_figures_of_today():
     today = replace(FASTER, tpot=Speedup(3.0, 2.8, 3.2, 9))
     doubt = replace(PASSED, verdict=Verdict.INCONCLUSIVE, reason="need 1 more prompt", tokens=160)
-    recorded = (
-        Recorded(COMMITTED.to_dict())
-        .reverified(verdict="Replayed.", seconds=12.0, latency=today, quality=doubt)
-        .with_calls(7, {"beam search": 1})
+    recorded = reverified(CALLED, verdict="Replayed.", seconds=12.0, latency=today, quality=doubt).with_calls(
+        7, {"beam search": 1}
     )
     record = recorded.to_dict()
     assert record["phases"]["decode"]["speedup"] == 3.0
-    assert record["trials"] == COMMITTED.to_dict()["trials"]
+    assert record["trials"] == CALLED.to_dict()["trials"]
     assert (record["served"], record["bypassed"]) == (7, {"beam search": 1})
     assert "verified again in 12 s" in str(recorded)
     assert record["quality"]["verdict"] == "pass"
     assert "inconclusive. Need 1 more prompt." in str(recorded)
-    assert COMMITTED.to_dict()["phases"]["decode"]["speedup"] == 2.5
+    assert CALLED.to_dict()["phases"]["decode"]["speedup"] == 2.5
 
 
 BUSY = "This machine was busy: 23 % of the CPU time went elsewhere."
@@ -385,10 +388,10 @@ ELSEWHERE = [(None, None, False), (0.04, None, False), (0.234, None, True), (0.0
 
 @pytest.mark.parametrize(("tuning", "replay", "said"), ELSEWHERE)
 def test_the_first_lines_say_that_the_machine_was_busy(tuning: float | None, replay: float | None, said: bool):
-    shown = replace(COMMITTED, elsewhere=tuning)
+    shown = report_of(replace(COMMITTED, elsewhere=tuning))
     assert shown.to_dict()["elsewhere"] == tuning
     if replay is not None:
-        shown = Recorded(shown.to_dict()).reverified(verdict="Replayed.", seconds=12.0, elsewhere=replay)
+        shown = reverified(shown, verdict="Replayed.", seconds=12.0, elsewhere=replay)
         assert shown.to_dict()["replayed"]["elsewhere"] == replay
     story = result(shown.to_dict()).sentences
     assert (BUSY in story[:2]) == said
@@ -396,16 +399,16 @@ def test_the_first_lines_say_that_the_machine_was_busy(tuning: float | None, rep
 
 
 def test_a_record_of_before_says_nothing_of_others():
-    record = COMMITTED.to_dict()
+    record = CALLED.to_dict()
     del record["elsewhere"], record["hardware"]["disturbed"]
-    assert str(read(record)) == str(COMMITTED)
+    assert str(read(record)) == str(CALLED)
 
 
 def test_peaks_that_others_disturbed_are_shown_as_such():
     said = "measured beside others' work, perhaps too low"
     disturbed = replace(COMMITTED, hardware=replace(HARDWARE, disturbed=True))
-    assert said in " ".join(str(disturbed).split())
-    assert said not in " ".join(str(COMMITTED).split())
+    assert said in " ".join(str(report_of(disturbed)).split())
+    assert said not in " ".join(str(CALLED).split())
 
 
 @pytest.mark.parametrize(
@@ -465,7 +468,7 @@ def test_what_each_transform_contributes_is_shown_and_why_where_it_was_not_measu
         Contribution(Shrink(), "decode", FASTER),
         Contribution(Shrink(phase="prefill"), "prefill", None, "the others need it: no weights"),
     )
-    record = replace(COMMITTED, contributions=found).to_dict()
+    record = report_of(replace(COMMITTED, contributions=found)).to_dict()
     section, own, whole = contributions(record), FASTER.tpot, FASTER.end_to_end
     assert section is not None
     assert section.table is not None
@@ -474,7 +477,7 @@ def test_what_each_transform_contributes_is_shown_and_why_where_it_was_not_measu
         (name, "decode", *figures, ""),
         (str(Shrink(phase="prefill")), "prefill", "", "", "", "the others need it: no weights"),
     )
-    assert contributions(COMMITTED.to_dict()) is None
+    assert contributions(CALLED.to_dict()) is None
     assert contributions({key: value for key, value in record.items() if key != "contributions"}) is None
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from autotune.diagnose.costs import Copy, DeviceUse, Kernel, PhaseProfile, Profile
 from autotune.machine.device.counters import Counters, unavailable
-from autotune.profile import DeviceUse, PhaseProfile, Profile
 from autotune.profile.ncu import parse
-from autotune.profile.timeline import Copy, Kernel
-from autotune.report import Recorded, Report, read
+from autotune.report import Report, read
+from autotune.tune.record import report_of
 from tests.test_report import COMMITTED, HARDWARE, ORIGINAL, PROFILED
 
 GPU = replace(HARDWARE, device="cuda", name="Example GPU", flops_per_s={"float32": 60e12, "tf32": 400e12})
@@ -83,7 +83,7 @@ def forms(report: Report) -> list[str]:
 
 SAID = [
     (
-        MEASURED,
+        report_of(MEASURED),
         [
             "What the GPU does in a call and for a token",
             "waits for host ms",
@@ -104,10 +104,10 @@ SAID = [
             "in tf32",
         ],
     ),
-    (TUNED, ["decode, now", "812"]),
-    (BARE, ["Not available: counters (pynvml is not installed: pip install nvidia-ml-py)."]),
+    (report_of(TUNED), ["decode, now", "812"]),
+    (report_of(BARE), ["Not available: counters (pynvml is not installed: pip install nvidia-ml-py)."]),
     (
-        DOUBTED,
+        report_of(DOUBTED),
         [
             "Nsight Compute, decode",
             "Nsight Compute counts over 3 kernels: SMs 15 %",
@@ -126,16 +126,16 @@ def test_every_form_tells_what_the_device_did(report: Report, said: list[str]) -
         assert "nan" not in text.lower().replace("nanosecond", "")
 
 
-@pytest.mark.parametrize("report", [MEASURED, TUNED, BARE, DOUBTED])
+@pytest.mark.parametrize("report", [report_of(each) for each in (MEASURED, TUNED, BARE, DOUBTED)])
 def test_a_record_read_back_shows_the_same(report: Report) -> None:
     record = json.loads(report.to_json())
-    assert Recorded(record).to_markdown() == report.to_markdown()
+    assert Report(record).to_markdown() == report.to_markdown()
     assert str(read(record)) == str(report)
     assert max(len(line) for line in str(report).splitlines()) <= 120
 
 
 def test_the_record_has_every_figure() -> None:
-    record = TUNED.to_dict()["device"]
+    record = report_of(TUNED).to_dict()["device"]
     assert set(record) == {"prefill", "decode"}
     before, after = record["decode"]["before"], record["decode"]["after"]
     assert (before["launches"], after["launches"], after["graph_launches"]) == (812, 1, 1)
@@ -149,17 +149,17 @@ def test_the_record_has_every_figure() -> None:
 
 
 def test_what_was_not_measured_is_nothing_in_the_record() -> None:
-    record = replace(PROFILED, before=on_gpu(PROFILED.before, event_s=nan, counters=None)).to_dict()
+    record = report_of(replace(PROFILED, before=on_gpu(PROFILED.before, event_s=nan, counters=None))).to_dict()
     assert record["device"]["decode"]["before"]["event_ms"] is None
 
 
 def test_operations_are_put_against_their_roofline() -> None:
-    row = next(r for r in MEASURED.to_dict()["operators"]["decode"] if r["group"] == "FFN")
+    row = next(r for r in report_of(MEASURED).to_dict()["operators"]["decode"] if r["group"] == "FFN")
     floor_s = max(row["flops"] / 60e12, row["moved_bytes"] / 25e9)
     assert row["roofline_share"] == pytest.approx(floor_s / (row["before_ms"] / 1e3))
 
 
-@pytest.mark.parametrize("report", [ORIGINAL, COMMITTED, PROFILED])
+@pytest.mark.parametrize("report", [report_of(ORIGINAL), report_of(COMMITTED), report_of(PROFILED)])
 def test_a_cpus_report_has_nothing_of_it(report: Report) -> None:
     assert report.to_dict()["device"] == {}
     for text in forms(report):
@@ -167,7 +167,7 @@ def test_a_cpus_report_has_nothing_of_it(report: Report) -> None:
 
 
 def test_a_record_of_an_earlier_version_is_still_read() -> None:
-    old = ORIGINAL.to_dict()
+    old = report_of(ORIGINAL).to_dict()
     for key in ("device", "ncu"):
         del old[key]
     for rows in old["operators"].values():

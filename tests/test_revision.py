@@ -16,7 +16,7 @@ from torch.nn.modules import module as registry
 import autotune
 from autotune import transforms
 from autotune.model.revision import UNCOUNTED, Revision, hooked
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform
 from tests.models import tiny, token_prompts
 from tests.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 

@@ -23,8 +23,7 @@ from transformers import (
 
 from autotune.errors import MeasurementError
 from autotune.model import route, seam
-from autotune.runtime.variant import Variant, build, serving
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant, build, serving
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from torch import nn
 
 from autotune import transforms
 from autotune.diagnose.diagnosis import Diagnosis
-from autotune.errors import BudgetSpentError, DeviceError, TransformError
+from autotune.errors import Blocker, BudgetSpentError, DeviceError, TransformError
 from autotune.machine.hardware import Hardware
-from autotune.runtime.variant import Variant
-from autotune.transforms import Blocker, Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import choose, compose, trying
 from autotune.tune.plan import Confirmation, Outcome
-from autotune.tune.policy import Choice, Limits, Policy, Step
+from autotune.tune.policy import Choice, Policy, Step
 from autotune.tune.search import Found, search
 from autotune.validate import Latency, Quality, Speedup, Verdict
+from autotune.validate.limits import Limits
 
 HARDWARE = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
 

@@ -15,8 +15,7 @@ import pytest
 from autotune import transforms
 from autotune.diagnose.diagnosis import Diagnosis
 from autotune.machine.hardware import Hardware
-from autotune.runtime.variant import Variant
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant
 from autotune.tune import policy as policies
 from autotune.tune.choose import parameter_count, why_not
 from autotune.tune.plan import Trial

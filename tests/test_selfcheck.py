@@ -16,9 +16,9 @@ from transformers.generation import utils as generation
 import autotune
 from autotune.cli import main
 from autotune.errors import StateError, UnsupportedModelError
-from autotune.live import selfcheck
 from autotune.machine import versions
 from autotune.model import route, seam, shrink
+from autotune.tune import selfcheck
 from tests.models import ARCHITECTURES, tiny, token_prompts
 
 FUTURE = {"torch": "2.13.0", "transformers": "5.99.0"}

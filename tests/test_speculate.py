@@ -22,8 +22,7 @@ from autotune.runtime.cache import slots
 from autotune.runtime.speculation.drafts import Lookup
 from autotune.runtime.speculation.pace import LONGEST_REST, Pace, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import Tally
-from autotune.runtime.variant import Variant, build, serving
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache

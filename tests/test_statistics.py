@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from autotune.tune.policy import Limits
 from autotune.validate import Verdict
+from autotune.validate.limits import Limits
 from autotune.validate.ratios import bounds, decide, pooled
 from autotune.validate.statistics import cluster_means, median_bounds, spread
 from autotune.validate.timing import Pair, Timing

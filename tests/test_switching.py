@@ -16,7 +16,7 @@ from autotune.live import original
 from autotune.live.original import Original
 from autotune.live.watch.watch import Watch
 from autotune.model import revision
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.tune import run as tuning

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autotune.diagnose.costs import Copy
 from autotune.errors import MeasurementError
 from autotune.profile.recording import Recording, read
-from autotune.profile.timeline import Copy, Timeline, direction, seconds_by_caller, timeline
+from autotune.profile.timeline import Timeline, direction, seconds_by_caller, timeline
 
 TRACES = Path(__file__).parent / "fixtures" / "traces"
 US = 1e-6

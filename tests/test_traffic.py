@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from autotune.runtime.traffic import Cancelled, Traffic
+from autotune.machine.ending import Cancelled
+from autotune.runtime.traffic import Traffic
 
 WAIT_S = 20.0  # a deadlock shows as a failure, not as a hang
 

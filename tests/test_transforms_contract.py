@@ -14,8 +14,8 @@ import torch._inductor.config
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
-from autotune.runtime.variant import Variant, serving
-from autotune.transforms import Stage, Transform, make, registry
+from autotune.runtime.variant import Stage, Transform, Variant, serving
+from autotune.transforms import make, registry
 from autotune.transforms.linears import LinearTransform
 from tests import models
 from tests.surroundings import surroundings

@@ -17,6 +17,7 @@ from autotune.tune import plan as plans
 from autotune.tune import policy as policies
 from autotune.tune.choose import State
 from autotune.tune.plan import Fingerprint, Outcome, Plan, Trial
+from autotune.tune.record import report_of
 from autotune.tune.run import conclude, replay
 from autotune.tune.search import Found
 from autotune.validate import Latency, Quality, Speedup, Verdict
@@ -28,7 +29,7 @@ GAIN = Speedup(1.5, 1.4, 1.6, 8)
 QUALITY = Quality("strict", Verdict.PASS, "as good", mean_kld=0.0, same_top=1.0, tokens=64)
 NO_GAIN = Speedup(1.0, 0.99, 1.01, 8)
 SLOWER = Latency(Verdict.FAIL, "no gain of 3 %", NO_GAIN, NO_GAIN, NO_GAIN, 0.01)
-KEPT = Plan(Fingerprint("", "", {}, "", "", "strict"), (LeanLoop(),), summary=ORIGINAL.to_dict())
+KEPT = Plan(Fingerprint("", "", {}, "", "", "strict"), (LeanLoop(),), summary=report_of(ORIGINAL).to_dict())
 
 
 def latency(verdict: Verdict) -> Latency:

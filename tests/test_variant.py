@@ -14,8 +14,7 @@ from torch import nn
 
 from autotune.errors import TransformError, VariantError
 from autotune.model.twins import fork
-from autotune.runtime.variant import Variant, build, serving
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant, build, serving
 from autotune.workload import PHASES
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 from tests.surroundings import surroundings

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform
 from autotune.tune import verdict
 from autotune.tune.plan import Outcome, Trial
 from autotune.tune.verdict import Conclusion

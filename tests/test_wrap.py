@@ -11,8 +11,7 @@ import torch
 import autotune
 from autotune.model import seam
 from autotune.model.route import bare, is_routed
-from autotune.runtime.variant import Variant
-from autotune.transforms import Transform
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.tune import plan as plans

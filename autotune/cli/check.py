@@ -135,9 +135,9 @@ def _tuning_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase | None) 
         return args.tuned_on
     if tokenizer is None:
         raise WorkloadError("the model has no tokenizer: name prompts to tune on as token ids, --tuned-on FILE.jsonl")
-    from .demo import prompts
+    from ..workload import built_in
 
-    found = prompts(tokenizer)
+    found = built_in.chats(tokenizer)
     return found[: len(found) // 2]
 
 
@@ -150,9 +150,9 @@ def _tuned(
 ) -> Variant:
     """What a policy makes of the model. No tokenizer is handed on: it would fill up the prompts with built-in texts."""
     from .. import workload
-    from ..live.wrap import unsupported
     from ..tune import policy as policies
     from ..tune.run import tune
+    from ..tune.supported import unsupported
     from ..tune.verdict import is_fruitless
 
     chosen = policies.load(policy)

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..model import route
+from ..workload import built_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,26 +52,9 @@ def model_file() -> Path:
     return found
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The built-in texts as token ids: as a user would send them to a chat model, as they are to any other."""
-    from ..workload.texts import TEXTS
-
-    return [ids_of(tokenizer, text) for text in TEXTS]
-
-
-def ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of one user message, or of plain text where the tokenizer knows no chat."""
-    if tokenizer.chat_template is None:
-        ids: list[int] = tokenizer(text)["input_ids"]
-        return ids
-    chat = [{"role": "user", "content": text}]
-    rendered: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    return list(rendered["input_ids"])
-
-
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answer, Answer]:
     """The demo's question answered by the original and by whatever serves now, greedily."""
-    ids = torch.tensor([ids_of(tokenizer, QUESTION)], dtype=torch.int64, device=model.device)  # [1, P]
+    ids = torch.tensor([built_in.chat(tokenizer, QUESTION)], dtype=torch.int64, device=model.device)  # [1, P]
     return answer(route.bare(model), tokenizer, ids), answer(model, tokenizer, ids)
 
 

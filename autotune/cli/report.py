@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError, WorkloadError
-from ..report import Recorded, read
+from ..report import Report, read
 from . import BESIDE
 from .screen import screen
 
@@ -33,7 +33,7 @@ def report(args: Namespace) -> int:
     return 0
 
 
-def load(file: Path) -> Recorded:
+def load(file: Path) -> Report:
     """The report in a file.
 
     Raises:
@@ -55,7 +55,7 @@ def load(file: Path) -> Recorded:
         raise PlanError(f"{file}: {error}") from error
 
 
-def page(found: Recorded, file: Path) -> str:
+def page(found: Report, file: Path) -> str:
     """The page of a report that may come from anywhere."""
     try:
         return found.to_html()

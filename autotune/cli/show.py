@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..machine.hardware import Hardware
-    from ..transforms import Transform
+    from ..runtime.variant import Transform
 
 OPTIONAL = {
     "gguf": "GGUF files and the demo",
@@ -73,9 +73,9 @@ def doctor(args: Namespace) -> int:
 
 def _versions() -> str:
     """Whether the installed versions are known to work, or what a check of them found."""
-    from ..live import selfcheck
     from ..machine import versions
     from ..model import shrink
+    from ..tune import selfcheck
 
     others = versions.untested()
     if not others:

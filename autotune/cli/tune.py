@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MeasurementError, PackageError, UnsupportedModelError, WorkloadError
 from ..machine.cache_dir import expanded
 from ..profile.ncu import command, parse
-from ..report import Drawn, Report
+from ..report import Report
 from ..report.printable import printable
 from ..report.progress import Progress, shown
 from ..tune.policy import Policy
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..diagnose.diagnosis import Diagnosis
     from ..profile.ncu import Reading
+    from ..tune.findings import Findings
 
 PROFILE_BUDGET_S = 60.0
 
@@ -129,15 +130,17 @@ def profile(args: Namespace) -> int:
     if args.ncu in PHASES and args.ncu_csv is None:
         screen().print(command(args.model, args.ncu, args.prompts), soft_wrap=True)
         return 0
+    from ..tune.record import report_of
+
     counted = {_counted_phase(args): _reading(args.ncu_csv)} if args.ncu_csv else {}
     out = _folder(args.out, args.model) if args.out else None
     budget_s = args.budget or PROFILE_BUDGET_S
     with shown(budget_s) as progress:
         model, tokenizer = _load(args, args.model, args.prompts, progress)
-        report = profiled(model, _workload(args.prompts, tokenizer), tokenizer, budget_s, progress.update, counted)
-    _hand_over(report, out, "profile", {})
+        found = profiled(model, _workload(args.prompts, tokenizer), tokenizer, budget_s, progress.update, counted)
+    _hand_over(report_of(found), out, "profile", {})
     if args.ncu == "auto" and not counted:
-        phase = in_question(report.diagnoses_before)
+        phase = in_question(found.diagnoses_before)
         console = screen()
         console.print(f"What {phase}'s kernels do in detail, Nsight Compute counts:")
         console.print(command(args.model, phase, args.prompts), soft_wrap=True)
@@ -186,15 +189,16 @@ def profiled(
     budget_s: float,
     notify: Callable[[str], None],
     counted: Mapping[Phase, Reading] | None = None,
-) -> Report:
-    """A report of what the model costs as it is; `counted` is what Nsight Compute told of a phase."""
+) -> Findings:
+    """What the model costs as it is; `counted` is what Nsight Compute told of a phase."""
     from .. import profile as profiling
     from .. import workload
     from ..diagnose.diagnosis import diagnose, supported
-    from ..live.wrap import unsupported
     from ..machine import hardware
     from ..runtime.variant import Variant
+    from ..tune.findings import Findings
     from ..tune.run import describe, name_of
+    from ..tune.supported import unsupported
 
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)
@@ -205,7 +209,7 @@ def profiled(
     diagnoses = {phase: diagnose(found, machine) for phase, found in measured.phases.items()}
     for phase, reading in (counted or {}).items():
         diagnoses[phase] = supported(diagnoses[phase], reading.evidence())
-    return Report(
+    return Findings(
         model=name_of(model),
         parameters=model.num_parameters(),
         hardware=machine,
@@ -261,13 +265,13 @@ def _load(
 
 
 def _workload(prompts: Path | None, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    from .demo import prompts as built_in
+    from ..workload import built_in
 
     if prompts is not None:
         return prompts
     if tokenizer is None:
         raise WorkloadError("the model has no tokenizer: give prompts as token ids, --prompts FILE.jsonl")
-    return built_in(tokenizer)
+    return built_in.chats(tokenizer)
 
 
 def _folder(out: Path | None, model: str) -> Path:
@@ -283,7 +287,7 @@ def _folder(out: Path | None, model: str) -> Path:
     return folder
 
 
-def _hand_over(report: Drawn, folder: Path | None, stem: str, others: dict[str, str]) -> None:
+def _hand_over(report: Report, folder: Path | None, stem: str, others: dict[str, str]) -> None:
     """Print the report, then write it and `others` into the folder."""
     console = screen()
     report.to_terminal(console)

@@ -19,12 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from ..machine.roofline import classify, intensity, ridge
 from ..workload import Phase
-from .roofline import classify, intensity, peak_flops_per_s, ridge, roofline_s
+from .ceilings import roofline_s
 
 if TYPE_CHECKING:
     from ..machine.hardware import Hardware
-    from ..profile import DeviceUse, MemoryUse, PhaseProfile
+    from .costs import DeviceUse, MemoryUse, PhaseProfile
 
 Bottleneck = Literal["compute", "memory", "kv-cache", "overhead", "sync", "capacity", "mixed"]
 
@@ -102,7 +103,7 @@ def work_bound(phase: PhaseProfile, hardware: Hardware) -> Literal["compute", "m
     """Which floor the working time of a phase stands on, whatever the overhead beside it."""
     if phase.growth_s > GROWING * phase.seconds:
         return "kv-cache"
-    machine = ridge(peak_flops_per_s(hardware, phase.compute_dtype), hardware.bandwidth_bytes_per_s)
+    machine = ridge(hardware.peak_flops_per_s(phase.compute_dtype), hardware.bandwidth_bytes_per_s)
     if phase.moved_bytes == 0 or classify(intensity(phase.flops, phase.moved_bytes), machine) == "compute":
         return "compute"
     return "kv-cache" if phase.cache_bytes > phase.weight_bytes else "memory"
@@ -186,7 +187,7 @@ def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
     """What the phase moves or computes per second, and which share of the measured peak that is."""
     unit = UNITS[phase.phase]
     if bound == "compute":
-        peak, rate = peak_flops_per_s(hardware, phase.compute_dtype), phase.flops / phase.seconds
+        peak, rate = hardware.peak_flops_per_s(phase.compute_dtype), phase.flops / phase.seconds
         return (
             f"{phase.phase} computes {_flops(phase.flops, '')} {unit} at {_flops(rate)}, "
             f"{_percent(rate / peak)} of the {_flops(peak)} measured for {phase.compute_dtype}"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..machine.roofline import kv_cache_bytes, matmul_flops
 from ..model import seam
 from .parts import ATTENTION, CACHE, HEAD, NORM, OTHER, owner, sections
-from .roofline import kv_cache_bytes, matmul_flops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

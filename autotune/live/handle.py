@@ -16,12 +16,13 @@ from .. import workload
 from ..errors import DeviceError, StateError, UnreadyError, VariantError, WorkloadError, in_words, warn
 from ..machine import device as devices
 from ..machine import ending, forking, outside
+from ..machine.ending import Cancelled
 from ..model import modes, route, seam, stateful
 from ..model.linear_layers import stored_bytes
 from ..model.revision import Revision
 from ..report.progress import Doing, said
 from ..runtime.attempt import Attempt
-from ..runtime.traffic import Cancelled, Traffic
+from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant, serves_forward
 from ..tune.policy import Policy
 from ..workload import Observer, Workload
@@ -33,7 +34,7 @@ from .watch.watch import Event, Watch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..report import Drawn
+    from ..report import Report
     from ..tune.plan import Plan
     from ..tune.run import Tuned
 
@@ -129,7 +130,7 @@ class Handle:
         """The plan found, committed or not; None before tuning."""
         return self._tuned.plan if self._tuned else None
 
-    def report(self) -> Drawn:
+    def report(self) -> Report:
         """What was measured and decided.
 
         Raises:
@@ -139,7 +140,7 @@ class Handle:
             raise StateError(f"there is no report: the state is {self._state!r} ({self._detail}); call .tune() first")
         return self._tuned.report.with_calls(self._served, dict(self._bypassed))
 
-    def tune(self, workload: Any = None) -> Drawn:
+    def tune(self, workload: Any = None) -> Report:
         """Tune now and commit what wins; returns when done.
 
         Args:

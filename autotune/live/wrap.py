@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UnsupportedModelError, warn
 from ..machine import device as devices
 from ..machine.device import trace
-from ..model import placement, route
-from ..runtime.speculation.drafts import unfit
+from ..model import route
 from ..tune import policy as policies
+from ..tune import selfcheck
 from ..tune.policy import Policy
-from . import selfcheck
+from ..tune.supported import draft_mismatch, mismatch
 from .handle import Handle
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def wrap(
         StateError: it was wrapped before and its original was released.
         ValueError: another value for `when`, `observe`, `keep_original` or `watch` than those above.
     """
-    if reason := _unfit(model):
+    if reason := mismatch(model):
         raise UnsupportedModelError(reason)
-    if draft is not None and (reason := unfit(draft, model)):
+    if draft is not None and (reason := draft_mismatch(draft, model)):
         raise UnsupportedModelError(reason)
     if when not in ("background", "blocking", "manual"):
         raise ValueError(f"when must be 'background', 'blocking' or 'manual', not {when!r}")
@@ -109,28 +109,3 @@ def wrap(
             handle.unwrap()
             raise
     return model
-
-
-def unsupported(model: Any) -> str | None:
-    """Why a model cannot be tuned, in a sentence that says what to do, or None."""
-    return _unfit(model) or selfcheck.problem(model)
-
-
-def _unfit(model: Any) -> str | None:
-    """What of the model itself keeps it from being tuned."""
-    from transformers import PreTrainedModel
-
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        wrapped = placement.inner(model)
-        hint = f"; pass the model inside, {wrapped}" if wrapped else ""
-        return f"{name} is not a transformers PreTrainedModel; autotune tunes causal LMs of that library{hint}"
-    if model.config.is_encoder_decoder:
-        return f"{name} is an encoder-decoder model; autotune tunes decoder-only causal LMs"
-    if not model.can_generate():
-        return f"{name} cannot generate (an encoder, or a head other than a language model's); pass a ...ForCausalLM"
-    if (reason := placement.obstacle(model)) is not None:
-        return f"{name} cannot be tuned where it lies: {reason}"
-    if model.training:
-        return f"{name} is in training mode (dropout would be measured and served); call model.eval() first"
-    return None

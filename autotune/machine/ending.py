@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..runtime.traffic import Cancelled
 from . import forking
 
 log = logging.getLogger("autotune")
@@ -256,3 +255,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compilers.clear)  # they are the parent's
 with suppress(AttributeError, RuntimeError):
     threading._register_atexit(_before_executors)  # type: ignore[attr-defined]
+
+
+class Cancelled(BaseException):
+    """Tuning was called off, by unwrap or at exit. A BaseException: no trial takes it for a failure of its own."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..diagnose.roofline import matmul_flops
+from .roofline import matmul_flops
 
 if TYPE_CHECKING:
     from .device import Device

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..diagnose.costs import DeviceUse, Operator
 from ..diagnose.parts import ATTENTION, CACHE, COMPILED, GROUPS, OVERHEAD
-from ..diagnose.roofline import classify, intensity
 from ..diagnose.work import Work
-from . import DeviceUse, Operator
+from ..machine.roofline import classify, intensity
 from .spans import Trace
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..diagnose.costs import ScalePoint
 from ..diagnose.work import Forward, activation_dtype, activation_size, cache_size, text_config
 from ..errors import MeasurementError
-from . import ScalePoint
 from .budget import Budget
 from .timing import time_request
 

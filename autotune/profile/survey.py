@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..diagnose.roofline import peak_flops_per_s, ridge
+from ..diagnose.costs import MemoryUse, PhaseProfile, Profile, ScalePoint
 from ..diagnose.work import (
     Forward,
     activation_dtype,
@@ -24,9 +24,9 @@ from ..diagnose.work import (
 )
 from ..machine import device as devices
 from ..machine.peaks import uses_tf32
+from ..machine.roofline import ridge
 from ..runtime.variant import serving
 from ..workload import PHASES, Phase, Workload
-from . import MemoryUse, PhaseProfile, Profile, ScalePoint
 from .budget import Budget
 from .observing import Observation, observe
 from .operators import device_use, share, table
@@ -175,7 +175,7 @@ def _phase(
         attention_s=found.attention_s,
         operator_count=found.operator_count,
         sync_s=found.sync_s,
-        operators=table(found, work, ridge(peak_flops_per_s(hardware, name), hardware.bandwidth_bytes_per_s)),
+        operators=table(found, work, ridge(hardware.peak_flops_per_s(name), hardware.bandwidth_bytes_per_s)),
         attention_flops=attention_flops(model, forward),
         small_s=found.small_s,
         around_attention_s=found.around_attention_s,

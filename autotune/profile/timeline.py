@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ..diagnose.costs import Copy, Kernel
 from ..diagnose.parts import RANGE
 from .recording import RUNTIME, Call, Recording, Work
 
@@ -31,37 +32,6 @@ WAITS = frozenset(
 )
 TO_AND_FROM_HOST = frozenset({"HtoD", "DtoH"})
 _DIRECTION = re.compile(r"\b([HDP]to[HDP])\b")
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One row of the kernel table.
-
-    Args:
-        name: of the kernel.
-        operator: the operator it belongs to ("aten::mm"); empty where none is known, as in a graph.
-        group: part of the model ("attention", "FFN", ...); empty where none is known.
-        count: how often it ran in the call or token.
-        seconds: device time in all.
-        occupancy: mean estimated share of the warps that fit, 0 to 1, weighted by time; None where not reported.
-    """
-
-    name: str
-    operator: str
-    group: str
-    count: int
-    seconds: float
-    occupancy: float | None = None
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Copies of one direction ("HtoD", "DtoH", "DtoD", ...) in a call or token."""
-
-    direction: str
-    count: int
-    seconds: float
-    size_bytes: int
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..machine import forking
-
-
-class Cancelled(BaseException):
-    """Tuning was called off, by unwrap or at exit. A BaseException: no trial takes it for a failure of its own."""
+from ..machine.ending import Cancelled
 
 
 class Traffic:

@@ -5,9 +5,11 @@ The original is never edited. `Variant.edit` hands out structural copies (twins)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import enum
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -21,8 +23,9 @@ from ..workload import PHASES, Phase, Workload
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..diagnose.costs import Profile
     from ..machine.device import Device
-    from ..transforms import Transform
+    from ..machine.hardware import Hardware
     from .cache.narrow import KvCache
     from .cache.pool import CachePool
     from .speculation.speculate import Speculation
@@ -33,6 +36,83 @@ if TYPE_CHECKING:
     from .traffic import Traffic
 
 DEFAULT_CONTEXT = 256
+
+
+class Stage(enum.IntEnum):
+    """Order in which the transforms of a plan are applied; it replaces pairwise compatibility lists."""
+
+    WEIGHTS = 1
+    ATTENTION = 2
+    LAYERS = 3
+    CACHE = 4
+    LOOP = 5
+    COMPILE = 6
+    GRAPH = 7
+    THREADS = 8
+    SPECULATION = 9
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One optimisation.
+
+    Args:
+        phase: which phase's module it edits: "prefill", "decode" or "both".
+    """
+
+    phase: Literal["prefill", "decode", "both"] = "both"
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    summary: ClassVar[str]  # one line for `autotune transforms`
+    foreign: ClassVar[bool] = False  # runs a compiler's or another library's kernels; see `is_foreign`
+    lossless: ClassVar[bool] = False  # judged at the lossless tier whatever the policy's tier is
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        """Why it cannot be tried on this variant and machine, or None; a `Blocker` where it should work there.
+
+        Cheap; raises nothing.
+        """
+        return None
+
+    def rehearsed(self) -> Transform | None:
+        """What is tried on a tiny model of the user's class before this is tried on the user's, or None.
+
+        That shows whether an architecture bears it at all; see `autotune.tune.rehearsal`. It has to be quick.
+        """
+        return None
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """Best-case speed-up per phase it touches, from the roofline: {"decode": 2.1}."""
+        raise NotImplementedError
+
+    def extra_bytes(self, variant: Variant) -> float:
+        """Memory it takes beside what the variant holds already; more than is free is not tried."""
+        return 0.0
+
+    def apply(self, variant: Variant) -> None:
+        """Edit the variant. Raises TransformError where it cannot after all; anything else counts as a crash.
+
+        What `unavailable` can see it should say: a refusal here counts as blocked.
+        """
+        raise NotImplementedError
+
+    def took_effect(self, variant: Variant) -> str | None:
+        """None when the variant really changed (modules replaced, graph captured, kernel used), or what is missing."""
+        raise NotImplementedError
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return ("prefill", "decode") if self.phase == "both" else (self.phase,)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Parameters other than the phase, JSON-ready."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "phase"}
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{k}={v}" for k, v in self.params.items() if v != "")
+        return f"{self.name}({inner})@{self.phase}" if inner else f"{self.name}@{self.phase}"
 
 
 class Variant:

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import TransformError
 from ..machine import gpus as architecture
 from ..model import seam
 from ..runtime import attention_sdpa as sdpa
-from . import Stage, Transform, require
+from ..runtime.variant import Stage, Transform
+from . import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..diagnose.costs import Profile
     from ..machine.gpus import Capability
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -144,7 +145,7 @@ class Attention(Transform):
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        return {phase: roofline.faster_attention(profile.phases[phase], hardware) for phase in self.phases}
+        return {phase: ceilings.faster_attention(profile.phases[phase], hardware) for phase in self.phases}
 
     def apply(self, variant: Variant) -> None:
         if self.backend:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..model import linear_layers as sites
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
@@ -23,9 +23,9 @@ from .linears import CPU, LinearTransform, weight_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..diagnose.costs import PhaseProfile
     from ..machine.gpus import Capability
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
 
 BITS = {"int8": 8, "int8_vectorwise": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight
 INT8_TENSOR_CORES = (7, 5)  # Turing
@@ -133,7 +133,7 @@ class Bitsandbytes(LinearTransform):
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         bits = BITS[self.scheme]
         read = weight_bytes(phase, bits)
-        return roofline.faster_weights(phase, hardware, read, compute_dtype="int8" if bits == 8 else None)
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype="int8" if bits == 8 else None)
 
 
 def library() -> Any:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 from .compile_step import no_compiler
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -47,7 +47,7 @@ class CompilePrefill(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but matmuls and attention."""
-        return {"prefill": roofline.less_overhead(profile.phases["prefill"], hardware)}
+        return {"prefill": ceilings.less_overhead(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.steps.compiled_prefill import Recompiling

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
-from ..errors import ChoiceError, TransformError
+from ..diagnose import ceilings
+from ..errors import Blocker, ChoiceError, TransformError
 from ..machine import device as devices
 from ..model import linear_layers as sites
 from ..model import placement
-from . import Blocker, Stage, Transform, require
+from ..runtime.variant import Stage, Transform
+from . import require
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, use_slots
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -81,7 +82,7 @@ class CompileStep(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""
-        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+        return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
         return slot_bytes(variant, self.slots)

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
 from ..model import linear_layers as sites
 from ..model import placement
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.steps.graphs import GraphSteps
     from ..runtime.variant import Variant
     from ..workload import Phase
@@ -64,7 +64,7 @@ class CudaGraph(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best nothing is left but what has to move and be computed."""
-        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+        return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
         return slot_bytes(variant, self.slots)

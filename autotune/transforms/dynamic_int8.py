@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..model import linear_layers as sites
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
 
 
 class DynamicInt8Linear(sites.Replacement):
@@ -58,4 +58,4 @@ class DynamicInt8(LinearTransform):
         return DynamicInt8Linear(linear)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 8), compute_dtype="int8")
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, 8), compute_dtype="int8")

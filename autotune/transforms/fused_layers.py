@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import seam
 from ..runtime import kernels
 from ..runtime.kernels.fused import GatedMlp, RmsNorm
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -69,7 +69,7 @@ class FusedLayers(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best everything but matmuls and attention takes no time."""
-        return {"prefill": roofline.less_overhead(profile.phases["prefill"], hardware)}
+        return {"prefill": ceilings.less_overhead(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:
         if reason := kernels.available():

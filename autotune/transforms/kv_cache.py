@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import ChoiceError, TransformError
-from . import Stage, Transform, require
+from ..runtime.variant import Stage, Transform
+from . import require
 from .lean_loop import LeanLoop
 from .static_cache import no_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError
 from ..model import seam
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -41,7 +41,7 @@ class LeanLoop(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best all time between operators was the loop's."""
-        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+        return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def apply(self, variant: Variant) -> None:
         variant.loop = "lean"

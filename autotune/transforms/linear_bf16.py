@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import linear_layers as sites
 from ..runtime import kernels
@@ -17,8 +17,8 @@ from .linears import CPU, LinearTransform, weight_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
     from ..runtime.variant import Variant
 NOT_PACKED = "decode has no packed weights that prefill could share"
 
@@ -77,10 +77,10 @@ class StoredTransform(LinearTransform):
         return super().unavailable(variant, hardware)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        rate = roofline.peak_flops_per_s(hardware, "bfloat16") / self.products
+        rate = hardware.peak_flops_per_s("bfloat16") / self.products
         able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.name: rate})
         read = weight_bytes(phase, 4) if self.weights == "decode" else phase.weight_bytes  # at best 4 bits each
-        return roofline.faster_weights(phase, able, read, compute_dtype=self.name)
+        return ceilings.faster_weights(phase, able, read, compute_dtype=self.name)
 
 
 @dataclass(frozen=True)

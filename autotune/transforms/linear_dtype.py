@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..model import linear_layers as sites
 from . import require
 from .linears import LinearTransform, nothing_left, weight_bytes
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
     from ..runtime.variant import Variant
 
 
@@ -97,7 +97,7 @@ class LinearDtype(LinearTransform):
         return CastLinear(linear, dtype, packed)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype=self.dtype)
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype=self.dtype)
 
 
 def _packs(dtype: str) -> bool:

@@ -13,15 +13,15 @@ from ..errors import TransformError
 from ..machine import gpus as architecture
 from ..machine.device import cpu
 from ..model import linear_layers as sites
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import nn
 
+    from ..diagnose.costs import PhaseProfile, Profile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile, Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import TransformError
 from ..model import linear_layers as sites
 from ..runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -59,7 +59,7 @@ class MergedLinears(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best no time goes by between operators, and larger matmuls reach their floor."""
         return {
-            phase: roofline.less_overhead(profile.phases[phase], hardware, new_kernels=True) for phase in self.phases
+            phase: ceilings.less_overhead(profile.phases[phase], hardware, new_kernels=True) for phase in self.phases
         }
 
     def extra_bytes(self, variant: Variant) -> float:

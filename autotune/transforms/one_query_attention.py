@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import seam
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -53,7 +53,7 @@ class OneQueryAttention(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best attention, and all the small operators that lead up to it, take as long as reading the cache."""
         phase = profile.phases["decode"]
-        return {"decode": max(roofline.faster_attention(phase, hardware), roofline.less_overhead(phase, hardware))}
+        return {"decode": max(ceilings.faster_attention(phase, hardware), ceilings.less_overhead(phase, hardware))}
 
     def apply(self, variant: Variant) -> None:
         use_kernel(variant)

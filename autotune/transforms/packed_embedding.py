@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import TransformError
 from ..model import linear_layers as sites
 from ..runtime import kernels
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 from .linears import FLOATING
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import linear_layers as sites
 from ..runtime import kernels
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 from .linear_bf16 import NOT_PACKED, packed
 from .linears import weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -49,7 +49,7 @@ class PackedPrefill(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         phase = profile.phases["prefill"]
         read = weight_bytes(phase, 4)  # at best
-        return {"prefill": roofline.faster_weights(phase, hardware, read, compute_dtype="float32")}
+        return {"prefill": ceilings.faster_weights(phase, hardware, read, compute_dtype="float32")}
 
     def apply(self, variant: Variant) -> None:
         if not (shared := packed(variant.modules["decode"], "")):

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import seam
 from ..runtime import kernels
-from . import Stage, Transform, require
+from ..runtime.variant import Stage, Transform
+from . import require
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -65,7 +66,7 @@ class PrefillAttention(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best attention, and all that surrounds it, takes as long as its FLOPs."""
-        return {"prefill": roofline.faster_attention(profile.phases["prefill"], hardware)}
+        return {"prefill": ceilings.faster_attention(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:
         if reason := self._missing():

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
-from . import Stage, Transform, require
+from ..runtime.variant import Stage, Transform
+from . import require
 from .static_cache import no_slots, use_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -76,7 +77,7 @@ class Speculation(Transform):
         come in the time of their FLOPs. Source: Leviathan et al. 2023, with an acceptance of 1 and guesses for nothing.
         """
         phase, tokens = profile.phases["decode"], self.tokens + 1
-        computing_s = tokens * phase.flops / profile.batch / roofline.attainable_peak(phase, hardware)
+        computing_s = tokens * phase.flops / profile.batch / ceilings.attainable_peak(phase, hardware)
         return {"decode": tokens * phase.seconds / max(phase.seconds, computing_s)}
 
     def apply(self, variant: Variant) -> None:

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -59,7 +59,7 @@ class StaticCache(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """At best the cache's growth and the loop's work between steps disappear."""
-        return {"decode": roofline.less_overhead(profile.phases["decode"], hardware)}
+        return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
         return slot_bytes(variant, self.slots)

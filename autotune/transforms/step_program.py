@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
+from ..runtime.variant import Stage, Transform
 from ..runtime.widening import NARROW
-from . import Stage, Transform
 from . import one_query_attention as one_query
 from .static_cache import REHEARSED_SLOTS, no_slots, roomy_slots
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..profile import Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -65,9 +65,9 @@ class StepProgram(Transform):
         """At best nothing is left but what has to move and be computed, of 16-bit models in FP32 over packed layers."""
         phase = profile.phases["decode"]
         if getattr(torch, phase.compute_dtype) in NARROW:
-            gain = roofline.less_overhead(phase, hardware, new_kernels=True, compute_dtype="float32")
+            gain = ceilings.less_overhead(phase, hardware, new_kernels=True, compute_dtype="float32")
         else:
-            gain = roofline.less_overhead(phase, hardware)
+            gain = ceilings.less_overhead(phase, hardware)
         return {"decode": gain}
 
     def apply(self, variant: Variant) -> None:

@@ -11,11 +11,11 @@ import torch
 
 from ..errors import ChoiceError
 from ..machine import intraop
-from . import Stage, Transform
+from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import PhaseProfile, Profile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile, Profile
     from ..runtime.variant import Variant
     from ..workload import Phase
 

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..model import linear_layers as sites
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import PhaseProfile
     from ..machine.gpus import Capability
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Torchao(LinearTransform):
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         scheme = SCHEMES[self.scheme]
-        return roofline.faster_weights(
+        return ceilings.faster_weights(
             phase, hardware, weight_bytes(phase, scheme.bits), compute_dtype=scheme.multiplied
         )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..model import linear_layers as sites
 from ..runtime import kernels
 from . import require
@@ -17,8 +17,8 @@ from .weight_storage import WeightStorage
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
 
 SCALE_BITS = 16
 
@@ -79,4 +79,4 @@ class WeightOnly(LinearTransform):
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
         read = weight_bytes(phase, self.bits + factors)
-        return roofline.faster_weights(phase, hardware, read, compute_dtype="float32")
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype="float32")

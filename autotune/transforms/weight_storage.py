@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..runtime import kernels
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
@@ -15,8 +15,8 @@ from .linears import CPU, LinearTransform, weight_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
 
 
 @dataclass(frozen=True)
@@ -49,4 +49,4 @@ class WeightStorage(LinearTransform):
         return kernels.HalfLinear.from_linear(linear, dtype=getattr(torch, self.dtype))
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype="float32")
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype="float32")

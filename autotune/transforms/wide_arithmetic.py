@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..diagnose import roofline
+from ..diagnose import ceilings
 from ..runtime.widening import NARROW
 from .linears import CPU, LinearTransform
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile
 
 FEWEST_ROWS = 16  # tokens from which converting the weights pays
 PART_BYTES = 8 * 2**20  # of weights in FP32 at a time
@@ -80,7 +80,7 @@ class WideArithmetic(LinearTransform):
         return WideLinear(linear)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return roofline.faster_weights(phase, hardware, phase.weight_bytes, compute_dtype="float32")
+        return ceilings.faster_weights(phase, hardware, phase.weight_bytes, compute_dtype="float32")
 
 
 def emulated(dtype: torch.dtype) -> bool:

@@ -11,39 +11,36 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 
 from .. import profile as profiling
+from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis, diagnose
 from ..diagnose.work import activation_dtype, cache_size
 from ..errors import BudgetSpentError
 from ..machine import device as devices
 from ..machine.hardware import Hardware
 from ..model.linear_layers import stored_bytes
-from ..profile import Profile
 from ..report.progress import Doing
-from ..runtime.variant import Variant
-from ..transforms import Transform
+from ..runtime.variant import Transform, Variant
 from ..transforms.linears import LinearTransform
 from ..transforms.wide_arithmetic import WideArithmetic
 from ..validate import Latency, Quality, Verdict, latency, quality
 from ..validate.exam import Exam, effort, is_read_wide
-from ..validate.latency import EARLY_LOOKS, Metric
+from ..validate.latency import EARLY_LOOKS
+from ..validate.limits import Limits
 from ..validate.ratios import own_noise
 from ..validate.score import CandidateError, Served
 from ..validate.sensitivity import Probe
 from ..validate.tiers import SIZES
 from ..validate.timing import TIMED_TOKENS, request, time_request
-from ..workload import PHASES, Bucket, Phase, Workload
+from ..workload import METRIC_OF, PHASES, Bucket, Metric, Phase, Target, Workload
 from . import probation
 from .choose import tier_for
-from .plan import METRIC_OF, Confirmation, Target
-from .policy import Limits, Policy
+from .plan import Confirmation
+from .policy import Policy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .references import References
 
 PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
-TEXT_TOKENS = 96  # of each text that stands in where the workload has too few prompts
 GLANCE_TOKENS = 5
 SPOT_TOKENS = 8  # of a request by which a kept plan is timed again, or the machine's noise
 PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # of the original, of others, and of how they grow
@@ -360,12 +357,3 @@ def own_memory(variant: Variant) -> int:
     element_bytes = activation_dtype(model).itemsize
     cache_bytes = held(model, max(variant.batch_sizes), variant.context_tokens, element_bytes)
     return stored_bytes(*variant.modules.values()) + cache_bytes
-
-
-def natural_texts(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:
-    """The built-in texts as token ids; none without a tokenizer."""
-    if tokenizer is None:
-        return ()
-    from ..workload.texts import TEXTS
-
-    return tuple(tuple(tokenizer(text)["input_ids"][:TEXT_TOKENS]) for text in TEXTS)

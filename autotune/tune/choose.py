@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .. import transforms
+from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis
+from ..errors import Blocker
 from ..machine import gpus as architecture
 from ..machine.hardware import Hardware
-from ..profile import Profile
-from ..runtime.variant import Variant
-from ..transforms import Blocker, Transform, is_foreign
+from ..runtime.variant import Transform, Variant
+from ..transforms import is_foreign
+from ..validate.limits import Limits
 from ..workload import Phase
 from . import rehearsal
 from .plan import Outcome, Trial
-from .policy import Choice, Limits, Policy, Step
+from .policy import Choice, Policy, Step
 
 ROOM = 0.9  # of the free memory: activations and the allocator's slack want the rest
 LEAST_LEFT = 0.05  # share of a phase's time that an exchange leaves: the two predictions are no more exact than that

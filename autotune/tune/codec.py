@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from .. import transforms
 from ..errors import ChoiceError, PlanError
-from ..transforms import Transform
+from ..runtime.variant import Transform
 
 MAX_DEPTH = 16
 MAX_INT = 2**63

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from ..errors import DeviceError, TransformError
 from ..machine import outside
-from ..runtime.variant import Variant
-from ..transforms import Stage, Transform, is_foreign
+from ..runtime.variant import Stage, Transform, Variant
+from ..transforms import is_foreign
 from ..transforms.linears import reusing
-from ..workload import PHASES, Phase
+from ..workload import PHASES, Phase, Target
 from .choose import State, expect, make, outgrows, unavailable, why_not
-from .plan import Outcome, Target, Trial
+from .plan import Outcome, Trial
 from .policy import Step
 from .trying import Trier
 

@@ -10,11 +10,10 @@ from typing import Protocol
 
 from ..errors import DeviceError, TransformError
 from ..machine import outside
-from ..runtime.variant import Variant
-from ..transforms import Transform
+from ..runtime.variant import Transform, Variant
 from ..transforms.linears import reusing
 from ..validate import Latency, Verdict
-from .plan import Target
+from ..workload import Target
 
 log = logging.getLogger("autotune")
 

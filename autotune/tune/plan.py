@@ -5,22 +5,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..model import route
-from ..transforms import Transform
+from ..runtime.variant import Transform
 from ..validate import Latency, Quality, Verdict
-from ..validate.ratios import Metric
 from . import codec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..runtime.variant import Variant
-
-Target = Literal["prefill", "decode", "both"]  # what is to be faster: a phase, or whole requests
-METRIC_OF: Mapping[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}  # by which it is told
+    from ..workload import Target
 
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 

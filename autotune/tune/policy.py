@@ -21,6 +21,7 @@ from .. import transforms
 from ..diagnose.diagnosis import Bottleneck
 from ..errors import ChoiceError, PolicyError
 from ..machine.cache_dir import expanded
+from ..validate.limits import Limits
 from ..workload import PHASES, Phase
 from . import conditions as ranges
 from .conditions import Range
@@ -32,24 +33,6 @@ OBJECTIVES = ("latency", "throughput", "memory")
 TIERS = ("lossless", "strict", "relaxed", "aggressive")
 DEVICES = ("cpu", "cuda")
 BOTTLENECKS: tuple[str, ...] = get_args(Bottleneck)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What must not get worse. Fractions: 0.05 allows 5 %.
-
-    Args:
-        min_gain: a step must gain at least this on the phase it targets, and more than the noise; below 0 it must not
-            lose more than this.
-        max_ttft_increase, max_tpot_increase, max_p90_increase: against the original, in every workload bucket.
-        max_memory_ratio: peak weights + cache of the variant / the original's.
-    """
-
-    min_gain: float = 0.03
-    max_ttft_increase: float = 0.05
-    max_tpot_increase: float = 0.05
-    max_p90_increase: float = 0.10
-    max_memory_ratio: float = 2.0
 
 
 @dataclass(frozen=True)

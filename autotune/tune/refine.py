@@ -14,7 +14,7 @@ from itertools import accumulate, combinations
 from typing import Protocol
 
 from ..model.linear_layers import is_named
-from ..transforms import Transform
+from ..runtime.variant import Transform
 
 SPLIT_SHARE = 0.1  # of the divergence: a part that causes less is not worth splitting
 MOST_MEASURED = 40  # parts measured; each takes one forward over a few prompts

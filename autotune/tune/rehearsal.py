@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import AutotuneError, MeasurementError, TransformError
+from ..errors import AutotuneError, Blocker, MeasurementError, TransformError
 from ..machine import outside, versions
 from ..model import route, seam, shrink
 from ..runtime.variant import Variant, serving
-from ..transforms import Blocker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..machine.hardware import Hardware
-    from ..transforms import Transform
+    from ..runtime.variant import Transform
 
 log = logging.getLogger("autotune")
 

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ..errors import AutotuneError, PlanError, TransformError
+from ..errors import AutotuneError, Blocker, PlanError, TransformError
 from ..machine import busy, hardware, outside
 from ..model import modes, placement
 from ..model.revision import hooked
-from ..report import Drawn, Report, read
+from ..report import Report, read
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
-from ..transforms import Blocker
 from ..validate import Latency
-from ..workload import Workload
-from . import bench as benches
+from ..workload import Workload, built_in
 from . import contributions, fingerprint, store
 from .bench import LiveBench
+from .findings import Findings
 from .plan import Confirmation, Fingerprint, Plan
 from .policy import Policy
+from .record import report_of, reverified
 from .references import References
 from .search import Found, search
 from .verdict import Conclusion, doubts
@@ -47,7 +47,7 @@ class Tuned:
 
     variant: Variant
     plan: Plan
-    report: Drawn
+    report: Report
     verdict: str
     doubt: str | None = None
     noisy: bool = False
@@ -84,7 +84,7 @@ def tune(
     here = hardware.identify(model)
     identity = fingerprint.of(model, here, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
-    texts = benches.natural_texts(tokenizer)
+    texts = built_in.natural(tokenizer)
     kept = References(identity) if cache and modes.unserved() is None else None  # under autocast it says something else
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
@@ -138,7 +138,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         before, after = bench.grow(before, bench.original), bench.grow(after, winner)
     contributed = contributions.measure(winner, bench) if kept else ()
     seconds = time.monotonic() - start
-    report = Report(
+    findings = Findings(
         model=name_of(bench.original.original),
         parameters=bench.original.original.num_parameters(),
         hardware=bench.hardware,
@@ -163,7 +163,8 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         break_even_tokens=break_even(found, latency, seconds) if kept else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    plan = Plan(identity, variant.transforms, quality, latency, found.trials, report.created, report.to_dict())
+    report = report_of(findings)
+    plan = Plan(identity, variant.transforms, quality, latency, found.trials, findings.created, report.record)
     return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt, conclusion.is_noisy)
 
 
@@ -185,7 +186,7 @@ def replay(
     if not plan.transforms:
         seconds = time.monotonic() - start
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
-        return Tuned(bench.original, plan, report.reverified(verdict=verdict, seconds=seconds), verdict)
+        return Tuned(bench.original, plan, reverified(report, verdict=verdict, seconds=seconds), verdict)
     try:
         variant = restored(plan, bench)
         serve(variant)
@@ -205,7 +206,7 @@ def replay(
         f"replayed and re-verified on short requests: {latency.reason}; a spot check of quality found mean KLD "
         f"{quality.mean_kld:.2g}, same top token {quality.same_top:.1%} on {quality.tokens} tokens"
     )
-    again = report.reverified(verdict=verdict, seconds=seconds, elsewhere=meter.elsewhere())
+    again = reverified(report, verdict=verdict, seconds=seconds, elsewhere=meter.elsewhere())
     return Tuned(variant, plan, again, verdict)
 
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ..machine.hardware import Hardware
-from ..runtime.variant import Variant
-from ..transforms import Transform
+from ..runtime.variant import Transform, Variant
 from ..transforms.linears import reusing
 from ..validate import Verdict
 from . import compose

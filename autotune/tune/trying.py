@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis
 from ..errors import BudgetSpentError, DeviceError, TransformError
 from ..machine import outside
 from ..machine.hardware import Hardware
-from ..profile import Profile
-from ..runtime.variant import Variant
-from ..transforms import Transform, is_foreign
+from ..runtime.variant import Transform, Variant
+from ..transforms import is_foreign
 from ..validate import Latency, Quality, Verdict
-from ..workload import PHASES, Phase
+from ..workload import PHASES, Phase, Target
 from .choose import State, exchange, expect, promise, tier_for
-from .plan import Confirmation, Outcome, Target, Trial
+from .plan import Confirmation, Outcome, Trial
 from .policy import Policy
 from .refine import Probe, Promises, Refinement, refine
 from .verdict import UNTRIED

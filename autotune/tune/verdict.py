@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..machine.busy import is_noticeable
-from ..transforms import Transform
+from ..runtime.variant import Transform
 from ..validate import Latency, Quality, Verdict
 from .plan import Outcome, Trial
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..tune.policy import Limits
-from ..workload import Bucket
+from ..workload import Bucket, Metric
 from . import Latency, Verdict
 from .exam import Progress
-from .ratios import FEWEST_PAIRS, Metric, bounds, decide, failed, known, leads, log_ratios, pooled
+from .limits import Limits
+from .ratios import FEWEST_PAIRS, bounds, decide, failed, known, leads, log_ratios, pooled
 from .score import CandidateError, Served, Tokens
 from .timing import Clock, Pair, Timing, request, time_request
 

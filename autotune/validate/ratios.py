@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
-from ..tune.policy import Limits
+from ..workload import METRICS, Metric
 from . import Latency, Speedup, Verdict
+from .limits import Limits
 from .statistics import Floats, median_bounds, spread
 from .timing import Pair
-
-Metric = Literal["ttft", "tpot", "end_to_end"]
-METRICS: tuple[Metric, ...] = ("ttft", "tpot", "end_to_end")
 
 EARLY_ALPHA = 0.005  # in each tail, at each early look
 FINAL_ALPHA = 0.025

@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median_high
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+Target = Literal["prefill", "decode", "both"]  # what is to be faster: a phase, or whole requests
+Metric = Literal["ttft", "tpot", "end_to_end"]
+METRICS: tuple[Metric, ...] = ("ttft", "tpot", "end_to_end")
+METRIC_OF: Mapping[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}  # that tells it
 
 OBSERVED_PROMPTS = 64  # enough for the standard quality verdict; bounds what an observer holds
 OBSERVED_BATCHES = 3  # every batch size is a bucket that is timed on its own

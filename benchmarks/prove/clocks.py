@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autotune.tune.policy import Limits
 from autotune.validate import Verdict
+from autotune.validate.limits import Limits
 from benchmarks.prove.machines import MACHINES, Machine
 from benchmarks.prove.rates import Rate
 

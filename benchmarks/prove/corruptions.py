@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from autotune.model import seam
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 
 Damage = Callable[[Any], None]  # edits a module
 Change = Callable[[torch.Tensor, int, dict[str, Any]], torch.Tensor]  # logits [B, S, V], call, arguments -> logits

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from autotune.tune.policy import Limits
 from autotune.validate import Latency
 from autotune.validate.latency import race, self_noise
+from autotune.validate.limits import Limits
 from autotune.validate.timing import Timing
 from autotune.workload import Bucket
 

@@ -76,7 +76,7 @@ def real(folder: Path) -> tuple[Any, tuple[tuple[int, ...], ...]]:
     """A model from disk and natural text for it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from autotune.tune.bench import natural_texts
+    from autotune.workload.prompts import natural_texts
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)

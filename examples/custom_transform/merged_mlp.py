@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from autotune.diagnose import roofline
+from autotune.diagnose import ceilings
 from autotune.errors import TransformError
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MergedMLP(Transform):
 
     def predict(self, profile: Any, hardware: Any) -> Mapping[Any, float]:
         """At best all that is gained by having no overhead at all: optimistic, as a ceiling has to be."""
-        return {phase: roofline.less_overhead(profile.phases[phase], hardware) for phase in self.phases}
+        return {phase: ceilings.less_overhead(profile.phases[phase], hardware) for phase in self.phases}
 
     def apply(self, variant: Any) -> None:
         for twin in variant.edit(self.phase):  # twins share every tensor with the original, which is never edited

@@ -18,8 +18,8 @@ from autotune.compare.check.tasks import Suite, Task
 from autotune.errors import BaselineError, MeasurementError, PlanError, UnsupportedModelError, WorkloadError
 from autotune.live.wrap import wrap
 from autotune.model import seam
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform, make
+from autotune.runtime.variant import Stage, Transform, Variant
+from autotune.transforms import make
 from autotune.tune.fingerprint import of_model
 from autotune.tune.plan import Fingerprint, Plan
 from autotune.validate import Verdict

@@ -11,8 +11,7 @@ from autotune.compare.check import pace
 from autotune.compare.check.baseline import Pace
 from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
-from autotune.validate.ratios import METRICS
-from autotune.workload import Bucket
+from autotune.workload import METRICS, Bucket
 from tests.models import token_prompts
 
 BUCKET = Bucket(1, 8, 4)

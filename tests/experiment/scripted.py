@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from autotune.runtime.variant import Variant
-from autotune.transforms import Stage, Transform
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.workload import Workload
 from tests.models import token_prompts
 

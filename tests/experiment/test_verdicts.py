@@ -9,8 +9,8 @@ import pytest
 from autotune.compare.experiment.pareto import Point, dominates, front, plotted
 from autotune.compare.experiment.results import Outcome
 from autotune.compare.experiment.verdicts import Terms, cells, chance, conclude, correct, holm, is_settled, weigh
-from autotune.tune.policy import Limits
 from autotune.validate import Quality, Verdict
+from autotune.validate.limits import Limits
 from autotune.validate.ratios import decide
 from autotune.validate.timing import Pair, Timing
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from autotune.diagnose.costs import PhaseProfile, Profile
 from autotune.diagnose.work import Forward, cache_size
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
 from autotune.model import seam
-from autotune.profile import PhaseProfile, Profile
 from autotune.profile.survey import memory_use
 from autotune.runtime.cache import narrow as kv
 from autotune.runtime.variant import Variant, build, serving

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import pytest
 
 from autotune import transforms
-from autotune.errors import AutotuneError, ChoiceError, TransformError
+from autotune.errors import AutotuneError, Blocker, ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
 from autotune.model.seam import cannot_step
-from autotune.transforms import Blocker, Stage, Transform, make, registry
+from autotune.runtime.variant import Stage, Transform
+from autotune.transforms import make, registry
 from autotune.transforms.compile_step import no_compiler
 from autotune.transforms.weight_only import WeightOnly
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import autotune
+from autotune.diagnose.costs import PhaseProfile, Profile
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
-from autotune.profile import PhaseProfile, Profile
 from autotune.runtime import kernels
 from autotune.runtime.speculation import speculate
 from autotune.runtime.steps.inductor_graphs import TreeStep
-from autotune.runtime.variant import Variant, build, serving
-from autotune.transforms import Stage, Transform, make
+from autotune.runtime.variant import Stage, Transform, Variant, build, serving
+from autotune.transforms import make
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.kv_cache import QuantisedCache
 from autotune.transforms.speculation import Speculation

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from autotune.diagnose.costs import MemoryUse, PhaseProfile, Profile
 from autotune.machine import intraop
-from autotune.profile import MemoryUse, PhaseProfile, Profile
 from autotune.runtime.variant import Variant
 from autotune.transforms.threads import Threads, usable_cores
 from tests.test_transforms_contract import COMPILER

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from autotune.diagnose.costs import PhaseProfile, Profile
 from autotune.errors import TransformError
 from autotune.machine.hardware import Hardware
 from autotune.model import linear_layers as sites
-from autotune.profile import PhaseProfile, Profile
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make

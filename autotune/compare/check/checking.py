@@ -15,15 +15,14 @@ from ...model import route
 from ...model.linear_layers import stored_bytes
 from ...runtime.variant import Variant
 from ...tune import codec, fingerprint
-from ...tune.policy import Limits
 from ...tune.run import name_of
 from ...validate import Quality, Verdict, latency
 from ...validate.exam import LONGEST_CONTEXT
+from ...validate.limits import Limits
 from ...validate.quality import gates
-from ...validate.ratios import METRICS
 from ...validate.tiers import TIERS
 from ...validate.timing import Clock
-from ...workload import prompts
+from ...workload import METRICS, prompts
 from . import harness, pace, subject, tasks
 from .baseline import Baseline, Pace
 from .examine import Examined, RecordedExam, examine, judge, judge_free

@@ -12,11 +12,10 @@ import numpy as np
 
 from ...validate import Verdict
 from ...validate.latency import label, noise_floor
-from ...validate.ratios import METRICS
 from ...validate.score import Served, Tokens
 from ...validate.statistics import median_bounds
 from ...validate.timing import Clock, request, time_request
-from ...workload import Bucket
+from ...workload import METRICS, Bucket
 from .baseline import Pace
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ...runtime.variant import Variant
 from ...validate.exam import LONGEST_CONTEXT, Exam, Text, context_limit, vocabulary
 from ...validate.score import Served
 from ...validate.timing import Clock
-from ...workload import Bucket, Workload
+from ...workload import Bucket, Workload, built_in
 from . import harness, pace, subject, tasks
 from .baseline import Baseline, Questions
 from .compact import Compact
@@ -121,15 +121,13 @@ def _work(
     if prompts is None:
         if tokenizer is None:
             raise WorkloadError("without a tokenizer prompts are needed: token ids, one list each")
-        prompts = built_in(tokenizer)
+        prompts = _second_half(tokenizer)
     return workload.read(prompts, tokenizer=tokenizer, model=model, batch_sizes=batch_sizes)
 
 
-def built_in(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _second_half(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The second half of the built-in texts; policies that a check applies are tuned on the first."""
-    from ...cli.demo import prompts
-
-    found = prompts(tokenizer)
+    found = built_in.chats(tokenizer)
     return [ids[:LONGEST_CONTEXT] for ids in found[len(found) // 2 :]]
 
 

@@ -36,7 +36,7 @@ def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
         PlanError: the plan was made for another model.
         TransformError: a transform refuses.
     """
-    from ...live.wrap import unsupported
+    from ...tune.supported import unsupported
 
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)

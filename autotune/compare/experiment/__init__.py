@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ExperimentError, WorkloadError
-from ...tune.policy import Limits, nearest
-from ...validate.ratios import METRICS, Metric
+from ...tune.policy import nearest
+from ...validate.limits import Limits
 from ...validate.tiers import TIERS
+from ...workload import METRICS, Metric
 from . import given
 from .arms import Arm, Bench
 from .guardrails import Guardrail

@@ -13,8 +13,7 @@ from ... import workload
 from ...errors import DeviceError, ExperimentError, PlanError, TransformError, in_words
 from ...machine import outside
 from ...report import numbers as n
-from ...runtime.variant import Variant
-from ...transforms import Transform
+from ...runtime.variant import Transform, Variant
 from ...tune.plan import Plan
 from ...tune.policy import Policy
 from ...workload import Workload

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from ...errors import AutotuneError, ExperimentError, PlanError
 from ...machine.cache_dir import expanded
 from ...model import route
-from ...runtime.variant import Variant
-from ...transforms import Transform
+from ...runtime.variant import Transform, Variant
 from ...tune import plan as plans
 from ...tune import policy as policies
 from ...tune.plan import Plan
@@ -95,7 +94,7 @@ def classify(where: str, name: str, value: Any) -> Given:
         if isinstance(value, cls):
             return Given(name, kind, value)  # type: ignore[arg-type]  # one of Kind
     if isinstance(value, nn.Module):
-        from ...live.wrap import unsupported
+        from ...tune.supported import unsupported
 
         if reason := unsupported(value):
             raise ExperimentError(f"{where}: {reason}")

@@ -129,7 +129,7 @@ def arms_of(experiment: Experiment, model: PreTrainedModel, names: Sequence[str]
         UnsupportedModelError: the live model is not one that autotune can route.
     """
     from ...errors import UnsupportedModelError
-    from ...live.wrap import unsupported
+    from ...tune.supported import unsupported
 
     if reason := unsupported(model):
         raise UnsupportedModelError(reason)

@@ -25,7 +25,7 @@ from ...validate.latency import noise_floor, timed
 from ...validate.ratios import decide, failed
 from ...validate.score import CandidateError, Served
 from ...validate.timing import Clock, request
-from ...workload import Bucket, Workload
+from ...workload import Bucket, Workload, built_in
 from .arms import Arm, fit_prompts
 from .given import CONTROL
 from .results import Outcome, Result
@@ -124,7 +124,7 @@ class _Offline:
 
     def _exam(self) -> Exam:
         self.notify("collecting the control's answers to judge against")
-        texts = benches.natural_texts(self.experiment.bench().tokenizer)
+        texts = built_in.natural(self.experiment.bench().tokenizer)
         missing = max(0, benches.PROMPTS_PER_SIDE - len(set(self.work.prompts)))
         prompts = (*self.work.prompts, *texts[:missing])
         return Exam.prepare(

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import DeviceError, ExperimentError, MeasurementError
 from ...machine import ending, forking
+from ...machine.ending import Cancelled
 from ...model import route, seam
-from ...runtime.traffic import Cancelled, Traffic
+from ...runtime.traffic import Traffic
 from ...validate import Verdict
 from ...validate.tiers import TIERS
 from . import guardrails

@@ -12,7 +12,8 @@ from ... import transforms
 from ...errors import ChoiceError, ExperimentError
 from ...machine.cache_dir import expanded
 from ...tune import policy as policies
-from ...tune.policy import Limits, nearest
+from ...tune.policy import nearest
+from ...validate.limits import Limits
 
 if TYPE_CHECKING:
     from . import Experiment

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...report import numbers as n
-from ...tune.policy import Limits
 from ...validate import Latency, Quality, Verdict
-from ...validate.ratios import EARLY_ALPHA, FINAL_ALPHA, METRICS, Metric, decide, known, log_ratios, pooled
+from ...validate.limits import Limits
+from ...validate.ratios import EARLY_ALPHA, FINAL_ALPHA, decide, known, log_ratios, pooled
 from ...validate.timing import Pair
+from ...workload import METRICS, Metric
 from .results import Cell, Outcome
 
 Pairs = Mapping[str, Sequence[Pair]]  # by bucket label, in turn

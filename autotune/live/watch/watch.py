@@ -19,8 +19,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...machine import ending, forking
+from ...machine.ending import Cancelled
 from ...model import twins
-from ...runtime.traffic import Cancelled
 from ...tune import store
 from ...validate.tiers import TIERS
 from .breaker import Breaker, Happening, Phase, Rules

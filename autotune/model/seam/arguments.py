@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...transforms import Blocker
+from ...errors import Blocker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...tune.plan import METRIC_OF
-from ...workload import Phase
+from ...workload import METRIC_OF, Phase
 from .. import numbers as n
 from ..layout import Table
 from . import drawing as d

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from autotune.errors import Blocker
 from autotune.machine import forking
 from autotune.runtime.kernels.brain import BrainLinear
 from autotune.runtime.kernels.embedding import PackedEmbedding
 from autotune.runtime.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
-from autotune.transforms import Blocker
 
 __all__ = [
     "BrainLinear",

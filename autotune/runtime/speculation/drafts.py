@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -12,8 +12,6 @@ from ...machine import device as devices
 from ...model import seam
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ...model.seam import Sampling
     from ..cache.pool import CachePool
     from ..cache.slots import SlotCache
@@ -122,26 +120,3 @@ class Drafter:
     def _position(self, index: int) -> torch.Tensor:
         """Position [1, 1] of the sequence's token number `index`, which is none of the prompt's."""
         return self.call.last_position + (index - self.call.input_ids.shape[1] + 1)
-
-
-def unfit(draft: Any, model: PreTrainedModel) -> str | None:
-    """Why `draft` cannot guess for `model`, in a sentence that says what to do, or None."""
-    from ...live.wrap import unsupported
-    from ...transforms.static_cache import no_slots
-
-    if reason := unsupported(draft):
-        return f"the draft model cannot be used: {reason}"
-    name = type(draft).__name__
-    if draft is model:
-        return "the draft model is the model itself, which guesses no faster than it answers; pass a smaller one"
-    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (draft, model))
-    if own != wanted:
-        return (
-            f"the draft model {name} has a vocabulary of {own} tokens, the model one of {wanted}: its guesses would "
-            "mean other tokens; pass a draft with the same tokenizer and vocabulary size"
-        )
-    if draft.device != model.device:
-        return f"the draft model {name} is on {draft.device}, the model on {model.device}; move it there first"
-    if reason := no_slots(draft):
-        return f"the draft model {name} cannot decode over slots: {reason}"
-    return None

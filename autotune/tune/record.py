@@ -1,4 +1,4 @@
-"""A report as a dictionary fit for JSON. Times in ms, bytes, fractions; what was not measured is None."""
+"""Findings as a report's record. Times in ms, bytes, fractions; what was not measured is None."""
 
 from __future__ import annotations
 
@@ -9,81 +9,83 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..diagnose.roofline import floor_s, peak_flops_per_s
-from ..tune.plan import METRIC_OF
-from ..workload import PHASES, Phase
-from . import device
+from ..machine.roofline import floor_s
+from ..report import Report
+from ..workload import METRIC_OF, PHASES, Phase
+from . import device_record as device
 from .advice import advise
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import MemoryUse, Operator, Profile, ScalePoint
     from ..diagnose.diagnosis import Diagnosis
     from ..machine.hardware import Hardware
-    from ..profile import MemoryUse, Operator, Profile, ScalePoint
-    from ..tune.contributions import Contribution
-    from ..tune.plan import Trial
     from ..validate import Latency, Quality, Speedup
-    from . import Report
+    from .contributions import Contribution
+    from .findings import Findings
+    from .plan import Trial
 
 SCHEMA = 1
 
 
-def record(report: Report) -> dict[str, Any]:
-    """Everything a report holds, under stable names."""
-    after = report.after or report.before
+def report_of(findings: Findings) -> Report:
+    """Everything that was found, under stable names."""
+    after = findings.after or findings.before
     found: dict[str, Any] = {
         "schema": SCHEMA,
-        "created": report.created,
+        "created": findings.created,
         "replayed": None,
-        "verdict": report.verdict,
-        "doubt": report.doubt,
-        "model": {"name": report.model, "parameters": report.parameters},
+        "verdict": findings.verdict,
+        "doubt": findings.doubt,
+        "model": {"name": findings.model, "parameters": findings.parameters},
         "policy": {
-            "name": report.policy,
-            "tier": report.tier,
-            "objective": report.objective,
-            "budget_s": report.budget_s,
+            "name": findings.policy,
+            "tier": findings.tier,
+            "objective": findings.objective,
+            "budget_s": findings.budget_s,
         },
-        "workload": report.workload,
-        "seconds": report.seconds,
-        "elsewhere": report.elsewhere,
-        "transforms": [str(t) for t in report.transforms],
-        "phases": {p: _phase(report, p) for p in PHASES if p in report.before.phases},
-        "diagnoses_after": {p: _diagnosis(d) for p, d in report.diagnoses_after.items()},
-        "quality": _quality(report.quality, report.tier),
-        "quality_detail": _quality_detail(report.quality),
-        "latency": _latency(report.latency),
-        "contributions": [_contribution(c) for c in report.contributions],
-        "trials": [_trial(t) for t in report.trials],
+        "workload": findings.workload,
+        "seconds": findings.seconds,
+        "elsewhere": findings.elsewhere,
+        "transforms": [str(t) for t in findings.transforms],
+        "phases": {p: _phase(findings, p) for p in PHASES if p in findings.before.phases},
+        "diagnoses_after": {p: _diagnosis(d) for p, d in findings.diagnoses_after.items()},
+        "quality": _quality(findings.quality, findings.tier),
+        "quality_detail": _quality_detail(findings.quality),
+        "latency": _latency(findings.latency),
+        "contributions": [_contribution(c) for c in findings.contributions],
+        "trials": [_trial(t) for t in findings.trials],
         "operators": {
-            p: _operators(report.before, after, p, report.hardware) for p in PHASES if p in report.before.phases
+            p: _operators(findings.before, after, p, findings.hardware) for p in PHASES if p in findings.before.phases
         },
-        "device": device.record(report.before, report.after),
-        "ncu": {p: device.counted(reading) for p, reading in report.ncu.items()},
-        "batch_scaling": _scaling(report.before.batch_scaling, after.batch_scaling),
-        "context_growth": _scaling(report.before.context_growth, after.context_growth),
-        "memory": {"before": _memory(report.before.memory), "after": _memory(after.memory)},
-        "bytes_after_release": report.bytes_after_release,
-        "hardware": _hardware(report.hardware),
-        "break_even_tokens": report.break_even_tokens,
-        "served": report.served,
-        "bypassed": dict(report.bypassed),
-        "advice": [asdict(advice) for advice in advise(report)],
+        "device": device.record(findings.before, findings.after),
+        "ncu": {p: device.counted(reading) for p, reading in findings.ncu.items()},
+        "batch_scaling": _scaling(findings.before.batch_scaling, after.batch_scaling),
+        "context_growth": _scaling(findings.before.context_growth, after.context_growth),
+        "memory": {"before": _memory(findings.before.memory), "after": _memory(after.memory)},
+        "bytes_after_release": None,
+        "hardware": _hardware(findings.hardware),
+        "break_even_tokens": findings.break_even_tokens,
+        "served": 0,
+        "bypassed": {},
+        "advice": [asdict(advice) for advice in advise(findings)],
     }
-    return {key: json_safe(value) for key, value in found.items()}
+    return Report({key: json_safe(value) for key, value in found.items()})
 
 
-def reverify(
-    old: Mapping[str, Any],
+def reverified(
+    report: Report,
+    *,
     verdict: str,
     seconds: float,
-    latency: Latency | None,
-    quality: Quality | None,
+    latency: Latency | None = None,
+    quality: Quality | None = None,
     elsewhere: float | None = None,
-) -> dict[str, Any]:
-    """A record with the figures that a replay measured anew.
+) -> Report:
+    """A report with what a replay measured anew; profiles and trials stay those of the tuning.
 
     The verdict on quality stays that of the tuning, which saw more tokens; the replay's is kept beside it.
     """
+    old = report.record
     new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}, "bytes_after_release": None}
     new["replayed"] = {
         "seconds": seconds,
@@ -94,7 +96,7 @@ def reverify(
     if latency is not None:
         new["latency"] = _latency(latency)
         new["phases"] = {p: {**figures, **_paired(latency, p)} for p, figures in old["phases"].items()}
-    return {key: json_safe(value) for key, value in new.items()}
+    return Report({key: json_safe(value) for key, value in new.items()})
 
 
 def json_safe(value: Any) -> Any:
@@ -112,11 +114,11 @@ def json_safe(value: Any) -> Any:
     return str(value)
 
 
-def _phase(report: Report, phase: Phase) -> dict[str, Any]:
-    before, diagnosis = report.before.phases[phase], report.diagnoses_before[phase]
+def _phase(findings: Findings, phase: Phase) -> dict[str, Any]:
+    before, diagnosis = findings.before.phases[phase], findings.diagnoses_before[phase]
     baseline_ms = final_ms = 1e3 * before.seconds
-    if report.after is not None:
-        final_ms = 1e3 * report.after.phases[phase].seconds
+    if findings.after is not None:
+        final_ms = 1e3 * findings.after.phases[phase].seconds
     figures = {
         **_diagnosis(diagnosis),
         "baseline_ms": baseline_ms,
@@ -125,10 +127,10 @@ def _phase(report: Report, phase: Phase) -> dict[str, Any]:
         "speedup_low": None,
         "speedup_high": None,
     }
-    if not report.transforms:  # the original against itself: nothing to estimate
+    if not findings.transforms:  # the original against itself: nothing to estimate
         unchanged = {"final_ms": baseline_ms, "speedup": 1.0, "speedup_low": 1.0, "speedup_high": 1.0}
         return figures | unchanged
-    return figures | (_paired(report.latency, phase) if report.latency else {})
+    return figures | (_paired(findings.latency, phase) if findings.latency else {})
 
 
 def _paired(latency: Latency, phase: Phase) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def _operators(before: Profile, after: Profile, phase: Phase, hardware: Hardware
 def _roofline_share(operator: Operator, hardware: Hardware, dtype: str) -> float | None:
     """The shortest time that its FLOPs and bytes allow, as a share of the time it takes; None without either."""
     floor = floor_s(
-        operator.flops, operator.moved_bytes, peak_flops_per_s(hardware, dtype), hardware.bandwidth_bytes_per_s
+        operator.flops, operator.moved_bytes, hardware.peak_flops_per_s(dtype), hardware.bandwidth_bytes_per_s
     )
     return floor / operator.seconds if floor and operator.seconds else None
 

@@ -1,4 +1,4 @@
-"""What the user could change, and what the roofline predicts it to bring: pure functions over a report.
+"""What the user could change, and what the roofline predicts it to bring: pure functions over the findings.
 
 Every prediction is for what serves now (the profile after tuning, where there is one) and for one change at a time. It
 follows from measured times, counted bytes and FLOPs, and for other machines from data sheets. Where what a piece of
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..diagnose.ceilings import attainable_bandwidth, attainable_peak, roofline_s
 from ..diagnose.diagnosis import FULL, UNITS, Bottleneck, overhead_s
-from ..diagnose.roofline import attainable_bandwidth, attainable_peak, floor_s, roofline_s
 from ..machine.catalogue import MACHINES, Machine
+from ..machine.roofline import floor_s
 from ..profile.operators import SMALL_KERNEL_S
 from ..profile.scaling import growth_s
-from ..tune.plan import METRIC_OF
-from ..workload import PHASES, Phase
-from . import numbers as n
+from ..report import numbers as n
+from ..workload import METRIC_OF, PHASES, Phase
 
 if TYPE_CHECKING:
+    from ..diagnose.costs import PhaseProfile, Profile, ScalePoint
     from ..machine.hardware import Hardware
-    from ..profile import PhaseProfile, Profile, ScalePoint
-    from . import Report
+    from .findings import Findings
 
 MIN_GAIN = 1.05  # two profiles of the same model differ by up to 5 %: less than that is called nothing
 MIN_MACHINE_GAIN = 1.25  # data sheets promise 10 to 25 % more than is measured: less may be no gain
@@ -89,14 +89,14 @@ class Served:
         return point.batch / (point.seconds_per_step + point.batch * self.rest_of_cache(point)[1])
 
 
-def advise(report: Report) -> tuple[Advice, ...]:
+def advise(findings: Findings) -> tuple[Advice, ...]:
     """Everything that can be advised, what helps first."""
-    diagnoses = report.diagnoses_after if report.after is not None else report.diagnoses_before
+    diagnoses = findings.diagnoses_after if findings.after is not None else findings.diagnoses_before
     served = Served(
-        report.after or report.before,
-        report.hardware,
+        findings.after or findings.before,
+        findings.hardware,
         {phase: diagnosis.bottleneck for phase, diagnosis in diagnoses.items()},
-        {phase: found.operator_count for phase, found in report.before.phases.items()},
+        {phase: found.operator_count for phase, found in findings.before.phases.items()},
     )
     pieces = (larger_batch, more_memory, shorter_prompts, shorter_context, grouped_queries, other_machines, no_use)
     found = [advice for piece in pieces for advice in piece(served)]

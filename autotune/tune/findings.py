@@ -1,0 +1,69 @@
+"""What tuning, or profiling alone, measured, tried and decided, as values; a `Report` shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..diagnose.costs import Profile
+from ..diagnose.diagnosis import Diagnosis
+from ..machine.hardware import Hardware
+from ..profile.ncu import Reading
+from ..runtime.variant import Transform
+from ..validate import Latency, Quality
+from ..workload import Phase
+from .contributions import Contribution
+from .plan import Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The outcome of tuning, or of profiling alone.
+
+    Args:
+        model: model name.
+        parameters: number of parameters, tied ones once.
+        hardware: the machine the figures come from.
+        workload: what was run, in words ("16 prompts of 64 tokens, 64 new tokens each, batch 1").
+        before: profile of the original.
+        diagnoses_before: what limits each phase of the original.
+        verdict: one sentence: what was committed, or why the original was kept.
+        doubt: why the outcome is not kept as a plan; None where it is.
+        after: profile of the variant that serves; None where that is the original.
+        diagnoses_after: what limits it now.
+        transforms: what the plan applies, in order; empty where the original was kept.
+        contributions: what each of them brings; empty where it is one, or none.
+        trials: everything considered.
+        quality, latency: the whole plan against the original, on held-out prompts; None where it did not come to that.
+        policy, tier, objective, budget_s: what was asked for.
+        seconds: time spent tuning.
+        elsewhere: share of the CPU time that others took meanwhile; None where nobody knows.
+        break_even_tokens: tokens to generate until the tuning time is won back.
+        created: ISO 8601, UTC.
+        ncu: what Nsight Compute counted, by phase.
+    """
+
+    model: str
+    parameters: int
+    hardware: Hardware
+    workload: str
+    before: Profile
+    diagnoses_before: Mapping[Phase, Diagnosis]
+    verdict: str
+    doubt: str | None = None
+    after: Profile | None = None
+    diagnoses_after: Mapping[Phase, Diagnosis] = field(default_factory=dict)
+    transforms: tuple[Transform, ...] = ()
+    contributions: tuple[Contribution, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    quality: Quality | None = None
+    latency: Latency | None = None
+    policy: str | None = None
+    tier: str | None = None
+    objective: str | None = None
+    budget_s: float | None = None
+    seconds: float | None = None
+    elsewhere: float | None = None
+    break_even_tokens: float | None = None
+    created: str = ""
+    ncu: Mapping[Phase, Reading] = field(default_factory=dict)

@@ -1,0 +1,23 @@
+"""What a candidate must gain, and what it must not cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What must not get worse. Fractions: 0.05 allows 5 %.
+
+    Args:
+        min_gain: a step must gain at least this on the phase it targets, and more than the noise; below 0 it must not
+            lose more than this.
+        max_ttft_increase, max_tpot_increase, max_p90_increase: against the original, in every workload bucket.
+        max_memory_ratio: peak weights + cache of the variant / the original's.
+    """
+
+    min_gain: float = 0.03
+    max_ttft_increase: float = 0.05
+    max_tpot_increase: float = 0.05
+    max_p90_increase: float = 0.10
+    max_memory_ratio: float = 2.0
