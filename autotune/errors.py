@@ -22,12 +22,10 @@ Messages say what was wrong, what was expected and what to do. Anything else tha
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from collections.abc import Iterable
 
 LIBRARIES = frozenset({"autotune", "transformers", "torch"})  # between the user's line and a warning
 
@@ -122,3 +120,9 @@ class Blocker(str):
     """
 
     __slots__ = ()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean '...'?", or nothing where no known word is alike."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

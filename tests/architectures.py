@@ -38,7 +38,7 @@ from unittest import mock
 import torch
 
 from autotune.errors import AutotuneError, ChoiceError, TransformError
-from autotune.machine import hardware
+from autotune.machine import hardware, processor
 from autotune.model import route, seam, shrink
 from autotune.runtime.speculation import speculate
 from autotune.runtime.variant import Stage, Transform, Variant
@@ -398,7 +398,7 @@ def document(results: Sequence[Result]) -> str:
         [
             "# Architectures",
             "",
-            f"Printed by `make test-architectures` on {today} on {platform.system()} ({hardware.instruction_set()}),",
+            f"Printed by `make test-architectures` on {today} on {platform.system()} ({processor.instruction_set()}),",
             f"with {versions}.",
             "",
             f"{len(names)} model types have a causal LM; {len(names) - len(unbuilt)} of them were built tiny and tried",

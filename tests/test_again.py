@@ -17,6 +17,7 @@ from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
 from tests.models import tiny
 from tests.test_wrap import Written, wrapped
@@ -130,7 +131,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     noisy = [True] * 9
 
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
-        plan = plans.Plan(plans.Fingerprint("", "", {}, "", "", "strict"), ())
+        plan = plans.Plan(Fingerprint("", "", {}, "", "", "strict"), ())
         hidden = noisy.pop(0)
         doubt = "1 of 2 candidates came out inconclusive" if hidden else None
         return Tuned(Variant(model, traffic, workload), plan, Written(), KEPT, doubt, hidden)  # type: ignore[arg-type]

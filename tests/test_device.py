@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autotune.errors import DeviceError, VariantError
-from autotune.machine import device, hardware
+from autotune.machine import device, hardware, processor
 from autotune.machine.device.failures import classify
 from tests.fakes.cuda import FakeCuda, Misuse
 
@@ -17,8 +17,8 @@ from tests.fakes.cuda import FakeCuda, Misuse
 def test_a_cpu_is_one_device_and_answers() -> None:
     cpu = device.of("cpu")
     assert device.of(torch.device("cpu")) is cpu
-    assert cpu.identity().memory_bytes == hardware.memory_bytes()
-    assert 0 < cpu.memory().free <= hardware.memory_bytes()
+    assert cpu.identity().memory_bytes == processor.memory_bytes()
+    assert 0 < cpu.memory().free <= processor.memory_bytes()
     assert 0 < cpu.memory().used <= cpu.memory().peak
     assert cpu.seconds(lambda: torch.ones(8)) > 0
     tensor = torch.ones(3)

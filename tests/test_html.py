@@ -20,7 +20,8 @@ from autotune.report import Report
 from autotune.report import numbers as n
 from autotune.report.html import elements, roofline, samples, steps
 from autotune.tune import plan
-from autotune.tune.plan import Fingerprint, Plan
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Plan
 from autotune.tune.record import report_of, reverified
 from autotune.validate import Certainty, Latency, Speedup, Verdict
 from tests import chromium, pages

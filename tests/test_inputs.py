@@ -15,6 +15,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
 from tests.models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny, tiny_tokenizer, token_prompts
 from tests.test_wrap import Written
@@ -36,7 +37,7 @@ def wrapped(plan: list[Any], architecture: str = "llama") -> Any:
 
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(plan)
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:

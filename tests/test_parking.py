@@ -18,6 +18,7 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
@@ -35,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(PACKED)
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "tune", tune)

@@ -14,7 +14,8 @@ from autotune import transforms
 from autotune.errors import ChoiceError, PlanError
 from autotune.runtime import variant
 from autotune.tune import fingerprint, plan
-from autotune.tune.plan import Fingerprint, Outcome, Plan, Trial
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Outcome, Plan, Trial
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from tests import models
 

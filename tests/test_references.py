@@ -27,7 +27,7 @@ from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.tune import plan as plans
 from autotune.tune import policy, references
 from autotune.tune import run as tuning
-from autotune.tune.plan import Fingerprint
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.references import References
 from autotune.tune.run import Tuned
 from autotune.validate.answers import Answers

@@ -30,6 +30,7 @@ from autotune.tune import plan as plans
 from autotune.tune import policy as policies
 from autotune.tune import run as tuning
 from autotune.tune.bench import LiveBench
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
 from autotune.validate.latency import decide
 from autotune.validate.limits import Limits
@@ -65,7 +66,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[Transform]:
 
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(wanted)
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "tune", tune)

@@ -19,7 +19,8 @@ import pytest
 from autotune import transforms
 from autotune.machine import cache_dir as folders
 from autotune.tune import plan, store
-from autotune.tune.plan import Fingerprint, Plan
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,10 +13,10 @@ from autotune.errors import TransformError
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import plan as plans
 from autotune.tune import policy as policies
 from autotune.tune.choose import State
-from autotune.tune.plan import Fingerprint, Outcome, Plan, Trial
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Outcome, Plan, Trial
 from autotune.tune.record import report_of
 from autotune.tune.run import conclude, replay
 from autotune.tune.search import Found
@@ -104,7 +104,7 @@ def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
     bench: Any = SimpleNamespace(original=original, workload=work, policy=policy, hardware=HARDWARE)
     before = State(original, profile(0.093, 0.032), DIAGNOSES)  # type: ignore[no-untyped-call]
     trial = Trial(Shrink(), "smaller weights", "decode", Outcome.REJECTED, "no gain", latency=SLOWER)
-    nothing = plans.Fingerprint("", "", {}, "", "", "strict")
+    nothing = Fingerprint("", "", {}, "", "", "strict")
     tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))  # type: ignore[arg-type]
     assert tuned.report.to_dict()["elsewhere"] == elsewhere
     assert (tuned.doubt is None, tuned.noisy) == (believed, not believed)

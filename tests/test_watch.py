@@ -29,13 +29,14 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune import store
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
 from autotune.validate import Latency, Speedup, Verdict
 from tests.models import tiny, token_prompts
 from tests.test_wrap import IDS, Written, greedy
 
 RULES = Rules(pause_s=10, longest_s=35, most_flaps=3, steady_s=100)
-PRINT = plans.Fingerprint("m", "h", {}, "w", "p", "strict")
+PRINT = Fingerprint("m", "h", {}, "w", "p", "strict")
 
 
 class Clock:

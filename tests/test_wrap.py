@@ -16,6 +16,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
 from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
 
@@ -36,7 +37,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(wanted)
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "tune", tune)
@@ -71,7 +72,7 @@ def test_what_could_not_be_tried_is_a_warning_where_nobody_draws(
     progress: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
-        plan = plans.Plan(plans.Fingerprint("", "", {}, "", "", "strict"), ())
+        plan = plans.Plan(Fingerprint("", "", {}, "", "", "strict"), ())
         return Tuned(Variant(model, traffic, workload), plan, Written(), "kept it, but ...", "1 of 1")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "tune", tune)
@@ -160,7 +161,7 @@ class Paused:
         assert self.go_on.wait(60)
         if self.error is not None:
             raise self.error
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
 
     def end(self, model: Any) -> None:

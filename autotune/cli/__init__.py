@@ -25,6 +25,7 @@ from ..errors import (
 )
 from ..report.exit_codes import Code, text
 from ..report.printable import printable
+from .arguments import BESIDE, threads
 from .streams import guarded
 
 log = logging.getLogger("autotune")
@@ -53,9 +54,7 @@ OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it 
     errno.ENAMETOOLONG,
 )
 MOST_SAID = 1500  # characters of an error: a name may have any length
-MOST_THREADS = 1024  # more than any machine has: OpenMP ends the process where it cannot start them
 PLANS = "plan.json is written where a plan won, or all that should be tried was."
-BESIDE = Path()  # a file beside the one that is read
 TIERS = ("lossless", "strict", "relaxed", "aggressive")
 
 
@@ -276,10 +275,3 @@ def duration(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no time; expected such as 90s, 5m or 1h")
     return seconds
-
-
-def threads(text: str) -> int:
-    """A number of threads."""
-    if not text.isdecimal() or len(text) > len(str(MOST_THREADS)) or not 1 <= int(text) <= MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 to {MOST_THREADS}")
-    return int(text)

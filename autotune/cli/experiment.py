@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(experiment: ArgumentParser) -> None:
     """The options of the three commands."""
-    from . import threads
+    from .arguments import threads
 
     kind = type(experiment)
     actions = experiment.add_subparsers(dest="action", required=True, metavar="run|status|report", parser_class=kind)
@@ -169,7 +169,7 @@ def _store(args: Namespace) -> Store:
 
 
 def _versions(store: Store, name: str) -> tuple[Version, ...]:
-    from ..tune.policy import nearest
+    from ..errors import nearest
 
     found = store.versions(name)
     if not found:

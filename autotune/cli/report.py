@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import PlanError, WorkloadError
 from ..report import Report, read
-from . import BESIDE
+from .arguments import BESIDE
 from .screen import screen
 
 

@@ -115,7 +115,7 @@ def _convert(gguf: Path, dtype: torch.dtype, kept: Path) -> None:
 def _write(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from .load import with_all_weights
+    from .checkpoint import with_all_weights
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     try:

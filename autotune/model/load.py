@@ -14,13 +14,13 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..machine.cache_dir import expanded
 from . import seam
+from .checkpoint import with_all_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 MOST_SAID = 300  # characters of another library's error
-NAMED = 3  # of missing weights
 EXPECTED = "expected a directory saved by save_pretrained, a .gguf file, or a model name on the hub"
 
 
@@ -60,30 +60,6 @@ def load(
         raise UnsupportedModelError(f"{where} cannot be loaded: {_gist(error)}") from error
     nn.Module.to(model, device)
     return model, _tokenizer(where, options)
-
-
-def with_all_weights(where: str | Path, source: Path, **options: Any) -> PreTrainedModel:
-    """`from_pretrained`, which fills in at random what a checkpoint lacks, without that.
-
-    Args:
-        where: directory or hub name.
-        source: what the user named.
-        options: of `from_pretrained`.
-
-    Raises:
-        UnsupportedModelError: weights are missing.
-    """
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
-    model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
-        named = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
-        raise UnsupportedModelError(
-            f"{source} lacks {len(missing)} of the weights that its configuration asks for: {named}; "
-            "expected a whole checkpoint: save or download it again"
-        )
-    return model
 
 
 def locate(name: str | Path) -> Path:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..machine import outside
-from . import route, seam
+from . import route, seam, twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +34,6 @@ FAR = 1 << 24  # a position beyond every context
 NEAR = 0
 PLUMBING = frozenset(vars(nn.Module()))  # attributes that every module has
 _states: weakref.WeakKeyDictionary[PreTrainedModel, State] = weakref.WeakKeyDictionary()
-_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all states
 Marks = dict[str, tuple[Any, int]]  # attribute -> what it holds, and how often that was written to
 
 
@@ -85,23 +84,13 @@ class State:
 NOTHING = State({}, frozenset())
 
 
-def is_shared(module: nn.Module) -> bool:
-    """Whether twins share a module with their original."""
-    return module in _modules
-
-
-def shared(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, of those that a model shares with its twins."""
-    return {name: module for name, module in model.named_modules() if module in _modules}
-
-
 def of(model: PreTrainedModel) -> State:
     """The state of a model, routed or not; found out when it is first asked for."""
     root = route.origin(model)
     if root not in _states:
-        known = shared(root)
+        known = twins.shared(root)
         _states[root] = State(known, frozenset()) if known else _find(root)  # of a twin, what it shares
-        _modules.update(_states[root].modules.values())
+        twins.share(_states[root].modules.values())
     return _states[root]
 
 
@@ -121,10 +110,8 @@ def _find(model: PreTrainedModel) -> State:
 
 
 def _probe(model: PreTrainedModel) -> State:
-    from .twins import fork
-
-    twin = fork(model)
-    named = {name: module for name, module in twin.named_modules() if name and not is_shared(module)}
+    twin = twins.fork(model)
+    named = {name: module for name, module in twin.named_modules() if name and not twins.is_shared(module)}
     for module in named.values():
         _own_tensors(module)
     before = {name: _marks(module) for name, module in named.items()}

@@ -16,19 +16,38 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import route, seam, stateful
+from . import route, seam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all models
+
 COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # what torch.compile leaves on a module
+
+
+def share(modules: Iterable[nn.Module]) -> None:
+    """From now on twins share these modules with their originals."""
+    _shared.update(modules)
+
+
+def is_shared(module: nn.Module) -> bool:
+    """Whether twins share a module with their original."""
+    return module in _shared
+
+
+def shared(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of those that a model shares with its twins."""
+    return {name: module for name, module in model.named_modules() if module in _shared}
 
 
 def fork(model: PreTrainedModel) -> PreTrainedModel:
@@ -87,7 +106,7 @@ class _Copier:
 
     def module(self, module: nn.Module) -> Any:
         cls = type(module)
-        if isinstance(module, torch.jit.ScriptModule) or stateful.is_shared(module):
+        if isinstance(module, torch.jit.ScriptModule) or is_shared(module):
             return module
         if cls.__new__ is not object.__new__ or hasattr(cls, "__deepcopy__"):  # a class of its own for each object
             return copy.deepcopy(module, self.known)

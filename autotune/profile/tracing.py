@@ -24,7 +24,7 @@ from ..diagnose.work import matrices
 from ..errors import MeasurementError
 from ..machine import device as devices
 from ..machine.device.trace import silent_kineto
-from ..model import stateful
+from ..model import twins
 from ..workload import Phase
 from .phases import intervals, length, on_device
 from .recording import read
@@ -162,7 +162,7 @@ def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     try:
         for model in models:
             for name, group in sections(model).items():
-                if stateful.is_shared(module := model.get_submodule(name)):
+                if twins.is_shared(module := model.get_submodule(name)):
                     continue  # with live requests
                 handles.append(module.register_forward_pre_hook(enter(group)))
                 handles.append(module.register_forward_hook(leave, always_call=True))

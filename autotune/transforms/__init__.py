@@ -7,7 +7,6 @@ and third parties (entry-point group `autotune.transforms`) are found by `regist
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -19,7 +18,7 @@ from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeGuard
 
-from ..errors import Blocker, ChoiceError
+from ..errors import Blocker, ChoiceError, nearest
 from ..runtime.variant import Stage, Transform
 
 __all__ = ["Blocker", "Stage", "Transform", "is_foreign", "make", "registry", "require"]
@@ -100,9 +99,8 @@ def _check(what: str, value: Any, expected: type) -> None:
 
 def _nearest(given: object, options: Iterable[object]) -> str:
     names = sorted(map(str, options))
-    close = difflib.get_close_matches(str(given), names, n=1)
     known = "it takes none" if not names else f"expected one of {', '.join(names)}"
-    return f"; did you mean {close[0]!r}?" if close else f"; {known}"
+    return nearest(str(given), names) or f"; {known}"
 
 
 def _builtins() -> Iterator[type[Transform]]:

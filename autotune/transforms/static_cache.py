@@ -123,7 +123,7 @@ def roomy_slots(variant: Variant, dtype: torch.dtype | None = None) -> int:
         dtype: of keys and values; None means the model's.
     """
     from ..diagnose.work import cache_size
-    from ..machine.hardware import memory_bytes
+    from ..machine.processor import memory_bytes
 
     config = variant.original.config.get_text_config(decoder=True)
     least = automatic_slots(variant, config)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import nearest
 from ..machine import gpus as architecture
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -59,8 +59,7 @@ def of_capabilities(text: str) -> Range:
     if (exact := architecture.parse(text)) is not None:
         return Range(text, ((">=", exact), ("<=", exact)))
     if not text.lstrip().startswith((">", "<")):
-        near = difflib.get_close_matches(text, architecture.NAMES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = nearest(text, architecture.NAMES)
         names = ", ".join(architecture.NAMES)
         raise ValueError(f"unknown architecture {text!r}{hint}; known: {names}, a capability (9.0) or bounds (>= 8.0)")
     return _range(text, architecture.parse, "a compute capability such as 8.0")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..model import seam, stateful
-from .plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +24,27 @@ if TYPE_CHECKING:
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
 # told better elsewhere: by the class and the tensors, and by Fingerprint.versions
 TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a plan is valid for; any difference makes it a miss.
+
+    Args:
+        model: hash of configuration and weights.
+        hardware: device, name, capability, threads.
+        versions: torch, transformers, autotune, ... by name.
+        workload: hash of the workload's shape.
+        policy: policy name and content hash.
+        tier: quality tier.
+    """
+
+    model: str
+    hardware: str
+    versions: Mapping[str, str]
+    workload: str
+    policy: str
+    tier: str
 
 
 def of(

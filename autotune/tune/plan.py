@@ -12,6 +12,7 @@ from ..model import route
 from ..runtime.variant import Transform
 from ..validate import Latency, Quality, Verdict
 from . import codec
+from .fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,27 +114,6 @@ class Confirmation:
             return self.failure
         found = self.latency or self.quality
         return found.reason if found else "nothing could be measured"
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a plan is valid for; any difference makes it a miss.
-
-    Args:
-        model: hash of configuration and weights.
-        hardware: device, name, capability, threads.
-        versions: torch, transformers, autotune, ... by name.
-        workload: hash of the workload's shape.
-        policy: policy name and content hash.
-        tier: quality tier.
-    """
-
-    model: str
-    hardware: str
-    versions: Mapping[str, str]
-    workload: str
-    policy: str
-    tier: str
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ silently never runs.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from .. import transforms
 from ..diagnose.diagnosis import Bottleneck
-from ..errors import ChoiceError, PolicyError
+from ..errors import ChoiceError, PolicyError, nearest
 from ..machine.cache_dir import expanded
 from ..validate.limits import Limits
 from ..workload import PHASES, Phase
@@ -259,9 +258,3 @@ def _several_of(table: Mapping[str, Any], key: str, known: Collection[str], wher
     if not isinstance(values, list):
         raise PolicyError(f"{where}: {key} is {values!r}; expected a list, {key} = [{next(iter(known))!r}]")
     return frozenset(_one_of({key: value}, key, known, where) for value in values)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean '...'?", or nothing where no known word is alike."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

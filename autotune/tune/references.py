@@ -27,7 +27,7 @@ from ..validate.answers import Answers
 from ..validate.exam import Exam
 from ..validate.shelf import Shelf
 from . import codec
-from .plan import Fingerprint
+from .fingerprint import Fingerprint
 
 log = logging.getLogger("autotune")
 

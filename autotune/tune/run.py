@@ -21,7 +21,8 @@ from ..workload import Workload, built_in
 from . import contributions, fingerprint, store
 from .bench import LiveBench
 from .findings import Findings
-from .plan import Confirmation, Fingerprint, Plan
+from .fingerprint import Fingerprint
+from .plan import Confirmation, Plan
 from .policy import Policy
 from .record import report_of, reverified
 from .references import References

@@ -15,7 +15,8 @@ from pathlib import Path
 from ..errors import PlanError
 from ..machine import cache_dir as folders
 from . import plan
-from .plan import Fingerprint, Plan
+from .fingerprint import Fingerprint
+from .plan import Plan
 
 logger = logging.getLogger("autotune")
 

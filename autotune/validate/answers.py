@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from .tiers import NEAR_TIE_NATS
 
 if TYPE_CHECKING:
-    from .exam import Exam
+    pass
 
 MOST_NOISE = 0.05  # mean KL of an original from itself, nats, beyond which nothing is compared with it
 
@@ -32,13 +32,6 @@ class Answers:
     own: tuple[tuple[int, ...], ...]
     noise: tuple[float, ...] | None
     logits: Mapping[str, torch.Tensor]
-
-
-class Keeper(Protocol):
-    """Keeps answers between runs; `autotune.tune.references` does, on disk."""
-
-    def restore(self, exam: Exam) -> bool:
-        """Hand the answers of an earlier run to `Exam.take`. False where there are none, or they do not fit."""
 
 
 def odd_texts(own: Sequence[Sequence[int]], count: int, longest: int, ends: Collection[int], width: int) -> str | None:

@@ -16,7 +16,7 @@ from ..errors import MeasurementError, TransformError
 from ..model.linear_layers import obstacle
 from ..runtime.variant import Variant
 from ..transforms.wide_arithmetic import WideArithmetic, emulated
-from .answers import MOST_NOISE, Answers, Keeper, Shape, odd_logits, odd_noise, odd_texts
+from .answers import MOST_NOISE, Answers, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
 from .score import CandidateError, Served, Tokens
 from .shelf import Shelf
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..runtime.traffic import Traffic
+from typing import TYPE_CHECKING, Protocol
 
 PADDED_BATCH = 8  # sequences in a padded batch
 NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
@@ -395,3 +396,10 @@ def context_limit(model: PreTrainedModel) -> int:
 def vocabulary(model: PreTrainedModel) -> int:
     """Width of the model's logits, as far as its configuration says."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+class Keeper(Protocol):
+    """Keeps answers between runs; `autotune.tune.references` does, on disk."""
+
+    def restore(self, exam: Exam) -> bool:
+        """Hand the answers of an earlier run to `Exam.take`. False where there are none, or they do not fit."""

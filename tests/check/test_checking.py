@@ -20,8 +20,8 @@ from autotune.live.wrap import wrap
 from autotune.model import seam
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms import make
-from autotune.tune.fingerprint import of_model
-from autotune.tune.plan import Fingerprint, Plan
+from autotune.tune.fingerprint import Fingerprint, of_model
+from autotune.tune.plan import Plan
 from autotune.validate import Verdict
 from autotune.validate.score import Served
 from autotune.workload import Bucket

@@ -17,7 +17,8 @@ from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from autotune.tune import plan as plans
 from autotune.tune import policy as policies
-from autotune.tune.plan import Fingerprint, Plan
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Plan
 from tests.experiment.scripted import WORK
 from tests.models import plain_module, tiny, tiny_bert
 

@@ -82,7 +82,7 @@ class FakeCuda(Device):
 
     def trace(self, work: Callable[[], object]) -> bytes:
         everywhere = _ExperimentalConfig(profile_all_threads=True)  # the owner's, too, whose graphs a GPU reports
-        return traces.with_device(record(work, self, experimental_config=everywhere))
+        return traces.with_device(record(work, self.where, self.synchronize, experimental_config=everywhere))
 
     @contextmanager
     def range(self, name: str) -> Iterator[None]:

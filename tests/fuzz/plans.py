@@ -21,6 +21,7 @@ from autotune.runtime.variant import Variant
 from autotune.tune import choose
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned, obstacle_of
 from autotune.workload import Workload
 from tests.fuzz import models
@@ -113,7 +114,7 @@ def scripted(name: str) -> Iterator[None]:
 
     def tune(model: Any, work: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         made = variant(model, traffic, work, name) if answers(model, work) else Variant(model, traffic, work)
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return Tuned(made, plans.Plan(none, made.transforms), _Written(), f"{name} won")  # type: ignore[arg-type]
 
     with (

@@ -217,12 +217,13 @@ def test_on_a_gpu_guesses_are_checked_in_graphs(draft: Speculation, dtype: torch
 def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     from autotune.tune import plan as plans
     from autotune.tune import run as tuning
+    from autotune.tune.fingerprint import Fingerprint
 
     def scripted(model: Any, workload: Any, policy: Any, *, draft: Any, traffic: Any, **_: Any) -> tuning.Tuned:
         variant = Variant(model, traffic, workload, draft).with_transform(MODEL)
         assert variant.speculation is not None
         variant.speculation.cost = 1.1  # a draft as slow as the model does not pay
-        none = plans.Fingerprint("", "", {}, "", "", "strict")
+        none = Fingerprint("", "", {}, "", "", "strict")
         return tuning.Tuned(variant, plans.Plan(none, variant.transforms), None, "won")  # type: ignore[arg-type]
 
     monkeypatch.setattr(tuning, "tune", scripted)

@@ -7,9 +7,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import MeasurementError, WorkloadError
+from ...errors import MeasurementError, WorkloadError, nearest
 from ...runtime.variant import serving
-from ...tune.policy import nearest
 from .tasks import Suite
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from ...validate import Verdict
 
 if TYPE_CHECKING:
     from .localise import Localised
-    from .result import CheckResult
+    from .values import Checked
 
 ELEMENTS = {Verdict.FAIL: "failure", Verdict.ERROR: "error", Verdict.INCONCLUSIVE: "skipped"}
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 SHOWN_FLIPS = 20
 
 
-def markdown(result: CheckResult) -> str:
+def markdown(result: Checked) -> str:
     """The whole result as one document."""
     title = f"# {result.verdict.value.upper()}: {result.model} against {result.baseline}"
     rows = [
@@ -69,7 +69,7 @@ def number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
 
 
-def junit(result: CheckResult) -> str:
+def junit(result: Checked) -> str:
     """JUnit XML; inconclusive metrics are skipped cases, with their reason."""
     count = {verdict: sum(m.verdict is verdict for m in result.metrics) for verdict in Verdict}
     suite = Xml.Element(

@@ -12,7 +12,7 @@ from ...report import numbers as n
 from .pareto import front, points
 
 if TYPE_CHECKING:
-    from .results import Result
+    from .outcomes import Outcomes
 
 FORMATS = (".svg", ".png", ".pdf")
 LINEAR_UP_TO = 1e-4  # nats; below, the axis is linear, since the control is at zero
@@ -32,7 +32,7 @@ def require_format(path: str | Path) -> Path:
     return path
 
 
-def draw(result: Result, path: str | Path) -> Path:
+def draw(result: Outcomes, path: str | Path) -> Path:
     """Write the chart: an arm a point, intervals as bars, and what no other arm beats joined by a line.
 
     Args:

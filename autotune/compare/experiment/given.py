@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...errors import AutotuneError, ExperimentError, PlanError
+from ...errors import AutotuneError, ExperimentError, PlanError, nearest
 from ...machine.cache_dir import expanded
 from ...model import route
 from ...runtime.variant import Transform, Variant
@@ -123,6 +123,6 @@ def _named(where: str, name: str, text: str) -> Given:
         raise ExperimentError(f"{where}: {error}") from error
     known = policies.available()
     raise ExperimentError(
-        f"{where}: there is no policy {text!r}{policies.nearest(text, known)}; available: {', '.join(known)} "
+        f"{where}: there is no policy {text!r}{nearest(text, known)}; available: {', '.join(known)} "
         "(a checkpoint is named by its path)"
     )

@@ -23,7 +23,7 @@ from .sequential import Moments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from . import Experiment
+    from .setup import Setup
     from .store import Version
 
 log = logging.getLogger("autotune")
@@ -121,7 +121,7 @@ class Layer:
         return route.below(self._model, self).other_loop(name)
 
 
-def arms_of(experiment: Experiment, model: PreTrainedModel, names: Sequence[str]) -> tuple[Arm, dict[str, Arm]]:
+def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> tuple[Arm, dict[str, Arm]]:
     """The live model's own arm, and the candidates' by name.
 
     Raises:
@@ -136,7 +136,7 @@ def arms_of(experiment: Experiment, model: PreTrainedModel, names: Sequence[str]
     if unknown := [name for name in names if name not in experiment.candidates]:
         raise ExperimentError(f"there is no candidate {unknown[0]!r}; there are {', '.join(experiment.candidates)}")
     bare = route.bare(model)
-    work, given = ANY_WORK, experiment._given
+    work, given = ANY_WORK, experiment.workload
     if given is not None:
         work = workload.read(given, tokenizer=experiment.tokenizer, model=bare)
     bench = Bench(bare, experiment.tokenizer, work, log.info)
@@ -163,7 +163,7 @@ def overall(candidates: Sequence[Standing]) -> tuple[str, str]:
 class Record:
     """What a live experiment keeps in its store, and finds there after a restart."""
 
-    def __init__(self, experiment: Experiment, mode: str, control: Arm, arms: Mapping[str, Arm], settings: Any) -> None:
+    def __init__(self, experiment: Setup, mode: str, control: Arm, arms: Mapping[str, Arm], settings: Any) -> None:
         prints = {CONTROL: control.fingerprint, **{name: arm.fingerprint for name, arm in arms.items()}}
         self.store = experiment.store
         self.version: Version = self.store.begin(experiment.name, mode, prints, settings)

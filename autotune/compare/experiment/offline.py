@@ -34,12 +34,12 @@ from .store import Observation, Version
 from .verdicts import Terms, cells, chance, conclude, correct, weigh
 
 if TYPE_CHECKING:
-    from . import Experiment
+    from .setup import Setup
 
 NOISE_SHARE = 0.1  # of the budget
 
 
-def run(experiment: Experiment, *, budget_s: float, pairs: int, notify: Callable[[str], None], clock: Clock) -> Result:
+def run(experiment: Setup, *, budget_s: float, pairs: int, notify: Callable[[str], None], clock: Clock) -> Result:
     """Measure and judge; see `Experiment.run`."""
     arms, store = experiment.arms(notify), experiment.store
     prints = {arm.name: arm.fingerprint for arm in arms}
@@ -61,7 +61,7 @@ class _Offline:
 
     def __init__(
         self,
-        experiment: Experiment,
+        experiment: Setup,
         version: Version,
         arms: tuple[Arm, ...],
         work: Workload,
@@ -232,7 +232,7 @@ class _Offline:
         return tuple(outcomes)
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def _settings(experiment: Setup) -> dict[str, Any]:
     """What observations depend on beside the arms, as plain JSON values; of prompts the hashes."""
     bench = experiment.bench()
     device = devices.of(bench.model).identity()

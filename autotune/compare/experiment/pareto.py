@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .results import Result
+    from .outcomes import Outcomes
 
 LEAST_KLD = 1e-5  # nats; what is closer to the control is drawn here, since a logarithm has no zero
 
@@ -30,7 +30,7 @@ class Point:
     stored_bytes: float
 
 
-def points(result: Result) -> tuple[Point, ...]:
+def points(result: Outcomes) -> tuple[Point, ...]:
     """The arms that were measured, the control first."""
     found = []
     for k, outcome in enumerate(result.outcomes):

@@ -5,21 +5,21 @@ from __future__ import annotations
 from ...report import numbers as n
 from ...report.layout import Section, Table, sentence
 from ...validate import Speedup
+from .outcomes import Outcome, Outcomes
 from .pareto import front, points
-from .results import Outcome, Result
 
 
-def headline(result: Result) -> str:
+def headline(result: Outcomes) -> str:
     return f"Experiment {result.name}, version {result.version}: {result.verdict.value}"
 
 
-def sections(result: Result) -> tuple[Section, ...]:
+def sections(result: Outcomes) -> tuple[Section, ...]:
     """The verdicts first."""
     found = (verdicts(result), buckets(result), quality(result), choice(result), notes(result))
     return tuple(section for section in found if section is not None)
 
 
-def verdicts(result: Result) -> Section:
+def verdicts(result: Outcomes) -> Section:
     candidates = result.outcomes[1:]
     rows = tuple(
         (outcome.name, *_gain(outcome, result.objective), f"{outcome.verdict.value}: {outcome.reason}")
@@ -48,7 +48,7 @@ def _gain(outcome: Outcome, objective: str) -> tuple[str, str]:
     return n.ratio(gain.ratio), n.interval(gain.low, gain.high)
 
 
-def buckets(result: Result) -> Section | None:
+def buckets(result: Outcomes) -> Section | None:
     """Every candidate in every bucket of the workload."""
     rows = tuple(
         (
@@ -71,7 +71,7 @@ def buckets(result: Result) -> Section | None:
     return Section("By bucket", (note,), Table(columns, "llrrrrrl", rows))
 
 
-def quality(result: Result) -> Section | None:
+def quality(result: Outcomes) -> Section | None:
     judged = [(outcome.name, outcome.quality) for outcome in result.outcomes if outcome.quality is not None]
     if not judged:
         return None
@@ -95,7 +95,7 @@ def quality(result: Result) -> Section | None:
     return Section("Quality", (note,), Table(columns, "llrrrrrr", rows))
 
 
-def choice(result: Result) -> Section | None:
+def choice(result: Outcomes) -> Section | None:
     """Speed, quality and memory of every arm, and which arms no other beats."""
     shown = points(result)
     if not shown:
@@ -117,7 +117,7 @@ def choice(result: Result) -> Section | None:
     return Section("Speed against quality", (note,), Table(columns, "lrrrrl", rows))
 
 
-def notes(result: Result) -> Section:
+def notes(result: Outcomes) -> Section:
     """What the arms are, and what was noticed."""
     told = [f"{o.name}: {'; '.join((o.description, *o.notes))}." for o in result.outcomes]
     told += [sentence(warning) for warning in result.warnings]

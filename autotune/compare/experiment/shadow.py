@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...validate.timing import Clock
-    from . import Experiment
+    from .setup import Setup
 
 ALPHA = 0.05  # chance of any false statement about a candidate, ever
 MAX_ERRORS = 0.02  # share of replays that may fail
@@ -39,7 +39,7 @@ KEPT_ERRORS = 5
 JOIN_S = 30.0  # for the replay under way; live calls do not wait for it
 
 
-def limits_of(experiment: Experiment) -> tuple[Guardrail, ...]:
+def limits_of(experiment: Setup) -> tuple[Guardrail, ...]:
     """What a candidate must hold in a shadow: the experiment's tier and limits."""
     tier = TIERS[experiment.tier]
     return (
@@ -75,7 +75,7 @@ class Shadow(Layer):
 
     def __init__(
         self,
-        experiment: Experiment,
+        experiment: Setup,
         model: PreTrainedModel,
         *,
         share: float = 0.05,

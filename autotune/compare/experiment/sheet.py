@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import transforms
-from ...errors import ChoiceError, ExperimentError
+from ...errors import ChoiceError, ExperimentError, nearest
 from ...machine.cache_dir import expanded
 from ...tune import policy as policies
-from ...tune.policy import nearest
 from ...validate.limits import Limits
 
 if TYPE_CHECKING:

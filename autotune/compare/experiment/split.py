@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ...runtime.variant import Variant
     from ...validate.timing import Clock
-    from . import Experiment
+    from .setup import Setup
 
 SAVE_EVERY = 25  # the candidate's requests between two writes to the store; changes of state are written at once
 KEPT_ERRORS = 5
@@ -61,7 +61,7 @@ class Split(Layer):
 
     def __init__(
         self,
-        experiment: Experiment,
+        experiment: Setup,
         model: PreTrainedModel,
         *,
         candidate: str | None = None,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ...errors import DeviceError
-from . import Device, Graph, Identity, Memory
+from .. import processor
+from .base import Device, Graph, Identity, Memory
 from .owner import Owner
 
 SCRATCH_BYTES = 512 * 2**20  # larger than the caches of most machines
@@ -25,9 +26,7 @@ class Cpu(Device):
     kind, asynchronous = "cpu", False
 
     def identity(self) -> Identity:
-        from .. import hardware
-
-        return Identity(hardware.processor_name(), hardware.instruction_set(), hardware.memory_bytes())
+        return Identity(processor.name(), processor.instruction_set(), processor.memory_bytes())
 
     def synchronize(self) -> None: ...
 
@@ -40,9 +39,7 @@ class Cpu(Device):
         return min(SCRATCH_BYTES, self.identity().memory_bytes // 16)
 
     def memory(self) -> Memory:
-        from .. import hardware
-
-        total = hardware.memory_bytes()
+        total = processor.memory_bytes()
         available, used = _meminfo("/proc/meminfo", "MemAvailable"), _meminfo("/proc/self/status", "VmRSS")
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import Address, Device, Graph, Identity, Memory
+from .base import Address, Device, Graph, Identity, Memory
 from .cpu import SCRATCH_BYTES, trim_host
 from .owner import Owner
 

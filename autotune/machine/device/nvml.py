@@ -20,7 +20,7 @@ from .. import ending
 from .counters import Counters, combine, unavailable
 
 if TYPE_CHECKING:
-    from . import Address, Device
+    from .base import Address, Device
 
 logger = logging.getLogger("autotune")
 

@@ -10,14 +10,26 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 from .. import ending, forking
 
-if TYPE_CHECKING:
-    from . import Device
-
 T = TypeVar("T")
+
+
+class Queue(Protocol):
+    """What an owner needs of its device: see `base.Device`."""
+
+    where: Any
+
+    def check(self) -> None: ...
+
+    def mark(self) -> Any: ...
+
+    def wait(self, mark: Any) -> None: ...
+
+    def stream(self) -> AbstractContextManager[None]: ...
 
 
 class Owner:
@@ -27,7 +39,7 @@ class Owner:
         device: whose queue the callers' and the owner's work is put in order on.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Queue) -> None:
         self.device = device
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: ending.Worker | None = None

@@ -7,20 +7,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...errors import MeasurementError
 
-if TYPE_CHECKING:
-    from . import Device
 
-
-def record(work: Callable[[], object], device: Device, **options: Any) -> bytes:
+def record(work: Callable[[], object], where: torch.device, wait: Callable[[], object], **options: Any) -> bytes:
     """The Chrome trace of `work` on the host and, where that is another, on the device; JSON.
 
     Args:
+        wait: returns once all that was queued has run.
         options: further ones of `torch.profiler.profile`.
 
     Raises:
@@ -29,14 +27,14 @@ def record(work: Callable[[], object], device: Device, **options: Any) -> bytes:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
-    if device.where.type == "cuda":
+    if where.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with (
         silent_kineto(),
         profile(activities=activities, record_shapes=True, acc_events=True, **options) as recorded,
     ):
         work()
-        device.synchronize()  # what is still queued belongs to it
+        wait()  # what is still queued belongs to it
     try:
         with tempfile.TemporaryDirectory(prefix="autotune-") as folder:
             file = Path(folder) / "trace.json"

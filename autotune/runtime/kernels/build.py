@@ -21,7 +21,7 @@ import torch
 
 from autotune.errors import AutotuneError
 from autotune.machine import cache_dir as folders
-from autotune.machine import ending, hardware
+from autotune.machine import ending, processor
 
 log = logging.getLogger("autotune")
 
@@ -118,7 +118,7 @@ def libraries() -> list[str]:
 def build_key(compiler: list[str]) -> str:
     """What a library depends on, as a hash: sources, compiler and its version, flags, torch and CPU."""
     parts = [(HERE / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    texts = [*compiler, *flags(), *libraries(), _version(compiler), torch.__version__, hardware.instruction_sets()]
+    texts = [*compiler, *flags(), *libraries(), _version(compiler), torch.__version__, processor.instruction_sets()]
     parts += [text.encode() for text in texts]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 

@@ -23,7 +23,7 @@ from torch import nn
 from ...errors import TransformError
 from ...machine import cache_dir as folders
 from ...machine import device as devices
-from ...machine import forking, hardware, outside
+from ...machine import forking, hardware, outside, processor
 from ...model import seam
 from ..cache.slots import SlotCache, run
 
@@ -164,7 +164,7 @@ def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mo
 def _ingredients(module: PreTrainedModel) -> Iterator[str]:
     """Everything that shapes the generated code, weights' values apart."""
     yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
-    yield hardware.instruction_set() + hardware.instruction_sets()
+    yield processor.instruction_set() + processor.instruction_sets()
     identity = devices.of(module).identity()
     yield f"{identity.name} {identity.capability} {torch.version.cuda}"
     yield module.config.to_json_string(use_diff=False)

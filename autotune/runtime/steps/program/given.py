@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ....errors import TransformError
-from ....model import stateful
+from ....model import stateful, twins
 from ...cache.slots import SlotCache, run
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Given:
     """
 
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
-        self._module, self._shared = module, stateful.shared(module)
+        self._module, self._shared = module, twins.shared(module)
         batch, device = cache.shape[0], cache.slot.device
         token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._book = _Book(token + POSITION)

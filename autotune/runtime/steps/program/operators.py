@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ....errors import TransformError
+from .building import Building, ref
 from .instruction import FORMATS, NOWHERE, TYPES, Place, Ref, Share, dense
-
-if TYPE_CHECKING:
-    from .lower import Lowering
 
 aten = torch.ops.aten
 
@@ -22,26 +20,22 @@ WIDENINGS = {torch.float16: "widen_half", torch.bfloat16: "widen_brain"}
 COPIES = {torch.float32: "copy", torch.int64: "copy_int", torch.bool: "copy_bool"}
 
 
-def ref(place: Place | None) -> Ref:
-    return NOWHERE if place is None else place.ref
-
-
-def token_ids(build: Lowering, given: Any) -> Place:
+def token_ids(build: Building, given: Any) -> Place:
     ids = build.place(given)
     return ids if ids.contiguous else build.elementwise("copy_int", build.new(ids.shape, torch.int64), ids)
 
 
-def power(build: Lowering, out: torch.Tensor, base: Any, exponent: Any) -> Place:
+def power(build: Building, out: torch.Tensor, base: Any, exponent: Any) -> Place:
     if exponent not in POWERS:
         raise TransformError(f"a program has no instruction for powers of {exponent}")
     return build.like(POWERS[exponent], out, build.floats(base))
 
 
-def gelu(build: Lowering, out: torch.Tensor, x: Any, approximate: str = "none") -> Place:
+def gelu(build: Building, out: torch.Tensor, x: Any, approximate: str = "none") -> Place:
     return build.like("gelu_tanh" if approximate == "tanh" else "gelu", out, build.floats(x))
 
 
-def mean(build: Lowering, out: torch.Tensor, given: Any, dims: Any, keepdim: bool = False) -> Place:
+def mean(build: Building, out: torch.Tensor, given: Any, dims: Any, keepdim: bool = False) -> Place:
     x = build.floats(given)
     if [d % len(x.shape) for d in dims] != [len(x.shape) - 1]:
         raise TransformError("a program has no instruction for means over other dimensions than the last")
@@ -53,7 +47,7 @@ def mean(build: Lowering, out: torch.Tensor, given: Any, dims: Any, keepdim: boo
 
 
 def normalize(
-    build: Lowering, out: Any, given: Any, shape: Any, weight: Any, bias: Any, eps: float
+    build: Building, out: Any, given: Any, shape: Any, weight: Any, bias: Any, eps: float
 ) -> tuple[Place, None, None]:
     x = build.dense(given)
     if len(shape) != 1:
@@ -66,7 +60,7 @@ def normalize(
     return normal, None, None  # mean and deviation are for gradients
 
 
-def embedding(build: Lowering, out: torch.Tensor, weight: Any, given: Any, *_: Any) -> Place:
+def embedding(build: Building, out: torch.Tensor, weight: Any, given: Any, *_: Any) -> Place:
     table, ids = build.place(weight), token_ids(build, given)
     if table.dtype not in WIDENINGS or not table.contiguous:
         table = build.dense(table)
@@ -77,7 +71,7 @@ def embedding(build: Lowering, out: torch.Tensor, weight: Any, given: Any, *_: A
     return rows
 
 
-def concatenate(build: Lowering, out: torch.Tensor, parts: Any, dim: int = 0) -> Place:
+def concatenate(build: Building, out: torch.Tensor, parts: Any, dim: int = 0) -> Place:
     whole = build.new(out.shape, out.dtype)
     dim, at = dim % len(out.shape), 0
     for part in map(build.place, parts):
@@ -87,7 +81,7 @@ def concatenate(build: Lowering, out: torch.Tensor, parts: Any, dim: int = 0) ->
     return whole
 
 
-def copy(build: Lowering, out: torch.Tensor, given: Any, **_: Any) -> Place:
+def copy(build: Building, out: torch.Tensor, given: Any, **_: Any) -> Place:
     place = build.place(given)
     if place.dtype == torch.int64 and out.dtype == torch.float32:
         return build.like("to_float", out, place)
@@ -98,7 +92,7 @@ def copy(build: Lowering, out: torch.Tensor, given: Any, **_: Any) -> Place:
     return build.like(COPIES[out.dtype], out, place)
 
 
-def index_copy(build: Lowering, out: torch.Tensor, target: Any, dim: int, index: Any, source: Any) -> Place:
+def index_copy(build: Building, out: torch.Tensor, target: Any, dim: int, index: Any, source: Any) -> Place:
     held, slot, new = build.place(target), build.place(index), build.floats(source)
     if held.dtype != torch.float32 or slot.size != 1 or held.root.kind != "input":
         raise TransformError("a program writes FP32 keys and values, one slot at a time")
@@ -110,7 +104,7 @@ def index_copy(build: Lowering, out: torch.Tensor, target: Any, dim: int, index:
 
 
 def packed_rows(
-    build: Lowering, out: torch.Tensor, given: Any, packed: Any, scales: Any, zeros: Any, rows: int, width: int
+    build: Building, out: torch.Tensor, given: Any, packed: Any, scales: Any, zeros: Any, rows: int, width: int
 ) -> Place:
     """Rows of a packed table."""
     ids, table = token_ids(build, given), build.place(packed)
@@ -137,7 +131,7 @@ def factor(place: Place | None) -> tuple[Ref, int]:
     return ref(place), TYPES[torch.float32 if place is None else place.dtype]
 
 
-def linear(build: Lowering, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
+def linear(build: Building, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
     """The packed layers of `kernels`."""
     *factors, bias, rows = more
     given = build.dense(x)
@@ -158,7 +152,7 @@ def linear(build: Lowering, out: torch.Tensor, x: Any, weight: Any, *more: Any) 
     return y
 
 
-def product(build: Lowering, out: torch.Tensor, *args: Any) -> Place:
+def product(build: Building, out: torch.Tensor, *args: Any) -> Place:
     """mm(x, W^T) and addmm(bias, x, W^T) with W [N, K] as torch keeps it."""
     *bias, x, transposed = args
     given, weight = build.dense(x), build.floats(transposed)
@@ -174,7 +168,7 @@ def product(build: Lowering, out: torch.Tensor, *args: Any) -> Place:
 
 
 def attend(
-    build: Lowering, out: torch.Tensor, query: Any, keys: Any, values: Any, length: Any, mask: Any, scale: float
+    build: Building, out: torch.Tensor, query: Any, keys: Any, values: Any, length: Any, mask: Any, scale: float
 ) -> Place:
     """One query over the slots."""
     if length is not None:
@@ -199,7 +193,7 @@ def attend(
     return y
 
 
-def outer(build: Lowering, out: torch.Tensor, a: Any, b: Any) -> Place:
+def outer(build: Building, out: torch.Tensor, a: Any, b: Any) -> Place:
     """Matrices [B, N, K] and [B, K, M] with K = 1, as rotary embeddings of transformers to 5.19 multiply positions."""
     x, y = build.floats(a), build.floats(b)
     if x.shape[2] != 1:
