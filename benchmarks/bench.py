@@ -23,8 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 from autotune.cli import demo
-from autotune.machine import cache_dir as folders
-from autotune.machine import hardware
+from autotune.machine import cache_dir, hardware
 from autotune.model import gguf as convert
 from autotune.workload.texts import TEXTS
 from benchmarks import chart, quality, table
@@ -83,7 +82,7 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
     setup = Setup(
         checkpoint=str(checkpoint),
         gguf=str(gguf),
-        files=str(folders.cache("peers") or given.out),
+        files=str(cache_dir.cache("peers") or given.out),
         threads=given.threads,
         longest=max(shape.prompt_tokens + shape.new_tokens for shape in shapes(measured)),
         workload=workload(text, measured),

@@ -40,9 +40,8 @@ import torch
 from autotune.errors import AutotuneError, ChoiceError, TransformError
 from autotune.machine import hardware, processor
 from autotune.model import route, seam, shrink
-from autotune.runtime.speculation import speculate
 from autotune.runtime.variant import Stage, Transform, Variant
-from autotune.transforms import make, registry
+from autotune.transforms import make, registry, speculation
 from autotune.tune.choose import unavailable
 from autotune.tune.supported import unsupported
 
@@ -265,7 +264,7 @@ def trial(result: Result, transform: Transform, model: PreTrainedModel, machine:
         if (reason := unavailable(transform, variant, machine)) is not None:
             return replace(result, outcome="refused", why=str(reason))
         try:
-            with mock.patch.object(speculate, "measure_cost", return_value=1.2):  # no matter whether guesses pay
+            with mock.patch.object(speculation, "measure_cost", return_value=1.2):  # no matter whether guesses pay
                 variant = variant.with_transform(transform)
         except TransformError as refusal:
             return replace(result, outcome="LATE", why=_first(refusal))

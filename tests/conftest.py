@@ -91,11 +91,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache directory of the test's own, and warnings as in a fresh process."""
-    from autotune.machine import cache_dir as folders
+    from autotune.machine import cache_dir
 
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
-    folders.warn_once.cache_clear()
-    folders._temporary.cache_clear()
+    cache_dir.warn_once.cache_clear()
+    cache_dir._temporary.cache_clear()
     return tmp_path / "cache"
 
 

@@ -15,6 +15,7 @@ import torch
 from autotune import cli
 from autotune.cli import demo
 from autotune.errors import MeasurementError, TransformError, UnsupportedModelError
+from autotune.runtime.loop import decode
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import policy as policies
@@ -204,7 +205,7 @@ def ruin(patch):
     """The only candidate answers nonsense."""
 
     def apply(self, variant):
-        variant.loop = "lean"
+        variant.loop = decode
         (module,) = variant.edit("decode")
         torch.manual_seed(0)
         module.lm_head = torch.nn.Linear(64, models.VOCABULARY, bias=False)

@@ -12,7 +12,7 @@ from autotune import profile as profiling
 from autotune import transforms
 from autotune.machine import hardware
 from autotune.model import route, shrink
-from autotune.profile import ncu_replay as replays
+from autotune.profile import ncu_replay
 from autotune.runtime.variant import Variant
 from autotune.tune import selfcheck
 from autotune.validate.score import Served
@@ -85,7 +85,7 @@ def test_what_measures_does_not_know_them(name: str) -> None:
     seen = Counter()
     profiling.timing.request(model, torch.tensor(prompts), NEW)(seen)
     assert seen.puts == 1 + NEW
-    replays.replay(model, torch.tensor(prompts), "decode")
+    ncu_replay.replay(model, torch.tensor(prompts), "decode")
     assert model.generation_config.to_dict() == defaults
 
 

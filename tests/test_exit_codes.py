@@ -19,7 +19,7 @@ from autotune.cli import check as check_command
 from autotune.cli import tune as tune_command
 from autotune.cli.screen import screen
 from autotune.errors import MeasurementError
-from autotune.report import exit_codes as codes
+from autotune.report import exit_codes
 from autotune.report.exit_codes import Code
 from autotune.validate import Verdict
 from tests import models
@@ -119,7 +119,7 @@ def ended(argv: list[str]) -> int:
 
 def command_of(argv: list[str]) -> str:
     two = " ".join(argv[:2])
-    return two if two in codes.COMMANDS else argv[0]
+    return two if two in exit_codes.COMMANDS else argv[0]
 
 
 def is_calm(text: str) -> bool:
@@ -146,7 +146,7 @@ def test_every_file_is_one_line_and_a_documented_code(
         code = ended(argv)
         out, err = capsys.readouterr()
         last = err.splitlines()[-1] if err else ""
-        fine = code == Code.USAGE and code in codes.COMMANDS[command_of(argv)]
+        fine = code == Code.USAGE and code in exit_codes.COMMANDS[command_of(argv)]
         if not (fine and last.startswith("autotune") and is_calm(out + err)):
             wrong.append((file[:40], int(code), err[-400:]))
     assert not wrong
@@ -412,13 +412,13 @@ def test_files_that_cannot_be_written_are_said(stage: Path, monkeypatch: pytest.
         tune_command._write(Path("/dev/full"), "x" * 100_000)
 
 
-@pytest.mark.parametrize("command", codes.COMMANDS)
+@pytest.mark.parametrize("command", exit_codes.COMMANDS)
 def test_the_help_of_every_command_shows_its_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])
     assert end.value.code == Code.DONE
     said = " ".join(capsys.readouterr().out.split())
-    for code, meaning in codes.COMMANDS[command].items():
+    for code, meaning in exit_codes.COMMANDS[command].items():
         assert f"{code}: {meaning}"[:60] in said
 
 
@@ -431,10 +431,10 @@ def test_every_command_is_in_the_table() -> None:
             for name, inner in choices.items():
                 yield from leaves(inner, (*words, name))
 
-    assert set(leaves(cli.parser(), ())) == set(codes.COMMANDS)
+    assert set(leaves(cli.parser(), ())) == set(exit_codes.COMMANDS)
 
 
 def test_only_verdicts_end_with_1_or_2() -> None:
-    judged = {command for command, meanings in codes.COMMANDS.items() if Code.REGRESSION in meanings}
+    judged = {command for command, meanings in exit_codes.COMMANDS.items() if Code.REGRESSION in meanings}
     assert judged == {"check run", "experiment run", "experiment report"}
-    assert {v.value: EXIT for v, EXIT in zip(Verdict, (0, 1, 2, 3), strict=True)} == codes.OF_VERDICT
+    assert {v.value: EXIT for v, EXIT in zip(Verdict, (0, 1, 2, 3), strict=True)} == exit_codes.OF_VERDICT

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import autotune
 from autotune.errors import TransformError
-from autotune.machine import cache_dir as folders
-from autotune.model import gguf as convert
+from autotune.machine import cache_dir
+from autotune.model import gguf
 from autotune.runtime.kernels import build
 from autotune.runtime.steps import compiled
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 KEY = "0" * 24
 NAMES = ("kernels", "steps", "models", "plans", "checks", "experiments", "references")
-PACKAGE = Path(folders.__file__).parent
+PACKAGE = Path(autotune.__file__).parent
 
 
 @pytest.fixture
@@ -31,15 +32,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own; nothing was warned of before."""
     root = tmp_path / "above" / "cache"
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(root))
-    folders.warn_once.cache_clear()
-    folders._temporary.cache_clear()
+    cache_dir.warn_once.cache_clear()
+    cache_dir._temporary.cache_clear()
     return root
 
 
 @pytest.fixture
 def own(cache: Path) -> Path:
     """The folder of the compiled operators, as autotune makes it."""
-    found = folders.cache("kernels")
+    found = cache_dir.cache("kernels")
     assert found == cache / "kernels"
     return found
 
@@ -97,22 +98,22 @@ def test_a_folder_that_is_not_this_users_alone_is_not_used(
     said: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert folders.cache(name) == cache / name
+    assert cache_dir.cache(name) == cache / name
     change(cache / name if which == "the folder itself" else cache)
     for _ in range(2):
-        found = folders.cache(name)
+        found = cache_dir.cache(name)
         assert found is not None
         assert cache not in found.parents
-        folders.require_private(found)
+        cache_dir.require_private(found)
     (warning,) = caplog.messages
     assert said in warning
     assert "set AUTOTUNE_CACHE_DIR" in warning
 
 
 def test_nor_one_that_everybody_may_rename(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert folders.cache("plans") == cache / "plans"
+    assert cache_dir.cache("plans") == cache / "plans"
     exchangeable(cache)
-    found = folders.cache("plans")
+    found = cache_dir.cache("plans")
     assert found is not None
     assert cache not in found.parents
     assert f"can be exchanged by other users, who can write to {cache.parent}" in caplog.text
@@ -121,13 +122,13 @@ def test_nor_one_that_everybody_may_rename(cache: Path, caplog: pytest.LogCaptur
 def test_a_private_folder_below_a_sticky_one_is_used(cache: Path) -> None:
     cache.parent.mkdir()
     cache.parent.chmod(0o1777)
-    assert folders.cache("plans") == cache / "plans"
+    assert cache_dir.cache("plans") == cache / "plans"
 
 
 def test_nothing_is_made_in_a_folder_that_is_someone_elses(cache: Path) -> None:
     cache.mkdir(parents=True)
     cache.chmod(0o777)
-    folders.cache("plans")
+    cache_dir.cache("plans")
     assert not list(cache.iterdir())
 
 
@@ -137,13 +138,13 @@ def test_a_path_that_cannot_be_one_is_a_warning(
 ) -> None:
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", value)
     monkeypatch.chdir(cache.parent.parent)
-    assert folders.cache("plans") is not None
+    assert cache_dir.cache("plans") is not None
 
 
 def test_the_cache_is_found_in_one_place() -> None:
     """Who asks the environment, or builds the path, passes by the guard."""
     for file in PACKAGE.rglob("*.py"):
-        if file.name == "folders.py":
+        if file.name == "cache_dir.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             text = node.value if isinstance(node, ast.Constant) else None
@@ -154,7 +155,7 @@ def test_every_folder_is_in_the_table() -> None:
     asked = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "folders.cache" and node.args:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "cache_dir.cache" and node.args:
                 asked.add(ast.unparse(node.args[0]).strip("'"))
     assert asked - {"FOLDER"} <= set(NAMES)  # the plans' is a constant
     assert len(asked) == len(NAMES)
@@ -267,7 +268,7 @@ def kept(folder: Path) -> Path:
     stem.mkdir(mode=0o700)
     (stem / "config.json").write_text("{}")
     (stem / "model.safetensors").write_bytes(bytes(range(256)) * 4096)
-    convert._seal(stem)
+    gguf._seal(stem)
     return stem
 
 
@@ -295,19 +296,19 @@ TORN: dict[str, Callable[[Path], object]] = {
     "written by others": lambda weights: weights.chmod(0o666),
     "its folder written by others": lambda weights: weights.parent.chmod(0o777),
     "the folder above written by others": lambda weights: weights.parent.parent.chmod(0o777),
-    "unfinished": lambda weights: (weights.parent.parent / convert.WHOLE).unlink(),
-    "a list that is none": lambda weights: (weights.parent.parent / convert.WHOLE).write_text("[1]"),
-    "a list of nothing": lambda weights: (weights.parent.parent / convert.WHOLE).write_text("{}"),
-    "a list of sizes alone": lambda weights: (weights.parent.parent / convert.WHOLE).write_text('{"config.json": 2}'),
+    "unfinished": lambda weights: (weights.parent.parent / gguf.WHOLE).unlink(),
+    "a list that is none": lambda weights: (weights.parent.parent / gguf.WHOLE).write_text("[1]"),
+    "a list of nothing": lambda weights: (weights.parent.parent / gguf.WHOLE).write_text("{}"),
+    "a list of sizes alone": lambda weights: (weights.parent.parent / gguf.WHOLE).write_text('{"config.json": 2}'),
 }
 
 
 @pytest.mark.parametrize("tear", TORN.values(), ids=TORN.keys())
 def test_a_torn_conversion_is_noticed(own: Path, tear: Callable[[Path], object]) -> None:
     stem = kept(own / "key")
-    assert convert._defect(own / "key") is None
+    assert gguf._defect(own / "key") is None
     tear(stem / "model.safetensors")
-    assert convert._defect(own / "key")
+    assert gguf._defect(own / "key")
 
 
 def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) ->
     link.symlink_to(elsewhere)
     for path in (old, folder, link):
         os.utime(path, (1, 1), follow_symlinks=False)
-    folders.sweep((old, young, folder, link, tmp_path / "gone"))
+    cache_dir.sweep((old, young, folder, link, tmp_path / "gone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "young.tmp"]
 
 

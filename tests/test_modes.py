@@ -100,11 +100,11 @@ def test_a_plan_made_in_inference_mode(name: str) -> None:
 
 @needs_kernels
 def test_a_step_takes_one_token_a_sequence() -> None:
-    from autotune.runtime.cache.slots import SlotCache, example
+    from autotune.runtime.cache.slots import SlotCache
 
     variant = Variant(tiny("llama")).with_transforms(plan("program"))
     assert isinstance(variant.step, StepPrograms)
-    cache = SlotCache(example(variant, 3), 64)
+    cache = SlotCache(variant.example(3), 64)
     step = variant.step.fitting(cache)
     with pytest.raises(VariantError, match=r"\[3, 1\], not \[1, 1\]"):
         step(ONE[:, :1], ONE[:, :1], cache)

@@ -17,8 +17,7 @@ from torch import nn
 
 import autotune
 from autotune.errors import UnsupportedModelError
-from autotune.model import linear_layers as sites
-from autotune.model import placement
+from autotune.model import linear_layers, placement
 from autotune.model.twins import fork
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
@@ -87,7 +86,7 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 def test_obstacles(build: Callable[[], PreTrainedModel], says: str | None) -> None:
     model = build()
     reason = placement.obstacle(model)
-    assert sites.obstacle(model) == reason
+    assert linear_layers.obstacle(model) == reason
     if says is None:
         assert reason is None
         return

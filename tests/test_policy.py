@@ -10,9 +10,8 @@ import pytest
 
 from autotune import transforms
 from autotune.errors import PolicyError
-from autotune.machine import gpus as architecture
-from autotune.tune import conditions as ranges
-from autotune.tune import policy
+from autotune.machine import gpus
+from autotune.tune import conditions, policy
 from autotune.tune.policy import BUILT_IN, Choice, Step
 from autotune.validate.limits import Limits
 
@@ -280,8 +279,8 @@ def test_a_slip_in_a_condition_names_the_step(condition: str, says: str, write: 
     ],
 )
 def test_capabilities(text: str, inside: list[str], outside: list[str]) -> None:
-    wanted = ranges.of_capabilities(text)
-    assert [wanted.admits(architecture.parse(number)) for number in inside + outside] == (
+    wanted = conditions.of_capabilities(text)
+    assert [wanted.admits(gpus.parse(number)) for number in inside + outside] == (
         [True] * len(inside) + [False] * len(outside)
     )
 

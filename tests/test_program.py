@@ -24,8 +24,8 @@ from autotune.model import seam
 from autotune.runtime import kernels
 from autotune.runtime.cache import slots
 from autotune.runtime.steps.program import Program, layout
+from autotune.runtime.steps.program.building import collapse
 from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
-from autotune.runtime.steps.program.lower import collapse
 from autotune.runtime.variant import Variant, serving
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU

@@ -90,6 +90,6 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_types_and_policies_are_shipped() -> None:
     package = resources.files("autotune")
     assert package.joinpath("py.typed").is_file()
-    shipped = {file.name for file in package.joinpath("policies").iterdir() if file.name.endswith(".toml")}
+    shipped = {file.name for file in package.joinpath("tune", "policies").iterdir() if file.name.endswith(".toml")}
     assert shipped == {f"{name}.toml" for name in ("balanced", "latency", "throughput", "memory", "lossless")}
     assert {"balanced", "lossless"} <= set(policy.available())

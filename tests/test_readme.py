@@ -12,7 +12,7 @@ import torch
 from autotune.machine import versions
 from autotune.machine.versions import TESTED
 from autotune.model import route
-from autotune.report import exit_codes as codes
+from autotune.report import exit_codes
 from autotune.runtime.variant import build, serving
 from autotune.transforms import registry
 from autotune.tune import policy as policies
@@ -85,7 +85,7 @@ def test_the_transforms_are_those_of_the_registry() -> None:
 
 
 def test_the_exit_codes_are_those_of_the_table() -> None:
-    assert README.split("<!-- codes: begin -->\n")[1].split("\n<!-- codes: end -->")[0] == codes.table()
+    assert README.split("<!-- codes: begin -->\n")[1].split("\n<!-- codes: end -->")[0] == exit_codes.table()
 
 
 def test_the_versions_that_count_as_tested_are_those_that_passed() -> None:

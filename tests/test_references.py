@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
 from autotune.errors import AutotuneError
-from autotune.machine import cache_dir as folders
+from autotune.machine import cache_dir
 from autotune.model import stateful
 from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
@@ -485,7 +485,7 @@ def test_without_a_folder_that_lasts_nothing_is_kept(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "file" / "cache"))  # cannot be made, whoever one is
-    monkeypatch.setattr(folders, "write", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr(cache_dir, "write", lambda *_: pytest.fail("it was written"))
     kept, exam = References(IDENTITY), knowing(model, said)
     kept.save(exam)
     assert kept.path(exam) is None

@@ -11,8 +11,7 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from autotune.model import linear_layers as sites
-from autotune.model import placement
+from autotune.model import linear_layers, placement
 from autotune.model.twins import fork
 from tests import models
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Doubling(sites.Replacement):
+class Doubling(linear_layers.Replacement):
     """Twice the layer it stands in for."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -43,7 +42,7 @@ class Doubling(sites.Replacement):
     ],
 )
 def test_linear_layers(architecture: str, per_layer: int, others: set[str]) -> None:
-    found = sites.linears(models.tiny(architecture))
+    found = linear_layers.linears(models.tiny(architecture))
     assert len(found) == 2 * per_layer + len(others)
     assert others <= found.keys()
     assert all(layer.in_features > 0 and layer.weight.dim() == 2 for layer in found.values())
@@ -59,13 +58,13 @@ def test_linear_layers(architecture: str, per_layer: int, others: set[str]) -> N
     ],
 )
 def test_skipped_by_name(skip: str, left_out: set[str], llama: PreTrainedModel) -> None:
-    assert sites.linears(llama).keys() - sites.linears(llama, skip).keys() == left_out
+    assert linear_layers.linears(llama).keys() - linear_layers.linears(llama, skip).keys() == left_out
 
 
 @pytest.mark.fault("A28")
 def test_conv1d_is_seen_as_linear_over_the_same_memory() -> None:
     conv, x = Conv1D(24, 16), torch.randn(3, 16)
-    linear = sites.as_linear(conv)
+    linear = linear_layers.as_linear(conv)
     assert linear is not None
     assert (linear.in_features, linear.out_features) == (16, 24)
     assert linear.weight.data_ptr() == conv.weight.data_ptr()
@@ -83,7 +82,7 @@ def test_conv1d_is_seen_as_linear_over_the_same_memory() -> None:
     ids=["embedding", "norm", "convolution", "own-forward"],
 )
 def test_other_layers_are_not_linear(layer: nn.Module) -> None:
-    assert sites.as_linear(layer) is None
+    assert linear_layers.as_linear(layer) is None
 
 
 @pytest.mark.fault("A28")
@@ -95,14 +94,14 @@ def test_a_layer_with_a_patched_forward_is_left_alone(llama: PreTrainedModel, ho
     llama.lm_head.forward = lambda x: forward(x)
     if hooked == "after":
         add_hook_to_module(llama.lm_head, AlignDevicesHook(io_same_device=True))
-    assert "lm_head" not in sites.linears(llama)
-    assert sites.replace(fork(llama), Doubling) == 14
+    assert "lm_head" not in linear_layers.linears(llama)
+    assert linear_layers.replace(fork(llama), Doubling) == 14
 
 
 def test_a_layer_with_a_hook_of_accelerates_is_none_with_a_patched_forward(llama: PreTrainedModel) -> None:
     add_hook_to_module(llama.lm_head, AlignDevicesHook(io_same_device=True))
-    assert "lm_head" in sites.linears(llama)
-    assert "lm_head" in sites.linears(fork(llama))
+    assert "lm_head" in linear_layers.linears(llama)
+    assert "lm_head" in linear_layers.linears(fork(llama))
 
 
 def test_a_bare_hook_of_accelerates_says_nothing_of_devices(llama: PreTrainedModel) -> None:
@@ -113,15 +112,15 @@ def test_a_bare_hook_of_accelerates_says_nothing_of_devices(llama: PreTrainedMod
 
 def test_a_layer_with_hooks_is_left_alone(llama: PreTrainedModel) -> None:
     llama.lm_head.register_forward_hook(lambda *_: None)
-    assert "lm_head" not in sites.linears(llama)
+    assert "lm_head" not in linear_layers.linears(llama)
 
 
 def test_exchange_in_a_twin(llama: PreTrainedModel) -> None:
     twin = fork(llama)
-    assert sites.replace(twin, Doubling, skip="q_proj") == 13
-    assert sites.count(twin, Doubling) == 13
-    assert sites.count(llama, Doubling) == 0
-    assert sites.linears(twin).keys() == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert linear_layers.replace(twin, Doubling, skip="q_proj") == 13
+    assert linear_layers.count(twin, Doubling) == 13
+    assert linear_layers.count(llama, Doubling) == 0
+    assert linear_layers.linears(twin).keys() == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     x = torch.randn(1, 64)
     torch.testing.assert_close(twin.lm_head(x), 2 * llama.lm_head(x))
 
@@ -130,7 +129,7 @@ def test_a_layer_under_two_names_is_exchanged_once() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"one": shared, "two": shared, "three": Conv1D(4, 4)})
     model["four"] = model["three"]
-    assert sites.replace(model, Doubling) == 2
+    assert linear_layers.replace(model, Doubling) == 2
     assert model["one"] is model["two"]
     assert model["three"] is model["four"]
     assert isinstance(model["one"], Doubling)
@@ -138,30 +137,30 @@ def test_a_layer_under_two_names_is_exchanged_once() -> None:
 
 def test_none_leaves_a_layer(llama: PreTrainedModel) -> None:
     twin = fork(llama)
-    assert sites.replace(twin, lambda linear: None) == 0
-    assert sites.linears(twin).keys() == sites.linears(llama).keys()
+    assert linear_layers.replace(twin, lambda linear: None) == 0
+    assert linear_layers.linears(twin).keys() == linear_layers.linears(llama).keys()
 
 
 def test_copies_share_a_replacement(llama: PreTrainedModel) -> None:
     twin = fork(llama)
-    sites.replace(twin, Doubling)
+    linear_layers.replace(twin, Doubling)
     assert copy.deepcopy(twin).lm_head is twin.lm_head
 
 
 def test_bytes_stored_count_what_is_shared_once(llama: PreTrainedModel) -> None:
-    alone = sites.stored_bytes(llama)
+    alone = linear_layers.stored_bytes(llama)
     parameters = {p.data_ptr(): p.nbytes for p in llama.parameters()}
     assert alone >= sum(parameters.values())
     twin = fork(llama)
-    assert sites.stored_bytes(llama, twin) == alone
-    sites.replace(twin, Doubling)
-    assert sites.stored_bytes(llama, twin) == alone + 15 * 7
+    assert linear_layers.stored_bytes(llama, twin) == alone
+    linear_layers.replace(twin, Doubling)
+    assert linear_layers.stored_bytes(llama, twin) == alone + 15 * 7
 
 
 @pytest.mark.fault("A28")
 def test_obstacles(llama: PreTrainedModel) -> None:
-    assert sites.obstacle(llama) is None
-    assert "meta" in (sites.obstacle(models.tiny("llama").to("meta")) or "")
+    assert linear_layers.obstacle(llama) is None
+    assert "meta" in (linear_layers.obstacle(models.tiny("llama").to("meta")) or "")
     quantised = models.tiny("llama")
     quantised.hf_quantizer = object()
-    assert "quantised" in (sites.obstacle(quantised) or "")
+    assert "quantised" in (linear_layers.obstacle(quantised) or "")

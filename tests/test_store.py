@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from autotune import transforms
-from autotune.machine import cache_dir as folders
+from autotune.machine import cache_dir
 from autotune.tune import plan, store
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan
@@ -290,8 +290,8 @@ def test_the_cache_directory(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(tmp_path / value) if value else "")
-    assert folders.cache() == tmp_path / expected
-    assert folders.cache("plans") == tmp_path / expected / "plans"
+    assert cache_dir.cache() == tmp_path / expected
+    assert cache_dir.cache("plans") == tmp_path / expected / "plans"
     assert (tmp_path / expected / "plans").is_dir()
 
 
@@ -299,7 +299,7 @@ def test_a_relative_xdg_directory_is_ignored(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("AUTOTUNE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert folders.cache() == tmp_path / ".cache" / "autotune"
+    assert cache_dir.cache() == tmp_path / ".cache" / "autotune"
 
 
 def _read_only(_: pytest.MonkeyPatch) -> None: ...
@@ -339,8 +339,8 @@ def test_without_any_directory_there_is_no_cache(
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(folders.tempfile, "mkdtemp", refuse)
-    assert folders.cache() is None
+    monkeypatch.setattr(cache_dir.tempfile, "mkdtemp", refuse)
+    assert cache_dir.cache() is None
     assert store.path_for(FINGERPRINT) is None
     assert store.save(FASTER) is None
     assert store.find(FINGERPRINT) is None

@@ -123,7 +123,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _guessing_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether guesses pay is not left to this machine's clock."""
-    monkeypatch.setattr("autotune.runtime.speculation.speculate.measure_cost", lambda variant: 1.2)
+    monkeypatch.setattr("autotune.transforms.speculation.measure_cost", lambda variant: 1.2)
 
 
 @pytest.mark.fault("A27", "A28")

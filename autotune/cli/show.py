@@ -33,8 +33,7 @@ def doctor(args: Namespace) -> int:
     """What this machine can do, and what is missing."""
     import torch
 
-    from ..machine import cache_dir as folders
-    from ..machine import hardware
+    from ..machine import cache_dir, hardware
     from ..transforms.threads import usable_cores
 
     if args.threads:
@@ -58,7 +57,7 @@ def doctor(args: Namespace) -> int:
     if machine.device == "cuda":
         _add_counters(table)
     table.add_row("C++ compiler", machine.compiler or "none: torch.compile and autotune's own kernels cannot be used")
-    cache = folders.cache()
+    cache = cache_dir.cache()
     table.add_row("cache directory", f"{cache}, writable" if cache else "none can be written: nothing is kept")
     for package, use in OPTIONAL.items():
         found = importlib.util.find_spec(package) is not None

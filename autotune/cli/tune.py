@@ -150,13 +150,13 @@ def profile(args: Namespace) -> int:
 def replay(args: Namespace) -> int:
     """One phase of the model once, for a tool that watches."""
     from .. import workload
-    from ..profile import ncu_replay as replays
+    from ..profile import ncu_replay
     from ..profile.survey import median_prompts
 
     with shown(PROFILE_BUDGET_S) as progress:
         model, tokenizer = _load(args, args.model, args.prompts, progress)
     work = workload.read(_workload(args.prompts, tokenizer), tokenizer=tokenizer, model=model)
-    replays.replay(model, median_prompts(work, work.batch_sizes[0]).to(model.device), args.replay)
+    ncu_replay.replay(model, median_prompts(work, work.batch_sizes[0]).to(model.device), args.replay)
     return 0
 
 

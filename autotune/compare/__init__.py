@@ -1,1 +1,1 @@
-"""See the docstring of autotune."""
+"""One model, plan or transform against another: experiments, offline or on live traffic, and checks for CI."""

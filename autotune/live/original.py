@@ -159,7 +159,7 @@ def _move(variant: Variant, theirs: set[int]) -> None:
     left = {id(t): t for module in variant.modules.values() for t in tensors(module) if where(t) in theirs}
     for home in {t.device for t in left.values()}:
         relocate([t for t in left.values() if t.device == home], home)
-    if variant.step is not None and hasattr(variant.step, "forget"):
+    if variant.step is not None:
         variant.step.forget()  # recorded steps hold on to addresses
     if variant.speculation is not None:
         variant.speculation.forget()

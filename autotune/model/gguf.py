@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..machine import cache_dir as folders
+from ..machine import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def checkpoint(gguf: Path, dtype: torch.dtype) -> Path:
     """
     if importlib.util.find_spec("gguf") is None:
         raise UnsupportedModelError(f"{gguf} is a GGUF file, which needs the package gguf: pip install gguf")
-    cache = folders.cache("models")
+    cache = cache_dir.cache("models")
     if cache is None:
         raise UnsupportedModelError(f"{gguf} has to be converted, and there is no directory to keep the result in")
     try:
@@ -62,11 +62,11 @@ def _defect(folder: Path) -> str | None:
     """What is wrong with what was converted into `folder`, or None: every file is there, whole, and this user's."""
     name = WHOLE
     try:
-        listed = json.loads(folders.read(folder / WHOLE, 1 << 20))
+        listed = json.loads(cache_dir.read(folder / WHOLE, 1 << 20))
         if CONFIG not in {Path(each).name for each in listed}:
             return f"there is no {CONFIG}"
         for name, (size, digest) in listed.items():
-            if (found := folders.require_own(folder / name).st_size) != size:
+            if (found := cache_dir.require_own(folder / name).st_size) != size:
                 return f"{name} has {found} bytes of {size}"
             if _sampled_digest(folder / name, size) != digest:
                 return f"{name} was changed"
@@ -94,7 +94,7 @@ def _digest(file: Path) -> str:
 def _convert(gguf: Path, dtype: torch.dtype, kept: Path) -> None:
     """Write beside the parent of `kept` and rename: whoever comes second finds a whole checkpoint or none."""
     target = kept.parent
-    folders.sweep(target.parent.glob(".draft-*"))
+    cache_dir.sweep(target.parent.glob(".draft-*"))
     try:
         with tempfile.TemporaryDirectory(prefix=".draft-", dir=target.parent, ignore_cleanup_errors=True) as folder:
             draft = Path(folder) / target.name
@@ -141,7 +141,7 @@ def _seal(folder: Path) -> None:
         file.chmod(0o600)
         size = file.stat().st_size
         listed[f"{folder.name}/{file.name}"] = size, _sampled_digest(file, size)
-    folders.write(folder.parent / WHOLE, [json.dumps(listed).encode()])
+    cache_dir.write(folder.parent / WHOLE, [json.dumps(listed).encode()])
 
 
 def _discard(path: Path) -> None:

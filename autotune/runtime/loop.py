@@ -15,14 +15,14 @@ from torch.nn.functional import softmax
 
 from ..machine import device as devices
 from ..model import seam
+from .steps.step import NextLogits
 
 if TYPE_CHECKING:
     from ..machine.device import Device
     from ..model.seam import Sampling
-    from .steps.program import Step
+    from .steps.step import Step
     from .variant import Variant
 
-NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
 Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether every sequence is finished
 
 
@@ -83,7 +83,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
 
         coming: NextLogits = following
         if variant.speculation is not None and call.input_ids.shape[0] == 1:
-            coming = variant.speculation.ahead(variant, call, lambda: decoder()[0], following, lent)
+            coming = variant.speculation.ahead(variant.running, call, lambda: decoder()[0], following, lent)
         return sample(call, logits, coming, final_cache, lambda: decoder()[0].advance())
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import linear_layers as sites
-from ..model import seam
+from ..model import linear_layers, seam
 
 SPY = "autotune_spy"  # an attention function that notes what it is given
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative error of a sum in another order
@@ -113,7 +112,7 @@ def stand_in(module: nn.Module) -> nn.Module | None:
 def mergeable(module: nn.Module, *names: str) -> bool:
     """Whether projections are plain linear layers of one kind."""
     parts = [module.get_submodule(name) for name in names]
-    if any(sites.as_linear(part) is not part for part in parts):
+    if any(linear_layers.as_linear(part) is not part for part in parts):
         return False
     if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
         return False

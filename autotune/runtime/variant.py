@@ -6,7 +6,7 @@ The original is never edited. `Variant.edit` hands out structural copies (twins)
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from .cache.narrow import KvCache
     from .cache.pool import CachePool
     from .speculation.speculate import Speculation
-    from .steps.compiled import CompiledStep
-    from .steps.graphs import GraphSteps
-    from .steps.inductor_graphs import TreeStep
-    from .steps.program import StepPrograms
+    from .steps.step import DecodeSteps
     from .traffic import Traffic
 
 DEFAULT_CONTEXT = 256
+
+Loop = Callable[["Variant", seam.Sampling], Any]
 
 
 class Stage(enum.IntEnum):
@@ -126,7 +125,7 @@ class Variant:
         transforms: what was applied, in order.
         threads: phase -> intra-op threads while it runs; missing means the process's own number.
         caches: pool of static KV caches, or None for the cache that generate prepares.
-        loop: "transformers" for generate's own decoding loop, "lean" for `autotune.runtime.loop.decode`.
+        loop: serves a call of generate's decoding loop (`runtime.loop.decode`); None for transformers' own.
         step: decode steps recorded, compiled or captured, or None to call the decode module.
         draft: a smaller model with the same vocabulary that may guess tokens, or None.
         speculation: how tokens are guessed ahead, or None to decode them one by one.
@@ -148,8 +147,8 @@ class Variant:
         self.transforms: tuple[Transform, ...] = ()
         self.threads: dict[Phase, int] = {}
         self.caches: CachePool | None = None
-        self.loop: Literal["transformers", "lean"] = "transformers"
-        self.step: CompiledStep | TreeStep | StepPrograms | GraphSteps | None = None
+        self.loop: Loop | None = None
+        self.step: DecodeSteps | None = None
         self.speculation: Speculation | None = None
         self.kv: KvCache | None = None
         self._editable: set[int] = set()  # ids of modules made by this very object
@@ -219,6 +218,15 @@ class Variant:
         with nullcontext() if self.traffic is None else self.traffic.step(), self.state.kept():
             yield
 
+    def example(self, batch: int) -> Any:
+        """One token's keys and values [B, Hk, 1, D] a layer: the shapes that a step is prepared for."""
+        model: Any = self.original
+        prompt = seam.growing_cache()
+        with self.turn() if self.state.modules else nullcontext(), torch.no_grad():
+            token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+            model(token, **seam.over(model, prompt))
+        return prompt
+
     @property
     def state(self) -> stateful.State:
         """What the model's own forward writes."""
@@ -274,7 +282,7 @@ class Variant:
             return None
         if reason := call.unusual():
             return reason
-        if self.loop == "lean" and call.starts_over():
+        if self.loop is not None and call.starts_over():
             return "a length at which the model reads everything before it anew"
         return None if self.caches is None else self.caches.unsupported(call.settings)
 
@@ -283,10 +291,8 @@ class Variant:
         if not self.transforms:
             return call.original()
         with self.device.guard():
-            if self.loop == "lean":
-                from .loop import decode
-
-                return decode(self, call)
+            if self.loop is not None:
+                return self.loop(self, call)
             return call.run_on(self.front)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

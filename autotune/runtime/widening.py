@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from ..errors import TransformError
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from . import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NARROW = (torch.bfloat16, torch.float16)
-PACKED = (kernels.PackedLinear, sites.Replacement)  # they compute in FP32 as they are
+PACKED = (kernels.PackedLinear, linear_layers.Replacement)  # they compute in FP32 as they are
 
 
 class WideRows(nn.Module):

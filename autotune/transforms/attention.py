@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..diagnose import ceilings
 from ..errors import TransformError
-from ..machine import gpus as architecture
+from ..machine import gpus
 from ..model import seam
-from ..runtime import attention_sdpa as sdpa
+from ..runtime import attention_sdpa
 from ..runtime.variant import Stage, Transform
 from . import require
 
@@ -105,7 +105,7 @@ class Attention(Transform):
     @property
     def registered(self) -> str:
         """Its name among transformers' attention implementations."""
-        return sdpa.KERNELS[self.backend].name if self.backend else self.implementation
+        return attention_sdpa.KERNELS[self.backend].name if self.backend else self.implementation
 
     @property
     def backend(self) -> str:
@@ -149,7 +149,7 @@ class Attention(Transform):
 
     def apply(self, variant: Variant) -> None:
         if self.backend:
-            sdpa.register(self.backend)
+            attention_sdpa.register(self.backend)
         elif "/" in self.implementation and (reason := _not_fetched(self.implementation)):
             raise TransformError(f"{self}: {reason}")
         for twin in variant.edit(self.phase):
@@ -170,7 +170,7 @@ class Attention(Transform):
 
     def _elsewhere(self, seen: set[str], device: torch.device) -> str | None:
         """What computed attention where it was not this implementation."""
-        kernel = sdpa.kernel(self.backend, device) if self.backend else None
+        kernel = attention_sdpa.kernel(self.backend, device) if self.backend else None
         if kernel is not None and kernel.operator in seen:
             return None
         others = {name for name in seen if name.startswith("_scaled_dot_product") or "softmax" in name}
@@ -203,10 +203,10 @@ class _Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _unfit_gpu(wanted: str, needs: Needs, hardware: Hardware) -> str | None:
-    found = architecture.capability(hardware)
+    found = gpus.capability(hardware)
     if found is not None and needs.newest is not None and found > needs.newest:
-        return f"{wanted} has no kernels for {architecture.name(found)}, only up to {architecture.name(needs.newest)}"
-    return architecture.lacking(hardware, needs.oldest, wanted)
+        return f"{wanted} has no kernels for {gpus.name(found)}, only up to {gpus.name(needs.newest)}"
+    return gpus.lacking(hardware, needs.oldest, wanted)
 
 
 @functools.cache

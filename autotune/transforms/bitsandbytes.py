@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 
 from ..diagnose import ceilings
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
@@ -34,7 +34,7 @@ BLOCK = 64  # weights that share a scale at four bits
 PACKED_ROWS = 32  # output rows that the packed 4-bit layout takes at a time
 
 
-class OutlierInt8Linear(sites.Replacement):
+class OutlierInt8Linear(linear_layers.Replacement):
     """LLM.int8: INT8 weights per row, INT8 activations per token, outlier columns in floating point.
 
     Which columns those are is asked of the device at each call, and the host waits for the answer: on a GPU that alone
@@ -72,7 +72,7 @@ class OutlierInt8Linear(sites.Replacement):
         return cast("torch.Tensor", y)
 
 
-class FourBitLinear(sites.Replacement):
+class FourBitLinear(linear_layers.Replacement):
     """NF4 or FP4 weights in blocks; packed for the processor's BF16 instructions where it has them.
 
     A GPU multiplies in BF16 whatever the model's dtype is: FP32 would leave its tensor cores idle.

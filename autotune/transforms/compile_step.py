@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from ..diagnose import ceilings
 from ..errors import Blocker, ChoiceError, TransformError
 from ..machine import device as devices
-from ..model import linear_layers as sites
-from ..model import placement
+from ..model import linear_layers, placement
+from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import require
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, use_slots
@@ -75,7 +75,7 @@ class CompileStep(Transform):
             return "max-autotune chooses among Triton kernels, which a CPU does not run"
         if self.mode != "reduce-overhead":
             return None
-        return device.without_graphs() or sites.waiting(variant.modules["decode"])
+        return device.without_graphs() or linear_layers.waiting(variant.modules["decode"])
 
     def rehearsed(self) -> Transform:
         return over_few_slots()
@@ -88,7 +88,7 @@ class CompileStep(Transform):
         return slot_bytes(variant, self.slots)
 
     def apply(self, variant: Variant) -> None:
-        from ..runtime.cache.slots import SlotCache, example
+        from ..runtime.cache.slots import SlotCache
         from ..runtime.steps.compiled import CompiledStep
 
         if reason := self._out_of_place(variant) or variant.state.unseen("a compiled step"):
@@ -101,20 +101,19 @@ class CompileStep(Transform):
         step = CompiledStep(variant.modules["decode"], self.layers == "once", self.mode)
         for batch in variant.batch_sizes:
             with variant.running("decode"):
-                step.prepare(SlotCache(example(variant, batch), variant.caches.slots))
+                step.prepare(SlotCache(variant.example(batch), variant.caches.slots))
         variant.step = step
 
     def _apply_graphs(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
-        from ..runtime.cache.slots import example
         from ..runtime.steps.inductor_graphs import TreeStep
 
         config = variant.original.config.get_text_config(decoder=True)
         slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
-        variant.caches, variant.loop = CachePool(config, slots), "lean"
+        variant.caches, variant.loop = CachePool(config, slots), decode
         step = TreeStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
         for batch in variant.batch_sizes:
-            with variant.running("decode"), variant.caches.lend(example(variant, batch), None) as cache:
+            with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:
                 step.prepare(cache)
         variant.step = step
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
-from ..model import linear_layers as sites
-from ..model import placement
+from ..model import linear_layers, placement
+from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes
 
@@ -71,7 +71,6 @@ class CudaGraph(Transform):
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
-        from ..runtime.cache.slots import example
         from ..runtime.steps.compiled import CompiledStep
         from ..runtime.steps.graphs import GraphSteps, buckets, lengths
 
@@ -86,10 +85,10 @@ class CudaGraph(Transform):
         if inner is not None:  # each length costs a compilation
             reads = tuple(sorted({next(read for read in reads if read >= tokens), slots}))
         variant.caches = CachePool(config, slots, rows, LASTING)
-        variant.loop = "lean"
+        variant.loop = decode
         steps = GraphSteps(variant.modules["decode"], device, rows, reads, inner)
         for batch in sorted({_bucket(rows, batch) for batch in variant.batch_sizes if batch <= rows[-1]}):
-            with variant.running("decode"), variant.caches.lend(example(variant, batch), None) as cache:
+            with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:
                 if inner is not None:
                     for read in reads:
                         inner.prepare(cache.first(read))
@@ -121,7 +120,7 @@ def uncapturable(variant: Variant) -> str | None:
         return f"the model lies on several devices ({', '.join(sorted(places))}); a graph belongs to one"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate's hooks move tensors at every call, which a graph does not repeat"
-    if waiting := sites.waiting(model):
+    if waiting := linear_layers.waiting(model):
         return waiting
     return no_slots(variant.original)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..diagnose import ceilings
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from .linears import CPU, LinearTransform, weight_bytes
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
 
 
-class DynamicInt8Linear(sites.Replacement):
+class DynamicInt8Linear(linear_layers.Replacement):
     """`torch.ops.quantized.linear_dynamic` over a weight packed for the engine of this processor."""
 
     def __init__(self, linear: nn.Linear) -> None:

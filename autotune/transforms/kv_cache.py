@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import ChoiceError, TransformError
+from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import require
 from .lean_loop import LeanLoop
@@ -74,7 +75,7 @@ class QuantisedCache(Transform):
 
         kind: Literal["int8", "int4", "fp8", "quanto", "hqq"]
         kind = self.scheme if self.backend == "own" else self.backend  # type: ignore[assignment]  # __post_init__ checked
-        variant.kv, variant.loop = KvCache(kind), "lean"
+        variant.kv, variant.loop = KvCache(kind), decode
 
     def took_effect(self, variant: Variant) -> str | None:
         kind = self.scheme if self.backend == "own" else self.backend
@@ -121,7 +122,7 @@ class OffloadedCache(Transform):
             raise TransformError(reason)
         from ..runtime.cache.narrow import KvCache
 
-        variant.kv, variant.loop = KvCache("offloaded"), "lean"
+        variant.kv, variant.loop = KvCache("offloaded"), decode
 
     def took_effect(self, variant: Variant) -> str | None:
         return _other_than("offloaded", variant)
@@ -145,7 +146,7 @@ def _only_windows(model: PreTrainedModel) -> str | None:
 
 
 def _other_than(kind: str, variant: Variant) -> str | None:
-    if variant.kv is None or variant.caches is not None or variant.loop != "lean":
+    if variant.kv is None or variant.caches is not None or variant.loop is None:
         return "the KV cache is a plain one"
     return None if variant.kv.kind == kind else f"the KV cache is {variant.kv}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..diagnose import ceilings
 from ..errors import ChoiceError
 from ..model import seam
+from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class LeanLoop(Transform):
             raise ChoiceError("lean_loop: phase must be 'decode' or 'both'; prefill has no loop")
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if variant.loop == "lean":
+        if variant.loop is not None:
             return "the loop is lean already"
         return seam.cannot_step(variant.original)
 
@@ -44,7 +45,7 @@ class LeanLoop(Transform):
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def apply(self, variant: Variant) -> None:
-        variant.loop = "lean"
+        variant.loop = decode
 
     def took_effect(self, variant: Variant) -> str | None:
-        return None if variant.loop == "lean" else "transformers' loop still runs"
+        return None if variant.loop is not None else "transformers' loop still runs"

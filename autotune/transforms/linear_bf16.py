@@ -9,7 +9,7 @@ import torch
 
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from ..runtime import kernels
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
@@ -73,7 +73,7 @@ class StoredTransform(LinearTransform):
         if self.weights == "decode" and not packed(variant.modules["decode"], self.skip):
             return NOT_PACKED
         if hardware.device == "cpu" and packed(variant.modules["prefill"], self.skip):
-            return sites.obstacle(variant.original) or self.missing()
+            return linear_layers.obstacle(variant.original) or self.missing()
         return super().unavailable(variant, hardware)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
@@ -111,4 +111,4 @@ class LinearBf16x3(StoredTransform):
 def packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:
     """Layers packed by the kernels, by dotted name and under every name they have."""
     named = model.named_modules(remove_duplicate=False)
-    return {n: m for n, m in named if isinstance(m, kernels.PackedLinear) and not sites.is_named(n, skip)}
+    return {n: m for n, m in named if isinstance(m, kernels.PackedLinear) and not linear_layers.is_named(n, skip)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..diagnose import ceilings
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from . import require
 from .linears import LinearTransform, nothing_left, weight_bytes
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
 
 
-class CastLinear(sites.Replacement):
+class CastLinear(linear_layers.Replacement):
     """y = x W^T + b in `dtype`, returned in x's own.
 
     Args:
@@ -84,7 +84,7 @@ class LinearDtype(LinearTransform):
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         for phase in self.phases:  # other transforms may narrow its layers further, it may not
-            if sites.count(variant.modules[phase], CastLinear):
+            if linear_layers.count(variant.modules[phase], CastLinear):
                 return nothing_left(variant, phase)
         return super().unavailable(variant, hardware)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 
 from ..errors import TransformError
-from ..machine import gpus as architecture
+from ..machine import gpus
 from ..machine.device import cpu
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LinearTransform(Transform):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATING  # of weights that it takes
 
     @property
-    def capability(self) -> architecture.Capability | None:
+    def capability(self) -> gpus.Capability | None:
         """The lowest compute capability of a GPU that runs the new layers; None: any."""
         return None
 
@@ -107,16 +107,16 @@ class LinearTransform(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, not on {hardware.device}"
-        if (reason := sites.obstacle(variant.original)) is not None:
+        if (reason := linear_layers.obstacle(variant.original)) is not None:
             return reason
         for phase in self.phases:
-            layers = sites.linears(variant.modules[phase], self.skip)
+            layers = linear_layers.linears(variant.modules[phase], self.skip)
             if not layers:
                 return nothing_left(variant, phase)
             for dtype in sorted({layer.weight.dtype for layer in layers.values()}, key=str):
                 if reason := self.refusal(dtype):
                     return reason
-        if reason := architecture.lacking(hardware, self.capability, str(self.recipe)):
+        if reason := gpus.lacking(hardware, self.capability, str(self.recipe)):
             return reason
         return self.missing(variant.original.device)  # last: it may have to compile or import something
 
@@ -128,7 +128,7 @@ class LinearTransform(Transform):
         modules = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}
         total = 0.0
         for module in modules.values():
-            layers = {id(layer.weight): layer for layer in sites.linears(module, self.skip).values()}.values()
+            layers = {id(layer.weight): layer for layer in linear_layers.linears(module, self.skip).values()}.values()
             if (made := self._sample(min(layers, key=lambda layer: layer.weight.nbytes, default=None))) is not None:
                 total += made * sum(layer.weight.nbytes for layer in layers)
         return total
@@ -141,7 +141,7 @@ class LinearTransform(Transform):
             return None
         if linear is None or new is None:
             return None
-        return sites.stored_bytes(new) / linear.weight.nbytes
+        return linear_layers.stored_bytes(new) / linear.weight.nbytes
 
     def apply(self, variant: Variant) -> None:
         # asking also loads what is needed, in a process that only replays a plan
@@ -159,7 +159,7 @@ class LinearTransform(Transform):
 
     def exchange_in(self, twin: nn.Module) -> int:
         """Exchange the layers of a twin; how many became `kind`."""
-        return sites.replace(twin, self.exchange_once, self.skip)
+        return linear_layers.replace(twin, self.exchange_once, self.skip)
 
     def exchange_once(self, linear: nn.Linear) -> nn.Module | None:
         """`exchange`, or what it made of the same layer before where that may be used again."""
@@ -173,7 +173,7 @@ class LinearTransform(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:
-            if not sites.count(variant.modules[phase], self.kind):
+            if not linear_layers.count(variant.modules[phase], self.kind):
                 return f"{phase} has no {self.kind.__name__}"
         return None
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..diagnose import ceilings
 from ..errors import TransformError
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from ..runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
 from ..runtime.variant import Stage, Transform
 
@@ -39,7 +39,7 @@ class MergedLinears(Transform):
     lossless: ClassVar[bool] = True
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if (reason := sites.obstacle(variant.original)) is not None:
+        if (reason := linear_layers.obstacle(variant.original)) is not None:
             return reason
         for phase in self.phases:
             model = variant.modules[phase]
@@ -66,7 +66,10 @@ class MergedLinears(Transform):
         """The copies of the projections; the original keeps its own."""
         models = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}.values()
         layers = [
-            layer for model in models for name, layer in sites.linears(model).items() if sites.is_named(name, READ)
+            layer
+            for model in models
+            for name, layer in linear_layers.linears(model).items()
+            if linear_layers.is_named(name, READ)
         ]
         return float(sum(layer.weight.nbytes for layer in layers))
 

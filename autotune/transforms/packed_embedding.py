@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import TransformError
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from ..runtime import kernels
 from ..runtime.variant import Stage, Transform
 from .linears import FLOATING
@@ -37,7 +37,7 @@ class PackedEmbedding(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device != "cpu":
             return f"it runs on cpu, not on {hardware.device}"
-        if (reason := sites.obstacle(variant.original)) is not None:
+        if (reason := linear_layers.obstacle(variant.original)) is not None:
             return reason
         return self._obstacle(variant) or kernels.available()  # last: it may have to compile
 
@@ -49,7 +49,7 @@ class PackedEmbedding(Transform):
             raise TransformError(f"{self}: {reason}")
         made: dict[int, nn.Module] = {}  # by table: what several modules share stays shared
         for twin in variant.edit(self.phase):
-            names = sites.embeddings(twin)
+            names = linear_layers.embeddings(twin)
             embedding = next(iter(names.values()))
             head = shared(twin, variant.original)
             table = embedding.weight if head is None else head.weight
@@ -60,7 +60,7 @@ class PackedEmbedding(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:
-            if not sites.count(variant.modules[phase], kernels.PackedEmbedding):
+            if not linear_layers.count(variant.modules[phase], kernels.PackedEmbedding):
                 return f"{phase} has no PackedEmbedding"
         return None
 
@@ -71,9 +71,9 @@ class PackedEmbedding(Transform):
 
 def obstacle(module: PreTrainedModel, original: PreTrainedModel) -> str | None:
     """Why a phase's embedding cannot be packed, or that it would save nothing; None where it can."""
-    if sites.count(module, kernels.PackedEmbedding):
+    if linear_layers.count(module, kernels.PackedEmbedding):
         return "the embedding is packed already"
-    table = next(iter(sites.embeddings(module).values()), None)
+    table = next(iter(linear_layers.embeddings(module).values()), None)
     if table is None:
         return "the model's embedding does more than look rows up, or its weight is read elsewhere"
     if table.weight.dtype not in FLOATING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from ..runtime import kernels
 from ..runtime.variant import Stage, Transform
 from .linear_bf16 import NOT_PACKED, packed
@@ -40,11 +40,11 @@ class PackedPrefill(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device != "cpu":
             return f"it runs on cpu, not on {hardware.device}"
-        if sites.count(variant.modules["prefill"], kernels.PackedLinear):
+        if linear_layers.count(variant.modules["prefill"], kernels.PackedLinear):
             return "the linear layers of prefill are packed already"
         if not packed(variant.modules["decode"], ""):
             return NOT_PACKED
-        return sites.obstacle(variant.original)
+        return linear_layers.obstacle(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         phase = profile.phases["prefill"]
@@ -59,4 +59,8 @@ class PackedPrefill(Transform):
                 twin.set_submodule(name, layer)
 
     def took_effect(self, variant: Variant) -> str | None:
-        return None if sites.count(variant.modules["prefill"], kernels.PackedLinear) else "prefill has no packed layer"
+        return (
+            None
+            if linear_layers.count(variant.modules["prefill"], kernels.PackedLinear)
+            else "prefill has no packed layer"
+        )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+
+import torch
 
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
+from ..model.seam import Sampling
+from ..runtime.speculation import speculate
+from ..runtime.speculation.drafts import Drafter, Guesser
 from ..runtime.variant import Stage, Transform
 from . import require
 from .static_cache import no_slots, use_slots
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 SHORTEST = 256  # slots that a graph reads at least, where the plain step's graphs do not say
+TIMED_RUNS = 3  # of each kind of step; the fastest counts, which the host disturbed least
 MOST = 32  # guesses a step; slots that are known to have been written without counting are cleared up to 64
 
 
@@ -82,7 +89,6 @@ class Speculation(Transform):
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
-        from ..runtime.speculation import speculate
         from ..runtime.speculation.strides import Stride, captured
         from ..runtime.steps.graphs import GraphSteps, lengths
         from ..runtime.steps.inductor_graphs import TreeStep
@@ -105,7 +111,7 @@ class Speculation(Transform):
             config = variant.draft.config.get_text_config(decoder=True)
             draft = stride(variant.draft), CachePool(config, variant.caches.slots, lasting=variant.caches.lasting)
         variant.speculation = speculate.Speculation(self.tokens, stride(variant.modules["decode"]), draft)
-        variant.speculation.cost = speculate.measure_cost(variant)
+        variant.speculation.cost = measure_cost(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
         from ..runtime.speculation.pace import pays
@@ -119,3 +125,45 @@ class Speculation(Transform):
                 f"{speculation.cost:.1f}x as long as a plain one"
             )
         return None
+
+
+def measure_cost(variant: Variant) -> float:
+    """Time of a step with all the guesses there may be, guessing included, in plain steps.
+
+    Both run at the start of an empty sequence: what they differ in, weights and arithmetic, does not depend on it.
+
+    Args:
+        variant: with `caches` and `speculation`.
+    """
+    from ..runtime.cache import slots
+
+    speculation, pool = variant.speculation, variant.caches
+    assert speculation is not None and pool is not None  # noqa: S101, PT018 - the caller made them; for the type checker
+    original = variant.original
+    device, guesses = devices.of(original), speculation.tokens
+    tokens = torch.zeros(1, guesses + 1, dtype=torch.int64, device=original.device)
+    positions = torch.arange(1, guesses + 2, dtype=torch.int64, device=original.device)[None]
+    with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
+        held = lent.enter_context(pool.lend(variant.example(1), None))
+        step = variant.step.fitting(held) if variant.step is not None else None
+        guesser: Guesser | None = None
+        if speculation.draft is not None:
+            one = {"position_ids": positions[:, :1] * 0}
+            guesser = Drafter(*speculation.draft, Sampling(original, tokens[:, :1], {}, one), [0], lent)
+
+        def plain() -> None:
+            if step is None:
+                slots.step(module, tokens[:, :1], positions[:, :1], held)
+            else:
+                step(tokens[:, :1], positions[:, :1], held)
+
+        def checking() -> None:
+            if guesser is not None:
+                guesser.append(0)
+                guesser.guess(guesses)
+            speculation.stride.steps(tokens, positions, held)
+
+        plain_s, checking_s = (
+            min(device.seconds(work) for _ in range(TIMED_RUNS + 1)) for work in (plain, checking)
+        )  # the first of each warms up
+    return checking_s / plain_s

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
+from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class StaticCache(Transform):
         use_slots(variant, self.slots)
 
     def took_effect(self, variant: Variant) -> str | None:
-        return None if variant.caches is not None and variant.loop == "lean" else "decode does not run over slots"
+        return None if variant.caches is not None and variant.loop is not None else "decode does not run over slots"
 
 
 def over_few_slots() -> Transform:
@@ -100,7 +101,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     config = variant.original.config.get_text_config(decoder=True)
     if variant.caches is None:
         variant.caches = CachePool(config, slots or automatic_slots(variant, config))
-    variant.loop = "lean"
+    variant.loop = decode
 
 
 def slot_bytes(variant: Variant, slots: int = 0) -> float:

@@ -11,9 +11,10 @@ import torch
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
+from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from ..runtime.widening import NARROW
-from . import one_query_attention as one_query
+from . import one_query_attention
 from .static_cache import REHEARSED_SLOTS, no_slots, roomy_slots
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class StepProgram(Transform):
             return "the decode step is recorded or compiled already"
         if reason := placement.unrecordable(variant.original) or no_slots(variant.original):
             return reason
-        uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query.IMPLEMENTATION
-        return None if uses_kernel else one_query.OneQueryAttention("decode").unavailable(variant, hardware)
+        uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query_attention.IMPLEMENTATION
+        return None if uses_kernel else one_query_attention.OneQueryAttention("decode").unavailable(variant, hardware)
 
     def rehearsed(self) -> Transform:
         return StepProgram("decode", slots=REHEARSED_SLOTS)
@@ -73,12 +74,12 @@ class StepProgram(Transform):
     def apply(self, variant: Variant) -> None:
         from ..runtime import kernels, widening
         from ..runtime.cache.pool import CachePool
-        from ..runtime.cache.slots import SlotCache, example
+        from ..runtime.cache.slots import SlotCache
         from ..runtime.steps.program import StepPrograms
 
         if reason := kernels.available():
             raise TransformError(reason)
-        one_query.use_kernel(variant)
+        one_query_attention.use_kernel(variant)
         if reason := no_slots(variant.original):
             raise TransformError(reason)
         dtype = None
@@ -88,10 +89,10 @@ class StepProgram(Transform):
                 widening.widen(twin)
         slots = self.slots or roomy_slots(variant, dtype)
         variant.caches = CachePool(variant.original.config.get_text_config(decoder=True), slots, dtype=dtype)
-        variant.loop = "lean"
+        variant.loop = decode
         programs = StepPrograms(variant.modules["decode"])
         for batch in variant.batch_sizes:
-            programs.prepare(SlotCache(example(variant, batch), slots, dtype=dtype))
+            programs.prepare(SlotCache(variant.example(batch), slots, dtype=dtype))
         variant.step = programs
 
     def took_effect(self, variant: Variant) -> str | None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..diagnose import ceilings
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
 
@@ -57,7 +57,7 @@ SCHEMES = {
 ALMOST_ZERO = 2**-13  # its 448th part, the scale, is still above zero in FP16
 
 
-class TorchaoLinear(sites.Replacement):
+class TorchaoLinear(linear_layers.Replacement):
     """A linear layer whose weight torchao quantised.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 
 from ..diagnose import ceilings
-from ..model import linear_layers as sites
+from ..model import linear_layers
 from ..runtime import kernels
 from . import require
 from .linears import CPU, LinearTransform, joined, weight_bytes
@@ -65,9 +65,9 @@ class WeightOnly(LinearTransform):
         return replace(self, wide=joined(self.wide, names))
 
     def exchange_in(self, twin: nn.Module) -> int:
-        narrow = sites.replace(twin, self.exchange_once, joined(self.skip, self.wide))
+        narrow = linear_layers.replace(twin, self.exchange_once, joined(self.skip, self.wide))
         if self.wide:
-            sites.replace(twin, self.wider.exchange_once, self.skip)  # what is still a linear layer
+            linear_layers.replace(twin, self.wider.exchange_once, self.skip)  # what is still a linear layer
         return narrow
 
     def missing(self, where: torch.device = CPU) -> str | None:

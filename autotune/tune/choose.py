@@ -10,7 +10,7 @@ from .. import transforms
 from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis
 from ..errors import Blocker
-from ..machine import gpus as architecture
+from ..machine import gpus
 from ..machine.hardware import Hardware
 from ..runtime.variant import Transform, Variant
 from ..transforms import is_foreign
@@ -60,9 +60,9 @@ def why_not(
     """
     if step.devices and hardware.device not in step.devices:
         return f"for {', '.join(sorted(step.devices))}, this is {hardware.device}"
-    found_gpu = architecture.capability(hardware)
+    found_gpu = gpus.capability(hardware)
     if step.capabilities and not (found_gpu and any(wanted.admits(found_gpu) for wanted in step.capabilities)):
-        this = architecture.name(found_gpu) if found_gpu else hardware.device
+        this = gpus.name(found_gpu) if found_gpu else hardware.device
         return f"for GPUs of {' or '.join(map(str, step.capabilities))}, this is {this}"
     if step.parameters is not None and parameters is not None and not step.parameters.admits(parameters):
         return f"for models of {step.parameters} parameters, this has {parameters:.3g}"

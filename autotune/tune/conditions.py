@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import nearest
-from ..machine import gpus as architecture
+from ..machine import gpus
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -54,15 +54,15 @@ def of_capabilities(text: str) -> Range:
     Raises:
         ValueError: it is none; the message names the nearest spelling.
     """
-    if (named := architecture.NAMES.get(text.strip().lower())) is not None:
+    if (named := gpus.NAMES.get(text.strip().lower())) is not None:
         return Range(text, ((">=", named[0]), ("<=", named[1])))
-    if (exact := architecture.parse(text)) is not None:
+    if (exact := gpus.parse(text)) is not None:
         return Range(text, ((">=", exact), ("<=", exact)))
     if not text.lstrip().startswith((">", "<")):
-        hint = nearest(text, architecture.NAMES)
-        names = ", ".join(architecture.NAMES)
+        hint = nearest(text, gpus.NAMES)
+        names = ", ".join(gpus.NAMES)
         raise ValueError(f"unknown architecture {text!r}{hint}; known: {names}, a capability (9.0) or bounds (>= 8.0)")
-    return _range(text, architecture.parse, "a compute capability such as 8.0")
+    return _range(text, gpus.parse, "a compute capability such as 8.0")
 
 
 def _range(text: str, parse: Callable[[str], Any], expected: str) -> Range:

@@ -22,7 +22,7 @@ from ..errors import ChoiceError, PolicyError, nearest
 from ..machine.cache_dir import expanded
 from ..validate.limits import Limits
 from ..workload import PHASES, Phase
-from . import conditions as ranges
+from . import conditions
 from .conditions import Range
 
 logger = logging.getLogger("autotune")
@@ -198,11 +198,11 @@ def _capabilities(when: Mapping[str, Any], where: str) -> tuple[Range, ...]:
         raise PolicyError(f'{where}: capability is {values!r}; expected a list, capability = ["hopper"]')
     if values and "cpu" in when.get("device", ["cuda"]):
         raise PolicyError(f'{where}: a capability is a GPU\'s; expected device = ["cuda"] alone beside it')
-    return tuple(_range({"capability": value}, "capability", ranges.of_capabilities, where) for value in values)
+    return tuple(_range({"capability": value}, "capability", conditions.of_capabilities, where) for value in values)
 
 
 def _parameters(when: Mapping[str, Any], where: str) -> Range | None:
-    return _range(when, "parameters", ranges.of_numbers, where) if "parameters" in when else None
+    return _range(when, "parameters", conditions.of_numbers, where) if "parameters" in when else None
 
 
 def _range(table: Mapping[str, Any], key: str, parse: Callable[[str], Range], where: str) -> Range:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from ..machine import cache_dir as folders
+from ..machine import cache_dir
 from ..model import seam
 from ..validate.answers import Answers
 from ..validate.exam import Exam
@@ -61,7 +61,7 @@ class References:
         """Where the answers to an exam are or would be; None where nothing lasts."""
         asked = [asdict(exam.size), exam.prompts, exam.pad_token_id, exam.eos_token_ids, exam.seed]
         key = json.dumps([SCHEMA, self._said_by, seam.experts(exam.original), _precision(), asked], sort_keys=True)
-        folder = folders.cache("references", lasting=True)
+        folder = cache_dir.cache("references", lasting=True)
         return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
     def restore(self, exam: Exam) -> bool:
@@ -69,7 +69,7 @@ class References:
         if (path := self.path(exam)) is None:
             return False
         try:
-            with folders.opened(path, int(SHARE * MOST_BYTES)) as (file, size):
+            with cache_dir.opened(path, int(SHARE * MOST_BYTES)) as (file, size):
                 exam.take(_parsed(file, size))
         except FileNotFoundError:
             return False
@@ -93,7 +93,7 @@ class References:
             return
         try:
             _make_room(path.parent, size_bytes)
-            folders.write(path, chain([head], (_bytes(answers.logits[name]) for name in names)))
+            cache_dir.write(path, chain([head], (_bytes(answers.logits[name]) for name in names)))
             _make_room(path.parent, 0)  # others may have written meanwhile
         except OSError as error:
             log.debug("an exam's answers are not kept: %s", error)
@@ -167,7 +167,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _make_room(folder: Path, coming_bytes: int) -> None:
     """Remove the least recently used until so much more fits, and what killed processes left."""
-    folders.sweep(folder.glob(".*"))
+    cache_dir.sweep(folder.glob(".*"))
     found = []
     for path in folder.iterdir():
         with suppress(OSError):  # another process removed it

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import AutotuneError
-from ..machine import cache_dir as folders
-from ..machine import outside, versions
+from ..machine import cache_dir, outside, versions
 from ..machine.hardware import library_versions
 from ..model import route, seam, shrink
 from ..runtime.variant import Variant, serving
@@ -190,11 +189,11 @@ def _key(model: PreTrainedModel) -> str:
 
 def _kept(key: str, find: Callable[[], str | None]) -> str | None:
     """What an earlier process found, or what `find` finds now."""
-    folder = folders.cache("checks")
+    folder = cache_dir.cache("checks")
     path: Path | None = folder and folder / f"{key}.json"
     if path is not None:
         try:
-            held = json.loads(folders.read(path, LONGEST_RESULT))["difference"]
+            held = json.loads(cache_dir.read(path, LONGEST_RESULT))["difference"]
             if held is None or isinstance(held, str):
                 return held
         except FileNotFoundError:
@@ -204,7 +203,7 @@ def _kept(key: str, find: Callable[[], str | None]) -> str | None:
     found = find()
     if path is not None:
         try:
-            folders.write(path, [json.dumps({"difference": found}).encode()])
+            cache_dir.write(path, [json.dumps({"difference": found}).encode()])
         except OSError as error:
-            folders.warn_once(f"the check of the installed versions is not kept: {path.parent}: {error.strerror}")
+            cache_dir.warn_once(f"the check of the installed versions is not kept: {path.parent}: {error.strerror}")
     return found

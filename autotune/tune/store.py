@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import PlanError
-from ..machine import cache_dir as folders
+from ..machine import cache_dir
 from . import plan
 from .fingerprint import Fingerprint
 from .plan import Plan
@@ -31,7 +31,7 @@ def path_for(fingerprint: Fingerprint) -> Path | None:
     The name is a hash of the schema and the whole fingerprint, so that any difference, and any other schema, is another
     file.
     """
-    folder = folders.cache(FOLDER)
+    folder = cache_dir.cache(FOLDER)
     key = json.dumps([plan.SCHEMA, asdict(fingerprint)], sort_keys=True)
     return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
 
@@ -43,10 +43,10 @@ def save(value: Plan) -> Path | None:
         return None
     text = plan.dumps(value)
     try:
-        folders.write(path, [text.encode()])
+        cache_dir.write(path, [text.encode()])
         path.with_suffix(DOUBT).unlink(missing_ok=True)  # it was proven anew
     except OSError as error:
-        folders.warn_once(f"plans are not kept: {path.parent}: {error.strerror}; tuning starts afresh next time")
+        cache_dir.warn_once(f"plans are not kept: {path.parent}: {error.strerror}; tuning starts afresh next time")
         return None
     return path
 
@@ -62,9 +62,9 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
         if doubt is None:
             mark.unlink(missing_ok=True)
         else:
-            folders.write(mark, [json.dumps({"reason": doubt}).encode()])
+            cache_dir.write(mark, [json.dumps({"reason": doubt}).encode()])
     except OSError as error:
-        folders.warn_once(f"that a plan failed is not remembered: {mark.parent}: {error.strerror}")
+        cache_dir.warn_once(f"that a plan failed is not remembered: {mark.parent}: {error.strerror}")
 
 
 def find(fingerprint: Fingerprint) -> Plan | None:
@@ -76,7 +76,7 @@ def find(fingerprint: Fingerprint) -> Plan | None:
         logger.warning("the stored plan %s is not used: it failed while it served, see %s", path, mark)
         return None
     try:
-        content = folders.read(path, MAX_BYTES)
+        content = cache_dir.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, PlanError) as error:

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..model import linear_layers as sites
-from ..model import seam
+from ..model import linear_layers, seam
 from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
 from ..transforms.wide_arithmetic import WideArithmetic
@@ -41,7 +40,7 @@ class Probe:
     def __init__(self, exam: Exam, incumbent: Variant, transform: LinearTransform, tier: str) -> None:
         self.exam, self.incumbent, self.transform, self.tier = exam, incumbent, transform, TIERS[tier]
         self.wider, self.wider_form = transform.wider, transform.wider_form
-        found = sites.linears(incumbent.modules[transform.phases[-1]], transform.skip)
+        found = linear_layers.linears(incumbent.modules[transform.phases[-1]], transform.skip)
         self.layers = {name: linear.weight.nbytes for name, linear in found.items()}
         texts = [text.context + text.scored for text in exam.texts]
         width = min(TOKENS, *map(len, texts))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..machine import cache_dir as folders
+from ..machine import cache_dir
 
 MEMORY_BYTES = 128 * 2**20  # reference logits in half precision; an exam of SmolLM2-135M takes 94 MB
 FILE_BYTES = 2 * 2**30  # beyond those
@@ -71,7 +71,7 @@ class Shelf(Mapping[str, torch.Tensor]):
 
     def _write(self, tensor: torch.Tensor) -> None:
         if self._file is None:
-            self._file, path = tempfile.mkstemp(prefix=".", dir=folders.cache("references"))  # mode 0600
+            self._file, path = tempfile.mkstemp(prefix=".", dir=cache_dir.cache("references"))  # mode 0600
             weakref.finalize(self, os.close, self._file)
             os.unlink(path)
         rest = tensor.contiguous().flatten().view(torch.uint8).numpy().data

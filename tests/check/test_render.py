@@ -9,8 +9,9 @@ import pytest
 
 from autotune.compare.check.layers import Shift
 from autotune.compare.check.localise import Localised, PromptShift
-from autotune.compare.check.result import EXIT_CODES, CheckResult, Metric
+from autotune.compare.check.result import CheckResult, Metric
 from autotune.compare.check.tasks import Flips
+from autotune.compare.check.values import EXIT_CODES
 from autotune.validate import Quality, Verdict
 
 NASTY = "<b>&\"'| `x` \x00\x1b[31m\ud800 \ufffe end"

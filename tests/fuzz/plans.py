@@ -16,8 +16,8 @@ from autotune import transforms
 from autotune.errors import TransformError
 from autotune.machine.hardware import Hardware
 from autotune.model import route
-from autotune.runtime.speculation import speculate
 from autotune.runtime.variant import Variant
+from autotune.transforms import speculation
 from autotune.tune import choose
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
@@ -119,7 +119,8 @@ def scripted(name: str) -> Iterator[None]:
 
     with (
         mock.patch.object(tuning, "tune", tune),
-        mock.patch.object(speculate, "measure_cost", return_value=1.2),  # whether guesses pay is not left to the clock
+        # whether guesses pay is not left to the clock
+        mock.patch.object(speculation, "measure_cost", return_value=1.2),
     ):
         before = surroundings()
         yield

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from autotune.errors import TransformError
 from autotune.model.seam import attentions_of as in_use
-from autotune.runtime import attention_sdpa as sdpa
+from autotune.runtime import attention_sdpa
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import attention, make
 from autotune.transforms.attention import IMPLEMENTATIONS, Attention, operators
@@ -201,7 +201,7 @@ def test_a_chosen_kernel_computes_the_same(backend: str, architecture: str) -> N
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("backend", sdpa.KERNELS)
+@pytest.mark.parametrize("backend", attention_sdpa.KERNELS)
 @pytest.mark.parametrize(("heads", "queries", "keys", "size"), [(8, 16, 16, 64), (2, 16, 16, 60), (2, 1, 33, 128)])
 def test_shapes_on_a_gpu(backend: str, heads: int, queries: int, keys: int, size: int, masked: bool) -> None:
     """Torch's own description of the CUDA operators, for meta tensors: which inputs they take, and what comes out."""
@@ -210,13 +210,13 @@ def test_shapes_on_a_gpu(backend: str, heads: int, queries: int, keys: int, size
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="meta") if masked else None
     module = torch.nn.Module()
     module.num_key_value_groups = 8 // heads
-    out, _ = sdpa.attend(backend, module, query, key, key, mask, scaling=0.1)
+    out, _ = attention_sdpa.attend(backend, module, query, key, key, mask, scaling=0.1)
     assert out.shape == (1, queries, 8, size)
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("backend", sdpa.ON_CPU)
+@pytest.mark.parametrize("backend", attention_sdpa.ON_CPU)
 @pytest.mark.parametrize("mask", [None, "boolean", "additive"])
 def test_one_kernel_against_sdpa(backend: str, mask: str | None) -> None:
     torch.manual_seed(0)
@@ -226,7 +226,7 @@ def test_one_kernel_against_sdpa(backend: str, mask: str | None) -> None:
     bias = {None: None, "boolean": given, "additive": torch.where(given, 0.0, float("-inf"))}[mask]
     module = torch.nn.Module()
     module.num_key_value_groups = 2
-    out, _ = sdpa.attend(backend, module, query, key, value, bias, is_causal=False)
+    out, _ = attention_sdpa.attend(backend, module, query, key, value, bias, is_causal=False)
     wide = (t.repeat_interleave(2, 1) for t in (key, value))
     torch.testing.assert_close(out, F.scaled_dot_product_attention(query, *wide, attn_mask=bias).transpose(1, 2))
 
@@ -238,7 +238,7 @@ def test_another_kernel_than_the_chosen_one_is_no_effect(
     transform = Attention(phase, "sdpa:math")
     candidate = Variant(llama).with_transform(transform)
     assert transform.took_effect(candidate) is None
-    monkeypatch.setattr(sdpa, "kernel", lambda backend, device: None)  # every call goes to SDPA's own choice
+    monkeypatch.setattr(attention_sdpa, "kernel", lambda backend, device: None)  # every call goes to SDPA's own choice
     assert transform.took_effect(candidate) == (
         f"{phase} computes attention by _scaled_dot_product_flash_attention_for_cpu instead of sdpa:math"
     )
@@ -282,7 +282,7 @@ def test_operators_are_those_of_the_phase(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", sdpa.KERNELS)
+@pytest.mark.parametrize("backend", attention_sdpa.KERNELS)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_chosen_kernel_on_a_gpu(backend: str, phase: str) -> None:
     from autotune.machine import hardware

@@ -9,7 +9,7 @@ import torch
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
-from autotune.runtime.steps import compiled_prefill as recompiling
+from autotune.runtime.steps import compiled_prefill
 from autotune.runtime.steps.compiled_prefill import Recompiling
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_prefill import CompilePrefill
@@ -50,7 +50,7 @@ def test_prompts_of_any_length_are_compiled_once(arch: str) -> None:
 @pytest.mark.fault("A18")
 @pytest.mark.slow
 def test_a_storm_of_compilations_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(recompiling, "MOST_COMPILATIONS", 1)
+    monkeypatch.setattr(compiled_prefill, "MOST_COMPILATIONS", 1)
     model, padded = tiny("llama"), left_padded()
     variant = Variant(model).with_transform(PLAN)
     served = serving(variant)

@@ -11,7 +11,7 @@ from torch import nn
 
 from autotune.errors import ChoiceError
 from autotune.machine.hardware import Hardware
-from autotune.model import linear_layers as sites
+from autotune.model import linear_layers
 from autotune.runtime import kernels
 from autotune.runtime.kernels.fused import GatedMlp, RmsNorm
 from autotune.runtime.variant import Variant
@@ -161,9 +161,9 @@ def test_whole_models(architecture: str, norms: int | None, blocks: int, rotated
     assert transform.unavailable(Variant(model), COMPILER) is None
     candidate = Variant(model).with_transform(transform)
     prefill = candidate.modules["prefill"]
-    assert sites.count(prefill, GatedMlp) == blocks
+    assert linear_layers.count(prefill, GatedMlp) == blocks
     if norms is not None:
-        assert sites.count(prefill, RmsNorm) == norms
+        assert linear_layers.count(prefill, RmsNorm) == norms
     if rotated is not None:
         assert sum("forward" in module.__dict__ for module in prefill.modules()) == rotated
     assert transform.unavailable(candidate, COMPILER) is not None
@@ -200,7 +200,7 @@ def test_everything_for_prefill_together() -> None:
     ids = torch.tensor(models.token_prompts(count=2, length=40))
     with torch.no_grad():
         torch.testing.assert_close(candidate.modules["prefill"](ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
-    assert sites.stored_bytes(*candidate.modules.values()) == sites.stored_bytes(model)
+    assert linear_layers.stored_bytes(*candidate.modules.values()) == linear_layers.stored_bytes(model)
 
 
 @pytest.mark.parametrize(("phase", "device"), [("decode", None), ("both", None), ("prefill", "cuda")])

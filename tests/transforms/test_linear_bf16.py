@@ -9,7 +9,7 @@ import torch
 
 from autotune.errors import ChoiceError
 from autotune.machine.hardware import Hardware
-from autotune.model import linear_layers as sites
+from autotune.model import linear_layers
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
@@ -36,7 +36,9 @@ def test_one_model(name: str, divergence: float, architecture: str) -> None:
     assert (p.exp() * (p - q)).sum(-1).mean().item() <= divergence
     assert not torch.equal(p, q)
     assert candidate.modules["decode"] is model
-    assert sites.stored_bytes(model, prefill) == sites.stored_bytes(model), "a copy of the weights was kept"
+    assert linear_layers.stored_bytes(model, prefill) == linear_layers.stored_bytes(model), (
+        "a copy of the weights was kept"
+    )
 
 
 @needs_brains
@@ -52,8 +54,8 @@ def test_over_packed_weights(name: str, weights: tuple[str, dict[str, int]], lla
     assert transform.took_effect(candidate) is None
     assert transform.took_effect(packed) is not None
     prefill, decode = candidate.modules["prefill"], candidate.modules["decode"]
-    assert sites.count(prefill, kernels.BrainLinear) == sites.count(decode, kernels.PackedLinear) > 0
-    assert sites.stored_bytes(prefill, decode) == sites.stored_bytes(decode)
+    assert linear_layers.count(prefill, kernels.BrainLinear) == linear_layers.count(decode, kernels.PackedLinear) > 0
+    assert linear_layers.stored_bytes(prefill, decode) == linear_layers.stored_bytes(decode)
     ids = torch.tensor(models.token_prompts(count=2, length=40))
     with torch.no_grad():
         p, q = (torch.log_softmax(m(ids).logits, -1) for m in (decode, prefill))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from autotune.model import linear_layers as sites
+from autotune.model import linear_layers
 from autotune.runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
@@ -49,7 +49,7 @@ def test_architectures(architecture: str, attention: int, mlps: int, dtype: torc
     assert MERGED.took_effect(candidate) is None
     assert "merged already" in (MERGED.unavailable(candidate, COMPILER) or "")
     module = candidate.modules["decode"]
-    assert (sites.count(module, MergedAttention), sites.count(module, MergedMlp)) == (attention, mlps)
+    assert (linear_layers.count(module, MergedAttention), linear_layers.count(module, MergedMlp)) == (attention, mlps)
     for inputs in (models.left_padded(), {"input_ids": torch.tensor(models.token_prompts(2, 20))}):
         got = serving(candidate).generate(**inputs, max_new_tokens=12, min_new_tokens=12)
         assert torch.equal(got, model.generate(**inputs, max_new_tokens=12, min_new_tokens=12))
@@ -86,7 +86,7 @@ def test_with_other_transforms(others: list[Any]) -> None:
 def test_quantisation_packs_the_merged_layer_and_its_copy_goes() -> None:
     model = models.tiny("llama")
     merged = Variant(model).with_transform(MERGED)
-    assert {n.rpartition(".")[2] for n in sites.linears(merged.modules["decode"])} == {
+    assert {n.rpartition(".")[2] for n in linear_layers.linears(merged.modules["decode"])} == {
         "qkv_proj",
         "o_proj",
         "gate_up_proj",
@@ -94,10 +94,10 @@ def test_quantisation_packs_the_merged_layer_and_its_copy_goes() -> None:
         "lm_head",
     }
     packed = merged.with_transform(make("linear_dtype", {}, "both"))
-    held = [sites.stored_bytes(model, *v.modules.values()) for v in (Variant(model), merged, packed)]
+    held = [linear_layers.stored_bytes(model, *v.modules.values()) for v in (Variant(model), merged, packed)]
     copied = 2 * 4 * 64 * (64 + 2 * 32 + 2 * 96)  # layers, bytes, inputs, outputs of q, k and v, gate and up
     assert held[1] == held[0] + copied == held[0] + MERGED.extra_bytes(Variant(model))
-    parts = sites.linears(model).values()
+    parts = linear_layers.linears(model).values()
     assert held[2] == held[0] + sum(2 * part.weight.numel() for part in parts)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
-from autotune.model import linear_layers as sites
+from autotune.model import linear_layers
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
@@ -37,8 +37,8 @@ def test_prefill_takes_over_decodes_layers(dtype: torch.dtype) -> None:
     assert PREFILL.took_effect(candidate) is None
     prefill, decode = candidate.modules["prefill"], candidate.modules["decode"]
     assert prefill.lm_head is decode.lm_head
-    assert sites.stored_bytes(prefill, decode) == sites.stored_bytes(decode)
-    assert sites.count(packed.modules["prefill"], kernels.PackedLinear) == 0
+    assert linear_layers.stored_bytes(prefill, decode) == linear_layers.stored_bytes(decode)
+    assert linear_layers.count(packed.modules["prefill"], kernels.PackedLinear) == 0
     ids = torch.tensor(token_prompts(2, length=40))
     with torch.no_grad():
         got, expected = prefill(ids).logits, decode(ids).logits

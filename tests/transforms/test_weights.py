@@ -12,7 +12,7 @@ from torch import nn
 from autotune.diagnose.costs import PhaseProfile, Profile
 from autotune.errors import TransformError
 from autotune.machine.hardware import Hardware
-from autotune.model import linear_layers as sites
+from autotune.model import linear_layers
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
@@ -164,8 +164,8 @@ def test_half_precision_can_be_narrowed_further(llama: PreTrainedModel) -> None:
     assert quarter.unavailable(variant, AVX2) is None
     candidate = variant.with_transform(quarter)
     assert quarter.took_effect(candidate) is None
-    assert sites.count(candidate.modules["decode"], CastLinear) == 0
-    assert sites.count(candidate.modules["prefill"], CastLinear) == 15
+    assert linear_layers.count(candidate.modules["decode"], CastLinear) == 0
+    assert linear_layers.count(candidate.modules["prefill"], CastLinear) == 15
     assert str(half) in (make("linear_dtype", {}).unavailable(candidate, AVX2) or "")
 
 
@@ -282,7 +282,9 @@ def test_prefill_shares_the_weights_that_decode_is_packed_in(name: str) -> None:
     with pytest.raises(TransformError, match="no packed weights"):
         Variant(model).with_transform(shared)
     variant = Variant(model).with_transforms([make("weight_only", {"bits": 8}, "decode"), shared])
-    held = [sites.stored_bytes(*(variant.modules[phase] for phase in phases)) for phases in (("decode",), PHASES)]
+    held = [
+        linear_layers.stored_bytes(*(variant.modules[phase] for phase in phases)) for phases in (("decode",), PHASES)
+    ]
     assert held[0] == held[1]
     ids = torch.tensor(token_prompts(2))
     plain = Variant(model).with_transform(make("weight_only", {"bits": 8}, "both"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from autotune.model import linear_layers as sites
+from autotune.model import linear_layers
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms import make, wide_arithmetic
@@ -63,7 +63,9 @@ def test_a_model_says_the_same_but_for_rounding(architecture: str, dtype: torch.
     assert WIDE.took_effect(candidate) is None
     assert WIDE.took_effect(Variant(model)) is not None
     assert candidate.modules["decode"] is model
-    assert sites.stored_bytes(model, candidate.modules["prefill"]) == sites.stored_bytes(model), "a copy was kept"
+    assert linear_layers.stored_bytes(model, candidate.modules["prefill"]) == linear_layers.stored_bytes(model), (
+        "a copy was kept"
+    )
     ids = torch.tensor(token_prompts(count=4, length=32))
     with torch.no_grad():
         given = (exact.modules["prefill"], model, candidate.modules["prefill"])

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ...errors import ExperimentError
-from ...machine import cache_dir as folders
+from ...machine import cache_dir
 
 logger = logging.getLogger("autotune")
 
@@ -54,7 +54,7 @@ def default() -> Path:
     Raises:
         ExperimentError: there is no such directory.
     """
-    folder = folders.cache("experiments")
+    folder = cache_dir.cache("experiments")
     if folder is None:
         raise ExperimentError("there is no directory to keep experiments in; give a file: store='experiments.sqlite'")
     return folder / "experiments.sqlite"

@@ -1,1 +1,1 @@
-"""See the docstring of autotune."""
+"""KV caches: slots that are allocated once (`slots`), lent one generation each (`pool`); narrow numbers (`narrow`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -17,7 +17,6 @@ from ...model.seam.layers import CacheLayer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..variant import Variant
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
@@ -222,16 +221,6 @@ def forward(
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask to be added to scores: 0 where True."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def example(variant: Variant, batch: int) -> Any:
-    """One token's keys and values [B, Hk, 1, D] a layer: the shapes that a step is prepared for."""
-    model: Any = variant.original
-    prompt = seam.growing_cache()
-    with variant.turn() if variant.state.modules else nullcontext(), torch.no_grad():
-        token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        model(token, **seam.over(model, prompt))
-    return prompt
 
 
 def _room(sample: torch.Tensor, rows: int, slots: int, dtype: torch.dtype) -> torch.Tensor:

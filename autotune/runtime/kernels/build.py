@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from autotune.errors import AutotuneError
-from autotune.machine import cache_dir as folders
-from autotune.machine import ending, processor
+from autotune.machine import cache_dir, ending, processor
 
 log = logging.getLogger("autotune")
 
@@ -67,13 +66,13 @@ def load() -> Path:
     Raises:
         BuildError: there is no compiler, compilation failed or timed out, or the library does not load.
     """
-    compiler, cache = find_compiler(), folders.cache("kernels")
+    compiler, cache = find_compiler(), cache_dir.cache("kernels")
     if cache is None:
         raise BuildError("there is no directory to keep the compiled operators in; set AUTOTUNE_CACHE_DIR")
     key = build_key(compiler)
     for library in sorted(cache.glob(f"{key}-*.so")):
         try:
-            folders.require_own(library)
+            cache_dir.require_own(library)
             if _intact(library):
                 return _register(library)
             raise BuildError("its content is not what its name says")
@@ -129,7 +128,7 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
     Raises:
         BuildError: the compiler failed or took too long, or the directory cannot be written.
     """
-    folders.sweep(each for each in cache.iterdir() if each.is_dir())
+    cache_dir.sweep(each for each in cache.iterdir() if each.is_dir())
     scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
     target = scratch / "kernels.so"
     objects = {name: str(scratch / f"{name}.o") for name in SOURCES}

@@ -1,1 +1,1 @@
-"""See the docstring of autotune."""
+"""Speculative decoding: `drafts` guess, `speculate` checks, `strides` are steps of several tokens, `pace` how many."""

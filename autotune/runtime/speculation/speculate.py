@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...machine import device as devices
 from ...machine import forking
+from ...workload import Phase
 from .drafts import Drafter, Guesser, Lookup
 from .pace import Pace
 
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
     from ...model.seam import Sampling
     from ..cache.pool import CachePool
     from ..cache.slots import SlotCache
-    from ..loop import NextLogits
-    from ..variant import Variant
+    from ..steps.step import NextLogits
     from .strides import Stride
 
 log = logging.getLogger("autotune")
 
-TIMED_RUNS = 3  # of each kind of step; the fastest counts, which the host disturbed least
+Running = Callable[[Phase], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Speculation:
         self._lock = forking.lock()
 
     def ahead(
-        self, variant: Variant, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack
+        self, running: Running, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack
     ) -> Ahead:
         """What gives the loop its logits during one call of one sequence.
 
         Args:
-            variant: the variant that serves it.
+            running: the context that a phase's modules run in (`Variant.running`).
             call: the call that is served; input_ids [1, P].
             held: the sequence's cache.
             plain: gives the logits after a token for which nothing was guessed.
@@ -95,7 +95,7 @@ class Speculation:
             tokens = prompt()[0].tolist()
             return Lookup(tokens) if self.draft is None else Drafter(*self.draft, call, tokens, lent)
 
-        ahead = Ahead(variant, self.stride, call, held, plain, guesser, Pace(self.tokens, self.cost))
+        ahead = Ahead(running, self.stride, call, held, plain, guesser, Pace(self.tokens, self.cost))
         lent.callback(lambda: self.note(ahead.tally))
         return ahead
 
@@ -117,7 +117,7 @@ class Ahead:
 
     def __init__(
         self,
-        variant: Variant,
+        running: Running,
         stride: Stride,
         call: Sampling,
         held: Callable[[], SlotCache],
@@ -125,7 +125,7 @@ class Ahead:
         guesser: Callable[[], Guesser],
         pace: Pace,
     ) -> None:
-        self.variant, self.stride, self.plain, self.pace = variant, stride, plain, pace
+        self._running, self.stride, self.plain, self.pace = running, stride, plain, pace
         self.tally = Tally()
         self._held, self._make_guesser = held, guesser
         self._guesser: Guesser | None = None
@@ -154,7 +154,7 @@ class Ahead:
         # the last token of all is never fed back; a batch that shares its cache's rows with others has no guesses
         room = min(self._most_tokens - len(guesser.tokens) - 1, held.shape[1] - held.length - 1)
         most = min(self.pace.guesses, room) if held.shape[0] == 1 else 0
-        with self.variant.running("decode"):
+        with self._running("decode"):
             guesses = guesser.guess(most) if most > 0 else []
         return self._check(guesses, token, position, held) if guesses else self._without(token, position)
 
@@ -178,7 +178,7 @@ class Ahead:
         guessed = torch.tensor([guesses], dtype=token.dtype, device=token.device)
         tokens = torch.cat([token, guessed], dim=1)  # [1, K + 1]
         positions = position + torch.arange(tokens.shape[1], dtype=torch.int64, device=position.device)
-        with self.variant.running("decode"):
+        with self._running("decode"):
             first, *self._logits = self.stride.steps(tokens, positions, held).unbind(1)
         return first
 
@@ -187,46 +187,3 @@ class Ahead:
         if self._guesses:
             self.pace = self.pace.after(len(self._guesses), self._right)
         self._guesses, self._logits, self._right = [], [], 0
-
-
-def measure_cost(variant: Variant) -> float:
-    """Time of a step with all the guesses there may be, guessing included, in plain steps.
-
-    Both run at the start of an empty sequence: what they differ in, weights and arithmetic, does not depend on it.
-
-    Args:
-        variant: with `caches` and `speculation`.
-    """
-    from ...model.seam import Sampling
-    from ..cache import slots
-
-    speculation, pool = variant.speculation, variant.caches
-    assert speculation is not None and pool is not None  # noqa: S101, PT018 - the caller made them; for the type checker
-    original = variant.original
-    device, guesses = devices.of(original), speculation.tokens
-    tokens = torch.zeros(1, guesses + 1, dtype=torch.int64, device=original.device)
-    positions = torch.arange(1, guesses + 2, dtype=torch.int64, device=original.device)[None]
-    with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
-        held = lent.enter_context(pool.lend(slots.example(variant, 1), None))
-        step = variant.step.fitting(held) if variant.step is not None else None
-        guesser: Guesser | None = None
-        if speculation.draft is not None:
-            one = {"position_ids": positions[:, :1] * 0}
-            guesser = Drafter(*speculation.draft, Sampling(original, tokens[:, :1], {}, one), [0], lent)
-
-        def plain() -> None:
-            if step is None:
-                slots.step(module, tokens[:, :1], positions[:, :1], held)
-            else:
-                step(tokens[:, :1], positions[:, :1], held)
-
-        def checking() -> None:
-            if guesser is not None:
-                guesser.append(0)
-                guesser.guess(guesses)
-            speculation.stride.steps(tokens, positions, held)
-
-        plain_s, checking_s = (
-            min(device.seconds(work) for _ in range(TIMED_RUNS + 1)) for work in (plain, checking)
-        )  # the first of each warms up
-    return checking_s / plain_s

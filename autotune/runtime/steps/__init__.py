@@ -1,1 +1,4 @@
-"""See the docstring of autotune."""
+"""Decode steps over slots. `step` is their type; `program`, `compiled`, `graphs` and `inductor_graphs` make them.
+
+`compiled_prefill` is the same for prompts of any length.
+"""

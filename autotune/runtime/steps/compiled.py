@@ -26,13 +26,13 @@ from ...machine import device as devices
 from ...machine import forking, hardware, outside, processor
 from ...model import seam
 from ..cache.slots import SlotCache, run
+from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("autotune")
 
-Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
 LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on every kernel's arguments, 0.5 ms a token
 MOST_BYTES = 1 << 30  # of a step's compiled code
 MODES: dict[str, dict[str, bool]] = {  # what torch means by these names; see torch._inductor.list_mode_options
@@ -42,7 +42,7 @@ MODES: dict[str, dict[str, bool]] = {  # what torch means by these names; see to
 }
 
 
-class CompiledStep:
+class CompiledStep(DecodeSteps):
     """Compiled decode steps of one module, by the layout of a cache.
 
     Args:
@@ -79,6 +79,9 @@ class CompiledStep:
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(batch, slots) of every step there is."""
         return tuple((batch, slots) for batch, slots, _ in self._steps)
+
+    def forget(self) -> None:
+        """Compiled code is given every address when it is called: there is nothing to drop."""
 
     def fitting(self, cache: SlotCache) -> Step | None:
         """The step compiled for this cache's layout, or None."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ import torch
 from ...errors import DeviceError, TransformError
 from ...machine import outside
 from ..cache import slots
+from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-Step = Callable[[torch.Tensor, torch.Tensor, slots.SlotCache], torch.Tensor]
 MOST_GRAPHS = 64  # of one step: an 8B model's takes some ten MB of device memory
 MOST_FAILURES = 3  # shapes that cannot be captured before none is tried any more
 AGREEMENT = 0.02  # of the largest logit: a graph runs the kernels it was captured from, in BF16 at worst
@@ -85,7 +85,7 @@ class Captured:
         out.copy_(self.logits[:batch])
 
 
-class GraphSteps:
+class GraphSteps(DecodeSteps):
     """Decode steps of one module as graphs, by slot cache and number of slots read.
 
     Args:

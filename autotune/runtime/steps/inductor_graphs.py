@@ -16,7 +16,8 @@ import torch
 from ...errors import AutotuneError, TransformError
 from ...machine import outside
 from ..cache.slots import SlotCache, run
-from .compiled import LEAN, MODES, Step, layers_as_regions, require_private_cache
+from .compiled import LEAN, MODES, layers_as_regions, require_private_cache
+from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ class _Compiled:
     logits: torch.Tensor
 
 
-class TreeStep:
+class TreeStep(DecodeSteps):
     """Decode steps of one module as compiled functions with graphs of their own, by the layout of a cache.
 
     A cache that is lent only once is not served: its graphs would be recorded for one generation.
@@ -85,6 +86,9 @@ class TreeStep:
                 raise self.device.condemn(error) from error
             first = " ".join(str(error).strip().splitlines()[:1])
             raise TransformError(f"the decode step does not compile: {type(error).__name__}: {first}") from error
+
+    def forget(self) -> None:
+        """Inductor notices by itself where parameters have moved, and records anew."""
 
     def fitting(self, cache: SlotCache) -> Step | None:
         """The step compiled for this cache's layout, or None."""

@@ -9,7 +9,7 @@ into instructions over named memory, `layout` decides where values lie and when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch
 from ....errors import TransformError, VariantError
 from ....machine import forking
 from ...cache.slots import SlotCache
+from ..step import DecodeSteps, Step
 from . import layout
 from .given import Given
 from .instruction import Instruction, Place
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Program", "StepPrograms"]
-
-Step = Callable[[torch.Tensor, torch.Tensor, SlotCache], torch.Tensor]
 
 
 class Program:
@@ -151,7 +150,7 @@ class _Recorded:
         return step
 
 
-class StepPrograms:
+class StepPrograms(DecodeSteps):
     """Decode steps of one module as programs, by (batch, slots)."""
 
     def __init__(self, module: PreTrainedModel) -> None:
