@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 from ...errors import TransformError
-from ...machine import cache_dir as folders
+from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
-from ...machine import forking, hardware, outside, processor
 from ...model import seam
 from ..cache.slots import SlotCache, run
 from .step import DecodeSteps, Step
@@ -121,14 +120,14 @@ def require_private_cache() -> None:
     Raises:
         TransformError: others can write to it.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+    from torch._inductor.runtime import cache_dir_utils as inductor
 
-    own = Path(default_cache_dir())
+    own = Path(inductor.default_cache_dir())
     with suppress(FileExistsError):
         own.mkdir(mode=0o700, parents=True)
     try:
-        if Path(cache_dir()) == own:
-            folders.require_private(own)
+        if Path(inductor.cache_dir()) == own:
+            cache_dir.require_private(own)
     except OSError as error:
         raise TransformError(
             f"torch.compile's cache cannot be trusted: {error}; set TORCHINDUCTOR_CACHE_DIR to a private one"
@@ -154,7 +153,7 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
     """Where this step's compiled code is kept, or None without a private cache directory."""
-    folder = folders.cache("steps")
+    folder = cache_dir.cache("steps")
     if folder is None:
         return None
     seen = hashlib.blake2b(digest_size=16)
@@ -185,7 +184,7 @@ def _ingredients(module: PreTrainedModel) -> Iterator[str]:
 def load(path: Path) -> Any | None:
     """Compiled code from an earlier process, or None. Only files of this user that nobody else can write are read."""
     try:
-        content = folders.read(path, MOST_BYTES)
+        content = cache_dir.read(path, MOST_BYTES)
         return torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=run.__globals__)
     except FileNotFoundError:
         return None
@@ -198,7 +197,7 @@ def keep(compiled: Any, path: Path) -> None:
     """Save compiled code for the next process; a full or read-only disk costs that process a compilation."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        folders.sweep(path.parent.glob("*.tmp"))
+        cache_dir.sweep(path.parent.glob("*.tmp"))
         compiled.save_compiled_function(str(draft))
         draft.chmod(0o600)
         draft.replace(path)
