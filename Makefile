@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := 2.13.0
-EXTRAS := demo,torchao,bitsandbytes,dev
+EXTRAS := demo,torchao,bitsandbytes,dev,docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -19,7 +19,7 @@ PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
 
-.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
@@ -37,10 +37,14 @@ test-latest: $(READY)  ## the same on the newest of everything but torch
 test-architectures: $(READY)  ## every causal LM class of transformers, tiny, under every transform
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures $(ARCHITECTURES_ARGS)
 
-check: $(READY)  ## lint, format and types
+check: $(READY) docs  ## lint, format, types and the documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Not --quiet, which would keep warnings from --strict.
+docs: $(READY)  ## the documents as a site, in out/site; a broken link, page or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fix: $(READY)  ## repair what ruff can
 	$(BIN)/ruff check --fix .
