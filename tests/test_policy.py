@@ -80,7 +80,11 @@ def test_memory_never_keeps_a_copy_per_phase() -> None:
     for step in policy.load("memory").steps:
         for choice in step.choices:
             keeps = transforms.registry()[choice.transform].stage is transforms.Stage.WEIGHTS
-            converts = choice.transform in ("linear_bf16", "wide_arithmetic")  # as it multiplies, over what is there
+            converts = choice.transform in (
+                "linear_bf16",
+                "wide_arithmetic",
+                "flat_linears",
+            )  # as it multiplies, over what is there
             assert choice.phase == "both" or converts or not keeps
 
 
@@ -206,17 +210,17 @@ def test_an_unknown_policy_is_an_error(name: str, says: str) -> None:
         (
             '{ transform = "threads" }',
             '{ transform = "thread" }',
-            "choice 1: no transform 'thread'; did you mean 'threads'",
+            "choice 1: no transform 'thread', did you mean 'threads'",
         ),
         (
             '{ transform = "threads" }',
             '{ transform = "threads", cuont = 1 }',
-            "no parameter 'cuont'; did you mean 'count'",
+            "no parameter 'cuont', did you mean 'count'",
         ),
         (
             '"decode", count',
             '"decod", count',
-            r"step 1 \(one\), choice 2: threads: phase is 'decod'; did you mean 'decode'",
+            r"step 1 \(one\), choice 2: threads: phase is 'decod', did you mean 'decode'",
         ),
         ("count = 1", 'count = "1"', r"step 1 \(one\), choice 2: threads: count must be int, not '1'"),
         ("count = 1", "count = 0", r"step 1 \(one\), choice 2: threads: count must be at least 1"),

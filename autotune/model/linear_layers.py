@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
@@ -58,6 +58,35 @@ class Replacement(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form}"
+
+
+class SharedLinear(nn.Module):
+    """A layer that stands in for a linear layer and multiplies by the very same tensors.
+
+    Args:
+        linear: the layer.
+    """
+
+    weight: torch.Tensor  # [N, K]
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        share(linear, self, ("weight", "bias"))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def share(layer: nn.Module, other: nn.Module, names: Iterable[str]) -> None:
+    """Give `other` the tensors of `layer` under their names: a parameter stays one, what is not there is None."""
+    for name in names:
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, nn.Parameter):
+            other.register_parameter(name, tensor)
+        else:
+            other.register_buffer(name, tensor)
 
 
 def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:

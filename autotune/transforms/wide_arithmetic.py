@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diagnose import ceilings
+from ..model.linear_layers import SharedLinear
 from ..runtime.widening import NARROW
 from .linears import CPU, LinearTransform
 
@@ -25,40 +26,28 @@ FEWEST_ROWS = 16  # tokens from which converting the weights pays
 PART_BYTES = 8 * 2**20  # of weights in FP32 at a time
 
 
-class WideLinear(nn.Module):
+class WideLinear(SharedLinear):
     """y = x W^T + b in FP32, rounded to the layer's dtype; W is converted a part at a time and never kept in FP32.
 
     Args:
-        linear: a layer in 16 bits; its tensors are shared.
+        linear: a layer in 16 bits.
     """
 
-    weight: Tensor  # [N, K]
-    bias: Tensor | None
-
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        for name in ("weight", "bias"):
-            tensor = getattr(linear, name)
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
+        super().__init__(linear)
         self._rows = max(1, PART_BYTES // (4 * self.in_features))  # of W
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < FEWEST_ROWS * self.in_features or x.dtype != self.weight.dtype:
-            return F.linear(x, self.weight, self.bias)
-        wide = x.reshape(-1, self.in_features).float()
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) < FEWEST_ROWS or x.dtype != self.weight.dtype:
+            return F.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        wide = rows.float()
         y = x.new_empty(len(wide), self.out_features)
         for first in range(0, self.out_features, self._rows):
             part = slice(first, first + self._rows)
             bias = None if self.bias is None else self.bias[part].float()
             y[:, part] = F.linear(wide, self.weight[part].float(), bias)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from ..model.linear_layers import stored_bytes
 from ..report.progress import Doing
 from ..runtime.variant import Transform, Variant
 from ..transforms.linears import LinearTransform
-from ..transforms.wide_arithmetic import WideArithmetic
 from ..validate import Latency, Quality, Verdict, latency, quality
-from ..validate.exam import Exam, effort, is_read_wide
+from ..validate.exam import Exam, effort, reads_with
 from ..validate.latency import EARLY_LOOKS
 from ..validate.limits import Limits
 from ..validate.ratios import own_noise
@@ -154,8 +153,8 @@ class LiveBench:
         """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
         prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
         read_s = prefill_s / profile.prompt_tokens
-        if is_read_wide(self.original.original):
-            read_s /= max(1.0, WideArithmetic().speedup(profile.phases["prefill"], self.hardware))
+        if (reading := reads_with(self.original.original)) is not None:
+            read_s /= max(1.0, reading.speedup(profile.phases["prefill"], self.hardware))
         exam_s = effort(SIZES["quick"], profile.prompt_tokens).seconds(read_s, decode_s)
         tokens = min(self.buckets[0].new_tokens, TIMED_TOKENS)
         request_s = prefill_s + (tokens - 1) * decode_s

@@ -11,6 +11,7 @@ from ..errors import PlanError
 from ..model import route
 from ..runtime.variant import Transform
 from ..validate import Latency, Quality, Verdict
+from ..workload import Target
 from . import codec
 from .fingerprint import Fingerprint
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..runtime.variant import Variant
-    from ..workload import Target
 
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 

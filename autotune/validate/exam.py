@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ import torch
 from ..errors import MeasurementError, TransformError
 from ..model.linear_layers import obstacle
 from ..runtime.variant import Variant
+from ..transforms.flat_linears import FlatLinears
+from ..transforms.linears import LinearTransform
 from ..transforms.wide_arithmetic import WideArithmetic, emulated
 from .answers import MOST_NOISE, Answers, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..runtime.traffic import Traffic
-from typing import TYPE_CHECKING, Protocol
 
 PADDED_BATCH = 8  # sequences in a padded batch
 NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
@@ -171,11 +172,11 @@ class Exam:
 
     @cached_property
     def reader(self) -> Variant:
-        """The original for long inputs: the same but for rounding, in FP32 arithmetic where its own is emulated."""
-        if not is_read_wide(self.original):
+        """The original for long inputs: the same but for rounding, without what makes its own arithmetic slow."""
+        if (reading := reads_with(self.original)) is None:
             return self.plain()
         try:
-            return self.plain().with_transform(WideArithmetic())
+            return self.plain().with_transform(reading)
         except TransformError:
             return self.plain()
 
@@ -362,10 +363,13 @@ class Exam:
             )
 
 
-def is_read_wide(model: PreTrainedModel) -> bool:
-    """Whether exams read a model in FP32 arithmetic, as its own is emulated."""
-    narrow = model.device.type == "cpu" and emulated(model.dtype)
-    return narrow and "forward" not in vars(model) and obstacle(model) is None
+def reads_with(model: PreTrainedModel) -> LinearTransform | None:
+    """What exams read a 16-bit model with on a CPU, which computes the same but for rounding; None: as it is."""
+    if model.device.type != "cpu" or "forward" in vars(model) or obstacle(model) is not None:
+        return None
+    if emulated(model.dtype):
+        return WideArithmetic()
+    return FlatLinears() if model.dtype == torch.bfloat16 else None
 
 
 def _name(group: tuple[Text, ...], stepped: bool) -> str:

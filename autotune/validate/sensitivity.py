@@ -12,7 +12,6 @@ import torch
 from ..model import linear_layers, seam
 from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
-from ..transforms.wide_arithmetic import WideArithmetic
 from .divergence import compare_logits
 from .exam import Exam
 from .quality import EARLY_FACTOR, beyond
@@ -98,9 +97,9 @@ class Probe:
         transform.apply(variant)
         # what the original read is the same by definition, and would only dilute what decode adds
         first = self.context if variant.modules["prefill"] is variant.original else 0
-        if self.exam.reader.transforms:  # the other layers multiply as in what they are compared with
+        for reading in self.exam.reader.transforms:  # the other layers multiply as in what they are compared with
             for twin in variant.edit("both"):
-                WideArithmetic().exchange_in(twin)
+                reading.exchange_in(twin)
         tally = Tally()
         for k, ids in enumerate(self.batches[:batches]):
             reference = self._kept(k)

@@ -146,7 +146,7 @@ def test_usage(arguments: list[str], words: str, capsys: pytest.CaptureFixture[s
         (('control = "model"', ""), "ab.toml: control is missing"),
         (("same = []", "same = 3"), "candidate 'same' is 3; expected a policy, a path, or"),
         (("same = []", "same = [{ bits = 8 }]"), "candidate 'same': {'bits': 8} names no transform"),
-        (("same = []", 'same = { transform = "thread" }'), "candidate 'same': no transform 'thread'; did you mean"),
+        (("same = []", 'same = { transform = "thread" }'), "candidate 'same': no transform 'thread', did you mean"),
         (("same = []", "same = ["), "ab.toml: cannot be read as TOML"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autotune.model.linear_layers import share
 from autotune.runtime.kernels.modules import PackedLinear
 
 # fewer tokens than this go through FP32, which is exact and by then as fast: parts -> tokens
@@ -39,12 +40,7 @@ class BrainLinear(nn.Module):
         if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32:
             raise ValueError(f"expected a weight in FP32, got {layer.weight.dtype}")
         self.in_features, self.out_features, self.parts = layer.in_features, layer.out_features, parts
-        for name in ("weight", "scales", "zeros", "bias"):
-            tensor = getattr(layer, name, None)
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(name, tensor)
-            else:
-                self.register_buffer(name, tensor)
+        share(layer, self, ("weight", "scales", "zeros", "bias"))
         # a bound method, so that the layer itself is no part of the module tree
         self.packed: Callable[[Tensor], Tensor] | None = layer.forward if isinstance(layer, PackedLinear) else None
 
