@@ -103,6 +103,12 @@ def in_words(error: BaseException, own: type[AutotuneError] = AutotuneError) -> 
     return str(error) if isinstance(error, own) else f"{type(error).__name__}: {error}"
 
 
+def first_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says: compilers and drivers say pages."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
 def warn(problem: str) -> None:
     """A RuntimeWarning that names the line of the user's that is being run, whatever it called to come here."""
     frame, level = sys._getframe(1), 2

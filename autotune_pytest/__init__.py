@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from autotune.compare.check import CheckResult
 
-TIERS = ("lossless", "strict", "relaxed", "aggressive")
+TIERS = ("lossless", "strict", "relaxed", "aggressive")  # spelled out: pytest starts without importing autotune
 WHEN_INCONCLUSIVE = ("skip", "fail", "pass")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from autotune.machine import busy, device, hardware, peaks
+from autotune.machine import busy, compilers, device, hardware, peaks
 from autotune.machine.device import Identity
 from tests.fakes.cuda import FakeCuda
 
@@ -46,7 +46,7 @@ def test_versions_come_without_imports(here: hardware.Hardware) -> None:
 
 
 @pytest.mark.parametrize(("name", "found"), [("mycxx", True), ("absent", False)])
-def test_the_compiler_of_the_environment_comes_first(
+def test_the_compiler_of_the_environment_is_the_one_or_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, found: bool
 ) -> None:
     for program in ("mycxx", "g++"):
@@ -54,13 +54,13 @@ def test_the_compiler_of_the_environment_comes_first(
         (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", name)
-    assert hardware.find_compiler() == str(tmp_path / (name if found else "g++"))
+    assert compilers.path() == (str(tmp_path / name) if found else None)
 
 
 def test_no_compiler_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert hardware.find_compiler() is None
+    assert compilers.path() is None
 
 
 def test_an_unknown_library_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

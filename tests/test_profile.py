@@ -28,7 +28,7 @@ from autotune.diagnose.work import (
     stored_weights,
 )
 from autotune.errors import MeasurementError
-from autotune.machine import hardware
+from autotune.machine import compilers
 from autotune.machine.hardware import Hardware
 from autotune.model import seam
 from autotune.profile.budget import Budget
@@ -366,7 +366,7 @@ def test_what_a_compiler_fused_is_done_in_its_step() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # the compiler on a loaded host
 def test_a_compiled_step_is_attributed_without_its_modules() -> None:
-    if hardware.find_compiler() is None:
+    if compilers.path() is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     workload = Workload(tuple(map(tuple, models.token_prompts(1, 12))), new_tokens=8)
     variant = Variant(models.tiny("llama"), workload=workload).with_transform(CompileStep(phase="decode"))

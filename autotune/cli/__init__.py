@@ -25,6 +25,8 @@ from ..errors import (
 )
 from ..report.exit_codes import Code, text
 from ..report.printable import printable
+from ..validate.tiers import TIERS
+from ..workload import PHASES
 from .arguments import BESIDE, threads
 from .streams import guarded
 
@@ -43,7 +45,6 @@ USERS_OWN = (
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TRACEBACK = "AUTOTUNE_TRACEBACK"
-PHASES = ("prefill", "decode")
 OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it better
     errno.ENOENT,
     errno.ENOTDIR,
@@ -55,7 +56,6 @@ OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it 
 )
 MOST_SAID = 1500  # characters of an error: a name may have any length
 PLANS = "plan.json is written where a plan won, or all that should be tried was."
-TIERS = ("lossless", "strict", "relaxed", "aggressive")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import busy, peaks
+from . import busy, compilers, peaks
 from . import device as devices
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ LIBRARIES = {
     "autotune": "autotune-inference",
 }
 OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
-COMPILERS = ("c++", "g++", "clang++")
 UNEVEN = 0.2  # between two tries of a peak; on a quiet machine the best of several rounds repeats within a tenth
 # A peak measured beside others may be so many times too low: with two threads and five other processes on two cores,
 # which make each thread wait for the other, a matmul reached 0.6 GFLOP/s where it reaches 80.
@@ -110,7 +107,7 @@ def identify(where: str | torch.device | PreTrainedModel = "cpu") -> Hardware:
         memory_bytes=identity.memory_bytes,
         bandwidth_bytes_per_s=math.nan,
         flops_per_s={},
-        compiler=find_compiler(),
+        compiler=compilers.path(),
         versions=library_versions(),
         measured=False,
     )
@@ -152,12 +149,6 @@ def _probe(device: Device) -> Hardware:
         measured=True,
         disturbed=beside_others or reached.spread > UNEVEN,
     )
-
-
-def find_compiler() -> str | None:
-    """Path of a C++ compiler: $CXX, or the first of the usual names on the path."""
-    candidates = (os.environ.get("CXX", ""), *COMPILERS)
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
 def library_versions() -> dict[str, str]:

@@ -32,15 +32,34 @@ _made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged
 
 
 @contextmanager
-def reusing() -> Iterator[None]:
+def reusing(*variants: Variant) -> Iterator[None]:
     """In here a layer that was exchanged once is not exchanged again: variants that differ in a few layers share the
-    others. The model's weights must not change meanwhile."""
+    others. The model's weights must not change meanwhile.
+
+    Args:
+        variants: whose layers are used again, too.
+    """
     made = _made.get()
-    token = _made.set({} if made is None else made)
+    made = {} if made is None else made
+    for variant in variants:
+        made = made | dict(_exchanged(variant))
+    token = _made.set(made)
     try:
         yield
     finally:
         _made.reset(token)
+
+
+def _exchanged(variant: Variant) -> Iterator[tuple[object, nn.Module]]:
+    """Layers that a variant's transforms made, by what they were made of."""
+    layers = linear_layers.linears(variant.original)
+    for transform in (each for each in variant.transforms if isinstance(each, LinearTransform)):
+        forms = [form for form in (transform, transform.wider) if form is not None]
+        for phase in transform.phases:
+            modules = dict(variant.modules[phase].named_modules())
+            for name, linear in layers.items():
+                new = modules.get(name)
+                yield from ((form.key(linear), new) for form in forms if isinstance(new, form.kind))
 
 
 @dataclass(frozen=True)
@@ -165,11 +184,14 @@ class LinearTransform(Transform):
         """`exchange`, or what it made of the same layer before where that may be used again."""
         if (made := _made.get()) is None:
             return self.exchange(linear)
-        weight, bias = linear.weight, linear.bias
-        key = (self.recipe, weight.data_ptr(), weight.shape, weight.dtype, None if bias is None else bias.data_ptr())
-        if key not in made:
+        if (key := self.key(linear)) not in made:
             made[key] = self.exchange(linear)
         return made[key]
+
+    def key(self, linear: nn.Linear) -> object:
+        """What a new layer depends on."""
+        weight, bias = linear.weight, linear.bias
+        return self.recipe, weight.data_ptr(), weight.shape, weight.dtype, None if bias is None else bias.data_ptr()
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:

@@ -14,7 +14,7 @@ from .. import profile as profiling
 from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis, diagnose
 from ..diagnose.work import activation_dtype, cache_size
-from ..errors import BudgetSpentError
+from ..errors import BudgetSpentError, first_line
 from ..machine import device as devices
 from ..machine.hardware import Hardware
 from ..model.linear_layers import stored_bytes
@@ -167,8 +167,7 @@ class LiveBench:
         failure = self.device.failure(error)
         if failure == "dead":
             raise self.device.condemn(error) from error
-        first = (str(error).strip().splitlines() or [""])[0]
-        return f"out of memory: {first}" if failure == "memory" else f"{type(error).__name__}: {first}"
+        return f"out of memory ({first_line(error)})" if failure == "memory" else first_line(error)
 
     def tidy(self) -> None:
         self.device.trim()

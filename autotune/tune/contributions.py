@@ -57,7 +57,7 @@ def measure(winner: Variant, bench: Bench, clock: Callable[[], float] = time.mon
     """
     found: list[Contribution] = []
     took_s = 0.0  # the one before
-    with reusing():
+    with reusing(winner):
         for transform in winner.transforms if len(winner.transforms) > 1 else ():
             start = clock()
             if start + took_s >= bench.deadline:

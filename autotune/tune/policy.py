@@ -21,6 +21,7 @@ from ..diagnose.diagnosis import Bottleneck
 from ..errors import ChoiceError, PolicyError, nearest
 from ..machine.cache_dir import expanded
 from ..validate.limits import Limits
+from ..validate.tiers import TIERS
 from ..workload import PHASES, Phase
 from . import conditions
 from .conditions import Range
@@ -29,7 +30,6 @@ logger = logging.getLogger("autotune")
 
 BUILT_IN = Path(__file__).parent / "policies"
 OBJECTIVES = ("latency", "throughput", "memory")
-TIERS = ("lossless", "strict", "relaxed", "aggressive")
 DEVICES = ("cpu", "cuda")
 BOTTLENECKS: tuple[str, ...] = get_args(Bottleneck)
 

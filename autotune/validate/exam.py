@@ -180,6 +180,11 @@ class Exam:
         except TransformError:
             return self.plain()
 
+    @property
+    def reading(self) -> LinearTransform | None:
+        """What the reader's layers are exchanged for; None where they are the original's."""
+        return next((each for each in self.reader.transforms if isinstance(each, LinearTransform)), None)
+
     def groups(self) -> tuple[tuple[Text, ...], ...]:
         """Everything that is scored together: single texts, padded batches, long texts."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))

@@ -97,7 +97,7 @@ class Probe:
         transform.apply(variant)
         # what the original read is the same by definition, and would only dilute what decode adds
         first = self.context if variant.modules["prefill"] is variant.original else 0
-        for reading in self.exam.reader.transforms:  # the other layers multiply as in what they are compared with
+        if (reading := self.exam.reading) is not None:  # the other layers multiply as in what they are compared with
             for twin in variant.edit("both"):
                 reading.exchange_in(twin)
         tally = Tally()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from ...errors import DeviceError
+from ...errors import DeviceError, first_line
 from .failures import Failure, classify
 from .owner import Owner
 from .trace import record
@@ -183,10 +183,9 @@ class Device(ABC):
     def condemn(self, error: BaseException) -> DeviceError:
         """Note that the device is dead for this process; returns the one exception that says so, from now on."""
         if self._dead is None:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._dead = (
-                f"{self.where} failed for good in this process ({type(error).__name__}: {first}); its memory cannot be "
-                "read any more and nothing is retried: restart the process"
+                f"{self.where} failed for good in this process ({first_line(error)}); its memory cannot be read any "
+                "more and nothing is retried: restart the process"
             )
         return DeviceError(self._dead)
 

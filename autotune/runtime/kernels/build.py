@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from autotune.errors import AutotuneError
-from autotune.machine import cache_dir, ending, processor
+from autotune.machine import cache_dir, compilers, ending, processor
 
 log = logging.getLogger("autotune")
 
@@ -83,19 +83,17 @@ def load() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: $CXX, or the first of c++, g++ and clang++ on the path.
+    """The C++ compiler's command.
 
     Raises:
         BuildError: there is none, or this platform's are not supported.
     """
     if os.name == "nt":
         raise BuildError("the C++ operators are built on Linux and macOS only")
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
-    wanted = named[0] if named else "c++, g++ or clang++"
-    raise BuildError(f"no C++ compiler: {wanted} is not on PATH; install one (such as g++) or set CXX")
+    if (command := compilers.command()) is None:
+        wanted = os.environ.get("CXX") or " or ".join(compilers.NAMES)
+        raise BuildError(f"no C++ compiler: {wanted} is not on PATH; install one (such as g++) or set CXX")
+    return command
 
 
 def flags() -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...errors import TransformError
+from ...errors import TransformError, first_line
 from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
 from ...model import seam
@@ -109,8 +109,7 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "defaul
             return function.aot_compile((arguments, {}))
     except Exception as error:  # dynamo, inductor and the C++ compiler raise what they like
         outside.pass_on(error)
-        first = str(error).strip().splitlines()[:1]
-        raise TransformError(f"the decode step does not compile: {type(error).__name__}: {' '.join(first)}") from error
+        raise TransformError(f"the decode step does not compile: {first_line(error)}") from error
 
 
 def require_private_cache() -> None:

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ...errors import DeviceError, TransformError
+from ...errors import DeviceError, TransformError, first_line
 from ...machine import outside
 from ..cache import slots
 from .step import DecodeSteps, Step
@@ -245,8 +245,7 @@ class GraphSteps(DecodeSteps):
         root: BaseException = error
         while root.__context__ is not None:  # ending a capture that was broken off fails once more, and says less
             root = root.__context__
-        first = (str(root).strip().splitlines() or [""])[0]
-        reason = "out of memory" if failure == "memory" else f"{type(root).__name__}: {first}"
+        reason = "out of memory" if failure == "memory" else first_line(root)
         self._failed[cache.shape[0], read] = reason
         self._graphs.get(cache, {}).pop(read, None)
         self._pool = None  # what a broken capture left in it is not shared with others

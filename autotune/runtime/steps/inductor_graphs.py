@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import AutotuneError, TransformError
+from ...errors import AutotuneError, TransformError, first_line
 from ...machine import outside
 from ..cache.slots import SlotCache, run
 from .compiled import LEAN, MODES, layers_as_regions, require_private_cache
@@ -84,8 +84,7 @@ class TreeStep(DecodeSteps):
             outside.pass_on(error)
             if self.device.failure(error) == "dead":
                 raise self.device.condemn(error) from error
-            first = " ".join(str(error).strip().splitlines()[:1])
-            raise TransformError(f"the decode step does not compile: {type(error).__name__}: {first}") from error
+            raise TransformError(f"the decode step does not compile: {first_line(error)}") from error
 
     def forget(self) -> None:
         """Inductor notices by itself where parameters have moved, and records anew."""

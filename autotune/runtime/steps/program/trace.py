@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ....errors import TransformError
+from ....errors import TransformError, first_line
 from ....machine import outside
 from ...cache.slots import SlotCache, run
 
@@ -51,7 +51,4 @@ def trace(module: Any, cache: SlotCache, given: Given | None = None) -> GraphMod
             )
     except Exception as error:  # a model's own code and torch's tracer raise what they like
         outside.pass_on(error)
-        first = str(error).strip().splitlines()[:1]
-        raise TransformError(
-            f"the decode step cannot be recorded: {type(error).__name__}: {' '.join(first)}"
-        ) from error
+        raise TransformError(f"the decode step cannot be recorded: {first_line(error)}") from error
