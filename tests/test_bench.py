@@ -79,7 +79,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "said"), ERRORS, ids=["memory", "one line", "no line"])
 def test_what_a_candidate_raised_in_words(error: Exception, said: str) -> None:
-    assert bench_of(tiny("llama")).explain(error) == said
+    assert bench_of(tiny("llama")).describe_error(error) == said
 
 
 def test_a_dead_device_is_no_candidates_failure() -> None:
@@ -87,7 +87,7 @@ def test_a_dead_device_is_no_candidates_failure() -> None:
         bench = bench_of(tiny("llama"))
         death = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         with pytest.raises(DeviceError, match="restart the process"):
-            bench.explain(death)
+            bench.describe_error(death)
     for call in (bench.stress, lambda variant: Served(variant, 0).step([(1, 2, 3)], [(4, 5)])):
         with device.stand_in(FakeCuda()), pytest.raises(DeviceError, match="restart the process"):
             call(exhausted_beyond(bench, 0, death))

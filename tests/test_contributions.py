@@ -61,12 +61,12 @@ class ScriptedBench:
             raise found
         return found  # type: ignore[no-any-return]
 
-    def explain(self, error: Exception) -> str:
+    def describe_error(self, error: Exception) -> str:
         if isinstance(error, MemoryError):
             raise DeviceError("dead")
         return f"{type(error).__name__}: {error}"
 
-    def tidy(self) -> None: ...
+    def free_memory(self) -> None: ...
 
 
 PLAN = (Part("decode", "weights"), Part("decode", "program"), Part("prefill", "fused"))

@@ -62,9 +62,9 @@ def test_what_an_error_says(error: Exception, kind: str | None) -> None:
 def test_a_dead_device_says_so_once_and_for_all() -> None:
     fake = FakeCuda()
     fake.check()
-    first = fake.condemn(RuntimeError("CUDA error: device-side assert triggered\nmore"))
+    first = fake.mark_dead(RuntimeError("CUDA error: device-side assert triggered\nmore"))
     assert "restart the process" in str(first)
-    assert str(fake.condemn(RuntimeError("another"))) == str(first)
+    assert str(fake.mark_dead(RuntimeError("another"))) == str(first)
     with pytest.raises(DeviceError, match="device-side assert triggered"):
         fake.check()
     with pytest.raises(DeviceError, match="restart the process"):

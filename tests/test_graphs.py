@@ -25,7 +25,7 @@ from autotune.model import seam
 from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.steps.graphs import Captured, GraphSteps, agree, buckets, lengths
-from autotune.runtime.steps.inductor_graphs import TreeStep
+from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_step import CompileStep
@@ -605,7 +605,7 @@ def test_inductor_s_own_graphs_run_on_the_owner_and_results_are_the_caller_s() -
         model, seen = tiny("llama"), set[int]()
         plan = CompileStep(phase="decode", mode="reduce-overhead")
         variant = Variant(model, workload=Workload(((1, 2, 3),), 12, (1,))).with_transform(plan)
-        assert isinstance(variant.step, TreeStep)
+        assert isinstance(variant.step, InductorGraphStep)
         assert plan.took_effect(variant) is None
         call = variant.step._call
 
@@ -634,7 +634,7 @@ def test_inductor_s_own_graphs_run_on_the_owner_and_results_are_the_caller_s() -
 def test_what_inductor_raises_is_a_refusal(
     error: Exception, raised: Exception, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TreeStep, "_call", _raise(error))
+    monkeypatch.setattr(InductorGraphStep, "_call", _raise(error))
     with pytest.raises(type(raised), match=str(raised)):
         Variant(tiny("llama")).with_transform(CompileStep(phase="decode", mode="reduce-overhead"))
 

@@ -23,16 +23,16 @@ from autotune.tune import plan
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan
 from autotune.tune.record import report_of, reverified
-from autotune.validate import Certainty, Latency, Speedup, Verdict
+from autotune.validate import ConfidenceBin, Latency, Speedup, Verdict
 from tests import chromium, pages
 from tests.test_report import CALLED, COMMITTED, FASTER, NAN, ORIGINAL, PASSED, PROFILED
 from tests.test_report_device import DOUBTED, MEASURED
 from tests.test_report_device import TUNED as ON_GPU
 
 SURE = (
-    Certainty(0.0, 0.5, 12, 0.001, 0.004, 0.02, 0.05, 0.9),
-    Certainty(0.5, 0.9, 40, 1e-4, 1e-3, 0.004, 0.01, 0.98),
-    Certainty(0.9, 1.0, 300, 0.0, 2e-5, 3e-4, 0.002, 1.0),
+    ConfidenceBin(0.0, 0.5, 12, 0.001, 0.004, 0.02, 0.05, 0.9),
+    ConfidenceBin(0.5, 0.9, 40, 1e-4, 1e-3, 0.004, 0.01, 0.98),
+    ConfidenceBin(0.9, 1.0, 300, 0.0, 2e-5, 3e-4, 0.002, 1.0),
 )
 PAIRS = 6
 SHAPES = ("b1/p64/n32", "b4/p64/n32")

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from autotune.runtime.kernels import (
-    BrainLinear,
+    Bf16Linear,
     HalfLinear,
     Int4Linear,
     Int8Linear,
     attend_many,
     available,
-    no_brain_unit,
+    no_bf16_unit,
 )
-from autotune.runtime.kernels.brain import FEW
+from autotune.runtime.kernels.bf16 import FEW
 
 OPERATORS = available()
 needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))
-BRAINS = OPERATORS or no_brain_unit()
-needs_brains = pytest.mark.skipif(BRAINS is not None, reason=str(BRAINS))
+BF16 = OPERATORS or no_bf16_unit()
+needs_bf16 = pytest.mark.skipif(BF16 is not None, reason=str(BF16))
 
 ERROR = {1: 6e-3, 2: 3e-5}  # parts -> relative error of a product
 SHAPES = [(1, 1), (5, 8), (16, 32), (37, 100), (50, 33), (192, 576), (129, 260), (96, 1536)]  # N, K
@@ -46,39 +46,39 @@ def exactly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "inputs"), SHAPES)
-def test_brain_operator(rows: int, inputs: int, bias: bool, parts: int) -> None:
+def test_bf16_operator(rows: int, inputs: int, bias: bool, parts: int) -> None:
     torch.manual_seed(rows * 1000 + inputs)
     weight, shift = torch.randn(rows, inputs), torch.randn(rows) if bias else None
     for tokens in TOKENS:
         x = torch.randn(tokens, inputs)
         for laid in (weight, weight.T.contiguous().T):  # as nn.Linear has it, and as Conv1D does
-            y = torch.ops.autotune.linear_brain(x, laid, None, None, shift, rows, parts)
+            y = torch.ops.autotune.linear_bf16(x, laid, None, None, shift, rows, parts)
             assert error(y, exactly(x, weight, shift)) <= ERROR[parts], tokens
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("rows", "inputs"), [(5, 8), (37, 100), (50, 33), (129, 260)])
 @pytest.mark.parametrize(("kind", "options"), PACKED)
-def test_brain_layer_over_a_packed_one(kind, options, rows, inputs, parts) -> None:
+def test_bf16_layer_over_a_packed_one(kind, options, rows, inputs, parts) -> None:
     torch.manual_seed(rows)
     packed = kind.from_weight(torch.randn(rows, inputs), torch.randn(rows), **options)
-    layer = BrainLinear(packed, parts)
+    layer = Bf16Linear(packed, parts)
     for tokens in (2, 24, 77):
         x = torch.randn(3, tokens, inputs)
         assert error(layer(x), exactly(x, packed.dequantize(), packed.bias)) <= ERROR[parts], tokens
     assert layer.weight_bytes == packed.weight_bytes
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize("parts", [1, 2])
-def test_brain_layer_takes_any_leading_shape_stride_and_dtype(parts: int) -> None:
+def test_bf16_layer_takes_any_leading_shape_stride_and_dtype(parts: int) -> None:
     linear = nn.Linear(72, 37).requires_grad_(False)
-    layer, x = BrainLinear(linear, parts), torch.randn(2, 30, 72)
+    layer, x = Bf16Linear(linear, parts), torch.randn(2, 30, 72)
     for same in (x, x.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([x, x], -1)[..., 0]):
         assert error(layer(same), linear(x).double()) <= ERROR[parts]
     assert layer(torch.empty(2, 0, 72)).shape == (2, 0, 37)
@@ -89,25 +89,25 @@ def test_brain_layer_takes_any_leading_shape_stride_and_dtype(parts: int) -> Non
     assert error(narrow, linear(x).double()) <= 1e-2
 
 
-@needs_brains
-def test_brain_layer_shares_its_weights() -> None:
+@needs_bf16
+def test_bf16_layer_shares_its_weights() -> None:
     linear = nn.Linear(64, 48).requires_grad_(False)
-    layer = BrainLinear(linear)
+    layer = Bf16Linear(linear)
     assert layer.weight is linear.weight
     assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
     assert not list(layer.children())
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_brain_operator_is_the_same_with_any_number_of_threads(threads: int) -> None:
+def test_bf16_operator_is_the_same_with_any_number_of_threads(threads: int) -> None:
     x, weight = torch.randn(300, 96), torch.randn(70, 96)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = torch.ops.autotune.linear_brain(x, weight, None, None, None, 70, 1)
+        alone = torch.ops.autotune.linear_bf16(x, weight, None, None, None, 70, 1)
         torch.set_num_threads(threads)
-        assert torch.equal(torch.ops.autotune.linear_brain(x, weight, None, None, None, 70, 1), alone)
+        assert torch.equal(torch.ops.autotune.linear_bf16(x, weight, None, None, None, 70, 1), alone)
     finally:
         torch.set_num_threads(before)
 
@@ -125,20 +125,20 @@ def test_brain_operator_is_the_same_with_any_number_of_threads(threads: int) -> 
         ((torch.randn(40, 30), torch.randn(1, 64, 16), None, None, None, 16, 1), "number of inputs"),
     ],
 )
-def test_brain_operator_refuses(arguments, says: str) -> None:
+def test_bf16_operator_refuses(arguments, says: str) -> None:
     with pytest.raises(RuntimeError, match=says):
-        torch.ops.autotune.linear_brain(*arguments)
+        torch.ops.autotune.linear_bf16(*arguments)
 
 
 @pytest.mark.parametrize(
     ("layer", "parts", "says"), [(nn.Linear(8, 8).half(), 1, "FP32"), (nn.Linear(8, 8), 3, "parts must be")]
 )
-def test_brain_layer_refuses(layer: nn.Linear, parts: int, says: str) -> None:
+def test_bf16_layer_refuses(layer: nn.Linear, parts: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        BrainLinear(layer, parts)
+        Bf16Linear(layer, parts)
 
 
-PARTS = [0, *([] if BRAINS else [1, 2])]
+PARTS = [0, *([] if BF16 else [1, 2])]
 ATTENTION_ERROR = {0: 2e-6, 1: 2e-2, 2: 1e-4}
 HEADS = [  # B, H, Hk, Q, D, value's D
     (1, 9, 3, 64, 64, 64),

@@ -76,15 +76,15 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         lambda: (ones(3, 64), ints(1, 8, 16), half(1, 1, 16), half(1, 2, 16), None, 16),
         "as many zeros",
     ),
-    "brain: FP16": ("linear_brain", lambda: (ones(40, 64), half(16, 64), None, None, None, 16, 1), "must be FP32"),
-    "brain: freed": ("linear_brain", lambda: (ones(40, 64), freed(ones(16, 64)), None, None, None, 16, 1), GONE),
-    "brain: no outputs": (
-        "linear_brain",
+    "bf16: FP16": ("linear_bf16", lambda: (ones(40, 64), half(16, 64), None, None, None, 16, 1), "must be FP32"),
+    "bf16: freed": ("linear_bf16", lambda: (ones(40, 64), freed(ones(16, 64)), None, None, None, 16, 1), GONE),
+    "bf16: no outputs": (
+        "linear_bf16",
         lambda: (ones(40, 64), ones(0, 64), None, None, None, 0, 1),
         "with inputs and",
     ),
-    "brain: zeros": (
-        "linear_brain",
+    "bf16: zeros": (
+        "linear_bf16",
         lambda: (ones(40, 64), ints(1, 8, 16), half(1, 1, 16), half(1, 4, 16), None, 16, 1),
         "as many zeros",
     ),

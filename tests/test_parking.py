@@ -165,7 +165,7 @@ def test_a_batch_that_a_plan_has_no_memory_for_is_the_originals(gpu: FakeCuda) -
 
 def test_a_dead_device_ends_tuning_with_one_sentence(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     def tune(*_: Any, **__: Any) -> Any:
-        raise gpu.condemn(torch.AcceleratorError(DEATH))
+        raise gpu.mark_dead(torch.AcceleratorError(DEATH))
 
     monkeypatch.setattr(tuning, "tune", tune)
     model = tiny("llama")

@@ -178,9 +178,9 @@ def test_what_the_library_says_meanwhile(
 
 def test_progress() -> None:
     out = io.StringIO()
-    progress.Lines(out, progress.Watch()).update(EVIL)
+    progress.Lines(out, progress.Elapsed()).update(EVIL)
     console = Console(file=out, force_terminal=False)
-    live = progress.Live(console, progress.Watch())
+    live = progress.Live(console, progress.Elapsed())
     live.update(EVIL)
     console.print(live)
     live.finish()

@@ -64,7 +64,7 @@ def floats(*shape: int, seed: int = 0) -> torch.Tensor:
 X, Y, ROW = floats(3, 5, 37), floats(3, 5, 37, seed=1), floats(37, seed=2)
 IDS = torch.tensor([[3], [0], [6]])
 TABLE, WEIGHT, BIAS = floats(7, 20, seed=3), floats(24, 37, seed=4), floats(24, seed=5)
-BRAIN_TABLE, HALF_TABLE = TABLE.bfloat16(), TABLE.half()
+BF16_TABLE, HALF_TABLE = TABLE.bfloat16(), TABLE.half()
 FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
     "negative": (lambda x: -x, (X,)),
     "inverse_root": (lambda x: torch.rsqrt(x * x + 1), (X,)),
@@ -98,7 +98,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]
     "layer norm": (lambda x, y: F.layer_norm(x, (37,), y, y * 2, 1e-5), (X, ROW)),
     "layer norm without weights": (lambda x: F.layer_norm(x, (37,)), (X,)),
     "embedding": (lambda ids: F.embedding(ids, TABLE), (IDS,)),
-    "embedding in bfloat16": (lambda ids: F.embedding(ids, BRAIN_TABLE).float(), (IDS,)),
+    "embedding in bfloat16": (lambda ids: F.embedding(ids, BF16_TABLE).float(), (IDS,)),
     "embedding in float16": (lambda ids: F.embedding(ids, HALF_TABLE).float(), (IDS,)),
     "linear": (lambda x: F.linear(x, WEIGHT, BIAS), (X,)),
     "products over one number": (lambda x, y: x[:, :, :1] @ y[:, :1], (X, Y)),

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from autotune.report.progress import Doing, Lines, Live, Watch, shown
+from autotune.report.progress import Doing, Elapsed, Lines, Live, shown
 
 
 class Ticking:
@@ -30,7 +30,7 @@ class Ticking:
 )
 def test_a_line_has_step_elapsed_time_and_budget(budget_s, elapsed_s, expected):
     clock, out = Ticking(), io.StringIO()
-    lines = Lines(out, Watch(budget_s, clock))
+    lines = Lines(out, Elapsed(budget_s, clock))
     clock.now += elapsed_s
     lines.update("trying")
     assert out.getvalue() == expected + "\n"
@@ -38,7 +38,7 @@ def test_a_line_has_step_elapsed_time_and_budget(budget_s, elapsed_s, expected):
 
 def test_a_step_is_announced_once():
     out = io.StringIO()
-    lines = Lines(out, Watch(None, Ticking()))
+    lines = Lines(out, Elapsed(None, Ticking()))
     for step in ("profiling", "profiling", "trying", "profiling"):
         lines.update(step)
     assert [line.split("] ")[1] for line in out.getvalue().splitlines()] == ["profiling", "trying", "profiling"]
@@ -46,7 +46,7 @@ def test_a_step_is_announced_once():
 
 def test_a_long_step_says_now_and_then_how_much_is_done():
     clock, out = Ticking(), io.StringIO()
-    lines = Lines(out, Watch(None, clock))
+    lines = Lines(out, Elapsed(None, clock))
     for second, share in enumerate((0.0, 0.1, 0.2, 0.3, 0.4, 0.55, 0.6)):
         clock.now = 100.0 + second
         lines.update(Doing("judging", share))
@@ -56,7 +56,7 @@ def test_a_long_step_says_now_and_then_how_much_is_done():
 def test_on_a_terminal_the_present_step_shows_the_share():
     out = io.StringIO()
     console = Console(file=out, width=80)
-    live = Live(console, Watch(60.0, Ticking()))
+    live = Live(console, Elapsed(60.0, Ticking()))
     live.update("profiling")
     for share in (0.1, 0.5):
         live.update(Doing("judging", share))
@@ -69,7 +69,7 @@ def test_on_a_terminal_the_present_step_shows_the_share():
 def test_on_a_terminal_finished_steps_stay_and_the_present_one_shows_its_time():
     clock, out = Ticking(), io.StringIO()
     console = Console(file=out, width=80)
-    live = Live(console, Watch(60.0, clock))
+    live = Live(console, Elapsed(60.0, clock))
     live.update("profiling")
     clock.now += 5
     live.update("trying int8[x]")

@@ -140,7 +140,7 @@ def test_freed_after_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         variant = original.with_transforms(PACKED)
         bench.exam = bench._exam(bench.tuning, (), "brief")  # a quick one takes half a minute
         judged.append(bench.judge(variant, "aggressive"))
-        bench.glance(original, variant, "decode")
+        bench.first_speedup(original, variant, "decode")
         bench.profile(variant)
         return variant
 

@@ -119,7 +119,7 @@ class ScriptedBench:
     def risk(self, transform: Transform, make: Any, most_s: float) -> str | None:
         return None
 
-    def glance(self, incumbent: Variant, candidate: Variant, phase: str) -> float:
+    def first_speedup(self, incumbent: Variant, candidate: Variant, phase: str) -> float:
         return self.glances.get(self.label(candidate), 1.5)
 
     def judge(self, variant: Variant, tier: str) -> Quality:
@@ -156,10 +156,10 @@ class ScriptedBench:
     def free_bytes(self) -> float:
         return self.free
 
-    def explain(self, error: Exception) -> str:
+    def describe_error(self, error: Exception) -> str:
         return f"{type(error).__name__}: {error}"
 
-    def tidy(self) -> None: ...
+    def free_memory(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -396,12 +396,12 @@ class Exhausted(ScriptedBench):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().judge(variant, tier)
 
-    def explain(self, error: Exception) -> str:
+    def describe_error(self, error: Exception) -> str:
         if self.death:
             raise DeviceError(self.death)
-        return super().explain(error)
+        return super().describe_error(error)
 
-    def tidy(self) -> None:
+    def free_memory(self) -> None:
         self.calls.append("tidied" if self.memory_of_a() is None else "the exception still holds the memory")
 
 

@@ -19,8 +19,8 @@ from autotune.errors import UnsupportedModelError, VariantError
 from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime.cache import slots
-from autotune.runtime.speculation.drafts import Lookup
-from autotune.runtime.speculation.pace import LONGEST_REST, Pace, expected_tokens, pays, worthwhile
+from autotune.runtime.speculation.drafts import PromptLookup
+from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import Tally
 from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.attention import Attention
@@ -176,8 +176,8 @@ def test_several_steps_can_be_captured() -> None:
     ],
 )
 def test_a_lookup_guesses_what_followed_before(tokens: list[int], most: int, guesses: list[int]) -> None:
-    assert Lookup(tokens).guess(most) == guesses
-    grown = Lookup(tokens[:2])
+    assert PromptLookup(tokens).guess(most) == guesses
+    grown = PromptLookup(tokens[:2])
     for token in tokens[2:]:
         grown.append(token)
     assert grown.guess(most) == guesses
@@ -211,7 +211,7 @@ def test_guesses_that_are_worthwhile(acceptance: float, most: int, cost: float, 
 
 def spent(acceptance: list[bool], cost: float = 1.2, most: int = 4) -> tuple[int, float]:
     """Tokens, and plain steps' time, of a sequence whose guesses are right or wrong as told."""
-    pace, told, time, tokens = Pace(most, cost), iter(acceptance), 0.0, 0
+    pace, told, time, tokens = GuessBudget(most, cost), iter(acceptance), 0.0, 0
     while (right_next := next(told, None)) is not None:
         guesses = pace.guesses
         time += 1 + (cost - 1) * guesses / most
@@ -243,12 +243,12 @@ def test_guesses_are_taken_up_again_when_they_become_right() -> None:
 
 def test_a_step_too_slow_to_pay_is_never_taken() -> None:
     assert not pays(4, 5.5)
-    assert Pace(4, 5.5).guesses == 0
+    assert GuessBudget(4, 5.5).guesses == 0
     assert spent([True] * 50, cost=5.5) == (50, 50.0)
 
 
 def test_rests_have_an_end() -> None:
-    pace, rests = Pace(4, 1.2), []
+    pace, rests = GuessBudget(4, 1.2), []
     for _ in range(40):
         pace = pace.after(1, 0)
         rests.append(pace.rest)

@@ -19,7 +19,7 @@ from autotune.live.watch.drift import (
     LOOKED_AT,
     Compilations,
     Divergence,
-    Pace,
+    LatencyCusum,
     expected_paces,
     shape_of,
 )
@@ -147,7 +147,7 @@ def test_a_plan_at_its_limit_is_hardly_ever_said_to_drift() -> None:
     ],
 )
 def test_a_lasting_slow_down_is_told_from_an_outlier(times: list[float], alarmed: bool) -> None:
-    pace, alarms = Pace(1.0), []
+    pace, alarms = LatencyCusum(1.0), []
     for tpot in times:
         pace = pace.after(tpot)
         alarms.append(pace.alarmed)
@@ -155,7 +155,7 @@ def test_a_lasting_slow_down_is_told_from_an_outlier(times: list[float], alarmed
 
 
 def test_a_shape_that_was_not_measured_shows_its_pace_itself() -> None:
-    pace = Pace()
+    pace = LatencyCusum()
     for tpot in [0.01] * FIRST_CALLS:
         assert pace.expected_s is None
         pace = pace.after(tpot)
@@ -274,7 +274,7 @@ def test_nan_after_commit_is_found_at_once(watched: Any) -> None:
 def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Clock) -> None:
     watch = watched.autotune._watch
     watch.share = 0.0
-    watch._paces[shape_of(1, IDS.shape[1])] = Pace(0.01)
+    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     clock.tick = 0.0101
     serve(watched, 10, tokens=9)
     assert phases(watched) == []
@@ -289,7 +289,7 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
     watched: Any, clock: Clock, original_s: float, seen: list[str]
 ) -> None:
     watch = watched.autotune._watch
-    watch._paces[shape_of(1, IDS.shape[1])] = Pace(0.01)
+    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     watch.share, watch.rules, clock.tick = 0.0, Rules(pause_s=1e6), 0.0135
     serve(watched, 9, tokens=9)
     clock.tick = original_s

@@ -46,7 +46,7 @@ def name(of: Capability) -> str:
     return f"{named} ({number})" if named else number
 
 
-def lacking(hardware: Hardware, least: Capability | None, what: str) -> str | None:
+def too_old(hardware: Hardware, least: Capability | None, what: str) -> str | None:
     """Why a CUDA device is too old for something, or None; also None on other devices, which have other needs.
 
     Args:

@@ -34,7 +34,7 @@ FAR = 1 << 24  # a position beyond every context
 NEAR = 0
 PLUMBING = frozenset(vars(nn.Module()))  # attributes that every module has
 _states: weakref.WeakKeyDictionary[PreTrainedModel, State] = weakref.WeakKeyDictionary()
-Marks = dict[str, tuple[Any, int]]  # attribute -> what it holds, and how often that was written to
+TokenClock = dict[str, tuple[Any, int]]  # attribute -> what it holds, and how often that was written to
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _moved(value: Any, position: int) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _marks(module: nn.Module) -> Marks:
+def _marks(module: nn.Module) -> TokenClock:
     held = {key: value for key, value in vars(module).items() if key not in PLUMBING}
     return {key: (value, _version(value)) for key, value in (held | module._buffers | module._parameters).items()}
 
@@ -189,7 +189,7 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
-def _changed(before: Marks, after: Marks) -> set[str]:
+def _changed(before: TokenClock, after: TokenClock) -> set[str]:
     return {
         key
         for key in before.keys() | after.keys()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 
-class Ranges:
+class NvtxStreamer:
     """A transformers streamer that opens a range for prefill, and one for the token after the first."""
 
     def __init__(self, device: Device) -> None:
@@ -45,7 +45,7 @@ def replay(model: PreTrainedModel, ids: torch.Tensor, phase: Phase) -> None:
     device, new_tokens = devices.of(ids.device), {"prefill": 1, "decode": 2}[phase]
     request(model, ids, 2)()
     device.synchronize()
-    ranges = Ranges(device)
+    ranges = NvtxStreamer(device)
     try:
         request(model, ids, new_tokens)(ranges)
     finally:

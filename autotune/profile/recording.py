@@ -21,7 +21,7 @@ DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # not gpu_user_annot
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class HostCall:
     """Something that the host did: an operator, an annotated range, or a call to the driver.
 
     Args:
@@ -38,20 +38,20 @@ class Call:
     start_s: float
     end_s: float
     thread: Any = None
-    parent: Call | None = None
+    parent: HostCall | None = None
     input_shapes: tuple[Any, ...] = ()
 
     @property
-    def operator(self) -> Call | None:
+    def operator(self) -> HostCall | None:
         """The nearest operator at or above it."""
-        call: Call | None = self
+        call: HostCall | None = self
         while call is not None and call.category != OPERATOR:
             call = call.parent
         return call
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class DeviceEvent:
     """Something that the device did: a kernel, a copy, or a memory set.
 
     Args:
@@ -69,8 +69,8 @@ class Work:
     category: str
     start_s: float
     end_s: float
-    launch: Call | None = None
-    operator: Call | None = None
+    launch: HostCall | None = None
+    operator: HostCall | None = None
     correlation: int | None = None
     size_bytes: int = 0
     occupancy: float | None = None
@@ -84,8 +84,8 @@ class Work:
 class Recording:
     """A trace: the host's calls and the device's work, each in order of their start."""
 
-    calls: tuple[Call, ...] = ()
-    work: tuple[Work, ...] = ()
+    calls: tuple[HostCall, ...] = ()
+    work: tuple[DeviceEvent, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,14 +144,14 @@ def _event(event: Mapping[str, Any], zero: float) -> _Event:
     )
 
 
-def _nested(events: Sequence[_Event]) -> dict[_Event, Call]:
+def _nested(events: Sequence[_Event]) -> dict[_Event, HostCall]:
     """Host events as calls that know their callers, in order of their start: on one thread, ranges nest."""
-    calls, stacks = dict[_Event, Call](), dict[Any, list[Call]]()
+    calls, stacks = dict[_Event, HostCall](), dict[Any, list[HostCall]]()
     for event in sorted(events, key=lambda e: (e.start_s, -e.end_s)):
         stack = stacks.setdefault(event.thread, [])
         while stack and stack[-1].end_s <= event.start_s:
             stack.pop()
-        calls[event] = Call(
+        calls[event] = HostCall(
             event.name,
             event.category,
             event.start_s,
@@ -164,9 +164,9 @@ def _nested(events: Sequence[_Event]) -> dict[_Event, Call]:
     return calls
 
 
-def _work(events: Sequence[_Event], calls: Mapping[_Event, Call]) -> tuple[Work, ...]:
+def _work(events: Sequence[_Event], calls: Mapping[_Event, HostCall]) -> tuple[DeviceEvent, ...]:
     """Device events with what launched them: by correlation, else, for the operator alone, by its external id."""
-    launches, operators = dict[int, Call](), dict[int, Call]()
+    launches, operators = dict[int, HostCall](), dict[int, HostCall]()
     for event, call in calls.items():
         if event.category in RUNTIME and (correlation := event.number("correlation")) is not None:
             launches[correlation] = call
@@ -179,7 +179,7 @@ def _work(events: Sequence[_Event], calls: Mapping[_Event, Call]) -> tuple[Work,
         operator = launch.operator if launch is not None else operators.get(external) if external is not None else None
         occupancy = event.number("est. achieved occupancy %")
         found.append(
-            Work(
+            DeviceEvent(
                 event.name,
                 event.category,
                 event.start_s,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE
-from .recording import Call, Work
+from .recording import DeviceEvent, HostCall
 from .timeline import Timeline, group_of
 
 Role = Literal["linear", "attention", "cache"]
@@ -94,7 +94,7 @@ def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:
 
 
 def _caller(event: Any) -> Any:
-    return event.parent if isinstance(event, Call) else event.cpu_parent
+    return event.parent if isinstance(event, HostCall) else event.cpu_parent
 
 
 def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
@@ -144,7 +144,7 @@ def _role(name: str) -> Role | None:
     return "linear" if _LINEAR.search(name) else None
 
 
-def kernel_span(work: Work, seconds: float) -> Span:
+def kernel_span(work: DeviceEvent, seconds: float) -> Span:
     """A kernel that no operator launched: part of a graph or of generated code."""
     plain = _KERNEL.match(work.name)
     name = plain.group(1).rpartition("::")[2] if plain else work.name

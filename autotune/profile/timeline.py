@@ -14,7 +14,7 @@ from statistics import median
 
 from ..diagnose.costs import Copy, Kernel
 from ..diagnose.parts import RANGE
-from .recording import RUNTIME, Call, Recording, Work
+from .recording import RUNTIME, DeviceEvent, HostCall, Recording
 
 Interval = tuple[float, float]  # seconds since the recording began
 
@@ -82,7 +82,7 @@ class Gap:
 
     start_s: float
     end_s: float
-    next_: Work
+    next_: DeviceEvent
 
     @property
     def waits_for_host(self) -> bool:
@@ -104,7 +104,7 @@ def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
     gaps = [gap for gap in find_gaps(recording.work) if gap.end_s > start and gap.start_s < end]
     late = [gap for gap in gaps if gap.waits_for_host]
     started = [work for work in kernels if work.start_s >= start]
-    firsts = dict[int, Work]()  # kernels of a graph share a launch, which counts where the first of them starts
+    firsts = dict[int, DeviceEvent]()  # kernels of a graph share a launch, which counts where the first of them starts
     for work in recording.work:
         if work.category == "kernel":
             firsts.setdefault(work.correlation or id(work), work)
@@ -130,7 +130,7 @@ def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
     )
 
 
-def find_gaps(work: Sequence[Work]) -> Iterator[Gap]:
+def find_gaps(work: Sequence[DeviceEvent]) -> Iterator[Gap]:
     """Between stretches of work in which at least one stream is busy; before the first there is none."""
     reached: float | None = None
     for each in work:
@@ -139,7 +139,7 @@ def find_gaps(work: Sequence[Work]) -> Iterator[Gap]:
         reached = each.end_s if reached is None else max(reached, each.end_s)
 
 
-def covered(work: Iterable[Work], start: float, end: float) -> float:
+def covered(work: Iterable[DeviceEvent], start: float, end: float) -> float:
     """Seconds of a window in which at least one of these ran; those that overlap count once."""
     total, reached = 0.0, start
     for each in sorted(work, key=lambda w: w.start_s):
@@ -148,9 +148,9 @@ def covered(work: Iterable[Work], start: float, end: float) -> float:
     return total
 
 
-def table(kernels: Iterable[Work], start: float, end: float) -> tuple[Kernel, ...]:
+def table(kernels: Iterable[DeviceEvent], start: float, end: float) -> tuple[Kernel, ...]:
     """Kernels by name, operator and group, the longest first."""
-    rows = dict[tuple[str, str, str], list[Work]]()
+    rows = dict[tuple[str, str, str], list[DeviceEvent]]()
     for work in kernels:
         operator = work.operator.name if work.operator is not None else ""
         caller = work.launch or work.operator
@@ -162,9 +162,9 @@ def table(kernels: Iterable[Work], start: float, end: float) -> tuple[Kernel, ..
     return tuple(sorted(found, key=lambda kernel: -kernel.seconds))
 
 
-def group_of(call: Call) -> str | None:
+def group_of(call: HostCall) -> str | None:
     """The part of the model whose range a call was made in."""
-    each: Call | None = call
+    each: HostCall | None = call
     while each is not None:
         if each.name.startswith(RANGE):
             return each.name.removeprefix(RANGE)
@@ -178,8 +178,8 @@ def direction(name: str) -> str:
     return found.group(1) if found else "other"
 
 
-def _copies(copies: Sequence[Work], start: float, end: float) -> tuple[Copy, ...]:
-    found = dict[str, list[Work]]()
+def _copies(copies: Sequence[DeviceEvent], start: float, end: float) -> tuple[Copy, ...]:
+    found = dict[str, list[DeviceEvent]]()
     for work in copies:
         found.setdefault(direction(work.name), []).append(work)
     return tuple(
@@ -188,33 +188,33 @@ def _copies(copies: Sequence[Work], start: float, end: float) -> tuple[Copy, ...
     )
 
 
-def _occupancy(row: Sequence[Work]) -> float | None:
+def _occupancy(row: Sequence[DeviceEvent]) -> float | None:
     known = [(work.occupancy, work.seconds) for work in row if work.occupancy is not None]
     total = sum(seconds for _, seconds in known)
     return sum(occupancy * seconds for occupancy, seconds in known) / total if total else None
 
 
-def waits(recording: Recording) -> list[Call]:
+def waits(recording: Recording) -> list[HostCall]:
     """The outermost calls that wait (the runtime's may show the driver's inside), and copies that cannot but wait."""
     found = [c for c in recording.calls if c.category in RUNTIME and c.name in WAITS]
     copies = [w.launch for w in recording.work if w.launch and "DtoH" in w.name and "Pageable" in w.name]
     return [call for call in (*found, *copies) if not (call.parent and call.parent.name in WAITS)]
 
 
-def within(each: Call | Work | Gap, start: float, end: float) -> float:
+def within(each: HostCall | DeviceEvent | Gap, start: float, end: float) -> float:
     return max(0.0, min(each.end_s, end) - max(each.start_s, start))
 
 
 def _extent(recording: Recording) -> Interval:
-    events: list[Call | Work] = [*recording.calls, *recording.work]
+    events: list[HostCall | DeviceEvent] = [*recording.calls, *recording.work]
     if not events:
         return 0.0, 0.0
     return min(e.start_s for e in events), max(e.end_s for e in events)
 
 
-def seconds_by_caller(recording: Recording, window: Interval) -> Mapping[Call, float]:
+def seconds_by_caller(recording: Recording, window: Interval) -> Mapping[HostCall, float]:
     """Device time in a window of the work that each operator launched itself."""
-    found = dict[Call, float]()
+    found = dict[HostCall, float]()
     for work in recording.work:
         if work.operator is not None and (seconds := within(work, *window)):
             found[work.operator] = found.get(work.operator, 0.0) + seconds

@@ -51,7 +51,7 @@ class Progress(Protocol):
         """
 
 
-class Watch:
+class Elapsed:
     """Elapsed time against a budget.
 
     Args:
@@ -73,7 +73,7 @@ class Watch:
 class Lines:
     """A line a step: "[42 s / 5 min] trying weight_only(bits=8, group=32)@decode"."""
 
-    def __init__(self, stream: TextIO, watch: Watch) -> None:
+    def __init__(self, stream: TextIO, watch: Elapsed) -> None:
         self._stream, self._watch, self._last, self._told_s = stream, watch, "", 0.0
 
     def update(self, step: str) -> None:
@@ -88,7 +88,7 @@ class Lines:
 class Live:
     """The same on a terminal: finished steps scroll away, the present one shows its time running."""
 
-    def __init__(self, console: Console, watch: Watch) -> None:
+    def __init__(self, console: Console, watch: Elapsed) -> None:
         from rich.spinner import Spinner
 
         self._console, self._watch = console, watch
@@ -120,7 +120,7 @@ class Live:
 def shown(budget_s: float | None = None, stream: TextIO | None = None) -> Iterator[Progress]:
     """Progress on `stream` (standard error) while the block runs: drawn on a terminal, plain lines elsewhere."""
     stream = stream or sys.stderr
-    watch = Watch(budget_s)
+    watch = Elapsed(budget_s)
     if not stream.isatty():
         yield Lines(stream, watch)
         return

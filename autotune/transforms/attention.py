@@ -206,7 +206,7 @@ def _unfit_gpu(wanted: str, needs: Needs, hardware: Hardware) -> str | None:
     found = gpus.capability(hardware)
     if found is not None and needs.newest is not None and found > needs.newest:
         return f"{wanted} has no kernels for {gpus.name(found)}, only up to {gpus.name(needs.newest)}"
-    return gpus.lacking(hardware, needs.oldest, wanted)
+    return gpus.too_old(hardware, needs.oldest, wanted)
 
 
 @functools.cache

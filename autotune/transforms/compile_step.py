@@ -106,12 +106,12 @@ class CompileStep(Transform):
 
     def _apply_graphs(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
-        from ..runtime.steps.inductor_graphs import TreeStep
+        from ..runtime.steps.inductor_graphs import InductorGraphStep
 
         config = variant.original.config.get_text_config(decoder=True)
         slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
         variant.caches, variant.loop = CachePool(config, slots), decode
-        step = TreeStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
+        step = InductorGraphStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
         for batch in variant.batch_sizes:
             with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:
                 step.prepare(cache)

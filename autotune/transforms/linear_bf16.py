@@ -45,13 +45,13 @@ class StoredTransform(LinearTransform):
 
     @property
     def kind(self) -> type[nn.Module]:
-        return kernels.BrainLinear
+        return kernels.Bf16Linear
 
     def missing(self, where: torch.device = CPU) -> str | None:
-        return kernels.available() or kernels.no_brain_unit()
+        return kernels.available() or kernels.no_bf16_unit()
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
-        return kernels.BrainLinear(linear, self.parts)
+        return kernels.Bf16Linear(linear, self.parts)
 
     def apply(self, variant: Variant) -> None:
         if self.weights == "decode":
@@ -65,7 +65,7 @@ class StoredTransform(LinearTransform):
     def exchange_in(self, twin: nn.Module) -> int:
         count = super().exchange_in(twin)
         for name, layer in packed(twin, self.skip).items():
-            twin.set_submodule(name, kernels.BrainLinear(layer, self.parts).train(layer.training))
+            twin.set_submodule(name, kernels.Bf16Linear(layer, self.parts).train(layer.training))
             count += 1
         return count
 

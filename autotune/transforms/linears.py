@@ -135,7 +135,7 @@ class LinearTransform(Transform):
             for dtype in sorted({layer.weight.dtype for layer in layers.values()}, key=str):
                 if reason := self.refusal(dtype):
                     return reason
-        if reason := gpus.lacking(hardware, self.capability, str(self.recipe)):
+        if reason := gpus.too_old(hardware, self.capability, str(self.recipe)):
             return reason
         return self.missing(variant.original.device)  # last: it may have to compile or import something
 

@@ -80,7 +80,7 @@ class PrefillAttention(Transform):
         return None if used == self.implementation else f"prefill uses {used}"
 
     def _missing(self) -> str | None:
-        return kernels.available() or (kernels.no_brain_unit() if PARTS[self.precision] else None)
+        return kernels.available() or (kernels.no_bf16_unit() if PARTS[self.precision] else None)
 
 
 def attend(

@@ -14,7 +14,7 @@ from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
 from ..model.seam import Sampling
 from ..runtime.speculation import speculate
-from ..runtime.speculation.drafts import Drafter, Guesser
+from ..runtime.speculation.drafts import DraftModel, Proposer
 from ..runtime.variant import Stage, Transform
 from . import require
 from .static_cache import no_slots, use_slots
@@ -89,9 +89,9 @@ class Speculation(Transform):
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
-        from ..runtime.speculation.strides import Stride, captured
+        from ..runtime.speculation.strides import MultiTokenStep, captured
         from ..runtime.steps.graphs import GraphSteps, lengths
-        from ..runtime.steps.inductor_graphs import TreeStep
+        from ..runtime.steps.inductor_graphs import InductorGraphStep
 
         if self.draft == "model" and variant.draft is None:
             raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
@@ -101,10 +101,10 @@ class Speculation(Transform):
         if isinstance(step, GraphSteps):
             reads = step.lengths
 
-        def stride(model: PreTrainedModel) -> Stride:
-            if isinstance(step, GraphSteps | TreeStep):
+        def stride(model: PreTrainedModel) -> MultiTokenStep:
+            if isinstance(step, GraphSteps | InductorGraphStep):
                 return captured(model, device, reads, self.tokens + 1)
-            return Stride(model)
+            return MultiTokenStep(model)
 
         draft = None
         if self.draft == "model" and variant.draft is not None:
@@ -146,10 +146,10 @@ def measure_cost(variant: Variant) -> float:
     with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
         held = lent.enter_context(pool.lend(variant.example(1), None))
         step = variant.step.fitting(held) if variant.step is not None else None
-        guesser: Guesser | None = None
+        guesser: Proposer | None = None
         if speculation.draft is not None:
             one = {"position_ids": positions[:, :1] * 0}
-            guesser = Drafter(*speculation.draft, Sampling(original, tokens[:, :1], {}, one), [0], lent)
+            guesser = DraftModel(*speculation.draft, Sampling(original, tokens[:, :1], {}, one), [0], lent)
 
         def plain() -> None:
             if step is None:

@@ -101,7 +101,7 @@ class LiveBench:
         own = stored_bytes(self.original.original)
         return stored_bytes(self.original.original, *variant.modules.values()) / own
 
-    def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
+    def first_speedup(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
         bucket = self.buckets[0]
         prompts = request(bucket, self.tuning.prompts, 0)
 
@@ -163,13 +163,13 @@ class LiveBench:
     def free_bytes(self) -> float:
         return self.device.memory().free
 
-    def explain(self, error: Exception) -> str:
+    def describe_error(self, error: Exception) -> str:
         failure = self.device.failure(error)
         if failure == "dead":
-            raise self.device.condemn(error) from error
+            raise self.device.mark_dead(error) from error
         return f"out of memory ({first_line(error)})" if failure == "memory" else first_line(error)
 
-    def tidy(self) -> None:
+    def free_memory(self) -> None:
         self.device.trim()
 
     def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
@@ -205,7 +205,7 @@ class LiveBench:
             failure = str(error)
         else:
             return None
-        self.tidy()
+        self.free_memory()
         shape = f"{batch} x {len(longest)} tokens and {self.workload.new_tokens} new ones"
         return f"the workload's largest request ({shape}) failed: {failure}"
 

@@ -118,7 +118,7 @@ class _Drafting:
             except Exception as error:  # it will be tried by itself, and then be told
                 outside.pass_on(error)
                 log.debug("%s is not in the draft", transform, exc_info=True)
-                self.trier.bench.explain(error)
+                self.trier.bench.describe_error(error)
                 continue
             self.variant = candidate
             self.parts.append(Part(step, transform, gain))

@@ -27,9 +27,9 @@ class Bench(Protocol):
 
     def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency: ...
 
-    def explain(self, error: Exception) -> str: ...
+    def describe_error(self, error: Exception) -> str: ...
 
-    def tidy(self) -> None: ...
+    def free_memory(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def measure(winner: Variant, bench: Bench, clock: Callable[[], float] = time.mon
                 continue
             bench.notify(f"measuring what {transform} contributes")
             found.append(_contribution(transform, winner, bench))
-            bench.tidy()
+            bench.free_memory()
             took_s = max(took_s, clock() - start)
     return tuple(found)
 
@@ -81,7 +81,7 @@ def _contribution(transform: Transform, winner: Variant, bench: Bench) -> Contri
     except Exception as error:  # a transform is foreign code
         outside.pass_on(error)
         log.debug("the plan without %s", transform, exc_info=True)
-        return Contribution(transform, transform.phase, None, bench.explain(error))
+        return Contribution(transform, transform.phase, None, bench.describe_error(error))
     if latency.verdict is Verdict.ERROR:
         return Contribution(transform, transform.phase, None, latency.reason)
     return Contribution(transform, transform.phase, latency)

@@ -166,7 +166,7 @@ class _Search:
         if self.state is self.before:  # nothing is confirmed yet, whose place this would take
             self.confirmation, self.refuted = found, candidate.transforms
         outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
-        self.trier.bench.tidy()
+        self.trier.bench.free_memory()
         return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
 
     def keep(self, candidate: Variant, confirmation: Confirmation) -> None:

@@ -45,7 +45,7 @@ class Bench(Protocol):
     def memory_ratio(self, variant: Variant) -> float:
         """Bytes held by the original and the variant together / bytes held by the original."""
 
-    def glance(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
+    def first_speedup(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
         """Speed-up of `phase` from a single run of each: enough to turn down what is hopeless."""
 
     def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
@@ -80,10 +80,10 @@ class Bench(Protocol):
     def free_bytes(self) -> float:
         """Memory of the device that is still to be had."""
 
-    def explain(self, error: Exception) -> str:
+    def describe_error(self, error: Exception) -> str:
         """What a candidate raised, in words; raises DeviceError where it means that the device is dead."""
 
-    def tidy(self) -> None:
+    def free_memory(self) -> None:
         """Give back the memory of a candidate that was not kept."""
 
 
@@ -149,7 +149,7 @@ class Trier:
         except Exception as error:  # what is measured is foreign code, as in a trial
             outside.pass_on(error)
             log.debug("%s could not be refined", failed.transform, exc_info=True)
-            found = Refinement((), f"its layers could not be compared: {self.bench.explain(error)}")
+            found = Refinement((), f"its layers could not be compared: {self.bench.describe_error(error)}")
         if found is None:
             return [failed], None
         seconds = failed.seconds + self.clock() - start
@@ -200,9 +200,9 @@ class Trier:
         except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
             outside.pass_on(error)
             log.debug("%s crashed", trial.candidate, exc_info=True)
-            trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.explain(error)), None
+            trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.describe_error(error)), None
         if candidate is None:  # and no exception is alive, whose traceback would hold on to its memory
-            self.bench.tidy()
+            self.bench.free_memory()
         return trial, candidate
 
     def _stages(
@@ -235,7 +235,7 @@ class Trier:
             yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
             return
         for phase in PHASES if trial.target == "both" else (trial.target,):
-            if (first := bench.glance(incumbent, candidate, phase)) < HOPELESS:
+            if (first := bench.first_speedup(incumbent, candidate, phase)) < HOPELESS:
                 reason = f"the first run of {phase} took {1 / first:.1f}x as long"
                 yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
                 return

@@ -21,7 +21,7 @@ class Verdict(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Certainty:
+class ConfidenceBin:
     """Tokens of which the original was about equally sure.
 
     Args:
@@ -76,7 +76,7 @@ class Quality:
     tokens: int = 0
     prompts: int = 0
     strata: dict[str, float] = field(default_factory=dict)
-    certainty: tuple[Certainty, ...] = ()
+    certainty: tuple[ConfidenceBin, ...] = ()
     examined: bool = True
 
 

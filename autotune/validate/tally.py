@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Certainty, Quality, Verdict
+from . import ConfidenceBin, Quality, Verdict
 from .divergence import Divergence
 from .exam import Text
 from .statistics import cluster_means
@@ -48,7 +48,7 @@ class Tally:
         parts = (("natural", kld[natural]), ("own", kld[~natural]))
         return means | {name: float(part.mean()) for name, part in parts if len(part)}
 
-    def certainty(self, tie_nats: float) -> tuple[Certainty, ...]:
+    def certainty(self, tie_nats: float) -> tuple[ConfidenceBin, ...]:
         """Divergence by how sure the original was: it may move where many tokens would do, not where one is certain."""
         kld, top_p = self.column("kld"), self.column("top_p")
         same = self.column("top_gap") <= tie_nats
@@ -58,7 +58,7 @@ class Tally:
             if chosen.any():
                 p50, p90, p99, most = (float(q) for q in np.quantile(kld[chosen], (0.5, 0.9, 0.99, 1.0)))
                 share = float(same[chosen].mean())
-                found.append(Certainty(low, high, int(chosen.sum()), p50, p90, p99, most, share))
+                found.append(ConfidenceBin(low, high, int(chosen.sum()), p50, p90, p99, most, share))
         return tuple(found)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from autotune.compare import check
 from autotune.compare.check import checking, harness
-from autotune.compare.check.baseline import Environment, Pace
+from autotune.compare.check.baseline import Environment, LatencySamples
 from autotune.compare.check.pace import Slowdown
 from autotune.compare.check.tasks import Suite, Task
 from autotune.errors import BaselineError, MeasurementError, PlanError, UnsupportedModelError, WorkloadError
@@ -267,7 +267,7 @@ def with_pace(baseline: check.Baseline, median_s: float, **environment: Any) -> 
     here = checking.subject.environment(subject())
     return replace(
         baseline,
-        pace=(Pace(Bucket(1, 8, 4), samples, 0.01),),
+        pace=(LatencySamples(Bucket(1, 8, 4), samples, 0.01),),
         environment=replace(here, **environment),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autotune.compare.check import pace
-from autotune.compare.check.baseline import Pace
+from autotune.compare.check.baseline import LatencySamples
 from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
 from autotune.workload import METRICS, Bucket
@@ -21,8 +21,8 @@ def times(median_s: float, spread: float = 0.02, count: int = 16, seed: int = 0)
     return tuple(median_s * np.exp(spread * np.random.default_rng(seed).standard_normal(count)))
 
 
-def paced(samples: tuple[float, ...], noise: float = 0.01) -> Pace:
-    return Pace(BUCKET, {"tpot": samples}, noise)
+def paced(samples: tuple[float, ...], noise: float = 0.01) -> LatencySamples:
+    return LatencySamples(BUCKET, {"tpot": samples}, noise)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from autotune.machine.device import Address, Device, Graph, Identity, Memory
 from autotune.machine.device.cuda import WARM_UPS
-from autotune.machine.device.owner import Owner
+from autotune.machine.device.owner import GraphThread
 from autotune.machine.device.trace import record
 from tests.fakes import traces
 
@@ -69,7 +69,7 @@ class FakeCuda(Device):
         self.free_bytes = identity.memory_bytes if free_bytes is None else free_bytes
         self.waits = self.captures = self.replays = self.trims = 0
         self.ranges = list[str]()
-        self._owner = Owner(self)
+        self._owner = GraphThread(self)
         self._local = threading.local()
         self._marks = 0
 
@@ -147,7 +147,7 @@ class FakeCuda(Device):
         return object()
 
     @property
-    def owner(self) -> Owner:
+    def owner(self) -> GraphThread:
         return self._owner
 
     def without_graphs(self) -> str | None:

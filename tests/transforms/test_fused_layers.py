@@ -21,7 +21,7 @@ from tests.test_transforms_contract import COMPILER
 
 OPERATORS = kernels.available()
 needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))
-needs_brains = pytest.mark.skipif(bool(OPERATORS or kernels.no_brain_unit()), reason="no BF16 products here")
+needs_bf16 = pytest.mark.skipif(bool(OPERATORS or kernels.no_bf16_unit()), reason="no BF16 products here")
 
 
 class Norm(nn.Module):
@@ -94,7 +94,7 @@ def test_gated_blocks(module: Mlp, known: bool) -> None:
         torch.testing.assert_close(new(x), module(x), atol=1e-6, rtol=1e-5)
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize("stored", ["plain", "i8", "i4"])
 @pytest.mark.parametrize(("parts", "tolerance"), [(1, 1.5e-2), (2, 1e-4)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -107,7 +107,7 @@ def test_gated_blocks_in_bf16(
     if stored != "plain":
         kind = kernels.Int8Linear if stored == "i8" else kernels.Int4Linear
         layers = [kind.from_linear(layer) for layer in layers]
-    new = GatedMlp(*(kernels.BrainLinear(layer, parts) for layer in layers), activation)
+    new = GatedMlp(*(kernels.Bf16Linear(layer, parts) for layer in layers), activation)
     for tokens in (1, 30, 48, 77, 400):
         x = torch.randn(tokens, inputs)
         hidden_numbers = fused_layers.CURVES[activation](layers[0](x).double()) * layers[1](x).double()
@@ -190,7 +190,7 @@ def test_what_is_hooked_is_left() -> None:
     assert isinstance(prefill.model.layers[0].input_layernorm, RmsNorm)
 
 
-@needs_brains
+@needs_bf16
 def test_everything_for_prefill_together() -> None:
     model = models.tiny("llama", initializer_range=0.1)
     plan = [("linear_bf16x3", {}), ("prefill_attention", {"precision": "bfloat16x3"}), ("fused_layers", {})]

@@ -77,7 +77,7 @@ def test_an_outlier_spoils_nothing_but_its_own_token(scheme: Any) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_store_grows_and_keeps_what_it_has(scheme: Any) -> None:
     torch.manual_seed(0)
-    store, whole = kv.Store(scheme), torch.randn(2, 3, 2 * kv.GROWTH + 9, 32)
+    store, whole = kv.NarrowStore(scheme), torch.randn(2, 3, 2 * kv.GROWTH + 9, 32)
     store.append(whole[:, :, :5])
     before = store.read(torch.float32)
     for start in range(5, whole.shape[2], 100):
@@ -157,7 +157,7 @@ def test_sliding_windows_are_left_as_they_are() -> None:
 # Quality
 
 
-class Fading(kv.Store):
+class Fading(kv.NarrowStore):
     """Loses a little of everything it holds with every token that is added, the more it holds."""
 
     def append(self, states: torch.Tensor) -> None:

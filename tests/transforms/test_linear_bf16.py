@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAMES = ["linear_bf16", "linear_bf16x3"]
-REASON = kernels.available() or kernels.no_brain_unit()
-needs_brains = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+REASON = kernels.available() or kernels.no_bf16_unit()
+needs_bf16 = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize(("name", "divergence"), [("linear_bf16", 1e-3), ("linear_bf16x3", 1e-9)])
 def test_one_model(name: str, divergence: float, architecture: str) -> None:
@@ -41,7 +41,7 @@ def test_one_model(name: str, divergence: float, architecture: str) -> None:
     )
 
 
-@needs_brains
+@needs_bf16
 @pytest.mark.parametrize(
     "weights", [("weight_only", {"bits": 8}), ("weight_only", {"bits": 4}), ("weight_storage", {})]
 )
@@ -54,7 +54,7 @@ def test_over_packed_weights(name: str, weights: tuple[str, dict[str, int]], lla
     assert transform.took_effect(candidate) is None
     assert transform.took_effect(packed) is not None
     prefill, decode = candidate.modules["prefill"], candidate.modules["decode"]
-    assert linear_layers.count(prefill, kernels.BrainLinear) == linear_layers.count(decode, kernels.PackedLinear) > 0
+    assert linear_layers.count(prefill, kernels.Bf16Linear) == linear_layers.count(decode, kernels.PackedLinear) > 0
     assert linear_layers.stored_bytes(prefill, decode) == linear_layers.stored_bytes(decode)
     ids = torch.tensor(models.token_prompts(count=2, length=40))
     with torch.no_grad():
@@ -75,5 +75,5 @@ def test_unavailable(name: str, llama: PreTrainedModel, monkeypatch: pytest.Monk
     gpu = Hardware(**{**vars(COMPILER), "device": "cuda"})
     assert "not on cuda" in (transform.unavailable(Variant(llama), gpu) or "")
     monkeypatch.setattr(kernels, "available", lambda: None)
-    monkeypatch.setattr(kernels, "no_brain_unit", lambda: "this processor multiplies no BF16")
+    monkeypatch.setattr(kernels, "no_bf16_unit", lambda: "this processor multiplies no BF16")
     assert "multiplies no BF16" in (transform.unavailable(Variant(llama), COMPILER) or "")

@@ -17,7 +17,7 @@ from tests.test_transforms_contract import COMPILER
 
 OPERATORS = kernels.available()
 needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))
-PRECISIONS = ["float32", *([] if OPERATORS or kernels.no_brain_unit() else ["bfloat16", "bfloat16x3"])]
+PRECISIONS = ["float32", *([] if OPERATORS or kernels.no_bf16_unit() else ["bfloat16", "bfloat16x3"])]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
 from autotune.runtime import kernels
 from autotune.runtime.speculation import speculate
-from autotune.runtime.steps.inductor_graphs import TreeStep
+from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.variant import Stage, Transform, Variant, build, serving
 from autotune.transforms import make
 from autotune.transforms.cuda_graph import CudaGraph
@@ -171,7 +171,7 @@ def test_beside_inductors_graphs_the_check_is_captured_too() -> None:
     model = tiny()
     with device.stand_in(FakeCuda()) as fake:
         variant = build(model, [StaticCache()])
-        variant.step = TreeStep(model, fake)  # nothing prepared: plain tokens run the module
+        variant.step = InductorGraphStep(model, fake)  # nothing prepared: plain tokens run the module
         PROMPT.apply(variant)
         assert variant.speculation is not None
         variant.speculation.cost, several = 1.1, variant.speculation.stride.several

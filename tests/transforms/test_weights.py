@@ -274,7 +274,7 @@ def test_prediction(name: str, params: dict[str, Any], profile: Profile, hardwar
     assert make(name, params, "decode").predict(profile, hardware) == pytest.approx({"decode": speedup})
 
 
-@pytest.mark.skipif(kernels.available() is not None or kernels.no_brain_unit() is not None, reason="needs a BF16 unit")
+@pytest.mark.skipif(kernels.available() is not None or kernels.no_bf16_unit() is not None, reason="needs a BF16 unit")
 @pytest.mark.parametrize("name", ["linear_bf16", "linear_bf16x3"])
 def test_prefill_shares_the_weights_that_decode_is_packed_in(name: str) -> None:
     model = tiny("llama")

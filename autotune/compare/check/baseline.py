@@ -53,7 +53,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Pace:
+class LatencySamples:
     """How long requests of one shape took.
 
     Args:
@@ -111,6 +111,6 @@ class Baseline:
     questions: Questions
     answers: tuple[Compact, ...]
     layers: Mapping[str, torch.Tensor]
-    pace: tuple[Pace, ...] = ()
+    pace: tuple[LatencySamples, ...] = ()
     suites: tuple[Suite, ...] = ()
     created: str = ""

@@ -24,7 +24,7 @@ from ...validate.tiers import TIERS
 from ...validate.timing import Clock
 from ...workload import METRICS, prompts
 from . import harness, pace, subject, tasks
-from .baseline import Baseline, Pace
+from .baseline import Baseline, LatencySamples
 from .examine import Examined, RecordedExam, examine, judge, judge_free
 from .folder import load
 from .localise import Decode, Localised, layer_shifts, localise
@@ -189,7 +189,7 @@ def _latency_metrics(
     ]
 
 
-def _pace_metric(then: Pace, now: Pace, metric: str, max_slowdown: float) -> Metric:
+def _pace_metric(then: LatencySamples, now: LatencySamples, metric: str, max_slowdown: float) -> Metric:
     verdict, reason, change = pace.decide(then, now, metric, max_slowdown)
     name = f"latency {metric} {latency.label(then.bucket)}"
     if change is None:

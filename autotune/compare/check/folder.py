@@ -25,7 +25,7 @@ import torch
 
 from ...errors import BaselineError, MeasurementError, PlanError
 from ...tune import codec
-from .baseline import Baseline, Environment, Pace, Questions, Subject
+from .baseline import Baseline, Environment, LatencySamples, Questions, Subject
 from .compact import Compact
 from .tasks import Suite
 
@@ -40,7 +40,7 @@ RECORD_AGAIN = "record it again with `autotune check record`"
 class _Manifest:
     subject: Subject
     environment: Environment
-    pace: tuple[Pace, ...]
+    pace: tuple[LatencySamples, ...]
     created: str
     files: Mapping[str, str] = field(default_factory=dict)  # name -> SHA-256
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...runtime.variant import Variant
-from ...validate import Certainty
+from ...validate import ConfidenceBin
 from ...validate.exam import Exam
 from .baseline import Baseline
 from .examine import Examined, Scored
@@ -69,7 +69,7 @@ class Localised:
     layers: tuple[Shift, ...]
     prompts: tuple[PromptShift, ...]
     token: TokenShift | None
-    certainty: tuple[Certainty, ...]
+    certainty: tuple[ConfidenceBin, ...]
 
     @property
     def worst_layers(self) -> tuple[Shift, ...]:
@@ -91,7 +91,11 @@ def layer_shifts(baseline: Baseline, variant: Variant) -> tuple[Shift, ...]:
 
 
 def localise(
-    exam: Exam, examined: Examined, layers: tuple[Shift, ...], certainty: tuple[Certainty, ...], decode: Decode | None
+    exam: Exam,
+    examined: Examined,
+    layers: tuple[Shift, ...],
+    certainty: tuple[ConfidenceBin, ...],
+    decode: Decode | None,
 ) -> Localised:
     """Findings from what was collected. Pure."""
     prompts = worst_prompts(examined, exam, decode)

@@ -16,7 +16,7 @@ from ...validate.score import Served, Tokens
 from ...validate.statistics import median_bounds
 from ...validate.timing import Clock, request, time_request
 from ...workload import METRICS, Bucket
-from .baseline import Pace
+from .baseline import LatencySamples
 
 if TYPE_CHECKING:
     from ...runtime.variant import Variant
@@ -46,7 +46,7 @@ def measure(
     requests: int = REQUESTS,
     clock: Clock = time.perf_counter,
     notify: Callable[[str], None] = lambda step: None,
-) -> tuple[Pace, ...]:
+) -> tuple[LatencySamples, ...]:
     """Time requests of every bucket through the path that serves; disturbed ones are left out.
 
     Raises:
@@ -65,7 +65,7 @@ def measure(
         samples: dict[str, tuple[float, ...]] = {
             metric: tuple(getattr(t, f"{metric}_s") for t in clean) for metric in METRICS
         }
-        found.append(Pace(bucket, samples, noise if math.isfinite(noise) else 1.0))
+        found.append(LatencySamples(bucket, samples, noise if math.isfinite(noise) else 1.0))
     return tuple(found)
 
 
@@ -77,7 +77,9 @@ def slowdown(then_s: Sequence[float], now_s: Sequence[float]) -> Slowdown:
     return Slowdown(point - 1, now_low / then_high - 1, now_high / then_low - 1)
 
 
-def decide(then: Pace, now: Pace, metric: str, max_slowdown: float) -> tuple[Verdict, str, Slowdown | None]:
+def decide(
+    then: LatencySamples, now: LatencySamples, metric: str, max_slowdown: float
+) -> tuple[Verdict, str, Slowdown | None]:
     """The verdict on one metric of one bucket. Pure.
 
     The machine was another one in load and temperature when the baseline was recorded, so twice the larger of both A/A

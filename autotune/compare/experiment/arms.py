@@ -49,7 +49,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Bench:
+class ArmBuilder:
     """What arms are built with.
 
     Args:

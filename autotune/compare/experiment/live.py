@@ -15,7 +15,7 @@ from ...model import route, seam
 from ...runtime.variant import Variant
 from ...tune import codec
 from ...workload import Workload
-from .arms import Arm, Bench
+from .arms import Arm, ArmBuilder
 from .given import CONTROL, Given
 from .guardrails import Figures, Finding
 from .sequential import Moments
@@ -139,7 +139,7 @@ def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> 
     work, given = ANY_WORK, experiment.workload
     if given is not None:
         work = workload.read(given, tokenizer=experiment.tokenizer, model=bare)
-    bench = Bench(bare, experiment.tokenizer, work, log.info)
+    bench = ArmBuilder(bare, experiment.tokenizer, work, log.info)
     built = {name: bench.candidate(experiment.candidates[name]) for name in names}
     for name, arm in built.items():
         if problem := arm.problem or arm.unjudged:

@@ -14,7 +14,7 @@ from ...validate.limits import Limits
 from ...validate.tiers import TIERS
 from ...workload import METRICS, Metric
 from . import given
-from .arms import Arm, Bench
+from .arms import Arm, ArmBuilder
 from .store import Store
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Setup:
         _one_of("objective", objective, METRICS)
         self.limits = limits or Limits()
         self.workload, self._shape, self._store = workload, (new_tokens, batch_sizes), store
-        self._bench: Bench | None = None
+        self._bench: ArmBuilder | None = None
         self._arms: tuple[Arm, ...] | None = None
 
     @property
@@ -77,7 +77,7 @@ class Setup:
             self._store = Store(self._store)
         return self._store
 
-    def bench(self, notify: Callable[[str], None] | None = None) -> Bench:
+    def bench(self, notify: Callable[[str], None] | None = None) -> ArmBuilder:
         """The control's model, its tokenizer and its work; the model is loaded when first asked for.
 
         Args:
@@ -105,7 +105,7 @@ class Setup:
             self._arms = (bench.control(self.control), *map(bench.candidate, self.candidates.values()))
         return self._arms
 
-    def _prepared(self, notify: Callable[[str], None]) -> Bench:
+    def _prepared(self, notify: Callable[[str], None]) -> ArmBuilder:
         model, tokenizer = self.control.value, self.tokenizer
         if self.control.kind == "checkpoint":
             notify(f"loading {model}")
@@ -119,7 +119,7 @@ class Setup:
         work = workloads.read(
             self.workload, tokenizer=tokenizer, model=model, new_tokens=new_tokens, batch_sizes=batches
         )
-        return Bench(model, tokenizer, work, notify)
+        return ArmBuilder(model, tokenizer, work, notify)
 
 
 def _one_of(what: str, value: str, known: Any) -> str:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Phase = Literal["closed", "open", "half-open", "disabled"]
-Happening = Literal["asked", "served", "failed", "abandoned", "cleared"]
+BreakerState = Literal["closed", "open", "half-open", "disabled"]
+BreakerEvent = Literal["asked", "served", "failed", "abandoned", "cleared"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Breaker:
         pause_s: how long it stays open from then on.
     """
 
-    phase: Phase = "closed"
+    phase: BreakerState = "closed"
     flaps: int = 0
     since_s: float = 0.0
     pause_s: float = 0.0
@@ -54,7 +54,7 @@ class Breaker:
         """Whether it is open and its pause is over."""
         return self.phase == "open" and now_s - self.since_s >= self.pause_s
 
-    def after(self, event: Happening, now_s: float, rules: Rules = Rules()) -> Breaker:
+    def after(self, event: BreakerEvent, now_s: float, rules: Rules = Rules()) -> Breaker:
         """The state after `event`.
 
         Args:

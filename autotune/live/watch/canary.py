@@ -39,7 +39,7 @@ class Sample:
         return cls(tuple(prompt.tolist()), tuple(answer.tolist()))
 
 
-class Marks:
+class TokenClock:
     """The caller's streamer, if any, and when the answer's first and latest tokens came."""
 
     def __init__(self, streamer: Any, clock: Callable[[], float]) -> None:

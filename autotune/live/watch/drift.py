@@ -59,7 +59,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Pace:
+class LatencyCusum:
     """Whether calls of one shape take longer than expected.
 
     A CUSUM of log(time / expected) (Page, Continuous Inspection Schemes, Biometrika 1954).
@@ -74,11 +74,11 @@ class Pace:
     excess: float = 0.0
     first_s: tuple[float, ...] = ()
 
-    def after(self, tpot_s: float) -> Pace:
+    def after(self, tpot_s: float) -> LatencyCusum:
         """With one more call's time per token."""
         if self.expected_s is None:
             first = (*self.first_s, tpot_s)
-            return Pace(median(first)) if len(first) >= FIRST_CALLS else Pace(first_s=first)
+            return LatencyCusum(median(first)) if len(first) >= FIRST_CALLS else LatencyCusum(first_s=first)
         longer = min(OUTLIER, math.log(tpot_s / self.expected_s))
         return replace(self, excess=max(0.0, self.excess + longer - ALLOWANCE))
 
@@ -95,7 +95,7 @@ def shape_of(batch: int, prompt_tokens: int) -> Shape:
     return batch, max(0, prompt_tokens - 1).bit_length()
 
 
-def expected_paces(latency: Latency | None) -> dict[Shape, Pace]:
+def expected_paces(latency: Latency | None) -> dict[Shape, LatencyCusum]:
     """What was measured at commit: the median time per token of each bucket.
 
     The raw samples of a `Latency` come bucket after bucket, equally many of each.
@@ -108,7 +108,7 @@ def expected_paces(latency: Latency | None) -> dict[Shape, Pace]:
         known = [t for t in times[k * each : (k + 1) * each] if t is not None and math.isfinite(t)]
         batch, prompt_tokens, _ = (int(part[1:]) for part in name.split("/"))
         if known:
-            found[shape_of(batch, prompt_tokens)] = Pace(median(known))
+            found[shape_of(batch, prompt_tokens)] = LatencyCusum(median(known))
     return found
 
 

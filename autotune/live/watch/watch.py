@@ -23,9 +23,9 @@ from ...machine.ending import Cancelled
 from ...model import twins
 from ...tune import store
 from ...validate.tiers import TIERS
-from .breaker import Breaker, Happening, Phase, Rules
-from .canary import Marks, Sample, graphs, score
-from .drift import Compilations, Divergence, Pace, describe, expected_paces, shape_of
+from .breaker import Breaker, BreakerEvent, BreakerState, Rules
+from .canary import Sample, TokenClock, graphs, score
+from .drift import Compilations, Divergence, LatencyCusum, describe, expected_paces, shape_of
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -54,7 +54,7 @@ class Event:
     """
 
     time: str
-    phase: Phase
+    phase: BreakerState
     reason: str
     numbers: Mapping[str, float] = field(default_factory=dict)
 
@@ -146,7 +146,7 @@ class Watch:
 
     def serve(self, variant: Variant, call: Sampling) -> Any:
         """`variant.sample(call)`, timed and perhaps kept. Raises what that raises; then `failed` or `abandoned`."""
-        marks = Marks(call.streamer, self.clock)
+        marks = TokenClock(call.streamer, self.clock)
         before = graphs()
         result = variant.sample(call.with_streamer(marks))
         with self._lock:
@@ -154,7 +154,7 @@ class Watch:
             self._note_batch(call, "served")
             if self.breaker.phase == "half-open":
                 self._step("served", "the trial call was served")
-                self._paces = {shape: Pace(pace.expected_s) for shape, pace in self._paces.items()}
+                self._paces = {shape: LatencyCusum(pace.expected_s) for shape, pace in self._paces.items()}
             if self._plan is not None:
                 self._note_pace(call, marks)
             if self._compilations.note(before, graphs()):
@@ -169,14 +169,14 @@ class Watch:
         shape, slow_s = self._slow
         if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
             return call.original()
-        marks = Marks(call.streamer, self.clock)
+        marks = TokenClock(call.streamer, self.clock)
         result = call.with_streamer(marks).original()
         with self._lock:
             if marks.tokens >= FEWEST_TOKENS:
                 self._others_s.append(marks.tpot_s)
             if len(self._others_s) >= OTHERS and median(self._others_s) >= slow_s:
                 numbers = {"ms per token": 1e3 * slow_s, "original": 1e3 * median(self._others_s)}
-                self._paces[shape] = Pace(slow_s)
+                self._paces[shape] = LatencyCusum(slow_s)
                 self._step("cleared", "the original is no faster: it is the machine that became slower", numbers)
         return result
 
@@ -280,23 +280,23 @@ class Watch:
 
     # What follows
 
-    def _note_pace(self, call: Sampling, marks: Marks) -> None:
+    def _note_pace(self, call: Sampling, marks: TokenClock) -> None:
         if marks.tokens < FEWEST_TOKENS or marks.tpot_s <= 0:
             return
         shape = shape_of(*call.input_ids.shape)
-        pace = self._paces[shape] = self._paces.get(shape, Pace()).after(marks.tpot_s)
+        pace = self._paces[shape] = self._paces.get(shape, LatencyCusum()).after(marks.tpot_s)
         if pace.alarmed and pace.expected_s is not None:
-            self._paces[shape] = Pace(pace.expected_s)
+            self._paces[shape] = LatencyCusum(pace.expected_s)
             self._slow, self._others_s = (shape, marks.tpot_s), []
             numbers = {"ms per token": 1e3 * marks.tpot_s, "expected": 1e3 * pace.expected_s}
             self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
 
-    def _note_batch(self, call: Sampling, event: Happening) -> None:
+    def _note_batch(self, call: Sampling, event: BreakerEvent) -> None:
         batch = call.input_ids.shape[0]
         if (known := self._batches.get(batch)) is not None:
             self._batches[batch] = known.after(event, self.clock(), self.rules)
 
-    def _step(self, event: Happening, reason: str, numbers: Mapping[str, float] | None = None) -> None:
+    def _step(self, event: BreakerEvent, reason: str, numbers: Mapping[str, float] | None = None) -> None:
         before, now, thread = self.breaker, self.clock(), threading.get_ident()
         if before.phase == "half-open" and thread != self._trial:
             return  # a call from before it opened says nothing about the trial

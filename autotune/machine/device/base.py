@@ -12,7 +12,7 @@ import torch
 
 from ...errors import DeviceError, first_line
 from .failures import Failure, classify
-from .owner import Owner
+from .owner import GraphThread
 from .trace import record
 
 Kind = Literal["cpu", "cuda"]
@@ -169,7 +169,7 @@ class Device(ABC):
 
     @property
     @abstractmethod
-    def owner(self) -> Owner:
+    def owner(self) -> GraphThread:
         """The one thread that captures and replays this device's graphs."""
 
     def without_graphs(self) -> str | None:
@@ -180,7 +180,7 @@ class Device(ABC):
         """What an error says about the device: out of memory, dead for this process, or nothing."""
         return classify(error)
 
-    def condemn(self, error: BaseException) -> DeviceError:
+    def mark_dead(self, error: BaseException) -> DeviceError:
         """Note that the device is dead for this process; returns the one exception that says so, from now on."""
         if self._dead is None:
             self._dead = (
@@ -208,5 +208,5 @@ class Device(ABC):
             raise
         except Exception as error:
             if self.failure(error) == "dead":
-                raise self.condemn(error) from error
+                raise self.mark_dead(error) from error
             raise

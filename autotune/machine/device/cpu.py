@@ -17,7 +17,7 @@ import torch
 from ...errors import DeviceError
 from .. import processor
 from .base import Device, Graph, Identity, Memory
-from .owner import Owner
+from .owner import GraphThread
 
 SCRATCH_BYTES = 512 * 2**20  # larger than the caches of most machines
 
@@ -67,7 +67,7 @@ class Cpu(Device):
     def pool(self) -> None: ...
 
     @property
-    def owner(self) -> Owner:
+    def owner(self) -> GraphThread:
         raise DeviceError(self.without_graphs())
 
 

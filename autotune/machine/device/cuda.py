@@ -11,7 +11,7 @@ import torch
 
 from .base import Address, Device, Graph, Identity, Memory
 from .cpu import SCRATCH_BYTES, trim_host
-from .owner import Owner
+from .owner import GraphThread
 
 CACHES = 32  # times the second-level cache: what it kept of the last round is then 3 % at most
 WARM_UPS = 3  # runs before a capture: libraries set themselves up in the first, and must not while it is recorded
@@ -106,8 +106,8 @@ class Cuda(Device):
         return torch.cuda.graph_pool_handle()
 
     @functools.cached_property
-    def owner(self) -> Owner:
-        return Owner(self)
+    def owner(self) -> GraphThread:
+        return GraphThread(self)
 
     def without_graphs(self) -> str | None:
         return None

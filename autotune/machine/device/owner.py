@@ -32,7 +32,7 @@ class Queue(Protocol):
     def stream(self) -> AbstractContextManager[None]: ...
 
 
-class Owner:
+class GraphThread:
     """Runs work for other threads, one piece at a time, on the device's own stream.
 
     Args:

@@ -68,7 +68,7 @@ def bytes_per_head(size: int, scheme: Scheme) -> int:
     return size // 2 + 4 * size // GROUP if scheme == "int4" else size + 4
 
 
-class Store:
+class NarrowStore:
     """Keys or values of one layer, encoded, in memory that grows by `GROWTH` tokens at a time."""
 
     def __init__(self, scheme: Scheme) -> None:
@@ -102,7 +102,7 @@ class NarrowLayer(CacheLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__()
-        self.stores = Store(scheme), Store(scheme)
+        self.stores = NarrowStore(scheme), NarrowStore(scheme)
         self.dtype = torch.float32
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

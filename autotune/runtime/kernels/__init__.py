@@ -3,7 +3,7 @@
     available()              None once the operators are loaded, otherwise a sentence saying why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
     Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
-    BrainLinear              BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
+    Bf16Linear              BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedEmbedding          rows of a packed table, looked up one by one
     attend_one               one query over a preallocated key-value cache, reading only its filled slots
     attend_many              many queries, each over an unbroken span of keys
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from autotune.errors import Blocker
 from autotune.machine import forking
-from autotune.runtime.kernels.brain import BrainLinear
+from autotune.runtime.kernels.bf16 import Bf16Linear
 from autotune.runtime.kernels.embedding import PackedEmbedding
 from autotune.runtime.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
 
 __all__ = [
-    "BrainLinear",
+    "Bf16Linear",
     "HalfLinear",
     "Int4Linear",
     "Int8Linear",
@@ -31,7 +31,7 @@ __all__ = [
     "attend_many",
     "attend_one",
     "available",
-    "no_brain_unit",
+    "no_bf16_unit",
 ]
 
 _lock = forking.lock()
@@ -57,11 +57,11 @@ def available() -> str | None:
         return _outcome[0]
 
 
-def no_brain_unit() -> str | None:
-    """Why `BrainLinear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
+def no_bf16_unit() -> str | None:
+    """Why `Bf16Linear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
     import torch
 
-    if torch.ops.autotune.brain_unit():
+    if torch.ops.autotune.bf16_unit():
         return None
     return "this processor multiplies no BF16: it has neither AMX nor AVX512-BF16"
 

@@ -1,7 +1,7 @@
 // Attention of many new tokens, each over an unbroken span of keys: causal, left-padded and windowed masks are all of
 // that kind. Scores exist for 32 queries and some keys at a time, and keys that no query of a block may see cost nothing.
 // Source: Dao, Fu, Ermon, Rudra and Re, "FlashAttention", NeurIPS 2022.
-#include "brains.h"
+#include "bf16.h"
 #include "curves.h"
 #include "singles.h"
 #include "tensors.h"
@@ -166,7 +166,7 @@ void attend_all(const Queries& p, float* y) {
   });
   const int64_t blocks = p.blocks();
   torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Session session(Engine::kBrains);
+    const Session session(Engine::kBf16);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / blocks, n = i % blocks;
       // later queries see more keys: short and long blocks by turns, so that equal shares are equal work
@@ -216,8 +216,8 @@ Tensor attend_many(const Tensor& q, const Tensor& keys, const Tensor& values, co
   }
   const Tensor y = empty_floats({p.batch, p.count, p.heads, p.value_depth});
   if (!y.numel()) return as_dtype_of(y, q);
-#if defined(AUTOTUNE_BRAINS)
-  if (parts) (parts == 1 ? attend_all<Brains<1>> : attend_all<Brains<2>>)(p, floats(y));
+#if defined(AUTOTUNE_BF16)
+  if (parts) (parts == 1 ? attend_all<Bf16Parts<1>> : attend_all<Bf16Parts<2>>)(p, floats(y));
 #else
   STD_TORCH_CHECK(!parts, "this processor has no instructions for products in BF16");
 #endif

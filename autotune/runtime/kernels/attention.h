@@ -230,7 +230,7 @@ struct Attention {
 };
 
 inline Attention::Run attend_over(ScalarType type) {
-  return type == ScalarType::Float ? attend_some<float> : type == ScalarType::Half ? attend_some<Half> : attend_some<Brain>;
+  return type == ScalarType::Float ? attend_some<float> : type == ScalarType::Half ? attend_some<Half> : attend_some<Bf16>;
 }
 
 }  // namespace

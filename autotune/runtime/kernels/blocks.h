@@ -1,6 +1,6 @@
 // Products of 32 x 32 blocks: C = A B with both operands laid out for it once, and then used many times.
 //
-//   Brains<1>, Brains<2>   in BF16, brains.h
+//   Bf16Parts<1>, Bf16Parts<2>   in BF16, bf16.h
 //   Singles                in FP32, singles.h
 //
 // A panel of A is 32 rows, a panel of B 32 columns, each of all the depth, in chunks of 32. An engine lays them out

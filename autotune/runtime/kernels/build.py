@@ -44,7 +44,7 @@ HEADERS = (
     "instructions.h",
     "team.h",
     "blocks.h",
-    "brains.h",
+    "bf16.h",
     "singles.h",
     "matmul.h",
     "curves.h",

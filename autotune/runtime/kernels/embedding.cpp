@@ -10,7 +10,7 @@ namespace {
 LookUp look_up_of(ScalarType type) {
   switch (type) {
     case ScalarType::Half: return look_up<Half>;
-    case ScalarType::BFloat16: return look_up<Brain>;
+    case ScalarType::BFloat16: return look_up<Bf16>;
     case ScalarType::Float: return look_up<float>;
     case ScalarType::Char: return look_up<int8_t>;
     case ScalarType::Int: return look_up<int32_t>;

@@ -29,7 +29,7 @@ struct Table {
   float factor(const Numbers& factors, int64_t i) const {
     switch (factors.type) {
       case ScalarType::Half: return widen_one(reinterpret_cast<const Half*>(factors.at) + i);
-      case ScalarType::BFloat16: return widen_one(reinterpret_cast<const Brain*>(factors.at) + i);
+      case ScalarType::BFloat16: return widen_one(reinterpret_cast<const Bf16*>(factors.at) + i);
       default: return reinterpret_cast<const float*>(factors.at)[i];
     }
   }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autotune.runtime.kernels.brain import FEW, BrainLinear
+from autotune.runtime.kernels.bf16 import FEW, Bf16Linear
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order that the operators number them
 
@@ -37,7 +37,7 @@ class RmsNorm(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) * up(x)); one operator for all of it if the three layers are `BrainLinear`.
+    """down(activation(gate(x)) * up(x)); one operator for all of it if the three layers are `Bf16Linear`.
 
     Args:
         gate_proj, up_proj, down_proj: linear layers of any kind.
@@ -51,14 +51,14 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if isinstance(gate, BrainLinear) and isinstance(up, BrainLinear) and isinstance(down, BrainLinear):
+        if isinstance(gate, Bf16Linear) and isinstance(up, Bf16Linear) and isinstance(down, Bf16Linear):
             enough = x.numel() >= FEW[gate.parts] * gate.in_features
             if enough and gate.parts == up.parts == down.parts:
                 return self._multiply(x, gate, up, down)
         y: Tensor = down(torch.ops.autotune.gate_up(gate(x), up(x), self.activation))
         return y
 
-    def _multiply(self, x: Tensor, gate: BrainLinear, up: BrainLinear, down: BrainLinear) -> Tensor:
+    def _multiply(self, x: Tensor, gate: Bf16Linear, up: Bf16Linear, down: Bf16Linear) -> Tensor:
         y: Tensor = torch.ops.autotune.linear_mlp(
             x,
             *(layer.stored for layer in (gate, up, down)),

@@ -14,7 +14,7 @@ namespace autotune {
 namespace {
 
 enum Code : int64_t {  // the order of CODES in autotune/runtime/steps/program/instruction.py
-  kCopy, kToFloat, kWidenHalf, kWidenBrain, kCopyInt, kCopyBool, kNegative, kInverseRoot, kRoot, kExp, kTanh, kSigmoid,
+  kCopy, kToFloat, kWidenHalf, kWidenBf16, kCopyInt, kCopyBool, kNegative, kInverseRoot, kRoot, kExp, kTanh, kSigmoid,
   kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
@@ -135,7 +135,7 @@ bool run_embed(Reader& in, const Member& m, int64_t share) {
   return true;
 }
 
-const LookUp kLookUps[] = {look_up<float>, look_up<Half>, look_up<Brain>, look_up<int8_t>, look_up<int32_t>};
+const LookUp kLookUps[] = {look_up<float>, look_up<Half>, look_up<Bf16>, look_up<int8_t>, look_up<int32_t>};
 
 bool run_embed_packed(Reader& in, const Member& m, int64_t share) {
   const LookUp use = kLookUps[in.next()];
@@ -192,7 +192,7 @@ void run_arrange(Reader& in, const Member& m) {
   for (int64_t i = m.first(count); i < m.last(count); ++i) arrange(w, x, tokens, inputs, i, target, sums);
 }
 
-const Kernel* const kKernels[] = {&kernel<Plain<float>>, &kernel<Plain<Half>>, &kernel<Plain<Brain>>,
+const Kernel* const kKernels[] = {&kernel<Plain<float>>, &kernel<Plain<Half>>, &kernel<Plain<Bf16>>,
                                   &kernel<Plain<int8_t>>, &kernel<Int4>};  // the order of FORMATS, as of kLookUps
 
 void run_linear(Reader& in, const Member& m) {

@@ -97,7 +97,7 @@ Tensor linear_f16(const Tensor& x, const Tensor& weight, const std::optional<Ten
   const Weights w = packed(weight, 1, rows);
   switch (weight.scalar_type()) {
     case ScalarType::Half: return linear(kernel<Plain<Half>>, w, x, bias);
-    case ScalarType::BFloat16: return linear(kernel<Plain<Brain>>, w, x, bias);
+    case ScalarType::BFloat16: return linear(kernel<Plain<Bf16>>, w, x, bias);
     case ScalarType::Float: return linear(kernel<Plain<float>>, w, x, bias);
     default: STD_TORCH_CHECK(false, "linear_f16 takes weights in FP16, BF16 or FP32");
   }

@@ -77,7 +77,7 @@ Matrix stored(const std::vector<Tensor>& weight, int64_t outputs, int64_t inputs
   return Matrix::of(weight[0], part(1), part(2), outputs, inputs);
 }
 
-Tensor linear_brain(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scales,
+Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t outputs,
                     int64_t parts) {
   STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
@@ -85,8 +85,8 @@ Tensor linear_brain(const Tensor& input, const Tensor& weight, const std::option
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Matrix w = Matrix::of(weight, scales, zeros, outputs, inputs);
   const Bias added(bias, outputs);
-#if defined(AUTOTUNE_BRAINS)
-  if (rows) (parts == 1 ? linear<Brains<1>> : linear<Brains<2>>)(floats(x), rows, w, added.at, floats(y));
+#if defined(AUTOTUNE_BF16)
+  if (rows) (parts == 1 ? linear<Bf16Parts<1>> : linear<Bf16Parts<2>>)(floats(x), rows, w, added.at, floats(y));
 #else
   STD_TORCH_CHECK(!rows, "this processor has no instructions for products in BF16");
 #endif
@@ -104,9 +104,9 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
   const Matrix first = stored(gate, hidden, inputs), second = stored(up, hidden, inputs),
                third = stored(down, outputs, hidden);
   const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
-#if defined(AUTOTUNE_BRAINS)
-  const auto run = parts == 1 ? (activation ? mlp<Brains<1>, gelu> : mlp<Brains<1>, silu>)
-                              : (activation ? mlp<Brains<2>, gelu> : mlp<Brains<2>, silu>);
+#if defined(AUTOTUNE_BF16)
+  const auto run = parts == 1 ? (activation ? mlp<Bf16Parts<1>, gelu> : mlp<Bf16Parts<1>, silu>)
+                              : (activation ? mlp<Bf16Parts<2>, gelu> : mlp<Bf16Parts<2>, silu>);
   if (rows) run(floats(x), rows, first, second, third, a.at, b.at, c.at, floats(y));
 #else
   STD_TORCH_CHECK(!rows, "this processor has no instructions for products in BF16");
@@ -118,9 +118,9 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
-  library.def("brain_unit() -> int");
+  library.def("bf16_unit() -> int");
   library.def(
-      "linear_brain(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, int out_features, int parts) -> "
+      "linear_bf16(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, int out_features, int parts) -> "
       "Tensor");
   library.def(
       "linear_mlp(Tensor x, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor? gate_bias, Tensor? up_bias, "
@@ -128,12 +128,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
 }
 
 namespace {
-int64_t brain_unit() { return autotune::brain_unit(); }
+int64_t bf16_unit() { return autotune::bf16_unit(); }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) { library.impl("brain_unit", TORCH_BOX(&brain_unit)); }
+STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) { library.impl("bf16_unit", TORCH_BOX(&bf16_unit)); }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
-  library.impl("linear_brain", TORCH_BOX(&autotune::linear_brain));
+  library.impl("linear_bf16", TORCH_BOX(&autotune::linear_bf16));
   library.impl("linear_mlp", TORCH_BOX(&autotune::linear_mlp));
 }

@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "brains.h"
+#include "bf16.h"
 #include "linear.h"
 
 namespace autotune {
@@ -79,7 +79,7 @@ void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start
   torch::stable::parallel_for(0, columns * cuts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<Unit> scratch;
     Unit* laid = scratch.room(std::min(group, end - begin) * a.units());
-    const Session session(Engine::kBrains);
+    const Session session(Engine::kBf16);
     while (begin < end) {
       const int64_t cut = begin / columns, first = begin % columns;
       const int64_t last = std::min({first + group, columns, first + end - begin});
@@ -150,7 +150,7 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
     case ScalarType::Int: set_format<Int4>(m); break;
     case ScalarType::Char: set_format<Plain<int8_t>>(m); break;
     case ScalarType::Half: set_format<Plain<Half>>(m); break;
-    case ScalarType::BFloat16: set_format<Plain<Brain>>(m); break;
+    case ScalarType::BFloat16: set_format<Plain<Bf16>>(m); break;
     default:
       STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "packed weights are INT4 in INT32, INT8, FP16, BF16 or FP32");
       set_format<Plain<float>>(m);

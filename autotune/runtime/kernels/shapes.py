@@ -11,7 +11,7 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_f16", _linear_f16)
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
-    torch.library.register_fake("autotune::linear_brain", _linear_brain)
+    torch.library.register_fake("autotune::linear_bf16", _linear_bf16)
     torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
     torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))
     torch.library.register_fake("autotune::gate_up", lambda gate, up, activation: torch.empty_like(gate))
@@ -35,7 +35,7 @@ def _linear_i4(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _linear_brain(
+def _linear_bf16(
     x: Tensor,
     weight: Tensor,
     scales: Tensor | None,

@@ -8,7 +8,7 @@ namespace {
 
 struct Singles {
   using Unit = float;
-  static constexpr bool kBrains = false;
+  static constexpr bool kBf16 = false;
   static constexpr int64_t kPanelUnits = kSide * kSide;  // of one chunk
 
   static void put(float* panel, int row, int64_t k, Floats v) {

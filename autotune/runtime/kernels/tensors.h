@@ -79,7 +79,7 @@ struct Numbers {
   Floats load(int64_t i) const {
     switch (type) {
       case ScalarType::Half: return widen(reinterpret_cast<const Half*>(at) + i);
-      case ScalarType::BFloat16: return widen(reinterpret_cast<const Brain*>(at) + i);
+      case ScalarType::BFloat16: return widen(reinterpret_cast<const Bf16*>(at) + i);
       default: return widen(reinterpret_cast<const float*>(at) + i);
     }
   }

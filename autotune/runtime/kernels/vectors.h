@@ -62,7 +62,7 @@ struct Half {
   uint16_t raw;
 };
 
-struct Brain {  // bfloat16
+struct Bf16 {  // bfloat16
   uint16_t raw;
 };
 
@@ -80,7 +80,7 @@ inline Floats widen(const Half* at) {
 #endif
 }
 
-inline Floats widen(const Brain* at) {
+inline Floats widen(const Bf16* at) {
 #if defined(__AVX512F__)
   return bits<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16));
 #elif defined(__AVX2__)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ...model.seam import Sampling
     from ..cache.pool import CachePool
     from ..cache.slots import SlotCache
-    from .strides import Stride
+    from .strides import MultiTokenStep
 
 LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuation is believed; one alone says too little
 
 
-class Guesser(Protocol):
+class Proposer(Protocol):
     """Guesses for one sequence that grows token by token."""
 
     tokens: list[int]
@@ -32,7 +32,7 @@ class Guesser(Protocol):
         """At most so many tokens that may come next; none where nothing is worth guessing."""
 
 
-class Lookup:
+class PromptLookup:
     """Guesses that the sequence goes on as it did after the latest earlier occurrence of its last tokens.
 
     A continuation that runs into the sequence's end goes on with itself, so that a short period is repeated for as long
@@ -65,7 +65,7 @@ class Lookup:
         return [self.tokens[start + i % period] for i in range(most)]
 
 
-class Drafter:
+class DraftModel:
     """A smaller model's greedy continuation, over a static cache of its own.
 
     Tokens of the sequence are given to it when it next guesses, all in one step; its own guesses are taken back from
@@ -79,7 +79,9 @@ class Drafter:
         lent: where the cache is given back.
     """
 
-    def __init__(self, draft: Stride, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack) -> None:
+    def __init__(
+        self, draft: MultiTokenStep, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack
+    ) -> None:
         self.draft, self.caches, self.call, self.tokens, self.lent = draft, caches, call, tokens, lent
         self.device = devices.of(call.input_ids.device)
         config = draft.module.config.get_text_config(decoder=True)

@@ -40,7 +40,7 @@ def worthwhile(acceptance: float, most: int, cost: float) -> int:
 
 
 @dataclass(frozen=True)
-class Pace:
+class GuessBudget:
     """How far to guess ahead, from how the guesses before fared. Where that does not pay, it rests, and twice as long
     each time that a single guess after the rest was wrong again.
 
@@ -65,7 +65,7 @@ class Pace:
             return 0
         return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
 
-    def after(self, guessed: int, right: int) -> Pace:
+    def after(self, guessed: int, right: int) -> GuessBudget:
         """The pace after a step of which so many guesses were right; those after the first wrong one decide nothing."""
         tries = right + (right < guessed)
         kept = FORGET**tries
@@ -74,7 +74,7 @@ class Pace:
             return replace(new, next_rest=1)
         return replace(new, rest=self.next_rest, next_rest=min(2 * self.next_rest, LONGEST_REST))
 
-    def without(self) -> Pace:
+    def without(self) -> GuessBudget:
         """The pace after a token for which nothing was guessed."""
         return replace(self, rest=max(0, self.rest - 1))
 

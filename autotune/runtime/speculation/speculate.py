@@ -1,12 +1,12 @@
 """Speculative decoding: tokens are guessed, and one step of the model tells which of them it would have chosen itself.
 
 A step that only reads weights takes about as long for five tokens as for one. So the latest token and a few guesses of
-what follows go through the model together, which gives the logits after each of them. The decoding loop is not told:
-`Ahead` stands where it asks for the logits after its next token. While that token is the one that was guessed, the
-logits are there already; otherwise they are discarded, and so is what the step wrote into the cache. Every token is
-chosen by the loop from the model's own logits, after the same processors and from the same random numbers as ever: the
-answer is the same, and sampled answers have the same distribution, whatever was guessed; but for rounding, since a
-matmul over several rows may add up in another order than one over a single row.
+what follows go through the model together, which gives the logits after each of them. The decoding loop does not know:
+`SpeculativeLogits` stands where it asks for the logits after its next token. While that token is the one that was
+guessed, the logits are there already; otherwise they are discarded, and so is what the step wrote into the cache. The
+loop chooses every token from the model's own logits, after the same processors and from the same random numbers as
+ever. So the answer is the same, and sampled answers have the same distribution, whatever was guessed; but for rounding,
+since a matmul over several rows may add up in another order than one over a single row.
 
 Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023. Accepting the
 token that the model itself drew, where it is the guess, is their rule for guesses made with certainty.
@@ -25,15 +25,15 @@ import torch
 from ...machine import device as devices
 from ...machine import forking
 from ...workload import Phase
-from .drafts import Drafter, Guesser, Lookup
-from .pace import Pace
+from .drafts import DraftModel, PromptLookup, Proposer
+from .pace import GuessBudget
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
     from ..cache.pool import CachePool
     from ..cache.slots import SlotCache
     from ..steps.step import NextLogits
-    from .strides import Stride
+    from .strides import MultiTokenStep
 
 log = logging.getLogger("autotune")
 
@@ -73,13 +73,15 @@ class Speculation:
         tally: what became of all guesses so far.
     """
 
-    def __init__(self, tokens: int, stride: Stride, draft: tuple[Stride, CachePool] | None = None) -> None:
+    def __init__(
+        self, tokens: int, stride: MultiTokenStep, draft: tuple[MultiTokenStep, CachePool] | None = None
+    ) -> None:
         self.tokens, self.stride, self.draft, self.cost, self.tally = tokens, stride, draft, 1.0, Tally()
         self._lock = forking.lock()
 
     def ahead(
         self, running: Running, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack
-    ) -> Ahead:
+    ) -> SpeculativeLogits:
         """What gives the loop its logits during one call of one sequence.
 
         Args:
@@ -91,11 +93,11 @@ class Speculation:
         """
         prompt = devices.of(call.input_ids.device).fetch(call.input_ids)  # while prefill runs
 
-        def guesser() -> Guesser:
+        def guesser() -> Proposer:
             tokens = prompt()[0].tolist()
-            return Lookup(tokens) if self.draft is None else Drafter(*self.draft, call, tokens, lent)
+            return PromptLookup(tokens) if self.draft is None else DraftModel(*self.draft, call, tokens, lent)
 
-        ahead = Ahead(running, self.stride, call, held, plain, guesser, Pace(self.tokens, self.cost))
+        ahead = SpeculativeLogits(running, self.stride, call, held, plain, guesser, GuessBudget(self.tokens, self.cost))
         lent.callback(lambda: self.note(ahead.tally))
         return ahead
 
@@ -112,23 +114,23 @@ class Speculation:
                 stride.forget()
 
 
-class Ahead:
+class SpeculativeLogits:
     """Logits for the decoding loop, computed several tokens at a time where guesses are right."""
 
     def __init__(
         self,
         running: Running,
-        stride: Stride,
+        stride: MultiTokenStep,
         call: Sampling,
         held: Callable[[], SlotCache],
         plain: NextLogits,
-        guesser: Callable[[], Guesser],
-        pace: Pace,
+        guesser: Callable[[], Proposer],
+        pace: GuessBudget,
     ) -> None:
         self._running, self.stride, self.plain, self.pace = running, stride, plain, pace
         self.tally = Tally()
         self._held, self._make_guesser = held, guesser
-        self._guesser: Guesser | None = None
+        self._guesser: Proposer | None = None
         self._device = devices.of(call.input_ids.device)
         self._most_tokens = call.settings.max_length
         self._unread: list[Callable[[], torch.Tensor]] = []  # tokens that are on their way to the host
@@ -163,7 +165,7 @@ class Ahead:
         self.pace = self.pace.without()
         return self.plain(token, position)
 
-    def _read(self) -> Guesser:
+    def _read(self) -> Proposer:
         """What guesses, told of every token so far."""
         guesser = self._guesser = self._guesser or self._make_guesser()
         for arrived in self._unread:

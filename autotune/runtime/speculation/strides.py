@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stride:
+class MultiTokenStep:
     """How a module takes one token of a sequence, or several at once.
 
     Args:
@@ -59,9 +59,9 @@ class Stride:
                 graphs.forget()
 
 
-def captured(module: PreTrainedModel, device: Device, reads: Sequence[int], tokens: int) -> Stride:
+def captured(module: PreTrainedModel, device: Device, reads: Sequence[int], tokens: int) -> MultiTokenStep:
     """Graphs of one and of `tokens` tokens for single sequences, over so many slots as `graphs.GraphSteps` takes."""
     from ..steps.graphs import GraphSteps
 
     one, several = (GraphSteps(module, device, (1,), reads, tokens=n) for n in (1, tokens))
-    return Stride(module, one, several)
+    return MultiTokenStep(module, one, several)

@@ -241,7 +241,7 @@ class GraphSteps(DecodeSteps):
         """
         failure = self.device.failure(error)
         if failure == "dead":
-            raise self.device.condemn(error) from error
+            raise self.device.mark_dead(error) from error
         root: BaseException = error
         while root.__context__ is not None:  # ending a capture that was broken off fails once more, and says less
             root = root.__context__

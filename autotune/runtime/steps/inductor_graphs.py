@@ -35,7 +35,7 @@ class _Compiled:
     logits: torch.Tensor
 
 
-class TreeStep(DecodeSteps):
+class InductorGraphStep(DecodeSteps):
     """Decode steps of one module as compiled functions with graphs of their own, by the layout of a cache.
 
     A cache that is lent only once is not served: its graphs would be recorded for one generation.
@@ -83,7 +83,7 @@ class TreeStep(DecodeSteps):
         except Exception as error:  # dynamo, inductor and Triton raise what they like
             outside.pass_on(error)
             if self.device.failure(error) == "dead":
-                raise self.device.condemn(error) from error
+                raise self.device.mark_dead(error) from error
             raise TransformError(f"the decode step does not compile: {first_line(error)}") from error
 
     def forget(self) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 CODES = (  # the order of Code in kernels/instructions.h
-    *("copy", "to_float", "widen_half", "widen_brain", "copy_int", "copy_bool"),
+    *("copy", "to_float", "widen_half", "widen_bf16", "copy_int", "copy_bool"),
     *("negative", "inverse_root", "root", "exp", "tanh", "sigmoid"),
     *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
     *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
@@ -27,7 +27,7 @@ ELEMENTS = {  # the dtypes that an elementwise instruction writes and reads; the
     **dict.fromkeys(("copy_bool", "not", "and", "or"), (BOOL, BOOL)),
     "to_float": (FLOAT, INT),
     "widen_half": (FLOAT, torch.float16),
-    "widen_brain": (FLOAT, torch.bfloat16),
+    "widen_bf16": (FLOAT, torch.bfloat16),
 }
 MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels there

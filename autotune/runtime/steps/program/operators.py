@@ -16,7 +16,7 @@ from .instruction import FORMATS, NOWHERE, TYPES, Place, Ref, Share, dense
 aten = torch.ops.aten
 
 POWERS = {2: "square", 3: "cube", 0.5: "root", -0.5: "inverse_root", -1: "reciprocal"}
-WIDENINGS = {torch.float16: "widen_half", torch.bfloat16: "widen_brain"}
+WIDENINGS = {torch.float16: "widen_half", torch.bfloat16: "widen_bf16"}
 COPIES = {torch.float32: "copy", torch.int64: "copy_int", torch.bool: "copy_bool"}
 
 

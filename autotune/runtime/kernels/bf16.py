@@ -15,10 +15,10 @@ from autotune.runtime.kernels.modules import PackedLinear
 FEW = {1: 8, 2: 24}
 
 
-class BrainLinear(nn.Module):
+class Bf16Linear(nn.Module):
     """y = x W^T + b with BF16 products and FP32 sums, weights converted on the way and never kept in BF16.
 
-    The operators must be loaded (`kernels.available`) and the processor able (`kernels.brain_unit`).
+    The operators must be loaded (`kernels.available`) and the processor able (`kernels.bf16_unit`).
 
     Args:
         layer: an FP32 `nn.Linear`, or a packed layer; its tensors are shared.
@@ -58,7 +58,7 @@ class BrainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() < FEW[self.parts] * self.in_features:
             return self.packed(x) if self.packed else F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.autotune.linear_brain(
+        y: Tensor = torch.ops.autotune.linear_bf16(
             x, self.weight, self.scales, self.zeros, self.bias, self.out_features, self.parts
         )
         return y.to(x.dtype)

@@ -1,7 +1,7 @@
 // BF16 products with FP32 sums: in AMX tiles, or with AVX512-BF16 where there are none; nothing on other processors.
 //
-//   Brains<1>   every number rounded to BF16
-//   Brains<2>   every number split into two BF16 numbers, x = high + low; of their four products the three that matter are
+//   Bf16Parts<1>   every number rounded to BF16
+//   Bf16Parts<2>   every number split into two BF16 numbers, x = high + low; of their four products the three that matter are
 //               added up, for an error of about 2^-16. Source: Henry, Tang and Heinecke, "Leveraging the bfloat16
 //               artificial intelligence datatype for higher-precision computations", ARITH 2019.
 //
@@ -12,9 +12,9 @@
 #include "blocks.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define AUTOTUNE_BRAINS 1
+#define AUTOTUNE_BF16 1
 #endif
-#if defined(AUTOTUNE_BRAINS) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(AUTOTUNE_BF16) && defined(__AMX_BF16__) && defined(__linux__)
 #define AUTOTUNE_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -35,8 +35,8 @@ inline bool has_tiles() { return false; }
 #endif
 
 // How matrices of BF16 are multiplied here: 2 in AMX tiles, 1 with AVX512-BF16, 0 not at all.
-inline int brain_unit() {
-#if defined(AUTOTUNE_BRAINS)
+inline int bf16_unit() {
+#if defined(AUTOTUNE_BF16)
   return has_tiles() ? 2 : 1;
 #else
   return 0;
@@ -47,7 +47,7 @@ inline int brain_unit() {
 class Session {
  public:
 #if defined(AUTOTUNE_TILES)
-  explicit Session(bool brains) : open_(brains && has_tiles()) {
+  explicit Session(bool bf16) : open_(bf16 && has_tiles()) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -67,7 +67,7 @@ class Session {
   Session(const Session&) = delete;
 };
 
-#if defined(AUTOTUNE_BRAINS)
+#if defined(AUTOTUNE_BF16)
 
 inline __m512i narrow(Floats low, Floats high) {  // 32 BF16 numbers, the first vector's before the second's
   return bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(high), bits<__m512>(low)));
@@ -75,7 +75,7 @@ inline __m512i narrow(Floats low, Floats high) {  // 32 BF16 numbers, the first 
 
 inline Floats rest(Floats v) {  // what one BF16 number leaves of v
   const __m256bh high = _mm512_cvtneps_pbh(bits<__m512>(v));
-  return v - widen(reinterpret_cast<const Brain*>(&high));
+  return v - widen(reinterpret_cast<const Bf16*>(&high));
 }
 
 inline void transpose(__m512i (&row)[kHalf]) {  // 16 x 16 words of 32 bits
@@ -101,9 +101,9 @@ inline void transpose(__m512i (&row)[kHalf]) {  // 16 x 16 words of 32 bits
 }
 
 template <int kParts>
-struct Brains {
+struct Bf16Parts {
   using Unit = uint16_t;
-  static constexpr bool kBrains = true;
+  static constexpr bool kBf16 = true;
   static constexpr int64_t kTileUnits = kHalf * kSide;
   static constexpr int64_t kPanelUnits = 2 * kParts * kTileUnits;
   static constexpr int64_t kAhead = 256;  // numbers of a row that are fetched before they are wanted
@@ -249,7 +249,7 @@ struct Brains {
 #endif
 };
 
-#endif  // AUTOTUNE_BRAINS
+#endif  // AUTOTUNE_BF16
 
 }  // namespace
 }  // namespace autotune
