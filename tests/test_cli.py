@@ -251,7 +251,7 @@ def test_what_could_not_be_tried_is_said_and_not_kept(
 def test_a_model_that_is_passed_through_ends_like_one_of_which_nothing_could_be_tried(
     saved, prompts, monkeypatch, capsys
 ):
-    monkeypatch.setattr("autotune.live.selfcheck.problem", lambda model: "calls differ with transformers 9.9")
+    monkeypatch.setattr("autotune.tune.selfcheck.problem", lambda model: "calls differ with transformers 9.9")
     with pytest.warns(RuntimeWarning, match="calls differ"):
         assert cli.main(["tune", str(saved), "--prompts", str(prompts)]) == cli.UNMEASURED
     assert "\nautotune: calls differ with transformers 9.9\n" in capsys.readouterr().err

@@ -235,7 +235,7 @@ def test_what_is_recorded_is_the_original(scripted: list[Transform], record: Cal
     scripted[:] = [*plan("fused"), *plan("storage and program")]
     plain, model = tiny("llama"), wrapped(tiny("llama"))
     with torch.no_grad():
-        assert torch.allclose(record(model), record(plain), atol=1e-5)
+        assert torch.allclose(record(model), record(plain), atol=1e-4)  # fused kernels sum in another order
     torch.compiler.reset()
     assert tokens(model, ONE) == tokens(plain, ONE)
     assert model.autotune.status.state == "tuned"
