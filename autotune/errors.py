@@ -103,10 +103,14 @@ def in_words(error: BaseException, own: type[AutotuneError] = AutotuneError) -> 
     return str(error) if isinstance(error, own) else f"{type(error).__name__}: {error}"
 
 
-def first_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says: compilers and drivers say pages."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+def first_line(error: BaseException, *, typed: bool = True) -> str:
+    """The first line of what an error says, as compilers and drivers say pages; its type where it says nothing.
+
+    Args:
+        typed: whether the type comes first.
+    """
+    said = str(error).strip().splitlines()[:1]
+    return ": ".join([type(error).__name__, *said] if typed or not said else said)
 
 
 def warn(problem: str) -> None:

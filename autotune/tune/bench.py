@@ -167,7 +167,7 @@ class LiveBench:
         failure = self.device.failure(error)
         if failure == "dead":
             raise self.device.mark_dead(error) from error
-        return f"out of memory ({first_line(error)})" if failure == "memory" else first_line(error)
+        return f"out of memory: {first_line(error, typed=False)}" if failure == "memory" else first_line(error)
 
     def free_memory(self) -> None:
         self.device.trim()

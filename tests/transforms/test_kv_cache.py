@@ -183,7 +183,7 @@ def test_the_gate_sees_an_error_that_grows_with_the_context(
 ) -> None:
     """Scored up to 80 tokens the cache is as good as INT8 is; after 256 and 512 it is not."""
     model, questions = exam
-    monkeypatch.setattr(kv, "Store", Fading)
+    monkeypatch.setattr(kv, "NarrowStore", Fading)
     found = judge(questions, build(model, [QuantisedCache("decode", "int8")]), "strict")
     assert found.verdict is Verdict.FAIL
     assert "long" in found.reason, found.reason

@@ -91,7 +91,8 @@ def find_compiler() -> list[str]:
     if os.name == "nt":
         raise BuildError("the C++ operators are built on Linux and macOS only")
     if (command := compilers.command()) is None:
-        wanted = os.environ.get("CXX") or " or ".join(compilers.NAMES)
+        named = shlex.split(os.environ.get("CXX", ""))
+        wanted = named[0] if named else f"{', '.join(compilers.NAMES[:-1])} or {compilers.NAMES[-1]}"
         raise BuildError(f"no C++ compiler: {wanted} is not on PATH; install one (such as g++) or set CXX")
     return command
 
