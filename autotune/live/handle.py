@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
 
 from .. import workload
@@ -24,15 +24,15 @@ from ..report.progress import Doing, said
 from ..runtime.attempt import Attempt
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant, serves_forward
-from ..tune.policy import Policy
 from ..workload import Observer, Workload
 from .again import Again
+from .options import KeepOriginal, Options
 from .original import RELOAD, Original, releasable_bytes
 from .status import State, Status
 from .watch.watch import Event, Watch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from ..report import Report
     from ..tune.plan import Plan
@@ -65,25 +65,11 @@ class Fault:
 class Handle:
     """`model.autotune`: what is known, and what can be done about it."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None,
-        draft: PreTrainedModel | None,
-        policy: Policy,
-        when: Literal["background", "blocking", "manual"],
-        observe: int,
-        cache: bool,
-        keep_original: bool | Literal["parked"],
-        watch: float,
-        progress: Callable[[str], None] | None,
-    ) -> None:
-        self.policy, self.tokenizer, self.draft = policy, tokenizer, draft
-        self._model, self._when, self._observe, self._cache = model, when, observe, cache
-        self._keep_original, self._original = keep_original, Original(model)
-        self._notify = progress or log.info
-        self._quiet = progress is None
+    def __init__(self, model: PreTrainedModel, options: Options) -> None:
+        self.options = options
+        self._model, self._original = model, Original(model)
+        self._notify = options.progress or log.info
+        self._quiet = options.progress is None
         self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
         self._given: Workload | None = None
         self._traffic = Traffic()
@@ -92,20 +78,24 @@ class Handle:
         self._active: Variant | None = None
         self._revision: Revision | None = None
         self._stale: str | None = None  # how the model differs from when it was tuned, as of the latest call
-        self._watch = Watch(watch, changed=self._note)
+        self._watch = Watch(options.watch, changed=self._note)
         self._tuning = forking.lock()
         self._thread: threading.Thread | None = None
         self._served = 0
         self._bypassed: Counter[str] = Counter()
         self._problem: str | None = None  # why the model's calls are not routed
-        self._state: State = "waiting" if when == "manual" else "observing"
+        self._state: State = "observing"
+        self._detail = f"tuning starts after {options.observe} calls"
+        if options.when == "manual":
+            self._state = "waiting"
+            self._detail = "tuning starts with .tune()"
         forking.tell(self)
-        self._detail = "tuning starts with .tune()" if when == "manual" else f"tuning starts after {observe} calls"
 
     # What users call
 
     @property
     def status(self) -> Status:
+        """Where the model stands: what serves, what was served and what was not, and why."""
         serves = self._active is not None and self._stale is None and not self._watch.open()
         names = tuple(map(str, self._active.transforms)) if self._active and serves else ()
         speculation = self._active.speculation if self._active else None
@@ -167,7 +157,7 @@ class Handle:
             self._tuning.release()
         return self.report()
 
-    def commit(self, *, keep_original: bool | Literal["parked"] = True) -> None:
+    def commit(self, *, keep_original: KeepOriginal = True) -> None:
         """Serve with the plan that was found (again, after a rollback).
 
         Args:
@@ -272,16 +262,16 @@ class Handle:
     def after_fork(self) -> None:
         """What a thread of the parent's was tuning is tuned there."""
         if self._state == "tuning":
-            self._state = "waiting" if self._when == "manual" else "observing"
+            self._state = "waiting" if self.options.when == "manual" else "observing"
             self._detail = "it was being tuned in the process that this one was forked from; this one may tune again"
 
     def start(self, work: Workload) -> None:
         """Tune for `work`: at once, or in the background."""
         self._given = work
-        if self._when == "blocking":
+        if self.options.when == "blocking":
             with self._tuning:
                 self._run_here(work)
-        elif self._when == "background" and self._tuning.acquire(blocking=False):
+        elif self.options.when == "background" and self._tuning.acquire(blocking=False):
             self._spawn(work)
 
     def _is_unserved(self) -> bool:
@@ -421,11 +411,11 @@ class Handle:
 
     def _consider(self, call: seam.Sampling) -> None:
         self._observer.observe(call.input_ids, call.mask, call.settings.max_length - call.input_ids.shape[1])
-        if self._when == "manual" or not self._observer.ready(self._observe):
+        if self.options.when == "manual" or not self._observer.ready(self.options.observe):
             return
         if not self._tuning.acquire(blocking=False):
             return
-        if self._when == "blocking":
+        if self.options.when == "blocking":
             self._run_and_unlock(self._observer.workload())
         else:
             self._spawn(self._observer.workload())
@@ -482,10 +472,10 @@ class Handle:
             self._tuned = tune(
                 route.bare(self._model),
                 work,
-                self.policy,
-                tokenizer=self.tokenizer,
-                draft=self.draft,
-                cache=self._cache,
+                self.options.policy,
+                tokenizer=self.options.tokenizer,
+                draft=self.options.draft,
+                cache=self.options.cache,
                 traffic=self._traffic,
                 notify=self._progress,
                 serve=partial(self._serve_meanwhile, revision),
@@ -502,8 +492,8 @@ class Handle:
         self._switch(self._tuned.variant)
         if self._quiet and self._tuned.doubt is not None:  # whoever draws progress was told
             log.warning("%s. This is not kept as a plan: %s", self._tuned.verdict, self._tuned.doubt)
-        if self._keep_original is not True:
-            self._send_away(park=self._keep_original == "parked")
+        if self.options.keep_original is not True:
+            self._send_away(park=self.options.keep_original == "parked")
 
     def _serve_meanwhile(self, revision: Revision, variant: Variant) -> None:
         """What is proven so far serves while tuning goes on, unless the model changed since, or was rolled back.
@@ -533,7 +523,9 @@ class Handle:
         self._put_in(variant)
         self._state = "tuned" if variant.transforms else "original"
         self._detail = self._tuned.verdict if self._tuned else ""
-        self._watch.begin(variant, self._tuned.plan if self._tuned else None, self._unwatchable, stored=self._cache)
+        self._watch.begin(
+            variant, self._tuned.plan if self._tuned else None, self._unwatchable, stored=self.options.cache
+        )
 
     def _put_in(self, variant: Variant) -> None:
         self._active, self._stale = variant if variant.transforms else None, None
@@ -570,4 +562,4 @@ class Handle:
             self._revision = Revision(self._model)
 
     def read(self, value: Any) -> Workload:
-        return workload.read(value, tokenizer=self.tokenizer, model=self._model)
+        return workload.read(value, tokenizer=self.options.tokenizer, model=self._model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError, warn
 from ..machine import device as devices
@@ -14,6 +14,7 @@ from ..tune import selfcheck
 from ..tune.policy import Policy
 from ..tune.supported import draft_mismatch, mismatch
 from .handle import Handle
+from .options import KeepOriginal, Options, When
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,10 +27,10 @@ def wrap(
     draft: PreTrainedModel | None = None,
     policy: str | Policy = "balanced",
     workload: Any = None,
-    when: Literal["background", "blocking", "manual"] = "background",
+    when: When = "background",
     observe: int = 3,
     cache: bool = True,
-    keep_original: bool | Literal["parked"] = True,
+    keep_original: KeepOriginal = True,
     watch: float = 0.01,
     progress: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
@@ -67,35 +68,17 @@ def wrap(
         raise UnsupportedModelError(reason)
     if draft is not None and (reason := draft_mismatch(draft, model)):
         raise UnsupportedModelError(reason)
-    if when not in ("background", "blocking", "manual"):
-        raise ValueError(f"when must be 'background', 'blocking' or 'manual', not {when!r}")
-    if keep_original not in (True, False, "parked"):
-        raise ValueError(f"keep_original must be True, False or 'parked', not {keep_original!r}")
+    chosen = policy if isinstance(policy, Policy) else policies.load(policy)
+    options = Options(chosen, tokenizer, draft, when, observe, cache, keep_original, watch, progress)
     if keep_original == "parked" and devices.of(model).kind == "cpu":
         raise ValueError(
             "keep_original='parked' moves the original from a GPU to the host, where this model is already"
         )
-    if not 0 <= watch <= 1:
-        raise ValueError(f"watch must be a share from 0 to 1, not {watch}")
-    if observe < 1:
-        raise ValueError(f"observe must be at least 1, not {observe}")
-    chosen = policy if isinstance(policy, Policy) else policies.load(policy)
     if (wrapped := model.__dict__.get(route.SLOT)) is not None:
         wrapped.unwrap()
     if when == "background":
         trace.initialise()  # the thread that tunes would be the wrong one
-    handle = Handle(
-        model,
-        tokenizer=tokenizer,
-        draft=draft,
-        policy=chosen,
-        when=when,
-        observe=observe,
-        cache=cache,
-        keep_original=keep_original,
-        watch=watch,
-        progress=progress,
-    )
+    handle = Handle(model, options)
     work = None if workload is None else handle.read(workload)
     if (problem := selfcheck.problem(model)) is not None:
         warn(problem)

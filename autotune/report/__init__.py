@@ -31,12 +31,15 @@ class Report:
     record: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
+        """The record."""
         return dict(self.record)
 
     def to_json(self) -> str:
+        """The record as JSON text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
+        """A document in Markdown."""
         from .markdown import render
 
         return render(self.record)

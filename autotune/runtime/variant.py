@@ -102,6 +102,7 @@ class Transform:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
+        """The phases it edits."""
         return ("prefill", "decode") if self.phase == "both" else (self.phase,)
 
     @property

@@ -14,14 +14,6 @@ from ..errors import WorkloadError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 EXPECTED = "strings (with a tokenizer), lists of token ids, 1-D or 2-D tensors, an autotune.Workload or a file's path"

@@ -25,6 +25,7 @@ class CheckResult(Checked):
         return {**head, **body}
 
     def to_json(self) -> str:
+        """`to_dict` as JSON text."""
         return codec.dumps(self.to_dict())
 
     def to_markdown(self) -> str:

@@ -46,9 +46,11 @@ class Result(Outcomes):
         return encoded
 
     def to_json(self) -> str:
+        """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
+        """A document in Markdown."""
         return document(headline(self), sections(self))
 
     def to_terminal(self, console: Console | None = None) -> None:

@@ -1,0 +1,44 @@
+"""What `wrap` was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..tune.policy import Policy
+
+When = Literal["background", "blocking", "manual"]
+KeepOriginal = bool | Literal["parked"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `wrap` that hold as long as the model is wrapped; see there.
+
+    Raises:
+        ValueError: a value that none of them takes.
+    """
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase | None = None
+    draft: PreTrainedModel | None = None
+    when: When = "background"
+    observe: int = 3
+    cache: bool = True
+    keep_original: KeepOriginal = True
+    watch: float = 0.01
+    progress: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.when not in ("background", "blocking", "manual"):
+            raise ValueError(f"when must be 'background', 'blocking' or 'manual', not {self.when!r}")
+        if self.keep_original not in (True, False, "parked"):
+            raise ValueError(f"keep_original must be True, False or 'parked', not {self.keep_original!r}")
+        if not 0 <= self.watch <= 1:
+            raise ValueError(f"watch must be a share from 0 to 1, not {self.watch}")
+        if self.observe < 1:
+            raise ValueError(f"observe must be at least 1, not {self.observe}")
