@@ -1,4 +1,4 @@
-"""Exit codes: one table of what each command ends with. The help prints it, docs/guide.md shows it, tests hold to it."""
+"""Exit codes: one table of what each command ends with. The help and docs/guide.md show it, tests hold to it."""
 
 from __future__ import annotations
 
