@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from ...errors import DeviceError, ExperimentError, StateError, VariantError, in
 from ...machine import forking
 from ...model import route, seam
 from ...runtime.attempt import Attempt
+from ...runtime.token_clock import TokenClock
 from ...tune import codec
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
@@ -184,23 +184,23 @@ class Split(Layer):
         return self._candidate(call) if chosen else self._timed_control(call)
 
     def _timed_control(self, call: seam.Sampling) -> Any:
-        watch = _Watch(call, self._clock)
-        result = self.control(watch.call)
-        self._observe("control", {**self._measured(call, watch, result), "errors": 0.0}, "control")
+        tokens, start_s = TokenClock(call.streamer, self._clock), self._clock()
+        result = self.control(call.with_streamer(tokens))
+        self._observe("control", {**self._measured(call, tokens, start_s, result), "errors": 0.0}, "control")
         return result
 
     def _candidate(self, call: seam.Sampling) -> Any:
         attempt = Attempt(call, self._variant.device)
-        watch = _Watch(attempt.call, self._clock)
+        tokens, start_s = TokenClock(attempt.call.streamer, self._clock), self._clock()
         try:
-            result = self._run(watch.call)
+            result = self._run(attempt.call.with_streamer(tokens))
         except DeviceError as failure:  # nothing can be retried on this device
             self.rollback(str(failure))
             raise
         except Exception as failure:
             theirs, message = attempt.outsiders(failure), in_words(failure, VariantError)
         else:
-            self._observe("candidate", {**self._measured(call, watch, result), "errors": 0.0}, "candidate")
+            self._observe("candidate", {**self._measured(call, tokens, start_s, result), "errors": 0.0}, "candidate")
             return result
         if theirs is not None:
             raise theirs
@@ -236,12 +236,14 @@ class Split(Layer):
             return f"cache_implementation={kind!r}"
         return self._variant.unsupported(call)
 
-    def _measured(self, call: seam.Sampling, watch: _Watch, result: Any) -> dict[str, float | None]:
+    def _measured(
+        self, call: seam.Sampling, tokens: TokenClock, start_s: float, result: Any
+    ) -> dict[str, float | None]:
         """Values of an answer by guardrail."""
         whole = seam.sequences(result)  # [B, P + N]
         values: dict[str, float | None] = {}
         for rail in self.ramp.rails:
-            raw: float | bool | None = {"ttft": watch.ttft_s, "tpot": watch.tpot_s}.get(rail.name)
+            raw: float | bool | None = {"ttft": tokens.ttft_s(start_s), "tpot": tokens.tpot_s}.get(rail.name)
             if rail.measure is not None:
                 try:
                     raw = rail.measure(call.input_ids, whole[:, call.input_ids.shape[1] :])
@@ -283,33 +285,6 @@ class Split(Layer):
         if kind:
             self._record.note(kind, text)
         self._record.save(self.status, {self._arm.name: self._progress})
-
-
-class _Watch:
-    """A call whose tokens' times are noted on their way to the caller's streamer, if there is one."""
-
-    def __init__(self, call: seam.Sampling, clock: Clock) -> None:
-        self._streamer, self._clock = call.streamer, clock
-        self.call = call.with_streamer(self)
-        self.start_s, self.marks_s = clock(), list[float]()
-
-    def put(self, value: Any) -> None:
-        self.marks_s.append(self._clock())
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        if self._streamer is not None:
-            self._streamer.end()
-
-    @property
-    def ttft_s(self) -> float:
-        return self.marks_s[0] - self.start_s if self.marks_s else math.nan
-
-    @property
-    def tpot_s(self) -> float:
-        steps = len(self.marks_s) - 1
-        return (self.marks_s[-1] - self.marks_s[0]) / steps if steps > 0 else math.nan
 
 
 def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

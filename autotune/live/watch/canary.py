@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,30 +36,6 @@ class Sample:
         if not 0 < len(prompt) <= LONGEST or not len(answer):
             return None
         return cls(tuple(prompt.tolist()), tuple(answer.tolist()))
-
-
-class TokenClock:
-    """The caller's streamer, if any, and when the answer's first and latest tokens came."""
-
-    def __init__(self, streamer: Any, clock: Callable[[], float]) -> None:
-        self._streamer, self._clock = streamer, clock
-        self.tokens, self._first_s, self._latest_s = 0, 0.0, 0.0
-
-    def put(self, value: Any) -> None:
-        self._latest_s = self._clock()
-        self._first_s = self._latest_s if self.tokens == 0 else self._first_s
-        self.tokens += 1
-        if self._streamer is not None:
-            self._streamer.put(value)
-
-    def end(self) -> None:
-        if self._streamer is not None:
-            self._streamer.end()
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per token after the first."""
-        return (self._latest_s - self._first_s) / (self.tokens - 1)
 
 
 def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[float | None, str | None]:

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...machine import ending, forking
 from ...machine.ending import Cancelled
 from ...model import twins
+from ...runtime.token_clock import TokenClock
 from ...tune import store
 from ...validate.tiers import TIERS
 from .breaker import Breaker, BreakerEvent, BreakerState, Rules
-from .canary import Sample, TokenClock, graphs, score
+from .canary import Sample, graphs, score
 from .drift import Compilations, Divergence, LatencyCusum, describe, expected_paces, shape_of
 
 if TYPE_CHECKING:
@@ -146,9 +147,9 @@ class Watch:
 
     def serve(self, variant: Variant, call: Sampling) -> Any:
         """`variant.sample(call)`, timed and perhaps kept. Raises what that raises; then `failed` or `abandoned`."""
-        marks = TokenClock(call.streamer, self.clock)
+        tokens = TokenClock(call.streamer, self.clock)
         before = graphs()
-        result = variant.sample(call.with_streamer(marks))
+        result = variant.sample(call.with_streamer(tokens))
         with self._lock:
             self.served += 1
             self._note_batch(call, "served")
@@ -156,7 +157,7 @@ class Watch:
                 self._step("served", "the trial call was served")
                 self._paces = {shape: LatencyCusum(pace.expected_s) for shape, pace in self._paces.items()}
             if self._plan is not None:
-                self._note_pace(call, marks)
+                self._note_pace(call, tokens)
             if self._compilations.note(before, graphs()):
                 self._compilations = Compilations()
                 self.failed("calls compile over and over", "recompiling")
@@ -169,11 +170,11 @@ class Watch:
         shape, slow_s = self._slow
         if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
             return call.original()
-        marks = TokenClock(call.streamer, self.clock)
-        result = call.with_streamer(marks).original()
+        tokens = TokenClock(call.streamer, self.clock)
+        result = call.with_streamer(tokens).original()
         with self._lock:
-            if marks.tokens >= FEWEST_TOKENS:
-                self._others_s.append(marks.tpot_s)
+            if tokens.tokens >= FEWEST_TOKENS:
+                self._others_s.append(tokens.tpot_s)
             if len(self._others_s) >= OTHERS and median(self._others_s) >= slow_s:
                 numbers = {"ms per token": 1e3 * slow_s, "original": 1e3 * median(self._others_s)}
                 self._paces[shape] = LatencyCusum(slow_s)
@@ -280,15 +281,15 @@ class Watch:
 
     # What follows
 
-    def _note_pace(self, call: Sampling, marks: TokenClock) -> None:
-        if marks.tokens < FEWEST_TOKENS or marks.tpot_s <= 0:
+    def _note_pace(self, call: Sampling, tokens: TokenClock) -> None:
+        if tokens.tokens < FEWEST_TOKENS or tokens.tpot_s <= 0:
             return
         shape = shape_of(*call.input_ids.shape)
-        pace = self._paces[shape] = self._paces.get(shape, LatencyCusum()).after(marks.tpot_s)
+        pace = self._paces[shape] = self._paces.get(shape, LatencyCusum()).after(tokens.tpot_s)
         if pace.alarmed and pace.expected_s is not None:
             self._paces[shape] = LatencyCusum(pace.expected_s)
-            self._slow, self._others_s = (shape, marks.tpot_s), []
-            numbers = {"ms per token": 1e3 * marks.tpot_s, "expected": 1e3 * pace.expected_s}
+            self._slow, self._others_s = (shape, tokens.tpot_s), []
+            numbers = {"ms per token": 1e3 * tokens.tpot_s, "expected": 1e3 * pace.expected_s}
             self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
 
     def _note_batch(self, call: Sampling, event: BreakerEvent) -> None:
