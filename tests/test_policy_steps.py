@@ -152,7 +152,9 @@ def test_why_a_step_is_not_for_this_machine() -> None:
     steps = {step.name: step for step in policy.load("balanced").steps}
     hardware = Hardware("cuda", "A100", "8.0", 2, 1 << 34, 2e12, {"float32": 19e12}, None, {})
     diagnoses: Any = {phase: Diagnosis(phase, "memory", "", 2.0, 0.5) for phase in ("prefill", "decode")}
-    assert why_not(steps[NARROW], diagnoses, hardware, LARGE) == "for GPUs of >= 8.9, this is ampere (8.0)"
+    assert (
+        why_not(steps[NARROW], diagnoses, hardware, LARGE) == "only for GPUs of >= 8.9; this machine has ampere (8.0)"
+    )
     assert why_not(steps[OLD], diagnoses, hardware, SMALL) == "for models of >= 1e9 parameters, this has 1.35e+08"
     assert why_not(steps[OLD], diagnoses, hardware, LARGE) is None
 

@@ -487,9 +487,9 @@ def test_a_step_that_was_not_called_for_takes_one_line() -> None:
 
     record = {
         "trials": [
-            trial("a", "graphs", "skipped", "for cuda, this is cpu"),
-            trial("b", "graphs", "skipped", "for cuda, this is cpu"),
-            trial("c", "weights", "skipped", "for cuda, this is cpu"),
+            trial("a", "graphs", "skipped", "only for cuda; this machine has cpu"),
+            trial("b", "graphs", "skipped", "only for cuda; this machine has cpu"),
+            trial("c", "weights", "skipped", "only for cuda; this machine has cpu"),
             trial("d", "weights", "skipped", "the roofline allows 1.00x", 1.0),
             trial("e", "weights", "skipped", "the roofline allows 1.00x", 1.0),
             trial("f", "weights", "unavailable", "no compiler"),

@@ -338,7 +338,7 @@ def test_removing_one_bottleneck_shows_the_next() -> None:
 def test_steps_for_other_devices_are_skipped_with_the_reason() -> None:
     found = run(ScriptedBench(), policy(replace(step({}), devices=frozenset({"cuda"}))))
     assert found.trials[0].outcome is Outcome.SKIPPED
-    assert found.trials[0].reason == "for cuda, this is cpu"
+    assert found.trials[0].reason == "only for cuda; this machine has cpu"
 
 
 def test_nothing_new_is_tried_once_the_budget_is_spent() -> None:

@@ -166,7 +166,7 @@ def in_question(diagnoses: Mapping[Phase, Diagnosis]) -> Phase:
 
 
 def _counted_phase(args: Namespace) -> Phase:
-    """What an export is of: as told, or by its name, which the printed command gives it; decode otherwise."""
+    """The phase that an Nsight export covers: from the option, else from the file's name, else decode."""
     if args.ncu in PHASES:
         phase: Phase = args.ncu
         return phase

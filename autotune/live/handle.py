@@ -531,7 +531,7 @@ class Handle:
         self._active, self._stale = variant if variant.transforms else None, None
 
     def _send_away(self, park: bool) -> None:
-        """Park or release the original's weights, but for those that the plan uses."""
+        """Park or release the original's weights, except those that the plan still uses."""
         if self._original.place == "released" or self._tuned is None or (park and self._original.place == "parked"):
             return
         if self._traffic.cancelled:

@@ -138,7 +138,7 @@ def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def where(tensor: torch.Tensor) -> int:
-    """The address of a tensor's memory, which tied tensors and views have in common."""
+    """The address of a tensor's storage; equal for tied tensors and views."""
     return tensor.untyped_storage().data_ptr()
 
 

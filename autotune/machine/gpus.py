@@ -34,7 +34,7 @@ def capability(hardware: Hardware) -> Capability | None:
 
 
 def parse(text: str) -> Capability | None:
-    """ "9.0" as (9, 0); None for what is no compute capability."""
+    """Parse "9.0" into (9, 0); None if it is not a compute capability."""
     found = re.fullmatch(r"(\d{1,2})\.(\d)", text.strip())
     return (int(found[1]), int(found[2])) if found else None
 

@@ -63,7 +63,7 @@ def add_layer(model: PreTrainedModel, layer: Router) -> None:
 
 
 def remove_layer(model: PreTrainedModel, layer: Router) -> None:
-    """Undo `add_layer`; other layers and the router stay, wherever they are."""
+    """Remove this layer. The router and all other layers stay in place."""
     model.__dict__[LAYERS] = tuple(other for other in model.__dict__.get(LAYERS, ()) if other is not layer)
     _settle(model)
 

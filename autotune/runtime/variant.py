@@ -320,7 +320,7 @@ class Variant:
 
 
 class _Quiet:
-    """What the two inner routers have in common: nobody is told anything."""
+    """Base of the internal routers, which count and report nothing."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant

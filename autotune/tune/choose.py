@@ -20,7 +20,7 @@ from . import rehearsal
 from .plan import Outcome, Trial
 from .policy import Choice, Policy, Step
 
-ROOM = 0.9  # of the free memory: activations and the allocator's slack want the rest
+USABLE_SHARE = 0.9  # of free memory; 10 % is kept for activations and the allocator's slack
 LEAST_LEFT = 0.05  # share of a phase's time that an exchange leaves: the two predictions are no more exact than that
 
 
@@ -59,11 +59,11 @@ def why_not(
         parameters: how many the model has; None: nobody knows, and every size will do.
     """
     if step.devices and hardware.device not in step.devices:
-        return f"for {', '.join(sorted(step.devices))}, this is {hardware.device}"
+        return f"only for {', '.join(sorted(step.devices))}; this machine has {hardware.device}"
     found_gpu = gpus.capability(hardware)
     if step.capabilities and not (found_gpu and any(wanted.admits(found_gpu) for wanted in step.capabilities)):
         this = gpus.name(found_gpu) if found_gpu else hardware.device
-        return f"for GPUs of {' or '.join(map(str, step.capabilities))}, this is {this}"
+        return f"only for GPUs of {' or '.join(map(str, step.capabilities))}; this machine has {this}"
     if step.parameters is not None and parameters is not None and not step.parameters.admits(parameters):
         return f"for models of {step.parameters} parameters, this has {parameters:.3g}"
     found = diagnoses[step.phase].bottleneck
@@ -164,7 +164,7 @@ def at_best(transform: Transform, predicted: float, phase: Phase, state: State, 
 
 def outgrows(transform: Transform, variant: Variant, free_bytes: float) -> str | None:
     """Why a transform does not fit into the memory that is free, or None."""
-    needed, free = transform.extra_bytes(variant), ROOM * free_bytes
+    needed, free = transform.extra_bytes(variant), USABLE_SHARE * free_bytes
     if needed <= free:
         return None
     return (

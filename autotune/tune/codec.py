@@ -155,7 +155,7 @@ def _transform(value: Any, where: str) -> Transform:
 
 
 def _expect(kind: Any, value: Any, where: str) -> Any:
-    """`value`, whose type must be exactly `kind` or one of it: a bool is no number here."""
+    """Return `value` if its type is exactly `kind` or one of `kind`. A bool is not accepted as a number."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
         raise PlanError(f"{where} is of type {type(value).__name__}; expected {' or '.join(k.__name__ for k in kinds)}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
-# told better elsewhere: by the class and the tensors, and by Fingerprint.versions
+# left out: the class, the tensors and Fingerprint.versions say it already
 TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 

@@ -16,7 +16,7 @@ from ..model.revision import hooked
 from ..report import Report, read
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
-from ..validate import Latency
+from ..validate import Latency, Verdict
 from ..workload import Workload, built_in
 from . import contributions, fingerprint, store
 from .bench import LiveBench
@@ -197,7 +197,7 @@ def replay(
         serve(bench.original)
         log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
         return None
-    if latency is None or latency.verdict != "pass":
+    if latency is None or latency.verdict is not Verdict.PASS:
         serve(bench.original)
         reason = quality.reason if latency is None else latency.reason
         log.warning("the kept plan did not hold (%s); searching anew", reason)

@@ -64,7 +64,7 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
         else:
             cache_dir.write(mark, [json.dumps({"reason": doubt}).encode()])
     except OSError as error:
-        cache_dir.warn_once(f"that a plan failed is not remembered: {mark.parent}: {error.strerror}")
+        cache_dir.warn_once(f"could not record that the plan failed: {mark.parent}: {error.strerror}")
 
 
 def find(fingerprint: Fingerprint) -> Plan | None:

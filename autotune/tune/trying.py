@@ -24,7 +24,7 @@ from .verdict import UNTRIED
 
 log = logging.getLogger("autotune")
 
-HOPELESS = 0.1  # speed-up of a first run below which not even quality, which is judged first, is worth the time
+MIN_FIRST_SPEEDUP = 0.1  # a candidate slower than this in its first run is dropped before the costly quality exam
 REFINING_SHARE = 0.15  # of the budget that may go into finding out which layers of one transform to leave wider
 LEAST_S = 10.0  # that a candidate may take to show in a child process whether it ends, however little time is left
 OUTCOMES = {
@@ -235,7 +235,7 @@ class Trier:
             yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
             return
         for phase in PHASES if trial.target == "both" else (trial.target,):
-            if (first := bench.first_speedup(incumbent, candidate, phase)) < HOPELESS:
+            if (first := bench.first_speedup(incumbent, candidate, phase)) < MIN_FIRST_SPEEDUP:
                 reason = f"the first run of {phase} took {1 / first:.1f}x as long"
                 yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
                 return

@@ -176,7 +176,7 @@ class Record:
         return kept
 
     def save(self, status: LiveStatus, kept: Mapping[str, Any]) -> None:
-        """Keep the status, and by arm what `load` shall find. A store that fails is no reason to fail a live call."""
+        """Save the status and each arm's state for `load`. A store's error must never fail a live call."""
         try:
             for arm in status.candidates:
                 body = {**codec.encode(arm), "kept": codec.encode(kept[arm.name])}

@@ -233,7 +233,7 @@ class _Offline:
 
 
 def _settings(experiment: Setup) -> dict[str, Any]:
-    """What observations depend on beside the arms, as plain JSON values; of prompts the hashes."""
+    """Settings that observations depend on besides the arms, as plain JSON values. Prompts appear as hashes."""
     bench = experiment.bench()
     device = devices.of(bench.model).identity()
     return {

@@ -264,7 +264,7 @@ class Watch:
             self._work_when_idle()
 
     def _work_when_idle(self) -> None:
-        """In a thread that ends with its work, so that nothing holds on to a model that nobody uses."""
+        """Run in a short-lived thread, so that watching does not keep an unused model alive."""
         if self._variant is None or self._variant.traffic is None or (self._worker and self._worker.is_alive()):
             return
         self._worker = ending.Worker(self._work_quietly, "autotune-watch", stop=self._variant.traffic.cancel)

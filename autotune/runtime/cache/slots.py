@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
-UNCOUNTED = 64  # slots beyond its length that a cache may have had written: steps that were launched and not kept
+MAX_DISCARDED = 64  # slots past `length` that steps may have written whose result was discarded
 
 
 class SlotLayer(CacheLayer):  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ class SlotCache:
         """
         filled = seam.keys_and_values(prompt)
         batch, _, length, _ = filled[0][0].shape
-        stale = slice(length, self.length + UNCOUNTED)  # a NaN there would survive a zero attention weight
+        stale = slice(length, self.length + MAX_DISCARDED)  # a NaN there would survive a zero attention weight
         for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
             for held, new in zip((keys, values), new_pair, strict=True):
                 held[:batch, :, :length] = new

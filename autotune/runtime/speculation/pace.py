@@ -66,7 +66,7 @@ class GuessBudget:
         return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
 
     def after(self, guessed: int, right: int) -> GuessBudget:
-        """The pace after a step of which so many guesses were right; those after the first wrong one decide nothing."""
+        """The budget after a step that accepted `right` of `guessed` tokens; those after the first wrong one do not count."""
         tries = right + (right < guessed)
         kept = FORGET**tries
         new = replace(self, hits=self.hits * kept + right, tries=self.tries * kept + tries)
