@@ -66,7 +66,7 @@ class GuessBudget:
         return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
 
     def after(self, guessed: int, right: int) -> GuessBudget:
-        """The budget after a step that accepted `right` of `guessed` tokens; those after the first wrong one do not count."""
+        """The budget after a step that accepted `right` of `guessed` tokens; after a wrong one none counts."""
         tries = right + (right < guessed)
         kept = FORGET**tries
         new = replace(self, hits=self.hits * kept + right, tries=self.tries * kept + tries)
