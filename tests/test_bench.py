@@ -21,9 +21,9 @@ from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import policy
 from autotune.tune.bench import LiveBench
 from autotune.validate import Latency, Quality, Speedup, Verdict, latency
-from autotune.validate.exam import effort
 from autotune.validate.latency import EARLY_LOOKS
 from autotune.validate.score import Served
+from autotune.validate.texts import effort
 from autotune.validate.tiers import SIZES
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda

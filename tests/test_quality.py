@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autotune.model import shrink, stateful
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.validate import Quality, Verdict
+from autotune.validate import Quality, Verdict, texts
 from autotune.validate.divergence import compare_logits, find_defect
-from autotune.validate.exam import Text
 from autotune.validate.quality import Exam, beyond, judge, repetition
 from autotune.validate.tally import Tally
+from autotune.validate.texts import Text
 from autotune.validate.tiers import SIZES, TIERS
 from benchmarks.prove.corruptions import (
     CORRUPTIONS,
@@ -266,7 +266,7 @@ def test_a_padded_batch_is_read_at_once_as_it_would_be_stepped(name, prompts):
     original = architectures.built(name)
     exam = Exam(original, SIZES["quick"], 0, (2,))
     own = [[token % shrink.VOCABULARY for token in prompt[:40]] for prompt in prompts]
-    (group, *_) = exam._pad([tuple(max(3, token) for token in prompt) for prompt in own])
+    (group, *_) = texts.padded([tuple(max(3, token) for token in prompt) for prompt in own])
     stateful.of(original)  # which runs it
     calls = []
     original.register_forward_pre_hook(lambda *given: calls.append(given))

@@ -22,12 +22,13 @@ from ..report.progress import Doing
 from ..runtime.variant import Transform, Variant
 from ..transforms.linears import LinearTransform
 from ..validate import Latency, Quality, Verdict, latency, quality
-from ..validate.exam import Exam, effort, reads_with
+from ..validate.exam import Exam, reads_with
 from ..validate.latency import EARLY_LOOKS
 from ..validate.limits import Limits
 from ..validate.ratios import own_noise
 from ..validate.score import CandidateError, Served
 from ..validate.sensitivity import Probe
+from ..validate.texts import effort
 from ..validate.tiers import SIZES
 from ..validate.timing import TIMED_TOKENS, request, time_request
 from ..workload import METRIC_OF, PHASES, Bucket, Metric, Phase, Target, Workload

@@ -1,6 +1,6 @@
 """Is it faster, and is it no worse? Verdicts with numbers; only PASS commits.
 
-tiers -> exam -> score -> divergence -> tally -> quality     no worse than the original?
+tiers -> texts -> exam -> score -> divergence -> tally -> quality     no worse than the original?
 sensitivity                                                  which layers make it worse?
 timing -> ratios -> latency                                  faster than what is there?
 statistics                                                   bounds for both

@@ -18,10 +18,12 @@ from ..runtime.variant import Variant
 from ..transforms.flat_linears import FlatLinears
 from ..transforms.linears import LinearTransform
 from ..transforms.wide_arithmetic import WideArithmetic, emulated
+from . import texts
 from .answers import MOST_NOISE, Answers, Shape, odd_logits, odd_noise, odd_texts
 from .divergence import compare_logits
 from .score import CandidateError, Served, Tokens
 from .shelf import Shelf
+from .texts import Text
 from .tiers import NEAR_TIE_NATS, SIZES, Size
 
 if TYPE_CHECKING:
@@ -29,59 +31,9 @@ if TYPE_CHECKING:
 
     from ..runtime.traffic import Traffic
 
-PADDED_BATCH = 8  # sequences in a padded batch
-NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
-LONGEST_CONTEXT = 512  # a prompt is read up to here; longer contexts have texts of their own
-FEWEST_TOKENS = 0.5  # share of the size's tokens without which nothing passes
 AT_ONCE = "at-once."  # begins the names of what `sensitivity` had the original read
 
 Progress = Callable[[str, float], None]  # what is being done, and how much of it is done (0 to 1)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A context and the tokens scored after it.
-
-    Args:
-        prompt: number of the prompt it came from, the cluster it counts in.
-        context: tokens read at once.
-        natural: tokens of the prompt itself that follow.
-        own: tokens of the original's greedy continuation after those.
-    """
-
-    prompt: int
-    context: tuple[int, ...]
-    natural: tuple[int, ...]
-    own: tuple[int, ...]
-
-    @property
-    def scored(self) -> tuple[int, ...]:
-        return self.natural + self.own
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What an exam asks of the original.
-
-    Args:
-        read: tokens in full forwards.
-        steps: decoding steps.
-    """
-
-    read: int
-    steps: int
-
-    def seconds(self, token_s: float, step_s: float) -> float:
-        """At so many seconds for a token of a prompt and for a decoding step."""
-        return self.read * token_s + self.steps * step_s
-
-
-def effort(size: Size, prompt_tokens: int) -> Effort:
-    """What an exam over prompts of a usual length asks of the original; long batches count as a step each. Pure."""
-    prompt = min(prompt_tokens, LONGEST_CONTEXT)
-    read = size.prompts * (prompt + size.own) + size.prompts * prompt + sum(size.lengths)
-    continued = -(-size.prompts // (2 * PADDED_BATCH)) * size.own
-    return Effort(read, continued + NOISE_TEXTS * (size.natural + size.own))
 
 
 @dataclass
@@ -155,7 +107,7 @@ class Exam:
             return exam
         report("continuing the prompts", 0.0)
         if kept is None or not kept.restore(exam):
-            exam._write(exam._continue(exam._heads()))
+            exam._write(exam._continue(texts.heads(exam.prompts, exam.size)))
         if like is not None:
             exam.noise_kld, exam.tie_nats, exam.problem = like.noise_kld, like.tie_nats, exam.problem or like.problem
         elif exam._noise is not None:
@@ -286,61 +238,25 @@ class Exam:
         if self.original.training:
             self.problem = "the original is in training mode, so it does not even reproduce itself: call eval()"
             return ()
-        limit = min(LONGEST_CONTEXT, context_limit(self.original) - self.size.own)
-        unique = [p[:limit] for p in dict.fromkeys(tuple(map(int, p)) for p in prompts) if len(p) >= 2]
-        unique = list(dict.fromkeys(unique))
-        if (missing := self.size.prompts - len(unique)) > 0:
-            self.problem = f"{len(unique)} different prompts of 2 tokens or more: need {missing} more prompts"
+        limit = min(texts.LONGEST_CONTEXT, context_limit(self.original) - self.size.own)
+        try:
+            return texts.choose(prompts, self.size, limit, self.seed)
+        except ValueError as error:
+            self.problem = str(error)
             return ()
-        order = np.random.default_rng(self.seed).permutation(len(unique))[: self.size.prompts]
-        return tuple(unique[k] for k in order)
-
-    def _heads(self) -> list[tuple[int, ...]]:
-        """The natural part of each prompt's text."""
-        return [p[: self._end(p, cross=bool(k % 2))] for k, p in enumerate(self.prompts)]
 
     def _write(self, own: Sequence[tuple[int, ...]]) -> None:
-        size, prompts, heads = self.size, self.prompts, self._heads()
-        joined = tuple(t for p in prompts for t in p)
-        room = context_limit(self.original) - size.natural
-        lengths = [n for n in size.lengths if n + size.natural <= len(joined) and n <= room]
-        starts = [max(1, len(head) - size.natural) for head in heads]
-        self.texts = tuple(Text(k, h[:s], h[s:], own[k]) for k, (h, s) in enumerate(zip(heads, starts, strict=True)))
-        self.batches = self._pad(prompts)
-        self.long = tuple(self._long(len(prompts) + k, joined, n, k / len(lengths)) for k, n in enumerate(lengths))
-        tokens = sum(len(t.scored) for t in self.texts)
-        if tokens < FEWEST_TOKENS * size.tokens:
-            missing = int(FEWEST_TOKENS * size.tokens) - tokens
-            self.problem = f"{tokens} tokens to score: need {missing} more tokens, in longer prompts"
-
-    def _long(self, number: int, joined: tuple[int, ...], length: int, start: float) -> Text:
-        """A text of all prompts in a row, from a share of them on and around: scored about a context of `length`."""
-        begin, half = int(start * len(joined)), self.size.natural // 2
-        turned = joined[begin:] + joined[:begin]
-        return Text(number, turned[: length - half], turned[length - half : length + half], ())
-
-    def _end(self, prompt: tuple[int, ...], cross: bool) -> int:
-        """Where the natural part ends: half of the texts cross a power of two, the usual size of blocks and caches."""
-        power = 1 << (len(prompt).bit_length() - 1)
-        return power if cross and power >= 2 * self.size.natural else len(prompt)
-
-    def _pad(self, prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[Text, ...], ...]:
-        """Batches with equally many tokens scored after contexts of different lengths."""
-        steps = min(self.size.padded, sorted(map(len, prompts))[len(prompts) // 2] // 2)
-        texts = []
-        for k, p in enumerate(prompts):
-            if len(p) > steps > 0:
-                start = max(1, (len(p) - steps) * (k % 4 + 1) // 4)
-                texts.append(Text(k, p[:start], p[start : start + steps], ()))
-        batches = [tuple(texts[k : k + PADDED_BATCH]) for k in range(0, len(texts), PADDED_BATCH)]
-        return tuple(b for b in batches if len(b) > 1)
+        self.texts = texts.singles(self.prompts, own, self.size)
+        self.batches = texts.padded(self.prompts, self.size)
+        self.long = texts.long(self.prompts, self.size, context_limit(self.original))
+        self.problem = texts.shortage(self.texts, self.size) or self.problem
 
     def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The original's greedy continuations, up to and including the end-of-sequence token."""
         served = Served(self.reader, self.pad_token_id, self.eos_token_ids)
         own: list[tuple[int, ...]] = []
-        for k in range(0, len(heads), 2 * PADDED_BATCH):
-            part = heads[k : k + 2 * PADDED_BATCH]
+        for k in range(0, len(heads), 2 * texts.PADDED_BATCH):
+            part = heads[k : k + 2 * texts.PADDED_BATCH]
             out = served.generate(part, self.size.own)[:, max(map(len, part)) :]
             own += [until_eos(row, self.eos_token_ids) for row in out.tolist()]
         return own
@@ -348,7 +264,7 @@ class Exam:
     def _measure_noise(self) -> None:
         served = Served(self.plain(), self.pad_token_id)
         klds, shifts = [], []
-        for text in self.texts[:NOISE_TEXTS]:
+        for text in self.texts[: texts.NOISE_TEXTS]:
             reference, again = self.reference((text,))[0], self.step(served, (text,))[0]
             if not bool(torch.isfinite(reference).any(-1).all()) or bool(torch.isnan(reference).any()):
                 self.problem = "the original itself gives NaN or infinite logits: nothing can be compared with it"

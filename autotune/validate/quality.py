@@ -12,10 +12,11 @@ import torch
 
 from . import Quality, Verdict
 from .divergence import compare_logits, find_defect
-from .exam import Exam, Progress, Text, until_eos
+from .exam import Exam, Progress, until_eos
 from .score import BypassedError, CandidateError, OutputError, Served
 from .statistics import cluster_means
 from .tally import CONFIDENCE, Tally, summarise
+from .texts import Text
 from .tiers import TIERS, Tier
 
 if TYPE_CHECKING:

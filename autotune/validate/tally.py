@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from . import ConfidenceBin, Quality, Verdict
 from .divergence import Divergence
-from .exam import Text
 from .statistics import cluster_means
+from .texts import Text
 
 CONFIDENCE = 0.95  # of every bound, one-sided
 SURE = (0.0, 0.5, 0.9, 1.0)  # edges between open, likely and settled tokens, by the original's top probability

@@ -16,9 +16,10 @@ import torch
 from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
 from autotune.validate.divergence import compare_logits
-from autotune.validate.exam import Exam, Text
+from autotune.validate.exam import Exam
 from autotune.validate.quality import judge
 from autotune.validate.score import CandidateError, Served
+from autotune.validate.texts import Text
 from autotune.validate.tiers import SIZES, TIERS
 from benchmarks.prove.corruptions import BY_NAME, Edit, InapplicableError, edited, linears
 

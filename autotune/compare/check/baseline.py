@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...validate.exam import Text
+from ...validate.texts import Text
 from ...workload import Bucket
 from .compact import Compact
 from .tasks import Suite

@@ -17,9 +17,9 @@ from ...runtime.variant import Variant
 from ...tune import codec, fingerprint
 from ...tune.run import name_of
 from ...validate import Quality, Verdict, latency
-from ...validate.exam import LONGEST_CONTEXT
 from ...validate.limits import Limits
 from ...validate.quality import gates
+from ...validate.texts import LONGEST_CONTEXT
 from ...validate.tiers import TIERS
 from ...validate.timing import Clock
 from ...workload import METRICS, prompts

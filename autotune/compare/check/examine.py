@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from ...runtime.variant import Variant
 from ...validate import Quality, Verdict
 from ...validate.divergence import Divergence, find_defect
-from ...validate.exam import Exam, Text
+from ...validate.exam import Exam
 from ...validate.quality import answers, decide, require_alike, write_free
 from ...validate.score import CandidateError, OutputError, Served
 from ...validate.tally import Tally, summarise
+from ...validate.texts import Text
 from ...validate.tiers import SIZES, TIERS
 from .baseline import Baseline
 from .compact import Compact

@@ -15,8 +15,9 @@ import torch
 from ... import workload
 from ...errors import WorkloadError
 from ...runtime.variant import Variant
-from ...validate.exam import LONGEST_CONTEXT, Exam, Text, context_limit, vocabulary
+from ...validate.exam import Exam, context_limit, vocabulary
 from ...validate.score import Served
+from ...validate.texts import LONGEST_CONTEXT, Text
 from ...validate.timing import Clock
 from ...workload import Bucket, Workload, built_in
 from . import harness, pace, subject, tasks
