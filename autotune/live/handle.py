@@ -486,6 +486,7 @@ class Handle:
         except BaseException as error:
             self._active, self._state, self._detail = None, "failed", f"{type(error).__name__}: {error}"
             raise
+        devices.of(self._model).trim()  # what measuring and judging held
         if change := revision.differs():
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
         self._revision = revision
