@@ -43,16 +43,16 @@ FOLDER, OUT = ROOT / ".matrix", ROOT / "out"
 
 # All ways to call generate and forward, each transform's contract, a whole search, a plan kept and replayed.
 SUITE = [  # arguments of pytest
-    "tests/test_wrap.py",
+    "tests/live/test_wrap.py",
     "tests/test_inputs.py",
-    "tests/test_loop.py",
-    "tests/test_route.py",
-    "tests/test_transforms_contract.py",
+    "tests/runtime/test_loop.py",
+    "tests/model/test_route.py",
+    "tests/transforms/test_contract.py",
     "tests/test_compat.py",
     # a quarter of a minute and more each, of compiling what each transform's contract compiles, too
-    *("--deselect", "tests/test_loop.py::test_a_compiled_step_decodes_the_same_tokens[gpt2]"),
-    *("--deselect", "tests/test_loop.py::test_a_compiled_step_decodes_the_same_tokens[mixtral]"),
-    *("--deselect", "tests/test_loop.py::test_a_damaged_artifact_costs_a_compilation_and_nothing_else"),
+    *("--deselect", "tests/runtime/test_loop.py::test_a_compiled_step_decodes_the_same_tokens[gpt2]"),
+    *("--deselect", "tests/runtime/test_loop.py::test_a_compiled_step_decodes_the_same_tokens[mixtral]"),
+    *("--deselect", "tests/runtime/test_loop.py::test_a_damaged_artifact_costs_a_compilation_and_nothing_else"),
 ]
 
 # The latest patch of every minor release since 5.17, and of older ones that are still in use; two of everything else.

@@ -17,8 +17,8 @@ from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
+from tests.live.test_wrap import Written
 from tests.models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny, tiny_tokenizer, token_prompts
-from tests.test_wrap import Written
 
 PLANS = {"lean loop": [LeanLoop()], "slots": [StaticCache(slots=CONTEXT)], "few slots": [StaticCache(slots=48)]}
 IDS = torch.tensor(token_prompts(2))  # [2, 12]

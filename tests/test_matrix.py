@@ -15,10 +15,12 @@ from tests.matrix import PINNED, Result, Row, conclude, limited, one, overlay, r
 INSTALLED = {"torch": "2.13.0", "transformers": "5.24.0", "torchao": "0.18.0"}
 JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest" errors="1" failures="1" skipped="1" tests="4">
-<testcase classname="tests.test_wrap" name="test_good"/>
-<testcase classname="tests.test_wrap" name="test_bad"><failure message="KeyError: key&#10;more">E</failure></testcase>
-<testcase classname="tests.test_loop" name="test_broken"><error message="fixture">E</error></testcase>
-<testcase classname="tests.test_loop" name="test_idle"><skipped type="pytest.skip" message="no compiler"/></testcase>
+<testcase classname="tests.live.test_wrap" name="test_good"/>
+<testcase classname="tests.live.test_wrap" name="test_bad">
+<failure message="KeyError: key&#10;more">E</failure></testcase>
+<testcase classname="tests.runtime.test_loop" name="test_broken"><error message="fixture">E</error></testcase>
+<testcase classname="tests.runtime.test_loop" name="test_idle">
+<skipped type="pytest.skip" message="no compiler"/></testcase>
 </testsuite></testsuites>
 """
 GOOD = JUNIT.replace("failure", "properties").replace("error ", "properties ").replace("</error>", "</properties>")
@@ -95,7 +97,7 @@ def test_what_becomes_of_a_suite(
     result = conclude(PINNED, code, folder / "xml", folder / "log", 12.0)
     assert (result.outcome, (result.passed, result.failed, result.skipped)) == (outcome, counts)
     if outcome == "FAILED":
-        assert result.failures["tests/test_wrap.py::test_bad"] == "KeyError: key"
+        assert result.failures["tests/live/test_wrap.py::test_bad"] == "KeyError: key"
         assert "test_bad: KeyError" in matrix.details(result)[0]
     elif outcome != "passed":
         assert result.detail.endswith("ImportError: no such name")

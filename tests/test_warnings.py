@@ -15,7 +15,7 @@ OURS = [
     "autotune",
     "autotune.runtime.loop",
     "autotune_pytest",
-    "tests.test_wrap",
+    "tests.live.test_wrap",
     "benchmarks.smoke",
     "examples.serving",
     "readme",

@@ -19,7 +19,7 @@ from autotune.runtime.variant import Variant, serving
 from autotune.transforms import attention, make
 from autotune.transforms.attention import IMPLEMENTATIONS, Attention, operators
 from tests import models
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from autotune.runtime.kernels.fused import GatedMlp, RmsNorm
 from autotune.runtime.variant import Variant
 from autotune.transforms import fused_layers, make
 from tests import models
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 OPERATORS = kernels.available()
 needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))

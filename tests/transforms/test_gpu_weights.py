@@ -22,7 +22,7 @@ from autotune.transforms import bitsandbytes, make, torchao
 from autotune.transforms.cuda_graph import uncapturable
 from tests import models
 from tests.fakes.cuda import FakeCuda
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
     from autotune.machine.hardware import Hardware

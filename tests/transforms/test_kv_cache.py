@@ -24,8 +24,8 @@ from autotune.validate import Verdict
 from autotune.validate.quality import Exam, judge
 from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
-from tests.test_loop import ask, same
-from tests.test_transforms_contract import COMPILER
+from tests.runtime.test_loop import ask, same
+from tests.transforms.test_contract import COMPILER
 
 GPU = replace(COMPILER, device="cuda", capability="9.0", compiler=None)
 SCHEMES = ["int8", "fp8", "int4"]

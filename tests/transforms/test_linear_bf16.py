@@ -14,7 +14,7 @@ from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from tests import models
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from autotune.runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
 from tests import models
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 MERGED = make("merged_linears", {})
 ALREADY = "no plain projections of one input"

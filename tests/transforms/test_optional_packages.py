@@ -12,7 +12,7 @@ import torch
 from autotune.runtime.variant import Variant
 from autotune.transforms import bitsandbytes, make, torchao
 from tests import models
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

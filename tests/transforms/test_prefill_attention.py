@@ -13,7 +13,7 @@ from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms import make, prefill_attention
 from tests import models
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 OPERATORS = kernels.available()
 needs_operators = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))

@@ -26,9 +26,9 @@ from autotune.transforms.threads import Threads
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
-from tests.test_loop import ask, same
-from tests.test_speculate import RANDOM, REPEATING, Copying
-from tests.test_transforms_contract import COMPILER
+from tests.runtime.test_loop import ask, same
+from tests.runtime.test_speculate import RANDOM, REPEATING, Copying
+from tests.transforms.test_contract import COMPILER
 
 PROMPT, MODEL = Speculation("decode", "prompt", 5), Speculation("decode", "model", 5)
 

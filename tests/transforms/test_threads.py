@@ -15,7 +15,7 @@ from autotune.diagnose.costs import MemoryUse, PhaseProfile, Profile
 from autotune.machine import intraop
 from autotune.runtime.variant import Variant
 from autotune.transforms.threads import Threads, usable_cores
-from tests.test_transforms_contract import COMPILER
+from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

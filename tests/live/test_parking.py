@@ -1,0 +1,173 @@
+"""The original parked in the host's memory, and a device that dies: on a GPU made of CPU tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import autotune
+from autotune.machine import device
+from autotune.runtime.kernels import available
+from autotune.runtime.variant import Transform, Variant
+from autotune.transforms.static_cache import StaticCache
+from autotune.transforms.weight_only import WeightOnly
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.run import Tuned
+from tests.fakes.cuda import FakeCuda
+from tests.live.test_release import Written, greedy, storages, wrapped
+from tests.models import tiny, token_prompts
+
+SENTENCE = available()
+pytestmark = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
+
+PACKED: list[Transform] = [WeightOnly(bits=8), StaticCache(slots=128)]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """A GPU on which tuning always ends with INT8 weights over slots."""
+
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
+        variant = Variant(model, traffic, workload).with_transforms(PACKED)
+        none = Fingerprint("", "", {}, "", "", "strict")
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    with device.stand_in(FakeCuda()) as fake:
+        yield fake  # type: ignore[misc]
+
+
+def parked(model: Any) -> Any:
+    model = wrapped(model)
+    model.autotune.commit(keep_original="parked")
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt-neox", "opt"])
+def test_parked_it_answers_as_the_plan_and_brought_back_it_is_what_it_was(gpu: FakeCuda, architecture: str) -> None:
+    model = tiny(architecture)
+    answer, weights, where = greedy(model), copy.deepcopy(model.state_dict()), storages(model)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model = wrapped(model)
+    tuned = greedy(model)
+    model.autotune.commit(keep_original="parked")
+    assert model.autotune.status.original == "parked"
+    assert greedy(model) == tuned
+    assert len(greedy(model, num_beams=2)[0]) == len(tuned[0]), "what the plan cannot serve is not served"
+    assert model.autotune._original.parked_bytes > 0
+
+    model.autotune.rollback()
+    assert model.autotune.status.original == "resident"
+    assert greedy(model) == answer
+    assert storages(model) != where, "nothing was ever moved"
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    state = model.state_dict()
+    assert list(state) == list(weights)
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+
+    model.autotune.commit()
+    assert greedy(model) == tuned, "the plan is lost though there was room for it"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda m: m.autotune.tune(), lambda m: m.autotune.unwrap(), lambda m: autotune.wrap(m)],
+    ids=["tune", "unwrap", "wrap"],
+)
+def test_whatever_needs_the_original_brings_it_back(gpu: FakeCuda, ask: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    expected = copy.deepcopy(model.state_dict())
+    parked(model)
+    with pytest.raises(autotune.StateError, match=r"parked; call .autotune.rollback"):
+        model.save_pretrained(tmp_path)
+    ask(model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_without_room_for_both_the_plan_makes_way(gpu: FakeCuda) -> None:
+    model = tiny("llama")
+    answer = greedy(model)
+    parked(model)
+    gpu.free_bytes = 1000
+    model.autotune.rollback()
+    assert greedy(model) == answer
+    assert model.autotune.plan is None
+    assert gpu.trims
+    with pytest.raises(autotune.StateError, match=r"call .tune"):
+        model.autotune.commit()
+
+
+def test_parked_then_released(gpu: FakeCuda) -> None:
+    model = parked(tiny("llama"))
+    tuned = greedy(model)
+    model.autotune.commit(keep_original=False)
+    assert model.autotune.status.original == "released"
+    assert greedy(model) == tuned
+    with pytest.raises(autotune.StateError, match="cannot roll back"):
+        model.autotune.rollback()
+
+
+def test_on_a_cpu_there_is_nowhere_to_park() -> None:
+    with pytest.raises(ValueError, match="where this model is already"):
+        wrapped(tiny("llama"), keep_original="parked")
+    with pytest.raises(ValueError, match="must be True, False or 'parked', not 'park'"):
+        wrapped(tiny("llama"), keep_original="park")
+
+
+DEATH = "CUDA error: device-side assert triggered"
+
+
+@pytest.mark.fault("A22", "E71")
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_device_that_dies_is_not_tried_again(gpu: FakeCuda, phase: str) -> None:
+    model = wrapped(tiny("llama"))
+    calls = list[str]()
+
+    def die(*_: Any, **__: Any) -> Any:
+        calls.append(phase)
+        raise torch.AcceleratorError(DEATH)
+
+    model.autotune._active.modules[phase].forward = die
+    for _ in range(3):
+        with pytest.raises(autotune.DeviceError, match=r"device-side assert triggered.*restart the process"):
+            greedy(model)
+    with pytest.raises(autotune.DeviceError, match="restart the process"), torch.no_grad():
+        model(torch.tensor([[1, 2]]))
+    assert calls == [phase], "it was tried again"
+    assert model.autotune.status.state == "failed"
+    assert "restart the process" in model.autotune.status.detail
+
+
+def test_a_batch_that_a_plan_has_no_memory_for_is_the_originals(gpu: FakeCuda) -> None:
+    model = tiny("llama")
+    answer = greedy(model)
+    wrapped(model)
+
+    def exhaust(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.autotune._active.modules["decode"].forward = exhaust
+    trims = gpu.trims
+    with pytest.warns(RuntimeWarning, match="out of memory.*; the original serves for such calls"):
+        assert greedy(model) == answer
+    assert gpu.trims == trims + 1
+    assert greedy(model) == answer
+    assert model.autotune.status.state == "tuned", "other batches are not concerned"
+    assert not model.autotune.events
+
+
+def test_a_dead_device_ends_tuning_with_one_sentence(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune(*_: Any, **__: Any) -> Any:
+        raise gpu.mark_dead(torch.AcceleratorError(DEATH))
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    model = tiny("llama")
+    with pytest.raises(autotune.DeviceError, match="restart the process"):
+        autotune.wrap(model, workload=token_prompts(4), when="blocking", cache=False)

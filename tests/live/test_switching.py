@@ -1,0 +1,136 @@
+"""Plans come and go under live calls: every answer is the model's, and a commit that fails leaves the original."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import autotune
+from autotune import transforms
+from autotune.live import original
+from autotune.live.original import Original
+from autotune.live.watch.watch import Watch
+from autotune.model import revision
+from autotune.runtime.variant import Transform
+from autotune.transforms.lean_loop import LeanLoop
+from autotune.transforms.static_cache import StaticCache
+from autotune.tune import run as tuning
+from tests.live.test_wrap import greedy, scripted, wrapped  # noqa: F401 - a fixture
+from tests.models import tiny, token_prompts
+
+PROMPTS = [torch.tensor([prompt]) for prompt in token_prompts(6)]
+CALLS, SWITCHES = 12, 40
+
+
+@pytest.mark.fault("D57")
+@pytest.mark.parametrize("plan", [[LeanLoop()], [StaticCache()]], ids=str)
+def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform], plan: list[Transform]) -> None:  # noqa: F811
+    scripted[:] = plan
+    model = wrapped(tiny("llama"))
+    expected = [greedy(tiny("llama"), ids) for ids in PROMPTS]
+    wrong: list[str] = []
+    left = threading.Semaphore(0)
+
+    def ask(number: int) -> None:
+        try:
+            found = [greedy(model, PROMPTS[number]) for _ in range(CALLS)]
+            wrong.extend(f"prompt {number}: {each}" for each in found if each != expected[number])
+        except Exception as error:
+            wrong.append(f"prompt {number}: {type(error).__name__}: {error}")
+        finally:
+            left.release()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for _ in range(SWITCHES):
+        model.autotune.rollback()
+        model.autotune.commit()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert 0 < model.autotune.status.served <= CALLS * len(PROMPTS)
+
+
+class Switching:
+    """A streamer that changes plans in the middle of an answer."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        self.change, self.seen = change, 0
+
+    def put(self, value: Any) -> None:
+        self.seen += 1
+        if self.seen == 4:
+            self.change()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.fault("D59")
+@pytest.mark.parametrize("way", ["rollback", "unwrap"])
+def test_a_call_under_way_finishes_as_it_started(scripted: list[Transform], way: str) -> None:  # noqa: F811
+    scripted[:] = [StaticCache()]
+    model = wrapped(tiny("llama"))
+    streamer = Switching(getattr(model.autotune, way))
+    assert greedy(model, streamer=streamer) == greedy(tiny("llama"))
+    assert streamer.seen == 9
+
+
+def break_down(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("broken off here")
+
+
+@pytest.mark.fault("D60")
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (tuning, "tune"),
+        (revision.Revision, "__init__"),
+        (revision.Revision, "differs"),
+        (Watch, "begin"),
+        (original, "releasable_bytes"),
+        (Original, "release"),
+    ],
+)
+def test_a_commit_that_fails_leaves_a_model_that_answers(
+    scripted: list[Transform],  # noqa: F811
+    owner: Any,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scripted[:] = [transforms.make("weight_storage", {"dtype": "float16"}), StaticCache()]
+    model = tiny("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = greedy(model)
+    monkeypatch.setattr(owner, name, break_down)
+    if name == "releasable_bytes":  # the handle has it by its own name
+        monkeypatch.setattr("autotune.live.handle.releasable_bytes", break_down)
+    with pytest.raises((RuntimeError, autotune.AutotuneError), match="broken off here"):
+        wrapped(model, keep_original=False)
+    monkeypatch.undo()
+    assert greedy(model) == expected
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.fault("D66")
+@pytest.mark.parametrize("plan", [[], [LeanLoop()], [StaticCache()]], ids=str)
+def test_calls_leave_no_tensors_behind(scripted: list[Transform], plan: list[Transform]) -> None:  # noqa: F811
+    scripted[:] = plan
+    model = wrapped(tiny("llama"))
+
+    def alive_after(calls: int) -> int:
+        for number in range(calls):
+            greedy(model, PROMPTS[number % len(PROMPTS)])
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    settled = alive_after(8)  # caches are made
+    assert alive_after(24) == settled
+    kept = [torch.ones(1)]
+    assert alive_after(8) == settled + len(kept), "a leak would be seen"

@@ -1,0 +1,468 @@
+"""Watching a committed plan: the breaker and the rules as tables, and real tiny models that go wrong after commit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import autotune
+from autotune.live.watch.breaker import Breaker, Rules
+from autotune.live.watch.canary import score
+from autotune.live.watch.drift import (
+    COMPILED_CALLS,
+    FIRST_CALLS,
+    LOOKED_AT,
+    Compilations,
+    Divergence,
+    LatencyCusum,
+    expected_paces,
+    shape_of,
+)
+from autotune.live.watch.watch import Watch
+from autotune.runtime.variant import Variant
+from autotune.transforms.lean_loop import LeanLoop
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune import store
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.run import Tuned
+from autotune.validate import Latency, Speedup, Verdict
+from tests.live.test_wrap import IDS, Written, greedy
+from tests.models import tiny, token_prompts
+
+RULES = Rules(pause_s=10, longest_s=35, most_flaps=3, steady_s=100)
+PRINT = Fingerprint("m", "h", {}, "w", "p", "strict")
+
+
+class Clock:
+    """Seconds that pass when told; every reading may take some."""
+
+    def __init__(self) -> None:
+        self.now, self.tick = 0.0, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# The breaker
+
+
+@pytest.mark.parametrize(
+    ("events", "phase", "flaps"),
+    [
+        ([], "closed", 0),
+        ([("asked", 0), ("served", 1)], "closed", 0),
+        ([("failed", 1)], "open", 1),
+        ([("failed", 1), ("asked", 10)], "open", 1),
+        ([("failed", 1), ("asked", 11)], "half-open", 1),
+        ([("failed", 1), ("served", 2), ("failed", 3)], "open", 1),  # calls from before it opened
+        ([("failed", 1), ("asked", 11), ("asked", 12)], "half-open", 1),
+        ([("failed", 1), ("asked", 11), ("served", 12)], "closed", 1),
+        ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 31)], "open", 2),  # twice as long
+        ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 32)], "half-open", 2),
+        ([("failed", 1), ("asked", 11), ("abandoned", 12), ("asked", 12)], "half-open", 1),
+        ([("failed", 1), ("cleared", 2)], "closed", 0),
+        ([("cleared", 2)], "closed", 0),
+        ([("failed", 1), ("asked", 11), ("served", 12), ("failed", 13)], "open", 2),
+        ([("failed", 1), ("asked", 11), ("served", 12), ("failed", 112)], "open", 1),  # steady in between
+        ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 32), ("failed", 33), ("asked", 67)], "open", 3),
+        ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 32), ("failed", 33), ("asked", 68)], "half-open", 3),
+        ([("failed", t) for t in (1,)] + [("asked", 11), ("failed", 12), ("asked", 32), ("failed", 33), ("asked", 68),
+                                          ("failed", 69), ("asked", 10_000)], "disabled", 4),
+    ],
+)  # fmt: skip
+def test_the_breaker(events: list[tuple[Any, float]], phase: str, flaps: int) -> None:
+    breaker = Breaker()
+    for event, now in events:
+        breaker = breaker.after(event, now, RULES)
+    assert (breaker.phase, breaker.flaps) == (phase, flaps)
+
+
+def test_pauses_double_up_to_a_limit() -> None:
+    breaker, pauses, now = Breaker(), [], 0.0
+    for _ in range(3):
+        breaker = breaker.after("failed", now, RULES)
+        pauses.append(breaker.pause_s)
+        now += breaker.pause_s
+        breaker = breaker.after("asked", now, RULES)
+    assert pauses == [10, 20, 35]
+
+
+# The rules
+
+
+@pytest.mark.parametrize(
+    ("klds", "alarmed"),
+    [
+        ([0.0] * 1000, False),
+        ([0.004] * 1000, False),
+        ([0.005] * 1000, False),  # at the limit is within it
+        ([0.015] * 17, False),
+        ([0.015] * 18, True),  # three times the limit
+        ([0.0] * 500 + [0.015] * 18, True),  # a long good time is no credit
+        ([0.05, 0.0, 0.0, 0.0] * 20, True),  # twice and a half the limit on average
+        ([1.0, 1.0], True),
+        ([20.0], True),
+    ],
+)
+def test_drift_is_called_when_the_evidence_is_there(klds: list[float], alarmed: bool) -> None:
+    found, alarms = Divergence(0.005), []
+    for kld in klds:
+        found = found.after(kld)
+        alarms.append(found.alarmed)
+    assert any(alarms) is alarmed
+
+
+def test_a_plan_at_its_limit_is_hardly_ever_said_to_drift() -> None:
+    rng, alarms, samples = np.random.default_rng(0), 0, 200
+    for _ in range(100):
+        found = Divergence(0.005)
+        for kld in 0.005 * rng.exponential(size=samples):
+            found = found.after(float(kld))
+            if found.alarmed:
+                alarms += 1
+                break
+    assert alarms <= 100 * samples / 1000  # a run of 1000 on average at least
+
+
+@pytest.mark.parametrize(
+    ("times", "alarmed"),
+    [
+        ([1.0] * 200, False),
+        ([1.1] * 200, False),
+        ([1.0] * 50 + [1.35] * 10, True),
+        ([1.0] * 50 + [2.0] * 6, True),
+        ([1.0] * 10 + [10.0] + [1.0] * 10, False),  # one outlier
+        ([1.0] * 10 + [10.0, 1.0, 10.0] + [1.0] * 10, False),
+        ([0.5] * 100, False),
+    ],
+)
+def test_a_lasting_slow_down_is_told_from_an_outlier(times: list[float], alarmed: bool) -> None:
+    pace, alarms = LatencyCusum(1.0), []
+    for tpot in times:
+        pace = pace.after(tpot)
+        alarms.append(pace.alarmed)
+    assert any(alarms) is alarmed
+
+
+def test_a_shape_that_was_not_measured_shows_its_pace_itself() -> None:
+    pace = LatencyCusum()
+    for tpot in [0.01] * FIRST_CALLS:
+        assert pace.expected_s is None
+        pace = pace.after(tpot)
+    assert pace.expected_s == 0.01
+
+
+def test_what_was_measured_at_commit_is_expected_bucket_by_bucket() -> None:
+    one = Speedup(1, 1, 1, 2)
+    by = {"b1/p64/n32": {"tpot": one}, "b8/p64/n32": {"tpot": one}}
+    times = {"tpot": (0.01, 0.03, 0.05, 0.08, 0.1, 0.12)}
+    found = expected_paces(Latency(Verdict.PASS, "", one, one, one, 0.0, by, candidate_s=times))
+    assert {shape: pace.expected_s for shape, pace in found.items()} == {(1, 6): 0.03, (8, 6): 0.1}
+    assert shape_of(1, 60) == shape_of(1, 64) != shape_of(1, 65)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "storm"),
+    [([True] * (COMPILED_CALLS - 1), False), ([True] * COMPILED_CALLS, True), ([True, *[False] * 5] * 20, False)],
+)
+def test_a_storm_of_compilations(compiled: list[bool], storm: bool) -> None:
+    seen = Compilations()
+    assert any(seen.note(0, int(c)) for c in compiled) is storm
+    assert len(seen.compiled) <= LOOKED_AT
+
+
+# Real models
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Any:
+    """A tiny model with a lean loop committed, every call kept, and the work of the canary done when asked."""
+
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
+        variant = Variant(model, traffic, workload).with_transforms([LeanLoop()])
+        variant.edit("both")
+        return Tuned(variant, plans.Plan(PRINT, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(Watch, "_work_when_idle", lambda self: None)
+    model: Any = autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False, watch=1.0)
+    watch = model.autotune._watch
+    watch.clock, watch.rules = clock, RULES
+    watch.begin(watch._variant, model.autotune.plan, model.autotune._unwatchable)
+    return model
+
+
+def spoil(model: Any) -> torch.Tensor:
+    """Noise in the plan's decoding weights, as a stray write would leave; returns what was there."""
+    decode = model.autotune._active.modules["decode"]
+    weight = decode.model.layers[0].mlp.down_proj.weight
+    decode.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(weight + 0.5, requires_grad=False)
+    return weight
+
+
+def serve(model: Any, calls: int = 1, tokens: int = 12) -> None:
+    for _ in range(calls):
+        greedy(model, tokens=tokens)
+        model.autotune._watch.work()
+
+
+def phases(model: Any) -> list[str]:
+    return [event.phase for event in model.autotune.events]
+
+
+def test_a_sound_plan_stays(watched: Any) -> None:
+    serve(watched, 4, tokens=4)
+    watch = watched.autotune._watch
+    assert phases(watched) == []
+    assert watch.divergence.samples > 0
+    assert watch.divergence.mean < 1e-6
+    assert watched.autotune.status.watch.startswith("closed; ")
+
+
+@pytest.mark.fault("E69")
+def test_a_plan_that_drifts_is_taken_out(watched: Any, clock: Clock) -> None:
+    from autotune.model.route import bare
+
+    expected = greedy(bare(watched), tokens=12)
+    good = spoil(watched)
+    for _ in range(30):
+        serve(watched, tokens=4)
+        clock.now += 1  # longer than the canary rests
+        if phases(watched):
+            break
+    assert phases(watched)[0] == "open"
+    assert watched.autotune.events[0].numbers["mean KLD"] > 0.005
+    assert "drifted" in watched.autotune.events[0].reason
+    clock.now += 10
+    watched.autotune._watch.work()  # the kept call still differs
+    assert watched.autotune.status.state == "failed"
+    assert greedy(watched, tokens=12) == expected
+    # repaired, it comes back without a user's call as the trial
+    layer = watched.autotune._active.modules["decode"].model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(good, requires_grad=False)
+    clock.now += 100
+    watched.autotune._watch.work()
+    assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
+    assert watched.autotune.status.state == "tuned"
+
+
+@pytest.mark.fault("E69")
+def test_nan_after_commit_is_found_at_once(watched: Any) -> None:
+    decode = watched.autotune._active.modules["decode"]
+    decode.lm_head.weight = torch.nn.Parameter(decode.lm_head.weight * math.nan, requires_grad=False)
+    serve(watched)
+    assert phases(watched) == ["open"]
+    assert "NaN" in watched.autotune.events[0].reason
+
+
+@pytest.mark.fault("E69")
+def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Clock) -> None:
+    watch = watched.autotune._watch
+    watch.share = 0.0
+    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    clock.tick = 0.0101
+    serve(watched, 10, tokens=9)
+    assert phases(watched) == []
+    clock.tick = 0.0135
+    serve(watched, 9, tokens=9)
+    assert phases(watched) == ["open"]
+    assert watched.autotune.events[0].numbers["expected"] == pytest.approx(10)
+
+
+@pytest.mark.parametrize(("original_s", "seen"), [(0.0135, ["open", "closed"]), (0.012, ["open"])])
+def test_a_machine_that_became_slower_is_not_the_plans_fault(
+    watched: Any, clock: Clock, original_s: float, seen: list[str]
+) -> None:
+    watch = watched.autotune._watch
+    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch.share, watch.rules, clock.tick = 0.0, Rules(pause_s=1e6), 0.0135
+    serve(watched, 9, tokens=9)
+    clock.tick = original_s
+    serve(watched, 3, tokens=9)
+    assert phases(watched) == seen
+
+
+@pytest.mark.fault("E67", "E70")
+def test_a_plan_that_keeps_failing_rests_longer_and_ends(watched: Any, clock: Clock) -> None:
+    from autotune.model.route import bare
+
+    expected = greedy(bare(watched), tokens=2)
+    decode = watched.autotune._active.modules["decode"]
+    calls: list[float] = []
+
+    def broken(*_: Any, **__: Any) -> None:
+        calls.append(clock.now)
+        raise RuntimeError("no such kernel")
+
+    decode.forward = broken
+    for _ in range(70):
+        if watched.autotune._watch.breaker.phase != "disabled" and (
+            watched.autotune._watch.breaker.phase == "closed" or watched.autotune._watch.breaker.due(clock.now)
+        ):
+            with pytest.warns(RuntimeWarning, match="no such kernel"):
+                assert greedy(watched, tokens=2) == expected
+        else:
+            assert greedy(watched, tokens=2) == expected  # every call is answered, none twice
+        clock.now += 1
+    assert calls == [0, 10, 30, 65]
+    assert phases(watched) == ["open", "half-open"] * 3 + ["disabled"]
+    assert watched.autotune.status.bypassed == {"the plan rests after it failed": 66}
+    watched.autotune.commit()
+    assert watched.autotune._watch.breaker.phase == "closed"
+
+
+@pytest.mark.fault("E67")
+def test_a_plan_that_failed_once_serves_again(watched: Any, clock: Clock) -> None:
+    decode = watched.autotune._active.modules["decode"]
+    good = decode.forward
+    decode.forward = lambda *_, **__: 1 / 0
+    with pytest.warns(RuntimeWarning, match="tried again"):
+        greedy(watched)
+    decode.forward = good
+    assert watched.autotune.status.transforms == ()
+    clock.now += 10
+    greedy(watched)
+    assert phases(watched) == ["open", "half-open", "closed"]
+    assert watched.autotune.status.state == "tuned"
+    assert watched.autotune.status.served == 1
+
+
+@pytest.mark.fault("E67")
+def test_a_trial_that_its_caller_gives_up_leaves_the_next_one_to_try(watched: Any, clock: Clock) -> None:
+    watched.autotune._watch.failed("made up")
+    clock.now += 10
+
+    def leave(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyError("the client has gone")
+
+    with pytest.raises(KeyError):
+        greedy(watched, logits_processor=[leave])
+    greedy(watched)
+    assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
+
+
+def test_a_recompile_storm_takes_the_plan_out(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = iter(range(10_000))
+    monkeypatch.setattr("autotune.live.watch.watch.graphs", lambda: next(count))
+    serve(watched, COMPILED_CALLS)
+    assert "compile over and over" in watched.autotune.events[0].reason
+
+
+def test_without_the_original_latency_and_nan_are_watched(watched: Any) -> None:
+    watched.autotune._original.place = "released"
+    assert "the original is released" in watched.autotune.status.watch
+    spoil(watched)
+    serve(watched, 3)
+    assert phases(watched) == []
+    assert watched.autotune._watch.divergence.samples == 0
+    decode = watched.autotune._active.modules["decode"]
+    decode.lm_head.weight = torch.nn.Parameter(decode.lm_head.weight * math.nan, requires_grad=False)
+    watched.autotune._watch._rest_until_s = 0.0
+    serve(watched)
+    assert phases(watched) == ["open"]
+    watched.autotune._original.place = "resident"
+
+
+def test_the_canary_uses_a_twentieth_of_the_time(watched: Any, clock: Clock) -> None:
+    watch, clock.tick = watched.autotune._watch, 0.001
+    start = clock.now
+    serve(watched, 1)
+    spent = watch._rest_until_s - clock.now
+    assert watch.scored == 1
+    assert 0 < spent < 20 * (clock.now - start)
+    clock.tick = 0.0
+    serve(watched, 2, tokens=2)
+    assert watch.scored == 1
+    clock.now += spent
+    serve(watched, 1, tokens=2)
+    assert watch.scored == 2
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 25), (1.0, 100)])
+def test_only_a_share_of_the_calls_is_kept(watched: Any, share: float, kept: int) -> None:
+    watch, draws, seen = watched.autotune._watch, iter(k / 100 for k in range(100)), []
+    watch.share, watch.chance, watch._keep = share, lambda: next(draws), lambda call, result: seen.append(result)
+    for _ in range(100):
+        greedy(watched, tokens=1)
+    assert len(seen) == kept
+
+
+def test_what_is_kept_is_bounded(watched: Any) -> None:
+    for _ in range(5):
+        greedy(watched, tokens=40)
+    (sample,) = watched.autotune._watch._samples
+    assert len(sample.answer) == 16
+    assert list(sample.prompt) == IDS[0].tolist()
+
+
+def test_scoring_calls_no_hook_that_is_set_meanwhile(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, scored = list[str](), []
+
+    def hooked(*given: Any) -> Any:
+        for part in (watched, watched.model.layers[0], watched.lm_head):
+            part.register_forward_hook(lambda module, args, out: called.append(type(module).__name__))
+        scored.append(found := score(*given))
+        return found
+
+    monkeypatch.setattr("autotune.live.watch.watch.score", hooked)
+    serve(watched, 1, tokens=4)
+    ((kld, defect),) = scored
+    assert (called, defect) == ([], None)
+    assert kld < 1e-6
+    assert watched.autotune._watch.scored == 0, "what computes something else meanwhile is no evidence"
+
+
+def test_scoring_leaves_no_mark_on_the_answers(watched: Any) -> None:
+    from autotune.model.route import bare
+
+    before = greedy(bare(watched), tokens=12)
+    serve(watched, 2)
+    assert greedy(watched, tokens=12) == before
+
+
+def test_a_background_thread_scores_when_idle(monkeypatch: pytest.MonkeyPatch, watched: Any) -> None:
+    monkeypatch.undo()
+    watch = watched.autotune._watch
+    greedy(watched, tokens=12)
+    assert watch._worker is not None
+    watch._worker.join(60)
+    assert watch.scored == 1
+
+
+def test_what_failed_is_not_adopted_blindly_by_the_next_process(watched: Any) -> None:
+    found = replace(watched.autotune.plan, fingerprint=PRINT, created="2026-01-01T00:00:00+00:00")
+    store.save(found)
+    assert store.find(PRINT) is not None
+    watch = watched.autotune._watch
+    watch.begin(watch._variant, found, lambda: None, stored=True)
+    watch.failed("made up")
+    assert store.find(PRINT) is None
+    watch._step("asked", "")  # too early
+    watch.clock.now += 10
+    assert watch.admits(1)
+    watch._step("served", "fine again")
+    assert store.find(PRINT) is not None
+    watch.failed("made up")
+    store.save(found)  # a search proved it anew
+    assert store.find(PRINT) is not None
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_is_from_0_to_1(share: float) -> None:
+    with pytest.raises(ValueError, match="watch"):
+        autotune.wrap(tiny("llama"), watch=share)

@@ -1,0 +1,111 @@
+"""What a search came to as a plan and a report; a plan from disk, from its first answer to its verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autotune import workload
+from autotune.errors import TransformError
+from autotune.machine.hardware import Hardware
+from autotune.runtime.variant import Variant
+from autotune.transforms.lean_loop import LeanLoop
+from autotune.tune import policy as policies
+from autotune.tune.choose import State
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Outcome, Plan, Trial
+from autotune.tune.record import report_of
+from autotune.tune.run import conclude, replay
+from autotune.tune.search import Found
+from autotune.validate import Latency, Quality, Speedup, Verdict
+from autotune.validate.score import CandidateError
+from tests.models import tiny, token_prompts
+from tests.report.test_report import DIAGNOSES, HARDWARE, ORIGINAL, Shrink, profile
+
+GAIN = Speedup(1.5, 1.4, 1.6, 8)
+QUALITY = Quality("strict", Verdict.PASS, "as good", mean_kld=0.0, same_top=1.0, tokens=64)
+NO_GAIN = Speedup(1.0, 0.99, 1.01, 8)
+SLOWER = Latency(Verdict.FAIL, "no gain of 3 %", NO_GAIN, NO_GAIN, NO_GAIN, 0.01)
+KEPT = Plan(Fingerprint("", "", {}, "", "", "strict"), (LeanLoop(),), summary=report_of(ORIGINAL).to_dict())
+
+
+def latency(verdict: Verdict) -> Latency:
+    return Latency(verdict, "1.50x as fast", GAIN, GAIN, GAIN, 0.01)
+
+
+class Meter:
+    """A machine of which others took a share."""
+
+    def __init__(self, share: float | None) -> None:
+        self._share = share
+
+    def elsewhere(self) -> float | None:
+        return self._share
+
+
+@dataclass
+class ScriptedBench:
+    """Answers and verifies as the test says."""
+
+    original: Variant
+    cannot_answer: str = ""
+    verified: Any = (QUALITY, latency(Verdict.PASS))
+    hardware = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
+    log: list[str] = field(default_factory=list)
+
+    def answer(self, variant: Variant) -> None:
+        self.log.append("answered")
+        if self.cannot_answer:
+            raise CandidateError(self.cannot_answer)
+
+    def reverify(self, variant: Variant) -> Any:
+        self.log.append("verified")
+        if isinstance(self.verified, Exception):
+            raise self.verified
+        return self.verified
+
+    def serve(self, variant: Variant) -> None:
+        self.log.append("the plan serves" if variant.transforms else "the original serves")
+
+
+@pytest.mark.parametrize(
+    ("script", "log", "holds"),
+    [
+        ({}, ["answered", "the plan serves", "verified"], True),
+        ({"cannot_answer": "no kernel"}, ["answered", "the original serves"], False),
+        *(
+            ({"verified": verified}, ["answered", "the plan serves", "verified", "the original serves"], False)
+            for verified in [(QUALITY, latency(Verdict.FAIL)), (QUALITY, None), TransformError("no")]
+        ),
+    ],
+)
+def test_a_kept_plan_serves_from_its_first_answer_until_it_is_disproved(
+    script: dict[str, Any], log: list[str], holds: bool
+) -> None:
+    bench = ScriptedBench(Variant(tiny("llama")), **script)
+    tuned = replay(KEPT, bench, 0.0, bench.serve, Meter(None))  # type: ignore[arg-type]
+    assert bench.log == log
+    assert (tuned is not None) == holds
+    if tuned is not None:
+        assert tuned.variant.transforms == KEPT.transforms
+        assert "replayed and re-verified" in tuned.verdict
+
+
+@pytest.mark.parametrize(("elsewhere", "believed"), [(None, True), (0.01, True), (0.23, False)])
+def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
+    elsewhere: float | None, believed: bool
+) -> None:
+    model = tiny("llama")
+    original, policy = Variant(model), policies.load("balanced")
+    work = workload.read(token_prompts(4), tokenizer=None, model=model)
+    bench: Any = SimpleNamespace(original=original, workload=work, policy=policy, hardware=HARDWARE)
+    before = State(original, profile(0.093, 0.032), DIAGNOSES)  # type: ignore[no-untyped-call]
+    trial = Trial(Shrink(), "smaller weights", "decode", Outcome.REJECTED, "no gain", latency=SLOWER)
+    nothing = Fingerprint("", "", {}, "", "", "strict")
+    tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))  # type: ignore[arg-type]
+    assert tuned.report.to_dict()["elsewhere"] == elsewhere
+    assert (tuned.doubt is None, tuned.noisy) == (believed, not believed)
+    assert ("This machine was busy: 23 % of the CPU time went elsewhere." in str(tuned.report)) != believed
