@@ -24,7 +24,7 @@ from .trying import Trier
 log = logging.getLogger("autotune")
 
 NAME = "the first draft"  # the step under which its trial is reported
-# Predictions this close are alike: they are ceilings, and what a scale for each group of weights adds to 8 bits is less.
+# Predictions within this factor are alike: they are ceilings, and a scale for each group of weights adds less to 8 bits.
 # So the policy's order decides between INT8 in groups and coarser INT8, whose loss takes long to read.
 ALIKE = 1.1
 
