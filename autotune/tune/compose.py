@@ -24,7 +24,8 @@ from .trying import Trier
 log = logging.getLogger("autotune")
 
 NAME = "the first draft"  # the step under which its trial is reported
-# Predictions within this factor are alike: they are ceilings, and a scale for each group of weights adds less to 8 bits.
+# Predictions within this factor are alike: they are ceilings, and scales for groups of weights add less than that to
+# 8 bits.
 # So the policy's order decides between INT8 in groups and coarser INT8, whose loss takes long to read.
 ALIKE = 1.1
 
