@@ -60,7 +60,7 @@ def over(model: PreTrainedModel, cache: Any, at: torch.Tensor | None = None) -> 
     """Keyword arguments for a forward of `model` that reads and fills `cache`.
 
     Args:
-        at: [K] int64, places of the tokens in the cache. Without it, releases with `PLACES` wait for the cache to say.
+        at: [K] int64, places of the tokens in the cache. Without it, releases to 5.3 wait for the cache's answer.
     """
     given = {cache_name(model) or output_cache_name(): cache, "use_cache": True}
     return given if at is None or not _takes_places(model) else {**given, PLACES: at}
