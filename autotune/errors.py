@@ -10,14 +10,14 @@
     ├── TransformError          a transform cannot do what it was asked to (expected: the candidate is set aside)
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
-    │   └── UnreadyError        what a batch of that size needs, slots or a recorded step, could not be made
+    │   └── UnreadyError        the slots or the recorded step for a batch of that size could not be made
     ├── MeasurementError        a number that was needed could not be measured
     │   └── BudgetSpentError    the budget ended while a candidate was judged (it counts as not tried)
     ├── PackageError            an optional package is missing; names the line that installs it
     ├── DeviceError             the device cannot do this, or is dead for this process (nothing is retried on it)
     └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
 
-Messages say what was wrong, what was expected and what to do. Anything else that escapes is a bug.
+Messages say what was wrong, what was expected and what to do. Any other exception that escapes is a bug.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-LIBRARIES = frozenset({"autotune", "transformers", "torch"})  # between the user's line and a warning
+LIBRARIES = frozenset({"autotune", "transformers", "torch"})  # packages whose frames `warn` skips
 
 
 class AutotuneError(Exception):
@@ -63,7 +63,7 @@ class TransformError(AutotuneError):
 
 
 class ChoiceError(TransformError, ValueError):
-    """A transform, parameter, value or phase that does not exist."""
+    """A transform, parameter, value or phase does not exist."""
 
 
 class VariantError(AutotuneError):
@@ -71,11 +71,11 @@ class VariantError(AutotuneError):
 
 
 class UnreadyError(VariantError):
-    """What a variant needs for a batch of that size could not be made."""
+    """The slots or the recorded step that a variant needs for a batch of that size could not be made."""
 
 
 class MeasurementError(AutotuneError):
-    """Something that had to be measured could not be."""
+    """A number that was needed could not be measured."""
 
 
 class BudgetSpentError(MeasurementError):
@@ -83,11 +83,11 @@ class BudgetSpentError(MeasurementError):
 
 
 class PackageError(AutotuneError, ImportError):
-    """An optional package that this needs is not installed."""
+    """An optional package that the operation needs is not installed."""
 
 
 class DeviceError(AutotuneError, RuntimeError):
-    """The device cannot do what was asked, or failed for good in this process."""
+    """The device cannot do what was asked, or failed permanently in this process."""
 
 
 class StateError(AutotuneError, RuntimeError):
@@ -95,26 +95,26 @@ class StateError(AutotuneError, RuntimeError):
 
 
 def in_words(error: BaseException, own: type[AutotuneError] = AutotuneError) -> str:
-    """What happened: errors of autotune's own say it themselves, others with their type.
+    """Describe an error: autotune's own errors by their message alone, others by type and message.
 
     Args:
-        own: which of autotune's errors do.
+        own: class of autotune's errors whose message is enough.
     """
     return str(error) if isinstance(error, own) else f"{type(error).__name__}: {error}"
 
 
 def first_line(error: BaseException, *, typed: bool = True) -> str:
-    """The first line of what an error says, as compilers and drivers say pages; its type where it says nothing.
+    """Return the first line of an error's message, since compilers and drivers write pages; its type if it has none.
 
     Args:
-        typed: whether the type comes first.
+        typed: whether the type precedes the message.
     """
     said = str(error).strip().splitlines()[:1]
     return ": ".join([type(error).__name__, *said] if typed or not said else said)
 
 
 def warn(problem: str) -> None:
-    """A RuntimeWarning that names the line of the user's that is being run, whatever it called to come here."""
+    """Issue a RuntimeWarning that points to the user's line, however many library calls are in between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
@@ -122,17 +122,17 @@ def warn(problem: str) -> None:
 
 
 class Blocker(str):
-    """A reason of `Transform.unavailable` that the user can and may want to put right.
+    """A reason of `Transform.unavailable` that the user can fix and may want to fix.
 
-    A plain reason lies in the model, the machine or the packages that are installed: nothing is wrong. A blocker keeps
-    away what should work here: a compiler is missing or failed, or autotune does not know how a model is called.
-    A search does not pass over it in silence.
+    A plain reason comes from the model, the machine or the installed packages: nothing is wrong. A blocker prevents
+    something that should work here: a compiler is missing or failed, or autotune does not know how a model is called.
+    A search never skips a blocker silently.
     """
 
     __slots__ = ()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean '...'?", or nothing where no known word is alike."""
+    """Return ", did you mean '...'?" with the most similar known word, or "" if none is similar."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {near[0]!r}?" if near else ""

@@ -1,11 +1,10 @@
 """How much of the machine's CPU time others took: other processes, the hypervisor, a container's other tenants.
 
-    read -> Reading      what the kernel has counted so far
-    elsewhere            two readings to the share that others took in between; pure
+    read -> Reading      the kernel's counters at this moment
+    elsewhere            the share that others took between two readings; pure
 
-What a process can use is the time of the CPUs that it may run on, or a quota where that is less. What others took of it
-is what all processes and the hypervisor took, less what this process and its children did. Time that this process left
-unused and nobody took is nobody's.
+A process can use the time of the CPUs that it may run on, or its quota if that is less. Others took the time that all
+processes and the hypervisor took, minus the time of this process and its children. Idle time counts for nobody.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Share of the CPU time that is worth a word. The daemons of a quiet machine take 1 to 3 %, and over the two seconds of
-# the shortest measurement one tick of 10 ms is 0.5 % of a CPU. It is the share from which a timed pair is dropped, too.
+# Share of the CPU time from which others' use is reported and a timed pair is dropped. The daemons of a quiet machine
+# take 1 to 3 %. Over the two seconds of the shortest measurement, one tick of 10 ms is 0.5 % of a CPU.
 NOTICEABLE = 0.05
-PLAUSIBLE = 0.5  # of our own CPU time that the machine's counters must show at least; some sandboxes show zeros
+PLAUSIBLE = 0.5  # least share of our own CPU time that the machine's counters must show; some sandboxes show zeros
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the kernel has counted until now. None: it does not say.
+    """The kernel's counters at one moment. None: the kernel does not report the value.
 
     Args:
         clock_s: monotonic seconds.
-        cpus: how many this process may run on.
+        cpus: number of CPUs that this process may run on.
         quota: CPUs whose time the control group may use; infinite without a limit.
-        used_s: CPU seconds that all processes took of these CPUs, and the hypervisor of them.
-        own_s: CPU seconds of this process and those that it started.
+        used_s: CPU seconds of these CPUs that all processes and the hypervisor took.
+        own_s: CPU seconds of this process and the processes that it started.
         throttled_s: CPU seconds for which the quota held the control group back.
         stalled_s: seconds for which everything in the control group waited for a CPU.
     """
@@ -48,10 +47,10 @@ class Reading:
 
 
 def elsewhere(before: Reading, after: Reading) -> float | None:
-    """Share of the CPU time that this process could have used and others took, 0 to 1; None where nothing says. Pure.
+    """Share, 0 to 1, of the CPU time usable by this process that others took; None if it is unknown. Pure.
 
-    Others may use what a quota keeps from this process. And nobody took from it more than it left unused: a process
-    that is throttled because it used up the quota by itself lost nothing to others.
+    Time beyond this process's quota is free for others and does not count. Others took at most what this process left
+    unused: a process that is throttled because it used up its own quota lost nothing to others.
     """
     wall_s = after.clock_s - before.clock_s
     usable = min(after.quota, after.cpus)
@@ -69,26 +68,26 @@ def elsewhere(before: Reading, after: Reading) -> float | None:
 
 
 def is_noticeable(share: float | None) -> bool:
-    """Whether others took so much that what was measured meanwhile may be theirs."""
+    """Whether others took enough to affect what was measured meanwhile."""
     return share is not None and share >= NOTICEABLE
 
 
 class Meter:
-    """Counts from when it was made."""
+    """Measures what others take from its creation on."""
 
     def __init__(self) -> None:
         self._start = read()
 
     def elsewhere(self) -> float | None:
-        """What others took since, as `elsewhere`."""
+        """Share that others took since then, as in the function `elsewhere`."""
         return elsewhere(self._start, read())
 
 
 def read(proc: Path = PROC, cgroups: Path = CGROUPS, clock: Callable[[], float] = time.monotonic) -> Reading:
-    """What the kernel says now; on systems without /proc, next to nothing.
+    """Read the kernel's counters. On systems without /proc, nearly all of them are None.
 
     Args:
-        proc, cgroups: where its file systems are.
+        proc, cgroups: mount points of the kernel's file systems.
         clock: monotonic seconds.
     """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
@@ -103,7 +102,7 @@ def read(proc: Path = PROC, cgroups: Path = CGROUPS, clock: Callable[[], float] 
             throttled_s=max((t for group in groups if (t := _throttled_s(group)) is not None), default=None),
             stalled_s=next((stalled for group in groups if (stalled := _stalled_s(group)) is not None), None),
         )
-    except (ValueError, IndexError):  # a kernel that says it in another form
+    except (ValueError, IndexError):  # a kernel with another format
         return Reading(clock(), len(cpus))
 
 
@@ -112,7 +111,7 @@ def _passed(before: float | None, after: float | None) -> float | None:
 
 
 def _used_s(stat: Path, cpus: set[int]) -> float | None:
-    """user + nice + system + steal of the CPUs; a line is "cpu0 user nice system idle iowait irq softirq steal"."""
+    """CPU seconds: user + nice + system + steal. A line is "cpu0 user nice system idle iowait irq softirq steal"."""
     ticks, names = 0, {f"cpu{cpu}" for cpu in cpus}
     for line in _lines(stat):
         name, *counts = line.split()
@@ -123,7 +122,7 @@ def _used_s(stat: Path, cpus: set[int]) -> float | None:
 
 
 def _own_s(proc: Path) -> float | None:
-    """CPU seconds of this process and of all that it started, whether they run or have ended."""
+    """CPU seconds of this process and of all processes that it started, running or ended."""
     total, pending = _spent_s(proc / "self"), [proc / "self"]
     while pending and total is not None:
         tasks = pending.pop() / "task"
@@ -134,14 +133,14 @@ def _own_s(proc: Path) -> float | None:
 
 
 def _spent_s(process: Path) -> float | None:
-    """utime + stime + cutime + cstime of a process: its own, and that of its children that it has waited for."""
+    """CPU seconds of a process and of the children that it waited for: utime + stime + cutime + cstime."""
     for line in _lines(process / "stat"):
         return sum(map(int, line.rpartition(")")[2].split()[11:15])) / _ticks_per_s()
     return None
 
 
 def _groups(proc: Path, cgroups: Path) -> list[Path]:
-    """This process's control group for CPU time and those around it, the innermost first; version 2, then version 1."""
+    """This process's control group for CPU time and its parents, innermost first; version 2, then version 1."""
     own = dict[str, str]()
     for line in _lines(proc / "self" / "cgroup"):  # "0::/a/b", or in version 1 "1:cpu,cpuacct:/a/b"
         _, controllers, path = line.split(":", 2)
@@ -173,7 +172,7 @@ def _throttled_s(group: Path) -> float | None:
 
 
 def _stalled_s(group: Path) -> float | None:
-    """From the line "full avg10=0.00 avg60=0.00 avg300=0.00 total=0", microseconds."""
+    """Stalled seconds, from the line "full avg10=0.00 avg60=0.00 avg300=0.00 total=0" in microseconds."""
     for line in _lines(group / "cpu.pressure"):
         if line.startswith("full "):
             return int(line.rpartition("total=")[2]) / 1e6

@@ -1,7 +1,7 @@
-"""Where autotune keeps what it may lose: plans, compiled kernels, the converted demo model.
+"""The cache directory, for files that may be lost: plans, compiled kernels, the converted demo model.
 
-What lies there is run (compiled code) or believed (plans, weights), so nobody else may have put it there.
-`require_private` guards every folder and `require_own` every file: this user's alone, or not used.
+Files there are run (compiled code) or trusted (plans, weights), so no other user may have put them there.
+`require_private` checks every folder and `require_own` every file: only this user's own files are used.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import IO
 
 logger = logging.getLogger("autotune")
 
-LEFT_S = 3600.0  # nothing is written or compiled for so long
+LEFT_S = 3600.0  # seconds after which a draft counts as abandoned: no write or compilation takes so long
 
 
 def cache(name: str = "", *, lasting: bool = False) -> Path | None:
     """The user's cache directory, or its subdirectory `name`, created and private (0700).
 
-    The first of $AUTOTUNE_CACHE_DIR, $XDG_CACHE_HOME/autotune and ~/.cache/autotune that is set decides. Where it
-    cannot be written, or others can write there, a temporary directory that lasts as long as the process takes its
-    place, with one warning; None where even that fails: callers go on without a cache.
+    The first of $AUTOTUNE_CACHE_DIR, $XDG_CACHE_HOME/autotune and ~/.cache/autotune that is set decides. If it cannot
+    be written, or if others can write there, a temporary directory replaces it until the process ends, with one
+    warning. Returns None if even that fails: callers continue without a cache.
 
     Args:
-        lasting: None rather than the temporary directory, for what is large and pays in later processes alone.
+        lasting: return None instead of the temporary directory, for large files that only help later processes.
     """
     try:
         return _made(_chosen(), name)
@@ -52,7 +52,7 @@ def cache(name: str = "", *, lasting: bool = False) -> Path | None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home directory for `~`; as it stands where there is no such user."""
+    """A path with `~` replaced by the home directory; unchanged if there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -62,7 +62,7 @@ def expanded(path: str | Path) -> Path:
 def _chosen() -> Path:
     if own := os.environ.get("AUTOTUNE_CACHE_DIR"):
         return Path(own).expanduser()
-    if (shared := os.environ.get("XDG_CACHE_HOME")) and Path(shared).is_absolute():  # the XDG rule: others are ignored
+    if (shared := os.environ.get("XDG_CACHE_HOME")) and Path(shared).is_absolute():  # XDG: relative paths are ignored
         return Path(shared) / "autotune"
     return Path.home() / ".cache" / "autotune"
 
@@ -93,7 +93,7 @@ def warn_once(message: str) -> None:
 
 
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """All or nothing, also when the process or the machine dies: a private temporary file, synced, then renamed."""
+    """Write all or nothing, even if the process or machine dies: a private temporary file, synced, then renamed."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")  # mode 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -108,7 +108,7 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def sweep(drafts: Iterable[Path]) -> None:
-    """Remove those that no process can be at work on any more: what killed ones left."""
+    """Remove drafts that killed processes left: those too old for any process to be still writing them."""
     for draft in drafts:
         with suppress(OSError):
             if time.time() - draft.lstat().st_mtime > LEFT_S:
@@ -116,17 +116,17 @@ def sweep(drafts: Iterable[Path]) -> None:
 
 
 def read(path: Path, most_bytes: int) -> bytes:
-    """The content of a file as `opened` opens it. Raises what that raises."""
+    """Read a file through `opened`. Raises the errors of `opened`."""
     with opened(path, most_bytes) as (file, size):
         return file.read(size)
 
 
 @contextmanager
 def opened(path: Path, most_bytes: int) -> Iterator[tuple[IO[bytes], int]]:
-    """A regular, reasonably small file that only this user can have written, and its size in bytes.
+    """Open a regular file of limited size that only this user can have written. Yields it and its size in bytes.
 
     Raises:
-        OSError: as `require_own`, or it cannot be opened, or is too large; FileNotFoundError: there is none.
+        OSError: as in `require_own`, or it cannot be opened, or is too large; FileNotFoundError: there is none.
     """
     require_private(path.parent)
     with open(path, "rb", opener=_open_unlinked) as file:
@@ -138,7 +138,7 @@ def opened(path: Path, most_bytes: int) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def require_own(path: Path) -> os.stat_result:
-    """Refuse a file, about to be run or loaded by its name, that anyone else can have written or put there.
+    """Refuse a file that someone else can have written or put there. For files to be run or loaded by name.
 
     Returns:
         The file's status.
@@ -154,12 +154,11 @@ def require_own(path: Path) -> os.stat_result:
 
 
 def require_private(folder: Path) -> None:
-    """Refuse a folder in which anyone else can put, exchange or remove something.
+    """Refuse a folder in which someone else can add, replace or remove files.
 
     Raises:
-        OSError: it is a link, belongs to someone else, or can be written by others, or one above it can be written by
-            everybody, who may then rename it (in a sticky one, such as /tmp, nobody may); FileNotFoundError: there is
-            none.
+        OSError: it is a link, belongs to someone else, or can be written by others; or everybody can write to a folder
+            above it and so rename it (a sticky folder, such as /tmp, prevents that). FileNotFoundError: there is none.
     """
     status = os.lstat(folder)
     if stat.S_ISLNK(status.st_mode):

@@ -1,4 +1,4 @@
-"""Other machines a model could run on, by the figures of their vendors: what they promise, not what was measured.
+"""Other machines that a model could run on, with their vendors' figures, which are promised and not measured.
 
 A GPU's peaks are dense ones, with FP32 accumulation. A CPU's figures are computed from its product page: channels x
 transfers/s x 8 bytes, and cores x base clock x FLOP per cycle and core. Two FMA units of 256 bits (Zen 4) do 32 FLOP a
@@ -19,10 +19,10 @@ class Machine:
     """One processor or GPU.
 
     Args:
-        name: how people call it.
+        name: its usual name.
         device: "cpu" or "cuda".
-        system_name: how the system calls it: the whole name of a GPU, a part of a CPU's.
-        memory_bytes: a GPU's memory; None for a CPU, whose memory is whatever is plugged in.
+        system_name: the name that the system reports: a GPU's whole name, a part of a CPU's.
+        memory_bytes: a GPU's memory; None for a CPU, whose memory size varies.
         bandwidth_bytes_per_s: memory bandwidth.
         flops_per_s: dense matmul peak by dtype name, as in `Hardware.flops_per_s`.
         source: where the figures come from, or how they were computed.
@@ -37,7 +37,7 @@ class Machine:
     source: str
 
     def is_here(self, hardware: Hardware) -> bool:
-        """Whether this is the machine of `hardware`. A part of a GPU (MIG) has another name than the whole."""
+        """Whether this is the machine of `hardware`. A MIG instance of a GPU has another name than the GPU."""
         if self.device == "cuda":
             return hardware.name == self.system_name
         return hardware.device == "cpu" and self.system_name in hardware.name
@@ -46,7 +46,7 @@ class Machine:
 def _cpu(
     name: str, system_name: str, memory: tuple[int, str, int], cores: int, ghz: float, per_cycle: Mapping[str, int]
 ) -> Machine:
-    """A CPU with its memory (channels, kind, millions of transfers/s), base clock and FLOP a cycle and core."""
+    """A CPU with its memory (channels, kind, millions of transfers/s), base clock and FLOP per cycle and core."""
     channels, kind, rate = memory
     work = ", ".join(f"{flops} in {dtype}" for dtype, flops in per_cycle.items())
     return Machine(

@@ -10,13 +10,13 @@ NAMES = ("c++", "g++", "clang++")
 
 
 def command() -> list[str] | None:
-    """$CXX split into words where it is set, else the first of the usual names; None where it is not on the path."""
+    """The command: $CXX split into words if it is set, else the first usual name. None if it is not on the path."""
     named = shlex.split(os.environ.get("CXX", ""))
     candidates = [named] if named else [[name] for name in NAMES]
     return next((words for words in candidates if shutil.which(words[0])), None)
 
 
 def path() -> str | None:
-    """Where that compiler lies, or None."""
+    """Path of that compiler, or None."""
     found = command()
     return shutil.which(found[0]) if found else None

@@ -1,15 +1,15 @@
-"""The end of the process: every thread of ours ends before the interpreter does.
+"""Process exit: all of autotune's threads end before the interpreter does.
 
-A daemon thread that comes back from C++ while the interpreter is finalised is, before Python 3.14, unwound by force;
-C++ takes that for an exception nobody catches and aborts the process (status 134). So at exit every background thread
-is called off: first as `unwrap` does it, at the next measured step; then by raising `Cancelled` in it, wherever it is,
-once the compilers that it waits for are killed.
+Before Python 3.14, a daemon thread that returns from C++ while the interpreter is finalised is unwound by force. C++
+treats that as an uncaught exception and aborts the process (status 134). So every background thread is stopped at exit:
+first as `unwrap` does it, at the next measured step. If that does not suffice, the compilers that it waits for are
+killed, and `Cancelled` is raised in it, wherever it is.
 """
 
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread as executors  # its own hook is registered first, and so runs after ours
+import concurrent.futures.thread as executors  # imported first: its exit hook then runs after ours
 import ctypes
 import logging
 import os
@@ -27,22 +27,22 @@ from . import forking
 
 log = logging.getLogger("autotune")
 
-MOST_S = 2.0  # that an exit may wait for all threads together
-GENTLE_S = 0.3  # of which for a step that ends by itself
-AGAIN_S = 0.05  # between two attempts to stop a thread
+MOST_S = 2.0  # seconds that an exit may wait for all threads together
+GENTLE_S = 0.3  # seconds of these in which threads may end at their next step, before they are interrupted
+AGAIN_S = 0.05  # seconds between two attempts to stop a thread
 
 _lock = forking.lock()
 _workers: set[Worker] = set()
-_compilers: set[int] = set()  # process groups
+_compilers: set[int] = set()  # process groups of running compilers
 _ended = False
 
 
 class Worker(threading.Thread):
-    """A background thread that ends at the latest with the process.
+    """A background thread that ends with the process at the latest.
 
     Args:
-        work: what it does. It may raise `Cancelled`.
-        name: of the thread.
+        work: the function that it runs. It may raise `Cancelled`.
+        name: the thread's name.
         stop: called at exit, from another thread, so that `work` returns or raises soon.
     """
 
@@ -53,14 +53,14 @@ class Worker(threading.Thread):
         self._guard = threading.Lock()
 
     def launch(self) -> bool:
-        """Start; whether there was still time to."""
+        """Start the thread. Returns False if the process is ending and the thread cannot start."""
         with _lock:
             if _ended:
                 return False
             _workers.add(self)
         try:
             self.start()
-        except RuntimeError:  # from 3.12 on no thread starts once the interpreter ends
+        except RuntimeError:  # from 3.12 on, no thread starts while the interpreter ends
             with _lock:
                 _workers.discard(self)
             if threading.main_thread().is_alive() and not _ended:
@@ -82,13 +82,13 @@ class Worker(threading.Thread):
             while self._interruptible:
                 with suppress(Cancelled), self._guard:
                     self._interruptible = False
-            _raise_in(self.ident, None)  # one that was on its way
+            _raise_in(self.ident, None)  # withdraw a `Cancelled` that is still pending
             with _lock:
                 _workers.discard(self)
-            del self._work, self.stop  # nothing holds on to a model that nobody uses
+            del self._work, self.stop  # they may keep an unused model alive
 
     def interrupt(self) -> None:
-        """Raise `Cancelled` in this thread as soon as it runs Python, and kill what it waits for."""
+        """Raise `Cancelled` in this thread as soon as it runs Python, and kill the processes that it started."""
         _kill_what_was_started_by(self)
         with self._guard:
             if self._interruptible:
@@ -96,11 +96,11 @@ class Worker(threading.Thread):
 
 
 def compile_with(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a compiler in a process group of its own, which is killed on a timeout and at exit.
+    """Run a compiler in a separate process group, which is killed on a timeout and at exit.
 
     Raises:
-        subprocess.TimeoutExpired, OSError: as `subprocess.run`.
-        Cancelled: the process ends, and this is a thread that ends with it.
+        subprocess.TimeoutExpired, OSError: as in `subprocess.run`.
+        Cancelled: the process is ending, and the calling thread is a `Worker`.
     """
     with subprocess.Popen(  # noqa: S603 - the compiler that the user has chosen
         command,
@@ -132,16 +132,16 @@ def _go_on() -> None:
 
 
 def ends() -> bool:
-    """Whether the process ends. What fails then may follow from that: no thread starts, some modules do not load."""
+    """Whether the process is ending. That can itself cause errors: no thread starts, some modules do not load."""
     return _ended or (getattr(threading, "_SHUTTING_DOWN", False) and not _goes_on())
 
 
 def end() -> None:
-    """End every thread of ours, within `MOST_S`."""
+    """End all of autotune's threads, within `MOST_S`."""
     global _ended
     with _lock:
         _ended = True
-        running = [worker for worker in _workers if worker.is_alive()]  # none is after a fork
+        running = [worker for worker in _workers if worker.is_alive()]  # none is alive after a fork
     if not running:
         return
     start = time.monotonic()
@@ -168,13 +168,13 @@ def _join(workers: Iterable[Worker], until_s: float) -> None:
 
 
 def _before_executors() -> None:
-    """Runs ahead of the hook that waits for executors' threads, which may be compiling for ours."""
+    """End our threads before the hook that waits for executors' threads, which may be compiling for ours."""
     if not _goes_on():
         end()
 
 
 def _goes_on() -> bool:
-    """Whether the script goes on in threads of its own (a server's) when its main thread is done; then all goes on."""
+    """Whether the script's own threads (a server's) outlive its main thread. If so, our threads continue, too."""
     own = threading.main_thread()
     waited_for = set(getattr(executors, "_threads_queues", ()))
     others = [t for t in threading.enumerate() if t is not own and not t.daemon and t not in waited_for]
@@ -183,7 +183,7 @@ def _goes_on() -> bool:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """`Cancelled` may come up where Python can only print it, such as in a finaliser: it is no news."""
+    """Do not print a `Cancelled` that Python cannot propagate, such as one raised in a finaliser: it is expected."""
     hooks: tuple[Any, Any] = sys.unraisablehook, threading.excepthook
 
     def told(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -207,7 +207,7 @@ def _kill_group(group: int) -> None:
 
 
 def _kill_what_was_started_by(thread: threading.Thread) -> None:
-    """Kill a thread's processes, and theirs; known on Linux only. Torch's pool of compilers is closed by torch."""
+    """Kill a thread's child processes and their descendants, on Linux only. Torch closes its own pool of compilers."""
     pools = getattr(sys.modules.get("torch._inductor.async_compile"), "_pool_set", ())
     spared = {getattr(getattr(pool, "process", None), "pid", None) for pool in pools}
     for process in _descendants(Path(f"/proc/self/task/{thread.native_id}")):
@@ -230,7 +230,7 @@ def _descendants(task: Path) -> list[int]:
 
 
 def _stop_compilations() -> None:
-    """Torch compiles C++ in an executor's threads: nothing queued is begun, and what runs is killed."""
+    """Stop torch's C++ compilations, which run in an executor's threads: cancel queued ones, kill running ones."""
     module = sys.modules.get("torch._inductor.async_compile")
     pool: Any = getattr(getattr(module, "AsyncCompile", None), "pool", None)
     if pool is None or not pool.cache_info().currsize:
@@ -242,8 +242,8 @@ def _stop_compilations() -> None:
 
 
 def _let_wait() -> None:
-    """The last resort for a thread that is still inside foreign code: what would abort the process waits instead."""
-    if sys.platform != "linux" or sys.version_info >= (3, 14):  # there it waits by itself
+    """Make a thread that would abort the process wait instead: the last resort if it is still inside foreign code."""
+    if sys.platform != "linux" or sys.version_info >= (3, 14):  # from 3.14 on it waits by itself
         return
     with suppress(OSError, AttributeError):
         wait = ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p)
@@ -252,10 +252,10 @@ def _let_wait() -> None:
 
 atexit.register(end)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_compilers.clear)  # they are the parent's
+    os.register_at_fork(after_in_child=_compilers.clear)  # the compilers belong to the parent
 with suppress(AttributeError, RuntimeError):
     threading._register_atexit(_before_executors)  # type: ignore[attr-defined]
 
 
 class Cancelled(BaseException):
-    """Tuning was called off, by unwrap or at exit. A BaseException: no trial takes it for a failure of its own."""
+    """Tuning was cancelled, by unwrap or at exit. A BaseException, so that no trial mistakes it for its own failure."""

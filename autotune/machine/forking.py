@@ -1,8 +1,8 @@
-"""After a fork the child has one thread: what the others were doing has ended, and the locks they held are free.
-Files that may not be shared with it are closed for the moment.
+"""Forks of the process. The child has one thread: work of the other threads has ended, and their locks are freed.
+Files that parent and child must not share are closed during the fork.
 
-Servers load a model, wrap it and fork their workers, perhaps while it is being tuned. Without this a worker would wait
-for a thread that it does not have.
+Servers load a model, wrap it and fork their workers, perhaps while it is being tuned. Without this module a worker
+would wait for a thread that it does not have.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Protocol, TypeVar
 
 
 class Owner(Protocol):
-    """Has something that a thread of its own works at."""
+    """Has work that runs in a background thread."""
 
     def after_fork(self) -> None:
-        """Called in the child: no other thread is there any more."""
+        """Called in the child, where no other thread exists."""
 
 
 class Holder(Protocol):
-    """Has something open that may not be in two processes at once."""
+    """Has something open that two processes must not share."""
 
     def before_fork(self) -> None:
-        """Called by the thread that is about to fork: close it, and let nobody open it."""
+        """Called by the thread that is about to fork: close it, and do not let others open it."""
 
     def after_fork(self) -> None:
         """Called in parent and child: it may be opened again."""
@@ -34,17 +34,17 @@ Kept = TypeVar("Kept")
 _locks = weakref.WeakSet[Any]()
 _owners = weakref.WeakSet[Owner]()
 _holders = weakref.WeakSet[Holder]()
-_held: list[Holder] = []  # while a fork is under way
+_held: list[Holder] = []  # holders closed by the fork in progress
 
 
 def free(lock: Kept) -> Kept:
-    """The same lock or condition, which is free in a child whoever held it."""
+    """Register a lock or condition that becomes free in a child, even if another thread held it. Returns it."""
     _locks.add(lock)
     return lock
 
 
 def lock() -> threading.Lock:
-    """A lock that is free in a child."""
+    """Make a lock that becomes free in a child."""
     return free(threading.Lock())
 
 
@@ -71,7 +71,7 @@ def _after() -> None:
 
 def _in_child() -> None:
     for each in tuple(_locks):
-        each._at_fork_reinit()  # what the standard library does with its own
+        each._at_fork_reinit()  # as the standard library does with its own locks
     _after()
     for owner in tuple(_owners):
         owner.after_fork()

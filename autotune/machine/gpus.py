@@ -1,4 +1,4 @@
-"""GPU architectures by compute capability: what a kernel needs, and what a policy's step is for.
+"""GPU architectures by compute capability, which kernels and steps of policies require.
 
 Source: NVIDIA, "CUDA GPUs, compute capability". 8.6 and 8.7 are Ampere, too; 10.x is Blackwell for data centres, 12.x
 for desktops.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Capability = tuple[int, int]  # major, minor
 
-# name -> first and last capability that it has
+# architecture -> its first and last capability
 NAMES: Mapping[str, tuple[Capability, Capability]] = {
     "volta": ((7, 0), (7, 4)),
     "turing": ((7, 5), (7, 9)),
@@ -27,7 +27,7 @@ NAMES: Mapping[str, tuple[Capability, Capability]] = {
 
 
 def capability(hardware: Hardware) -> Capability | None:
-    """The compute capability of a CUDA device, or None for another device or one that does not say."""
+    """The compute capability of a CUDA device, or None for another device or an unknown capability."""
     if hardware.device != "cuda":
         return None
     return parse(hardware.capability)
@@ -40,19 +40,19 @@ def parse(text: str) -> Capability | None:
 
 
 def name(of: Capability) -> str:
-    """ "hopper (9.0)", or the bare number where it has no name here."""
+    """The name and number, as "hopper (9.0)", or the number alone if no architecture has it."""
     number = f"{of[0]}.{of[1]}"
     named = next((name for name, (first, last) in NAMES.items() if first <= of <= last), None)
     return f"{named} ({number})" if named else number
 
 
 def too_old(hardware: Hardware, least: Capability | None, what: str) -> str | None:
-    """Why a CUDA device is too old for something, or None; also None on other devices, which have other needs.
+    """Why a CUDA device is too old for something, or None. Always None on other devices, which have other needs.
 
     Args:
         hardware: the machine.
-        least: the lowest compute capability that will do; None: any.
-        what: what needs it, the subject of the sentence.
+        least: the lowest compute capability that suffices; None: any.
+        what: what needs it, as the subject of the sentence.
     """
     found = capability(hardware)
     if least is None or found is None or found >= least:

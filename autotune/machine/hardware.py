@@ -25,9 +25,11 @@ LIBRARIES = {
     "autotune": "autotune-inference",
 }
 OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
-UNEVEN = 0.2  # between two tries of a peak; on a quiet machine the best of several rounds repeats within a tenth
-# A peak measured beside others may be so many times too low: with two threads and five other processes on two cores,
-# which make each thread wait for the other, a matmul reached 0.6 GFLOP/s where it reaches 80.
+# Relative difference between two tries of a peak that shows a disturbance. On a quiet machine the best of several
+# rounds repeats within 0.1.
+UNEVEN = 0.2
+# Factor by which a peak measured beside other processes may be too low. With two threads and five other processes on
+# two cores, each thread had to wait for the other, and a matmul reached 0.6 GFLOP/s instead of 80.
 DOUBT = 100.0
 
 
@@ -43,11 +45,11 @@ class Hardware:
         memory_bytes: memory in total.
         bandwidth_bytes_per_s: measured read bandwidth.
         flops_per_s: measured matmul peak by dtype name ("float32", "bfloat16", "float16"; on a GPU also "tf32", "int8"
-            and "float8_e4m3fn", where it has them).
+            and "float8_e4m3fn", if it supports them).
         compiler: C++ compiler found, or None.
         versions: library name to version.
-        measured: False where a figure is a datasheet value, or is not there.
-        disturbed: whether others were at work while it was measured, so that a peak may be too low.
+        measured: False if a figure is a datasheet value or is missing.
+        disturbed: whether other work disturbed the measurement, so that a peak may be too low.
     """
 
     device: str
@@ -63,10 +65,11 @@ class Hardware:
     disturbed: bool = False
 
     def peak_flops_per_s(self, dtype: str) -> float:
-        """The matmul peak of `dtype`. For one that was not measured an upper bound, since predictions are ceilings.
+        """The matmul peak of `dtype`. For a dtype that was not measured, an upper bound: predictions must be ceilings.
 
-        That is the best known peak, or for 8-bit numbers four times FP32's where that is more: four fit where one did.
-        A GPU's tensor cores do twice as many of 8 bits as of 16 (NVIDIA's datasheets, Ampere to Blackwell).
+        The bound is the best known peak. For 8-bit numbers it is at least four times FP32's, since four of them fit in
+        the space of one. On a GPU it is also at least twice the 16-bit peak, since tensor cores do twice as many
+        operations on 8 bits as on 16 (NVIDIA's datasheets, Ampere to Blackwell).
         """
         peaks = self.flops_per_s
         if dtype in peaks:
@@ -78,7 +81,7 @@ class Hardware:
         return max(best, 4 * peaks.get("float32", 0.0), 2 * max(halves) if self.device == "cuda" else 0)
 
     def at_best(self, *, bandwidth: bool = True, flops: bool = True) -> Hardware:
-        """The same machine with peaks as high as they may be; itself where nothing disturbed them."""
+        """The same machine with peaks as high as they could be undisturbed; itself if nothing disturbed them."""
         if not self.disturbed:
             return self
         return replace(
@@ -92,10 +95,10 @@ _known: dict[tuple[Device, int], Hardware] = {}
 
 
 def identify(where: str | torch.device | PreTrainedModel = "cpu") -> Hardware:
-    """This machine without its peaks (a bandwidth of NaN, no FLOP/s), which takes no measuring.
+    """Identify this machine without measuring its peaks (the bandwidth is NaN, FLOP/s are empty).
 
     Args:
-        where: as `probe` has it.
+        where: as in `probe`.
     """
     device = devices.of(where)
     identity = device.identity()
@@ -118,7 +121,7 @@ def probe(where: str | torch.device | PreTrainedModel = "cpu", *, again: bool = 
 
     Args:
         where: "cpu", "cuda", "cuda:N", or a model, which means the device of its first weights.
-        again: measure once more what was disturbed; the better figures are kept.
+        again: repeat a measurement that was disturbed, and keep the better figures.
     """
     key = devices.of(where), torch.get_num_threads()
     if (known := _known.get(key)) is None:
@@ -129,7 +132,7 @@ def probe(where: str | torch.device | PreTrainedModel = "cpu", *, again: bool = 
 
 
 def _better(old: Hardware, new: Hardware) -> Hardware:
-    """The best of two measurements of one machine, as disturbed as the second one was."""
+    """Combine two measurements of one machine: the better peaks, and `disturbed` of the second one."""
     best = {name: max(peak, old.flops_per_s.get(name, 0.0)) for name, peak in new.flops_per_s.items()}
     bandwidth = max(old.bandwidth_bytes_per_s, new.bandwidth_bytes_per_s)
     return replace(new, bandwidth_bytes_per_s=bandwidth, flops_per_s=best)
@@ -141,7 +144,7 @@ def _probe(device: Device) -> Hardware:
         reached = peaks.measure(device)
     beside_others = not device.asynchronous and busy.is_noticeable(meter.elsewhere())  # a GPU's peaks need no CPU
     if device.asynchronous:
-        device.trim()  # what was measured with is the model's again
+        device.trim()  # free the measurement's memory for the model
     return replace(
         identify(device.where),
         bandwidth_bytes_per_s=reached.bandwidth_bytes_per_s,

@@ -1,7 +1,7 @@
-"""Intra-op threads of the calling thread alone.
+"""Set the number of intra-op threads for the calling thread only.
 
-`torch.set_num_threads` sets more than that: threads that start meanwhile begin with the number, and MKL computes with
-it in every thread. OpenMP and MKL keep a number for each thread, too, which is what torch asks for where it computes.
+`torch.set_num_threads` does more: threads that start later begin with the number, and MKL uses it in every thread.
+OpenMP and MKL also keep a number per thread, and torch uses that number when it computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
 
 @cache
 def _setters() -> tuple[Callable[[int], int], ...]:
-    """What sets the calling thread's number, in OpenMP and, where torch has it, in MKL; nothing where nothing does."""
+    """Functions that set the calling thread's number in OpenMP and, if torch has it, MKL; empty if one is missing."""
     folder = Path(torch.__file__).parent / "lib"
     for path in filter(Path.exists, (folder / name for name in LIBRARIES)):
         library = ctypes.CDLL(str(path))
@@ -36,10 +36,10 @@ def is_settable() -> bool:
 
 @contextmanager
 def computing_with(threads: int) -> Iterator[None]:
-    """Compute with so many threads in here; other threads, and those that start meanwhile, with theirs as before.
+    """Inside the block, compute with `threads` threads. Other threads, and those that start meanwhile, keep theirs.
 
     Args:
-        threads: at least 1. Nothing changes where it is the number already, or where `is_settable` is False.
+        threads: at least 1. Nothing changes if this is already the number, or if `is_settable` is False.
     """
     before = torch.get_num_threads()
     setters = _setters() if threads != before else ()
@@ -48,4 +48,4 @@ def computing_with(threads: int) -> Iterator[None]:
         yield
     finally:
         for setter, back in zip(setters, (before, *earlier[1:]), strict=False):
-            setter(back)  # MKL says what was set before, with 0 for "as all threads"
+            setter(back)  # MKL's setter returned the earlier number, 0 for "as all threads"

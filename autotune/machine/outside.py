@@ -1,7 +1,7 @@
-"""Exceptions that were delivered into our code from outside: a signal handler's, or another thread's.
+"""Exceptions raised in our code from outside: by a signal handler or by another thread.
 
-A user's alarm or a library's timeout may go off while a candidate is measured or a plan serves. That says nothing about
-either: it is the user's own call that ends, as it would without autotune.
+A user's alarm or a library's timeout may go off while a candidate is measured or a plan serves a call. It says nothing
+about the candidate or the plan: the user's own call ends, as it would without autotune.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ WORDLESS = (MemoryError, StopIteration, StopAsyncIteration, queue.Empty)  # func
 
 
 def delivered(error: BaseException, depth: int = 1) -> BaseException | None:
-    """The exception that came from outside, where `error` is one or came of one; or None.
+    """Return the exception that came from outside, if `error` is one or was caused by one, else None.
 
     Args:
-        error: was caught.
-        depth: how many calls ago. What the callers of the catching function handle themselves does not count.
+        error: the caught exception.
+        depth: calls from the function that caught it to this one. Exceptions that its callers handle do not count.
     """
     callers = set(_callers(sys._getframe(depth)))
     for each in _chain(error):
@@ -34,7 +34,7 @@ def delivered(error: BaseException, depth: int = 1) -> BaseException | None:
 
 
 def pass_on(error: BaseException) -> None:
-    """First thing where a failure is caught: raise what was delivered from outside, if that is what failed."""
+    """Raise the exception that came from outside, if that caused `error`. Call this first in an `except` block."""
     if (theirs := delivered(error, depth=2)) is not None:
         raise theirs
 
@@ -54,8 +54,11 @@ def _callers(frame: FrameType) -> Iterator[FrameType]:
 
 
 def _from_outside(error: BaseException, trace: TracebackType) -> bool:
-    """A signal handler is given the frame that it interrupts, which called it; what another thread raises
-    (`PyThreadState_SetAsyncExc`) has no message, and comes up where no instruction raises."""
+    """Whether a signal handler or another thread raised `error`.
+
+    A signal handler receives the frame that it interrupts, and that frame calls it. An exception from another thread
+    (`PyThreadState_SetAsyncExc`) has no message, and appears at an instruction that does not raise.
+    """
     while (inner := trace.tb_next) is not None:
         interrupted, trace = trace.tb_frame, inner
         values = list(trace.tb_frame.f_locals.values())

@@ -1,7 +1,7 @@
-"""What a device reaches at best: read bandwidth, and matmul FLOP/s by dtype.
+"""A device's peaks: read bandwidth, and matmul FLOP/s by dtype.
 
-Everything is tried twice, about a second apart: what others take meanwhile is rarely the same, and where the two tries
-are far apart, the better one may be too low as well.
+Everything is tried twice, about a second apart, because the load from others rarely stays the same. If the two tries
+differ much, even the better one may be too low.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .roofline import matmul_flops
 if TYPE_CHECKING:
     from .device import Device
 
-READ_ROUNDS = 3  # of a try; the first warms up
-SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of square matmuls, until one takes long enough to be the peak
-HOPELESS_FLOPS_PER_S = 1e9  # no vector unit is this slow: the dtype is emulated, and the smallest matmul says enough
-MATMUL_S = 0.04  # a matmul this long has paid for its start: larger ones run no faster
-MATMUL_ROUNDS, MATMUL_LIMIT_S = 3, 0.1  # rounds of one size in a try, and when to stop repeating it
+READ_ROUNDS = 3  # rounds of a try; the first warms up
+SIDES = (256, 512, 1024, 2048, 4096, 8192)  # sides of square matmuls, tried until one takes long enough to be the peak
+HOPELESS_FLOPS_PER_S = 1e9  # any vector unit is faster: below it the dtype is emulated, and larger sides are skipped
+MATMUL_S = 0.04  # seconds after which a matmul's start-up cost is negligible: larger ones run no faster
+MATMUL_ROUNDS, MATMUL_LIMIT_S = 3, 0.1  # rounds of one size in a try, and seconds after which no round is added
 FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply FP8 on tensor cores
 
 Multiply = Callable[[], torch.Tensor]
-Prepare = Callable[["Device", int], Multiply]  # a device and a side -> a matmul ready to be run
+Prepare = Callable[["Device", int], Multiply]  # a device and a side -> a matmul that is ready to run
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Peaks:
     """The best of two tries.
 
     Args:
-        bandwidth_bytes_per_s: of a large sequential read.
-        flops_per_s: of a square matmul, by dtype name.
-        spread: how far the lower try of a peak is below the better one, the furthest of all peaks; a fraction.
+        bandwidth_bytes_per_s: bandwidth of a large sequential read.
+        flops_per_s: FLOP/s of a square matmul, by dtype name.
+        spread: largest relative difference between the two tries of a peak, a fraction of the better one.
     """
 
     bandwidth_bytes_per_s: float
@@ -47,10 +47,10 @@ class Peaks:
 
 
 def measure(device: Device) -> Peaks:
-    """What a device reaches, in two to three seconds on a CPU.
+    """Measure a device's peaks, in two to three seconds on a CPU.
 
-    A matmul in a dtype that the machine only emulates gets a tiny one's figure. On a GPU "float32" is IEEE's, "tf32" is
-    float32 on tensor cores, and dtypes that it cannot multiply are absent.
+    For a dtype that the machine only emulates, the figure is that of a tiny matmul. On a GPU "float32" is IEEE float32
+    and "tf32" is float32 on tensor cores. Dtypes that a device cannot multiply are absent.
     """
     reads, matmuls = _reads(device), _matmuls(device)
     early = {"": (_bandwidth(device, reads), 0)}
@@ -64,7 +64,7 @@ def measure(device: Device) -> Peaks:
 
 
 def _shortfall(early: float, late: float, warms_up: bool) -> float:
-    """How far one try is below the other, a fraction. A GPU's first one may be slow until its clocks are up."""
+    """How far the lower try is below the other, a fraction. A slow first try is ignored if the device warms up."""
     if warms_up and early < late:
         return 0.0
     return 1 - min(early, late) / max(early, late)
@@ -73,9 +73,9 @@ def _shortfall(early: float, late: float, warms_up: bool) -> float:
 def _reads(device: Device) -> list[tuple[int, Multiply]]:
     """Kernels that read more than the caches hold, each with the bytes that it moves.
 
-    A matrix times a vector is what decoding does to weights; a dot product reads without a stride. Which of them
-    reaches further differs by BLAS and by thread count, and a peak is the better of the two. On a GPU a sum and a copy,
-    which moves every byte twice, are tried as well: libraries' products do not always fill its memory's bus.
+    Decoding multiplies weights as a matrix times a vector; a dot product reads without a stride. BLAS and thread count
+    decide which of the two is faster, and the peak is the better one. On a GPU a sum and a copy, which reads and
+    writes, are tried as well: library products do not always saturate the memory bus.
     """
     rows = device.scratch_bytes() // 8192
     data = torch.ones(rows, 2, 1024, dtype=torch.float32, device=device.where)
@@ -108,9 +108,9 @@ def _matmuls(device: Device) -> Mapping[str, Prepare]:
 
 
 def _peak(device: Device, prepare: Prepare, sides: Sequence[int] = SIDES) -> tuple[float, int]:
-    """FLOP/s, and the side of the matmul that reached them; 0 where there is none in this dtype.
+    """Peak FLOP/s, and the side of the matmul that reached it; both 0 if the dtype has no matmul.
 
-    Larger and larger ones, which also bring a GPU's clocks up, until one is long enough to tell.
+    Tries larger and larger matmuls, which also raise a GPU's clocks, until one takes long enough.
     """
     best = (0.0, 0)
     for side in sides:
@@ -118,7 +118,7 @@ def _peak(device: Device, prepare: Prepare, sides: Sequence[int] = SIDES) -> tup
             break
         try:
             fastest = _fastest(device, prepare(device, side))
-        except RuntimeError:  # no matmul in this dtype, or no memory for one so large
+        except RuntimeError:  # no matmul in this dtype, or not enough memory for this side
             break
         best = max(best, (matmul_flops(side, side, side) / fastest, side))
         if fastest > MATMUL_S or best[0] < HOPELESS_FLOPS_PER_S:
@@ -136,7 +136,7 @@ def _fastest(device: Device, multiply: Multiply) -> float:
 
 
 def _operand(device: Device, side: int) -> torch.Tensor:
-    """[side, side] float32. A GPU draws less power for equal numbers, and clocks higher than it will for a model's."""
+    """Operand [side, side] float32; random on a GPU, which draws less power for equal numbers and clocks too high."""
     make = torch.randn if device.asynchronous else torch.ones
     return make(side, side, device=device.where)
 
@@ -176,7 +176,7 @@ def _float8(device: Device, side: int) -> Multiply:
 
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """Within it float32 matmuls on a GPU run in "ieee" or "tf32", whatever the process has chosen."""
+    """Inside the block, run float32 matmuls on a GPU in "ieee" or "tf32", regardless of the process's setting."""
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
     setting.fp32_precision = precision

@@ -1,4 +1,4 @@
-"""The processor and its memory, as the system tells."""
+"""The processor and its memory, as the system reports them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def instruction_set() -> str:
-    """The vector instructions torch uses here; "NEON" on every 64-bit ARM, where torch calls them its default."""
+    """The vector instructions torch uses here; "NEON" on every 64-bit ARM, where torch says "DEFAULT"."""
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() in ("aarch64", "arm64") and capability == "DEFAULT":
         return "NEON"
@@ -25,7 +25,7 @@ def name() -> str:
 
 
 def instruction_sets() -> str:
-    """The CPU's model and instruction sets, as far as the system tells: what code compiled here depends on."""
+    """The CPU's model and instruction sets, as far as the system reports them. Code compiled here depends on them."""
     told = [platform.machine(), platform.processor()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

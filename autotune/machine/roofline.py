@@ -1,6 +1,6 @@
-"""The roofline model's formulas: what must be done, and how fast a machine could do it.
+"""The roofline model's formulas: the work to be done, and how fast a machine could do it.
 
-Every operand is counted once, and every term is defined once, here. Source: Williams, Waterman and Patterson,
+Every operand is counted once, and every term is defined only here. Source: Williams, Waterman and Patterson,
 "Roofline: an insightful visual performance model", CACM 52(4), 2009.
 """
 
@@ -20,17 +20,17 @@ def intensity(flops: float, moved_bytes: float) -> float:
 
 
 def ridge(peak_flops_per_s: float, bandwidth_bytes_per_s: float) -> float:
-    """The intensity, FLOPs per byte, above which a machine computes longer than it moves."""
+    """The intensity, FLOPs per byte, above which computing takes longer than moving data."""
     return peak_flops_per_s / bandwidth_bytes_per_s
 
 
 def classify(intensity: float, ridge: float) -> Literal["compute", "memory"]:
-    """Which of the two floors is the higher one."""
+    """Which limit applies: compute above the ridge, memory below it."""
     return "compute" if intensity > ridge else "memory"
 
 
 def floor_s(flops: float, moved_bytes: float, peak: float, bandwidth: float) -> float:
-    """Shortest possible time: computing and moving overlap, the longer of the two remains.
+    """Shortest possible time in seconds. Computing and moving data overlap, so the longer of the two counts.
 
     Args:
         flops: floating-point operations to be done.

@@ -1,4 +1,4 @@
-"""Which releases of the libraries autotune was tested with, and which of the installed ones are others."""
+"""The library releases that autotune was tested with, and which installed releases are not among them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTED: Mapping[str, tuple[str, ...]] = {
 
 
 def minor(version: str) -> str:
-    """ "5.24.0" -> "5.24"; whatever follows the second number is left out."""
+    """Shorten a version to its first two numbers: "5.24.0" -> "5.24"."""
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
@@ -30,7 +30,7 @@ def untested(installed: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def known(name: str) -> str:
-    """The tested releases of a library as a person would say them: "5.0, 5.5 and 5.17 to 5.24"."""
+    """The tested releases of a library in words: "5.0, 5.5 and 5.17 to 5.24"."""
     runs: list[list[str]] = []
     for release in TESTED[name]:
         major, number = map(int, release.split("."))

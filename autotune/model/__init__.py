@@ -1,12 +1,12 @@
-"""A live Hugging Face model, as it is found: how it is intercepted, copied, read and looked at.
+"""A live Hugging Face model as it is: how to intercept, copy, load and inspect it.
 
-    seam/                     the only place that names what is inside transformers
-    route                     its `forward` and decoding loop, routed
-    twins, stateful           structural copies that share every tensor; what a model's forward writes by itself
-    revision                  whether it is still what it was when it was tuned
-    linear_layers             where it multiplies by weights
-    placement, modes          where its weights lie; modes of a thread under which calls are the original's
-    load, gguf, checkpoint    from a directory, a GGUF file or the hub
+    seam/                     the only package that names the internals of transformers
+    route                     routes a model's `forward` and decoding loop
+    twins, stateful           structural copies that share every tensor; state that a model's forward writes
+    revision                  whether a model changed since it was tuned
+    linear_layers             where a model multiplies by weights
+    placement, modes          where its weights are stored; thread modes in which the original serves all calls
+    load, gguf, checkpoint    loads a model from a directory, a GGUF file or the hub
     shrink                    a tiny random model of the same class
 
 Nothing here makes a model faster.

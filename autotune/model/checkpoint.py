@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-NAMED = 3  # of missing weights
+NAMED = 3  # missing weights that an error lists
 
 
 def with_all_weights(where: str | Path, source: Path, **options: Any) -> PreTrainedModel:
-    """`from_pretrained`, which fills in at random what a checkpoint lacks, without that.
+    """Load with `from_pretrained`, but refuse a checkpoint that lacks weights. It would fill them in at random.
 
     Args:
         where: directory or hub name.
-        source: what the user named.
-        options: of `from_pretrained`.
+        source: the name that the user gave, for errors.
+        options: passed to `from_pretrained`.
 
     Raises:
         UnsupportedModelError: weights are missing.

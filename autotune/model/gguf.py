@@ -26,16 +26,16 @@ log = logging.getLogger("autotune")
 
 CONFIG = "config.json"
 WHOLE = "files.json"  # written last: size and digest of every file of a checkpoint
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a file that are hashed: a crash leaves whole pages of zeros
-FORMAT = "1"  # raised when the same GGUF file would be converted differently
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # blocks of a file to hash, and their size: a crash leaves whole pages of zeros
+FORMAT = "1"  # version of the conversion; raise it when the same GGUF file would be converted differently
 
 
 def checkpoint(gguf: Path, dtype: torch.dtype) -> Path:
-    """The directory of a plain checkpoint of `gguf`, converted unless the cache has it. The first time takes a minute.
+    """Return the directory of a plain checkpoint of `gguf`. Convert it if the cache lacks it, which takes a minute.
 
     Args:
         gguf: a GGUF file.
-        dtype: what the weights are stored as.
+        dtype: dtype of the stored weights.
 
     Raises:
         UnsupportedModelError: the package `gguf` is missing, or the file cannot be read or converted.
@@ -59,7 +59,7 @@ def checkpoint(gguf: Path, dtype: torch.dtype) -> Path:
 
 
 def _defect(folder: Path) -> str | None:
-    """What is wrong with what was converted into `folder`, or None: every file is there, whole, and this user's."""
+    """What is wrong with the checkpoint in `folder`; None if every file is there, complete and owned by this user."""
     name = WHOLE
     try:
         listed = json.loads(cache_dir.read(folder / WHOLE, 1 << 20))
@@ -92,7 +92,7 @@ def _digest(file: Path) -> str:
 
 
 def _convert(gguf: Path, dtype: torch.dtype, kept: Path) -> None:
-    """Write beside the parent of `kept` and rename: whoever comes second finds a whole checkpoint or none."""
+    """Write beside the parent of `kept`, then rename: other processes find a complete checkpoint or none."""
     target = kept.parent
     cache_dir.sweep(target.parent.glob(".draft-*"))
     try:
@@ -123,7 +123,7 @@ def _write(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # transformers' GGUF reader raises whatever its parsing runs into
+    except Exception as error:  # transformers' GGUF reader may raise any exception
         raise UnsupportedModelError(
             f"{gguf} cannot be read as a GGUF model ({type(error).__name__}: {error})"
         ) from error
@@ -134,7 +134,7 @@ def _write(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Make a checkpoint this user's alone, whatever the umask is, and note beside it what belongs to it."""
+    """Make a checkpoint private to this user under any umask, and list its files beside it."""
     folder.chmod(0o700)
     listed = {}
     for file in sorted(folder.iterdir()):
@@ -145,7 +145,7 @@ def _seal(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a directory, or whatever has its name; nothing is followed."""
+    """Remove a directory, file or link of this name. Links are not followed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -153,7 +153,7 @@ def _discard(path: Path) -> None:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not remember coming from GGUF, which transformers refuses to save."""
+    """Copy the weights into a model without a record of its GGUF origin: transformers refuses to save one with it."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

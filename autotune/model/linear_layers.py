@@ -1,8 +1,8 @@
-"""Where a model multiplies by weights: which linear layers there are, and how one is exchanged for another.
+"""Where a model multiplies by weights: find its linear layers and replace them.
 
-Linear layers are `nn.Linear` and GPT-2's `Conv1D`, a tied lm_head included: its replacement gets weights of its own and
-the embedding keeps the table. Experts that a mixture stores as one 3-D parameter are no layers and are left alone, as
-are layers with hooks or a patched forward and layers whose weight the model's own code reads (Mamba's `dt_proj`).
+Linear layers are `nn.Linear` and GPT-2's `Conv1D`. A tied lm_head is one, too: its replacement gets separate weights,
+and the embedding keeps the table. Left alone are experts that a mixture stores as one 3-D parameter, layers with hooks
+or a patched forward, and layers whose weight the model's own code reads (Mamba's `dt_proj`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WEIGHT_READ = re.compile(r"\bself\.(\w+)\.(?:weight|bias)\b")
-_SETUP = ("__init__", "_init_weights", "reset_parameters", "init_mamba_weights")  # they run before any replacement
+_SETUP = ("__init__", "_init_weights", "reset_parameters", "init_mamba_weights")  # run before any replacement
 
 
 class Replacement(nn.Module):
-    """A layer that stands in for a linear layer and never changes, so that copies of a model share it whole.
+    """A layer that replaces a linear layer and never changes, so that copies of a model share it.
 
-    Its weights are often no ordinary tensors (packed, opaque, of a foreign class). They are plain attributes, out of
-    sight of `parameters()` and `buffers()`, and their size is stated instead.
+    Its weights are often not ordinary tensors (packed, opaque, of another library's class). They are plain attributes,
+    which `parameters()` and `buffers()` do not list, so their size is given as `weight_bytes`.
 
     Args:
-        linear: the layer it stands in for.
+        linear: the layer that it replaces.
         weight_bytes: bytes of weights, scales and bias that it holds and reads at each call.
-        form: what the weights have become: "bfloat16", "nf4". Layers of one class, size and form run the same code.
+        form: format of the weights: "bfloat16", "nf4". Layers of one class, size and form run the same code.
 
     Attributes:
-        capturable: whether its calls can be recorded in a graph: they never wait for the device, nor does what they
-            do depend on values.
+        capturable: whether its calls can be recorded in a graph: they never wait for the device, and the operations
+            they run do not depend on values.
     """
 
     capturable: bool = True
@@ -53,7 +53,7 @@ class Replacement(nn.Module):
         return self
 
     def plain(self) -> nn.Linear | None:
-        """An `nn.Linear` over the same memory that may be exchanged in this layer's stead, or None."""
+        """An `nn.Linear` over the same memory, which may be replaced instead of this layer, or None."""
         return None
 
     def extra_repr(self) -> str:
@@ -61,7 +61,7 @@ class Replacement(nn.Module):
 
 
 class SharedLinear(nn.Module):
-    """A layer that stands in for a linear layer and multiplies by the very same tensors.
+    """A layer that replaces a linear layer and multiplies by the same tensors.
 
     Args:
         linear: the layer.
@@ -80,7 +80,7 @@ class SharedLinear(nn.Module):
 
 
 def share(layer: nn.Module, other: nn.Module, names: Iterable[str]) -> None:
-    """Give `other` the tensors of `layer` under their names: a parameter stays one, what is not there is None."""
+    """Give `other` the tensors of `layer` under their names. A parameter stays a parameter; a missing one is None."""
     for name in names:
         tensor = getattr(layer, name, None)
         if isinstance(tensor, nn.Parameter):
@@ -90,7 +90,7 @@ def share(layer: nn.Module, other: nn.Module, names: Iterable[str]) -> None:
 
 
 def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:
-    """Linear layers that may be exchanged, by dotted name.
+    """Linear layers that may be replaced, by dotted name.
 
     Args:
         model: any module tree.
@@ -103,20 +103,20 @@ def linears(model: nn.Module, skip: str = "") -> dict[str, nn.Linear]:
 
 
 def is_named(name: str, parts: str) -> bool:
-    """Whether a dotted name has one of some comma-separated runs of whole parts: "lm_head,down_proj,layers.3.mlp"."""
+    """Whether a dotted name contains one of several comma-separated paths of whole names: "lm_head,layers.3.mlp"."""
     return any(f".{part.strip()}." in f".{name}." for part in parts.split(","))
 
 
 def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None], skip: str = "") -> int:
-    """Exchange linear layers in place; `model` must be a twin.
+    """Replace linear layers in place; `model` must be a twin.
 
     Args:
         model: the twin to edit. Its layers' tensors are shared with the original and are only read.
-        exchange: the replacement of a layer, or None to leave it. A layer under two names is exchanged once.
+        exchange: returns the replacement of a layer, or None to keep it. Called once for a layer with two names.
         skip: as in `linears`.
 
     Returns:
-        How many layers were exchanged.
+        Number of layers that were replaced.
     """
     made: dict[int, nn.Module | None] = {}
     with torch.no_grad():
@@ -130,7 +130,7 @@ def replace(model: nn.Module, exchange: Callable[[nn.Linear], nn.Module | None],
 
 
 def embeddings(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """The token embedding under each of its names; none where it does more than look rows up or its weight is read."""
+    """The token embedding under each of its names. Empty if it does more than look rows up or if its weight is read."""
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding or table.max_norm is not None:
         return {}
@@ -138,12 +138,12 @@ def embeddings(model: PreTrainedModel) -> dict[str, nn.Embedding]:
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
-    """How many layers of `kind` a model has."""
+    """Count the layers of `kind` in a model."""
     return sum(isinstance(module, kind) for module in model.modules())
 
 
 def stored_bytes(*models: nn.Module) -> int:
-    """Memory that the models' weights take together; what they share is counted once."""
+    """Bytes of memory that the models' weights take together. Shared weights count once."""
     tensors = chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     replacements = {id(m): m.weight_bytes for model in models for m in model.modules() if isinstance(m, Replacement)}
@@ -151,7 +151,7 @@ def stored_bytes(*models: nn.Module) -> int:
 
 
 def waiting(model: nn.Module) -> str | None:
-    """Which layers keep a model's calls from being recorded in a graph, or None."""
+    """Which layers prevent a model's calls from being recorded in a graph, or None."""
     forms = {str(m.form) for m in model.modules() if isinstance(m, Replacement) and not m.capturable}
     if not forms:
         return None
@@ -159,14 +159,14 @@ def waiting(model: nn.Module) -> str | None:
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why no layer of this model can be exchanged, or None."""
+    """Why no layer of this model can be replaced, or None."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         return "the model was loaded already quantised"
     return placement.obstacle(model)
 
 
 def as_linear(layer: nn.Module) -> nn.Linear | None:
-    """The layer as an `nn.Linear` over the same memory, or None if it is no linear layer."""
+    """The layer as an `nn.Linear` over the same memory, or None if it is not a linear layer."""
     if isinstance(layer, Replacement):
         return layer.plain()
     if isinstance(layer, nn.Linear):
@@ -183,16 +183,16 @@ def as_linear(layer: nn.Module) -> nn.Linear | None:
 
 
 def _sites(model: nn.Module, skip: str) -> list[tuple[str, nn.Module, nn.Linear]]:
-    """Name, layer and the layer seen as `nn.Linear`; a layer under two names is there twice."""
+    """Name, layer and the layer as `nn.Linear`. A layer with two names is listed twice."""
     named = [(name, layer) for name, layer in _candidates(model) if not is_named(name, skip)]
     return [(name, layer, linear) for name, layer in named if (linear := as_linear(layer)) is not None]
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every name, but for those that have hooks or a forward of their own, or that their parent does
-    not call."""
+    """Every module under every name, except modules with hooks or a patched forward and modules whose weight their
+    parent reads instead of calling them."""
     for prefix, parent in model.named_modules(remove_duplicate=False):
-        read = _weights_read(type(parent))  # type: ignore[arg-type]  # mypy takes no class for hashable
+        read = _weights_read(type(parent))  # type: ignore[arg-type]  # to mypy no class is hashable
         for attribute, layer in parent._modules.items():  # named_children() leaves out second names
             if layer is None or attribute in read:
                 continue

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from what the command line names: a directory, a GGUF file or a model on the hub."""
+"""Load a model and its tokenizer by the name given on the command line: a directory, a GGUF file or a hub name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-MOST_SAID = 300  # characters of another library's error
+MOST_SAID = 300  # characters of another library's error that a message quotes at most
 EXPECTED = "expected a directory saved by save_pretrained, a .gguf file, or a model name on the hub"
 
 
@@ -32,10 +32,10 @@ def load(
     Args:
         name: a local directory, a GGUF file or a hub name.
         dtype: of the weights; default as stored (float32 for GGUF).
-        device: default the GPU where there is one.
+        device: default the GPU if there is one.
 
     Returns:
-        The model, and its tokenizer or None where it has none.
+        The model, and its tokenizer or None if it has none.
 
     Raises:
         UnsupportedModelError: there is no such model, or it is not a causal LM that transformers itself implements.
@@ -56,23 +56,23 @@ def load(
         model = with_all_weights(where, source, dtype=dtype or "auto", **options)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # whatever damaged or unfit files make their reader raise
+    except Exception as error:  # damaged or unsuitable files may raise any exception
         raise UnsupportedModelError(f"{where} cannot be loaded: {_gist(error)}") from error
     nn.Module.to(model, device)
     return model, _tokenizer(where, options)
 
 
 def locate(name: str | Path) -> Path:
-    """The model's directory or file, or its hub name as it stands.
+    """Return the model's directory or file, or its hub name unchanged.
 
     Raises:
-        UnsupportedModelError: it looks like a path and nothing usable is there.
+        UnsupportedModelError: the name looks like a path, but nothing usable is there.
     """
     text = str(name)
     path = expanded(text)
     try:
         found = _located(path)
-    except (OSError, ValueError) as error:  # too long for a name, not to be looked into, or with a NUL
+    except (OSError, ValueError) as error:  # the name is too long, not accessible, or contains a NUL
         raise UnsupportedModelError(f"{text[:200]} cannot be looked at ({error}); {EXPECTED}") from error
     parts = text.split("/")
     if found is None and (len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~") or path.suffix == ".gguf"):
@@ -93,7 +93,7 @@ def _located(path: Path) -> Path | None:
 
 
 def _offline() -> bool:
-    """Whether the hub's name leads nowhere: known in an instant, where its client retries for half a minute."""
+    """Whether the hub cannot be reached. Its name is looked up, because its client retries for half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
@@ -120,7 +120,7 @@ def _config(where: str, options: dict[str, Any]) -> PretrainedConfig:
             f"{where} is not a model that transformers itself implements ({_gist(error)}); "
             "code that comes with a model is not run here: load it yourself and call autotune.wrap"
         ) from error
-    except Exception as error:  # OSError, and whatever a damaged file makes its reader raise
+    except Exception as error:  # OSError, or any exception from a damaged file
         if Path(where).is_dir() or not isinstance(error, OSError):
             raise UnsupportedModelError(f"{where} cannot be loaded: {_gist(error)}") from error
         raise UnsupportedModelError(
@@ -130,10 +130,10 @@ def _config(where: str, options: dict[str, Any]) -> PretrainedConfig:
 
 
 def refuse(config: PretrainedConfig, where: str) -> None:
-    """Refuse what is no causal LM before its weights are read.
+    """Refuse a model that is not a causal LM before its weights are read.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, encoder-only, or nothing with a language-model head.
+        UnsupportedModelError: the model is encoder-decoder, encoder-only, or has no language-model head.
     """
     for key, value in _sizes(config).items():
         if value < 1:
@@ -157,9 +157,9 @@ def _sizes(config: PretrainedConfig) -> dict[str, int]:
 
 
 def _require_room(config: PretrainedConfig, folder: Path) -> None:
-    """Refuse more layers than the files can hold, which would take hours and all memory to build.
+    """Refuse more layers than the files can hold: building them would take hours and all memory.
 
-    A layer has at least a norm's weights, and no format takes less than half a byte for each.
+    A layer has at least the weights of a norm, and every format takes at least half a byte per weight.
     """
     sizes = _sizes(config)
     layers, width = sizes.get("num_hidden_layers", 0), sizes.get("hidden_size", 0)
@@ -179,7 +179,7 @@ def _tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase |
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
-    except Exception as error:  # whatever missing or damaged files make their reader raise
+    except Exception as error:  # missing or damaged files may raise any exception
         there = [name for name in TOKENIZERS if (Path(where) / name).exists()]
         if not there:
             return None
@@ -191,7 +191,7 @@ def _tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase |
 
 
 def _gist(error: Exception) -> str:
-    """What an error of a library says, as one line that begins with its type where the text alone says little."""
+    """Shorten a library's error to one line. It begins with the type if the text alone is not enough."""
     said = " ".join(str(error).split())
     if "ignore_mismatched_sizes" in said:
         return "weights have other shapes than its configuration asks for"

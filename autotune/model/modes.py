@@ -1,4 +1,4 @@
-"""Modes of a thread under which a call is not the one that a plan was proven for: it is the original's."""
+"""Thread modes for which no plan was proven: under them, the original serves the call."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-AUTOCAST = ("cpu", "cuda")  # kinds of device
+AUTOCAST = ("cpu", "cuda")  # kinds of device whose autocast is checked
 
 
 def tracing() -> bool:
-    """Whether a call is not made but recorded, by torch.compile, torch.export or torch.jit.trace."""
+    """Whether torch.compile, torch.export or torch.jit.trace records the call instead of running it."""
     return torch.compiler.is_compiling() or bool(torch._C._is_tracing())
 
 
 def unserved() -> str | None:
-    """The mode that is on, in words, or None. torch.set_default_device is none: plans do not ask for it."""
+    """The mode that is on, in words, or None. torch.set_default_device does not count: plans do not depend on it."""
     if any(torch.is_autocast_enabled(kind) for kind in AUTOCAST):
         return "autocast"
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:

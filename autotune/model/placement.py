@@ -1,9 +1,9 @@
-"""Where a model's weights lie, and what that leaves to be tuned.
+"""Where a model's weights are stored, and what can be tuned there.
 
 one device              everything
-several GPUs            what is exchanged layer by layer (weights, attention) and the lean loop; accelerate's hooks stay
+several GPUs            changes of single layers (weights, attention) and the lean loop; accelerate's hooks stay
 offloaded to CPU, disk  nothing: every token waits for the bus
-sharded over ranks      nothing: each would tune by its own clock, and wait for the others in collectives
+sharded over ranks      nothing: each rank would tune by its own clock, and wait for the others in collectives
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import route
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WRAPPERS = {  # class of a wrapper that is no transformers model -> where the model is inside
+WRAPPERS = {  # class of a wrapper around a model -> expression on the wrapper that gives the model
     "DataParallel": ".module",
     "DistributedDataParallel": ".module",
     "DeepSpeedEngine": ".module",
@@ -34,7 +34,7 @@ WRAPPERS = {  # class of a wrapper that is no transformers model -> where the mo
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be tuned where it lies, in a sentence that says what to do; or None."""
+    """Why a model cannot be tuned where its weights are, in a sentence that says what to do; or None."""
     return _sharded(model) or _offloaded(model) or _missing(model) or strange(model)
 
 
@@ -57,13 +57,13 @@ def devices(model: nn.Module) -> list[torch.device]:
 
 
 def inner(model: Any) -> str | None:
-    """For what only wraps a model: the expression that gives the model inside; None for other objects."""
+    """For a wrapper around a model: the expression that gives the model inside, in words. None for other objects."""
     cls = type(model).__name__
     return next((f"{cls}'s {how}" for name, how in WRAPPERS.items() if cls == name), None)
 
 
 def keep_hook(old: nn.Module, new: nn.Module) -> None:
-    """Give `new`, which stands in for `old`, the hook by which accelerate brings its inputs to its device."""
+    """Give `new`, which replaces `old`, the hook with which accelerate moves a module's inputs to its device."""
     if (hook := getattr(old, "_hf_hook", None)) is not None:
         from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
 
@@ -71,7 +71,7 @@ def keep_hook(old: nn.Module, new: nn.Module) -> None:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a module computes with a forward of its own, not its class's; accelerate's hooks are none."""
+    """Whether a module's forward was replaced on the object. Accelerate's hooks do not count."""
     forwards = [vars(module).get("forward")]
     if hasattr(module, "_hf_hook"):
         if getattr(getattr(forwards[0], "func", None), "__module__", None) == "accelerate.hooks":
@@ -82,7 +82,7 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def unrecordable(model: nn.Module) -> str | None:
-    """Which part of a model computes with a forward of its own, which what is recorded or compiled would not call."""
+    """Which part of a model has a forward replaced on the object, which a recorded or compiled step would not call."""
     name = next((name for name, module in model.named_modules() if is_patched(module)), None)
     if name is None:
         return None
@@ -121,7 +121,7 @@ def _sharded(model: nn.Module) -> str | None:
 
 
 def strange(model: nn.Module) -> str | None:
-    """Which hook of accelerate's may change what a module computes, or None."""
+    """Which of accelerate's hooks may change what a module computes, or None."""
     for name, module in model.named_modules():
         for hook in _flat(module):
             if not _aligns(hook):
@@ -137,7 +137,7 @@ def _hooks(model: nn.Module) -> Iterator[Any]:
 
 
 def _flat(module: nn.Module) -> Iterable[Any]:
-    """The hooks of a module, those of a sequence one by one."""
+    """Accelerate's hooks of a module, with sequences of hooks flattened."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return ()
@@ -145,7 +145,7 @@ def _flat(module: nn.Module) -> Iterable[Any]:
 
 
 def _aligns(hook: Any) -> bool:
-    """Whether a hook only moves inputs and outputs between devices; a bare `ModelHook` does nothing."""
+    """Whether a hook at most moves inputs and outputs between devices. A bare `ModelHook` does nothing."""
     from accelerate.hooks import AlignDevicesHook, ModelHook
 
     return type(hook) in (AlignDevicesHook, ModelHook)

@@ -1,15 +1,15 @@
-"""Is the model what it was when it was tuned? Cheap enough to ask at every call.
+"""Detect whether a model changed since it was tuned, cheaply enough for every call.
 
-A revision is the module tree as it was: every module's class and attributes, what lies in the plain containers and
-objects that they hold (configurations, an adapter's scales), which tensors there are, where their data lie and how
-often they were written to, and one number of each. All of it is compared with what there is now, so that it does not
-matter who changed what and how, and a model that was changed back is again the one that was tuned. Hooks count as a
-change whenever there are any: no plan promises to call them.
+A revision is the module tree at one moment: every module's class and attributes, the contents of the plain containers
+and objects that they hold (configurations, an adapter's scales), the tensors, the addresses of their data, how often
+they were written to, and one number of each. All of it is compared with the present state. So it does not matter who
+changed what or how, and a model that was changed back counts as unchanged. Any hook counts as a change, because no plan
+promises to call hooks.
 
-Asking takes 0.3 ms for the 397 modules of a Llama with 30 layers (`python -m benchmarks.revision`). Not seen are:
-changes of what a forward finds outside of its module (functions and constants of Python modules, closures), and writes
-through `tensor.data`, which PyTorch does not count, to other numbers of a tensor than the one that is compared.
-`look_closer` compares 64 of each.
+A check takes 0.3 ms for the 397 modules of a Llama with 30 layers (`python -m benchmarks.revision`). It does not detect
+changes outside of a forward's module (functions and constants of Python modules, closures). PyTorch does not count
+writes through `tensor.data`: such a write is detected only if it changes the one number that is compared.
+`look_closer` compares 64 numbers of each tensor.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GLOBAL_HOOKS = (registry._global_forward_hooks, registry._global_forward_pre_hooks)
-OWN = {route.SLOT, route.LAYERS, *seam.SET_AT_WILL, *twins.COMPILED}  # they say nothing of what is computed
-UNREAD = {*vars(nn.Module()), *OWN, "_hf_hook"}  # not looked into: what counts is compared by itself, or as such
-DEPTH = 3  # of containers and objects, from a module's attributes on
-OPAQUE = (  # compared as such, and not looked into
+OWN = {route.SLOT, route.LAYERS, *seam.SET_AT_WILL, *twins.COMPILED}  # attributes that do not affect what is computed
+UNREAD = {*vars(nn.Module()), *OWN, "_hf_hook"}  # attributes whose contents are not read: compared elsewhere, or whole
+DEPTH = 3  # levels of containers and objects that are read, starting at a module's attributes
+OPAQUE = (  # types that are compared as a whole; their contents are not read
     *(nn.Module, torch.Tensor, torch.dtype, torch.device, type, types.ModuleType),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
 )
-SAMPLED = 64  # numbers of a tensor that are compared at times; the largest of them is compared at every call
+SAMPLED = 64  # numbers of a tensor that `look_closer` compares; the largest of them is compared at every call
 UNCOUNTED = "a tensor was written to in a way that leaves no mark"
 
 _version, _forward = attrgetter("_version"), attrgetter("forward")
 
 
 class Revision:
-    """A model as it is when this is made.
+    """A model's state at the time when the revision is made.
 
     Args:
         model: routed or not.
@@ -80,13 +80,13 @@ class Revision:
         self._found: str | None = None
 
     def changed(self) -> str | None:
-        """What changed, or None. A hook is one, whether it was there before or not."""
+        """What changed, or None. A hook counts as a change, even if it was there before."""
         if (any(GLOBAL_HOOKS) or any(self._hooks)) and (where := hooked(self._model)) is not None:
             return f"there is a forward hook on {where}"
         return self.differs()
 
     def differs(self) -> str | None:
-        """What changed, hooks apart, or None."""
+        """What changed, except hooks, or None."""
         if self._found is not None:
             return self._found
         try:
@@ -101,11 +101,11 @@ class Revision:
                 return self._written(versions, places)
             probed = [torch.cat(probes) for probes in self._probes]
             return None if all(map(torch.equal, probed, self._probed)) else UNCOUNTED
-        except Exception as error:  # what cannot be compared with what there was is something else
+        except Exception as error:  # a value that cannot be compared with the old one is a change
             return self._difference() or f"it could not be compared: {type(error).__name__}: {error}"
 
     def look_closer(self) -> str | None:
-        """As `changed`, after a look at more numbers; what that finds stays found."""
+        """Like `changed`, but compare more numbers. A change found here is reported by all later checks."""
         for sample, numbers in zip(self._samples, self._numbers, strict=True):
             if not torch.allclose(sample, numbers, rtol=0.0, atol=0.0, equal_nan=True):
                 self._found = UNCOUNTED
@@ -142,7 +142,7 @@ class Revision:
 
 
 def hooked(model: nn.Module) -> str | None:
-    """Where there is a forward hook, those of transformers' own apart, or None."""
+    """Where there is a forward hook, except transformers' own hooks, or None."""
     if any(GLOBAL_HOOKS):
         return "every module"
     for name, module in model.named_modules():
@@ -156,7 +156,7 @@ def _hooks(module: nn.Module) -> tuple[Any, Any]:
 
 
 def _held(name: str, module: nn.Module) -> Iterator[Any]:
-    """The dictionaries, lists and sets that say what a module computes; the model's attributes are compared apart."""
+    """The containers that determine what a module computes. The model's own attributes are compared separately."""
     if name:
         yield vars(module)
     yield from (module._parameters, module._buffers, module._modules)
@@ -166,7 +166,7 @@ def _held(name: str, module: nn.Module) -> Iterator[Any]:
 
 
 class _Without:
-    """A dictionary, live, without the keys that a module writes by itself."""
+    """A live view of a dictionary without the keys that the module's forward writes."""
 
     def __init__(self, held: dict[str, Any], own: set[str]) -> None:
         self._held, self._own = held, own
@@ -198,7 +198,7 @@ def _inside(value: Any, depth: int) -> Iterator[Any]:
 
 
 def _described(name: str, now: Any, was: Any) -> str | None:
-    """What is different in a container, or None."""
+    """Describe what differs in a container, or return None."""
     held = now._held if isinstance(now, _Without) else now
     now = now.copy() if isinstance(now, _Without) else now
     if not isinstance(now, dict):
@@ -222,7 +222,7 @@ def _described(name: str, now: Any, was: Any) -> str | None:
 
 
 def _is_own(forward: Any, held: Any) -> bool:
-    """Whether a module's forward is its class's, also where someone who exchanged it for a while has put it back."""
+    """Whether a module's forward is its class's. It may have been replaced for a while and put back on the object."""
     owner = getattr(forward, "__self__", None)
     if forward is None or getattr(owner, "__dict__", None) is not held:
         return forward is None
@@ -230,19 +230,19 @@ def _is_own(forward: Any, held: Any) -> bool:
 
 
 def _readable(tensor: torch.Tensor) -> bool:
-    """Whether numbers of a tensor can be looked at in place: a GPU would have to be waited for."""
+    """Whether a tensor's numbers can be read in place. On a GPU they cannot: reading would wait for it."""
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
     return plain and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() > 0
 
 
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of numbers [up to SAMPLED] all over a tensor."""
+    """A view of evenly spaced numbers [up to SAMPLED] of a tensor."""
     flat = tensor.detach().view(-1)
     return flat[:: -(-flat.numel() // SAMPLED)]
 
 
 def _probes(samples: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """A view of the largest finite number [1] of each sample, by dtype: a zero stays one under much that is done."""
+    """Views of the largest finite number [1] of each sample, by dtype. A zero would stay zero under many changes."""
     probes: dict[torch.dtype, list[torch.Tensor]] = {}
     for sample in samples:
         size = sample.to(torch.float32).nan_to_num(0.0, 0.0, 0.0).abs()

@@ -1,7 +1,7 @@
-"""Interception: one model object's `forward` and decoding loop are routed; everything else about it is untouched.
+"""Interception: route the `forward` and the decoding loop of one model object, and change nothing else about it.
 
-The object keeps its identity; only its class is exchanged for a subclass of the same name that asks a `Router`.
-Experiments on live calls are layers above it, which come and go in any order.
+The object keeps its identity. Only its class is replaced, by a subclass of the same name that asks a `Router`.
+Experiments on live calls are layers above the router; they can be added and removed in any order.
 `generate` stays transformers' own: all its preparation, validation and exceptions happen before the loop is routed.
 """
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SLOT = "autotune"  # the instance attribute that holds the router
-LAYERS = "_autotune_layers"  # and the one that holds the routers above it, the outermost last
+LAYERS = "_autotune_layers"  # the instance attribute that holds the routers above it, outermost last
 _ORIGINS: weakref.WeakKeyDictionary[PreTrainedModel, Callable[[], PreTrainedModel | None]] = (
     weakref.WeakKeyDictionary()
-)  # alias -> what it is an alias of
+)  # alias -> the model that it is an alias of
 _ROUTED: dict[type, type[PreTrainedModel]] = {}  # model class -> its routed subclass
 
 
 class Router(Protocol):
-    """Who decides which variant serves a call."""
+    """Decides which variant serves a call."""
 
     def sample(self, call: Sampling) -> Any: ...
 
@@ -46,18 +46,18 @@ def attach(model: PreTrainedModel, router: Router) -> None:
 
 
 def hold(model: PreTrainedModel, router: Router) -> None:
-    """Let this object have `router` without routing its calls through it."""
+    """Store `router` on this object without routing its calls through it."""
     model.__dict__[SLOT] = router
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`, leaving no trace; layers stay."""
+    """Undo `attach` completely; layers stay."""
     model.__dict__.pop(SLOT, None)
     _settle(model)
 
 
 def add_layer(model: PreTrainedModel, layer: Router) -> None:
-    """Route this object's calls through `layer` first, which passes on to `below` what it does not serve itself."""
+    """Route this object's calls through `layer` first. It passes calls that it does not serve on to `below`."""
     model.__dict__[LAYERS] = (*model.__dict__.get(LAYERS, ()), layer)
     model.__class__ = routed_class(bare_class(model))
 
@@ -69,7 +69,11 @@ def remove_layer(model: PreTrainedModel, layer: Router) -> None:
 
 
 def below(model: PreTrainedModel, layer: Router | None = None) -> Router:
-    """Who serves the calls that `layer` passes on: the next layer, the router, or the plain model; None: the first."""
+    """Who serves the calls that `layer` passes on: the next layer, the router or the plain model.
+
+    Args:
+        layer: the layer that passes a call on; None: the call has just come in and goes to the outermost layer.
+    """
     layers = model.__dict__.get(LAYERS, ())
     inner = [n for n, other in enumerate(layers) if other is layer]
     under = layers[: inner[0]] if inner else layers if layer is None else ()
@@ -85,7 +89,7 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 class _Plain:
-    """The router of a model without one."""
+    """Router for a model that has none: calls the model itself."""
 
     def sample(self, call: Sampling) -> Any:
         return call.original()
@@ -106,16 +110,16 @@ def bare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def routed(model: PreTrainedModel, router: Router) -> PreTrainedModel:
-    """The same model, routed through `router`; the object given stays as it is."""
+    """The same model, routed through `router`. The given object does not change."""
     alias = _alias(model, routed_class(bare_class(model)))
     alias.__dict__[SLOT] = router
     return alias
 
 
 def greedy(model: PreTrainedModel, pad_token_id: int, eos_token_ids: Sequence[int] = ()) -> PreTrainedModel:
-    """The same model, routed as it is, with plain greedy decoding for a default; the object given keeps its own.
+    """The same model with the same routing, and plain greedy decoding by default. The given object does not change.
 
-    Whatever measures or judges generates with this: a checkpoint's defaults, of whichever kind, are its users' matter.
+    Measurements and quality checks generate with this, so that a checkpoint's own defaults do not affect them.
 
     Args:
         pad_token_id: for left padding, and after the end of a sequence.
@@ -133,12 +137,12 @@ def is_routed(model: object) -> bool:
 
 
 def _new(cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """An empty object, whose attributes follow once it is known to whoever copies or unpickles it."""
+    """Make an empty object. Its attributes are set later, by the copying or unpickling code."""
     return cls.__new__(cls)
 
 
 def origin(model: PreTrainedModel) -> PreTrainedModel:
-    """The object that `bare` and `routed` were given; any other model itself."""
+    """The object that `bare`, `routed` or `greedy` was given; any other model is its own origin."""
     return _ORIGINS.get(model, lambda: None)() or model
 
 
@@ -152,14 +156,14 @@ def _alias(model: PreTrainedModel, cls: type[PreTrainedModel]) -> PreTrainedMode
 
 
 def routed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of `cls` with its name, whose calls go to the instance's router."""
+    """A subclass of `cls` with the same name, whose calls go to the instance's router."""
     if cls not in _ROUTED:
         _ROUTED[cls] = _make_routed(cls)
     return _ROUTED[cls]
 
 
 def own_forwards(cls: type) -> tuple[Any, ...]:
-    """The functions that are the forward of a class's modules, routed or not."""
+    """The forward functions of a class and of its routed subclass, if it has one."""
     return tuple(each.forward for each in (cls, _ROUTED.get(cls)) if each is not None)  # type: ignore[attr-defined]
 
 
@@ -193,7 +197,7 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
 
 
 def _unrouted(cls: type[PreTrainedModel], name: str) -> Callable[..., Any]:
-    """A decoding loop that no plan serves (beam search, assisted decoding, ...): counted, then run on the original."""
+    """Make a decoding loop that no plan serves (beam search, assisted decoding, ...): counted, run on the original."""
     loop = getattr(cls, name)
 
     @functools.wraps(loop)

@@ -20,7 +20,7 @@ WIDTH = HEADS * HEAD_SIZE
 MOST_PARAMETERS = 4_000_000
 NAMES: tuple[
     tuple[Any, tuple[str, ...]], ...
-] = (  # a small size -> what configurations call it; those that one lacks are not set
+] = (  # a small size, and the settings that get it; settings that a configuration lacks are not added
     (
         VOCABULARY,
         (
@@ -99,36 +99,36 @@ NAMES: tuple[
             *("state_size", "mamba_d_state", "rotary_dim", "hidden_size_per_layer_input"),
         ),
     ),
-    # large: logits are decisive, and a wrong cache or mask changes tokens
+    # large, so that logits differ clearly: a wrong cache or mask then changes tokens
     (0.3, ("initializer_range", "init_std", "initializer_factor")),
 )
 SIZES: dict[str, Any] = {name: size for size, names in NAMES for name in names}
 GROUPED = ("num_key_value_heads", "swa_num_key_value_heads")
 MAMBA = {"mamba_n_heads": HEAD_SIZE, "mamba_num_heads": HEAD_SIZE, "n_mamba_heads": HEAD_SIZE, "mamba_d_ssm": 1}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# a kind for each layer
+# settings that list a kind for each layer
 LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "no_rope_layers")
-# numbers of the layers of a kind
+# settings that list the numbers of the layers of one kind
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "ple_layer_ids", "hybrid_layer_ids", "full_attn_idxs")
 LOOP = ("loop_layer_index_start", "loop_layer_index_end")
-# how many layers at the beginning, or at the end, are of a kind
+# settings that count the layers of one kind at the beginning, or at the end
 FIRST = ("first_k_dense_replace", "num_dense_layers", "n_input_layers", *LOOP)
 LAST = ("num_kv_shared_layers", "n_output_layers")
 
 
 def shrunk(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A tiny random model of `model`'s class, on the CPU in FP32, or None where its configuration cannot be shrunk."""
+    """A tiny random model of `model`'s class, on the CPU in FP32, or None if its configuration cannot be shrunk."""
     try:
         return small(seam.bare_class(model), model.config)
-    except Exception:  # whatever a configuration or a model's constructor makes of numbers that it did not expect
+    except Exception:  # configurations and constructors may raise anything for sizes they do not expect
         return None
 
 
 def small(cls: Any, config: Any, settings: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedModel:
-    """A tiny random model of a class, on the CPU in FP32, from a configuration of any size, which stays as it is.
+    """A tiny random model of a class, on the CPU in FP32, from a configuration of any size, which is not changed.
 
     Args:
-        settings: of the text model, to be as they are here; of a configuration inside it a mapping again.
+        settings: values to set in the text model's configuration; for a configuration inside it, another mapping.
 
     Raises:
         ValueError and others: the configuration cannot be shrunk.
@@ -137,7 +137,7 @@ def small(cls: Any, config: Any, settings: Mapping[str, Any] = MappingProxyType(
     parts = list(_parts(config))
     for part in parts:
         _shrink(part)
-    decoder = config.get_text_config(decoder=True)  # of some it is a copy
+    decoder = config.get_text_config(decoder=True)  # for some configurations a copy
     text = next((part for part in parts if part is decoder), config)
     for name, token in SPECIAL.items():
         for holder in (config, text):
@@ -149,7 +149,7 @@ def small(cls: Any, config: Any, settings: Mapping[str, Any] = MappingProxyType(
 
 
 def llama() -> PreTrainedModel:
-    """A tiny random model of the best known architecture."""
+    """A tiny random Llama model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config: Any = LlamaConfig(num_key_value_heads=2, num_hidden_layers=2)
@@ -160,7 +160,7 @@ def llama() -> PreTrainedModel:
 
 
 def built(cls: Any, config: Any, sdpa: bool) -> PreTrainedModel:
-    """A random model of a class, in evaluation mode; the process's random numbers stay as they are."""
+    """A random model of a class, in evaluation mode. The process's random state does not change."""
     how: dict[str, Any] = {"attn_implementation": "sdpa" if sdpa else "eager", "dtype": torch.float32}
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls._from_config(copy.deepcopy(config), **how).parameters())
@@ -185,7 +185,7 @@ def _apply(config: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A configuration and those inside it, of the text, images or sound."""
+    """A configuration and the ones inside it, for text, images or sound."""
     yield config
     for value in vars(config).values():
         if hasattr(value, "get_text_config"):
@@ -234,21 +234,21 @@ def _shrink(config: Any) -> None:
 
 
 def _scaled(value: Any, whole: Any, size: Any) -> Any:
-    """What a layer says, as many times what the others say as before."""
+    """A layer's value, scaled to keep its ratio to the value of the other layers."""
     if not (type(value) is type(whole) is type(size) is int):
         return value
     return max(1, value * size // whole)
 
 
 def _groups(config: Any, name: str) -> int | None:
-    """How many heads share a key and value head, or None where a configuration does not say."""
+    """Number of heads that share one key and value head, or None if a configuration does not say."""
     if not hasattr(type(config), name) and _get(config, name) is None:
         return None
     return int(_get(config, name.replace("key_value", "attention")) or 1) // int(_get(config, name) or 1)
 
 
 def _layers_that_differ(config: Any) -> list[dict[str, Any]]:
-    """What a configuration says of single layers, for each of them; it is taken from it."""
+    """Remove the per-layer settings from a configuration; returns them, one dictionary per layer."""
     if not getattr(config, "is_heterogeneous", False):
         return []
     names = [*config.per_layer_attributes, "skip"]
@@ -260,12 +260,12 @@ def _layers_that_differ(config: Any) -> list[dict[str, Any]]:
 
 
 def _rope(rope: dict[str, Any], whole: bool) -> dict[str, Any]:
-    """Without factors for each number of a head, which would not fit another size.
+    """Rotary settings without factors for each number of a head, which would not fit another head size.
 
     Args:
-        whole: heads have a part for positions, all of which is rotated.
+        whole: whether heads have a separate part for positions, all of which is rotated.
     """
-    if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layer
+    if any(isinstance(value, dict) for value in rope.values()):  # settings for each kind of layer
         return {kind: _rope(each, whole) if isinstance(each, dict) else each for kind, each in rope.items()}
     if any(value is None or isinstance(value, list) for value in rope.values()):
         return {"rope_type": "default", "rope_theta": rope.get("rope_theta") or 10000.0}
@@ -273,9 +273,9 @@ def _rope(rope: dict[str, Any], whole: bool) -> dict[str, Any]:
 
 
 def _leave_out_layers(config: Any) -> list[int]:
-    """Keep a layer of each kind; their numbers."""
+    """Keep one layer of each kind; returns the numbers of the kept layers."""
     depth, stack = int(_get(config, "num_hidden_layers")), _get(config, "num_layers_per_stack")
-    if stack:  # the same layers several times, each time with a cache of its own
+    if stack:  # the same layers run several times, each time with another cache
         _set(config, "num_layers_per_stack", 1)
         _set(config, "num_hidden_layers", depth // stack)
         return []
@@ -296,7 +296,7 @@ def _leave_out_layers(config: Any) -> list[int]:
 
 
 def _get(config: Any, name: str) -> Any:
-    """What a configuration says, or None; one that differs from layer to layer raises."""
+    """A configuration's value, or None if it has none or raises because the value differs between layers."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -304,18 +304,18 @@ def _get(config: Any, name: str) -> Any:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Where it can be said: some derive it from other settings."""
+    """Set a configuration's value if it can be set. Some configurations derive it from other settings."""
     with suppress(AttributeError, NotImplementedError):
         setattr(config, name, value)
 
 
 def _layers(config: Any, depth: int) -> list[int]:
-    """Indices of the layers to keep: the first of each kind, and at least two where there are two."""
+    """Indices of the layers to keep: the first of each kind, and at least two if there are two."""
     said = vars(config)
     listed = [said[name] for name in LAYER_LISTS if isinstance(said.get(name), (list, tuple)) and said[name]]
     first = [[k < said[name] for k in range(depth)] for name in FIRST if isinstance(said.get(name), int)]
     derived = [list(kinds) for name in LAYER_LISTS if isinstance(kinds := _get(config, name), (list, tuple))]
-    if derived and not listed:  # from a pattern that goes by the layers' numbers: no layer can be left out
+    if derived and not listed:  # derived from the layers' numbers by a pattern: no layer in between can be left out
         return list(range(max([2, *(kinds.index(kind) + 1 for kinds in derived + first for kind in kinds)])))
     last = [[k >= depth - said[name] for k in range(depth)] for name in LAST if isinstance(said.get(name), int)]
     some = [[k in said[name] for k in range(depth)] for name in INDEX_LISTS if said.get(name) is not None]

@@ -1,12 +1,12 @@
-"""Modules that change themselves as they are run: rotary embeddings whose frequencies depend on the length, for one.
+"""Modules that change themselves when they run, for example rotary embeddings with frequencies that depend on length.
 
-What such a module holds is state of the calls, not of the model. Which modules do that is found out by running the
-model: a twin with buffers of its own is given two tokens, and modules without weights that are told the tokens'
-positions are called with others, too, far away and near again. What they wrote meanwhile is the state.
+What such a module writes is state of the calls, not of the model. To find these modules, a twin with separate buffers
+runs two tokens. Modules without weights that receive the tokens' positions are also called with other positions: far
+away, then near again. What they wrote meanwhile is the state.
 
-    twins      share these modules with the original, so that whoever serves a call finds what the call before left
-    measuring  puts back what it found (`State.kept`), so that live requests do not notice it
-    revisions  do not compare what was written; a user's change of it is as good as one of the original
+    twins      share these modules with the original, so that every call finds what the call before wrote
+    measuring  restores their state (`State.kept`), so that it does not affect live requests
+    revisions  do not compare their state; a user's change of it affects twins as it affects the original
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ log = logging.getLogger("autotune")
 
 FAR = 1 << 24  # a position beyond every context
 NEAR = 0
-PLUMBING = frozenset(vars(nn.Module()))  # attributes that every module has
+PLUMBING = frozenset(vars(nn.Module()))  # attributes that every nn.Module has
 _states: weakref.WeakKeyDictionary[PreTrainedModel, State] = weakref.WeakKeyDictionary()
-TokenClock = dict[str, tuple[Any, int]]  # attribute -> what it holds, and how often that was written to
+TokenClock = dict[str, tuple[Any, int]]  # attribute -> its value, and how often that was written to
 
 
 @dataclass(frozen=True)
 class State:
-    """What of a model its own forward writes.
+    """The parts of a model that its own forward writes.
 
     Args:
         modules: name -> module that twins share.
         written: (name of the module, attribute), of these modules and of others.
-        alien: attributes that modules with weights or parts of their own write. Twins would have copies of them.
+        alien: written attributes of modules with weights or submodules. Twins would have copies of them.
     """
 
     modules: dict[str, nn.Module]
@@ -53,7 +53,7 @@ class State:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever is run within, the shared modules hold afterwards what they held before."""
+        """On exit, restore the state that the shared modules had on entry."""
         saved = [(module, dict(vars(module)), dict(module._buffers)) for module in self.modules.values()]
         numbers = [(t, t._version, t.clone()) for _, own, buffers in saved for t in _tensors(own, buffers)]
         try:
@@ -75,7 +75,11 @@ class State:
         return f"the model's forward writes {', '.join(self.alien)}, which no twin shares" if self.alien else None
 
     def unseen(self, by: str) -> str | None:
-        """Why something that reads the model's tensors once, in words, cannot serve it, or None."""
+        """Why something that reads the model's tensors only once cannot serve the model, or None.
+
+        Args:
+            by: what reads them, as the subject of the sentence.
+        """
         if not self.modules:
             return None
         return f"{', '.join(self.modules)} computes anew what it holds as contexts grow, which {by} would not see"
@@ -85,17 +89,17 @@ NOTHING = State({}, frozenset())
 
 
 def of(model: PreTrainedModel) -> State:
-    """The state of a model, routed or not; found out when it is first asked for."""
+    """The state of a model, routed or not. It is determined at the first request."""
     root = route.origin(model)
     if root not in _states:
         known = twins.shared(root)
-        _states[root] = State(known, frozenset()) if known else _find(root)  # of a twin, what it shares
+        _states[root] = State(known, frozenset()) if known else _find(root)  # a twin's state: what it shares
         twins.share(_states[root].modules.values())
     return _states[root]
 
 
 def forget(model: PreTrainedModel) -> None:
-    """Find out anew when next asked: the model may be another."""
+    """Forget a model's state, because the model may have changed. `of` will determine it again."""
     _states.pop(route.origin(model), None)
 
 
@@ -103,7 +107,7 @@ def _find(model: PreTrainedModel) -> State:
     try:
         with torch.no_grad():
             return _probe(model)
-    except Exception as error:  # a model that takes no two tokens will say so when it is tuned
+    except Exception as error:  # a model that cannot run two tokens fails with its own message when it is tuned
         outside.pass_on(error)
         log.debug("what a forward writes was not found out", exc_info=True)
         return NOTHING
@@ -136,7 +140,7 @@ def _is_light(module: nn.Module) -> bool:
 
 
 def _own_tensors(module: nn.Module) -> None:
-    """Give a twin's module memory of its own for whatever is no weight."""
+    """Copy all tensors of a twin's module that are not weights, so that it does not share them."""
     for held in (vars(module), module._buffers):
         for key, value in held.items():
             if type(value) is torch.Tensor or type(value) is nn.Buffer:
@@ -151,8 +155,10 @@ def _noting(calls: dict[str, Any], name: str) -> Callable[..., None]:
 
 
 def _written_elsewhere(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """What a module without weights writes when it is told of other positions. On the CPU, where an index beyond a
-    table is an exception and no more."""
+    """Attributes that a module without weights writes when it is given other positions.
+
+    It runs on the CPU, where an index beyond a table only raises an exception.
+    """
     if not any(map(_is_positions, (*args, *kwargs.values()))):
         return set()
     copied = copy.deepcopy(module).cpu()
@@ -161,14 +167,14 @@ def _written_elsewhere(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         moved = [_moved(value, position) for value in args], {k: _moved(v, position) for k, v in kwargs.items()}
         try:
             copied(*moved[0], **moved[1])
-        except Exception as error:  # beyond its table
+        except Exception as error:  # the position is beyond its table
             outside.pass_on(error)
         found |= _changed(before, _marks(copied))
     return found
 
 
 def _is_positions(value: Any) -> bool:
-    """Whether a value says where the probe's two tokens stand."""
+    """Whether a value holds the positions of the probe's two tokens."""
     if not isinstance(value, torch.Tensor) or value.is_floating_point() or not value.numel():
         return False
     return value.shape[-1] == 2 and value.flatten()[-2:].tolist() == [0, 1]

@@ -1,14 +1,13 @@
-"""Structural copies of a model: modules of its own, and everything else shared with the model it was made from.
+"""Structural copies of a model: the modules are copied, everything else is shared with the original model.
 
-    modules                       copied, and with them their dictionaries, lists, tuples and sets
-    configurations                copied: which attention is used stands there
-    methods, partials             of a copied module belong to its copy
-    compiled calls                left out: they are the copied module's
-    parameters, buffers, tensors  shared, and so are all other objects: what cannot be copied, too
-    modules that are run for      shared: what they write by themselves is state of the calls (stateful.py)
-      what they remember
+    modules                       copied, together with their dictionaries, lists, tuples and sets
+    configurations                copied, because they name the attention implementation
+    methods, partials             of a copied module: bound to its copy
+    compiled calls                left out: they belong to the original module
+    parameters, buffers, tensors  shared, like all other objects, including those that cannot be copied
+    modules that keep state       shared: what they write when they run is state of the calls (stateful.py)
 
-Copying goes by identity, so that ties stay ties and a model that is reached from its own attributes leads to the copy.
+Each object is copied once, by identity: ties stay ties, and a reference to the model itself becomes one to the copy.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of all models
+_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules, of all models, that twins share
 
-COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # what torch.compile leaves on a module
+COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # attributes that torch.compile sets on a module
 
 
 def share(modules: Iterable[nn.Module]) -> None:
-    """From now on twins share these modules with their originals."""
+    """Make twins share these modules with their originals from now on."""
     _shared.update(modules)
 
 
@@ -46,7 +45,7 @@ def is_shared(module: nn.Module) -> bool:
 
 
 def shared(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module, of those that a model shares with its twins."""
+    """Modules that a model shares with its twins, by name."""
     return {name: module for name, module in model.named_modules() if module in _shared}
 
 
@@ -61,10 +60,10 @@ def fork(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Copier:
-    """Copies by the identity of what is copied.
+    """Copies every object once, by identity.
 
     Attributes:
-        known: id of an object -> its copy; the objects are held by the model meanwhile.
+        known: id of an object -> its copy. The model keeps the objects alive meanwhile, so ids stay valid.
     """
 
     def __init__(self) -> None:
@@ -108,14 +107,14 @@ class _Copier:
         cls = type(module)
         if isinstance(module, torch.jit.ScriptModule) or is_shared(module):
             return module
-        if cls.__new__ is not object.__new__ or hasattr(cls, "__deepcopy__"):  # a class of its own for each object
+        if cls.__new__ is not object.__new__ or hasattr(cls, "__deepcopy__"):  # each object may have its own class
             return copy.deepcopy(module, self.known)
         twin = self.keep(module, cls.__new__(cls))
         self.fill(twin, module)
         return twin
 
     def partial(self, value: Any) -> Any:
-        """With what `functools.update_wrapper` left on it."""
+        """Copy a partial, with the attributes that `functools.update_wrapper` set on it."""
         new = functools.partial(self.copy(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
         new.__dict__.update(self.copy(vars(value)))
         return self.keep(value, new)

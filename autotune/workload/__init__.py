@@ -1,6 +1,6 @@
 """The work to tune for: real prompts, how many tokens they ask for, and in what batches.
 
-`read` makes a Workload of whatever a caller has at hand, `Observer` makes one of the calls that the model serves.
+`read` makes a Workload from a caller's prompts. `Observer` makes one from the calls that a model serves.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
-Target = Literal["prefill", "decode", "both"]  # what is to be faster: a phase, or whole requests
+Target = Literal["prefill", "decode", "both"]  # what to speed up: one phase, or whole requests
 Metric = Literal["ttft", "tpot", "end_to_end"]
 METRICS: tuple[Metric, ...] = ("ttft", "tpot", "end_to_end")
-METRIC_OF: Mapping[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}  # that tells it
+METRIC_OF: Mapping[Target, Metric] = {"prefill": "ttft", "decode": "tpot", "both": "end_to_end"}
 
-OBSERVED_PROMPTS = 64  # enough for the standard quality verdict; bounds what an observer holds
-OBSERVED_BATCHES = 3  # every batch size is a bucket that is timed on its own
+OBSERVED_PROMPTS = 64  # prompts that an observer keeps; enough for the standard quality verdict
+OBSERVED_BATCHES = 3  # most frequent batch sizes in an observed workload; each is timed separately
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """One shape of work that is timed and judged on its own.
+    """One shape of work that is timed and judged separately.
 
     Args:
         batch: sequences decoded together.
@@ -56,9 +56,9 @@ class Workload:
     """What the model is asked to do.
 
     Args:
-        prompts: token ids, one tuple a prompt.
+        prompts: token ids, one tuple per prompt.
         new_tokens: tokens generated per prompt.
-        batch_sizes: sequences generated together; every size is a bucket of its own.
+        batch_sizes: sequences generated together; each size is a separate bucket.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -66,18 +66,18 @@ class Workload:
     batch_sizes: tuple[int, ...] = (1,)
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """Every batch size at the median prompt length, and at the longest where that is more than twice the median."""
+        """Every batch size at the median prompt length, and at the longest if it exceeds twice the median."""
         lengths = [len(prompt) for prompt in self.prompts]
         typical, longest = median_high(lengths), max(lengths)
         shapes = (typical, longest) if longest > 2 * typical else (typical,)
         return tuple(Bucket(b, length, self.new_tokens) for b in self.batch_sizes for length in shapes)
 
     def split(self, holdout: float = 0.25, seed: int = 0) -> tuple[Workload, Workload]:
-        """Two workloads of similar lengths, to tune on and to confirm on; equal prompts stay on one side.
+        """Split into two workloads of similar lengths, to tune on and to confirm on. Equal prompts stay on one side.
 
         Args:
-            holdout: share of the distinct prompts that is held out, above 0 and below 1; at least one prompt is.
-            seed: which prompts.
+            holdout: share of the distinct prompts to hold out, above 0 and below 1; at least one prompt is held out.
+            seed: selects which prompts are held out.
 
         Returns:
             (tune, held out). With one distinct prompt nothing can be held out: both are the workload itself.
@@ -96,7 +96,7 @@ class Workload:
         return replace(self, prompts=sides[0]), replace(self, prompts=sides[1])
 
     def shape_key(self) -> str:
-        """A stable hash of the shape, for fingerprints: lengths to the nearest power of two, so that another sample of
+        """A stable hash of the shape, for fingerprints. Lengths are rounded to powers of two, so that another sample of
         the same traffic has the same key."""
         shape = [(b.batch, _magnitude(b.prompt_tokens), _magnitude(b.new_tokens)) for b in self.buckets()]
         return hashlib.blake2b(json.dumps(shape).encode(), digest_size=8).hexdigest()
@@ -114,18 +114,18 @@ def read(
     new_tokens: int | None = None,
     batch_sizes: Iterable[int] | None = None,
 ) -> Workload:
-    """A checked workload from what the caller has.
+    """Make a checked workload from a caller's prompts.
 
     Args:
         value: prompts as strings, lists of token ids, or tensors [P] or [N, P]; a Workload; or the path of a text file
             (one prompt a line) or of a .jsonl file whose objects have "prompt" (text or token ids).
         tokenizer: needed for text.
-        model: checks vocabulary and context length when given.
-        new_tokens: tokens generated per prompt; default the Workload's own, or 64 (fewer where the context ends).
+        model: if given, its vocabulary and context length are checked.
+        new_tokens: tokens generated per prompt; default the Workload's own, or 64 (fewer if the context is too short).
         batch_sizes: sequences generated together; default the Workload's own, or 1.
 
     Raises:
-        WorkloadError: which prompt is wrong, what was expected and what to do.
+        WorkloadError: a prompt or setting is wrong; the message says which, what was expected and what to do.
     """
     given = value if isinstance(value, Workload) else None
     ids = prompts.parse(given.prompts if given else value, tokenizer)
@@ -147,7 +147,7 @@ def _default_new_tokens(ids: Sequence[Sequence[int]], config: PretrainedConfig |
 
 
 def _check(workload: Workload, config: PretrainedConfig | None) -> None:
-    """Raises WorkloadError for the first thing that the model could not do."""
+    """Raise WorkloadError for the first prompt that the model could not take."""
     if not workload.prompts:
         raise WorkloadError("the workload is empty; at least one prompt was expected, 16 or more for a quality verdict")
     vocabulary = getattr(config, "vocab_size", None)
@@ -194,9 +194,9 @@ class Observer:
         self._calls = 0
 
     def observe(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int) -> None:
-        """Note one call; one that no workload can express (no ids, nothing to generate, an exotic mask) is left out.
+        """Note one call. A call that no workload can express (no ids, nothing to generate, an odd mask) is left out.
 
-        Nothing is read back from the device here: that would make the caller wait.
+        Nothing is read back from the device here, because the caller would have to wait.
 
         Args:
             input_ids: [B, P], padded or not.
@@ -222,7 +222,7 @@ class Observer:
         return self._calls >= max(1, calls)
 
     def workload(self) -> Workload:
-        """The latest prompts, the median of tokens asked for, and the commonest batch sizes.
+        """Make a workload of the latest prompts, the median of tokens requested and the most frequent batch sizes.
 
         Raises:
             WorkloadError: nothing usable was observed.

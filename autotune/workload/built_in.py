@@ -1,4 +1,4 @@
-"""The built-in texts as prompts, for whoever has none."""
+"""The built-in texts as prompts, for callers who have none."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NATURAL_TOKENS = 96  # used of each text that stands in where a workload has too few prompts
+NATURAL_TOKENS = 96  # tokens used of each built-in text when a workload has too few prompts
 
 
 def chats(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The texts as token ids: as a user would send them to a chat model, as they are to any other."""
+    """The texts as token ids: user messages for a chat model, plain text for any other."""
     from .texts import TEXTS
 
     return [chat(tokenizer, text) for text in TEXTS]
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of one user message, or of plain text where the tokenizer knows no chat."""
+    """Token ids of one user message, or of plain text if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         ids: list[int] = tokenizer(text)["input_ids"]
         return ids
@@ -28,7 +28,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def natural(tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:
-    """The beginnings of the texts as token ids, outside of any chat; none without a tokenizer."""
+    """The beginnings of the texts as token ids, without a chat template; none without a tokenizer."""
     if tokenizer is None:
         return ()
     from .texts import TEXTS

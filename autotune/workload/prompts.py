@@ -1,4 +1,4 @@
-"""Prompts as token ids, from whatever a caller has: text, ids, tensors or files."""
+"""Prompts as token ids, from a caller's text, ids, tensors or files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EXPECTED = "strings (with a tokenizer), lists of token ids, 1-D or 2-D tensors, 
 
 
 def parse(value: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each prompt, as they are: whether a model can take them is not checked here.
+    """Return the token ids of each prompt. Whether a model can take them is not checked here.
 
     Args:
         value: see `workload.read`.
         tokenizer: needed for text.
 
     Raises:
-        WorkloadError: which prompt is wrong, what was expected and what to do.
+        WorkloadError: a prompt is wrong; the message says which, what was expected and what to do.
     """
     if isinstance(value, (str, Path)):
         value = _read_file(Path(value))
@@ -55,7 +55,7 @@ def parse(value: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[
 
 
 def is_count(item: object) -> TypeGuard[int]:
-    """Whether it is a whole number, NumPy's included; True and False are none."""
+    """Whether `item` is a whole number. NumPy's integers are; True and False are not."""
     return isinstance(item, Integral) and not isinstance(item, bool)
 
 

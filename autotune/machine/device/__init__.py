@@ -1,10 +1,10 @@
 """What differs between a CPU and a GPU, behind one interface; everything else is written once.
 
-    of(model)  ->  Cpu | Cuda        and, in tests, whatever `stand_in` puts in their place
+    of(model)  ->  Cpu | Cuda        or, in tests, the device that `stand_in` puts in their place
 
-A GPU works through a queue while the host goes on. So a time is only that of the work when the host waited for it, a
-tensor may be read by other streams before it is written, and an error may be reported by a call that did not cause it.
-What callers need to get this right is here: `synchronize`, `seconds`, `mark` and `wait`, `fetch`, `failure`.
+A GPU works through a queue while the host continues. So a measured time is right only if the host waited for the work,
+other streams may read a tensor before it is written, and a call may report an error that it did not cause. These
+methods handle that for callers: `synchronize`, `seconds`, `mark` and `wait`, `fetch`, `failure`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def of(where: torch.device | str | PreTrainedModel) -> Device:
 
 @contextmanager
 def stand_in(device: Device) -> Iterator[Device]:
-    """Within it every model lies on `device`, whatever its tensors say: the seam for tests without the hardware."""
+    """Inside the block, treat every model as placed on `device`. It lets tests run without the hardware."""
     global _stood_in
     before, _stood_in = _stood_in, device
     try:

@@ -1,4 +1,4 @@
-"""What a CPU and a GPU have in common, and what each has to say for itself."""
+"""The interface of a device: what a CPU and a GPU share, and what each must implement."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a GPU is found by other libraries, which number devices in another order than torch does.
+    """A GPU's address for other libraries, which number devices in another order than torch.
 
     Args:
         pci: PCI address, "00000000:65:00.0".
@@ -51,9 +51,9 @@ class Memory:
     """A device's memory as this process sees it, bytes.
 
     Args:
-        free: what can still be had, blocks that torch keeps for reuse included.
-        used: held by this process's tensors; of the whole process on a CPU.
-        peak: the highest `used` since `reset_peak`; of the process's whole life on a CPU.
+        free: memory that can still be allocated, including blocks that torch keeps for reuse.
+        used: memory of this process's tensors; on a CPU, of the whole process.
+        peak: the highest `used` since `reset_peak`; on a CPU, since the process started.
     """
 
     free: int
@@ -62,7 +62,7 @@ class Memory:
 
 
 class Graph(Protocol):
-    """Captured work: `replay` queues all of it again, on the very buffers it was captured with."""
+    """Captured work: `replay` queues all of it again, on the same buffers as in the capture."""
 
     def replay(self) -> None: ...
 
@@ -95,7 +95,7 @@ class Device(ABC):
         """Seconds that `work` takes on the device, from the first operator's start to the last one's end."""
 
     def trace(self, work: Callable[[], object]) -> bytes:
-        """`work` under torch's profiler: its Chrome trace, JSON.
+        """Run `work` under torch's profiler; returns its Chrome trace, JSON.
 
         Raises:
             MeasurementError: the trace could not be written.
@@ -103,39 +103,39 @@ class Device(ABC):
         return record(work, self.where, self.synchronize)
 
     def range(self, name: str) -> AbstractContextManager[None]:
-        """Within it, what this thread queues bears `name` in the vendor's tools."""
+        """Inside the block, label what this thread queues with `name` for the vendor's tools."""
         return nullcontext()
 
     def address(self) -> Address | None:
-        """Where other libraries find the device; None for a CPU."""
+        """The device's address for other libraries; None for a CPU."""
         return None
 
     @abstractmethod
     def scratch_bytes(self) -> int:
-        """Memory that measuring may take for a moment: so much that the device's caches do not answer for it."""
+        """Memory that a measurement may take for a short time: more than the device's caches hold, if possible."""
 
     @abstractmethod
     def memory(self) -> Memory: ...
 
     @abstractmethod
     def reset_peak(self) -> None:
-        """Start measuring `Memory.peak` anew, where the system can."""
+        """Restart `Memory.peak`, if the system supports it."""
 
     @abstractmethod
     def trim(self) -> None:
-        """Give back memory that is kept for reuse."""
+        """Release memory that is kept for reuse."""
 
     @abstractmethod
     def mark(self) -> Any:
-        """A point in what this thread has queued so far, for `wait`."""
+        """Mark the end of what this thread has queued so far, for `wait`."""
 
     @abstractmethod
     def wait(self, mark: Any) -> None:
-        """What this thread queues from here on runs after everything before `mark`. The host does not wait."""
+        """Make what this thread queues from now on run after everything before `mark`. The host does not wait."""
 
     @abstractmethod
     def stream(self) -> AbstractContextManager[None]:
-        """Within it this thread queues into a stream of its own, the one that graphs are captured and replayed on."""
+        """Inside the block, queue this thread's work into the stream on which graphs are captured and replayed."""
 
     def random_state(self) -> Any:
         """The state of the generators that sampling on this device draws from, for `set_random_state`."""
@@ -146,14 +146,14 @@ class Device(ABC):
 
     @abstractmethod
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start copying a tensor to the host; the function returned waits for the copy and nothing queued later."""
+        """Start copying a tensor to the host. The returned function waits for the copy, but not for later work."""
 
     @abstractmethod
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
-        """Run `work` a few times, then record what it queues. For the owner thread, inside `stream`.
+        """Run `work` a few times, then record what it queues. Call this on the owner thread, inside `stream`.
 
         Args:
-            work: reads and writes buffers that stay where they are as long as the graph lives; never waits.
+            work: reads and writes buffers whose addresses do not change while the graph exists; never waits.
             pool: what `pool` returned, to share memory with other graphs that never run at the same time.
 
         Returns:
@@ -181,7 +181,7 @@ class Device(ABC):
         return classify(error)
 
     def mark_dead(self, error: BaseException) -> DeviceError:
-        """Note that the device is dead for this process; returns the one exception that says so, from now on."""
+        """Record that the device is dead for this process. Returns the exception that every later use raises."""
         if self._dead is None:
             self._dead = (
                 f"{self.where} failed for good in this process ({first_line(error)}); its memory cannot be read any "
@@ -190,16 +190,16 @@ class Device(ABC):
         return DeviceError(self._dead)
 
     def check(self) -> None:
-        """Raises DeviceError when the device is dead."""
+        """Raise DeviceError if the device is dead."""
         if self._dead is not None:
             raise DeviceError(self._dead)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around work on the device: an error that means that it is dead becomes the one exception that says so.
+        """Guard work on the device: an error that means that the device is dead becomes a DeviceError.
 
         Raises:
-            DeviceError: it is dead, or was before; nothing is tried on it then.
+            DeviceError: the device died, or was already dead; in that case the work does not run.
         """
         self.check()
         try:

@@ -1,4 +1,4 @@
-"""What a GPU says about itself while it works: a value, and what in it deserves a warning."""
+"""A GPU's own counters while it works, as a value, and the warnings that follow from them."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ AVERAGED = frozenset({
     "sm_utilization", "memory_utilization", "sm_clock_hz", "memory_clock_hz", "power_w",
     "sm_active", "sm_occupancy", "tensor_active", "dram_active",
 })  # fmt: skip
-HARMLESS = frozenset({"idle", "application clocks", "display clocks"})  # reasons that the user or the load gave
+HARMLESS = frozenset({"idle", "application clocks", "display clocks"})  # caused by the user's settings or the load
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Readings of a GPU's counters over a phase; None where a figure is not available, with the reason.
+    """Readings of a GPU's counters over a phase. A figure that is not available is None; `unavailable` has the reason.
 
-    Shares are of 1. The highest reading counts, unless it says otherwise.
+    Shares are fractions of 1. A figure is the highest reading unless its description says otherwise.
 
     Args:
         sm_utilization: share of the time in which some kernel ran, mean; not how much of the GPU it used.
         memory_utilization: share of the time in which memory was read or written, mean.
-        sm_clock_hz, sm_clock_max_hz: of the multiprocessors, mean and highest possible.
-        memory_clock_hz, memory_clock_max_hz: of the memory, mean and highest possible.
-        lowered: why clocks were below what they could be.
-        temperature_c: of the GPU.
-        power_w, power_limit_w: drawn, mean, and allowed.
-        memory_used_bytes, memory_total_bytes: of all processes.
-        other_processes, other_bytes: that compute on the device beside this one, and their memory.
+        sm_clock_hz, sm_clock_max_hz: clock of the multiprocessors, mean and highest possible.
+        memory_clock_hz, memory_clock_max_hz: clock of the memory, mean and highest possible.
+        lowered: reasons why clocks were below the highest possible.
+        temperature_c: temperature of the GPU.
+        power_w, power_limit_w: power drawn, mean, and power allowed.
+        memory_used_bytes, memory_total_bytes: memory that all processes use, and memory in total.
+        other_processes, other_bytes: processes beside this one that compute on the device, and their memory.
         mig: whether the device is divided into instances.
         ecc_errors: uncorrected memory errors since the driver was loaded.
         sm_active: share of the time that a multiprocessor had a warp, mean over all (GPM, Hopper and later).
         sm_occupancy: share of the warps that fit, mean (GPM).
         tensor_active: share of the time that tensor cores worked, mean (GPM).
         dram_active: share of the memory's theoretical bandwidth (GPM).
-        readings: how many there were.
-        unavailable: figure -> why.
+        readings: number of readings.
+        unavailable: figure -> why it is not available.
     """
 
     sm_utilization: float | None = None
@@ -65,11 +65,11 @@ class Counters:
 
     @property
     def told(self) -> int:
-        """How many figures there are."""
+        """Number of figures that are available."""
         return sum(getattr(self, name) is not None for name in FIGURES)
 
     def warnings(self) -> tuple[str, ...]:
-        """What makes figures of this device doubtful."""
+        """Reasons to doubt figures measured on this device."""
         found = []
         if reasons := [reason for reason in self.lowered or () if reason not in HARMLESS]:
             clocks = ""
@@ -86,7 +86,7 @@ class Counters:
         return tuple(found)
 
     def evidence(self) -> str:
-        """The counters that tell most, in a phrase, empty where none was read: support for a verdict, never one."""
+        """The most informative counters in a phrase, "" if none was read. They support a verdict, never decide it."""
         named = {
             "SMs active": self.sm_active,
             "tensor cores": self.tensor_active,
@@ -105,16 +105,16 @@ FIGURES = tuple(f.name for f in fields(Counters) if f.name not in ("readings", "
 
 
 def unavailable(why: str) -> Counters:
-    """No figure at all."""
+    """Counters without any figure, all for the same reason."""
     return Counters(unavailable=dict.fromkeys(FIGURES, why))
 
 
 def combine(readings: Sequence[Mapping[str, Any]], missing: Mapping[str, str]) -> Counters:
-    """Several readings as one.
+    """Combine several readings into one.
 
     Args:
-        readings: figure -> value, each without what could not be read then.
-        missing: figure -> why it could not be read the last time that was tried.
+        readings: figure -> value, each without the figures that could not be read at that time.
+        missing: figure -> why the last attempt to read it failed.
     """
     found = dict[str, Any]()
     for name in FIGURES:

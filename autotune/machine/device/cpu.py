@@ -1,4 +1,4 @@
-"""The CPU: what is called has run when the call returns."""
+"""The CPU: work is complete when its call returns."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Cpu(Device):
 
 
 def trim_host() -> None:
-    """Give memory back: layers may refer to themselves, and glibc keeps freed blocks of up to 32 MiB to itself."""
+    """Give memory back to the system: layers may hold reference cycles, and glibc keeps freed blocks up to 32 MiB."""
     gc.collect()
     give_back()
 
@@ -84,7 +84,7 @@ def give_back() -> None:
 
 
 def _meminfo(file: str, key: str) -> int | None:
-    """A figure of the kernel's, bytes; None on other systems."""
+    """One of the Linux kernel's memory figures in bytes; None on other systems."""
     try:
         with open(file) as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

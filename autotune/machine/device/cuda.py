@@ -13,8 +13,8 @@ from .base import Address, Device, Graph, Identity, Memory
 from .cpu import SCRATCH_BYTES, trim_host
 from .owner import GraphThread
 
-CACHES = 32  # times the second-level cache: what it kept of the last round is then 3 % at most
-WARM_UPS = 3  # runs before a capture: libraries set themselves up in the first, and must not while it is recorded
+CACHES = 32  # scratch memory as a multiple of the L2 cache, which then holds 3 % of it at most
+WARM_UPS = 3  # runs before a capture: libraries initialise in the first run, and must not during the capture
 
 
 class Cuda(Device):
@@ -97,7 +97,7 @@ class Cuda(Device):
             work()
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # other threads serve requests and allocate meanwhile, which only concerns their own streams
+        # thread_local: other threads may serve requests and allocate meanwhile, on their own streams
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph, result

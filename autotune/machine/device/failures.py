@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-Failure = Literal["memory", "dead"]  # what can be recovered from, and what no process can
+Failure = Literal["memory", "dead"]  # recoverable; permanent in this process
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", re.I
@@ -24,9 +24,9 @@ DEAD = re.compile(
 
 
 def classify(error: BaseException) -> Failure | None:
-    """ "memory" where something was too large, "dead" where the device cannot be used again, None for the rest.
+    """Return "memory" if something was too large, "dead" if the device cannot be used again, None for other errors.
 
-    What an error was raised from counts as well; dead outweighs.
+    The errors that it was raised from count as well; "dead" takes precedence.
     """
     found = {kind for each in _chain(error) if (kind := _kind(each)) is not None}
     return "dead" if "dead" in found else "memory" if found else None

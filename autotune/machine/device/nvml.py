@@ -1,7 +1,7 @@
 """NVIDIA's management library (NVML), read beside the work through `pynvml` (package nvidia-ml-py).
 
-Everything here may be missing, forbidden, unsupported or broken, one figure by itself or all at once: each degrades to
-"not available: why". Nothing raises, and a driver that does not answer is not waited for: it is asked on a thread.
+Each figure may be missing, forbidden, unsupported or broken, alone or together with all others. It is then reported as
+"not available: why". Nothing raises. A thread asks the driver, and is given up if the driver does not answer in time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("autotune")
 
-INTERVAL_S = 0.1  # NVML itself averages over a sixth of a second to a second
-PATIENCE_S = 5.0  # a driver that takes longer hangs: it is loaded, as CUDA runs
+INTERVAL_S = 0.1  # seconds between readings; NVML itself averages over a sixth of a second to a second
+PATIENCE_S = 5.0  # seconds to wait for an answer; the driver is loaded, because CUDA runs, so a slower one hangs
 SILENT = f"NVML did not answer within {PATIENCE_S:.0f} s"
 NOT_AVAILABLE = (2**32 - 1, 2**64 - 1)  # NVML's "no value" is all bits set
 NO_VALUE = "the driver gives no value (N/A)"
 
-REASONS = {  # nvmlClocksEventReasons, a bit each
+REASONS = {  # bits of nvmlClocksEventReasons
     0x001: "idle",
     0x002: "application clocks",
     0x004: "power cap",
@@ -49,19 +49,19 @@ _hung = threading.Event()  # a driver that did not answer once is not asked agai
 
 
 class Sampler:
-    """Readings while a block runs.
+    """Read counters while a block runs.
 
         with Sampler(address) as sampler:
             work()
         sampler.counters
 
     Args:
-        address: the device, by what NVML knows it.
-        interval_s: between readings; there is one before the block in any case.
-        patience_s: how long an answer is waited for.
+        address: the device's address, by which NVML finds it.
+        interval_s: seconds between readings; one reading is always taken before the block.
+        patience_s: seconds to wait for an answer.
 
     Attributes:
-        counters: what was read; once the block has ended.
+        counters: the readings; valid once the block has ended.
     """
 
     def __init__(self, address: Address, interval_s: float = INTERVAL_S, patience_s: float = PATIENCE_S) -> None:
@@ -103,7 +103,7 @@ class Sampler:
     def _sample(self, library: Any) -> None:
         try:
             found = self._read(library)
-        except Exception as error:  # whatever a driver's library may raise
+        except Exception as error:  # a driver's library may raise anything
             found = unavailable(_why(error))
         finally:
             self._begun.set()
@@ -135,9 +135,9 @@ def sampled(device: Device) -> AbstractContextManager[Sampler | None]:
 
 
 def find(library: Any, address: Address) -> Any:
-    """NVML's handle of a device. Its own numbers do not follow CUDA_VISIBLE_DEVICES, addresses do.
+    """NVML's handle of a device, found by its address: NVML's own numbers do not follow CUDA_VISIBLE_DEVICES.
 
-    An instance of a divided GPU (MIG) lies at the address of the whole, which others use as well: it comes first.
+    A MIG instance has the PCI address of the whole GPU, which others use as well. So its UUID is tried first.
     """
     with contextlib.suppress(Exception):
         return library.nvmlDeviceGetHandleByUUID("MIG-" + address.uuid.removeprefix("GPU-").removeprefix("MIG-"))
@@ -147,12 +147,12 @@ def find(library: Any, address: Address) -> Any:
 
 
 def read(library: Any, handle: Any, missing: dict[str, str]) -> dict[str, Any]:
-    """One reading: figure -> value. Why a figure is not in it is noted in `missing`."""
+    """Take one reading: figure -> value. For each figure without a value, write the reason into `missing`."""
     found = dict[str, Any]()
     for names, ask in _QUESTIONS.items():
         try:
             values = ask(library, handle)
-        except Exception as error:  # each figure degrades by itself
+        except Exception as error:  # one figure's error must not affect the others
             missing.update(dict.fromkeys(names, _why(error)))
             continue
         for name, value in zip(names, values, strict=True):
@@ -179,7 +179,7 @@ def _clocks(kind: int) -> Callable[[Any, Any], tuple[Any, ...]]:
 
 
 def _lowered(nvml: Any, handle: Any) -> tuple[Any, ...]:
-    # the function was renamed; drivers before 535 know the old name alone
+    # the function was renamed; drivers before 535 only know the old name
     ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
     try:
         bits = ask(handle) if ask else nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
@@ -196,7 +196,7 @@ def _memory(nvml: Any, handle: Any) -> tuple[Any, ...]:
 
 
 def _others(nvml: Any, handle: Any) -> tuple[Any, ...]:
-    """Processes beside this one. In a container process numbers differ: then one of those listed is taken for this."""
+    """Number and memory of other processes. In a container process ids differ: one of those listed is then this one."""
     listed = list(nvml.nvmlDeviceGetComputeRunningProcesses(handle))
     others = [process for process in listed if process.pid != os.getpid()]
     unnamed = len(others) == len(listed) and bool(listed)
@@ -223,7 +223,7 @@ _QUESTIONS: Mapping[tuple[str, ...], Callable[[Any, Any], tuple[Any, ...]]] = {
 
 @contextmanager
 def _interval(nvml: Any, handle: Any) -> Iterator[Callable[[dict[str, str]], dict[str, float]]]:
-    """GPM metrics are differences of two samples: the first is taken here, the second by the function told."""
+    """Take a first GPM sample. The yielded function takes a second; GPM metrics are the difference of the two."""
     samples, failed = list[Any](), ""
     try:
         if not nvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
@@ -271,7 +271,7 @@ def _difference(nvml: Any, samples: list[Any], missing: dict[str, str]) -> dict[
 
 
 def _library() -> Any:
-    """The module, or why there is none."""
+    """The module pynvml, or why it cannot be used."""
     try:
         return importlib.import_module("pynvml")
     except ImportError:
@@ -291,7 +291,7 @@ def _is_value(value: Any) -> bool:
 
 
 def _in_units(value: Any, unit: float) -> float:
-    """A driver's number in SI units; ValueError where it stands for none."""
+    """A driver's number in SI units. Raises ValueError if the number means "no value"."""
     if not _is_value(value):
         raise ValueError(NO_VALUE)
     return float(value * unit)

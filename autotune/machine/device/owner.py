@@ -1,7 +1,7 @@
-"""The one thread that captures and replays graphs, whoever asks.
+"""The one thread that captures and replays graphs for all other threads.
 
-A graph's state belongs to the thread that captured it; replayed from another, it has corrupted results without an
-exception (pytorch#123177, #143931). And graphs that share memory must not overlap, which one stream guarantees.
+A graph's state belongs to the thread that captured it. Replays from another thread have corrupted results without an
+exception (pytorch#123177, #143931). Graphs that share memory must not overlap, which one stream guarantees.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Queue(Protocol):
-    """What an owner needs of its device: see `base.Device`."""
+    """The part of a device that a `GraphThread` needs; see `base.Device`."""
 
     where: Any
 
@@ -36,7 +36,7 @@ class GraphThread:
     """Runs work for other threads, one piece at a time, on the device's own stream.
 
     Args:
-        device: whose queue the callers' and the owner's work is put in order on.
+        device: its queue keeps the callers' and the owner's work in order.
     """
 
     def __init__(self, device: Queue) -> None:
@@ -46,13 +46,13 @@ class GraphThread:
         self._starting = forking.lock()
 
     def run(self, work: Callable[[], T]) -> T:
-        """`work` on the owner thread, between what the caller queued before and what it queues after.
+        """Run `work` on the owner thread, after what the caller queued before and ahead of what it queues later.
 
-        Tensors that it reads or writes for the caller must be the caller's own: memory is then given back in the order
-        of the caller's stream.
+        Tensors that `work` reads or writes for the caller must belong to the caller: their memory is then freed in the
+        order of the caller's stream.
 
         Raises:
-            DeviceError: the device is dead; else whatever `work` raises.
+            DeviceError: the device is dead. Exceptions of `work` are raised, too.
         """
         self.device.check()
         if self._thread is threading.current_thread():
@@ -84,6 +84,6 @@ class GraphThread:
             work, done = piece
             try:
                 done.set_result(work())
-            except BaseException as error:  # it is the caller's to handle
+            except BaseException as error:  # the caller handles it
                 done.set_exception(error)
-            del piece, work, done  # what it refers to must not live until the next piece comes
+            del piece, work, done  # do not keep their objects alive until the next piece comes

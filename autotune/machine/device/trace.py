@@ -1,4 +1,4 @@
-"""torch's profiler around a piece of work, and the file that it writes."""
+"""Trace a piece of work with torch's profiler, and read the file that it writes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ...errors import MeasurementError
 
 
 def record(work: Callable[[], object], where: torch.device, wait: Callable[[], object], **options: Any) -> bytes:
-    """The Chrome trace of `work` on the host and, where that is another, on the device; JSON.
+    """Run `work` and return its Chrome trace, JSON: the host's part and, on a GPU, the device's.
 
     Args:
-        wait: returns once all that was queued has run.
-        options: further ones of `torch.profiler.profile`.
+        wait: waits until all queued work has run.
+        options: further options of `torch.profiler.profile`.
 
     Raises:
         MeasurementError: the trace could not be written.
@@ -34,7 +34,7 @@ def record(work: Callable[[], object], where: torch.device, wait: Callable[[], o
         profile(activities=activities, record_shapes=True, acc_events=True, **options) as recorded,
     ):
         work()
-        wait()  # what is still queued belongs to it
+        wait()  # work that is still queued belongs to the trace
     try:
         with tempfile.TemporaryDirectory(prefix="autotune-") as folder:
             file = Path(folder) / "trace.json"
@@ -49,7 +49,7 @@ def record(work: Callable[[], object], where: torch.device, wait: Callable[[], o
 def initialise() -> None:
     """Have the calling thread initialise the profiling library, which takes about a millisecond.
 
-    It wants to be initialised by the thread that loaded torch, and writes an error to stderr when another comes first.
+    The thread that loaded torch must do this. If another thread does it first, the library writes an error to stderr.
     """
     from torch.autograd.profiler import profile
 
@@ -60,9 +60,9 @@ def initialise() -> None:
 
 @contextmanager
 def silent_kineto() -> Iterator[None]:
-    """Keep the profiling library from writing its start and stop to stderr. It asks the environment on first use."""
+    """Keep the profiling library from writing its start and stop to stderr. It reads the environment on first use."""
     variable = "KINETO_LOG_LEVEL"
-    if variable in os.environ:  # the user wants it so
+    if variable in os.environ:  # the user has chosen a level
         yield
         return
     os.environ[variable] = "99"

@@ -1,15 +1,15 @@
-"""The seam to transformers: the only place that names what belongs to that library's insides.
+"""The seam to transformers: the only package that names that library's internals.
 
-Everything else speaks autotune's own terms: a `Sampling` call, its cache, positions and settings; a `CacheLayer`; the
-attention a model uses. What differs between releases is found out by looking (signatures, fields) where that is enough
-and stands in a table where it is not:
+All other code uses autotune's own terms: a `Sampling` call with its cache, positions and settings; a `CacheLayer`; the
+attention that a model uses. Differences between releases are detected from signatures and fields where that is enough,
+and by release otherwise. The differences are:
 
     the cache argument and field   cache (from 5.24), past_key_values (to 5.23), cache_params (Mamba, to 5.23)
     position_ids before the loop   prepared by generate (from 5.2), by the loop itself (before)
     the cache before the loop      prepared by generate; left to forward (5.0)
     a caller's cache               marked by generate (from 5.17), by the routed class (before)
-    Mamba's cache                  has layers (from 5.4); is known by cache_position alone (before)
-    where tokens go in the cache   is asked of the cache (from 5.4), an argument cache_position (before)
+    Mamba's cache                  has layers (from 5.4); only cache_position says whether it is filled (before)
+    where tokens go in the cache   read from the cache (from 5.4), passed as cache_position (before)
     CacheLayer.get_mask_sizes      takes the number of queries (from 5.4), their positions (before)
     a layer's capacity             get_max_length (from 5.13), get_max_cache_shape (before)
     attention functions            found by `get_interface` (from 5.1), by name (before)

@@ -1,4 +1,4 @@
-"""What a model's forward takes and gives, by the names that each release has for it."""
+"""Arguments and outputs of a model's forward, under the names that each release gives them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...errors import Blocker
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of the argument and the output's field; newest first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # forward's cache argument and output field; newest first
 BARE = "_autotune_bare"  # attribute of a routed class that holds the class it routes
 PLACES = "cache_position"  # to 5.3: the argument that says where in the cache the tokens go
-_CACHE_NAME: dict[type, str | None] = {}  # model class -> the name that its forward has for its cache
+_CACHE_NAME: dict[type, str | None] = {}  # model class -> name of its forward's cache argument
 _TAKES_PLACES: dict[type, bool] = {}  # model class -> whether its forward takes `PLACES`
 
 
@@ -34,22 +34,22 @@ def parameters(model: PreTrainedModel) -> frozenset[str]:
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
-    """The name that a model's forward has for its cache, or None where it has none that is known."""
+    """Name of the cache argument of a model's forward, or None if it has none with a known name."""
     cls = bare_class(model)
-    if cls not in _CACHE_NAME:  # asked at every token, and while a step is compiled, where no signature can be read
+    if cls not in _CACHE_NAME:  # kept: needed at every token, and while a step compiles, when no signature can be read
         _CACHE_NAME[cls] = cache_argument(cls.forward)
     return _CACHE_NAME[cls]
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """The name that a function has for its cache, or None where it has none that is known."""
+    """Name of a function's cache argument, or None if it has none with a known name."""
     taken = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in taken), None)
 
 
 @functools.cache
 def output_cache_name() -> str:
-    """The name that generate's result has for the cache."""
+    """Name of the cache's field in generate's result."""
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     known = {field.name for field in fields(GenerateDecoderOnlyOutput)}
@@ -57,10 +57,10 @@ def output_cache_name() -> str:
 
 
 def over(model: PreTrainedModel, cache: Any, at: torch.Tensor | None = None) -> dict[str, Any]:
-    """Keyword arguments for a forward of `model` over `cache`, which it reads and fills.
+    """Keyword arguments for a forward of `model` that reads and fills `cache`.
 
     Args:
-        at: [K] int64, where in the cache the tokens go, for releases that would ask the cache, and wait for its answer.
+        at: [K] int64, places of the tokens in the cache. Without it, releases to 5.3 wait for the cache's answer.
     """
     given = {cache_name(model) or output_cache_name(): cache, "use_cache": True}
     return given if at is None or not _takes_places(model) else {**given, PLACES: at}
@@ -74,12 +74,12 @@ def _takes_places(model: PreTrainedModel) -> bool:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """The cache among a forward's keyword arguments or in its output, whatever its name; None: there is none."""
+    """The cache in a forward's keyword arguments or output, under any known name; None if there is none."""
     return next((given[name] for name in CACHE_NAMES if name in given and given[name] is not None), None)
 
 
 def logits(output: Any) -> torch.Tensor:
-    """[B, S, V] of a forward's output."""
+    """Logits [B, S, V] of a forward's output."""
     found: torch.Tensor = output.logits
     return found
 
@@ -93,12 +93,12 @@ def cannot_step(model: PreTrainedModel) -> str | None:
 
 
 def keeps_last_logits(model: Any) -> bool:
-    """Whether generate asks a model for the logits of the last position only."""
+    """Whether generate requests only the last position's logits from a model."""
     return bool(model._supports_logits_to_keep())
 
 
 def last_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Keyword arguments for a forward that computes logits for the last `count` positions, where it can."""
+    """Keyword arguments that limit a forward's logits to the last `count` positions, if the model supports it."""
     return {"logits_to_keep": count} if keeps_last_logits(model) else {}
 
 
@@ -109,9 +109,9 @@ def sequences(result: Any) -> torch.Tensor:
 
 
 def update_layer(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What a call of `Cache.update` says beside keys and values: the layer, and what only some caches read.
+    """Arguments of a call of `Cache.update` besides keys and values: the layer, and arguments that few caches read.
 
-    Left out are a dictionary of positions (to 5.3) and `kwargs` (from 5.24), which static and paged caches read.
+    A dictionary of positions (to 5.3) and `kwargs` (from 5.24) are left out: static and paged caches read them.
     """
     return [*(arg for arg in args if not isinstance(arg, dict)), *sorted(set(kwargs) - {"kwargs", "cache_kwargs"})]
 

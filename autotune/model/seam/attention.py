@@ -1,4 +1,4 @@
-"""Which attention function a model looks up, and how one of ours is made known."""
+"""The attention function that a model looks up by name, and how to register one of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-UNUSUAL = ("softcap", "s_aux", "position_bias", "cache")  # arguments of an attention function that only SDPA's knows
+UNUSUAL = ("softcap", "s_aux", "position_bias", "cache")  # attention arguments that only SDPA's function accepts
 SUPPORTS = {"sdpa": "_supports_sdpa", "flash": "_supports_flash_attn", "flex": "_supports_flex_attn"}
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]  # an attention function; returns [B, Q, H, D], weights
@@ -31,7 +31,7 @@ def use_attention(model: Any, name: str) -> None:
     """Make a model look up another implementation.
 
     Raises:
-        ValueError, ImportError: it takes no such implementation.
+        ValueError, ImportError: the model does not accept this implementation.
     """
     model.set_attn_implementation(name)
 
@@ -54,7 +54,7 @@ def supports(model: Any, kind: Literal["sdpa", "flash", "flex"]) -> bool:
 
 
 def attention_function(name: str, eager: Attend) -> Attend:
-    """The function registered under a name; `eager`, a model's own, for "eager"."""
+    """The function registered under a name. For "eager", it is `eager`, the model's own function."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     find = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", None)
@@ -66,10 +66,10 @@ def attention_function(name: str, eager: Attend) -> Attend:
 
 
 def register_attention(name: str, function: Attend, masks: bool = True) -> None:
-    """Make an attention function known under a name.
+    """Register an attention function under a name.
 
     Args:
-        masks: whether masks are to be made for it, as they are for SDPA.
+        masks: whether transformers makes masks for it, as for SDPA.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

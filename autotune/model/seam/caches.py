@@ -1,4 +1,4 @@
-"""KV caches of transformers' own."""
+"""Transformers' own KV caches."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def growing_cache(config: PretrainedConfig | None = None, offloading: bool = Fal
     """A cache that grows with its tokens.
 
     Args:
-        config: of the text model; its layers with a sliding window keep no more than that. None: all keep everything.
-        offloading: whether all layers but the one in use lie in the host's memory.
+        config: the text model's; layers with a sliding window keep only the window. None: all layers keep all tokens.
+        offloading: whether all layers except the one in use are kept in the host's memory.
     """
     from transformers import DynamicCache
 
@@ -35,14 +35,14 @@ def growing_cache(config: PretrainedConfig | None = None, offloading: bool = Fal
 
 
 def narrow_cache(backend: str, config: PretrainedConfig, bits: int) -> Any:
-    """Transformers' own quantised cache, by library."""
+    """Transformers' own quantised cache; `backend` names the library that quantises."""
     from transformers import QuantizedCache
 
     return QuantizedCache(backend, config, nbits=bits)
 
 
 def replace_layers(cache: Any, make: Callable[[], CacheLayer]) -> Any:
-    """The same cache with another layer in place of each that keeps every token as it comes."""
+    """Replace every layer that keeps all tokens unchanged; returns the same cache."""
     from transformers.cache_utils import DynamicLayer
 
     cache.layers = [make() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -55,12 +55,12 @@ def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def counts_tokens(cache: Any) -> bool:
-    """Whether a cache has layers that keep keys and values by token; those of state-space models do not."""
+    """Whether a cache has layers that keep keys and values per token. Those of state-space models do not."""
     return any(hasattr(layer, "get_seq_length") for layer in getattr(cache, "layers", ()))
 
 
 def is_decoding(given: Mapping[str, Any]) -> bool:
-    """Whether a forward with these keyword arguments is a decode step: one token onto a cache that has seen some."""
+    """Whether a forward with these keyword arguments is a decode step: one token, and a cache that holds others."""
     cache = cache_in(given)
     if cache is None or given["input_ids"].shape[1] != 1:
         return False

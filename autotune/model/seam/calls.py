@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOOP = "_sample"  # the decoding loop of greedy search and sampling
-OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # of that loop
-ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}  # that a plan understands
+OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # LOOP's arguments
+# forward's arguments that a plan understands
+ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
 
-REMEMBERING = {  # logits processors of transformers that keep something from one token to the next
+REMEMBERING = {  # transformers' logits processors that keep state between tokens
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
     "SynthIDTextWatermarkLogitsProcessor",
-    "PrefixConstrainedLogitsProcessor",  # it asks a function of the caller's
+    "PrefixConstrainedLogitsProcessor",  # it calls a function of the caller
 }
 
 
@@ -44,7 +45,7 @@ class Sampling:
 
     @classmethod
     def of(cls, model: PreTrainedModel, input_ids: torch.Tensor, given: Mapping[str, Any]) -> Sampling:
-        """The call with keyword arguments `given`, told apart."""
+        """Make a call from the loop's keyword arguments, separated into `options` and `model_kwargs`."""
         options = {name: given[name] for name in OPTIONS if name in given}
         return cls(model, input_ids, options, {k: v for k, v in given.items() if k not in options})
 
@@ -69,13 +70,13 @@ class Sampling:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """[B, P], 0 on padding; None where there is none."""
+        """Attention mask [B, P], 0 on padding; None if there is none."""
         mask: torch.Tensor | None = self.model_kwargs.get("attention_mask")
         return mask
 
     @property
     def positions(self) -> torch.Tensor:
-        """[B, P] or [1, P] int64, the position of every token of the prompt."""
+        """Position of every token of the prompt, [B, P] or [1, P] int64."""
         prepared: torch.Tensor | None = self.model_kwargs.get("position_ids")
         if prepared is not None:
             return prepared
@@ -85,9 +86,9 @@ class Sampling:
 
     @property
     def last_position(self) -> torch.Tensor:
-        """[B, 1] or [1, 1] int64, the position that the first new token follows.
+        """The position before the first new token, [B, 1] or [1, 1] int64.
 
-        Where the loop prepares positions it counts what the mask admits, so that right padding takes none.
+        If the loop prepares the positions, it counts the tokens that the mask admits: right padding takes no position.
         """
         if self.model_kwargs.get("position_ids") is None and self.mask is not None:
             return self.mask.long().sum(-1, keepdim=True) - 1
@@ -95,11 +96,11 @@ class Sampling:
 
     @property
     def cache(self) -> Any:
-        """The cache that generate prepared or was given; None where it is left to forward to make one (5.0)."""
+        """The cache that generate prepared or was given; None if forward is to make one (5.0)."""
         return cache_in(self.model_kwargs)
 
     def has_callers_cache(self) -> bool:
-        """Whether the cache is one that the caller passed."""
+        """Whether the caller passed the cache."""
         return bool(getattr(self.cache, "_is_user_defined", False))
 
     def has_embeddings(self) -> bool:
@@ -118,16 +119,16 @@ class Sampling:
         }
 
     def unusual_argument(self) -> str | None:
-        """Which argument for forward no plan understands, or None."""
+        """The argument for forward that no plan understands, in words, or None."""
         if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in ARGUMENTS and v is not None):
             return f"argument {unknown[0]}"
         given = self.model_kwargs.get("position_ids") is not None
         if given and not hasattr(self.model, "_prepare_position_ids_for_generation"):
-            return "argument position_ids"  # to 5.1 the loop does not count on from the caller's
+            return "argument position_ids"  # to 5.1 the loop does not continue the caller's positions
         return "a cache of the caller's" if self.has_callers_cache() else None
 
     def unusual(self) -> str | None:
-        """What is asked for that no plan can serve, or None."""
+        """What the call asks for that no plan can serve, or None."""
         settings = self.settings
         if reason := self.unusual_argument():
             return reason
@@ -140,12 +141,12 @@ class Sampling:
         return None
 
     def starts_over(self) -> bool:
-        """Whether generate's loop may drop the cache between two tokens, and read everything before anew."""
-        prompt, last = self.input_ids.shape[1], self.settings.max_length - 1  # the last token is not read any more
+        """Whether generate's loop may drop the cache between two tokens and compute all earlier tokens again."""
+        prompt, last = self.input_ids.shape[1], self.settings.max_length - 1  # the last token is never fed back
         return last > prompt and drops_cache(self.model, prompt, last)
 
     def run_on(self, model: PreTrainedModel) -> Any:
-        """Transformers' own loop on `model`, which must be unrouted or route its forward itself."""
+        """Run transformers' own loop on `model`, which must be unrouted or route its forward itself."""
         cls: Any = bare_class(model)
         return getattr(cls, LOOP)(model, self.input_ids, **self.options, **self.model_kwargs)
 
@@ -156,12 +157,11 @@ class Sampling:
         return replace(self, options={**self.options, "streamer": streamer})
 
     def through(self, processors: Callable[..., Any], criteria: Callable[..., Any] | None = None) -> Sampling:
-        """The same call with its logits processors and stopping criteria called by way of functions.
+        """The same call, whose logits processors and stopping criteria are called through the given functions.
 
         Args:
-            processors: called with the list of processors and what that is called with, tokens [B, T] and scores
-                [B, V]; returns scores [B, V].
-            criteria: the same for the list of stopping criteria; returns [B] bool. None: they are called as they are.
+            processors: called with the list of processors, tokens [B, T] and scores [B, V]; returns scores [B, V].
+            criteria: the same for the list of stopping criteria; returns [B] bool. None: they are called directly.
         """
         options = {**self.options, "logits_processor": _relayed(self.processors, processors)}
         if criteria is not None:
@@ -169,11 +169,11 @@ class Sampling:
         return replace(self, options=options)
 
     def with_processor_before(self, processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Sampling:
-        """The same call with one more logits processor, the first of all."""
+        """The same call with one more logits processor, which runs before all others."""
         return self.through(lambda others, ids, scores: others(ids, processor(ids, scores)))
 
     def with_fresh_cache(self, model: PreTrainedModel) -> Sampling:
-        """The same call for `model`, over a cache of its own, made as generate makes it."""
+        """The same call for `model` with a new cache, made as generate makes it."""
         given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}
         if self.cache is not None:
             loose: Any = model
@@ -183,7 +183,7 @@ class Sampling:
         return replace(self, model=model, model_kwargs=given)
 
     def pads(self) -> torch.Tensor | None:
-        """[] int64, what finished sequences are filled with; None where nothing ends a sequence early."""
+        """The token that fills finished sequences, [] int64; None if nothing ends a sequence early."""
         if not any(hasattr(criterion, "eos_token_id") for criterion in self.criteria):
             return None
         pads: torch.Tensor = self.settings._pad_token_tensor
@@ -192,12 +192,12 @@ class Sampling:
     def result(
         self, ids: torch.Tensor, scores: Sequence[torch.Tensor], logits: Sequence[torch.Tensor], cache: Any
     ) -> Any:
-        """What the loop returns where a dictionary is asked for.
+        """Build what the loop returns when a dictionary is requested.
 
         Args:
             ids: [B, P + new].
-            scores, logits: one tensor [B, V] a token; what was not asked for is not returned.
-            cache: filled with all tokens but the last.
+            scores, logits: one tensor [B, V] per token; returned only if the settings request them.
+            cache: filled with all tokens except the last.
         """
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -211,7 +211,7 @@ class Sampling:
 
 
 def _relayed(objects: Any, relay: Callable[..., Any]) -> Any:
-    """A list of the same class with the same elements; calling it calls `relay` with the given list and the rest."""
+    """Copy a list into one of its class. Calling the copy calls `relay` with the given list and the arguments."""
     cls: Any = type(objects)
     found = (cls if hasattr(cls, "relay") else _relaying(cls))(objects)
     found.relay, found.objects = relay, objects
@@ -227,7 +227,7 @@ def _relaying(cls: type) -> type:
 
 
 def remembers(call: Sampling) -> bool:
-    """Whether a processor or criterion of a call may keep something from one token to the next."""
+    """Whether a processor or criterion of a call may keep state between tokens."""
     return any(
         not type(each).__module__.startswith("transformers.generation.") or type(each).__name__ in REMEMBERING
         for each in (*call.processors, *call.criteria)
@@ -235,9 +235,9 @@ def remembers(call: Sampling) -> bool:
 
 
 def marking(cls: type) -> dict[str, Callable[..., Any]]:
-    """Methods by name for a routed class, which mark a cache that generate was given as the caller's.
+    """Methods by name for a routed class. They mark a cache that was passed to generate as the caller's.
 
-    Releases to 5.16 do not; without the mark it could not be told from one that generate prepared.
+    Releases to 5.16 do not mark it. Without the mark it looks like a cache that generate prepared.
     """
     name = "_prepare_cache_for_generation"
     if not hasattr(cls, name):

@@ -1,4 +1,4 @@
-"""The base of cache layers of our own. Apart from the rest, since it has to import transformers."""
+"""Base class of our cache layers. It has its own module because it must import transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a cache of ours, as attention and the masks see it. Subclasses give the methods below."""
+    """One layer of our caches, as attention and the masks see it. Subclasses define the methods below."""
 
     is_sliding = False
 
@@ -17,19 +17,19 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in keys and values [B, Hk, S, D]; returns all that attention is to read, [B, Hk, T, D]."""
+        """Store keys and values [B, Hk, S, D]. Returns all keys and values that attention reads, [B, Hk, T, D]."""
         raise NotImplementedError
 
     def filled(self) -> Any:
-        """Tokens held, an int or a tensor []."""
+        """Number of tokens held, an int or a tensor []."""
         raise NotImplementedError
 
     def visible(self, queries: int) -> int:
-        """Tokens that attention reads when `queries` more come."""
+        """Number of tokens that attention reads once `queries` more are stored."""
         raise NotImplementedError
 
     def capacity(self) -> int:
-        """Tokens that there is room for; -1: no limit."""
+        """Largest number of tokens that the layer can hold; -1: no limit."""
         return -1
 
     def lazy_initialization(self, *_states: torch.Tensor) -> None:

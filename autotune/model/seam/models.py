@@ -1,4 +1,4 @@
-"""What else of a model's class belongs to transformers."""
+"""Other internals of transformers: attributes of models, their classes and their configurations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPILED = ("_compiled_call", "_last_compile_config")  # where generate keeps a model's compiled forward
-SET_AT_WILL = {  # attributes that generate sets on a model, and that say nothing of what it computes
+SET_AT_WILL = {  # attributes that generate sets on a model and that do not affect what it computes
     *("generation_config", "warnings_issued", "_cache", "_previous_max_cache_length"),
     *("_output_capturing_hooks_installed", *COMPILED),
 }
-ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # functions that all models' modules have
+ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # functions in each model's Python module
 
 
 def uncompiled(twin: PreTrainedModel) -> PreTrainedModel:
@@ -27,20 +27,23 @@ def uncompiled(twin: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_own_hook(hook: Any) -> bool:
-    """Whether a forward hook is one that transformers leaves behind: the collectors of hidden states and attentions,
-    which wait to be asked (from 5.2), or what makes embeddings require gradients. They change no answer."""
+    """Whether a forward hook is one of transformers' own, which change no answer.
+
+    These are the collectors of hidden states and attentions, idle until requested (from 5.2), and the hook that makes
+    embeddings require gradients.
+    """
     module = getattr(hook, "__module__", None) or ""
     return module.startswith("transformers.") and not module.startswith("transformers.debug_utils")
 
 
 def experts(model: Any) -> str:
-    """How a mixture of experts is computed; "" where the model or the release knows but one way."""
+    """Name of the implementation that computes a mixture of experts; "" if the model or release has only one."""
     known = getattr(model, "get_experts_implementation", None)
     return str(known()) if known is not None else ""
 
 
 def layer_configurations(config: Any) -> list[Any]:
-    """What configures each layer: the same for all, or one for each where they differ, as in Gemma 4."""
+    """Configuration of each layer: the same for all, or one per layer where they differ, as in Gemma 4."""
     count = getattr(config, "num_hidden_layers", 0)
     if getattr(config, "is_heterogeneous", False):
         return [config.per_layer_config[number] for number in range(count)]
@@ -55,7 +58,7 @@ def conv1d() -> type[torch.nn.Module]:
 
 
 def configurations() -> tuple[type, ...]:
-    """The classes of all configurations."""
+    """Base classes of all configurations."""
     from transformers import GenerationConfig, PretrainedConfig
 
     return PretrainedConfig, GenerationConfig
@@ -69,7 +72,7 @@ def causal_lms() -> Mapping[str, str]:
 
 
 def causal_lm(kind: str) -> tuple[Any, Any]:
-    """The causal LM class of a model type, and a configuration for it as its class makes it."""
+    """The causal LM class of a model type, and its default configuration."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -82,5 +85,5 @@ def causal_lm(kind: str) -> tuple[Any, Any]:
 
 
 def forward_function(module: torch.nn.Module) -> Any:
-    """The function that a module's class has written down as its forward, without what decorates it."""
+    """The forward that a module's class defines, without its decorators."""
     return inspect.unwrap(type(module).forward)

@@ -1,4 +1,4 @@
-"""What a model class does between the steps of generate's loop, where it does more than others."""
+"""Preparation between the steps of generate's loop, which some model classes extend; settings for the loop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger("autotune")
 
 
 def drops_cache(model: PreTrainedModel, held: int, length: int) -> bool:
-    """Whether a model's own preparation drops a cache of `held` tokens on the way to `length`, to read all anew.
+    """Whether a model's own preparation drops a cache of `held` tokens at `length` and computes all tokens again.
 
-    Phi-3's does where its context leaves the length that it was trained with: other frequencies hold from there on, for
-    the tokens before as well.
+    Phi-3 does this when the context grows past the length that it was trained with. Beyond it, all tokens need other
+    rotary frequencies, earlier tokens included.
     """
     prepare = getattr(bare_class(model), PREPARE)
     if inspect.unwrap(prepare) is inspect.unwrap(getattr(_base(), PREPARE)):
@@ -32,7 +32,7 @@ def drops_cache(model: PreTrainedModel, held: int, length: int) -> bool:
     given: dict[str, Any] = {"attention_mask": every, "position_ids": every, **_one_more(length - 1)}
     try:
         prepared = prepare(model, every, **given, **over(model, _full(held)))
-    except Exception:  # it wants more, and says so to those who ask in earnest
+    except Exception:  # it needs more arguments than these; a real call raises its own error
         log.debug("%s could not be asked about %d tokens", type(model).__name__, length, exc_info=True)
         return False
     return cache_in(prepared) is None or prepared["input_ids"].shape[1] != 1
@@ -48,14 +48,14 @@ def greedy_settings(pad_token_id: int, eos_token_id: list[int] | None) -> Any:
 
 
 def _one_more(place: int) -> dict[str, Any]:
-    """Arguments that say that one token is to be computed, and its place."""
+    """Arguments that request one token, at `place`."""
     if "next_sequence_length" in inspect.signature(getattr(_base(), PREPARE)).parameters:
         return {"next_sequence_length": 1}
     return {"cache_position": torch.tensor([place], dtype=torch.int64, device="cpu")}  # to 5.1
 
 
 def _full(length: int) -> Any:
-    """A cache that says that it holds so many tokens."""
+    """A cache that claims to hold `length` tokens."""
     return cache_over([_layers()(length)])
 
 
