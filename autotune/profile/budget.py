@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Budget:
-    """A time limit that says before each step whether another step of its kind still fits.
+    """A time limit. `allows` says before each step whether another step of its kind still fits.
 
     Args:
         seconds: the limit.

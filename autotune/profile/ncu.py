@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import MeasurementError
 from ..workload import Phase
 
-RANGES: Mapping[Phase, str] = {"prefill": "autotune.prefill", "decode": "autotune.decode"}  # NVTX, see replay.py
+RANGES: Mapping[Phase, str] = {"prefill": "autotune.prefill", "decode": "autotune.decode"}  # NVTX; see ncu_replay.py
 
 SM = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
 MEMORY = "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed"

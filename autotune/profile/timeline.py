@@ -78,7 +78,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Gap:
-    """Nothing runs from `start_s` to `end_s`, when `next_` starts."""
+    """A time from `start_s` to `end_s` in which nothing runs; it ends when `next_` starts."""
 
     start_s: float
     end_s: float

@@ -23,7 +23,7 @@ START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler 
 
 @dataclass(frozen=True)
 class Request:
-    """When a request was made and when each of its tokens came out, in seconds of one clock."""
+    """The times at which a request was made and each of its tokens came out, in seconds of one clock."""
 
     start_s: float
     tokens_s: tuple[float, ...]

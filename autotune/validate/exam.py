@@ -124,7 +124,7 @@ class Exam:
 
     @cached_property
     def reader(self) -> Variant:
-        """The original for long inputs: equal except for rounding, with faster arithmetic where there is one."""
+        """The original for long inputs: equal except for rounding, with faster arithmetic if it is available."""
         if (reading := reads_with(self.original)) is None:
             return self.plain()
         try:
@@ -168,7 +168,7 @@ class Exam:
         return rounded.float()
 
     def read_at_once(self, number: int, shape: tuple[int, int], ask: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the original's logits [B, T, V] for a batch of `sensitivity`, in half precision as `reference` does.
+        """Return the original's logits [B, T, V] for a batch of `sensitivity`, rounded as in `reference`.
 
         Args:
             number: of the batch.

@@ -30,7 +30,9 @@ log = logging.getLogger("autotune")
 # lossless tier allows, so that tier compares step with step.
 FULL_BYTES = 4
 EARLY_PROMPTS = 4  # prompts scored before a candidate may fail early
-EARLY_FACTOR = 3.0  # a mean KLD over this many times the limit fails early, or in a stratum with few prompts
+# Factor on the limit of the mean KLD. A stratum above the product fails the candidate early. At the end, a stratum with
+# few prompts fails only above it.
+EARLY_FACTOR = 3.0
 LENGTH_RATIO = (0.9, 1.1)  # allowed length of free-running output / length of the original's
 REPETITION = 0.25  # allowed share of repeated 4-grams, above the original's share
 FREE_TEXTS = 4  # texts after which the variant generates freely
