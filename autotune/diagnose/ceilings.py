@@ -1,7 +1,7 @@
-"""What a transform could gain at best, by the roofline model. Pure.
+"""Upper bounds on what a transform can gain, by the roofline model. Pure.
 
-These predictions decide what is worth trying, so they are ceilings: time that a transform does not touch stays as
-measured, time that it does touch shrinks to its floor. A speed-up below 1 is predicted only where the new form of the
+These predictions decide what is worth trying, so they must be ceilings: time that a transform does not affect stays as
+measured, and time that it does affect shrinks to its floor. A speed-up below 1 is predicted only if the new form of the
 work has a floor above the time measured now.
 """
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def attainable_bandwidth(phase: PhaseProfile, hardware: Hardware) -> float:
-    """Bytes/s to predict with: the measured bandwidth, or what the phase already reaches where caches give more."""
+    """Return the bytes/s to predict with: the measured bandwidth, or the phase's own rate if caches make it higher."""
     return max(hardware.bandwidth_bytes_per_s, _rate(phase.weight_bytes, phase.linear_s))
 
 
 def attainable_peak(phase: PhaseProfile, hardware: Hardware, dtype: str | None = None) -> float:
-    """FLOP/s to predict with in `dtype`; in the phase's own dtype at least what its matmuls already reach."""
+    """Return the FLOP/s to predict with in `dtype`; in the phase's own dtype, at least what its matmuls reach now."""
     peak = hardware.peak_flops_per_s(dtype or phase.compute_dtype)
     if dtype in (None, phase.compute_dtype):
         return max(peak, _rate(phase.flops - phase.attention_flops, phase.linear_s))
@@ -30,7 +30,7 @@ def attainable_peak(phase: PhaseProfile, hardware: Hardware, dtype: str | None =
 
 
 def roofline_s(phase: PhaseProfile, hardware: Hardware, compute_dtype: str | None = None) -> float:
-    """Floor of a whole call (prefill) or token (decode) with its present bytes and FLOPs; None: its own dtype."""
+    """Return the floor of a call (prefill) or token (decode) with its present bytes and FLOPs; None: its own dtype."""
     peak = attainable_peak(phase, hardware, compute_dtype)
     return floor_s(phase.flops, phase.moved_bytes, peak, attainable_bandwidth(phase, hardware))
 
@@ -38,16 +38,16 @@ def roofline_s(phase: PhaseProfile, hardware: Hardware, compute_dtype: str | Non
 def faster_weights(
     phase: PhaseProfile, hardware: Hardware, new_weight_bytes: float, *, compute_dtype: str | None = None
 ) -> float:
-    """Best-case speed-up of a phase when its weights take `new_weight_bytes`.
+    """Return the best-case speed-up of a phase if its weights take `new_weight_bytes`.
 
-    Time outside the matmuls over weights stays; inside it shrinks to the floor of the new bytes, or of the FLOPs
-    where that is longer. So a kernel that is slow for its bytes today is assumed to be replaced by a perfect one.
+    Time outside the matmuls over weights stays. Time inside them shrinks to the floor of the new bytes or of the FLOPs,
+    whichever is longer. So a kernel that is slow for its bytes today is assumed to be replaced by a perfect one.
 
     Args:
         phase: the phase as measured now.
         hardware: measured peaks.
         new_weight_bytes: weight bytes that would move per call or token (compare `phase.weight_bytes`).
-        compute_dtype: dtype the new matmuls compute in; None keeps the present one. Below 1.0 is returned only where
+        compute_dtype: dtype the new matmuls compute in; None keeps the present one. The result is below 1.0 only if
             this dtype's peak makes the matmuls longer than they are now.
     """
     flops_s = (phase.flops - phase.attention_flops) / attainable_peak(phase, hardware, compute_dtype)
@@ -58,12 +58,12 @@ def faster_weights(
 def less_overhead(
     phase: PhaseProfile, hardware: Hardware, *, new_kernels: bool = False, compute_dtype: str | None = None
 ) -> float:
-    """Best-case speed-up of a phase when the time between operators and in small ones disappears.
+    """Return the best-case speed-up of a phase if the time between operators and in small ones disappears.
 
     Args:
         phase: the phase as measured now.
         hardware: measured peaks.
-        new_kernels: the matmuls are replaced, too (a compiler that generates its own), and shrink to their floor.
+        new_kernels: whether a compiler replaces the matmuls and attention, too, so that they shrink to their floor.
         compute_dtype: dtype that the new kernels compute in; None keeps the present one.
     """
     floor = min(roofline_s(phase, hardware, compute_dtype), phase.seconds)
@@ -72,10 +72,10 @@ def less_overhead(
 
 
 def faster_attention(phase: PhaseProfile, hardware: Hardware) -> float:
-    """Best-case speed-up of a phase when attention shrinks to its floor: its FLOPs, or its cache read once.
+    """Return the best-case speed-up of a phase if attention shrinks to its floor: its FLOPs, or its cache read once.
 
-    What surrounds attention proper shrinks with it (`PhaseProfile.around_attention_s`): a better kernel may take keys
-    unrepeated, apply its mask itself, or write the cache. Projections stay.
+    The work around attention proper shrinks with it (`PhaseProfile.around_attention_s`): a better kernel may take
+    unrepeated keys, apply its mask itself, or write the cache. Projections stay.
     """
     peak, bandwidth = attainable_peak(phase, hardware), attainable_bandwidth(phase, hardware)
     floor = floor_s(phase.attention_flops, phase.cache_bytes, peak, bandwidth)

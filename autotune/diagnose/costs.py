@@ -1,4 +1,4 @@
-"""What a model's phases cost, as values: time, bytes, FLOPs, operators, kernels, growth, memory.
+"""The costs of a model's phases, as values: time, bytes, FLOPs, operators, kernels, growth, memory.
 
 `autotune.profile` measures them; diagnosis, predictions and reports read them.
 """
@@ -23,11 +23,11 @@ class Kernel:
 
     Args:
         name: of the kernel.
-        operator: the operator it belongs to ("aten::mm"); empty where none is known, as in a graph.
-        group: part of the model ("attention", "FFN", ...); empty where none is known.
+        operator: the operator it belongs to ("aten::mm"); empty if unknown, as in a graph.
+        group: part of the model ("attention", "FFN", ...); empty if unknown.
         count: how often it ran in the call or token.
-        seconds: device time in all.
-        occupancy: mean estimated share of the warps that fit, 0 to 1, weighted by time; None where not reported.
+        seconds: total device time.
+        occupancy: mean estimated share of the warps that fit, 0 to 1, weighted by time; None if not reported.
     """
 
     name: str
@@ -71,23 +71,23 @@ class Operator:
 class DeviceUse:
     """What a GPU did in a call (prefill) or for a token (decode), scaled to the unprofiled time.
 
-    Under the profiler the host is slower, the device is not: work counts as traced, and the idle time that is left of
-    the unprofiled time is divided as it was in the trace.
+    The profiler slows down the host but not the device. Therefore busy time is taken from the trace. The rest of the
+    unprofiled time is idle and is divided in the trace's proportions.
 
     Args:
         busy_s: seconds in which at least one stream worked.
-        launches: launches of kernels by the host; a graph is one.
+        launches: launches of kernels by the host; a graph counts once.
         kernel_count: kernels that ran.
-        gap_s: seconds between one stretch of work and the next.
-        host_wait_s: part of that in which nothing was queued: the next kernel was launched later.
-        late: share of the gaps that were such, 0 to 1.
+        gap_s: seconds in gaps between stretches of work.
+        host_wait_s: part of `gap_s` in gaps in which nothing was queued: the next kernel was launched later.
+        late: share of the gaps in which nothing was queued, 0 to 1.
         copy_s: seconds in which data moved from or to the host and no kernel ran.
         graph_launches: launches that started a graph.
-        launch_s: median time from such a launch to its kernel's start.
-        event_s: seconds between two events of the device around the call or token; NaN where not measured.
-        copies: by direction.
+        launch_s: median time from a late launch to its kernel's start.
+        event_s: seconds between two events of the device around the call or token; NaN if not measured.
+        copies: copies by direction.
         kernels: the kernel table, the longest first.
-        counters: what NVML told meanwhile.
+        counters: NVML's readings during that time.
     """
 
     busy_s: float
@@ -115,7 +115,7 @@ class PhaseProfile:
         flops: FLOPs per call (prefill) or per token (decode).
         weight_bytes: weight bytes that must move per call or token, as stored.
         cache_bytes: KV-cache bytes read and written per call or token.
-        busy: share of the time the device works inside operators, 0 to 1.
+        busy: share of the time in which the device works inside operators, 0 to 1.
         compute_dtype: dtype the matmuls run in ("float32", ...), the key into Hardware.flops_per_s.
         linear_s: seconds of a call or token spent in matmuls over weights.
         attention_s: seconds in attention proper.
@@ -123,11 +123,11 @@ class PhaseProfile:
         sync_s: seconds the host waits for the device per call or token (0 on a CPU).
         operators: the operator table.
         attention_flops: FLOPs of attention proper, part of `flops`.
-        small_s: seconds in operators too small to be anything but their own start.
-        around_attention_s: seconds in what another attention may do without: rotary embeddings, masks, repeated keys,
-            cache updates, and whatever of a compiled step is neither a matmul nor attention.
-        device: what a GPU did meanwhile; None on a CPU.
-        growth_s: seconds of a token that grow with the context; 0 where that was not measured.
+        small_s: seconds in operators so small that their start costs more than their work.
+        around_attention_s: seconds in work that another attention may not need: rotary embeddings, masks, repeated
+            keys, cache updates, and the part of a compiled step that is neither a matmul nor attention.
+        device: what a GPU did during that time; None on a CPU.
+        growth_s: seconds of a token that grow with the context; 0 if not measured.
     """
 
     phase: Phase
@@ -155,7 +155,7 @@ class PhaseProfile:
 
     @property
     def host_s(self) -> float:
-        """Seconds in which a GPU does nothing, which the host's preparation causes: wall clock minus device time."""
+        """Seconds in which a GPU idles because of the host: wall clock minus device time. 0 on a CPU."""
         return max(0.0, self.seconds - self.device.busy_s) if self.device is not None else 0.0
 
     @property
@@ -202,8 +202,8 @@ class Profile:
 
     Args:
         phases: each phase on the workload's median prompt.
-        batch_scaling: decode by batch size; empty where that was not measured.
-        context_growth: decode by context length, one sequence at a time; empty where that was not measured.
+        batch_scaling: decode by batch size; empty if not measured.
+        context_growth: decode by context length, one sequence at a time; empty if not measured.
         memory: peak memory.
         prompt_tokens: tokens of the prompt that was measured.
         batch: sequences generated together.

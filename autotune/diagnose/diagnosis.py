@@ -1,17 +1,17 @@
-"""From a profile to a verdict: what limits each phase, the evidence, and how much faster it could become.
+"""Turn a profile into a verdict: what limits each phase, the evidence, and how much faster it could become.
 
 The time T of a call or token is divided by where it is spent, and the larger part names the bottleneck:
 
-    overhead   between operators, and in operators too small to be more than their own start; on a GPU: it idles between
-               kernels, for most of them because the host had not launched the next one yet
-    sync       the host waits for a device that then has nothing to do, or both wait for copies between them
+    overhead   between operators, and in operators so small that their start costs more than their work; on a GPU: it
+               idles between kernels, in most gaps because the host had not launched the next one yet
+    sync       the host waits while the device is idle, or both wait for copies between them
     the rest   in operators that do real work: compute-, memory- or KV-cache-bound, whichever floor is the highest; the
-               KV cache where it is the larger part of the bytes, or where most of a token's time grows with the context
+               KV cache if it is the larger part of the bytes, or if most of a token's time grows with the context
 
-A matmul that is slow for its bytes is memory-bound with a low efficiency, not overhead: what helps is a better kernel
-or fewer bytes, not fewer operators. A device that is idle is never called compute-bound.
+A matmul that is slow for its bytes is memory-bound with a low efficiency, not overhead: a better kernel or fewer bytes
+help, fewer operators do not. A device that is idle is never called compute-bound.
 
-A GPU's own counters are told beside the verdict and never decide it: "100 % utilisation" means that some kernel ran.
+A GPU's counters are reported beside the verdict and never decide it: "100 % utilisation" means that some kernel ran.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 Bottleneck = Literal["compute", "memory", "kv-cache", "overhead", "sync", "capacity", "mixed"]
 
-DOMINANT = 0.6  # a part this large decides: removing all of the rest would gain less than 1 / 0.6 = 1.67x
-GROWING = 0.5  # of a token's time that grows with the context: less cache then gains more than less of all the rest
-LARGE_SYNC = 0.2  # waiting this long on an idle device outweighs what any kernel could gain
-FULL = 0.9  # of the memory: allocator slack and the host's own needs take the rest
+DOMINANT = 0.6  # share of the time that decides: removing all of the rest would gain less than 1 / 0.6 = 1.67x
+GROWING = 0.5  # share of a token's time that grows with the context; above it, the cache outweighs all of the rest
+LARGE_SYNC = 0.2  # share of the time that is waiting or copying; above it, no kernel could gain as much
+FULL = 0.9  # usable share of the memory; allocator slack and the host need the rest
 UNITS = {"prefill": "a call", "decode": "a token"}
 
 
@@ -43,10 +43,10 @@ class Diagnosis:
     Args:
         phase: "prefill" or "decode".
         bottleneck: the dominant limit.
-        evidence: one sentence with the numbers that decided it.
-        ceiling: how many times faster the phase could become at best with its present bytes and FLOPs.
+        evidence: one sentence with the decisive numbers.
+        ceiling: the phase's highest possible speed-up with its present bytes and FLOPs.
         roofline_share: roofline floor / measured time, 0 to 1.
-        perhaps: what it may be instead, as the peaks were measured while others were at work.
+        perhaps: other possible bottlenecks, if other processes disturbed the measurement of the peaks.
     """
 
     phase: Phase
@@ -58,12 +58,12 @@ class Diagnosis:
 
 
 def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse | None = None) -> Diagnosis:
-    """What limits a phase.
+    """Diagnose what limits a phase.
 
     Args:
         phase_profile: the phase as measured.
         hardware: measured peaks.
-        memory: peak memory, for the question whether it fits; without it, the bytes that move are asked.
+        memory: peak memory, to check whether it fits; without it, the moved bytes are used.
     """
     share = min(1.0, roofline_s(phase_profile, hardware) / phase_profile.seconds)
     bottleneck = find_bottleneck(phase_profile, hardware, memory)
@@ -82,12 +82,12 @@ def diagnose(phase_profile: PhaseProfile, hardware: Hardware, memory: MemoryUse 
 
 
 def supported(diagnosis: Diagnosis, told: str) -> Diagnosis:
-    """The same verdict with more evidence, which another tool counted."""
+    """Return the same verdict with more evidence, which another tool counted."""
     return replace(diagnosis, evidence=f"{diagnosis.evidence} ({told})")
 
 
 def find_bottleneck(phase: PhaseProfile, hardware: Hardware, memory: MemoryUse | None = None) -> Bottleneck:
-    """The bottleneck alone; see the module's docstring for the definitions."""
+    """Return only the bottleneck; see the module's docstring for the definitions."""
     if needed_bytes(phase, memory) > FULL * hardware.memory_bytes:
         return "capacity"
     overhead = overhead_s(phase) / phase.seconds
@@ -100,7 +100,7 @@ def find_bottleneck(phase: PhaseProfile, hardware: Hardware, memory: MemoryUse |
 
 
 def work_bound(phase: PhaseProfile, hardware: Hardware) -> Literal["compute", "memory", "kv-cache"]:
-    """Which floor the working time of a phase stands on, whatever the overhead beside it."""
+    """Return what limits the working time of a phase, without regard to its overhead."""
     if phase.growth_s > GROWING * phase.seconds:
         return "kv-cache"
     machine = ridge(hardware.peak_flops_per_s(phase.compute_dtype), hardware.bandwidth_bytes_per_s)
@@ -110,24 +110,24 @@ def work_bound(phase: PhaseProfile, hardware: Hardware) -> Literal["compute", "m
 
 
 def overhead_s(phase: PhaseProfile) -> float:
-    """Seconds between operators and in operators too small to do more than start."""
+    """Return the seconds between operators and in small operators."""
     return max(0.0, phase.seconds * (1 - phase.busy)) + phase.small_s
 
 
 def copying(phase: PhaseProfile) -> float:
-    """Share of the time in which data moves between host and device and nothing is computed."""
+    """Return the share of the time in which data moves between host and device and nothing is computed."""
     return phase.device.copy_s / phase.seconds if phase.device is not None else 0.0
 
 
 def needed_bytes(phase: PhaseProfile, memory: MemoryUse | None) -> float:
-    """Bytes that must be resident for the phase to run."""
+    """Return the bytes that must be in memory for the phase to run."""
     if memory is None:
         return phase.moved_bytes
     return memory.weights_bytes + memory.cache_bytes + memory.activations_bytes
 
 
 def _counters(phase: PhaseProfile) -> str:
-    """What the device's counters add; empty where there are none."""
+    """Describe the device's counters; empty if there are none."""
     counters = phase.device.counters if phase.device is not None else None
     told = counters.evidence() if counters is not None else ""
     return f" ({told})" if told else ""
@@ -170,7 +170,7 @@ def _evidence(
 
 
 def _launches(phase: PhaseProfile, device: DeviceUse) -> str:
-    """How often the host starts something, and how long the device waits for that."""
+    """Describe how often the host launches work, and how long the device waits for it."""
     kernels = f"{device.launches} kernels"
     if device.graph_launches == device.launches == 1:
         kernels = f"{device.kernel_count} kernels as 1 graph"
@@ -184,7 +184,7 @@ def _launches(phase: PhaseProfile, device: DeviceUse) -> str:
 
 
 def _reached(phase: PhaseProfile, hardware: Hardware, bound: str) -> str:
-    """What the phase moves or computes per second, and which share of the measured peak that is."""
+    """Describe what the phase moves or computes per second, and which share of the measured peak that is."""
     unit = UNITS[phase.phase]
     if bound == "compute":
         peak, rate = hardware.peak_flops_per_s(phase.compute_dtype), phase.flops / phase.seconds

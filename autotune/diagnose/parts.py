@@ -1,4 +1,4 @@
-"""Which part of a model a module belongs to, judged by structure and by the names all architectures share."""
+"""Find which part of a model a module belongs to, by structure and by names that all architectures share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION, FFN, NORM, CACHE, HEAD = "attention", "FFN", "norm", "KV-cache update", "lm_head"
-RANGE = "autotune.section."  # what the name of a part's range in a trace begins with
+RANGE = "autotune.section."  # prefix of the name of a part's range in a trace
 COMPILED, OVERHEAD, OTHER = "compiled step", "framework overhead", "other"
 GROUPS = (ATTENTION, FFN, NORM, CACHE, HEAD, COMPILED, OTHER, OVERHEAD)  # the order of the operator table
 
@@ -21,7 +21,7 @@ _FFN = re.compile(r"mlp|moe|ffn|feed_?forward|experts|^fc\d$")  # fc1, fc2: OPT 
 
 
 def sections(model: PreTrainedModel) -> dict[str, str]:
-    """Module name -> group, for the outermost module of each part, and for norms wherever they are."""
+    """Map module names to groups, for the outermost module of each part and for every norm."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found = dict[str, str]()
     for name, module in model.named_modules():
@@ -33,7 +33,7 @@ def sections(model: PreTrainedModel) -> dict[str, str]:
 
 
 def owner(name: str, found: dict[str, str]) -> str | None:
-    """Group of the nearest module at or above `name`."""
+    """Return the group of the nearest module at or above `name`; None if there is none."""
     while name:
         if name in found:
             return found[name]

@@ -1,9 +1,9 @@
-"""Work counted, not measured: the FLOPs and bytes of one forward pass, from the modules and the configuration.
+"""Count the FLOPs and bytes of one forward pass, from the modules and the configuration, without measuring.
 
-Counted are the matmuls over weights and attention's two products. Element-wise work, recurrent scans and the traffic of
-activations are left out. Weights move once per forward, as stored: of an embedding only the rows that are looked up, of
-a mixture only the experts that even routing is expected to choose. Keys and values of earlier tokens are read once,
-those of the new tokens are written once.
+The matmuls over weights and attention's two products are counted. Element-wise work, recurrent scans and the traffic of
+activations are left out. Weights move once per forward, as stored. Of an embedding, only the rows that are looked up
+move; of a mixture, only the experts that even routing is expected to choose. Keys and values of earlier tokens are read
+once, those of the new tokens are written once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Forward:
 
     Args:
         batch: sequences.
-        new: tokens per sequence that are computed.
+        new: tokens per sequence to compute.
         past: tokens per sequence already in the cache.
     """
 
@@ -66,13 +66,13 @@ class Forward:
 
 @dataclass(frozen=True)
 class Keys:
-    """What one layer keeps of a token.
+    """The shape of one layer's attention and of its cache.
 
     Args:
         heads: query heads.
         kv_heads: key and value heads.
         head_size: elements of a head.
-        window: tokens a layer looks back at most; None without a limit.
+        window: most tokens that the layer looks back; None without a limit.
     """
 
     heads: int
@@ -81,25 +81,25 @@ class Keys:
     window: int | None = None
 
     def pairs(self, forward: Forward) -> int:
-        """Query-key pairs of one sequence under a causal mask."""
+        """Count the query-key pairs of one sequence under a causal mask."""
         past, new = forward.past, forward.new
         window = self.window or past + new
-        growing = min(max(window - past, 0), new)  # tokens that still see everything before them
+        growing = min(max(window - past, 0), new)  # new tokens whose whole past is within the window
         return growing * past + growing * (growing + 1) // 2 + (new - growing) * window
 
     def flops(self, forward: Forward) -> int:
-        """Scores and weighted values: two products over every pair, in every query head."""
+        """Count the FLOPs of scores and weighted values: two products over every pair, in every query head."""
         return 2 * matmul_flops(1, self.pairs(forward), self.head_size) * self.heads * forward.batch
 
     def bytes(self, forward: Forward, element_bytes: int) -> tuple[float, float]:
-        """Bytes of earlier tokens read, and of new ones written."""
-        past = min(forward.past, self.window - 1) if self.window else forward.past  # a token sees itself, too
+        """Return the bytes of earlier tokens that are read, and of new tokens that are written."""
+        past = min(forward.past, self.window - 1) if self.window else forward.past  # the window includes the token
         one = kv_cache_bytes(forward.batch, 1, self.kv_heads, self.head_size, element_bytes)
         return past * one, forward.new * one
 
 
 def count(model: PreTrainedModel, forward: Forward, element_bytes: int) -> dict[str, Work]:
-    """Work of a forward pass by group of the operator table.
+    """Count the work of a forward pass by group of the operator table.
 
     Args:
         model: the module that runs it.
@@ -107,7 +107,7 @@ def count(model: PreTrainedModel, forward: Forward, element_bytes: int) -> dict[
         element_bytes: size of an element of the KV cache.
     """
     found, work = sections(model), dict[str, Work]()
-    positions = forward.batch if keeps_last_logits(model) else forward.tokens  # that lm_head computes
+    positions = forward.batch if keeps_last_logits(model) else forward.tokens  # positions whose logits lm_head computes
 
     def add(group: str, part: Work) -> None:
         work[group] = work.get(group, Work()) + part
@@ -123,18 +123,18 @@ def count(model: PreTrainedModel, forward: Forward, element_bytes: int) -> dict[
 
 
 def attention_flops(model: PreTrainedModel, forward: Forward) -> int:
-    """The share of `count`'s FLOPs that is attention proper, which no weight takes part in."""
+    """Return the FLOPs of attention proper, without weights; they are a part of `count`'s FLOPs."""
     return sum(keys.flops(forward) for keys in attention_layers(model))
 
 
 def cache_size(model: PreTrainedModel, batch: int, tokens: int, element_bytes: int) -> int:
-    """Bytes of the KV cache that holds `tokens` tokens of each sequence."""
+    """Return the bytes of a KV cache that holds `tokens` tokens of each sequence."""
     shape = Forward(batch, 0, tokens)
     return int(sum(sum(keys.bytes(shape, element_bytes)) for keys in attention_layers(model)))
 
 
 def activation_size(model: PreTrainedModel, forward: Forward, element_bytes: int) -> int:
-    """Estimated peak bytes of activations: the residual stream and a layer's widest input and two outputs, and logits.
+    """Estimate the peak bytes of activations: the residual stream, the widest layer's input and two outputs, logits.
 
     A gated FFN, the widest part of most models, holds gate, up and their product at once.
     """
@@ -147,7 +147,7 @@ def activation_size(model: PreTrainedModel, forward: Forward, element_bytes: int
 
 
 def attention_layers(model: PreTrainedModel) -> list[Keys]:
-    """What each layer with a KV cache keeps, from the configuration; layers without (Mamba) are left out."""
+    """Return the `Keys` of each layer with a KV cache, from the configuration; others (Mamba) are left out."""
     config = text_config(model)
     layers = seam.layer_configurations(config)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [None] * len(layers)
@@ -156,16 +156,16 @@ def attention_layers(model: PreTrainedModel) -> list[Keys]:
 
 
 def query_heads_per_kv_head(model: PreTrainedModel) -> float | None:
-    """Query heads that share a key and value head, over all layers; None without a KV cache."""
+    """Return the query heads per key and value head, over all layers; None without a KV cache."""
     layers = attention_layers(model)
     return sum(keys.heads for keys in layers) / sum(keys.kv_heads for keys in layers) if layers else None
 
 
 def _kept(config: Any, kind: str | None) -> Keys | None:
-    """What one layer with a configuration keeps, and nothing where it has no KV cache."""
+    """Return the `Keys` of one layer from its configuration; None if it has no KV cache."""
     heads = _first(config, ("num_attention_heads", "n_heads", "n_head"))
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if kind is None:  # as transformers' caches read a configuration
+    if kind is None:  # the same rule as in transformers' caches
         kind = "sliding_attention" if window else "full_attention"
     if not heads or "attention" not in kind or kind == "linear_attention":
         return None
@@ -182,7 +182,7 @@ def text_config(model: PreTrainedModel) -> Any:
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype most matmuls compute in: a replaced layer's own `dtype`, or that of the activations."""
+    """Return the dtype of most matmuls: a replaced layer's `dtype` attribute, or the dtype of the activations."""
     sizes = dict[torch.dtype, int]()
     for _, module in _parts(model):
         if shape := linear_shape(module):
@@ -193,19 +193,19 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def activation_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype between layers and in the KV cache: that of the norms, which stay when weights are stored narrower."""
+    """Return the dtype between layers and in the KV cache: that of the norms, which quantisation does not change."""
     found = sections(model)
     norms = (p for name, p in model.named_parameters() if owner(name.rpartition(".")[0], found) == NORM)
     return next((p.dtype for p in norms if p.dtype.is_floating_point), model.dtype)
 
 
 def keeps_last_logits(model: PreTrainedModel) -> bool:
-    """Whether generate asks the model for the logits of the last position only."""
+    """Return whether generate asks the model for the logits of the last position only."""
     return seam.keeps_last_logits(model)
 
 
 def stored_weights(*models: nn.Module) -> int:
-    """Bytes of the distinct storages that models hold, and of layers that keep their weights out of torch's sight."""
+    """Return the bytes of the distinct storages that models hold, and of weights outside parameters and buffers."""
     storages, hidden = dict[int, int](), dict[int, float]()
     for module in chain.from_iterable(model.modules() for model in models):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -217,7 +217,7 @@ def stored_weights(*models: nn.Module) -> int:
 
 
 def tensors_within(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors a tensor is made of: itself, or those inside a subclass (torchao)."""
+    """Yield the plain tensors that a tensor consists of: itself, or those inside a subclass (torchao)."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from tensors_within(getattr(tensor, name))
@@ -226,12 +226,12 @@ def tensors_within(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes as stored."""
+    """Return a tensor's bytes as stored."""
     return sum(t.numel() * t.element_size() for t in tensors_within(tensor))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer of any make, or None."""
+    """Return (inputs, outputs) of any kind of linear layer; None for other modules."""
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inputs, int) and isinstance(outputs, int):
         return inputs, outputs
@@ -242,7 +242,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def matrices(models: Iterable[PreTrainedModel]) -> dict[tuple[int, int], str | None]:
-    """(inputs, outputs) of the linear layers -> the group they belong to, None where it is more than one."""
+    """Map (inputs, outputs) of the linear layers to their group; None if several groups have that shape."""
     groups = dict[tuple[int, int], str | None]()
     for model in models:
         found = sections(model)
@@ -254,7 +254,7 @@ def matrices(models: Iterable[PreTrainedModel]) -> dict[tuple[int, int], str | N
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold tensors of their own; below one that states its `weight_bytes` nothing is counted again."""
+    """Yield the modules that hold tensors themselves. One with `weight_bytes` stands for all modules inside it."""
     stated: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in stated):
@@ -284,7 +284,7 @@ def _module_work(name: str, module: nn.Module, model: PreTrainedModel, tokens: i
     if stacked := [p for p in tensors if p.dim() == 3]:  # [E, out, in]
         used, chosen = _routing(model, tokens)
         return Work(sum(2 * p.numel() for p in stacked) * tokens * used, own * chosen)
-    return Work(sum(2 * p.numel() for p in tensors) * tokens, own)  # a router's [E, in] meets every token
+    return Work(sum(2 * p.numel() for p in tensors) * tokens, own)  # a router's [E, in] is applied to every token
 
 
 def _linear_bytes(module: nn.Module, own: int) -> float:
@@ -297,7 +297,7 @@ def _linear_bytes(module: nn.Module, own: int) -> float:
 
 
 def _routing(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
-    """For a mixture: share of all experts a token uses, and expected share of experts that `tokens` tokens use."""
+    """Return the share of a mixture's experts that a token uses, and the expected share that `tokens` tokens use."""
     config = text_config(model)
     top_k, experts = _first(config, _TOP_K) or 1, _first(config, _EXPERTS) or 1
     used = min(1.0, top_k / experts)

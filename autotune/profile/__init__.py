@@ -1,8 +1,9 @@
-"""What a variant costs: prefill and decode measured apart.
+"""Measure what a variant costs, separately for prefill and decode.
 
-`measure` is the door. Behind it: `timing` (requests as they are served), `tracing`, `spans` and `operators` (where the
-time goes, under torch's profiler), `scaling` (batch sizes and context lengths); on a GPU also `recording`, `timeline`
-and `phases` (what its trace says) and `observing` (its own clock and counters). What is measured is a `diagnose.costs`.
+`measure` is the entry point. It uses `timing` (requests as they are served), `tracing`, `spans` and `operators` (time
+by operator, under torch's profiler) and `scaling` (batch sizes and context lengths). On a GPU, it also uses
+`recording`, `timeline` and `phases` (the GPU's trace) and `observing` (the GPU's clock and counters). The results are
+values of `diagnose.costs`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ def measure(
     """Profile a variant on the workload's median prompt, through the path that will serve it.
 
     Args:
-        variant: what to measure; it is left as it is.
+        variant: the variant to measure; it is not changed.
         workload: prompts; their median length and the first batch size are measured.
         hardware: measured peaks, for the operator table's verdicts.
-        budget_s: seconds to spend. The first request is a warm-up that always runs, and so do one sample and one trace.
-        scaling: also measure batch scaling and context growth, with what is left of the budget.
-        progress: told the name of each step.
+        budget_s: seconds to spend. A warm-up request, one sample and one trace always run.
+        scaling: also measure batch scaling and context growth, with the rest of the budget.
+        progress: called with the name of each step.
     """
     from .survey import survey
 
@@ -51,7 +52,7 @@ def grow(
     budget_s: float,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:
-    """A profile with batch scaling and context growth; the arguments are those of `measure`."""
+    """Add batch scaling and context growth to a profile. The arguments are those of `measure`."""
     from .budget import Budget
     from .survey import grown
 

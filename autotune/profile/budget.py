@@ -1,4 +1,4 @@
-"""A time limit for a row of measurements that grow."""
+"""A time limit for a series of measurements that take longer and longer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 
 class Budget:
-    """Seconds that may be spent; says before each step whether another one of its kind still fits.
+    """A time limit. `allows` says before each step whether another step of its kind still fits.
 
     Args:
         seconds: the limit.
-        progress: told the name of every step.
-        clock: seconds of some monotonic clock.
+        progress: called with the name of every step.
+        clock: seconds of a monotonic clock.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class Budget:
         return self._end - self._clock()
 
     def allows(self, growth: float) -> bool:
-        """Whether a step `growth` times as long as the last one fits."""
+        """Return whether a step `growth` times as long as the last one fits."""
         return self.left_s() > self._last_s * growth
 
     def part(self, share: float) -> Budget:
-        """A budget over a share of what is left, for steps of another kind."""
+        """Return a budget over a share of the time that is left, for steps of another kind."""
         return Budget(self.left_s() * share, self._progress, self._clock)
 
     @contextmanager

@@ -1,6 +1,7 @@
-"""NVIDIA Nsight Compute: the command that answers a doubt about a phase, and its CSV export read back.
+"""NVIDIA Nsight Compute: build the command that profiles a phase, and parse the tool's CSV export.
 
-The tool replays every kernel many times to count what its hardware did, so it runs apart, over one call or one token.
+The tool replays every kernel many times to read the hardware counters, so it runs separately, over one call or one
+token.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..errors import MeasurementError
 from ..workload import Phase
 
-RANGES: Mapping[Phase, str] = {"prefill": "autotune.prefill", "decode": "autotune.decode"}  # NVTX, see replay.py
+RANGES: Mapping[Phase, str] = {"prefill": "autotune.prefill", "decode": "autotune.decode"}  # NVTX; see ncu_replay.py
 
 SM = "sm__throughput.avg.pct_of_peak_sustained_elapsed"
 MEMORY = "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed"
@@ -23,7 +24,7 @@ DRAM = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 SECONDS = "gpu__time_duration.sum"
 SECTORS = "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum"
 REQUESTS = "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum"
-TENSOR = "sm__inst_executed_pipe_tensor"  # what follows differs by architecture: _op_hmma, _op_imma, _op_gmma, ...
+TENSOR = "sm__inst_executed_pipe_tensor"  # prefix; the suffix differs by architecture: _op_hmma, _op_imma, _op_gmma
 _BUSY = ".avg.pct_of_peak_sustained_active"
 METRICS = (
     SM,
@@ -34,35 +35,35 @@ METRICS = (
     REQUESTS,
     rf"regex:^{TENSOR}\w*[.](sum|avg[.]pct_of_peak_sustained_active)$",
 )
-NAMES = {  # of the page "details"
+NAMES = {  # metric by its name on the page "details"
     "Compute (SM) Throughput": SM,
     "Memory Throughput": MEMORY,
     "DRAM Throughput": DRAM,
     "Duration": SECONDS,
 }
-UNITS = {  # as versions of the tool have written them
+UNITS = {  # factor to SI by unit, in the spellings of all versions of the tool
     "%": 1e-2,
     **dict.fromkeys(("ns", "nsecond"), 1e-9),
     **dict.fromkeys(("us", "usecond"), 1e-6),
     **dict.fromkeys(("ms", "msecond"), 1e-3),
     **dict.fromkeys(("s", "second"), 1.0),
 }
-IDEAL_SECTORS = 4  # of 32 bytes, for a warp's 32 loads of 4 bytes side by side
+IDEAL_SECTORS = 4  # sectors of 32 bytes for a warp's 32 adjacent loads of 4 bytes
 PERMISSION = "ERR_NVGPUCTRPERM"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Launches of one kernel. Shares are of 1, weighted by time; None where the export lacks the figure.
+    """Launches of one kernel. Shares are from 0 to 1 and weighted by time; None if the export lacks the figure.
 
     Args:
         name: as the tool writes it.
         count: launches.
-        seconds: in all.
-        sm, memory, dram: of their speed of light (the highest throughput any of their parts could have).
-        tensor: of what the tensor cores' busiest pipe could issue.
-        tensor_instructions: issued to tensor cores, in all.
-        sectors_per_request: of 32 bytes, a load request of a warp; 4 is ideal for loads of 4 bytes, 16 for 16.
+        seconds: total time.
+        sm, memory, dram: share of their speed of light (the highest throughput any of their parts could have).
+        tensor: share of the instructions that the tensor cores' busiest pipe could issue.
+        tensor_instructions: total instructions issued to tensor cores.
+        sectors_per_request: sectors of 32 bytes per load request of a warp; ideal is 4 for loads of 4 bytes, 16 for 16.
     """
 
     name: str
@@ -81,8 +82,8 @@ class Reading:
     """One export.
 
     Args:
-        total: all kernels as one.
-        kernels: by name, the longest first.
+        total: all kernels together.
+        kernels: one entry per name, the longest first.
         notes: the tool's own warnings and errors.
     """
 
@@ -91,7 +92,7 @@ class Reading:
     notes: tuple[str, ...] = ()
 
     def evidence(self) -> str:
-        """What it counted, in a phrase."""
+        """Describe the counts in a phrase."""
         total = self.total
         parts = [
             f"{name} {100 * share:.0f} %"
@@ -112,13 +113,13 @@ class Reading:
 
 
 def command(model: str, phase: Phase, prompts: Path | None = None, ncu: str = "ncu", autotune: str = "autotune") -> str:
-    """The shell command that profiles one call (prefill) or one token (decode) of a model.
+    """Return the shell command that profiles one call (prefill) or one token (decode) of a model.
 
     Args:
         model: as `autotune profile` takes it.
-        phase: which of the two.
-        prompts: file of prompts; the built-in ones without it.
-        ncu, autotune: the programs.
+        phase: "prefill" or "decode".
+        prompts: file of prompts; None uses the built-in ones.
+        ncu, autotune: names or paths of the programs.
     """
     replay = [autotune, "profile", model, "--replay", phase]
     if prompts is not None:
@@ -135,13 +136,13 @@ def command(model: str, phase: Phase, prompts: Path | None = None, ncu: str = "n
 
 
 def parse(text: str) -> Reading:
-    """An export of `ncu --csv`, of its page "raw" (a row a launch) or "details" (a row a metric).
+    """Parse an export of `ncu --csv`: the page "raw" (one row per launch) or "details" (one row per metric).
 
-    Columns may be missing, numbers may be grouped, the tool's banner lines may stand between, and the file may end in
-    the middle: whole rows count.
+    Columns may be missing, numbers may have digit grouping, and the tool's banner lines may come between rows. The file
+    may end in the middle; only whole rows count.
 
     Raises:
-        MeasurementError: there is no table in it, or no kernel in the table.
+        MeasurementError: the text has no table, or the table has no kernel.
     """
     lines, notes = text.lstrip("\ufeff").splitlines(keepends=True), _notes(text)
     start = next((i for i, line in enumerate(lines) if re.match(r'"?ID"?,', line)), None)
@@ -172,11 +173,11 @@ class _Launch:
 def _launches(lines: Sequence[str]) -> list[_Launch]:
     try:
         heading, *rows = csv.reader(lines)
-    except csv.Error as error:  # a field without an end
+    except csv.Error as error:  # an unterminated field
         raise MeasurementError(f"this is no CSV export of Nsight Compute: {error}") from error
-    heading[0] = "ID"  # whatever became of its quotes
+    heading[0] = "ID"  # its quotes may have been lost
     if rows and not lines[-1].endswith(("\n", '"')):
-        rows.pop()  # its last number may have lost digits
+        rows.pop()  # the file was cut, so the last number may have lost digits
     whole = [row for row in rows if len(row) >= len(heading) and row != heading]
     tables = [dict(zip(heading, row, strict=False)) for row in whole]
     if "Metric Name" in heading:
@@ -188,7 +189,7 @@ def _launches(lines: Sequence[str]) -> list[_Launch]:
 
 
 def _by_metric(tables: Sequence[Mapping[str, str]]) -> list[_Launch]:
-    """A launch's metrics are rows of their own; some have one name in two units, of which the share is meant."""
+    """Collect launches from a table with one row per metric. If a name occurs in two units, keep the share."""
     found = dict[str, tuple[str, dict[str, float]]]()
     for table in tables:
         name, unit = table["Metric Name"], table.get("Metric Unit", "")
@@ -209,7 +210,7 @@ def _numbers(cells: Iterable[tuple[str, str]], units: Mapping[str, str]) -> Iter
 
 
 def number(cell: str) -> float | None:
-    """A number however its digits are grouped: 1,234.5 and 1.234,5 and 1 234,5; None for "n/a" and the like."""
+    """Parse a number with any digit grouping: 1,234.5 or 1.234,5 or 1 234,5; None for "n/a" and the like."""
     text = re.sub(r"[\s'\u00a0\u202f]", "", cell)
     if not re.fullmatch(r"[-+]?[\d.,]*\d[\d.,]*(?:[eE][-+]?\d+)?", text):
         return None
@@ -257,7 +258,7 @@ def _tensor_share(launch: _Launch) -> float | None:
 
 
 def _tensor_instructions(launch: _Launch) -> float | None:
-    """The pipe's own sum, or those of its kinds of instruction, which are parts of it."""
+    """Return the pipe's sum; if there is none, add the sums of its kinds of instruction."""
     if (whole := launch.get(f"{TENSOR}.sum")) is not None:
         return whole
     parts = [v for name, v in launch.metrics.items() if name.startswith(f"{TENSOR}_") and name.endswith(".sum")]

@@ -1,4 +1,4 @@
-"""One phase once, under a name that NVIDIA's tools can be told to look for."""
+"""Run one phase once, in a named range that NVIDIA's tools can select."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NvtxStreamer:
 
     def put(self, tokens: torch.Tensor) -> None:
         self._open.close()
-        if self._puts < len(PHASES):  # the prompt is handed over first, then the tokens
+        if self._puts < len(PHASES):  # generate passes the prompt first, then the tokens
             self._open.enter_context(self._device.range(RANGES[PHASES[self._puts]]))
         self._puts += 1
 
@@ -35,10 +35,10 @@ class NvtxStreamer:
 
 
 def replay(model: PreTrainedModel, ids: torch.Tensor, phase: Phase) -> None:
-    """A warm-up without a name, then a request that ends with the phase in question.
+    """Run a warm-up without a range, then a request that ends with the phase in question.
 
     Args:
-        model: to run as it is.
+        model: the model, run as it is.
         ids: prompts, [B, P] int64.
         phase: "prefill" is one call, "decode" one token after it.
     """

@@ -1,4 +1,4 @@
-"""Requests repeated under the device's own clock and counters, prefill and decode apart."""
+"""Repeat requests under the device's clock and counters, separately for prefill and decode."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..machine.device import Device
     from ..machine.device.counters import Counters
 
-OBSERVE_S = 0.5  # of each phase: NVML's utilisation is a mean over up to a second
-REPEATS = 200  # of a request that takes no time to speak of
+OBSERVE_S = 0.5  # seconds of repetition per phase, because NVML's utilisation is a mean over up to a second
+REPEATS = 200  # most repetitions, reached only by very short requests
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Observation:
     """One phase as the device saw it.
 
     Args:
-        event_s: seconds of a call or token between two events of the device.
-        counters: readings meanwhile; None where the device has none.
+        event_s: seconds of a call or token, measured between two events of the device.
+        counters: readings during that time; None if the device has none.
     """
 
     event_s: float
@@ -33,11 +33,11 @@ class Observation:
 
 
 def observe(device: Device, request: Callable[[int], object], new_tokens: int) -> dict[Phase, Observation]:
-    """Prefill alone, then whole requests, which decode for most of their time.
+    """Observe prefill alone, then whole requests, which decode for most of their time.
 
     Args:
-        device: where they run.
-        request: runs one, given the tokens to generate.
+        device: the device that runs them.
+        request: runs a request; it is called with the number of tokens to generate.
         new_tokens: tokens of a whole request, at least two.
     """
     call_s, during_prefill = _repeated(device, lambda: request(1))

@@ -1,4 +1,4 @@
-"""Where the time of a phase goes: a trace, scaled to the phase's unprofiled time and joined with the work counted."""
+"""The operator table of a phase: a trace, scaled to the phase's unprofiled time and joined with the counted work."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .spans import Trace
 if TYPE_CHECKING:
     from ..machine.device.counters import Counters
 
-SMALL_KERNEL_S = 5e-6  # a GPU takes 5 to 20 us to launch a kernel: one shorter than that waits for the next
-SMALL_S = 20e-6  # at 25 GB/s an operator this short moves 500 KB at most: its start, not its work, is what it costs
+# Seconds below which a kernel or an operator counts as small, because its start costs more than its work.
+SMALL_KERNEL_S = 5e-6  # on a GPU, which takes 5 to 20 us to launch the next kernel
+SMALL_S = 20e-6  # on a CPU: at 25 GB/s, an operator this short moves at most 500 KB
 
-KERNELS = 20  # rows of the kernel table that are kept: the rest is short
+KERNELS = 20  # rows kept of the kernel table; the others take little time
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a trace says about a phase, scaled to its unprofiled time; all but the counts in seconds."""
+    """Times of a phase from a trace, scaled to its unprofiled time. Everything except the counts is in seconds."""
 
     groups: Mapping[str, float]
     small: Mapping[str, float]
@@ -37,10 +38,11 @@ class Share:
 
 
 def share(trace: Trace, seconds: float) -> Share:
-    """Attribute `seconds`, the phase's unprofiled time, to groups; what is left is the framework's.
+    """Attribute `seconds`, the phase's unprofiled time, to groups. The rest is the framework's overhead.
 
-    Operators are taken as traced, unless the host ran at another speed meanwhile: a profiled step can only be slower
-    than an unprofiled one, and its operators alone cannot take longer. Then the trace counts for its proportions.
+    Operators' times are used as traced, unless the host ran at another speed during the trace. That is the case if the
+    profiled step was faster than the unprofiled one, or if its operators alone took longer. Then only the trace's
+    proportions are used.
     """
     working = [span for span in trace.spans if span.works]
     scale, small_s = _scale(trace, seconds), SMALL_S if trace.timeline is None else SMALL_KERNEL_S
@@ -58,7 +60,7 @@ def share(trace: Trace, seconds: float) -> Share:
         groups=groups,
         small=small,
         busy_s=busy * scale,
-        linear_s=linear or groups.get(COMPILED, 0.0),  # matmuls that a compiler fused away are all of its step
+        linear_s=linear or groups.get(COMPILED, 0.0),  # if a compiler fused all matmuls, its whole step counts
         attention_s=attention,
         small_s=sum(small.values()),
         around_attention_s=around * scale,
@@ -68,11 +70,11 @@ def share(trace: Trace, seconds: float) -> Share:
 
 
 def device_use(trace: Trace, seconds: float, event_s: float, counters: Counters | None) -> DeviceUse | None:
-    """What a GPU did in `seconds` of unprofiled time; None where there is none.
+    """Return what a GPU did in `seconds` of unprofiled time; None on a CPU.
 
     Args:
-        event_s: the same time by the device's own events.
-        counters: what NVML told meanwhile.
+        event_s: the same time, measured by the device's events.
+        counters: NVML's readings during that time.
     """
     found = trace.timeline
     if found is None:
@@ -98,25 +100,25 @@ def device_use(trace: Trace, seconds: float, event_s: float, counters: Counters 
 
 
 def _scale(trace: Trace, seconds: float) -> float:
-    """What a traced second of an operator counts for."""
+    """Return the factor from an operator's traced time to its unprofiled time."""
     summed = sum(span.seconds for span in trace.spans if span.works)
     if trace.timeline is None:
         return seconds / trace.seconds if trace.seconds < seconds or summed > seconds else 1.0
-    # a device works as long whatever the host does; what overlaps on two streams takes its time once
+    # the device's time does not depend on the host; work that overlaps on two streams counts once
     busy = min(trace.timeline.busy_s, seconds)
     return min(1.0, busy / summed) if summed else 1.0
 
 
 def table(share: Share, work: Mapping[str, Work], ridge: float) -> tuple[Operator, ...]:
-    """The operator table: time as attributed, FLOPs and bytes as counted, one row a group.
+    """Return the operator table with one row per group: attributed time, counted FLOPs and bytes.
 
     Args:
-        share: where the time went.
+        share: times of the phase by group.
         work: FLOPs and bytes by group.
-        ridge: FLOPs per byte above which this machine computes longer than it moves.
+        ridge: FLOPs per byte above which this machine needs more time to compute than to move data.
     """
     rows, work = [], dict(work)
-    if COMPILED in share.groups:  # the work of parts that were fused beyond recognition is done there
+    if COMPILED in share.groups:  # groups without time were fused into the compiled step
         fused = [work.pop(group) for group in tuple(work) if group not in share.groups]
         work[COMPILED] = sum(fused, Work())
     for group in GROUPS:
@@ -134,5 +136,5 @@ def _limit(group: str, seconds: float, small_s: float, flops: float, moved: floa
     if group == OVERHEAD or small_s > seconds / 2:
         return "overhead"
     if group == COMPILED and not flops:
-        return "-"  # fused: what of it moves or computes is not known
+        return "-"  # the fused work's FLOPs are unknown
     return classify(intensity(flops, moved), ridge) if moved else "memory"  # element-wise work moves activations

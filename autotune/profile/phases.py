@@ -1,4 +1,4 @@
-"""Which part of traced requests is prefill and which a decode step, and what a GPU did in each."""
+"""Split traced requests into prefill and decode steps, and find what a GPU did in each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .timing import START, TICK
 
 
 def intervals(marks: Iterable[tuple[str, float]]) -> tuple[list[Interval], list[Interval]]:
-    """From a request's start to its first token, and from token to token.
+    """Return the intervals of prefills (start to first token) and of decode steps (token to token).
 
     Args:
         marks: the names START and TICK with their times, in order.
@@ -22,7 +22,7 @@ def intervals(marks: Iterable[tuple[str, float]]) -> tuple[list[Interval], list[
     prefills, steps, ticks = list[Interval](), list[Interval](), list[float]()
     for name, at in marks:
         ticks = [at] if name == START else [*ticks, at]
-        if len(ticks) == 3:  # start, prompt handed over, first token
+        if len(ticks) == 3:  # start, prompt, first token
             prefills.append((ticks[0], ticks[2]))
         elif len(ticks) > 3:
             steps.append((ticks[-2], ticks[-1]))
@@ -30,17 +30,17 @@ def intervals(marks: Iterable[tuple[str, float]]) -> tuple[list[Interval], list[
 
 
 def length(interval: Interval) -> float:
-    """How long an interval is."""
+    """Return the length of an interval."""
     return interval[1] - interval[0]
 
 
 def on_device(recording: Recording, shapes: Shapes) -> dict[Phase, Trace]:
-    """The fastest prefill and the median decode step of a recording.
+    """Return the fastest prefill and the median decode step of a recording.
 
-    The median, as a loop that runs ahead of the device hands out tokens unevenly: two may arrive close together.
+    The fastest decode step would mislead: if the loop runs ahead of the device, two tokens may arrive close together.
 
     Raises:
-        MeasurementError: no request is in it, or nothing of the device.
+        MeasurementError: the recording has no whole request, or no work of the device.
     """
     if not recording.work:
         raise MeasurementError(
@@ -57,10 +57,10 @@ def on_device(recording: Recording, shapes: Shapes) -> dict[Phase, Trace]:
 
 
 def _device_trace(recording: Recording, interval: Interval, shapes: Shapes) -> Trace:
-    """What ran on the device in the interval, whenever it was launched, and what was called in it and launched nothing.
+    """Return the trace of an interval: work that ran on the device in it, and operators that were called in it.
 
-    A loop that runs ahead launches the next step's kernels before this one's have ended: each takes its time where it
-    runs, and an operator counts where it is called.
+    If the loop runs ahead, it launches the next step's kernels before this step's have ended. Therefore a kernel's time
+    counts in the interval in which it runs, and an operator's call in the interval in which it is called.
     """
     start, end = interval
     found = timeline(recording, interval)
@@ -70,7 +70,7 @@ def _device_trace(recording: Recording, interval: Interval, shapes: Shapes) -> T
         if call.category == OPERATOR and (called or works) and not DISPATCH.search(call.name):
             span = span_of(call, shapes, seconds[call] if works else 0.0)
             spans.append((call.start_s, replace(span, works=works, outermost=span.outermost and called)))
-    for work in recording.work:  # what no operator, or a whole compiled graph, launched is known by its own name
+    for work in recording.work:  # work launched by no operator or by a compiled graph gets the kernel's name
         alone = work.operator is None or GENERATED.search(work.operator.name)
         if alone and (spent := within(work, start, end)):
             spans.append((work.start_s, kernel_span(work, spent)))

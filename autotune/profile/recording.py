@@ -1,7 +1,7 @@
-"""What torch's profiler wrote down, read from its Chrome trace: what the host called, and what the device did.
+"""Read the Chrome trace of torch's profiler: the host's calls and the device's work.
 
-The schema is public: complete events ("ph": "X") with a category, microseconds, and arguments. Device events name the
-host's call that launched them by a correlation number, which all kernels of one graph launch share.
+The schema is public: complete events ("ph": "X") with a category, microseconds, and arguments. A device event refers to
+the host's call that launched it by a correlation number, which all kernels of one graph launch share.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..errors import MeasurementError
 OPERATOR, ANNOTATION = "cpu_op", "user_annotation"
 RUNTIME = frozenset({"cuda_runtime", "cuda_driver"})
 HOST = RUNTIME | {OPERATOR, ANNOTATION}
-DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # not gpu_user_annotation: a range does no work
+DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # without gpu_user_annotation: a range does no work
 
 
 @dataclass(frozen=True, eq=False)
 class HostCall:
-    """Something that the host did: an operator, an annotated range, or a call to the driver.
+    """A call on the host: an operator, an annotated range, or a call to the driver.
 
     Args:
         name: as the profiler writes it ("aten::mm", "cudaLaunchKernel").
-        category: of the trace ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver").
+        category: the trace's category ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver").
         start_s, end_s: seconds since the recording began.
         thread: the thread it ran on.
-        parent: what called it, on the same thread.
+        parent: the call that contains it, on the same thread.
         input_shapes: shapes of an operator's arguments; empty for scalars.
     """
 
@@ -43,7 +43,7 @@ class HostCall:
 
     @property
     def operator(self) -> HostCall | None:
-        """The nearest operator at or above it."""
+        """The nearest operator: this call or one of its callers."""
         call: HostCall | None = self
         while call is not None and call.category != OPERATOR:
             call = call.parent
@@ -52,16 +52,16 @@ class HostCall:
 
 @dataclass(frozen=True, eq=False)
 class DeviceEvent:
-    """Something that the device did: a kernel, a copy, or a memory set.
+    """Work on the device: a kernel, a copy, or a memory set.
 
     Args:
         name: of the kernel, or "Memcpy HtoD (Pageable -> Device)".
         category: "kernel", "gpu_memcpy" or "gpu_memset".
         start_s, end_s: seconds since the recording began.
-        launch: the host's call that started it; None where the trace does not tell.
-        operator: the operator that it is part of; None where none is known.
+        launch: the host's call that started it; None if the trace does not contain it.
+        operator: the operator that it is part of; None if unknown.
         correlation: number of its launch; kernels of one graph share it.
-        size_bytes: of a copy or a set.
+        size_bytes: bytes of a copy or a memory set.
         occupancy: estimated share of the warps that fit, 0 to 1.
     """
 
@@ -98,18 +98,18 @@ class _Event:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def number(self, *names: str) -> int | None:
-        """The first of these arguments that is a number other than 0, which means "none" in this schema."""
+        """Return the first of these arguments that is a number other than 0; in this schema, 0 means "none"."""
         return next((int(v) for n in names if isinstance(v := self.arguments.get(n), int | float) and v), None)
 
 
 def read(text: str | bytes) -> Recording:
-    """The recording in a Chrome trace.
+    """Parse a recording from a Chrome trace.
 
     Raises:
-        MeasurementError: it is no such trace, or ends in the middle.
+        MeasurementError: the text is not such a trace, or ends in the middle.
     """
     try:
-        document = json.loads(text, parse_constant=lambda name: None)  # NaN is no time and no number of anything
+        document = json.loads(text, parse_constant=lambda name: None)  # NaN and infinity are not valid values
     except (ValueError, RecursionError) as error:
         raise MeasurementError(
             f"the profiler's trace cannot be read ({error}); was the disk it was written to full?"
@@ -118,7 +118,7 @@ def read(text: str | bytes) -> Recording:
     if not isinstance(events, list):
         raise MeasurementError("the profiler's trace has no list of events (traceEvents)")
     complete = [event for event in events if _is_complete(event)]
-    zero = min((event["ts"] for event in complete), default=0.0)  # timestamps are large: precision is won here
+    zero = min((event["ts"] for event in complete), default=0.0)  # timestamps are large; the difference keeps precision
     found = [_event(event, zero) for event in complete]
     calls = _nested([event for event in found if event.category in HOST])
     return Recording(tuple(calls.values()), _work([event for event in found if event.category in DEVICE], calls))
@@ -145,7 +145,7 @@ def _event(event: Mapping[str, Any], zero: float) -> _Event:
 
 
 def _nested(events: Sequence[_Event]) -> dict[_Event, HostCall]:
-    """Host events as calls that know their callers, in order of their start: on one thread, ranges nest."""
+    """Turn host events into calls with their callers, in order of their start. On one thread, ranges nest."""
     calls, stacks = dict[_Event, HostCall](), dict[Any, list[HostCall]]()
     for event in sorted(events, key=lambda e: (e.start_s, -e.end_s)):
         stack = stacks.setdefault(event.thread, [])
@@ -165,7 +165,7 @@ def _nested(events: Sequence[_Event]) -> dict[_Event, HostCall]:
 
 
 def _work(events: Sequence[_Event], calls: Mapping[_Event, HostCall]) -> tuple[DeviceEvent, ...]:
-    """Device events with what launched them: by correlation, else, for the operator alone, by its external id."""
+    """Join device events with their launch by correlation number, else only with their operator by its external id."""
     launches, operators = dict[int, HostCall](), dict[int, HostCall]()
     for event, call in calls.items():
         if event.category in RUNTIME and (correlation := event.number("correlation")) is not None:
@@ -195,5 +195,5 @@ def _work(events: Sequence[_Event], calls: Mapping[_Event, HostCall]) -> tuple[D
 
 
 def _shapes(dimensions: Any) -> tuple[Any, ...]:
-    """Shapes as the profiler notes them; lists of tensors among the arguments are nested once more."""
+    """Return the shapes as the profiler writes them; a list of tensors among the arguments is nested once more."""
     return tuple(each for each in dimensions if isinstance(each, list)) if isinstance(dimensions, list) else ()

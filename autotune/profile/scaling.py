@@ -1,4 +1,4 @@
-"""How decoding grows: throughput over batch sizes, time per token over context lengths."""
+"""Measure how decoding grows: throughput over batch sizes, time per token over context lengths."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger("autotune")
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (64, 256, 1024, 4096)
-STEPS = 6  # tokens generated per point: five steps averaged
-PROMPT_TOKENS = 32  # of the prompt, when batches grow: it is decoding that is asked about, and prefill that takes long
-FREE_SHARE = 0.5  # of the memory that is free, so that a scan never pushes the user's process into swap
+STEPS = 6  # tokens generated per point; the five steps after the first token are averaged
+PROMPT_TOKENS = 32  # tokens to which batch scaling cuts the prompt: only decoding is measured, and prefill is slow
+FREE_SHARE = 0.5  # share of free memory that a scan may use, so that it never pushes the user's process into swap
 
 
 def batch_scaling(
@@ -35,8 +35,8 @@ def batch_scaling(
         served: the model as it will serve.
         prompt: one prompt, [1, P] int64.
         batches: sizes in ascending order.
-        free_bytes: memory that may be used.
-        clock: says whether the next point still fits.
+        free_bytes: free memory, of which `FREE_SHARE` may be used.
+        clock: the budget that decides whether the next point still fits.
     """
     points = list[ScalePoint]()
     prompt, size = prompt[:, :PROMPT_TOKENS], activation_dtype(served).itemsize
@@ -57,7 +57,7 @@ def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget)
     limit = getattr(text_config(served), "max_position_embeddings", None) or CONTEXTS[-1]
     points = list[ScalePoint]()
     for context in (c for c in CONTEXTS if c + STEPS <= limit):
-        if not clock.allows(growth=16):  # attention grows with the square of the four times longer prompt
+        if not clock.allows(growth=16):  # the prompt is 4 times longer, and attention grows with its square
             break
         ids = prompt.repeat(1, -(-context // prompt.shape[1]))[:, :context]
         point = _point(served, ids, clock, f"context {context}")
@@ -68,7 +68,7 @@ def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget)
 
 
 def growth_s(points: Sequence[ScalePoint], context: int) -> float:
-    """Seconds of a token at `context` that its context costs, from the slope between the first and the last point."""
+    """Return the seconds that the context adds to a token at `context`, from the slope of the first and last point."""
     if len(points) < 2:
         return 0.0
     first, last = points[0], points[-1]
@@ -77,7 +77,7 @@ def growth_s(points: Sequence[ScalePoint], context: int) -> float:
 
 
 def _point(served: PreTrainedModel, ids: torch.Tensor, clock: Budget, name: str) -> ScalePoint | None:
-    """One measured point, or None where the variant does not serve such a request (a cache too short)."""
+    """Measure one point; None if the variant does not serve such a request (a cache too short)."""
     with clock.step(name):
         try:
             request = time_request(served, ids, STEPS)

@@ -1,4 +1,4 @@
-"""Operators of a trace, each attributed to a part of the model and to a kind of work."""
+"""The operators of a trace, each attributed to a part of the model and to a kind of work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear lay
 
 _LINEAR = re.compile(
     r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|"
-    r"nvjet|splitKreduce|[mM]arlin"  # kernels' names, where no operator is known
+    r"nvjet|splitKreduce|[mM]arlin"  # names of kernels whose operator is unknown
 )
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
 _CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
@@ -29,7 +29,7 @@ _RELABELLING = (  # operators that only make or relabel tensors
     "unbind unflatten unsqueeze view view_as"
 )
 _NO_WORK = frozenset(_RELABELLING.split())
-_KERNEL = re.compile(r"^(?:void )?([\w:]+)")  # a kernel's name without its template and its arguments
+_KERNEL = re.compile(r"^(?:void )?([\w:]+)")  # a kernel's name without template and arguments
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Span:
 
     Args:
         name: without its namespace: "mm".
-        seconds: its own time, or its kernels' time on a GPU; children excluded.
+        seconds: its own time, or its kernels' time on a GPU; without its children.
         group: part of the model it ran in.
-        role: what kind of work it, or the operator that called it, does; None for the rest.
-        works: it computes or copies, rather than relabelling a tensor.
-        outermost: called from Python, not from another operator.
+        role: kind of work that it or its calling operator does; None for other work.
+        works: whether it computes or copies; False if it only relabels a tensor.
+        outermost: whether it was called from Python, not from another operator.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Trace:
         spans: its operators in order.
         seconds: its duration under the profiler.
         sync_s: time the host waited for the device.
-        timeline: what the device did meanwhile; None where there is none but the CPU.
+        timeline: what the device did during that time; None on a CPU.
     """
 
     spans: tuple[Span, ...]
@@ -71,10 +71,12 @@ class Trace:
 
 
 def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:
-    """The span of an operator: a `Call`, or an event of torch's profiler.
+    """Return the span of an operator.
 
     Args:
-        seconds: what is its own of the time.
+        event: a `HostCall`, or an event of torch's profiler.
+        shapes: groups of linear layers by shape.
+        seconds: the operator's own time.
     """
     name, group, outermost = event.name.rpartition("::")[2], None, True
     role, compiled, caller = _role(name), bool(GENERATED.search(event.name)), _caller(event)
@@ -87,7 +89,7 @@ def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:
             outermost, role = False, role or _role(caller.name.rpartition("::")[2])
         caller = _caller(caller)
     if role == "attention" and group in (FFN, HEAD):
-        role = "linear" if "bmm" in name else None  # a batched matmul there is one over experts
+        role = "linear" if "bmm" in name else None  # in an FFN, a batched matmul is over experts
     if compiled and group is None:
         group = ATTENTION if role == "attention" else by_shape(event.input_shapes, shapes) or COMPILED
     return Span(name, seconds, group or OTHER, role, name not in _NO_WORK, outermost)
@@ -98,7 +100,7 @@ def _caller(event: Any) -> Any:
 
 
 def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
-    """The group whose matmul over weights this is, judged by the shapes of its operands.
+    """Return the group of a matmul over weights, from the shapes of its operands; None if unknown.
 
     Args:
         inputs: shapes of an operator's arguments; the activations [..., K] come before the weight, which is
@@ -118,10 +120,10 @@ def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
 
 
 def mark_cache_writes(spans: tuple[Span, ...]) -> tuple[Span, ...]:
-    """Move the spans that write keys and values into a group of their own.
+    """Move the spans that write keys and values into the group `CACHE`.
 
-    Static caches copy by index, which no other part of a decoder does. Dynamic ones concatenate, as rotary embeddings
-    do, too; but keys and values are the last two concatenations before the attention that reads them.
+    Static caches copy by index, which no other part of a decoder does. Dynamic caches concatenate. So do rotary
+    embeddings, but keys and values are the last two concatenations before the attention that reads them.
     """
     marked, joins = list(spans), list[int]()
     for i, span in enumerate(spans):
@@ -145,7 +147,7 @@ def _role(name: str) -> Role | None:
 
 
 def kernel_span(work: DeviceEvent, seconds: float) -> Span:
-    """A kernel that no operator launched: part of a graph or of generated code."""
+    """Return the span of a kernel that no operator launched: part of a graph or of generated code."""
     plain = _KERNEL.match(work.name)
     name = plain.group(1).rpartition("::")[2] if plain else work.name
     role = _role(name)

@@ -1,4 +1,4 @@
-"""One survey of a variant: requests timed, one of them traced, work counted, and what they say put together."""
+"""Survey a variant: time requests, trace one, count the work, and combine the results in a profile."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from ..runtime.variant import Variant
 
-TIMING_SHARE = 0.3  # of the budget, for TTFT and TPOT samples; the rest is for operators and scaling
-MAX_SAMPLES = 9  # beyond this the median of a quiet host no longer moves
-MAX_NEW_TOKENS = 32  # per timed request: decode time per token is stable by then
-TRACED_TOKENS = 6  # five decode steps a request, of which the fastest is looked into
+TIMING_SHARE = 0.3  # share of the budget for TTFT and TPOT samples; the rest is for operators and scaling
+MAX_SAMPLES = 9  # most timed requests; with more, the median on a quiet host no longer changes
+MAX_NEW_TOKENS = 32  # most tokens per timed request; the decode time per token is stable by then
+TRACED_TOKENS = 6  # tokens per traced request: five decode steps, of which one is analysed
 
 
 def survey(
@@ -56,7 +56,7 @@ def survey(
     scaling: bool,
     progress: Callable[[str], None] | None,
 ) -> Profile:
-    """`autotune.profile.measure`, which documents it."""
+    """Do the work of `autotune.profile.measure`; see there for the arguments."""
     budget = Budget(budget_s, progress)
     served, batch = serving(variant), workload.batch_sizes[0]
     ids = median_prompts(workload, batch).to(variant.original.device)  # [B, P]
@@ -104,18 +104,18 @@ def survey(
 def grown(
     variant: Variant, workload: Workload, budget: Budget
 ) -> tuple[tuple[ScalePoint, ...], tuple[ScalePoint, ...]]:
-    """How decoding grows over batch sizes and over context lengths, as far as the budget goes."""
+    """Measure how decoding grows with batch size and with context length, as far as the budget allows."""
     served, device = serving(variant), devices.of(variant.original)
     ids = median_prompts(workload, 1).to(variant.original.device)  # [1, P]
-    sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch compiles for minutes
+    sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch size would compile for minutes
     batches = batch_scaling(served, ids, sizes, device.memory().free, budget.part(0.5))
     return batches, context_growth(served, ids, budget.part(1.0))
 
 
 def median_prompts(workload: Workload, batch: int) -> torch.Tensor:
-    """Prompts of the workload's median length, cut to it where they are longer: [batch, P] int64.
+    """Return prompts of the workload's median length, [batch, P] int64. Longer prompts are cut.
 
-    Different prompts where there are enough: a mixture routes them to different experts.
+    The prompts differ if there are enough, because a mixture routes them to different experts.
     """
     ordered = sorted(workload.prompts, key=len)
     length = len(ordered[len(ordered) // 2])
@@ -125,20 +125,21 @@ def median_prompts(workload: Workload, batch: int) -> torch.Tensor:
 
 
 def right_guesses(variant: Variant) -> int:
-    """Tokens so far for which nothing had to move, because they were guessed and checked together with others."""
+    """Count the tokens so far that were guessed right, for which no weights had to be read separately."""
     return variant.speculation.tally.right if variant.speculation is not None else 0
 
 
 def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse:
-    """Peak memory of one request: distinct storages of both phases' modules, the full cache, prefill's activations.
+    """Return the peak memory of one request: weights, full cache, and prefill's activations.
 
-    Activations are an estimate by formula (`counts.activation_size`); the other two are exact.
+    Weights are the distinct storages of the original and both phases' modules. Activations are an estimate by formula
+    (`activation_size`); the other two are exact.
     """
     model = variant.original
     element = activation_dtype(model).itemsize
     held = variant.kv.bytes if variant.kv is not None else cache_size
     return MemoryUse(
-        weights_bytes=stored_weights(variant.original, *variant.modules.values()),  # the original stays
+        weights_bytes=stored_weights(variant.original, *variant.modules.values()),  # the original stays in memory
         cache_bytes=held(model, prefill.batch, prefill.new + new_tokens, element),
         activations_bytes=activation_size(model, prefill, element),
     )

@@ -1,8 +1,8 @@
-"""When the device worked during a phase and when it did not, and whether that was the host's doing.
+"""When the device worked during a phase, when it idled, and whether the host caused the idle time.
 
-Two neighbouring stretches of work have a gap between them. Where the next kernel was launched before the last one had
-ended, the gap is the device's own (a launch takes a few microseconds to arrive); where it was launched afterwards, the
-device had nothing to do and waited for the host.
+There is a gap between two stretches of work. If the next kernel was launched before the last one ended, the device
+caused the gap (a launch takes a few microseconds to arrive). If it was launched afterwards, the device had nothing to
+do and waited for the host.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class Timeline:
     """What the device did in one call or token.
 
     Args:
-        seconds: its length, under the profiler.
+        seconds: length of the call or token, under the profiler.
         busy_s: seconds in which at least one stream worked.
-        launches: launches by the host of the kernels that started; a graph is one.
-        graph_launches: those of them that started a graph.
+        launches: launches by the host of the kernels that started; a graph counts once.
+        graph_launches: number of these launches that started a graph.
         kernel_count: kernels that started.
-        gap_s: seconds between one stretch of work and the next.
-        gaps: how many there were.
-        host_wait_s: part of `gap_s` whose next kernel was launched only after the device had nothing left to do.
-        host_waits: how many gaps were such.
-        launch_s: median time from such a launch to its kernel's start; 0 where there was none.
-        copies: by direction.
+        gap_s: seconds in gaps between stretches of work.
+        gaps: number of gaps.
+        host_wait_s: part of `gap_s` in gaps whose next kernel was launched only after the device had become idle.
+        host_waits: number of such gaps.
+        launch_s: median time from such a late launch to its kernel's start; 0 if there was none.
+        copies: copies by direction.
         copy_s: seconds in which copies to or from the host ran and no kernel did.
         sync_s: seconds that the host spent waiting for the device, in calls that wait and in copies to pageable memory.
         kernels: the kernel table, the longest first.
@@ -78,7 +78,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Gap:
-    """Nothing runs from `start_s` to `end_s`, when `next_` starts."""
+    """A time from `start_s` to `end_s` in which nothing runs; it ends when `next_` starts."""
 
     start_s: float
     end_s: float
@@ -86,16 +86,16 @@ class Gap:
 
     @property
     def waits_for_host(self) -> bool:
-        """Whether the next piece of work was launched only when nothing was left to do."""
+        """Whether the next work was launched only after the device had become idle."""
         return self.next_.launch is not None and self.next_.launch.start_s >= self.start_s
 
 
 def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
-    """The device's time between two moments of a recording.
+    """Summarise the device's time between two moments of a recording.
 
     Args:
-        recording: all of it: what runs across the window's edges counts with its part inside.
-        window: from and to, by default from the first event to the last.
+        recording: the whole recording; work across the window's edges counts with its part inside.
+        window: start and end in seconds, by default from the first event to the last.
     """
     start, end = window or _extent(recording)
     inside = [work for work in recording.work if work.end_s > start and work.start_s < end]
@@ -104,7 +104,7 @@ def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
     gaps = [gap for gap in find_gaps(recording.work) if gap.end_s > start and gap.start_s < end]
     late = [gap for gap in gaps if gap.waits_for_host]
     started = [work for work in kernels if work.start_s >= start]
-    firsts = dict[int, DeviceEvent]()  # kernels of a graph share a launch, which counts where the first of them starts
+    firsts = dict[int, DeviceEvent]()  # first kernel of each launch: a graph's kernels share one launch
     for work in recording.work:
         if work.category == "kernel":
             firsts.setdefault(work.correlation or id(work), work)
@@ -131,7 +131,7 @@ def timeline(recording: Recording, window: Interval | None = None) -> Timeline:
 
 
 def find_gaps(work: Sequence[DeviceEvent]) -> Iterator[Gap]:
-    """Between stretches of work in which at least one stream is busy; before the first there is none."""
+    """Yield the gaps in which no stream is busy. The time before the first work is not a gap."""
     reached: float | None = None
     for each in work:
         if reached is not None and each.start_s > reached:
@@ -140,7 +140,7 @@ def find_gaps(work: Sequence[DeviceEvent]) -> Iterator[Gap]:
 
 
 def covered(work: Iterable[DeviceEvent], start: float, end: float) -> float:
-    """Seconds of a window in which at least one of these ran; those that overlap count once."""
+    """Return the seconds of a window in which at least one of these events ran; overlaps count once."""
     total, reached = 0.0, start
     for each in sorted(work, key=lambda w: w.start_s):
         total += max(0.0, min(each.end_s, end) - max(each.start_s, reached))
@@ -149,7 +149,7 @@ def covered(work: Iterable[DeviceEvent], start: float, end: float) -> float:
 
 
 def table(kernels: Iterable[DeviceEvent], start: float, end: float) -> tuple[Kernel, ...]:
-    """Kernels by name, operator and group, the longest first."""
+    """Sum up kernels by name, operator and group, the longest first."""
     rows = dict[tuple[str, str, str], list[DeviceEvent]]()
     for work in kernels:
         operator = work.operator.name if work.operator is not None else ""
@@ -163,7 +163,7 @@ def table(kernels: Iterable[DeviceEvent], start: float, end: float) -> tuple[Ker
 
 
 def group_of(call: HostCall) -> str | None:
-    """The part of the model whose range a call was made in."""
+    """Return the part of the model in whose range a call was made; None if it was in no range."""
     each: HostCall | None = call
     while each is not None:
         if each.name.startswith(RANGE):
@@ -173,7 +173,7 @@ def group_of(call: HostCall) -> str | None:
 
 
 def direction(name: str) -> str:
-    """ "HtoD" of "Memcpy HtoD (Pageable -> Device)"; "other" where the name tells none."""
+    """Return "HtoD" for "Memcpy HtoD (Pageable -> Device)"; "other" if the name contains no direction."""
     found = _DIRECTION.search(name)
     return found.group(1) if found else "other"
 
@@ -195,7 +195,7 @@ def _occupancy(row: Sequence[DeviceEvent]) -> float | None:
 
 
 def waits(recording: Recording) -> list[HostCall]:
-    """The outermost calls that wait (the runtime's may show the driver's inside), and copies that cannot but wait."""
+    """Return the outermost calls that wait (a runtime call may contain a driver call), and copies that must wait."""
     found = [c for c in recording.calls if c.category in RUNTIME and c.name in WAITS]
     copies = [w.launch for w in recording.work if w.launch and "DtoH" in w.name and "Pageable" in w.name]
     return [call for call in (*found, *copies) if not (call.parent and call.parent.name in WAITS)]
@@ -213,7 +213,7 @@ def _extent(recording: Recording) -> Interval:
 
 
 def seconds_by_caller(recording: Recording, window: Interval) -> Mapping[HostCall, float]:
-    """Device time in a window of the work that each operator launched itself."""
+    """Return the device time in a window by operator; an operator counts only work that it launched itself."""
     found = dict[HostCall, float]()
     for work in recording.work:
         if work.operator is not None and (seconds := within(work, *window)):

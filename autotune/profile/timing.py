@@ -1,4 +1,4 @@
-"""Requests timed as they are served: a streamer notes when each token comes out."""
+"""Time requests as they are served: a streamer records when each token comes out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from ..machine.device import Device
 
-START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler trace: a request made, a token out
+START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler trace: request made, token out
 
 
 @dataclass(frozen=True)
 class Request:
-    """When a request was made and when each of its tokens came out, in seconds of one clock."""
+    """The times at which a request was made and each of its tokens came out, in seconds of one clock."""
 
     start_s: float
     tokens_s: tuple[float, ...]
@@ -40,30 +40,32 @@ class Request:
 
 
 class Stopwatch:
-    """A transformers streamer that keeps times instead of tokens. The first thing generate hands over is the prompt."""
+    """A transformers streamer that keeps times instead of tokens. generate first passes it the prompt."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
         self.ticks: list[float] = []
 
     def put(self, tokens: torch.Tensor) -> None:
-        if tokens.device.type != "cpu":  # a loop that hands over what is still being computed
+        if tokens.device.type != "cpu":  # the tokens may still be being computed; the copy waits for them
             tokens.cpu()
         with record_function(TICK):
             self.ticks.append(self.clock())
 
     def end(self) -> None:
-        """Nothing is left to flush."""
+        """Do nothing: there is nothing to flush."""
 
 
 def timed(run: Callable[[Stopwatch], object], device: Device, clock: Callable[[], float]) -> tuple[float, list[float]]:
-    """When a request was made and when each of its tokens came out.
+    """Return when a request was made and when each of its tokens came out, in seconds of `clock`.
 
-    Work queued before is waited for, and so is what is left when the request returns: a token counts as out when it has
-    reached the host, the last one when the device has nothing left to do.
+    The device first finishes the work queued before the request. A token counts as out when it has reached the host,
+    the last one when the device has finished all work.
 
     Args:
-        run: makes the request, with a streamer.
+        run: makes the request; it is called with a streamer.
+        device: the device that runs it.
+        clock: seconds of a monotonic clock.
     """
     watch = Stopwatch(clock)
     device.synchronize()
@@ -78,19 +80,19 @@ def timed(run: Callable[[Stopwatch], object], device: Device, clock: Callable[[]
 
 
 def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Request:
-    """Generate greedily exactly `new_tokens` tokens for `ids` [B, P] and time them, as `timed`.
+    """Generate exactly `new_tokens` tokens greedily for `ids` [B, P], and time them with `timed`.
 
     Args:
         served: the model as it will serve (`autotune.runtime.variant.serving`).
-        ids: prompts of one length, [B, P] int64; every position counts.
-        new_tokens: tokens per sequence; none of them ends it.
+        ids: prompts of one length, [B, P] int64, without padding.
+        new_tokens: tokens per sequence; no token ends it earlier.
     """
     start, tokens = timed(request(served, ids, new_tokens), devices.of(ids.device), time.perf_counter)
     return Request(start, tuple(tokens))
 
 
 def request(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Callable[..., None]:
-    """What generates greedily exactly `new_tokens` tokens for `ids` [B, P], given a streamer or None."""
+    """Return a function that generates exactly `new_tokens` tokens greedily for `ids` [B, P]; it takes a streamer."""
     plain, mask = route.greedy(model, pad_token_id=0), torch.ones_like(ids)
 
     def run(streamer: Any = None) -> None:

@@ -1,10 +1,10 @@
-"""A few requests under torch's profiler, every operator attributed to a part of the model.
+"""Run a few requests under torch's profiler, and attribute every operator to a part of the model.
 
-Modules announce themselves to the profiler through hooks, so attribution follows the structure and not a list of
-architectures. A compiled step has no modules left: there, a matmul is known by the shape of its weight and attention by
-its operator's name, and the rest is called "compiled step". Times are those of the operators themselves on the thread
-that generates; the profiler's own cost falls between operators and on their callers, which is why the time between them
-is taken from the unprofiled measurement. On a GPU an operator's time is that of the kernels it launched.
+Hooks on modules open named ranges in the profiler, so attribution follows the model's structure and needs no list of
+architectures. A compiled step has no modules: there, a matmul is identified by the shape of its weight and attention by
+its operator's name, and the rest is called "compiled step". Times are the operators' own times on the thread that
+generates. The profiler's own cost adds to the time between operators and to their callers, so the time between
+operators is taken from the unprofiled measurement. On a GPU, an operator's time is that of the kernels it launched.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ PROGRAM_GROUPS = {"attend": ATTENTION, "index_copy": CACHE}
 
 @dataclass(frozen=True)
 class Watched:
-    """A variant that runs as another one does, and what is known of its modules.
+    """A copy of a variant to be traced, and which of its models accept hooks.
 
     Args:
-        variant: the one to run.
-        open: models whose modules hooks may enter.
-        compiled: models that run as compiled code, where hooks would not be called or would compile it again.
+        variant: the copy to run.
+        open: models whose modules may get hooks.
+        compiled: models that run as compiled code, where hooks would not be called or would cause a recompilation.
     """
 
     variant: Variant
@@ -59,7 +59,7 @@ class Watched:
 
 
 def watched(variant: Variant) -> Watched:
-    """How to watch a variant. The original is never hooked: a twin over the same tensors stands in for it."""
+    """Copy a variant so that it can be traced. The original never gets hooks: a twin over its tensors replaces it."""
     from ..model.twins import fork
     from ..runtime.variant import Variant
 
@@ -68,7 +68,7 @@ def watched(variant: Variant) -> Watched:
         twin = fork(original)
         return Watched(Variant(twin, variant.traffic, variant.workload), (twin,), ())
     copy = variant._copy()
-    copy.speculation = None  # a token that was guessed right has no step of its own
+    copy.speculation = None  # every traced token must be one step; tokens guessed right share a step
     copy.modules = {phase: fork(m) if m is original else m for phase, m in variant.modules.items()}
     stepped = {id(copy.modules["decode"])} if variant.step is not None else set()
     closed = {id(m) for m in copy.modules.values() if any(part._compiled_call_impl for part in m.modules())}
@@ -81,16 +81,18 @@ def watched(variant: Variant) -> Watched:
 
 
 def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -> dict[Phase, Trace]:
-    """Profile a few requests: the fastest prefill and the fastest decode step, which the host disturbed least.
+    """Profile a few requests, and return one prefill and one decode step that the host disturbed little.
+
+    On a CPU, these are the fastest ones; on a GPU, `phases.on_device` chooses.
 
     Args:
-        subject: what to run and watch.
+        subject: the variant to run, from `watched`.
         ids: prompts, [B, P] int64.
         tokens: tokens to generate, at least two.
-        requests: how many; with two, there is an undisturbed one on most hosts.
+        requests: number of requests; with two, one is undisturbed on most hosts.
 
     Raises:
-        MeasurementError: another profiler is at work.
+        MeasurementError: another torch profiler is running.
     """
     from ..runtime.steps.program import StepPrograms
     from ..runtime.variant import serving
@@ -123,7 +125,7 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
 
 
 def instructions(spent: Sequence[tuple[Instruction, float]], shapes: Shapes) -> tuple[Span, ...]:
-    """A program's instructions as the spans of the operators they stand for."""
+    """Turn a program's instructions and their times into spans of the operators they replace."""
     spans = list[Span]()
     for instruction, seconds in spent:
         role = PROGRAM_ROLES.get(instruction.code)
@@ -135,19 +137,19 @@ def instructions(spent: Sequence[tuple[Instruction, float]], shapes: Shapes) -> 
 
 
 def unfolded(trace: Trace, program: tuple[Span, ...]) -> Trace:
-    """The trace with its program's one operator replaced by its instructions, which take its time between them."""
+    """Replace the program's single operator in a trace by the program's instructions, which share its time."""
     whole = next((span for span in trace.spans if span.name == PROGRAM), None)
     total_s = sum(span.seconds for span in program)
     if whole is None or not total_s:
         return trace
     parts = [replace(span, seconds=span.seconds * whole.seconds / total_s) for span in program]
-    parts[0] = replace(parts[0], outermost=True)  # one call from Python
+    parts[0] = replace(parts[0], outermost=True)  # the program is one call from Python
     return replace(trace, spans=(*(span for span in trace.spans if span is not whole), *parts))
 
 
 @contextmanager
 def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Within it, the parts of `models` open a range of their group's name in torch.profiler's trace."""
+    """While active, make the parts of `models` open a range with their group's name in torch.profiler's trace."""
     handles, opened = [], list[Any]()
 
     def enter(group: str) -> Any:
@@ -163,7 +165,7 @@ def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
         for model in models:
             for name, group in sections(model).items():
                 if twins.is_shared(module := model.get_submodule(name)):
-                    continue  # with live requests
+                    continue  # live requests run this module, too
                 handles.append(module.register_forward_pre_hook(enter(group)))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         yield

@@ -1,9 +1,9 @@
-"""Reports: what was measured, tried and decided, to be read.
+"""Reports of what was measured, tried and decided.
 
     record (a dictionary fit for JSON) -> sections (what is worth saying) -> terminal, markdown, html
 
-A record stands on its own: one read back from a plan or a report.json is shown exactly like a fresh one. This folder
-knows nothing of who measured it.
+A record is complete: one read back from a plan or a report.json is shown exactly like a new one. This folder does not
+depend on the code that measures.
 """
 
 from __future__ import annotations
@@ -24,31 +24,30 @@ class Report:
     """A record that can be shown.
 
     Args:
-        record: everything under stable names, in JSON's own types: times in ms, bytes, fractions; what was not measured
-            is None.
+        record: all values under stable names, in JSON's types: times in ms, bytes, fractions; None if not measured.
     """
 
     record: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record."""
+        """Return the record as a new dictionary."""
         return dict(self.record)
 
     def to_json(self) -> str:
-        """The record as JSON text."""
+        """Return the record as JSON text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
-        """A document in Markdown."""
+        """Return the report as a Markdown document."""
         from .markdown import render
 
         return render(self.record)
 
     def to_html(self) -> str:
-        """One self-contained page with charts: no script, nothing from a network.
+        """Return the report as one self-contained HTML page with charts, without scripts or network access.
 
         Raises:
-            PackageError: matplotlib, which draws, is not installed.
+            PackageError: matplotlib, which draws the charts, is not installed.
         """
         from .html import render
 
@@ -61,7 +60,7 @@ class Report:
         draw(self.record, console)
 
     def with_calls(self, served: int, bypassed: Mapping[str, int]) -> Self:
-        """The same report, later.
+        """Return the same report with the numbers of calls since tuning.
 
         Args:
             served: calls served by the plan since.
@@ -70,10 +69,10 @@ class Report:
         return replace(self, record=dict(self.record) | {"served": served, "bypassed": dict(bypassed)})
 
     def without_original(self, weights_bytes: int | None) -> Self:
-        """The same report, after the original was let go.
+        """Return the same report for a model whose original was released.
 
         Args:
-            weights_bytes: what the weights take since.
+            weights_bytes: bytes that the weights take since then.
         """
         return replace(self, record=dict(self.record) | {"bytes_after_release": weights_bytes})
 
@@ -84,10 +83,10 @@ class Report:
 
 
 def read(record: Mapping[str, Any]) -> Report:
-    """A report from a record of unknown origin.
+    """Make a report from a record of unknown origin.
 
     Raises:
-        PlanError: it is not a record that this version can show.
+        PlanError: this version cannot show the record.
     """
     report = Report(record)
     try:

@@ -1,4 +1,4 @@
-"""The GPU's part of a report: launches, idle time, waits and copies, kernels, counters; nothing of it on a CPU."""
+"""The GPU's part of a report: launches, idle time, waits and copies, kernels, counters. It is empty on a CPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from . import numbers as n
 from .layout import Section, Table, sentence
 
 UNIT = re.compile("_(hz|w|c|bytes)$")
-ROWS = 8  # of the longest kernels
-NAME_WIDTH = 60  # of a kernel's name: what follows are its template's arguments
+ROWS = 8  # most kernels in a table, the longest first
+NAME_WIDTH = 60  # characters shown of a kernel's name; the rest is its template's arguments
 
 
 def sections(record: Mapping[str, Any]) -> Iterator[Section]:
-    """Everything about the device that is in a record; records of earlier versions have nothing."""
+    """Yield all sections about the device. Records of earlier versions have no data about it."""
     if found := record.get("device"):
         yield _use(found)
         for phase in ("decode", "prefill"):
@@ -61,7 +61,7 @@ def _use(found: Mapping[str, Any]) -> Section:
 
 
 def _counters(phase: str, counters: Mapping[str, Any] | None) -> Iterator[str]:
-    """The counters as a sentence, and why others are missing."""
+    """Yield a sentence with the counters, and sentences that say why others are missing."""
     if counters is None:
         return
     c, parts = counters, list[str]()
@@ -96,7 +96,7 @@ def _counters(phase: str, counters: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _rooflines(phase: str, operators: Iterable[Mapping[str, Any]]) -> Section:
-    """Arithmetic intensity and roofline of every operation of the original that computes or moves something."""
+    """Return arithmetic intensity and roofline share of the original's operations that compute or move something."""
     rows = tuple(
         (
             row["group"],

@@ -1,4 +1,4 @@
-"""Exit codes: one table of what each command ends with. The help and docs/guide.md show it, tests hold to it."""
+"""The table of each command's exit codes. The help and docs/guide.md show it, and tests check it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class Code(enum.IntEnum):
-    """What the process of a command ends with."""
+    """An exit code of a command's process."""
 
     DONE = 0
     REGRESSION = 1
@@ -17,7 +17,7 @@ class Code(enum.IntEnum):
     INTERRUPTED = 130
 
 
-OF_VERDICT = {  # `validate.Verdict` by its text
+OF_VERDICT = {  # exit code by the text of `validate.Verdict`
     "pass": Code.DONE,
     "fail": Code.REGRESSION,
     "inconclusive": Code.INCONCLUSIVE,
@@ -67,13 +67,13 @@ COMMANDS: Mapping[str, Mapping[Code, str]] = {
 
 
 def text(command: str) -> str:
-    """The codes of a command in a sentence, for its help; nothing where there is no such command."""
+    """Return the codes of a command in a sentence, for its help; empty for an unknown command."""
     meanings = COMMANDS.get(command, {})
     return f"Exit codes: {'; '.join(f'{code}: {said}' for code, said in meanings.items())}." if meanings else ""
 
 
 def table() -> str:
-    """The codes of all commands in Markdown; commands with the same codes share a row."""
+    """Return the codes of all commands as a Markdown table; commands with the same codes share a row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for command, meanings in COMMANDS.items():
         cells = tuple(meanings.get(code, "") for code in Code if code not in (Code.USAGE, Code.INTERRUPTED))

@@ -1,4 +1,4 @@
-"""What a report is made of: sections of sentences and a table of text."""
+"""The elements of a report: sections of sentences, and tables of text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """Cells ready to be drawn.
+    """A table of cells that are ready to be drawn.
 
     Args:
         columns: headings.
-        align: one letter a column, "l" or "r".
+        align: one letter per column, "l" or "r".
         rows: cells.
         total: whether the last row sums up the others.
     """
@@ -24,7 +24,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, sentences, and a table where there is something to tabulate."""
+    """A heading, sentences, and a table or None."""
 
     title: str
     sentences: tuple[str, ...] = ()
@@ -32,5 +32,5 @@ class Section:
 
 
 def sentence(text: str) -> str:
-    """With a capital letter and a full stop."""
+    """Return `text` with a capital letter and a full stop."""
     return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""

@@ -1,4 +1,4 @@
-"""A record as GitHub-flavoured Markdown."""
+"""Render a record as GitHub-flavoured Markdown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MARKUP = re.compile(r"[\\|*`]|(?<!\w)_|_(?!\w)|<(?=[\w/!])")
 
 
 def render(record: Mapping[str, Any]) -> str:
-    """The whole report as one document."""
+    """Return the whole report as one document."""
     return document(headline(record), sections(record))
 
 
 def document(title: str, sections: Iterable[Section]) -> str:
-    """Sections under a title."""
+    """Return sections under a title as one document."""
     parts = [f"# {escape(title)}", *(_section(s) for s in sections)]
     return "\n\n".join(parts) + "\n"
 
@@ -47,5 +47,5 @@ def _row(cells: Any) -> str:
 
 
 def escape(text: str) -> str:
-    """Text without what Markdown would take for markup or for the end of a cell; names_like_this need no help."""
+    """Escape characters that Markdown takes for markup or for the end of a cell; names_like_this need no escape."""
     return " ".join(MARKUP.sub(r"\\\g<0>", printable(text)).split())

@@ -1,4 +1,4 @@
-"""Numbers as people read them. The only place that formats; everything else keeps SI units and fractions."""
+"""Format numbers for people. All other code keeps SI units and fractions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ MISSING = "-"
 
 
 def known(value: float | None) -> TypeGuard[float]:
-    """Whether there is a figure to show."""
+    """Return whether there is a figure to show."""
     return value is not None and isfinite(value)
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`digits` significant digits, never in scientific notation: 0.0123, 1.23, 12.3, 1234."""
+    """Format with `digits` significant digits, never in scientific notation: 0.0123, 1.23, 12.3, 1234."""
     if value == 0:
         return "0"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
@@ -25,12 +25,12 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def milliseconds(ms: float | None) -> str:
-    """9.87, 123, 0.012: milliseconds without the unit, for columns that carry it in their heading."""
+    """Format milliseconds without the unit, for columns with the unit in the heading: 9.87, 123, 0.012."""
     return significant(ms) if known(ms) else MISSING
 
 
 def duration(seconds: float | None) -> str:
-    """0.4 s, 42 s, 5 min, 5 min 10 s, 1 h 2 min."""
+    """Format a duration: 0.4 s, 42 s, 5 min, 5 min 10 s, 1 h 2 min."""
     if not known(seconds):
         return MISSING
     if seconds < 10:
@@ -45,7 +45,7 @@ def duration(seconds: float | None) -> str:
 
 
 def scaled(value: float | None, unit: str) -> str:
-    """With a decimal prefix: 538 MB, 34.0 GB/s, 420 GFLOP/s."""
+    """Format with a decimal prefix: 538 MB, 34.0 GB/s, 420 GFLOP/s."""
     if not known(value):
         return MISSING
     for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -55,7 +55,7 @@ def scaled(value: float | None, unit: str) -> str:
 
 
 def count(value: float | None) -> str:
-    """135 M, 7.24 B, 812: how many parameters or tokens."""
+    """Format a number of parameters or tokens: 135 M, 7.24 B, 812."""
     if not known(value):
         return MISSING
     for power, suffix in ((1e9, " B"), (1e6, " M"), (1e4, "")):
@@ -65,24 +65,24 @@ def count(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """2.51x, 12.5x: a speed-up."""
+    """Format a speed-up: 2.51x, 12.5x."""
     if not known(value):
         return MISSING
     return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """2.40-2.63x, or nothing when there is no interval."""
+    """Format an interval of speed-ups: 2.40-2.63x; empty if there is no interval."""
     return f"{ratio(low)[:-1]}-{ratio(high)}" if known(low) and known(high) else ""
 
 
 def percent(fraction: float | None, digits: int = 0) -> str:
-    """45 %."""
+    """Format a fraction in percent: 45 %."""
     return f"{100 * fraction:.{digits}f} %" if known(fraction) else MISSING
 
 
 def change(before: float | None, after: float | None) -> str:
-    """-44 %: the change from one figure to another."""
+    """Format the change from one figure to another: -44 %."""
     if not known(before) or not known(after) or before <= 0:
         return MISSING
     relative = round(100 * (after / before - 1))
@@ -90,7 +90,7 @@ def change(before: float | None, after: float | None) -> str:
 
 
 def divergence(nats: float | None) -> str:
-    """0.0017: a KL divergence, two significant digits."""
+    """Format a KL divergence with two significant digits: 0.0017."""
     if not known(nats):
         return MISSING
     return significant(nats, 2) if abs(nats) >= 1e-5 else f"{nats:.0e}" if nats else "0"

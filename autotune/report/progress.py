@@ -1,4 +1,4 @@
-"""What long work is doing, for people: the step, how much of it is done, the time it has taken, and the budget."""
+"""Show the progress of long work: the step, the share of it that is done, the elapsed time, and the budget."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from rich.spinner import Spinner
 
 Clock = Callable[[], float]
-EVERY_S = 5.0  # between two lines about the same step
+EVERY_S = 5.0  # least seconds between two lines about the same step
 
 
 class Doing(str):
-    """A step in words, with how much of it is done: what a `progress` callback is given while something goes on.
+    """A step in words with the share of it that is done; passed to a `progress` callback while the step runs.
 
     Attributes:
-        share: from 0 to 1.
+        share: share that is done, from 0 to 1.
     """
 
     __slots__ = ("share",)
@@ -36,18 +36,18 @@ class Doing(str):
 
 
 def said(step: str) -> str:
-    """A step on one line, with the share done where it is known."""
+    """Return a step as one line, with the share done if it is known."""
     return f"{step}: {step.share * 100:.0f} %" if isinstance(step, Doing) else step
 
 
 class Progress(Protocol):
-    """Where steps are announced. Its `update` is what the library takes as `progress`."""
+    """Shows steps. Its `update` method is passed to the library as `progress`."""
 
     def update(self, step: str) -> None:
-        """A new step begins, or goes on.
+        """Show that a new step begins, or that the present one goes on.
 
         Args:
-            step: what is being done, in a phrase; a `Doing` says how much of it is done.
+            step: the step in a phrase; a `Doing` also says how much of it is done.
         """
 
 
@@ -55,7 +55,7 @@ class Elapsed:
     """Elapsed time against a budget.
 
     Args:
-        budget_s: seconds; None where nobody set any.
+        budget_s: budget in seconds; None if there is none.
     """
 
     def __init__(self, budget_s: float | None = None, clock: Clock = time.monotonic) -> None:
@@ -71,7 +71,7 @@ class Elapsed:
 
 
 class Lines:
-    """A line a step: "[42 s / 5 min] trying weight_only(bits=8, group=32)@decode"."""
+    """Writes one line per step: "[42 s / 5 min] trying weight_only(bits=8, group=32)@decode"."""
 
     def __init__(self, stream: TextIO, watch: Elapsed) -> None:
         self._stream, self._watch, self._last, self._told_s = stream, watch, "", 0.0
@@ -86,7 +86,7 @@ class Lines:
 
 
 class Live:
-    """The same on a terminal: finished steps scroll away, the present one shows its time running."""
+    """Draws steps on a terminal: finished steps scroll up, the present one shows its elapsed time."""
 
     def __init__(self, console: Console, watch: Elapsed) -> None:
         from rich.spinner import Spinner
@@ -102,14 +102,14 @@ class Live:
         self._said = said(step)
 
     def finish(self) -> None:
-        """The present step is done: leave its line behind."""
+        """Print the line of the present step, which is done."""
         from rich.text import Text
 
         if self._step:
             self._console.print(Text(f"[{self._began}] {printable(self._step)}", style="dim"))
             self._step = ""
 
-    def __rich__(self) -> Spinner:  # drawn anew several times a second
+    def __rich__(self) -> Spinner:  # called several times a second
         from rich.text import Text
 
         self._spinner.update(text=Text(f"[{self._watch}] {printable(self._said)}"))
@@ -118,7 +118,7 @@ class Live:
 
 @contextmanager
 def shown(budget_s: float | None = None, stream: TextIO | None = None) -> Iterator[Progress]:
-    """Progress on `stream` (standard error) while the block runs: drawn on a terminal, plain lines elsewhere."""
+    """Show progress on `stream` (standard error) while the block runs: drawn on a terminal, plain lines elsewhere."""
     stream = stream or sys.stderr
     watch = Elapsed(budget_s)
     if not stream.isatty():

@@ -1,4 +1,4 @@
-"""What a report says and in which order: pure functions from a record to sentences and tables of text."""
+"""The content and order of a report: pure functions from a record to sentences and tables of text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UNIT = {"prefill": "ms to the first token", "decode": "ms per token"}
 GAINS = {"tpot": "decode", "ttft": "prefill", "throughput": "tokens/s"}
 WAIT = {"prefill": "time to first token", "decode": "time per token"}
 TRIED = {"accepted", "rejected", "inconclusive"}
-UNTRIED = {"error", "blocked", "unreached"}  # wanted, and not judged
+UNTRIED = {"error", "blocked", "unreached"}  # outcomes of candidates that were called for and not judged
 
 
 def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
-    """Everything worth showing, the result first. What was not measured has no section."""
+    """Return all sections of a record, the result first. Values that were not measured have no section."""
     found = (
         result(record),
         diagnosis(record),
@@ -51,9 +51,9 @@ def headline(record: Mapping[str, Any]) -> str:
 
 
 def result(record: Mapping[str, Any]) -> Section:
-    """The verdict and the numbers that everyone asks for."""
+    """Return the verdict and the main numbers."""
     phases = record["phases"].items()
-    if not record["transforms"]:  # nothing changed: nothing to compare
+    if not record["transforms"]:  # nothing was changed, so there is nothing to compare
         rows = [(f"{p}, {WAIT[p]}", _ms(f["baseline_ms"]), f["bottleneck"], n.ratio(f["ceiling"])) for p, f in phases]
         table = Table(("", "time", "bottleneck", "ceiling"), "lrlr", tuple(rows))
         return Section("Result", tuple(_story(record)), table)
@@ -105,7 +105,7 @@ def _story(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def diagnosis(record: Mapping[str, Any]) -> Section:
-    """What limits each phase, before and, where the model was changed, after: the diagnoses' own sentences."""
+    """Return the diagnosis of each phase before tuning and, if the model was changed, after it."""
     sentences = [sentence(d["evidence"]) for d in record["phases"].values()]
     if record["transforms"]:
         sentences += [sentence(f"now {d['evidence']}") for d in record["diagnoses_after"].values()]
@@ -113,7 +113,7 @@ def diagnosis(record: Mapping[str, Any]) -> Section:
 
 
 def operators(record: Mapping[str, Any]) -> Iterator[Section]:
-    """Where the time goes, per phase, the busiest phase's users first: decode, then prefill."""
+    """Yield the operator tables of decode, then of prefill, with the longest operation first."""
     tuned = bool(record["transforms"])
     for phase in ("decode", "prefill"):
         if not (rows := record["operators"].get(phase)):
@@ -139,7 +139,7 @@ def _operator_row(row: Mapping[str, Any], tuned: bool) -> tuple[str, ...]:
 
 
 def contributions(record: Mapping[str, Any]) -> Section | None:
-    """What each transform of the plan brings."""
+    """Return the gain from each transform of the plan."""
     found = record.get("contributions")  # records of earlier versions have none
     if not found:
         return None
@@ -162,7 +162,7 @@ def _contributed(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def could_not_be_tried(record: Mapping[str, Any]) -> Section | None:
-    """Every candidate that was wanted and not judged: what it promised, and what kept it."""
+    """Return the candidates that were called for and not judged: their prediction, and the reason."""
     failed = [t for t in record["trials"] if t["outcome"] in UNTRIED]
     if not failed:
         return None
@@ -176,7 +176,7 @@ def could_not_be_tried(record: Mapping[str, Any]) -> Section | None:
 
 
 def tried(record: Mapping[str, Any]) -> Section | None:
-    """Every candidate that was judged, with prediction beside measurement and what decided."""
+    """Return the candidates that were judged: prediction, measurement, and the reason of the outcome."""
     ran = [t for t in record["trials"] if t["outcome"] in TRIED]
     if not ran:
         return None
@@ -201,7 +201,7 @@ def tried(record: Mapping[str, Any]) -> Section | None:
 
 
 def not_tried(record: Mapping[str, Any]) -> Section | None:
-    """What was not called for or not to be had, and why; a step that was not called for takes one line."""
+    """Return the candidates that were not called for or not available, and why. A skipped step takes one line."""
     ruled_out = [t for t in record["trials"] if t["outcome"] not in TRIED | UNTRIED]
     if not ruled_out:
         return None
@@ -210,7 +210,7 @@ def not_tried(record: Mapping[str, Any]) -> Section | None:
 
 
 def _question(trial: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What a step's candidates share that were ruled out together: the step was not called for."""
+    """Return a key that is equal for candidates of one step that were ruled out together."""
     alone = trial["candidate"] if trial["predicted"] is not None or trial["outcome"] != "skipped" else ""
     return trial["step"], f"{trial['outcome']}: {trial['reason']}", alone
 
@@ -222,7 +222,7 @@ def _ruled_out(shared: tuple[str, str, str], trials: Sequence[Mapping[str, Any]]
 
 
 def quality(record: Mapping[str, Any]) -> Section | None:
-    """The plan's output distribution against the original's."""
+    """Compare the plan's output distribution with the original's."""
     q, detail = record["quality"], record["quality_detail"]
     if detail is None:
         return None
@@ -246,7 +246,7 @@ def _four(value: float | None) -> str:
 
 
 def growth(record: Mapping[str, Any], key: str, title: str, axis: str) -> Section | None:
-    """How decode grows with batch size or context length."""
+    """Show how decode grows with batch size or context length."""
     points = record[key]
     if not points:
         return None
@@ -262,7 +262,7 @@ def growth(record: Mapping[str, Any], key: str, title: str, axis: str) -> Sectio
 
 
 def memory(record: Mapping[str, Any]) -> Section | None:
-    """Peak memory by owner, and whether the original is part of it."""
+    """Show peak memory by owner, and whether it includes the original."""
     before, after = record["memory"]["before"], record["memory"]["after"]
     if released := record.get("bytes_after_release"):  # records of earlier versions have none
         after = after | {"weights_bytes": released}
@@ -281,7 +281,7 @@ def memory(record: Mapping[str, Any]) -> Section | None:
 
 
 def bypassed(record: Mapping[str, Any]) -> Section | None:
-    """Calls that the plan could not serve, and what did."""
+    """Return the calls that the plan could not serve, by reason."""
     if not record["bypassed"]:
         return None
     rows = (("(by the plan)", str(record["served"])), *((why, str(calls)) for why, calls in record["bypassed"].items()))
@@ -290,7 +290,7 @@ def bypassed(record: Mapping[str, Any]) -> Section | None:
 
 
 def method(record: Mapping[str, Any]) -> Section:
-    """Where the figures come from: date, machine, workload, noise."""
+    """Describe how the figures were measured: date, machine, workload, noise."""
     hw, latency = record["hardware"], record["latency"]
     sentences = [
         f"{record['created'] or 'Undated'}, on {machine(hw)}.",
@@ -306,7 +306,7 @@ def method(record: Mapping[str, Any]) -> Section:
 
 
 def advice(record: Mapping[str, Any]) -> Iterator[Section]:
-    """What the user could change: what would help and by how much, then what would not."""
+    """Yield advice to the user: changes that would help and by how much, then changes that would not."""
     rows, useless, before = list[tuple[str, ...]](), list[str](), ""
     for found in record.get("advice") or ():  # records of earlier versions have none
         gains = [f"{GAINS[metric]} {n.ratio(gain)}" for metric, gain in found["speedups"].items() if n.known(gain)]
@@ -326,11 +326,11 @@ def advice(record: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def machine(hw: Mapping[str, Any]) -> str:
-    """Processor, threads, memory and peaks in a phrase."""
+    """Describe processor, threads, memory and peaks in a phrase."""
     peaks = [f"{n.scaled(rate, 'FLOP/s')} in {dtype}" for dtype, rate in hw["flops_per_s"].items() if n.known(rate)]
     figures = ", ".join((f"{n.scaled(hw['bandwidth_bytes_per_s'], 'B/s')}", *peaks))
     origin = "measured" if hw["measured"] else "partly from data sheets"
-    if hw.get("disturbed"):  # records of earlier versions do not say
+    if hw.get("disturbed"):  # records of earlier versions have no such key
         origin += " beside others' work, perhaps too low"
     about = f"{hw['name']} ({hw['device']}, {hw['capability']}), {hw['threads']} threads"
     return f"{about}, {n.scaled(hw['memory_bytes'], 'B')} of memory; {figures} ({origin})"

@@ -1,4 +1,4 @@
-"""A record on a terminal, or as plain text."""
+"""Show a record on a terminal, or as plain text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as Drawing
 
-PLAIN_WIDTH = 120
-UNBROKEN = 48  # characters of a candidate's name: a longer one would leave no room for its reason
+PLAIN_WIDTH = 120  # characters a line
+UNBROKEN = 48  # longest candidate name, in characters, that is not wrapped; a longer one leaves no room for the reason
 STYLES = {
     "accepted": "green",
     "rejected": "red",
@@ -52,12 +52,12 @@ def show(title: str, sections: Iterable[Section], console: Console | None = None
 
 
 def plain(record: Mapping[str, Any]) -> str:
-    """The same as text without colours."""
+    """Return the whole report as text without colours."""
     return text(headline(record), sections(record))
 
 
 def text(title: str, sections: Iterable[Section]) -> str:
-    """Sections under a title, without colours."""
+    """Return sections under a title as text without colours."""
     from rich.console import Console
 
     out = io.StringIO()
@@ -66,7 +66,7 @@ def text(title: str, sections: Iterable[Section]) -> str:
 
 
 def drawn(table: Table) -> Drawing:
-    """A rich table; cells are text, never markup."""
+    """Make a rich table. Cells are text, never markup."""
     from rich import box
     from rich.table import Table as Drawing
     from rich.text import Text

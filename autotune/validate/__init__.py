@@ -1,10 +1,10 @@
-"""Is it faster, and is it no worse? Verdicts with numbers; only PASS commits.
+"""Judge whether a candidate is faster and no worse. Verdicts come with numbers; only PASS commits.
 
 tiers -> texts -> exam -> score -> divergence -> tally -> quality     no worse than the original?
 sensitivity                                                  which layers make it worse?
 timing -> ratios -> latency                                  faster than what is there?
 statistics                                                   bounds for both
-answers                                                      what is kept of the original's between runs
+answers                                                      the original's answers, kept between runs
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class ConfidenceBin:
-    """Tokens of which the original was about equally sure.
+    """The tokens of which the original was about equally sure.
 
     Args:
-        low, high: probability of the original's top token, from and up to.
-        tokens: how many.
+        low, high: range of the probability of the original's top token.
+        tokens: how many there are.
         p50_kld, p90_kld, p99_kld, max_kld: quantiles of their KL divergence, nats.
         same_top: share of them with the same top token (near-ties excused).
     """
@@ -48,17 +48,17 @@ class Quality:
     Args:
         tier: tier it was judged at.
         verdict: PASS, FAIL, INCONCLUSIVE or ERROR.
-        reason: one sentence with the number that decided.
+        reason: one sentence with the decisive number.
         mean_kld, mean_kld_high: mean KL(original || candidate) per token in nats, and its upper 95 % bound.
-        p99_kld, max_kld: point estimates; the maximum is never gated.
+        p99_kld, max_kld: point estimates; the maximum has no limit.
         same_top, same_top_low: share of tokens with the same top token (near-ties excused), and its lower 95 % bound.
         ppl_ratio, ppl_ratio_high: candidate's perplexity / original's, and its upper 95 % bound.
         delta_p_rms: RMS change of the probability of the true token.
         tokens, prompts: how many were scored.
         strata: mean KLD by stratum ("natural", "own", "second-prompt", "padded-batch", "long", ...).
-        certainty: the same tokens by how sure the original was of them; only such as there are.
-        examined: whether the candidate was examined at all. False: there was no exam, or the candidate left prompts of
-            it to the original; the verdict is INCONCLUSIVE then and says nothing about the candidate's output.
+        certainty: the same tokens by how sure the original was of them, without empty bins.
+        examined: whether the candidate was examined at all. False: there was no exam, or the candidate left some of its
+            prompts to the original. Then the verdict is INCONCLUSIVE and says nothing about the candidate's output.
     """
 
     tier: str
@@ -82,7 +82,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Speedup:
-    """A ratio of times, reference / candidate: above 1 the candidate is faster."""
+    """A ratio of times, reference / candidate. Above 1, the candidate is faster."""
 
     ratio: float
     low: float  # lower 95 % bound
@@ -96,13 +96,13 @@ class Latency:
 
     Args:
         verdict: PASS, FAIL, INCONCLUSIVE or ERROR.
-        reason: one sentence with the number that decided.
-        ttft, tpot, end_to_end: speed-ups over all buckets (the worst bucket's where they differ in sign).
-        noise: A/A half-width this host showed, as a fraction.
-        buckets: per bucket name "b1/p64/n32" the three speed-ups by metric name.
-        reference_s, candidate_s: raw samples by metric name ("ttft", "tpot", "end_to_end").
-        warnings: what the measurement noticed about its own noise.
-        drowned: whether it fails for this machine's noise alone, which hides a gain that may be worth having.
+        reason: one sentence with the decisive number.
+        ttft, tpot, end_to_end: speed-ups over all buckets; the worst bucket's if the buckets differ in sign.
+        noise: A/A half-width measured on this host, as a fraction.
+        buckets: the three speed-ups by metric name, by bucket name ("b1/p64/n32").
+        reference_s, candidate_s: raw samples in seconds by metric name ("ttft", "tpot", "end_to_end").
+        warnings: those about the measurement's noise.
+        drowned: whether it fails only because of this machine's noise, which may hide a useful gain.
     """
 
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""What an original said in an exam, as it is kept between runs, and whether it fits an exam. Pure."""
+"""An original's answers in an exam, as kept between runs, and checks that they fit an exam. Pure."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .tiers import NEAR_TIE_NATS
 if TYPE_CHECKING:
     pass
 
-MOST_NOISE = 0.05  # mean KL of an original from itself, nats, beyond which nothing is compared with it
+MOST_NOISE = 0.05  # mean KL of an original from itself, in nats, above which no candidate is compared with it
 
-Shape = tuple[int | None, ...]  # None: any
+Shape = tuple[int | None, ...]  # None stands for any size
 
 
 @dataclass(frozen=True)
 class Answers:
-    """With it, an exam is prepared without asking the original.
+    """The original's answers, with which an exam is prepared without running the original.
 
     Args:
         own: the original's greedy continuation of each prompt.
-        noise: `noise_kld` and `tie_nats`, nats, or None where the exam took them from another one.
-        logits: float16 [B, T, V] by what was asked; the largest of every row is 0.
+        noise: `noise_kld` and `tie_nats` in nats, or None if the exam took them from another one.
+        logits: float16 [B, T, V] by name of the group; the largest of every row is 0.
     """
 
     own: tuple[tuple[int, ...], ...]
@@ -35,11 +35,11 @@ class Answers:
 
 
 def odd_texts(own: Sequence[Sequence[int]], count: int, longest: int, ends: Collection[int], width: int) -> str | None:
-    """Why these are not the continuations of `count` prompts, or None.
+    """Say why these are not the continuations of `count` prompts; None if they are.
 
     Args:
-        longest: tokens of a continuation that no token of `ends` ends.
-        width: of the vocabulary.
+        longest: tokens of a continuation that does not end with a token of `ends`.
+        width: size of the vocabulary.
     """
     if len(own) != count:
         return f"{len(own)} continuations, expected {count}"
@@ -51,14 +51,14 @@ def odd_texts(own: Sequence[Sequence[int]], count: int, longest: int, ends: Coll
 
 
 def odd_noise(noise: Sequence[float] | None) -> str | None:
-    """Why this is no noise with which an exam is used, or None."""
+    """Say why an exam cannot be used with this noise; None if it can."""
     if noise is None or (len(noise) == 2 and 0 <= noise[0] <= MOST_NOISE and NEAR_TIE_NATS <= noise[1] < math.inf):
         return None
     return f"a noise of {list(noise)} nats, expected up to {MOST_NOISE} and from {NEAR_TIE_NATS}"
 
 
 def odd_logits(name: str, logits: torch.Tensor, shapes: Mapping[str, Shape]) -> str | None:
-    """Why these are not what was asked under `name`, or None."""
+    """Say why these logits do not fit the group of this name; None if they do."""
     shape, found = shapes.get(name, ()), tuple(logits.shape)
     alike = len(found) == len(shape) and all(b in (None, a) for a, b in zip(found, shape, strict=True))
     if not alike or not logits.numel() or logits.dtype != torch.float16:

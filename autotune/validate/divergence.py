@@ -1,4 +1,4 @@
-"""How far one set of next-token logits is from another, token by token."""
+"""The difference between two sets of next-token logits, token by token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-CHUNK_ROWS = 64  # rows compared at once: bounds the temporary memory at large vocabularies
-WORST_NATS = 1e4  # a divergence is cut here, so that absurd logits leave finite statistics
+CHUNK_ROWS = 64  # rows compared at once; limits temporary memory at large vocabularies
+WORST_NATS = 1e4  # nats at which a divergence is cut, so that broken logits still give finite statistics
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Divergence:
 
     Args:
         kld: KL(reference || candidate) in nats.
-        top_gap: how much less likely, in nats, the reference finds the candidate's top token than its own; 0: the same.
+        top_gap: the reference's log-probability of its own top token minus that of the candidate's, in nats; 0: equal.
         delta_logp: log-probability of the true token, candidate minus reference.
-        delta_p: its probability, candidate minus reference.
-        top_p: probability of the reference's own top token: how sure it was.
+        delta_p: probability of the true token, candidate minus reference.
+        top_p: the reference's probability of its own top token, which says how sure it was.
     """
 
     kld: NDArray[np.float64]
@@ -50,7 +50,7 @@ def _compare(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Te
     log_p = torch.log_softmax(reference.float(), dim=-1)  # [T, V]
     log_q = torch.log_softmax(candidate.float(), dim=-1).clamp_min(-WORST_NATS)
     p = log_p.exp()
-    # tokens that the original rules out (-inf) contribute nothing, rather than 0 * inf
+    # tokens that the original rules out (-inf) count as 0; without this they would give 0 * inf = NaN
     terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
     kld = terms.sum(-1).clamp(0.0, WORST_NATS)
     top = log_q.argmax(-1, keepdim=True)
@@ -62,7 +62,7 @@ def _compare(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Te
 
 
 def find_defect(reference: torch.Tensor, candidate: torch.Tensor) -> str | None:
-    """What is plainly broken in `candidate`, or None.
+    """Describe what is plainly broken in `candidate`; None if nothing is.
 
     Args:
         reference, candidate: [B, T, V] logits.

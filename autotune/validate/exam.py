@@ -1,4 +1,4 @@
-"""What a candidate is examined on: texts, and what the original says about them."""
+"""The exam of a candidate: texts, and the original's logits for them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     from ..runtime.traffic import Traffic
 
-AT_ONCE = "at-once."  # begins the names of what `sensitivity` had the original read
+AT_ONCE = "at-once."  # prefix of the names under which `sensitivity` keeps the original's logits
 
-Progress = Callable[[str, float], None]  # what is being done, and how much of it is done (0 to 1)
+Progress = Callable[[str, float], None]  # called with the step's name and the share done (0 to 1)
 
 
 @dataclass
 class Exam:
-    """Texts, and the original's logits for them: each is read once and used for every candidate.
+    """Texts, and the original's logits for them, which are computed once and used for every candidate.
 
     Attributes:
         size: how much is read.
@@ -47,10 +47,10 @@ class Exam:
         long: scored after a long context.
         noise_kld: mean KL of the original's stepped decoding from its own full forward, nats.
         tie_nats: a flip of the top token within this margin counts as a tie.
-        traffic: where the original's answers queue, or None.
+        traffic: the queue in which the original's answers wait behind live requests, or None.
         problem: why nothing can be judged with this exam, or None.
-        prompts: those that were chosen, as far as they are read.
-        seed: chose them.
+        prompts: the chosen prompts, cut to the length that is read.
+        seed: of the choice of prompts.
     """
 
     original: PreTrainedModel
@@ -66,9 +66,9 @@ class Exam:
     traffic: Traffic | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
-    _kept: Shelf = field(default_factory=Shelf)  # logits; what it has no room for is computed for each candidate
-    _noise: tuple[float, ...] | None = None  # what was measured on this exam itself
-    _taken: int = 0  # answers that came from an earlier run
+    _kept: Shelf = field(default_factory=Shelf)  # logits; those without room here are computed for each candidate
+    _noise: tuple[float, ...] | None = None  # (noise_kld, tie_nats) as measured on this exam, not on another
+    _taken: int = 0  # number of answers that came from an earlier run
 
     @classmethod
     def prepare(
@@ -84,7 +84,7 @@ class Exam:
         like: Exam | None = None,
         kept: Keeper | None = None,
     ) -> Exam:
-        """Choose texts and let the original continue them; what it says about them is read when it is first asked for.
+        """Choose texts and let the original continue them. Its logits are computed when they are first needed.
 
         Args:
             original: the model as it is, in eval mode.
@@ -93,9 +93,9 @@ class Exam:
             pad_token_id: for left padding.
             seed: chooses the prompts when there are more than needed.
             progress: called with a step's name and the share done.
-            traffic: where the original's answers queue behind live requests; None: they may overlap.
-            like: another exam of the same original, whose noise is its own.
-            kept: may have the original's answers from an earlier run; what is missing there is asked for as usual.
+            traffic: the queue in which the original's answers wait behind live requests; None: they may overlap.
+            like: another exam of the same original; its noise is used instead of a new measurement.
+            kept: may restore the original's answers from an earlier run; missing answers are computed as usual.
 
         Raises:
             MeasurementError: the original raised.
@@ -124,7 +124,7 @@ class Exam:
 
     @cached_property
     def reader(self) -> Variant:
-        """The original for long inputs: the same but for rounding, without what makes its own arithmetic slow."""
+        """The original for long inputs: equal except for rounding, with faster arithmetic if it is available."""
         if (reading := reads_with(self.original)) is None:
             return self.plain()
         try:
@@ -134,21 +134,22 @@ class Exam:
 
     @property
     def reading(self) -> LinearTransform | None:
-        """What the reader's layers are exchanged for; None where they are the original's."""
+        """The transform that exchanges the reader's layers; None if they are the original's."""
         return next((each for each in self.reader.transforms if isinstance(each, LinearTransform)), None)
 
     def groups(self) -> tuple[tuple[Text, ...], ...]:
-        """Everything that is scored together: single texts, padded batches, long texts."""
+        """Return all groups of texts that are scored together: single texts, padded batches, long texts."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
 
     def reference(self, group: tuple[Text, ...], *, stepped: bool = False) -> torch.Tensor:
-        """The original's logits [B, T, V] for the scored tokens of a group, rounded to half precision.
+        """Return the original's logits [B, T, V] for the scored tokens of a group, rounded to half precision.
 
-        They are rounded whether they are kept or not: a candidate's figures do not depend on who was judged before.
+        They are rounded even if there is no room to keep them, so that a candidate's figures do not depend on which
+        candidates were judged before.
 
         Args:
-            stepped: from one decoding step each, as candidates are judged; otherwise from one full forward, which says
-                the same but for rounding and takes a fraction of the time.
+            stepped: compute them in one decoding step per token, as candidates are judged. Otherwise one full forward
+                computes them, which is equal except for rounding and takes a fraction of the time.
 
         Raises:
             MeasurementError: the original raised.
@@ -158,21 +159,21 @@ class Exam:
             return found.to(self.original.device).float()
         try:
             logits = self._ask(group, stepped)
-        except CandidateError as error:  # it is no candidate
+        except CandidateError as error:  # the original is not a candidate, so the error's type must change
             raise MeasurementError(f"the original cannot be judged against: {error}") from None
         logits = logits.float()
-        logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
+        logits -= logits.amax(-1, keepdim=True)  # puts likely tokens near zero, where half precision is finest
         rounded = logits.half()
         self._kept.put(name, rounded)
         return rounded.float()
 
     def read_at_once(self, number: int, shape: tuple[int, int], ask: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `sensitivity` had the original read: logits [B, T, V] in half precision, rounded as `reference` does.
+        """Return the original's logits [B, T, V] for a batch of `sensitivity`, rounded as in `reference`.
 
         Args:
             number: of the batch.
-            shape: [B, T] that are expected.
-            ask: gives the original's logits where they are not kept; they may be written to.
+            shape: the expected [B, T].
+            ask: computes the original's logits if they are not kept; the result may be written to.
         """
         name = f"{AT_ONCE}{number}"
         found = self._kept.get(name)
@@ -182,7 +183,7 @@ class Exam:
         return found.to(self.original.device)
 
     def answers(self) -> Answers | None:
-        """What the original has said so far, or None: nothing since `take`, or nothing can be judged with it."""
+        """Return the original's answers so far; None if there are none since `take`, or if the exam has a problem."""
         if self.problem or not self.texts or len(self._kept) + bool(self._noise) == self._taken:
             return None
         shapes = self._shapes()
@@ -192,10 +193,10 @@ class Exam:
         return Answers(tuple(t.own for t in self.texts), self._noise, self._kept)
 
     def take(self, known: Answers) -> None:
-        """Prepare the exam from what the original said in an earlier run.
+        """Prepare the exam from the original's answers in an earlier run.
 
         Raises:
-            ValueError: the answers do not fit this exam, whose texts have to be written anew.
+            ValueError: the answers do not fit this exam; its texts must be made again.
         """
         width, shapes = vocabulary(self.original), dict[str, Shape]()
         odd = odd_texts(known.own, len(self.prompts), self.size.own, self.eos_token_ids, width)
@@ -210,15 +211,15 @@ class Exam:
         self._noise, self._taken = known.noise, len(known.logits) + bool(known.noise)
 
     def _shapes(self) -> dict[str, Shape]:
-        """Shapes [B, T, V] of all that the original may be asked, by name. None: `sensitivity` knows."""
+        """Shapes [B, T, V] of all logits that may be kept, by name. None is a size that only `sensitivity` knows."""
         width = vocabulary(self.original)
         asked = {(g, stepped): (len(g), len(g[0].scored), width) for g in self.groups() for stepped in (False, True)}
         at_once: dict[str, Shape] = {f"{AT_ONCE}{k}": (None, None, width) for k in range(len(self.texts))}
         return at_once | {_name(*what): shape for what, shape in asked.items()}
 
     def _ask(self, group: tuple[Text, ...], stepped: bool) -> torch.Tensor:
-        """The original's logits [B, T, V], as they come."""
-        if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # one of its own, which no route reaches
+        """Compute the original's logits [B, T, V], not yet rounded."""
+        if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # an instance's forward bypasses the route
             return self.step(Served(self.plain(), self.pad_token_id), group)
         served = Served(self.reader, self.pad_token_id)
         if len(group) == 1:
@@ -226,11 +227,11 @@ class Exam:
         return served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
 
     def step(self, served: Served, group: Sequence[Text]) -> torch.Tensor:
-        """Logits [B, T, V] of the scored tokens, one decoding step each."""
+        """Return logits [B, T, V] of the scored tokens, one decoding step each."""
         return served.step([t.context for t in group], [t.scored for t in group])
 
     def read(self, served: Served, text: Text) -> torch.Tensor:
-        """Logits [T, V] of the scored tokens from one full forward."""
+        """Return logits [T, V] of the scored tokens from one full forward."""
         ids = text.context + text.scored
         return served.read(ids[:-1], last=len(text.scored))
 
@@ -252,7 +253,7 @@ class Exam:
         self.problem = texts.shortage(self.texts, self.size) or self.problem
 
     def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The original's greedy continuations, up to and including the end-of-sequence token."""
+        """Return the original's greedy continuations, up to and including the end-of-sequence token."""
         served = Served(self.reader, self.pad_token_id, self.eos_token_ids)
         own: list[tuple[int, ...]] = []
         for k in range(0, len(heads), 2 * texts.PADDED_BATCH):
@@ -285,7 +286,10 @@ class Exam:
 
 
 def reads_with(model: PreTrainedModel) -> LinearTransform | None:
-    """What exams read a 16-bit model with on a CPU, which computes the same but for rounding; None: as it is."""
+    """Return the transform with which exams read a 16-bit model on a CPU; None: they read the model as it is.
+
+    It computes the same except for rounding.
+    """
     if model.device.type != "cpu" or "forward" in vars(model) or obstacle(model) is not None:
         return None
     if emulated(model.dtype):
@@ -294,37 +298,37 @@ def reads_with(model: PreTrainedModel) -> LinearTransform | None:
 
 
 def _name(group: tuple[Text, ...], stepped: bool) -> str:
-    """What the original is asked, as a hash of the tokens: other texts have another name."""
+    """Name a group's logits by a hash of its tokens, so that other texts get another name."""
     tokens = json.dumps([[text.context, text.scored] for text in group])
     return f"{hashlib.blake2b(tokens.encode(), digest_size=16).hexdigest()}.{'stepped' if stepped else 'read'}"
 
 
 def until_eos(tokens: Sequence[int], eos: Sequence[int]) -> tuple[int, ...]:
-    """`tokens` up to and including the first end-of-sequence token."""
+    """Return `tokens` up to and including the first end-of-sequence token."""
     ends = [k for k, t in enumerate(tokens) if t in eos]
     return tuple(tokens[: ends[0] + 1] if ends else tokens)
 
 
 def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """End-of-sequence ids that the model's own generation settings name."""
+    """Return the end-of-sequence ids in the model's generation settings."""
     config = model.generation_config
     eos = config.eos_token_id if config is not None else None
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
 def context_limit(model: PreTrainedModel) -> int:
-    """Positions the model was made for; very many where it does not say."""
+    """Return the positions the model was made for; 2^20 if its configuration does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else 1 << 20
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Width of the model's logits, as far as its configuration says."""
+    """Return the width of the model's logits according to its configuration."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 class Keeper(Protocol):
-    """Keeps answers between runs; `autotune.tune.references` does, on disk."""
+    """Keeps answers between runs. `autotune.tune.references` implements it on disk."""
 
     def restore(self, exam: Exam) -> bool:
-        """Hand the answers of an earlier run to `Exam.take`. False where there are none, or they do not fit."""
+        """Pass the answers of an earlier run to `Exam.take`. Return False if there are none or they do not fit."""

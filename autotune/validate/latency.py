@@ -1,4 +1,4 @@
-"""Is a candidate faster? Paired, interleaved timing; the verdict on the pairs is in `ratios`."""
+"""Measure whether a candidate is faster, by paired, interleaved timing. `ratios` gives the verdict on the pairs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 # Pairs per bucket after which a clear answer ends the race. Five early looks at 0.5 % and the last at 2.5 % keep the
 # chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (FEWEST_PAIRS, 8, 12, 25, 50)
-STEADY = 1.05  # slowest / fastest of three requests in a row, or twice the noise where that is more
-MAX_WARMUP, WARMUP_TOKENS = 10, 8
-WARMUP_SHARE = 0.15  # of the budget
+STEADY = 1.05  # slowest / fastest of three requests in a row that counts as steady; twice the noise if that is more
+MAX_WARMUP, WARMUP_TOKENS = 10, 8  # most requests of an arm's warm-up; most tokens of each except the first
+WARMUP_SHARE = 0.15  # share of the time budget that warm-up may use
 
 
 def compare(
@@ -52,7 +52,7 @@ def compare(
 
     Args:
         reference: the variant accepted so far, or the original's.
-        candidate: what wants to replace it.
+        candidate: the variant that may replace it.
         buckets: shapes of work; the verdict holds in each of them.
         prompts: token ids, cut and joined to the buckets' lengths.
         objective: the metric that must gain.
@@ -60,8 +60,8 @@ def compare(
         noise: A/A half-width from `noise_floor`; None measures it first.
         clock: monotonic seconds.
         max_pairs: pairs per bucket at most.
-        budget_s: seconds after which no further pair is begun, once there are enough to call a candidate faster that is
-            ahead.
+        budget_s: seconds after which no further pair is begun. If the candidate is ahead, pairs go on until there are
+            enough to call it faster.
         seed: of the order in which the arms run.
         progress: called with a step's name and the share done.
     """
@@ -106,7 +106,7 @@ def race(
     progress: Progress | None = None,
     warnings: tuple[str, ...] = (),
 ) -> Latency:
-    """Pair the arms until the answer is clear, the pairs are used up, or the time is."""
+    """Time the arms in pairs until the answer is clear, or the pairs or the time are used up."""
     rng, start = np.random.default_rng(seed), clock()
     pairs: dict[str, list[Pair]] = {label(bucket): [] for bucket in buckets}
     for turn in range(max_pairs):
@@ -120,7 +120,7 @@ def race(
                 return found
         if clock() - start > budget_s and (turn + 1 >= FEWEST_PAIRS or not leads(pairs, objective)):
             warnings += (f"stopped after {turn + 1} pairs, when the time of {budget_s:.0f} s was used up",)
-            # stopped by time, not by the data, so this is the one final look
+            # the clock ended the race, not the data, so what follows is the one final look
             break
     return decide(pairs, objective, limits, noise, warnings=warnings)
 
@@ -137,10 +137,10 @@ def noise_floor(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> float:
-    """What a variant seems to gain on itself: half-width of the 95 % interval of an A/A comparison, as a fraction.
+    """Measure how much a variant seems to gain on itself: half-width of the 95 % interval of an A/A test, a fraction.
 
     Args:
-        variant: warm already, or the first pair shows it.
+        variant: should be warm; otherwise its first pair includes the warm-up.
         buckets, prompts, objective, clock, seed, progress: as for `compare`.
         pairs: per bucket.
         budget_s: seconds after which no further pair is begun.
@@ -171,7 +171,7 @@ def self_noise(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> float:
-    """`noise_floor` of anything that can be timed."""
+    """Do what `noise_floor` does, for any arm."""
     rng, start = np.random.default_rng(seed), clock()
     samples: dict[str, list[Pair]] = {label(bucket): [] for bucket in buckets}
     for turn in range(pairs):
@@ -183,18 +183,18 @@ def self_noise(
             break
     values = known(pooled({name: {objective: log_ratios(by, objective)} for name, by in samples.items()}, objective))
     if len(values) < 2:
-        return math.inf  # nothing can be told apart here
+        return math.inf  # too few values: no difference can be shown on this machine
     low, high = bounds(values)
     return math.expm1((high - low) / 2)
 
 
 def label(bucket: Bucket) -> str:
-    """ "b1/p64/n32" """
+    """Name a bucket, for example "b1/p64/n32"."""
     return f"b{bucket.batch}/p{bucket.prompt_tokens}/n{bucket.new_tokens}"
 
 
 def timed(variant: Variant, prompts: Sequence[Tokens], clock: Clock = time.perf_counter) -> Arm:
-    """Times the n-th request of a bucket through the path that serves; raises CandidateError where that raises."""
+    """Return an arm that times a variant through the path that serves. It raises CandidateError if the variant does."""
     served = Served(variant, pad_token_id=0)  # requests of one bucket are equally long, so nothing is padded
     return lambda bucket, turn: time_request(served, request(bucket, prompts, turn), bucket.new_tokens, clock)
 
@@ -207,13 +207,16 @@ def _pair(reference: Arm, candidate: Arm, bucket: Bucket, turn: int, swap: bool)
 
 
 def warm_up(arms: Mapping[str, Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> list[str]:
-    """Run arms until three requests in a row take equally long, within `steady`; says so when they never do.
+    """Run each arm until three requests in a row take equally long, within `steady`.
 
-    Those have short answers, after a first one that is whole.
+    The first request of an arm is whole; the others have short answers.
+
+    Returns:
+        A warning for each arm that never became steady.
     """
     restless, short = [], replace(bucket, new_tokens=min(bucket.new_tokens, WARMUP_TOKENS))
     for name, arm in arms.items():
-        arm(bucket, 0)  # may compile, so its time is not counted
+        arm(bucket, 0)  # it may compile, so its time is not counted
         start, took = clock(), []
         for turn in range(1, MAX_WARMUP):
             took.append(arm(short, turn).end_to_end_s)

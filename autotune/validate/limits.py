@@ -1,4 +1,4 @@
-"""What a candidate must gain, and what it must not cost."""
+"""Limits on what a candidate must gain and on what it may cost."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What must not get worse. Fractions: 0.05 allows 5 %.
+    """The least gain, and limits on what gets worse. Fractions: 0.05 allows 5 %.
 
     Args:
-        min_gain: a step must gain at least this on the phase it targets, and more than the noise; below 0 it must not
-            lose more than this.
+        min_gain: a step must gain at least this on the phase it targets, and more than the noise. If it is negative, a
+            step must not lose more than this.
         max_ttft_increase, max_tpot_increase, max_p90_increase: against the original, in every workload bucket.
         max_memory_ratio: peak weights + cache of the variant / the original's.
     """

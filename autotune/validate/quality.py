@@ -1,4 +1,4 @@
-"""Is a candidate as good as the original? Judged on logits, through the path that will serve."""
+"""Judge whether a candidate is as good as the original, by its logits, through the path that will serve."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ __all__ = ["Exam", "compare_logits", "decide", "judge"]
 
 log = logging.getLogger("autotune")
 
-FULL_BYTES = 4  # of a number; narrower ones round so that a step and a full forward differ by more than lossless is
-EARLY_PROMPTS = 4  # prompts before a candidate may fail early
-EARLY_FACTOR = 3.0  # times the limit at which it does; also what a part of the exam with few prompts may reach
-LENGTH_RATIO = (0.9, 1.1)  # of free-running output
-REPETITION = 0.25  # share of repeated 4-grams beyond the original's
-FREE_TEXTS = 4
+# Bytes of an FP32 number. In narrower types, rounding makes a decoding step differ from a full forward by more than the
+# lossless tier allows, so that tier compares step with step.
+FULL_BYTES = 4
+EARLY_PROMPTS = 4  # prompts scored before a candidate may fail early
+# Factor on the limit of the mean KLD. A stratum above the product fails the candidate early. At the end, a stratum with
+# few prompts fails only above it.
+EARLY_FACTOR = 3.0
+LENGTH_RATIO = (0.9, 1.1)  # allowed length of free-running output / length of the original's
+REPETITION = 0.25  # allowed share of repeated 4-grams, above the original's share
+FREE_TEXTS = 4  # texts after which the variant generates freely
 
 
 def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = None) -> Quality:
-    """Judge a variant against the original, cheap checks first; a failure may come early, a pass never does.
+    """Judge a variant against the original, cheap checks first. A failure may end the exam early; a pass never does.
 
     Args:
         exam: texts and reference, from `Exam.prepare`.
@@ -44,7 +48,7 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
         progress: called with a step's name and the share done.
 
     Returns:
-        The verdict. A candidate that raises is an ERROR with its message; only KeyboardInterrupt and the like escape.
+        The verdict. A candidate that raises gets ERROR with its message; only KeyboardInterrupt and the like propagate.
 
     Raises:
         ValueError: no such tier.
@@ -65,7 +69,7 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
 
 
 def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: Progress) -> None:
-    """Collect every token's metrics, in an order that finds out the broken ones soon."""
+    """Collect every token's metrics, in an order that exposes a broken candidate early."""
     served = Served(variant, exam.pad_token_id, fall_back=False)
     tally.left = served.left
     reads = variant.modules["prefill"] is not variant.original
@@ -89,23 +93,23 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
 
 
 def answers(exam: Exam, served: Served, group: tuple[Text, ...], reads: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a variant says about a group: parts of the exam and its logits [B, T, V] for each.
+    """Yield a variant's logits [B, T, V] for a group of texts, each with the name of its stratum.
 
     Args:
-        exam: what it is examined on.
+        exam: the exam that the texts belong to.
         served: the variant.
-        group: of the exam's texts.
+        group: some of the exam's texts.
         reads: whether single texts are read in one direct forward ("prefill") before they are stepped.
 
     Raises:
-        CandidateError: the variant raised; OutputError where it decodes nonsense.
+        CandidateError: the variant raised; OutputError if its output is broken.
     """
     if reads and len(group) == 1:
         yield "prefill", exam.read(served, group[0])[None]
     stratum = _stratum(exam, group)
     try:
         logits = exam.step(served, group)
-    except BypassedError as why:  # the original serves it, which says nothing about the variant
+    except BypassedError as why:  # the original serves this group, so nothing is learned about the variant
         log.debug("%s of the exam is left to the original: %s", stratum, why)
         served.left[str(why)] += 1
     else:
@@ -113,7 +117,7 @@ def answers(exam: Exam, served: Served, group: tuple[Text, ...], reads: bool) ->
 
 
 def _stratum(exam: Exam, group: Sequence[Text]) -> str:
-    """The part of the exam a group belongs to; the first prompt is apart, since a stale cache needs a second one."""
+    """Name the stratum of a group. The first prompt is separate: a stale cache shows only from the second one on."""
     if len(group) > 1:
         return "padded-batch"
     if group[0] in exam.long:
@@ -141,7 +145,7 @@ def _add(
 
 
 def _fail_early(tally: Tally, limits: Tier, exam: Exam) -> None:
-    """Give up where more text could hardly change the answer, and name the part of the exam if it is not all of it."""
+    """Raise OutputError if more text could hardly change the answer. Name the stratum unless all are over the limit."""
     strata, limit = tally.strata(), limits.kld_limit(exam.noise_kld)
     if not strata or max(strata.values()) <= EARLY_FACTOR * limit:
         return
@@ -153,7 +157,7 @@ def _fail_early(tally: Tally, limits: Tier, exam: Exam) -> None:
 
 
 def write_free(exam: Exam, variant: Variant) -> list[tuple[int, ...]]:
-    """What a variant writes by itself after the first texts, up to and including the end-of-sequence token.
+    """Let a variant generate freely after the first texts, up to and including the end-of-sequence token.
 
     Raises:
         CandidateError: the variant raised.
@@ -168,10 +172,10 @@ def write_free(exam: Exam, variant: Variant) -> list[tuple[int, ...]]:
 
 
 def require_alike(exam: Exam, wrote: Sequence[Sequence[int]], limits: Tier) -> None:
-    """Does it stop, loop or differ where the original was sure?
+    """Require that free-running output stops, repeats and (lossless) reads as the original's does.
 
     Raises:
-        OutputError: what it wrote freely is of another length, repeats itself, or (lossless) differs.
+        OutputError: the output has another length, repeats itself, or (lossless) differs where the original was sure.
     """
     texts = exam.texts[:FREE_TEXTS]
     if limits.name == "lossless":
@@ -188,7 +192,7 @@ def require_alike(exam: Exam, wrote: Sequence[Sequence[int]], limits: Tier) -> N
 
 
 def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
-    """Lossless means the same text up to the first near-tie (the rule of vLLM's check_logprobs_close)."""
+    """Require the same text up to the first near-tie, which is what lossless means (vLLM's check_logprobs_close)."""
     first = next((k for k, (a, b) in enumerate(zip(mine, text.own, strict=False)) if a != b), None)
     if first is None:
         return
@@ -211,7 +215,7 @@ def repetition(texts: Sequence[Sequence[int]]) -> float:
 
 
 def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
-    """The verdict on a whole exam. Pure."""
+    """Give the verdict on a whole exam. Pure."""
     found = summarise(tally, limits.name, exam.tie_nats)
     answered = len(set(tally.prompts("first-prompt")) | set(tally.prompts("second-prompt")))
     if answered < exam.size.prompts:
@@ -233,7 +237,7 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
 
 
 def beyond(found: Quality, limits: Tier, exam: Exam) -> str | None:
-    """Which bound is over its limit, whatever was scored, or None."""
+    """Say which bound is over its limit, without regard to how much was scored; None if none is."""
     for what, _, bound, limit in gates(found, limits, exam):
         if not bound <= limit:
             return f"{what} may be as high as {bound:.4g}, over {limit:.4g} of tier {limits.name}"
@@ -241,7 +245,10 @@ def beyond(found: Quality, limits: Tier, exam: Exam) -> str | None:
 
 
 def gates(found: Quality, limits: Tier, exam: Exam) -> list[tuple[str, float, float, float]]:
-    """What, point estimate, bound, limit; "no more than" each, so the share of same tokens enters as its complement."""
+    """Return (name, point estimate, bound, limit) of each gate.
+
+    Each limit is a maximum, so the share of same top tokens enters as its complement.
+    """
     return [
         ("mean KLD", found.mean_kld, found.mean_kld_high, limits.kld_limit(exam.noise_kld)),
         ("p99 KLD", found.p99_kld, found.p99_kld, limits.p99_kld),
@@ -251,7 +258,7 @@ def gates(found: Quality, limits: Tier, exam: Exam) -> list[tuple[str, float, fl
 
 
 def _explained(found: Quality, verdict: Verdict, reason: str) -> Quality:
-    """`found` with its verdict, and the figures behind the reason."""
+    """Return `found` with its verdict, and with the figures added to the reason."""
     if found.tokens:
         reason += (
             f" (mean KLD {found.mean_kld:.2g}, same top token {found.same_top:.1%}, perplexity x{found.ppl_ratio:.4f},"
@@ -261,7 +268,7 @@ def _explained(found: Quality, verdict: Verdict, reason: str) -> Quality:
 
 
 def _weak_stratum(tally: Tally, limit: float) -> str | None:
-    """A part of the exam that is clearly over the limit although the whole is not."""
+    """Describe the first stratum that is clearly over the limit; None if none is."""
     for name in dict.fromkeys(s for _, _, s in tally.parts):
         kld, prompts = tally.column("kld", name), tally.prompts(name)
         clear = len(set(prompts)) >= EARLY_PROMPTS
@@ -272,7 +279,7 @@ def _weak_stratum(tally: Tally, limit: float) -> str | None:
 
 
 def _more_prompts(prompts: int, point: float, bound: float, limit: float) -> int:
-    """Prompts to add until the bound, whose distance shrinks with the root of their number, would meet the limit."""
+    """Prompts to add until the bound meets the limit, if its distance shrinks with the root of the prompts' number."""
     if limit <= point:
         return prompts
     return max(1, int(np.ceil(prompts * ((bound - point) / (limit - point)) ** 2)) - prompts)

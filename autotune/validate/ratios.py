@@ -1,4 +1,4 @@
-"""Ratios of paired times: how much faster, how surely, and what follows. Pure."""
+"""Ratios of paired times: the speed-up, its confidence interval and the verdict. Pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from .limits import Limits
 from .statistics import Floats, median_bounds, spread
 from .timing import Pair
 
-EARLY_ALPHA = 0.005  # in each tail, at each early look
-FINAL_ALPHA = 0.025
-# 99.5 % quantiles of Student's t by number of values, for use from there on
+EARLY_ALPHA = 0.005  # error probability in each tail, at each early look
+FINAL_ALPHA = 0.025  # error probability in each tail, at the final look
+# (number of values, 99.5 % quantile of Student's t); an entry holds up to the number of the next entry
 STUDENT = ((2, 63.66), (3, 9.925), (4, 5.841), (5, 4.604), (8, 3.499), (12, 3.106), (25, 2.797), (50, 2.680))
 
-FEWEST_PAIRS = 5  # for "faster": of fewer, not even all being so is an interval of 95 % (2 / 2^5 = 6 % by chance)
-MAX_POLLUTED = 0.2  # share of pairs that may be dropped
-NOISY = 0.10  # interquartile range of the pairs' ratios that is worth a warning
-TOO_NOISY = 0.25  # and the one from which nothing is concluded
+# Pairs needed for "faster". With fewer, not even a win in every pair gives an interval of 95 % (the chance of five
+# equal signs in five pairs is 2 / 2^5 = 6 %).
+FEWEST_PAIRS = 5
+MAX_POLLUTED = 0.2  # share of pairs that may be dropped; above it, the verdict is inconclusive
+NOISY = 0.10  # interquartile range of the pairs' log ratios above which a warning is given
+TOO_NOISY = 0.25  # interquartile range of the pairs' log ratios above which no candidate passes
 
 
 def decide(
@@ -33,15 +35,15 @@ def decide(
     early: bool = False,
     warnings: tuple[str, ...] = (),
 ) -> Latency:
-    """The verdict on pairs by bucket. Pure.
+    """Give the verdict on pairs by bucket. Pure.
 
     Args:
         samples: pairs by bucket label.
         objective: the metric that must gain at least `limits.min_gain`, and twice the noise.
         limits: what must not get worse, in any bucket.
         noise: A/A half-width, a fraction.
-        early: more pairs may follow, so only an answer that is clear at `EARLY_ALPHA` counts.
-        warnings: noticed while measuring.
+        early: whether more pairs may follow, so that only an answer that is clear at `EARLY_ALPHA` counts.
+        warnings: those collected during the measurement.
     """
     total = sum(map(len, samples.values()))
     polluted = [p.polluted for pairs in samples.values() for p in pairs if p.polluted]
@@ -94,7 +96,7 @@ def _conclude(
     rough: float,
     early: bool,
 ) -> tuple[Verdict, str, bool]:
-    """The verdict, its reason, and whether the gain is too small for this machine's noise alone."""
+    """Return the verdict, its reason, and whether it fails only because of this machine's noise."""
     must_gain = limits.min_gain >= 0
     gate = 1 + (max(limits.min_gain, 2 * noise) if must_gain else limits.min_gain)
     low, high = (math.exp(b) for b in bounds(known(gains), early))
@@ -124,7 +126,7 @@ def _conclude(
 def _increases(
     ratios: Mapping[Metric, Floats], pairs: Sequence[Pair], limits: Limits, early: bool
 ) -> list[tuple[str, float, float, float]]:
-    """Guards of one bucket: (what, increase, what it surely is at least, limit), as fractions."""
+    """Return the guards of one bucket: (name, increase, its lower bound, limit), as fractions."""
     found: list[tuple[str, float, float, float]] = []
     guarded: tuple[tuple[Metric, float], ...] = (("ttft", limits.max_ttft_increase), ("tpot", limits.max_tpot_increase))
     for metric, limit in guarded:
@@ -138,9 +140,9 @@ def _increases(
 
 
 def p90_increase(pairs: Sequence[Pair], limit: float, alpha: float) -> tuple[float, float]:
-    """How much the 90th percentile of end-to-end time grows, and what it surely grows by at least, as fractions.
+    """Return the increase of the 90th percentile of end-to-end time, and its lower bound, as fractions.
 
-    Bootstrapped, pairs drawn whole, only where it is over `limit`: otherwise the point decides.
+    The bound is bootstrapped (whole pairs are drawn) only if the increase is over `limit`; otherwise both are equal.
     """
     times = np.array([[p.reference.end_to_end_s, p.candidate.end_to_end_s] for p in pairs])  # [N, 2]
     reference, candidate = np.quantile(times, 0.9, axis=0)
@@ -153,9 +155,9 @@ def p90_increase(pairs: Sequence[Pair], limit: float, alpha: float) -> tuple[flo
 
 
 def bounds(values: Floats, early: bool = False) -> tuple[float, float]:
-    """Bounds of the median: by bootstrap, and at an early look the wider of that and Student's.
+    """Return bounds of the median by bootstrap; at an early look, the wider of these and Student's t bounds.
 
-    A bootstrap of so few values alone would be too sure of itself.
+    A bootstrap of few values alone gives intervals that are too narrow.
     """
     alpha = EARLY_ALPHA if early else FINAL_ALPHA
     low, high = median_bounds(values, alpha)
@@ -167,7 +169,7 @@ def bounds(values: Floats, early: bool = False) -> tuple[float, float]:
 
 
 def log_ratios(pairs: Sequence[Pair], metric: Metric) -> Floats:
-    """log(reference / candidate) [N] of one bucket's pairs; NaN where a pair is polluted or the metric is undefined."""
+    """Return log(reference / candidate) [N] of one bucket's pairs; NaN if a pair is polluted or has no such metric."""
     both = np.array([[getattr(p.reference, f"{metric}_s"), getattr(p.candidate, f"{metric}_s")] for p in pairs])
     both[[bool(p.polluted) for p in pairs]] = np.nan
     ratios: Floats = np.log(both[:, 0]) - np.log(both[:, 1])
@@ -175,7 +177,7 @@ def log_ratios(pairs: Sequence[Pair], metric: Metric) -> Floats:
 
 
 def pooled(ratios: Mapping[str, Mapping[Metric, Floats]], metric: Metric) -> Floats:
-    """Log ratios [N] over all buckets: the mean of each turn, or the worst bucket's where they differ in sign."""
+    """Return log ratios [N] over all buckets: each turn's mean, or the worst bucket's if the buckets differ in sign."""
     by = [values[metric] for values in ratios.values() if len(known(values[metric]))]
     if not by:
         return np.full(1, np.nan)
@@ -190,9 +192,10 @@ def pooled(ratios: Mapping[str, Mapping[Metric, Floats]], metric: Metric) -> Flo
 
 
 def own_noise(found: Latency, metric: Metric) -> float:
-    """How far apart the reference's requests of a race are, as an A/A half-width: each against the one before.
+    """Return an A/A half-width from a race: each of the reference's requests against the one before it.
 
-    A candidate's request lies between them, and they are few, so that this is more than `latency.noise_floor` finds.
+    It is larger than the result of `latency.noise_floor`, because the requests are few and a candidate's request runs
+    between each two of them.
     """
     times = np.array_split(np.array(found.reference_s.get(metric, ())), max(len(found.buckets), 1))
     steps = known(np.concatenate([np.diff(np.log(of_bucket)) for of_bucket in times]))
@@ -200,19 +203,19 @@ def own_noise(found: Latency, metric: Metric) -> float:
 
 
 def leads(samples: Mapping[str, Sequence[Pair]], objective: Metric) -> bool:
-    """Whether the candidate is ahead so far."""
+    """Return whether the candidate is ahead so far in any bucket."""
     ratios = (known(log_ratios(pairs, objective)) for pairs in samples.values())
     return any(len(values) > 0 and float(np.median(values)) > 0 for values in ratios)
 
 
 def known(values: Floats) -> Floats:
-    """`values` without NaN."""
+    """Return `values` without NaN."""
     kept: Floats = values[~np.isnan(values)]
     return kept
 
 
 def speedup(log_values: Floats) -> Speedup:
-    """Median ratio with its 95 % bootstrap interval."""
+    """Return the median ratio with its 95 % bootstrap interval."""
     values = known(log_values)
     if not len(values):
         return Speedup(math.nan, math.nan, math.nan, 0)
@@ -221,12 +224,12 @@ def speedup(log_values: Floats) -> Speedup:
 
 
 def failed(reason: str, noise: float, verdict: Verdict = Verdict.ERROR) -> Latency:
-    """A verdict without figures."""
+    """Return a verdict without figures."""
     unknown = Speedup(math.nan, math.nan, math.nan, 0)
     return Latency(verdict, reason, unknown, unknown, unknown, noise)
 
 
 def _raw(samples: Mapping[str, Sequence[Pair]], arm: str) -> dict[str, tuple[float, ...]]:
-    """Raw samples by metric, polluted ones included."""
+    """Return the raw samples by metric, including polluted ones."""
     timings = [getattr(p, arm) for pairs in samples.values() for p in pairs]
     return {m: tuple(getattr(t, f"{m}_s") for t in timings) for m in METRICS}

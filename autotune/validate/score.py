@@ -22,28 +22,28 @@ Tokens = Sequence[int]
 
 
 class CandidateError(MeasurementError):
-    """The candidate raised while it was being scored or timed; the message carries its exception."""
+    """The candidate raised while it was being scored or timed; the message contains its exception."""
 
 
 class OutputError(CandidateError):
-    """The candidate ran, and what it gave is not good enough."""
+    """The candidate ran, but its output is not good enough."""
 
 
 class BypassedError(CandidateError):
-    """The variant leaves such a call to the original, so there is nothing to judge."""
+    """The variant leaves this kind of call to the original, so there is nothing to judge."""
 
 
 class Served:
     """A variant as a wrapped model serves it.
 
     Args:
-        variant: what is to be run.
+        variant: the variant to run.
         pad_token_id: for left padding.
         eos_token_ids: tokens that end a text; none while tokens are forced or counted.
-        fall_back: whether the original serves what the variant cannot, as for a user, or `BypassedError` is raised.
+        fall_back: whether the original serves what the variant cannot, as for a user; if not, BypassedError is raised.
 
     Attributes:
-        left: groups of an exam that were left to the original, by reason.
+        left: number of groups of an exam that were left to the original, by reason.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Served:
         return nullcontext()
 
     def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
-        """Tokens [B, P + new_tokens] of left-padded `prompts`.
+        """Generate tokens [B, P + new_tokens] from left-padded `prompts`.
 
         Raises:
             CandidateError: the variant raised.
@@ -81,11 +81,11 @@ class Served:
         return _attempted(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options))
 
     def step(self, contexts: Sequence[Tokens], forced: Sequence[Tokens]) -> torch.Tensor:
-        """Next-token logits [B, T, V] (float32) while decoding `contexts` and being told the tokens `forced` [B, T].
+        """Return next-token logits [B, T, V] (float32) of decoding after `contexts`, with forced tokens [B, T].
 
         Raises:
-            OutputError: it stopped early, changed its logits' shape, or did not follow the tokens it was given.
-            CandidateError: it raised.
+            OutputError: the variant stopped early, changed its logits' shape, or did not follow the forced tokens.
+            CandidateError: the variant raised.
         """
         teacher = _Teacher(torch.tensor(forced, dtype=torch.int64, device=self.model.device))
         out = self.generate(contexts, teacher.steps, logits_processor=[teacher])
@@ -96,7 +96,7 @@ class Served:
         return teacher.logits
 
     def read(self, ids: Tokens, last: int) -> torch.Tensor:
-        """Logits [last, V] at the last positions of one direct forward over `ids`.
+        """Return logits [last, V] at the last positions of one direct forward over `ids`.
 
         Raises:
             CandidateError: the variant raised.
@@ -112,9 +112,9 @@ class Served:
         return _attempted(logits)[0, -last:]
 
     def read_together(self, texts: Sequence[Tokens], last: int) -> torch.Tensor:
-        """Logits [B, last, V] at the last positions of left-padded texts, from one forward of prefill's module.
+        """Return logits [B, last, V] at the last positions of left-padded texts, from one forward of prefill's module.
 
-        The texts are a prompt of generate's, which says what padding means: masks and positions are its own.
+        The texts are passed to generate as a prompt, so that it sets masks and positions for the padding.
 
         Raises:
             CandidateError: the model raised.
@@ -128,10 +128,10 @@ class Served:
 
 
 def _attempted(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `run` gives.
+    """Return the result of `run`.
 
     Raises:
-        CandidateError: it raised.
+        CandidateError: `run` raised.
     """
     try:
         return run()
@@ -140,7 +140,7 @@ def _attempted(run: Callable[[], torch.Tensor]) -> torch.Tensor:
     except Exception as error:
         outside.pass_on(error)
         failure = in_words(error)
-    raise CandidateError(failure)  # outside the handler, whose traceback would pin the candidate's tensors
+    raise CandidateError(failure)  # outside the handler: its traceback would keep the candidate's tensors alive
 
 
 class _Reader:
@@ -173,7 +173,7 @@ class _Teacher:
 
     def __init__(self, forced: torch.Tensor) -> None:
         self.forced = forced  # [B, T]
-        self.logits: torch.Tensor | None = None  # [B, T, V], as far as they were seen
+        self.logits: torch.Tensor | None = None  # [B, T, V]; the first `seen` steps are filled
         self.seen = 0
 
     @property
@@ -187,13 +187,13 @@ class _Teacher:
         if scores.shape != self.logits[:, 0].shape:
             raise OutputError(f"logits of shape {list(scores.shape)}, expected {list(self.logits[:, 0].shape)}")
         target = self.forced[:, self.seen : self.seen + 1]
-        self.logits[:, self.seen] = scores.detach()  # a graph's buffer would be overwritten
+        self.logits[:, self.seen] = scores.detach()  # a copy: a CUDA graph overwrites its output buffer
         self.seen += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, target, 0.0)
 
 
 def left_padded(prompts: Sequence[Tokens], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both [B, P]."""
+    """Return ids and attention mask of left-padded prompts, both [B, P]."""
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
     mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]

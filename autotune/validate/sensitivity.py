@@ -1,4 +1,4 @@
-"""How much of a scheme's divergence each layer causes: the layers exchanged alone, read with the answers given."""
+"""Measure how much of a scheme's divergence each layer causes: exchange some layers and read texts with them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .quality import EARLY_FACTOR, beyond
 from .tally import Tally, summarise
 from .tiers import TIERS
 
-TOKENS = 96  # of each of the exam's texts
-CONTEXT = 32  # of these are read by the prefill module, the rest by the decode module in one go
-BATCH = 4  # texts in a batch; one batch to compare layers, all to see whether the rest is within the tier
-READ_BYTES = 128 * 2**20  # logits of texts that are read together, in FP32; of a large vocabulary fewer texts are
+TOKENS = 96  # tokens used of each of the exam's texts
+CONTEXT = 32  # tokens of these that the prefill module reads; the decode module reads the rest in one forward
+BATCH = 4  # texts in a batch; layers are compared on one batch, the tier is checked on all
+READ_BYTES = 128 * 2**20  # most bytes of FP32 logits per forward; a large vocabulary allows fewer texts at a time
 
 
 class Probe:
-    """Divergence of variants that exchange some of the layers a transform would.
+    """Measures the divergence of variants that exchange some of the layers a transform would exchange.
 
-    Prefill and decode are computed by their own modules, as they are served, but decode's tokens all at once.
+    Prefill and decode run through their own modules, as in serving, but decode reads all its tokens in one forward.
 
     Args:
-        exam: its texts are read, and its original is what is diverged from.
+        exam: supplies the texts and the original that is the reference.
         incumbent: the variant that the transform would be applied to.
-        transform: the one that failed.
+        transform: the transform that failed.
         tier: name of the quality tier it failed.
     """
 
@@ -51,14 +51,14 @@ class Probe:
         self.together = max(1, min(BATCH, READ_BYTES // (4 * width * vocabulary)))
 
     def divergence(self, names: Collection[str]) -> float:
-        """Mean KL divergence from the original, nats a token, with these layers exchanged alone."""
+        """Return the mean KL divergence from the original, in nats per token, with only these layers exchanged."""
         others = ",".join(name for name in self.layers if name not in names)
         tally = self._tally(replace(self.transform, skip=joined(self.transform.skip, others)), batches=1)
         nats = float(tally.column("kld").mean())
         return math.inf if math.isnan(nats) else nats
 
     def shortfall(self, wide: str) -> str | None:
-        """Why the transform with these layers left wider is not within the tier on the exam's texts, or None."""
+        """Say why the transform, with these layers left wider, is outside the tier on the exam's texts; or None."""
         limit = self.tier.kld_limit(self.exam.noise_kld)
         tally = self._tally(self.widened(wide), batches=len(self.batches), enough=EARLY_FACTOR * limit)
         found = summarise(tally, self.tier.name, self.exam.tie_nats)
@@ -68,7 +68,7 @@ class Probe:
         return self.transform.widened(wide)
 
     def _kept(self, number: int) -> torch.Tensor:
-        """What the original says about a batch: logits [B, T, V], in half precision as the exam keeps them."""
+        """Return the original's logits [B, T, V] for a batch, in half precision as the exam keeps them."""
         ids = self.batches[number]
         shape = len(ids), ids.shape[1] - 1
         ask = functools.partial(self._references, ids)
@@ -78,26 +78,26 @@ class Probe:
         return torch.cat([self._reference(part) for part in self._parts(ids)])
 
     def _parts(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """A batch's texts, as many at a time as are read together."""
+        """Split a batch into the texts that are read together."""
         return [ids[first : first + self.together] for first in range(0, len(ids), self.together)]
 
     def _reference(self, ids: torch.Tensor) -> torch.Tensor:
         logits = self._read(self.exam.reader, ids)
-        logits -= logits.amax(-1, keepdim=True)  # likely tokens near zero, where half precision is finest
+        logits -= logits.amax(-1, keepdim=True)  # puts likely tokens near zero, where half precision is finest
         return logits.half()
 
     def _tally(self, transform: LinearTransform, batches: int, enough: float = math.inf) -> Tally:
-        """Every token's metrics under a transform, applied to the incumbent's modules alone: nothing is compiled.
+        """Return every token's metrics under a transform, applied to the incumbent's modules without compiling.
 
         Args:
-            enough: mean KL divergence, nats, above which no further batch is read.
+            enough: mean KL divergence in nats above which no further batch is read.
         """
         variant = Variant(self.incumbent.original)
         variant.modules = dict(self.incumbent.modules)
         transform.apply(variant)
-        # what the original read is the same by definition, and would only dilute what decode adds
+        # if the original does prefill, the context's tokens are equal by definition and would only dilute the mean
         first = self.context if variant.modules["prefill"] is variant.original else 0
-        if (reading := self.exam.reading) is not None:  # the other layers multiply as in what they are compared with
+        if (reading := self.exam.reading) is not None:  # the other layers must multiply as those of the reference do
             for twin in variant.edit("both"):
                 reading.exchange_in(twin)
         tally = Tally()
@@ -113,13 +113,13 @@ class Probe:
 
     @torch.no_grad()
     def _read(self, variant: Variant, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, width - 1, V]: the context's from the prefill module, the others' from the decode module."""
+        """Return logits [B, width - 1, V]: the context's from the prefill module, the rest from the decode module."""
         with self.incumbent.turn():
             with variant.running("prefill") as module:
                 read = module(input_ids=ids[:, : self.context], use_cache=True)
             cache = seam.cache_in(read)
             with variant.running("decode") as module:
-                if cache is None or not seam.counts_tokens(cache):  # a state that takes one token at a time
+                if cache is None or not seam.counts_tokens(cache):  # its state takes one token at a time
                     return seam.logits(module(input_ids=ids[:, :-1], use_cache=False)).float()
                 rest = module(input_ids=ids[:, self.context : -1], **seam.over(variant.original, cache))
         return torch.cat([seam.logits(read), seam.logits(rest)], dim=1).float()

@@ -1,4 +1,4 @@
-"""Tensors that are read now and then: a few in memory, the others in a file without a name."""
+"""A store of tensors that are read rarely: some in memory, the others in an unlinked file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from ..machine import cache_dir
 
-MEMORY_BYTES = 128 * 2**20  # reference logits in half precision; an exam of SmolLM2-135M takes 94 MB
-FILE_BYTES = 2 * 2**30  # beyond those
+MEMORY_BYTES = 128 * 2**20  # kept in memory; an exam's logits of SmolLM2-135M in half precision take 94 MB
+FILE_BYTES = 2 * 2**30  # kept in the file, in addition to those in memory
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in the file."""
+    """Where a tensor is in the file."""
 
     offset: int
     shape: torch.Size
@@ -26,23 +26,23 @@ class _Place:
 
 
 class Shelf(Mapping[str, torch.Tensor]):
-    """Tensors by name. One that is asked for is on the CPU, and its reader's own where it comes from the file.
+    """Tensors by name. A lookup returns a CPU tensor: the kept one itself, or a new copy if it comes from the file.
 
     Args:
-        memory_bytes: that are kept in memory.
-        file_bytes: that are kept in a file of the cache folder beside those; it goes with the shelf.
+        memory_bytes: most bytes to keep in memory.
+        file_bytes: most bytes to keep in a file of the cache folder, which is deleted with the shelf.
     """
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES, file_bytes: int = FILE_BYTES) -> None:
         self._room, self._file_room = memory_bytes, file_bytes
         self._near: dict[str, torch.Tensor] = {}
         self._far: dict[str, _Place] = {}
-        self._file: int | None = None  # its descriptor
-        self._end = 0  # of what the file holds
+        self._file: int | None = None  # the file's descriptor
+        self._end = 0  # offset of the first unused byte in the file
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Shelf:
-        """These tensors: themselves where they are on a shelf already."""
+        """Return a shelf with these tensors; `tensors` itself if it is a shelf already."""
         if isinstance(tensors, Shelf):
             return tensors
         shelf = cls()
@@ -51,7 +51,7 @@ class Shelf(Mapping[str, torch.Tensor]):
         return shelf
 
     def put(self, name: str, tensor: torch.Tensor) -> bool:
-        """Keep a tensor under a new name; whether there was room."""
+        """Keep a tensor under a new name. Return whether there was room."""
         size = tensor.nbytes
         if size <= self._room:
             self._room -= size
@@ -61,7 +61,7 @@ class Shelf(Mapping[str, torch.Tensor]):
             return False
         try:
             self._write(tensor.cpu())
-        except OSError:  # a full disk: the file takes no more
+        except OSError:  # usually a full disk: nothing more is written
             self._file_room = 0
             return False
         self._far[name] = _Place(self._end, tensor.shape, tensor.dtype)
@@ -80,14 +80,14 @@ class Shelf(Mapping[str, torch.Tensor]):
             done += os.pwrite(self._file, rest[done:], self._end + done)
 
     def drop(self, name: str) -> None:
-        """Keep a tensor no longer; its room in the file is not used again."""
+        """Remove a tensor. Its space in the file is not used again."""
         if (tensor := self._near.pop(name, None)) is not None:
             self._room += tensor.nbytes
         self._far.pop(name, None)
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         far = sum(place.shape.numel() * place.dtype.itemsize for place in self._far.values())
         return far + sum(tensor.nbytes for tensor in self._near.values())
 

@@ -1,4 +1,4 @@
-"""Bounds by bootstrap, on plain arrays."""
+"""Bootstrap bounds on plain arrays."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Floats = NDArray[np.float64]
 
 
 def cluster_means(values: Floats, clusters: NDArray[np.int64], resamples: int = 2000, seed: int = 0) -> Floats:
-    """Bootstrap distribution of a mean whose values come in clusters; whole clusters are drawn.
+    """Return the bootstrap distribution of a mean whose values come in clusters. Whole clusters are drawn.
 
-    Tokens of one prompt are alike, so drawing tokens would pretend to more evidence than there is (Davison and
-    Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
+    Tokens of one prompt are alike, so drawing single tokens would overstate the evidence (Davison and Hinkley,
+    Bootstrap Methods and their Application, 1997, section 3.8).
 
     Args:
         values: [T].
@@ -36,13 +36,14 @@ def cluster_means(values: Floats, clusters: NDArray[np.int64], resamples: int = 
 
 
 def median_bounds(values: Floats, alpha: float) -> tuple[float, float]:
-    """Bootstrap interval of the median of `values` [N], `alpha` in each tail; exact, so nothing is drawn.
+    """Return the bootstrap interval of the median of `values` [N], with `alpha` in each tail.
 
-    The bootstrap's distribution of an order statistic is binomial (Maritz and Jarrett, A Note on Estimating the
-    Variance of the Sample Median, JASA 1978). For even N the interval is the mean of those of the two middle values.
+    It is computed exactly, without resampling: the bootstrap's distribution of an order statistic is binomial (Maritz
+    and Jarrett, A Note on Estimating the Variance of the Sample Median, JASA 1978). For even N, it is the mean of the
+    intervals of the two middle values.
     """
     ordered, n = np.sort(values), len(values)
-    middle = ((n + 1) // 2, n // 2 + 1)  # the same one twice for odd N
+    middle = ((n + 1) // 2, n // 2 + 1)  # the same rank twice for odd N
     low = np.mean([ordered[_rank(n, m, alpha)] for m in middle])
     high = np.mean([ordered[_rank(n, m, 1 - alpha)] for m in middle])
     return float(low), float(high)
@@ -52,7 +53,7 @@ def median_bounds(values: Floats, alpha: float) -> tuple[float, float]:
 def _rank(n: int, m: int, p: float) -> int:
     """Index of the p-quantile of the bootstrap's m-th smallest of n values."""
     for k in range(1, n):
-        share = k / n  # of the values that are at most the k-th
+        share = k / n  # share of the values that are at most the k-th
         at_most = sum(math.comb(n, j) * share**j * (1 - share) ** (n - j) for j in range(m, n + 1))
         if at_most >= p:
             return k - 1
@@ -60,6 +61,6 @@ def _rank(n: int, m: int, p: float) -> int:
 
 
 def spread(values: Floats) -> float:
-    """Interquartile range."""
+    """Return the interquartile range."""
     low, high = np.quantile(values, [0.25, 0.75])
     return float(high - low)

@@ -14,13 +14,19 @@ from .divergence import Divergence
 from .statistics import cluster_means
 from .texts import Text
 
-CONFIDENCE = 0.95  # of every bound, one-sided
-SURE = (0.0, 0.5, 0.9, 1.0)  # edges between open, likely and settled tokens, by the original's top probability
+CONFIDENCE = 0.95  # confidence level of every bound, one-sided
+SURE = (0.0, 0.5, 0.9, 1.0)  # edges of the bins by the original's top probability: open, likely, settled tokens
 
 
 @dataclass
 class Tally:
-    """Per-token metrics collected so far, where each token stood, and what was left to the original, by reason."""
+    """Per-token metrics collected so far.
+
+    Attributes:
+        parts: metrics [T], prompt numbers [T] and the stratum of each text.
+        natural: [T] of each text, True for the prompt's own tokens.
+        left: number of groups left to the original, by reason.
+    """
 
     parts: list[tuple[Divergence, NDArray[np.int64], str]] = field(default_factory=list)
     natural: list[NDArray[np.bool_]] = field(default_factory=list)
@@ -32,7 +38,7 @@ class Tally:
         self.natural.append(np.arange(count) < len(text.natural))
 
     def column(self, name: str, stratum: str | None = None) -> NDArray[np.float64]:
-        """One metric over all tokens, or over those of one stratum."""
+        """Return one metric over all tokens, or over those of one stratum."""
         chosen = [getattr(f, name) for f, _, s in self.parts if stratum in (None, s)]
         return np.concatenate(chosen) if chosen else np.empty(0)
 
@@ -41,7 +47,7 @@ class Tally:
         return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
 
     def strata(self) -> dict[str, float]:
-        """Mean KLD by part of the exam, and of natural text against the original's own."""
+        """Return the mean KLD by stratum, and for natural text and the original's own text."""
         names = list(dict.fromkeys(s for _, _, s in self.parts))
         means = {name: float(self.column("kld", name).mean()) for name in names}
         kld, natural = self.column("kld"), np.concatenate([np.empty(0, dtype=np.bool_), *self.natural])
@@ -49,7 +55,10 @@ class Tally:
         return means | {name: float(part.mean()) for name, part in parts if len(part)}
 
     def certainty(self, tie_nats: float) -> tuple[ConfidenceBin, ...]:
-        """Divergence by how sure the original was: it may move where many tokens would do, not where one is certain."""
+        """Return the divergence by how sure the original was.
+
+        A divergence matters less where many tokens are likely than where one is certain.
+        """
         kld, top_p = self.column("kld"), self.column("top_p")
         same = self.column("top_gap") <= tie_nats
         found = []
@@ -63,10 +72,10 @@ class Tally:
 
 
 def summarise(tally: Tally, tier: str, tie_nats: float) -> Quality:
-    """The figures of all tokens so far, without a verdict.
+    """Return the figures of all tokens so far, without a verdict.
 
     Args:
-        tally: what was collected.
+        tally: the metrics collected so far.
         tier: name of the tier, for the record.
         tie_nats: a changed top token within this margin of the reference counts as the same.
     """
@@ -97,5 +106,5 @@ def summarise(tally: Tally, tier: str, tie_nats: float) -> Quality:
 
 
 def _exp(nats: float) -> float:
-    """exp, cut where it would overflow."""
+    """Return exp(nats), with `nats` cut where it would overflow."""
     return float(np.exp(min(nats, 700.0)))

@@ -1,4 +1,4 @@
-"""The texts of an exam: chosen and cut from prompts, and what asking the original about them takes. Pure."""
+"""The texts of an exam, chosen and cut from prompts, and what an exam costs the original. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from .tiers import Size
 
 PADDED_BATCH = 8  # sequences in a padded batch
-NOISE_TEXTS = 2  # texts that the original decodes itself to show its A/A noise, token by token
-LONGEST_CONTEXT = 512  # a prompt is read up to here; longer contexts have texts of their own
-FEWEST_TOKENS = 0.5  # share of the size's tokens without which nothing passes
+NOISE_TEXTS = 2  # texts that the original decodes token by token to measure its A/A noise
+LONGEST_CONTEXT = 512  # tokens to which a prompt is cut; `long` makes separate texts for longer contexts
+FEWEST_TOKENS = 0.5  # share of the size's tokens that must be there to be scored; with less, nothing passes
 
 Ids = tuple[int, ...]
 
@@ -22,10 +22,10 @@ class Text:
     """A context and the tokens scored after it.
 
     Args:
-        prompt: number of the prompt it came from, the cluster it counts in.
+        prompt: number of the prompt it came from; the bounds resample by this number.
         context: tokens read at once.
-        natural: tokens of the prompt itself that follow.
-        own: tokens of the original's greedy continuation after those.
+        natural: the prompt's tokens after the context.
+        own: tokens of the original's greedy continuation after the natural ones.
     """
 
     prompt: int
@@ -40,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Effort:
-    """What an exam asks of the original.
+    """The work of the original in an exam.
 
     Args:
         read: tokens in full forwards.
@@ -51,12 +51,12 @@ class Effort:
     steps: int
 
     def seconds(self, token_s: float, step_s: float) -> float:
-        """At so many seconds for a token of a prompt and for a decoding step."""
+        """Estimate the time from the seconds per token of a prompt and per decoding step."""
         return self.read * token_s + self.steps * step_s
 
 
 def effort(size: Size, prompt_tokens: int) -> Effort:
-    """What an exam over prompts of a usual length asks of the original; long batches count as a step each."""
+    """Estimate the original's work in an exam over prompts of a usual length. A step of a large batch counts as one."""
     prompt = min(prompt_tokens, LONGEST_CONTEXT)
     read = size.prompts * (prompt + size.own) + size.prompts * prompt + sum(size.lengths)
     continued = -(-size.prompts // (2 * PADDED_BATCH)) * size.own
@@ -64,11 +64,11 @@ def effort(size: Size, prompt_tokens: int) -> Effort:
 
 
 def choose(prompts: Iterable[Sequence[int]], size: Size, limit: int, seed: int) -> tuple[Ids, ...]:
-    """Different prompts, as many as an exam of this size needs.
+    """Choose as many different prompts as an exam of this size needs.
 
     Args:
-        limit: tokens of a prompt that are read.
-        seed: chooses among more than are needed.
+        limit: tokens to which a prompt is cut.
+        seed: of the choice, when there are more prompts than needed.
 
     Raises:
         ValueError: there are too few; the message says how many more are needed.
@@ -82,9 +82,9 @@ def choose(prompts: Iterable[Sequence[int]], size: Size, limit: int, seed: int) 
 
 
 def heads(prompts: Sequence[Ids], size: Size) -> list[Ids]:
-    """What the original continues of each prompt: half of them end at a power of two.
+    """Return the part of each prompt that the original continues. Every second one ends at a power of two.
 
-    Their texts cross it, which is the usual size of blocks and caches.
+    Blocks and caches usually have such sizes, and these texts cross them.
     """
     return [p[: _end(p, size, cross=bool(k % 2))] for k, p in enumerate(prompts)]
 
@@ -95,7 +95,7 @@ def _end(prompt: Ids, size: Size, cross: bool) -> int:
 
 
 def singles(prompts: Sequence[Ids], own: Sequence[Ids], size: Size) -> tuple[Text, ...]:
-    """A text of each prompt: the end of its head, and the original's continuation.
+    """Make a text of each prompt; the end of its head and the original's continuation are scored.
 
     Args:
         own: the continuation of each head.
@@ -108,7 +108,7 @@ def singles(prompts: Sequence[Ids], own: Sequence[Ids], size: Size) -> tuple[Tex
 
 
 def shortage(texts: Sequence[Text], size: Size) -> str | None:
-    """Why there is too little to score in the texts of the prompts, or None."""
+    """Say why the texts of the prompts have too few tokens to score; None if they have enough."""
     tokens = sum(len(text.scored) for text in texts)
     if tokens >= FEWEST_TOKENS * size.tokens:
         return None
@@ -117,7 +117,7 @@ def shortage(texts: Sequence[Text], size: Size) -> str | None:
 
 
 def padded(prompts: Sequence[Ids], size: Size) -> tuple[tuple[Text, ...], ...]:
-    """Batches with equally many tokens scored after contexts of different lengths."""
+    """Make batches in which equally many tokens are scored after contexts of different lengths."""
     steps = min(size.padded, sorted(map(len, prompts))[len(prompts) // 2] // 2)
     texts = []
     for k, p in enumerate(prompts):
@@ -129,10 +129,12 @@ def padded(prompts: Sequence[Ids], size: Size) -> tuple[tuple[Text, ...], ...]:
 
 
 def long(prompts: Sequence[Ids], size: Size, limit: int) -> tuple[Text, ...]:
-    """Texts of all prompts in a row, from a share of them on and around: scored about a context of each length.
+    """Cut texts with long contexts from all prompts joined in a ring, each from another place in it.
+
+    Half of the scored tokens are before the length in question, half after it.
 
     Args:
-        limit: of the model's context.
+        limit: tokens of the model's longest context.
     """
     joined = tuple(token for p in prompts for token in p)
     lengths = [n for n in size.lengths if n + size.natural <= len(joined) and n <= limit - size.natural]

@@ -1,4 +1,4 @@
-"""Timing one request, and noticing when something else disturbed it."""
+"""Time one request, and detect what disturbed it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .score import OutputError, Served, Tokens
 
 Clock = Callable[[], float]  # monotonic seconds
 
-TIMED_TOKENS = 32  # tokens generated per timed request; longer requests are extrapolated from them
-JUMP_S = 0.5  # wall clock and monotonic clock may drift this far apart within one request
-STOLEN = 0.05  # share of the time that hypervisor or quota may hold the process back during one request
+TIMED_TOKENS = 32  # most tokens generated per timed request; longer requests are extrapolated from them
+JUMP_S = 0.5  # seconds that wall clock and monotonic clock may drift apart within one request
+STOLEN = 0.05  # share of one request's time for which the hypervisor or the quota may stop the process
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Timing:
     Args:
         ttft_s: call to first token.
         tpot_s: time per further token; NaN when there is only one.
-        end_to_end_s: of a request with all the tokens its bucket asks for: ttft + (n - 1) x tpot.
-        polluted: what disturbed it, or empty.
+        end_to_end_s: time of a request with all n tokens of its bucket: ttft + (n - 1) x tpot.
+        polluted: what disturbed the request, or empty.
     """
 
     ttft_s: float
@@ -52,9 +52,10 @@ class Pair:
 def time_request(
     served: Served, prompts: Sequence[Tokens], new_tokens: int, clock: Clock = time.perf_counter
 ) -> Timing:
-    """Time one request of `new_tokens` tokens; end-of-sequence must be off so that every arm generates as many.
+    """Time one request of `new_tokens` tokens. End-of-sequence must be off, so that all arms generate equally many.
 
-    What the device still works on is waited for (`profile.timing.timed`): a variant that returns early is no faster.
+    The time includes work that the device has not finished when the call returns (`profile.timing.timed`): a variant
+    that returns early does not count as faster.
 
     Raises:
         CandidateError: the variant raised, or stopped early (OutputError).
@@ -69,7 +70,7 @@ def time_request(
 
 
 def timing(start_s: float, marks_s: Sequence[float], new_tokens: int, polluted: str = "") -> Timing:
-    """The timing of a request from its start and the times of its tokens. Pure."""
+    """Return the timing of a request from its start and the times of its tokens. Pure."""
     ttft = marks_s[0] - start_s
     steps = len(marks_s) - 1
     tpot = (marks_s[-1] - marks_s[0]) / steps if steps else math.nan
@@ -80,7 +81,7 @@ def timing(start_s: float, marks_s: Sequence[float], new_tokens: int, polluted: 
 
 
 class Disturbance:
-    """What the machine did to this process since the object was made; says nothing where it cannot be seen."""
+    """Detects what disturbed this process since the object was made. What cannot be observed is not reported."""
 
     def __init__(self) -> None:
         self.wall_s, self.monotonic_s = time.time(), time.monotonic()
@@ -100,7 +101,7 @@ class Disturbance:
 
 
 def _cpu_ticks() -> list[int]:
-    """user, nice, system, idle, iowait, irq, softirq, steal, ... of all CPUs; empty outside Linux."""
+    """Return user, nice, system, idle, iowait, irq, softirq, steal, ... of all CPUs; empty outside Linux."""
     try:
         with Path("/proc/stat").open() as stat:
             return [int(t) for t in stat.readline().split()[1:9]]
@@ -109,7 +110,7 @@ def _cpu_ticks() -> list[int]:
 
 
 def _throttled_s() -> float:
-    """Seconds for which this container was held back by its CPU quota so far; 0 where unknown."""
+    """Return the seconds for which the CPU quota has stopped this container so far; 0 if unknown."""
     try:
         text = Path("/sys/fs/cgroup/cpu.stat").read_text()
     except OSError:
@@ -119,7 +120,7 @@ def _throttled_s() -> float:
 
 
 def request(bucket: Bucket, prompts: Sequence[Tokens], turn: int) -> list[Tokens]:
-    """Prompts [batch][prompt_tokens] for one timed request, taken in turn and joined where they are too short."""
+    """Return prompts [batch][prompt_tokens] for one timed request, taken in turn and joined if they are too short."""
     filled: list[Tokens] = []
     for row in range(bucket.batch):
         k = turn * bucket.batch + row

@@ -1,8 +1,8 @@
-"""A record as one self-contained page of HTML, to be looked at, kept and sent.
+"""Render a record as one self-contained page of HTML.
 
     elements (escaped markup) -> drawing (charts) -> one file a chapter -> page
 
-A chapter is a function from a record to HTML, or None where the record has nothing on it.
+A chapter is made by a function from a record to HTML, or to None if the record has no data for it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .page import page
 
 
 def render(record: Mapping[str, Any]) -> str:
-    """The whole report as one page.
+    """Return the whole report as one page.
 
     Args:
-        record: what `Report.to_dict` gave, now or in an earlier version.
+        record: the result of `Report.to_dict`, also of an earlier version.
 
     Raises:
         PackageError: matplotlib is not installed.
@@ -34,7 +34,7 @@ def render(record: Mapping[str, Any]) -> str:
 
 
 def heading(record: Mapping[str, Any]) -> Html:
-    """The verdict with its numbers, before anything else."""
+    """Return the head of the page: the verdict with its numbers."""
     name, _, rest = sections.headline(record).partition(", ")
     told = [element("p", "autotune report", class_="eyebrow"), element("h1", name), element("p", rest, class_="muted")]
     told += [element("p", badge(*state(record)), " ", element("strong", lead(record)), class_="lead")]
@@ -47,7 +47,7 @@ def heading(record: Mapping[str, Any]) -> Html:
 
 
 def state(record: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What became of the model in a word or two, and its tone."""
+    """Return the outcome in a word or two, and its tone."""
     if record["transforms"]:
         return ("replayed" if record["replayed"] else "tuned"), "good"
     if record.get("doubt"):
@@ -56,7 +56,7 @@ def state(record: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def lead(record: Mapping[str, Any]) -> str:
-    """The verdict in a sentence with its numbers."""
+    """Return the verdict in a sentence with its numbers."""
     latency, phases = record["latency"], record["phases"]
     if not record["transforms"] or latency is None:
         return sentence(record["verdict"])
@@ -84,7 +84,7 @@ def _quality(record: Mapping[str, Any]) -> str:
 
 
 def tiles(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Title, figure and what to compare it with, of the numbers everyone asks for."""
+    """Yield the main numbers, each with its title and a figure to compare it with."""
     tuned = bool(record["transforms"])
     for phase, title in (("decode", "per token"), ("prefill", "to the first token")):
         if phase not in record["phases"]:
@@ -124,7 +124,7 @@ def memory(record: Mapping[str, Any]) -> Chapter:
 
 
 def gpu(record: Mapping[str, Any]) -> Chapter | None:
-    """What the GPU did, where there was one."""
+    """Show what the GPU did; None on a CPU."""
     found = tuple(device.sections(record))
     return Chapter("device", "The GPU", joined(map(titled, found))) if found else None
 
@@ -144,7 +144,7 @@ def method(record: Mapping[str, Any]) -> Chapter:
 
 
 def advice(record: Mapping[str, Any]) -> Chapter | None:
-    """What the user could change, and below it what would not help."""
+    """Show what the user could change, and below it what would not help."""
     title, parts = "What you could change", list[Html]()
     for found in sections.advice(record):
         drawn = table(found.table, found.title, stacked=True) if found.table is not None else None

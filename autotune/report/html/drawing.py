@@ -1,7 +1,7 @@
-"""Charts as inline SVG: drawn by matplotlib without a display, coloured by the page, readable without a script.
+"""Draw charts as inline SVG with matplotlib, without a display and without scripts.
 
-Colours are placeholders that become the page's CSS variables, so that one drawing serves light, dark and paper. Every
-chart is drawn twice, for a wide page and for a phone; the style sheet shows one. Text stays text.
+Colours are placeholders that become the page's CSS variables, so that one drawing fits a light page, a dark page and
+paper. Every chart is drawn twice, for a wide page and for a phone; the style sheet shows one. Text stays text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
-Draw = Callable[["Figure", bool], None]  # fills a figure; whether it is a narrow one
+Draw = Callable[["Figure", bool], None]  # fills a figure; the flag says whether it is narrow
 
-WIDTHS = {"wide": 720, "narrow": 344}  # points, which are the page's pixels
-TEXT = 11.5
+WIDTHS = {"wide": 720, "narrow": 344}  # points; a point is a pixel of the page
+TEXT = 11.5  # font size in points
 
 # placeholder -> CSS variable
 INK, MUTED, LINE, SOFT, PANEL = "#010101", "#010102", "#010103", "#010104", "#010105"
@@ -72,13 +72,13 @@ TIP = "tip:"
 
 
 def chart(draw: Draw, description: str, *, height: float, narrow_height: float | None = None) -> Html:
-    """A chart for every width.
+    """Draw a chart for every width.
 
     Args:
-        draw: fills a figure of the library's object interface; called once a width.
-        description: what someone who cannot see it should know.
-        height: points, at the full width.
-        narrow_height: points, on a phone; by default the same.
+        draw: fills a figure of matplotlib's object interface; called once per width.
+        description: text for readers who cannot see the chart.
+        height: height at the full width, in points.
+        narrow_height: height on a phone, in points; by default the same.
 
     Raises:
         PackageError: matplotlib is not installed.
@@ -88,7 +88,7 @@ def chart(draw: Draw, description: str, *, height: float, narrow_height: float |
 
 
 def tip(artist: Artist, text: str) -> None:
-    """Text that shows where a pointer rests on `artist`."""
+    """Set the text that is shown while a pointer is on `artist`."""
     artist.set_gid(TIP + " ".join(text.split()))
 
 
@@ -99,13 +99,13 @@ def _svg(draw: Draw, description: str, name: str, height: float) -> Html:
     except ImportError as error:
         raise PackageError("the HTML report's charts need matplotlib: pip install 'matplotlib>=3.10'") from error
     written = io.BytesIO()
-    own = {"svg.hashsalt": f"{name} {description}"}  # names inside one drawing are not those inside another
+    own = {"svg.hashsalt": f"{name} {description}"}  # makes element ids unique on the page
     with style.context(["default", STYLE, own]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of characters that the measuring font lacks; the page's fonts may have them
+        warnings.simplefilter("ignore")  # matplotlib warns of characters that its font lacks; the page's may have them
         figure = Figure(figsize=(WIDTHS[name] / 72, height / 72), dpi=72)
         draw(figure, name == "narrow")
         figure.savefig(written, format="svg")
-    root = ElementTree.fromstring(written.getvalue())  # noqa: S314  # what matplotlib wrote a moment ago
+    root = ElementTree.fromstring(written.getvalue())  # noqa: S314  # the input is matplotlib's output
     _tidy(root)
     root.attrib = {
         "class": f"chart {name}",
@@ -117,7 +117,7 @@ def _svg(draw: Draw, description: str, name: str, height: float) -> Html:
 
 
 def _tidy(root: ElementTree.Element) -> None:
-    """Make a drawing fit to stand in a page: no names it does not need, no colours or fonts of its own."""
+    """Adapt a drawing to the page: remove unused ids and all fonts, and replace colours by the page's variables."""
     for parent in list(root.iter()):
         for child in list(parent):
             if _plain(child.tag) in ("metadata", "style"):
@@ -142,5 +142,5 @@ def _variable(found: re.Match[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Without the namespace, which HTML knows by itself."""
+    """Return a name without its namespace, which inline SVG in HTML does not need."""
     return name.rpartition("}")[2]

@@ -1,4 +1,4 @@
-"""HTML built from values: text is escaped unless it is `Html`, so that nothing a user named can become markup."""
+"""Build HTML from values. Text is escaped unless it is `Html`, so that a user's names cannot become markup."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TONES = {
 
 
 class Html(str):
-    """Markup that goes into a page as it is."""
+    """Markup that is put into a page unchanged."""
 
     __slots__ = ()
 
@@ -30,9 +30,9 @@ class Chapter:
     """A part of a page.
 
     Args:
-        id: what a link to it names.
-        title: its heading.
-        body: what follows.
+        id: the element's id, for links.
+        title: the heading.
+        body: the markup below the heading.
     """
 
     id: str
@@ -41,12 +41,12 @@ class Chapter:
 
 
 def printable(text: str) -> str:
-    """Without control characters, halves of characters, and what turns the direction of writing around."""
+    """Replace control characters, surrogates, noncharacters, and characters that change the direction of writing."""
     return UNPRINTABLE.sub("\ufffd", text)
 
 
 def cleaned(value: Any) -> Any:
-    """The same values with every text, and every name of a value, printable."""
+    """Return the same values with all texts and all keys printable."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -55,12 +55,12 @@ def cleaned(value: Any) -> Any:
 
 
 def safe(text: str) -> Html:
-    """Text as markup that shows it; markup as it is."""
+    """Escape text; return markup unchanged."""
     return text if isinstance(text, Html) else Html(escape(printable(text)))
 
 
 def element(tag: str, /, *children: str, **attributes: str | None) -> Html:
-    """One element.
+    """Return one element.
 
     Args:
         tag: name of the element.
@@ -75,7 +75,7 @@ def element(tag: str, /, *children: str, **attributes: str | None) -> Html:
 
 
 def joined(parts: Iterable[str | None], between: str = "") -> Html:
-    """Parts one after the other; those that are None are left out."""
+    """Join parts; None is left out."""
     return Html(between.join(safe(part) for part in parts if part is not None))
 
 
@@ -84,7 +84,7 @@ def paragraphs(sentences: Iterable[str]) -> Html:
 
 
 def section(found: Section | None) -> Html:
-    """A section of the report's other forms: its sentences and its table."""
+    """Return the sentences and the table of a section of the report's other forms."""
     if found is None:
         return Html("")
     drawn = table(found.table, found.title) if found.table is not None else None
@@ -92,22 +92,22 @@ def section(found: Section | None) -> Html:
 
 
 def titled(found: Section | None) -> Html:
-    """The same under a small heading."""
+    """Return a section under a small heading."""
     return joined((element("h3", found.title), section(found))) if found is not None else Html("")
 
 
 def fold(summary: str, *children: str) -> Html:
-    """Children behind a line that opens; printed, they are open."""
+    """Return a block that a click on its summary line opens; in print, it is open."""
     return element("details", element("summary", summary), *children)
 
 
 def table(found: Table, caption: str, *, stacked: bool = False) -> Html:
-    """A table that scrolls by itself where it is too wide.
+    """Return a table that scrolls separately if it is too wide.
 
     Args:
         found: cells of text.
-        caption: what it is, for those who do not see it.
-        stacked: on a phone, a row is a block of labelled lines; for rows with long text.
+        caption: description for readers who cannot see the table.
+        stacked: whether a row becomes a block of labelled lines on a phone; for rows with long text.
     """
     body = [row(cells, found) for cells in found.rows]
     if found.total:
@@ -116,7 +116,7 @@ def table(found: Table, caption: str, *, stacked: bool = False) -> Html:
 
 
 def tabulated(found: Table, caption: str, body: Iterable[Html], *, stacked: bool = False) -> Html:
-    """A table with `found`'s columns over rows that are markup already."""
+    """Return a table with the columns of `found` and with rows that are markup already."""
     headings = (
         element("th", name, scope="col", class_=_side(side))
         for name, side in zip(found.columns, found.align, strict=True)
@@ -132,7 +132,7 @@ def tabulated(found: Table, caption: str, body: Iterable[Html], *, stacked: bool
 
 
 def row(cells: Iterable[str], found: Table, **attributes: str | None) -> Html:
-    """One row; its first cell names it."""
+    """Return one row; its first cell is its heading."""
     drawn = (
         element(
             "td" if index else "th",
@@ -151,23 +151,23 @@ def _side(letter: str) -> str | None:
 
 
 def code(name: str) -> Html:
-    """A name as it is written in a program, which may break where its parts meet."""
+    """Return a name in code style, in which a line may break after "(", ",", "@" or "="."""
     return element("code", joined(re.split(r"(?<=[(,@=])", name), Html("<wbr>")))
 
 
 def badge(word: str, tone: str | None = None) -> Html:
-    """A word that stands out; its tone is good, bad, doubt or none."""
+    """Return a highlighted word; its tone is good, bad, doubt or none."""
     return element("span", word, class_=f"badge {tone or TONES.get(word, '')}".strip())
 
 
 def figure(drawing: Html, caption: str, *after: str, keys: Mapping[str, str] | None = None) -> Html:
-    """A chart with what it shows and what its colours mean.
+    """Return a chart with its caption and its legend.
 
     Args:
         drawing: the chart.
         caption: one or two sentences.
-        after: what follows, such as its table.
-        keys: class of a swatch -> what it means.
+        after: markup that follows, such as the chart's table.
+        keys: class of a swatch -> its meaning.
     """
     swatches = (
         element("span", element("i", class_=f"swatch {name}", aria_hidden="true"), meaning)

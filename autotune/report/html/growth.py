@@ -1,4 +1,4 @@
-"""How decode grows: tokens per second by batch size, time per token by context length."""
+"""Show how decode grows: tokens per second by batch size, time per token by context length."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curve:
-    """What grows with what.
+    """A curve of one column of the record over another.
 
     Args:
-        key: of the record.
-        title: of the table in the report's other forms.
-        axis: the column along which it grows.
-        value: the column that is drawn; the one after tuning has "after_" before it.
-        unit: of the value.
+        key: key of the record.
+        title: title of the table in the report's other forms.
+        axis: the column on the horizontal axis.
+        value: the column on the vertical axis; after tuning, it has the prefix "after_".
+        unit: unit of the value.
     """
 
     key: str
@@ -46,7 +46,7 @@ CURVES = (
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
-    """Both curves, as far as they were measured."""
+    """Show the curves that were measured; None if there are none."""
     curves = [curve for curve in CURVES if record[curve.key]]
     if not curves:
         return None
@@ -97,7 +97,7 @@ def _draw(
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, float]], state: str, curve: Curve, *, below: bool) -> None:
-    """A curve with the figure at its end, above it or below it."""
+    """Draw a curve, and write its last value above or below its end."""
     colour = d.AFTER if state == "after" else d.BEFORE
     axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8)
     for x, y in points:

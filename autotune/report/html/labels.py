@@ -1,4 +1,4 @@
-"""Names beside points, where they cover neither one another nor a point."""
+"""Write names beside points so that they cover neither one another nor a point."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # right first, as one reads
-DISTANCES = (8.0, 16.0, 28.0, 42.0)  # points
-FAR = 16.0  # from here on a line leads to the point
-POINT = 5.0  # half the width of what a point covers
+SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # right of the point is preferred
+DISTANCES = (8.0, 16.0, 28.0, 42.0)  # distances to try between a name and its point, in points
+FAR = 16.0  # distance in points from which a line connects the name with its point
+POINT = 5.0  # half the width of the square that a drawn point covers, in points
 
 
 class Box(NamedTuple):
-    """A rectangle, points."""
+    """A rectangle; the unit is points."""
 
     left: float
     bottom: float
@@ -39,7 +39,7 @@ class Box(NamedTuple):
         return (self.right - self.left) * (self.top - self.bottom)
 
     def shared(self, other: Box) -> float:
-        """Area, square points, that both cover."""
+        """Return the area that both cover, in square points."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return width * height if width > 0 and height > 0 else 0.0
@@ -55,10 +55,10 @@ def write(
     """Write each name as near to its point as there is room.
 
     Args:
-        axes: where; its layout must be final.
+        axes: the axes to write on; the layout must be final.
         names: x, y and text, in data coordinates.
         avoid: further points that must stay uncovered.
-        clear_of: texts that are there already.
+        clear_of: texts that are drawn already and must stay uncovered.
     """
     room = Box(*axes.get_window_extent().extents)
     points = axes.transData.transform([*((x, y) for x, y, _ in names), *avoid])
@@ -84,5 +84,5 @@ def _beside(centre: Sequence[float], width: float, height: float, side: tuple[in
 
 
 def _cost(box: Box, taken: Sequence[Box], room: Box) -> float:
-    """Area, square points, that would be covered, and ten times what would lie outside."""
+    """Return the area that the box would cover, plus ten times its area outside the axes, in square points."""
     return sum(box.shared(other) for other in taken) + 10 * (box.area - box.shared(room))

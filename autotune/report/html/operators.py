@@ -1,4 +1,4 @@
-"""Where the time of each phase goes, before and after."""
+"""Show the time of each phase by operator, before and after tuning."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .elements import Chapter, figure, fold, joined, titled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROW, FRAME = 36.0, 40.0  # points a part and around the parts
-TUNED = (("before_ms", d.BEFORE, -0.17), ("after_ms", d.AFTER, 0.17))  # figure, colour, offset in its row
+ROW, FRAME = 36.0, 40.0  # height of a row, and of the space around all rows, in points
+TUNED = (("before_ms", d.BEFORE, -0.17), ("after_ms", d.AFTER, 0.17))  # figure, colour, vertical offset in rows
 AS_IT_IS = (("before_ms", d.AFTER, 0.0),)
 TITLE = {"decode": "decode, ms per token", "prefill": "prefill, ms to the first token"}
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
-    """The operator tables, where something was traced."""
+    """Show the operator tables; None if nothing was traced."""
     found = {
         phase: sorted(rows, key=lambda row: -row["before_ms"])
         for phase in TITLE

@@ -1,6 +1,6 @@
-"""One self-contained page: chapters under a heading, a style sheet, the raw data; no script, nothing from a network.
+"""Build one self-contained page: chapters under a heading, a style sheet, the raw data; no script, no network access.
 
-The page builder knows nothing of reports: anything that has chapters and data can be shown by it.
+The page builder does not depend on reports. It can show any chapters and data.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 from .elements import Chapter, Html, element, joined
 
-# Whatever a text might smuggle in: no script runs, nothing is loaded, nothing is sent.
+# Content security policy: even if a text contained markup, no script runs, nothing is loaded and nothing is sent.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def page(title: str, heading: Html, chapters: Iterable[Chapter | None], data: Mapping[str, Any], file: str) -> Html:
-    """The whole document.
+    """Return the whole document.
 
     Args:
-        title: of the window.
-        heading: what comes first.
-        chapters: in this order; None leaves one out.
-        data: everything shown, to be taken away as JSON.
-        file: name for that.
+        title: title of the window.
+        heading: markup at the top.
+        chapters: shown in this order; None leaves one out.
+        data: the data behind the page, for download as JSON.
+        file: name of the download.
     """
     shown = [chapter for chapter in chapters if chapter is not None]
     head = element(

@@ -1,4 +1,4 @@
-"""Quality: the plan's output distribution against the original's, and where it differs."""
+"""Show quality: the plan's output distribution against the original's, and where they differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTILES = {"p50_kld": "median", "p90_kld": "90 %", "p99_kld": "99 %", "max_kld": "largest"}
-LEAST = 1e-9  # nat; smaller ones are drawn there, since a logarithmic axis has no zero
+LEAST = 1e-9  # nat; smaller divergences are drawn at this value, because a logarithmic axis has no zero
 CAPTION = (
     "Divergence of single tokens by how sure the original was of its own choice. Where it was not sure, several tokens "
     "would have done and some divergence is harmless; where it was, the dots should be far to the left."
@@ -24,7 +24,7 @@ CAPTION = (
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
-    """What was found when the plan was examined, where it was."""
+    """Show the result of the plan's exam; None if there was no exam."""
     found = sections.quality(record)
     if found is None:
         return None
@@ -37,7 +37,7 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
 
 
 def label(found: Mapping[str, Any]) -> str:
-    """How sure the original was of these tokens, in words."""
+    """Say in words how sure the original was of these tokens."""
     if found["low"] <= 0:
         return f"unsure (below {n.percent(found['high'])})"
     if found["high"] >= 1:

@@ -1,4 +1,4 @@
-"""The roofline: what every part of a phase attains, beside what this machine could give it.
+"""The roofline: the FLOP/s that every part of a phase attains, beside the limits of this machine.
 
 Source: Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009.
 """
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 PHASES = ("decode", "prefill")
 STATES = {"before": ("flops", "moved_bytes", "before_ms"), "after": ("after_flops", "after_moved_bytes", "after_ms")}
 NAMES = {"before": "original", "after": "tuned"}
-PANEL = 310.0  # points of height a phase
+PANEL = 310.0  # height per phase, in points
 WHOLE = "whole phase"
-ROUND = re.compile(r"\.0+(?= )")  # noughts of a round number
-CLOSE = 0.12  # decades within which two roofs share a label
+ROUND = re.compile(r"\.0+(?= )")  # zeros after the decimal point of a round number
+CLOSE = 0.12  # distance in decades within which two roofs share a label
 CAPTION = (
     "Further right, more is computed for each byte; higher, more is computed in a second. The slanted roof is memory "
     "bandwidth, the flat ones are matmul peaks, all as measured on this machine. A part that touches a roof cannot be "
@@ -42,9 +42,9 @@ class Mark:
     """One part of a phase on the roofline.
 
     Args:
-        group: of the operator table.
+        group: group of the operator table.
         intensity: FLOPs per byte.
-        flops_per_s: attained.
+        flops_per_s: attained FLOP/s.
         ms: time per call or token.
     """
 
@@ -59,7 +59,10 @@ class Mark:
 
 
 def marks(rows: Sequence[Mapping[str, Any]], state: str) -> list[Mark]:
-    """Every part that both computes and moves something, and the whole phase last; records of old may have none."""
+    """Return every part that both computes and moves something, and the whole phase last.
+
+    Records of earlier versions may have none.
+    """
     flops, moved, ms = STATES[state]
     found = [_mark(row["group"], row.get(flops), row.get(moved), row.get(ms)) for row in rows]
     sums = (sum(row.get(key) or 0.0 for row in rows) for key in (flops, moved, ms))
@@ -73,7 +76,7 @@ def _mark(group: str, flops: float | None, moved: float | None, ms: float | None
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter:
-    """What limits each phase in sentences, drawn, and in a table."""
+    """Show what limits each phase, in sentences, in a chart and in a table."""
     body = [section(sections.diagnosis(record))]
     found = {phase: _states(record, phase) for phase in PHASES if record["operators"].get(phase)}
     found = {phase: states for phase, states in found.items() if states}
@@ -90,7 +93,7 @@ def chapter(record: Mapping[str, Any]) -> Chapter:
 
 
 def _states(record: Mapping[str, Any], phase: str) -> dict[str, list[Mark]]:
-    """State -> marks; after only where something was changed."""
+    """Map states to marks; "after" exists only if the model was changed."""
     states = ("before", "after") if record["transforms"] else ("before",)
     found = {state: marks(record["operators"][phase], state) for state in states}
     return {state: marks for state, marks in found.items() if marks}
@@ -144,7 +147,7 @@ def _draw(sheet: Figure, found: Mapping[str, Mapping[str, Sequence[Mark]]], hard
 
 
 def _frame(axes: Axes, phase: str, found: Sequence[Mark], hardware: Mapping[str, Any]) -> None:
-    """Logarithmic axes that hold every mark and the ridges."""
+    """Set up logarithmic axes that contain every mark and the ridges."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     bandwidth, peaks = hardware["bandwidth_bytes_per_s"], _peaks(hardware)
@@ -167,7 +170,7 @@ def _peaks(hardware: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _cover(axes: Axes, hardware: Mapping[str, Any]) -> tuple[list[tuple[float, float]], list[Text]]:
-    """Draw the roofs into a final layout; returns points along them and their labels, which nothing should cover."""
+    """Draw the roofs; the layout must be final. Return points along them and their labels, to keep both uncovered."""
     peaks, bandwidth = _peaks(hardware), hardware["bandwidth_bytes_per_s"]
     if not n.known(bandwidth) or bandwidth <= 0:
         return [], []
@@ -202,12 +205,15 @@ def _line(low: float, high: float, slope: float) -> list[tuple[float, float]]:
 
 
 def _spread(low: float, high: float, count: int = 24) -> list[float]:
-    """Evenly from low to high on a logarithmic axis."""
+    """Return `count` values from low to high, evenly spaced on a logarithmic axis."""
     return [low * (high / low) ** (k / (count - 1)) for k in range(count)]
 
 
 def _roofs(peaks: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Label and FLOP/s of each roof, from below; of those too close to tell apart the higher one, named for both."""
+    """Return label and FLOP/s of each roof, the lowest first.
+
+    Roofs that are within `CLOSE` of each other become one: the highest, labelled with all their names.
+    """
     found = list[tuple[str, float]]()
     for name, rate in sorted(peaks.items(), key=lambda item: item[1]):
         text = f"{name} {n.scaled(rate, 'FLOP/s')}"
@@ -234,7 +240,7 @@ def _dot(axes: Axes, mark: Mark, state: str, *, whole: bool) -> None:
 
 
 def _arrows(axes: Axes, states: Mapping[str, Sequence[Mark]]) -> None:
-    """From each part as it was to the same part as it is."""
+    """Draw an arrow from each part before tuning to the same part after it."""
     later = {mark.group: mark for mark in states.get("after", ())}
     for was in states.get("before", ()):
         if (now := later.get(was.group)) is not None:

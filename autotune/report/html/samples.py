@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = {"end_to_end": "whole request", "tpot": "ms per token", "ttft": "ms to the first token"}
-ROW, FRAME = 34.0, 52.0  # points a row and around the rows
-JITTER = 0.16  # rows; samples of equal time stay apart
+ROW, FRAME = 34.0, 52.0  # height of a row, and of the space around all rows, in points
+JITTER = 0.16  # largest vertical offset of a dot, in rows, so that samples of equal time do not overlap
 ANEW = (
     "A dot is one pair: original and plan timed one right after the other. The bar is the 95 % interval of the median, "
     "which is the line; the shaded band is how far this machine's noise moves the original against itself."
@@ -32,7 +32,7 @@ class Race:
 
     Args:
         metric: "end_to_end", "tpot" or "ttft".
-        bucket: the shape, such as "b1/p64/n32"; empty where there is only one.
+        bucket: the shape, such as "b1/p64/n32"; empty if there is only one.
         speedup: ratio, low, high and pairs.
         reference_ms, candidate_ms: paired samples; empty in records of earlier versions.
     """
@@ -49,13 +49,13 @@ class Race:
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
-        """Both arms' times, ms, of every pair that has both."""
+        """Both arms' times in ms, for the pairs that have both."""
         times = zip(self.reference_ms, self.candidate_ms, strict=False)
         return [(a, b) for a, b in times if n.known(a) and n.known(b) and a > 0 and b > 0]
 
 
 def races(latency: Mapping[str, Any]) -> list[Race]:
-    """Metric by metric, every bucket. Samples are kept bucket after bucket, equally many of each."""
+    """Return every bucket of every metric. A metric's samples are stored bucket by bucket, equally many of each."""
     buckets = latency["buckets"] or {"": {metric: latency[metric] for metric in METRICS}}
     samples = latency.get("samples") or {"reference_ms": {}, "candidate_ms": {}}
     return [
@@ -77,7 +77,7 @@ def _part(samples: Sequence[float], index: int, count: int) -> tuple[float, ...]
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
-    """The timing of the plan against the original, where there was one."""
+    """Show the timing of the plan against the original; None if there is none."""
     latency = record["latency"]
     if latency is None:
         return None
@@ -144,7 +144,7 @@ def _rows(found: Sequence[Race]) -> Iterator[tuple[str, ...]]:
 
 
 def _jitter(index: int) -> float:
-    """A height that is the same each time and differs from its neighbours'."""
+    """Return a vertical offset that is the same in each run and differs from the neighbours' offsets."""
     return JITTER * (((index * 7) % 5) / 2 - 1)
 
 
@@ -212,7 +212,7 @@ def _raw(sheet: Figure, narrow: bool, rows: Mapping[str, Sequence[Race]]) -> Non
 
 
 def _plain(axes: Axes) -> None:
-    """Rows need no axis line."""
+    """Hide the vertical axis line and ticks, and draw a vertical grid."""
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x")

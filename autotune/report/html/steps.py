@@ -1,4 +1,4 @@
-"""The waterfall: from the original's time to the plan's, one accepted step after the other."""
+"""The waterfall chart: from the original's time to the plan's, one accepted step after the other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE: Mapping[Phase, str] = {"decode": "ms per token (decode)", "prefill": "ms to the first token (prefill)"}
-ROW, FRAME = 42.0, 46.0  # points a step and around the steps
-NAME_WIDTH = {False: 54, True: 50}  # characters
+ROW, FRAME = 42.0, 46.0  # height of a step, and of the space around all steps, in points
+NAME_WIDTH = {False: 54, True: 50}  # most characters of a name, by whether the chart is narrow
 CAPTION = (
     "Each step was timed upon those before it; the last bar is the whole plan, timed against the original on prompts "
     "it was not chosen on. What a step took away is left as an outline."
@@ -27,7 +27,7 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Step:
-    """A bar: what a phase takes after a step, and took before it, ms; of the first and the last bar the same."""
+    """A bar: the phase's time before and after a step, in ms. Both are equal for the first and the last bar."""
 
     name: str
     before_ms: float
@@ -39,7 +39,7 @@ class Step:
 
 
 def steps(record: Mapping[str, Any], phase: Phase) -> list[Step]:
-    """The original, what was accepted for a phase in the order of its acceptance, and the plan as confirmed."""
+    """Return the original, the steps accepted for a phase in their order, and the plan as confirmed."""
     figures, metric = record["phases"][phase], METRIC_OF[phase]
     now = figures["baseline_ms"]
     found = [Step("original", now, now)]
@@ -52,7 +52,7 @@ def steps(record: Mapping[str, Any], phase: Phase) -> list[Step]:
 
 
 def _gain(trial: Mapping[str, Any], phase: str, metric: str) -> float | None:
-    """The phase's speed-up; records of earlier versions kept that of the target alone."""
+    """Return the phase's speed-up; None if unknown. Records of earlier versions have only that of the target phase."""
     if measured := trial.get(metric):
         ratio: float | None = measured["ratio"]
         return ratio
@@ -60,7 +60,7 @@ def _gain(trial: Mapping[str, Any], phase: str, metric: str) -> float | None:
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
-    """Where there is a plan: its steps, drawn and in a table."""
+    """Show the plan's steps in a chart and a table; None if there is no plan."""
     if not record["transforms"]:
         return None
     found = {phase: steps(record, phase) for phase in TITLE if phase in record["phases"]}

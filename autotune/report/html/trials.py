@@ -1,4 +1,4 @@
-"""Everything that was considered: a table that filters itself without a script, and predicted against measured."""
+"""Show all candidates: a table that can be filtered without a script, and a chart of predicted against measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .elements import Chapter, Html, badge, code, element, figure, joined, row, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The order, and the filters.
+# Outcomes in the order of the filters.
 OUTCOMES = ("accepted", "rejected", "inconclusive", "error", "blocked", "unreached", "skipped", "unavailable")
 WANTED = sections.TRIED | sections.UNTRIED
 COLUMNS = ("candidate", "predicted", "measured", "KLD", "took", "outcome")
@@ -29,7 +29,7 @@ MARKERS = {"accepted": "o", "rejected": "X", "error": "v", "inconclusive": "s"}
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
-    """Every trial, where there are any."""
+    """Show every trial; None if there are none."""
     if not record["trials"]:
         return None
     trials = sorted(record["trials"], key=lambda trial: trial["outcome"] not in WANTED)
@@ -68,7 +68,7 @@ def _is_wanted(trial: Mapping[str, Any]) -> bool:
 
 
 def _filters(trials: Sequence[Mapping[str, Any]], wanted: int) -> Html:
-    """One choice an outcome that there is; the style sheet hides the rows of the others."""
+    """Return one choice for each outcome that occurs. The style sheet hides the rows of the other outcomes."""
     counts = {name: sum(trial["outcome"] == name for trial in trials) for name in OUTCOMES}
     choices = {"ran": wanted, **{name: count for name, count in counts.items() if count}, "all": len(trials)}
     chosen = "ran" if wanted else "all"
@@ -85,7 +85,7 @@ def _filters(trials: Sequence[Mapping[str, Any]], wanted: int) -> Html:
 
 
 def _scatter(ran: Sequence[Mapping[str, Any]]) -> Html | None:
-    """Predicted against measured of every trial that has both."""
+    """Draw predicted against measured speed-ups of the trials that have both; None if there are none."""
     both = [trial for trial in ran if n.known(trial["predicted"]) and n.known(trial["speedup"])]
     both = [trial for trial in both if trial["predicted"] > 0 and trial["speedup"] > 0]
     if not both:
