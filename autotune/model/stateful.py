@@ -34,7 +34,7 @@ FAR = 1 << 24  # a position beyond every context
 NEAR = 0
 PLUMBING = frozenset(vars(nn.Module()))  # attributes that every nn.Module has
 _states: weakref.WeakKeyDictionary[PreTrainedModel, State] = weakref.WeakKeyDictionary()
-TokenClock = dict[str, tuple[Any, int]]  # attribute -> its value, and how often that was written to
+Marks = dict[str, tuple[Any, int]]  # attribute -> its value, and how often that was written to
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _moved(value: Any, position: int) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def _marks(module: nn.Module) -> TokenClock:
+def _marks(module: nn.Module) -> Marks:
     held = {key: value for key, value in vars(module).items() if key not in PLUMBING}
     return {key: (value, _version(value)) for key, value in (held | module._buffers | module._parameters).items()}
 
@@ -195,7 +195,7 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
-def _changed(before: TokenClock, after: TokenClock) -> set[str]:
+def _changed(before: Marks, after: Marks) -> set[str]:
     return {
         key
         for key in before.keys() | after.keys()

@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from .tiers import NEAR_TIE_NATS
-
-if TYPE_CHECKING:
-    pass
 
 MOST_NOISE = 0.05  # mean KL of an original from itself, in nats, above which no candidate is compared with it
 
