@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Attempt:
-    """Records what the objects that came with a call (streamer, logits processors, stopping criteria) see and raise.
+    """A record of what the objects that came with a call (streamer, processors, criteria) see and raise.
 
     Args:
         call: the call as it came.
@@ -105,7 +105,7 @@ class Attempt:
 
 
 class _Streamer:
-    """Passes tokens to the caller's streamer. If it has seen n tokens already, `unseen` starts at -n."""
+    """A streamer that passes tokens to the caller's. If that has seen n tokens already, `unseen` starts at -n."""
 
     def __init__(self, attempt: Attempt, unseen: int = 0) -> None:
         self._attempt, self._unseen = attempt, unseen
@@ -120,7 +120,7 @@ class _Streamer:
 
 
 class _Led:
-    """Replaces processors or criteria for the first T tokens, whose results are known; then calls the caller's own.
+    """A replacement for processors or criteria over the first T tokens, whose results are known; then it calls them.
 
     Args:
         known: the chosen tokens [B, T], or a list of the criteria's results for each of the T tokens.

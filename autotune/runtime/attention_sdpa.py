@@ -125,7 +125,7 @@ def attend(
     queries, causal = query.shape[2], kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(queries > 1 and attention_mask is None and causal)
-    if causal and key.shape[2] > queries:  # a static cache without earlier tokens: its other slots are masked
+    if causal and key.shape[2] > queries:  # a static cache without earlier tokens: its other slots are empty
         key, value = key[:, :, :queries], value[:, :, :queries]
     if not chosen.grouped and (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class TokenClock:
-    """Passes tokens to the caller's streamer and records when the first and the latest token arrived.
+    """A streamer that passes tokens to the caller's, and records when the first and the latest token arrived.
 
     Args:
         streamer: the caller's streamer, or None.

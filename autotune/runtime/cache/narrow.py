@@ -2,8 +2,9 @@
 
 A narrow cache is decoded for one layer at a time, just before attention reads it. So it saves memory, not time. Each
 token and head is encoded with its own scale. So appending tokens does not change stored ones, and an outlier in one
-token does not make another token less precise. (transformers' own FP8 cache keeps the scale of the first prompt for
-everything after it; its INT4 backends quantise again what was quantised before.)
+token does not make another token less precise. INT8 and FP8 codes are symmetric around zero. (transformers' own FP8
+cache keeps the scale of the first prompt for everything after it; its INT4 backends quantise again what was quantised
+before.)
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def forward(
     if count > 1:
         slot = slot + torch.arange(count, dtype=slot.dtype, device=slot.device)  # [K], the slot of each token
     index = torch.arange(valid.shape[1], dtype=slot.dtype, device=slot.device)
-    full = (valid[:, None] & (index <= slot[:, None]))[:, None]  # [B, 1, K, slots]; models take a 4-D mask as it is
+    full = (valid[:, None] & (index <= slot[:, None]))[:, None]  # [B, 1, K, slots]; models use a 4-D mask unchanged
     masks = {"full_attention": full}
     config = model.config.get_text_config(decoder=True)
     if window := getattr(config, "sliding_window", None):

@@ -33,7 +33,7 @@ class Proposer(Protocol):
 
 
 class PromptLookup:
-    """Guesses that the sequence goes on as it did after the latest earlier occurrence of its last tokens.
+    """Guesses by look-up: the sequence goes on as it did after the latest earlier occurrence of its last tokens.
 
     A continuation that reaches the sequence's end goes on with its own tokens, so that a short period is repeated as
     often as needed (as in LZ77). Source of the idea: prompt look-up decoding, Saxena 2023.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MultiTokenStep:
-    """Runs a module for one token of a sequence, or for several at once.
+    """Steps of a module for one token of a sequence, or for several at once.
 
     Args:
         module: the module that computes.

@@ -60,7 +60,7 @@ class Recompiling:
         """Compile now, for prompts of several lengths.
 
         Raises:
-            TransformError: it cannot be compiled, it is compiled anew for each length, or others can write to the
+            TransformError: it cannot be compiled, it is compiled again for each length, or others can write to the
                 compiler's cache.
         """
         require_private_cache()

@@ -55,7 +55,7 @@ class Call:
 
 
 class _Stand(nn.Module):
-    """Replaces such a module in the twin: it calls the module and records the call, or returns given outputs."""
+    """The replacement of such a module in the twin: calls the module and records the call, or returns given outputs."""
 
     def __init__(self, module: nn.Module, book: _Book) -> None:
         super().__init__()

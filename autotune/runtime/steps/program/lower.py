@@ -80,7 +80,7 @@ def lower(graph: GraphModule, rows: int) -> Lowered:
 
 
 class Lowering(Building):
-    """Turns a graph's nodes into instructions, one after the other.
+    """A program under construction from a graph's nodes, one after the other.
 
     Attributes:
         inputs: the graph's inputs, in order.
