@@ -1,8 +1,8 @@
-"""One call of generate's loop that can be answered twice: by a plan and, where that fails, by the original.
+"""One call of generate's loop that can be answered twice: by a plan and, if the plan fails, by the original.
 
-The second answer starts from a clean state: a cache of its own, the random numbers that there were, and a streamer that
-has seen nothing. What the caller has seen stands, though: tokens that reached a streamer, or a processor or criterion
-that may remember them, are not chosen again. The original is led through them and goes on from there.
+The second answer starts from a clean state: a new cache, the same random numbers, and a streamer that has seen nothing.
+But tokens that the caller has seen are final. They have reached a streamer, or a processor or criterion that may
+remember them. The original is forced to repeat these tokens and continues after them.
 """
 
 from __future__ import annotations
@@ -23,40 +23,42 @@ T = TypeVar("T")
 
 
 class Attempt:
-    """Watches what a call's own objects (streamer, logits processors, stopping criteria) see and raise.
+    """A record of what the objects that came with a call (streamer, processors, criteria) see and raise.
 
     Args:
-        call: as it came.
-        device: where it is computed.
+        call: the call as it came.
+        device: the device that computes it.
 
     Attributes:
-        call: the same call, to be served by what may fail.
+        call: the same call, with its objects observed. The plan, which may fail, serves this one.
     """
 
     def __init__(self, call: Sampling, device: Device) -> None:
         self._given, self._device = call, device
         self._random = device.random_state()
-        self._raised: BaseException | None = None  # by the caller's own objects
+        self._raised: BaseException | None = None  # an exception from the caller's own objects
         self._shown = 0  # tokens of a sequence that the streamer has seen
-        self._ended = False  # and whether it was told that it has seen all
-        self._chosen: torch.Tensor | None = None  # [B, P + T], with the latest token that was chosen
-        self._done: list[Any] = []  # what the criteria said of each of the T tokens, [B] each
-        self._scores: list[torch.Tensor] | None = [] if _returns_scores(call) else None  # [B, V] for each of them
+        self._ended = False  # whether the streamer's `end` was called
+        self._chosen: torch.Tensor | None = None  # [B, P + T], up to the latest chosen token
+        self._done: list[Any] = []  # results of the criteria for each of the T tokens, [B] each
+        self._scores: list[torch.Tensor] | None = [] if _returns_scores(call) else None  # [B, V] for each token
         self._latest: torch.Tensor | None = None
         self.call = call.through(self._process, self._stop)
         if call.streamer is not None:
             self.call = self.call.with_streamer(_Streamer(self))
 
     def outsiders(self, error: BaseException) -> BaseException | None:
-        """The exception that is the caller's own, where one is the cause of `error`: raised by what came with the call,
-        or delivered from outside (a signal handler, another thread)."""
+        """The caller's own exception, if one caused `error`, else None.
+
+        An object that came with the call raised it, or it came from outside (a signal handler, another thread).
+        """
         return self._raised if self._raised is not None else outside.delivered(error, depth=2)
 
     def again(self, answer: Callable[[Sampling], Any]) -> Any:
-        """What `answer` returns for the call when it starts from a clean state.
+        """Answer the call again with `answer`, from a clean state.
 
         Raises:
-            whatever `answer` raises.
+            BaseException: any exception of `answer`.
         """
         call = self._given.with_fresh_cache(self._given.model)
         self._device.set_random_state(self._random)
@@ -85,7 +87,7 @@ class Attempt:
         return done
 
     def run(self, theirs: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Call something of the caller's, and know what it raises for the caller's own."""
+        """Call one of the caller's objects, and record an exception from it as the caller's own."""
         try:
             return theirs(*args, **kwargs)
         except BaseException as error:
@@ -103,7 +105,7 @@ class Attempt:
 
 
 class _Streamer:
-    """The caller's streamer. `unseen` is below 0 where it has seen so many tokens before."""
+    """A streamer that passes tokens to the caller's. If that has seen n tokens already, `unseen` starts at -n."""
 
     def __init__(self, attempt: Attempt, unseen: int = 0) -> None:
         self._attempt, self._unseen = attempt, unseen
@@ -118,17 +120,17 @@ class _Streamer:
 
 
 class _Led:
-    """Stands in for processors or criteria over the first tokens, whose outcome is known; then it is the caller's turn.
+    """A replacement for processors or criteria over the first T tokens, whose results are known; then it calls them.
 
     Args:
-        known: the tokens [B, T] that were chosen, or what was said of each of them, T of them.
+        known: the chosen tokens [B, T], or a list of the criteria's results for each of the T tokens.
     """
 
     def __init__(self, known: Any) -> None:
         self._known, self._at = known, 0
 
     def scores(self, processors: Callable[..., torch.Tensor], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] that leave one choice."""
+        """Scores [B, V] that allow only the known token."""
         if self._at == self._known.shape[1]:
             return processors(ids, scores)
         token = self._known[:, self._at, None]

@@ -1,7 +1,7 @@
-"""One chosen kernel of torch's scaled dot-product attention, as an attention function of its own.
+"""Attention functions that each call one kernel of torch's scaled dot-product attention.
 
-`torch.nn.attention.sdpa_kernel` chooses by switches that belong to the whole process, other threads' requests included.
-Here the kernel's operator is called itself: it runs or it raises, and nothing falls back without a word.
+`torch.nn.attention.sdpa_kernel` sets switches for the whole process, including other threads' requests. This module
+calls the kernel's operator directly: it runs or it raises, and never falls back silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..model import seam
 
 aten = torch.ops.aten
 
-FLASH_MULTIPLE = 8  # heads are padded to this many numbers, as SDPA does
+FLASH_MULTIPLE = 8  # head sizes are padded to a multiple of this, as SDPA does
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Kernel:
     """One of SDPA's kernels.
 
     Args:
-        name: among transformers' attention implementations; "flash" in it would send it through flash-attn's masks.
-        operator: its name in torch's dispatcher, by which it is recognised in a trace.
+        name: name in transformers' registry. It must not contain "flash": transformers would make flash-attn's masks.
+        operator: name in torch's dispatcher, by which a trace shows that it ran.
         masks: whether it takes an attention mask.
-        grouped: whether it takes fewer heads of keys than of queries.
+        grouped: whether it takes fewer key heads than query heads.
         compute: query, key, value, mask, causal, scale -> [B, H, Q, D].
     """
 
@@ -64,7 +64,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     bias = _additive(mask, q.dtype)
-    if bias is not None:  # rows of the bias have to begin at multiples of 16 bytes
+    if bias is not None:  # rows of the bias must begin at multiples of 16 bytes
         keys = bias.shape[-1]
         bias = F.pad(bias, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)
     out: Tensor = aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, 0.0, causal, scale=scale)[0]
@@ -90,12 +90,12 @@ ON_CPU = {
 
 
 def kernel(backend: str, device: torch.device) -> Kernel | None:
-    """The kernel of a backend on a device, or None where it has none."""
+    """The kernel of a backend on a device, or None if it has none."""
     return (ON_CPU if device.type == "cpu" else KERNELS).get(backend)
 
 
 def register(backend: str) -> str:
-    """Make a backend known to transformers; returns the name to ask for."""
+    """Register a backend with transformers. Returns its name there."""
     name = KERNELS[backend].name
     seam.register_attention(name, functools.partial(attend, backend))
     return name
@@ -112,7 +112,7 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: the kernel where it takes the call, whatever SDPA chooses elsewhere.
+    """Transformers' attention interface: calls the kernel if it takes the call, else SDPA.
 
     Returns:
         [B, Q, H, D].
@@ -125,7 +125,7 @@ def attend(
     queries, causal = query.shape[2], kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(queries > 1 and attention_mask is None and causal)
-    if causal and key.shape[2] > queries:  # a static cache that holds nothing yet: its tail is masked
+    if causal and key.shape[2] > queries:  # a static cache without earlier tokens: its other slots are empty
         key, value = key[:, :, :queries], value[:, :, :queries]
     if not chosen.grouped and (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
@@ -134,7 +134,7 @@ def attend(
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as what is added to the scores."""
+    """Convert a mask into one to add to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))

@@ -1,6 +1,7 @@
 """A lean decoding loop: generate's greedy search and sampling, token for token, without its work between the steps.
 
-It serves what `Variant.unsupported` lets through: ids in, a cache of generate's own, no attentions or hidden states.
+It serves the calls that `Variant.unsupported` accepts: inputs are ids, the cache is generate's own, and neither
+attentions nor hidden states are returned.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from .steps.step import Step
     from .variant import Variant
 
-Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether every sequence is finished
+Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether all sequences are finished
 
 
 def decode(variant: Variant, call: Sampling) -> Any:
     """Serve one call of generate's loop.
 
     Returns:
-        what generate's own loop returns: ids [B, P + new], or a dictionary of them and more.
+        The same as generate's own loop: ids [B, P + new], or a dictionary of them and more.
     """
     return over_slots(variant, call) if variant.caches is not None else over_growing_cache(variant, call)
 
@@ -51,13 +52,13 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
             given = {"attention_mask": mask, "position_ids": position, **seam.over(variant.original, cache)}
             return seam.logits(module(token, **given))[:, -1]
 
-    returned = call.settings.return_dict_in_generate  # and must hold no token too many
+    returned = call.settings.return_dict_in_generate  # then the cache must not hold a token too many
     final_cache = (lambda: cache) if kv is None else (lambda: kv.returned(cache, config))
     return sample(call, logits, following, final_cache, None if returned else lambda: None)
 
 
 def over_slots(variant: Variant, call: Sampling) -> Any:
-    """Decode over a static cache: prefill grows a cache of its own, as the original's does, and hands it over."""
+    """Decode over a static cache. Prefill fills a growing cache, as the original does; slots get a copy of it."""
     from .cache import slots
 
     pool = variant.caches
@@ -68,7 +69,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
     with ExitStack() as lent:
 
         @cache
-        def decoder() -> tuple[slots.SlotCache, Step | None]:  # once the first token is out: it needs no slots
+        def decoder() -> tuple[slots.SlotCache, Step | None]:  # called after the first token, which needs no slots
             with variant.preparing(call.input_ids.shape[0]):
                 held = lent.enter_context(pool.lend(prompt, call.mask))
                 return held, variant.step.fitting(held) if variant.step is not None else None
@@ -94,31 +95,32 @@ def sample(
     final_cache: Callable[[], Any],
     keep: Callable[[], None] | None = None,
 ) -> Any:
-    """Greedy search or sampling from the prompt's last logits [B, V] on; the semantics are those of generate's loop.
+    """Run greedy search or sampling from the prompt's last logits [B, V], with the semantics of generate's loop.
 
-    A GPU is given the next step before the host has seen the token, so that it has work while the host looks, feeds the
-    streamer and decides; the step launched when everything turns out to be finished is not kept. The first token goes
-    out before anything is launched after it: somebody waits for it, and the first step has the cache to set up.
+    On a GPU, the next step is launched before the host has seen the token. So the GPU has work while the host reads the
+    token, feeds the streamer and decides. If all sequences turn out to be finished, the launched step is discarded. The
+    first token is an exception: nothing is launched before it is out, because the caller waits for it and the first
+    step has to set up the cache.
 
     Args:
         call: the call that is served.
-        logits: the prompt's last [B, V].
-        following: one step. Without `keep` it counts at once.
-        final_cache: the cache that is returned, with every step that counts.
-        keep: told that the latest step counts; None when a step cannot be taken back.
+        logits: the prompt's last logits [B, V].
+        following: runs one step. Without `keep`, the step is kept at once.
+        final_cache: gives the cache to return, with every kept step.
+        keep: keeps the latest step; None if a step cannot be taken back.
     """
     config, processors, criteria, streamer = call.settings, call.processors, call.criteria, call.streamer
     ids, position, pads = call.input_ids, call.last_position, call.pads()
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     device = devices.of(ids.device)
     choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
-    first, longest = ids.shape[1] + 1, 0  # between them, the next step is launched before the host has looked
+    first, longest = ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
     if device.asynchronous and keep is not None:
         longest = min(config.max_length, criteria.max_length or config.max_length)
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:
-        logits = logits.to(dtype=torch.float32, device=ids.device)  # every step brings a tensor of its own
+        logits = logits.to(dtype=torch.float32, device=ids.device)  # each step returns a new tensor
         score = processors(ids, logits)
         if config.return_dict_in_generate and config.output_scores:
             scores.append(score)
@@ -145,17 +147,20 @@ def sample(
 
 
 def _choose(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, None]:
-    """The next token [B] of every sequence, from its scores [B, V]."""
+    """Choose the next token [B] of every sequence from its scores [B, V]."""
     if sampling:
         return torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1), None
-    return score.max(dim=-1).indices, None  # the first of equals, as argmax, in a third of its time
+    return score.max(dim=-1).indices, None  # the first of equal scores, as argmax, in a third of the time
 
 
 def _choose_unwaiting(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same tokens from the same random numbers, and whether the scores were sound [B], all left on the device.
+    """Choose the same tokens from the same random numbers, without waiting for the device.
 
-    `torch.multinomial` makes the host wait for its checks. What it computes after them is this: the index of the
-    largest p / q with q from an exponential distribution.
+    `torch.multinomial` makes the host wait for its checks. After them it computes the index of the largest p / q with q
+    from an exponential distribution, which is repeated here.
+
+    Returns:
+        Tokens [B] and, if they were drawn, whether the scores were sound [B]. Both stay on the device.
     """
     if not sampling:
         return score.argmax(dim=-1), None
@@ -166,14 +171,14 @@ def _choose_unwaiting(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor
 
 
 def _look_now(_device: Device, token: torch.Tensor, unfinished: torch.Tensor, _sound: object) -> Look:
-    return lambda: (token.cpu(), not unfinished.max().item())  # `any` would convert the numbers first
+    return lambda: (token.cpu(), not unfinished.max().item())  # `any` would first convert the numbers to bool
 
 
 def _look_later(device: Device, token: torch.Tensor, unfinished: torch.Tensor, sound: torch.Tensor | None) -> Look:
-    """Start copying what the host has to see; `Look` waits for this copy alone.
+    """Start copying what the host has to see. The `Look` that is returned waits only for this copy.
 
     Raises (when looking):
-        RuntimeError: the scores were no probabilities, as torch.multinomial says it.
+        RuntimeError: the scores give no probabilities; the message is torch.multinomial's.
     """
     arrived = device.fetch(torch.stack([token, unfinished] + ([] if sound is None else [sound.long()])))  # [2 or 3, B]
 

@@ -1,8 +1,8 @@
 """Attention and gated feed-forward blocks whose projections of one input are one matmul.
 
-Three matmuls over one token read their weights in three kernels, each too short to reach the memory's speed; merged
-they are one. A block is known by what it does: what its projections, its cache and its attention function receive is
-recorded, and a stand-in has to hand on the same.
+Three matmuls over one token read their weights in three kernels, each too short to reach the memory's full bandwidth.
+Merged, they are one kernel. A block is recognised by what it does: the inputs of its cache and its attention function
+are recorded, and its replacement must pass on the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..model import linear_layers, seam
 
-SPY = "autotune_spy"  # an attention function that notes what it is given
-CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative error of a sum in another order
+SPY = "autotune_spy"  # name of an attention function that records its inputs
+CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # largest relative error of a reordered sum
 CONSTANT = (int, float, bool, type(None))
 ATTENTION, NORMED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -32,9 +32,9 @@ class MergedAttention(nn.Module):
     """An attention block with one projection for queries, keys and values.
 
     Args:
-        block: the block it stands in for; its other layers, its settings and its tensors are shared.
-        names: the globals of its forward: the model's own functions for rotary embeddings and eager attention.
-        constants: what the block passes to its attention function beside the tensors: scaling, window, ...
+        block: the block it replaces; its other layers, its settings and its tensors are shared.
+        names: the globals of its forward, with the model's own functions for rotary embeddings and eager attention.
+        constants: what the block passes to its attention function besides the tensors: scaling, window, ...
     """
 
     config: Any
@@ -89,7 +89,7 @@ class MergedMlp(nn.Module):
 
 
 def merge(parts: list[nn.Linear]) -> nn.Linear:
-    """One linear layer [sum of outputs, inputs] that computes what several over one input do; weights are copied."""
+    """Merge linear layers over one input into one [sum of outputs, inputs]. The weights are copied."""
     merged = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=False, device="meta")
     merged.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]), requires_grad=False)
     if parts[0].bias is not None:
@@ -98,9 +98,9 @@ def merge(parts: list[nn.Linear]) -> nn.Linear:
 
 
 def stand_in(module: nn.Module) -> nn.Module | None:
-    """The merged form of a block, proven on random numbers, or None where it has none."""
+    """The merged form of a block, checked on random numbers, or None if it has none."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return None  # somebody changed what calling it means
+        return None  # hooks or a replaced forward change what a call does
     children = {name for name, child in module.named_children()}
     if children == MLP and mergeable(module, "gate_proj", "up_proj"):
         return _proven_mlp(module)
@@ -122,14 +122,14 @@ def mergeable(module: nn.Module, *names: str) -> bool:
 
 @dataclass
 class Call:
-    """What a block's cache and attention function were given, and what the block made of it."""
+    """The inputs of a block's cache and attention function, and the block's output."""
 
     tensors: list[Tensor] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     cached: list[Any] = field(default_factory=list)
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As a cache: notes where the layer wants its keys and values kept."""
+        """Act as a cache: record the layer under which keys and values are to be stored."""
         self.cached = seam.update_layer(args, kwargs)
         return key, value
 
@@ -160,14 +160,14 @@ def _proven_attention(block: Any) -> MergedAttention | None:
         new = MergedAttention(block, names, expected.constants)
         got = _record(new, x, cache_name)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # it does not take what blocks of this kind take
+        return None  # it does not take the inputs of an attention block
     alike = expected.constants == got.constants and expected.cached == got.cached == [block.layer_idx]
     pairs = itertools.zip_longest(expected.tensors, got.tensors)
     return new if alike and all(_same(a, b) for a, b in pairs) else None
 
 
 def _record(block: Any, x: Tensor, cache_name: str) -> Call:
-    """One call of a block over a cache, as its attention function sees it. The block itself is not touched."""
+    """Record one call of a block over a cache, as its attention function sees it. The block itself is unchanged."""
     seam.register_attention(SPY, _spy, masks=False)
     probe = copy.copy(block)
     probe.__dict__["config"] = seam.with_attention(block.config, SPY)
@@ -190,7 +190,7 @@ def _spy(
     if calls is not None:
         calls.append(Call([query, key, value], kwargs))
     groups = query.shape[1] // key.shape[1]
-    out = query + key.repeat_interleave(groups, 1) * value.repeat_interleave(groups, 1)  # of all three, cheaply
+    out = query + key.repeat_interleave(groups, 1) * value.repeat_interleave(groups, 1)  # a cheap function of all three
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,4 +1,4 @@
-"""When the tokens of a live answer come."""
+"""A clock for the tokens of a live answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class TokenClock:
-    """The caller's streamer, which also notes when the first and the latest token came.
+    """A streamer that passes tokens to the caller's, and records when the first and the latest token arrived.
 
     Args:
-        streamer: the caller's, or None.
+        streamer: the caller's streamer, or None.
         clock: monotonic seconds.
 
     Attributes:
-        tokens: of the answer so far.
+        tokens: number of tokens of the answer so far.
     """
 
     def __init__(self, streamer: Any, clock: Callable[[], float]) -> None:
@@ -35,10 +35,10 @@ class TokenClock:
             self._streamer.end()
 
     def ttft_s(self, start_s: float) -> float:
-        """Time to the first token of a call that began at `start_s`; NaN before it."""
+        """Time to the first token of a call that began at `start_s`; NaN before the first token."""
         return self._first_s - start_s
 
     @property
     def tpot_s(self) -> float:
-        """Time per token after the first; NaN before the second."""
+        """Time per token after the first token; NaN before the second."""
         return (self._latest_s - self._first_s) / (self.tokens - 1) if self.tokens > 1 else math.nan

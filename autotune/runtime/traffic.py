@@ -1,4 +1,4 @@
-"""Live requests go first: a measured step runs while none is in flight, and no request waits for more than one."""
+"""Live requests go first: a measured step runs only while no request does, and a request waits for at most one step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..machine.ending import Cancelled
 
 
 class Traffic:
-    """Requests share the model; a measured step has it to itself.
+    """A lock that requests share and a measured step holds alone.
 
-    `clock` stands still while a measured step waits its turn, so that waiting is not timed as work.
+    `clock` stops while a measured step waits for its turn, so that waiting is not timed as work.
     """
 
     def __init__(self) -> None:
         self._changed = forking.free(threading.Condition())
         self._requests = 0
-        self._measuring: int | None = None  # thread that measures
+        self._measuring: int | None = None  # identifier of the thread that measures
         self._waited_s = 0.0
         self.cancelled = False
         forking.tell(self)
@@ -30,25 +30,25 @@ class Traffic:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Around a live request: waits for the measured step in progress, if any, and for nothing else."""
+        """Enclose a live request. It waits only for a measured step in progress."""
         own = threading.get_ident()
         with self._changed:
-            self._requests += 1  # announced before it waits, so that no further step starts in between
+            self._requests += 1  # counted before it waits, so that no further step starts meanwhile
         try:
             with self._changed:
                 self._changed.wait_for(lambda: self._measuring in (None, own))
             yield
         finally:
             with self._changed:
-                self._requests = max(0, self._requests - 1)  # below one after a fork in the middle of it
+                self._requests = max(0, self._requests - 1)  # it is 0 already if the process forked during the request
                 self._changed.notify_all()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a measured step: waits until no request is in flight.
+        """Enclose a measured step. It waits until no request is in flight.
 
         Raises:
-            Cancelled: tuning was called off.
+            Cancelled: tuning was cancelled.
         """
         own, start = threading.get_ident(), time.perf_counter()
         with self._changed:
@@ -69,7 +69,7 @@ class Traffic:
                     self._changed.notify_all()
 
     def rest(self, seconds: float) -> bool:
-        """Wait; whether tuning was called off, as soon as it is."""
+        """Wait. Returns whether tuning was cancelled; a cancellation ends the wait."""
         with self._changed:
             self._changed.wait_for(lambda: self.cancelled, seconds)
             return self.cancelled
@@ -80,5 +80,5 @@ class Traffic:
             self._changed.notify_all()
 
     def clock(self) -> float:
-        """Seconds, less what measured steps waited for their turn."""
+        """Seconds, without the time that measured steps waited for their turn."""
         return time.perf_counter() - self._waited_s

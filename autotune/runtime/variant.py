@@ -1,6 +1,6 @@
 """A variant: one way to run the model, which shares every tensor with the original until a transform replaces it.
 
-The original is never edited. `Variant.edit` hands out structural copies (twins); dropping the variant is the roll-back.
+The original is never edited. `Variant.edit` gives structural copies (twins), so dropping the variant undoes everything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Loop = Callable[["Variant", seam.Sampling], Any]
 
 
 class Stage(enum.IntEnum):
-    """Order in which the transforms of a plan are applied; it replaces pairwise compatibility lists."""
+    """The order in which the transforms of a plan are applied. It replaces pairwise compatibility lists."""
 
     WEIGHTS = 1
     ATTENTION = 2
@@ -56,7 +56,7 @@ class Transform:
     """One optimisation.
 
     Args:
-        phase: which phase's module it edits: "prefill", "decode" or "both".
+        phase: the phase whose module it edits: "prefill", "decode" or "both".
     """
 
     phase: Literal["prefill", "decode", "both"] = "both"
@@ -65,39 +65,39 @@ class Transform:
     stage: ClassVar[Stage]
     summary: ClassVar[str]  # one line for `autotune transforms`
     foreign: ClassVar[bool] = False  # runs a compiler's or another library's kernels; see `is_foreign`
-    lossless: ClassVar[bool] = False  # judged at the lossless tier whatever the policy's tier is
+    lossless: ClassVar[bool] = False  # always judged at the lossless tier, even if the policy's tier is lower
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        """Why it cannot be tried on this variant and machine, or None; a `Blocker` where it should work there.
+        """Why it cannot be tried on this variant and machine, or None; a `Blocker` if it should work there.
 
-        Cheap; raises nothing.
+        The check is cheap and raises nothing.
         """
         return None
 
     def rehearsed(self) -> Transform | None:
-        """What is tried on a tiny model of the user's class before this is tried on the user's, or None.
+        """The transform to try on a tiny model of the user's class before the user's model, or None.
 
-        That shows whether an architecture bears it at all; see `autotune.tune.rehearsal`. It has to be quick.
+        The trial shows whether the architecture works with it; see `autotune.tune.rehearsal`. It has to be quick.
         """
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """Best-case speed-up per phase it touches, from the roofline: {"decode": 2.1}."""
+        """Best-case speed-up of each phase that it edits, from the roofline: {"decode": 2.1}."""
         raise NotImplementedError
 
     def extra_bytes(self, variant: Variant) -> float:
-        """Memory it takes beside what the variant holds already; more than is free is not tried."""
+        """Bytes that it takes besides what the variant holds. It is not tried if they exceed free memory."""
         return 0.0
 
     def apply(self, variant: Variant) -> None:
-        """Edit the variant. Raises TransformError where it cannot after all; anything else counts as a crash.
+        """Edit the variant. Raises TransformError if that turns out impossible; any other error counts as a crash.
 
-        What `unavailable` can see it should say: a refusal here counts as blocked.
+        If `unavailable` can know the reason, it should report it: a refusal here counts as blocked.
         """
         raise NotImplementedError
 
     def took_effect(self, variant: Variant) -> str | None:
-        """None when the variant really changed (modules replaced, graph captured, kernel used), or what is missing."""
+        """None if the variant really changed (modules replaced, graph captured, kernel used), else what is missing."""
         raise NotImplementedError
 
     @property
@@ -107,7 +107,7 @@ class Transform:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Parameters other than the phase, JSON-ready."""
+        """Parameters other than the phase, as JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "phase"}
 
     def __str__(self) -> str:
@@ -120,17 +120,17 @@ class Variant:
 
     Attributes:
         original: the untouched model.
-        workload: what it is tuned for, which decides sizes (slots, batches); None: small defaults.
-        traffic: where measured steps of this variant queue behind live requests; None outside a wrapped model.
-        modules: phase -> module that computes it; the original itself until edited.
-        transforms: what was applied, in order.
+        workload: the workload it is tuned for, which decides sizes (slots, batches); None: small defaults.
+        traffic: queue in which measured steps of this variant wait for live requests; None outside a wrapped model.
+        modules: phase -> module that computes it; the original itself until it is edited.
+        transforms: applied transforms, in order.
         threads: phase -> intra-op threads while it runs; missing means the process's own number.
         caches: pool of static KV caches, or None for the cache that generate prepares.
-        loop: serves a call of generate's decoding loop (`runtime.loop.decode`); None for transformers' own.
-        step: decode steps recorded, compiled or captured, or None to call the decode module.
+        loop: serves a call of generate's decoding loop (`runtime.loop.decode`); None for transformers' own loop.
+        step: decode steps, recorded, compiled or captured; None to call the decode module.
         draft: a smaller model with the same vocabulary that may guess tokens, or None.
         speculation: how tokens are guessed ahead, or None to decode them one by one.
-        kv: what makes the growing KV cache, or None for the one that generate prepared.
+        kv: makes the growing KV cache; None for the one that generate prepares.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class Variant:
         self.step: DecodeSteps | None = None
         self.speculation: Speculation | None = None
         self.kv: KvCache | None = None
-        self._editable: set[int] = set()  # ids of modules made by this very object
+        self._editable: set[int] = set()  # ids of the modules that this variant made itself
         self._front: PreTrainedModel | None = None
 
     def with_transform(self, transform: Transform) -> Variant:
-        """A new variant: this one plus `transform`, every transform in stage order.
+        """Make a new variant: this one plus `transform`, with all transforms in stage order.
 
         Raises:
             TransformError: the transform refuses.
@@ -174,7 +174,7 @@ class Variant:
         return fresh.with_transforms((*self.transforms, transform))
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
-        """A new variant: this one plus `transforms`, in stage order.
+        """Make a new variant: this one plus `transforms`, with all transforms in stage order.
 
         Raises:
             TransformError: one of them refuses.
@@ -196,9 +196,9 @@ class Variant:
         return other
 
     def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:
-        """The modules a transform may edit for `phase`: twins made on demand, one where both phases still share it."""
+        """The modules that a transform may edit for `phase`: twins made on demand, one twin if both phases share it."""
         phases = PHASES if phase == "both" else (phase,)
-        stateful.of(self.original)  # twins share what it finds
+        stateful.of(self.original)  # finds the stateful modules, which twins share
         twins: dict[int, PreTrainedModel] = {}
         for p in phases:
             module = self.modules[p]
@@ -215,12 +215,12 @@ class Variant:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Around a measured call: one step among a wrapped model's live requests, which leaves no state behind."""
+        """Enclose a measured call: one step between a wrapped model's live requests, which leaves no state behind."""
         with nullcontext() if self.traffic is None else self.traffic.step(), self.state.kept():
             yield
 
     def example(self, batch: int) -> Any:
-        """One token's keys and values [B, Hk, 1, D] a layer: the shapes that a step is prepared for."""
+        """Keys and values of one token, [B, Hk, 1, D] per layer: the shapes for which a step is prepared."""
         model: Any = self.original
         prompt = seam.growing_cache()
         with self.turn() if self.state.modules else nullcontext(), torch.no_grad():
@@ -230,12 +230,12 @@ class Variant:
 
     @property
     def state(self) -> stateful.State:
-        """What the model's own forward writes."""
+        """The state that the model's own forward writes."""
         return stateful.of(self.original)
 
     @property
     def context_tokens(self) -> int:
-        """The longest context to expect, prompt and answer."""
+        """Tokens of the longest context to expect, prompt and answer together."""
         if self.workload is None:
             return DEFAULT_CONTEXT
         return max(map(len, self.workload.prompts)) + self.workload.new_tokens
@@ -246,17 +246,17 @@ class Variant:
 
     @contextmanager
     def running(self, phase: Phase) -> Iterator[PreTrainedModel]:
-        """The phase's module inside its run context; what the context changes is restored.
+        """Enter the context in which the phase's module runs. Everything that it changes is restored at the end.
 
         Raises:
-            VariantError: whatever the body raised (autotune's own errors apart), so that the module's failures are
-                told from the caller's callbacks'.
+            VariantError: the body raised an error other than autotune's own. So the module's failures differ from
+                those of the caller's callbacks.
         """
         threads = self.threads.get(phase)
         try:
             with nullcontext() if threads is None else intraop.computing_with(threads):
                 yield self.modules[phase]
-        except AutotuneError:  # a refusal, or an inner phase's failure: it says what it is
+        except AutotuneError:  # a refusal, or the failure of an inner phase; its type is right already
             raise
         except Exception as error:
             outside.pass_on(error)
@@ -264,10 +264,10 @@ class Variant:
 
     @contextmanager
     def preparing(self, batch: int) -> Iterator[None]:
-        """Around making what decoding needs.
+        """Enclose the preparation of what decoding needs.
 
         Raises:
-            UnreadyError: whatever the body raised, a dead device apart.
+            UnreadyError: the body raised an error, and the device is not dead.
         """
         try:
             yield
@@ -297,7 +297,7 @@ class Variant:
             return call.run_on(self.front)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve one direct forward without a cache of the caller's."""
+        """Serve one direct forward call without a cache from the caller."""
         if not serves_forward(args, kwargs):
             return seam.bare_class(model).forward(model, *args, **kwargs)
         with self.device.guard(), self.running("prefill") as module:
@@ -305,16 +305,16 @@ class Variant:
 
     @property
     def device(self) -> Device:
-        """Where the model's first weights lie."""
+        """The device of the model's first weights."""
         return devices.of(self.original)
 
     @property
     def front(self) -> PreTrainedModel:
-        """A model for transformers' own loop: its forward goes to the phase's module."""
+        """A model for transformers' own loop; its forward calls the module of the phase."""
         if self._front is None:
             stateful.of(self.original)
             front = fork(self.modules["decode"])
-            front.__dict__.pop("forward", None)  # one of the instance's own would hide the route
+            front.__dict__.pop("forward", None)  # an instance's forward would hide the route
             self._front = route.routed(front, _PhaseSwitch(self))
         return self._front
 
@@ -330,7 +330,7 @@ class _Quiet:
 
 
 class _PhaseSwitch(_Quiet):
-    """Router of `Variant.front`: one token onto a filled cache is decode, everything else is prefill."""
+    """Router of `Variant.front`: one token after a filled cache is decode, everything else is prefill."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.variant.running("decode" if seam.is_decoding(kwargs) else "prefill") as module:
@@ -341,7 +341,7 @@ class _PhaseSwitch(_Quiet):
 
 
 class _Measured(_Quiet):
-    """Router of `serving`: the variant itself, each call one step among live requests."""
+    """Router of `serving`: runs the variant, with each call as one step between live requests."""
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.variant.turn():
@@ -355,7 +355,7 @@ class _Measured(_Quiet):
 
 
 def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a direct forward is one that the prefill module may serve: inference on ids, nothing unusual asked."""
+    """Whether the prefill module may serve a direct forward call: inference on ids, without unusual arguments."""
     plain = {
         "input_ids",
         "attention_mask",
@@ -370,7 +370,7 @@ def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant:
-    """The variant that a plan's transforms make of an unrouted model.
+    """Build the variant that a plan's transforms make from an unrouted model.
 
     Raises:
         TransformError: one of them refuses.
@@ -379,5 +379,5 @@ def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant
 
 
 def serving(variant: Variant) -> PreTrainedModel:
-    """A model object whose `generate` and `forward` run `variant`, for measuring and judging it as it will serve."""
+    """A model object whose `generate` and `forward` run `variant`, so that it is measured and judged as it serves."""
     return route.routed(variant.original, _Measured(variant))

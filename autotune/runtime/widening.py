@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NARROW = (torch.bfloat16, torch.float16)
-PACKED = (kernels.PackedLinear, linear_layers.Replacement)  # they compute in FP32 as they are
+PACKED = (kernels.PackedLinear, linear_layers.Replacement)  # layers that compute in FP32 already
 
 
 class WideRows(nn.Module):
-    """An embedding whose rows are given out in FP32; the table stays as it is, shared."""
+    """An embedding that returns its rows in FP32. The table keeps its dtype and stays shared."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -31,15 +31,15 @@ class WideRows(nn.Module):
 
 
 def is_narrow(model: nn.Module) -> bool:
-    """Whether something outside packed layers is in 16 bits."""
+    """Whether any tensor outside packed layers is in 16 bits."""
     return next(_narrow(model), None) is not None
 
 
 def widen(twin: nn.Module) -> None:
-    """Have a twin compute in FP32: norms and biases become FP32 copies, embeddings give out FP32 rows.
+    """Make a twin compute in FP32: norms and biases become FP32 copies, and embeddings return FP32 rows.
 
     Raises:
-        TransformError: a matrix that is no packed layer's is in 16 bits, of which a copy would take too much memory.
+        TransformError: a matrix outside packed layers is in 16 bits; a copy of it would take too much memory.
     """
     for name, module in list(_narrow(twin)):
         if isinstance(module, nn.Embedding):
@@ -60,7 +60,7 @@ def widen(twin: nn.Module) -> None:
 
 
 def _narrow(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules outside packed layers that have or give tensors in 16 bits, under each of their names."""
+    """Yield modules outside packed layers that hold or return tensors in 16 bits, under each of their names."""
     widened: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, WideRows):

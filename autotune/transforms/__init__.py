@@ -1,8 +1,8 @@
-"""The contract of a transform, and the one door through which all of them come.
+"""The contract of a transform, and the registry that finds all of them.
 
-A transform is a frozen dataclass whose fields are its parameters. It edits a `Variant`, never the original, and never
-writes into a tensor it did not create: tensors are shared with the original. Built-ins (the modules of this package)
-and third parties (entry-point group `autotune.transforms`) are found by `registry()` alike.
+A transform is a frozen dataclass whose fields are its parameters. It edits a `Variant`, never the original. It never
+writes into a tensor it did not create, because the variant shares tensors with the original. `registry()` finds
+built-ins (the modules of this package) and third parties' transforms (entry-point group `autotune.transforms`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = logging.getLogger("autotune")
 
 
 def is_foreign(transform: Transform) -> bool:
-    """Whether a transform runs native code that neither torch nor autotune has: it may end the process or never return.
+    """Whether a transform runs native code from outside torch and autotune: it may end the process or never return.
 
-    That of a plug-in is taken to.
+    Every plug-in counts as foreign.
     """
     return transform.foreign or not type(transform).__module__.startswith("autotune.")
 
@@ -39,7 +39,7 @@ def is_foreign(transform: Transform) -> bool:
 def registry() -> Mapping[str, type[Transform]]:
     """Every transform by name: the built-ins, then third parties', which may override a built-in (with a warning).
 
-    A plug-in that cannot be imported or is no transform is left out with a warning that names it.
+    A plug-in that cannot be imported, or is not a transform, is left out. A warning names it.
     """
     found: dict[str, type[Transform]] = {cls.name: cls for cls in _builtins()}
     for plugin in entry_points(group=GROUP):
@@ -52,15 +52,15 @@ def registry() -> Mapping[str, type[Transform]]:
 
 
 def make(name: str, params: Mapping[str, Any], phase: str = "both") -> Transform:
-    """A transform by name.
+    """Make a transform by name.
 
     Args:
         name: a name in `registry()`.
-        params: its parameters; those left out keep their defaults.
+        params: its parameters; a parameter that is left out keeps its default.
         phase: "prefill", "decode" or "both".
 
     Raises:
-        ChoiceError: no such transform, parameter, phase or value; the message names the nearest spelling.
+        ChoiceError: there is no such transform, parameter, phase or value; the message names the nearest spelling.
     """
     cls = registry().get(name)
     if cls is None:
@@ -83,7 +83,7 @@ def require(value: Any, allowed: Iterable[Any], what: str) -> None:
     """Refuse a parameter value that is not one of `allowed`; for `__post_init__`.
 
     Raises:
-        ChoiceError: it is not; the message names the nearest spelling.
+        ChoiceError: the value is not allowed; the message names the nearest spelling.
     """
     options = list(allowed)
     if value not in options:
@@ -91,7 +91,7 @@ def require(value: Any, allowed: Iterable[Any], what: str) -> None:
 
 
 def _check(what: str, value: Any, expected: type) -> None:
-    """A value has the type of the parameter's default, where that is a simple one; an int will do for a float."""
+    """Check that a value has the type of the parameter's default, if that type is simple. A float may be an int."""
     fits = type(value) is expected or (expected is float and type(value) is int)
     if expected in (int, float, str, bool) and not fits:
         raise ChoiceError(f"{what} must be {expected.__name__}, not {value!r}")
@@ -125,5 +125,5 @@ def _load(plugin: EntryPoint) -> type[Transform] | None:
 
 
 def _is_transform(cls: object) -> TypeGuard[type[Transform]]:
-    """A class without a name is a part that transforms share."""
+    """Whether an object is a transform class. A class without a `name` is a base that transforms share."""
     return inspect.isclass(cls) and issubclass(cls, Transform) and hasattr(cls, "name")

@@ -1,4 +1,4 @@
-"""Which attention implementation computes a phase: transformers' own, one of SDPA's kernels, a package's, the hub's."""
+"""The attention implementation of a phase: transformers' own, one of SDPA's kernels, a package's or the hub's."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-PROBE_TOKENS = 4  # of the request that shows which kernel runs; shorter than any sliding window
+PROBE_TOKENS = 4  # tokens of the request that shows which kernel runs; fewer than any sliding window
 ON = ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an implementation needs of model, machine and process.
+    """What an implementation needs from the model, the machine and the process.
 
     Args:
-        flag: attribute by which a model class declares that it supports it; None: all do.
+        kind: kind of attention that the model class must declare support for; None: every model supports it.
         devices: device types it runs on.
-        oldest, newest: compute capabilities between which its kernels exist; None: no bound.
-        head_size: the largest it takes; None: any.
-        half: whether it takes FP16 and BF16 alone.
-        package: what has to be importable; None: nothing.
-        mask: whether it takes an attention mask, and so the one of a static cache.
+        oldest, newest: lowest and highest compute capability that its kernels exist for; None: no bound.
+        head_size: the largest head size it takes; None: any.
+        half: whether it takes only FP16 and BF16.
+        package: package that must be importable; None: none.
+        mask: whether it takes an attention mask. A static cache needs one.
     """
 
     kind: Literal["sdpa", "flash", "flex"] | None = "sdpa"
@@ -60,10 +60,10 @@ class Needs:
 
 
 FLASH: Literal["flash"] = "flash"
-HOPPER: Capability = (9, 9)  # FlashAttention 3 is written for Hopper's instructions, which no other architecture has
+HOPPER: Capability = (9, 9)  # upper bound for FlashAttention 3, which uses instructions that only Hopper (9.x) has
 
 # Sources: torch's sdp_utils.cpp (architectures and head sizes of its flash, cuDNN and memory-efficient kernels),
-# flash-attention's README (2: Ampere and later, 3: Hopper, 4: Hopper and Blackwell; heads up to 256).
+# flash-attention's README (version 2: Ampere and later, 3: Hopper, 4: Hopper and Blackwell; head sizes up to 256).
 IMPLEMENTATIONS: Mapping[str, Needs] = {
     "eager": Needs(None, ("cpu", "cuda"), None, head_size=None, half=False, mask=True),
     "sdpa": Needs(devices=("cpu", "cuda"), oldest=None, head_size=None, half=False, mask=True),
@@ -84,12 +84,12 @@ IMPLEMENTATIONS: Mapping[str, Needs] = {
 
 @dataclass(frozen=True)
 class Attention(Transform):
-    """Another attention implementation, for the twin alone.
+    """Use another attention implementation in the twin; the original keeps its own.
 
     Args:
         implementation: "eager", "sdpa" (which chooses a kernel at each call), one of its kernels ("sdpa:flash",
             "sdpa:cudnn", "sdpa:efficient", "sdpa:math"), "flex_attention", a package ("flash_attention_2", 3 or 4), or
-            a kernel of the hub by its repository ("kernels-community/flash-attn2").
+            a kernel of the hub, named by its repository ("kernels-community/flash-attn2").
     """
 
     implementation: str = "sdpa"
@@ -104,12 +104,12 @@ class Attention(Transform):
 
     @property
     def registered(self) -> str:
-        """Its name among transformers' attention implementations."""
+        """The name of the implementation in transformers' registry."""
         return attention_sdpa.KERNELS[self.backend].name if self.backend else self.implementation
 
     @property
     def backend(self) -> str:
-        """SDPA's kernel, or ""."""
+        """The name of SDPA's kernel; "" for the other implementations."""
         return self.implementation.partition(":")[2]
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
@@ -163,13 +163,13 @@ class Attention(Transform):
             if (used := seam.attentions_of(variant.modules[phase])) != {self.registered}:
                 return f"{phase} uses {' and '.join(sorted(map(str, used)))} instead of {self.registered}"
             if self.implementation in ("eager", "sdpa", "flex_attention"):
-                continue  # they choose for themselves, or are compiled, and a compiler takes no dispatch mode
+                continue  # torch chooses their kernel, or compiles it; a compiler takes no dispatch mode
             if wrong := self._elsewhere(operators(variant.modules[phase], phase), variant.original.device):
                 return f"{phase} computes attention by {wrong} instead of {self.implementation}"
         return None
 
     def _elsewhere(self, seen: set[str], device: torch.device) -> str | None:
-        """What computed attention where it was not this implementation."""
+        """Name the operators that computed attention instead of this implementation; None if there are none."""
         kernel = attention_sdpa.kernel(self.backend, device) if self.backend else None
         if kernel is not None and kernel.operator in seen:
             return None
@@ -178,7 +178,7 @@ class Attention(Transform):
 
 
 def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
-    """Names of torch's operators that a few tokens of a phase go through."""
+    """Names of the torch operators that run for a few tokens of a phase."""
     seen = _Names()
     ids = torch.arange(1, PROBE_TOKENS + 1, dtype=torch.int64, device=model.device)[None]  # [1, PROBE_TOKENS]
     with torch.no_grad():
@@ -211,9 +211,9 @@ def _unfit_gpu(wanted: str, needs: Needs, hardware: Hardware) -> str | None:
 
 @functools.cache
 def _missing(package: str) -> str | None:
-    """Why a package cannot be used: it is not there, or it cannot be imported, which may raise anything."""
+    """Why a package cannot be used, or None. Importing an installed package may raise any exception."""
     try:
-        # asked here because transformers would look for a substitute on the hub
+        # checked here, because transformers would look for a substitute on the hub
         if importlib.util.find_spec(package) is None:
             return f"package {package} is not installed"
         importlib.import_module(package)
@@ -225,14 +225,14 @@ def _missing(package: str) -> str | None:
 
 
 def _unaccepted(wanted: str) -> str | None:
-    """Why transformers would not use an installed package, but look for a substitute on the hub."""
+    """Why transformers rejects an installed package and would look for a substitute on the hub, or None."""
     if seam.accepts_package(wanted):
         return None
     return f"transformers does not accept the installed package for {wanted}: it is too old, or made for another device"
 
 
 def _not_fetched(repository: str) -> str | None:
-    """Why a kernel of the hub is not used: nothing is downloaded that the user did not ask for."""
+    """Why a kernel of the hub is not used, or None. Nothing is downloaded unless the user asks for it."""
     if os.environ.get("AUTOTUNE_ALLOW_DOWNLOADS", "").upper() in ON:
         return None
     if not cached(repository):

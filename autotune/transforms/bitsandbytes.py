@@ -1,6 +1,6 @@
-"""bitsandbytes' 8-bit and 4-bit linear layers, through its operators.
+"""8-bit and 4-bit linear layers that call bitsandbytes' operators directly.
 
-Its own modules warn at each call and repack their weights in the middle of one.
+The modules of bitsandbytes are not used: they warn at each call, and they repack their weights during a call.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
 
 BITS = {"int8": 8, "int8_vectorwise": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight
-INT8_TENSOR_CORES = (7, 5)  # Turing
-OUTLIER = 6.0  # LLM.int8 multiplies input columns beyond this in floating point
-BLOCK = 64  # weights that share a scale at four bits
-PACKED_ROWS = 32  # output rows that the packed 4-bit layout takes at a time
+INT8_TENSOR_CORES = (7, 5)  # lowest compute capability with INT8 tensor cores (Turing)
+OUTLIER = 6.0  # absolute value of an input above which LLM.int8 multiplies its column in floating point
+BLOCK = 64  # 4-bit weights that share a scale
+PACKED_ROWS = 32  # the packed 4-bit layout needs a multiple of this many output rows
 
 
 class OutlierInt8Linear(linear_layers.Replacement):
     """LLM.int8: INT8 weights per row, INT8 activations per token, outlier columns in floating point.
 
-    Which columns those are is asked of the device at each call, and the host waits for the answer: on a GPU that alone
-    makes it slower than FP16 at batch 1, and no graph can hold it.
+    At each call, the device finds the outlier columns and the host waits for the result. On a GPU, the wait alone makes
+    this slower than FP16 at batch 1, and the layer cannot be captured in a graph.
 
     Source: Dettmers et al., "LLM.int8(): 8-bit matrix multiplication for transformers at scale", 2022.
 
     Args:
-        linear: the layer it stands in for; only read.
-        threshold: inputs beyond this are outliers; 0: there are none, and nobody waits.
+        linear: the layer it replaces; it is only read.
+        threshold: absolute value above which an input is an outlier; 0: there are no outliers, and the host never
+            waits.
     """
 
     def __init__(self, linear: nn.Linear, threshold: float = OUTLIER) -> None:
@@ -58,7 +59,7 @@ class OutlierInt8Linear(linear_layers.Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)  # [B * S, K]
-        # a copy, because outliers are blanked out in it
+        # a copy, because the operator overwrites the outliers in its input with zeros
         numbers, scales, columns = self.functional.int8_vectorwise_quant(
             rows.to(torch.float16, copy=True), threshold=self.threshold
         )
@@ -73,9 +74,9 @@ class OutlierInt8Linear(linear_layers.Replacement):
 
 
 class FourBitLinear(linear_layers.Replacement):
-    """NF4 or FP4 weights in blocks; packed for the processor's BF16 instructions where it has them.
+    """NF4 or FP4 weights in blocks, packed for the processor's BF16 instructions if it has them.
 
-    A GPU multiplies in BF16 whatever the model's dtype is: FP32 would leave its tensor cores idle.
+    For an FP32 model, a GPU multiplies in BF16: FP32 products would not use its tensor cores.
     """
 
     def __init__(self, linear: nn.Linear, scheme: str) -> None:
@@ -87,7 +88,7 @@ class FourBitLinear(linear_layers.Replacement):
         if pack is not None and fits and weight.device.type == "cpu" and bnb.functional.has_avx512bf16():
             self.weight, self.state = pack(self.weight, self.state)
         else:
-            self.weight = self.weight.t()  # to 0.49 the shape of the codes says which way the weight lies
+            self.weight = self.weight.t()  # up to 0.49, bitsandbytes takes the weight's orientation from this shape
         self.dtype = torch.bfloat16 if weight.is_cuda and weight.dtype == torch.float32 else weight.dtype
         self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
         self.multiply = bnb.matmul_4bit
@@ -102,8 +103,8 @@ class Bitsandbytes(LinearTransform):
     """Linear weights quantised by bitsandbytes.
 
     Args:
-        scheme: "int8" (LLM.int8), "int8_vectorwise" (without its outliers: faster, less accurate, fit for graphs),
-            "nf4" or "fp4".
+        scheme: "int8" (LLM.int8), "int8_vectorwise" (without outlier columns: faster, less accurate, and graphs can
+            capture it), "nf4" or "fp4".
     """
 
     scheme: str = "nf4"
@@ -137,7 +138,7 @@ class Bitsandbytes(LinearTransform):
 
 
 def library() -> Any:
-    """The package, imported without its remark that an optional kernel could be downloaded."""
+    """Import bitsandbytes without its log message that an optional kernel could be downloaded."""
     log = logging.getLogger("bitsandbytes")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -156,13 +157,16 @@ def _layer(linear: nn.Linear, scheme: str) -> nn.Module:
 
 @functools.cache
 def _missing(scheme: str, where: torch.device) -> str | None:
-    """Found out by trying on a small layer: it may not be installed, or lack its library for this machine."""
+    """Why bitsandbytes cannot run a scheme here, or None.
+
+    A trial on a small layer decides: the package may be missing, or lack its native library for this machine.
+    """
     online = os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE")
     if "bitsandbytes" not in sys.modules and importlib.util.find_spec("kernels") is not None and online:
         return "importing bitsandbytes beside the package kernels may download code: set HF_HUB_OFFLINE=1 to allow it"
     try:
         layer = _layer(torch.nn.Linear(64, 128, bias=False, dtype=torch.float32, device=where), scheme)
         layer(torch.ones(1, 64, dtype=torch.float32, device=where))
-    except Exception as error:  # whatever an optional package raises, it cannot be used
+    except Exception as error:  # an optional package may raise anything; it cannot be used then
         return f"bitsandbytes cannot run {scheme} here: {type(error).__name__}: {error}"
     return None

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-LENGTHS = (24, 40, 56)  # of prompts to try it on, tokens: none is a power of two, which kernels could be made for
+LENGTHS = (24, 40, 56)  # tokens of the trial prompts; not powers of two, for which a compiler could specialise kernels
 
 
 @dataclass(frozen=True)
 class CompilePrefill(Transform):
-    """Compiles prefill's forward with dynamic shapes: what lies between the matmuls is fused, launches are fewer.
+    """Compile prefill's forward with dynamic shapes: operators between matmuls are fused, and launches are fewer.
 
-    One row and several are compiled apart, when each is first seen. Calls that keep differing run uncompiled.
+    Batches of one row and of several rows are compiled separately, each when first seen. If calls keep asking for new
+    code, prefill runs uncompiled.
     """
 
     name: ClassVar[str] = "compile_prefill"
@@ -46,7 +47,7 @@ class CompilePrefill(Transform):
         return no_compiler(hardware) or seam.cannot_step(variant.original)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best nothing is left but matmuls and attention."""
+        """Best case: only the time of matmuls and attention remains."""
         return {"prefill": ceilings.less_overhead(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-TRITON_CAPABILITY = (7, 0)  # Volta; see torch.utils._triton
+TRITON_CAPABILITY = (7, 0)  # lowest compute capability that Triton supports (Volta); see torch.utils._triton
 
 
 @dataclass(frozen=True)
 class CompileStep(Transform):
-    """Compiles a decode step over static slots ahead of time, for the workload's batch sizes; others run uncompiled.
+    """Compile a decode step over static slots ahead of time for the workload's batch sizes. Others run uncompiled.
 
     Args:
-        mode: "default"; "max-autotune" tries Triton kernels for every matmul, on a GPU; "reduce-overhead" adds CUDA
-            graphs of inductor's own.
+        mode: "default"; "max-autotune" tries Triton kernels for every matmul, on a GPU; "reduce-overhead" adds
+            inductor's CUDA graphs.
         layers: "once" generates code for one decoder layer and calls it for each; "unrolled" generates every layer,
             which takes several times as long and lets the compiler fuse across layers.
-        slots: tokens a sequence has room for; 0 as in `static_cache`.
+        slots: tokens a sequence has room for; 0 means the same as in `static_cache`.
     """
 
     mode: str = "default"
@@ -63,7 +63,7 @@ class CompileStep(Transform):
         return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original)
 
     def _captured_anew(self, variant: Variant) -> bool:
-        """Whether the step is one of graphs, which will be captured again around the compiled one."""
+        """Whether the step runs as CUDA graphs, which will be captured again around the compiled step."""
         from ..runtime.steps.graphs import GraphSteps
 
         plain = isinstance(variant.step, GraphSteps) and variant.step.inner is None
@@ -81,7 +81,7 @@ class CompileStep(Transform):
         return over_few_slots()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best nothing is left but what has to move and be computed."""
+        """Best case: only the time for moving data and for arithmetic remains."""
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
@@ -120,7 +120,7 @@ class CompileStep(Transform):
     def took_effect(self, variant: Variant) -> str | None:
         from ..runtime.steps.graphs import GraphSteps
 
-        step = variant.step.inner if isinstance(variant.step, GraphSteps) else variant.step  # captured since
+        step = variant.step.inner if isinstance(variant.step, GraphSteps) else variant.step  # captured later
         if step is None or variant.caches is None:
             return "there is no compiled step"
         wanted = {(batch, variant.caches.slots) for batch in variant.batch_sizes}
@@ -129,7 +129,7 @@ class CompileStep(Transform):
 
 
 def no_compiler(hardware: Hardware) -> str | None:
-    """Why torch.compile has nothing to generate code with, or None."""
+    """Why torch.compile cannot generate code on this machine, or None."""
     if hardware.device == "cpu":
         missing = Blocker("torch.compile needs a C++ compiler on a CPU; install g++ or set $CXX")
         return missing if hardware.compiler is None else None

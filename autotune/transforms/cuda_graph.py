@@ -22,19 +22,20 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-LASTING = 2  # caches with graphs for each batch size: generations that may overlap before one runs uncaptured
+LASTING = 2  # caches with graphs for each batch size; a third generation at the same time runs uncaptured
 
 
 @dataclass(frozen=True)
 class CudaGraph(Transform):
-    """Captures a decode step over static slots, compiled or not, for batches of 1, 2, 4, ... and replays it.
+    """Capture a decode step over static slots, compiled or not, for batches of 1, 2, 4, ... and replay it.
 
-    A batch in between is padded to the next size; what is larger than all of them runs uncaptured.
+    A batch in between is padded to the next size. A batch larger than all of them runs uncaptured.
 
     Args:
         largest: the largest batch to capture for; 0 means the workload's largest.
-        shortest: slots that a graph reads at least; the next ones read twice as many, up to all of them.
-        slots: tokens a sequence has room for; 0 as in `static_cache`, and ignored where the cache is static already.
+        shortest: slots that the shortest graph reads; each further graph reads twice as many, up to all slots.
+        slots: tokens a sequence has room for; 0 means the same as in `static_cache`. Ignored if the cache is static
+            already.
     """
 
     largest: int = 0
@@ -63,7 +64,7 @@ class CudaGraph(Transform):
         return over_few_slots()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best nothing is left but what has to move and be computed."""
+        """Best case: only the time for moving data and for arithmetic remains."""
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
@@ -82,7 +83,7 @@ class CudaGraph(Transform):
         rows, reads = buckets(self.largest or max(variant.batch_sizes)), lengths(slots, self.shortest)
         tokens = min(variant.context_tokens, slots)
         inner = variant.step if isinstance(variant.step, CompiledStep) else None
-        if inner is not None:  # each length costs a compilation
+        if inner is not None:  # each length costs a compilation, so two are enough: the workload's and the longest
             reads = tuple(sorted({next(read for read in reads if read >= tokens), slots}))
         variant.caches = CachePool(config, slots, rows, LASTING)
         variant.loop = decode
@@ -92,7 +93,7 @@ class CudaGraph(Transform):
                 if inner is not None:
                     for read in reads:
                         inner.prepare(cache.first(read))
-                with variant.turn():  # a request that runs out of memory meanwhile could not free what is kept
+                with variant.turn():  # no request meanwhile: one that runs out of memory could not free this cache
                     steps.prepare(cache, tokens)
         variant.step = steps
 

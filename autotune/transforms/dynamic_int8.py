@@ -27,14 +27,14 @@ class DynamicInt8Linear(linear_layers.Replacement):
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # [out]
         zeros = torch.zeros_like(scales, dtype=torch.int64)
-        with warnings.catch_warnings():  # quantised tensors are to leave torch some day
+        with warnings.catch_warnings():  # torch warns that it will remove quantised tensors in a later release
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
             numbers = torch.quantize_per_channel(weight.contiguous(), scales.double(), zeros, 0, torch.qint8)
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.packed = torch.ops.quantized.linear_prepack(numbers, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # seven bits of activation: with eight, processors without VNNI overflow their 16-bit sums
+        # activations have seven bits: with eight, the 16-bit sums of processors without VNNI overflow
         y: torch.Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
         return y.to(x.dtype)
 

@@ -1,9 +1,9 @@
-"""Linear layers over rows: a batch [B, T, K] is multiplied as a matrix [B T, K], which torch does not always do itself.
+"""Linear layers that multiply a batch [B, T, K] as a matrix of rows [B T, K], which torch does not always do.
 
-Where a dimension of size 1 or a slice has another stride than a dense tensor would have, torch multiplies sequence by
-sequence, over a copy of the weight for each in BF16. Every prefill of `generate` has such a slice: the last token's
-hidden states, which lm_head turns into logits. For a vocabulary of 128 256 and 2048 hidden numbers that took 2.3 s for
-one sequence and 19 s for eight, where the same rows as a matrix take 0.03 s (`python -m benchmarks.flat`).
+If a slice, or a dimension of size 1, has a stride that a dense tensor would not have, torch multiplies sequence by
+sequence. In BF16 it then copies the weight for each sequence. Every prefill of `generate` has such a slice: the last
+token's hidden states, which lm_head turns into logits. For a vocabulary of 128 256 and a hidden size of 2048, that took
+2.3 s for one sequence and 19 s for eight. The same rows as a matrix take 0.03 s (`python -m benchmarks.flat`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class FlatLinear(SharedLinear):
-    """y = x W^T + b over the rows of x, whatever its strides are."""
+    """y = x W^T + b over the rows of x, for any strides of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
@@ -35,7 +35,7 @@ class FlatLinear(SharedLinear):
 
 @dataclass(frozen=True)
 class FlatLinears(LinearTransform):
-    """Exchanges BF16 linear layers for ones over rows; the arithmetic stays."""
+    """Exchange BF16 linear layers for ones that multiply rows. The arithmetic does not change."""
 
     name: ClassVar[str] = "flat_linears"
     summary: ClassVar[str] = "BF16 matmuls over rows: for a slice of a batch torch copies the weight for each sequence"

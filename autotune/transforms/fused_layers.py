@@ -1,6 +1,7 @@
-"""One operator each for norms, gated feed-forward blocks and rotary embeddings, wherever a model has them as known.
+"""One fused operator each for norms, gated feed-forward blocks and rotary embeddings of a known form.
 
-A layer is known by what it computes: before it is exchanged, it and its stand-in are given the same random numbers.
+A layer is recognised by what it computes: before the exchange, the layer and its replacement must give the same results
+for the same random inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-CLOSE = 1e-5  # relative error of the same sum in another order
+CLOSE = 1e-5  # largest relative error between two results; the order of a sum alone causes less
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -39,7 +40,7 @@ CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class FusedLayers(Transform):
-    """Exchanges the layers between prefill's matmuls for ones that pass over their activations once."""
+    """Exchange the layers between prefill's matmuls for ones that read their activations only once."""
 
     name: ClassVar[str] = "fused_layers"
     stage: ClassVar[Stage] = Stage.LAYERS
@@ -68,7 +69,7 @@ class FusedLayers(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best everything but matmuls and attention takes no time."""
+        """Best case: only the time of matmuls and attention remains."""
         return {"prefill": ceilings.less_overhead(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:
@@ -89,14 +90,14 @@ class FusedLayers(Transform):
 
 
 def fused(model: nn.Module) -> int:
-    """How many layers of a model are fused."""
+    """The number of fused layers of a model."""
     return sum(
         isinstance(m, RmsNorm | GatedMlp) or hasattr(m.__dict__.get("forward"), seam.ROTARY) for m in model.modules()
     )
 
 
 def _exchanges(model: nn.Module) -> Iterator[tuple[str, nn.Module | types.FunctionType]]:
-    """Name of a module and its stand-in, or the forward that it is to have."""
+    """Yield the name of each exchangeable module with its replacement: a module, or a new forward function."""
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or _observed(module):
             continue
@@ -106,20 +107,20 @@ def _exchanges(model: nn.Module) -> Iterator[tuple[str, nn.Module | types.Functi
 
 
 def _observed(module: nn.Module) -> bool:
-    """Whether somebody changed what calling this module means."""
+    """Whether hooks or a replaced forward change what a call of this module does."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def norm(module: nn.Module) -> RmsNorm | None:
-    """The stand-in of an RMS norm, times its weight or, as in Gemma, times one more than that."""
-    if len(inspect.signature(seam.forward_function(module)).parameters) != 2:  # itself and what it norms
+    """The replacement of an RMS norm, which is scaled by its weight or, as in Gemma, by its weight plus one."""
+    if len(inspect.signature(seam.forward_function(module)).parameters) != 2:  # self and the input
         return None
     own = dict(module.named_parameters())
     eps = next((value for key in EPSILONS if isinstance(value := getattr(module, key, None), float)), None)
     if set(own) != {"weight"} or own["weight"].dim() != 1 or eps is None or any(True for _ in module.children()):
         return None
     weight = own["weight"]
-    sizes = torch.tensor([3.0, eps**0.5], dtype=torch.float32, device="cpu")  # where eps matters, and where not
+    sizes = torch.tensor([3.0, eps**0.5], dtype=torch.float32, device="cpu")  # eps matters only for the second
     x = _random(2, 3, len(weight)) * sizes[:, None, None]
     for scale in (weight, weight.detach() + 1):
         if _agree(module, new := RmsNorm(scale, eps), x):
@@ -128,7 +129,7 @@ def norm(module: nn.Module) -> RmsNorm | None:
 
 
 def mlp(module: nn.Module) -> GatedMlp | None:
-    """The stand-in of down(activation(gate(x)) * up(x))."""
+    """The replacement of down(activation(gate(x)) * up(x)), or None if the module computes something else."""
     children = dict(module.named_children())
     if set(children) != MLP or next(module.parameters(recurse=False), None) is not None:
         return None
@@ -146,7 +147,7 @@ def mlp(module: nn.Module) -> GatedMlp | None:
 
 
 def with_rotary(module: nn.Module) -> types.FunctionType | None:
-    """The forward of a module that rotates queries and keys, as it is but for the function that does so."""
+    """The forward of a module that rotates queries and keys, with only the rotating function replaced."""
     forward = seam.forward_function(module)
     if not isinstance(forward, types.FunctionType) or forward.__closure__:
         return None
@@ -164,7 +165,7 @@ def with_rotary(module: nn.Module) -> types.FunctionType | None:
 
 
 def _rotary_or(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator where it fits, the model's own function elsewhere."""
+    """A function that calls the fused operator if it takes the inputs, else the model's own function."""
 
     def rotate(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
@@ -181,7 +182,7 @@ def _rotary_or(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agree(one: Callable[..., Any], other: Callable[..., Any], *inputs: torch.Tensor) -> bool:
-    """Whether two functions give the same numbers; one that does not take these inputs is another function."""
+    """Whether two functions give the same numbers. A function that rejects these inputs counts as different."""
     try:
         results = [one(*inputs), other(*inputs)]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
@@ -193,7 +194,7 @@ def _agree(one: Callable[..., Any], other: Callable[..., Any], *inputs: torch.Te
 def _same(expected: Any, got: torch.Tensor) -> bool:
     if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:
         return False
-    size = expected.abs().amax(-1, keepdim=True)  # of each row: small ones are compared as strictly as large ones
+    size = expected.abs().amax(-1, keepdim=True)  # per row, so that rows of small numbers are compared as strictly
     return bool(((expected - got).abs() <= CLOSE * size).all())
 
 

@@ -1,4 +1,4 @@
-"""KV caches for contexts that do not fit: narrow numbers, or the host's memory."""
+"""KV caches for contexts that do not fit into memory: narrow numbers, or the host's memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 LIBRARIES = {"quanto": "optimum.quanto", "hqq": "hqq"}  # backend -> module; PyPI: optimum-quanto, hqq
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
-LINK_BYTES_PER_S = 64e9  # PCIe 5.0 x16, one direction: the fastest link to a host there commonly is
+LINK_BYTES_PER_S = 64e9  # PCIe 5.0 x16 in one direction, the fastest common link between GPU and host
 
 
 @dataclass(frozen=True)
 class QuantisedCache(Transform):
-    """Stores keys and values in 8 or 4 bits; see `autotune.runtime.cache.narrow`.
+    """Store keys and values in 8 or 4 bits; see `autotune.runtime.cache.narrow`.
 
     Args:
         scheme: "int8", "fp8" (8 bits, relative precision) or "int4" (groups of 32).
@@ -65,7 +65,7 @@ class QuantisedCache(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """It wins memory, never time: what attention reads is decoded first, into as many bytes as before."""
+        """No speed-up: it saves memory only. Keys and values are decoded to full size before attention reads them."""
         return {"decode": 1.0}
 
     def apply(self, variant: Variant) -> None:
@@ -92,7 +92,7 @@ class QuantisedCache(Transform):
 
 @dataclass(frozen=True)
 class OffloadedCache(Transform):
-    """Keeps keys and values in the host's memory; each layer is fetched while the one before it computes."""
+    """Keep keys and values in the host's memory. Each layer's are fetched while the layer before it computes."""
 
     name: ClassVar[str] = "offloaded_cache"
     stage: ClassVar[Stage] = Stage.CACHE
@@ -112,8 +112,8 @@ class OffloadedCache(Transform):
         return LeanLoop("decode")
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """It wins memory, never time: at best fetching hides behind computing, and the whole cache crosses the link
-        for every token."""
+        """No speed-up: it saves memory only. At best, fetching overlaps computing; every token moves the whole cache
+        over the link."""
         phase = profile.phases["decode"]
         return {"decode": phase.seconds / max(phase.seconds, phase.cache_bytes / LINK_BYTES_PER_S)}
 
@@ -129,7 +129,7 @@ class OffloadedCache(Transform):
 
 
 def _no_growing_cache(variant: Variant) -> str | None:
-    """Why a variant's cache cannot be exchanged for another that grows, or None."""
+    """Why a variant's cache cannot be replaced by another growing cache, or None."""
     if variant.kv is not None:
         return f"the KV cache is {variant.kv} already"
     if variant.caches is not None:
@@ -158,5 +158,5 @@ def _config(variant: Variant) -> object:
 def _missing(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is None
-    except ImportError:  # of a parent package
+    except ImportError:  # a parent package is missing
         return True

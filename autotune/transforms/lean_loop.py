@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LeanLoop(Transform):
-    """Runs greedy search and sampling token for token as generate does, with less in between; see `runtime.loop`."""
+    """Run greedy search and sampling with generate's tokens and less work between steps; see `runtime.loop`."""
 
     name: ClassVar[str] = "lean_loop"
     stage: ClassVar[Stage] = Stage.LOOP
@@ -41,7 +41,7 @@ class LeanLoop(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best all time between operators was the loop's."""
+        """Best case: all the time between operators belonged to the loop."""
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def apply(self, variant: Variant) -> None:

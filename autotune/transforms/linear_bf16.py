@@ -1,4 +1,4 @@
-"""Matmuls of prefill in BF16 over the weights as they are stored, where the processor multiplies BF16 much faster."""
+"""BF16 matmuls in prefill over the weights as stored, for processors that multiply BF16 much faster than FP32."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NOT_PACKED = "decode has no packed weights that prefill could share"
 
 @dataclass(frozen=True)
 class StoredTransform(LinearTransform):
-    """Exchanges linear layers, and layers packed by the kernels, for ones that convert the same weights as they go.
+    """Exchange linear layers, and layers packed by the kernels, for ones that convert the same weights while reading.
 
     Args:
-        weights: "own" for those prefill has, "decode" for those that decode's layers are packed in: fewer bytes to
-            read, at their precision, and the original's are needed no more.
+        weights: "own" for prefill's weights, "decode" for the packed weights of decode's layers. Packed weights have
+            fewer bytes to read and their own precision, and the original's weights are no longer needed.
     """
 
     weights: str = "own"
 
-    parts: ClassVar[int]  # BF16 numbers that stand for one of FP32
-    products: ClassVar[int]  # BF16 products that stand for one of FP32
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # torch multiplies narrower ones in BF16 itself
+    parts: ClassVar[int]  # BF16 numbers that one FP32 number is split into
+    products: ClassVar[int]  # BF16 products that replace one FP32 product
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)  # for narrower weights, torch already uses BF16
 
     def __post_init__(self) -> None:
         if self.phase != "prefill":
@@ -85,7 +85,7 @@ class StoredTransform(LinearTransform):
 
 @dataclass(frozen=True)
 class LinearBf16(StoredTransform):
-    """Rounds inputs and weights to BF16 on their way into the product; sums are FP32, and no copy is kept."""
+    """Round inputs and weights to BF16 just before the product. Sums are in FP32, and no copy is kept."""
 
     name: ClassVar[str] = "linear_bf16"
     summary: ClassVar[str] = "BF16 matmuls in prefill over the weights as stored, without a copy of them; C++ kernels"
@@ -95,7 +95,7 @@ class LinearBf16(StoredTransform):
 
 @dataclass(frozen=True)
 class LinearBf16x3(StoredTransform):
-    """Splits every number into two of BF16 and adds up three of their four products: an error of about 2^-16.
+    """Split every number into two BF16 numbers and add three of their four products. The error is about 2^-16.
 
     Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
     computations", ARITH 2019.
@@ -109,6 +109,6 @@ class LinearBf16x3(StoredTransform):
 
 
 def packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:
-    """Layers packed by the kernels, by dotted name and under every name they have."""
+    """Layers packed by the kernels, by dotted name. A layer with several names appears under each."""
     named = model.named_modules(remove_duplicate=False)
     return {n: m for n, m in named if isinstance(m, kernels.PackedLinear) and not linear_layers.is_named(n, skip)}

@@ -1,4 +1,4 @@
-"""Matmuls over weights computed in a narrower dtype; what lies between them, the KV cache included, stays as it was."""
+"""Matmuls over weights computed in a narrower dtype. Everything between them, including the KV cache, is unchanged."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class CastLinear(linear_layers.Replacement):
-    """y = x W^T + b in `dtype`, returned in x's own.
+    """y = x W^T + b in `dtype`, returned in the dtype of x.
 
     Args:
-        linear: the layer it stands in for.
-        dtype: of the weights and the arithmetic.
-        packed: lay the weights out for oneDNN once, instead of at each call. No compiler takes such a tensor.
+        linear: the layer it replaces.
+        dtype: dtype of the weights and the arithmetic.
+        packed: reorder the weights for oneDNN once, instead of at each call. Compilers do not take such a tensor.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool) -> None:
@@ -56,9 +56,9 @@ class CastLinear(linear_layers.Replacement):
 
 @dataclass(frozen=True)
 class LinearDtype(LinearTransform):
-    """Computes linear layers in BF16 or FP16, input and output cast at each layer.
+    """Compute linear layers in BF16 or FP16. Input and output are cast at each layer.
 
-    Worth it where the hardware multiplies that dtype (AMX, AVX512-BF16, tensor cores), and hopeless elsewhere.
+    It pays only where the hardware multiplies that dtype (AMX, AVX512-BF16, tensor cores).
 
     Args:
         dtype: "bfloat16" or "float16".
@@ -83,7 +83,7 @@ class LinearDtype(LinearTransform):
         return super().refusal(dtype)
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        for phase in self.phases:  # other transforms may narrow its layers further, it may not
+        for phase in self.phases:  # other transforms may narrow these layers further; a second linear_dtype may not
             if linear_layers.count(variant.modules[phase], CastLinear):
                 return nothing_left(variant, phase)
         return super().unavailable(variant, hardware)
@@ -92,7 +92,7 @@ class LinearDtype(LinearTransform):
         dtype = getattr(torch, self.dtype)
         if not torch.isfinite(linear.weight.abs().amax().to(dtype)):
             raise ValueError(f"a weight of {linear.weight.abs().amax():.3g} does not fit {self.dtype}")
-        # decode may be compiled later, prefill meets prompts of every length and is not
+        # only prefill is packed: decode may be compiled later, and compilers do not take packed tensors
         packed = self.phase == "prefill" and linear.weight.device.type == "cpu" and _packs(self.dtype)
         return CastLinear(linear, dtype, packed)
 

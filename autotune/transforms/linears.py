@@ -1,4 +1,4 @@
-"""What the transforms that exchange linear layers share."""
+"""Base class and helpers of the transforms that exchange linear layers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ _made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged
 
 @contextmanager
 def reusing(*variants: Variant) -> Iterator[None]:
-    """In here a layer that was exchanged once is not exchanged again: variants that differ in a few layers share the
-    others. The model's weights must not change meanwhile.
+    """Reuse exchanged layers within this context: variants that differ in a few layers share the other layers.
+
+    The model's weights must not change meanwhile.
 
     Args:
-        variants: whose layers are used again, too.
+        variants: existing variants whose exchanged layers may be reused, too.
     """
     made = _made.get()
     made = {} if made is None else made
@@ -51,7 +52,7 @@ def reusing(*variants: Variant) -> Iterator[None]:
 
 
 def _exchanged(variant: Variant) -> Iterator[tuple[object, nn.Module]]:
-    """Layers that a variant's transforms made, by what they were made of."""
+    """Yield each layer that a variant's transforms made, with the key of the layer it was made from."""
     layers = linear_layers.linears(variant.original)
     for transform in (each for each in variant.transforms if isinstance(each, LinearTransform)):
         forms = [form for form in (transform, transform.wider) if form is not None]
@@ -64,17 +65,17 @@ def _exchanged(variant: Variant) -> Iterator[tuple[object, nn.Module]]:
 
 @dataclass(frozen=True)
 class LinearTransform(Transform):
-    """Exchanges every linear layer of a phase's module for `exchange(layer)`.
+    """Exchange every linear layer of a phase's module for `exchange(layer)`.
 
     Args:
-        skip: comma-separated parts of module names whose layers stay as they are: "lm_head,layers.3.mlp.down_proj".
+        skip: comma-separated parts of the names of layers to leave unchanged: "lm_head,layers.3.mlp.down_proj".
     """
 
     skip: str = ""
 
     stage: ClassVar[Stage] = Stage.WEIGHTS
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATING  # of weights that it takes
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATING  # dtypes of weights that it takes
 
     @property
     def capability(self) -> gpus.Capability | None:
@@ -83,34 +84,34 @@ class LinearTransform(Transform):
 
     @property
     def kind(self) -> type[nn.Module]:
-        """What a layer becomes."""
+        """The class of the new layers."""
         raise NotImplementedError
 
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
-        """The layer that takes the place of `linear`, or None to leave it. Only reads `linear`."""
+        """Make the layer that replaces `linear`; None leaves `linear` in place. `linear` is only read."""
         raise NotImplementedError
 
     @property
     def recipe(self) -> LinearTransform:
-        """What becomes of one layer: this transform without the names of layers."""
+        """This transform without names of layers: what it does to a single layer."""
         return replace(self, skip="")
 
     @property
     def wider(self) -> LinearTransform | None:
-        """What a sensitive layer is exchanged for instead; None: it stays as it is."""
+        """The transform for sensitive layers, which need a wider form; None: they stay unchanged."""
         return None
 
     @property
     def wider_form(self) -> str:
-        """The form of a layer left wider, in words."""
+        """The form of a sensitive layer, in words."""
         return "as it was"
 
     def widened(self, names: str) -> Self:
-        """This transform with the layers of these names left wider, beside those that were already."""
+        """This transform, but the layers of these names keep a wider form, besides those that already do."""
         return replace(self, skip=joined(self.skip, names))
 
     def refusal(self, dtype: torch.dtype) -> str | None:
-        """Why weights of a dtype are not exchanged, or None."""
+        """Why layers with weights of a dtype are not exchanged, or None."""
         if dtype in self.dtypes:
             return None
         return f"it replaces weights in {' or '.join(map(str, self.dtypes))}; these are {dtype}"
@@ -143,7 +144,7 @@ class LinearTransform(Transform):
         return {phase: self.speedup(profile.phases[phase], hardware) for phase in self.phases}
 
     def extra_bytes(self, variant: Variant) -> float:
-        """What all the new layers take, judged by the smallest of them, which is made for that."""
+        """Estimate the bytes of all new layers. The smallest layer is exchanged to measure its ratio of bytes."""
         modules = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}
         total = 0.0
         for module in modules.values():
@@ -153,23 +154,23 @@ class LinearTransform(Transform):
         return total
 
     def _sample(self, linear: nn.Linear | None) -> float | None:
-        """Bytes of a new layer over those of the one that it stands in for; None where none can be made."""
+        """Bytes of a new layer divided by those of the layer it replaces; None if it cannot be made."""
         try:
             new = None if linear is None else self.exchange_once(linear)
-        except ValueError:  # weights that the new layer cannot hold: `apply` says so
+        except ValueError:  # the new layer cannot hold these weights; `apply` reports it
             return None
         if linear is None or new is None:
             return None
         return linear_layers.stored_bytes(new) / linear.weight.nbytes
 
     def apply(self, variant: Variant) -> None:
-        # asking also loads what is needed, in a process that only replays a plan
+        # the check also loads the kernels or package, which a process that only replays a plan has not done yet
         if reason := self.missing(variant.original.device):
             raise TransformError(reason)
         for twin in variant.edit(self.phase):
             try:
                 exchanged = self.exchange_in(twin)
-            except ValueError as error:  # weights that the new layer cannot hold
+            except ValueError as error:  # the new layer cannot hold these weights
                 raise TransformError(f"{self}: {error}") from error
             if not exchanged:
                 raise TransformError(f"{self}: no linear layer of {type(twin).__name__} can be exchanged")
@@ -177,11 +178,11 @@ class LinearTransform(Transform):
             cpu.give_back()  # quantising a table of 152 000 rows leaves 730 MB of freed blocks behind
 
     def exchange_in(self, twin: nn.Module) -> int:
-        """Exchange the layers of a twin; how many became `kind`."""
+        """Exchange the layers of a twin. Returns how many became `kind`."""
         return linear_layers.replace(twin, self.exchange_once, self.skip)
 
     def exchange_once(self, linear: nn.Linear) -> nn.Module | None:
-        """`exchange`, or what it made of the same layer before where that may be used again."""
+        """Exchange a layer, or within `reusing` return the layer made earlier from the same weights."""
         if (made := _made.get()) is None:
             return self.exchange(linear)
         if (key := self.key(linear)) not in made:
@@ -189,7 +190,7 @@ class LinearTransform(Transform):
         return made[key]
 
     def key(self, linear: nn.Linear) -> object:
-        """What a new layer depends on."""
+        """Identify everything that a new layer depends on."""
         weight, bias = linear.weight, linear.bias
         return self.recipe, weight.data_ptr(), weight.shape, weight.dtype, None if bias is None else bias.data_ptr()
 
@@ -201,17 +202,17 @@ class LinearTransform(Transform):
 
 
 def weight_bytes(phase: PhaseProfile, bits: float) -> float:
-    """Bytes that a phase's weights would take at so many bits each.
+    """Bytes that a phase's weights would take with `bits` bits per weight.
 
-    How many weights there are follows from their bytes: layers that were not exchanged yet multiply in the dtype that
-    they are stored in.
+    The number of weights follows from their bytes, because layers that were not exchanged yet multiply in the dtype in
+    which they are stored.
     """
     element: torch.dtype = getattr(torch, phase.compute_dtype)
     return phase.weight_bytes * bits / (8 * element.itemsize)
 
 
 def joined(*names: str) -> str:
-    """Comma-separated names as one list."""
+    """Join comma-separated lists of names into one."""
     return ",".join(filter(None, names))
 
 

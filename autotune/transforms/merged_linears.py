@@ -1,4 +1,4 @@
-"""Projections that read one input as one matmul: queries, keys and values; gate and up."""
+"""Projections of the same input merged into one matmul: queries, keys and values; gate and up."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 KINDS = (MergedAttention, MergedMlp)
-READ = "q_proj,k_proj,v_proj,gate_proj,up_proj"  # what is merged
+READ = "q_proj,k_proj,v_proj,gate_proj,up_proj"  # names of the layers that are merged
 
 
 @dataclass(frozen=True)
 class MergedLinears(Transform):
-    """Exchanges attention and gated feed-forward blocks for ones with fewer, larger matmuls.
+    """Exchange attention and gated feed-forward blocks for ones with fewer, larger matmuls.
 
-    The weights of a merged layer are a copy. Transforms of weights that come later pack the merged layers; after them
-    there are no plain ones left to merge.
+    A merged layer holds a copy of the weights. Merging comes before the transforms of weights: they pack the merged
+    layers, and leave no plain layers to merge.
     """
 
     name: ClassVar[str] = "merged_linears"
@@ -57,13 +57,13 @@ class MergedLinears(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best no time goes by between operators, and larger matmuls reach their floor."""
+        """Best case: no time passes between operators, and the larger matmuls take their least possible time."""
         return {
             phase: ceilings.less_overhead(profile.phases[phase], hardware, new_kernels=True) for phase in self.phases
         }
 
     def extra_bytes(self, variant: Variant) -> float:
-        """The copies of the projections; the original keeps its own."""
+        """Bytes of the merged copies; the original keeps its projections."""
         models = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}.values()
         layers = [
             layer
@@ -91,12 +91,12 @@ class MergedLinears(Transform):
 
 
 def count(model: nn.Module) -> int:
-    """How many blocks of a model are merged."""
+    """The number of merged blocks of a model."""
     return sum(isinstance(module, KINDS) for module in model.modules())
 
 
 def stand_ins(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name of a block and its merged form, one after the other: only one copy is there that the model does not hold."""
+    """Yield each block's name and merged form, one at a time, so that at most one copy exists outside the model."""
     for name, module in list(model.named_modules()):
         if name and (new := stand_in(module)) is not None:
             yield name, new

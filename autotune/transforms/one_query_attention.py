@@ -1,4 +1,4 @@
-"""Attention of one query over a cache, in a kernel that reads only what may be attended to."""
+"""Attention of one query over a cache, in a kernel that reads only the keys and values that the mask admits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-IMPLEMENTATION = "autotune_one_query"  # its name among transformers' attention implementations
+IMPLEMENTATION = "autotune_one_query"  # the kernel's name in transformers' registry of attention implementations
 
 
 @dataclass(frozen=True)
 class OneQueryAttention(Transform):
-    """Decodes with `runtime.kernels.attend_one`: grouped heads share one pass, an empty cache tail is not read."""
+    """Decode with `runtime.kernels.attend_one`: grouped heads share one pass, and empty slots are not read."""
 
     name: ClassVar[str] = "one_query_attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
@@ -51,7 +51,7 @@ class OneQueryAttention(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best attention, and all the small operators that lead up to it, take as long as reading the cache."""
+        """Best case: attention and the small operators before it take only the time of reading the cache."""
         phase = profile.phases["decode"]
         return {"decode": max(ceilings.faster_attention(phase, hardware), ceilings.less_overhead(phase, hardware))}
 
@@ -64,10 +64,10 @@ class OneQueryAttention(Transform):
 
 
 def use_kernel(variant: Variant) -> None:
-    """Decode with the kernel from now on, unless it does already.
+    """Make decode use the kernel, unless it does already.
 
     Raises:
-        TransformError: the kernels cannot be had.
+        TransformError: the kernels are not available.
     """
     from ..runtime import kernels
 
@@ -89,7 +89,7 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface: the kernel for one query, SDPA for more. Returns [B, Q, H, D]."""
+    """Transformers' attention interface: calls the kernel for one query, SDPA for more. Returns [B, Q, H, D]."""
     plain = all(kwargs.get(name) is None for name in seam.UNUSUAL)
     if query.shape[2] == 1 and query.shape[3] == value.shape[3] and plain:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling

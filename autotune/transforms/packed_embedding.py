@@ -1,4 +1,4 @@
-"""The token embedding looked up in packed weights: no table of its own beside them."""
+"""Token embeddings looked up in packed weights, so that no separate table is needed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedEmbedding(Transform):
-    """Exchanges the embedding's table for lm_head's packed weights where they are tied, else for INT8 of its own.
+    """Exchange the embedding's table for lm_head's packed weights if the two are tied, else for an INT8 table.
 
-    It saves memory and no time.
+    This saves memory, not time.
     """
 
     name: ClassVar[str] = "packed_embedding"
@@ -39,15 +39,15 @@ class PackedEmbedding(Transform):
             return f"it runs on cpu, not on {hardware.device}"
         if (reason := linear_layers.obstacle(variant.original)) is not None:
             return reason
-        return self._obstacle(variant) or kernels.available()  # last: it may have to compile
+        return self._obstacle(variant) or kernels.available()  # checked last, because it may compile
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        return dict.fromkeys(self.phases, 1.0)  # a row or two of a table are read a token, in any format
+        return dict.fromkeys(self.phases, 1.0)  # in every format, a token reads only a row or two of the table
 
     def apply(self, variant: Variant) -> None:
         if reason := self._obstacle(variant) or kernels.available():
             raise TransformError(f"{self}: {reason}")
-        made: dict[int, nn.Module] = {}  # by table: what several modules share stays shared
+        made: dict[int, nn.Module] = {}  # by table, so that modules that share a table still do
         for twin in variant.edit(self.phase):
             names = linear_layers.embeddings(twin)
             embedding = next(iter(names.values()))
@@ -70,7 +70,7 @@ class PackedEmbedding(Transform):
 
 
 def obstacle(module: PreTrainedModel, original: PreTrainedModel) -> str | None:
-    """Why a phase's embedding cannot be packed, or that it would save nothing; None where it can."""
+    """Why a phase's embedding cannot be packed, or why packing would save nothing; None if it pays."""
     if linear_layers.count(module, kernels.PackedEmbedding):
         return "the embedding is packed already"
     table = next(iter(linear_layers.embeddings(module).values()), None)
@@ -90,13 +90,13 @@ def tied(original: PreTrainedModel) -> bool:
 
 
 def shared(module: PreTrainedModel, original: PreTrainedModel) -> kernels.PackedLinear | None:
-    """The packed lm_head whose table is the embedding's, too, or None."""
+    """The packed lm_head if it is tied to the embedding, else None."""
     head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     return head if tied(original) and isinstance(head, kernels.PackedLinear) else None
 
 
 def packed_rows(table: kernels.PackedLinear, embedding: nn.Embedding) -> nn.Module:
-    """What looks rows up in `table`, and gives them in the dtype of those of `embedding`."""
+    """A module that looks rows up in `table` and returns them in the dtype of `embedding`."""
     return kernels.PackedEmbedding(table, embedding.weight.dtype).train(embedding.training)
 
 
@@ -104,5 +104,5 @@ def quantised(embedding: nn.Embedding) -> kernels.PackedLinear:
     """The embedding's table as INT8."""
     try:
         return kernels.Int8Linear.from_weight(embedding.weight)
-    except ValueError as error:  # weights that the format cannot hold
+    except ValueError as error:  # the format cannot hold these weights
         raise TransformError(f"the embedding cannot be packed: {error}") from error

@@ -1,4 +1,4 @@
-"""Prefill over the layers that decode's weights are packed in: FP32 arithmetic for models whose own is slow."""
+"""Prefill over decode's packed layers: FP32 arithmetic for models whose own dtype is slow to multiply."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedPrefill(Transform):
-    """Exchanges prefill's linear layers for decode's packed ones: their precision, FP32 arithmetic, no copy.
+    """Exchange prefill's linear layers for decode's packed ones: their precision, FP32 arithmetic, no copy.
 
-    It pays where the processor multiplies the model's own dtype more slowly than FP32, as most do BF16 and FP16.
+    It pays if the processor multiplies the model's dtype more slowly than FP32. For BF16 and FP16, most processors do.
     """
 
     name: ClassVar[str] = "packed_prefill"
@@ -48,7 +48,7 @@ class PackedPrefill(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         phase = profile.phases["prefill"]
-        read = weight_bytes(phase, 4)  # at best
+        read = weight_bytes(phase, 4)  # best case: 4 bits per weight
         return {"prefill": ceilings.faster_weights(phase, hardware, read, compute_dtype="float32")}
 
     def apply(self, variant: Variant) -> None:

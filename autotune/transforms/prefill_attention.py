@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that stand for one of FP32
+PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that an FP32 number is split into
 
 
 @dataclass(frozen=True)
 class PrefillAttention(Transform):
-    """Prefills with `runtime.kernels.attend_many`: blocks that the mask excludes are skipped, keys are not repeated.
+    """Prefill with `runtime.kernels.attend_many`: blocks that the mask excludes are skipped, keys are not repeated.
 
     Args:
         precision: arithmetic of the two products: "float32", "bfloat16", or "bfloat16x3" (three BF16 products of split
@@ -48,7 +48,7 @@ class PrefillAttention(Transform):
 
     @property
     def implementation(self) -> str:
-        """Its name among transformers' attention implementations."""
+        """The kernel's name in transformers' registry of attention implementations."""
         return f"autotune_{self.precision}_prefill"
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
@@ -65,7 +65,7 @@ class PrefillAttention(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best attention, and all that surrounds it, takes as long as its FLOPs."""
+        """Best case: attention and the operators around it take only the time of attention's FLOPs."""
         return {"prefill": ceilings.faster_attention(profile.phases["prefill"], hardware)}
 
     def apply(self, variant: Variant) -> None:
@@ -94,7 +94,7 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface: the kernel where every query sees an unbroken span of keys, SDPA elsewhere.
+    """Transformers' attention interface: calls the kernel if every query sees an unbroken span of keys, else SDPA.
 
     Returns:
         [B, Q, H, D].
@@ -111,7 +111,7 @@ def attend(
 
 
 def _spans(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:
-    """[B or 1, Q, 2], the first key each query sees and the one after its last; None: not that kind of mask."""
+    """The first key that each query sees and the one after its last, as [B or 1, Q, 2]; None for any other mask."""
     if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys):
         return None
     spans: torch.Tensor = torch.ops.autotune.mask_spans(mask)

@@ -1,4 +1,4 @@
-"""Several tokens a step: guessed first, then checked together."""
+"""Several tokens per step: they are guessed first, then checked together."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-SHORTEST = 256  # slots that a graph reads at least, where the plain step's graphs do not say
-TIMED_RUNS = 3  # of each kind of step; the fastest counts, which the host disturbed least
-MOST = 32  # guesses a step; slots that are known to have been written without counting are cleared up to 64
+SHORTEST = 256  # slots that the shortest graph reads, unless the plain step's graphs define it
+TIMED_RUNS = 3  # runs of each kind of step; the fastest counts, because the host disturbed it least
+MOST = 32  # largest number of guesses per step; caches clear at most 64 slots that discarded steps wrote
 
 
 @dataclass(frozen=True)
 class Speculation(Transform):
-    """Guesses tokens and checks them in one step of the decode module; see `autotune.runtime.speculation.speculate`.
+    """Guess tokens and check them in one step of the decode module; see `autotune.runtime.speculation.speculate`.
 
-    One sequence at a time: other batches are decoded token by token. Tokens for which nothing is guessed run as they
-    would without it, recorded or compiled step included. Guesses are checked by the decode module itself, captured as a
-    graph where its plain step is, and timed against the plain step when the transform is applied. How far to guess
-    follows from that and from how many guesses turn out right, so that text that cannot be guessed costs next to
-    nothing.
+    It serves one sequence at a time; larger batches are decoded token by token. Where nothing is guessed, the plain
+    step runs, recorded or compiled if it was. The decode module itself checks the guesses. This check is captured as a
+    graph if the plain step is, and timed against the plain step when the transform is applied. The number of guesses
+    follows from that time and from the share of right guesses, so text that cannot be guessed costs almost nothing.
 
     Args:
         draft: "prompt" guesses what followed the same tokens earlier in prompt and answer; "model" lets the model given
             as `autotune.wrap(..., draft=)` guess.
-        tokens: guesses per step at most; seven and the token before them fill the rows of a matrix instruction.
+        tokens: largest number of guesses per step; seven and the token before them fill the rows of a matrix
+            instruction.
     """
 
     draft: str = "prompt"
@@ -78,10 +78,11 @@ class Speculation(Transform):
         return self
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best every guess is right, and a step with K guesses takes as long as one without.
+        """Best case: every guess is right, and a step with K guesses takes as long as one without.
 
-        It reads the weights once all the same, but computes for K + 1 tokens: where that takes longer, (K + 1) tokens
-        come in the time of their FLOPs. Source: Leviathan et al. 2023, with an acceptance of 1 and guesses for nothing.
+        Both steps read the weights once, but the step with guesses computes K + 1 tokens. If computing takes longer,
+        K + 1 tokens take the time of their FLOPs. Source: Leviathan et al. 2023, with an acceptance of 1 and free
+        guesses.
         """
         phase, tokens = profile.phases["decode"], self.tokens + 1
         computing_s = tokens * phase.flops / profile.batch / ceilings.attainable_peak(phase, hardware)
@@ -128,9 +129,10 @@ class Speculation(Transform):
 
 
 def measure_cost(variant: Variant) -> float:
-    """Time of a step with all the guesses there may be, guessing included, in plain steps.
+    """Measure the time of a step with the most guesses, including the guessing, in units of a plain step.
 
-    Both run at the start of an empty sequence: what they differ in, weights and arithmetic, does not depend on it.
+    Both steps run at the start of an empty sequence. They differ in weights and arithmetic, which do not depend on the
+    sequence.
 
     Args:
         variant: with `caches` and `speculation`.
@@ -165,5 +167,5 @@ def measure_cost(variant: Variant) -> float:
 
         plain_s, checking_s = (
             min(device.seconds(work) for _ in range(TIMED_RUNS + 1)) for work in (plain, checking)
-        )  # the first of each warms up
+        )  # the first run of each warms up
     return checking_s / plain_s

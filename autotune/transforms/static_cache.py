@@ -1,4 +1,4 @@
-"""Keys and values in slots allocated once."""
+"""A KV cache whose slots are allocated once."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-ROUND_TO = 128  # slots; a multiple of every vector width and of flash attention's blocks
-MEMORY_SHARE = 0.5  # of the machine's memory that full slots may take
-REHEARSED_SLOTS = 64  # for the longest request of a rehearsal
-HEADROOM = 2  # times the longest context of the workload
+ROUND_TO = 128  # slots are a multiple of this; it is a multiple of every vector width and of flash attention's blocks
+MEMORY_SHARE = 0.5  # share of the machine's memory that full slots may take
+REHEARSED_SLOTS = 64  # slots in a rehearsal; enough for its longest request
+HEADROOM = 2  # slots per token of the workload's longest context
 
 
 @dataclass(frozen=True)
 class StaticCache(Transform):
-    """Decodes over a KV cache allocated once and reused, in the lean loop: no growth, no copies, constant shapes.
+    """Decode over a KV cache allocated once and reused, in the lean loop: no growth, no copies, constant shapes.
 
     Args:
-        slots: tokens a sequence has room for; 0 means twice the workload's longest context, within the model's own.
+        slots: tokens a sequence has room for; 0 means twice the workload's longest context, but at most the model's.
     """
 
     slots: int = 0
@@ -59,7 +59,7 @@ class StaticCache(Transform):
         return over_few_slots()
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best the cache's growth and the loop's work between steps disappear."""
+        """Best case: the cache's growth and the loop's work between steps take no time."""
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
@@ -73,7 +73,7 @@ class StaticCache(Transform):
 
 
 def over_few_slots() -> Transform:
-    """What shows on a tiny model whether an architecture can be decoded over slots."""
+    """The transform that shows, on a tiny model, whether an architecture can be decoded over slots."""
     return StaticCache("decode", slots=REHEARSED_SLOTS)
 
 
@@ -105,7 +105,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
 
 
 def slot_bytes(variant: Variant, slots: int = 0) -> float:
-    """What a static cache takes for the workload's largest batch; on a CPU nothing until slots are filled."""
+    """Bytes of a static cache for the workload's largest batch; 0 on a CPU, where empty slots take no memory."""
     from ..diagnose.work import cache_size
 
     if variant.caches is not None or variant.device.kind == "cpu":
@@ -116,12 +116,12 @@ def slot_bytes(variant: Variant, slots: int = 0) -> float:
 
 
 def roomy_slots(variant: Variant, dtype: torch.dtype | None = None) -> int:
-    """As many as the model's longest context, or as half of the machine's memory can hold when all are filled.
+    """Slots for the model's longest context, or as many as fit half of the machine's memory when all are filled.
 
-    For decoders that read only what is filled: there an empty slot costs address space, nothing more.
+    For decoders that read only filled slots: there, an empty slot costs only address space.
 
     Args:
-        dtype: of keys and values; None means the model's.
+        dtype: dtype of keys and values; None means the model's.
     """
     from ..diagnose.work import cache_size
     from ..machine.processor import memory_bytes

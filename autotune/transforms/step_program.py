@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepProgram(Transform):
-    """Records a decode step over static slots once and runs it in C++ with one team of threads: no Python, no dispatch.
+    """Record a decode step over static slots once and run it in C++ with one team of threads: no Python, no dispatch.
 
-    Every batch size is recorded when it is first seen (the workload's at once); the cache has room for the model's
-    longest context, since slots take memory only when they are filled and only filled ones are read.
+    The workload's batch sizes are recorded at once, others when they are first seen. The cache has room for the model's
+    longest context, because only filled slots take memory and only filled slots are read.
 
-    Programs compute in FP32. The packed layers of a 16-bit model do so already; its norms and biases are widened, and
-    keys and values are kept in FP32.
+    Programs compute in FP32. The packed layers of a 16-bit model already do; its norms and biases are widened, and keys
+    and values are kept in FP32.
 
     Args:
         slots: tokens a sequence has room for; 0 means the model's longest context, or what memory allows.
@@ -63,7 +63,8 @@ class StepProgram(Transform):
         return StepProgram("decode", slots=REHEARSED_SLOTS)
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """At best nothing is left but what has to move and be computed, of 16-bit models in FP32 over packed layers."""
+        """Best case: only the time for moving data and for arithmetic remains; for 16-bit models, in FP32 over packed
+        layers."""
         phase = profile.phases["decode"]
         if getattr(torch, phase.compute_dtype) in NARROW:
             gain = ceilings.less_overhead(phase, hardware, new_kernels=True, compute_dtype="float32")

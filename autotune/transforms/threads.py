@@ -1,4 +1,4 @@
-"""Number of threads that compute a phase."""
+"""The number of threads that compute a phase."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-REGION_S = 3e-6  # waking and joining the threads of a parallel region, as OpenMP libraries take it
+REGION_S = 3e-6  # seconds that an OpenMP library takes to wake and join the threads of a parallel region
 
 
 @dataclass(frozen=True)
 class Threads(Transform):
-    """Computes a phase with `count` intra-op threads; the process's own number is back after each call.
+    """Compute a phase with `count` intra-op threads. The process's own number is restored after each call.
 
     Args:
-        count: threads, 1 up to the cores this process may use.
+        count: number of threads, from 1 to the number of cores this process may use.
     """
 
     count: int = 1
@@ -56,7 +56,7 @@ class Threads(Transform):
         return {phase: self._speedup(profile.phases[phase], hardware.threads) for phase in self.phases}
 
     def _speedup(self, phase: PhaseProfile, threads: int) -> float:
-        """More threads: at best in proportion. Fewer: at best every operator is spared a parallel region."""
+        """Best case: with more threads, time falls in proportion; with fewer, no operator starts a parallel region."""
         if self.count > threads:
             return self.count / threads
         return phase.seconds / max(phase.seconds - phase.operator_count * REGION_S, phase.seconds / 2)
@@ -73,7 +73,7 @@ class Threads(Transform):
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """The number of cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

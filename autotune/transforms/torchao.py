@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What one of torchao's schemes is, and what it needs.
+    """One of torchao's schemes and its requirements.
 
     Args:
-        bits: of a weight.
-        multiplied: dtype that is multiplied ("int8"), or None for the weights' own.
+        bits: bits per weight.
+        multiplied: dtype of the product's factors ("int8"), or None for the weights' own.
         capability: the lowest compute capability of a GPU that runs it.
-        weights: dtype that weights must have before they are quantised, activations when they come; None: any.
-        inputs, outputs: features of a layer on a GPU must be multiples of these; other layers are left as they are.
+        weights: dtype that weights must have before quantisation, and activations at the input; None: any.
+        inputs, outputs: features of a layer on a GPU must be multiples of these; other layers are left unchanged.
     """
 
     bits: int
@@ -42,9 +42,9 @@ class Scheme:
     outputs: int = 1
 
 
-# Capabilities: INT8 tensor cores through cuBLASLt and the tinygemm INT4 kernel are for Ampere; conversions from and to
-# FP8 and products of FP8 came with Ada (8.9). Features: cuBLASLt's INT8 wants 8 (torchao would multiply on the host
-# instead, without a word), FP8 wants 16, INT4 shares a scale among 32.
+# Capabilities: INT8 through cuBLASLt and the tinygemm INT4 kernel need Ampere (8.0). FP8 conversions and products need
+# Ada (8.9). Features: cuBLASLt's INT8 needs multiples of 8 (torchao would otherwise multiply on the host without a
+# warning), FP8 needs multiples of 16, and INT4 shares a scale among 32.
 SCHEMES = {
     "int8_weight_only": Scheme(8, None, (7, 0)),
     "int8_dynamic": Scheme(8, "int8", (8, 0), inputs=8, outputs=8),
@@ -54,16 +54,16 @@ SCHEMES = {
 }
 
 
-ALMOST_ZERO = 2**-13  # its 448th part, the scale, is still above zero in FP16
+ALMOST_ZERO = 2**-13  # replaces a zero; its scale, a 448th of it (FP8's largest number), is still above zero in FP16
 
 
 class TorchaoLinear(linear_layers.Replacement):
     """A linear layer whose weight torchao quantised.
 
     Args:
-        linear: the layer it stands in for; only read.
+        linear: the layer it replaces; it is only read.
         scheme: a name in `SCHEMES`.
-        compiled: compile the product; without it torchao dequantises the whole weight at each call.
+        compiled: compile the product; otherwise torchao dequantises the whole weight at each call.
     """
 
     def __init__(self, linear: nn.Linear, scheme: str, compiled: bool) -> None:
@@ -87,8 +87,8 @@ class Torchao(LinearTransform):
     Args:
         scheme: "int8_weight_only" or "float8_weight_only" (a scale per row, products in the weights' own dtype),
             "int8_dynamic" or "float8_dynamic" (activations as well, a scale per token), or "int4_weight_only" (groups
-            of 32, BF16 activations, GPUs alone).
-        compile: compile each layer's product; layers of one shape share the code. The INT4 kernel needs none.
+            of 32, BF16 activations, only on GPUs).
+        compile: compile each layer's product; layers of one shape share the code. The INT4 kernel does not need it.
     """
 
     scheme: str = "int8_weight_only"
@@ -127,21 +127,21 @@ class Torchao(LinearTransform):
 
 
 def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
-    """torchao's tensor for a weight [out, in], which is only read."""
+    """Quantise a weight [out, in] into torchao's tensor. The weight is only read."""
     from torchao.quantization import quantize_  # type: ignore[import-untyped]
 
     holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(holder, _config(scheme))
-    if type(holder.weight) is nn.Parameter:  # a layer that it does not take is left as it is, without a word
+    if type(holder.weight) is nn.Parameter:  # torchao leaves a layer that it does not take unchanged, without a warning
         raise ValueError(f"torchao leaves a weight of shape {tuple(weight.shape)} as it is with {scheme}")
     return holder.weight.detach()
 
 
 def without_zero_rows(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [out, in] whose rows of zeros, such as a padded vocabulary has, became almost zero.
+    """The weight [out, in] with rows of zeros made almost zero. A padded vocabulary has such rows.
 
-    torchao divides by a row's largest number to scale it to FP8, and by zero here.
+    torchao divides by a row's largest number to scale the row to FP8. For a row of zeros it would divide by zero.
     """
     empty = weight.abs().amax(1) == 0  # [out]
     if not empty.any():
@@ -152,14 +152,14 @@ def without_zero_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor is made of."""
+    """The plain tensors that a tensor subclass consists of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
 def _config(scheme: str) -> Any:
-    """The configuration of a scheme; it must not set inductor's flags, which are the whole process's."""
+    """The configuration of a scheme. It must not set inductor's flags, because they apply to the whole process."""
     from torchao import quantization as q  # type: ignore[import-untyped]
 
     row = q.PerRow()
@@ -176,19 +176,22 @@ def _config(scheme: str) -> Any:
 
 @functools.cache
 def _missing(scheme: str, where: torch.device) -> str | None:
-    """Found out by trying on a small layer: which schemes run where changes with every release of torchao."""
+    """Why torchao cannot run a scheme here, or None.
+
+    A trial on a small layer decides, because the schemes that run on a device change with every release of torchao.
+    """
     try:
         dtype = SCHEMES[scheme].weights or (torch.float32 if where.type == "cpu" else torch.bfloat16)
         layer = nn.Linear(64, 64, bias=False, dtype=dtype, device=where)
         TorchaoLinear(layer, scheme, compiled=False)(torch.zeros(1, 64, dtype=dtype, device=where))
-    except Exception as error:  # whatever an optional package raises, it cannot be used
+    except Exception as error:  # an optional package may raise anything; it cannot be used then
         return f"torchao cannot run {scheme} here: {type(error).__name__}: {error}"
     return None
 
 
 @functools.cache
 def _compiled(scheme: str, shape: tuple[int, ...], biased: bool) -> Callable[..., torch.Tensor]:
-    """A compiled product for all layers of one kind, with a recompilation limit of its own."""
+    """A compiled product for all layers of one scheme and shape, with a separate recompilation limit."""
     from ..runtime.steps.compiled import require_private_cache
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

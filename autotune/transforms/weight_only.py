@@ -25,12 +25,12 @@ SCALE_BITS = 16
 
 @dataclass(frozen=True)
 class WeightOnly(LinearTransform):
-    """Quantises linear weights and dequantises them in registers as they are read.
+    """Quantise linear weights and dequantise them in registers as they are read.
 
     Args:
         bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
-        wide: comma-separated parts of module names whose layers get the next wider form, 8 bits instead of 4 or FP16
+        wide: comma-separated parts of the names of layers that get the next wider form, 8 bits instead of 4 or FP16
             instead of 8: "lm_head,layers.3.mlp.down_proj".
     """
 
@@ -67,7 +67,7 @@ class WeightOnly(LinearTransform):
     def exchange_in(self, twin: nn.Module) -> int:
         narrow = linear_layers.replace(twin, self.exchange_once, joined(self.skip, self.wide))
         if self.wide:
-            linear_layers.replace(twin, self.wider.exchange_once, self.skip)  # what is still a linear layer
+            linear_layers.replace(twin, self.wider.exchange_once, self.skip)  # the layers that are still plain
         return narrow
 
     def missing(self, where: torch.device = CPU) -> str | None:

@@ -1,4 +1,4 @@
-"""Weights stored in half the bytes; the arithmetic stays FP32."""
+"""Weights stored in half the bytes; the arithmetic stays in FP32."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightStorage(LinearTransform):
-    """Stores linear weights in FP16 or BF16 and widens them in registers as they are read.
+    """Store linear weights in FP16 or BF16 and widen them in registers as they are read.
 
-    FP16 keeps eleven significant bits, BF16 eight; a model whose weights were published in one of them loses nothing.
+    FP16 keeps eleven significant bits, BF16 eight. A model whose weights were published in that dtype loses nothing.
 
     Args:
-        dtype: "float16" or "bfloat16". FP16 refuses weights beyond 65504.
+        dtype: "float16" or "bfloat16". FP16 cannot hold weights beyond 65504; `apply` raises then.
     """
 
     dtype: str = "float16"

@@ -1,7 +1,8 @@
-"""Long inputs of a 16-bit model in FP32 arithmetic over its own weights, where the processor only emulates 16 bits.
+"""FP32 arithmetic for long inputs of a 16-bit model over its own weights, for processors that only emulate 16 bits.
 
-The products and sums are those of the layer: 16-bit numbers are exact in FP32, sums are kept in FP32 and rounded once,
-as torch does. Only the order of the sums differs, which flips the last bit of one output in a few thousand.
+The products and sums are those of the original layer: 16-bit numbers are exact in FP32, and sums are kept in FP32 and
+rounded once, as torch does. Only the order of the sums differs, which flips the last bit of one output in a few
+thousand.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ if TYPE_CHECKING:
     from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
 
-FEWEST_ROWS = 16  # tokens from which converting the weights pays
-PART_BYTES = 8 * 2**20  # of weights in FP32 at a time
+FEWEST_ROWS = 16  # tokens; with fewer, converting the weights does not pay
+PART_BYTES = 8 * 2**20  # bytes of FP32 weights that exist at a time
 
 
 class WideLinear(SharedLinear):
-    """y = x W^T + b in FP32, rounded to the layer's dtype; W is converted a part at a time and never kept in FP32.
+    """y = x W^T + b in FP32, rounded to the layer's dtype. W is converted part by part and never kept in FP32.
 
     Args:
-        linear: a layer in 16 bits.
+        linear: a layer with 16-bit weights.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        self._rows = max(1, PART_BYTES // (4 * self.in_features))  # of W
+        self._rows = max(1, PART_BYTES // (4 * self.in_features))  # rows of W per part
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -52,7 +53,7 @@ class WideLinear(SharedLinear):
 
 @dataclass(frozen=True)
 class WideArithmetic(LinearTransform):
-    """Exchanges 16-bit linear layers for ones that multiply in FP32 from FEWEST_ROWS tokens on."""
+    """Exchange 16-bit linear layers for ones that multiply in FP32 if there are at least FEWEST_ROWS tokens."""
 
     name: ClassVar[str] = "wide_arithmetic"
     summary: ClassVar[str] = "FP32 matmuls over 16-bit weights where the processor only emulates narrower ones; no copy"
@@ -73,7 +74,7 @@ class WideArithmetic(LinearTransform):
 
 
 def emulated(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, whose matmuls torch uses on CPUs, has none of this dtype for the processor at hand."""
+    """Whether this processor only emulates a dtype: oneDNN, which torch uses on CPUs, has no matmul for it here."""
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -1,9 +1,10 @@
 """KV caches that take less of a device's memory: narrow numbers, or the host's memory.
 
-What a narrow cache holds is decoded for one layer at a time, just before attention reads it. So it wins memory, not
-time. Codes are those of one token and head, symmetric around zero with the token's own scale, so that tokens can be
-added without touching what is stored, and no outlier of one token coarsens another. (transformers' own FP8 cache keeps
-the scale of the first prompt for everything after it; its INT4 backends quantise what was quantised again.)
+A narrow cache is decoded for one layer at a time, just before attention reads it. So it saves memory, not time. Each
+token and head is encoded with its own scale. So appending tokens does not change stored ones, and an outlier in one
+token does not make another token less precise. INT8 and FP8 codes are symmetric around zero. (transformers' own FP8
+cache keeps the scale of the first prompt for everything after it; its INT4 backends quantise again what was quantised
+before.)
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from ...model.seam.layers import CacheLayer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-GROWTH = 256  # tokens by which the store grows
-GROUP = 32  # numbers of a head that share a 4-bit scale: keys have channels that are always large
-IN_FLIGHT = 2  # layers of an offloaded cache on the device: the one that is read and the next
+GROWTH = 256  # tokens by which the store grows each time
+GROUP = 32  # numbers of a head that share a 4-bit scale; small, because some channels of keys are always large
+IN_FLIGHT = 2  # layers of an offloaded cache on the device: the one being read and the next
 
 Scheme = Literal["int8", "int4", "fp8"]
-Parts = tuple[torch.Tensor, ...]  # codes and what decodes them, [B, Hk, T, ...] each
+Parts = tuple[torch.Tensor, ...]  # codes and the numbers that decode them (scale, lowest value), [B, Hk, T, ...] each
 
 
 def encode(states: torch.Tensor, scheme: Scheme) -> Parts:
-    """Narrow numbers for keys or values [B, Hk, T, D].
+    """Encode keys or values [B, Hk, T, D] as narrow numbers.
 
-    "int8" and "fp8" (e4m3) keep one float32 scale per token and head. "int4" keeps lowest value and step, float16, for
-    each group of 32, and two codes in a byte.
+    "int8" and "fp8" (e4m3) keep one float32 scale per token and head. "int4" keeps the lowest value and the step of
+    each group of 32 in float16, and two codes in a byte.
     """
     states = states.float()
     if scheme == "int4":
@@ -49,7 +50,7 @@ def encode(states: torch.Tensor, scheme: Scheme) -> Parts:
 
 
 def decode(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers [B, Hk, T, D] that `encode` stored, as near as they can be had."""
+    """Decode what `encode` stored into numbers [B, Hk, T, D], up to rounding."""
     if len(parts) == 2:
         codes, scale = parts
         return (codes.float() * scale).to(dtype)
@@ -59,7 +60,7 @@ def decode(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _grouped(states: torch.Tensor) -> torch.Tensor:
-    """[..., D] as [..., D / 32, 32]."""
+    """View [..., D] as [..., D / 32, 32]."""
     return states.reshape(*states.shape[:-1], -1, GROUP)
 
 
@@ -76,7 +77,7 @@ class NarrowStore:
         self._parts: Parts = ()
 
     def append(self, states: torch.Tensor) -> None:
-        """Take over [B, Hk, T, D]."""
+        """Encode and store [B, Hk, T, D]."""
         new, end = encode(states, self.scheme), self.length + states.shape[2]
         if not self._parts or end > self._parts[0].shape[2]:
             room = -(-end // GROWTH) * GROWTH
@@ -89,7 +90,7 @@ class NarrowStore:
         self.length = end
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """All that was appended, [B, Hk, T, D]."""
+        """Decode all tokens, [B, Hk, T, D]."""
         return decode(tuple(part[:, :, : self.length] for part in self._parts), dtype)
 
     @property
@@ -98,7 +99,7 @@ class NarrowStore:
 
 
 class NarrowLayer(CacheLayer):  # type: ignore[no-untyped-call]
-    """One layer with full attention. New tokens are attended to as they are, earlier ones as they were stored."""
+    """One layer with full attention. It attends to new tokens at full precision, to earlier ones as stored."""
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__()
@@ -124,18 +125,18 @@ class NarrowLayer(CacheLayer):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class KvCache:
-    """What a variant keeps its keys and values in, one cache a generation.
+    """The kind of cache in which a variant keeps keys and values; each generation gets one cache.
 
     Args:
-        kind: a narrow scheme of this module's own; "quanto" or "hqq" for INT4 by these libraries; "offloaded" for the
-            host's memory, from which each layer is fetched while the one before it computes.
+        kind: "int8", "fp8" or "int4" for this module's schemes; "quanto" or "hqq" for INT4 by these libraries;
+            "offloaded" for the host's memory, from which each layer is fetched while the one before it computes.
     """
 
     kind: Literal["int8", "int4", "fp8", "quanto", "hqq", "offloaded"]
 
     def make(self, config: PretrainedConfig) -> Any:
-        """An empty cache for a model of this text configuration. Layers with a sliding window stay as they are: they
-        hold few tokens."""
+        """Make an empty cache for a model of this text configuration. Layers with a sliding window hold few tokens and
+        stay plain."""
         if self.kind == "offloaded":
             return seam.growing_cache(config, offloading=True)
         if self.kind == "quanto" or self.kind == "hqq":
@@ -144,7 +145,7 @@ class KvCache:
         return seam.replace_layers(seam.growing_cache(config), lambda: NarrowLayer(scheme))
 
     def returned(self, cache: Any, config: PretrainedConfig) -> Any:
-        """What generate gives its caller: a plain cache with the same contents, where it can be read."""
+        """The cache that generate returns: a plain one with the same contents, if this module can decode it."""
         if not any(isinstance(layer, NarrowLayer) for layer in cache.layers):
             return cache
         plain = seam.growing_cache(config)

@@ -1,4 +1,4 @@
-"""Slot caches lent for one generation each, so that threads never share one, and kept for the next."""
+"""Slot caches, each lent for one generation and then kept for the next, so that threads never share one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class CachePool:
-    """Slot caches by number of rows, lent for one generation each, so that threads never share one.
+    """A pool of slot caches by number of rows. Each is lent for one generation, so that threads never share one.
 
     Args:
         config: the model's text configuration.
         slots: tokens each sequence has room for.
-        rows: sizes to round a batch up to; one larger than all of them gets a cache of its own size.
-        lasting: caches kept for each size; when more generations overlap, the rest get caches for once.
-        dtype: of keys and values in slots; None means the prompt's.
+        rows: sizes to round a batch up to; a larger batch gets a cache of exactly its size.
+        lasting: caches kept for each size; when more generations overlap, the others get caches that are not kept.
+        dtype: dtype of keys and values in slots; None means the prompt's.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class CachePool:
         self._lock = forking.lock()
 
     def unsupported(self, config: GenerationConfig) -> str | None:
-        """Why a generation does not fit, or None."""
+        """Why a generation does not fit into the slots, or None."""
         if config.max_length > self.slots + 1:
             return f"a context beyond the static cache's {self.slots} tokens"
         return None
 
     @contextmanager
     def lend(self, prompt: Any, mask: torch.Tensor | None) -> Iterator[SlotCache]:
-        """A slot cache filled with a prefilled one ([B, Hk, P, D] a layer; mask [B, P] or None)."""
+        """Lend a slot cache, filled from a prefilled cache ([B, Hk, P, D] per layer; mask [B, P] or None)."""
         batch = keys_and_values(prompt)[0][0].shape[0]
         cache = self._take(prompt, next((rows for rows in self.rows if rows >= batch), batch))
         device = devices.of(cache.slot.device)
@@ -85,8 +85,8 @@ class CachePool:
         return cache
 
     def _drop_idle(self, device: Device) -> bool:
-        """Free the caches that nobody uses; whether there were any."""
-        device.synchronize()  # graphs over them may be running
+        """Free the caches that are not lent. Returns whether there were any."""
+        device.synchronize()  # graphs that use them may still be running
         with self._lock:
             sizes = {rows: len(idle) for rows, idle in self._idle.items() if idle}
             for rows, count in sizes.items():

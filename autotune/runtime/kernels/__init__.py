@@ -1,11 +1,11 @@
 """C++ operators for decoding with narrow weights on a CPU, compiled at first use and cached.
 
-    available()              None once the operators are loaded, otherwise a sentence saying why not
+    available()              None once the operators are loaded, otherwise a sentence that says why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
     Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
-    Bf16Linear              BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
+    Bf16Linear               BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedEmbedding          rows of a packed table, looked up one by one
-    attend_one               one query over a preallocated key-value cache, reading only its filled slots
+    attend_one               one query over a preallocated key-value cache; reads only its filled slots
     attend_many              many queries, each over an unbroken span of keys
 
 Read in this order: modules, pack (the layout), arena, build, then linear.cpp and attention.cpp.
@@ -39,10 +39,10 @@ _outcome: list[Blocker | None] = []  # empty until the first call, then why the 
 
 
 def available() -> str | None:
-    """Load the operators, building them if need be (about ten seconds, once per machine).
+    """Load the operators. If this machine has not built them yet, build them first (about ten seconds).
 
     Returns:
-        None when they are loaded, otherwise why not in a sentence, a `Blocker`. The answer is kept for the process.
+        None if they are loaded, otherwise a sentence that says why not, a `Blocker`. The process keeps the answer.
     """
     from autotune.runtime.kernels import build, shapes
 
@@ -69,21 +69,21 @@ def no_bf16_unit() -> str | None:
 def attend_one(
     q: Tensor, keys: Tensor, values: Tensor, length: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention of one new token over a preallocated cache; query heads share key heads in groups (GQA).
+    """Compute attention of one new token over a preallocated cache. Query heads share key heads in groups (GQA).
 
     Args:
         q: [B, H, 1, D].
         keys, values: [B, Hk, slots, D] in FP32, FP16 or BF16, Hk a divisor of H, contiguous in D.
-        length: one INT64, the number of filled slots (None: all of them); slots beyond it are not read, nor are those
-            beyond the last one that the mask admits. A tensor, so that a compiled graph stays valid as it grows.
+        length: one INT64, the number of filled slots (None: all slots). Later slots are not read, and neither are those
+            after the last one that the mask admits. It is a tensor, so that a compiled graph stays valid as it grows.
         mask: [B or 1, H or 1, 1, slots or more than length], boolean (True: attend) or FP32 to add.
         scale: factor of the scores, usually D ** -0.5.
 
     Returns:
-        [B, 1, H, D] in q's dtype, the layout of transformers' attention interface; zeros where nothing is admitted.
+        [B, 1, H, D] in q's dtype, the layout of transformers' attention interface; zeros if the mask admits nothing.
 
     Raises:
-        RuntimeError: the shapes do not fit each other, or length exceeds the slots.
+        RuntimeError: the shapes do not match, or length exceeds the slots.
     """
     import torch
 
@@ -91,20 +91,20 @@ def attend_one(
 
 
 def attend_many(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor | None, scale: float, parts: int = 0) -> Tensor:
-    """Attention of a prompt's tokens; query heads share key heads in groups (GQA).
+    """Compute attention of a prompt's tokens. Query heads share key heads in groups (GQA).
 
     Args:
         q: [B, H, Q, D].
         keys, values: [B, Hk, T, D], Hk a divisor of H; values may have another D.
         spans: INT32 [B or 1, Q, 2], the first key that a query sees and the one after its last; None: causal, Q = T.
         scale: factor of the scores, usually D ** -0.5.
-        parts: BF16 numbers that stand for one of FP32 in the two products: 1, 2, or 0 for products in FP32.
+        parts: BF16 numbers that an FP32 number is split into for the two products: 1, 2, or 0 for products in FP32.
 
     Returns:
         [B, Q, H, D] in q's dtype; zeros for a query that sees nothing.
 
     Raises:
-        RuntimeError: the shapes do not fit each other, a span leaves the keys, or the processor multiplies no BF16.
+        RuntimeError: the shapes do not match, a span exceeds the keys, or the processor cannot multiply BF16.
     """
     import torch
 

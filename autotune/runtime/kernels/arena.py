@@ -1,8 +1,9 @@
-"""Memory in huge pages for packed weights: a decode step reads every weight once, and every 4 KiB page costs a walk.
+"""Memory in huge pages for packed weights.
 
-Measured on two cores with 140 MB of INT8 weights: 20 GB/s in ordinary pages, 25 GB/s in huge ones.
+A decode step reads every weight once, and every 4 KiB page costs a walk of the page table. Measured on two cores with
+140 MB of INT8 weights: 20 GB/s in ordinary pages, 25 GB/s in huge ones.
 
-Weights are copied into shared chunks, since most are smaller than one huge page. A chunk lives as long as any tensor
+Weights are copied into shared chunks, because most are smaller than one huge page. A chunk lives as long as any tensor
 in it.
 """
 
@@ -17,14 +18,14 @@ from torch import Tensor
 from autotune.machine import forking
 
 CHUNK_BYTES = 32 << 20
-ALIGN_BYTES = 64  # a cache line, and the widest vector
+ALIGN_BYTES = 64  # size of a cache line and of the widest vector
 
 _lock = forking.lock()
-_chunk: tuple[mmap.mmap, int] | None = None  # the chunk being filled, and how far it is
+_chunk: tuple[mmap.mmap, int] | None = None  # the chunk being filled, and its bytes in use
 
 
 def settle(tensor: Tensor) -> Tensor:
-    """A contiguous copy of a CPU tensor in huge pages where the system offers them, the tensor itself elsewhere."""
+    """Copy a CPU tensor into huge pages, contiguously. Returns the tensor itself if the system has no huge pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE") or tensor.device.type != "cpu" or not tensor.numel():
         return tensor
     memory, offset = _reserve(tensor.nbytes)
@@ -33,12 +34,12 @@ def settle(tensor: Tensor) -> Tensor:
 
 
 def _reserve(size_bytes: int) -> tuple[mmap.mmap, int]:
-    """Memory and an offset into it with room for so many bytes."""
+    """Reserve `size_bytes` bytes. Returns the memory and the offset at which they begin."""
     global _chunk
     with _lock:
         if _chunk is None or _chunk[1] + size_bytes > len(_chunk[0]):
             memory = mmap.mmap(-1, max(CHUNK_BYTES, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones serve, more slowly
+            with contextlib.suppress(OSError):  # without huge pages, ordinary ones work, but slower
                 memory.madvise(mmap.MADV_HUGEPAGE)
             if size_bytes >= CHUNK_BYTES:
                 return memory, 0

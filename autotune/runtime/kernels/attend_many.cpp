@@ -1,5 +1,5 @@
-// Attention of many new tokens, each over an unbroken span of keys: causal, left-padded and windowed masks are all of
-// that kind. Scores exist for 32 queries and some keys at a time, and keys that no query of a block may see cost nothing.
+// Attention of many new tokens, each over an unbroken span of keys. Causal, left-padded and windowed masks give such
+// spans. Scores exist for 32 queries and some keys at a time. Keys that no query of a block may see are skipped.
 // Source: Dao, Fu, Ermon, Rudra and Re, "FlashAttention", NeurIPS 2022.
 #include "bf16.h"
 #include "curves.h"
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kTogether = 256;  // keys whose scores are held at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-struct Rows {  // of one tensor [B, H, T, D]
+struct Rows {  // the rows of one tensor [B, H, T, D]
   const float* at;
   int64_t batch, head, token;  // strides in numbers
   const float* row(int64_t b, int64_t h, int64_t t) const { return at + b * batch + h * head + t * token; }
@@ -24,7 +24,7 @@ struct Rows {  // of one tensor [B, H, T, D]
 struct Queries {
   Rows query, key, value;
   int64_t batch, heads, key_heads, count, keys, depth, value_depth;
-  const int32_t* spans;  // [B or 1, Q, 2], the keys from the first to before the second; null: all up to the query's own
+  const int32_t* spans;  // [B or 1, Q, 2], the first key and the one after the last; null: all up to the query's own
   int64_t spans_batch;
   float scale;
 
@@ -44,7 +44,7 @@ inline float largest(Floats v) {
 #endif
 }
 
-// Keys and values of one key head, laid out for products.
+// Keys and values of every key head, laid out for products.
 template <class Engine>
 struct Laid {
   using Unit = typename Engine::Unit;
@@ -75,7 +75,7 @@ void lay(const Queries& p, const Laid<Engine>& laid, int64_t head, int64_t block
                         p.value.token, 1, std::max<int64_t>(0, p.value_depth - d), here);
 }
 
-// One row's scores of `count` keys become weights of A; `begin` and `end` bound the keys that it may see.
+// Turns one row's scores of `count` keys into weights in A. The row may see the keys from `begin` to before `end`.
 template <class Engine>
 void weigh(typename Engine::Unit* weights, int row, float* scores, int64_t begin, int64_t end, int64_t count, float* most,
            float* total, float* shrink) {
@@ -149,7 +149,7 @@ void attend(const Queries& p, const Laid<Engine>& laid, int64_t b, int64_t h, in
   }
   for (int r = 0; r < rows; ++r) {
     float* target = y + ((b * p.count + first + r) * p.heads + h) * p.value_depth;
-    const float share = total[r] > 0 ? 1 / total[r] : 0;  // nothing to attend to: zeros, as torch's fused attention gives
+    const float share = total[r] > 0 ? 1 / total[r] : 0;  // no admitted key gives zeros, as in torch's fused attention
     for (int64_t d = 0; d < p.value_depth; ++d) target[d] = share ? out[r * wide + d] * share : 0.0f;
   }
 }
@@ -169,7 +169,7 @@ void attend_all(const Queries& p, float* y) {
     const Session session(Engine::kBf16);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / blocks, n = i % blocks;
-      // later queries see more keys: short and long blocks by turns, so that equal shares are equal work
+      // later queries see more keys, so short and long blocks alternate to give threads equal work
       attend<Engine>(p, laid, head / p.heads, head % p.heads, n % 2 ? blocks - 1 - n / 2 : n / 2, y);
     }
   });
@@ -225,8 +225,8 @@ Tensor attend_many(const Tensor& q, const Tensor& keys, const Tensor& values, co
   return as_dtype_of(y, q);
 }
 
-// The span [first, last + 1) that every row of a boolean mask [B, 1, Q, T] admits, INT32 [B, Q, 2]; nothing, [0, Q, 2],
-// if some row has a hole in it.
+// The span [first, last + 1) that each row of a boolean mask [B, 1, Q, T] admits, as INT32 [B, Q, 2]. If any row has a
+// gap, the result is empty, [0, Q, 2].
 Tensor mask_spans(const Tensor& mask) {
   STD_TORCH_CHECK(mask.dim() == 4 && mask.size(1) == 1 && mask.scalar_type() == ScalarType::Bool &&
                       (mask.stride(3) == 1 || mask.size(3) == 1),
@@ -235,7 +235,7 @@ Tensor mask_spans(const Tensor& mask) {
   const Tensor found = empty_ints({batch, count, 2});
   int32_t* out = static_cast<int32_t*>(found.data_ptr());
   const uint8_t* at = static_cast<const uint8_t*>(present(mask).data_ptr());
-  std::vector<uint8_t> broken(batch * count);  // a byte for each row: threads write side by side
+  std::vector<uint8_t> broken(batch * count);  // a byte per row, because threads write neighbours
   torch::stable::parallel_for(0, batch * count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const uint8_t* row = at + i / count * mask.stride(0) + i % count * mask.stride(2);

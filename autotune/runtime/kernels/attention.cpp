@@ -6,7 +6,7 @@
 namespace autotune {
 namespace {
 
-constexpr int64_t kLeastTask = 16 << 10;  // numbers of cache: below this a second thread costs more than it saves
+constexpr int64_t kLeastTask = 16 << 10;  // numbers of cache per thread; with fewer, a further thread does not pay
 
 Cache cache(const Tensor& t) {
   STD_TORCH_CHECK(t.stride(3) == 1, "keys and values must be contiguous in their last dimension");

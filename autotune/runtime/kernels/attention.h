@@ -1,7 +1,7 @@
-// Attention of one new token over a preallocated key-value cache, reading only the filled slots.
+// Attention of one new token over a preallocated key-value cache. It reads only the filled slots.
 //
-// The slots are cut into spans (as flash-decoding does) so that all threads have work at batch 1; the query heads that
-// share a key head are served by one pass over it. Every span keeps its own maximum and sum, merged at the end.
+// The slots are cut into spans (as in flash-decoding), so that all threads have work at batch 1. One pass over a key
+// head serves the query heads that share it. Every span keeps its own maximum and sum, which are merged at the end.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace autotune {
 namespace {
 
 constexpr int kSpan = 64;         // slots in a span
-constexpr int kAheadSlots = 32;   // prefetched so far ahead
+constexpr int kAheadSlots = 32;   // prefetch distance in slots
 constexpr int kMostPass = 4;      // query heads served by one pass over a key head
 constexpr float kLow = -std::numeric_limits<float>::infinity();
 
@@ -26,7 +26,7 @@ struct Cache {
 
 struct Mask {
   const uint8_t* at = nullptr;
-  bool additive = false;  // FP32 to add, otherwise one byte a slot: attend or not
+  bool additive = false;  // true: FP32 to add; false: one byte per slot, attend or not
   int64_t batch = 0, head = 0;
 };
 
@@ -38,7 +38,7 @@ struct Problem {
   float scale;
 };
 
-// One head's share of one span: softmax numerators times values, their sum and the maximum.
+// The result of one head over one span: softmax numerators times values, the sum of the numerators, the largest score.
 struct Partial {
   float* weighted;  // [D]
   float *total, *most;
@@ -50,14 +50,14 @@ inline float admitted(const Mask& mask, int64_t batch, int64_t head, int64_t slo
   return mask.at[i] ? 0.0f : kLow;
 }
 
-// A prefetch may name any address, filled slot or not.
+// Prefetching is safe at any address, even after the last slot.
 template <class Number>
 inline void prefetch(const Number* at, int64_t count) {
   for (int64_t byte = 0; byte < count * int64_t{sizeof(Number)}; byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(at) + byte);
 }
 
-// Scores of up to kWidth slots from `first` on, in the lanes of one vector: sixteen dot products are summed together.
+// Scores of up to kWidth slots from `first` on, in the lanes of one vector, whose dot products are summed together.
 template <class Number, class Row>
 Floats scores(const float* query, int64_t depth, int64_t first, int64_t last, Row row) {
   const int64_t whole = depth / kWidth * kWidth;
@@ -74,7 +74,7 @@ Floats scores(const float* query, int64_t depth, int64_t first, int64_t last, Ro
   return sums(dot) + load<Floats>(rest);
 }
 
-// `kChunks` vectors of the weighted sum of values, for all heads of the pass.
+// Computes `kChunks` vectors of the weighted sum of values, for all heads of the pass.
 template <class Number, int kHeads, int kChunks, class Row>
 void weigh(const float (*weight)[kSpan], int64_t d, int64_t begin, int64_t count, Row row, const Partial* out) {
   Floats weighted[kHeads][kChunks] = {};
@@ -90,7 +90,7 @@ void weigh(const float (*weight)[kSpan], int64_t d, int64_t begin, int64_t count
     for (int c = 0; c < kChunks; ++c) store(out[h].weighted + d + c * kWidth, weighted[h][c]);
 }
 
-enum class Span { kOpen, kClosed, kMixed };  // every slot admitted, none, or it depends
+enum class Span { kOpen, kClosed, kMixed };  // the mask admits every slot, none, or some
 
 inline Span kind_of(const Mask& mask, int64_t batch, int64_t first_head, int heads, int64_t begin, int64_t count) {
   if (!mask.at) return Span::kOpen;
@@ -103,7 +103,7 @@ inline Span kind_of(const Mask& mask, int64_t batch, int64_t first_head, int hea
 
 template <class Number, int kHeads>
 void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, int64_t end, const Partial* out) {
-  constexpr int kChunks = kWidth == 16 ? 4 : 2;  // so that the sums of four heads stay in registers
+  constexpr int kChunks = kWidth == 16 ? 4 : 2;  // few enough that the sums of four heads stay in registers
   alignas(64) float weight[kHeads][kSpan];
   const int64_t key_head = first_head / p.shared;
   const auto row_of = [&](const Cache& c) {
@@ -114,7 +114,7 @@ void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, 
   const float* query = p.query + (batch * p.heads + first_head) * p.depth;
   const int64_t whole = p.depth / kWidth * kWidth, count = end - begin;
   const Span kind = kind_of(p.mask, batch, first_head % p.heads, kHeads, begin, count);
-  if (kind == Span::kClosed) {  // a window's far past is not even read
+  if (kind == Span::kClosed) {  // for example slots before a sliding window, which are not read
     for (int h = 0; h < kHeads; ++h) {
       *out[h].most = kLow;
       *out[h].total = 0;
@@ -133,7 +133,7 @@ void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, 
     for (int64_t i = 0; i < count; i += kWidth) most = larger(most, load<Floats>(weight[h] + i));
     float top = kLow;
     for (int lane = 0; lane < kWidth; ++lane) top = std::max(top, most[lane]);
-    const float base = top == kLow ? 0.0f : top;  // nothing admitted in this span
+    const float base = top == kLow ? 0.0f : top;  // 0 if the mask admits nothing in this span
     for (int64_t i = 0; i < count; i += kWidth) {
       const Floats score = load<Floats>(weight[h] + i);
       const Floats e = score > kLow ? exp_negative(score - base) : Floats{};
@@ -165,7 +165,7 @@ void attend_some(const Problem& p, int64_t batch, int64_t head, int64_t begin, i
   }
 }
 
-// Slots up to the last one that any head of any sequence may attend to: a static cache's empty tail is not read.
+// The number of slots up to the last one that any head of any sequence may attend to. Later, empty slots are not read.
 inline int64_t reach(const Mask& mask, int64_t batch, int64_t heads, int64_t length) {
   constexpr int64_t kSkip = 64;
   static constexpr uint8_t kNone[kSkip] = {};
@@ -181,21 +181,22 @@ inline int64_t reach(const Mask& mask, int64_t batch, int64_t heads, int64_t len
   return furthest;
 }
 
-// A problem cut into tasks that any thread can take: a span of one group of query heads each, merged afterwards.
+// A problem cut into tasks that any thread can take. Each task is one span of one group of query heads. `merge` joins
+// the spans.
 struct Attention {
   using Run = void (*)(const Problem&, int64_t, int64_t, int64_t, int64_t, int, const Partial*);
 
   const Problem& p;
   int64_t batch, key_heads;
   Run run;
-  float* partials;  // room for partial_floats()
+  float* partials;  // memory of partial_floats() numbers
 
-  int64_t passes() const { return (p.shared + kMostPass - 1) / kMostPass; }  // over one key head
+  int64_t passes() const { return (p.shared + kMostPass - 1) / kMostPass; }  // passes over one key head
   int64_t spans() const { return std::max<int64_t>(1, (p.length + kSpan - 1) / kSpan); }
   int64_t tasks() const { return batch * key_heads * passes() * spans(); }
   int64_t partial_floats() const { return batch * p.heads * spans() * (p.depth + 2); }
 
-  Partial partial(int64_t head, int64_t span) const {  // head: over the whole batch
+  Partial partial(int64_t head, int64_t span) const {  // head: number in the whole batch
     float* at = partials + (head * spans() + span) * (p.depth + 2);
     return {at + 2, at, at + 1};
   }
@@ -212,14 +213,14 @@ struct Attention {
     }
   }
 
-  // The heads [begin, end) of the whole batch into y [B, H, D].
+  // Merges the heads [begin, end) of the whole batch into y [B, H, D].
   void merge(int64_t begin, int64_t end, float* y) const {
     for (int64_t h = begin; h < end; ++h) {
       float* target = y + h * p.depth;
       float most = kLow, total = 0;
       for (int64_t s = 0; s < spans(); ++s) most = std::max(most, *partial(h, s).most);
       std::fill(target, target + p.depth, 0.0f);
-      if (most == kLow) continue;  // nothing to attend to: zeros, as torch's fused attention gives
+      if (most == kLow) continue;  // no admitted slot gives zeros, as in torch's fused attention
       for (int64_t s = 0; s < spans(); ++s) total += *partial(h, s).total * std::exp(*partial(h, s).most - most);
       for (int64_t s = 0; s < spans(); ++s) {
         const float share = std::exp(*partial(h, s).most - most) / total;

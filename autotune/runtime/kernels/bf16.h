@@ -1,12 +1,12 @@
-// BF16 products with FP32 sums: in AMX tiles, or with AVX512-BF16 where there are none; nothing on other processors.
+// BF16 products with FP32 sums, in AMX tiles or else with AVX512-BF16. Other processors get no code from this file.
 //
-//   Bf16Parts<1>   every number rounded to BF16
-//   Bf16Parts<2>   every number split into two BF16 numbers, x = high + low; of their four products the three that matter are
-//               added up, for an error of about 2^-16. Source: Henry, Tang and Heinecke, "Leveraging the bfloat16
-//               artificial intelligence datatype for higher-precision computations", ARITH 2019.
+//   Bf16Parts<1>   every number is rounded to BF16
+//   Bf16Parts<2>   every number is split into two BF16 numbers, x = high + low. The product low x low is left out,
+//                  which gives an error of about 2^-16. Source: Henry, Tang and Heinecke, "Leveraging the bfloat16
+//                  artificial intelligence datatype for higher-precision computations", ARITH 2019.
 //
 //   chunk of A   [2 halves][parts][16 rows][32]
-//   chunk of B   [2 halves][parts][16 pairs][16 columns][2]: the numbers 2i and 2i + 1 of a column side by side
+//   chunk of B   [2 halves][parts][16 pairs][16 columns][2]; a pair is the numbers 2i and 2i + 1 of a column
 #pragma once
 
 #include "blocks.h"
@@ -24,7 +24,7 @@ namespace autotune {
 namespace {
 
 #if defined(AUTOTUNE_TILES)
-// Linux hands the tile registers to processes that ask for them, once.
+// Asks Linux for the tile registers. A process must ask once before it uses them.
 inline bool has_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = !syscall(SYS_arch_prctl, kRequestPermission, kTileData);
@@ -34,7 +34,7 @@ inline bool has_tiles() {
 inline bool has_tiles() { return false; }
 #endif
 
-// How matrices of BF16 are multiplied here: 2 in AMX tiles, 1 with AVX512-BF16, 0 not at all.
+// The unit that multiplies BF16 matrices here: 2 is AMX tiles, 1 is AVX512-BF16, 0 is none.
 inline int bf16_unit() {
 #if defined(AUTOTUNE_BF16)
   return has_tiles() ? 2 : 1;
@@ -43,7 +43,7 @@ inline int bf16_unit() {
 #endif
 }
 
-// Around a thread's products: tile registers are set up once and given back.
+// Encloses a thread's products: it configures the tile registers once and releases them at the end.
 class Session {
  public:
 #if defined(AUTOTUNE_TILES)
@@ -69,11 +69,11 @@ class Session {
 
 #if defined(AUTOTUNE_BF16)
 
-inline __m512i narrow(Floats low, Floats high) {  // 32 BF16 numbers, the first vector's before the second's
+inline __m512i narrow(Floats low, Floats high) {  // 32 BF16 numbers, those of the first vector first
   return bits<__m512i>(_mm512_cvtne2ps_pbh(bits<__m512>(high), bits<__m512>(low)));
 }
 
-inline Floats rest(Floats v) {  // what one BF16 number leaves of v
+inline Floats rest(Floats v) {  // v minus v rounded to BF16
   const __m256bh high = _mm512_cvtneps_pbh(bits<__m512>(v));
   return v - widen(reinterpret_cast<const Bf16*>(&high));
 }
@@ -106,7 +106,7 @@ struct Bf16Parts {
   static constexpr bool kBf16 = true;
   static constexpr int64_t kTileUnits = kHalf * kSide;
   static constexpr int64_t kPanelUnits = 2 * kParts * kTileUnits;
-  static constexpr int64_t kAhead = 256;  // numbers of a row that are fetched before they are wanted
+  static constexpr int64_t kAhead = 256;  // prefetch distance in numbers of a row
 
   static void put(Unit* panel, int row, int64_t k, Floats v) {
     Unit* at = panel + k / kSide * kPanelUnits + row / kHalf * kParts * kTileUnits + row % kHalf * kSide + k % kSide;
@@ -134,7 +134,7 @@ struct Bf16Parts {
 
   static void fill_columns(Unit* chunk, int half, const float* at, int64_t stride) {
     Unit* tile = chunk + half * kParts * kTileUnits;
-    for (int part = 0; part < kParts; ++part) {  // both parts at once would not fit the registers
+    for (int part = 0; part < kParts; ++part) {  // one part at a time: two do not fit into the registers
       __m512i row[kHalf];
       for (int n = 0; n < kHalf; ++n) {
         for (int line = 0; line < 2 && !part; ++line) __builtin_prefetch(at + n * stride + kAhead + line * kHalf);
@@ -192,7 +192,7 @@ struct Bf16Parts {
   }
 
 #if defined(AUTOTUNE_TILES)
-  // Registers: 0 to 3 the sums, 4 and 5 halves of A, 6 and 7 halves of B.
+  // Tile registers: 0 to 3 hold the sums, 4 and 5 the halves of A, 6 and 7 the halves of B.
   template <int kHalves>
   static void multiply_tiles(const Unit* a, const Unit* b, int64_t chunks, const float* start, int64_t start_stride,
                              float* c, int64_t stride) {
@@ -204,7 +204,7 @@ struct Bf16Parts {
       _tile_loadd(3, start + kHalf * start_stride + kHalf, start_stride * kNumber);
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kPanelUnits, b += kPanelUnits) {
-      if (kParts > 1) {  // low x high first, then high x high, then high x low: every change loads one side only
+      if (kParts > 1) {  // low x high, then high x high, then high x low, so that each change loads only one side
         _tile_loadd(4, a + kTileUnits, kLine);
         _tile_loadd(6, b, kLine);
         _tile_loadd(7, b + kParts * kTileUnits, kLine);

@@ -1,4 +1,4 @@
-"""Linear layers multiplied in BF16 over weights that stay as they are stored, for many tokens at a time."""
+"""Linear layers that multiply many tokens in BF16 over weights as stored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from autotune.model.linear_layers import share
 from autotune.runtime.kernels.modules import PackedLinear
 
-# fewer tokens than this go through FP32, which is exact and by then as fast: parts -> tokens
+# parts -> tokens; fewer tokens are multiplied in FP32, which is more exact and as fast for so few
 FEW = {1: 8, 2: 24}
 
 
 class Bf16Linear(nn.Module):
-    """y = x W^T + b with BF16 products and FP32 sums, weights converted on the way and never kept in BF16.
+    """y = x W^T + b with BF16 products and FP32 sums. Weights are converted as they are read and never kept in BF16.
 
-    The operators must be loaded (`kernels.available`) and the processor able (`kernels.bf16_unit`).
+    The operators must be loaded (`kernels.available`), and the processor must multiply BF16 (`kernels.no_bf16_unit`).
 
     Args:
         layer: an FP32 `nn.Linear`, or a packed layer; its tensors are shared.
-        parts: BF16 numbers that stand for one of FP32: 1, or 2 for three products and an error of about 2^-16.
+        parts: BF16 numbers that an FP32 number is split into: 1, or 2 for three products and an error of about 2^-16.
 
     Raises:
         ValueError: the weight of an `nn.Linear` is not FP32, or `parts` is neither 1 nor 2.
@@ -41,18 +41,18 @@ class Bf16Linear(nn.Module):
             raise ValueError(f"expected a weight in FP32, got {layer.weight.dtype}")
         self.in_features, self.out_features, self.parts = layer.in_features, layer.out_features, parts
         share(layer, self, ("weight", "scales", "zeros", "bias"))
-        # a bound method, so that the layer itself is no part of the module tree
+        # a bound method, so that the layer does not become a submodule
         self.packed: Callable[[Tensor], Tensor] | None = layer.forward if isinstance(layer, PackedLinear) else None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes read at each call; shared with the layer that this one was made of."""
+        """Bytes read at each call. They are shared with the layer that this one was made from."""
         held = (self.weight, self.scales, self.zeros, self.bias)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     @property
     def stored(self) -> list[Tensor]:
-        """The weight as it is stored: its numbers, then scales and zeros where it has them."""
+        """The weight as stored: its numbers, then scales and zeros if it has them."""
         return [tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-// Products of 32 x 32 blocks: C = A B with both operands laid out for it once, and then used many times.
+// Products of 32 x 32 blocks: C = A B. Both operands are laid out for it once and then used many times.
 //
 //   Bf16Parts<1>, Bf16Parts<2>   in BF16, bf16.h
-//   Singles                in FP32, singles.h
+//   Singles                      in FP32, singles.h
 //
-// A panel of A is 32 rows, a panel of B 32 columns, each of all the depth, in chunks of 32. An engine lays them out
+// A panel of A is 32 rows and a panel of B is 32 columns. Each covers the whole depth, in chunks of 32. An engine lays
+// them out
 //
 //   put            kWidth numbers of A
-//   fill_rows      one half of one chunk of B from memory where the columns lie side by side
-//   fill_columns   the same where the depth does
+//   fill_rows      one half of one chunk of B, from memory in which columns are contiguous
+//   fill_columns   the same, from memory in which the depth is contiguous
 //
-// and multiplies: c [rows, 32] = start + a b, where `start` may be c itself, or one row for all of them (a stride of 0).
+// and multiplies: c [rows, 32] = start + a b. `start` may be c itself, or one row for all rows (a stride of 0).
 // All strides are in numbers.
 #pragma once
 
@@ -28,7 +29,7 @@ constexpr int kHalf = 16;
 
 inline int64_t blocks_of(int64_t count) { return (count + kSide - 1) / kSide; }
 
-// Memory that a thread keeps from call to call, aligned to cache lines, never shrinking.
+// Memory that a thread keeps from call to call. It is aligned to cache lines and never shrinks.
 template <class Number>
 class Scratch {
  public:
@@ -48,8 +49,8 @@ class Scratch {
   int64_t count_ = 0;
 };
 
-// Rows of A from at[row * stride + k], times a factor; what is missing of 32 rows (or of 16, if no more are there) and of
-// the last chunk becomes zero.
+// Lays out rows of A from at[row * stride + k], times a factor. Zeros fill up the last chunk, and the rows to 32 (or to
+// 16, if there are no more).
 template <class Engine>
 void lay_rows(typename Engine::Unit* panel, const float* at, int64_t stride, int rows, int64_t depth, float factor) {
   const int whole_rows = rows > kHalf ? kSide : kHalf;
@@ -70,8 +71,8 @@ void lay_rows(typename Engine::Unit* panel, const float* at, int64_t stride, int
   }
 }
 
-// One half of a panel of B from at[k * row_stride + column * column_stride], one of the strides being 1; what is missing
-// of 16 columns and of the last chunk becomes zero.
+// Lays out one half of a panel of B from at[k * row_stride + column * column_stride], where one of the strides is 1.
+// Zeros fill up the columns to 16, and the last chunk.
 template <class Engine>
 void lay_columns(typename Engine::Unit* panel, int half, const float* at, int64_t row_stride, int64_t column_stride,
                  int64_t columns, int64_t depth) {

@@ -1,7 +1,7 @@
-"""Compile the operators once per machine, keep the library in the cache, load it.
+"""Compile the operators once per machine, keep the library in the cache, and load it.
 
-A library's file name holds a key (sources, flags, compiler, torch, CPU) and a digest of its own content: a stale or
-truncated file is never loaded, and processes that build at the same time cannot disturb each other.
+A library's file name holds a key (sources, flags, compiler, torch, CPU) and a digest of its content. So a stale or
+truncated file is never loaded, and processes that build at the same time do not disturb each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autotune.machine import cache_dir, compilers, ending, processor
 log = logging.getLogger("autotune")
 
 HERE = Path(__file__).parent
-SOURCES = (  # what takes the longest to compile comes first
+SOURCES = (  # the file that takes longest to compile comes first
     "program.cpp",
     "attention.cpp",
     "linear.cpp",
@@ -61,7 +61,7 @@ def load() -> Path:
     """Load the operators into torch, building them if the cache has none for this machine.
 
     Returns:
-        The library loaded.
+        The path of the loaded library.
 
     Raises:
         BuildError: there is no compiler, compilation failed or timed out, or the library does not load.
@@ -83,10 +83,10 @@ def load() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command.
+    """Find the command of the C++ compiler.
 
     Raises:
-        BuildError: there is none, or this platform's are not supported.
+        BuildError: there is no compiler, or this platform's compilers are not supported.
     """
     if os.name == "nt":
         raise BuildError("the C++ operators are built on Linux and macOS only")
@@ -98,7 +98,7 @@ def find_compiler() -> list[str]:
 
 
 def flags() -> list[str]:
-    """Compiler flags for this CPU; $AUTOTUNE_KERNEL_MARCH names another one's instructions."""
+    """Compiler flags for this CPU, or for the instruction set that $AUTOTUNE_KERNEL_MARCH names."""
     package = Path(torch.__file__).parent
     march = os.environ.get("AUTOTUNE_KERNEL_MARCH", "native")
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
@@ -109,12 +109,12 @@ def flags() -> list[str]:
 
 
 def libraries() -> list[str]:
-    """Linker flags. libtorch_cpu brings its own OpenMP threads; a second pool would fight them for the cores."""
+    """Linker flags. No OpenMP library is linked: libtorch_cpu has its own threads, and two pools would compete."""
     return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
 
 
 def build_key(compiler: list[str]) -> str:
-    """What a library depends on, as a hash: sources, compiler and its version, flags, torch and CPU."""
+    """Hash everything that a library depends on: sources, compiler and its version, flags, torch and CPU."""
     parts = [(HERE / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     texts = [*compiler, *flags(), *libraries(), _version(compiler), torch.__version__, processor.instruction_sets()]
     parts += [text.encode() for text in texts]
@@ -147,7 +147,7 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
                 made.result()
         run(link)
         library = cache / f"{key}-{_digest(target)}.so"
-        target.chmod(0o700)  # whatever the umask is
+        target.chmod(0o700)  # independent of the umask
         os.replace(target, library)
         return library
     except subprocess.TimeoutExpired:
@@ -169,7 +169,7 @@ def _register(library: Path) -> Path:
 def _remove(library: Path) -> None:
     try:
         library.unlink(missing_ok=True)
-    except OSError as reason:  # a directory of that name, say: it is never loaded either
+    except OSError as reason:  # for example a directory of that name; it is never loaded
         log.debug("%s stays: %s", library, reason)
 
 
@@ -192,7 +192,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _gist(output: str) -> str:
-    """The lines of a compiler's output that say what is wrong, on one line."""
+    """Join the lines of a compiler's output that say what is wrong into one line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return " | ".join((errors or lines)[-3:]) or "it said nothing"

@@ -1,4 +1,4 @@
-// Curves of activations and of the softmax, on vectors.
+// Functions for activations and the softmax, on vectors.
 #pragma once
 
 #include "vectors.h"
@@ -7,11 +7,11 @@ namespace autotune {
 namespace {
 
 constexpr float kLog2OfE = 1.44269504f;
-constexpr float kMost = 126.0f;  // 2^-126 is the smallest number that needs no special care
+constexpr float kMost = 126.0f;  // largest |x| of exp2_bounded; 2^-126 is the smallest normal number
 
-// 2^x for |x| <= 126, to 2 ulp: 2^whole 2^f, and the Taylor series of 2^f for |f| <= 1/2.
+// 2^x for |x| <= 126, to 2 ulp: 2^whole 2^f, with the Taylor series of 2^f for |f| <= 1/2.
 inline Floats exp2_bounded(Floats x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23; a sum with it has no bits for a fraction
   const Floats whole = (x + kRound) - kRound, f = x - whole;
   Floats series = spread(1.54035304e-4f);
   series = series * f + 1.33335581e-3f;
@@ -30,7 +30,7 @@ inline Floats exp2_bounded(Floats x) {
 inline Floats exp2_negative(Floats x) { return exp2_bounded(larger(x, spread(-kMost))); }
 
 inline Floats inverse(Floats x) {
-#if defined(__AVX512F__)  // an estimate to 14 bits and one step of Newton's take a third of a division
+#if defined(__AVX512F__)  // an estimate to 14 bits and one Newton step take a third of the time of a division
   const Floats guess = bits<Floats>(_mm512_rcp14_ps(bits<__m512>(x)));
   return guess * (2.0f - x * guess);
 #else
@@ -45,7 +45,8 @@ inline Floats sigmoid(Floats x) {
 
 inline Floats silu(Floats x) { return x * sigmoid(x); }
 
-// GELU by its tanh: (1 + tanh u) / 2 is the sigmoid of 2u. Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
+// GELU in its tanh form: (1 + tanh u) / 2 is the sigmoid of 2u.
+// Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 inline Floats gelu(Floats x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Loops over strided tensors of up to four dimensions, and what can be done to each element.
+// Loops over strided tensors of up to kMostDims dimensions, and the functions applied to each element.
 #pragma once
 
 #include <cmath>
@@ -75,7 +75,7 @@ void binary(const Space& space, const Operand* operands, F f) {
   });
 }
 
-// For functions of whole vectors.
+// Like `unary`, but for functions of whole vectors.
 template <class F>
 void unary_vectors(const Space& space, const Operand* operands, F f) {
   static const int sizes[] = {sizeof(float), sizeof(float)};
@@ -98,7 +98,7 @@ void unary_vectors(const Space& space, const Operand* operands, F f) {
 
 inline Floats magnitude(Floats x) { return x < 0.0f ? -x : x; }
 
-inline Floats sigmoid(Floats x) {  // from e^-|x|, which cannot overflow
+inline Floats sigmoid(Floats x) {  // uses e^-|x|, which cannot overflow
   const Floats e = exp_negative(-magnitude(x));
   return (x < 0.0f ? e : spread(1.0f)) / (1.0f + e);
 }
@@ -129,7 +129,7 @@ inline float total(const float* a, int64_t n, int64_t stride) {
   return sum_of;
 }
 
-// (a - mean) / sqrt(variance + eps) * weight + bias, of one row.
+// (a - mean) / sqrt(variance + eps) * weight + bias for one row.
 inline void normalize(const float* a, const float* weight, const float* bias, float eps, int64_t n, float* out) {
   const float mean = total(a, n, 1) / n;
   Floats squares = {};

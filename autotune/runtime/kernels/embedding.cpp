@@ -1,4 +1,4 @@
-// Rows of a packed table: what an embedding looks up where it shares the weights of lm_head (the layout is linear.h's).
+// Rows of a packed table, for an embedding that shares the weights of lm_head. The layout is described in linear.h.
 #include "embedding.h"
 
 #include <optional>
@@ -52,7 +52,7 @@ Tensor packed_rows(const Tensor& ids, const Tensor& packed, const std::optional<
   const Tensor wanted = torch::stable::contiguous(torch::stable::to(ids, ScalarType::Long)), out = empty_floats(shape);
   const int64_t* row = static_cast<const int64_t*>(wanted.data_ptr());
   const int64_t count = wanted.numel();
-  for (int64_t i = 0; i < count; ++i)  // before any is read: nothing may be thrown from another thread
+  for (int64_t i = 0; i < count; ++i)  // checked before any row is read, because other threads must not throw
     STD_TORCH_CHECK(row[i] >= 0 && row[i] < rows, "index ", row[i], " is out of range for a table of ", rows, " rows");
   torch::stable::parallel_for(0, count, 8, [&, target = floats(out)](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) use(table, row[i], target + i * width);

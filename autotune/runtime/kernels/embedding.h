@@ -16,7 +16,7 @@ float number_at(const uint8_t* block, int64_t k, int64_t lane) {
 }
 
 template <>
-float number_at<int32_t>(const uint8_t* block, int64_t k, int64_t lane) {  // a signed nibble of a word of eight
+float number_at<int32_t>(const uint8_t* block, int64_t k, int64_t lane) {  // a signed nibble of a word with eight
   const uint32_t word = reinterpret_cast<const uint32_t*>(block)[k / kWord * kRows + lane];
   return static_cast<float>(static_cast<int32_t>(word << (28 - k % kWord * 4)) >> 28);
 }

@@ -11,11 +11,12 @@ from autotune.runtime.kernels.modules import PackedLinear
 
 
 class PackedEmbedding(nn.Module):
-    """Looks rows up in the weights of a packed linear layer, which it shares; the operators must be loaded.
+    """An embedding that looks rows up in the weights of a packed linear layer. The operators must be loaded.
 
     Args:
-        table: the layer [num_embeddings, embedding_dim] whose rows are looked up: lm_head, where the two are tied.
-        dtype: of the rows that it gives.
+        table: the layer [num_embeddings, embedding_dim] whose rows are looked up, and whose weights are shared; lm_head
+            if the two are tied.
+        dtype: dtype of the rows that it returns.
     """
 
     weight: Tensor  # in the layer's layout
@@ -30,14 +31,14 @@ class PackedEmbedding(nn.Module):
             self.register_buffer(name, getattr(table, name, None))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows [..., embedding_dim] of integer ids [...]."""
+        """Look up the rows [..., embedding_dim] of integer ids [...]."""
         rows: Tensor = torch.ops.autotune.packed_rows(
             ids, self.weight, self.scales, self.zeros, self.num_embeddings, self.embedding_dim
         )
         return rows if self.dtype is torch.float32 else rows.to(self.dtype)
 
     def widened(self) -> PackedEmbedding:
-        """The same rows in FP32, from the same memory."""
+        """An embedding over the same memory that returns the rows in FP32."""
         wide = copy.copy(self)
         wide.dtype = torch.float32
         return wide

@@ -1,4 +1,4 @@
-// What lies between the matrix products of prefill, each in one pass over memory and on all threads.
+// The operators between the matrix products of prefill. Each makes one pass over memory, on all threads.
 #include "curves.h"
 #include "tensors.h"
 
@@ -9,7 +9,7 @@
 namespace autotune {
 namespace {
 
-constexpr int64_t kLeastTask = 16 << 10;  // numbers: below this a second thread costs more than it saves
+constexpr int64_t kLeastTask = 16 << 10;  // numbers per thread; with fewer, a further thread does not pay
 
 template <class Use>  // use(begin, end) on rows of `width` numbers
 void for_rows(int64_t rows, int64_t width, Use use) {
@@ -49,7 +49,7 @@ Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
   return as_dtype_of(y, input);
 }
 
-// activation(gate) * up, number by number; activation 0 is SiLU, 1 GELU by its tanh.
+// activation(gate) * up, number by number. Activation 0 is SiLU, 1 is GELU in its tanh form.
 Tensor gate_up(const Tensor& gates, const Tensor& ups, int64_t activation) {
   STD_TORCH_CHECK(sizes_of(gates) == sizes_of(ups), "gate and up must have one shape");
   STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);
@@ -69,7 +69,7 @@ Tensor gate_up(const Tensor& gates, const Tensor& ups, int64_t activation) {
   return as_dtype_of(y, gates);
 }
 
-// One head's numbers of one token: the halves of the vector are turned against each other, position by position.
+// Rotates the numbers of one head and one token: number i of the first half is paired with number i of the second.
 inline void rotate(const float* from, const float* cosine, const float* sine, int64_t depth, float* to) {
   const int64_t half = depth / 2, whole = half / kWidth * kWidth;
   int64_t d = 0;

@@ -1,4 +1,4 @@
-"""Layers of a decoder whose small operators are one: in prefill each of them passes over megabytes of activations."""
+"""Decoder layers with one fused operator. In prefill, each small operator would pass over megabytes of activations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from autotune.runtime.kernels.bf16 import FEW, Bf16Linear
 
-ACTIVATIONS = ("silu", "gelu_tanh")  # in the order that the operators number them
+ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of the operators' numbers for them
 
 
 class RmsNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in FP32.
 
     Args:
-        weight: [N]; shared, if it is a parameter.
+        weight: [N]; shared if it is a parameter.
         eps: added to the mean.
     """
 
@@ -37,7 +37,7 @@ class RmsNorm(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) * up(x)); one operator for all of it if the three layers are `Bf16Linear`.
+    """down(activation(gate(x)) * up(x)), in one operator if the three layers are `Bf16Linear`.
 
     Args:
         gate_proj, up_proj, down_proj: linear layers of any kind.

@@ -1,4 +1,4 @@
-// The instructions of a program: how each reads its words, and what a thread does for it.
+// The instructions of a program: how each reads its words, and what each thread computes.
 #pragma once
 
 #include <cstring>
@@ -52,7 +52,7 @@ struct Reader {
   }
 };
 
-// The rows of a space that are this member's: all of them for whoever works alone.
+// The rows of a space that one member computes; all rows if it works alone.
 struct Part {
   int64_t first, count;
 };
@@ -193,7 +193,7 @@ void run_arrange(Reader& in, const Member& m) {
 }
 
 const Kernel* const kKernels[] = {&kernel<Plain<float>>, &kernel<Plain<Half>>, &kernel<Plain<Bf16>>,
-                                  &kernel<Plain<int8_t>>, &kernel<Int4>};  // the order of FORMATS, as of kLookUps
+                                  &kernel<Plain<int8_t>>, &kernel<Int4>};  // in the order of FORMATS, like kLookUps
 
 void run_linear(Reader& in, const Member& m) {
   const Kernel& format = *kKernels[in.next()];
@@ -210,7 +210,7 @@ void run_linear(Reader& in, const Member& m) {
   multiply_blocks(format, w, tiles, bias, y, m.first(w.blocks()), m.last(w.blocks()));
 }
 
-// Weights as torch keeps them, one row after the other.
+// A product with weights in torch's layout, one row after the other.
 void run_dot(Reader& in, const Member& m) {
   const int64_t rows = in.next(), inputs = in.next(), tokens = in.next();
   const float *x = in.floats(), *bias = in.floats();

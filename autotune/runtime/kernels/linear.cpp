@@ -1,4 +1,4 @@
-// y = x W^T + b over narrow weights as operators: a pass over the weights for few tokens, a matrix product for many.
+// Operators for y = x W^T + b over narrow weights: one pass over the weights for few tokens, a matrix product for many.
 #include "linear.h"
 
 #include <vector>
@@ -6,9 +6,9 @@
 namespace autotune {
 namespace {
 
-constexpr int64_t kMostFew = 96;  // beyond, a matrix product over expanded weights is as fast: they meet near 128
-constexpr int64_t kLeastTaskBytes = 32 << 10;  // below this a second thread costs more than it saves
-constexpr int64_t kPanelFloats = 1 << 18;      // the FP32 panel for many tokens: 1 MiB, it stays in the L2 cache
+constexpr int64_t kMostFew = 96;  // tokens; with more, a matrix product over expanded weights pays (equal near 128)
+constexpr int64_t kLeastTaskBytes = 32 << 10;  // with fewer bytes, a further thread does not pay
+constexpr int64_t kPanelFloats = 1 << 18;      // the FP32 panel for many tokens; 1 MiB stays in the L2 cache
 
 void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_t tokens, int64_t inputs,
                   const float* bias, float* y) {
@@ -26,7 +26,7 @@ void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_
   });
 }
 
-// Many tokens: expand some blocks to FP32, then let the platform's matrix product do what it is best at.
+// For many tokens: expands some blocks to FP32, then calls the platform's matrix product.
 void multiply_many(const Kernel& kernel, const Weights& w, const Tensor& x, const float* bias, const Tensor& y) {
   static thread_local Tensor panel = empty_floats({kPanelFloats});
   const int64_t tokens = x.size(0), inputs = x.size(1);

@@ -1,7 +1,7 @@
-// The product x W^T + b with the weights stored narrow and all arithmetic in FP32.
+// The product x W^T + b with narrow weights and all arithmetic in FP32.
 //
-// Weights come in blocks of 16 output rows. Inside a block the 16 rows lie side by side: the numbers for one input k are
-// neighbours, so that one load serves 16 rows, a sum never leaves its lane, and a thread reads one unbroken stream.
+// Weights are stored in blocks of 16 output rows. Inside a block, the 16 numbers for one input k are neighbours. So one
+// load serves 16 rows, a sum never leaves its lane, and a thread reads one contiguous stream.
 //
 //   one number per weight   [blocks, K, 16]
 //   INT4                    [blocks, K/8, 16] words of 32 bits: input 8i + j of a row is the signed nibble j of its word i
@@ -18,7 +18,7 @@ namespace {
 constexpr int kRows = 16;      // output rows in a block
 constexpr int kStep = 8;       // inputs decoded together
 constexpr int kMostTokens = 8;  // tokens served by one pass over a block's weights
-constexpr int64_t kAheadBytes = 2048;  // prefetched so far ahead: 1 to 4 KiB are alike, nothing at all is half as fast
+constexpr int64_t kAheadBytes = 2048;  // prefetch distance; 1 to 4 KiB are equally fast, no prefetch is half as fast
 
 template <class Number>
 struct Plain {
@@ -44,13 +44,13 @@ struct Weights {
   const uint8_t* numbers;
   Numbers scales, zeros;        // may be absent
   int64_t rows, inputs, group;  // inputs: K, padded to whole groups
-  int64_t pad;                  // less than so many inputs are padding
+  int64_t pad;                  // fewer than this many inputs are padding
   int64_t block_bytes;
   int64_t groups() const { return inputs / group; }
   int64_t blocks() const { return (rows + kRows - 1) / kRows; }
 };
 
-// One to eight tokens: x [K, tokens] transposed, and the sum of x over each group [groups, tokens] where zeros ask for it.
+// One to eight tokens: x [K, tokens] transposed, and the sums of x over each group [groups, tokens], which zeros need.
 struct Tile {
   int tokens;
   int64_t first;
@@ -58,7 +58,7 @@ struct Tile {
   const float* sums;
 };
 
-// All tokens of a product, cut into tiles of nearly equal size that lie one after the other.
+// All tokens of a product, cut into tiles of nearly equal size, one after the other.
 struct Tiles {
   int64_t tokens;
   const float* x;     // [tokens * K]
@@ -71,7 +71,7 @@ struct Tiles {
   }
 };
 
-// Whether one token can be used where it lies.
+// Whether x can be used without a copy: it is one token, without padding.
 inline bool in_place(const Weights& w, int64_t tokens, int64_t inputs) { return tokens == 1 && inputs == w.inputs; }
 
 inline void add_up(const Weights& w, int tokens, const float* x, float* sums) {
@@ -80,7 +80,7 @@ inline void add_up(const Weights& w, int tokens, const float* x, float* sums) {
     for (int t = 0; t < tokens; ++t) sums[k / w.group * tokens + t] += x[k * tokens + t];
 }
 
-// Lays out tile i of x [tokens, inputs] into `target` [tokens * K], and its sums where there is room for them.
+// Lays out tile i of x [tokens, inputs] in `target` [tokens * K], and its sums in `sums` if that is not null.
 inline void arrange(const Weights& w, const float* x, int64_t tokens, int64_t inputs, int64_t i, float* target,
                     float* sums) {
   const Tiles tiles{tokens, target, sums};
@@ -126,7 +126,7 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floa
   for (int t = 0; t < kTokens; ++t) out[t] = total[t];
 }
 
-// The weights of one block as FP32: panel [K, width], this block's 16 columns.
+// Expands the weights of one block to FP32, into 16 columns of a panel [K, width].
 template <class Format>
 void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
   for (int strip = 0; strip < kRows / kWidth; ++strip) {
@@ -155,7 +155,7 @@ constexpr Kernel kernel = {{nullptr, multiply<Format, 1>, multiply<Format, 2>, m
                             multiply<Format, 5>, multiply<Format, 6>, multiply<Format, 7>, multiply<Format, 8>},
                            expand<Format>};
 
-// The blocks [begin, end) of outputs y [tokens, rows] for all tokens.
+// Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
 inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
                             int64_t begin, int64_t end) {
   Floats out[kMostTokens];

@@ -1,5 +1,6 @@
-// y = x W^T + b for many rows of x, in BF16 arithmetic with FP32 sums, over weights of any storage; and a gated feed-forward
-// block, down(activation(gate(x)) * up(x)), whose hidden numbers never leave the layout of the next product.
+// y = x W^T + b for many rows of x, in BF16 arithmetic with FP32 sums, over weights of any storage. And a gated
+// feed-forward block, down(activation(gate(x)) * up(x)), whose hidden numbers are written in the layout of the next
+// product.
 #include "curves.h"
 #include "matmul.h"
 
@@ -14,7 +15,7 @@ void linear(const float* x, int64_t rows, const Matrix& w, const float* bias, fl
 
 using Curve = Floats (*)(Floats);
 
-// 16 columns of gate and the same of up make one panel, so that both are at hand where they are multiplied.
+// A panel consists of 16 columns of gate and the same columns of up, so that one thread has both factors.
 template <class Engine, Curve activate>
 void mlp(const float* x, int64_t rows, const Matrix& gate, const Matrix& up, const Matrix& down, const float* gate_bias,
          const float* up_bias, const float* down_bias, float* y) {
@@ -51,7 +52,7 @@ void mlp(const float* x, int64_t rows, const Matrix& gate, const Matrix& up, con
   multiply_into<Engine>(hidden, down, down_bias, y);
 }
 
-struct Bias {  // FP32 or nothing
+struct Bias {  // an FP32 bias, or none
   std::optional<Tensor> held;
   const float* at = nullptr;
 

@@ -1,4 +1,4 @@
-// Products of many rows with a layer's weights, which are read where they lie and laid out a few columns at a time.
+// Products of many rows with a layer's weights. The weights stay in place and are laid out a few columns at a time.
 #pragma once
 
 #include <optional>
@@ -10,10 +10,10 @@
 namespace autotune {
 namespace {
 
-constexpr int64_t kGroupBytes = 768 << 10;  // laid-out weights that stay in the L2 cache while all rows pass by
-constexpr int64_t kLeastRows = 4;           // row blocks that are worth laying weights out for
+constexpr int64_t kGroupBytes = 768 << 10;  // laid-out weights that stay in the L2 cache while all rows use them
+constexpr int64_t kLeastRows = 4;           // row blocks; with fewer, laying weights out again does not pay
 
-// The weights of N outputs for K inputs: FP32 numbers anywhere, or the blocks of linear.h.
+// The weights of N outputs for K inputs: FP32 numbers with any strides, or the blocks of linear.h.
 struct Matrix {
   int64_t outputs, inputs;
   const float* plain = nullptr;
@@ -24,7 +24,7 @@ struct Matrix {
   static Matrix of(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
                    int64_t outputs, int64_t inputs);
 
-  // The outputs from `first` on as one half of a panel of B.
+  // Lays out the outputs from `first` on as one half of a panel of B.
   template <class Engine>
   void lay(typename Engine::Unit* panel, int half, int64_t first) const {
     const int64_t columns = std::max<int64_t>(0, outputs - first);
@@ -67,14 +67,15 @@ Panels<Engine> lay_all(Scratch<typename Engine::Unit>& scratch, const float* x, 
   return panels;
 }
 
-// Every row block with every column panel, on all threads: lay(column panel, where to) and use(row block, column panel,
-// product [32, 32]). `start(column panel)` is what products start from: 32 numbers.
+// Combines every row block with every column panel, on all threads. `lay(n, panel)` lays out column panel n.
+// `use(m, n, rows, panel, start)` multiplies row block m by it. `start(n)` gives the 32 numbers to which products are
+// added.
 template <class Engine, class Lay, class Start, class Use>
 void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start, Use use) {
   using Unit = typename Engine::Unit;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t cuts = std::clamp<int64_t>(threads / std::max<int64_t>(columns, 1), 1,
-                                           std::max<int64_t>(1, a.count() / kLeastRows));  // of the rows
+                                           std::max<int64_t>(1, a.count() / kLeastRows));  // parts of the rows
   const int64_t group = std::max<int64_t>(1, kGroupBytes / (a.units() * static_cast<int64_t>(sizeof(Unit))));
   torch::stable::parallel_for(0, columns * cuts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<Unit> scratch;

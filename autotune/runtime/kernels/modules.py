@@ -1,4 +1,4 @@
-"""Linear layers over the kernels, for inference: buffers in packed layout, and one operator in `forward`."""
+"""Linear layers over the kernels, for inference. They hold buffers in packed layout; `forward` calls one operator."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from autotune.runtime.kernels import pack
 
 
 class PackedLinear(nn.Module, ABC):
-    """y = x W^T + b with narrow weights and FP32 arithmetic; the operators must be loaded (`kernels.available`).
+    """y = x W^T + b with narrow weights and FP32 arithmetic. The operators must be loaded (`kernels.available`).
 
-    Inputs in another dtype are widened, and results given back in it.
+    Inputs in another dtype are widened, and results are returned in that dtype.
 
-    A layer is made by `from_linear`, or by `from_weight` from a weight [out_features, in_features]; transformers'
-    `Conv1D` stores the transpose, so pass `conv.weight.T`.
+    Make a layer by `from_linear`, or by `from_weight` from a weight [out_features, in_features]. transformers' `Conv1D`
+    stores the transpose, so pass `conv.weight.T`.
     """
 
     bias: Tensor | None
-    dtype = torch.float32  # that it computes in
+    dtype = torch.float32  # dtype of the arithmetic
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class PackedLinear(nn.Module, ABC):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] in any floating dtype -> [..., out_features] in the same."""
-        if x.dtype is torch.float32:  # casts that change nothing are operators to dispatch all the same
+        """x [..., in_features] in any floating dtype -> [..., out_features] in the same dtype."""
+        if x.dtype is torch.float32:  # avoids casts, which cost a dispatch even if they change nothing
             return self.product(x)
         return self.product(x.float()).to(x.dtype)
 
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module, ABC):
 
 
 class HalfLinear(PackedLinear):
-    """Weights stored in FP16 (or BF16, or FP32) and computed with in FP32."""
+    """Weights stored in FP16 (or BF16, or FP32), with FP32 arithmetic."""
 
     weight: Tensor  # [ceil(N / 16), K padded, 16]
 
@@ -97,7 +97,7 @@ class Int8Linear(PackedLinear):
         """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
 
         Raises:
-            ValueError: the weight is not finite, or the group is no multiple of 8.
+            ValueError: the weight is not finite, or the group is not a multiple of 8.
         """
         layer = cls(weight, bias)
         for name, buffer in zip(("weight", "scales"), pack.quantize_i8(weight, group), strict=True):
@@ -129,7 +129,7 @@ class Int4Linear(PackedLinear):
         """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
 
         Raises:
-            ValueError: the weight is not finite, or the group is no multiple of 8.
+            ValueError: the weight is not finite, or the group is not a multiple of 8.
         """
         layer = cls(weight, bias)
         for name, buffer in zip(("weight", "scales", "zeros"), pack.quantize_i4(weight, group), strict=True):

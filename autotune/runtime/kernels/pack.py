@@ -1,8 +1,8 @@
-"""Weights in the layout of the kernels, and back: plain torch, no compiler needed.
+"""Convert weights to the layout of the kernels and back, in plain torch; no compiler is needed.
 
-Sixteen output rows form a block in which the numbers for one input lie side by side, so that one vector load serves
-sixteen rows. Rows are padded to whole blocks and inputs to whole groups: results of padding are dropped, padded inputs
-are zero.
+Sixteen output rows form a block. In a block, the numbers for one input are neighbours, so that one vector load serves
+sixteen rows. Rows are padded to whole blocks, and the results of padding are dropped. Inputs are padded to whole groups
+with zeros.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from autotune.runtime.kernels import arena
 
-ROWS = 16  # output rows in a block; kRows in linear.cpp
-STEP = 8  # inputs decoded together; kStep in linear.cpp
-GROUP = 32  # inputs that share a scale, unless the caller says otherwise
-PART = 4096  # output rows widened and quantised at a time, to bound the memory for intermediate results
-SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's range tried at four bits
+ROWS = 16  # output rows in a block; kRows in linear.h
+STEP = 8  # inputs decoded together; kStep in linear.h
+GROUP = 32  # default number of inputs that share a scale
+PART = 4096  # output rows widened and quantised at a time, to limit the memory for intermediate results
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that 4-bit quantisation tries
 
 
 def interleave(weight: Tensor, inputs: int) -> Tensor:
@@ -27,7 +27,7 @@ def interleave(weight: Tensor, inputs: int) -> Tensor:
         inputs: K after padding.
 
     Returns:
-        [ceil(N / 16), inputs, 16], contiguous, zeros where there was nothing.
+        [ceil(N / 16), inputs, 16], contiguous, with zeros as padding.
     """
     rows, width = weight.shape
     blocks = -(-rows // ROWS)
@@ -45,7 +45,7 @@ def pack_half(weight: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
     """Store a weight [N, K] in FP16, BF16 or FP32 blocks.
 
     Raises:
-        ValueError: a weight is not finite in `dtype` (FP16 ends at 65504).
+        ValueError: a weight is not finite in `dtype` (FP16's largest number is 65504).
     """
     check(weight)
     narrow = weight.detach().to(dtype)
@@ -55,7 +55,7 @@ def pack_half(weight: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """Symmetric INT8 with one scale per group of inputs: weight = scale * number.
+    """Quantise to symmetric INT8 with one scale per group of inputs: weight = scale * number.
 
     Args:
         weight: [N, K], floating point.
@@ -66,7 +66,7 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
         [ceil(N / 16), groups, 16].
 
     Raises:
-        ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
+        ValueError: the weight is not a finite floating-point matrix, or the group is not a multiple of 8.
     """
     check(weight)
     parts = _parts(weight)
@@ -81,21 +81,22 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
 
 
 def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric INT4 with a scale and a zero per group of inputs: weight = scale * number + zero, number in -8..7.
+    """Quantise to asymmetric INT4 with a scale and a zero per group of inputs.
 
-    The range of a group is shrunk step by step from its minimum and maximum, and the range with the least squared error
-    kept: at four bits, clipping the rarest weights often costs less than coarser steps for all others.
+    weight = scale * number + zero, with number in -8..7. The range of a group begins as its minimum and maximum and is
+    shrunk step by step; the range with the least squared error is kept. At four bits, clipping the rarest weights often
+    costs less than coarser steps for all others.
 
     Args:
         weight: [N, K], floating point.
         group: inputs that share a scale and a zero, a multiple of 8; 0 for one of each per output row.
 
     Returns:
-        Words INT32 [ceil(N / 16), K padded / 8, 16], input 8i + j in the signed nibble j of word i; scales and zeros
-        FP16 (FP32 if FP16 cannot hold them) [ceil(N / 16), groups, 16].
+        Words INT32 [ceil(N / 16), K padded / 8, 16], with input 8i + j in the signed nibble j of word i. Scales and
+        zeros in FP16 (FP32 if FP16 cannot hold them), [ceil(N / 16), groups, 16].
 
     Raises:
-        ValueError: the weight is no finite floating-point matrix, or the group is no multiple of 8.
+        ValueError: the weight is not a finite floating-point matrix, or the group is not a multiple of 8.
     """
     check(weight)
     parts = _parts(weight)
@@ -115,12 +116,12 @@ def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Ten
 
 
 def _fit_i4(grouped: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Words [N, K / 8], scales and zeros [N, groups] of the best of the shrunken ranges."""
+    """Words [N, K / 8], scales and zeros [N, groups] for the best of the shrunken ranges."""
     least = torch.full_like(low, torch.inf)
     numbers, scales, zeros = torch.empty_like(grouped), torch.empty_like(low), torch.empty_like(low)
     for share in SHRINK:
         scale = ((high - low) * (share / 15)).to(dtype).float()
-        zero = ((high + low) / 2 + scale / 2).to(dtype).float()  # the middle of -8..7 is -1/2
+        zero = ((high + low) / 2 + scale / 2).to(dtype).float()  # + scale / 2, because the middle of -8..7 is -1/2
         number = ((grouped - zero[..., None]) / _divisor(scale)).round_().clamp_(-8, 7)
         error = torch.addcmul(zero[..., None] - grouped, number, scale[..., None]).square_().sum(-1)
         better = error < least
@@ -148,7 +149,7 @@ def dequantize_i4(words: Tensor, scales: Tensor, zeros: Tensor, rows: int, input
 
 
 def check(weight: Tensor) -> None:
-    """Raise ValueError unless the weight is a floating-point matrix with something in it."""
+    """Raise ValueError unless the weight is a floating-point matrix that is not empty."""
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
         raise ValueError(
             f"expected a floating-point weight [N, K] with N, K > 0, got {weight.dtype} {list(weight.shape)}"
@@ -156,12 +157,12 @@ def check(weight: Tensor) -> None:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """PART rows after PART rows, as views."""
+    """Split a tensor into views of PART rows each."""
     return [tensor[first : first + PART] for first in range(0, len(tensor), PART)]
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
-    """[N, K] as FP32 [N, groups, group], padded by repeating the last input so that padding widens no group's range."""
+    """View [N, K] as FP32 [N, groups, group]. Padding repeats the last input, so that it does not widen a range."""
     check(weight)
     if group < 0 or group % STEP:
         raise ValueError(f"group must be a multiple of {STEP}, or 0 for one scale per row, not {group}")
@@ -176,10 +177,10 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
 
 
 def _finite(extremes: Tensor) -> Tensor:
-    """The largest or smallest weights of groups, once none is NaN or infinite: then no other weight is.
+    """Check the largest or smallest weights of groups. If they are finite, all other weights are, too.
 
     Raises:
-        ValueError: one is.
+        ValueError: one of them is NaN or infinite.
     """
     if not torch.isfinite(extremes).all():
         raise ValueError("the weight holds NaN or infinity; it cannot be quantised")
@@ -187,14 +188,14 @@ def _finite(extremes: Tensor) -> Tensor:
 
 
 def _factor_dtype(steps: Tensor, sizes: Tensor) -> torch.dtype:
-    """FP16 where it keeps eleven bits of every step and holds every size, FP32 otherwise."""
+    """FP16 if it keeps eleven bits of every step and holds every size, else FP32."""
     half = torch.finfo(torch.float16)
     fits = bool(((steps == 0) | (steps >= half.tiny)).all()) and bool((sizes <= half.max).all())
     return torch.float16 if fits else torch.float32
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """[N, groups] as a divisor [N, groups, 1]; a group of equal weights has scale 0 and any divisor will do."""
+    """Turn scales [N, groups] into divisors [N, groups, 1]. A group of equal weights has scale 0; any divisor works."""
     return torch.where(scales == 0, 1.0, scales.float())[..., None]
 
 

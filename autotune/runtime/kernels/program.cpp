@@ -1,9 +1,10 @@
-// Runs a recorded decode step: instructions over fixed memory, by one team of threads, with nothing decided on the way.
+// Runs a recorded decode step: instructions over fixed memory, by one team of threads, without decisions at run time.
 //
-// A program is INT64 words. The first is how many addresses it needs. Every instruction begins with its length, its code,
-// who works on it and whether all meet before it; what follows depends on the code. Memory is named by a base (an index
-// into the table of addresses that the call brings) and an offset in bytes, so that one program serves any cache of its
-// shape. autotune/runtime/steps/program writes it, and checks what lies at the addresses.
+// A program is a sequence of INT64 words. The first is the number of addresses that it needs. Every instruction begins
+// with its length, its code, how threads share it and whether all threads meet before it. The words after that depend
+// on the code. Memory is named by a base (an index into the table of addresses that the call passes) and an offset in
+// bytes, so that one program serves any cache of its shape. autotune/runtime/steps/program writes the program and
+// checks the tensors at the addresses.
 #include "instructions.h"
 
 #include <chrono>
@@ -12,9 +13,9 @@
 namespace autotune {
 namespace {
 
-constexpr int64_t kHeader = 4;  // words before an instruction's own
+constexpr int64_t kHeader = 4;  // words at the start of every instruction
 
-// False where an index was outside its table.
+// Returns false if an index was outside its table.
 bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, std::vector<float>& scratch) {
   using I = int64_t;
   switch (code) {
@@ -68,7 +69,7 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
   return true;
 }
 
-// How long the first thread was at each instruction, the wait for the others before the next included.
+// Measures the first thread's time for each instruction, including the wait for the others before the next one.
 class Stopwatch {
  public:
   explicit Stopwatch(int64_t* spent) : spent_(spent), last_(Clock::now()) {}
@@ -85,7 +86,7 @@ class Stopwatch {
   Clock::time_point last_;
 };
 
-// How many instructions there are; each must say its length, and the last end where the words do.
+// Counts the instructions. Each must have a valid length, and the last must end with the words.
 int64_t length(const int64_t* words, const int64_t* end) {
   int64_t count = 0;
   for (; words < end; words += words[0], ++count)
@@ -109,7 +110,7 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
                              present(*spent).numel() == count),
                   "times are INT64 nanoseconds, one for each instruction");
   static thread_local std::vector<float> own;
-  std::vector<float>& scratch = own;  // the caller's, whichever thread looks at it
+  std::vector<float>& scratch = own;  // the calling thread's, for all threads of the team
   std::atomic<const int64_t*> failed{nullptr};
   as_team(static_cast<int>(threads), [&](Member& m) {
     std::optional<Stopwatch> watch;
@@ -128,7 +129,7 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
   STD_TORCH_CHECK(!culprit, "instruction ", culprit ? culprit[1] : 0, " of the program met an index outside its table");
 }
 
-// How many threads the next program will begin with.
+// The number of threads with which the next program will begin.
 int64_t team_size(int64_t wanted) { return crew.size(static_cast<int>(wanted)); }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""What the operators return, for tracing: shapes and dtypes without the numbers."""
+"""The shapes and dtypes that the operators return, for tracing without numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def register() -> None:
-    """Teach torch.compile and fake tensors the operators' shapes; the library must be loaded."""
+    """Register the operators' shapes for torch.compile and fake tensors. The library must be loaded."""
     torch.library.register_fake("autotune::linear_f16", _linear_f16)
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
@@ -64,7 +64,7 @@ def _linear_mlp(
 
 
 def _by_token(t: Tensor) -> Tensor:
-    """[B, H, Q, D] that lies in memory as [B, Q, H, D]."""
+    """An empty [B, H, Q, D] that is stored as [B, Q, H, D]."""
     return torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 

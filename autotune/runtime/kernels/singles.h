@@ -1,4 +1,4 @@
-// FP32 products on whatever vectors there are. Chunks lie as [32 rows][32] and [32][32 columns].
+// FP32 products on any native vectors. Chunks are stored as [32 rows][32] and [32][32 columns].
 #pragma once
 
 #include "blocks.h"
@@ -9,7 +9,7 @@ namespace {
 struct Singles {
   using Unit = float;
   static constexpr bool kBf16 = false;
-  static constexpr int64_t kPanelUnits = kSide * kSide;  // of one chunk
+  static constexpr int64_t kPanelUnits = kSide * kSide;  // numbers of one chunk
 
   static void put(float* panel, int row, int64_t k, Floats v) {
     store(panel + k / kSide * kPanelUnits + row * kSide + k % kSide, v);

@@ -1,9 +1,9 @@
-// Threads that run one program together and meet at barriers, borrowed from torch's own pool for the time of one call.
+// Threads that run one program together and meet at barriers. They come from torch's own pool, for one call.
 //
-// Where another process takes a core, whoever computes on it is late at every barrier, and the others wait for a whole
-// time slice. They sleep while they wait, so that the system may move the late one to a core that is free. Where they
-// were held up for long all the same, the team goes on with fewer: first in the program that runs, then in the next
-// ones, until all are tried again. Nothing that is computed depends on how many there are.
+// If another process takes a core, the thread on it is late at every barrier, and the others wait for a whole time
+// slice. Waiting threads sleep, so that the system may move the late one to a free core. If the waiting still takes
+// long, the team goes on with fewer threads: first in the running program, then in the next ones, until all are tried
+// again. The results do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -30,10 +30,10 @@ inline void pause_briefly() {
 #endif
 }
 
-constexpr int kSpins = 1 << 12;  // about a hundred microseconds; who takes longer was interrupted, and sleeping pays
-constexpr int kPatience = 64;    // spins before the time is noted; most waits are shorter
-constexpr int64_t kHeldUpNs = 1000000;  // less than a time slice: not worth a change
-constexpr int kHeldUpShare = 3;         // of the time since the last change, one part in so many
+constexpr int kSpins = 1 << 12;  // spins before sleeping, about 100 us; a thread later than that was interrupted
+constexpr int kPatience = 64;    // spins before the clock is read; most waits are shorter
+constexpr int64_t kHeldUpNs = 1000000;  // shorter waits are less than a time slice and do not shrink the team
+constexpr int kHeldUpShare = 3;         // the team shrinks if it waited 1/3 of the time since its last change
 constexpr int kShortestRest = 4, kLongestRest = 64;  // programs that a smaller team runs before all are tried again
 
 inline int64_t now_ns() {
@@ -41,7 +41,7 @@ inline int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
-// Sleeps while the word has this value; may return before. Where the system offers no such thing it gives up its turn.
+// Sleeps while the word has this value; may return earlier. On other systems than Linux, it only yields.
 inline void sleep_while(std::atomic<int>& word, int value) {
 #ifdef __linux__
   static_assert(sizeof(word) == sizeof(int), "a futex is an int");
@@ -57,10 +57,10 @@ inline void wake_all(std::atomic<int>& word) {
 #endif
 }
 
-// Everyone waits for everyone: the last to arrive lets the others go.
+// Every thread waits for all others. The last one to arrive releases them.
 class Barrier {
  public:
-  // Returns how many go on: all, or where `may_shrink` and they were held up for long, the first ones.
+  // Returns how many threads go on: all, or only the first ones if `may_shrink` and the waits took long.
   int wait(int members, bool may_shrink) {
     if (members == 1) return 1;
     const int round = round_.load(std::memory_order_relaxed);
@@ -72,10 +72,10 @@ class Barrier {
     } else {
       await(round);
     }
-    return going_on_.load(std::memory_order_relaxed);  // who does not go on may find an even smaller number
+    return going_on_.load(std::memory_order_relaxed);  // a thread that does not go on may read a later, smaller number
   }
 
-  // For those who left, until the program is over: they keep no core busy meanwhile.
+  // Sleeps until the program is over, for threads that left the team. They must not keep a core busy.
   void await_end() {
     while (!over_.load()) sleep_while(over_, 0);
   }
@@ -94,13 +94,13 @@ class Barrier {
     }
     int64_t nobody = 0;
     waiting_since_ns_.compare_exchange_strong(nobody, since, std::memory_order_relaxed);
-    if (round_.load() != round) waiting_since_ns_.store(0, std::memory_order_relaxed);  // it was over just before
+    if (round_.load() != round) waiting_since_ns_.store(0, std::memory_order_relaxed);  // the round ended just before
     asleep_.fetch_add(1);
     while (round_.load() == round) sleep_while(round_, round);
     asleep_.fetch_sub(1);
   }
 
-  // For the last to arrive, while nobody else does anything.
+  // Decides how many threads go on. Only the last one to arrive calls it, while all others wait.
   int after(int members, bool may_shrink) {
     if (const int64_t since = waiting_since_ns_.exchange(0, std::memory_order_relaxed)) held_up_ns_ += now_ns() - since;
     if (!may_shrink || held_up_ns_ < kHeldUpNs) return members;
@@ -112,15 +112,15 @@ class Barrier {
   }
 
   alignas(64) std::atomic<int> arrived_{0};
-  int64_t held_up_ns_ = 0, start_ns_ = now_ns();  // by the last to arrive alone
+  int64_t held_up_ns_ = 0, start_ns_ = now_ns();  // only the last one to arrive uses these
   alignas(64) std::atomic<int> round_{0};
   std::atomic<int> going_on_{0};
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<int> over_{0};
-  std::atomic<int64_t> waiting_since_ns_{0};  // the first of those who ran out of spins
+  std::atomic<int64_t> waiting_since_ns_{0};  // when the first thread that ran out of spins began to wait
 };
 
-// How many threads the programs of this process have had use for lately.
+// The number of threads that recent programs of this process could use.
 class Crew {
  public:
   int size(int wanted) const {
@@ -133,14 +133,14 @@ class Crew {
     return begins;
   }
 
-  // A program that began with some and ended with as many, or fewer.
+  // Learns from a program that began with `began` threads and ended with `ended`, as many or fewer.
   void learn(int began, int ended) {
     if (ended < began) {
       const int rest = next_rest_.load(std::memory_order_relaxed);
       enough_.store(ended, std::memory_order_relaxed);
       rest_.store(rest, std::memory_order_relaxed);
       next_rest_.store(std::min(2 * rest, kLongestRest), std::memory_order_relaxed);
-    } else if (began > enough_.load(std::memory_order_relaxed)) {  // all were tried again, and none was late
+    } else if (began > enough_.load(std::memory_order_relaxed)) {  // more threads were tried again, and none was late
       enough_.store(INT_MAX, std::memory_order_relaxed);
       next_rest_.store(kShortestRest, std::memory_order_relaxed);
     }
@@ -156,9 +156,9 @@ struct Member {
   int index, members;
   Barrier& barrier;
 
-  // Within an instruction, whose work is shared out among as many before and after.
+  // Meets within an instruction, whose work is divided by the same number of threads before and after.
   void meet() const { barrier.wait(members, false); }
-  // Between instructions; whether this one goes on.
+  // Meets between instructions. Returns whether this thread goes on.
   bool regroup() {
     members = barrier.wait(members, true);
     return index < members;
@@ -167,8 +167,9 @@ struct Member {
   int64_t last(int64_t count) const { return count * (index + 1) / members; }
 };
 
-// Runs `work(member)` once on each of up to `wanted` threads at the same time. The pool may give fewer than asked for
-// (inside another parallel region, say); whoever gets the first share tells the others how large the shares are.
+// Runs `work(member)` once on each of up to `wanted` threads at the same time. The pool may give fewer threads than
+// wanted, for example inside another parallel region. The thread with the first share tells the others the size of a
+// share.
 template <class Work>
 void as_team(int wanted, Work work) {
   const int asked = crew.begin(wanted);

@@ -1,4 +1,5 @@
-// What the operators need of torch, through its stable C interface: it compiles in a second and outlives torch versions.
+// The parts of torch that the operators need, through its stable C interface, which compiles in a second and works
+// across torch versions.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -35,7 +36,7 @@ inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes, int64_t r
   return Tensor(handle);
 }
 
-// The tensor, all of whose elements lie in this machine's memory: a storage may have been freed, or cut short.
+// Checks that all elements of a tensor are in the CPU's memory, and returns it: a storage may be freed or too short.
 inline const Tensor& present(const Tensor& t) {
   int32_t where;
   int64_t bytes, first;
@@ -69,7 +70,7 @@ inline void multiply_into(const Tensor& a, const Tensor& b, const Tensor& out) {
 
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-// Numbers of any floating type, read as FP32.
+// Numbers of any floating type, which are read as FP32.
 struct Numbers {
   const uint8_t* at = nullptr;
   ScalarType type = ScalarType::Float;

@@ -1,4 +1,4 @@
-// One native vector of FP32 lanes, and the widening loads into it: AVX-512, AVX2, NEON, or whatever the compiler has.
+// A native vector of FP32 lanes and the widening loads into it: AVX-512, AVX2, NEON, or the compiler's generic vectors.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +73,7 @@ inline Floats widen(const Half* at) {
   return bits<Floats>(_mm256_cvtph_ps(load<__m128i>(at)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
   return bits<Floats>(vcvt_f32_f16(bits<float16x4_t>(load<uint16x4_t>(at))));
-#else  // moving exponent and mantissa into place leaves a factor of 2^112, subnormals included (not infinities)
+#else  // shifted bits give the number times 2^-112, which also holds for subnormals, but not for infinities
   Ints half = widen_ints(reinterpret_cast<const uint16_t*>(at));
   Floats magnitude = bits<Floats>((half & 0x7fff) << 13) * 0x1p112f;
   return bits<Floats>(bits<Ints>(magnitude) | ((half & 0x8000) << 16));
@@ -91,14 +91,14 @@ inline Floats widen(const Bf16* at) {
 }
 
 template <class Number>
-inline float widen_one(const Number* at) {  // for the numbers left over when a row is no multiple of the width
+inline float widen_one(const Number* at) {  // for the last numbers of a row that do not fill a vector
   Number padded[kWidth] = {*at};
   return widen(padded)[0];
 }
 
-// The signed four bits at `bit` of every lane: -8 to 7.
+// The signed four-bit number at `bit` of every lane: -8 to 7.
 inline Floats nibble(Ints word, int bit) {
-#if defined(__AVX512F__)  // a table look-up ignores the bits above the lowest four by itself
+#if defined(__AVX512F__)  // the table look-up uses only the lowest four bits
   const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return bits<Floats>(_mm512_permutexvar_ps(bits<__m512i>(word >> bit), table));
 #else
@@ -116,7 +116,7 @@ inline float sum(Floats v) {
 #endif
 }
 
-// Neighbours folded together: of every 2 * kSpan lanes the first half comes from a, the second from b.
+// Takes one half of every 2 * kSpan lanes: from a into the first half of the result, from b into the second.
 template <int kSpan, bool kUpper>
 inline Floats fold_half(Floats a, Floats b) {
 #if defined(__clang__)
@@ -136,7 +136,7 @@ inline Floats fold_half(Floats a, Floats b) {
 #endif
 }
 
-// The sum of every one of kWidth vectors, in the lane of its number. Overwrites them.
+// Sums each of kWidth vectors. Lane i of the result is the sum of vector i. Overwrites the vectors.
 template <int kSpan = 1>
 inline Floats sums(Floats* v) {
   if constexpr (kSpan == kWidth) {
@@ -152,13 +152,13 @@ inline Floats spread(float value) { return value - Floats{}; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// e^x for x <= 0 to 2 ulp: e^x = 2^n 2^f with |f| <= 1/2, and the Taylor series of 2^f to the seventh power.
+// e^x for x <= 0, to 2 ulp: e^x = 2^n 2^f with |f| <= 1/2, with the Taylor series of 2^f to the seventh power.
 inline Floats exp_negative(Floats x) {
   x = larger(x, spread(-87.0f));
   Floats power = x * 1.44269504f;
   Ints whole = __builtin_convertvector(power - 0.5f, Ints);  // truncation rounds a negative number to nearest
   Floats n = __builtin_convertvector(whole, Floats);
-  Floats f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts keeps the digits (Cody and Waite)
+  Floats f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts keeps precision (Cody and Waite)
   Floats series = spread(1.0f / 5040);
   series = series * f + 1.0f / 720;
   series = series * f + 1.0f / 120;

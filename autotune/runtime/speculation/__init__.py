@@ -1,1 +1,1 @@
-"""Speculative decoding: `drafts` guess, `speculate` checks, `strides` are steps of several tokens, `pace` how many."""
+"""Speculative decoding: `drafts` guess, `pace` decides how many, `speculate` checks, `strides` run several tokens."""

@@ -1,4 +1,4 @@
-"""Where guesses of the next tokens come from: what followed the same tokens earlier, or a smaller model."""
+"""Sources of guesses for the next tokens: what followed the same tokens earlier, or a smaller model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..cache.slots import SlotCache
     from .strides import MultiTokenStep
 
-LONGEST, SHORTEST = 3, 2  # tokens that have to be the same before a continuation is believed; one alone says too little
+LONGEST, SHORTEST = 3, 2  # tokens that must match before a continuation is guessed; one token predicts too little
 
 
 class Proposer(Protocol):
@@ -26,27 +26,27 @@ class Proposer(Protocol):
     tokens: list[int]
 
     def append(self, token: int) -> None:
-        """The sequence went on with `token`."""
+        """Append `token` to the sequence."""
 
     def guess(self, most: int) -> list[int]:
-        """At most so many tokens that may come next; none where nothing is worth guessing."""
+        """Guess at most `most` tokens that may come next; none if no guess is likely."""
 
 
 class PromptLookup:
-    """Guesses that the sequence goes on as it did after the latest earlier occurrence of its last tokens.
+    """Guesses by look-up: the sequence goes on as it did after the latest earlier occurrence of its last tokens.
 
-    A continuation that runs into the sequence's end goes on with itself, so that a short period is repeated for as long
-    as asked (as in LZ77). Source of the idea: prompt look-up decoding, Saxena 2023.
+    A continuation that reaches the sequence's end goes on with its own tokens, so that a short period is repeated as
+    often as needed (as in LZ77). Source of the idea: prompt look-up decoding, Saxena 2023.
 
     Args:
         tokens: the sequence so far.
-        longest: tokens that are looked for first; fewer, down to `SHORTEST`, where they never occurred.
+        longest: number of last tokens to look for first; then fewer, down to `SHORTEST`, if they never occurred.
     """
 
     def __init__(self, tokens: Iterable[int] = (), longest: int = LONGEST) -> None:
         self.tokens: list[int] = []
         self._lengths = range(longest, SHORTEST - 1, -1)
-        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where the latest continuation of them begins
+        self._after: dict[tuple[int, ...], int] = {}  # tokens -> index at which their latest continuation begins
         for token in tokens:
             self.append(token)
 
@@ -66,17 +66,17 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A smaller model's greedy continuation, over a static cache of its own.
+    """A smaller model's greedy continuation, over a separate static cache.
 
-    Tokens of the sequence are given to it when it next guesses, all in one step; its own guesses are taken back from
-    its cache each time, so that it never builds on one that was wrong.
+    Before it guesses, it receives all new tokens of the sequence in one step. Its guesses are removed from its cache
+    each time, so that it never continues from a wrong one.
 
     Args:
         draft: the smaller model's steps.
         caches: its caches, with room for as many tokens as the model's.
         call: the call that is served, of one sequence.
-        tokens: its prompt.
-        lent: where the cache is given back.
+        tokens: the prompt of the call.
+        lent: the context that gives the cache back.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class DraftModel:
         return found
 
     def _cache(self) -> SlotCache:
-        """Filled with the prompt when it is first asked for."""
+        """The draft's cache; at the first use it is filled with the prompt."""
         if self._held is None:
             prompt, model, call = seam.growing_cache(), self.draft.module, self.call
             given = {"attention_mask": call.mask, "position_ids": call.positions, **seam.last_logits(model, 1)}
@@ -120,5 +120,5 @@ class DraftModel:
         return self._held
 
     def _position(self, index: int) -> torch.Tensor:
-        """Position [1, 1] of the sequence's token number `index`, which is none of the prompt's."""
+        """Position [1, 1] of the sequence's token number `index`, which comes after the prompt."""
         return self.call.last_position + (index - self.call.input_ids.shape[1] + 1)

@@ -1,4 +1,4 @@
-"""How far to guess ahead, from what a step with guesses costs and how the guesses before fared. Pure.
+"""Pure functions that decide how far to guess ahead, from the cost of guesses and the success of earlier ones.
 
 Source of the formula: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FORGET = 0.9  # weight of what a guess showed after each later one: about the last ten count
-HITS, TRIES = 2.0, 3.0  # what is assumed of guesses before there were any
-LONGEST_REST = 64  # tokens without a guess, when guesses keep being wrong
+FORGET = 0.9  # factor by which each guess lowers the weight of earlier ones, so that about the last ten count
+HITS, TRIES = 2.0, 3.0  # right guesses and all guesses that are assumed at the start
+LONGEST_REST = 64  # largest number of tokens without a guess, if guesses keep being wrong
 
 
 def expected_tokens(acceptance: float, guesses: int) -> float:
-    """Tokens that a step with so many guesses gives on average (Leviathan et al., equation 1).
+    """Average number of tokens from a step with `guesses` guesses (Leviathan et al., equation 1).
 
     Args:
-        acceptance: probability that a guess is right when those before it were, 0 to 1.
+        acceptance: probability that a guess is right if those before it were, 0 to 1.
         guesses: tokens guessed.
     """
     if acceptance >= 1:
@@ -25,12 +25,13 @@ def expected_tokens(acceptance: float, guesses: int) -> float:
 
 
 def worthwhile(acceptance: float, most: int, cost: float) -> int:
-    """How many guesses give the most tokens per time; 0 where none do better than a plain step.
+    """The number of guesses that gives the most tokens per time; 0 if a plain step is best.
 
     Args:
         acceptance: as in `expected_tokens`.
-        most: guesses there may be.
-        cost: time of a step with `most` guesses, guessing included, in plain steps; in between it is interpolated.
+        most: largest number of guesses.
+        cost: time of a step with `most` guesses, including the guessing, in units of a plain step. The time with fewer
+            guesses is interpolated.
     """
 
     def speedup(guesses: int) -> float:
@@ -41,14 +42,16 @@ def worthwhile(acceptance: float, most: int, cost: float) -> int:
 
 @dataclass(frozen=True)
 class GuessBudget:
-    """How far to guess ahead, from how the guesses before fared. Where that does not pay, it rests, and twice as long
-    each time that a single guess after the rest was wrong again.
+    """The number of guesses to make next, from the success of earlier ones.
+
+    If guessing does not pay, it rests for some tokens and then tries a single guess. Each time that this guess is wrong
+    again, the rest is twice as long.
 
     Args:
         most, cost: as in `worthwhile`.
-        hits, tries: guesses that were right, and all that were decided, the latest weighing most.
-        rest: tokens to go without a guess.
-        next_rest: length of the next rest.
+        hits, tries: right guesses, and all guesses that were checked; the latest have the most weight.
+        rest: tokens left of the current rest.
+        next_rest: tokens of the next rest.
     """
 
     most: int
@@ -60,13 +63,13 @@ class GuessBudget:
 
     @property
     def guesses(self) -> int:
-        """How many tokens to guess now."""
+        """The number of tokens to guess now."""
         if self.rest or not pays(self.most, self.cost):
             return 0
         return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
 
     def after(self, guessed: int, right: int) -> GuessBudget:
-        """The budget after a step that accepted `right` of `guessed` tokens; after a wrong one none counts."""
+        """The budget after a step that accepted `right` of `guessed` tokens. Guesses after a wrong one do not count."""
         tries = right + (right < guessed)
         kept = FORGET**tries
         new = replace(self, hits=self.hits * kept + right, tries=self.tries * kept + tries)
@@ -75,10 +78,10 @@ class GuessBudget:
         return replace(new, rest=self.next_rest, next_rest=min(2 * self.next_rest, LONGEST_REST))
 
     def without(self) -> GuessBudget:
-        """The pace after a token for which nothing was guessed."""
+        """The budget after a token for which nothing was guessed."""
         return replace(self, rest=max(0, self.rest - 1))
 
 
 def pays(most: int, cost: float) -> bool:
-    """Whether guesses pay when every one of them is right."""
+    """Whether guesses pay if all of them are right."""
     return worthwhile(1.0, most, cost) > 0

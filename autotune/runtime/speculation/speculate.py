@@ -1,15 +1,15 @@
-"""Speculative decoding: tokens are guessed, and one step of the model tells which of them it would have chosen itself.
+"""Speculative decoding: tokens are guessed, and one step of the model shows which of them it would have chosen itself.
 
-A step that only reads weights takes about as long for five tokens as for one. So the latest token and a few guesses of
-what follows go through the model together, which gives the logits after each of them. The decoding loop does not know:
-`SpeculativeLogits` stands where it asks for the logits after its next token. While that token is the one that was
-guessed, the logits are there already; otherwise they are discarded, and so is what the step wrote into the cache. The
-loop chooses every token from the model's own logits, after the same processors and from the same random numbers as
-ever. So the answer is the same, and sampled answers have the same distribution, whatever was guessed; but for rounding,
-since a matmul over several rows may add up in another order than one over a single row.
+A step that mostly reads weights takes about as long for five tokens as for one. So the latest token and a few guesses
+of what follows go through the model together, which gives the logits after each of them. The decoding loop does not
+know this: it asks `SpeculativeLogits` for the logits after its next token. If that token was guessed, the logits are
+there already. Otherwise they are discarded, together with what the step wrote into the cache. The loop chooses every
+token from the model's own logits, with the same processors and the same random numbers as without guesses. So guesses
+do not change the answer, or the distribution of sampled answers, except by rounding: a matmul over several rows may add
+in another order than one over a single row.
 
-Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023. Accepting the
-token that the model itself drew, where it is the guess, is their rule for guesses made with certainty.
+Source: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", 2023. A guess is
+accepted if the model itself drew that token, which is their rule for guesses made with certainty.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ Running = Callable[[Phase], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of guesses.
+    """Counts of guesses and of their success.
 
     Args:
-        steps: steps that checked any.
+        steps: steps that checked guesses.
         guessed: tokens guessed.
-        right: of those, tokens that became part of an answer.
+        right: guessed tokens that became part of an answer.
     """
 
     steps: int = 0
@@ -69,8 +69,8 @@ class Speculation:
         tokens: guesses per step at most.
         stride: the decode module's steps, which check guesses.
         draft: steps and caches of the model that guesses; None to look up what followed the same tokens before.
-        cost: time of a step with `tokens` guesses, guessing included, in plain steps.
-        tally: what became of all guesses so far.
+        cost: time of a step with `tokens` guesses, including the guessing, in units of a plain step.
+        tally: counts of all guesses so far.
     """
 
     def __init__(
@@ -82,16 +82,16 @@ class Speculation:
     def ahead(
         self, running: Running, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack
     ) -> SpeculativeLogits:
-        """What gives the loop its logits during one call of one sequence.
+        """Make the source of the loop's logits for one call of one sequence.
 
         Args:
-            running: the context that a phase's modules run in (`Variant.running`).
+            running: the context in which a phase's module runs (`Variant.running`).
             call: the call that is served; input_ids [1, P].
-            held: the sequence's cache.
+            held: gives the sequence's cache.
             plain: gives the logits after a token for which nothing was guessed.
-            lent: what has to be given back afterwards.
+            lent: the contexts to leave after the call.
         """
-        prompt = devices.of(call.input_ids.device).fetch(call.input_ids)  # while prefill runs
+        prompt = devices.of(call.input_ids.device).fetch(call.input_ids)  # copied while prefill runs
 
         def guesser() -> Proposer:
             tokens = prompt()[0].tolist()
@@ -102,20 +102,20 @@ class Speculation:
         return ahead
 
     def note(self, tally: Tally) -> None:
-        """Add up what one call came to."""
+        """Add the counts of one call."""
         with self._lock:
             self.tally += tally
         log.debug("speculation: %s", tally)
 
     def forget(self) -> None:
-        """Drop graphs, to be captured anew when next needed: addresses have changed."""
+        """Drop graphs, because addresses have changed. They are captured again when needed."""
         for stride in (self.stride, self.draft[0] if self.draft else None):
             if stride is not None:
                 stride.forget()
 
 
 class SpeculativeLogits:
-    """Logits for the decoding loop, computed several tokens at a time where guesses are right."""
+    """Logits for the decoding loop, computed for several tokens at a time if guesses are right."""
 
     def __init__(
         self,
@@ -133,13 +133,13 @@ class SpeculativeLogits:
         self._guesser: Proposer | None = None
         self._device = devices.of(call.input_ids.device)
         self._most_tokens = call.settings.max_length
-        self._unread: list[Callable[[], torch.Tensor]] = []  # tokens that are on their way to the host
-        self._guesses: list[int] = []  # of the latest step
-        self._logits: list[torch.Tensor] = []  # after each of them, [1, V]
+        self._unread: list[Callable[[], torch.Tensor]] = []  # tokens that are being copied to the host
+        self._guesses: list[int] = []  # guesses of the latest step
+        self._logits: list[torch.Tensor] = []  # logits after each guess, [1, V]
         self._right = 0
 
     def __call__(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Logits [1, V] after `token`; token and position [1, 1]. Unless it rests, the host waits for the token."""
+        """Logits [1, V] after `token`; token and position are [1, 1]. While guessing, the host waits for the token."""
         self._unread.append(self._device.fetch(token))
         if self._right == len(self._guesses):
             self._settle()
@@ -153,7 +153,7 @@ class SpeculativeLogits:
                 return self._logits[self._right - 1]
             self._settle()
         held = self._held()
-        # the last token of all is never fed back; a batch that shares its cache's rows with others has no guesses
+        # the answer's last token is never fed back; a sequence in a cache of several rows gets no guesses
         room = min(self._most_tokens - len(guesser.tokens) - 1, held.shape[1] - held.length - 1)
         most = min(self.pace.guesses, room) if held.shape[0] == 1 else 0
         with self._running("decode"):
@@ -161,12 +161,12 @@ class SpeculativeLogits:
         return self._check(guesses, token, position, held) if guesses else self._without(token, position)
 
     def _without(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Logits [1, V] after `token`, with nothing guessed."""
+        """Logits [1, V] after `token`, without guesses."""
         self.pace = self.pace.without()
         return self.plain(token, position)
 
     def _read(self) -> Proposer:
-        """What guesses, told of every token so far."""
+        """The proposer, after it has received every token so far."""
         guesser = self._guesser = self._guesser or self._make_guesser()
         for arrived in self._unread:
             guesser.append(int(arrived()))
@@ -174,7 +174,7 @@ class SpeculativeLogits:
         return guesser
 
     def _check(self, guesses: list[int], token: torch.Tensor, position: torch.Tensor, held: SlotCache) -> torch.Tensor:
-        """Logits [1, V] after `token`, and those after each guess for later."""
+        """Logits [1, V] after `token`. Those after each guess are kept for later."""
         self._guesses = guesses
         self.tally += Tally(steps=1, guessed=len(guesses))
         guessed = torch.tensor([guesses], dtype=token.dtype, device=token.device)
@@ -185,7 +185,7 @@ class SpeculativeLogits:
         return first
 
     def _settle(self) -> None:
-        """Learn from the latest guesses; none are left open."""
+        """Update the pace from the latest guesses, and clear them."""
         if self._guesses:
             self.pace = self.pace.after(len(self._guesses), self._right)
         self._guesses, self._logits, self._right = [], [], 0

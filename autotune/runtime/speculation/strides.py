@@ -1,4 +1,4 @@
-"""Steps of several tokens over a static cache, captured where the device has graphs."""
+"""Steps of several tokens over a static cache, captured if the device has graphs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MultiTokenStep:
-    """How a module takes one token of a sequence, or several at once.
+    """Steps of a module for one token of a sequence, or for several at once.
 
     Args:
-        module: what computes.
-        one, several: captured steps of it, of one token and of a fixed number; None to call the module.
+        module: the module that computes.
+        one, several: its captured steps of one token and of a fixed number of tokens; None to call the module.
     """
 
     module: PreTrainedModel
@@ -40,8 +40,8 @@ class MultiTokenStep:
     def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
         """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.runtime.cache.slots.steps`.
 
-        A graph takes one number of tokens. What is missing is filled up with the last one: it is written behind those
-        that matter, where nothing counts, and costs a step that is bound by its weights no time.
+        A graph takes a fixed number of tokens. Missing ones are filled up with the last token. The filling is written
+        into slots after the valid tokens, which do not count. It takes no time in a step bound by reading weights.
         """
         from ..cache import slots
 
@@ -53,14 +53,14 @@ class MultiTokenStep:
         return graphs.step(tokens, positions, cache)[:, :wanted]
 
     def forget(self) -> None:
-        """Drop graphs, to be captured anew when next needed."""
+        """Drop graphs. They are captured again when needed."""
         for graphs in (self.one, self.several):
             if graphs is not None:
                 graphs.forget()
 
 
 def captured(module: PreTrainedModel, device: Device, reads: Sequence[int], tokens: int) -> MultiTokenStep:
-    """Graphs of one and of `tokens` tokens for single sequences, over so many slots as `graphs.GraphSteps` takes."""
+    """Graphs of one and of `tokens` tokens for single sequences; `reads` are the lengths of `graphs.GraphSteps`."""
     from ..steps.graphs import GraphSteps
 
     one, several = (GraphSteps(module, device, (1,), reads, tokens=n) for n in (1, tokens))

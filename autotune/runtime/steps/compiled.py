@@ -1,8 +1,8 @@
 """One decode step compiled ahead of time: no Python, no guards, decoder layers generated once.
 
 A step is compiled for exactly one batch size and number of slots. It has no guards, so the caller checks shapes by
-looking it up in `CompiledStep.fitting`; shapes that were not prepared run the same module uncompiled. Compiled code is
-kept in the user's cache directory under a key of everything that shaped it: modules, libraries, processor, threads.
+looking it up in `CompiledStep.fitting`. For other shapes, the same module runs uncompiled. Compiled code is kept in the
+user's cache directory under a key of everything that shaped it: modules, libraries, processor, threads.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on every kernel's arguments, 0.5 ms a token
-MOST_BYTES = 1 << 30  # of a step's compiled code
-MODES: dict[str, dict[str, bool]] = {  # what torch means by these names; see torch._inductor.list_mode_options
+LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on kernels' arguments take 0.5 ms a token
+MOST_BYTES = 1 << 30  # largest size of a step's compiled code
+MODES: dict[str, dict[str, bool]] = {  # torch's options for these modes; see torch._inductor.list_mode_options
     "default": {},
     "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
     "reduce-overhead": {"triton.cudagraphs": True},
@@ -46,7 +46,7 @@ class CompiledStep(DecodeSteps):
 
     Args:
         module: the decode module; its weights are passed by reference, never copied into the code.
-        regions: trace every decoder layer as one nested region, generated once instead of once a layer.
+        regions: trace every decoder layer as one nested region, so that its code is generated once for all layers.
         mode: "default" or "max-autotune".
     """
 
@@ -56,10 +56,10 @@ class CompiledStep(DecodeSteps):
         self._lock = forking.lock()  # compiled code runs one step at a time
 
     def prepare(self, cache: SlotCache) -> None:
-        """Compile for this cache's layout, or load what was compiled before.
+        """Compile for this cache's layout, or load code that was compiled before.
 
         Raises:
-            TransformError: the module cannot be compiled, in a sentence.
+            TransformError: the module cannot be compiled; the message says why.
         """
         if cache.layout in self._steps:
             return
@@ -76,11 +76,11 @@ class CompiledStep(DecodeSteps):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(batch, slots) of every step there is."""
+        """(batch, slots) of every compiled step."""
         return tuple((batch, slots) for batch, slots, _ in self._steps)
 
     def forget(self) -> None:
-        """Compiled code is given every address when it is called: there is nothing to drop."""
+        """Do nothing: compiled code receives every address when it is called."""
 
     def fitting(self, cache: SlotCache) -> Step | None:
         """The step compiled for this cache's layout, or None."""
@@ -99,7 +99,7 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "defaul
     """Compile `cache.run` for these arguments, as one graph.
 
     Raises:
-        TransformError: it cannot be traced as one graph, the compiler failed, or others can write to its cache.
+        TransformError: the step cannot be traced as one graph, the compiler failed, or others can write to its cache.
     """
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN, **MODES[mode]}
     require_private_cache()
@@ -107,14 +107,16 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "defaul
         with torch.no_grad(), layers_as_regions(arguments[0], regions):
             function: Any = torch.compile(run, fullgraph=True, dynamic=False, options=options)
             return function.aot_compile((arguments, {}))
-    except Exception as error:  # dynamo, inductor and the C++ compiler raise what they like
+    except Exception as error:  # dynamo, inductor and the C++ compiler may raise anything
         outside.pass_on(error)
         raise TransformError(f"the decode step does not compile: {first_line(error)}") from error
 
 
 def require_private_cache() -> None:
-    """Refuse inductor's cache under its own name in /tmp, which anyone can guess and make first, where it is not this
-    user's alone: code in it is run. A directory that $TORCHINDUCTOR_CACHE_DIR names is that setting's business.
+    """Refuse inductor's default cache in /tmp if others can write to it, because code in it is run.
+
+    Anyone can guess the name of this directory and create it first. A directory that $TORCHINDUCTOR_CACHE_DIR names is
+    not checked.
 
     Raises:
         TransformError: others can write to it.
@@ -135,7 +137,7 @@ def require_private_cache() -> None:
 
 @contextmanager
 def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """While it lasts, every decoder layer traces as one nested region."""
+    """Within this context, every decoder layer is traced as one nested region."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not wanted or not stacks:
@@ -151,7 +153,7 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 
 def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
-    """Where this step's compiled code is kept, or None without a private cache directory."""
+    """The path of this step's compiled code, or None without a private cache directory."""
     folder = cache_dir.cache("steps")
     if folder is None:
         return None
@@ -163,13 +165,13 @@ def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mo
 
 
 def _ingredients(module: PreTrainedModel) -> Iterator[str]:
-    """Everything that shapes the generated code, weights' values apart."""
+    """Yield everything that shapes the generated code. The values of weights do not."""
     yield from sorted(f"{name} {version}" for name, version in hardware.library_versions().items())
     yield processor.instruction_set() + processor.instruction_sets()
     identity = devices.of(module).identity()
     yield f"{identity.name} {identity.capability} {torch.version.cuda}"
     yield module.config.to_json_string(use_diff=False)
-    yield f"{seam.attention_of(module)} {seam.experts(module)}"  # not in the JSON
+    yield f"{seam.attention_of(module)} {seam.experts(module)}"  # the configuration's JSON does not have them
     yield inspect.getsource(inspect.getmodule(run) or run)
     for kind in sorted({type(m) for m in module.modules()}, key=lambda k: (k.__module__, k.__qualname__)):
         yield f"{kind.__module__}.{kind.__qualname__}"
@@ -181,19 +183,19 @@ def _ingredients(module: PreTrainedModel) -> Iterator[str]:
 
 
 def load(path: Path) -> Any | None:
-    """Compiled code from an earlier process, or None. Only files of this user that nobody else can write are read."""
+    """Load compiled code from an earlier process, or None. Only this user's files that others cannot write are read."""
     try:
         content = cache_dir.read(path, MOST_BYTES)
         return torch.compiler.load_compiled_function(io.BytesIO(content), f_globals=run.__globals__)
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged file must cost a compilation, nothing more
+    except Exception as error:  # a damaged file must cost no more than a compilation
         log.warning("compiled step %s could not be loaded (%s); compiling anew", path.name, error)
         return None
 
 
 def keep(compiled: Any, path: Path) -> None:
-    """Save compiled code for the next process; a full or read-only disk costs that process a compilation."""
+    """Save compiled code for the next process. If the disk is full or read-only, that process compiles again."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache_dir.sweep(path.parent.glob("*.tmp"))

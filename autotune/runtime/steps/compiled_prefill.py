@@ -1,8 +1,8 @@
-"""A module's forward compiled for any length of prompt, which notices when it is compiled over and over.
+"""A module's forward compiled for any length of prompt, with a limit on recompilations.
 
-Torch compiles anew whenever a call differs in something that it took for constant: one row or several, a mask or none.
-That is expected a few times. A model that differs in every call would compile for ever, or run uncompiled without a
-word; this one runs uncompiled and says so.
+Torch compiles again if a call differs in something that it assumed constant: one row or several, a mask or none. A few
+recompilations are normal. If a model differed at every call, torch would compile without end, or run it uncompiled
+without a warning. Here it runs uncompiled after a limit, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-MOST_COMPILATIONS = 8  # calls that may compile, torch's own limit for one function (dynamo's `recompile_limit`)
+MOST_COMPILATIONS = 8  # largest number of calls that compile; torch's own limit (dynamo's `recompile_limit`)
 
 
 class Recompiling:
     """The forward of one module, compiled with dynamic shapes.
 
     Args:
-        module: whose forward it is; its weights are read where they lie.
+        module: the module whose forward it is; its weights are not copied.
 
     Attributes:
-        compilations: calls that compiled something.
-        given_up: why everything runs uncompiled from now on, or None.
+        compilations: number of calls that compiled something.
+        given_up: why all calls run uncompiled from now on, or None.
     """
 
     def __init__(self, module: PreTrainedModel) -> None:
@@ -43,8 +43,8 @@ class Recompiling:
         self.given_up: str | None = None
         self._graphs = 0
         self._module = module
-        self._lock = forking.lock()  # one thread compiles
-        compiler: Any = torch.compile  # its stubs do not know the last argument
+        self._lock = forking.lock()  # only one thread compiles at a time
+        compiler: Any = torch.compile  # torch's stubs do not know the last argument
         self._compiled = compiler(self.plain, dynamic=True, backend=self._compile, isolate_recompiles=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,18 +60,19 @@ class Recompiling:
         """Compile now, for prompts of several lengths.
 
         Raises:
-            TransformError: it cannot be compiled, or is compiled for each length, or others can write to the cache.
+            TransformError: it cannot be compiled, it is compiled again for each length, or others can write to the
+                compiler's cache.
         """
         require_private_cache()
         for length in lengths:
             ids = torch.zeros(1, length, dtype=torch.int64, device=device)
             positions = torch.arange(length, dtype=torch.int64, device=device)[None]  # [1, P]
             given: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "position_ids": positions}
-            given |= seam.last_logits(self._module, 1)  # as generate asks
+            given |= seam.last_logits(self._module, 1)  # the arguments that generate passes
             try:
                 with torch.no_grad():
                     self(input_ids=ids, return_dict=True, **seam.over(self._module, seam.growing_cache()), **given)
-            except Exception as error:  # dynamo, inductor and the compiler behind it raise what they like
+            except Exception as error:  # dynamo, inductor and the compiler behind it may raise anything
                 outside.pass_on(error)
                 first = " ".join(str(error).split("\n\n")[0].split())
                 raise TransformError(f"prefill does not compile: {type(error).__name__}: {first}") from error

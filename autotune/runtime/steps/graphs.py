@@ -1,12 +1,13 @@
-"""The decode step as CUDA graphs: one launch a token instead of one an operator.
+"""The decode step as CUDA graphs: one launch per token instead of one per operator.
 
-A graph replays kernels on the very memory it was captured with. So each belongs to one slot cache, has buffers of its
-own for token and position, and reads a fixed number of slots: the first 256, 512, 1024, ... that cover what is filled,
-so that short contexts do not pay for empty slots. Graphs of one step share a memory pool, which is sound because the
-device's owner thread runs them one after another; a step's result is copied out before the next one can begin.
+A graph replays kernels on the same memory addresses with which it was captured. So each graph belongs to one slot cache
+and has its own buffers for token and position. It reads a fixed number of slots: the first 256, 512, 1024, ... that
+cover the filled slots, so that short contexts do not pay for empty slots. Graphs of one step share a memory pool. This
+is safe because the device's owner thread runs them one after another, and copies out a step's result before the next
+step begins.
 
-What has no graph runs the same step uncaptured: a batch beyond the buckets, a cache that is lent only once, a shape
-whose capture failed.
+The step runs uncaptured for a batch larger than the buckets, for a cache that is lent only once, and for a shape whose
+capture failed.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-MOST_GRAPHS = 64  # of one step: an 8B model's takes some ten MB of device memory
-MOST_FAILURES = 3  # shapes that cannot be captured before none is tried any more
-AGREEMENT = 0.02  # of the largest logit: a graph runs the kernels it was captured from, in BF16 at worst
+MOST_GRAPHS = 64  # largest number of graphs of one step; a graph of an 8B model takes about 10 MB of device memory
+MOST_FAILURES = 3  # after this many shapes that cannot be captured, no further shape is tried
+AGREEMENT = 0.02  # largest difference relative to the largest logit; replays run the same kernels, in BF16 at worst
 
 
 def lengths(capacity: int, shortest: int) -> tuple[int, ...]:
-    """Numbers of slots to read: `shortest`, doubled until all `capacity` slots are read."""
+    """The numbers of slots to read: `shortest`, doubled until all `capacity` slots are read."""
     found = []
     while shortest < capacity:
         found.append(shortest)
@@ -48,12 +49,12 @@ def lengths(capacity: int, shortest: int) -> tuple[int, ...]:
 
 
 def buckets(largest: int) -> tuple[int, ...]:
-    """Batch sizes to capture for: powers of two, the last of them holding `largest` sequences."""
+    """The batch sizes to capture for: powers of two, the last of which holds `largest` sequences."""
     return tuple(2**k for k in range((largest - 1).bit_length() + 1))
 
 
 def agree(given: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two logits are the same but for rounding; a model may mask some with -inf."""
+    """Whether two tensors of logits are the same except for rounding. A model may mask some logits with -inf."""
     largest = expected.masked_fill(~expected.isfinite(), 0).abs().max()
     return torch.allclose(given, expected, rtol=0, atol=AGREEMENT * float(largest), equal_nan=True)
 
@@ -65,7 +66,7 @@ class Captured:
     Args:
         token, position: [rows, K] int64, read by the graph.
         logits: [rows, V], or [rows, K, V] of a step of several tokens, written by the graph.
-        used: replays of the step when this graph was last replayed.
+        used: number of the step's replays when this graph was last replayed.
     """
 
     graph: Graph
@@ -75,7 +76,7 @@ class Captured:
     used: int = 0
 
     def replay(self, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
-        """On the owner thread: token, position [B, K] in, logits out; rows beyond B repeat the last."""
+        """Replay on the owner thread: token, position [B, K] in, logits out. Rows beyond B repeat the last one."""
         batch = token.shape[0]
         for buffer, given in ((self.token, token), (self.position, position)):
             buffer[:batch].copy_(given)
@@ -90,15 +91,15 @@ class GraphSteps(DecodeSteps):
 
     Args:
         module: the decode module.
-        device: where its weights lie.
-        rows: batch sizes that are captured; a smaller batch is served by the next larger one.
-        lengths: numbers of slots that are captured, ascending, the last one all of them.
+        device: the device of its weights.
+        rows: batch sizes that are captured; a smaller batch uses the next larger size.
+        lengths: numbers of slots that are captured, ascending; the last is the number of all slots.
         inner: compiled steps to capture; None to capture the module itself.
-        tokens: K, tokens of a sequence that a step takes at once; logits are [B, K, V] where it is more than one.
+        tokens: K, tokens of a sequence that a step takes at once; logits are [B, K, V] if K is more than one.
 
     Attributes:
-        captures, replays: how many there were.
-        fallbacks: steps that ran uncaptured, by reason.
+        captures, replays: numbers of captures and replays so far.
+        fallbacks: number of steps that ran uncaptured, by reason.
     """
 
     def __init__(
@@ -115,12 +116,12 @@ class GraphSteps(DecodeSteps):
         self.captures = self.replays = 0
         self.fallbacks: Counter[str] = Counter()
         self._graphs: WeakKeyDictionary[slots.SlotCache, dict[int, Captured]] = WeakKeyDictionary()
-        self._failed: dict[tuple[int, int], str] = {}  # (rows, slots) -> why
+        self._failed: dict[tuple[int, int], str] = {}  # (rows, slots) -> why its capture failed
         self._pool: object = None
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(rows, slots read) of every graph there is."""
+        """(rows, slots read) of every graph."""
         return tuple({(cache.shape[0], read) for cache, graphs in self._graphs.items() for read in graphs})
 
     def __str__(self) -> str:
@@ -129,11 +130,11 @@ class GraphSteps(DecodeSteps):
         return f"{self.captures} graphs captured, {self.replays} steps replayed{why}"
 
     def covering(self, tokens: int) -> int:
-        """Slots that are read to see so many tokens."""
+        """The number of slots to read for `tokens` tokens."""
         return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
 
     def prepare(self, cache: slots.SlotCache, tokens: int) -> None:
-        """Capture for a cache of up to `tokens` tokens, and see that each graph follows what it is given.
+        """Capture for a cache of up to `tokens` tokens, and check that each graph reacts to its inputs.
 
         Raises:
             TransformError: the step cannot be captured, or a replay gives other logits than the step itself.
@@ -142,7 +143,7 @@ class GraphSteps(DecodeSteps):
         for read in [n for n in self.lengths if n <= self.covering(tokens)]:
             if (captured := self._captured(cache, read)) is None:
                 raise TransformError(f"the decode step cannot be captured: {self._refusal(cache.shape[0], read)}")
-            cache.advance()  # another slot, token and position than during the capture, where the host's were frozen
+            cache.advance()  # slot, token and position differ from the capture, which froze every value of the host
             token, position = start + 1, start + cache.length
             expected = self._uncaptured(token, position, cache.first(read))
             given = self._replayed(captured, token, position)
@@ -150,14 +151,14 @@ class GraphSteps(DecodeSteps):
                 raise TransformError("a replay of the decode step gives other logits than the step that was captured")
 
     def fitting(self, cache: slots.SlotCache) -> Step:
-        """The step for this cache."""
+        """The step, which serves every cache."""
         return self.step
 
     def step(self, token: torch.Tensor, position: torch.Tensor, cache: slots.SlotCache) -> torch.Tensor:
-        """token, position [B, K] -> logits [B, V] or [B, K, V], a tensor of the caller's own.
+        """token, position [B, K] -> logits [B, V] or [B, K, V], a new tensor.
 
         Raises:
-            DeviceError: the device failed for good.
+            DeviceError: the device failed permanently.
         """
         read = self.covering(cache.length + self.tokens)
         if reason := self._outside(cache):
@@ -175,12 +176,12 @@ class GraphSteps(DecodeSteps):
         return self._uncaptured(token, position, cache.first(read))
 
     def forget(self) -> None:
-        """Drop every graph, to be captured anew when next needed: addresses have changed."""
+        """Drop every graph, because addresses have changed. They are captured again when needed."""
 
         def drop() -> None:
             self.device.synchronize()
             self._graphs.clear()
-            self._pool = None  # a pool without graphs is gone
+            self._pool = None  # a pool ends with its last graph
 
         self._failed.clear()
         self.device.owner.run(drop)
@@ -198,7 +199,7 @@ class GraphSteps(DecodeSteps):
         return known or f"{len(self._failed)} captures failed, the last one: {list(self._failed.values())[-1]}"
 
     def _captured(self, cache: slots.SlotCache, read: int) -> Captured | None:
-        """The graph that reads `read` slots of a cache, captured now if need be; None where that failed."""
+        """The graph that reads `read` slots of a cache, captured now if it is missing; None if the capture failed."""
         if (found := self._graphs.get(cache, {}).get(read)) is not None:
             return found
         if (cache.shape[0], read) in self._failed or len(self._failed) >= MOST_FAILURES:
@@ -207,13 +208,13 @@ class GraphSteps(DecodeSteps):
             return self.device.owner.run(lambda: self._capture(cache, read))
         except DeviceError:
             raise
-        except Exception as error:  # whatever the model, a library or the driver does not allow during a capture
+        except Exception as error:  # the model, a library or the driver may refuse a capture with any error
             outside.pass_on(error)
             self._give_up(error, cache, read)
             return None
 
     def _capture(self, cache: slots.SlotCache, read: int) -> Captured:
-        """On the owner thread. What the warm-ups write is written again by the first replay, into the same slot."""
+        """Capture on the owner thread. The warm-ups write the next slot, which the first replay overwrites."""
         self._make_room()
         part, shape = cache.first(read), (cache.shape[0], self.tokens)
         with torch.inference_mode(False), torch.no_grad():
@@ -230,25 +231,25 @@ class GraphSteps(DecodeSteps):
         held = [(graph.used, graphs, read) for graphs in self._graphs.values() for read, graph in graphs.items()]
         if len(held) >= MOST_GRAPHS:
             _, graphs, read = min(held, key=lambda entry: entry[0])
-            self.device.synchronize()  # it may be running
+            self.device.synchronize()  # the graph may still be running
             del graphs[read]
 
     def _give_up(self, error: Exception, cache: slots.SlotCache, read: int) -> None:
-        """Note why a shape has no graph from now on.
+        """Record why a shape has no graph from now on.
 
         Raises:
-            DeviceError: the error was the device's last.
+            DeviceError: the error left the device unusable.
         """
         failure = self.device.failure(error)
         if failure == "dead":
             raise self.device.mark_dead(error) from error
         root: BaseException = error
-        while root.__context__ is not None:  # ending a capture that was broken off fails once more, and says less
+        while root.__context__ is not None:  # ending a failed capture raises a second, less precise error
             root = root.__context__
         reason = "out of memory" if failure == "memory" else first_line(root)
         self._failed[cache.shape[0], read] = reason
         self._graphs.get(cache, {}).pop(read, None)
-        self._pool = None  # what a broken capture left in it is not shared with others
+        self._pool = None  # later graphs do not share the pool of a failed capture
         if failure == "memory":
             self.device.trim()
         log.warning("no graph for %d sequences over %d slots, which run uncaptured: %s", cache.shape[0], read, reason)
@@ -263,7 +264,7 @@ class GraphSteps(DecodeSteps):
         return out
 
     def _uncaptured(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
-        """The step as it is captured, run as it is; rows beyond the batch repeat the last."""
+        """Run the step that would be captured. Rows beyond the batch repeat the last one."""
         rows, batch = part.shape[0], token.shape[0]
         if batch < rows:
             token, position = (torch.cat([x, x[-1:].expand(rows - batch, -1)]) for x in (token, position))

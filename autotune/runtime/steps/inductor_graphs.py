@@ -1,8 +1,8 @@
 """The decode step compiled with inductor's own CUDA graphs ("reduce-overhead").
 
-Inductor keeps the state of its graphs ("trees" of them) by thread, so every step runs on the device's owner thread. Its
-results lie in memory that the next step overwrites, so they are copied out. Addresses that it was not told to be
-constant it copies at every step; keys and values it is told.
+Inductor keeps the state of its graphs ("CUDA graph trees") per thread, so every step runs on the device's owner thread.
+The next step overwrites the memory of a result, so results are copied out. Inductor copies an input at every step
+unless its address is marked as constant. Keys and values are marked.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
     from ...machine.device import Device
 
-WARM_UPS = 3  # one compiles, one warms up, one records
+WARM_UPS = 3  # calls before use: the first compiles, the second warms up, the third records
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """One function, and what its result looks like: logits [rows, V]."""
+    """One compiled function, and a tensor with the shape of its result: logits [rows, V]."""
 
     function: Callable[..., torch.Tensor]
     logits: torch.Tensor
 
 
 class InductorGraphStep(DecodeSteps):
-    """Decode steps of one module as compiled functions with graphs of their own, by the layout of a cache.
+    """Decode steps of one module as compiled functions with inductor's graphs, by the layout of a cache.
 
-    A cache that is lent only once is not served: its graphs would be recorded for one generation.
+    A cache that is lent only once is not served, because its graphs would serve only one generation.
 
     Args:
         module: the decode module.
-        device: where its weights lie.
+        device: the device of its weights.
         regions: as in `compiled.CompiledStep`.
     """
 
@@ -53,19 +53,20 @@ class InductorGraphStep(DecodeSteps):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(batch, slots) of every step there is."""
+        """(batch, slots) of every compiled step."""
         return tuple((batch, slots) for batch, slots, _ in self._steps)
 
     def prepare(self, cache: SlotCache) -> None:
         """Compile for this cache's layout, and record its graph.
 
         Raises:
-            TransformError: the module cannot be compiled, in a sentence, or others can write to the compiler's cache.
+            TransformError: the module cannot be compiled, or others can write to the compiler's cache; the message says
+                which.
         """
         require_private_cache()
         guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the module is never edited again
         options = {"guard_filter_fn": guards, **LEAN, **MODES["reduce-overhead"]}
-        compiler: Any = torch.compile  # its stubs know neither the options nor the last argument
+        compiler: Any = torch.compile  # torch's stubs know neither the options nor the last argument
         function = compiler(run, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
         token = torch.zeros(cache.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
         _pin(cache)
@@ -80,14 +81,14 @@ class InductorGraphStep(DecodeSteps):
             self._steps[cache.layout] = _Compiled(function, self.device.owner.run(record))
         except AutotuneError:
             raise
-        except Exception as error:  # dynamo, inductor and Triton raise what they like
+        except Exception as error:  # dynamo, inductor and Triton may raise anything
             outside.pass_on(error)
             if self.device.failure(error) == "dead":
                 raise self.device.mark_dead(error) from error
             raise TransformError(f"the decode step does not compile: {first_line(error)}") from error
 
     def forget(self) -> None:
-        """Inductor notices by itself where parameters have moved, and records anew."""
+        """Do nothing: inductor itself notices that parameters have moved, and records again."""
 
     def fitting(self, cache: SlotCache) -> Step | None:
         """The step compiled for this cache's layout, or None."""
@@ -97,7 +98,7 @@ class InductorGraphStep(DecodeSteps):
         _pin(cache)
 
         def step(token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-            with torch.inference_mode(False):  # written by the owner thread, which is not in the caller's mode
+            with torch.inference_mode(False):  # the owner thread, which writes it, is not in inference mode
                 out = torch.empty_like(compiled.logits)
             self.device.owner.run(lambda: out.copy_(self._call(compiled.function, token, position, cache)))
             self.replays += 1
@@ -108,13 +109,13 @@ class InductorGraphStep(DecodeSteps):
     def _call(
         self, function: Callable[..., torch.Tensor], token: torch.Tensor, position: torch.Tensor, cache: SlotCache
     ) -> torch.Tensor:
-        """On the owner thread. The result is valid until the next call."""
+        """Run one step, on the owner thread. The result is valid until the next call."""
         with torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             return function(self.module, token, position, cache.slot, cache.valid, cache.keys, cache.values)
 
 
 def _pin(cache: SlotCache) -> None:
-    """Tell inductor that this cache's keys and values stay where they are."""
+    """Tell inductor that the addresses of this cache's keys and values do not change."""
     for tensor in (*cache.keys, *cache.values):
         torch._dynamo.mark_static_address(tensor)

@@ -1,4 +1,4 @@
-"""What decodes a token over slots: the one type of recorded, compiled and captured steps."""
+"""The common type of recorded, compiled and captured steps, which decode a token over slots."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from ..cache.slots import SlotCache
 
 NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
-Step = Callable[[torch.Tensor, torch.Tensor, "SlotCache"], torch.Tensor]  # the same over a cache, which it writes
+Step = Callable[[torch.Tensor, torch.Tensor, "SlotCache"], torch.Tensor]  # the same, but it also writes a cache
 
 
 class DecodeSteps(ABC):
-    """Steps of one module, by the shapes of caches that they were made for."""
+    """Decode steps of one module, by the shapes of the caches they were made for."""
 
     @property
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(batch, slots) of every step there is."""
+        """(batch, slots) of every step."""
 
     @abstractmethod
     def fitting(self, cache: SlotCache) -> Step | None:
-        """The step for a cache of this shape; None to run the module as it is."""
+        """The step for a cache of this shape; None to run the module itself."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop whatever holds addresses of the model's memory: they have changed."""
+        """Drop everything that holds addresses of the model's memory, because they have changed."""

@@ -2,9 +2,9 @@
 
     given -> trace -> lower -> layout -> kernels/program.cpp
 
-`given` runs what cannot be part of a program, `trace` records the step's operators on fake tensors, `lower` turns them
-into instructions over named memory, `layout` decides where values lie and when threads meet, and the operator
-`run_program` runs the words that come out.
+`given` runs the modules that cannot be part of a program. `trace` records the step's operators on fake tensors. `lower`
+turns them into instructions over named memory. `layout` decides where values are stored and when threads meet. The
+operator `run_program` runs the words that result.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class Program:
     """A graph of tensor operators as a program with its memory.
 
     Args:
-        graph: recorded operators with fake values, one output; its tensors are read where they lie.
-        rows: size of a first dimension by which work is shared out among threads.
+        graph: recorded operators with fake values and one output; its tensors are not copied.
+        rows: values whose first dimension has this size are divided among threads by row.
 
     Raises:
         TransformError: an operator has no instruction.
     """
 
     def __init__(self, graph: GraphModule, rows: int) -> None:
-        with torch.inference_mode(False):  # it is made once, wherever that is, and run in any mode
+        with torch.inference_mode(False):  # a program is made once, in any mode, and must run in any mode
             self._make(graph, rows)
 
     def _make(self, graph: GraphModule, rows: int) -> None:
@@ -54,7 +54,7 @@ class Program:
         self.instructions, self.meetings = lowered.instructions, sum(meets)
         self.output = torch.zeros(lowered.output.shape, dtype=torch.float32, device="cpu")
         count = len(self.instructions)
-        self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, by the latest timed run
+        self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, from the latest timed run
         self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
         self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8, device="cpu")
@@ -69,10 +69,10 @@ class Program:
         self._bases = tuple(bases)
 
     def addresses(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What `run` needs to know of the graph's inputs; they must stay where they are for as long as it is used.
+        """Addresses of the graph's inputs for `run`. The inputs must not move while the addresses are in use.
 
         Raises:
-            TransformError: an input is not of the recorded shape, strides and dtype, or not in the CPU's memory.
+            TransformError: an input does not have the recorded shape, strides and dtype, or is not in the CPU's memory.
         """
         if len(inputs) != len(self._inputs):
             raise TransformError(f"the program was recorded for {len(self._inputs)} inputs, not {len(inputs)}")
@@ -94,7 +94,7 @@ class Program:
         return [(i, ns / 1e9) for i, ns in zip(self.instructions, self.spent.tolist(), strict=True)]
 
     def run(self, addresses: torch.Tensor) -> torch.Tensor:
-        """Compute. The result is the program's own tensor, overwritten by the next run; one run at a time.
+        """Run the program. The next run overwrites its result. Only one run may be active at a time.
 
         Raises:
             RuntimeError: a token or a slot was outside its table.
@@ -105,7 +105,7 @@ class Program:
 
 
 def _other(place: Place, tensor: torch.Tensor) -> str | None:
-    """What sets a tensor apart from the one that a program was recorded with, or None."""
+    """How a tensor differs from the one with which a program was recorded, or None."""
     if tensor.dtype != place.dtype:
         return f"{tensor.dtype}, and was recorded as {place.dtype}"
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
@@ -119,11 +119,11 @@ def _other(place: Place, tensor: torch.Tensor) -> str | None:
 
 
 class _Recorded:
-    """The step for one shape of cache."""
+    """The recorded step for one shape of cache."""
 
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
         batch = cache.shape[0]
-        with torch.inference_mode(False):  # a step recorded in inference mode is run outside of it as well
+        with torch.inference_mode(False):  # a step recorded in inference mode must also run outside it
             self.given = Given(module, cache)
             self.program = Program(trace(module, cache, self.given), batch)
             self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
@@ -137,7 +137,7 @@ class _Recorded:
         def step(
             token: torch.Tensor, position: torch.Tensor, _cache: SlotCache, _held: object = inputs
         ) -> torch.Tensor:
-            # `_held` keeps alive what lies at the addresses
+            # `_held` keeps the tensors at the addresses alive
             if token.shape != self.token.shape or position.shape != self.token.shape:
                 shapes = f"{list(token.shape)} and {list(position.shape)}"
                 raise VariantError(f"the step takes token and position {list(self.token.shape)}, not {shapes}")
@@ -159,7 +159,7 @@ class StepPrograms(DecodeSteps):
         self._lock = forking.lock()
 
     def prepare(self, cache: SlotCache) -> None:
-        """Record the step for this cache's shape, unless it is recorded.
+        """Record the step for this cache's shape, unless it is recorded already.
 
         Raises:
             TransformError: the step cannot be recorded as a program.
@@ -169,7 +169,7 @@ class StepPrograms(DecodeSteps):
                 self._steps[cache.shape] = _Recorded(self.module, cache)
 
     def forget(self) -> None:
-        """Record anew when next needed: weights have moved, and programs hold on to where they were."""
+        """Drop programs, because weights have moved and programs hold addresses. They are recorded again later."""
         with self._lock:
             self._steps.clear()
 
@@ -179,7 +179,7 @@ class StepPrograms(DecodeSteps):
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Within it, every run notes how long each instruction took; see `Program.times`."""
+        """Within this context, every run records how long each instruction took; see `Program.times`."""
         programs = [step.program for step in self._steps.values()]
         for program in programs:
             program.timed = True
@@ -190,10 +190,10 @@ class StepPrograms(DecodeSteps):
                 program.timed = False
 
     def program(self, batch: int) -> Program | None:
-        """The step for so many sequences, if it was recorded."""
+        """The program for a batch of `batch` sequences, or None if it was not recorded."""
         return next((step.program for (rows, _), step in self._steps.items() if rows == batch), None)
 
     def fitting(self, cache: SlotCache) -> Step:
-        """The step for this cache's shape; recorded now, in a second or two, if it is the first of its shape."""
+        """The step for this cache's shape. The first use of a shape records it, which takes a second or two."""
         self.prepare(cache)
         return self._steps[cache.shape].over(cache)

@@ -1,4 +1,4 @@
-"""The instructions and the memory of a program that is being written."""
+"""The instructions and the memory of a program under construction."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .instruction import ELEMENTS, FLOAT, MOST_DIMS, NOWHERE, Instruction, Place
 
 
 class Building:
-    """What has been written so far.
+    """A program under construction.
 
     Args:
-        rows: values whose first dimension has this size are shared out among threads by row.
+        rows: values whose first dimension has this size are divided among threads by row.
 
     Attributes:
         roots: memory that instructions read and write.
-        values: what each node of the graph is: a Place, a constant tensor, or a tuple of them.
+        values: the value of each node of the graph: a Place, a constant tensor, or a tuple of them.
     """
 
     def __init__(self, rows: int) -> None:
@@ -38,7 +38,7 @@ class Building:
         return self.roots[-1]
 
     def new(self, shape: Sequence[int], dtype: torch.dtype = torch.float32, strides: Sequence[int] = ()) -> Place:
-        """A temporary; contiguous unless strides are given."""
+        """Add a temporary. It is contiguous unless strides are given."""
         root = self.root("temporary", math.prod(shape) * dtype.itemsize)
         return Place(root, 0, tuple(shape), tuple(strides) or dense(shape), dtype)
 
@@ -99,10 +99,10 @@ class Building:
         )
 
     def elementwise(self, code: str, out: Place, *operands: Place, pinned: bool = False) -> Place:
-        """One instruction over the elements of `out`; pinned: the last dimension stays one of its own.
+        """Add one instruction over the elements of `out`. If `pinned`, its last dimension is not merged with others.
 
         Raises:
-            TransformError: it does not write the dtype of `out`, or does not read that of an operand.
+            TransformError: the instruction does not write the dtype of `out`, or does not read that of an operand.
         """
         written, read = ELEMENTS.get(code, (FLOAT, FLOAT))
         if out.dtype != written or any(operand.dtype != read for operand in operands):
@@ -125,12 +125,12 @@ class Building:
         return words, share
 
     def share(self, places: Sequence[Place]) -> Share:
-        """By row where every operand has one for each sequence, or is the same for all."""
+        """Divide the work by row if the result has a row for each sequence; else one thread does it."""
         shape = places[0].shape
         return Share.ROWS if self.rows > 1 and len(shape) > 1 and shape[0] == self.rows else Share.SOLO
 
     def like(self, code: str, out: torch.Tensor, *operands: Place) -> Place:
-        """An elementwise instruction into a new value that lies as torch's result does."""
+        """Add an elementwise instruction that writes a new value with the shape and strides of torch's result."""
         return self.elementwise(code, self.new(out.shape, out.dtype, out.stride()), *operands)
 
     def arithmetic(self, code: str, out: torch.Tensor, a: Any, b: Any) -> Place:
@@ -139,7 +139,7 @@ class Building:
         return self.like(code, out, self.floats(a), self.floats(b))
 
     def arrange(self, x: Place, weights: tuple[int, int, int], inputs: int, tokens: int, sums: bool) -> tuple[Any, Any]:
-        """x as the linear kernels read it, made once for all the layers that share it."""
+        """Arrange x as the linear kernels read it, once for all the layers that share it."""
         _, padded, group = weights
         copied = tokens > 1 or padded != inputs
         if not copied and not sums:
@@ -162,12 +162,12 @@ def ref(place: Place | None) -> Ref:
 def collapse(
     shape: Sequence[int], strides: Sequence[Sequence[int]], keep_first: bool, keep_last: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """Merge neighbouring dimensions that every operand steps through evenly.
+    """Merge neighbouring dimensions that every operand traverses with one stride.
 
     Args:
         shape: sizes.
-        strides: of each operand, in elements.
-        keep_first, keep_last: leave that dimension to itself.
+        strides: strides of each operand, in elements.
+        keep_first, keep_last: do not merge that dimension with others.
 
     Returns:
         Sizes and strides of at least one dimension, without those of size 1.
@@ -175,7 +175,7 @@ def collapse(
     last = len(shape) - 1
     sizes: list[int] = []
     steps: list[list[int]] = [[] for _ in strides]
-    fixed = False  # whether the dimension before may not be merged into
+    fixed = False  # whether merging into the dimension before is forbidden
     for d, size in enumerate(shape):
         pinned = (keep_first and d == 0) or (keep_last and d == last)
         if size == 1 and not pinned:

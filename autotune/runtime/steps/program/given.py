@@ -1,9 +1,9 @@
-"""What a recorded step is given beside its inputs: the outputs of modules that change themselves as they are run.
+"""Further inputs of a recorded step: the outputs of modules that change their own state when they run.
 
-Such a module (model/stateful.py), a rotary embedding whose frequencies depend on the length, cannot be part of a
-program, which would repeat what it computed when it was recorded. It is run as it is before each step instead, and the
-program reads what it returned. That works where its output depends on the tokens' positions and on nothing that the
-step itself computes.
+An example of such a module (model/stateful.py) is a rotary embedding whose frequencies depend on the length. It cannot
+be part of a program, which would repeat the outputs of the recording. Instead, the module runs before each step, and
+the program reads its outputs. This works if they depend only on the tokens' positions, and on nothing that the step
+itself computes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...cache.slots import SlotCache, run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-POSITION = 1  # of the probe's token: neither the value of another input nor a size
+POSITION = 1  # position of the probe's token; no other input has this value, and it is not a size
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Call:
     """One call of such a module during a step.
 
     Args:
-        module: as the original has it.
-        args, kwargs: what it is called with; `None` in place of the positions [B, 1] where `moving` says so.
+        module: the original's module.
+        args, kwargs: its arguments; those named in `moving` are replaced by the positions [B, 1] at each call.
         moving: numbers and names of the arguments that are the positions.
-        count: tensors that it returns.
+        count: number of tensors that it returns.
     """
 
     module: nn.Module
@@ -46,7 +46,7 @@ class Call:
     count: int
 
     def tensors(self, position: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the module returns for positions [B, 1]."""
+        """Run the module for positions [B, 1]. Returns its outputs."""
         args = [position if i in self.moving else value for i, value in enumerate(self.args)]
         kwargs = {key: position if key in self.moving else value for key, value in self.kwargs.items()}
         with torch.no_grad():
@@ -55,11 +55,11 @@ class Call:
 
 
 class _Stand(nn.Module):
-    """Stands where such a module stood: it calls it, notes the call, or returns what is there in its place."""
+    """The replacement of such a module in the twin: calls the module and records the call, or returns given outputs."""
 
     def __init__(self, module: nn.Module, book: _Book) -> None:
         super().__init__()
-        self._answer = partial(book.answer, module)  # which is no part of this one
+        self._answer = partial(book.answer, module)  # a partial, so that the module does not become a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._answer(args, kwargs)
@@ -69,7 +69,7 @@ class _Book:
     def __init__(self, position: torch.Tensor) -> None:
         self.position = position
         self.calls: list[Call] = []
-        self.ready: Iterator[tuple[torch.Tensor, ...]] | None = None  # outputs to return instead, call by call
+        self.ready: Iterator[tuple[torch.Tensor, ...]] | None = None  # outputs to return instead, one entry per call
 
     def answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.ready is not None:
@@ -81,7 +81,7 @@ class _Book:
     def noted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         named: dict[int | str, Any] = dict(chain(enumerate(args), kwargs.items()))
         moving = frozenset(key for key, value in named.items() if self.is_position(value))
-        still = {k: _blank(value) for k, value in named.items()}  # of what it computed itself, a step cannot give more
+        still = {k: _blank(value) for k, value in named.items()}  # floats that the step computes are unknown before it
         out = module(*args, **kwargs)
         expected = out if isinstance(out, tuple) else (out,)
         blank = tuple(still[i] for i in range(len(args))), {key: still[key] for key in kwargs}
@@ -95,7 +95,7 @@ class _Book:
 
 
 def _blank(value: Any) -> Any:
-    """A value without its numbers, where it has any."""
+    """Zeros in place of a floating-point tensor; any other value unchanged."""
     return torch.zeros_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
@@ -107,8 +107,8 @@ class Given:
     """The calls of such modules that one step of a decode module makes, in order.
 
     Args:
-        module: the decode module, a twin: its places of such modules are exchanged while it is recorded.
-        cache: of the shape that is recorded; it is written to, and is not to hold anything yet.
+        module: the decode module, a twin; such modules in it are replaced while it is recorded.
+        cache: an empty cache of the recorded shape; the recording writes to it.
     """
 
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
@@ -125,14 +125,14 @@ class Given:
             self.tensors = [out.clone() for out in chain.from_iterable(outputs)]
 
     def update(self, position: torch.Tensor) -> None:
-        """Run the modules for positions [B, 1], as a step of the original would; `tensors` are what they return."""
+        """Run the modules for positions [B, 1], as a step of the original would. Their outputs go to `tensors`."""
         outputs = (call.tensors(position) for call in self.calls)
         for held, out in zip(self.tensors, chain.from_iterable(outputs), strict=True):
             held.copy_(out)
 
     @contextmanager
     def returning(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within it, the module finds `tensors`, as many as `self.tensors`, where it calls such modules."""
+        """Within this context, calls of such modules return `tensors`, of which there are as many as `self.tensors`."""
         left = iter(tensors)
         self._book.ready = iter([tuple(islice(left, call.count)) for call in self.calls])
         try:
@@ -143,7 +143,7 @@ class Given:
 
     @contextmanager
     def _standing(self) -> Iterator[None]:
-        """The module's own places are exchanged, and no one else's: every twin has its own parents."""
+        """Replace such modules in this twin only; every twin has its own parent modules."""
         for name, module in self._shared.items():
             self._module.set_submodule(name, _Stand(module, self._book))
         try:

@@ -1,4 +1,4 @@
-"""What a step program is made of: values, the memory they lie in, and the instructions over them."""
+"""The parts of a step program: values, the memory that holds them, and the instructions over them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CODES = (  # the order of Code in kernels/instructions.h
     *("mean", "normalize", "embed", "embed_packed", "index_copy", "arrange", "linear", "dot", "attend"),
 )
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
-ELEMENTS = {  # the dtypes that an elementwise instruction writes and reads; the others compute in FP32
+ELEMENTS = {  # dtypes that elementwise instructions write and read; the others compute in FP32
     **dict.fromkeys(("copy_int", "add_int", "subtract_int", "multiply_int"), (INT, INT)),
     **dict.fromkeys(("less_int", "less_equal_int", "equal_int"), (BOOL, INT)),
     **dict.fromkeys(("copy_bool", "not", "and", "or"), (BOOL, BOOL)),
@@ -30,27 +30,27 @@ ELEMENTS = {  # the dtypes that an elementwise instruction writes and reads; the
     "widen_bf16": (FLOAT, torch.bfloat16),
 }
 MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
-FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels there
+FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels in kernels/instructions.h
 TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's ScalarType
 
 
 class Share(IntEnum):
-    """Who works on an instruction; the order of Share in kernels/instructions.h."""
+    """How threads share an instruction; the order of Share in kernels/instructions.h."""
 
-    SOLO = 0  # the first thread alone: too little work to share
-    ROWS = 1  # every thread takes its part of the sequences
-    TEAM = 2  # every thread takes its part of the result
+    SOLO = 0  # only the first thread works: there is too little work to share
+    ROWS = 1  # each thread computes a part of the sequences
+    TEAM = 2  # each thread computes a part of the result
 
 
 @dataclass(frozen=True)
 class Root:
-    """A piece of memory that values lie in.
+    """A piece of memory that holds values.
 
     Args:
         kind: "temporary" (the program's own, reused), "constant" (a tensor that outlives the program's calls),
             "input" (given with each call) or "output" (the program's own, kept).
         size_bytes: its size.
-        tensor: for constants, what lies there.
+        tensor: the tensor that a constant's memory belongs to; None for other kinds.
     """
 
     number: int
@@ -61,11 +61,11 @@ class Root:
 
 @dataclass(frozen=True)
 class Place:
-    """A value: a strided view of a root, as torch has views of a storage.
+    """A value: a strided view of a root, like torch's views of a storage.
 
     Args:
-        offset: of the first element, in elements.
-        strides: in elements.
+        offset: index of the first element, in elements.
+        strides: strides in elements.
     """
 
     root: Root
@@ -84,7 +84,7 @@ class Place:
 
     @property
     def end_bytes(self) -> int:
-        """How much of the root it takes, from the root's start."""
+        """The end of the value, in bytes from the root's start."""
         if 0 in self.shape:
             return 0
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
@@ -96,7 +96,7 @@ class Place:
         return all(size == 1 or own == wanted for size, own, wanted in steps)
 
     def broadcast(self, shape: tuple[int, ...]) -> Place:
-        """The same numbers seen as `shape`, repeated along stride 0."""
+        """The same numbers seen as `shape`, repeated with stride 0."""
         missing = len(shape) - len(self.shape)
         own = (1,) * missing + self.shape
         strides = (0,) * missing + self.strides
@@ -112,7 +112,7 @@ def dense(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Ref:
-    """An address: a root's number and an offset in bytes."""
+    """An address: the number of a root and an offset in bytes."""
 
     root: int
     offset_bytes: int
@@ -126,9 +126,9 @@ class Instruction:
     """One step of a program.
 
     Args:
-        words: what follows the header in the encoded form: integers, FP64 numbers and addresses.
-        reads, writes: numbers of the roots it touches.
-        matrix: (inputs, outputs) of the weights it multiplies by, if it does.
+        words: the encoded form after the header: integers, FP64 numbers and addresses.
+        reads, writes: numbers of the roots that it reads and writes.
+        matrix: (inputs, outputs) of the weights that it multiplies by; None if it does not.
     """
 
     code: str

@@ -1,4 +1,4 @@
-"""Where values lie and when threads meet: decided once, from what reads and writes what."""
+"""Decide once where values are stored and when threads meet, from what each instruction reads and writes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from .instruction import CODES, Instruction, Ref, Root, Share
 
 ALIGN_BYTES = 64
-ARENA = 0  # the base that temporaries are encoded against; roots follow by number
+ARENA = 0  # number of the base address of temporaries; the other roots follow by their numbers
 
 
 def meetings(instructions: Sequence[Instruction]) -> list[bool]:
-    """Before which instructions all threads have to meet.
+    """For each instruction, whether all threads have to meet before it.
 
-    What one thread wrote may be read by itself at once: solo after solo, and a thread's own sequences after its own
-    sequences. Everything else needs a barrier since it was written.
+    A thread may at once read what it wrote itself: solo after solo, and its own sequences after its own sequences. For
+    everything else, threads must meet between the write and the read.
     """
     writer: dict[int, int] = {}
     meets, last = [], 0
@@ -33,10 +33,10 @@ def meetings(instructions: Sequence[Instruction]) -> list[bool]:
 def place_temporaries(
     instructions: Sequence[Instruction], meets: Sequence[bool], roots: Sequence[Root]
 ) -> tuple[dict[int, int], int]:
-    """Byte offsets of temporaries in one arena, and its size; memory is reused as soon as nobody can be reading it.
+    """Byte offsets of temporaries in one arena, and its size. Memory is reused as soon as no thread can be reading it.
 
-    A thread may still be at an earlier instruction until all have met, so memory that other threads touched is free
-    for reuse only after the next barrier.
+    Until all threads have met, a thread may still run an earlier instruction. So memory that other threads touched is
+    free for reuse only after the next barrier.
     """
     sizes = {r.number: -(-r.size_bytes // ALIGN_BYTES) * ALIGN_BYTES for r in roots if r.kind == "temporary"}
     touched: dict[int, list[int]] = {number: [] for number in sizes}
@@ -55,7 +55,7 @@ def place_temporaries(
         return all(j < last_meet[i] for j in foreign)
 
     offsets: dict[int, int] = {}
-    free: list[tuple[int, int, int]] = []  # offset, size, the root that lay there last
+    free: list[tuple[int, int, int]] = []  # offset, size, the last root stored there
     end = 0
     ending: dict[int, list[int]] = {}
     for number, uses in touched.items():
@@ -81,7 +81,7 @@ def place_temporaries(
 
 def encode(instructions: Sequence[Instruction], meets: Sequence[bool], offsets: Mapping[int, int]) -> torch.Tensor:
     """The program as INT64 words; see kernels/program.cpp."""
-    words, most = [0], ARENA  # the first word is how many bases the program needs
+    words, most = [0], ARENA  # the first word is the number of bases that the program needs
     for instruction, meet in zip(instructions, meets, strict=True):
         body: list[int] = []
         for word in instruction.words:

@@ -1,4 +1,4 @@
-"""From a graph of ATen operators to instructions: views vanish, constants are folded, the rest maps one to one."""
+"""Lower a graph of ATen operators to instructions: views vanish, constants are folded, the rest maps one to one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Lowered:
 
     Args:
         inputs: the graph's inputs, in order.
-        output: in a root of kind "output".
+        output: the result, in a root of kind "output".
     """
 
     instructions: tuple[Instruction, ...]
@@ -62,14 +62,14 @@ class Lowered:
 
 
 def lower(graph: GraphModule, rows: int) -> Lowered:
-    """Instructions for a recorded step.
+    """Make instructions for a recorded step.
 
     Args:
         graph: from `trace`.
-        rows: values whose first dimension has this size are shared out among threads by row.
+        rows: values whose first dimension has this size are divided among threads by row.
 
     Raises:
-        TransformError: an operator has no instruction; it is named.
+        TransformError: an operator has no instruction; the message names it.
     """
     lowering = Lowering(graph, rows)
     for node in graph.graph.nodes:
@@ -80,11 +80,11 @@ def lower(graph: GraphModule, rows: int) -> Lowered:
 
 
 class Lowering(Building):
-    """A graph's nodes one after the other, as instructions.
+    """A program under construction from a graph's nodes, one after the other.
 
     Attributes:
         inputs: the graph's inputs, in order.
-        output: what it returns, once that has been reached.
+        output: the graph's result; None until the output node has been reached.
     """
 
     def __init__(self, graph: GraphModule, rows: int) -> None:
@@ -116,10 +116,10 @@ class Lowering(Building):
             self.check(node)
 
     def check(self, node: Node) -> None:
-        """What follows was recorded for the dtypes and shapes that torch gave: nothing else may stand in their place.
+        """Check that a node's value has the dtype and shape for which the nodes after it were recorded.
 
         Raises:
-            TransformError: a value is of another dtype or shape than was recorded.
+            TransformError: the value has another dtype or shape than was recorded.
         """
         made: Any = self.values[node]
         recorded: Any = node.meta.get("val")
@@ -138,7 +138,7 @@ class Lowering(Building):
         return self.inputs[-1]
 
     def folded(self, node: Node) -> Any:
-        """What the node comes to, where it depends on no input; None where it does."""
+        """Compute the node's value if it depends on no input, else None."""
         values = [self.values[n] for n in node.all_input_nodes]
         if any(isinstance(v, Place) for v in chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in values)):
             return None
@@ -147,7 +147,7 @@ class Lowering(Building):
             return node.target(*arguments, **keywords)  # type: ignore[operator]
 
     def view(self, node: Node) -> Any:
-        """The value where it is a view of an argument (torch says how it lies), or None."""
+        """The node's value if it is a view of an argument, with the offset and strides that torch gives; else None."""
         source = node.args[0]
         if not isinstance(source, torch.fx.Node) or not isinstance(self.values[source], Place):
             return None
@@ -193,7 +193,7 @@ def _attribute(graph: GraphModule, path: str) -> torch.Tensor:
     """A tensor that the step reads.
 
     Raises:
-        TransformError: it is none: an object of a library, whose insides no instruction knows.
+        TransformError: it is not a plain tensor but a library's object, which no instruction can read.
     """
     value = operator.attrgetter(path)(graph)
     if not isinstance(value, torch.Tensor):

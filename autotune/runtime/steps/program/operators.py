@@ -1,4 +1,4 @@
-"""Operators that are more than one elementwise instruction, as instructions: what each takes and what it leaves."""
+"""Instructions for the operators that are more than one elementwise instruction: their inputs and results."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def normalize(
     words, share = build.space((normal, x), pinned=True)
     reads = [x, *filter(None, factors)]
     build.emit("normalize", share, [*words, *map(ref, factors), float(eps)], reads, normal)
-    return normal, None, None  # mean and deviation are for gradients
+    return normal, None, None  # only gradients need mean and deviation
 
 
 def embedding(build: Building, out: torch.Tensor, weight: Any, given: Any, *_: Any) -> Place:
@@ -106,7 +106,7 @@ def index_copy(build: Building, out: torch.Tensor, target: Any, dim: int, index:
 def packed_rows(
     build: Building, out: torch.Tensor, given: Any, packed: Any, scales: Any, zeros: Any, rows: int, width: int
 ) -> Place:
-    """Rows of a packed table."""
+    """Look up rows of a packed table."""
     ids, table = token_ids(build, given), build.place(packed)
     factors = [None if f is None else build.place(f) for f in (scales, zeros)]
     form, inputs, block_bytes = packing(table)
@@ -119,7 +119,7 @@ def packed_rows(
 
 
 def packing(packed: Place) -> tuple[int, int, int]:
-    """Of weights [blocks, K or words, 16]: their format's number, inputs and bytes of a block."""
+    """The number of the format, the inputs and the bytes of a block, for weights [blocks, K or words, 16]."""
     _, length, lanes = packed.shape
     words = packed.dtype == torch.int32
     form = "int4" if words else str(packed.dtype).removeprefix("torch.")
@@ -127,12 +127,12 @@ def packing(packed: Place) -> tuple[int, int, int]:
 
 
 def factor(place: Place | None) -> tuple[Ref, int]:
-    """Scales or zeros, which may be absent."""
+    """The address of scales or zeros, which may be absent, and the number of their dtype."""
     return ref(place), TYPES[torch.float32 if place is None else place.dtype]
 
 
 def linear(build: Building, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
-    """The packed layers of `kernels`."""
+    """A product with a packed layer of `kernels`."""
     *factors, bias, rows = more
     given = build.dense(x)
     packed = build.place(weight)
@@ -153,7 +153,7 @@ def linear(build: Building, out: torch.Tensor, x: Any, weight: Any, *more: Any) 
 
 
 def product(build: Building, out: torch.Tensor, *args: Any) -> Place:
-    """mm(x, W^T) and addmm(bias, x, W^T) with W [N, K] as torch keeps it."""
+    """mm(x, W^T) and addmm(bias, x, W^T) with W [N, K] in torch's layout."""
     *bias, x, transposed = args
     given, weight = build.dense(x), build.floats(transposed)
     if weight.root.kind != "constant" or weight.strides != (1, weight.shape[0]):
@@ -170,7 +170,7 @@ def product(build: Building, out: torch.Tensor, *args: Any) -> Place:
 def attend(
     build: Building, out: torch.Tensor, query: Any, keys: Any, values: Any, length: Any, mask: Any, scale: float
 ) -> Place:
-    """One query over the slots."""
+    """Attention of one query over the slots."""
     if length is not None:
         raise TransformError("a program takes the length from the mask")
     q, k, v = build.dense(query), build.place(keys), build.place(values)
@@ -194,7 +194,7 @@ def attend(
 
 
 def outer(build: Building, out: torch.Tensor, a: Any, b: Any) -> Place:
-    """Matrices [B, N, K] and [B, K, M] with K = 1, as rotary embeddings of transformers to 5.19 multiply positions."""
+    """Products of matrices [B, N, K] and [B, K, M] with K = 1. Rotary embeddings use them up to transformers 5.19."""
     x, y = build.floats(a), build.floats(b)
     if x.shape[2] != 1:
         raise TransformError(f"a program has no instruction for a batch of products over {x.shape[2]} numbers")
@@ -215,7 +215,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten.addmm: product,
     aten.bmm: outer,
 }
-KERNELS: dict[str, Callable[..., Any]] = {  # autotune's own, which are known once they are loaded
+KERNELS: dict[str, Callable[..., Any]] = {  # autotune's operators, which exist only once loaded
     "autotune.linear_f16": linear,
     "autotune.linear_i8": linear,
     "autotune.linear_i4": linear,

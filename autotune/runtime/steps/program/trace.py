@@ -23,11 +23,11 @@ def trace(module: Any, cache: SlotCache, given: Given | None = None) -> GraphMod
     """Record `cache.run` for this module and this cache's shape.
 
     Args:
-        given: what the step reads beside them, or None.
+        given: what the step reads besides them, or None.
 
     Returns:
-        A graph over (token, position, slot, valid, *keys, *values, *given) that returns logits [B, V]. Weights are its
-        attributes, by reference; every node's `meta["val"]` is a fake tensor with the value's shape and strides.
+        A graph over (token, position, slot, valid, *keys, *values, *given) that returns logits [B, V]. It holds weights
+        as attributes, by reference. Every node's `meta["val"]` is a fake tensor with the value's shape and strides.
 
     Raises:
         TransformError: the step cannot be recorded, because its operators depend on values.
@@ -49,6 +49,6 @@ def trace(module: Any, cache: SlotCache, given: Given | None = None) -> GraphMod
                 [fake(values) for values in cache.values],
                 [fake(each) for each in given.tensors] if given is not None else [],
             )
-    except Exception as error:  # a model's own code and torch's tracer raise what they like
+    except Exception as error:  # a model's own code and torch's tracer may raise anything
         outside.pass_on(error)
         raise TransformError(f"the decode step cannot be recorded: {first_line(error)}") from error
