@@ -56,7 +56,7 @@ def load(file: Path) -> Report:
 
 
 def page(found: Report, file: Path) -> str:
-    """Draw a report as an HTML page. The report may be malformed, because the file may come from anywhere."""
+    """Draw a report as an HTML page. Raises PlanError for a malformed one, since the file may come from anywhere."""
     try:
         return found.to_html()
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

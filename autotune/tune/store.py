@@ -56,7 +56,7 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
     A recorded plan is not used. Saving a new plan under the same name clears the record, too.
 
     Args:
-        fingerprint: of the plan.
+        fingerprint: the fingerprint of the plan.
         doubt: how the plan failed; None clears the record.
     """
     path = path_for(fingerprint)

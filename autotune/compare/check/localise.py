@@ -38,7 +38,7 @@ class TokenShift:
         prompt: the prompt whose continuation it is in.
         position: position in the continuation, from 0.
         expected, found: token ids.
-        gap_nats: how much less likely the recorded model found `found` than its own top token.
+        gap_nats: the recorded model's log-probability of its top token minus that of `found`.
         expected_text, found_text: the tokens as text, if there is a tokenizer.
     """
 

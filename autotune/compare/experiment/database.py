@@ -49,7 +49,7 @@ CREATE TABLE events (
 
 
 def default() -> Path:
-    """The file in the user's cache directory.
+    """The default file, in the user's cache directory.
 
     Raises:
         ExperimentError: there is no cache directory.

@@ -87,7 +87,7 @@ class LatencyCusum:
         return self.excess >= DECISION
 
 
-Shape = tuple[int, int]  # batch, magnitude of the prompt
+Shape = tuple[int, int]  # batch size, bit length of the prompt's length
 
 
 def shape_of(batch: int, prompt_tokens: int) -> Shape:
