@@ -99,7 +99,7 @@ class _Drafting:
         choices = [make(choice) for choice in step.choices]
         promised = {t: expect(t, step.phase, self.state, self.trier.hardware) for t in choices if self.is_candidate(t)}
         while promised:
-            best = max(promised.values())  # among about equal promises, the policy's first wins
+            best = max(promised.values())  # of what promises about as much, the policy's first
             transform = next(t for t, gain in promised.items() if gain * least >= best)
             gain = promised.pop(transform)
             if gain < least or not self.fits(transform):
