@@ -1,4 +1,4 @@
-"""The command line. What each command ends with is the table of `autotune.report.exit_codes`, whatever happens."""
+"""The command line. Every command ends with an exit code from the table in `autotune.report.exit_codes`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ USERS_OWN = (
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TRACEBACK = "AUTOTUNE_TRACEBACK"
-OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it better
+OF_A_NAME = (  # errors of a path that the user gave; they count as usage errors
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -54,16 +54,16 @@ OF_A_NAME = (  # what is wrong with a path that was given, where nobody said it 
     errno.ELOOP,
     errno.ENAMETOOLONG,
 )
-MOST_SAID = 1500  # characters of an error: a name may have any length
+MOST_SAID = 1500  # most characters of an error that are printed; a name may have any length
 PLANS = "plan.json is written where a plan won, or all that should be tried was."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; what went wrong is one line on standard error."""
+    """Run one command and return its exit code. An error is one line on standard error."""
     with guarded() as out:
         try:
             return out.code(_code(argv))
-        except SystemExit as end:  # argparse's, after help or usage
+        except SystemExit as end:  # from argparse, after help or usage
             raise SystemExit(out.code(end.code if isinstance(end.code, int) else USAGE)) from None
 
 
@@ -71,7 +71,7 @@ def _code(argv: list[str] | None) -> int:
     try:
         args = parser().parse_args(argv)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries'; autotune's own are for people
+            warnings.simplefilter("ignore")  # hides libraries' warnings; the next line shows autotune's
             warnings.filterwarnings("default", message="autotune:")
             return _run(args)
     except USERS_OWN as error:
@@ -82,7 +82,7 @@ def _code(argv: list[str] | None) -> int:
         return _fail("interrupted; the model is as it was", INTERRUPTED)
     except OSError as error:
         return _fail(str(error), USAGE if error.errno in OF_A_NAME else UNMEASURED)
-    except Exception as error:  # 1 means regression: no failure of ours may end with it
+    except Exception as error:  # Python would exit with 1, which means regression here
         log.debug("unexpected", exc_info=True)
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
@@ -132,10 +132,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def quieten() -> None:
-    """Keep other libraries' progress bars and notes off the terminal of this process."""
+    """Hide progress bars and log messages of other libraries in this process."""
     from transformers.utils import logging as transformers_logging
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to standard error by itself
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to standard error directly
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for name in (
         "transformers",
@@ -149,7 +149,7 @@ def quieten() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends with the codes of the table, and shows those of its command below the help."""
+    """A parser that exits with the codes of the table, and lists its command's codes below the help."""
 
     def __init__(self, *args: Any, epilog: str = "", **options: Any) -> None:
         super().__init__(*args, **options)
@@ -161,7 +161,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Build the parser of the commands and their options."""
     from . import experiment as experiments
 
     top = _Parser(
@@ -223,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_check(check: argparse.ArgumentParser) -> None:
-    """`check record` and `check run`."""
+    """Add `check record` and `check run`."""
     actions = check.add_subparsers(dest="action", required=True, metavar="record|run", parser_class=_Parser)
     record = actions.add_parser("record", help="keep what a later check needs")
     run = actions.add_parser("run", help="check a model against it; the exit code is the verdict")
@@ -254,7 +254,7 @@ def _add_check(check: argparse.ArgumentParser) -> None:
 
 
 def fraction(text: str) -> float:
-    """0.05 of "5%" or "0.05"."""
+    """Parse "5%" or "0.05" into 0.05."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -265,7 +265,7 @@ def fraction(text: str) -> float:
 
 
 def duration(text: str) -> float:
-    """Seconds of "90", "90s", "5m" or "1h"."""
+    """Parse "90", "90s", "5m" or "1h" into seconds."""
     unit = UNITS.get(text[-1:])
     number = text[:-1] if unit else text
     try:

@@ -1,4 +1,4 @@
-"""`check record` and `check run`: a baseline kept, and a model checked against it."""
+"""`check record` and `check run`: record a baseline, and check a model against it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def record(args: Namespace) -> int:
 
 
 def run(args: Namespace) -> int:
-    """Check a model against a baseline; the exit code is the verdict."""
+    """Check a model against a baseline. Returns the verdict's exit code."""
     from ..compare.check import load as load_baseline
     from ..compare.check import run as check
 
-    base = load_baseline(args.baseline)  # said before minutes of loading
+    base = load_baseline(args.baseline)  # fails before minutes of loading
     plan = _plan(args.plan)
     with shown(None) as progress:
         model, tokenizer = _load(args.model, args, progress.update)
@@ -85,7 +85,7 @@ def run(args: Namespace) -> int:
 
 
 def draw(result: CheckResult) -> None:
-    """The verdict, its metrics, and where the model differs."""
+    """Print the verdict, its metrics, and where the model differs."""
     from ..compare.check.render import number
     from .show import _print, _table
 
@@ -130,7 +130,10 @@ def _plan(file: Path | None) -> Plan | None:
 
 
 def _tuning_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """Those named; for a policy without any the half of the built-in texts that baselines are not recorded on."""
+    """The prompts that the user named.
+
+    For a policy without named prompts: the half of the built-in texts that baselines are not recorded on.
+    """
     if args.tuned_on is not None or args.policy is None:
         return args.tuned_on
     if tokenizer is None:
@@ -148,7 +151,7 @@ def _tuned(
     prompts: Any,
     notify: Notify,
 ) -> Variant:
-    """What a policy makes of the model. No tokenizer is handed on: it would fill up the prompts with built-in texts."""
+    """Tune the model with a policy. `tune` gets no tokenizer, because it would add built-in texts to the prompts."""
     from .. import workload
     from ..tune import policy as policies
     from ..tune.run import tune
@@ -160,13 +163,13 @@ def _tuned(
         raise UnsupportedModelError(reason)
     work = workload.read(prompts, tokenizer=tokenizer, model=model)
     tuned = tune(model, work, chosen, notify=notify)
-    if is_fruitless(tuned.plan.trials):  # the model as it is would be checked under the policy's name
+    if is_fruitless(tuned.plan.trials):  # else the original would be checked under the policy's name
         raise MeasurementError(tuned.verdict)
     return tuned.variant
 
 
 def _write(file: Path, text: str) -> None:
-    """For the owner alone: a report quotes prompts."""
+    """Write a file that only its owner can read, because a report quotes prompts."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -1,4 +1,4 @@
-"""The demo's model, its prompts, and one question answered by the original and by the plan."""
+"""The demo's model and question, answered by the original and by the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and how long it took."""
+    """A model's answer, and how long it took."""
 
     text: str
     tokens: int
@@ -36,10 +36,10 @@ class Answer:
 
 
 def model_file() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, from the package that ships it; the package is not imported.
+    """Find SmolLM2-135M-Instruct as GGUF in the package that ships it. Does not import the package.
 
     Raises:
-        UnsupportedModelError: it is not installed.
+        UnsupportedModelError: the package is not installed.
     """
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec else None
@@ -53,13 +53,13 @@ def model_file() -> Path:
 
 
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answer, Answer]:
-    """The demo's question answered by the original and by whatever serves now, greedily."""
+    """Answer the demo's question greedily, with the original and with the variant that serves now."""
     ids = torch.tensor([built_in.chat(tokenizer, QUESTION)], dtype=torch.int64, device=model.device)  # [1, P]
     return answer(route.bare(model), tokenizer, ids), answer(model, tokenizer, ids)
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> Answer:
-    """One greedy answer, timed as a user sees it: prefill included."""
+    """Generate one greedy answer and time it as a user sees it, including prefill."""
     start = time.perf_counter()
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
     new = out[0, ids.shape[1] :].tolist()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(experiment: ArgumentParser) -> None:
-    """The options of the three commands."""
+    """Add the options of the three commands."""
     from .arguments import threads
 
     kind = type(experiment)
@@ -44,12 +44,12 @@ def add_arguments(experiment: ArgumentParser) -> None:
 
 
 def experiment(args: Namespace) -> int:
-    """One of the three."""
+    """Run one of the three commands."""
     return {"run": run, "status": status, "report": report}[args.action](args)
 
 
 def run(args: Namespace) -> int:
-    """Run an experiment that is written down, print its result, and return the verdict as an exit code."""
+    """Run an experiment from a file, print its result, and return the verdict as an exit code."""
     import torch
 
     from ..compare.experiment import chart, sheet
@@ -68,7 +68,7 @@ def run(args: Namespace) -> int:
 
 
 def status(args: Namespace) -> int:
-    """What is kept: every experiment's latest version, or all versions and events of one."""
+    """Show the stored experiments: the latest version of each, or all versions and events of one."""
     from ..report.layout import Section, Table
     from ..report.terminal import show
 
@@ -87,7 +87,7 @@ def status(args: Namespace) -> int:
 
 
 def report(args: Namespace) -> int:
-    """A kept result again; its verdict is the exit code."""
+    """Show a stored result again. Its verdict is the exit code."""
     from ..compare.experiment.results import read
 
     store = _store(args)
@@ -108,7 +108,7 @@ def report(args: Namespace) -> int:
 
 
 def _report_live(store: Store, version: Version, concluded: Concluded, args: Namespace) -> int:
-    """What a shadow or split experiment came to: its verdicts and events."""
+    """Show the outcome of a shadow or split experiment: its verdicts and events."""
     from ..report.layout import Section, Table, sentence
     from ..report.markdown import document
     from ..report.terminal import show

@@ -1,4 +1,4 @@
-"""`report`: a report that was written before, shown again."""
+"""`report`: show a stored report again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .screen import screen
 
 
 def report(args: Namespace) -> int:
-    """Show a report.json, or the report in a plan.json: on the terminal, as Markdown, as a page of HTML."""
+    """Show a report.json, or the report in a plan.json, on the terminal, as Markdown or as an HTML page."""
     found = load(args.file)
     if args.html is None and not args.markdown:
         found.to_terminal(screen())
@@ -34,10 +34,10 @@ def report(args: Namespace) -> int:
 
 
 def load(file: Path) -> Report:
-    """The report in a file.
+    """Load the report in a file.
 
     Raises:
-        PlanError: it cannot be read, is no JSON, or holds no report that can be shown.
+        PlanError: the file cannot be read, is not JSON, or contains no report that can be shown.
     """
     try:
         data: Any = json.loads(file.read_bytes())
@@ -56,7 +56,7 @@ def load(file: Path) -> Report:
 
 
 def page(found: Report, file: Path) -> str:
-    """The page of a report that may come from anywhere."""
+    """Draw a report as an HTML page. Raises PlanError for a malformed one, since the file may come from anywhere."""
     try:
         return found.to_html()
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""Standard output, drawn on by rich."""
+"""A rich console on standard output."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rich.text import Text
 
 from ..report.printable import printable
 
-PLAIN_WIDTH = 120  # of what goes into a file or a pipe
+PLAIN_WIDTH = 120  # columns of output to a file or a pipe
 
 
 class Screen(Console):
-    """Text as it is given: nothing in it is taken for markup, highlighted, or obeyed by the terminal."""
+    """A console that prints text as it is, without markup, highlighting or terminal control sequences."""
 
     def __init__(self, width: int | None = None) -> None:
         super().__init__(highlight=False, markup=False, width=width)
@@ -23,6 +23,6 @@ class Screen(Console):
 
 
 def screen() -> Console:
-    """A console on standard output, as wide as the terminal."""
+    """Make a console on standard output, as wide as the terminal."""
     console = Screen()
     return console if console.is_terminal else Screen(PLAIN_WIDTH)

@@ -1,4 +1,4 @@
-"""`doctor`, `plan show`, `policies` and `transforms`: the commands that only look."""
+"""`doctor`, `plan show`, `policies` and `transforms`: the commands that only show something."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONAL = {
 
 
 def doctor(args: Namespace) -> int:
-    """What this machine can do, and what is missing."""
+    """Show what this machine can do, and what is missing."""
     import torch
 
     from ..machine import cache_dir, hardware
@@ -71,7 +71,7 @@ def doctor(args: Namespace) -> int:
 
 
 def _versions() -> str:
-    """Whether the installed versions are known to work, or what a check of them found."""
+    """Describe whether the installed versions are known to work, or what a check of them found."""
     from ..machine import versions
     from ..model import shrink
     from ..tune import selfcheck
@@ -84,7 +84,7 @@ def _versions() -> str:
 
 
 def _add_counters(table: Table) -> None:
-    """What NVML tells of the GPU now, and what it does not."""
+    """Add which figures NVML gives for the GPU now, and why others are missing."""
     from ..machine.device import of
     from ..machine.device.nvml import sampled
 
@@ -101,9 +101,9 @@ def _add_counters(table: Table) -> None:
 
 
 def availability(machine: Hardware) -> dict[str, str | None]:
-    """Why each transform, with its default parameters, cannot be tried on this machine; None where it can.
+    """Why each transform, with its default parameters, cannot be tried on this machine; None if it can.
 
-    Asked of a tiny model: what depends on the real one shows when that is tuned.
+    This is checked with a tiny model. Obstacles that depend on the real model appear when that model is tuned.
     """
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,7 +120,7 @@ def availability(machine: Hardware) -> dict[str, str | None]:
 
 
 def _for_a_phase(cls: type[Transform]) -> Transform:
-    """With default parameters, for decode, or for prefill where it is for that alone."""
+    """Make a transform with default parameters, for decode, or for prefill if it supports only that."""
     try:
         return cls(phase="decode")
     except ChoiceError:
@@ -128,7 +128,7 @@ def _for_a_phase(cls: type[Transform]) -> Transform:
 
 
 def plan(file: Path) -> int:
-    """A plan: what it was made for, what it applies, and the report of the time."""
+    """Show a plan: what it was made for, what it applies, and its report."""
     from ..report import read
     from ..tune import plan as plans
 
@@ -154,7 +154,7 @@ def plan(file: Path) -> int:
 
 
 def policies() -> int:
-    """Every policy that can be named, and where it comes from."""
+    """List every policy that can be named, and its file."""
     from ..tune.policy import available, check
 
     table = _table("policy", "objective", "tier", "budget", "description", "file")
@@ -170,7 +170,7 @@ def policies() -> int:
 
 
 def check_policy(file: Path) -> int:
-    """Whether a policy file is valid."""
+    """Check a policy file, and say that it is valid."""
     from ..tune.policy import check
 
     found = check(file)
@@ -182,7 +182,7 @@ def check_policy(file: Path) -> int:
 
 
 def transforms() -> int:
-    """Every transform, built in or from a plug-in."""
+    """List every transform, built in or from a plug-in."""
     from ..transforms import registry
 
     table = _table("transform", "stage", "lossless", "parameters and defaults", "what it does")

@@ -1,7 +1,7 @@
-"""Standard output and standard error of a command: that nobody reads them, or the disk is full, is no crash.
+"""Standard output and standard error of a command. A closed pipe or a full disk must not crash the command.
 
-A reader that closes the pipe (`| head`) has seen enough: the command goes on and its exit code stands. Output that
-could not be written otherwise is said, and turns 0 into 3.
+If a reader closes the pipe (`| head`), the command goes on and keeps its exit code. Any other write error is reported,
+and turns exit code 0 into 3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..report.printable import printable
 
 
 class Stream:
-    """A text stream that remembers that it could not be written to, and lets everything else pass."""
+    """A text stream that records the first write error instead of raising it. All else goes to the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,7 +37,11 @@ class Stream:
         self._try(self._stream.flush)
 
     def code(self, code: int) -> int:
-        """The exit code, once it is known whether all was written."""
+        """Flush, and return the exit code that includes a write error.
+
+        Args:
+            code: exit code of the command.
+        """
         self.flush()
         if self.failure is None or self.failure.errno == errno.EPIPE:
             return code
@@ -54,7 +58,7 @@ class Stream:
             self._divert()
 
     def _divert(self) -> None:
-        """What is still buffered would fail again when the process ends."""
+        """Redirect the stream to the null device, because buffered text would fail again when the process ends."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -65,7 +69,7 @@ class Stream:
 
 
 class _Notes(logging.Handler):
-    """Warnings of the library, a line each."""
+    """Prints the library's warnings, one per line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"autotune: {printable(' '.join(record.getMessage().split()))}\n")
@@ -73,10 +77,10 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def guarded() -> Iterator[Stream]:
-    """Replace the standard streams, and how warnings are shown on them, while the block runs; give standard output."""
+    """Replace the standard streams, and the format of warnings, while the block runs. Yields standard output."""
     before: tuple[Any, Any, Any] = sys.stdout, sys.stderr, warnings.formatwarning
     with open(os.devnull, "w") as nowhere:
-        out, errors = (Stream(stream or nowhere) for stream in before[:2])  # None: it was closed
+        out, errors = (Stream(stream or nowhere) for stream in before[:2])  # None if it was closed
         sys.stdout, sys.stderr = out, errors
         warnings.formatwarning = lambda message, *_, **__: f"{printable(message)}\n"
         notes, log = _Notes(logging.WARNING), logging.getLogger("autotune")
@@ -91,7 +95,7 @@ def guarded() -> Iterator[Stream]:
 
 @contextmanager
 def _anything_encodes(stream: Stream) -> Iterator[None]:
-    """A character that the terminal's encoding lacks is shown as its number."""
+    """Print characters that the terminal's encoding lacks as their numbers."""
     strict = getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure")
     if strict:
         stream.reconfigure(errors="backslashreplace")

@@ -37,7 +37,7 @@ def tune(args: Namespace) -> int:
     """Tune a model, print the report, write report.md, report.json, report.html and plan.json.
 
     Raises:
-        MeasurementError: nothing of what should have been tried could be; the report is written all the same.
+        MeasurementError: none of the wanted candidates could be tried; the report is written anyway.
     """
     model, _ = _tuned(args, args.model, args.prompts, keep_original=not args.release)
     _require_tries(model)
@@ -48,7 +48,7 @@ def demo(args: Namespace) -> int:
     """Tune the demo model, then let original and plan answer the same question.
 
     Raises:
-        MeasurementError: nothing of what should have been tried could be; the report is written all the same.
+        MeasurementError: none of the wanted candidates could be tried; the report is written anyway.
     """
     from . import demo as stage
 
@@ -62,7 +62,7 @@ def demo(args: Namespace) -> int:
 
 
 def _require_tries(model: PreTrainedModel) -> None:
-    """Fail where tuning wanted to try something, and could try nothing of it."""
+    """Raise MeasurementError if tuning wanted to try candidates, but could try none."""
     from ..tune.verdict import is_fruitless
 
     handle: Any = model.autotune
@@ -106,7 +106,7 @@ def _tuned(
 
 @contextmanager
 def _kernels_being_built() -> Iterator[None]:
-    """Compile the CPU operators, where they are not in the cache, beside what is done meanwhile and times nothing."""
+    """Compile CPU operators that are not cached in a thread while the block runs. The block must not time anything."""
     import torch
 
     from ..machine import ending
@@ -124,7 +124,7 @@ def _kernels_being_built() -> Iterator[None]:
 
 
 def profile(args: Namespace) -> int:
-    """Profile and diagnose both phases; nothing is tried."""
+    """Profile and diagnose both phases. Nothing is tried."""
     if args.replay:
         return replay(args)
     if args.ncu in PHASES and args.ncu_csv is None:
@@ -148,7 +148,7 @@ def profile(args: Namespace) -> int:
 
 
 def replay(args: Namespace) -> int:
-    """One phase of the model once, for a tool that watches."""
+    """Run one phase of the model once, for an external profiler."""
     from .. import workload
     from ..profile import ncu_replay
     from ..profile.survey import median_prompts
@@ -190,7 +190,19 @@ def profiled(
     notify: Callable[[str], None],
     counted: Mapping[Phase, Reading] | None = None,
 ) -> Findings:
-    """What the model costs as it is; `counted` is what Nsight Compute told of a phase."""
+    """Profile and diagnose the model as it is.
+
+    Args:
+        model: the model.
+        prompts: the workload, as `wrap` takes it.
+        tokenizer: encodes prompts given as text.
+        budget_s: time to profile, seconds.
+        notify: called with a sentence for each step.
+        counted: counters from Nsight Compute, by phase.
+
+    Raises:
+        UnsupportedModelError: the model cannot be tuned.
+    """
     from .. import profile as profiling
     from .. import workload
     from ..diagnose.diagnosis import diagnose, supported
@@ -223,7 +235,7 @@ def profiled(
 
 
 def draw_answers(console: Console, question: str, *answers: Any) -> None:
-    """The same question answered side by side, once each."""
+    """Print the answers to the same question side by side."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.text import Text
@@ -256,7 +268,7 @@ def _load(
 
     from ..model.load import load
 
-    if prompts is not None and not prompts.is_file():  # said before minutes of loading
+    if prompts is not None and not prompts.is_file():  # fails before minutes of loading
         raise WorkloadError(f"there is no file {prompts}; expected prompts, one a line, or .jsonl")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -275,7 +287,7 @@ def _workload(prompts: Path | None, tokenizer: PreTrainedTokenizerBase | None) -
 
 
 def _folder(out: Path | None, model: str) -> Path:
-    """Where the results go, made and found writable before anything takes long."""
+    """Make the folder for the results and check that it is writable, before the long work begins."""
     name = os.path.basename(os.path.realpath(expanded(model))).removesuffix(".gguf")
     folder = out or Path("out") / name
     try:
@@ -296,7 +308,7 @@ def _hand_over(report: Report, folder: Path | None, stem: str, others: dict[str,
     files = {f"{stem}.md": report.to_markdown(), f"{stem}.json": report.to_json()} | others
     for name, text in files.items():
         _write(folder / name, text)
-    page = f"{stem}.html"  # last: what took minutes to find out is kept, whatever becomes of the charts
+    page = f"{stem}.html"  # last, so that the results are saved even if drawing the charts fails
     try:
         _write(folder / page, report.to_html())
     except PackageError as error:

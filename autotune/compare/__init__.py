@@ -1,1 +1,1 @@
-"""One model, plan or transform against another: experiments, offline or on live traffic, and checks for CI."""
+"""Compares one model, plan or transform with another: experiments, offline or on live traffic, and checks for CI."""

@@ -1,7 +1,7 @@
-"""What noise hid is tried again later, by itself.
+"""Repeats a background search later if noise may have hidden a gain.
 
-A search in the background that kept the original may have done so only because the machine was busy, or because no gain
-could be told from noise. At a quieter time it may come to something else.
+A background search may keep the original only because the machine was busy, or because a gain could not be told from
+noise. At a quieter time it may find a plan.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from ..report.numbers import duration
 if TYPE_CHECKING:
     from ..workload import Workload
 
-# Seconds of rest before each further search. After ten minutes a build or a back-up is over; a machine that is busy for
-# more than an hour is busy for good, and each search is itself load for whoever else is there.
+# Pauses before the further searches, seconds. A build or a backup is usually over after ten minutes. A machine that is
+# busy for more than an hour probably stays busy, and each search adds load for its other users.
 PAUSES_S = (600.0, 1200.0, 2400.0)
 
 Tune = Callable[["Workload", bool], bool]
 
 
 class Rest(Protocol):
-    """Waits for some seconds. Returns whether all was called off, as soon as it is."""
+    """Wait for `seconds`, or until tuning is called off. Returns whether it was called off."""
 
     def __call__(self, seconds: float) -> bool: ...
 
 
 class Again:
-    """The rests between searches for one model.
+    """The pauses between searches for one model.
 
     Args:
-        rest: waits.
-        clock: monotonic seconds.
+        rest: waits between two searches.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, rest: Rest, clock: Callable[[], float] = time.monotonic) -> None:
         self._rest, self._clock = rest, clock
-        self._due_s: float | None = None  # value of the clock; None while nothing is to be tried again
+        self._due_s: float | None = None  # clock value of the next search; None if no search is due
         forking.tell(self)
 
     def after_fork(self) -> None:
-        """The thread that would try again is the parent's."""
+        """Forget the next search in a forked child: the thread that would run it exists only in the parent."""
         self._due_s = None
 
     def drop(self) -> None:
-        """Do not try again: someone else does."""
+        """Cancel the next search, because its owner tunes now."""
         self._due_s = None
 
     def keep_trying(self, tune: WeakMethod[Tune], work: Workload) -> None:
-        """Tune until noise has hidden nothing, or it was tried often enough.
+        """Tune until noise no longer hides a gain, or until all pauses are used up.
 
         Args:
-            tune: of what is tuned, which may be gone when a rest is over. Told whether it is another try; returns
-                whether noise may have hidden a gain.
+            tune: method of the tuned object, which may no longer exist after a pause. Takes the workload and whether
+                this is a repeated try; returns whether noise may have hidden a gain.
             work: what to tune for.
         """
         if not _tune(tune, work, False):
@@ -69,7 +69,7 @@ class Again:
                 return
 
     def said(self, detail: str) -> str:
-        """What became of a search, in words, with when it is repeated."""
+        """Return `detail`, the outcome of a search, with the time until the next search if one is due."""
         due_s = self._due_s
         if due_s is None:
             return detail
@@ -78,6 +78,6 @@ class Again:
 
 
 def _tune(tune: WeakMethod[Tune], work: Workload, again: bool) -> bool:
-    """In a frame of its own: nothing holds on to what is tuned during a rest."""
+    """Call the method if its object still exists. A separate function, so that no reference to it outlives the call."""
     method = tune()
     return method is not None and method(work, again)

@@ -50,7 +50,7 @@ class Fault:
 
     Args:
         reason: in words.
-        unready: whether only a batch of that size is concerned.
+        unready: whether the fault concerns only batches of the call's size.
     """
 
     reason: str
@@ -63,7 +63,7 @@ class Fault:
 
 
 class Handle:
-    """`model.autotune`: what is known, and what can be done about it."""
+    """`model.autotune`: the state of a wrapped model, and the operations on it."""
 
     def __init__(self, model: PreTrainedModel, options: Options) -> None:
         self.options = options
@@ -95,7 +95,7 @@ class Handle:
 
     @property
     def status(self) -> Status:
-        """Where the model stands: what serves, what was served and what was not, and why."""
+        """The model's state: what serves, which calls the plan served, which it did not, and why."""
         serves = self._active is not None and self._stale is None and not self._watch.open()
         names = tuple(map(str, self._active.transforms)) if self._active and serves else ()
         speculation = self._active.speculation if self._active else None
@@ -112,16 +112,16 @@ class Handle:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """When the committed plan was taken out and back, and why; the latest hundred."""
+        """When and why the committed plan was taken out of service or put back; the latest 100 events."""
         return tuple(self._watch.events)
 
     @property
     def plan(self) -> Plan | None:
-        """The plan found, committed or not; None before tuning."""
+        """The plan that tuning found, whether committed or not; None before tuning."""
         return self._tuned.plan if self._tuned else None
 
     def report(self) -> Report:
-        """What was measured and decided.
+        """Return the report on what was measured and decided.
 
         Raises:
             StateError: nothing was tuned yet.
@@ -131,7 +131,7 @@ class Handle:
         return self._tuned.report.with_calls(self._served, dict(self._bypassed))
 
     def tune(self, workload: Any = None) -> Report:
-        """Tune now and commit what wins; returns when done.
+        """Tune now and commit the winner. Returns when done.
 
         Args:
             workload: prompts as `wrap` takes them; default: those given to `wrap`, or the calls observed so far.
@@ -161,15 +161,15 @@ class Handle:
         """Serve with the plan that was found (again, after a rollback).
 
         Args:
-            keep_original: False lets go of the original's weights that the plan does not use, for good. The model is
-                the same object and serves as before, and what the plan cannot serve runs through the plan's own layers
-                in transformers' loop; but there is no rollback, unwrap, tuning or saving any more. "parked" moves them
-                from the GPU to the host's memory instead, and whatever needs them brings them back. Calls under way
-                are waited for. Where the plan uses all of the original, nothing is moved.
+            keep_original: False permanently frees the original's weights that the plan does not use. The model stays
+                the same object and serves as before. Calls that the plan cannot serve run through the plan's layers in
+                transformers' loop. Rollback, unwrap, tuning and saving are no longer possible. "parked" moves the
+                weights from the GPU to the host's memory instead; an operation that needs them moves them back. Waits
+                for calls under way. Moves nothing if the plan uses all of the original's weights.
 
         Raises:
-            StateError: there is no plan, the model changed since, or tuning under way needs the original; or it is to
-                be parked and lies in the host's memory already.
+            StateError: there is no plan, the model changed since tuning, tuning under way needs the original, or
+                "parked" was asked for and the original is already in the host's memory.
         """
         if self._tuned is None:
             raise StateError("there is no plan to commit; call .tune() first")
@@ -187,7 +187,7 @@ class Handle:
             self._tuning.release()
 
     def rollback(self) -> None:
-        """Serve with the original from the next call on; calls under way finish as they started.
+        """Serve with the original from the next call on. Calls under way finish with what they started with.
 
         Raises:
             StateError: the original was released.
@@ -211,11 +211,15 @@ class Handle:
         return self._model
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles of a model that is passed through are plain models, with None for a handle."""
+        """Pickle and copy the handle as None, so that a copy of a passed-through model is a plain model."""
         return type(None), ()
 
     def pass_through(self, reason: str) -> None:
-        """Be there, and leave every call to the model: its calls cannot be routed, for this reason."""
+        """Attach the handle but leave every call to the model, because its calls cannot be routed.
+
+        Args:
+            reason: why they cannot be routed, in words.
+        """
         self._state, self._detail, self._problem = "passed through", reason, reason
         route.hold(self._model, self)
 
@@ -260,13 +264,13 @@ class Handle:
     # How it works
 
     def after_fork(self) -> None:
-        """What a thread of the parent's was tuning is tuned there."""
+        """Reset the state in a forked child: a thread of the parent tunes on, but only in the parent."""
         if self._state == "tuning":
             self._state = "waiting" if self.options.when == "manual" else "observing"
             self._detail = "it was being tuned in the process that this one was forked from; this one may tune again"
 
     def start(self, work: Workload) -> None:
-        """Tune for `work`: at once, or in the background."""
+        """Tune for `work`, now or in the background."""
         self._given = work
         if self.options.when == "blocking":
             with self._tuning:
@@ -275,14 +279,14 @@ class Handle:
             self._spawn(work)
 
     def _is_unserved(self) -> bool:
-        """Whether a mode is on under which no plan serves."""
+        """Whether a torch mode is on in which no plan serves."""
         mode = modes.unserved()
         if mode is not None and self._active is not None:
             self._bypassed[mode] += 1
         return mode is not None
 
     def _fresh(self) -> Variant | None:
-        """The variant to serve with, while the model is what it was when it was tuned."""
+        """The variant to serve with, or None if there is none or the model has changed since tuning."""
         variant = self._active
         if variant is None:
             return None
@@ -298,7 +302,7 @@ class Handle:
         return variant if change is None else None
 
     def _change(self) -> str | None:
-        """How the model differs from when it was tuned, or None."""
+        """How the model differs from its state at tuning, or None."""
         if self._model.training:
             return "it is in training mode"
         return "it was never tuned" if self._revision is None else self._revision.changed()
@@ -336,7 +340,7 @@ class Handle:
         return self._recover(fault, theirs, original)
 
     def _lose(self, failure: DeviceError) -> None:
-        """Nothing can be retried on this device."""
+        """Record that the device failed. Nothing can be retried on it."""
         self._active, self._state, self._detail = None, "failed", str(failure)
 
     def _recover(
@@ -346,13 +350,15 @@ class Handle:
         original: Callable[[], Any],
         call: seam.Sampling | None = None,
     ) -> Any:
-        """The original's answer after the plan raised; called when no exception holds on to the plan's memory any more.
+        """Return the original's answer after the plan raised.
+
+        Call it outside of the `except` block, when no exception keeps the plan's memory alive.
 
         Args:
             fault: what was wrong with the plan.
-            theirs: the exception of the caller's own that was behind it, or None.
-            original: answers from a clean state.
-            call: of generate's loop, or None for a direct forward.
+            theirs: the exception from the caller's code that caused the failure, or None.
+            original: computes the answer from a clean state.
+            call: the call of generate's loop, or None for a direct forward.
         """
         if theirs is not None:
             self._watch.abandoned(call)
@@ -373,7 +379,7 @@ class Handle:
         return result
 
     def _note(self, event: Event) -> None:
-        """The plan was taken out, or back."""
+        """Update the state after the plan was taken out of service or put back."""
         if event.phase == "closed":
             self._turn("tuned", f"{event.reason}; the plan serves again")
         elif event.phase != "half-open":
@@ -381,7 +387,7 @@ class Handle:
             self._turn("failed", f"{event.reason}; {self._other()}{again}")
 
     def _turn(self, state: State, detail: str = "") -> None:
-        """Something happened to the plan that serves. While tuning goes on, the state says that."""
+        """Set the state after an event of the serving plan. During tuning the state stays "tuning"."""
         self._detail = detail or self._detail
         if self._state != "tuning":
             self._state = state
@@ -392,13 +398,13 @@ class Handle:
         return "the plan's layers serve in transformers' loop" if released else "the original serves"
 
     def _unwatchable(self) -> str | None:
-        """Why a served call cannot be scored by the original now, or None."""
+        """Why the original cannot score a served call now, or None."""
         if self._original.place != "resident":
             return f"the original is {self._original.place}"
         return self._change() or (self._revision.look_closer() if self._revision else None)
 
     def _say(self, detail: str, remedy: str = "") -> None:
-        """The plan does not serve: say why, and what does."""
+        """Warn that the plan does not serve: why, what serves instead, and the remedy."""
         remedy = RELOAD if self._original.place == "released" else remedy
         self._detail = "; ".join(filter(None, (detail, self._other(), remedy)))
         warn(self._detail)
@@ -406,7 +412,7 @@ class Handle:
     def _observe_call(self, call: seam.Sampling) -> None:
         try:
             self._consider(call)
-        except Exception as error:  # the call is answered, and nobody asked for more
+        except Exception as error:  # the call was answered; observing it is optional
             log.warning("a call was not observed: %s: %s", type(error).__name__, error)
 
     def _consider(self, call: seam.Sampling) -> None:
@@ -431,7 +437,12 @@ class Handle:
             self._tuning.release()
 
     def _tune_by_itself(self, work: Workload, again: bool) -> bool:
-        """Tune in the background, unless things have changed since; whether noise may have hidden a gain."""
+        """Tune in the background. Returns whether noise may have hidden a gain.
+
+        Args:
+            work: what to tune for.
+            again: whether this is a repeated try, which is skipped if the state or the model has changed since.
+        """
         if again and not (
             self._state == "original" and self._change() is None and self._tuning.acquire(blocking=False)
         ):
@@ -440,13 +451,13 @@ class Handle:
         return self._state == "original" and self._tuned is not None and self._tuned.noisy
 
     def _run_and_unlock(self, work: Workload) -> None:
-        """Tune on behalf of a live call, which must not fail for it."""
+        """Tune on behalf of a live call. An error in tuning must not fail the call."""
         try:
             self._run(work)
         except Cancelled:
             log.debug("tuning was called off")
         except Exception as error:
-            if self._traffic.cancelled or ending.ends():  # whatever it was, it follows from that
+            if self._traffic.cancelled or ending.ends():  # the error is a consequence of stopping
                 log.debug("tuning was called off", exc_info=True)
                 return
             self._active, self._state = None, "failed"
@@ -456,7 +467,7 @@ class Handle:
             self._tuning.release()
 
     def _run_here(self, work: Workload) -> None:
-        """Tune on behalf of a caller, who is told what became of it."""
+        """Tune on behalf of a caller, who gets the errors."""
         try:
             self._run(work)
         except Cancelled:
@@ -486,20 +497,20 @@ class Handle:
         except BaseException as error:
             self._active, self._state, self._detail = None, "failed", f"{type(error).__name__}: {error}"
             raise
-        devices.of(self._model).trim()  # what measuring and judging held
+        devices.of(self._model).trim()  # frees the memory that measuring and judging used
         if change := revision.differs():
             raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
         self._revision = revision
         self._switch(self._tuned.variant)
-        if self._quiet and self._tuned.doubt is not None:  # whoever draws progress was told
+        if self._quiet and self._tuned.doubt is not None:  # a progress callback got this message already
             log.warning("%s. This is not kept as a plan: %s", self._tuned.verdict, self._tuned.doubt)
         if self.options.keep_original is not True:
             self._send_away(park=self.options.keep_original == "parked")
 
     def _serve_meanwhile(self, revision: Revision, variant: Variant) -> None:
-        """What is proven so far serves while tuning goes on, unless the model changed since, or was rolled back.
+        """Serve with a proven variant while tuning goes on, unless the model changed or was rolled back meanwhile.
 
-        It is not watched: calls that overlap with tuning say nothing about its pace.
+        Its speed is not watched: times of calls that overlap with tuning say nothing about it.
         """
         if self._state == "tuning" and revision.differs() is None:
             self._revision = revision
@@ -508,7 +519,7 @@ class Handle:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While no request is in flight."""
+        """Hold this context while no request is in flight."""
         try:
             with self._traffic.step():
                 yield
@@ -517,7 +528,7 @@ class Handle:
 
     def _progress(self, step: str) -> None:
         self._detail = said(step)
-        if not (self._quiet and isinstance(step, Doing) and step.share):  # a log has steps
+        if not (self._quiet and isinstance(step, Doing) and step.share):  # a log shows steps, not shares
             self._notify(step)
 
     def _switch(self, variant: Variant) -> None:
@@ -548,7 +559,14 @@ class Handle:
         self._tuned = replace(self._tuned, report=report)
 
     def _bring_back(self, what: str) -> None:
-        """See to it that the original's weights are where they were; a plan that leaves no room for them is dropped."""
+        """Move parked weights of the original back. Drops the plan if it leaves no room for them.
+
+        Args:
+            what: the operation that needs the weights, for the message.
+
+        Raises:
+            StateError: the original was released.
+        """
         self._original.require(what)
         if self._original.place != "parked" or self._tuned is None:
             return

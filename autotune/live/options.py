@@ -1,4 +1,4 @@
-"""What `wrap` was asked for."""
+"""The options of a wrapped model, as `wrap` got them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KeepOriginal = bool | Literal["parked"]
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `wrap` that hold as long as the model is wrapped; see there.
+    """The arguments of `wrap` that apply as long as the model is wrapped; `wrap` describes them.
 
     Raises:
-        ValueError: a value that none of them takes.
+        ValueError: an argument has a value that it does not accept.
     """
 
     policy: Policy

@@ -1,8 +1,8 @@
-"""A wrapped model's own weights: on its device, parked in the host's memory, or let go.
+"""The original weights of a wrapped model: on its device, parked in the host's memory, or released.
 
-Without them the model object consists of layers of the plan: those of its prefill, which take any number of tokens, so
-that calls which the plan cannot serve run through them in transformers' own loop. It stays the object it was, with its
-class, configuration and handle.
+Without them, the model object consists of the layers of the plan's prefill. Those take any number of tokens, so calls
+that the plan cannot serve run through them in transformers' loop. The object keeps its identity, class, configuration
+and handle.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ UNPARK = "the original's weights are parked; call .autotune.rollback() first"
 
 
 class Original:
-    """Where the weights of `model` are; no call may be under way when they go or come.
+    """Where the original weights of `model` are. No call may be under way when they are moved or freed.
 
     Args:
-        model: the wrapped model. Aliases of it share its dictionaries of modules, which are edited in place.
+        model: the wrapped model. Its aliases share its dictionaries of modules, so these are edited in place.
 
     Attributes:
         place: "resident", "parked" or "released".
@@ -46,11 +46,11 @@ class Original:
         self.place: Place = "resident"
         self._model = model
         self._tree: dict[str, dict[str, Any]] = {}
-        self._parked: dict[torch.device, list[torch.Tensor]] = {}  # by where they belong
+        self._parked: dict[torch.device, list[torch.Tensor]] = {}  # by the device they came from
         self._hooks: list[Any] = []
 
     def release(self, variant: Variant) -> None:
-        """Free what the variant does not use, for good."""
+        """Permanently free the weights that the variant does not use."""
         if self.place == "parked":
             self._tree, self._parked = {}, {}
             self._forbid_saving(RELOAD)
@@ -62,10 +62,10 @@ class Original:
         devices.of(variant.original).trim()
 
     def park(self, variant: Variant) -> None:
-        """Move what the variant does not use to the host's memory.
+        """Move the weights that the variant does not use to the host's memory.
 
         Raises:
-            StateError: the device is a CPU, whose memory is the host's.
+            StateError: the device is a CPU, so the weights are in the host's memory already.
         """
         device = devices.of(self._model)
         if device.kind == "cpu":
@@ -82,11 +82,11 @@ class Original:
 
     @property
     def parked_bytes(self) -> int:
-        """What has to fit on the device to bring the original back."""
+        """Bytes needed on the device to bring the original back."""
         return sum({where(t): t.untyped_storage().nbytes() for t in chain(*self._parked.values())}.values())
 
     def restore(self) -> None:
-        """Bring the parked weights back; the model is what it was, bit for bit."""
+        """Move the parked weights back. The model is then bit-identical to what it was."""
         for home, group in self._parked.items():
             relocate(group, home)
         for kind, was in self._tree.items():
@@ -96,7 +96,11 @@ class Original:
         self.place = "resident"
 
     def require(self, what: str) -> None:
-        """Raises StateError when the weights are gone for good."""
+        """Raise StateError if the weights were released.
+
+        Args:
+            what: the operation that needs them, for the message.
+        """
         if self.place == "released":
             raise StateError(f"cannot {what}: {RELOAD}")
 
@@ -107,8 +111,10 @@ class Original:
         self._forbid_saving(remedy)
 
     def _forbid_saving(self, remedy: str) -> None:
-        """`state_dict`, with it `save_pretrained`, and `load_state_dict`: the weights are not those that the model's
-        class and configuration describe."""
+        """Make `state_dict` (and so `save_pretrained`) and `load_state_dict` raise.
+
+        The weights are no longer those that the model's class and configuration describe.
+        """
 
         def refuse(*_: Any) -> None:
             raise StateError(f"this model has no weights of its own to save or to load into: {remedy} for that")
@@ -130,10 +136,10 @@ def releasable_bytes(model: PreTrainedModel, variant: Variant) -> int:
 
 
 def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Everything with memory that a model computes with, plain attributes of exchanged layers included."""
+    """Yield every tensor with storage that a model computes with, including plain attributes of exchanged layers."""
     attributes = chain.from_iterable(vars(module).values() for module in model.modules())
     for value in chain(model.parameters(), model.buffers(), attributes):
-        if type(value) in PLAIN and value.layout is torch.strided:  # packed and foreign kinds show no storage
+        if type(value) in PLAIN and value.layout is torch.strided:  # packed and foreign kinds expose no storage
             yield value
 
 
@@ -143,7 +149,7 @@ def where(tensor: torch.Tensor) -> int:
 
 
 def relocate(group: Iterable[torch.Tensor], home: torch.device) -> None:
-    """Give tensors memory of their own on `home`, those that shared memory one together. They stay the same objects."""
+    """Move tensors into new storage on `home`. They stay the same objects, and those that shared storage still do."""
     moved: dict[int, torch.UntypedStorage] = {}
     for tensor in group:
         storage = tensor.untyped_storage()
@@ -155,17 +161,20 @@ def relocate(group: Iterable[torch.Tensor], home: torch.device) -> None:
 
 
 def _move(variant: Variant, theirs: set[int]) -> None:
-    """Give what is left of the original memory of its own: one tensor of a checkpoint keeps the whole file mapped."""
+    """Copy the original's tensors that the variant still uses into new storage.
+
+    Otherwise one tensor of a checkpoint keeps the whole file mapped.
+    """
     left = {id(t): t for module in variant.modules.values() for t in tensors(module) if where(t) in theirs}
     for home in {t.device for t in left.values()}:
         relocate([t for t in left.values() if t.device == home], home)
     if variant.step is not None:
-        variant.step.forget()  # recorded steps hold on to addresses
+        variant.step.forget()  # recorded steps hold the old addresses
     if variant.speculation is not None:
         variant.speculation.forget()
 
 
 def _replace(held: dict[str, Any], new: dict[str, Any]) -> None:
-    """In place: aliases of the model share its dictionaries."""
+    """Replace a dictionary's contents in place, because aliases of the model share it."""
     held.clear()
     held.update(new)

@@ -1,4 +1,4 @@
-"""Where a wrapped model stands."""
+"""The state of a wrapped model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ State = Literal[
 
 @dataclass(frozen=True)
 class Status:
-    """Where a wrapped model stands.
+    """The state of a wrapped model.
 
     Args:
-        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning" (what `transforms` names is proven and
-            serves meanwhile), "tuned", "original" (kept: nothing better was proven, or nothing could be tried),
-            "rolled back", "stale" (the model changed), "failed" (tuning or the plan failed) or "passed through" (calls
-            cannot be routed with the installed versions).
-        detail: one sentence more.
-        transforms: the plan that serves, in words.
-        served: calls served by the plan.
-        bypassed: calls that the plan could not serve, by reason; the original did, or without its weights the layers
-            that the model took over.
+        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning" (a proven variant, named by
+            `transforms`, may serve meanwhile), "tuned", "original" (kept: nothing better was proven, or nothing could
+            be tried), "rolled back", "stale" (the model changed), "failed" (tuning or the plan failed) or "passed
+            through" (calls cannot be routed with the installed versions).
+        detail: one more sentence about the state.
+        transforms: the transforms of the plan that serves, in words.
+        served: number of calls that the plan served.
+        bypassed: number of calls that the plan could not serve, by reason. The original served them, or, if its weights
+            were released, the plan's layers in transformers' loop.
         original: where the original's weights are: "resident", "parked" in the host's memory, or "released".
-        speculation: what became of guessed tokens; None where the plan guesses none.
-        watch: what is watched of the plan that was committed, and what was seen, in a sentence.
+        speculation: counts of guessed tokens; None if the plan does not guess.
+        watch: what is watched about the committed plan and what was seen, in a sentence.
     """
 
     state: State

@@ -1,4 +1,4 @@
-"""`wrap(model)`: the model object stays itself; its calls are observed, then served by the variant that won."""
+"""`wrap(model)`: keeps the same model object, observes its calls, then serves them with the variant that won."""
 
 from __future__ import annotations
 
@@ -34,35 +34,36 @@ def wrap(
     watch: float = 0.01,
     progress: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """Make a live causal LM faster without making it worse. Returns the object it was given.
+    """Make a live causal LM faster without making it worse. Returns the same object.
 
-    With releases of torch or transformers that it was not tested with, it first finds out on a tiny model whether calls
-    can be routed. Where they cannot, it warns, the model stays as it is and `status.state` is "passed through".
+    For releases of torch or transformers that were not tested, it first checks on a tiny model whether calls can be
+    routed. If they cannot, it warns, leaves the model as it is and sets `status.state` to "passed through".
 
     Args:
         model: a Hugging Face causal LM in eval mode, with its weights loaded.
         tokenizer: needed for prompts given as strings; also provides natural text to judge quality on.
-        draft: a smaller model with the same vocabulary, which may guess tokens that the model then checks; answers stay
-            the model's own. It is used where a policy's `speculation` step finds that it pays.
+        draft: a smaller model with the same vocabulary. It may guess tokens, which the model then checks, so answers
+            stay the model's. It is used if the policy's `speculation` step finds that this is faster.
         policy: name of a policy ("balanced", "latency", "throughput", "memory", "lossless"), a TOML file, or a Policy.
-        workload: prompts to tune for (strings, token-id lists, tensors or a Workload): tuning starts at once.
-            Without it the first `observe` calls of `generate` are the workload.
+        workload: prompts to tune for (strings, token-id lists, tensors or a Workload). With it, tuning starts now
+            unless `when` is "manual". Without it, the first `observe` calls of `generate` are the workload.
         when: "background" tunes in a thread between requests, "blocking" before a call returns, "manual" on `.tune()`.
-        observe: calls of `generate` to observe.
-        cache: read and write plans, and what the original said in exams, in the user's cache directory.
+        observe: number of calls of `generate` to observe.
+        cache: whether to read and write plans, and the original's exam answers, in the user's cache directory.
         keep_original: False frees the original's weights as soon as a plan is committed, "parked" moves them from the
             GPU to the host's memory; see `Handle.commit`.
-        watch: share of the calls that a committed plan serves which the original scores again when no request is in
-            flight, to notice drift; 0 turns that off. Calls' times are watched in any case.
-        progress: told each step in a sentence when it begins and, where it is long, the share done while it goes on
+        watch: share of the served calls that the original scores again while no request is in flight, to detect drift;
+            0 turns scoring off. The times of calls are watched in any case.
+        progress: called with a sentence when each step begins and, during a long step, with the share done
             (`progress.Doing`, a str with `share`); default: the "autotune" logger.
 
     Raises:
-        UnsupportedModelError: not a causal LM with loaded weights in eval mode, or a draft of another vocabulary.
+        UnsupportedModelError: the model is not a causal LM with loaded weights in eval mode, or the draft has another
+            vocabulary.
         PolicyError: the policy is unknown or malformed.
         WorkloadError: the prompts cannot be used.
-        StateError: it was wrapped before and its original was released.
-        ValueError: another value for `when`, `observe`, `keep_original` or `watch` than those above.
+        StateError: the model was wrapped before and its original was released.
+        ValueError: `when`, `observe`, `keep_original` or `watch` has a value other than those above.
     """
     if reason := mismatch(model):
         raise UnsupportedModelError(reason)
@@ -77,7 +78,7 @@ def wrap(
     if (wrapped := model.__dict__.get(route.SLOT)) is not None:
         wrapped.unwrap()
     if when == "background":
-        trace.initialise()  # the thread that tunes would be the wrong one
+        trace.initialise()  # here, because the tuning thread would be the wrong one
     handle = Handle(model, options)
     work = None if workload is None else handle.read(workload)
     if (problem := selfcheck.problem(model)) is not None:

@@ -1,8 +1,8 @@
-"""What the user could change, and what the roofline predicts it to bring: pure functions over the findings.
+"""What the user could change, with the gain that the roofline predicts: pure functions over the findings.
 
-Every prediction is for what serves now (the profile after tuning, where there is one) and for one change at a time. It
-follows from measured times, counted bytes and FLOPs, and for other machines from data sheets. Where what a piece of
-advice needs was not measured, the piece is left out.
+Every prediction is for the variant that serves now (the profile after tuning, if there is one) and for one change at a
+time. It follows from measured times, counted bytes and FLOPs, and for other machines from data sheets. Advice is left
+out if something that it needs was not measured.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from .findings import Findings
 
-MIN_GAIN = 1.05  # two profiles of the same model differ by up to 5 %: less than that is called nothing
-MIN_MACHINE_GAIN = 1.25  # data sheets promise 10 to 25 % more than is measured: less may be no gain
-NEAR_BEST = 0.9  # share of the best throughput at which a batch is large enough: beyond it, mostly latency grows
-CLEARLY = 2.0  # how many times longer than the other a floor is where it alone decides
+MIN_GAIN = 1.05  # least speed-up that counts; two profiles of the same model differ by up to 5 %
+MIN_MACHINE_GAIN = 1.25  # least speed-up by data sheets that counts; they promise 10 to 25 % more than is measured
+NEAR_BEST = 0.9  # share of the best throughput at which a batch is large enough; beyond it, mostly latency grows
+CLEARLY = 2.0  # ratio of the compute and memory floors from which the longer one alone decides
 SHARED = 4  # query heads per key and value head of common models with grouped-query attention (Llama 3 8B: 32 / 8)
 
 
@@ -38,11 +38,11 @@ class Advice:
     """One thing that the user could change.
 
     Args:
-        change: what, as a noun phrase.
+        change: the change, as a noun phrase.
         speedups: metric concerned ("ttft", "tpot", or "throughput": tokens per second of all sequences together) ->
-            predicted speed-up; None where the change would bring little or nothing.
-        because: the numbers that this follows from, and where they come from.
-        assumes: what has to hold besides, after "assumes that"; empty where nothing has.
+            predicted speed-up; None if the change would bring little or nothing.
+        because: the numbers that the prediction follows from, and their sources.
+        assumes: further assumptions, as a clause after "assumes that"; empty if there are none.
     """
 
     change: str
@@ -53,13 +53,13 @@ class Advice:
 
 @dataclass(frozen=True)
 class Served:
-    """What serves now.
+    """The variant that serves now.
 
     Args:
-        profile: of the variant that serves.
+        profile: profile of the variant.
         hardware: this machine, measured.
         bottlenecks: what limits each phase; a phase that was not diagnosed is missing.
-        operators: operators that the original dispatches per call or token, by phase.
+        operators: number of operators that the original dispatches per call or token, by phase.
     """
 
     profile: Profile
@@ -68,17 +68,17 @@ class Served:
     operators: Mapping[Phase, int]
 
     def sequence_bytes(self) -> float:
-        """Cache and activations of one sequence."""
+        """Bytes of one sequence's cache and activations."""
         memory = self.profile.memory
         return (memory.cache_bytes + memory.activations_bytes) / self.profile.batch
 
     def room(self) -> float:
-        """Sequences that fit into memory beside the weights."""
+        """Number of sequences that fit into memory beside the weights."""
         free = FULL * self.hardware.memory_bytes - self.profile.memory.weights_bytes
         return max(0, free // self.sequence_bytes()) if self.sequence_bytes() else float("inf")
 
     def rest_of_cache(self, point: ScalePoint) -> tuple[float, float]:
-        """Bytes of a sequence's cache beyond the context of `point`, and seconds to read them at decode's own rate."""
+        """Bytes of a sequence's cache beyond the context of `point`, and seconds to read them at decode's rate."""
         decode = self.profile.phases["decode"]
         beyond = max(0.0, 1 - point.context / self.profile.prompt_tokens)
         missing = beyond * decode.cache_bytes / self.profile.batch
@@ -90,7 +90,7 @@ class Served:
 
 
 def advise(findings: Findings) -> tuple[Advice, ...]:
-    """Everything that can be advised, what helps first."""
+    """All advice that the findings support; advice with a gain comes first."""
     diagnoses = findings.diagnoses_after if findings.after is not None else findings.diagnoses_before
     served = Served(
         findings.after or findings.before,
@@ -104,7 +104,7 @@ def advise(findings: Findings) -> tuple[Advice, ...]:
 
 
 def larger_batch(served: Served) -> Iterator[Advice]:
-    """More sequences at once, as far as memory holds them, from the measured growth."""
+    """Decode more sequences at once, if they fit in memory; predicted from the measured growth."""
     base, larger = _batches(served)
     gains = {p: served.throughput(p) / served.throughput(base) for p in larger if base and p.batch <= served.room()}
     if base is None or not gains:
@@ -122,7 +122,7 @@ def larger_batch(served: Served) -> Iterator[Advice]:
 
 
 def more_memory(served: Served) -> Iterator[Advice]:
-    """Memory for more sequences than fit now; the measured growth says what they would bring."""
+    """Add memory for more sequences than fit now; predicted from the measured growth."""
     memory, each, room = served.profile.memory, served.sequence_bytes(), served.room()
     base, larger = _batches(served)
     most = max([served.profile.batch, *(point.batch for point in larger)])
@@ -149,7 +149,7 @@ def more_memory(served: Served) -> Iterator[Advice]:
 
 
 def shorter_prompts(served: Served) -> Iterator[Advice]:
-    """Half the prompt: matmuls shrink with it as far as the weights' bytes allow, attention with its square."""
+    """Halve the prompt. Matmuls shrink in proportion until reading the weights limits them, attention quadratically."""
     prefill, tokens = served.profile.phases.get("prefill"), served.profile.prompt_tokens
     if prefill is None or tokens < 2 or not prefill.linear_s:
         return
@@ -157,7 +157,7 @@ def shorter_prompts(served: Served) -> Iterator[Advice]:
     part = tokens // 2 / tokens
 
     def shrunk_s(seconds: float, flops: tuple[float, float], moved: tuple[float, float]) -> float:
-        """Seconds times what the floor shrinks by; `flops` and `moved` are those of now and then."""
+        """Scale `seconds` as the floor shrinks; `flops` and `moved` are pairs of the values now and then."""
         now_s, then_s = (floor_s(*work, peak, bandwidth) for work in zip(flops, moved, strict=True))
         return seconds * then_s / now_s if now_s else seconds
 
@@ -178,7 +178,7 @@ def shorter_prompts(served: Served) -> Iterator[Advice]:
 
 
 def shorter_context(served: Served) -> Iterator[Advice]:
-    """Half the context in decode: half of what a token's time grows by."""
+    """Halve the context in decode, and so the part of a token's time that grows with the context."""
     if found := _context_s(served):
         seconds, context_s, source = found
         change = "Half the context in decode, by shorter prompts or a sliding window"
@@ -186,7 +186,7 @@ def shorter_context(served: Served) -> Iterator[Advice]:
 
 
 def grouped_queries(served: Served) -> Iterator[Advice]:
-    """A cache that more query heads share; nothing for models that share as much already."""
+    """Share the cache among more query heads. No advice for models that already share it as much."""
     heads, found = served.profile.query_heads_per_kv_head, _context_s(served)
     if heads is None or heads >= SHARED or found is None:
         return
@@ -201,7 +201,7 @@ def grouped_queries(served: Served) -> Iterator[Advice]:
 
 
 def other_machines(served: Served) -> Iterator[Advice]:
-    """Faster machines by their data sheets: of each kind the one that gains least, and the one that gains most."""
+    """Use a faster machine, by data sheets: for each kind, the one with the least and the one with the most gain."""
     found = [(machine, gains) for machine in MACHINES if (gains := elsewhere(served, machine))]
     ranked = sorted(found, key=lambda item: prod(item[1].values()) ** (1 / len(item[1])))
     for kind in sorted({machine.device for machine, _ in ranked}, key=lambda device: device != served.hardware.device):
@@ -211,10 +211,10 @@ def other_machines(served: Served) -> Iterator[Advice]:
 
 
 def elsewhere(served: Served, machine: Machine) -> dict[str, float] | None:
-    """Metric -> speed-up on another machine; None where it gains too little, loses in a phase, or has no room.
+    """Metric -> speed-up on another machine; None if it gains too little, loses in a phase, or has too little memory.
 
-    Time that is overhead stays; the rest keeps its share of the roofline. From a CPU to a GPU, overhead is at least a
-    launch for every operator of the original.
+    Overhead time stays the same. The other time keeps its share of the roofline. From a CPU to a GPU, overhead is at
+    least one launch for every operator of the original.
     """
     memory, gains = served.profile.memory, dict[str, float]()
     needed = memory.weights_bytes + memory.cache_bytes + memory.activations_bytes
@@ -233,7 +233,7 @@ def elsewhere(served: Served, machine: Machine) -> dict[str, float] | None:
 
 
 def no_use(served: Served) -> Iterator[Advice]:
-    """What is often tried and would not help a phase with this bottleneck."""
+    """Name common changes that would not help a phase with this bottleneck."""
     for phase, found in served.profile.phases.items():
         peak, bandwidth = attainable_peak(found, served.hardware), attainable_bandwidth(found, served.hardware)
         compute_s, move_s, spent_s = found.flops / peak, found.moved_bytes / bandwidth, overhead_s(found)
@@ -260,7 +260,7 @@ def no_use(served: Served) -> Iterator[Advice]:
 
 
 def _batches(served: Served) -> tuple[ScalePoint | None, list[ScalePoint]]:
-    """The measured point of the batch that is served, and those of larger ones, in ascending order."""
+    """The measured point of the served batch size, and the points of larger ones, in ascending order."""
     points = {point.batch: point for point in served.profile.batch_scaling}
     base = points.get(served.profile.batch)
     if base is None or "decode" not in served.profile.phases:
@@ -269,7 +269,7 @@ def _batches(served: Served) -> tuple[ScalePoint | None, list[ScalePoint]]:
 
 
 def _growth(served: Served, base: ScalePoint, point: ScalePoint) -> str:
-    """The two measured points that a prediction stands on."""
+    """Describe the two measured points that a prediction is based on."""
     measured = (
         f"a step of {point.batch} sequences takes {_ms(point.seconds_per_step)}, one of {base.batch} "
         f"{_ms(base.seconds_per_step)}, measured at a context of {point.context} tokens"
@@ -280,7 +280,7 @@ def _growth(served: Served, base: ScalePoint, point: ScalePoint) -> str:
 
 
 def _context_s(served: Served) -> tuple[float, float, str] | None:
-    """Seconds of a token, those of them that its context costs, and what says so; None where nothing does."""
+    """Seconds per token, the part of them that the context costs, and the source; None if it was not measured."""
     decode, points = served.profile.phases.get("decode"), served.profile.context_growth
     if decode is None:
         return None
@@ -297,35 +297,35 @@ def _context_s(served: Served) -> tuple[float, float, str] | None:
 
 
 def _sheet_s(phase: PhaseProfile, machine: Machine) -> float | None:
-    """The phase's floor by a data sheet; None where that has no peak for its dtype."""
+    """The phase's floor by a data sheet, seconds; None if the sheet has no peak for the phase's dtype."""
     peak = machine.flops_per_s.get(phase.compute_dtype)
     return floor_s(phase.flops, phase.moved_bytes, peak, machine.bandwidth_bytes_per_s) if peak else None
 
 
 def _here_s(phase: PhaseProfile, hardware: Hardware) -> float:
-    """The phase's floor on this machine: by its data sheet, as for other machines, else as measured."""
+    """The phase's floor on this machine, seconds: by its data sheet, as for other machines, else by measured peaks."""
     sheet = _sheet(hardware)
     return (_sheet_s(phase, sheet) if sheet else None) or roofline_s(phase, hardware)
 
 
 def _sheet(hardware: Hardware) -> Machine | None:
-    """This GPU's data sheet. A CPU's is of no use: which part of its cores and channels is ours is not known."""
+    """This GPU's data sheet. A CPU's is not used: which share of its cores and channels we have is unknown."""
     return next((m for m in MACHINES if m.device == hardware.device == "cuda" and m.is_here(hardware)), None)
 
 
 def _divided(phase: PhaseProfile) -> tuple[float, float]:
-    """Seconds of overhead, and of work."""
+    """Split a phase's time into seconds of overhead and of work."""
     kept_s = min(overhead_s(phase), phase.seconds)
     return kept_s, phase.seconds - kept_s
 
 
 def _launches(served: Served, machine: Machine) -> Mapping[Phase, int]:
-    """Operators of the original to be launched, by phase, where a model comes from a CPU to a GPU."""
+    """Number of the original's operators to launch, by phase, if a model moves from a CPU to a GPU; else empty."""
     return served.operators if (served.hardware.device, machine.device) == ("cpu", "cuda") else {}
 
 
 def _figures(served: Served, machine: Machine, gains: Mapping[str, float]) -> str:
-    """Both machines' figures, in the dtypes that serve."""
+    """Describe both machines' figures, for the dtypes that serve."""
     dtypes = dict.fromkeys(found.compute_dtype for p, found in served.profile.phases.items() if METRIC_OF[p] in gains)
 
     def figures(of: Machine | Hardware) -> str:
@@ -338,7 +338,7 @@ def _figures(served: Served, machine: Machine, gains: Mapping[str, float]) -> st
 
 
 def _assumed(served: Served, machine: Machine, gains: Mapping[str, float]) -> str:
-    """What a prediction for another machine takes from this one."""
+    """Describe what a prediction for another machine assumes from this one."""
     shares, kept, launched = list[str](), list[str](), list[str]()
     launches = _launches(served, machine)
     for phase, found in served.profile.phases.items():
@@ -357,13 +357,13 @@ def _assumed(served: Served, machine: Machine, gains: Mapping[str, float]) -> st
 
 
 def _judged(change: str, metric: str, gain: float, because: str, assumes: str) -> Advice:
-    """Advice with its gain, which is told in words where it is as good as nothing."""
+    """Make advice with its gain. A negligible gain is given in words."""
     told = because if _worth(gain) else f"{because}: {n.ratio(gain)} at most"
     return Advice(change, {metric: _worth(gain)}, told, assumes)
 
 
 def _worth(gain: float) -> float | None:
-    """A predicted gain; None where it is as good as nothing."""
+    """A predicted gain, or None if it is negligible."""
     return gain if gain >= MIN_GAIN else None
 
 

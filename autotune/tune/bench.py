@@ -1,4 +1,4 @@
-"""The search's measuring side on a real model: a workload split into prompts to tune on and prompts to confirm on."""
+"""Measures variants of a real model for the search. Some prompts are for tuning; the rest are held out to confirm."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from .policy import Policy
 if TYPE_CHECKING:
     from .references import References
 
-PROMPTS_PER_SIDE = 16  # the least that a quick exam needs; see validate.quality
-GLANCE_TOKENS = 5
-SPOT_TOKENS = 8  # of a request by which a kept plan is timed again, or the machine's noise
-PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # of the original, of others, and of how they grow
-GRACE, GRACE_S = 0.05, 10.0  # of the budget, and seconds, that what is under way may take beyond it
-RACE_S, LEAST_RACE_S = 60.0, 5.0  # that a race may take, and may take however little of the budget is left
+PROMPTS_PER_SIDE = 16  # least prompts that a quick exam needs; see validate.quality
+GLANCE_TOKENS = 5  # new tokens of a request that gives a first impression
+SPOT_TOKENS = 8  # new tokens of a request that times a kept plan again, or the machine's noise
+PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # seconds to profile the original, a variant, and growth
+GRACE, GRACE_S = 0.05, 10.0  # overrun for work under way: share of the budget, seconds; the larger counts
+RACE_S, LEAST_RACE_S = 60.0, 5.0  # most seconds of a race, and the least that it gets if little budget is left
 
 
 class LiveBench:
@@ -54,8 +54,8 @@ class LiveBench:
     Args:
         original: the variant without transforms.
         workload: what to measure with; half of its prompts are held out for `confirm`.
-        texts: token ids of natural text that fill up too few prompts for the quality exam.
-        references: what the original said in earlier runs, or None to ask it.
+        texts: token ids of natural texts, added to the quality exam if there are too few prompts.
+        references: the original's answers from earlier runs, or None to compute them.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class LiveBench:
         self._texts = (texts[:half], texts[half:])
         self.clock = original.traffic.clock if original.traffic else time.perf_counter
         self.pad = original.original.generation_config.pad_token_id or 0
-        self._took = dict[str, float]()  # seconds of the latest of each kind
-        self.deadline = math.inf  # of time.monotonic, after which nothing is measured that nobody waits for
+        self._took = dict[str, float]()  # kind of work -> seconds of the latest
+        self.deadline = math.inf  # value of time.monotonic after which optional measurements are skipped
 
     def profile(self, variant: Variant) -> Profile:
-        """What decides. Decode's diagnosis on a GPU asks how the original grows with the context, too."""
+        """Profile a variant. On a GPU, also measure how the original grows with the context, for decode's diagnosis."""
         scaling = self.device.asynchronous and not variant.transforms
         budget_s = PROFILE_S + GROWTH_S if scaling else BRIEF_PROFILE_S if variant.transforms else PROFILE_S
         return profiling.measure(
@@ -89,7 +89,7 @@ class LiveBench:
         )
 
     def grow(self, profile: Profile, variant: Variant) -> Profile:
-        """A profile with what the report shows of larger batches and longer contexts, as far as the budget goes."""
+        """Add larger batches and longer contexts to a profile, for the report, if the budget allows."""
         left_s = min(GROWTH_S, self.deadline - time.monotonic())
         if profile.batch_scaling or left_s <= 0:
             return profile
@@ -114,7 +114,7 @@ class LiveBench:
         return seconds(incumbent) / seconds(candidate)
 
     def answer(self, variant: Variant) -> None:
-        """A short request of the workload.
+        """Let a variant answer a short request of the workload.
 
         Raises:
             CandidateError: the variant raised.
@@ -136,7 +136,7 @@ class LiveBench:
             return quality.judge(exam, variant, tier, self._in_time("comparing answers with the original's"))
 
     def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
-        """Measures what its layers cause where a transform exchanges layers one by one; None for others."""
+        """The probe of a transform that exchanges single layers: measures their divergence. None for others."""
         if not isinstance(transform, LinearTransform):
             return None
         return Probe(self.exam, incumbent, transform, tier)
@@ -146,12 +146,15 @@ class LiveBench:
             return self._compare(incumbent, candidate, METRIC_OF[target], self.tuning, pairs=25)
 
     def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency:
-        """How much faster one is than another, for the report: few pairs, and nothing is decided by it."""
+        """Measure a speed-up with few pairs, for the report only; nothing is decided by it."""
         limits = replace(self.policy.limits, min_gain=-1.0)
         return self._compare(reference, candidate, METRIC_OF[target], self.tuning, EARLY_LOOKS[1], limits=limits)
 
     def least_s(self, profile: Profile) -> float:
-        """The original's part alone of two exams, of A/A noise and of the fewest pairs of a race and a confirmation."""
+        """Least seconds to judge, time and confirm a candidate.
+
+        Counts only the original's part of two exams, of A/A noise and of the fewest pairs of a race and a confirmation.
+        """
         prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
         read_s = prefill_s / profile.prompt_tokens
         if (reading := reads_with(self.original.original)) is not None:
@@ -174,14 +177,14 @@ class LiveBench:
         self.device.trim()
 
     def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
-        """A variant on prompts it was not chosen on, and with fresh timing.
+        """Judge and time a variant again, on prompts it was not chosen on.
 
         Args:
-            brief: whether it is looked at in brief, as a kept plan is, where the budget has no room for as much as
-                choosing it took.
+            brief: whether a short check, as of a kept plan, is allowed when the rest of the budget is less than
+                choosing the variant took.
 
         Raises:
-            BudgetSpentError: it was not to be brief, and the budget ended.
+            BudgetSpentError: `brief` was False, and the budget ended.
         """
         if (failure := self.stress(variant)) is not None:
             return Confirmation(failure)
@@ -198,7 +201,7 @@ class LiveBench:
         return Confirmation(None, verdict, found)
 
     def stress(self, variant: Variant) -> str | None:
-        """What goes wrong with the largest request of the workload, the first that would run out of memory; or None."""
+        """Run the workload's largest request, which would run out of memory first. Returns its failure, or None."""
         longest, batch = max(self.workload.prompts, key=len), max(self.workload.batch_sizes)
         try:
             Served(variant, self.pad).generate([longest] * batch, self.workload.new_tokens)
@@ -211,16 +214,16 @@ class LiveBench:
         return f"the workload's largest request ({shape}) failed: {failure}"
 
     def reverify(self, variant: Variant) -> tuple[Quality, Latency | None]:
-        """A plan from disk, proven once for this very model and machine, tried again in seconds.
+        """Check in seconds a plan from disk that was proven before for this same model and machine.
 
-        A few prompts and requests can fail what broke since, which is what is asked here. How much a gain had to be for
-        this machine to show it was decided then, on long requests and at rest; now calls may be served meanwhile.
+        A few prompts and requests are enough to detect what broke since. The noise floor is not measured again: whether
+        the gain exceeds it was decided then, on long requests and at rest. Now calls may be served meanwhile.
         """
         self.noise = 0.0
         return self._spot(variant, 2, self._short)
 
     def _spot(self, variant: Variant, seed: int, buckets: tuple[Bucket, ...]) -> tuple[Quality, Latency | None]:
-        """Quality on a few held-out prompts, which can fail what is broken, and a few requests."""
+        """Judge a variant on a few held-out prompts, enough to detect what is broken, and time a few requests."""
         exam = self._exam(self.held_out, self._texts[1], "brief")
         verdict = quality.judge(exam, variant, tier_for(variant, self.policy))
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
@@ -233,7 +236,7 @@ class LiveBench:
             return self._exam(self.tuning, self._texts[0])
 
     def keep_references(self) -> None:
-        """Keep what the original said in the exams that were needed, for the next run."""
+        """Save the original's answers to the exams that were used, for the next run."""
         for name in ("exam", "held_out_exam"):
             if self.references is not None and name in self.__dict__:
                 self.references.save(self.__dict__[name])
@@ -250,7 +253,7 @@ class LiveBench:
 
     @cached_property
     def noise(self) -> float:
-        """What this host shows when the original races itself."""
+        """The noise floor of this host: the result of timing the original against itself."""
         doing = self._doing("timing the original against itself")
         return latency.noise_floor(self.original, self._short, self.tuning.prompts, clock=self.clock, progress=doing)
 
@@ -258,7 +261,7 @@ class LiveBench:
         return lambda step, share: self.notify(Doing(what, share))
 
     def _in_time(self, what: str) -> Callable[[str, float], None]:
-        """Progress of what is given up once the budget is spent, by a BudgetSpentError."""
+        """A progress callback that raises BudgetSpentError once the budget is spent, which stops the work."""
         doing = self._doing(what)
 
         def tell(step: str, share: float) -> None:
@@ -275,7 +278,7 @@ class LiveBench:
 
     @property
     def _short(self) -> tuple[Bucket, ...]:
-        """The first bucket with short answers, where something is timed that their length does not decide."""
+        """The first bucket with short answers, for timings that do not depend on the answers' length."""
         return tuple(replace(b, new_tokens=min(b.new_tokens, SPOT_TOKENS)) for b in self.buckets[:1])
 
     @property
@@ -308,7 +311,7 @@ class LiveBench:
             seed=seed,
             progress=self._doing("timing requests in pairs"),
         )
-        if "noise" not in self.__dict__:  # it takes long to measure, and decides about small gains alone
+        if "noise" not in self.__dict__:  # measuring noise takes long, and it matters only for small gains
             found = race(noise=0.0)
             if found.verdict is not Verdict.PASS or limits.min_gain < 0:
                 return found
@@ -321,7 +324,7 @@ class LiveBench:
         return race(noise=self.noise)
 
     def _limits(self, reference: Variant, candidate: Variant) -> Limits:
-        """Where memory is the objective, a variant that needs less of it has to gain no time; the other limits hold."""
+        """The policy's limits. If memory is the objective, a variant that needs less of it need not gain time."""
         limits = self.policy.limits
         if self.policy.objective == "memory" and own_memory(candidate) < own_memory(reference):
             return replace(limits, min_gain=-1.0)
@@ -336,7 +339,7 @@ class LiveBench:
     ) -> Exam:
         missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
         prompts = (*work.prompts, *texts[:missing])
-        # untimed: requests may overlap, unless what one leaves in the model would change another's answer
+        # not timed, so requests may overlap, unless the model keeps state that would change another request's answer
         traffic = self.original.traffic if self.original.state.modules else None
         return Exam.prepare(
             self.original.original,
@@ -345,13 +348,13 @@ class LiveBench:
             pad_token_id=self.pad,
             traffic=traffic,
             like=like,
-            kept=self.references if size == "quick" else None,  # a kept plan is verified against the model of today
+            kept=self.references if size == "quick" else None,  # a kept plan is verified against fresh answers
             progress=self._doing("collecting the original's answers to judge against"),
         )
 
 
 def own_memory(variant: Variant) -> int:
-    """Bytes of the weights that serve, those that stay once the original is released, and of a full KV cache."""
+    """Bytes of the serving weights, which remain when the original is released, and of a full KV cache."""
     model, held = variant.original, cache_size if variant.kv is None else variant.kv.bytes
     element_bytes = activation_dtype(model).itemsize
     cache_bytes = held(model, max(variant.batch_sizes), variant.context_tokens, element_bytes)

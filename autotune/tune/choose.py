@@ -1,4 +1,4 @@
-"""What the diagnosis and the roofline say about a candidate before it is tried. Pure."""
+"""Pure decisions about a candidate before it is tried, from the diagnosis and the roofline."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .plan import Outcome, Trial
 from .policy import Choice, Policy, Step
 
 USABLE_SHARE = 0.9  # of free memory; 10 % is kept for activations and the allocator's slack
-LEAST_LEFT = 0.05  # share of a phase's time that an exchange leaves: the two predictions are no more exact than that
+LEAST_LEFT = 0.05  # least share of a phase's time that an exchange leaves; the two predictions are not more exact
 
 
 @dataclass(frozen=True)
 class State:
-    """The best variant so far and what is known of it.
+    """The best variant so far and what is known about it.
 
     Args:
-        obstacle: why no transform can be had on this model, whatever it is, or None.
+        obstacle: why no transform at all is available for this model, or None.
     """
 
     variant: Variant
@@ -44,7 +44,7 @@ def make(choice: Choice) -> Transform:
 
 
 def parameter_count(original: Variant, policy: Policy) -> int | None:
-    """How many parameters a model has, where the policy asks."""
+    """Number of a model's parameters, or None if no step of the policy depends on it."""
     if all(step.parameters is None for step in policy.steps):
         return None
     return sum(parameter.numel() for parameter in original.original.parameters())
@@ -56,7 +56,7 @@ def why_not(
     """Why a step is not called for, or None.
 
     Args:
-        parameters: how many the model has; None: nobody knows, and every size will do.
+        parameters: number of the model's parameters; None: unknown, so every size is accepted.
     """
     if step.devices and hardware.device not in step.devices:
         return f"only for {', '.join(sorted(step.devices))}; this machine has {hardware.device}"
@@ -81,12 +81,12 @@ def promise(
     replaced: Transform | None = None,
     before: State | None = None,
 ) -> float | None:
-    """Predicted best-case speed-up of `phase`, or None where the transform cannot be had.
+    """Predicted best-case speed-up of `phase`, or None if the transform is unavailable.
 
     Args:
-        state: what it is measured against.
+        state: the state that the speed-up is relative to.
         replaced: a transform in `state` whose place it would take.
-        before: the original; asked for with `replaced`, as both are predicted on it.
+        before: the original; needed with `replaced`, because both transforms are predicted on it.
     """
     base = before if replaced is not None and before is not None else state
     if unavailable(transform, base.variant, hardware, base.obstacle) is not None:
@@ -98,29 +98,30 @@ def promise(
 
 
 def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obstacle: str | None = None) -> str | None:
-    """Why a transform cannot be had, or None.
+    """Why a transform is unavailable, or None.
 
     Args:
-        obstacle: why none can on this model, where that is known.
+        obstacle: why no transform is available for this model, if known.
     """
     reason = obstacle or variant.state.obstacle() or transform.unavailable(variant, hardware)
     return reason or rehearsal.obstacle(variant.original, transform, hardware)
 
 
 def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
-    """Predicted best-case speed-up of `phase`, were the transform to be had."""
+    """Predicted best-case speed-up of `phase`, assuming that the transform is available."""
     return transform.predict(state.profile, hardware).get(phase, 1.0)
 
 
 def exchange(own: float, replaced: float, phase: Phase, before: State, now: State) -> float:
-    """Predicted best-case speed-up of `phase` over what there is, where one transform takes another's place.
+    """Predicted best-case speed-up of `phase` over the current variant if one transform replaces another.
 
-    How long each leaves the phase is predicted on the original; the difference is saved from the phase as it is now.
+    The phase's time with each of the two is predicted on the original. The difference is subtracted from the phase's
+    current time.
 
     Args:
         own, replaced: speed-up of the original's phase that each promises.
         before: the original.
-        now: what there is, `replaced` in it.
+        now: the current state, which contains the replaced transform.
     """
     was_s, now_s = before.profile.phases[phase].seconds, now.profile.phases[phase].seconds
     saved_s = was_s / replaced - was_s / own
@@ -128,23 +129,24 @@ def exchange(own: float, replaced: float, phase: Phase, before: State, now: Stat
 
 
 def worth(transform: Transform, promised: float | None) -> float:
-    """What trying a transform is worth for its cost: expected gain, as a logarithm, per trial of the usual length.
+    """The worth of trying a transform: expected log speed-up per trial of the usual length.
 
-    What is lossless passes the quality gate unless something is wrong; of narrower numbers about half do. What another
-    compiler or library runs is compiled, and tried in a child process first.
+    A lossless transform passes the quality gate unless something is wrong; of those with narrower numbers about half
+    pass. One that another compiler or library runs takes longer, because it is compiled and first tried in a child
+    process.
     """
     chance, trials = (0.9 if transform.lossless else 0.5), (3.0 if is_foreign(transform) else 1.0)
     return chance * math.log(max(promised or 1.0, 1.0)) / trials
 
 
 def rule_out(trial: Trial, phase: Phase, state: State, limits: Limits, hardware: Hardware) -> Trial | None:
-    """The trial settled without a run (cannot be had, or cannot win), or None when it has to be tried."""
+    """Settle a trial without a run (unavailable, or cannot win). Returns None if it has to be tried."""
     missing, predicted = None, trial.predicted
     if predicted is None:
         missing = unavailable(trial.transform, state.variant, hardware, state.obstacle) or "not available"
         if not isinstance(missing, Blocker):
             return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
-        predicted = expect(trial.transform, phase, state, hardware)  # is anything lost?
+        predicted = expect(trial.transform, phase, state, hardware)  # what the missing requirement costs
     if at_best(trial.transform, predicted, phase, state, hardware) < 1 + limits.min_gain:
         reason = f"the roofline allows {predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
         return replace(trial, outcome=Outcome.SKIPPED, reason=reason, predicted=predicted)
@@ -156,14 +158,14 @@ def rule_out(trial: Trial, phase: Phase, state: State, limits: Limits, hardware:
 
 
 def at_best(transform: Transform, predicted: float, phase: Phase, state: State, hardware: Hardware) -> float:
-    """A predicted speed-up; where the peaks were disturbed, what it would be with those that there may be."""
+    """A predicted speed-up. If measuring the peaks was disturbed, scale it to the highest possible peaks."""
     if not hardware.disturbed or not predicted:
         return predicted
     return predicted * expect(transform, phase, state, hardware.at_best()) / expect(transform, phase, state, hardware)
 
 
 def outgrows(transform: Transform, variant: Variant, free_bytes: float) -> str | None:
-    """Why a transform does not fit into the memory that is free, or None."""
+    """Why a transform does not fit into free memory, or None."""
     needed, free = transform.extra_bytes(variant), USABLE_SHARE * free_bytes
     if needed <= free:
         return None
@@ -174,5 +176,5 @@ def outgrows(transform: Transform, variant: Variant, free_bytes: float) -> str |
 
 
 def tier_for(candidate: Variant, policy: Policy) -> str:
-    """A variant made of lossless transforms alone has to be lossless, whatever the policy would accept."""
+    """The tier to judge a candidate by. A variant of only lossless transforms must be lossless under any policy."""
     return "lossless" if all(t.lossless for t in candidate.transforms) else policy.tier

@@ -1,8 +1,8 @@
-"""Frozen dataclasses to JSON and back, strictly.
+"""Converts frozen dataclasses to JSON and back, strictly.
 
-What is read is checked against the annotations, and nothing but values, enums and registered transforms is ever built
-from it. A number that is not finite is written as null, since JSON has none; where a float is expected null is read as
-NaN, which here means "not measured".
+JSON that is read is checked against the annotations. Only values, enums and registered transforms are built from it. A
+number that is not finite is written as null, because JSON has none. Where a float is expected, null is read as NaN,
+which here means "not measured".
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def dumps(value: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """JSON as plain values; without duplicate keys, NaN, huge numbers, unprintable text or deep nesting.
+    """Parse JSON into plain values. Duplicate keys, NaN, huge numbers, unprintable text and deep nesting are refused.
 
     Raises:
-        PlanError: with the reason.
+        PlanError: the text is not strict JSON; the message gives the reason.
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
@@ -52,10 +52,10 @@ def loads(text: str | bytes) -> Any:
 
 
 def encode(value: Any) -> Any:
-    """Plain JSON values of a dataclass, transform, enum, mapping, sequence or scalar.
+    """Convert a dataclass, transform, enum, mapping, sequence or scalar to plain JSON values.
 
     Raises:
-        PlanError: it holds something else.
+        PlanError: the value holds something else.
     """
     if isinstance(value, Transform):
         return {"name": value.name, "phase": value.phase, "params": encode(value.params)}
@@ -70,7 +70,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, enum.StrEnum):
         return value.value
     if isinstance(value, str):
-        return UNPRINTABLE.sub("\ufffd", value)  # messages of compilers are kept as reasons, with their colours
+        return UNPRINTABLE.sub("\ufffd", value)  # reasons may be compilers' messages with colour codes
     if value is None or isinstance(value, int):
         return value
     raise PlanError(
@@ -84,7 +84,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     Args:
         kind: dataclass, Transform, enum, Literal of text, scalar, X | None, tuple[X, ...] or a mapping of str to X.
         value: plain JSON values.
-        where: what it is, for messages.
+        where: name of the value, for messages.
 
     Raises:
         PlanError: the value does not fit the annotation.

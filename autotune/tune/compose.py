@@ -1,7 +1,7 @@
-"""The first draft of a plan: what diagnosis and roofline promise the most from, put together for both phases.
+"""Composes the first draft of a plan: the most promising transforms for both phases, by diagnosis and roofline.
 
-What a step chooses is read off the original's profile, so a draft takes one transform for each phase and stage at most:
-two that save the same time would be promised it twice. Threads and guessing come later, over what is left.
+All predictions are from the original's profile, so a draft takes at most one transform per phase and stage. Two
+transforms that save the same time would count it twice. Threads and guessing come later, for the remaining time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ALIKE = 1.1
 
 @dataclass(frozen=True)
 class Part:
-    """What a step contributes to a draft, and the speed-up of its phase that it promises by itself."""
+    """A step's transform in a draft, and the speed-up of the step's phase that it promises alone."""
 
     step: Step
     transform: Transform
@@ -44,9 +44,9 @@ class Draft:
     """Transforms that fit together.
 
     Args:
-        parts: in stage order.
-        shortfalls: transform -> why its quality would not do, for those that promised more than what was taken.
-        made: the variant, to be taken out by who tries it: nothing else is to hold on to its memory.
+        parts: the transforms with their steps, in stage order.
+        shortfalls: transform -> why its quality is too low, for transforms that promised more than those taken.
+        made: holds the variant. The caller that tries it takes it out, so that nothing else keeps its memory.
     """
 
     parts: tuple[Part, ...]
@@ -54,7 +54,7 @@ class Draft:
     made: list[Variant]
 
     def attempts(self) -> Iterator[tuple[Part, ...]]:
-        """The whole, then each phase's part; one transform is its step's own matter."""
+        """Yield the whole draft, then each phase's part. A single transform is left to its step."""
         halves = [tuple(part for part in self.parts if part.step.phase == phase) for phase in PHASES]
         if len(self.parts) > 1:
             yield self.parts
@@ -62,7 +62,7 @@ class Draft:
 
 
 def trial(parts: tuple[Part, ...]) -> Trial:
-    """A draft as a candidate."""
+    """Make a draft's parts a candidate."""
     phases: set[Phase] = {part.step.phase for part in parts}
     first, *others = (part.transform for part in parts)
     target: Target = "both" if len(phases) > 1 else parts[0].step.phase
@@ -70,14 +70,14 @@ def trial(parts: tuple[Part, ...]) -> Trial:
 
 
 def compose(state: State, trier: Trier, parameters: int | None = None) -> Draft:
-    """The draft for a model.
+    """Compose the draft for a model.
 
-    Layers that lose quality are read once with the exam's texts: the narrowest whose loss is within the tier is taken.
+    A transform that may lose quality reads the exam's texts once, and is taken only if its loss is within the tier.
 
     Args:
         state: the original.
-        trier: knows policy, hardware and bench.
-        parameters: of the model, where the policy asks.
+        trier: gives policy, hardware and bench.
+        parameters: number of the model's parameters, if a step of the policy depends on it.
 
     Raises:
         DeviceError: the device is dead.
@@ -98,7 +98,7 @@ class _Drafting:
         self.taken = set[tuple[Phase, Stage]]()
 
     def take(self, step: Step) -> None:
-        """Add what promises the most of a step's choices, of those that can be had and lose too little to matter."""
+        """Add the most promising of a step's choices that are available and keep the quality within the tier."""
         least = 1 + self.trier.policy.limits.min_gain
         choices = [make(choice) for choice in step.choices]
         promised = {t: expect(t, step.phase, self.state, self.trier.hardware) for t in choices if self.is_candidate(t)}
@@ -119,7 +119,7 @@ class _Drafting:
                 continue
             except DeviceError:
                 raise
-            except Exception as error:  # it will be tried by itself, and then be told
+            except Exception as error:  # the search tries it alone later and reports the error
                 outside.pass_on(error)
                 log.debug("%s is not in the draft", transform, exc_info=True)
                 self.trier.bench.describe_error(error)
@@ -144,7 +144,7 @@ class _Drafting:
         return self.trier.bench.memory_ratio(candidate) > self.trier.policy.limits.max_memory_ratio
 
     def falls_short(self, transform: Transform) -> bool:
-        """Whether a transform's loss is beyond the tier, from texts read at once; its verdict is for the gate."""
+        """Whether a transform's loss on texts read in one forward is beyond the tier. The gate gives the verdict."""
         if transform.lossless:
             return False
         probe = self.trier.bench.probe(self.state.variant, transform, self.trier.policy.tier)

@@ -1,4 +1,4 @@
-"""Conditions of a policy's steps on numbers: "hopper", ">= 8.0, < 9.0", ">= 3e9"."""
+"""Parses conditions of a policy's steps on numbers: "hopper", ">= 8.0, < 9.0", ">= 3e9"."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Range:
     """Values between bounds.
 
     Args:
-        text: as it was written.
-        bounds: operator and number, all of which hold for an admitted value.
+        text: the range as it was written.
+        bounds: pairs of operator and number; an admitted value satisfies all of them.
     """
 
     text: str
@@ -40,19 +40,19 @@ class Range:
 
 
 def of_numbers(text: str) -> Range:
-    """A range of numbers: ">= 3e9", or ">= 1e9, < 3e9".
+    """Parse a range of numbers: ">= 3e9", or ">= 1e9, < 3e9".
 
     Raises:
-        ValueError: it is none, or no number lies in it.
+        ValueError: the text is not a range, or no number is in it.
     """
     return _range(text, _number, "a number such as 3e9")
 
 
 def of_capabilities(text: str) -> Range:
-    """A range of compute capabilities: a name ("hopper"), a number ("9.0"), or bounds (">= 8.0, < 9.0").
+    """Parse a range of compute capabilities: a name ("hopper"), a number ("9.0"), or bounds (">= 8.0, < 9.0").
 
     Raises:
-        ValueError: it is none; the message names the nearest spelling.
+        ValueError: the text is not a range; the message names the nearest spelling.
     """
     if (named := gpus.NAMES.get(text.strip().lower())) is not None:
         return Range(text, ((">=", named[0]), ("<=", named[1])))

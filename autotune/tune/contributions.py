@@ -1,4 +1,4 @@
-"""What each transform of a plan contributes: the plan against what is left of it without that one."""
+"""Measures what each transform of a plan contributes: compares the plan with the plan without that transform."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("autotune")
 
 
 class Bench(Protocol):
-    """What is needed of a bench to measure them."""
+    """The parts of a bench that are needed to measure contributions."""
 
     original: Variant
     notify: Callable[[str], None]
@@ -37,10 +37,10 @@ class Contribution:
     """What one transform contributes.
 
     Args:
-        transform: the one that was left out.
-        target: what it is to make faster: its phase, or "both".
-        latency: of the plan against the plan without it; None where that was not measured.
-        reason: why it was not; empty where it was.
+        transform: the transform that was left out.
+        target: what it should make faster: its phase, or "both".
+        latency: the plan compared with the plan without it; None if that was not measured.
+        reason: why it was not measured; empty if it was.
     """
 
     transform: Transform
@@ -50,13 +50,13 @@ class Contribution:
 
 
 def measure(winner: Variant, bench: Bench, clock: Callable[[], float] = time.monotonic) -> tuple[Contribution, ...]:
-    """Leave out each transform of a plan of two or more, as far as the budget goes.
+    """Measure a plan of two or more transforms without each of them, as far as the budget allows.
 
     Raises:
         DeviceError: the device is dead.
     """
     found: list[Contribution] = []
-    took_s = 0.0  # the one before
+    took_s = 0.0  # the longest measurement so far
     with reusing(winner):
         for transform in winner.transforms if len(winner.transforms) > 1 else ():
             start = clock()

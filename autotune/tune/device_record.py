@@ -1,4 +1,4 @@
-"""The GPU's part of a record; nothing of it on a CPU."""
+"""The GPU's part of a report's record; empty on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def record(before: Profile, after: Profile | None) -> dict[str, Any]:
-    """Phase -> the device's figures of the original, and of what serves where that is another; empty on a CPU."""
+    """Phase -> the device's figures for the original and for the tuned variant, if there is one; empty on a CPU."""
     return {
         phase: {
             "before": figures(before.phases[phase]),
@@ -25,7 +25,7 @@ def record(before: Profile, after: Profile | None) -> dict[str, Any]:
 
 
 def figures(phase: PhaseProfile) -> dict[str, Any] | None:
-    """What a device did in a call or for a token, milliseconds and shares; None on a CPU."""
+    """A device's activity in one call or for one token, in milliseconds and shares; None on a CPU."""
     use = phase.device
     if use is None:
         return None
@@ -51,7 +51,7 @@ def figures(phase: PhaseProfile) -> dict[str, Any] | None:
 
 
 def counted(reading: Reading) -> dict[str, Any]:
-    """What Nsight Compute counted."""
+    """The counters from Nsight Compute."""
     kernels = [asdict(kernel) for kernel in reading.kernels]
     return {
         "evidence": reading.evidence(),

@@ -1,4 +1,4 @@
-"""What tuning, or profiling alone, measured, tried and decided, as values; a `Report` shows them."""
+"""Values that tuning, or profiling alone, measured, tried and decided; a `Report` shows them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class Findings:
 
     Args:
         model: model name.
-        parameters: number of parameters, tied ones once.
-        hardware: the machine the figures come from.
-        workload: what was run, in words ("16 prompts of 64 tokens, 64 new tokens each, batch 1").
+        parameters: number of parameters; tied ones count once.
+        hardware: the machine that the figures come from.
+        workload: the workload in words ("16 prompts of 64 tokens, 64 new tokens each, batch 1").
         before: profile of the original.
         diagnoses_before: what limits each phase of the original.
         verdict: one sentence: what was committed, or why the original was kept.
-        doubt: why the outcome is not kept as a plan; None where it is.
-        after: profile of the variant that serves; None where that is the original.
-        diagnoses_after: what limits it now.
-        transforms: what the plan applies, in order; empty where the original was kept.
-        contributions: what each of them brings; empty where it is one, or none.
-        trials: everything considered.
-        quality, latency: the whole plan against the original, on held-out prompts; None where it did not come to that.
+        doubt: why the outcome is not saved as a plan; None if it is.
+        after: profile of the variant that serves; None if that is the original.
+        diagnoses_after: what limits each phase of that variant.
+        transforms: transforms that the plan applies, in order; empty if the original was kept.
+        contributions: what each transform contributes; empty if there are fewer than two.
+        trials: every candidate that was considered.
+        quality, latency: the whole plan compared with the original, on held-out prompts; None if not measured.
         policy, tier, objective, budget_s: what was asked for.
         seconds: time spent tuning.
-        elsewhere: share of the CPU time that others took meanwhile; None where nobody knows.
-        break_even_tokens: tokens to generate until the tuning time is won back.
+        elsewhere: share of the CPU time that other processes took meanwhile; None if unknown.
+        break_even_tokens: number of tokens to generate until the time saved equals the tuning time.
         created: ISO 8601, UTC.
         ncu: what Nsight Compute counted, by phase.
     """

@@ -1,4 +1,4 @@
-"""What a plan is valid for: configuration and weights of the model, the machine, the libraries, the kind of work."""
+"""Identifies what a plan is valid for: configuration and weights of the model, machine, libraries, kind of work."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
-# left out: the class, the tensors and Fingerprint.versions say it already
+# keys of the configuration left out: already covered by the class, the tensors or Fingerprint.versions
 TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a plan is valid for; any difference makes it a miss.
+    """What a plan is valid for. A plan with any difference is a miss.
 
     Args:
         model: hash of configuration and weights.
@@ -54,7 +54,7 @@ def of(
     policy: Policy,
     draft: PreTrainedModel | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a plan made for all of them.
+    """Compute the fingerprint of a plan for this model, machine, workload, policy and draft.
 
     Raises:
         UnsupportedModelError: the model's weights cannot be read.
@@ -71,17 +71,17 @@ def of(
 
 
 def of_model(model: PreTrainedModel) -> str:
-    """A hash of what a model computes: class, configuration, and the content of every parameter and buffer.
+    """Hash what a model computes: class, configuration, and the content of every parameter and buffer.
 
-    A tensor's bytes are laid out as a grid of 64-bit words; all row and column sums (wrapping) go into a BLAKE2 hash,
-    as do names, shapes and dtypes. That reads the weights at memory speed, where BLAKE2 alone would take seconds per
-    gigabyte. Any single changed word changes two sums, and moving words around changes the sums of their rows or
-    columns: other weights, trained on, merged, quantised or permuted, would have to agree in thousands of independent
-    64-bit sums by chance. It is no protection against someone who constructs weights with equal sums; such a one can
-    already change the model.
+    A tensor's bytes are laid out as a grid of 64-bit words. All row and column sums (wrapping) go into a BLAKE2 hash,
+    with names, shapes and dtypes. That reads the weights at memory speed; BLAKE2 alone would take seconds per gigabyte.
+    Any single changed word changes two sums, and moved words change the sums of their rows or columns. Weights that
+    were trained further, merged, quantised or permuted would have to agree in thousands of independent 64-bit sums by
+    chance. The hash does not protect against someone who constructs weights with equal sums; that person could change
+    the model anyway.
 
     Args:
-        model: on any device but "meta"; routed or not.
+        model: on any device except "meta"; routed or not.
 
     Raises:
         UnsupportedModelError: a tensor's content cannot be read.
@@ -103,7 +103,7 @@ def of_model(model: PreTrainedModel) -> str:
 
 
 def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those that the model's own forward writes say nothing of what it computes."""
+    """Yield parameters and buffers, except those that the forward writes: they do not define what it computes."""
     state = stateful.of(model)
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
@@ -141,7 +141,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _without_transient(value: Any) -> Any:
-    """The configuration without paths and without what changes from load to load, at any depth."""
+    """Remove paths and values that change from load to load from the configuration, at any depth."""
     if isinstance(value, dict):
         return {str(k): _without_transient(v) for k, v in value.items() if k not in TRANSIENT}
     if isinstance(value, (list, tuple)):

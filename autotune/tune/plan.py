@@ -1,4 +1,4 @@
-"""A plan: the transforms that won, what they won, and for exactly which model, machine and libraries."""
+"""A plan: the transforms that won, their measured gain, and the exact model, machine and libraries it is valid for."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schem
 
 
 class Outcome(enum.StrEnum):
-    """What became of a candidate. Whether it was tried is a question apart: `verdict.UNTRIED`, `verdict.UNWANTED`."""
+    """The outcome of a candidate. `verdict.UNTRIED` and `verdict.UNWANTED` list the outcomes of untried candidates."""
 
     ACCEPTED = "accepted"  # no worse, and faster
-    REJECTED = "rejected"  # surely worse, not faster, or over a limit
-    INCONCLUSIVE = "inconclusive"  # measured, and the figures do not decide
+    REJECTED = "rejected"  # clearly worse, not faster, or over a limit
+    INCONCLUSIVE = "inconclusive"  # measured, but the figures do not decide
     ERROR = "error"  # it raised
-    BLOCKED = "blocked"  # called for, and something other than its figures kept it from being tried or judged
+    BLOCKED = "blocked"  # called for, but something other than its figures kept it from being tried or judged
     UNREACHED = "unreached"  # the budget was spent before its turn
     SKIPPED = "skipped"  # not called for: another bottleneck or device, or the roofline promises too little
-    UNAVAILABLE = "unavailable"  # not for this model or machine, needs a package that is not there, or is in use
+    UNAVAILABLE = "unavailable"  # not for this model or machine, needs a missing package, or is in use already
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and what became of it.
+    """One candidate and its outcome.
 
     Args:
-        transform: the candidate, or the first of several that are tried at once.
+        transform: the candidate, or the first of several transforms that are tried together.
         step: name of the policy step.
-        target: what it should speed up.
-        outcome: what became of it.
-        reason: one sentence with numbers.
+        target: phase that the candidate should speed up, or "both".
+        outcome: its outcome.
+        reason: why, in one sentence with numbers.
         predicted: best-case speed-up of the target phase from the roofline.
-        quality: against the original; None when it did not come to that.
-        latency: against the variant accepted before; None when it did not come to that.
-        seconds: time spent on it, compilation included.
-        compile_s: share of that spent applying and compiling.
-        others: those that are tried at once with it.
-        instead_of: transforms of the variant accepted before that are left out for it.
+        quality: compared with the original; None if it was not judged.
+        latency: compared with the variant accepted before; None if it was not timed.
+        seconds: time spent on the candidate, including compilation.
+        compile_s: part of `seconds` spent on applying and compiling.
+        others: the other transforms that are tried together with `transform`.
+        instead_of: transforms of the variant accepted before that it replaces.
     """
 
     transform: Transform
@@ -70,12 +70,12 @@ class Trial:
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """All that it adds."""
+        """All transforms that the candidate adds."""
         return (self.transform, *self.others)
 
     @property
     def candidate(self) -> str:
-        """What was tried, in words."""
+        """The candidate in words."""
         names = " + ".join(map(str, self.transforms))
         return f"{names} instead of {' + '.join(map(str, self.instead_of))}" if self.instead_of else names
 
@@ -85,10 +85,10 @@ class Confirmation:
     """The second look at a variant, on prompts that it was not chosen on (against the winner's curse).
 
     Args:
-        failure: what went wrong with the workload's largest request, or None.
-        quality: against the original; None when it did not come to that.
-        latency: against the original; None when it did not come to that.
-        brief: whether its quality was looked at on a few prompts alone, which can turn down what is broken and no more.
+        failure: the failure of the workload's largest request, or None.
+        quality: compared with the original; None if it was not judged.
+        latency: compared with the original; None if it was not timed.
+        brief: whether its quality was judged on a few prompts only, which detects only a broken variant.
     """
 
     failure: str | None = None
@@ -102,14 +102,14 @@ class Confirmation:
 
     @property
     def is_disproof(self) -> bool:
-        """Whether it turned the variant down on its merits, not for noise or too little text."""
+        """Whether the variant was proven worse or not faster, rather than left open by noise or too little text."""
         if self.latency is not None:
             return self.latency.verdict is Verdict.FAIL and not self.latency.drowned
         return self.quality is not None and self.quality.verdict is Verdict.FAIL
 
     @property
     def reason(self) -> str:
-        """What decided, in a sentence that follows "on held-out prompts"."""
+        """What decided, as a clause that follows "on held-out prompts"."""
         if self.failure is not None:
             return self.failure
         found = self.latency or self.quality
@@ -129,11 +129,11 @@ class Plan:
     summary: Mapping[str, Any] = field(default_factory=dict)  # the report's dictionary at the time
 
     def apply(self, model: PreTrainedModel, *, check: bool = True) -> Variant:
-        """The variant that this plan makes of `model`; the model itself is not touched.
+        """Build this plan's variant of `model`. The model itself is not changed.
 
         Args:
             model: the model to run, routed or not.
-            check: refuse a model whose configuration or weights are not those that the plan was made for.
+            check: whether to refuse a model whose configuration or weights differ from those the plan was made for.
 
         Raises:
             PlanError: the plan was made for another model.
@@ -152,12 +152,12 @@ class Plan:
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as plain JSON values; numbers that are not finite become null."""
+    """Convert a plan to plain JSON values. Numbers that are not finite become null."""
     return {"schema": SCHEMA, **codec.encode(plan)}
 
 
 def from_dict(data: Mapping[str, Any]) -> Plan:
-    """The plan of `to_dict`. Builds values and registered transforms, runs nothing.
+    """Rebuild the plan that `to_dict` converted. Builds only values and registered transforms, and runs nothing.
 
     Raises:
         PlanError: a wrong schema, unknown or missing keys, wrong types, an unknown transform.
@@ -171,15 +171,15 @@ def from_dict(data: Mapping[str, Any]) -> Plan:
 
 
 def dumps(plan: Plan) -> str:
-    """The plan as JSON text."""
+    """Convert a plan to JSON text."""
     return codec.dumps(to_dict(plan))
 
 
 def loads(text: str | bytes) -> Plan:
-    """The plan in JSON text.
+    """Read a plan from JSON text.
 
     Raises:
-        PlanError: it is not strict JSON, or not a plan.
+        PlanError: the text is not strict JSON, or not a plan.
     """
     data = codec.loads(text)
     if not isinstance(data, dict):

@@ -1,8 +1,8 @@
 """Policies as data: what to optimise for, within which limits, and which transforms to try when.
 
-A policy is a TOML file; the built-in ones are in policies/. Everything in it is checked when it is loaded, against the
-registry of transforms too, so that a slip of the pen is an error with a file and a line of thought, not a step that
-silently never runs.
+A policy is a TOML file; the built-in ones are in policies/. Loading checks everything in it, also against the registry
+of transforms. So a typing error raises an error that names the file and explains it; otherwise the step would silently
+never run.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Step:
-    """One question: given this bottleneck here, which of these helps?
+    """One question: for this bottleneck, which of these choices helps?
 
     Args:
         name: what the step is about, for reports ("smaller weights").
         phase: the phase whose latency the step must improve.
-        bottlenecks: diagnoses under which it is tried; empty: any.
-        devices: device types it is for; empty: any.
-        capabilities: compute capabilities of GPUs that it is for, any of these ranges; empty: any, and CPUs.
-        parameters: sizes of models that it is for, in parameters; None: any.
+        bottlenecks: diagnoses for which the step is tried; empty: any.
+        devices: device types that the step is for; empty: any.
+        capabilities: ranges of GPU compute capabilities that the step is for; empty: any, and CPUs.
+        parameters: range of model sizes that the step is for, in parameters; None: any.
         choices: candidates; the tuner orders them by predicted gain and stops when the rest cannot win.
     """
 
@@ -75,10 +75,10 @@ class Policy:
         description: one sentence.
         objective: "latency" (end to end of a request), "throughput" (tokens/s over batch sizes) or "memory".
         tier: quality tier, "lossless", "strict", "relaxed" or "aggressive".
-        limits: what must not get worse.
+        limits: what must not get worse, and by how much.
         budget_s: tuning time in seconds.
-        steps: in the order in which they are considered.
-        source: file it came from.
+        steps: the steps, in the order in which they are considered.
+        source: the policy's file.
     """
 
     name: str
@@ -92,13 +92,13 @@ class Policy:
 
 
 def available(extra_dir: str | Path | None = None) -> dict[str, Path]:
-    """Policy name -> file: the built-in ones, then the user's, which add or override (with a warning).
+    """Policy name -> file: the built-in ones and the user's, which add to them or override them (with a warning).
 
     Args:
         extra_dir: the user's directory; default $AUTOTUNE_POLICY_DIR.
 
     Raises:
-        PolicyError: the user's directory is not one.
+        PolicyError: the user's directory does not exist.
     """
     found = {path.stem: path for path in sorted(BUILT_IN.glob("*.toml"))}
     extra = extra_dir or os.environ.get("AUTOTUNE_POLICY_DIR")
@@ -115,10 +115,10 @@ def available(extra_dir: str | Path | None = None) -> dict[str, Path]:
 
 
 def load(name_or_path: str | Path, extra_dir: str | Path | None = None) -> Policy:
-    """A checked policy by name, or from a .toml file.
+    """Load and check a policy by name, or from a .toml file.
 
     Raises:
-        PolicyError: there is none of that name, or it is malformed.
+        PolicyError: there is no policy of that name, or it is malformed.
     """
     text = str(name_or_path)
     if text.endswith(".toml") or os.sep in text:
@@ -130,10 +130,10 @@ def load(name_or_path: str | Path, extra_dir: str | Path | None = None) -> Polic
 
 
 def check(path: str | Path) -> Policy:
-    """The policy in a file.
+    """Load and check the policy in a file.
 
     Raises:
-        PolicyError: names file, step, what was wrong, what was expected and the nearest spelling.
+        PolicyError: names the file, the step, what was wrong, what was expected and the nearest spelling.
     """
     path = expanded(path)
     try:

@@ -1,8 +1,8 @@
-"""Foreign code is tried in a child process first: what kills or hangs it there costs the candidate, and nothing else.
+"""Tries foreign code in a child process first, so that a crash or a hang costs only the candidate.
 
 A compiler's or a vendor's kernel may end the process that runs it (SIGSEGV, SIGILL, abort, the kernel's out-of-memory
-killer), or never return. No exception tells of that, so a fork goes first. It shares the model's memory, computes with
-one thread, since OpenMP's others do not outlive a fork, and ends with its parent, whatever becomes of that.
+killer), or never return. No exception is raised then, so a fork runs it first. The fork shares the model's memory,
+computes with one thread, because OpenMP's other threads do not survive a fork, and is killed when its parent ends.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 from ..machine import intraop
 
 PARENT_DIES = 1  # prctl's PR_SET_PDEATHSIG
-KEPT_BYTES = 4096  # of what a child writes: the last ones
-LONGEST = 160  # characters of them in a reason
-STEP_S, FINAL_S = 0.2, 0.005  # between two looks at a child, so that whoever waits can be interrupted
+KEPT_BYTES = 4096  # last bytes of a child's output that are kept
+LONGEST = 160  # most characters of a child's output in a reason
+STEP_S, FINAL_S = 0.2, 0.005  # seconds between two checks of a child, and when its output is closed; interruptible
 
 
 def is_possible(device: str) -> bool:
-    """Whether a fork can try a candidate: on Linux, and not on a GPU, whose driver does not outlive a fork."""
+    """Whether a fork can try a candidate: only on Linux, and not with a GPU, whose driver does not survive a fork."""
     on_gpu = device != "cpu" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return sys.platform == "linux" and not on_gpu and intraop.is_settable()
 
@@ -39,14 +39,14 @@ def is_possible(device: str) -> bool:
 def death_of(
     work: Callable[[], object], most_s: float, turn: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> str | None:
-    """Do `work` in a child process. What it raises is no news: it will be raised here, too.
+    """Run `work` in a child process. Exceptions that it raises are ignored: the same work will raise them here, too.
 
     Args:
-        most_s: the time it may take.
-        turn: entered for the fork, when nobody else should be computing: what they hold then is held for ever there.
+        most_s: time that it may take, seconds.
+        turn: entered for the fork. No other thread should compute then: a lock that it holds stays locked in the child.
 
     Returns:
-        What became of the child, in words, where it ended by anything but its own will; or None.
+        How the child was killed or hung, in words; None if it ended normally.
     """
     read, write = os.pipe()
     with turn():
@@ -61,7 +61,7 @@ def death_of(
             if select.select([said], [], [], STEP_S)[0]:
                 more = os.read(said.fileno(), 1 << 16)
                 last = (last + more)[-KEPT_BYTES:]
-                time.sleep(0 if more else FINAL_S)  # its output is closed: it is about to end
+                time.sleep(0 if more else FINAL_S)  # no output: it is closed, and the child is about to end
     if code == 0:
         return None
     lines = [line for line in last.decode(errors="replace").splitlines() if line.strip()]
@@ -72,10 +72,10 @@ def death_of(
 
 
 def _ended(child: int) -> int | None:
-    """A child's exit code, negative for a signal, or None while it runs. It is not reaped: its number stays its own."""
+    """A child's exit code, negative for a signal, or None while it runs. Not reaped, so its pid is not reused."""
     try:
         found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # somebody else waits for all children of this process
+    except ChildProcessError:  # other code waited for all children of this process
         return 0
     if found is None:
         return None
@@ -93,11 +93,11 @@ def _named(code: int) -> str:
 
 @contextmanager
 def _reaped(child: int) -> Iterator[None]:
-    """Leave no process behind, neither the child nor what it started."""
+    """On leaving, kill the child and the processes that it started."""
     try:
         yield
     finally:
-        for kill in (os.killpg, os.kill):  # it may not have come to a group of its own
+        for kill in (os.killpg, os.kill):  # the child may not have its process group yet
             with suppress(ProcessLookupError, PermissionError):
                 kill(child, signal.SIGKILL)
         with suppress(ChildProcessError):
@@ -105,24 +105,24 @@ def _reaped(child: int) -> Iterator[None]:
 
 
 def _perform(work: Callable[[], object], output: int) -> NoReturn:
-    """The child's part. Nothing of the parent's is cleaned up here: not its threads, files or exit handlers."""
+    """Do the work in the child, then exit without cleaning up the parent's threads, files or exit handlers."""
     try:
         ctypes.CDLL(None).prctl(PARENT_DIES, signal.SIGKILL)
         os.setsid()
         gc.disable()
-        faulthandler.disable()  # what it says is not for the parent's user
+        faulthandler.disable()  # its output would confuse the parent's user
         for number in signal.valid_signals():
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        with suppress(OSError):  # where memory runs out, it is this one's
+        with suppress(OSError):  # if memory runs out, the kernel kills the child
             Path("/proc/self/oom_score_adj").write_text("1000")
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
         compilers = getattr(sys.modules.get("torch._inductor"), "config", None)
         if compilers is not None:
-            compilers.compile_threads = 1  # the parent's pool is not here
+            compilers.compile_threads = 1  # the parent's pool of compile workers does not exist here
         with intraop.computing_with(1):
             work()
     finally:

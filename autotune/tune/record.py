@@ -1,4 +1,4 @@
-"""Findings as a report's record. Times in ms, bytes, fractions; what was not measured is None."""
+"""Turns findings into a report's record: times in ms, sizes in bytes, ratios as fractions; None if not measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEMA = 1
 
 
 def report_of(findings: Findings) -> Report:
-    """Everything that was found, under stable names."""
+    """Make the report: all findings, under stable names."""
     after = findings.after or findings.before
     found: dict[str, Any] = {
         "schema": SCHEMA,
@@ -81,9 +81,9 @@ def reverified(
     quality: Quality | None = None,
     elsewhere: float | None = None,
 ) -> Report:
-    """A report with what a replay measured anew; profiles and trials stay those of the tuning.
+    """Update a report with what a replay measured. Profiles and trials stay those of the tuning.
 
-    The verdict on quality stays that of the tuning, which saw more tokens; the replay's is kept beside it.
+    The verdict on quality also stays, because the tuning saw more tokens. The replay's is recorded beside it.
     """
     old = report.record
     new = dict(old) | {"verdict": verdict, "served": 0, "bypassed": {}, "bytes_after_release": None}
@@ -100,7 +100,7 @@ def reverified(
 
 
 def json_safe(value: Any) -> Any:
-    """`value` in JSON's own types: NaN and infinities become None, enums their value, anything foreign its text."""
+    """Convert `value` to JSON's types: NaN and infinities become None, enums their value, other objects their text."""
     if isinstance(value, enum.Enum):
         return json_safe(value.value)
     if value is None or isinstance(value, (bool, int, str)):
@@ -134,7 +134,7 @@ def _phase(findings: Findings, phase: Phase) -> dict[str, Any]:
 
 
 def _paired(latency: Latency, phase: Phase) -> dict[str, Any]:
-    """What the paired timing says of a phase. It outranks two profiles taken at different times."""
+    """A phase's figures from paired timing. They replace those of two profiles taken at different times."""
     metric = METRIC_OF[phase]
     speedup: Speedup = getattr(latency, metric)
     figures = {"speedup": speedup.ratio, "speedup_low": speedup.low, "speedup_high": speedup.high}
@@ -184,7 +184,7 @@ def _latency(latency: Latency | None) -> dict[str, Any] | None:
 
 
 def _samples(raw_s: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Every sample by metric, bucket after bucket, to five significant digits: clocks are no finer."""
+    """Every sample by metric, ordered by bucket, to five significant digits: clocks are not finer."""
     return {metric: [float(f"{1e3 * s:.5g}") for s in samples] for metric, samples in raw_s.items()}
 
 
@@ -228,7 +228,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def _operators(before: Profile, after: Profile, phase: Phase, hardware: Hardware) -> list[dict[str, Any]]:
-    """One row per group, the original's order first; a group that one side lacks took no time there."""
+    """One row per group, in the original's order, then new groups. A group that one side lacks took no time there."""
     dtype = before.phases[phase].compute_dtype
     old = {o.group: o for o in before.phases[phase].operators}
     new = {o.group: o for o in after.phases[phase].operators}
@@ -253,7 +253,7 @@ def _operators(before: Profile, after: Profile, phase: Phase, hardware: Hardware
 
 
 def _roofline_share(operator: Operator, hardware: Hardware, dtype: str) -> float | None:
-    """The shortest time that its FLOPs and bytes allow, as a share of the time it takes; None without either."""
+    """The operator's roofline floor as a share of its time; None if the floor or the time is zero."""
     floor = floor_s(
         operator.flops, operator.moved_bytes, hardware.peak_flops_per_s(dtype), hardware.bandwidth_bytes_per_s
     )

@@ -1,8 +1,9 @@
-"""What originals said in exams, kept between runs: tuning anew asks for what is missing alone.
+"""Keeps originals' exam answers between runs, so that the next tuning computes only the missing ones.
 
-A file an exam, in safetensors format: logits in half precision, and in its header the continuations, the original's own
-noise and a digest of everything. It is believed only where no one else could have written it, its digest is right and
-it fits the exam; any other file is a miss, and is removed. Of two that are written at once, the later one stays.
+There is one file per exam, in safetensors format: logits in half precision; the header has the continuations, the
+original's noise and a digest of everything. A file is used only if no one else could have written it, its digest is
+right and it fits the exam. Any other file is a miss and is removed. Of two files written at the same time, the later
+one stays.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from .fingerprint import Fingerprint
 
 log = logging.getLogger("autotune")
 
-SCHEMA = 2  # raised whenever the same key would mean other answers, or a file is laid out differently
-# Of all files. An exam of SmolLM2-135M is 94 MB, 244 MB where layers are compared: three tunings with two exams each.
+SCHEMA = 2  # raised whenever the same key would mean other answers, or the file layout changes
+# Bytes of all files together: three tunings with two exams each. An exam of SmolLM2-135M takes 94 MB, or 244 MB if
+# layers are compared.
 MOST_BYTES = 1 << 30
-DTYPE = "F16"  # safetensors' name
-MOST_HEADER = 1 << 20  # bytes; one with the logits of 128 texts has 30 kB
-SHARE = 0.5  # of them that one exam may take; larger ones would leave no room for a second
+DTYPE = "F16"  # safetensors' name of half precision
+MOST_HEADER = 1 << 20  # bytes of the longest header; one for the logits of 128 texts has 30 kB
+SHARE = 0.5  # share of MOST_BYTES that one exam may take, so that two fit
 
 
 @dataclass(frozen=True)
 class _About:
-    """What a header says beside the logits; see `Answers`."""
+    """What a header contains besides the logits; see `Answers`."""
 
     own: tuple[tuple[int, ...], ...]
     noise: tuple[float, ...] | None
@@ -51,21 +53,21 @@ class References:
     """The answers of one model on one machine.
 
     Args:
-        identity: model, hardware and versions count, workload and policy do not.
+        identity: the fingerprint; only its model, hardware and versions count.
     """
 
     def __init__(self, identity: Fingerprint) -> None:
         self._said_by = [identity.model, identity.hardware, dict(identity.versions)]
 
     def path(self, exam: Exam) -> Path | None:
-        """Where the answers to an exam are or would be; None where nothing lasts."""
+        """Path of the file for an exam's answers, existing or not; None if there is no lasting cache."""
         asked = [asdict(exam.size), exam.prompts, exam.pad_token_id, exam.eos_token_ids, exam.seed]
         key = json.dumps([SCHEMA, self._said_by, seam.experts(exam.original), _precision(), asked], sort_keys=True)
         folder = cache_dir.cache("references", lasting=True)
         return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
     def restore(self, exam: Exam) -> bool:
-        """Hand what is kept to `exam.take`; whether there was anything that fits."""
+        """Give the kept answers to `exam.take`. Returns whether there were answers that fit."""
         if (path := self.path(exam)) is None:
             return False
         try:
@@ -73,7 +75,7 @@ class References:
                 exam.take(_parsed(file, size))
         except FileNotFoundError:
             return False
-        except Exception as error:  # a damaged file must cost the time to ask again, nothing more
+        except Exception as error:  # a damaged file must cost only the time to compute the answers again
             log.debug("what is kept in %s is removed: %s", path, error)
             with suppress(OSError):
                 path.unlink()
@@ -83,11 +85,11 @@ class References:
         return True
 
     def save(self, exam: Exam) -> None:
-        """Keep what the original has said, where that is more than there was."""
+        """Save the original's answers if there are new ones."""
         if (answers := exam.answers()) is None or (path := self.path(exam)) is None:
             return
         names, most_bytes, size_bytes = sorted(answers.logits), SHARE * MOST_BYTES, Shelf.of(answers.logits).nbytes
-        head = _head(answers) if size_bytes <= most_bytes else b""  # which reads them all
+        head = _head(answers) if size_bytes <= most_bytes else b""  # _head reads all logits
         if (size_bytes := size_bytes + len(head)) > most_bytes:
             log.debug("an exam's answers are not kept: %.0f MB are more than fits", size_bytes / 1e6)
             return
@@ -100,13 +102,13 @@ class References:
 
 
 def _precision() -> list[str]:
-    """Settings of the process by which matrices of float32 are multiplied in less."""
+    """The process's settings that allow float32 matmuls in lower precision."""
     mkldnn: Any = torch.backends.mkldnn  # a class stands in for the module, unknown to mypy
     return [torch.backends.cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision]
 
 
 def _head(answers: Answers) -> bytes:
-    """What a file begins with. The logits follow, by name, one at a time: together they may be large."""
+    """The first bytes of a file. The logits follow by name, one at a time, because together they may be large."""
     about = codec.dumps(_About(answers.own, answers.noise))
     header: dict[str, Any] = {"__metadata__": {"about": about, "digest": _digest(about, answers.logits)}}
     start = 0
@@ -120,11 +122,11 @@ def _head(answers: Answers) -> bytes:
 
 
 def _parsed(file: IO[bytes], size: int) -> Answers:
-    """The answers in a file of so many bytes.
+    """Read the answers from a file of `size` bytes.
 
     Raises:
-        ValueError: it is torn or was changed, or is not laid out as `_head` says.
-        Exception: whatever parsing what was never written here runs into.
+        ValueError: the file is incomplete, was changed, or does not have the layout that `_head` describes.
+        Exception: any other error from parsing a file that was not written here.
     """
     length = int.from_bytes(file.read(8), "little")
     if length > min(size, MOST_HEADER):
@@ -151,7 +153,7 @@ def _parsed(file: IO[bytes], size: int) -> Answers:
 
 
 def _digest(about: str, logits: Mapping[str, torch.Tensor]) -> str:
-    """Of everything that is believed."""
+    """Digest of everything that is read from a file."""
     seen = hashlib.blake2b(about.encode(), digest_size=32)
     for name in sorted(logits):
         content = logits[name]
@@ -161,12 +163,12 @@ def _digest(about: str, logits: Mapping[str, torch.Tensor]) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Its memory."""
+    """The tensor's memory."""
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def _make_room(folder: Path, coming_bytes: int) -> None:
-    """Remove the least recently used until so much more fits, and what killed processes left."""
+    """Remove the least recently used files until `coming_bytes` more fit, and remove leftovers of killed processes."""
     cache_dir.sweep(folder.glob(".*"))
     found = []
     for path in folder.iterdir():

@@ -1,8 +1,9 @@
-"""Which layers a scheme ruins: deciding, on measured divergences, what is left in higher precision.
+"""Finds the layers that a scheme ruins, from measured divergences, and leaves them in higher precision.
 
-A scheme that fails the quality gate as a whole often fails by a few layers. Each is exchanged alone, kind by kind first
-and then by halves where it matters; those that cause the most divergence for the bytes they save stay wider, as few as
-will do. What is found is a proposal, which has to pass the gate like any other candidate.
+A scheme that fails the quality gate as a whole often fails because of a few layers. Parts of the layers are exchanged
+alone: first each kind of layer, then halves of the parts that matter. The layers that cause the most divergence for the
+bytes they save stay wider, as few of them as possible. The result is a proposal, which has to pass the gate like any
+other candidate.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Protocol
 from ..model.linear_layers import is_named
 from ..runtime.variant import Transform
 
-SPLIT_SHARE = 0.1  # of the divergence: a part that causes less is not worth splitting
-MOST_MEASURED = 40  # parts measured; each takes one forward over a few prompts
-LEAST_SHARE = 1e-3  # of the divergence: a part that causes less is never left wider
-LEAST_ROOM = 0.02  # of the weights: where fewer may stay wide, looking for them is not worth the time
+SPLIT_SHARE = 0.1  # share of the divergence below which a part is not worth splitting
+MOST_MEASURED = 40  # most parts that are measured; each takes one forward over a few prompts
+LEAST_SHARE = 1e-3  # share of the divergence below which a part is never left wider
+LEAST_ROOM = 0.02  # share of the weights; if fewer may stay wide, the search for them is not worth its time
 
 
 class Probe(Protocol):
@@ -31,17 +32,17 @@ class Probe(Protocol):
 
     @property
     def wider(self) -> Transform | None:
-        """What a layer becomes that is left wider; None: it stays as it was."""
+        """The transform for layers that are left wider; None: they stay as they were."""
 
     @property
     def wider_form(self) -> str:
-        """The same in words: "at 8 bits"."""
+        """The form of wider layers in words: "at 8 bits"."""
 
     def divergence(self, names: Collection[str]) -> float:
-        """Mean KL divergence from the original, nats a token, with these layers exchanged alone."""
+        """Mean KL divergence from the original, nats per token, with only these layers exchanged."""
 
     def shortfall(self, wide: str) -> str | None:
-        """Why leaving these layers wider does not bring the rest within the tier on a few prompts, or None."""
+        """Why quality on a few prompts is not within the tier with these layers left wider, or None."""
 
     def widened(self, wide: str) -> Transform:
         """The transform with these layers left wider."""
@@ -49,12 +50,12 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Promises:
-    """Best-case speed-ups that a refinement is weighed with.
+    """Best-case speed-ups that decide about a refinement.
 
     Args:
-        narrow: with every layer narrow.
-        wide: with every layer left wider.
-        least: what a refined transform has to promise to be worth a trial.
+        narrow: speed-up with every layer narrow.
+        wide: speed-up with every layer left wider.
+        least: least speed-up that makes a refined transform worth a trial.
     """
 
     narrow: float
@@ -62,12 +63,12 @@ class Promises:
     least: float
 
     def mixed(self, share: float) -> float:
-        """Speed-up where this share of the weights' bytes is left wider."""
+        """Speed-up with this share of the weights' bytes left wider."""
         return 1 / ((1 - share) / self.narrow + share / self.wide)
 
     @property
     def room(self) -> float:
-        """The share that may be left wider until the speed-up falls to the least: `mixed` solved for it."""
+        """The largest share that may be left wider, where `mixed` equals `least`."""
         if self.wide >= self.least:
             return 1.0
         return (1 / self.least - 1 / self.narrow) / (1 / self.wide - 1 / self.narrow)
@@ -79,8 +80,8 @@ class Part:
 
     Args:
         layers: their names.
-        share: of the bytes of all layers that could be exchanged.
-        nats: mean KL divergence that they cause alone.
+        share: share of the bytes of all layers that could be exchanged.
+        nats: mean KL divergence that they cause alone, nats per token.
     """
 
     layers: tuple[str, ...]
@@ -99,7 +100,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What to try instead of a transform that failed, the narrowest first, and what was found in a sentence."""
+    """What to try instead of a transform that failed, the narrowest first, and the finding in a sentence."""
 
     proposals: tuple[Proposal, ...]
     finding: str
@@ -109,16 +110,16 @@ def refine(probe: Probe, promises: Promises, spent: Callable[[], bool]) -> Refin
     """Find the layers to leave wider.
 
     Args:
-        probe: measures.
+        probe: measures the layers.
         promises: decide how many layers may be left wider.
-        spent: whether the time for it is up; what was measured until then decides.
+        spent: returns whether the time is up; then the measurements so far decide.
     """
     if (room := promises.room) < LEAST_ROOM:
         finding = f"with more than {max(room, 0.0):.1%} of its weights {probe.wider_form} it promises less than others"
         return Refinement((), finding)
     total = probe.divergence(tuple(probe.layers))
     parts = rank(probe, spent)
-    causes = [part for part in parts[:-1] if part.nats > LEAST_SHARE * total]  # all would be another transform
+    causes = [part for part in parts[:-1] if part.nats > LEAST_SHARE * total]  # with all wider, it is another transform
     sums = list(accumulate(part.share for part in causes))
     reach = sum(share <= room for share in sums)
     worst = f"{spell(parts[0].layers, probe.layers)} alone causes {parts[0].nats:.2g} of {total:.2g} nat"
@@ -129,7 +130,7 @@ def refine(probe: Probe, promises: Promises, spent: Callable[[], bool]) -> Refin
         kept = f"with {wide[reach]} {probe.wider_form}, {sums[reach - 1]:.0%} of the weights,"
         return Refinement((), f"{worst}; even {kept} {missing}")
     least = fewest(reach, lambda k: not spent() and probe.shortfall(wide[k]) is None)
-    tries = dict.fromkeys((least, -(-(least + reach) // 2), reach))  # the gate may ask for more than the probe did
+    tries = dict.fromkeys((least, -(-(least + reach) // 2), reach))  # the gate may be stricter than the probe
     proposals = (
         Proposal(
             probe.widened(wide[k]),
@@ -142,7 +143,7 @@ def refine(probe: Probe, promises: Promises, spent: Callable[[], bool]) -> Refin
 
 
 def rank(probe: Probe, spent: Callable[[], bool]) -> tuple[Part, ...]:
-    """Parts that make up all layers, the most divergence for its bytes first."""
+    """Divide all layers into parts, ordered by divergence per byte, the largest first."""
     whole = sum(probe.layers.values())
 
     def measure(layers: tuple[str, ...]) -> Part:
@@ -160,7 +161,7 @@ def rank(probe: Probe, spent: Callable[[], bool]) -> tuple[Part, ...]:
 
 
 def kinds(names: Collection[str]) -> tuple[tuple[str, ...], ...]:
-    """Names that differ by their numbers alone, together: the same layer of every block."""
+    """Group names that differ only in their numbers: the same layer of every block."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
@@ -168,7 +169,10 @@ def kinds(names: Collection[str]) -> tuple[tuple[str, ...], ...]:
 
 
 def fewest(most: int, passes: Callable[[int], bool]) -> int:
-    """The least number in 1 to `most` that passes; `most` does, and so does whatever is more than one that passes."""
+    """The least number from 1 to `most` that passes.
+
+    Assumes that `most` passes, and that every number above one that passes also passes.
+    """
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
@@ -194,7 +198,7 @@ def spell(chosen: Collection[str], names: Collection[str]) -> str:
 
 
 def explain(parts: Collection[Part], wide: str, total: float, form: str) -> str:
-    """Why these parts stay wider."""
+    """Explain in a sentence why these parts stay wider."""
     nats = [f"{part.nats:.2g}" for part in parts]
     if len(parts) > 3:
         nats = [f"{sum(part.nats for part in parts):.2g} one by one"]

@@ -1,9 +1,9 @@
-"""Would a model's class bear a transform? Tried on a tiny random model of it, before anything is tried in earnest.
+"""Tries a transform on a tiny random model of the user's class, before it is tried on the real model.
 
-Architectures differ in what they keep between tokens: caches and masks of their own, positions by other names. Instead
-of knowing them all, a shrunk model of the user's class answers a few requests as it is and through the transform in
-question. It is refused where it raises or gives other tokens. A tenth of a second each, and found once in a process.
-Whatever a tiny model does not show, the gate still has to pass.
+Architectures differ in what they keep between tokens: special caches and masks, or positions under other names. It is
+not practical to know them all. Instead, a shrunk model of the user's class answers a few requests with and without the
+transform. The transform is refused if it raises or gives other tokens. A try takes a tenth of a second and is made once
+per process. Problems that a tiny model does not show are left to the quality gate.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-NEW_TOKENS = 8
-TIE_NATS = 0.05  # between the two best tokens, below which either may come first
-LENGTHS = ((10,), (24,), (12, 5, 9))  # of each request's prompts; the longer ones reach beyond a small window
+NEW_TOKENS = 8  # tokens generated for each request
+TIE_NATS = 0.05  # gap between the two best tokens, nats, below which either may come first
+LENGTHS = ((10,), (24,), (12, 5, 9))  # prompt lengths of each request; the longer ones exceed a small window
 Answer = tuple[torch.Tensor, torch.Tensor]  # tokens [B, N], log-probabilities [B, N, V]
 _found: dict[str, str | None] = {}
-_models: dict[str, tuple[PreTrainedModel, list[Answer]] | None] = {}  # what rehearses, and what it says by itself
+_models: dict[str, tuple[PreTrainedModel, list[Answer]] | None] = {}  # key -> tiny model and its unrouted answers
 
 
 def obstacle(model: PreTrainedModel, transform: Transform, hardware: Hardware) -> str | None:
-    """Why a transform does not work for a model's class, or None: it does, or it cannot be found out.
+    """Why a transform does not work for a model's class, or None if it works or cannot be tried.
 
-    With releases that autotune was not tested with, the release may be the cause, so the reason is a `Blocker`.
+    With releases that autotune was not tested with, the release may be the cause. The reason is then a `Blocker`.
     """
     rehearsed = transform.rehearsed()
     if rehearsed is None:
@@ -98,7 +98,7 @@ def _difference(tiny: PreTrainedModel, expected: list[Answer], transform: Transf
 
 
 def _answer(model: Any, lengths: tuple[int, ...]) -> Answer:
-    """What a model says to random prompts of these lengths, left-padded."""
+    """A model's answer to random, left-padded prompts of these lengths."""
     draw = torch.Generator(device="cpu").manual_seed(len(lengths))
     shape = len(lengths), max(lengths)
     ids = torch.randint(3, shrink.VOCABULARY, shape, generator=draw, dtype=torch.int64, device="cpu")
@@ -117,7 +117,7 @@ def _answer(model: Any, lengths: tuple[int, ...]) -> Answer:
 
 
 def _first_difference(expected: Answer, got: Answer) -> bool:
-    """Whether greedy tokens part other than at a near-tie; after one, anything may follow."""
+    """Whether the first difference of greedy tokens is not at a near-tie. After a near-tie any token may follow."""
     top = expected[1].topk(2).values  # [B, N, 2]
     for row, margins in enumerate((top[..., 0] - top[..., 1]).tolist()):
         different = (expected[0][row] != got[0][row]).nonzero()

@@ -1,4 +1,4 @@
-"""Tuning, from a model and a workload to a verdict: replay a known plan or search for one, confirm, keep, report."""
+"""Tune a model for a workload: replay a known plan or search for one, confirm it, save it and report."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ log = logging.getLogger("autotune")
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning came to.
+    """The outcome of tuning.
 
     Args:
-        variant: what should serve; without transforms it is the original.
+        variant: the variant that should serve; without transforms it is the original.
         verdict: one sentence with the numbers that decided, or with what could not be tried.
-        doubt: why "keep the original" is not kept as a plan, or None where the outcome is.
+        doubt: why the outcome "keep the original" is not saved as a plan, or None if the outcome is saved.
         noisy: whether noise or a busy machine may have hidden a gain.
     """
 
@@ -66,27 +66,27 @@ def tune(
     notify: Callable[[str], None] = log.info,
     serve: Callable[[Variant], None] = lambda variant: None,
 ) -> Tuned:
-    """Find, prove and keep the variant of `model` that serves `workload` best under `policy`.
+    """Find, prove and save the variant of `model` that serves `workload` best under `policy`.
 
     Args:
-        model: unrouted, in eval mode. It is left bit-identical.
-        tokenizer: fills up a workload of few prompts with natural text to judge quality on.
+        model: unrouted, in eval mode. It stays bit-identical.
+        tokenizer: encodes natural text to judge quality on if the workload has few prompts.
         draft: a smaller model that may guess tokens.
-        cache: read and write plans, and what the original said, in the user's cache directory.
+        cache: whether to read and write plans, and the original's answers, in the user's cache directory.
         traffic: lets live requests through between measured steps.
-        notify: told each step in a sentence.
-        serve: given each variant that is proven, while tuning goes on. A kept plan's, which an earlier run proved, is
-            given before it is verified again, and the original where that fails.
+        notify: called with a sentence for each step.
+        serve: called with each proven variant while tuning goes on. For a kept plan, which an earlier run proved, it is
+            called before the plan is verified again, and with the original if that fails.
 
     Raises:
-        AutotuneError: something that is needed could not be measured, or a transform wrote into the original.
+        AutotuneError: a needed measurement failed, or a transform wrote into the original.
     """
     start, meter = time.monotonic(), busy.Meter()
     here = hardware.identify(model)
     identity = fingerprint.of(model, here, workload, policy, draft)
     original = Variant(model, traffic, workload, draft)
     texts = built_in.natural(tokenizer)
-    kept = References(identity) if cache and modes.unserved() is None else None  # under autocast it says something else
+    kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
     if cache and obstacle is None and (known := store.find(identity)) is not None:
@@ -94,7 +94,7 @@ def tune(
         if (tuned := replay(known, bench, start, serve, meter)) is not None:
             return tuned
     notify("measuring the hardware")
-    machine = bench.hardware = hardware.probe(model, again=True)  # a kept plan, above, needs no peaks
+    machine = bench.hardware = hardware.probe(model, again=True)  # not before the replay above, which needs no peaks
     deadline = start + policy.budget_s
     bench.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)
@@ -114,19 +114,19 @@ def tune(
 
 
 def obstacle_of(original: Variant) -> str | None:
-    """Why nothing can be tried on a model, or None."""
+    """Why no transform can be tried on a model, or None."""
     if (where := hooked(original.original)) is not None:
         return Blocker(f"there is a forward hook on {where}, which no plan would call: remove it, and tune again")
     if (reason := placement.strange(original.original)) is not None:
         return Blocker(reason)
-    if placement.is_patched(original.original):  # it leads back to the routed model, or past every transform
+    if placement.is_patched(original.original):  # a patch leads back to the routed model, or past every transform
         patched = "the model's forward was replaced on the object, which no plan would call"
         return Blocker(f"{patched}: undo that, and tune again")
     return None
 
 
 def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float, meter: busy.Meter) -> Tuned:
-    """What the search came to as a plan and a report."""
+    """Turn the result of a search into a variant, a plan and a report."""
     winner, shown = found.after.variant, found.confirmation or Confirmation()
     transforms, quality, latency = winner.transforms or found.refuted, shown.quality, shown.latency
     elsewhere = meter.elsewhere()
@@ -172,16 +172,16 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
 def replay(
     plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter
 ) -> Tuned | None:
-    """A plan from disk is a hint: applied and re-verified, or ignored.
+    """Apply a plan from disk and verify it again. Returns None if that fails, as a plan from disk is only a hint.
 
-    It serves as soon as it answers: it was proven on this very model and machine.
+    The plan serves as soon as it answers a request, because it was proven on this same model and machine.
     """
     try:
         report = read(plan.summary)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
-    if not plan.transforms and (doubt := doubts(plan.trials)):  # by an earlier version, which kept every outcome
+    if not plan.transforms and (doubt := doubts(plan.trials)):  # an earlier version saved every outcome
         log.info("the kept plan is not used (%s); searching anew", doubt)
         return None
     if not plan.transforms:
@@ -192,7 +192,7 @@ def replay(
         variant = restored(plan, bench)
         serve(variant)
         quality, latency = bench.reverify(variant)
-    except Exception as error:  # whatever is wrong with an old plan, a fresh search is the answer
+    except Exception as error:  # any error of an old plan leads to a fresh search
         outside.pass_on(error)
         serve(bench.original)
         log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
@@ -212,11 +212,11 @@ def replay(
 
 
 def restored(plan: Plan, bench: LiveBench) -> Variant:
-    """The variant of a plan from disk, once it has answered a request of the workload.
+    """Build the variant of a plan from disk and let it answer a request of the workload.
 
     Raises:
-        TransformError: a transform of it cannot be had any more, or did nothing.
-        CandidateError: it cannot answer.
+        TransformError: a transform is no longer available, or had no effect.
+        CandidateError: the variant cannot answer.
     """
     variant = bench.original
     for transform in plan.transforms:
@@ -230,7 +230,7 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
 
 
 def break_even(found: Found, latency: Latency | None, seconds: float) -> float | None:
-    """Tokens to generate until the time spent on tuning is won back."""
+    """Number of tokens to generate until the time saved equals the time spent on tuning."""
     if latency is None or latency.tpot.ratio <= 1:
         return None
     saved_s = found.before.profile.phases["decode"].seconds * (1 - 1 / latency.tpot.ratio)

@@ -1,6 +1,6 @@
-"""The search: a draft of the whole plan first, then single changes to it; what proves itself is kept.
+"""The search: try a draft of the whole plan first, then single changes to it, and keep what is proven.
 
-It is written over a `Bench`, which measures, so that its logic runs on scripted numbers in milliseconds.
+All measuring is done by a `Bench`, so that tests can run the search's logic on scripted numbers in milliseconds.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ log = logging.getLogger("autotune")
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to.
+    """The result of a search.
 
     Args:
         before: the original.
         after: the best variant, or the original.
-        trials: everything considered on the way.
-        confirmation: of the best variant, or of the last one that was accepted and did not confirm.
-        refuted: transforms of the latter, where nothing else was kept.
+        trials: every candidate that was considered.
+        confirmation: of the best variant, or of the last one that was accepted but not confirmed.
+        refuted: transforms of the variant that was not confirmed, if none was kept.
     """
 
     before: State
@@ -51,16 +51,16 @@ class _Search:
     trials: list[Trial] = field(default_factory=list)
     confirmation: Confirmation | None = None
     refuted: tuple[Transform, ...] = ()
-    chosen: dict[str, Transform] = field(default_factory=dict)  # step -> what the draft in use has for it
-    shortfalls: dict[Transform, str] = field(default_factory=dict)  # why a transform's quality would not do
-    usual_s: float = 0.0  # that a trial takes at the least, then what the latest whole one took beside compiling
-    too_short: str = ""  # why the budget does not reach for any trial
+    chosen: dict[str, Transform] = field(default_factory=dict)  # step -> its transform in the draft in use
+    shortfalls: dict[Transform, str] = field(default_factory=dict)  # transform -> why its quality is too low
+    usual_s: float = 0.0  # seconds of a trial: the least at first, then the latest full trial's without compiling
+    too_short: str = ""  # why the budget is too short for any trial
     kept: Callable[[Variant], None] = lambda variant: None
 
     def begin(self, draft: compose.Draft) -> None:
-        """Try the draft; where it fails, what it has for each phase.
+        """Try the draft. If it fails, try its transforms for each phase.
 
-        The whole is the first candidate, not the best of several, so held-out prompts prove it at once.
+        The whole draft is a first candidate, not the best of several, so it is proven on held-out prompts directly.
         """
         self.shortfalls = draft.shortfalls
         for parts in draft.attempts():
@@ -73,9 +73,9 @@ class _Search:
                 self.chosen |= {part.step.name: part.transform for part in parts}
 
     def take(self, step: Step) -> None:
-        """Try a step's choices, the most promising first; each that is kept changes what the rest can promise.
+        """Try a step's choices, the most promising first. Each one kept changes what the rest can promise.
 
-        Where the draft in use has something for the step, the others are to replace it.
+        If the draft in use has a transform for the step, the other choices are tried as its replacement.
         """
         choices = [t for choice in step.choices if (t := make(choice)) != self.chosen.get(step.name)]
         while choices:
@@ -98,20 +98,23 @@ class _Search:
                 self.chosen[step.name] = last.transform
 
     def promise(self, transform: Transform, step: Step) -> float | None:
-        """Predicted best-case speed-up of the step's phase over what there is, or None where it cannot be had."""
+        """Predicted best-case speed-up of the step's phase over the current variant, or None if unavailable."""
         replaced = self.chosen.get(step.name)
         return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=self.before)
 
     def value(self, step: Step) -> float:
-        """What a step is worth trying for: the most that one of its choices is."""
+        """The worth of trying a step: that of its best choice."""
         return max(worth(transform, self.promise(transform, step)) for transform in map(make, step.choices))
 
     def find(self, trial: Trial, base: State, others: float) -> tuple[list[Trial], Variant | None]:
-        """Try a candidate, and without some layers where it loses too much: what is to be recorded, the last decides.
+        """Try a candidate. If it loses too much quality, try it without some layers.
 
         Args:
-            base: what its layers would be compared on.
+            base: the variant that its layers would be compared on.
             others: speed-up that the step's next choice promises.
+
+        Returns:
+            The trials to record, of which the last decides, and the last one's variant.
         """
         if (reason := self.shortfalls.get(trial.transform)) is not None and not self.lateness():
             trial = replace(trial, outcome=Outcome.REJECTED, reason=f"on the exam's texts, read at once, {reason}")
@@ -124,11 +127,11 @@ class _Search:
     def attempt(
         self, trial: Trial, made: list[Variant] | None = None, *, held_out: bool = False
     ) -> tuple[Trial, Variant | None]:
-        """Try one candidate if the budget reaches it.
+        """Try one candidate if the budget allows.
 
         Args:
-            made: it, where it was put together already; emptied.
-            held_out: whether it is proven on held-out prompts at once.
+            made: holds the candidate if it is built already; emptied.
+            held_out: whether it is proven on held-out prompts directly.
         """
         if late := self.lateness():
             return replace(trial, outcome=Outcome.UNREACHED, reason=late), None
@@ -137,14 +140,14 @@ class _Search:
         return self.trier.attempt(trial, self.state.variant, made, held_out=held_out)
 
     def lateness(self) -> str | None:
-        """Why no further trial is begun, or None."""
+        """Why no further trial may begin, or None."""
         return self.too_short or self.trier.lateness(self.usual_s)
 
     def settle(self, trial: Trial, candidate: Variant | None, *, held_out: bool = False) -> None:
-        """Record a trial; one that was accepted is used from now on if held-out prompts confirm it.
+        """Record a trial. An accepted candidate is used from now on if held-out prompts confirm it.
 
         Args:
-            held_out: whether they did already.
+            held_out: whether they confirmed it already.
         """
         start = self.trier.clock()
         if trial.outcome is Outcome.ACCEPTED and candidate is not None:
@@ -163,14 +166,14 @@ class _Search:
             self.keep(candidate, replace(found, quality=trial.quality) if found.brief else found)
             short = "; confirmed on a few held-out prompts: the budget had no room for more"
             return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
-        if self.state is self.before:  # nothing is confirmed yet, whose place this would take
+        if self.state is self.before:  # a confirmed variant keeps its confirmation
             self.confirmation, self.refuted = found, candidate.transforms
         outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
         self.trier.bench.free_memory()
         return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
 
     def keep(self, candidate: Variant, confirmation: Confirmation) -> None:
-        """A proven variant is what there is from now on."""
+        """Make a proven variant the current one."""
         self.kept(candidate)
         self.state, self.confirmation = self.trier.examine(candidate, self.before.obstacle), confirmation
 
@@ -187,17 +190,17 @@ def search(
     obstacle: str | None = None,
     kept: Callable[[Variant], None] = lambda variant: None,
 ) -> Found:
-    """Try what the diagnosis calls for, keeping each change that proves itself.
+    """Try what the diagnosis calls for, and keep each change that is proven.
 
-    The draft comes first: the best that is promised for both phases, in one piece. Then single changes to what there
-    is, those first that are worth the most for their cost; without a draft, in the policy's order. After every change
-    the variant is profiled and diagnosed again: removing one bottleneck shows the next.
+    The draft comes first: the most promising transforms for both phases together. Then come single changes to the
+    current variant, ordered by worth for their cost, or, without a draft, in the policy's order. After every change the
+    variant is profiled and diagnosed again, because removing one bottleneck shows the next.
 
     Args:
         original: a variant without transforms.
         deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
-        obstacle: why nothing can be tried, or None; what would have been tried is recorded with it.
-        kept: given each variant that was confirmed, while the search goes on.
+        obstacle: why nothing can be tried, or None; recorded as the reason of every candidate.
+        kept: called with each confirmed variant while the search goes on.
     """
     start = clock()
     deadline = start + policy.budget_s if deadline is None else deadline

@@ -1,8 +1,8 @@
-"""Do releases that autotune was not tested with still work as its routing expects? Found out instead of hoped.
+"""Checks that releases that autotune was not tested with still work as its routing expects.
 
-A tiny random model of the user's own class generates with its calls routed and unrouted, through every way in which a
-plan serves, and the tokens have to be the same. That takes a part of a second; what was found is kept, for each set of
-versions and model class.
+A tiny random model of the user's class generates with its calls routed and unrouted, in every way in which a plan
+serves. The tokens have to be the same. That takes a fraction of a second. The result is saved for each set of versions,
+model class and configuration.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-MOST_S = 2.0  # seconds of computing after which nothing more is tried; usually it takes a quarter of one
-NEW_TOKENS = 4
-LONGEST_RESULT = 1 << 16  # bytes
-_found: dict[str, str | None] = {}  # what this process found, by key
+MOST_S = 2.0  # seconds of computing after which the check stops; it usually takes 0.25 s
+NEW_TOKENS = 4  # tokens generated for each comparison
+LONGEST_RESULT = 1 << 16  # bytes of the largest saved result that is read
+_found: dict[str, str | None] = {}  # key -> difference that this process found
 
 
 class DifferenceError(AutotuneError):
-    """A routed call did not do what an unrouted one does."""
+    """A routed call behaved differently from an unrouted one."""
 
 
 def problem(model: PreTrainedModel) -> str | None:
-    """Why a model's calls cannot be routed with the versions that are installed, in a sentence; None where they can.
+    """Why a model's calls cannot be routed with the installed versions, in a sentence; None if they can.
 
-    Nothing is run where all of them were tested.
+    Nothing is run if all installed versions were tested.
     """
     others = versions.untested()
     if not others:
@@ -68,7 +68,7 @@ def difference(model: PreTrainedModel, clock: Callable[[], float] = time.thread_
     """What differs between routed and unrouted calls of a tiny model like `model`, or None.
 
     Args:
-        clock: seconds; this thread's own computing, so that other work on the machine does not decide.
+        clock: seconds of this thread's computing, so that other work on the machine has no influence.
     """
     from .. import transforms  # noqa: F401 - imported before the clock runs
 
@@ -84,7 +84,7 @@ def difference(model: PreTrainedModel, clock: Callable[[], float] = time.thread_
             step()
     except DifferenceError as found:
         return f"on a tiny {name}, {found}"
-    except Exception as error:  # another release raises what it likes
+    except Exception as error:  # another release may raise anything
         outside.pass_on(error)
         first = " ".join(str(error).split())
         log.debug("the check of untested versions failed", exc_info=True)
@@ -93,7 +93,7 @@ def difference(model: PreTrainedModel, clock: Callable[[], float] = time.thread_
 
 
 def _generates(tiny: PreTrainedModel) -> bool:
-    """Whether a shrunk model works by itself."""
+    """Whether a shrunk model works unrouted."""
     try:
         _answers(tiny)
     except Exception as error:  # it was shrunk to something that its class does not support
@@ -103,7 +103,7 @@ def _generates(tiny: PreTrainedModel) -> bool:
 
 
 def _steps(tiny: PreTrainedModel) -> Iterator[Callable[[], None]]:
-    """What is compared, the foundation first."""
+    """Yield the comparisons, the basic ones first."""
     from ..transforms.lean_loop import LeanLoop
     from ..transforms.static_cache import StaticCache, no_slots
 
@@ -137,7 +137,7 @@ def _steps(tiny: PreTrainedModel) -> Iterator[Callable[[], None]]:
 
 
 def _answers(model: Any) -> list[torch.Tensor]:
-    """What a model says to a padded batch, and to a direct forward."""
+    """A model's answers to a padded batch and to a direct forward, as tokens."""
     ids = torch.arange(3, 3 + 18, dtype=torch.int64, device="cpu").view(2, 9)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -149,7 +149,7 @@ def _answers(model: Any) -> list[torch.Tensor]:
 
 
 class _Seen:
-    """A router that serves with the original and notes what passed."""
+    """A router that serves with the original and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[seam.Sampling] = []
@@ -169,7 +169,7 @@ class _Seen:
 
 
 class _OnFront(_Seen):
-    """A router that serves as a plan without a loop of its own does: generate's loop over the variant's modules."""
+    """A router that serves like a plan without its own loop: generate's loop over the variant's modules."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def _key(model: PreTrainedModel) -> str:
 
 
 def _kept(key: str, find: Callable[[], str | None]) -> str | None:
-    """What an earlier process found, or what `find` finds now."""
+    """Return the result that an earlier process saved, or else call `find` and save its result."""
     folder = cache_dir.cache("checks")
     path: Path | None = folder and folder / f"{key}.json"
     if path is not None:

@@ -1,6 +1,6 @@
-"""Plan files on disk, in the user's cache directory. A plan from disk is a hint: whatever is wrong with it is a miss.
+"""Plan files in the user's cache directory. A plan from disk is only a hint: a faulty one is a miss.
 
-A file is written whole or not at all, read only where nobody else could have written it, and parsed as strict JSON.
+A file is written completely or not at all, read only if no other user could have written it, and parsed as strict JSON.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from .plan import Plan
 logger = logging.getLogger("autotune")
 
 FOLDER = "plans"
-DOUBT = ".doubted"  # beside a plan that failed while it served
-MAX_BYTES = 4 << 20  # a plan with all its trials is some 100 KB
+DOUBT = ".doubted"  # suffix of the file beside a plan that failed while it served
+MAX_BYTES = 4 << 20  # largest plan file that is read; a plan with all its trials takes about 100 KB
 
 
 def path_for(fingerprint: Fingerprint) -> Path | None:
-    """Where the plan for `fingerprint` is or would be; None where there is no cache.
+    """Path of the plan file for `fingerprint`, existing or not; None if there is no cache.
 
-    The name is a hash of the schema and the whole fingerprint, so that any difference, and any other schema, is another
-    file.
+    The name is a hash of the schema and the whole fingerprint, so any difference in them leads to another file.
     """
     folder = cache_dir.cache(FOLDER)
     key = json.dumps([plan.SCHEMA, asdict(fingerprint)], sort_keys=True)
@@ -37,14 +36,14 @@ def path_for(fingerprint: Fingerprint) -> Path | None:
 
 
 def save(value: Plan) -> Path | None:
-    """Write a plan, an empty one ("keep the original") as well. None with one warning where that is not possible."""
+    """Write a plan, also an empty one ("keep the original"). Returns its path, or warns once and returns None."""
     path = path_for(value.fingerprint)
     if path is None:
         return None
     text = plan.dumps(value)
     try:
         cache_dir.write(path, [text.encode()])
-        path.with_suffix(DOUBT).unlink(missing_ok=True)  # it was proven anew
+        path.with_suffix(DOUBT).unlink(missing_ok=True)  # the plan was proven again
     except OSError as error:
         cache_dir.warn_once(f"plans are not kept: {path.parent}: {error.strerror}; tuning starts afresh next time")
         return None
@@ -52,8 +51,14 @@ def save(value: Plan) -> Path | None:
 
 
 def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
-    """Remember that the plan stored for `fingerprint` failed while it served, and is not to be used; or, without a
-    `doubt`, that it may be again. A search that is saved under the same name lifts the doubt, too."""
+    """Record that the plan stored for `fingerprint` failed while it served, or clear that record.
+
+    A recorded plan is not used. Saving a new plan under the same name clears the record, too.
+
+    Args:
+        fingerprint: the fingerprint of the plan.
+        doubt: how the plan failed; None clears the record.
+    """
     path = path_for(fingerprint)
     if path is None:
         return
@@ -68,7 +73,7 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
 
 
 def find(fingerprint: Fingerprint) -> Plan | None:
-    """The plan stored for `fingerprint`, or None; a file that cannot be trusted or read is a miss with one warning."""
+    """Load the plan stored for `fingerprint`, or None. Warns of a file that cannot be trusted or read: it is a miss."""
     path = path_for(fingerprint)
     if path is None:
         return None
@@ -88,7 +93,7 @@ def find(fingerprint: Fingerprint) -> Plan | None:
             raise PlanError("it was made for another model, machine, version, workload or policy")
     except PlanError as error:
         logger.warning("the stored plan %s is set aside as %s.refused: %s", path, path.name, error)
-        with suppress(OSError):  # on a read-only disk it stays; it is a miss either way
+        with suppress(OSError):  # on a read-only disk it stays, and is a miss again
             path.replace(path.with_name(f"{path.name}.refused"))
         return None
     return found

@@ -1,4 +1,4 @@
-"""Which models can be tuned, and which can guess for them. Pure, but for a try on a tiny model."""
+"""Decides which models can be tuned, and which can guess for them. Pure, except for a try on a tiny model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unsupported(model: Any) -> str | None:
 
 
 def mismatch(model: Any) -> str | None:
-    """What of the model itself keeps it from being tuned."""
+    """Why the model itself cannot be tuned, whatever the installed releases, or None."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__

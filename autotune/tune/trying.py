@@ -1,4 +1,4 @@
-"""One candidate, from application to verdict; what fails the quality gate is tried without the layers that cause it."""
+"""Takes one candidate from application to verdict. If it fails the quality gate, refines it: leaves out bad layers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .verdict import UNTRIED
 log = logging.getLogger("autotune")
 
 MIN_FIRST_SPEEDUP = 0.1  # a candidate slower than this in its first run is dropped before the costly quality exam
-REFINING_SHARE = 0.15  # of the budget that may go into finding out which layers of one transform to leave wider
-LEAST_S = 10.0  # that a candidate may take to show in a child process whether it ends, however little time is left
+REFINING_SHARE = 0.15  # share of the budget for finding out which layers of one transform to leave wider
+LEAST_S = 10.0  # least seconds that a candidate gets in a child process, even if less of the budget is left
 OUTCOMES = {
     Verdict.PASS: Outcome.ACCEPTED,
     Verdict.FAIL: Outcome.REJECTED,
@@ -46,10 +46,10 @@ class Bench(Protocol):
         """Bytes held by the original and the variant together / bytes held by the original."""
 
     def first_speedup(self, incumbent: Variant, candidate: Variant, phase: Phase) -> float:
-        """Speed-up of `phase` from a single run of each: enough to turn down what is hopeless."""
+        """Speed-up of `phase` from very short runs of each, to reject hopeless candidates early."""
 
     def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
-        """What a candidate did to a child process that made and ran it first; or None."""
+        """Make and run a candidate in a child process first. Returns how it killed or hung the process, or None."""
 
     def judge(self, variant: Variant, tier: str) -> Quality:
         """Quality against the original.
@@ -59,32 +59,32 @@ class Bench(Protocol):
         """
 
     def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
-        """What finds out which layers a transform ruins; None where it cannot leave out some."""
+        """Return the probe that finds the layers a transform ruins; None if it cannot leave out layers."""
 
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
         """Paired latency of a phase, or of whole requests."""
 
     def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
-        """A variant against the original, on prompts it was not chosen on.
+        """Compare a variant with the original, on prompts it was not chosen on.
 
         Args:
-            brief: whether fewer prompts will do where the budget has no room for all.
+            brief: whether fewer prompts are enough if the budget is too short for all.
 
         Raises:
-            BudgetSpentError: it was not to be brief, and the budget ended.
+            BudgetSpentError: `brief` was False, and the budget ended.
         """
 
     def least_s(self, profile: Profile) -> float:
-        """Seconds that judging, timing and confirming takes at the very least, by the original's profile."""
+        """Least seconds to judge, time and confirm a candidate, from the original's profile."""
 
     def free_bytes(self) -> float:
-        """Memory of the device that is still to be had."""
+        """Free memory of the device, bytes."""
 
     def describe_error(self, error: Exception) -> str:
-        """What a candidate raised, in words; raises DeviceError where it means that the device is dead."""
+        """Describe an error of a candidate. Raises DeviceError if the error means that the device is dead."""
 
     def free_memory(self) -> None:
-        """Give back the memory of a candidate that was not kept."""
+        """Free the memory of a candidate that was not kept."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ class Trier:
     deadline: float
 
     def examine(self, variant: Variant, obstacle: str | None = None) -> State:
-        """What is known of a variant before anything is tried on it."""
+        """Profile and diagnose a variant, before anything is tried on it."""
         profile = self.bench.profile(variant)
         return State(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes(), obstacle)
 
     def lateness(self, needed_s: float = 0.0) -> str | None:
-        """Why what takes `needed_s` seconds is not begun any more, or None."""
+        """Why there is too little time left to begin work of `needed_s` seconds, or None."""
         left_s, budget = self.deadline - self.clock(), f"the budget of {self.policy.budget_s:.0f} s"
         if left_s <= 0:
             return f"{budget} was spent"
@@ -117,11 +117,11 @@ class Trier:
     def attempt(
         self, trial: Trial, incumbent: Variant, made: list[Variant] | None = None, *, held_out: bool = False
     ) -> tuple[Trial, Variant | None]:
-        """One candidate from application to verdict, with what it took.
+        """Take one candidate from application to verdict, and measure the time that takes.
 
         Args:
-            made: the candidate, where it was put together already; taken out, as nothing else may hold on to it.
-            held_out: whether it is proven on held-out prompts at once.
+            made: holds the candidate if it is built already; emptied, because nothing else may keep its memory alive.
+            held_out: whether it is proven on held-out prompts directly.
         """
         start = self.clock()
         trial, candidate = self._judge(trial, incumbent, made, held_out)
@@ -130,23 +130,23 @@ class Trier:
         return trial, candidate
 
     def refine(self, failed: Trial, state: State, base: State, others: float) -> tuple[list[Trial], Variant | None]:
-        """Try a transform that failed the gate without the layers that made it fail, where there are few enough.
+        """Try a transform that failed the gate without the layers that made it fail, if these are few enough.
 
         Args:
             failed: the trial of the whole transform.
-            state: what it was tried on.
-            base: what its layers are compared on: `state`, or the original where it was to replace another transform.
+            state: the state that it was tried on.
+            base: what its layers are compared on: `state`, or the original if it was to replace another transform.
             others: speed-up that the step's next choice promises; a refined transform has to promise more.
 
         Returns:
-            What is to be recorded, the last of it decides, and its variant.
+            The trials to record, of which the last decides, and the last one's variant.
         """
         start = self.clock()
         try:
             found = self._look_into(failed, state, base, others)
         except DeviceError:
             raise
-        except Exception as error:  # what is measured is foreign code, as in a trial
+        except Exception as error:  # foreign code is measured, as in a trial
             outside.pass_on(error)
             log.debug("%s could not be refined", failed.transform, exc_info=True)
             found = Refinement((), f"its layers could not be compared: {self.bench.describe_error(error)}")
@@ -169,12 +169,12 @@ class Trier:
         return trials, candidate
 
     def _look_into(self, failed: Trial, state: State, base: State, others: float) -> Refinement | None:
-        """Which layers made a transform fail, and what to try without them; None where it cannot be tried so."""
+        """Find the layers that made a transform fail, and what to try without them; None if that is not possible."""
         tier = failed.quality.tier if failed.quality else self.policy.tier
         if failed.target == "both" or (probe := self.bench.probe(base.variant, failed.transform, tier)) is None:
             return None
         self.notify(f"looking for the layers that make {failed.transform} fail")
-        replaced, wide = next(iter(failed.instead_of), None), 1.0  # left wider, a layer is as in the original
+        replaced, wide = next(iter(failed.instead_of), None), 1.0  # by default, a wider layer is the original's
         if probe.wider is not None:
             wide = promise(probe.wider, failed.target, state, self.hardware, replaced=replaced, before=base) or 1.0
         elif replaced is not None:
@@ -186,10 +186,10 @@ class Trier:
     def _judge(
         self, trial: Trial, incumbent: Variant, made: list[Variant] | None, held_out: bool
     ) -> tuple[Trial, Variant | None]:
-        """One candidate's verdict. Whatever it raises, the incumbent is as it was, and so is the memory.
+        """Judge one candidate. If it raises, the incumbent stays as it was and the candidate's memory is freed.
 
         Raises:
-            DeviceError: the device is dead for this process, and every further trial with it.
+            DeviceError: the device is dead for this process, so no further trial is possible.
         """
         candidate = None
         try:
@@ -197,20 +197,20 @@ class Trier:
                 trial, candidate = stage
         except DeviceError:
             raise
-        except Exception as error:  # a transform is foreign code: its crash costs the candidate, nothing else
+        except Exception as error:  # a transform is foreign code: its crash must cost only the candidate
             outside.pass_on(error)
             log.debug("%s crashed", trial.candidate, exc_info=True)
             trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.describe_error(error)), None
-        if candidate is None:  # and no exception is alive, whose traceback would hold on to its memory
+        if candidate is None:  # no exception is alive now, whose traceback would keep its memory
             self.bench.free_memory()
         return trial, candidate
 
     def _stages(
         self, trial: Trial, incumbent: Variant, made: list[Variant] | None, held_out: bool
     ) -> Iterator[tuple[Trial, Variant | None]]:
-        """One candidate from application to verdict, as far as it comes: what is known after each stage.
+        """Take one candidate from application to verdict, and yield the trial as known after each stage.
 
-        The candidate is yielded with the verdict that keeps it, and before only as None. Raises what the candidate
+        The candidate is yielded only with the verdict that keeps it; before that, None is. Raises what the candidate
         raises.
         """
         start, bench = self.clock(), self.bench
@@ -259,7 +259,7 @@ class Trier:
 
 
 def _decided(trial: Trial, found: Confirmation) -> Trial:
-    """A trial with what was found, as far as it came."""
+    """Return the trial with the measurements made so far and the outcome they mean."""
     quality, latency = found.quality, found.latency
     if latency is not None:
         outcome = Outcome.INCONCLUSIVE if latency.drowned else OUTCOMES[latency.verdict]
@@ -271,10 +271,10 @@ def _decided(trial: Trial, found: Confirmation) -> Trial:
 
 
 def assemble(trial: Trial, incumbent: Variant) -> Variant:
-    """The variant that a trial is about.
+    """Build the variant that a trial is about.
 
     Raises:
-        TransformError: one of its transforms refuses.
+        TransformError: a transform refuses.
     """
     if not trial.instead_of:
         return incumbent.with_transforms(trial.transforms)

@@ -1,4 +1,4 @@
-"""What a search came to: the verdict in a sentence, whether it may be kept, whether anything was tried at all. Pure."""
+"""The outcome of a search: the verdict in a sentence, whether to save it, whether anything was tried. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..runtime.variant import Transform
 from ..validate import Latency, Quality, Verdict
 from .plan import Outcome, Trial
 
-UNTRIED = frozenset({Outcome.ERROR, Outcome.BLOCKED, Outcome.UNREACHED})  # wanted, and it did not come to a judgement
+UNTRIED = frozenset({Outcome.ERROR, Outcome.BLOCKED, Outcome.UNREACHED})  # wanted, but not judged
 UNWANTED = frozenset({Outcome.SKIPPED, Outcome.UNAVAILABLE})
-MOST_CAUSES, MOST_NAMES = 3, 4  # named in a verdict; the report lists every candidate
+MOST_CAUSES, MOST_NAMES = 3, 4  # most causes and names in a verdict; the report lists every candidate
 SPEED_OPEN = "the winner's speed is open"
-LONGEST_CAUSE = 160  # characters of a cause in a verdict: a compiler's message may be longer
+LONGEST_CAUSE = 160  # most characters of a cause in a verdict; a compiler's message may be longer
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Conclusion:
     """A search and the confirmation of its winner.
 
     Args:
-        trials: everything that was considered.
-        winner: the transforms that the search accepted; empty where there were none.
-        failure: what went wrong with the workload's largest request under the winner, or None.
-        quality: the winner's, on held-out prompts; None where it did not come to that.
-        latency: the winner's, on held-out prompts; None where it did not come to that.
-        elsewhere: share of the CPU time that others took meanwhile; None where nobody knows.
+        trials: every candidate that was considered.
+        winner: the transforms that the search accepted; empty if there were none.
+        failure: the failure of the workload's largest request with the winner, or None.
+        quality: the winner's quality on held-out prompts; None if it was not judged.
+        latency: the winner's latency on held-out prompts; None if it was not timed.
+        elsewhere: share of the CPU time that other processes took meanwhile; None if unknown.
     """
 
     trials: tuple[Trial, ...]
@@ -43,7 +43,7 @@ class Conclusion:
 
     @property
     def verdict(self) -> str:
-        """The outcome in a sentence with numbers. What could not be tried comes first where the original is kept."""
+        """The outcome in a sentence with numbers. If the original is kept, untried candidates come first."""
         if self.is_committed:
             return f"{self._gain()}{self._footnote()}"
         reason = self._disproof() if self.winner else _not_better(self.trials)
@@ -53,14 +53,14 @@ class Conclusion:
 
     @property
     def doubt(self) -> str | None:
-        """Why "keep the original" is not to be kept as a plan, or None: another search might come to something else."""
+        """Why "keep the original" must not be saved as a plan, or None. Another search might have another outcome."""
         if self.is_committed:
             return None
         return "; ".join(filter(None, (doubts(self.trials), self._unproven(), self._disturbed()))) or None
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the original was kept as no gain could be told from noise: at a quieter time one may be."""
+        """Whether the original was kept because a gain could not be told from noise; at a quieter time one may be."""
         if self.is_committed:
             return False
         drowned = any(trial.outcome is Outcome.INCONCLUSIVE and trial.latency is not None for trial in self.trials)
@@ -75,14 +75,14 @@ class Conclusion:
         )
 
     def _footnote(self) -> str:
-        """What raised or was blocked beside the winner, in a few words; a spent budget is no news then."""
+        """Name the candidates that raised or were blocked, if any. Those that a spent budget left out are not named."""
         failed = [t for t in self.trials if t.outcome in (Outcome.ERROR, Outcome.BLOCKED)]
         if not failed:
             return ""
         return f"; {len(failed)} of {len(wanted(self.trials))} candidates could not be tried ({_names(failed)})"
 
     def _disproof(self) -> str:
-        """Why the winner is not what serves."""
+        """Why the winner does not serve."""
         names, quality, latency = self._names(), self.quality, self.latency
         if self.failure is not None:
             return f"with {names} {self.failure}"
@@ -95,7 +95,7 @@ class Conclusion:
         return f"the quality of {names} could not be confirmed on held-out prompts: {quality.reason}"
 
     def _unproven(self) -> str:
-        """What the confirmation left open; nothing where it turned the winner down on its merits."""
+        """What the confirmation left open; empty if it proved the winner worse or not faster."""
         quality, latency = self.quality, self.latency
         if not self.winner:
             return ""
@@ -106,7 +106,7 @@ class Conclusion:
         return "" if quality is not None and quality.verdict is Verdict.FAIL else "the winner's quality is open"
 
     def _disturbed(self) -> str:
-        """How many candidates were called no faster while others were at work; nothing where none was."""
+        """How many candidates were found no faster while other processes were busy; empty if none."""
         slow = sum(trial.outcome is Outcome.REJECTED and trial.latency is not None for trial in self.trials)
         if not slow or self.elsewhere is None or not is_noticeable(self.elsewhere):
             return ""
@@ -118,22 +118,22 @@ class Conclusion:
 
 
 def wanted(trials: Iterable[Trial]) -> list[Trial]:
-    """The candidates that were called for and could be had."""
+    """The candidates that were called for and available."""
     return [trial for trial in trials if trial.outcome not in UNWANTED]
 
 
 def untried(trials: Iterable[Trial]) -> list[Trial]:
-    """Those of them that were not judged: they raised, were blocked, or the budget was spent."""
+    """The wanted candidates that were not judged: they raised, were blocked, or the budget was spent."""
     return [trial for trial in trials if trial.outcome in UNTRIED]
 
 
 def is_fruitless(trials: Sequence[Trial]) -> bool:
-    """Whether something was wanted, and nothing of it could be tried."""
+    """Whether candidates were wanted, but none could be tried."""
     return 0 < len(untried(trials)) == len(wanted(trials))
 
 
 def doubts(trials: Sequence[Trial]) -> str | None:
-    """Why trials that found nothing better do not show that there is nothing better, or None."""
+    """Why these trials do not show that there is nothing better than the original, or None."""
     counts = {
         "could not be tried": len(untried(trials)),
         "came out inconclusive": sum(trial.outcome is Outcome.INCONCLUSIVE for trial in trials),
@@ -147,7 +147,7 @@ def not_tried(trials: Sequence[Trial]) -> str:
     by_cause: dict[str, list[Trial]] = {}
     for trial in untried(trials):
         by_cause.setdefault(cause(trial), []).append(trial)
-    causes = sorted(by_cause.items(), key=lambda item: -len(item[1]))  # stable: as they came where equally many
+    causes = sorted(by_cause.items(), key=lambda item: -len(item[1]))  # stable: equally frequent causes stay in order
     told = [f"{why} ({_names(those)})" for why, those in causes[:MOST_CAUSES]]
     if others := sum(len(those) for _, those in causes[MOST_CAUSES:]):
         told.append(f"{others} more for other reasons")
@@ -161,7 +161,7 @@ def cause(trial: Trial) -> str:
 
 
 def _not_better(trials: Sequence[Trial]) -> str:
-    """What became of the candidates that were judged; nothing where none was, for another reason that is told."""
+    """The outcome of the candidates that were judged; empty if none was and the untried ones explain why."""
     judged = [trial for trial in wanted(trials) if trial.outcome not in UNTRIED]
     if not judged:
         return "" if untried(trials) else "no candidate is both called for and to be had on this model and machine"
@@ -173,7 +173,7 @@ def _not_better(trials: Sequence[Trial]) -> str:
 
 
 def _names(trials: Iterable[Trial]) -> str:
-    """Names of their transforms, each once; where they are many, the first ones."""
+    """Names of the trials' transforms, each once; only the first ones if there are many."""
     names = list(dict.fromkeys(transform.name for trial in trials for transform in trial.transforms))
     if len(names) <= MOST_NAMES:
         return ", ".join(names)

@@ -1,13 +1,13 @@
 """Is a model still as good and as fast as when it was recorded? For CI and test suites.
 
-    record(model, "baseline/", tokenizer=tok)          keeps what a later check needs
-    result = run(model, "baseline/", tokenizer=tok)    says per metric what changed, and where
+    record(model, "baseline/", tokenizer=tok)          saves what a later check needs
+    result = run(model, "baseline/", tokenizer=tok)    reports for each metric what changed, and where
 
 Read in this order:
 
-    recording -> compact, layers               what is kept of a model
-    baseline -> folder                         as values, and on disk
-    checking -> examine -> localise            the recorded exam put to another model, and where it differs
+    recording -> compact, layers               what is recorded of a model
+    baseline -> folder                         the baseline as values, and on disk
+    checking -> examine -> localise            gives the recorded exam to another model, and finds where it differs
     pace, tasks, harness                       latency against recorded samples; labelled tasks
     result -> render                           verdicts as values, Markdown and JUnit XML
 """

@@ -1,4 +1,4 @@
-"""A recorded baseline as values; `folder` is how it lies on disk."""
+"""A recorded baseline as values; `folder` describes its files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Subject:
     """The model that was recorded.
 
     Args:
-        name: what it is called.
+        name: its name.
         kind: class name.
         fingerprint: hash of configuration and weights; see `autotune.tune.fingerprint`.
-        dtype: of its logits, "float32".
+        dtype: dtype of its logits, such as "float32".
         vocabulary: width of its logits.
-        tokenizer: hash of the tokenizer, empty without one.
-        weights_bytes: of the modules that served.
-        transforms: what was applied when it was timed.
+        tokenizer: hash of the tokenizer; empty without one.
+        weights_bytes: bytes of weights in the modules that served.
+        transforms: transforms that were applied when it was timed.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine and the libraries; latency is compared only where all but the versions agree."""
+    """The machine and the libraries. Latency is compared only if everything except the versions agrees."""
 
     device: str
     name: str
@@ -83,26 +83,26 @@ class Questions:
 
     @property
     def groups(self) -> tuple[tuple[Text, ...], ...]:
-        """What was scored together, in the order of the exam."""
+        """Groups of texts that were scored together, in the order of the exam."""
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
 
     @property
     def read(self) -> tuple[tuple[int, ...], ...]:
-        """Whole texts, by which layers are compared."""
+        """Token ids of the whole texts that are read to compare layers."""
         return tuple(text.context + text.scored for text in self.texts)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What was recorded of a model.
+    """The record of a model.
 
     Args:
-        subject, environment: of what, and where.
+        subject, environment: the recorded model, and the machine.
         questions: texts of the exam.
-        answers: by group of the exam, the distributions of its scored tokens [B x T], sequence by sequence.
-        layers: stage name to sketches [tokens, WIDTH].
-        pace: latency by bucket; empty where it was not recorded.
-        suites: labelled tasks and how they came out.
+        answers: for each group of the exam, the distributions of its scored tokens [B x T], sequence by sequence.
+        layers: stage name -> sketches [tokens, WIDTH].
+        pace: latency by bucket; empty if it was not recorded.
+        suites: labelled tasks and their outcomes.
         created: ISO 8601, UTC.
     """
 

@@ -1,4 +1,4 @@
-"""Checking a model against a baseline: guards, quality, latency, memory, labelled tasks, and where it differs."""
+"""Checks a model against a baseline: guards, quality, latency, memory, labelled tasks, and where it differs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-MAX_SLOWDOWN = 0.05
-MAX_GROWTH = 0.05  # of the weights' memory
-PAIRED_BUDGET_S = 60.0
+MAX_SLOWDOWN = 0.05  # default fraction by which a median time may grow
+MAX_GROWTH = 0.05  # fraction by which the weights' memory may grow
+PAIRED_BUDGET_S = 60.0  # most seconds to time both models in pairs
 
 
 def run(
@@ -59,29 +59,30 @@ def run(
     clock: Clock = time.perf_counter,
     progress: Callable[[str], None] | None = None,
 ) -> CheckResult:
-    """Say per metric what changed since a baseline was recorded, and where.
+    """Report for each metric what changed since a baseline was recorded, and where.
 
     Args:
         model: a causal LM in eval mode, wrapped or not, or a variant. It is run, never edited.
-        baseline: its folder, or what `load` returned.
-        tokenizer: to refuse another one, to score tasks given as text, and to show prompts.
+        baseline: the baseline's folder, or the value that `load` returned.
+        tokenizer: used to refuse another tokenizer, to score tasks given as text, and to show prompts.
         plan: applied to the model first; it is checked through the path that serves.
         tier: quality tier, "lossless", "strict", "relaxed" or "aggressive".
         max_slowdown: fraction by which a median may grow, beyond the noise.
-        measure_latency: False leaves latency out.
-        against: the baseline's own model; it is then raced in interleaved pairs, whatever machine the baseline is of.
-        workload: prompts that have to be those recorded, or None for whatever was recorded.
-        tuning_prompts: prompts that plan or model were tuned or calibrated on; equal ones are flagged. Those of a
-            wrapped model are known.
-        clock: monotonic seconds.
-        progress: told each step in a sentence; default: the "autotune" logger.
+        measure_latency: whether to check latency.
+        against: the recorded model. If given, both models are timed here in interleaved pairs, so the baseline may come
+            from another machine.
+        workload: prompts that must equal the recorded ones, or None to use the recorded ones.
+        tuning_prompts: prompts that the plan or model was tuned or calibrated on; recorded prompts among them are
+            flagged. Those of a wrapped model are known.
+        clock: returns monotonic seconds.
+        progress: called with a sentence for each step; default: the "autotune" logger.
 
     Raises:
         BaselineError: there is no baseline, or it cannot be compared with this model.
-        MeasurementError: the baseline is torn or was changed.
-        UnsupportedModelError: not a causal LM in eval mode.
+        MeasurementError: the baseline is incomplete or was changed.
+        UnsupportedModelError: the model is not a causal LM in eval mode.
         PlanError: the plan was made for another model.
-        ValueError: no such tier, or a negative slowdown.
+        ValueError: there is no such tier, or the slowdown is negative.
     """
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
@@ -136,7 +137,7 @@ def _quality_metrics(base: Baseline, exam: RecordedExam, found: Examined, qualit
 
 
 def _within(point: float, bound: float, limit: float) -> tuple[Verdict, str]:
-    """As `validate.quality.decide` has it: the estimate may fail, only the bound may pass."""
+    """Judge as `validate.quality.decide` does: the estimate may fail, but only the bound may pass."""
     if not point <= limit:
         return Verdict.FAIL, f"{point:.4g} is over {limit:.4g}"
     if not bound <= limit:
@@ -205,7 +206,7 @@ def _race(
     clock: Clock,
     notify: Callable[[str], None],
 ) -> Metric:
-    """The baseline's own model and this one in interleaved pairs."""
+    """Time the recorded model and this one in interleaved pairs."""
     rival = subject.serving(against)
     if fingerprint.of_model(route.bare(against)) != base.subject.fingerprint:
         raise BaselineError("the model to measure against is not the one recorded: other weights or configuration")
@@ -292,7 +293,7 @@ def _right(suite: Suite, variant: Variant, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _leakage(base: Baseline, seen: Sequence[Sequence[int]]) -> list[Metric]:
-    """Evaluation prompts that the model was tuned or calibrated on flatter it."""
+    """Flag evaluation prompts that the model was tuned or calibrated on, because they make its figures too good."""
     if not seen:
         return []
     tuned = {tuple(ids)[:LONGEST_CONTEXT] for ids in seen}

@@ -1,24 +1,24 @@
-"""What a model says about a position, small enough to keep: its likeliest tokens, and a fair sample of all others.
+"""Next-token distributions in a small form: the likeliest tokens, and a fair sample of all others.
 
-A divergence from it splits without remainder into one over the kept tokens and "any other", and one among the others
-(chain rule of relative entropy; Cover and Thomas, Elements of Information Theory, 2006, theorem 2.5.3):
+The KL divergence from such a distribution is the sum of one over the kept tokens and "any other", and one among the
+others (chain rule of relative entropy; Cover and Thomas, Elements of Information Theory, 2006, theorem 2.5.3):
 
     KL(p || q) = sum over kept v of p_v log(p_v / q_v)  +  P log(P / Q)  +  P KL(p/P || q/Q among the others)
 
-P and Q are the masses of the others. The first two terms are exact, and alone a lower bound. The third is estimated
-from `TAIL` tokens drawn from p/P when the baseline was recorded, as the mean of r - 1 - log r with r = (q/Q) / (p/P):
-its expectation is the divergence, no draw is negative, and all are zero where the distributions agree (Schulman,
-Approximating KL Divergence, 2020). Draws are stratified and independent, so with N positions and |log r| <= d among the
-others the mean divergence is off by more than
+P and Q are the masses of the others. The first two terms are exact, and their sum is a lower bound. The third is
+estimated from `TAIL` tokens drawn from p/P when the baseline was recorded, as the mean of r - 1 - log r with
+r = (q/Q) / (p/P). Its expectation is the divergence, no draw is negative, and all are zero if the distributions agree
+(Schulman, Approximating KL Divergence, 2020). Draws are stratified and independent. So with N positions and
+|log r| <= d among the others, the error of the mean divergence is larger than
 
     max P * (e^d - 1 - d) * sqrt(log(2 / alpha) / (2 N TAIL))
 
 with probability at most alpha (Hoeffding, JASA 1963). With half of the mass beyond the kept tokens, d = 1 and the 512
-positions of a quick exam that is 0.004 nats at alpha = 0.01; with a twentieth, as language models have it, 0.0004. The
-bounds that the gates use are bootstrapped from these very values and so contain that noise.
+positions of a quick exam, that is 0.004 nats at alpha = 0.01. With a twentieth of the mass, as in language models, it
+is 0.0004. The bounds that the gates use are bootstrapped from these same values, so they include that noise.
 
-Measured on SmolLM2-135M-Instruct with matrices rounded to INT8, 256 tokens: 0.003365 nats against 0.003372 over the
-whole vocabulary, and 0.003058 from the first two terms alone; the others have 4.8 % of the mass.
+Measured on SmolLM2-135M-Instruct with matrices rounded to INT8, 256 tokens: 0.003365 nats, compared with 0.003372 over
+the whole vocabulary and 0.003058 from the first two terms alone; the others have 4.8 % of the mass.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import torch
 
 from ...validate.divergence import WORST_NATS, Divergence
 
-TOP = 256  # tokens kept of each position: 95 % and more of the mass of a language model
+TOP = 256  # tokens kept per position; they have 95 % or more of a language model's mass
 TAIL = 32  # tokens drawn from the rest
-CHUNK_ROWS = 64  # positions at once: bounds the temporary memory at large vocabularies
+CHUNK_ROWS = 64  # positions processed at once, which limits temporary memory for large vocabularies
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Compact:
     Args:
         top_ids: [T, K] int32, likeliest first.
         top_logp: [T, K] float32, their log-probabilities.
-        tail_ids: [T, M] int32, drawn from the others; M is 0 where there are none.
+        tail_ids: [T, M] int32, drawn from the others; M is 0 if there are none.
         tail_logp: [T, M] float32, their log-probabilities.
         tail_mass: [T] float32, probability of all others together.
         target_logp: [T] float32, log-probability of the token that follows in the text.
@@ -57,7 +57,7 @@ class Compact:
 
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor, seed: int = 0) -> Compact:
-        """Keep what matters of logits [T, V], which are followed by `targets` [T]."""
+        """Compress logits [T, V], which are followed by the tokens `targets` [T]."""
         draw = torch.Generator().manual_seed(seed)
         steps = range(0, len(targets), CHUNK_ROWS)
         return cls.joined([cls._of(logits[k : k + CHUNK_ROWS], targets[k : k + CHUNK_ROWS], draw) for k in steps])
@@ -89,7 +89,7 @@ class Compact:
         return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
     def split(self, counts: Sequence[int]) -> Iterator[Compact]:
-        """The inverse of `joined` for parts of so many positions."""
+        """Undo `joined`: yield parts of `counts` positions."""
         parts = [tensor.split_with_sizes(list(counts)) for tensor in self.tensors().values()]
         yield from (Compact(*part) for part in zip(*parts, strict=True))
 
@@ -100,12 +100,12 @@ class Compact:
         return len(self.target_logp)
 
     def dense(self, vocabulary: int, ruled_out: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probabilities [T, V], the others equally likely: enough to tell defects and the likeliest tokens.
+        """Log-probabilities [T, V] with equally likely others: enough to detect defects and the likeliest tokens.
 
         Args:
             vocabulary: V.
-            ruled_out: [T, V] tokens that are impossible unless they were kept; what follows from them if they were not
-                is in the divergence.
+            ruled_out: [T, V] tokens to treat as impossible unless they were kept. The divergence accounts for the mass
+                that the recorded model gave them.
         """
         others = (self.tail_mass / max(1, vocabulary - self.top_ids.shape[1])).clamp_min(1e-30).log()
         dense = others[:, None].expand(-1, vocabulary).contiguous()
@@ -114,9 +114,9 @@ class Compact:
         return dense.scatter_(-1, self.top_ids.long(), self.top_logp)
 
     def compare(self, logits: torch.Tensor, targets: torch.Tensor) -> Divergence:
-        """How far logits [T, V] are from these distributions; `targets` [T] are the tokens that follow.
+        """Divergence of logits [T, V] from these distributions; `targets` [T] are the tokens that follow.
 
-        The gap of a changed top token beyond the kept ones is at least that of the last kept one, which is returned.
+        If the new top token was not kept, its gap is at least that of the last kept token, which is returned instead.
         """
         ends = [min(k + CHUNK_ROWS, len(self)) - k for k in range(0, len(self), CHUNK_ROWS)]
         parts = zip(self.split(ends), logits.split_with_sizes(ends), targets.split_with_sizes(ends), strict=True)
@@ -143,7 +143,7 @@ class Compact:
         return torch.stack([kld, gap, true_q - true_p, true_q.exp() - true_p.exp(), logp[:, 0].exp()])
 
     def _among_others(self, logq: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """The divergence among the tokens that were not kept [T]; see the module's text."""
+        """The divergence among the tokens that were not kept [T]; see the module's docstring."""
         if not self.tail_ids.shape[1]:
             return torch.zeros(len(self), dtype=torch.float64, device="cpu")
         q = logq.gather(-1, self.tail_ids.long()) - others[:, None]

@@ -1,4 +1,4 @@
-"""The recorded exam put to a model: all answers are collected, however bad, so that what is wrong can be located."""
+"""Gives the recorded exam to a model. Collects all answers, even bad ones, so that the fault can be located."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .compact import Compact
 
 @dataclass
 class RecordedExam(Exam):
-    """An exam whose original is no longer there: what it said is read from a baseline.
+    """An exam whose original model is no longer available: its answers are read from a baseline.
 
-    `original` is the model under check, which says where and in what type it computes.
+    `original` is the model under check, which determines the device and the dtype.
     """
 
     compacts: dict[tuple[Text, ...], Compact] = field(default_factory=dict)
@@ -52,12 +52,12 @@ class RecordedExam(Exam):
     def reference(
         self, group: tuple[Text, ...], ruled_out: torch.Tensor | None = None, *, stepped: bool = False
     ) -> torch.Tensor:
-        """Log-probabilities [B, T, V], those that were not kept filled in evenly: for guards, not for divergences.
+        """Log-probabilities [B, T, V] with tokens that were not kept equally likely: for guards, not for divergences.
 
         Args:
-            group: of the exam's texts.
-            ruled_out: [B, T, V] tokens that the candidate rules out, which models with padded vocabularies do.
-            stepped: as of any exam; what was recorded is there in one form.
+            group: a group of the exam's texts.
+            ruled_out: [B, T, V] tokens that the candidate rules out, as models with padded vocabularies do.
+            stepped: ignored, because only one form of the answers was recorded.
         """
         flat = None if ruled_out is None else ruled_out.flatten(0, 1).cpu()
         dense = self.compacts[group].dense(self.vocabulary, flat)
@@ -66,7 +66,7 @@ class RecordedExam(Exam):
 
 @dataclass(frozen=True)
 class Scored:
-    """One text's answers by decoding: divergence and the candidate's top tokens [T]."""
+    """One text's decoded answers: divergence and the candidate's top tokens [T]."""
 
     text: Text
     divergence: Divergence
@@ -80,10 +80,10 @@ class Examined:
     Attributes:
         tally: divergences of all tokens.
         scored: single texts decoded step by step.
-        defects: what was plainly broken, in words.
-        wrote: free-running output of the first texts, without the prompts.
-        dtype: of the logits of a direct forward, "float32"; empty where none was read.
-        error: why the rest could not be asked, or None.
+        defects: obvious defects, in words.
+        wrote: free-running output for the first texts, without the prompts.
+        dtype: dtype of the logits of a direct forward, such as "float32"; empty if none was read.
+        error: why the rest of the exam could not be given, or None.
     """
 
     tally: Tally = field(default_factory=Tally)
@@ -95,7 +95,7 @@ class Examined:
 
 
 def examine(exam: RecordedExam, variant: Variant, notify: Callable[[str], None] = lambda step: None) -> Examined:
-    """Ask everything. A candidate that raises ends it; one that gives nonsense is asked on."""
+    """Give the whole exam. It ends if the candidate raises, but goes on if the candidate gives nonsense."""
     found, served = Examined(), Served(variant, exam.pad_token_id, fall_back=False)
     groups = exam.groups()
     try:
@@ -123,7 +123,7 @@ def _ask(exam: RecordedExam, served: Served, group: tuple[Text, ...], found: Exa
 
 
 def _defect(exam: RecordedExam, group: tuple[Text, ...], logits: torch.Tensor) -> str | None:
-    """What is plainly broken in logits [B, T, V], or None."""
+    """An obvious defect in logits [B, T, V], in words, or None."""
     if logits.shape[-1] != exam.vocabulary:
         return f"logits over {logits.shape[-1]} tokens, expected {exam.vocabulary}"
     return find_defect(exam.reference(group, logits == -torch.inf), logits)
@@ -140,7 +140,7 @@ def _add(exam: RecordedExam, group: tuple[Text, ...], stratum: str, logits: torc
 
 
 def judge(exam: RecordedExam, found: Examined, tier: str) -> Quality:
-    """The verdict of `validate.quality` on what was collected; nonsense fails whatever the figures are. Pure."""
+    """The verdict of `validate.quality` on the collected answers. A defect fails, regardless of the figures. Pure."""
     figures = summarise(found.tally, tier, exam.tie_nats)
     if found.error is not None:
         return replace(figures, verdict=Verdict.ERROR, reason=found.error)
@@ -151,7 +151,7 @@ def judge(exam: RecordedExam, found: Examined, tier: str) -> Quality:
 
 
 def judge_free(exam: RecordedExam, found: Examined, tier: str) -> tuple[Verdict, str]:
-    """Whether free-running output stops, repeats itself and (lossless) reads as the recorded model's did. Pure."""
+    """Whether free-running output stops, repeats itself and (if lossless) reads like the recorded model's. Pure."""
     if not found.wrote:
         return Verdict.INCONCLUSIVE, "nothing was written freely"
     try:

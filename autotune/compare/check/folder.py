@@ -1,11 +1,11 @@
 """A recorded baseline on disk: a folder of three files.
 
-    manifest.json           schema, what was recorded where, latency samples, and the hashes of the other two
-    exam.json               prompts and texts as token ids, labelled tasks and how they came out
-    reference.safetensors   what the model said at every scored position, and sketches of its layers' outputs
+    manifest.json           schema, recorded model and machine, latency samples, and the hashes of the other two
+    exam.json               prompts and texts as token ids, labelled tasks and their outcomes
+    reference.safetensors   the model's distribution at every scored position, and sketches of its layers' outputs
 
-A folder is written whole or not at all, for its owner alone: prompts may be private. What is read is checked against
-the hashes, which tells damage and edits; it is no protection against someone who writes matching hashes.
+A folder is written completely or not at all. Only its owner can read it, because prompts may be private. Reading checks
+the hashes, which detects damage and edits. It does not protect against someone who writes matching hashes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class _Exam:
 
 
 def save(baseline: Baseline, folder: Path, *, force: bool = False) -> None:
-    """Write a baseline, whole or not at all, readable by its owner alone.
+    """Write a baseline completely or not at all, readable only by its owner.
 
     Raises:
-        BaselineError: the folder exists and `force` was not given, or it is something else than a baseline.
-        MeasurementError: it cannot be written.
+        BaselineError: the folder exists and `force` is False, or it is not a baseline.
+        MeasurementError: the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -78,10 +78,10 @@ def save(baseline: Baseline, folder: Path, *, force: bool = False) -> None:
 
 
 def require_free(folder: Path, force: bool = False) -> None:
-    """Refuse to write over what should stay, before anything takes long.
+    """Refuse to overwrite existing content, before the long work begins.
 
     Raises:
-        BaselineError: the folder exists and `force` was not given, or it is something else than a baseline.
+        BaselineError: the folder exists and `force` is False, or it is not a baseline.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -104,7 +104,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         if folder.exists():
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-            os.rename(folder, old)  # onto an empty folder
+            os.rename(folder, old)  # replaces the empty folder
             os.rename(fresh, folder)
             shutil.rmtree(old)
         else:
@@ -116,11 +116,11 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def load(folder: str | Path) -> Baseline:
-    """Read a baseline back.
+    """Read a baseline.
 
     Raises:
-        BaselineError: there is none, it is something else, or of another schema.
-        MeasurementError: it is torn or was changed since it was written.
+        BaselineError: the folder does not exist, is not a baseline, or has another schema.
+        MeasurementError: the baseline is incomplete or was changed since it was written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
@@ -180,7 +180,7 @@ def _manifest(folder: Path) -> _Manifest:
 
 
 def _verified(folder: Path, name: str, files: Mapping[str, str]) -> bytes:
-    """A file's content, hashed before anything of it is used."""
+    """Read a file, and verify its hash before the content is used."""
     content = _content(folder / name)
     if hashlib.sha256(content).hexdigest() != files.get(name):
         raise MeasurementError(f"the baseline {folder} is torn or was changed since ({name}): {RECORD_AGAIN}")

@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, where it is installed; autotune installs and downloads nothing of it."""
+"""Runs tasks of the lm-evaluation-harness if it is installed. autotune does not install or download any part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ...runtime.variant import Variant
 
-METRICS = ("acc", "exact_match", "em")  # per sample 0 or 1, the first that a task has
+METRICS = ("acc", "exact_match", "em")  # metrics that are 0 or 1 per sample; the first that a task has is used
 EXPECTED = f"0 or 1 as one of {', '.join(METRICS)}"
 PREFIX = "lm-eval:"
 
@@ -29,7 +29,7 @@ def unavailable() -> str | None:
 
 
 def answer(variant: Variant, task: str, tokenizer: PreTrainedTokenizerBase | None, limit: int | None = None) -> Suite:
-    """A task's outcomes on a variant as it serves.
+    """Run a task on a variant as it serves, and return its outcomes.
 
     Raises:
         MeasurementError: the harness is not installed, cannot run the task, or gives no outcome per sample.
@@ -43,17 +43,17 @@ def answer(variant: Variant, task: str, tokenizer: PreTrainedTokenizerBase | Non
     try:
         model = adapter.HFLM(pretrained=serving(variant), tokenizer=tokenizer)
         found: Any = evaluator.simple_evaluate(model=model, tasks=[task], limit=limit, log_samples=True)
-    except Exception as error:  # the harness raises whatever its tasks' own code does
+    except Exception as error:  # the harness passes on any error of a task's code
         raise MeasurementError(f"lm-evaluation-harness cannot run {task}: {type(error).__name__}: {error}") from error
     return outcomes(task, found)
 
 
 def require(tasks: Sequence[str]) -> None:
-    """Refuse tasks that cannot be run, before anything takes long.
+    """Refuse tasks that cannot be run, before the long work begins.
 
     Raises:
         MeasurementError: the harness is not installed.
-        WorkloadError: it knows no such task; names the nearest.
+        WorkloadError: the harness has no such task; the message names the nearest.
     """
     if not tasks:
         return
@@ -66,13 +66,13 @@ def require(tasks: Sequence[str]) -> None:
 
 
 def outcomes(task: str, found: Mapping[str, Any]) -> Suite:
-    """Outcomes from what the harness returned, named "task/filter/document". Pure.
+    """Extract the outcomes from the harness's result, named "task/filter/document". Pure.
 
-    A group's tasks number their documents each from 0, and a task with several filters judges each document once with
-    each.
+    Each task of a group numbers its documents from 0, and a task with several filters judges each document once per
+    filter.
 
     Raises:
-        MeasurementError: there is none, or one that is neither right nor wrong.
+        MeasurementError: there is no outcome, or one is neither right nor wrong.
     """
     right: dict[str, bool] = {}
     for name, samples in found.get("samples", {}).items():
@@ -97,8 +97,9 @@ def _outcome(name: str, sample: Mapping[str, Any]) -> bool:
 
 
 def by_filter(suite: Suite) -> dict[str, tuple[int, ...]]:
-    """Name -> positions of the outcomes of each filter, which are compared apart: two filters judge the same answers,
-    and McNemar's test would take one change for two.
+    """Name -> positions of each filter's outcomes, which are compared separately.
+
+    Two filters judge the same answers, so McNemar's test would count one change twice.
     """
     found: dict[str, list[int]] = {}
     for position, key in enumerate(suite.ids):

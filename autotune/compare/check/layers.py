@@ -1,9 +1,9 @@
-"""What each layer gives, small enough to keep, and where a model begins to differ.
+"""Records each layer's output in a small form, and finds where a model begins to differ.
 
-Hidden states are kept as count sketches: every element is added, with a sign, to one of `WIDTH` sums, both chosen by a
-hash of its index. Distances between sketches are, on average, those between the states; with n of them the error of a
-squared distance is about sqrt(2 / (n WIDTH)) of it (Charikar, Chen and Farach-Colton, Finding Frequent Items in Data
-Streams, 2002): some 4 % for the tokens that are read here.
+Hidden states are kept as count sketches: every element is added, with a sign, to one of `WIDTH` sums. A hash of its
+index chooses both. On average, distances between sketches equal those between the states. With n sketches, the relative
+error of a squared distance is about sqrt(2 / (n WIDTH)) (Charikar, Chen and Farach-Colton, Finding Frequent Items in
+Data Streams, 2002): about 4 % for the tokens that are read here.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WIDTH = 64
-PROMPTS, READ, KEPT = 4, 64, 16  # prompts, tokens read of each, and last tokens kept of those
+WIDTH = 64  # sums in a sketch
+PROMPTS, READ, KEPT = 4, 64, 16  # number of prompts, tokens read of each, and last of these tokens that are kept
 QUIET = 1e-4  # relative deviation that another machine's order of summation may cause in float32
-JUMP = 3.0  # times the deviation of the layer before: what was handed on grows less than that from layer to layer
+JUMP = 3.0  # least ratio to the deviation of the layers before; a deviation passed on grows less from layer to layer
 
 
 @dataclass(frozen=True)
 class Shift:
-    """A layer's output against the recorded one.
+    """A layer's output compared with the recorded one.
 
     Args:
-        name: module name, as "model.layers.7".
-        deviation: norm of the difference / norm of what was recorded; infinite where it is no number.
+        name: module name, such as "model.layers.7".
+        deviation: norm of the difference / norm of the recorded output; infinite if it is not finite.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Shift:
 
 
 def sketch(states: torch.Tensor) -> torch.Tensor:
-    """[..., WIDTH] float32 of states [..., N]."""
+    """Sketch states [..., N] as float32 [..., WIDTH]."""
     place, sign = _hashes(states.shape[-1])
     flat = states.detach().cpu().float()
     return torch.zeros(*flat.shape[:-1], WIDTH, dtype=torch.float32, device="cpu").index_add_(-1, place, flat * sign)
@@ -49,7 +49,7 @@ def sketch(states: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _hashes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each of `count` elements goes and with what sign, by MurmurHash3's finaliser."""
+    """The sum and the sign for each of `count` elements, by MurmurHash3's finaliser."""
     bits = np.arange(1, count + 1, dtype=np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
@@ -59,7 +59,7 @@ def _hashes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stages(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The embedding, every decoder layer and the head by name, in the order in which they compute."""
+    """The embedding, every decoder layer and the head, by name, in the order of computing."""
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -69,7 +69,7 @@ def stages(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def fingerprint(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Sketches [tokens, WIDTH] of what each stage gives for the last tokens of `prompts`, read in direct forwards."""
+    """Sketches [tokens, WIDTH] of each stage's output for the last tokens of `prompts`, read in direct forwards."""
     seen: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:
@@ -92,7 +92,7 @@ def fingerprint(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> dic
 
 
 def shifts(recorded: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> tuple[Shift, ...]:
-    """How far each stage that both have is from what was recorded, in the order of computing. Pure."""
+    """Deviation of each stage that both have from the recorded output, in the order of computing. Pure."""
     both = [(name, recorded[name], found[name]) for name in recorded if name in found]
     return tuple(Shift(name, _deviation(was, now)) for name, was, now in both if was.shape == now.shape)
 
@@ -103,9 +103,9 @@ def _deviation(was: torch.Tensor, now: torch.Tensor) -> float:
 
 
 def first_jump(found: Sequence[Shift]) -> str | None:
-    """The first stage that deviates clearly more than what it was handed explains; None where all agree. Pure.
+    """The first stage that deviates clearly more than its input explains; None if all agree. Pure.
 
-    Where deviation only creeps, as in a model that is quantised throughout, that is the first layer.
+    If the deviation only grows slowly, as in a model that is quantised throughout, that is the first layer.
     """
     before = 0.0
     for shift in found:

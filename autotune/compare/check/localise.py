@@ -1,4 +1,4 @@
-"""Where a model differs from its baseline: layers, prompts, tokens, and how sure the recorded model was."""
+"""Finds where a model differs from its baseline: layers, prompts, tokens, and how sure the recorded model was."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .layers import PROMPTS, Shift, fingerprint, first_jump, shifts
 
 log = logging.getLogger("autotune")
 
-WORST = 5  # prompts shown
-SHOWN = 60  # characters of a prompt's end
+WORST = 5  # prompts and layers that are shown
+SHOWN = 60  # last characters of a prompt that are shown
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
 class PromptShift:
-    """A prompt's mean divergence, nats a token, and how its text ends where a tokenizer is at hand."""
+    """A prompt's mean divergence, nats per token, and the end of its text if there is a tokenizer."""
 
     prompt: int
     mean_kld: float
@@ -35,11 +35,11 @@ class TokenShift:
     """The first token that greedy decoding chooses differently.
 
     Args:
-        prompt: whose continuation.
-        position: in it, from 0.
+        prompt: the prompt whose continuation it is in.
+        position: position in the continuation, from 0.
         expected, found: token ids.
-        gap_nats: how much less likely the recorded model found it than its own.
-        expected_text, found_text: the tokens as text, where a tokenizer is at hand.
+        gap_nats: the recorded model's log-probability of its top token minus that of `found`.
+        expected_text, found_text: the tokens as text, if there is a tokenizer.
     """
 
     prompt: int
@@ -57,11 +57,11 @@ class Localised:
 
     Args:
         summary: the findings in a sentence.
-        first_layer: where it begins, or None where every layer agrees.
-        layers: every stage, in the order of computing.
-        prompts: the five that differ most.
-        token: the first that greedy decoding chooses differently, or None.
-        certainty: divergence by how sure the recorded model was: below 0.5, to 0.9, above.
+        first_layer: where the difference begins, or None if every layer agrees.
+        layers: deviation of every stage, in the order of computing.
+        prompts: the five prompts that differ most.
+        token: the first token that greedy decoding chooses differently, or None.
+        certainty: divergence by the recorded model's top probability: below 0.5, up to 0.9, above.
     """
 
     summary: str
@@ -73,19 +73,19 @@ class Localised:
 
     @property
     def worst_layers(self) -> tuple[Shift, ...]:
-        """Those that add most to the deviation they were handed."""
+        """The layers that add most to the deviation of their input."""
         before = (0.0, *(shift.deviation for shift in self.layers[:-1]))
         pairs = sorted(zip(self.layers, before, strict=True), key=lambda pair: pair[1] - pair[0].deviation)
         return tuple(shift for shift, _ in pairs[:WORST] if shift.deviation > 0)
 
 
 def layer_shifts(baseline: Baseline, variant: Variant) -> tuple[Shift, ...]:
-    """Deviations of the phase whose layers deviate more; a phase that cannot be read directly is left out."""
+    """Deviations of the phase whose layers deviate more. A phase that cannot be read directly is left out."""
     found: list[tuple[Shift, ...]] = [()]
     for module in {id(m): m for m in variant.modules.values()}.values():
         try:
             found.append(shifts(baseline.layers, fingerprint(module, baseline.questions.read[:PROMPTS])))
-        except Exception as error:  # what broke the model may break this, too; the verdict stands without it
+        except Exception as error:  # the model's defect may break this, too; it is not needed for the verdict
             log.debug("layers cannot be compared: %s: %s", type(error).__name__, error)
     return max(found, key=lambda each: max((shift.deviation for shift in each), default=-1.0))
 
@@ -97,7 +97,7 @@ def localise(
     certainty: tuple[ConfidenceBin, ...],
     decode: Decode | None,
 ) -> Localised:
-    """Findings from what was collected. Pure."""
+    """Derive the findings from the collected answers. Pure."""
     prompts = worst_prompts(examined, exam, decode)
     token = first_token(examined.scored, exam.tie_nats, decode)
     first = first_jump(layers)
@@ -117,7 +117,7 @@ def worst_prompts(examined: Examined, exam: Exam, decode: Decode | None) -> tupl
 
 
 def first_token(scored: Sequence[Scored], tie_nats: float, decode: Decode | None) -> TokenShift | None:
-    """The earliest in the recorded model's own continuations, one beyond a near-tie if there is any."""
+    """The earliest changed token in the recorded model's continuations; one at a near-tie only if there is no other."""
     found: list[tuple[bool, int, int, TokenShift]] = []
     for each in scored:
         start = len(each.text.natural)
@@ -127,7 +127,7 @@ def first_token(scored: Sequence[Scored], tie_nats: float, decode: Decode | None
                 said = (decode([expected]), decode([mine])) if decode else ("", "")
                 shift = TokenShift(each.text.prompt, k, expected, mine, gap, *said)
                 found.append((gap <= tie_nats, k, each.text.prompt, shift))
-                break  # what follows greedily has another text before it
+                break  # later tokens follow another text
     return min(found, key=lambda item: item[:3])[3] if found else None
 
 

@@ -1,4 +1,4 @@
-"""How long requests take now, against how long they took when a baseline was recorded."""
+"""Compares how long requests take now with how long they took when a baseline was recorded."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .baseline import LatencySamples
 if TYPE_CHECKING:
     from ...runtime.variant import Variant
 
-REQUESTS = 16  # of each bucket: the median's 95 % interval is then some +-0.6 standard deviations wide
-WARM_UP = 3
-FEWEST = 6  # undisturbed requests below which an interval of 95 % says nothing
-ALPHA = 0.0125  # in each tail of each side, so that the ratio's interval covers 95 % (Bonferroni)
-NOISE_PAIRS = 6
-LONGEST_NOISE_S = 20.0
+REQUESTS = 16  # timed requests per bucket; the median's 95 % interval is then about +-0.6 standard deviations
+WARM_UP = 3  # untimed requests before them
+FEWEST = 6  # least undisturbed requests; with fewer a 95 % interval says nothing
+ALPHA = 0.0125  # error in each tail of each median, so that the ratio's interval covers 95 % (Bonferroni)
+NOISE_PAIRS = 6  # pairs that measure the A/A noise
+LONGEST_NOISE_S = 20.0  # most seconds to measure it
 
 
 @dataclass(frozen=True)
 class Slowdown:
-    """Median time now / then - 1, with a 95 % interval."""
+    """The ratio of median times, now / then - 1, with a 95 % interval."""
 
     point: float
     low: float
@@ -47,7 +47,7 @@ def measure(
     clock: Clock = time.perf_counter,
     notify: Callable[[str], None] = lambda step: None,
 ) -> tuple[LatencySamples, ...]:
-    """Time requests of every bucket through the path that serves; disturbed ones are left out.
+    """Time requests of every bucket through the path that serves. Leaves out disturbed requests.
 
     Raises:
         CandidateError: the variant raised.
@@ -70,7 +70,7 @@ def measure(
 
 
 def slowdown(then_s: Sequence[float], now_s: Sequence[float]) -> Slowdown:
-    """How much slower the median became; the samples are not paired, so both medians' intervals count. Pure."""
+    """How much slower the median became. The samples are not paired, so both medians' intervals count. Pure."""
     then, now = (np.array([s for s in samples if s == s], dtype=np.float64) for samples in (then_s, now_s))
     (then_low, then_high), (now_low, now_high) = median_bounds(then, ALPHA), median_bounds(now, ALPHA)
     point = float(np.median(now) / np.median(then))
@@ -80,10 +80,10 @@ def slowdown(then_s: Sequence[float], now_s: Sequence[float]) -> Slowdown:
 def decide(
     then: LatencySamples, now: LatencySamples, metric: str, max_slowdown: float
 ) -> tuple[Verdict, str, Slowdown | None]:
-    """The verdict on one metric of one bucket. Pure.
+    """Decide the verdict on one metric of one bucket. Pure.
 
-    The machine was another one in load and temperature when the baseline was recorded, so twice the larger of both A/A
-    noises is allowed on top, as `validate.ratios` asks a gain to exceed twice the noise.
+    The machine's load and temperature were different when the baseline was recorded. So the limit is raised by twice
+    the larger of both A/A noises, just as `validate.ratios` requires a gain to exceed twice the noise.
     """
     what = f"{metric} of {label(then.bucket)}"
     then_s, now_s = ([s for s in pace.samples_s.get(metric, ()) if s == s] for pace in (then, now))

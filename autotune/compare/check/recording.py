@@ -1,4 +1,4 @@
-"""Recording a baseline: what a model says, and how long it takes."""
+"""Records a baseline: a model's answers, and how long they take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-NEW_TOKENS = 32  # of a timed request
+NEW_TOKENS = 32  # most new tokens of a timed request
 
 
 def record(
@@ -53,25 +53,26 @@ def record(
     """Record what later checks compare with, and write it to a folder.
 
     Args:
-        model: a causal LM in eval mode, wrapped or not. Quality is recorded of the original, latency of what serves.
+        model: a causal LM in eval mode, wrapped or not. Quality is recorded of the original, latency of the variant
+            that serves.
         out: folder to write; see `autotune.compare.check.folder`.
-        tokenizer: needed for prompts and tasks given as text, and to recognise another one later.
-        prompts: as `autotune.wrap` takes a workload; default: built-in texts, which suffice for "quick".
-        size: how much is scored: 16, 64 or 128 prompts, some 500, 3,000 or 12,000 tokens.
+        tokenizer: needed for prompts and tasks given as text, and to detect another tokenizer later.
+        prompts: prompts, as `autotune.wrap` takes a workload; default: built-in texts, which are enough for "quick".
+        size: size of the exam: 16, 64 or 128 prompts, with about 500, 3,000 or 12,000 scored tokens.
         labelled: a .jsonl file of tasks; see `autotune.compare.check.tasks.read`.
-        lm_eval: tasks of lm-evaluation-harness, where it is installed.
+        lm_eval: tasks of lm-evaluation-harness, if it is installed.
         latency: whether requests are timed.
-        batch_sizes: that are timed.
-        force: replace a baseline that is there.
-        clock: monotonic seconds.
-        progress: told each step in a sentence; default: the "autotune" logger.
+        batch_sizes: batch sizes that are timed.
+        force: whether to replace an existing baseline.
+        clock: returns monotonic seconds.
+        progress: called with a sentence for each step; default: the "autotune" logger.
 
     Raises:
-        UnsupportedModelError: not a causal LM in eval mode.
+        UnsupportedModelError: the model is not a causal LM in eval mode.
         WorkloadError: prompts or tasks cannot be used, or there are too few for the size.
         BaselineError: the folder exists.
-        MeasurementError: the model raised, gives no finite logits or does not reproduce itself, the harness is not
-            installed, or the folder cannot be written.
+        MeasurementError: the model raised, gave logits that are not finite or did not reproduce its answers, the
+            harness is not installed, or the folder cannot be written.
     """
     folder, notify = Path(out), progress or log.info
     require_free(folder, force)
@@ -112,7 +113,7 @@ def record(
 
 
 def buckets(work: Workload) -> tuple[Bucket, ...]:
-    """Shapes that are timed: the workload's, with few enough new tokens."""
+    """Shapes that are timed: the workload's, with at most `NEW_TOKENS` new tokens."""
     return replace(work, new_tokens=min(work.new_tokens, NEW_TOKENS)).buckets()
 
 
@@ -127,7 +128,7 @@ def _work(
 
 
 def _second_half(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The second half of the built-in texts; policies that a check applies are tuned on the first."""
+    """The second half of the built-in texts. Policies that a check applies are tuned on the first half."""
     found = built_in.chats(tokenizer)
     return [ids[:LONGEST_CONTEXT] for ids in found[len(found) // 2 :]]
 
@@ -168,7 +169,7 @@ def _compact(exam: Exam, group: tuple[Text, ...], seed: int) -> Compact:
 
 
 def _logits(exam: Exam) -> tuple[str, int]:
-    """Type and width of the model's own logits."""
+    """Dtype and width of the model's logits."""
     logits = exam.read(Served(Variant(exam.original), exam.pad_token_id), exam.texts[0])
     return str(logits.dtype).removeprefix("torch."), logits.shape[-1]
 

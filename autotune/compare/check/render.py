@@ -1,4 +1,4 @@
-"""A check's result as Markdown and as JUnit XML."""
+"""Renders a check's result as Markdown and as JUnit XML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN_FLIPS = 20
 
 
 def markdown(result: Checked) -> str:
-    """The whole result as one document."""
+    """Render the whole result as one Markdown document."""
     title = f"# {result.verdict.value.upper()}: {result.model} against {result.baseline}"
     rows = [
         (m.name, m.verdict.value, number(m.recorded), number(m.value), number(m.bound), number(m.limit), m.reason)
@@ -70,7 +70,7 @@ def number(value: float) -> str:
 
 
 def junit(result: Checked) -> str:
-    """JUnit XML; inconclusive metrics are skipped cases, with their reason."""
+    """Render JUnit XML. Inconclusive metrics are skipped cases, with their reason."""
     count = {verdict: sum(m.verdict is verdict for m in result.metrics) for verdict in Verdict}
     suite = Xml.Element(
         "testsuite",
@@ -94,5 +94,5 @@ def junit(result: Checked) -> str:
 
 
 def clean(text: str) -> str:
-    """Text without characters that no XML document may have."""
+    """Replace characters that XML forbids."""
     return FORBIDDEN.sub("\ufffd", text)

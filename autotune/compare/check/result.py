@@ -19,7 +19,7 @@ class CheckResult(Checked):
     __doc__ = Checked.__doc__
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; numbers that are not finite become null."""
+        """Convert to plain JSON values. Numbers that are not finite become null."""
         head = {"schema": SCHEMA, "verdict": self.verdict.value, "exit_code": self.exit_code, "reason": self.reason}
         body: dict[str, Any] = codec.encode(self)
         return {**head, **body}
@@ -29,9 +29,9 @@ class CheckResult(Checked):
         return codec.dumps(self.to_dict())
 
     def to_markdown(self) -> str:
-        """A document for a pull request's comment or a job's summary."""
+        """Render a Markdown document for a pull request's comment or a job's summary."""
         return render.markdown(self)
 
     def to_junit(self) -> str:
-        """JUnit XML: a test case for each metric, as CI systems show them."""
+        """Render JUnit XML for CI systems, with a test case for each metric."""
         return render.junit(self)

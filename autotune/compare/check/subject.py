@@ -1,4 +1,4 @@
-"""The model under check: what serves, what it is called, where it runs, and whether a baseline is about its kind."""
+"""The model under check: what serves, its description, its machine, and whether a baseline is comparable with it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PROBE = "Zwölf Boxkämpfer jagen\nViktor: 3.14159 != 22/7, naïve 東京 🙂 d
 
 
 def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
-    """What serves a model's calls: a plan applied to it, the plan of a wrapped model, or the model as it is.
+    """The variant that serves a model's calls: the given plan's, a wrapped model's plan's, or the model as it is.
 
     Raises:
-        UnsupportedModelError: not a causal LM in eval mode.
+        UnsupportedModelError: the model is not a causal LM in eval mode.
         PlanError: the plan was made for another model.
         TransformError: a transform refuses.
     """
@@ -49,13 +49,13 @@ def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
 
 
 def tuned_on(model: PreTrainedModel) -> tuple[tuple[int, ...], ...]:
-    """Prompts that a wrapped model was given to tune for; none where it is not known."""
+    """Prompts that a wrapped model was given to tune for; empty if unknown."""
     given = getattr(model.__dict__.get(route.SLOT), "_given", None)
     return given.prompts if given is not None else ()
 
 
 def describe(variant: Variant, tokenizer: PreTrainedTokenizerBase | None, dtype: str, vocabulary: int) -> Subject:
-    """What is recorded of a model that gives logits of `dtype` over `vocabulary` tokens."""
+    """Describe a model that gives logits of `dtype` over `vocabulary` tokens."""
     model = variant.original
     return Subject(
         name=name_of(model),
@@ -70,14 +70,14 @@ def describe(variant: Variant, tokenizer: PreTrainedTokenizerBase | None, dtype:
 
 
 def environment(model: PreTrainedModel) -> Environment:
-    """The machine, without measuring it, and the libraries."""
+    """Identify the machine, without measuring it, and the libraries."""
     device = devices.of(model)
     identity = device.identity()
     return Environment(device.kind, identity.name, identity.capability, torch.get_num_threads(), library_versions())
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A hash of a tokenizer's vocabulary and of how it cuts a sentence that has a bit of everything."""
+    """Hash a tokenizer's vocabulary and its tokens of a sentence with many kinds of characters."""
     if tokenizer is None:
         return ""
     ids: Any = tokenizer(PROBE)["input_ids"]
@@ -91,10 +91,10 @@ def require_comparable(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Sequence[int]] | None,
 ) -> None:
-    """Refuse what would compare one thing with another.
+    """Refuse a model that cannot be compared with the baseline.
 
     Raises:
-        BaselineError: another vocabulary, tokenizer or prompts, or a context too short for the recorded texts.
+        BaselineError: the vocabulary, tokenizer or prompts differ, or the context is too short for the recorded texts.
     """
     was, width = baseline.subject, vocabulary(model)
     if width != was.vocabulary:

@@ -1,6 +1,6 @@
-"""Labelled tasks: which answers are right, and what McNemar's test says about those that changed.
+"""Labelled tasks: which answers are right, and McNemar's test on those that changed.
 
-Two accuracies tell little about two models that answered the same tasks: only tasks whose outcome changed do.
+If two models answered the same tasks, their two accuracies say little. The tasks whose outcome changed say more.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from ...runtime.variant import Variant
 
-ALPHA = 0.05  # one-sided: only a loss is a regression
+ALPHA = 0.05  # level of the test; one-sided, because only a loss is a regression
 MAX_LOSS = 0.02  # net share of the tasks that may be lost
-SPARE_TOKENS = 4  # generated beyond the answer's own, for another way of cutting it into tokens
+SPARE_TOKENS = 4  # tokens generated beyond the answer's length, because other tokens may spell the same answer
 EXPECTED = 'expected {"prompt": ..., "answer": "text"} or {"prompt": ..., "choices": [...], "answer": index}'
 
 
@@ -36,10 +36,10 @@ class Task:
 
     Args:
         prompt: token ids.
-        choices: token ids of each choice; one by one scored by log-likelihood; empty where the answer is generated.
-        index: of the right choice.
-        answer: token ids of the expected answer, where it is generated.
-        text: the same as text; empty where it was given as ids.
+        choices: token ids of each choice, scored one by one by log-likelihood; empty if the answer is generated.
+        index: index of the right choice.
+        answer: token ids of the expected answer, if it is generated.
+        text: the expected answer as text; empty if it was given as ids.
     """
 
     prompt: tuple[int, ...]
@@ -51,13 +51,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks and how they came out when they were recorded.
+    """Tasks and their outcomes when they were recorded.
 
     Args:
-        name: "tasks", or "lm-eval:TASK" whose tasks the harness has itself.
-        tasks: empty for the harness.
+        name: "tasks", or "lm-eval:TASK" for a task of the harness.
+        tasks: the tasks; empty for the harness, which has its own.
         ids: names of the tasks.
-        right: whether each was answered rightly.
+        right: whether each task was answered correctly.
     """
 
     name: str
@@ -68,12 +68,13 @@ class Suite:
 
 @dataclass(frozen=True)
 class Flips:
-    """Tasks whose outcome changed, and what follows.
+    """Tasks whose outcome changed, and the verdict on them.
 
     Args:
         lost, won: ids of tasks that were right and are wrong now, and the reverse.
-        total: tasks in all.
-        p_value: chance of so many lost among the changed, if changes went either way alike (one-sided, exact).
+        total: number of all tasks.
+        p_value: chance of at least this many losses among the changes, if both directions were equally likely
+            (one-sided, exact).
         verdict, reason: as for every metric.
     """
 
@@ -88,18 +89,18 @@ class Flips:
 def read(
     file: Path, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None = None, context: int | None = None
 ) -> tuple[Task, ...]:
-    """Tasks of a .jsonl file.
+    """Read tasks from a .jsonl file.
 
-    A choice, or an answer given as text, follows its prompt after a space, unless one of both brings white space.
+    A choice, or an answer given as text, follows its prompt after a space, unless one of the two has white space there.
 
     Args:
-        file: a line a task.
+        file: the file, with one task per line.
         tokenizer: needed for text.
         vocabulary: number of token ids that the model knows.
-        context: most tokens of prompt and answer that it can take.
+        context: most tokens of prompt and answer that the model can take.
 
     Raises:
-        WorkloadError: which line is wrong, and what was expected.
+        WorkloadError: a line is wrong; the message names it and what was expected.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -114,10 +115,10 @@ def read(
 
 
 def _require_fitting(task: Task, where: str, vocabulary: int | None, context: int | None) -> None:
-    """Refuse what the model cannot be asked.
+    """Refuse a task that the model cannot be asked.
 
     Raises:
-        WorkloadError: nothing to ask or to answer, no token of the model, or too long.
+        WorkloadError: the prompt or an answer is empty, a token id is unknown to the model, or the task is too long.
     """
     answers = task.choices or (task.answer,)
     if not task.prompt or not all(answers):
@@ -159,7 +160,7 @@ def _task(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> T
 
 
 def _continuation(value: Any, spaced: bool, where: str, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Token ids of what follows a prompt, without the special tokens that begin a text."""
+    """Token ids of text that follows a prompt, without the special tokens that begin a text."""
     if not isinstance(value, (str, list)):
         raise WorkloadError(f"{where} has the choice {value!r}; text or token ids were expected")
     if not isinstance(value, str) or tokenizer is None:
@@ -183,10 +184,10 @@ def _ids(value: str | list[Any], where: str, tokenizer: PreTrainedTokenizerBase 
 def answer(
     variant: Variant, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase | None, pad_token_id: int = 0
 ) -> tuple[bool, ...]:
-    """Whether a variant answers each task rightly.
+    """Whether a variant answers each task correctly.
 
-    A choice is right when its tokens together are likelier than those of every other (lm-evaluation-harness' `acc`); an
-    answer when greedy decoding begins with it, and no letter or digit follows.
+    A choice is correct if its tokens together are likelier than those of every other choice (lm-evaluation-harness'
+    `acc`). An answer is correct if greedy decoding begins with it and no letter or digit follows.
 
     Raises:
         CandidateError: the variant raised.
@@ -197,7 +198,7 @@ def answer(
 
 def _chooses(served: Served, task: Task) -> bool:
     likely = [_log_likelihood(served, task.prompt, choice) for choice in task.choices]
-    return max(range(len(likely)), key=likely.__getitem__) == task.index  # NaN everywhere: the first
+    return max(range(len(likely)), key=likely.__getitem__) == task.index  # the first if all are NaN
 
 
 def _log_likelihood(served: Served, prompt: tuple[int, ...], choice: tuple[int, ...]) -> float:
@@ -230,10 +231,10 @@ def compare(recorded: Suite, right: Sequence[bool], max_loss: float = MAX_LOSS) 
 
 
 def decide(lost: int, won: int, total: int, max_loss: float = MAX_LOSS) -> tuple[Verdict, str]:
-    """The verdict on changed outcomes. Pure.
+    """Decide the verdict on changed outcomes. Pure.
 
-    It fails where losses outnumber gains beyond chance. It passes where, at 95 %, no more than `max_loss` of all tasks
-    can have been lost on balance (Clopper-Pearson bound of the losses' share among those that changed).
+    It is FAIL if losses outnumber gains beyond chance. It is PASS if, at 95 % confidence, the net loss is at most
+    `max_loss` of all tasks (Clopper-Pearson bound of the losses' share among the changes).
     """
     changed = lost + won
     figures = f"{lost} lost and {won} won of {total}"
@@ -248,7 +249,7 @@ def decide(lost: int, won: int, total: int, max_loss: float = MAX_LOSS) -> tuple
             Verdict.PASS,
             f"{figures}: at most {max(0.0, worst):.1%} lost on balance (McNemar's exact test, p = {p:.2g})",
         )
-    fewest = math.ceil(math.log(ALPHA) / math.log(0.5))  # changed, all lost, from which the test can tell
+    fewest = math.ceil(math.log(ALPHA) / math.log(0.5))  # least changes, all of them losses, that the test can detect
     need = f"some {math.ceil(total * fewest / changed)} tasks" if changed < fewest else f"more than {total} tasks"
     return Verdict.INCONCLUSIVE, (
         f"{figures}: up to {worst:.1%} may be lost on balance, over {max_loss:.0%}; {changed} changed outcomes are too"
@@ -257,13 +258,13 @@ def decide(lost: int, won: int, total: int, max_loss: float = MAX_LOSS) -> tuple
 
 
 def at_least(lost: int, changed: int) -> float:
-    """Chance of `lost` or more of `changed` outcomes, if each goes either way alike."""
+    """Chance of `lost` or more losses among `changed` outcomes, if both directions are equally likely."""
     ways: int = sum(math.comb(changed, k) for k in range(lost, changed + 1))
     return float(ways / 2**changed)
 
 
 def upper_share(lost: int, changed: int) -> float:
-    """Upper 95 % bound of a share of which `lost` of `changed` were seen (Clopper and Pearson, Biometrika, 1934)."""
+    """Upper 95 % bound of a share, given `lost` of `changed` (Clopper and Pearson, Biometrika, 1934)."""
     low, high = lost / changed, 1.0
     if lost == changed:
         return 1.0

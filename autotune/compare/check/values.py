@@ -1,4 +1,4 @@
-"""What a check found, as values."""
+"""The result of a check, as values."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Metric:
         name: "mean KLD", "latency tpot b1/p64/n32", ...
         verdict: PASS, FAIL, INCONCLUSIVE or ERROR.
         reason: one sentence with numbers.
-        value: now; NaN where it is no number.
-        bound: the 95 % bound that was judged; NaN where the value itself was.
-        limit: what it must not exceed; NaN where there is none.
-        recorded: the same figure of the baseline; NaN where it has none.
+        value: the figure now; NaN if it is not a number.
+        bound: the 95 % bound that was judged; NaN if the value itself was judged.
+        limit: the figure's upper limit; NaN if there is none.
+        recorded: the same figure of the baseline; NaN if it has none.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check found.
+    """The result of a check.
 
     Args:
         metrics: every figure with its verdict.
-        quality: the whole of the quality verdict.
-        localised: where the difference is; None where quality passed.
+        quality: the full quality verdict.
+        localised: where the difference is; None if quality passed.
         flips: changed outcomes of labelled tasks, by suite.
         tier: quality tier.
-        model, baseline: names.
-        environment: what was recorded and what is here, by "recorded" and "here".
+        model, baseline: their names.
+        environment: machine and libraries of the recording and of this check, by "recorded" and "here".
         created: ISO 8601, UTC.
     """
 
@@ -65,7 +65,7 @@ class Checked:
 
     @property
     def verdict(self) -> Verdict:
-        """The gravest of all metrics': FAIL, then ERROR, INCONCLUSIVE, PASS."""
+        """The gravest verdict of all metrics, in the order FAIL, ERROR, INCONCLUSIVE, PASS."""
         return min((metric.verdict for metric in self.metrics), key=GRAVEST.index, default=Verdict.INCONCLUSIVE)
 
     @property
@@ -75,7 +75,7 @@ class Checked:
 
     @property
     def reason(self) -> str:
-        """Why, in a sentence; where the difference is, too."""
+        """Why the check has this verdict, and where the difference is, in a sentence."""
         grave = [metric for metric in self.metrics if metric.verdict is self.verdict]
         if self.verdict is Verdict.PASS or not grave:
             return f"all {len(self.metrics)} metrics are within tier {self.tier} and the limits"

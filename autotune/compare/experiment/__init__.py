@@ -1,12 +1,12 @@
-"""Experiments: a control against candidates, measured offline, beside live traffic, or on a share of it.
+"""Experiments: compare candidates with a control, offline, beside live traffic, or on a share of it.
 
 given -> arms -> setup            what is compared
-offline -> verdicts               how it is measured, and what follows
-outcomes -> pareto, sections      what came of it, and how it is shown
-store -> database                 what is kept of it, so that it survives a restart
+offline -> verdicts               how it is measured and judged
+outcomes -> pareto, sections      the result, and how it is shown
+store -> database                 what is saved, so that it survives a restart
 live -> replays -> shadow         candidates beside live traffic
 live -> ramp -> split             a candidate on a share of live traffic
-sequential -> guardrails          tests that may be looked at any time, and limits judged with them
+sequential -> guardrails          tests that are valid at any look, and limits judged with them
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Experiment(Setup):
         progress: Callable[[str], None] | None = None,
         clock: Clock = time.perf_counter,
     ) -> Result:
-        """Measure every arm on the workload, now and here, and judge.
+        """Measure every arm on the workload, now and on this machine, and judge.
 
-        Observations are kept as they are made: interrupted, the next run goes on where this one ended.
+        Observations are saved as they are made. If a run is interrupted, the next one continues where it ended.
 
         Args:
-            budget_s: seconds for comparing, quality included; a policy is tuned before, within its own budget.
-            pairs: timed pairs per bucket and candidate, at most; fewer than 8 cannot show a gain.
-            progress: told each step in a sentence.
-            clock: monotonic seconds.
+            budget_s: seconds for comparing, including quality; a policy is tuned before that, within its own budget.
+            pairs: most timed pairs per bucket and candidate; fewer than 8 cannot show a gain.
+            progress: called with a sentence for each step.
+            clock: returns monotonic seconds.
 
         Raises:
             MeasurementError: the control itself could not be measured.
@@ -60,31 +60,31 @@ class Experiment(Setup):
         return offline.run(self, budget_s=budget_s, pairs=pairs, notify=progress or log.info, clock=clock)
 
     def shadow(self, model: PreTrainedModel, **options: Any) -> Shadow:
-        """The candidates beside live traffic: `model` answers every call, a sample is replayed on them afterwards.
+        """Run the candidates beside live traffic: `model` answers every call; a sample is replayed on them afterwards.
 
         Args:
             model: the live model, wrapped or not.
             options: share, queue, deadline_s, budget, budget_s, seed; see `shadow.Shadow`.
 
         Returns:
-            a context manager; or `.start()` and `.stop()` it. It has a `.status`.
+            A context manager, or call its `.start()` and `.stop()`. It has a `.status`.
 
         Raises:
-            ExperimentError: a candidate cannot be run beside it, or a number makes no sense.
+            ExperimentError: a candidate cannot be run beside the live model, or a number makes no sense.
         """
         return Shadow(self, model, **options)
 
     def split(self, model: PreTrainedModel, **options: Any) -> Split:
-        """A share of live traffic for one candidate, by a stable key, ramped up and rolled back by sequential tests.
+        """Give one candidate a share of live traffic, by a stable key. Sequential tests ramp it up or roll it back.
 
         Args:
-            model: the live model, wrapped or not: the control.
+            model: the live model, wrapped or not, which is the control.
             options: candidate, ramp, guardrails, step_requests, key; see `split.Split`.
 
         Returns:
-            a context manager; or `.start()` and `.stop()` it. It has a `.status`, `.key(user)` and `.resume()`.
+            A context manager, or call its `.start()` and `.stop()`. It has a `.status`, `.key(user)` and `.resume()`.
 
         Raises:
-            ExperimentError: the candidate cannot answer for it, or a setting makes no sense.
+            ExperimentError: the candidate cannot answer the live model's calls, or a setting makes no sense.
         """
         return Split(self, model, **options)

@@ -1,4 +1,4 @@
-"""Arms: what an experiment compares, built into variants that can be run."""
+"""Arms: the things that an experiment compares, built into variants that can be run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Arm:
     """One thing that is compared.
 
     Args:
-        name: "control", or the candidate's.
-        description: what it is, in words.
-        variant: what runs; None where it could not be built.
-        fingerprint: hash of what it computes; another one is another arm, whose observations are not mixed.
+        name: "control", or the candidate's name.
+        description: the arm in words.
+        variant: the variant that runs; None if it could not be built.
+        fingerprint: hash of what it computes; observations of different fingerprints are never mixed.
         problem: why it cannot be run, or None.
         unjudged: why its quality cannot be compared with the control's (another tokenizer), or None.
-        notes: what a reader should know, such as how much memory both models take.
+        notes: facts that a reader should know, such as how much memory both models take.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmBuilder:
-    """What arms are built with.
+    """Builds arms.
 
     Args:
-        model: the control's, unrouted.
+        model: the control's model, unrouted.
         tokenizer: its tokenizer, or None.
-        work: what the variants are made for.
-        notify: told each step in a sentence.
+        work: the workload that the variants are made for.
+        notify: called with a sentence for each step.
     """
 
     model: PreTrainedModel
@@ -65,12 +65,12 @@ class ArmBuilder:
     notify: Callable[[str], None]
 
     def control(self, given: Given) -> Arm:
-        """The control's arm."""
+        """Build the control's arm."""
         variant = given.value if given.kind == "variant" else Variant(self.model, None, self.work)
         return Arm(CONTROL, describe(variant), variant, fingerprint(variant))
 
     def candidate(self, given: Given) -> Arm:
-        """A candidate's arm; whatever it raises is its own failure.
+        """Build a candidate's arm. An error of the candidate becomes the arm's `problem`.
 
         Raises:
             DeviceError: the device is dead for this process.
@@ -137,14 +137,14 @@ class ArmBuilder:
         return self._other(name, Variant(model, None, self.work), tokenizer)
 
     def _other(self, name: str, variant: Variant, tokenizer: PreTrainedTokenizerBase | None) -> Arm:
-        """An arm of another model than the control's."""
+        """Build an arm of another model than the control's."""
         from ...model.linear_layers import stored_bytes
 
         model = variant.original
         if model.device != self.model.device:
             raise ExperimentError(f"its model is on {model.device}, the control's on {self.model.device}: move it")
         unjudged = self._stranger(model, tokenizer)
-        fit_prompts(self.work, model)  # raises where its context is too short
+        fit_prompts(self.work, model)  # raises if its context is too short
         sizes = (n.scaled(stored_bytes(m), "B") for m in (self.model, model))
         notes = [f"both models are in memory: {' and '.join(sizes)} of weights"]
         if unjudged is None and (tokenizer is None or self.tokenizer is None):
@@ -165,10 +165,10 @@ class ArmBuilder:
 
 
 def fit_prompts(work: Workload, model: PreTrainedModel) -> Workload:
-    """The same shapes of work in ids that a model with a smaller vocabulary knows: enough to time it.
+    """Map the prompts to ids that a model with a smaller vocabulary knows. The shapes stay, which is enough to time it.
 
     Raises:
-        WorkloadError: its context is too short.
+        WorkloadError: the model's context is too short.
     """
     size = model.config.get_text_config(decoder=True).vocab_size
     return workload.read(
@@ -177,12 +177,12 @@ def fit_prompts(work: Workload, model: PreTrainedModel) -> Workload:
 
 
 def is_same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Whether two objects are one model: an unrouted one is another object over the same modules."""
+    """Whether two objects are the same model. An unrouted model is another object with the same modules."""
     return model.__dict__["_modules"] is other.__dict__["_modules"]
 
 
 def describe(variant: Variant) -> str:
-    """A variant in words."""
+    """Describe a variant in words."""
     from ...tune.run import name_of
 
     made = " + ".join(map(str, variant.transforms)) or "as it is"
@@ -190,7 +190,7 @@ def describe(variant: Variant) -> str:
 
 
 def fingerprint(variant: Variant) -> str:
-    """A hash of a variant's model and of what was applied to it; of its modules where nothing says what was."""
+    """Hash a variant's model and its transforms, or its modules if they were changed without transforms."""
     from ...tune import codec
     from ...tune import fingerprint as fingerprints
 
@@ -200,7 +200,7 @@ def fingerprint(variant: Variant) -> str:
     for transform in variant.transforms:
         try:
             parts.append(json.dumps(codec.encode(transform), sort_keys=True))
-        except PlanError:  # its parameters are no plain values
+        except PlanError:  # its parameters are not plain values
             parts.append(str(transform))
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -210,7 +210,7 @@ def _arm(name: str, variant: Variant) -> Arm:
 
 
 def _weights_bytes(path: Path) -> int:
-    """Size of a checkpoint's weights as stored; 0 for a name on the hub, whose files are not here yet."""
+    """Bytes of a checkpoint's stored weights; 0 for a name on the hub, whose files are not here yet."""
     if path.is_file():
         return path.stat().st_size
     return next((size for p in WEIGHT_FILES if (size := sum(f.stat().st_size for f in path.glob(p)))), 0)

@@ -1,4 +1,4 @@
-"""Speed against quality, drawn by matplotlib."""
+"""Draws speed against quality with matplotlib."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from .outcomes import Outcomes
 
 FORMATS = (".svg", ".png", ".pdf")
-LINEAR_UP_TO = 1e-4  # nats; below, the axis is linear, since the control is at zero
-NEUTRAL = "#57606a"  # the control, and the front
+LINEAR_UP_TO = 1e-4  # nats below which the axis is linear, because the control is at zero
+NEUTRAL = "#57606a"  # colour of the control and of the front
 COLOURS = {"pass": "#1a7f37", "fail": "#cf222e", "inconclusive": "#9a6700", "error": NEUTRAL}
 
 
 def require_format(path: str | Path) -> Path:
-    """The path of a chart, refused before anything takes long.
+    """Check a chart's path before the long work begins, and return it.
 
     Raises:
-        ExperimentError: the ending says no known format.
+        ExperimentError: the path's ending is not a known format.
     """
     path = expanded(path)
     if path.suffix not in FORMATS:
@@ -33,14 +33,14 @@ def require_format(path: str | Path) -> Path:
 
 
 def draw(result: Outcomes, path: str | Path) -> Path:
-    """Write the chart: an arm a point, intervals as bars, and what no other arm beats joined by a line.
+    """Draw the chart: a point for each arm, intervals as bars, and a line through the arms that no other arm beats.
 
     Args:
-        path: of an .svg, .png or .pdf file.
+        path: an .svg, .png or .pdf file.
 
     Raises:
         PackageError: matplotlib is not installed.
-        ExperimentError: the ending says no known format, or the file cannot be written.
+        ExperimentError: the path's ending is not a known format, or the file cannot be written.
     """
     path = require_format(path)
     try:

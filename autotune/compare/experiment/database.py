@@ -1,4 +1,4 @@
-"""The SQLite file of experiments: made, opened, refused or set aside."""
+"""The SQLite file of experiments: create, open, refuse or set aside."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ...machine import cache_dir
 logger = logging.getLogger("autotune")
 
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; a newer one is refused
-APPLICATION = 0x61745F65  # "at_e": tells our files from other programs'
-BUSY_S = 30.0  # how long a process waits for another one's lock or transaction
-AGAIN_S = 0.05  # between two attempts to lock
+APPLICATION = 0x61745F65  # "at_e", SQLite's application id: identifies our files
+BUSY_S = 30.0  # seconds that a process waits for another one's lock or transaction
+AGAIN_S = 0.05  # seconds between two attempts to lock
 HEADER = b"SQLite format 3\0"  # see https://sqlite.org/fileformat.html#the_database_header
 APPLICATION_AT = slice(68, 72)
 MARK = b"autotune's experiments\n"
-JOURNALS = ("", "-wal", "-shm")  # of SQLite
+JOURNALS = ("", "-wal", "-shm")  # name endings of SQLite's file and its journals
 ANOTHER = "give another file: store=..., --store FILE"
 CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 TABLES = """
@@ -49,10 +49,10 @@ CREATE TABLE events (
 
 
 def default() -> Path:
-    """The file in the user's cache directory.
+    """The default file, in the user's cache directory.
 
     Raises:
-        ExperimentError: there is no such directory.
+        ExperimentError: there is no cache directory.
     """
     folder = cache_dir.cache("experiments")
     if folder is None:
@@ -61,18 +61,18 @@ def default() -> Path:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection to a file with our tables, made where there is none; a corrupt one of ours is set aside first.
+    """Connect to a file with our tables. Creates the file if there is none, and sets aside a corrupt one of ours first.
 
     Raises:
-        ExperimentError: it is of a later version of autotune, another program's, a link or no file, cannot be written,
-            or another process holds it for longer than `BUSY_S`. It is as it was.
+        ExperimentError: the file is of a later version of autotune, of another program, a link or not a regular file,
+            cannot be written, or another process holds it for longer than `BUSY_S`. The file stays unchanged.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_file(path)
         with _locked(path.with_name(f"{path.name}.lock")) as lock:
             header = _header(path)
-            if header and not header.startswith(HEADER) and not lock.known():  # SQLite would begin anew in a short one
+            if header and not header.startswith(HEADER) and not lock.known():  # SQLite would overwrite a short one
                 raise ExperimentError(f"{path} is no file of experiments and stays as it is; {ANOTHER}")
             try:
                 db = _opened(path)
@@ -95,7 +95,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 class _Lock:
-    """A lock file beside the experiments, which tells later that the file was ours once."""
+    """A lock file beside the experiments. A mark in it records that the experiments' file is ours."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -111,10 +111,10 @@ class _Lock:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[_Lock]:
-    """Two processes neither make nor set aside the same file.
+    """Hold a lock file, so that two processes do not create or set aside the same file at once.
 
     Raises:
-        OSError: it is a link or no file, or is held by another process for longer than `BUSY_S`.
+        OSError: it is a link or not a regular file, or another process holds it for longer than `BUSY_S`.
     """
     _require_file(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
@@ -134,10 +134,10 @@ def _locked(path: Path) -> Iterator[_Lock]:
 
 
 def _require_file(path: Path) -> None:
-    """Refuse a link, which may lead to a file of someone else, and whatever is no file.
+    """Refuse a link, which may lead to another user's file, and anything that is not a regular file.
 
     Raises:
-        OSError: it is one.
+        OSError: the path is one of these.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
@@ -156,7 +156,7 @@ def _header(path: Path) -> bytes:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))  # its journals get SQLite's own mode from it
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))  # SQLite gives its journals this mode, too
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         db.row_factory = sqlite3.Row
@@ -181,7 +181,7 @@ def _tables(db: sqlite3.Connection) -> int:
 
 
 def _require_readable(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse what is another program's or of a later version."""
+    """Refuse a database of another program or of a later version."""
     schema = db.execute("PRAGMA user_version").fetchone()[0]
     application = db.execute("PRAGMA application_id").fetchone()[0]
     if application != APPLICATION and (application or schema or _tables(db)):
@@ -194,7 +194,7 @@ def _require_readable(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _set_aside(path: Path, error: sqlite3.Error) -> None:
-    """Rename a corrupt file and its journals to names that nothing has yet."""
+    """Rename a corrupt file and its journals to unused names."""
     moved = path.with_name(f"{path.name}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S}")
     while any(os.path.lexists(f"{moved}{ending}") for ending in JOURNALS):
         moved = moved.with_name(f"{moved.name}+")

@@ -1,4 +1,4 @@
-"""What a caller gives for an arm, told apart and checked as far as that goes without running anything."""
+"""Classifies and checks what a caller gives for an arm, without running anything."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Kind = Literal["variant", "transforms", "plan", "policy", "model", "checkpoint"]
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller gave for an arm, and which kind of thing it is.
+    """The value that a caller gave for an arm, with its kind.
 
     Args:
-        value: Variant, tuple of transforms, Plan, Policy, model or path of a checkpoint, by `kind`.
+        value: Variant, tuple of transforms, Plan, Policy, model or path of a checkpoint, depending on `kind`.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Given:
 
 
 def checked_name(name: str) -> str:
-    """An experiment's or an arm's name.
+    """Check an experiment's or an arm's name, and return it.
 
     Raises:
-        ExperimentError: it is none.
+        ExperimentError: the name is not allowed.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ExperimentError(f'the name {name!r} cannot be used; expected up to 64 letters, digits, ".", "_" or "-"')
@@ -52,7 +52,7 @@ def checked_name(name: str) -> str:
 
 
 def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[Given, dict[str, Given]]:
-    """What was given, checked as far as that goes without running anything.
+    """Classify and check the control and the candidates, without running anything.
 
     Raises:
         ExperimentError: names the arm, what was wrong with it, and what to do.
@@ -77,10 +77,10 @@ def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[Given, dict[str,
 
 
 def classify(where: str, name: str, value: Any) -> Given:
-    """What kind of thing an arm was given as.
+    """Find the kind of the value given for an arm.
 
     Raises:
-        ExperimentError: none that can be compared.
+        ExperimentError: the value cannot be compared.
     """
     from torch import nn
 
@@ -104,7 +104,7 @@ def classify(where: str, name: str, value: Any) -> Given:
 
 
 def _named(where: str, name: str, text: str) -> Given:
-    """A plan's file, a policy or a checkpoint, by how it is spelt."""
+    """Classify text by its spelling: a plan's file, a policy or a checkpoint."""
     from ...model import load
 
     path = expanded(text)

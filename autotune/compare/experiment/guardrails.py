@@ -1,4 +1,4 @@
-"""Guardrails: what a candidate must not make worse, by how much at most, and what the figures so far say. Pure."""
+"""Guardrails: limits on how much worse a candidate may be, judged on the figures so far. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["rate", "ratio", "mean"]
-# Of log times until it was seen: between requests, whose prompts and answers differ in length, and between pairs.
+# Standard deviation of log times, assumed before any were measured: between requests, whose prompts and answers differ
+# in length, and between pairs.
 UNSEEN_STD, UNSEEN_PAIRED_STD = 0.5, 0.1
 
 
@@ -25,16 +26,16 @@ class Guardrail:
     """One limit.
 
     Args:
-        name: "errors", "ttft", "tpot", or the user's own.
-        kind: "rate" of requests for which it holds, "ratio" of positive values (a time, a length; geometric means are
-            compared), or "mean" of any values.
-        limit: by how much the candidate may be worse: a rate by so much, a ratio by such a fraction, a mean by so much.
-        measure: for a metric of one's own, what it is of one answer: of the prompt's ids [B, P] and the new ones
-            [B, N]; None leaves the answer out. "errors", "ttft" and "tpot" are measured without it.
-        worse: which way is worse.
+        name: "errors", "ttft", "tpot", or a name for the user's metric.
+        kind: "rate" (share of requests for which the metric is true), "ratio" (of positive values, such as times or
+            lengths; geometric means are compared), or "mean" (of any values).
+        limit: how much worse the candidate may be: a difference for a rate or a mean, a fraction for a ratio.
+        measure: computes the user's metric of one answer from the prompt's ids [B, P] and the new ids [B, N]. If it
+            returns None, the answer is left out. "errors", "ttft" and "tpot" are measured without it.
+        worse: the direction that is worse.
 
     Raises:
-        ExperimentError: a limit or kind that makes no sense.
+        ExperimentError: a limit or kind makes no sense.
     """
 
     name: str
@@ -56,11 +57,11 @@ class Guardrail:
 
     @property
     def bar(self) -> float:
-        """The limit on the scale of `scale`."""
+        """The limit on the scale that `scale` returns."""
         return math.log1p(self.limit) if self.kind == "ratio" else self.limit
 
     def scale(self, raw: float | bool | None) -> float | None:
-        """A measurement as it is averaged, larger being worse; None where it says nothing."""
+        """Convert a measurement to the value that is averaged; larger is worse. None if it is not usable."""
         if raw is None or math.isnan(raw):
             return None
         if self.kind == "rate":
@@ -71,27 +72,27 @@ class Guardrail:
         return value if self.worse == "higher" else -value
 
 
-# At most 2 % more failures than the control, and answers that are at most 10 % slower.
+# Default limits: at most 2 % more failures than the control, and at most 10 % slower answers.
 STANDARD = (
     Guardrail("errors", "rate", 0.02),
     Guardrail("ttft", "ratio", 0.10),
     Guardrail("tpot", "ratio", 0.10),
 )
 
-Figures = Mapping[str, Moments]  # guardrail -> what was seen of one arm
+Figures = Mapping[str, Moments]  # guardrail name -> statistics of one arm
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one guardrail says of a candidate.
+    """A guardrail's result for a candidate.
 
     Args:
-        name: of the guardrail.
+        name: name of the guardrail.
         verdict: FAIL: surely over the limit; PASS: surely within it; INCONCLUSIVE: neither yet.
         worse_by: how much worse the candidate is, on the guardrail's scale (logarithms for a ratio); NaN if unknown.
-        interval: all of that which is compatible with what was seen, valid at any look.
-        requests: of the candidate, that were measured.
-        text: a sentence.
+        interval: confidence sequence of `worse_by`, valid at any look.
+        requests: number of the candidate's requests that were measured.
+        text: the result in a sentence.
     """
 
     name: str
@@ -103,14 +104,14 @@ class Finding:
 
 
 def judge(guardrail: Guardrail, control: Moments | None, candidate: Moments, alpha: float) -> Finding:
-    """What the figures say of one limit.
+    """Judge the figures against one limit.
 
     Args:
         guardrail: the limit.
-        control: of the control's own requests; None where the candidate's figures are differences of pairs already, or
-            failures that the control did not have.
-        candidate: of the candidate's requests.
-        alpha: chance of ever saying FAIL, or ever PASS, where it is not so.
+        control: statistics of the control's requests; None if the candidate's figures are already differences of
+            pairs, or failures that the control did not have.
+        candidate: statistics of the candidate's requests.
+        alpha: chance of ever giving a false FAIL, and of ever giving a false PASS.
     """
     if guardrail.kind == "rate":
         within = sequential.rate_interval(candidate.hits, candidate.n, alpha)
@@ -144,7 +145,7 @@ def _say(guardrail: Guardrail, by: float, interval: Interval, requests: int) -> 
 
 
 def conclude(findings: Sequence[Finding]) -> tuple[Verdict, str]:
-    """The verdict on all guardrails, and the sentence that decided: one failed, all passed, or which is open."""
+    """The verdict on all guardrails, and why: which failed, else which are open, else that all passed."""
     for wanted, lead in ((Verdict.FAIL, "over the limit: "), (Verdict.INCONCLUSIVE, "open: ")):
         if found := [f for f in findings if f.verdict is wanted]:
             return wanted, lead + "; ".join(f.text for f in found)
@@ -152,17 +153,17 @@ def conclude(findings: Sequence[Finding]) -> tuple[Verdict, str]:
 
 
 def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, share: float | None = None) -> str:
-    """Within how many of its requests a candidate that is clearly worse is caught, in a sentence.
+    """State in a sentence the number of its requests in which a clearly worse candidate is caught.
 
-    The effect stated for is a rate 10 points over the limit and a total failure, or a ratio or mean at twice the limit;
-    the chance of having caught it by then is at least 95 %.
+    "Clearly worse" is a rate 10 points over the limit and a total failure, or a ratio or mean at twice the limit. The
+    chance of having caught it by then is at least 95 %.
 
     Args:
         guardrail: the limit.
         alpha: as for `judge`.
-        std: of the values so far; NaN: not seen yet, so `UNSEEN_STD` or `UNSEEN_PAIRED_STD` for a ratio and no
-            statement for a mean.
-        share: of requests that the candidate gets, above 0; None where there is no control to compare with.
+        std: standard deviation of the values so far. NaN means not known yet; then `UNSEEN_STD` or `UNSEEN_PAIRED_STD`
+            is assumed for a ratio, and nothing is stated for a mean.
+        share: share of requests that the candidate gets, above 0; None if there is no control to compare with.
     """
     control = math.inf if share is None or share >= 1 else (1 - share) / share
     if guardrail.kind == "rate":
@@ -184,16 +185,16 @@ def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, s
 
 
 def add(figures: Figures, values: Mapping[str, float | None]) -> dict[str, Moments]:
-    """Figures with one more request's values; None is left out."""
+    """Return the figures with one more request's values. A value of None is left out."""
     more = {name: figures.get(name, Moments()).add(v) for name, v in values.items() if v is not None}
     return {**figures, **more}
 
 
 def checked(guardrails: Sequence[Any]) -> tuple[Guardrail, ...]:
-    """Guardrails with different names.
+    """Check that these are guardrails with different names.
 
     Raises:
-        ExperimentError: something else was given, or a metric of one's own has nothing to measure it with.
+        ExperimentError: they are not, or a user's metric has no `measure`.
     """
     for rail in guardrails:
         if not isinstance(rail, Guardrail):

@@ -1,4 +1,4 @@
-"""Experiments on live calls: the layer they put over a model, the arms they run, and what they say of themselves."""
+"""Experiments on live calls: the layer that they put over a model, the arms that they run, and their status."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-ANY_WORK = Workload(((1,) * 128,), 128)  # sizes what a candidate prepares where no workload was given
+ANY_WORK = Workload(((1,) * 128,), 128)  # sizes a candidate's buffers if no workload is given
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Standing:
     """One candidate in a live experiment.
 
     Args:
-        name, description: of the arm.
-        verdict, reason: what can be said now; valid at any look.
-        requests: of the candidate, that were measured.
-        share: of live requests that it answers; 0 in a shadow.
-        findings: by guardrail, a sentence each.
-        bounds: within how many requests a candidate that is clearly worse is caught, a sentence each.
-        errors: the latest failures' messages.
-        counts: what became of requests, by name.
+        name, description: those of the arm.
+        verdict, reason: the current verdict; valid at any look.
+        requests: number of the candidate's requests that were measured.
+        share: share of live requests that it answers; 0 in a shadow.
+        findings: a sentence for each guardrail.
+        bounds: for each guardrail, a sentence with the number of requests in which a clearly worse candidate is caught.
+        errors: messages of the latest failures.
+        counts: number of requests by outcome.
     """
 
     name: str
@@ -60,14 +60,14 @@ class Standing:
 
 @dataclass(frozen=True)
 class LiveStatus:
-    """A live experiment.
+    """The status of a live experiment.
 
     Args:
-        name, mode: of the experiment; mode is "shadow" or "split".
-        state: "running", "stopped", "rolled back" or "full".
-        requests: live calls that came through generate's greedy or sampling loop.
-        counts: what became of them, by name: sampled, dropped and why, bypassed and why.
-        candidates: how they stand.
+        name, mode: those of the experiment; mode is "shadow" or "split".
+        state: "running", "stopped", "rolled back", "full" or "failed".
+        requests: number of live calls of generate's greedy or sampling loop.
+        counts: number of these calls by outcome: sampled, dropped and why, bypassed and why.
+        candidates: each candidate's standing.
     """
 
     name: str
@@ -78,17 +78,17 @@ class LiveStatus:
     candidates: tuple[Standing, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Convert to plain JSON values."""
         plain: dict[str, Any] = codec.encode(self)
         return plain
 
     def lines(self) -> list[str]:
-        """In words, a line each."""
+        """Describe the status in lines of text."""
         return describe(self.to_dict())
 
 
 def describe(body: Mapping[str, Any]) -> list[str]:
-    """A stored or present status (`LiveStatus.to_dict`) in words, a line each."""
+    """Describe a stored or current status (`LiveStatus.to_dict`) in lines of text."""
     counts = ", ".join(f"{name} {n}" for name, n in sorted(body["counts"].items()))
     lines = [
         f"{body['name']}: {body['mode']}, {body['state']}, {body['requests']} requests ({counts or 'none counted'})"
@@ -102,7 +102,7 @@ def describe(body: Mapping[str, Any]) -> list[str]:
 
 
 class Layer:
-    """A router on top of a live model, which passes on everything; see `route.below`."""
+    """A router on top of a live model that passes on everything; see `route.below`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -111,7 +111,7 @@ class Layer:
         return self.control(call)
 
     def control(self, call: seam.Sampling) -> Any:
-        """The answer of whoever serves below: autotune's handle, another experiment, or the model."""
+        """Return the answer of the layer below: autotune's handle, another experiment, or the model."""
         return route.below(self._model, self).sample(call)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,11 +122,11 @@ class Layer:
 
 
 def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> tuple[Arm, dict[str, Arm]]:
-    """The live model's own arm, and the candidates' by name.
+    """Build the live model's arm, and the candidates' arms by name.
 
     Raises:
-        ExperimentError: no such candidate, or it cannot be built or run on the live model's calls.
-        UnsupportedModelError: the live model is not one that autotune can route.
+        ExperimentError: there is no such candidate, or it cannot be built or run on the live model's calls.
+        UnsupportedModelError: autotune cannot route the live model.
     """
     from ...errors import UnsupportedModelError
     from ...tune.supported import unsupported
@@ -148,20 +148,20 @@ def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> 
 
 
 def serving_variant(model: PreTrainedModel) -> Variant:
-    """What answers a live model's calls now: its plan, or the model as it is."""
+    """The variant that answers a live model's calls now: its plan's, or the model as it is."""
     active: Variant | None = getattr(model.__dict__.get(route.SLOT), "_active", None)
     return active or Variant(route.bare(model))
 
 
 def overall(candidates: Sequence[Standing]) -> tuple[str, str]:
-    """The verdict on an experiment, as offline: pass where some candidate passes, fail or error where all do."""
+    """The verdict on an experiment, as offline: pass if any candidate passes, fail or error if all do."""
     found = {arm.verdict for arm in candidates}
     verdict = "pass" if "pass" in found else found.pop() if len(found) == 1 else "inconclusive"
     return verdict, "; ".join(f"{arm.name}: {arm.reason}" for arm in candidates)
 
 
 class Record:
-    """What a live experiment keeps in its store, and finds there after a restart."""
+    """A live experiment's state in its store, which it loads after a restart."""
 
     def __init__(self, experiment: Setup, mode: str, control: Arm, arms: Mapping[str, Arm], settings: Any) -> None:
         prints = {CONTROL: control.fingerprint, **{name: arm.fingerprint for name, arm in arms.items()}}
@@ -169,7 +169,7 @@ class Record:
         self.version: Version = self.store.begin(experiment.name, mode, prints, settings)
 
     def load(self, arm: str) -> Mapping[str, Any]:
-        """What `save` kept of an arm; empty at the first start."""
+        """Load the state that `save` kept for an arm; empty at the first start."""
         if not self.version.resumed or (found := self.store.verdicts(self.version).get(arm)) is None:
             return {}
         kept: Mapping[str, Any] = found.body.get("kept", {})
@@ -186,7 +186,7 @@ class Record:
             log.warning("experiment %s is not kept: %s: %s", status.name, type(error).__name__, error)
 
     def note(self, kind: str, text: str) -> None:
-        """Keep an event, and log it."""
+        """Save and log an event."""
         log.info("%s: %s", kind, text)
         try:
             self.store.note(self.version, kind, text)
@@ -195,7 +195,7 @@ class Record:
 
 
 def read_figures(kept: Mapping[str, Any]) -> dict[str, Moments]:
-    """Figures as `Record` kept them."""
+    """Decode figures that `Record` saved."""
     figures: dict[str, Moments] = codec.decode(Mapping[str, Moments], kept, "figures")
     return figures
 
@@ -205,6 +205,6 @@ def sentences(findings: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def spread_of(figures: Figures, name: str) -> float:
-    """Standard deviation of what was seen; NaN before there are enough values."""
+    """Standard deviation of the values so far; NaN if there are fewer than 20."""
     seen = figures.get(name, Moments())
     return seen.std if seen.n >= 20 else float("nan")

@@ -1,4 +1,4 @@
-"""An experiment here and now: quality first, then all arms in interleaved rounds, then the verdicts."""
+"""Runs an experiment on this machine now: first quality, then all arms in interleaved rounds, then the verdicts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .verdicts import Terms, cells, chance, conclude, correct, weigh
 if TYPE_CHECKING:
     from .setup import Setup
 
-NOISE_SHARE = 0.1  # of the budget
+NOISE_SHARE = 0.1  # share of the budget for measuring the A/A noise
 
 
 def run(experiment: Setup, *, budget_s: float, pairs: int, notify: Callable[[str], None], clock: Clock) -> Result:
@@ -103,21 +103,21 @@ class _Offline:
         )
 
     def _qualities(self) -> dict[str, Quality]:
-        """Every arm against the control's model as it is; what an earlier run of this version judged stands."""
+        """Judge every arm against the control's model as it is. Reuses results of an earlier run of this version."""
         found = {
             seen.arm: codec.decode(Quality, dict(seen.body), "quality")
             for seen in self.store.observations(self.version, "quality")
         }
         asked = [a for a in self.arms if a.variant is not None and a.unjudged is None and a.name not in found]
         if not self.control.transforms:
-            asked = [arm for arm in asked if arm.name != CONTROL]  # it is what the others are compared with
+            asked = [arm for arm in asked if arm.name != CONTROL]  # it is the reference
         if not asked:
             return found
         exam = self._exam()
         for arm in asked:
             self.notify(f"judging the quality of {arm.name}")
             judged = found[arm.name] = self._judge(exam, arm)
-            if judged.verdict is not Verdict.ERROR:  # which another run may not meet
+            if judged.verdict is not Verdict.ERROR:  # an error may not happen in another run
                 row = Observation(arm.name, "quality", "", 0, codec.encode(judged))
                 self.store.add(self.version, row)
         return found
@@ -145,13 +145,13 @@ class _Offline:
             return quality.judge(exam, self.variants[arm.name], tier, told)
         except DeviceError:
             raise
-        except Exception as error:  # a candidate's failure is its own; the others go on
+        except Exception as error:  # a candidate's failure must not stop the others
             outside.pass_on(error)
             why = in_words(error)
             return Quality(tier, Verdict.ERROR, why)
 
     def _noise(self, budget_s: float) -> float:
-        """What the control gains on itself: the most of this run and of those whose timings are used with it."""
+        """The A/A noise: the control's gain over itself, the largest of this run and earlier runs of this version."""
         self.notify("timing the control against itself")
         objective = self.experiment.objective
         prompts = self.work.prompts
@@ -179,10 +179,10 @@ class _Offline:
         return found
 
     def _memory(self, variant: Variant) -> tuple[float, float]:
-        """Bytes of the weights that serve, and the most that is held with the largest request.
+        """Bytes of the weights that serve, and the most memory held with the largest request.
 
-        Measured on a GPU. On a CPU, where the system counts one peak for the whole process, weights and a full KV cache
-        are counted.
+        The second is measured on a GPU. On a CPU the system counts one peak for the whole process, so the weights and a
+        full KV cache are added up instead.
         """
         weights = float(stored_bytes(*variant.modules.values()))
         device, model = variant.device, variant.original

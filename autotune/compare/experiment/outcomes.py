@@ -1,4 +1,4 @@
-"""What came of an experiment, as values."""
+"""The outcome of an experiment, as values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Cell:
 
     Args:
         bucket: "b1/p64/n32".
-        verdict, reason: of this bucket alone.
+        verdict, reason: the verdict on this bucket alone.
         ttft, tpot, end_to_end: speed-ups over the control.
-        tokens_per_s, control_tokens_per_s: new tokens of the whole batch per second of a request, medians.
+        tokens_per_s, control_tokens_per_s: medians of the whole batch's new tokens per second of a request.
     """
 
     bucket: str
@@ -30,19 +30,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm and what became of it.
+    """One arm and its outcome.
 
     Args:
-        name, description, fingerprint: of the arm.
+        name, description, fingerprint: those of the arm.
         verdict: PASS, FAIL, INCONCLUSIVE or ERROR; a control that could be measured is PASS.
         reason: the sentence that decided.
-        quality: against the control; None where it was not judged.
-        latency: against the control over all buckets; None for the control and where it did not come to that.
-        cells: by bucket.
-        p_value: chance of so clear a gain were there none (`verdicts.chance`); NaN where there is no figure.
-        stored_bytes: the weights that serve it, what they share with the control's included.
-        peak_bytes: those and what the largest request adds: measured on a GPU, weights and a full KV cache on a CPU.
-        notes: what a reader should know.
+        quality: compared with the control; None if it was not judged.
+        latency: compared with the control over all buckets; None for the control, and if it was not timed.
+        cells: results by bucket.
+        p_value: chance of a gain at least this clear if there were none (`verdicts.chance`); NaN if not measured.
+        stored_bytes: bytes of its serving weights, including those shared with the control.
+        peak_bytes: `stored_bytes` plus what the largest request adds: measured on a GPU, a full KV cache on a CPU.
+        notes: facts that a reader should know.
     """
 
     name: str
@@ -61,18 +61,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of an experiment.
+    """The outcome of an experiment.
 
     Args:
-        name, version: of the experiment; another arm or workload under the same name is another version.
-        verdict: PASS where some candidate passes, FAIL where all fail, ERROR where all do; INCONCLUSIVE otherwise.
-        reason: one sentence.
+        name, version: those of the experiment; another arm or workload under the same name is another version.
+        verdict: PASS if any candidate passes, ERROR if all have errors, INCONCLUSIVE if any is inconclusive, else FAIL.
+        reason: why, in one sentence.
         tier, objective: what was asked for.
-        noise: what the control seemed to gain on itself, a fraction.
-        outcomes: the control's first.
+        noise: the control's apparent gain over itself, a fraction.
+        outcomes: outcomes of the arms, the control's first.
         created: ISO 8601, UTC.
-        seconds: time this run took.
-        warnings: what the measurement noticed about itself.
+        seconds: time that this run took.
+        warnings: problems noticed while measuring.
     """
 
     name: str

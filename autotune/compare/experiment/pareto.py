@@ -1,4 +1,4 @@
-"""Which arms are worth a choice: those that no other beats in speed, quality and memory at once. Pure."""
+"""Finds the arms that no other arm beats in speed, quality and memory together. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .outcomes import Outcomes
 
-LEAST_KLD = 1e-5  # nats; what is closer to the control is drawn here, since a logarithm has no zero
+LEAST_KLD = 1e-5  # nats; smaller values are drawn here, because zero has no logarithm
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Point:
     """An arm by its point estimates.
 
     Args:
-        name: of the arm.
-        speedup: of the objective over the control, whose own is 1.
-        mean_kld: mean KL divergence from the control's model, nats; infinite where it was not or cannot be compared.
-        stored_bytes: its weights.
+        name: name of the arm.
+        speedup: speed-up of the objective over the control; the control's is 1.
+        mean_kld: mean KL divergence from the control's model, nats; infinite if it was not or cannot be compared.
+        stored_bytes: bytes of its weights.
     """
 
     name: str
@@ -47,14 +47,17 @@ def front(given: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def dominates(one: Point, other: Point) -> bool:
-    """Whether `one` is nowhere worse than `other`, and somewhere better."""
+    """Whether `one` is not worse than `other` in any of the three, and better in at least one."""
     mine = (-one.speedup, one.mean_kld, one.stored_bytes)
     theirs = (-other.speedup, other.mean_kld, other.stored_bytes)
     return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
 def plotted(given: Sequence[Point], width: int = 64, height: int = 12) -> str:
-    """Speed against quality as text: a mark per point, "1" the first; faster is up, closer to the control left."""
+    """Plot speed against quality as text: one digit per point, "1" for the first. Up is faster, left is closer.
+
+    "*" marks points at the same place.
+    """
     shown = [(k, p) for k, p in enumerate(given, 1) if math.isfinite(p.mean_kld)]
     if not shown:
         return ""

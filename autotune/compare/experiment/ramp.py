@@ -1,4 +1,4 @@
-"""Ramps: how large a share of live requests a candidate gets, and what has to be shown for more. Pure."""
+"""Ramps: the share of live requests that a candidate gets, and when it may get more. Pure."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from . import guardrails
 from .guardrails import Finding, Guardrail, stated_bound
 from .sequential import Moments
 
-ALPHA = 0.05  # chance of ever rolling back, in one run of a ramp, a candidate that is within every limit
+ALPHA = 0.05  # chance that one run of a ramp ever rolls back a candidate that is within every limit
 
 State = Literal["ramping", "full", "rolled back"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a ramp stands. All of it is kept across restarts.
+    """The state of a ramp. All of it is saved across restarts.
 
     Args:
         step: index into the ramp's shares.
         state: "ramping", "full" (the last step was passed; guardrails still watch) or "rolled back".
-        reason: the sentence that led here.
-        requests: of the candidate, in this step.
-        rollbacks: so far.
-        control, candidate: figures of this step by guardrail; at a share of 1 the control's are those of the step
-            before, since it serves nothing any more.
+        reason: why the ramp is in this step and state, in a sentence.
+        requests: number of the candidate's requests in this step.
+        rollbacks: number of roll-backs so far.
+        control, candidate: figures of this step by guardrail. At a share of 1 the control serves no requests, so its
+            figures are those of the step before.
     """
 
     step: int = 0
@@ -44,18 +44,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ramp:
-    """The rules.
+    """The rules of a ramp.
 
-    Figures start anew at every step, so that requests of one step are compared with those served beside them and not
-    with those of another time of day. The chance of an error is divided among steps and guardrails (Bonferroni).
+    Every step begins with empty figures, so that requests are compared with those served at the same time and not with
+    those of another time of day. The chance of an error is divided among steps and guardrails (Bonferroni).
 
     Args:
-        shares: of requests, rising.
-        rails: what must hold.
-        step_requests: of the candidate that a step takes at least; doubled by every roll-back (back-off).
+        shares: rising shares of requests.
+        rails: guardrails that must hold.
+        step_requests: least number of the candidate's requests in a step; doubled by every roll-back (back-off).
 
     Raises:
-        ExperimentError: shares that do not rise from above 0 to at most 1.
+        ExperimentError: the shares do not rise from above 0 to at most 1, or `step_requests` is below 1.
     """
 
     shares: tuple[float, ...]
@@ -71,19 +71,19 @@ class Ramp:
 
     @property
     def alpha(self) -> float:
-        """Of one guardrail in one step."""
+        """Chance of an error for one guardrail in one step."""
         return ALPHA / (len(self.shares) * len(self.rails))
 
     def share(self, progress: Progress) -> float:
-        """Of requests that the candidate gets now."""
+        """Share of requests that the candidate gets now."""
         return 0.0 if progress.state == "rolled back" else self.shares[progress.step]
 
     def needed(self, progress: Progress) -> int:
-        """Requests of the candidate that this step takes at least."""
+        """Least number of the candidate's requests in this step."""
         return self.step_requests << progress.rollbacks
 
     def findings(self, progress: Progress) -> list[Finding]:
-        """What every guardrail says now."""
+        """The current finding of every guardrail."""
         empty = Moments()
         beside = {rail.name: _beside(progress, rail) for rail in self.rails}
         return [
@@ -92,7 +92,7 @@ class Ramp:
         ]
 
     def advance(self, progress: Progress) -> Progress:
-        """The next state: rolled back as soon as a guardrail fails, a step up once all hold and enough was seen."""
+        """Return the next state: rolled back if a guardrail fails, a step up if all hold after enough requests."""
         if progress.state == "rolled back":
             return progress
         verdict, reason = guardrails.conclude(self.findings(progress))
@@ -107,7 +107,7 @@ class Ramp:
         return replace(progress, step=up, reason=reason, requests=0, control=control, candidate={})
 
     def bounds(self, progress: Progress) -> tuple[str, ...]:
-        """Within how many of its requests a candidate that is clearly worse is rolled back, a sentence each."""
+        """For each guardrail, a sentence with the number of requests in which a clearly worse candidate is caught."""
         share = self.share(progress) or self.shares[0]
         return tuple(
             stated_bound(
@@ -120,7 +120,7 @@ class Ramp:
         )
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
-        """What can be said of the candidate."""
+        """The current verdict on the candidate, and why."""
         if progress.state == "rolled back":
             return Verdict.FAIL, progress.reason
         if progress.state == "full":
@@ -131,7 +131,7 @@ class Ramp:
 
 
 def _beside(progress: Progress, rail: Guardrail) -> Moments | None:
-    """The control's figures; None for errors, which count only where the control then answered: it had none there."""
+    """The control's figures. None for errors: they count only if the control then answered, so it had none there."""
     return None if rail.name == "errors" else progress.control.get(rail.name, Moments())
 
 
@@ -141,7 +141,7 @@ def _spread(progress: Progress, rail: Guardrail) -> float:
 
 
 def observed(progress: Progress, arm: Literal["control", "candidate"], values: Mapping[str, float | None]) -> Progress:
-    """With one more answer's values."""
+    """Return the progress with one more answer's values."""
     if arm == "control":
         return replace(progress, control=guardrails.add(progress.control, values))
     grown = guardrails.add(progress.candidate, values)
@@ -149,15 +149,15 @@ def observed(progress: Progress, arm: Literal["control", "candidate"], values: M
 
 
 def resumed(progress: Progress) -> Progress:
-    """From the first step again, after a roll-back; every step takes twice as many requests as before."""
+    """Return to the first step after a roll-back. Every roll-back doubles the requests that a step takes."""
     return Progress(rollbacks=progress.rollbacks, reason=f"resumed after {progress.rollbacks} roll-backs")
 
 
 def place(salt: str, key: str | bytes) -> float:
-    """Where a key lies in [0, 1): always the same place, and for another salt another one.
+    """The place of a key in [0, 1). It depends only on key and salt.
 
-    A request goes to the candidate where its key's place is below the share, so raising the share only ever moves keys
-    from the control to the candidate.
+    A request goes to the candidate if its key's place is below the share. So a rising share only moves keys from the
+    control to the candidate.
     """
     raw = key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(raw, digest_size=8, key=hashlib.blake2b(salt.encode(), digest_size=32).digest()).digest()

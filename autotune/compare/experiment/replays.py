@@ -1,4 +1,4 @@
-"""A live request run again, off its path: on the control and on a candidate, while no live request is served."""
+"""Replays a live request off the path, on the control and on a candidate, while no live request is served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...runtime.traffic import Traffic
     from ...runtime.variant import Variant
 
-SCORED_TOKENS = 16  # of an answer, whose distributions are compared
+SCORED_TOKENS = 16  # first tokens of an answer whose distributions are compared
 
 
 class LateError(OutputError):
@@ -27,25 +27,25 @@ class LateError(OutputError):
 
 
 class Turns:
-    """A clock and a streamer that let live requests go first, before every token; their time is not counted.
+    """A clock and a streamer that let live requests go first before every token. Their time is not counted.
 
-    Nothing live waits for a replay: a request that comes in the middle of a token is served beside the rest of it.
+    A live request never waits for a replay. If it arrives in the middle of a token, it runs beside the rest of it.
 
     Args:
-        traffic: of the live requests.
-        until_s: when to give up, on `clock`.
-        clock: monotonic seconds.
+        traffic: the live requests.
+        until_s: deadline, on `clock`.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, traffic: Traffic, until_s: float, clock: Clock = time.perf_counter) -> None:
         self._traffic, self._until_s, self._clock, self._waited_s = traffic, until_s, clock, 0.0
 
     def __call__(self) -> float:
-        """Seconds, less those for which live requests were served.
+        """Return seconds without those in which live requests were served.
 
         Raises:
             LateError: the deadline has passed.
-            Cancelled: nothing is to be replayed any more.
+            Cancelled: replaying was called off.
         """
         start = self._clock()
         with self._traffic.step():
@@ -63,7 +63,7 @@ class Turns:
 
 
 class Rerun(Served):
-    """A variant that answers live requests again, and takes turns with them."""
+    """A variant that answers live requests again and lets live requests go first."""
 
     def __init__(self, variant: Variant, turns: Turns, pad_token_id: int) -> None:
         super().__init__(variant, pad_token_id, fall_back=False)
@@ -90,8 +90,8 @@ class Request:
         mask: [B, P], or None.
         answer: [B, N] int64, the new tokens.
         ends: token ids that end an answer.
-        pad_token_id: for left padding.
-        at_s: when it was answered.
+        pad_token_id: token id for left padding.
+        at_s: when it was answered, on the experiment's clock, seconds.
     """
 
     ids: torch.Tensor
@@ -107,7 +107,7 @@ class Request:
         return [row[keep.bool()].tolist() for row, keep in zip(self.ids, mask, strict=True)]
 
     def served(self) -> list[list[int]]:
-        """New tokens [B][N], up to where the first of the answers ended."""
+        """New tokens [B][N], up to where the shortest answer ended."""
         rows = self.answer.tolist()
         lengths = [next((n + 1 for n, token in enumerate(row) if token in self.ends), len(row)) for row in rows]
         return [row[: min(lengths)] for row in rows]
@@ -115,13 +115,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Replay:
-    """What became of one request on one candidate.
+    """The result of one request on one candidate.
 
     Args:
-        tokens: that were compared, of every sequence.
-        diverged: index of the first at which the candidate would have chosen another than the control; None: nowhere.
-        kld: mean KL(control || candidate) over them, nats; NaN where it failed.
-        pair: both timings, equally many tokens forced out; None where it failed.
+        tokens: number of tokens of every sequence that were compared.
+        diverged: index of the first token for which the candidate's choice differs from the control's; None if none.
+        kld: mean KL(control || candidate) over these tokens, nats; NaN if the candidate failed.
+        pair: both timings, for the same forced number of tokens; None if the candidate failed.
         error: how the candidate failed, or None.
     """
 
@@ -133,14 +133,14 @@ class Replay:
 
 
 def replay(control: Rerun, candidate: Rerun, request: Request, turns: Turns, *, candidate_first: bool) -> Replay:
-    """Run a request again on both arms: timed, and scored on the tokens that were served.
+    """Run a request again on both arms, time it, and score it on the tokens that were served.
 
-    Everything is greedy, whatever the live call asked for, and so leaves the process's random numbers alone.
+    All decoding is greedy, even if the live call sampled, so the process's random numbers are not used.
 
     Raises:
         LateError: the deadline passed.
-        MeasurementError: the control itself cannot replay this.
-        Cancelled: nothing is to be replayed any more.
+        MeasurementError: the control itself cannot replay the request.
+        Cancelled: replaying was called off.
     """
     prompts, served = request.prompts(), request.served()
     count, scored = min(len(served[0]), TIMED_TOKENS), [row[:SCORED_TOKENS] for row in served]

@@ -1,4 +1,4 @@
-"""An experiment's result: what came of it, and the ways to show it."""
+"""An experiment's result, and the ways to show it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Result(Outcomes):
     __doc__ = Outcomes.__doc__
 
     def pareto(self) -> tuple[Point, ...]:
-        """The arms that no other beats in speed, quality and memory at once, the fastest first."""
+        """The arms that no other arm beats in speed, quality and memory together, the fastest first."""
         return front(points(self))
 
     def chart(self, path: str | Path) -> Path:
@@ -36,12 +36,12 @@ class Result(Outcomes):
 
         Raises:
             PackageError: matplotlib is not installed.
-            ExperimentError: the file's ending is another, or it cannot be written.
+            ExperimentError: the file has another ending, or cannot be written.
         """
         return draw(self, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, fit for JSON: what was not measured is None."""
+        """Convert everything to JSON values; figures that were not measured are None."""
         encoded: dict[str, Any] = codec.encode(self)
         return encoded
 
@@ -50,7 +50,7 @@ class Result(Outcomes):
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
-        """A document in Markdown."""
+        """Render a Markdown document."""
         return document(headline(self), sections(self))
 
     def to_terminal(self, console: Console | None = None) -> None:
@@ -66,10 +66,10 @@ class Result(Outcomes):
 
 
 def read(record: Mapping[str, Any]) -> Result:
-    """The result of `Result.to_dict`.
+    """Read a result from the output of `Result.to_dict`.
 
     Raises:
-        ExperimentError: it is none, or of another version of autotune.
+        ExperimentError: the record is not a result, or is of another version of autotune.
     """
     try:
         result: Result = codec.decode(Result, dict(record), "result")

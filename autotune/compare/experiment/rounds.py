@@ -1,4 +1,4 @@
-"""Timing all arms side by side, in rounds that are kept as they are made."""
+"""Times all arms side by side, in rounds that are saved as they are made."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ KIND = "latency"
 
 @dataclass
 class Rounds:
-    """The timings of an experiment: those kept before, and those to come.
+    """The timings of an experiment, from earlier runs and from this one.
 
     Args:
-        store, version: where they are kept.
-        timers: arm name -> what times its n-th request of a bucket; the control's first.
+        store, version: where the timings are saved.
+        timers: arm name -> function that times its n-th request of a bucket; the control's first.
         buckets: shapes of work.
-        clock: monotonic seconds.
-        notify: told each round.
+        clock: returns monotonic seconds.
+        notify: called with a sentence for each round.
 
     Attributes:
-        failures: arm name -> what it raised.
-        warnings: what was noticed.
+        failures: arm name -> error that it raised, in words.
+        warnings: problems noticed while measuring.
     """
 
     store: Store
@@ -52,7 +52,7 @@ class Rounds:
                 self._timings[seen.arm, seen.bucket][seen.turn] = _timing(seen)
 
     def warm(self, noise: float, budget_s: float) -> None:
-        """Run every arm until it is steady; one that raises has failed, and the others go on.
+        """Run every arm until it is steady. A candidate that raises has failed; the others go on.
 
         Raises:
             MeasurementError: the control raised.
@@ -68,7 +68,7 @@ class Rounds:
                     self.fail(arm, error)
 
     def time(self, pairs: int, terms: Terms, deadline_s: float) -> None:
-        """Time what is missing to `pairs` rounds; a candidate whose answer is clear leaves early.
+        """Time the rounds that are missing up to `pairs`. A candidate whose result is clear is no longer timed.
 
         Raises:
             MeasurementError: the control raised.
@@ -88,7 +88,7 @@ class Rounds:
                 return
 
     def pairs(self, arm: str) -> dict[str, list[Pair]]:
-        """By bucket, a candidate's timings beside the control's of the same round."""
+        """By bucket, pairs of the control's and a candidate's timings of the same round."""
         found = {}
         for bucket in map(label, self.buckets):
             reference, candidate = self._timings[CONTROL, bucket], self._timings[arm, bucket]
@@ -101,12 +101,12 @@ class Rounds:
         return [arm for arm in self.timers if arm not in self.failures]
 
     def _round(self, arms: Sequence[str], bucket: Bucket, turn: int) -> None:
-        """Every arm once, in random order; kept together, since only timings of one round are compared."""
+        """Time every arm once, in random order. Saved together, because only timings of one round are compared."""
         missing = [arm for arm in arms if arm != CONTROL and turn not in self._timings[arm, label(bucket)]]
         if not missing:
             return
         if turn in self._timings[CONTROL, label(bucket)]:
-            return  # its control's timing is of another day; later rounds are this candidate's
+            return  # the control's timing is from an earlier run; only later rounds can be paired
         self.notify(f"timing {label(bucket)}, round {turn + 1}")
         order = np.random.default_rng((turn, bucket.batch, bucket.prompt_tokens)).permutation([CONTROL, *missing])
         taken: dict[str, Timing] = {}
@@ -121,10 +121,10 @@ class Rounds:
             self._timings[arm, label(bucket)][turn] = timing
 
     def fail(self, arm: str, error: CandidateError) -> None:
-        """Leave a candidate out from here on.
+        """Record a candidate's failure, and leave it out from now on.
 
         Raises:
-            MeasurementError: it is the control.
+            MeasurementError: the arm is the control.
         """
         if arm == CONTROL:
             raise MeasurementError(f"the control itself failed: {error}") from error

@@ -1,4 +1,4 @@
-"""What is said about an experiment, and in which order: sections of sentences and tables. Pure."""
+"""Sections of sentences and tables that show an experiment's result. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def headline(result: Outcomes) -> str:
 
 
 def sections(result: Outcomes) -> tuple[Section, ...]:
-    """The verdicts first."""
+    """All sections, the verdicts first."""
     found = (verdicts(result), buckets(result), quality(result), choice(result), notes(result))
     return tuple(section for section in found if section is not None)
 
@@ -96,7 +96,7 @@ def quality(result: Outcomes) -> Section | None:
 
 
 def choice(result: Outcomes) -> Section | None:
-    """Speed, quality and memory of every arm, and which arms no other beats."""
+    """Speed, quality and memory of every arm, and which arms are not beaten by any other."""
     shown = points(result)
     if not shown:
         return None
@@ -118,7 +118,7 @@ def choice(result: Outcomes) -> Section | None:
 
 
 def notes(result: Outcomes) -> Section:
-    """What the arms are, and what was noticed."""
+    """Describe the arms, and list the warnings."""
     told = [f"{o.name}: {'; '.join((o.description, *o.notes))}." for o in result.outcomes]
     told += [sentence(warning) for warning in result.warnings]
     told.append(f"Measured in {n.duration(result.seconds)}, until {result.created}.")

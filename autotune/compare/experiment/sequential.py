@@ -1,9 +1,9 @@
-"""Inference that stays valid however often one looks: confidence sequences for means, rates and differences. Pure.
+"""Confidence sequences for means, rates and differences, which stay valid for any number of looks. Pure.
 
-A fixed-sample interval holds at one look that was planned before. A confidence sequence (L_n, U_n) holds at all of them
-at once, P(for some n the truth is outside) <= alpha, so one may watch it live and stop when it says enough. It is the
-dual of the always-valid p-value of the mixture sequential probability ratio test: the values that this test has not
-rejected yet (Johari, Pekelis and Walsh, Always Valid Inference, arXiv:1512.04922; KDD 2017).
+A fixed-sample interval is valid at one look, which was planned before. A confidence sequence (L_n, U_n) is valid at all
+looks at once: P(for some n the truth is outside) <= alpha. So one may watch it live and stop when it is clear. It is
+the dual of the always-valid p-value of the mixture sequential probability ratio test: it contains the values that this
+test has not rejected yet (Johari, Pekelis and Walsh, Always Valid Inference, arXiv:1512.04922; KDD 2017).
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from statistics import NormalDist
 
 import numpy as np
 
-# Values before a mean is judged, as its sequences are asymptotic. Simulated with alpha = 5 % and a look at every one of
-# 1000 values, the truth was ever outside in 3.5 % of normal runs and 2.8 % of Student's with 3 degrees of freedom when
-# looks began at 20 values; in 8.3 % of exponential ones, whose rare large values come late, and in 4.4 % from 100 on.
+# Least values before a mean is judged, because its sequences are asymptotic. Simulated with alpha = 5 % and a look at
+# each of 1000 values, the share of runs with the truth ever outside was: with looks from 20 values on, 3.5 % for normal
+# values, 2.8 % for Student's t with 3 degrees of freedom, and 8.3 % for exponential ones, whose rare large values come
+# late; with looks from 100 values on, 4.4 % for exponential ones.
 START = 20
 START_SKEWED = 100
-TUNED_FOR = 200  # values at which the sequences for means are about as narrow as they can be
-MAX_REQUESTS = 100_000  # where the search for a number of requests gives up
-PRIOR = 0.5  # of the beta mixture, both parameters: Jeffreys', good at rates near 0
+TUNED_FOR = 200  # number of values at which the sequences for means are about as narrow as possible
+MAX_REQUESTS = 100_000  # largest number of requests that the search considers
+PRIOR = 0.5  # both parameters of the beta mixture: Jeffreys' prior, which is good for rates near 0
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What is kept of a stream of values; a rate is the mean of zeros and ones.
+    """Statistics of a stream of values; a rate is the mean of zeros and ones.
 
     Args:
-        n: how many values.
-        mean: of them.
+        n: number of values.
+        mean: their mean.
         squares: sum of their squared deviations from the mean.
     """
 
@@ -41,7 +42,7 @@ class Moments:
     squares: float = 0.0
 
     def add(self, value: float) -> Moments:
-        """With one more value (Welford, Technometrics 1962)."""
+        """Return the statistics with one more value (Welford, Technometrics 1962)."""
         n, off = self.n + 1, value - self.mean
         mean = self.mean + off / n
         return Moments(n, mean, self.squares + off * (value - mean))
@@ -52,13 +53,13 @@ class Moments:
 
     @property
     def hits(self) -> int:
-        """Of zeros and ones, the ones."""
+        """Number of ones, if the values are zeros and ones."""
         return round(self.mean * self.n)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """From `low` to `high`, both possibly infinite."""
+    """An interval from `low` to `high`; both may be infinite."""
 
     low: float
     high: float
@@ -82,12 +83,12 @@ def half_width(n: int, std: float, alpha: float, tuned_for: int = TUNED_FOR) -> 
 
 
 def mean_interval(values: Moments, alpha: float, start: int = START) -> Interval:
-    """Confidence sequence of a mean: of values that need no distribution, but a variance.
+    """Confidence sequence of the mean of values with any distribution of finite variance.
 
     Args:
-        values: so far.
+        values: the values so far.
         alpha: chance of ever missing the mean, both sides together.
-        start: values before which it says nothing: `START`, or `START_SKEWED` where their distribution may be skew.
+        start: number of values below which it is infinite: `START`, or `START_SKEWED` if they may be skewed.
     """
     if values.n < start:
         return EVERYTHING
@@ -96,11 +97,12 @@ def mean_interval(values: Moments, alpha: float, start: int = START) -> Interval
 
 
 def rate_interval(hits: int, n: int, alpha: float) -> Interval:
-    """Confidence sequence of a rate: exact for any n, rates near 0 included.
+    """Confidence sequence of a rate: exact for any n, also for rates near 0.
 
-    The rates p at which the beta-binomial mixture martingale, B(a + k, a + n - k) / B(a, a) / (p^k (1 - p)^(n - k)), is
-    below 1 / alpha (Robbins, Annals of Mathematical Statistics 1970; Howard, Ramdas, McAuliffe and Sekhon,
-    Time-uniform, nonparametric, nonasymptotic confidence sequences, Annals of Statistics 2021, section 3.2).
+    It contains the rates p for which the beta-binomial mixture martingale,
+    B(a + k, a + n - k) / B(a, a) / (p^k (1 - p)^(n - k)), is below 1 / alpha (Robbins, Annals of Mathematical
+    Statistics 1970; Howard, Ramdas, McAuliffe and Sekhon, Time-uniform, nonparametric, nonasymptotic confidence
+    sequences, Annals of Statistics 2021, section 3.2).
     """
     if n == 0:
         return Interval(0.0, 1.0)
@@ -111,7 +113,7 @@ def rate_interval(hits: int, n: int, alpha: float) -> Interval:
 
 
 def log_mixture(hits: int, n: int, rate: float) -> float:
-    """Logarithm of the beta-binomial mixture's likelihood over that of `rate`, which lies inside (0, 1)."""
+    """Logarithm of the beta-binomial mixture's likelihood over that of `rate`, which is in (0, 1)."""
     mixture = _log_beta(PRIOR + hits, PRIOR + n - hits) - _log_beta(PRIOR, PRIOR)
     return mixture - hits * math.log(rate) - (n - hits) * math.log1p(-rate)
 
@@ -121,7 +123,7 @@ def _log_beta(a: float, b: float) -> float:
 
 
 def _edge(outside: float, inside: float, holds: Callable[[float], bool]) -> float:
-    """Where `holds` ends between a point at which it does and one at which it does not, by bisection."""
+    """Bisect for the point between `inside`, where `holds` is true, and `outside`, where it is false."""
     for _ in range(60):
         middle = (outside + inside) / 2
         if middle in (outside, inside):
@@ -131,16 +133,16 @@ def _edge(outside: float, inside: float, holds: Callable[[float], bool]) -> floa
 
 
 def mean_difference(control: Moments, candidate: Moments, alpha: float, start: int = START) -> Interval:
-    """Confidence sequence of mean(candidate) - mean(control), of unpaired values.
+    """Confidence sequence of mean(candidate) - mean(control), for unpaired values.
 
-    Half of alpha goes to either arm, which needs no assumption on how many requests each gets, or when. At a share of
-    1 % the control's part is close to nothing; at equal shares this is up to 1.4 times as wide as it need be.
+    Each arm gets half of alpha, so no assumption is needed on how many requests each gets, or when. At a share of 1 %
+    the control's part is negligible. At equal shares the interval is up to 1.4 times as wide as necessary.
     """
     return mean_interval(candidate, alpha / 2, start) - mean_interval(control, alpha / 2, start)
 
 
 def rate_difference(control: Moments, candidate: Moments, alpha: float) -> Interval:
-    """Confidence sequence of rate(candidate) - rate(control), as `mean_difference`."""
+    """Confidence sequence of rate(candidate) - rate(control), like `mean_difference`."""
     there, here = (rate_interval(arm.hits, arm.n, alpha / 2) for arm in (candidate, control))
     return there - here
 
@@ -149,18 +151,18 @@ def rate_difference(control: Moments, candidate: Moments, alpha: float) -> Inter
 def requests_to_see_mean(
     excess: float, std: float, alpha: float, *, control_per_request: float = math.inf, power: float = 0.95
 ) -> int | None:
-    """Requests of the candidate within which `mean_difference` finds a mean that is `excess` over the limit.
+    """Number of the candidate's requests in which `mean_difference` detects a mean that is `excess` over the limit.
 
-    At that n both half-widths and the sampling error of the means together are below the excess, so the chance of not
-    having stopped is at most 1 - power. None where `MAX_REQUESTS` are too few.
+    At that n, both half-widths plus the sampling error of the means are below the excess, so the chance of not having
+    stopped is at most 1 - power. None if `MAX_REQUESTS` are too few.
 
     Args:
-        excess: true difference less the limit, in the values' units; above 0.
-        std: of the values, in either arm.
+        excess: true difference minus the limit, in the values' units; above 0.
+        std: standard deviation of the values, in each arm.
         alpha: as for `mean_difference`.
-        control_per_request: requests of the control for each one of the candidate; infinite where the control's mean
-            is known, or the values are paired.
-        power: chance of having seen it by then.
+        control_per_request: the control's requests per request of the candidate; infinite if the control's mean is
+            known or the values are paired.
+        power: chance of having detected it by then.
     """
     z = NormalDist().inv_cdf(power)
 
@@ -177,7 +179,7 @@ def requests_to_see_mean(
 
 
 def _first(seen: Callable[[int], bool]) -> int | None:
-    """The least n from `START` on at which `seen`, which then stays so."""
+    """The least n >= `START` for which `seen` is true. Assumes that it stays true for larger n."""
     low, high = START - 1, START
     while not seen(high):
         if high >= MAX_REQUESTS:
@@ -193,14 +195,14 @@ def _first(seen: Callable[[int], bool]) -> int | None:
 def requests_to_see_rate(
     rate: float, limit: float, alpha: float, *, control_per_request: float = math.inf, power: float = 0.95
 ) -> int | None:
-    """Requests of the candidate within which `rate_difference` finds `rate`, over a control without a hit.
+    """Number of the candidate's requests in which `rate_difference` detects `rate`, with a control without a hit.
 
-    Exact: the distribution of the number of hits among the runs not stopped yet is carried along. None where 10 000
-    requests are too few.
+    The result is exact: the loop tracks the distribution of the number of hits among the runs not stopped yet. None if
+    10 000 requests are too few.
 
     Args:
         rate: the candidate's true rate.
-        limit: by how much it may exceed the control's.
+        limit: how much it may exceed the control's rate.
         alpha, control_per_request, power: as for `requests_to_see_mean`.
     """
     known = math.isinf(control_per_request)
@@ -210,7 +212,7 @@ def requests_to_see_rate(
         alive = np.append(alive * (1 - rate), 0.0) + np.append(0.0, alive * rate)
         over = limit if known else limit + rate_interval(0, int(n * control_per_request), share).high
         while bar <= n and not (over < 1 and bar > n * over and _surpasses(bar, n, over, share)):
-            bar += 1  # kept from falling, which can only make the answer larger
+            bar += 1  # never lowered, which can only make the answer larger
         alive[bar:] = 0.0
         if alive.sum() <= 1 - power:
             return n

@@ -1,4 +1,4 @@
-"""What an experiment compares, on what, and by which limits; models are loaded and arms built when first asked for."""
+"""What an experiment compares, on which workload, with which limits. Loads models and builds arms on first use."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ log = logging.getLogger("autotune")
 
 
 class Setup:
-    """A control and what wants to replace it.
+    """A control and the candidates to replace it.
 
     Args:
-        name: what it is kept under; letters, digits, ".", "_" and "-".
-        control: the model as it is, the path of a checkpoint, or anything that a candidate may be and that brings its
-            model along (a `Variant`). Default: the model that the candidates that are Variants were made of.
+        name: name under which the experiment is saved; letters, digits, ".", "_" and "-".
+        control: the model as it is, the path of a checkpoint, or a `Variant`. Default: the model that the candidates
+            that are Variants were made of.
         candidates: by name: a Variant; a transform or a list of them; a Plan or the path of its JSON file; the name of
             a policy (or its .toml file), for which the model is tuned first; or another model, loaded or the path of
-            its checkpoint. Quality is compared where the tokenizer is the same, and latency alone where it is not.
+            its checkpoint. Quality is compared only if the tokenizer is the same; otherwise only latency is.
         tokenizer: needed for prompts given as text; also provides natural text to judge quality on.
         workload: prompts as `wrap` takes them, a .txt or .jsonl file of them, or a Workload.
-        new_tokens, batch_sizes: tokens generated per prompt, and sequences generated together; default the Workload's
-            own, or 64 and 1. Every batch size is a bucket with a verdict of its own.
+        new_tokens, batch_sizes: tokens generated per prompt, and sequences generated together; default: those of the
+            Workload, or 64 and 1. Every batch size is a separate bucket with its own verdict.
         tier: quality tier that a candidate has to hold.
-        objective: what has to gain: "end_to_end", "ttft" or "tpot".
+        objective: metric that has to gain: "end_to_end", "ttft" or "tpot".
         limits: least gain, and what must not get worse, in every bucket of the workload.
-        store: where it is kept: a Store, the path of its file, or None for the one in the user's cache directory.
+        store: where the experiment is saved: a Store, the path of its file, or None for the one in the user's cache
+            directory.
 
     Raises:
-        ExperimentError: a name, candidate, tier or objective that does not exist; names the nearest spelling.
+        ExperimentError: a name, candidate, tier or objective does not exist; the message names the nearest spelling.
     """
 
     def __init__(
@@ -72,16 +73,16 @@ class Setup:
 
     @property
     def store(self) -> Store:
-        """Where observations, verdicts and events are kept; opened when first asked for."""
+        """The store for observations, verdicts and events; opened on first use."""
         if not isinstance(self._store, Store):
             self._store = Store(self._store)
         return self._store
 
     def bench(self, notify: Callable[[str], None] | None = None) -> ArmBuilder:
-        """The control's model, its tokenizer and its work; the model is loaded when first asked for.
+        """The control's model, tokenizer and workload. Loads the model on first use.
 
         Args:
-            notify: told each step in a sentence.
+            notify: called with a sentence for each step.
 
         Raises:
             UnsupportedModelError: the control's checkpoint cannot be loaded.
@@ -92,10 +93,10 @@ class Setup:
         return self._bench
 
     def arms(self, notify: Callable[[str], None] | None = None) -> tuple[Arm, ...]:
-        """The control and the candidates, built when first asked for; one that cannot be built says so in `problem`.
+        """The control and the candidates, built on first use. A candidate that cannot be built has a `problem`.
 
         Args:
-            notify: told each step in a sentence.
+            notify: called with a sentence for each step.
 
         Raises:
             AutotuneError: the control itself cannot be built, or there are no prompts.

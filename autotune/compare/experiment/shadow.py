@@ -1,4 +1,4 @@
-"""Shadow: the control answers every live call; candidates get copies of a sample, afterwards and off the path."""
+"""Shadow: the control answers every live call. Candidates replay a sample of the calls afterwards, off the path."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from ...validate.timing import Clock
     from .setup import Setup
 
-ALPHA = 0.05  # chance of any false statement about a candidate, ever
+ALPHA = 0.05  # chance of ever making a false statement about a candidate
 MAX_ERRORS = 0.02  # share of replays that may fail
 MAX_DIVERGENT = 0.05  # share of requests whose mean KLD may exceed the tier's limit for single tokens
-KEPT_ERRORS = 5
-JOIN_S = 30.0  # for the replay under way; live calls do not wait for it
+KEPT_ERRORS = 5  # latest error messages that are kept
+JOIN_S = 30.0  # seconds that `stop` waits for the replay under way; live calls do not wait
 
 
 def limits_of(experiment: Setup) -> tuple[Guardrail, ...]:
-    """What a candidate must hold in a shadow: the experiment's tier and limits."""
+    """The limits for a candidate in a shadow, from the experiment's tier and limits."""
     tier = TIERS[experiment.tier]
     return (
         Guardrail("errors", "rate", MAX_ERRORS),
@@ -52,22 +52,22 @@ def limits_of(experiment: Setup) -> tuple[Guardrail, ...]:
 
 
 class Shadow(Layer):
-    """Candidates beside live traffic; begins when entered or started, and leaves the model as it found it.
+    """Candidates beside live traffic. Begins when entered or started; the model is unchanged when it ends.
 
-    A live call takes the control's answer and, where it is sampled, one copy of its ids. Replays run in one thread,
-    only while no live call is in flight, and pause before every token for one that comes. Under traffic without a gap
-    nothing is replayed: the queue fills and the rest is dropped and counted.
+    A live call gets the control's answer. If it is sampled, its ids are copied once. Replays run in one thread, only
+    while no live call is in flight, and pause before every token for live calls. Under traffic without gaps nothing is
+    replayed: the queue fills, and further calls are dropped and counted.
 
     Args:
-        experiment: whose candidates run, all of them.
-        model: the live model, wrapped or not: the control.
-        share: of live calls that are replayed.
-        queue: sampled calls that may wait.
-        deadline_s: seconds from an answer to the end of its replay; later ones are dropped.
+        experiment: the experiment; all of its candidates run.
+        model: the live model, wrapped or not, which is the control.
+        share: share of live calls that are sampled to be replayed.
+        queue: most sampled calls that wait.
+        deadline_s: most seconds from an answer to the end of its replay; later replays are dropped.
         budget: share of the time since the start that replays may take.
-        budget_s: seconds that they may take altogether.
-        seed: of the sampling and of the order of arms; random numbers of the process are not used.
-        clock: monotonic seconds.
+        budget_s: most seconds that replays may take altogether.
+        seed: seed of the sampling and of the order of arms; the process's random numbers are not used.
+        clock: returns monotonic seconds.
 
     Raises:
         ExperimentError: a candidate cannot be run, or a number makes no sense.
@@ -114,7 +114,7 @@ class Shadow(Layer):
     # What users call
 
     def start(self) -> Shadow:
-        """Begin; live calls are sampled from now on."""
+        """Begin to sample live calls."""
         if self._thread is not None:
             raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
         self._state, self._start_s = "running", self._clock()
@@ -125,7 +125,7 @@ class Shadow(Layer):
         return self
 
     def stop(self) -> None:
-        """End, and leave the model as it was; what was measured is kept, what still waits is dropped."""
+        """End, and leave the model unchanged. Saves the measurements and drops waiting calls."""
         route.remove_layer(self._model, self)
         self._call_off()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -143,7 +143,7 @@ class Shadow(Layer):
         self._traffic.cancel()
 
     def after_fork(self) -> None:
-        """The parent's calls are sampled there."""
+        """Stop sampling in a forked child: the replaying thread exists only in the parent."""
         route.remove_layer(self._model, self)
         self._call_off()
 
@@ -156,13 +156,13 @@ class Shadow(Layer):
         return False
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until everything sampled was replayed or dropped; whether it was within `timeout_s`."""
+        """Wait until all sampled calls were replayed or dropped. Returns whether that took less than `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
 
     @property
     def status(self) -> LiveStatus:
-        """What can be said now; however often one asks."""
+        """The current status; valid however often it is read."""
         with self._changed:
             standings = tuple(map(self._standing, self._arms))
             return LiveStatus(self.name, "shadow", self._state, self._requests, dict(self._counts), standings)
@@ -189,11 +189,11 @@ class Shadow(Layer):
     # What the routed model calls
 
     def sample(self, call: seam.Sampling) -> Any:
-        with self._traffic.request():  # only counts: nothing live ever waits for a replay
+        with self._traffic.request():  # only counts the call; live calls never wait for a replay
             result = self.control(call)
         try:
             self._offer(call, result)
-        except Exception as error:  # the answer is there, and nothing of the experiment's may cost it
+        except Exception as error:  # the experiment must not cost the caller the answer
             log.warning("a live call was not sampled: %s: %s", type(error).__name__, error)
         return result
 
@@ -245,7 +245,7 @@ class Shadow(Layer):
                 log.warning("the shadow %s ends: %s", self.name, error)
                 with self._changed:
                     self._state = "failed"
-            except Exception as error:  # of the experiment's own: a live model is no place to fail for it
+            except Exception as error:  # the experiment's error must not affect the live model
                 dropped = f"{type(error).__name__}: {error}"
                 log.warning("a replay of the shadow %s failed: %s", self.name, dropped)
             if dropped is not None:
@@ -262,7 +262,7 @@ class Shadow(Layer):
         return "tuning" if getattr(getattr(handle, "status", None), "state", "") == "tuning" else None
 
     def _replay_on_all(self, request: Request) -> str | None:
-        """Replay on every candidate; why nothing came of it, or None."""
+        """Replay on every candidate. Returns why the request was dropped, or None."""
         if not request.served()[0]:
             return "empty answer"
         start = self._clock()
@@ -306,7 +306,7 @@ class Shadow(Layer):
 
 
 def _request(call: seam.Sampling, result: Any, now_s: float) -> Request:
-    """Copies, since the caller may go on to change its own."""
+    """Copy a call and its answer, because the caller may change its tensors."""
     config, whole = call.settings, seam.sequences(result)  # [B, P + N]
     ends: Sequence[int] | int | None = config.eos_token_id
     mask = call.mask

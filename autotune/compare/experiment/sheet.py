@@ -1,4 +1,4 @@
-"""An experiment written down as TOML: read, checked, and made into an `Experiment`."""
+"""Reads an experiment from a TOML file, checks it, and makes an `Experiment`."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ KEYS = {
     "limits": dict,
     "candidates": dict,
 }
-MOST_ROWS = 4096  # of a batch: prompts are repeated to fill it
+MOST_ROWS = 4096  # largest batch size; prompts are repeated to fill a batch
 NEEDED = ("control", "workload", "candidates")
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a file asks for.
+    """The content of a file.
 
     Args:
-        name: of the experiment; the file's, where it says none.
+        name: name of the experiment; default: the file's name.
         given: the arguments of `Experiment`.
-        timing: `budget_s` and `pairs` for `Experiment.run`, where they are given.
+        timing: `budget_s` and `pairs` for `Experiment.run`, if given.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Sheet:
     timing: Mapping[str, Any]
 
     def experiment(self, store: Store | Path | None = None) -> Experiment:
-        """The experiment; see there for what it raises."""
+        """Make the experiment. Raises what `Experiment` raises."""
         from . import Experiment
 
         return Experiment(self.name, **self.given, store=store)
 
 
 def load(path: str | Path) -> Sheet:
-    """The checked content of a file. Paths in it are relative to it.
+    """Load and check a file. Paths in it are relative to the file.
 
     Raises:
         ExperimentError: names the file, what was wrong, what was expected and the nearest spelling.
@@ -94,7 +94,7 @@ def load(path: str | Path) -> Sheet:
 
 
 def _candidate(path: Path, name: str, value: Any) -> Any:
-    """Text as it stands, or one or several tables of a transform each."""
+    """Parse a candidate: text, or one or several tables with a transform each."""
     where = f"{path}, candidate {name!r}"
     if isinstance(value, str):
         return value if value in policies.available() else _beside(path, value)
@@ -131,6 +131,6 @@ def _check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:
 
 
 def _beside(path: Path, text: str) -> str:
-    """A path that exists beside the file, or the text as it stands (the name of a policy, or of a model on the hub)."""
+    """A path that exists beside the file, or else the unchanged text (a name of a policy, or of a model on the hub)."""
     there = path.parent / expanded(text)
     return str(there) if there.exists() else text

@@ -1,4 +1,4 @@
-"""Split: a share of live requests is answered by a candidate, chosen by a stable key, guarded and ramped up."""
+"""Split: a candidate answers a share of live requests, chosen by a stable key. Guardrails and a ramp set the share."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ if TYPE_CHECKING:
     from ...validate.timing import Clock
     from .setup import Setup
 
-SAVE_EVERY = 25  # the candidate's requests between two writes to the store; changes of state are written at once
-KEPT_ERRORS = 5
+SAVE_EVERY = 25  # the candidate's requests between two writes to the store; changes of state are written directly
+KEPT_ERRORS = 5  # latest error messages that are kept
 _KEY: ContextVar[str | None] = ContextVar("autotune_experiment_key", default=None)
 
 
 class Split(Layer):
-    """A candidate on a share of live traffic; begins when entered or started, and leaves the model as it found it.
+    """A candidate on a share of live traffic. Begins when entered or started; the model is unchanged when it ends.
 
-    A candidate that fails is replaced by the control, which costs the caller time and nothing else; tokens that were
-    streamed by then stand, and the control goes on from them. It counts as the candidate's error, and so do NaN logits.
-    What the callers' own streamers, processors and criteria raise is theirs. Requests are taken as independent: where a
-    few keys make up much of the traffic, figures are surer of themselves than they should be.
+    If the candidate fails on a call, the control answers instead, which costs the caller only time. Tokens that were
+    streamed before stay, and the control continues after them. This counts as the candidate's error, and so do NaN
+    logits. Errors of the caller's streamers, processors and criteria do not count; they go to the caller. Requests are
+    assumed to be independent: if a few keys make up much of the traffic, the intervals are too narrow.
 
     Args:
-        experiment: whose candidate it is; its name is the salt of the keys.
-        model: the live model, wrapped or not: the control.
-        candidate: its name, where the experiment has several.
-        ramp: shares of requests, rising; a step up needs every guardrail to hold.
-        guardrails: what rolls the candidate back. A metric of one's own is measured in the caller's thread.
-        step_requests: of the candidate that a step takes at least.
-        key: of a call (`seam.Sampling`); default: that of `with split.key("user-42"):`, or the prompt's hash.
-        clock: monotonic seconds.
+        experiment: the experiment with the candidate; its name is the salt of the keys.
+        model: the live model, wrapped or not, which is the control.
+        candidate: name of the candidate, if the experiment has several.
+        ramp: rising shares of requests; every guardrail must hold for a step up.
+        guardrails: limits that roll the candidate back. A user's metric is measured in the caller's thread.
+        step_requests: least number of the candidate's requests in a step.
+        key: returns the key of a call (`seam.Sampling`); default: the one set by `with split.key("user-42"):`, or the
+            prompt.
+        clock: returns monotonic seconds.
 
     Raises:
         ExperimentError: the candidate cannot be run, or a setting makes no sense.
@@ -91,14 +92,14 @@ class Split(Layer):
     # What users call
 
     def start(self) -> Split:
-        """Begin, at the share where an earlier process left off."""
+        """Begin at the share that an earlier process reached."""
         route.add_layer(self._model, self)
         self._running = True
         self._save("started", f"{self._arm.name} gets {self.share:.0%} of requests; {'; '.join(self.status_bounds)}")
         return self
 
     def stop(self) -> None:
-        """End: the control answers everything; what was measured is kept."""
+        """End. The control answers everything from now on; the measurements are saved."""
         route.remove_layer(self._model, self)
         self._running = False
         self._save()
@@ -113,7 +114,10 @@ class Split(Layer):
 
     @contextmanager
     def key(self, value: str) -> Iterator[None]:
-        """Around the calls of one user, say, who stays in one arm. Holds in this thread or task, not in new threads."""
+        """Set the key for calls in this context, for example a user, so that the user stays in one arm.
+
+        It applies in this thread or task, not in new threads.
+        """
         token = _KEY.set(value)
         try:
             yield
@@ -121,14 +125,14 @@ class Split(Layer):
             _KEY.reset(token)
 
     def arm_of(self, key: str) -> str:
-        """Who answers the requests of a key now: "control", or the candidate's name."""
+        """The arm that answers the requests of a key now: "control", or the candidate's name."""
         return self._arm.name if ramp.place(self.name, key) < self.share else "control"
 
     def resume(self) -> None:
-        """Try the candidate again after a roll-back, from the first step; nothing else does.
+        """Try the candidate again after a roll-back, from the first step. This never happens automatically.
 
         Raises:
-            StateError: it was not rolled back.
+            StateError: the candidate was not rolled back.
         """
         with self._lock:
             if self._progress.state != "rolled back":
@@ -137,7 +141,7 @@ class Split(Layer):
         self._save("resumed", f"every step now takes {self.ramp.needed(self._progress)} requests")
 
     def rollback(self, reason: str = "asked for") -> None:
-        """Give the candidate no more requests, until `resume`."""
+        """Give the candidate no more requests until `resume` is called."""
         with self._lock:
             more = self._progress.rollbacks + (self._progress.state != "rolled back")
             self._progress = replace(self._progress, state="rolled back", reason=reason, rollbacks=more)
@@ -145,17 +149,17 @@ class Split(Layer):
 
     @property
     def share(self) -> float:
-        """Of requests that the candidate gets now."""
+        """Share of requests that the candidate gets now."""
         return self.ramp.share(self._progress)
 
     @property
     def status_bounds(self) -> tuple[str, ...]:
-        """Within how many of its requests a candidate that is clearly worse is rolled back, a sentence each."""
+        """For each guardrail, a sentence with the number of requests in which a clearly worse candidate is caught."""
         return self.ramp.bounds(self._progress)
 
     @property
     def status(self) -> LiveStatus:
-        """What can be said now; however often one asks."""
+        """The current status; valid however often it is read."""
         with self._lock:
             progress, counts, errors, requests = self._progress, dict(self._counts), tuple(self._errors), self._requests
         verdict, reason = self.ramp.verdict(progress)
@@ -204,16 +208,16 @@ class Split(Layer):
             return result
         if theirs is not None:
             raise theirs
-        result = attempt.again(self.control)  # when this raises, too, the call was at fault
+        result = attempt.again(self.control)  # if this raises too, the call was at fault
         self._failed(message, "failed, the control answered")
         return result
 
     def _run(self, call: seam.Sampling) -> Any:
-        """The candidate's answer, over a cache of its own: the control may yet need the one that was prepared."""
+        """Return the candidate's answer, computed with a fresh cache, because the control may need the prepared one."""
         variant = self._variant
         own = call.with_fresh_cache(variant.original).with_processor_before(_refuse_nan)
         with variant.device.guard():
-            # transformers' loop runs over `front`, so that the model's failures are told from the caller's callbacks'
+            # transformers' loop runs over `front`, which tells failures of the model from those of caller's callbacks
             return variant.sample(own) if variant.transforms else own.run_on(variant.front)
 
     # How it works
@@ -230,7 +234,7 @@ class Split(Layer):
         """Why the candidate cannot answer a call, or None."""
         if call.has_callers_cache():
             return "a cache of the caller's"
-        if call.has_embeddings():  # of the live model's own embedding
+        if call.has_embeddings():  # computed by the live model's embedding
             return "argument inputs_embeds"
         if (kind := call.settings.cache_implementation) is not None:
             return f"cache_implementation={kind!r}"
@@ -239,7 +243,7 @@ class Split(Layer):
     def _measured(
         self, call: seam.Sampling, tokens: TokenClock, start_s: float, result: Any
     ) -> dict[str, float | None]:
-        """Values of an answer by guardrail."""
+        """Measure an answer: value by guardrail."""
         whole = seam.sequences(result)  # [B, P + N]
         values: dict[str, float | None] = {}
         for rail in self.ramp.rails:
@@ -247,7 +251,7 @@ class Split(Layer):
             if rail.measure is not None:
                 try:
                     raw = rail.measure(call.input_ids, whole[:, call.input_ids.shape[1] :])
-                except Exception as error:  # the user's, and no reason to fail a live call
+                except Exception as error:  # the user's metric must not fail a live call
                     self._count(f"{rail.name} could not be measured")
                     log.warning("guardrail %s could not be measured: %s: %s", rail.name, type(error).__name__, error)
             if rail.name != "errors":
@@ -266,7 +270,7 @@ class Split(Layer):
             self._requests += 1
             self._counts[what] += 1
             before = self._progress
-            if before.state == "rolled back":  # a call that was under way when it happened
+            if before.state == "rolled back":  # the call began before the roll-back
                 return
             seen = ramp.observed(before, arm, named)
             self._progress = after = seen if arm == "control" else self.ramp.advance(seen)
@@ -288,7 +292,7 @@ class Split(Layer):
 
 
 def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A logits processor that lets no token be made of NaN."""
+    """Raise VariantError if the logits are NaN, as a logits processor, before a token is chosen from them."""
     if bool(torch.isnan(scores).any()):
         raise VariantError(f"NaN logits at token {input_ids.shape[1]}")
     return scores

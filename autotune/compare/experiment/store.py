@@ -1,7 +1,7 @@
-"""Experiments on disk, in SQLite: what was observed, what was concluded, and what happened.
+"""Experiments on disk, in SQLite: observations, verdicts and events.
 
-Write-ahead logging and short transactions let several processes observe and read at once. Prompts are kept as hashes,
-unless asked for.
+Write-ahead logging and short transactions let several processes write and read at once. Prompts are saved only as
+hashes by default.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ logger = logging.getLogger("autotune")
 
 @dataclass(frozen=True)
 class Version:
-    """One version of an experiment: the same name with other arms or settings is another.
+    """One version of an experiment. The same name with other arms or settings is another version.
 
     Args:
-        id: its key.
-        name: of the experiment.
+        id: its key in the database.
+        name: name of the experiment.
         number: 1, 2, ...
         mode: "offline", "shadow" or "split".
         status: "running", "done" or "rolled back".
         started: ISO 8601, UTC.
         resumed: whether its earlier observations count.
-        reason: why it was resumed or begun, a sentence.
+        reason: why it was resumed or begun, in a sentence.
     """
 
     id: int
@@ -58,11 +58,11 @@ class Observation:
     """One measurement of one arm.
 
     Args:
-        arm: its name.
+        arm: name of the arm.
         kind: "latency", "quality", "memory", "shadow", "split", ...
-        bucket: of the workload; empty where it does not apply.
-        turn: number of the pair or request; with arm, kind and bucket it is the key.
-        body: plain JSON values.
+        bucket: bucket of the workload; empty if it does not apply.
+        turn: number of the pair or request. Arm, kind, bucket and turn are the key.
+        body: the measurement as plain JSON values.
     """
 
     arm: str
@@ -83,7 +83,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Concluded:
-    """What was concluded about an arm; `body` is the whole outcome as plain JSON values."""
+    """The verdict on an arm; `body` is the whole outcome as plain JSON values."""
 
     verdict: str
     reason: str
@@ -91,11 +91,11 @@ class Concluded:
 
 
 class Store:
-    """Experiments, arms, observations, verdicts and events in one SQLite file, safe with threads and processes.
+    """Experiments, arms, observations, verdicts and events in one SQLite file. Safe for threads and processes.
 
     Args:
-        path: of the file; default "experiments/experiments.sqlite" in the user's cache directory. Made with mode 0600.
-        keep_prompts: keep prompts' token ids, and not only their hashes.
+        path: the file, created with mode 0600; default "experiments/experiments.sqlite" in the user's cache directory.
+        keep_prompts: whether to save prompts' token ids, not only their hashes.
 
     Raises:
         ExperimentError: the file is of a newer version of autotune or of another program, or cannot be written.
@@ -105,28 +105,32 @@ class Store:
         self.path = database.default() if path is None else expanded(path)
         self.keep_prompts = keep_prompts
         self._lock = threading.RLock()
-        self._open = [database.connect(self.path)]  # or nothing, since a fork
+        self._open = [database.connect(self.path)]  # empty after a fork, until the next use
         self._closing = weakref.finalize(self, _close, self._open)
         forking.let_go(self)
 
     def close(self) -> None:
-        """Let go of the file; the store cannot be used any more."""
+        """Close the file. The store cannot be used afterwards."""
         self._closing()
 
     def before_fork(self) -> None:
-        """SQLite's connections may not be carried into a child, not even to be closed there."""
+        """Close the connection: SQLite's connections must not exist in a child, not even to be closed there."""
         self._lock.acquire()
         _close(self._open)
 
     def after_fork(self) -> None:
-        """Whoever needs the file again opens it."""
+        """Release the lock. The next use opens the file again."""
         self._lock.release()
 
     def begin(self, name: str, mode: str, arms: Mapping[str, str], settings: Mapping[str, Any]) -> Version:
-        """The version to observe under: the latest one of the same name, mode, arms and settings that is still running
-        (resumed), or a new one.
+        """Begin or resume a version, under which observations are saved.
+
+        Resumes the latest version of the name if it is still running and has the same mode, arms and settings.
+        Otherwise begins a new one.
 
         Args:
+            name: name of the experiment.
+            mode: "offline", "shadow" or "split".
             arms: arm name -> fingerprint, the control's first.
             settings: plain JSON values that observations depend on (workload, tier, machine).
         """
@@ -154,7 +158,7 @@ class Store:
     def _difference(
         self, db: sqlite3.Connection, last: sqlite3.Row, mode: str, arms: Mapping[str, str], settings: str
     ) -> str:
-        """Why the latest version is not gone on with."""
+        """Why the latest version is not resumed, in words."""
         before = dict(db.execute("SELECT name, fingerprint FROM arms WHERE experiment = ?", (last["id"],)).fetchall())
         changed = sorted(a for a in {*before, *arms} if before.get(a) != arms.get(a))
         if last["mode"] != mode:
@@ -169,18 +173,18 @@ class Store:
         return f"begun anew after version {last['number']}: {why}"
 
     def add(self, version: Version, observation: Observation) -> None:
-        """Keep one observation; one with the same key is left as it was."""
+        """Save one observation. An existing one with the same key stays unchanged."""
         self.add_all(version, (observation,))
 
     def add_all(self, version: Version, observations: Sequence[Observation]) -> None:
-        """Keep observations that belong together, all or none."""
+        """Save observations that belong together, all or none."""
         rows = [(version.id, o.arm, o.kind, o.bucket, o.turn, _encode(o.body), _now()) for o in observations]
         into = "INSERT OR IGNORE INTO observations (experiment, arm, kind, bucket, turn, body, at)"
         with self._transaction() as db:
             db.executemany(f"{into} VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def observations(self, version: Version, kind: str, arm: str | None = None) -> tuple[Observation, ...]:
-        """In the order in which they were made."""
+        """A version's observations of one kind, in the order in which they were made."""
         with self._transaction(write=False) as db:
             rows = db.execute(
                 "SELECT * FROM observations WHERE experiment = ? AND kind = ? AND (? IS NULL OR arm = ?) ORDER BY id",
@@ -189,35 +193,35 @@ class Store:
         return tuple(Observation(r["arm"], r["kind"], r["bucket"], r["turn"], self._decode(r["body"])) for r in rows)
 
     def note(self, version: Version, kind: str, text: str) -> None:
-        """Keep an event."""
+        """Save an event."""
         with self._transaction() as db:
             _note(db, version.id, kind, text)
 
     def events(self, version: Version) -> tuple[Event, ...]:
-        """In the order in which they happened."""
+        """A version's events, in the order in which they happened."""
         with self._transaction(write=False) as db:
             rows = db.execute("SELECT * FROM events WHERE experiment = ? ORDER BY id", (version.id,)).fetchall()
         return tuple(Event(r["kind"], r["text"], r["at"]) for r in rows)
 
     def conclude(self, version: Version, arm: str, verdict: str, reason: str, body: Mapping[str, Any]) -> None:
-        """Keep an arm's verdict, in place of an earlier one; the whole experiment's is that of the arm ""."""
+        """Save an arm's verdict, and replace an earlier one. The arm "" stands for the whole experiment."""
         row = (version.id, arm, verdict, reason, _encode(body), _now())
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def verdicts(self, version: Version) -> dict[str, Concluded]:
-        """Arm -> what was concluded about it."""
+        """Arm -> its verdict."""
         with self._transaction(write=False) as db:
             rows = db.execute("SELECT * FROM verdicts WHERE experiment = ?", (version.id,)).fetchall()
         return {r["arm"]: Concluded(r["verdict"], r["reason"], self._decode(r["body"])) for r in rows}
 
     def finish(self, version: Version, status: str = "done") -> None:
-        """No more is observed under this version."""
+        """End this version: no further observations are made under it."""
         with self._transaction() as db:
             db.execute("UPDATE experiments SET status = ? WHERE id = ?", (status, version.id))
 
     def versions(self, name: str | None = None) -> tuple[Version, ...]:
-        """The latest first."""
+        """All versions, or those of one experiment, the latest first."""
         with self._transaction(write=False) as db:
             rows = db.execute(
                 "SELECT * FROM experiments WHERE ? IS NULL OR name = ? ORDER BY id DESC", (name, name)
@@ -225,7 +229,7 @@ class Store:
         return tuple(map(_version, rows))
 
     def prompt(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """What is kept of a prompt: its hash, and its token ids where asked for."""
+        """The stored form of a prompt: its hash, and its token ids if `keep_prompts`."""
         kept: dict[str, Any] = {"hash": _hash(json.dumps(list(tokens)))}
         return kept | {"tokens": list(tokens)} if self.keep_prompts else kept
 
@@ -240,7 +244,7 @@ class Store:
 
     @contextmanager
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and never held while something is measured."""
+        """Run the block in a transaction. It must be short: nothing may be measured in it."""
         try:
             with self._lock:
                 db = self._connection()
@@ -249,7 +253,7 @@ class Store:
                     yield db
                     db.execute("COMMIT")
                 except BaseException:
-                    with contextlib.suppress(sqlite3.Error):  # the first error is the one to tell
+                    with contextlib.suppress(sqlite3.Error):  # report the first error, not this one
                         db.execute("ROLLBACK")
                     raise
         except sqlite3.Error as error:

@@ -1,4 +1,4 @@
-"""What follows from an experiment's pairs: per bucket, per candidate, and for all candidates at once. Pure."""
+"""Verdicts from an experiment's pairs: for each bucket, for each candidate, and for all candidates together. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...validate.timing import Pair
 from ...workload import METRICS, Metric
 from .results import Cell, Outcome
 
-Pairs = Mapping[str, Sequence[Pair]]  # by bucket label, in turn
+Pairs = Mapping[str, Sequence[Pair]]  # bucket label -> pairs, in the order of rounds
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a candidate is judged by.
+    """The terms by which a candidate is judged.
 
     Args:
         objective: the metric that must gain.
@@ -35,16 +35,16 @@ class Terms:
 
     @property
     def gate(self) -> float:
-        """The least speed-up that counts, as `validate.ratios.decide` has it."""
+        """The least speed-up that counts, as in `validate.ratios.decide`."""
         least = self.limits.min_gain
         return 1 + (max(least, 2 * self.noise) if least >= 0 else least)
 
 
 def chance(pairs: Pairs, terms: Terms) -> float:
-    """The p-value of a candidate that is no faster than the gate: the sign test on the pairs' ratios.
+    """The p-value under the hypothesis that a candidate is no faster than the gate: the sign test on the pairs' ratios.
 
-    Exact for any distribution of the ratios (Conover, Practical Nonparametric Statistics, 1999, section 3.4): were
-    their median at the gate, each would be above it with a chance of one half.
+    It is exact for any distribution of the ratios (Conover, Practical Nonparametric Statistics, 1999, section 3.4): if
+    their median were at the gate, each ratio would be above it with probability one half.
     """
     if not all(pairs.values()):
         return 1.0
@@ -56,7 +56,7 @@ def chance(pairs: Pairs, terms: Terms) -> float:
 
 
 def holm(chances: Mapping[str, float], alpha: float = FINAL_ALPHA) -> frozenset[str]:
-    """The candidates whose gain stands although several had a try.
+    """The candidates whose gain stands after correction for the number of candidates.
 
     Holm's step-down procedure (A simple sequentially rejective multiple test procedure, Scandinavian Journal of
     Statistics 6, 1979): the chance that any candidate without a gain is among them is at most `alpha`.
@@ -70,10 +70,10 @@ def holm(chances: Mapping[str, float], alpha: float = FINAL_ALPHA) -> frozenset[
 
 
 def is_settled(pairs: Pairs, terms: Terms, candidates: int) -> bool:
-    """Whether a candidate's answer is clear enough to stop timing it before the last pair.
+    """Whether a candidate's result is clear enough to stop timing it before the last pair.
 
-    A gain is, where it would stand among `candidates` at the level of an early look (Bonferroni); looks and levels are
-    those of `validate.latency.race`.
+    A gain is clear if it would stand among `candidates` at the level of an early look (Bonferroni). Looks and levels
+    are those of `validate.latency.race`.
     """
     found = decide(pairs, terms.objective, terms.limits, terms.noise, early=True)
     if found.verdict is Verdict.PASS:
@@ -82,7 +82,7 @@ def is_settled(pairs: Pairs, terms: Terms, candidates: int) -> bool:
 
 
 def correct(latencies: Mapping[str, Latency], chances: Mapping[str, float]) -> dict[str, tuple[Verdict, str]]:
-    """Verdict and reason by candidate, once it is considered how many there were."""
+    """Verdict and reason by candidate, corrected for the number of candidates."""
     standing = holm(chances)
     found = {}
     for name, latency in latencies.items():
@@ -96,7 +96,7 @@ def correct(latencies: Mapping[str, Latency], chances: Mapping[str, float]) -> d
 
 
 def cells(pairs: Pairs, terms: Terms) -> tuple[Cell, ...]:
-    """Each bucket by itself: descriptive, not corrected for their number."""
+    """Judge each bucket alone. Descriptive: not corrected for the number of buckets."""
     return tuple(_cell(bucket, own, terms) for bucket, own in pairs.items())
 
 
@@ -108,7 +108,7 @@ def _cell(bucket: str, pairs: Sequence[Pair], terms: Terms) -> Cell:
 
 
 def _tokens_per_s(bucket: str, seconds: Sequence[float]) -> float:
-    """New tokens of all sequences per second of a request; the label "b4/p64/n32" says how many those are."""
+    """New tokens of all sequences per second of a request. The label, such as "b4/p64/n32", gives their number."""
     batch, _, new_tokens = (int(part[1:]) for part in bucket.split("/"))
     return batch * new_tokens / float(np.median(seconds)) if seconds else math.nan
 
@@ -120,14 +120,14 @@ def weigh(
     memory: tuple[float, float],
     most: float,
 ) -> tuple[Verdict, str]:
-    """A candidate's verdict and the sentence that decided: what could not be measured, what is worse, what is unclear.
+    """A candidate's verdict and the sentence that decided. An error decides first, then a failure, then an open result.
 
     Args:
         latency: verdict and reason, corrected.
-        quality: against the control, or None.
-        unjudged: why there is none.
-        memory: bytes that the candidate and the control hold at most.
-        most: the ratio of them that is allowed.
+        quality: quality compared with the control, or None.
+        unjudged: why there is no quality.
+        memory: most bytes that the candidate and the control hold.
+        most: largest allowed ratio of the two.
     """
     parts = [("quality", quality.verdict, quality.reason)] if quality else []
     parts.append(("latency", *latency))
@@ -143,7 +143,7 @@ def weigh(
 
 
 def conclude(candidates: Sequence[Outcome]) -> tuple[Verdict, str]:
-    """The whole experiment's verdict, and a sentence."""
+    """The whole experiment's verdict, and why, in a sentence."""
     by: dict[Verdict, list[str]] = {}
     for outcome in candidates:
         by.setdefault(outcome.verdict, []).append(outcome.name)

@@ -1,1 +1,1 @@
-"""A committed plan under watch: `canary` keeps and scores calls, `drift` tells change, `breaker` opens and closes."""
+"""Watches a committed plan: `canary` keeps and scores calls, `drift` detects change, `breaker` opens and closes."""

@@ -2,10 +2,10 @@
 
     closed --failed--> open --asked, after a pause--> half-open --served--> closed
                                                           └─────failed--> open, for twice as long
-    opened too often in a row: disabled, for good
+    opened too often in a row: disabled permanently
 
 The pattern is Nygard's circuit breaker (Release It!, 2nd edition 2018, chapter 5). The pause doubles, so that a plan
-that keeps failing costs fewer and fewer calls, and ends.
+that keeps failing costs fewer and fewer calls and is disabled in the end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ BreakerEvent = Literal["asked", "served", "failed", "abandoned", "cleared"]
 
 @dataclass(frozen=True)
 class Rules:
-    """How patient a breaker is.
+    """The limits of a breaker.
 
     Args:
-        pause_s: how long it stays open the first time.
-        longest_s: the pause doubles each time in a row, up to this.
-        most_flaps: times in a row it may open; once more disables it.
-        steady_s: closed for as long, earlier times are forgotten.
+        pause_s: how long it stays open the first time, seconds.
+        longest_s: the longest pause, seconds; the pause doubles each time in a row up to this.
+        most_flaps: times in a row it may open; one more disables it.
+        steady_s: seconds closed after which earlier openings no longer count.
     """
 
     pause_s: float = 30.0
@@ -39,10 +39,10 @@ class Breaker:
     """Whether a plan may serve.
 
     Args:
-        phase: "closed" (it serves), "open" (it does not), "half-open" (one call tries it) or "disabled".
-        flaps: times in a row it opened.
-        since_s: when the phase began, on the caller's clock.
-        pause_s: how long it stays open from then on.
+        phase: "closed" (the plan serves), "open" (it does not), "half-open" (one call tries it) or "disabled".
+        flaps: times in a row the breaker opened.
+        since_s: when the phase began, on the caller's clock, seconds.
+        pause_s: how long it stays open after `since_s`, seconds.
     """
 
     phase: BreakerState = "closed"
@@ -51,18 +51,18 @@ class Breaker:
     pause_s: float = 0.0
 
     def due(self, now_s: float) -> bool:
-        """Whether it is open and its pause is over."""
+        """Whether the breaker is open and its pause is over."""
         return self.phase == "open" and now_s - self.since_s >= self.pause_s
 
     def after(self, event: BreakerEvent, now_s: float, rules: Rules = Rules()) -> Breaker:
-        """The state after `event`.
+        """Return the state after `event`.
 
         Args:
-            event: "asked" (a call could be served), "served" (the trial call was), "failed" (the plan did, while
-                closed or in the trial call), "abandoned" (the trial call ended for reasons of its caller's) or
-                "cleared" (it was not the plan's fault).
+            event: "asked" (a call could be served), "served" (the trial call was served), "failed" (the plan failed,
+                while closed or in the trial call), "abandoned" (the caller ended the trial call) or "cleared" (the
+                failure was not the plan's fault).
             now_s: monotonic seconds.
-            rules: how patient it is.
+            rules: the limits of the breaker.
         """
         match self.phase, event:
             case "open", "asked" if self.due(now_s):
@@ -71,7 +71,7 @@ class Breaker:
                 return self._opened(now_s, rules)
             case "half-open", "served":
                 return replace(self, phase="closed", since_s=now_s, pause_s=0.0)
-            case "half-open", "abandoned":  # the next call tries
+            case "half-open", "abandoned":  # the next call tries the plan
                 return replace(self, phase="open", since_s=now_s, pause_s=0.0)
             case "open", "cleared":
                 return Breaker(flaps=self.flaps - 1, since_s=now_s)

@@ -1,4 +1,4 @@
-"""What is kept of a served call, and how it is scored again."""
+"""Keeps part of a served call and scores it again later."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from ...model.seam import Sampling
     from ...runtime.variant import Variant
 
-TOKENS = 16  # of a kept call that are scored again
-LONGEST = 1024  # a kept call's prompt; reading a longer one again takes too long
+TOKENS = 16  # answer tokens of a kept call that are scored again
+LONGEST = 1024  # tokens of the longest prompt that is kept; reading a longer one again takes too long
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A served call to be scored again: prompt and the first tokens of its answer."""
+    """A served call to score again: its prompt and the first tokens of its answer."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
     @classmethod
     def of(cls, call: Sampling, result: Any) -> Sample | None:
-        """The first sequence of a call and of what it returned; None where that is too long, or nothing."""
+        """Keep the first sequence of a call and of its result. Returns None if one is empty or the prompt too long."""
         ids, given = seam.sequences(result), call.input_ids
         mask = call.mask
         prompt = given[0] if mask is None or mask.shape != given.shape else given[0][mask[0].bool()]
@@ -39,12 +39,14 @@ class Sample:
 
 
 def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[float | None, str | None]:
-    """Mean KL divergence of a served call's tokens from the original, nats, and what is plainly broken.
+    """Score a served call: mean KL divergence of its tokens from the original, nats, and a defect, in words.
+
+    Each of the two is None if it could not be measured or was not found.
 
     Args:
-        variant: the plan, whose decoding is stepped through the answer.
+        variant: the plan. Its decoding is stepped through the answer.
         sample: prompt and answer.
-        original: what to compare with; without it only broken logits are seen.
+        original: the original to compare with; without it only broken logits are found.
 
     Raises:
         CandidateError: the plan raised.
@@ -69,6 +71,6 @@ def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[f
 
 
 def graphs() -> int:
-    """Graphs that torch compiled in this process so far; 0 where it never compiled."""
+    """Number of graphs that torch compiled in this process so far; 0 if it never compiled."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

@@ -1,4 +1,4 @@
-"""Is a plan that serves still as good and as fast as when it was committed? Sequential rules, pure."""
+"""Pure sequential tests: is a serving plan still as good and as fast as when it was committed?"""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from statistics import median
 
 from ...validate import Latency
 
-FALSE_ALARM_SAMPLES = 1000.0  # samples of a plan within its limit until a false alarm, on average at least
-STAKE = 0.25  # share of the evidence that is staked on each sample: three times the limit is found in 18 of them
+FALSE_ALARM_SAMPLES = 1000.0  # least mean number of samples to a false alarm, for a plan within its limit
+STAKE = 0.25  # share of the evidence staked on each sample; a divergence of 3x the limit is found in 18 samples
 
-SLOWER = 1.3  # the slow-down that is to be found
-ALLOWANCE = math.log(SLOWER) / 2  # half of it, Page's choice for the shift that matters
-DECISION = 1.5  # a slow-down of 30 % is found in 12 calls, of 100 % in 6
-OUTLIER = 0.4  # one slow call counts no more than as 1.5 times as long
-FIRST_CALLS = 16  # make the expectation of a shape that was not measured at commit
+SLOWER = 1.3  # the slow-down to detect, as a ratio of times
+ALLOWANCE = math.log(SLOWER) / 2  # log ratio subtracted from each call: half the shift to detect, as Page chose
+DECISION = 1.5  # alarm threshold of the sum of log ratios; finds a slow-down of 30 % in 12 calls, of 100 % in 6
+OUTLIER = 0.4  # largest log ratio of one call, so that one slow call counts as 1.5 times as long at most
+FIRST_CALLS = 16  # calls whose median sets the expected time of a shape that was not measured at commit
 
-COMPILED_CALLS = 8  # calls that compiled, of the last `LOOKED_AT`; torch's own limit for one function
-LOOKED_AT = 32
+COMPILED_CALLS = 8  # alarm if this many of the last `LOOKED_AT` calls compiled; torch's own limit for one function
+LOOKED_AT = 32  # number of latest calls examined for compilation
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Divergence:
 
     An e-detector (Shin, Ramdas and Rinaldo, E-detectors: a nonparametric framework for sequential change detection,
     2024): each sample multiplies the evidence by 1 + stake x (kld / limit - 1), which is 1 or less on average while the
-    mean is within the limit, whatever the distribution; evidence below 1 starts afresh. Alarm at `FALSE_ALARM_SAMPLES`
-    keeps the mean run to a false alarm at least as long.
+    mean is within the limit, for any distribution. Evidence below 1 is reset to 1. An alarm at `FALSE_ALARM_SAMPLES`
+    means that a false alarm comes after at least that number of samples on average.
 
     Args:
-        limit: mean KL divergence of the tier, nats.
-        evidence: so far.
-        samples: how many.
+        limit: the tier's limit of the mean KL divergence, nats.
+        evidence: the evidence so far.
+        samples: number of samples so far.
         total: sum of their divergences, nats.
     """
 
@@ -45,7 +45,7 @@ class Divergence:
     total: float = 0.0
 
     def after(self, kld: float) -> Divergence:
-        """With one more sample's mean divergence, nats."""
+        """Return the evidence after one more sample, given its mean divergence, nats."""
         gain = 1 + STAKE * (kld / self.limit - 1)
         return replace(self, evidence=max(1.0, self.evidence) * gain, samples=self.samples + 1, total=self.total + kld)
 
@@ -65,9 +65,9 @@ class LatencyCusum:
     A CUSUM of log(time / expected) (Page, Continuous Inspection Schemes, Biometrika 1954).
 
     Args:
-        expected_s: time per token to expect; None until `FIRST_CALLS` calls have shown it.
-        excess: how much longer calls took lately, summed.
-        first_s: times of the first calls, while nothing is expected.
+        expected_s: expected time per token, seconds; None until `FIRST_CALLS` calls have shown it.
+        excess: the CUSUM: sum of log(time / expected), less the allowance per call.
+        first_s: times per token of the first calls, seconds, until `expected_s` is known.
     """
 
     expected_s: float | None = None
@@ -75,7 +75,7 @@ class LatencyCusum:
     first_s: tuple[float, ...] = ()
 
     def after(self, tpot_s: float) -> LatencyCusum:
-        """With one more call's time per token."""
+        """Return the sum after one more call, given its time per token, seconds."""
         if self.expected_s is None:
             first = (*self.first_s, tpot_s)
             return LatencyCusum(median(first)) if len(first) >= FIRST_CALLS else LatencyCusum(first_s=first)
@@ -87,18 +87,18 @@ class LatencyCusum:
         return self.excess >= DECISION
 
 
-Shape = tuple[int, int]  # batch, magnitude of the prompt
+Shape = tuple[int, int]  # batch size, bit length of the prompt's length
 
 
 def shape_of(batch: int, prompt_tokens: int) -> Shape:
-    """Calls whose times per token may be compared: as many sequences, prompts within a factor of two."""
+    """Key of calls with comparable times per token: the same batch size, prompt lengths within a factor of two."""
     return batch, max(0, prompt_tokens - 1).bit_length()
 
 
 def expected_paces(latency: Latency | None) -> dict[Shape, LatencyCusum]:
-    """What was measured at commit: the median time per token of each bucket.
+    """Expected pace of each bucket: its median time per token, as measured at commit.
 
-    The raw samples of a `Latency` come bucket after bucket, equally many of each.
+    The raw samples of a `Latency` are ordered by bucket, with the same number for each.
     """
     if latency is None or not latency.buckets:
         return {}
@@ -114,16 +114,21 @@ def expected_paces(latency: Latency | None) -> dict[Shape, LatencyCusum]:
 
 @dataclass
 class Compilations:
-    """Whether calls compile over and over.
+    """Detects calls that compile over and over.
 
     Attributes:
-        compiled: of the last calls, which compiled something.
+        compiled: whether each of the last `LOOKED_AT` calls compiled something.
     """
 
     compiled: deque[bool] = field(default_factory=lambda: deque(maxlen=LOOKED_AT))
 
     def note(self, graphs_before: int, graphs_after: int) -> bool:
-        """Whether one more call makes it a storm."""
+        """Record one more call. Returns whether too many of the last calls compiled.
+
+        Args:
+            graphs_before: number of compiled graphs before the call.
+            graphs_after: number of compiled graphs after the call.
+        """
         self.compiled.append(graphs_after > graphs_before)
         return sum(self.compiled) >= COMPILED_CALLS
 

@@ -1,8 +1,8 @@
-"""After commit: is the plan that serves still the one that was proven?
+"""After commit: is the serving plan still as good and as fast as the proven one?
 
-Every call's time per token is compared with what was measured at commit, and a small share of calls is examined again:
-a few served tokens are kept, and when no request is in flight the original scores them against the plan. What is found
-opens a circuit breaker, and every transition is an event.
+Every call's time per token is compared with what was measured at commit. A small share of calls is scored again: a few
+served tokens are kept, and when no request is in flight, the plan's logits for them are compared with the original's.
+A problem opens a circuit breaker. Every transition of the breaker is an event.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("autotune")
 
-IDLE_SHARE = 0.05  # of the time may go into scoring again
-FEWEST_TOKENS = 8  # of a call whose time per token counts
-OTHERS = 3  # calls of the original that show whether it is faster than a plan that became slow
-KEPT_EVENTS = 100
+IDLE_SHARE = 0.05  # largest share of time spent on scoring calls again
+FEWEST_TOKENS = 8  # least tokens of a call for its time per token to count
+OTHERS = 3  # calls of the original needed to see whether it is faster than a plan that became slow
+KEPT_EVENTS = 100  # latest events that are kept
 
 Cause = Literal["failure", "drift", "latency", "recompiling"]
 
@@ -49,9 +49,9 @@ class Event:
 
     Args:
         time: ISO 8601, UTC.
-        phase: the breaker's from then on: "closed", "open", "half-open" or "disabled".
-        reason: in a sentence.
-        numbers: what decided, by name.
+        phase: the breaker's new phase: "closed", "open", "half-open" or "disabled".
+        reason: why, in a sentence.
+        numbers: the numbers that decided, by name.
     """
 
     time: str
@@ -64,11 +64,11 @@ class Watch:
     """Decides whether the committed plan may serve, call by call.
 
     Args:
-        share: of served calls that are scored again when the model is idle; 0 turns that off.
-        rules: of the breaker.
-        clock: monotonic seconds.
-        chance: draws from 0 to 1.
-        changed: told of every transition, with the breaker after it.
+        share: share of served calls that are scored again when the model is idle; 0 turns scoring off.
+        rules: limits of the breaker.
+        clock: returns monotonic seconds.
+        chance: draws a random number from 0 to 1.
+        changed: called with the event of every transition.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class Watch:
     def begin(
         self, variant: Variant, plan: Plan | None, obstacle: Callable[[], str | None], stored: bool = False
     ) -> None:
-        """A plan serves; what is known of one before is forgotten.
+        """Start watching a plan that serves now. Forgets everything about the previous one.
 
         Args:
-            variant: what serves.
-            plan: where its figures are from; None: tuning goes on, and nothing but failures is looked for.
-            obstacle: why the original cannot be asked now, or None.
-            stored: whether the plan is in the store, which is told when it fails.
+            variant: the variant that serves.
+            plan: the plan with its measurements; None while tuning goes on, when only failures are watched.
+            obstacle: returns why the original cannot score now, or None.
+            stored: whether the plan is in the store, where its failures are then recorded.
         """
         with self._lock:
             self._begin(variant, plan, obstacle)
@@ -104,7 +104,7 @@ class Watch:
 
     def _begin(self, variant: Variant | None, plan: Plan | None, obstacle: Callable[[], str | None]) -> None:
         self._variant, self._plan, self._obstacle, self._stored = variant, plan, obstacle, False
-        self._trial: int | None = None  # the thread that tries a plan again
+        self._trial: int | None = None  # id of the thread that tries a plan again
         self.breaker = Breaker(since_s=self.clock())
         self.cause: Cause = "failure"
         tier = plan.fingerprint.tier if plan else "strict"
@@ -112,7 +112,7 @@ class Watch:
         self._paces = expected_paces(plan.latency if plan else None)
         self._slow, self._others_s = ((0, 0), 0.0), list[float]()  # shape and time per token that took the plan out
         self._compilations = Compilations()
-        self._batches: dict[int, Breaker] = {}  # sequences -> of a size that could not be prepared for
+        self._batches: dict[int, Breaker] = {}  # batch size -> breaker of a size that could not be prepared
         self._samples: deque[Sample] = deque(maxlen=1)
         self._latest: Sample | None = None
         self._rest_until_s = 0.0
@@ -121,10 +121,10 @@ class Watch:
     # Around a call
 
     def admits(self, batch: int) -> bool:
-        """Whether the plan may serve the call at hand; while half-open, one call at a time may try.
+        """Whether the plan may serve this call. After the pause of an open breaker, one call at a time may try.
 
         Args:
-            batch: its sequences.
+            batch: number of the call's sequences.
         """
         with self._lock:
             now, known = self.clock(), self._batches.get(batch, Breaker())
@@ -133,7 +133,7 @@ class Watch:
             if self.breaker.phase != "closed":
                 if not self.breaker.due(now):
                     return False
-                if self.cause == "drift":  # no user's answer is the trial: the kept call is scored again
+                if self.cause == "drift":  # the trial scores the kept call again, so no user gets a bad answer
                     self._work_when_idle()
                     return False
                 self._step("asked", "one call tries the plan again")
@@ -142,11 +142,14 @@ class Watch:
             return True
 
     def open(self) -> bool:
-        """Whether the plan is out, for calls that cannot try it."""
+        """Whether the plan is out of service for calls that cannot be a trial."""
         return self.breaker.phase != "closed"
 
     def serve(self, variant: Variant, call: Sampling) -> Any:
-        """`variant.sample(call)`, timed and perhaps kept. Raises what that raises; then `failed` or `abandoned`."""
+        """Run `variant.sample(call)`, time it and perhaps keep it to be scored again.
+
+        Raises what that raises; the caller must then call `failed`, `unready` or `abandoned`.
+        """
         tokens = TokenClock(call.streamer, self.clock)
         before = graphs()
         result = variant.sample(call.with_streamer(tokens))
@@ -166,7 +169,7 @@ class Watch:
         return result
 
     def serve_other(self, call: Sampling) -> Any:
-        """`call.original()`. While the plan is out for being slow it shows whether the original is any faster."""
+        """Run `call.original()`. While the plan is out for being slow, also time whether the original is faster."""
         shape, slow_s = self._slow
         if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
             return call.original()
@@ -182,28 +185,30 @@ class Watch:
         return result
 
     def failed(self, reason: str, cause: Cause = "failure", numbers: Mapping[str, float] | None = None) -> None:
-        """The plan did something wrong: it is taken out, for a while or for good."""
+        """Take a plan that failed out of service, for a while or permanently."""
         with self._lock:
             self.cause = cause
             self._step("failed", reason, numbers or {})
 
     def unready(self, call: Sampling) -> None:
-        """What the plan needs for a call's number of sequences could not be made: such calls are not for it, for a
-        while or for good. Others are."""
+        """Keep calls of this batch size from the plan, for a while or permanently: it could not be prepared for them.
+
+        Calls of other batch sizes are still served.
+        """
         with self._lock:
             self._batches.setdefault(call.input_ids.shape[0], Breaker(since_s=self.clock()))
             self._note_batch(call, "failed")
             self._step("abandoned", "the trial call could not be prepared for")
 
     def abandoned(self, call: Sampling | None = None) -> None:
-        """A call ended early for reasons of its caller's, which says nothing about the plan."""
+        """Record that the caller ended a call early, which says nothing about the plan."""
         with self._lock:
             if call is not None:
                 self._note_batch(call, "abandoned")
             self._step("abandoned", "the trial call was given up by its caller")
 
     def summary(self) -> str:
-        """What is watched, and what was seen, in a sentence."""
+        """Describe in a sentence what is watched and what was seen."""
         seen = f"{self.scored} of {self.served} calls scored again"
         if self.divergence.samples:
             seen += f", mean KLD {self.divergence.mean:.2g}"
@@ -213,7 +218,7 @@ class Watch:
     # When idle
 
     def work(self) -> None:
-        """Score what was kept, and retry a plan that drifted. Waits until no request is in flight.
+        """Score the kept call, and retry a plan that drifted. Waits until no request is in flight.
 
         Raises:
             Cancelled: the model was unwrapped.
@@ -228,7 +233,7 @@ class Watch:
             if retry:
                 self._step("asked", "the kept call is scored again")
             obstacle = self._obstacle()
-            # a twin: hooks that its user sets from now on are for the user's own calls
+            # a twin, because hooks that the user sets from now on must see only the user's calls
             original = Variant(twins.fork(variant.original), variant.traffic) if obstacle is None else None
         start = self.clock()
         kld, defect = score(variant, sample, original)
@@ -275,7 +280,7 @@ class Watch:
             self.work()
         except Cancelled:
             log.debug("watching was called off")
-        except Exception as error:  # the canary must not take down what it watches
+        except Exception as error:  # a failure of the canary must not stop the plan
             log.warning("a served call could not be scored again: %s: %s", type(error).__name__, error)
             self.abandoned()
 
