@@ -246,7 +246,7 @@ def _add_check(check: argparse.ArgumentParser) -> None:
     applied.add_argument("--plan", type=Path, metavar="FILE", help="a plan to apply first")
     applied.add_argument("--policy", metavar="P", help="a policy to tune with first")
     run.add_argument("--tuned-on", type=Path, metavar="FILE", help="prompts that plan or model were tuned on")
-    run.add_argument("--tier", choices=TIERS, default="strict", help="default strict")
+    run.add_argument("--tier", choices=tuple(TIERS), default="strict", help="default strict")
     run.add_argument("--max-slowdown", type=fraction, default=0.05, metavar="5%", help="default 5%%")
     run.add_argument("--against", metavar="MODEL", help="the recorded model, to be timed in pairs on this machine")
     for name in ("json", "junit", "markdown"):

@@ -30,10 +30,12 @@ log = logging.getLogger("autotune")
 MOST_S = 2.0  # seconds that an exit may wait for all threads together
 GENTLE_S = 0.3  # seconds of these in which threads may end at their next step, before they are interrupted
 AGAIN_S = 0.05  # seconds between two attempts to stop a thread
+PATIENCE_S = 0.5  # seconds after which a process that was asked to end is killed
 
 _lock = forking.lock()
 _workers: set[Worker] = set()
 _compilers: set[int] = set()  # process groups of running compilers
+_asked: dict[int, float] = {}  # processes that were asked to end -> when, by time.monotonic
 _ended = False
 
 
@@ -207,13 +209,19 @@ def _kill_group(group: int) -> None:
 
 
 def _kill_what_was_started_by(thread: threading.Thread) -> None:
-    """Kill a thread's child processes and their descendants, on Linux only. Torch closes its own pool of compilers."""
+    """End a thread's child processes and their descendants, on Linux only. Torch closes its own pool of compilers.
+
+    They are asked first: a compiler then removes what it has half written. Torch keeps that file under the name of its
+    source, and would fail to load it ("file too short") in every later process.
+    """
     pools = getattr(sys.modules.get("torch._inductor.async_compile"), "_pool_set", ())
     spared = {getattr(getattr(pool, "process", None), "pid", None) for pool in pools}
     for process in _descendants(Path(f"/proc/self/task/{thread.native_id}")):
         if process not in spared:
+            now = time.monotonic()
+            patient = now - _asked.setdefault(process, now) < PATIENCE_S
             with suppress(OSError):
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, signal.SIGTERM if patient else signal.SIGKILL)
 
 
 def _descendants(task: Path) -> list[int]:

@@ -104,9 +104,23 @@ def test_whatever_a_thread_does_the_process_ends(work: str) -> None:
 
 
 @pytest.mark.parametrize("wait", [0.0, 2.0, 6.0])
-def test_a_process_ends_in_the_middle_of_a_compilation(wait: float) -> None:
+def test_a_process_ends_in_the_middle_of_a_compilation(
+    wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     done = run(COMPILING.format(wait=wait))
     assert (done.returncode, noise(done)) == (0, "")
+    assert [file for file in tmp_path.rglob("*.so") if not file.stat().st_size] == []
+
+
+def test_a_compiler_may_remove_what_it_has_half_written(tmp_path: Path) -> None:
+    """Torch would find a torn library under the name of its source in every later process."""
+    half = tmp_path / "half.so"
+    script = f"trap 'rm {half}; exit 1' TERM; touch {half}; sleep 600 & wait"
+    work = f"__import__('subprocess').run(['sh', '-c', {script!r}])"
+    done = run(WORKING.format(work=work).replace("sleep(0.1)", "sleep(1.0)"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not half.exists()
 
 
 def test_what_fails_because_the_process_ends_is_not_reported() -> None:

@@ -266,7 +266,7 @@ def test_a_padded_batch_is_read_at_once_as_it_would_be_stepped(name, prompts):
     original = architectures.built(name)
     exam = Exam(original, SIZES["quick"], 0, (2,))
     own = [[token % shrink.VOCABULARY for token in prompt[:40]] for prompt in prompts]
-    (group, *_) = texts.padded([tuple(max(3, token) for token in prompt) for prompt in own])
+    (group, *_) = texts.padded([tuple(max(3, token) for token in prompt) for prompt in own], SIZES["quick"])
     stateful.of(original)  # which runs it
     calls = []
     original.register_forward_pre_hook(lambda *given: calls.append(given))
