@@ -26,7 +26,7 @@ demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to 
 	$(BIN)/autotune demo $(DEMO_ARGS)
 
 test: $(READY)  ## the tests, the real model's among them; a thread each, on tiny models more only wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 test-matrix: $(READY)  ## the compatibility suite on other versions of transformers, torchao, bitsandbytes, accelerate
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)

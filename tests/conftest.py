@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+# Files that take minutes. They come first, so that no process is left alone with one at the end.
+LONG = ("test_fuzz", "test_contract", "test_architectures", "test_real", "test_kernels", "test_compile_prefill")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

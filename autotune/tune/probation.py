@@ -24,6 +24,7 @@ import torch
 
 from ..machine import intraop
 
+PATIENCE_S = 0.2  # seconds that processes have to end by themselves before they are killed
 PARENT_DIES = 1  # prctl's PR_SET_PDEATHSIG
 KEPT_BYTES = 4096  # last bytes of a child's output that are kept
 LONGEST = 160  # most characters of a child's output in a reason
@@ -93,15 +94,25 @@ def _named(code: int) -> str:
 
 @contextmanager
 def _reaped(child: int) -> Iterator[None]:
-    """On leaving, kill the child and the processes that it started."""
+    """On leaving, end the child and the processes that it started.
+
+    If it did not end well, they are asked first: a compiler then removes what it has half written (see `ending`).
+    """
     try:
         yield
     finally:
-        for kill in (os.killpg, os.kill):  # the child may not have its process group yet
-            with suppress(ProcessLookupError, PermissionError):
-                kill(child, signal.SIGKILL)
+        if _ended(child) != 0:
+            _send(child, signal.SIGTERM)
+            time.sleep(PATIENCE_S)
+        _send(child, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
+
+
+def _send(child: int, number: signal.Signals) -> None:
+    for kill in (os.killpg, os.kill):  # the child may not have its process group yet
+        with suppress(ProcessLookupError, PermissionError):
+            kill(child, number)
 
 
 def _perform(work: Callable[[], object], output: int) -> NoReturn:

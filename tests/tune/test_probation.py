@@ -112,6 +112,14 @@ def wait_for_end(process: int) -> None:
     pytest.fail(f"process {process} is still there")
 
 
+def test_a_compiler_of_what_hangs_may_remove_what_it_has_half_written(tmp_path: Path) -> None:
+    half = tmp_path / "half.so"
+    script = f"trap 'rm {half}; exit 1' TERM; touch {half}; sleep 600 & wait"
+    said = probation.death_of(lambda: subprocess.run(["sh", "-c", script], check=False), 1.0)
+    assert "did not end" in str(said)
+    assert not half.exists()
+
+
 @pytest.mark.fault("A24")
 def test_a_child_ends_with_its_parent() -> None:
     """Killed as the kernel or an operator does it, with no time to clean up."""
