@@ -170,8 +170,8 @@ def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, s
         rate = min(1.0, guardrail.limit + 0.10)
         some = sequential.requests_to_see_rate(rate, guardrail.limit, alpha, control_per_request=control)
         every = sequential.requests_to_see_rate(1.0, guardrail.limit, alpha, control_per_request=control)
-        within = some or "over 10000"
-        return f"{guardrail.name}: a rate of {rate:.0%} is caught within {within} requests, of 100% within {every}"
+        within, whole = (n or f"over {sequential.MAX_RATE_REQUESTS}" for n in (some, every))
+        return f"{guardrail.name}: a rate of {rate:.0%} is caught within {within} requests, of 100% within {whole}"
     if guardrail.kind == "mean" and math.isnan(std):
         return f"{guardrail.name}: its spread is not known yet"
     unseen = UNSEEN_PAIRED_STD if share is None else UNSEEN_STD

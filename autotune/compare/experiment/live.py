@@ -154,9 +154,14 @@ def serving_variant(model: PreTrainedModel) -> Variant:
 
 
 def overall(candidates: Sequence[Standing]) -> tuple[str, str]:
-    """The verdict on an experiment, as offline: pass if any candidate passes, fail or error if all do."""
+    """The verdict on an experiment, as `verdicts.conclude`: pass if any candidate passes, error if all do."""
     found = {arm.verdict for arm in candidates}
-    verdict = "pass" if "pass" in found else found.pop() if len(found) == 1 else "inconclusive"
+    if "pass" in found:
+        verdict = "pass"
+    elif found == {"error"}:
+        verdict = "error"
+    else:
+        verdict = "fail" if found and found <= {"fail", "error"} else "inconclusive"
     return verdict, "; ".join(f"{arm.name}: {arm.reason}" for arm in candidates)
 
 

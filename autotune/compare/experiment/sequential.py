@@ -24,6 +24,7 @@ START = 20
 START_SKEWED = 100
 TUNED_FOR = 200  # number of values at which the sequences for means are about as narrow as possible
 MAX_REQUESTS = 100_000  # largest number of requests that the search considers
+MAX_RATE_REQUESTS = 10_000  # requests up to which a rate's detection is computed, step by step
 PRIOR = 0.5  # both parameters of the beta mixture: Jeffreys' prior, which is good for rates near 0
 
 
@@ -198,7 +199,7 @@ def requests_to_see_rate(
     """Number of the candidate's requests in which `rate_difference` detects `rate`, with a control without a hit.
 
     The result is exact: the loop tracks the distribution of the number of hits among the runs not stopped yet. None if
-    10 000 requests are too few.
+    MAX_RATE_REQUESTS are too few.
 
     Args:
         rate: the candidate's true rate.
@@ -208,7 +209,7 @@ def requests_to_see_rate(
     known = math.isinf(control_per_request)
     share = alpha / (1 if known else 2)
     alive, bar = np.ones(1), 0  # chance of k hits without having stopped, k = 0, 1, ...
-    for n in range(1, 10_001):
+    for n in range(1, MAX_RATE_REQUESTS + 1):
         alive = np.append(alive * (1 - rate), 0.0) + np.append(0.0, alive * rate)
         over = limit if known else limit + rate_interval(0, int(n * control_per_request), share).high
         while bar <= n and not (over < 1 and bar > n * over and _surpasses(bar, n, over, share)):

@@ -95,6 +95,7 @@ BOUNDS: dict[str, tuple[Guardrail, dict[str, Any], str]] = {
     ),
     "mean, unseen": (LENGTH, {"share": 0.5}, "length: its spread is not known yet"),
     "mean, seen": (LENGTH, {"share": 0.5, "std": 1.0}, "length: +10 is caught within 100 requests"),
+    "rate, hopeless": (Guardrail("errors", "rate", 0.999), {"share": 1e-6}, "requests, of 100% within over 10000"),
     "hopeless": (TPOT, {"std": 99.0}, "tpot: +20% is caught within over 100000 requests"),
 }
 

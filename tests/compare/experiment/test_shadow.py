@@ -12,9 +12,13 @@ import torch
 import autotune
 from autotune import cli
 from autotune.compare.experiment import Experiment
+from autotune.compare.experiment.live import Standing, overall
+from autotune.compare.experiment.outcomes import Outcome
+from autotune.compare.experiment.verdicts import conclude
 from autotune.errors import ExperimentError
 from autotune.model import route
 from autotune.transforms.threads import Threads
+from autotune.validate import Verdict
 from tests.models import BOS, left_padded, tiny, token_prompts
 
 if TYPE_CHECKING:
@@ -312,3 +316,24 @@ def test_the_command_line_shows_it(
 def test_a_candidate_with_another_vocabulary_is_refused(llama: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="another tokenizer"):
         experiment(tmp_path, other=tiny(vocab_size=128)).shadow(llama)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ((), "inconclusive"),
+        (("fail", "pass"), "pass"),
+        (("fail", "fail"), "fail"),
+        (("error", "error"), "error"),
+        (("fail", "error"), "fail"),  # as offline: none can pass any more
+        (("fail", "inconclusive", "error"), "inconclusive"),
+    ],
+)
+def test_the_verdict_of_all_candidates_is_that_of_an_experiment_offline(
+    verdicts: tuple[str, ...], expected: str
+) -> None:
+    standing = [Standing(f"c{k}", "", verdict, "", 0, 0.0, (), ()) for k, verdict in enumerate(verdicts)]
+    assert overall(standing)[0] == expected
+    if verdicts:
+        outcomes = [Outcome(arm.name, "", "", Verdict(arm.verdict), "") for arm in standing]
+        assert conclude(outcomes)[0] == expected
