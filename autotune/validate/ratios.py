@@ -18,8 +18,8 @@ FINAL_ALPHA = 0.025  # error probability in each tail, at the final look
 # (number of values, 99.5 % quantile of Student's t); an entry holds up to the number of the next entry
 STUDENT = ((2, 63.66), (3, 9.925), (4, 5.841), (5, 4.604), (8, 3.499), (12, 3.106), (25, 2.797), (50, 2.680))
 
-# Pairs needed for "faster". One of two equal arms wins five pairs of five once in 2^5 = 32 races. Its gain has to exceed
-# the minimum and the noise as well; `make prove` measures how often an equal one is committed.
+# Pairs needed for "faster". One of two equal arms wins five pairs of five once in 2^5 = 32 races. Its gain also has to
+# exceed the minimum and the noise; `make prove` measures how often an equal one is committed.
 FEWEST_PAIRS = 5
 MAX_POLLUTED = 0.2  # share of pairs that may be dropped; above it, the verdict is inconclusive
 NOISY = 0.10  # interquartile range of the pairs' log ratios above which a warning is given
