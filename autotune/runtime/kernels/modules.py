@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,11 @@ class HalfLinear(PackedLinear):
         return pack.deinterleave(self.weight.float(), self.out_features, self.in_features)
 
 
-class Int8Linear(PackedLinear):
-    """Symmetric INT8 weights with a scale per group of inputs."""
+class GroupedLinear(PackedLinear):
+    """Quantised weights with a scale per group of inputs."""
 
-    weight: Tensor  # [ceil(N / 16), K padded, 16]
+    tensors: ClassVar[tuple[str, ...]]  # names of what `quantize` returns
+    weight: Tensor
     scales: Tensor  # [ceil(N / 16), groups, 16]
 
     @classmethod
@@ -100,9 +101,23 @@ class Int8Linear(PackedLinear):
             ValueError: the weight is not finite, or the group is not a multiple of 8.
         """
         layer = cls(weight, bias)
-        for name, buffer in zip(("weight", "scales"), pack.quantize_i8(weight, group), strict=True):
+        for name, buffer in zip(cls.tensors, cls.quantize(weight, group), strict=True):
             layer.register_buffer(name, buffer)
         return layer
+
+    @staticmethod
+    @abstractmethod
+    def quantize(weight: Tensor, group: int) -> tuple[Tensor, ...]:
+        """The packed weight [out_features, in_features] and what restores it."""
+
+
+class Int8Linear(GroupedLinear):
+    """Symmetric INT8 weights with a scale per group of inputs."""
+
+    tensors = ("weight", "scales")
+    weight: Tensor  # [ceil(N / 16), K padded, 16]
+
+    quantize = staticmethod(pack.quantize_i8)
 
     def product(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.autotune.linear_i8(x, self.weight, self.scales, self.bias, self.out_features)
@@ -112,29 +127,14 @@ class Int8Linear(PackedLinear):
         return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
 
 
-class Int4Linear(PackedLinear):
+class Int4Linear(GroupedLinear):
     """Asymmetric INT4 weights with a scale and a zero per group of inputs."""
 
+    tensors = ("weight", "scales", "zeros")
     weight: Tensor  # [ceil(N / 16), K padded / 8, 16]
-    scales: Tensor  # [ceil(N / 16), groups, 16]
     zeros: Tensor  # [ceil(N / 16), groups, 16]
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
-        """Pack an `nn.Linear`; see `from_weight`."""
-        return cls.from_weight(linear.weight, linear.bias, group)
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
-        """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
-
-        Raises:
-            ValueError: the weight is not finite, or the group is not a multiple of 8.
-        """
-        layer = cls(weight, bias)
-        for name, buffer in zip(("weight", "scales", "zeros"), pack.quantize_i4(weight, group), strict=True):
-            layer.register_buffer(name, buffer)
-        return layer
+    quantize = staticmethod(pack.quantize_i4)
 
     def product(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.autotune.linear_i4(x, self.weight, self.scales, self.zeros, self.bias, self.out_features)
