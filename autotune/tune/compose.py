@@ -108,26 +108,30 @@ class _Drafting:
             gain = promised.pop(transform)
             if gain < least or not self.fits(transform):
                 continue
-            try:
-                with reusing():
-                    candidate = self.variant.with_transform(transform)
-                    if transform.took_effect(candidate) is not None or self.is_too_large(candidate):
-                        continue
-                    if self.falls_short(transform):
-                        continue
-            except TransformError:
-                continue
-            except DeviceError:
-                raise
-            except Exception as error:  # the search tries it alone later and reports the error
-                outside.pass_on(error)
-                log.debug("%s is not in the draft", transform, exc_info=True)
-                self.trier.bench.describe_error(error)
+            if (candidate := self.extended(transform)) is None:
                 continue
             self.variant = candidate
             self.parts.append(Part(step, transform, gain))
             self.taken |= {(phase, transform.stage) for phase in transform.phases}
             return
+
+    def extended(self, transform: Transform) -> Variant | None:
+        """The draft's variant with one more transform, or None if that refuses, is too large or loses too much."""
+        try:
+            with reusing():
+                candidate = self.variant.with_transform(transform)
+                if transform.took_effect(candidate) is not None or self.is_too_large(candidate):
+                    return None
+                return None if self.falls_short(transform) else candidate
+        except TransformError:
+            return None
+        except DeviceError:
+            raise
+        except Exception as error:  # the search tries it alone later and reports the error
+            outside.pass_on(error)
+            log.debug("%s is not in the draft", transform, exc_info=True)
+            self.trier.bench.describe_error(error)
+            return None
 
     def is_candidate(self, transform: Transform) -> bool:
         if is_foreign(transform) or transform.stage >= Stage.THREADS:

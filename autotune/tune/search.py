@@ -90,7 +90,7 @@ class _Search:
                 self.trials.append(ruled_out)
                 continue
             others, before = max((predicted[other] or 0.0 for other in choices), default=0.0), self.state
-            with reusing():
+            with reusing(self.state.variant):
                 (*failed, last), candidate = self.find(trial, base, others)
                 self.trials += failed
                 self.settle(last, candidate)

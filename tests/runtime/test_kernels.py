@@ -181,13 +181,14 @@ def test_a_large_table_is_widened_and_quantised_in_parts(quantize, dtype, monkey
     """The embedding of a vocabulary of 150 000 in FP32 is larger than the rest of a small model."""
     torch.manual_seed(0)
     weight, rows, grouped = torch.randn(100, 40).to(dtype), list[int](), pack._grouped
-    whole = quantize(weight)
-    monkeypatch.setattr(pack, "PART", 16)
+    whole, halves = quantize(weight), pack.pack_half(weight)
+    monkeypatch.setattr(pack, "PART", 16 * 40)
     monkeypatch.setattr(pack, "_grouped", lambda part, group: rows.append(len(part)) or grouped(part, group))
     for expected, got in zip(whole, quantize(weight), strict=True):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)
     assert set(rows) == {16, 4}
+    assert torch.equal(pack.pack_half(weight), halves)
 
 
 def test_constant_groups_are_exact() -> None:
@@ -196,14 +197,14 @@ def test_constant_groups_are_exact() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1000, arena.CHUNK_BYTES - 100, arena.CHUNK_BYTES, arena.CHUNK_BYTES + 7])
-def test_settled_tensors_keep_their_numbers(size) -> None:
-    tensors = [torch.arange(size, dtype=torch.int64).to(torch.int8) for _ in range(3)]
-    settled = [arena.settle(tensor) for tensor in tensors]
-    for tensor, copy in zip(tensors, settled, strict=True):
-        assert torch.equal(tensor, copy)
-        assert copy.data_ptr() % arena.ALIGN_BYTES == 0
-        copy.zero_()  # writes nowhere else
-    assert all((copy == 0).all() for copy in settled)
+def test_tensors_in_huge_pages_are_aligned_and_apart(size) -> None:
+    tensors = [arena.empty((size,), torch.int8, torch.device("cpu")) for _ in range(3)]
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    for number, tensor in enumerate(tensors):
+        assert tensor.shape == (size,)
+        assert tensor.data_ptr() % arena.ALIGN_BYTES == 0
+        assert (tensor == number).all()
 
 
 ATTENTION = [  # B, H, Hk, D, slots, length

@@ -7,6 +7,9 @@ with zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -15,25 +18,35 @@ from autotune.runtime.kernels import arena
 ROWS = 16  # output rows in a block; kRows in linear.h
 STEP = 8  # inputs decoded together; kStep in linear.h
 GROUP = 32  # default number of inputs that share a scale
-PART = 4096  # output rows widened and quantised at a time, to limit the memory for intermediate results
+PART = 4 * 2**20  # weights converted at a time, to limit the memory for intermediate results: 16 MB in FP32
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that 4-bit quantisation tries
 
 
-def interleave(weight: Tensor, inputs: int) -> Tensor:
+def interleave(parts: Iterable[Tensor], rows: int, inputs: int) -> Tensor:
     """Reorder a weight into blocks of sixteen rows.
 
     Args:
-        weight: [N, K], any dtype.
+        parts: [n, K] each, one after another; all but the last hold whole blocks.
+        rows: N, of all parts together.
         inputs: K after padding.
 
     Returns:
         [ceil(N / 16), inputs, 16], contiguous, with zeros as padding.
     """
-    rows, width = weight.shape
-    blocks = -(-rows // ROWS)
-    padded = weight.new_zeros(blocks * ROWS, inputs)
-    padded[:rows, :width] = weight
-    return arena.settle(padded.view(blocks, ROWS, inputs).transpose(1, 2).contiguous())
+    parts = iter(parts)
+    first = next(parts)
+    blocks, filled = arena.empty((-(-rows // ROWS), inputs, ROWS), first.dtype, first.device), 0
+    for part in chain([first], parts):
+        count, width = part.shape
+        whole = _round_up(count, ROWS)
+        if (count, width) != (whole, inputs):
+            padded = part.new_zeros(whole, inputs)
+            padded[:count, :width] = part
+            part = padded
+        end = filled + whole // ROWS
+        blocks[filled:end] = part.view(-1, ROWS, inputs).transpose(1, 2)
+        filled = end
+    return blocks
 
 
 def deinterleave(blocks: Tensor, rows: int, inputs: int) -> Tensor:
@@ -48,10 +61,15 @@ def pack_half(weight: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
         ValueError: a weight is not finite in `dtype` (FP16's largest number is 65504).
     """
     check(weight)
-    narrow = weight.detach().to(dtype)
-    if not torch.isfinite(narrow).all():
-        raise ValueError(f"weights up to {weight.abs().max():.3g} do not fit {dtype}; use torch.bfloat16 instead")
-    return interleave(narrow, _round_up(weight.shape[1], STEP))
+
+    def narrow(part: Tensor) -> Tensor:
+        narrowed = part.detach().to(dtype)
+        if not torch.isfinite(narrowed).all():
+            raise ValueError(f"weights up to {part.abs().max():.3g} do not fit {dtype}; use torch.bfloat16 instead")
+        return narrowed
+
+    rows, inputs = weight.shape
+    return interleave(map(narrow, _parts(weight)), rows, _round_up(inputs, STEP))
 
 
 def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
@@ -72,12 +90,15 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     parts = _parts(weight)
     scales = _finite(torch.cat([_grouped(part, group).abs().amax(-1) for part in parts])) / 127
     scales = scales.to(_factor_dtype(scales, scales))
-    rounded = [
-        (_grouped(part, group) / _divisor(factors)).round_().clamp_(-127, 127).to(torch.int8)
-        for part, factors in zip(parts, _parts(scales), strict=True)
-    ]
-    numbers = torch.cat(rounded).flatten(1)
-    return interleave(numbers, numbers.shape[1]), interleave(scales, scales.shape[1])
+
+    def numbers() -> Iterator[Tensor]:
+        first = 0
+        for part in parts:
+            rows = slice(first, first := first + len(part))
+            yield (_grouped(part, group) / _divisor(scales[rows])).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+
+    rows, groups = scales.shape
+    return interleave(numbers(), rows, _padded(weight.shape[1], group)), interleave([scales], rows, groups)
 
 
 def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,16 +124,18 @@ def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Ten
     ranges = [_grouped(part, group).aminmax(dim=-1) for part in parts]
     low, high = (_finite(torch.cat(ends)) for ends in zip(*ranges, strict=True))
     dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), torch.maximum(-low, high))
-    fitted = [
-        _fit_i4(_grouped(part, group), lowest, highest, dtype)
-        for part, lowest, highest in zip(parts, _parts(low), _parts(high), strict=True)
-    ]
-    words, scales, zeros = (torch.cat(pieces) for pieces in zip(*fitted, strict=True))
-    return (
-        interleave(words, words.shape[1]),
-        interleave(scales, scales.shape[1]),
-        interleave(zeros, zeros.shape[1]),
-    )
+    scales, zeros = torch.empty_like(low, dtype=dtype), torch.empty_like(low, dtype=dtype)
+
+    def words() -> Iterator[Tensor]:
+        first = 0
+        for part in parts:
+            rows = slice(first, first := first + len(part))
+            fitted, scales[rows], zeros[rows] = _fit_i4(_grouped(part, group), low[rows], high[rows], dtype)
+            yield fitted
+
+    rows, groups = low.shape
+    packed = interleave(words(), rows, _padded(weight.shape[1], group) // STEP)
+    return packed, interleave([scales], rows, groups), interleave([zeros], rows, groups)
 
 
 def _fit_i4(grouped: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,9 +179,16 @@ def check(weight: Tensor) -> None:
         )
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """Split a tensor into views of PART rows each."""
-    return [tensor[first : first + PART] for first in range(0, len(tensor), PART)]
+def _parts(weight: Tensor) -> list[Tensor]:
+    """Split a weight [N, K] into views of whole blocks of rows, about PART weights each."""
+    rows = max(1, PART // (ROWS * weight.shape[1])) * ROWS
+    return [weight[first : first + rows] for first in range(0, len(weight), rows)]
+
+
+def _padded(inputs: int, group: int) -> int:
+    """Number of inputs after padding to whole groups."""
+    whole = _round_up(inputs, STEP)
+    return _round_up(inputs, min(group or whole, whole))
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
@@ -167,13 +197,10 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
     if group < 0 or group % STEP:
         raise ValueError(f"group must be a multiple of {STEP}, or 0 for one scale per row, not {group}")
     rows, inputs = weight.shape
-    whole = _round_up(inputs, STEP)
-    group = min(group or whole, whole)
     weight = weight.detach().float()
-    missing = _round_up(inputs, group) - inputs
-    if missing:
+    if missing := _padded(inputs, group) - inputs:
         weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], 1)
-    return weight.view(rows, -1, group)
+    return weight.view(rows, -1, min(group or weight.shape[1], weight.shape[1]))
 
 
 def _finite(extremes: Tensor) -> Tensor:
