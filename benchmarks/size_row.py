@@ -61,7 +61,8 @@ class Watcher:
     stages: list[Stage] = field(default_factory=lambda: [Stage("beginning", 0.0)])
 
     def __enter__(self) -> Watcher:
-        self._start, self._ended = time.monotonic(), threading.Event()
+        self._start = time.monotonic()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self

@@ -47,7 +47,11 @@ class Stage:
         python: tuple[str, str],
         notify: Callable[[str], None],
     ) -> None:
-        self.setup, self.text, self.folder, self.python, self.notify = setup, text, folder, python, notify
+        self.setup = setup
+        self.text = text
+        self.folder = folder
+        self.python = python
+        self.notify = notify
         self.remotes: dict[str, Remote] = {}
         self.results: dict[str, Result] = {}
         self.tired: set[tuple[str, Shape]] = set()  # whom not to ask again, and for what
@@ -175,7 +179,8 @@ class Stage:
                 told = remote.ask({"do": "describe"}, REQUEST_S)
                 result = self.results[name]
                 result.peak_bytes = told.get("peak_bytes")
-                result.stored_bytes, result.read_bytes = told["weights"]["stored"], told["weights"]["read"]
+                result.stored_bytes = told["weights"]["stored"]
+                result.read_bytes = told["weights"]["read"]
                 result.notes += told["notes"]
 
     def close(self) -> None:

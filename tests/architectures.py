@@ -130,7 +130,8 @@ class Fallback:
     """A router as a wrapped model has it: what a variant cannot serve goes to the original."""
 
     def __init__(self, variant: Variant) -> None:
-        self.variant, self.served = variant, 0
+        self.variant = variant
+        self.served = 0
 
     def sample(self, call: seam.Sampling) -> Any:
         if self.variant.unsupported(call):

@@ -43,8 +43,11 @@ class Page:
     """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
-        self._to, self._from = to_browser, from_browser
-        self._left, self._count, self._session = b"", 0, ""
+        self._to = to_browser
+        self._from = from_browser
+        self._left = b""
+        self._count = 0
+        self._session = ""
         self.said: list[str] = []
         self.asked: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]

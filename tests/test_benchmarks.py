@@ -65,7 +65,9 @@ class Fake:
     """A runtime that takes as long a token as it is told to, by its own account, or fails."""
 
     def __init__(self, broken: str = "", token_s: float = 0.001) -> None:
-        self.broken, self.token_s, self.seen = broken, token_s, list[list[list[int]]]()
+        self.broken = broken
+        self.token_s = token_s
+        self.seen = list[list[list[int]]]()
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
         if self.broken == "batches" and len(prompts) > 1:
@@ -302,7 +304,9 @@ class InProcess:
     """A worker without a process; it dies at the n-th request for tokens."""
 
     def __init__(self, runtime: Fake, dies_at: int = 10**9) -> None:
-        self.worker, self.alive, self.left = Worker(FAKE), True, dies_at
+        self.worker = Worker(FAKE)
+        self.alive = True
+        self.left = dies_at
         self.worker.runtime = runtime
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> Any:
@@ -326,7 +330,8 @@ class Troupe(stage.Stage):
 
     def __init__(self, folder: Path, makers: dict[str, Any]) -> None:
         super().__init__(SETUP, list(range(6163)), folder, ("", ""), lambda line: None)
-        self.makers, self.spawned = makers, list[str]()
+        self.makers = makers
+        self.spawned = list[str]()
 
     def _spawn(self, peer: Peer) -> Any:
         self.spawned.append(peer.name)

@@ -179,7 +179,8 @@ def test_missed_targets_are_told(row: Row, change: dict[str, Any], told: str | N
 
 def test_what_is_missing_is_a_dash_with_its_reason(row: Row) -> None:
     failed = Row("3B-bf16", "3B", "bf16", 1200.0, failure="its process died of SIGKILL", llama_missing="no llama_cpp")
-    row.llama, row.stderr = {}, ["Traceback", "KeyError"]
+    row.llama = {}
+    row.stderr = ["Traceback", "KeyError"]
     report = table_of(failed, row)
     assert "| 3B-bf16 | - | - | missing | - | - | missing | - | - | - |" in report
     assert "* 3B-bf16: failed: its process died of SIGKILL" in report

@@ -81,7 +81,8 @@ def guarded() -> Iterator[Stream]:
     before: tuple[Any, Any, Any] = sys.stdout, sys.stderr, warnings.formatwarning
     with open(os.devnull, "w") as nowhere:
         out, errors = (Stream(stream or nowhere) for stream in before[:2])  # None if it was closed
-        sys.stdout, sys.stderr = out, errors
+        sys.stdout = out
+        sys.stderr = errors
         warnings.formatwarning = lambda message, *_, **__: f"{printable(message)}\n"
         notes, log = _Notes(logging.WARNING), logging.getLogger("autotune")
         log.addHandler(notes)

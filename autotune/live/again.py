@@ -39,7 +39,8 @@ class Again:
     """
 
     def __init__(self, rest: Rest, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rest, self._clock = rest, clock
+        self._rest = rest
+        self._clock = clock
         self._due_s: float | None = None  # clock value of the next search; None if no search is due
         forking.tell(self)
 

@@ -67,7 +67,8 @@ class Handle:
 
     def __init__(self, model: PreTrainedModel, options: Options) -> None:
         self.options = options
-        self._model, self._original = model, Original(model)
+        self._model = model
+        self._original = Original(model)
         self._notify = options.progress or log.info
         self._quiet = options.progress is None
         self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
@@ -194,7 +195,8 @@ class Handle:
         """
         self._bring_back("roll back")
         self._active = None
-        self._state, self._detail = "rolled back", "the original serves; .commit() brings the plan back"
+        self._state = "rolled back"
+        self._detail = "the original serves; .commit() brings the plan back"
 
     def unwrap(self) -> PreTrainedModel:
         """Stop, and leave the model exactly as it was before `wrap`.
@@ -220,7 +222,9 @@ class Handle:
         Args:
             reason: why they cannot be routed, in words.
         """
-        self._state, self._detail, self._problem = "passed through", reason, reason
+        self._state = "passed through"
+        self._detail = reason
+        self._problem = reason
         route.hold(self._model, self)
 
     # What the routed model calls
@@ -341,7 +345,9 @@ class Handle:
 
     def _lose(self, failure: DeviceError) -> None:
         """Record that the device failed. Nothing can be retried on it."""
-        self._active, self._state, self._detail = None, "failed", str(failure)
+        self._active = None
+        self._state = "failed"
+        self._detail = str(failure)
 
     def _recover(
         self,
@@ -427,13 +433,15 @@ class Handle:
             self._spawn(self._observer.workload())
 
     def _spawn(self, work: Workload) -> None:
-        self._state, self._detail = "tuning", "started"
+        self._state = "tuning"
+        self._detail = "started"
         repeat = partial(self._again.keep_trying, WeakMethod(self._tune_by_itself), work)
         worker = ending.Worker(repeat, "autotune", stop=self._traffic.cancel)
         if worker.launch():
             self._thread = worker
         else:
-            self._state, self._detail = "observing", "the process ends"
+            self._state = "observing"
+            self._detail = "the process ends"
             self._tuning.release()
 
     def _tune_by_itself(self, work: Workload, again: bool) -> bool:
@@ -460,7 +468,8 @@ class Handle:
             if self._traffic.cancelled or ending.ends():  # the error is a consequence of stopping
                 log.debug("tuning was called off", exc_info=True)
                 return
-            self._active, self._state = None, "failed"
+            self._active = None
+            self._state = "failed"
             self._say(f"tuning failed: {type(error).__name__}: {error}")
             log.debug("tuning failed", exc_info=True)
         finally:
@@ -476,7 +485,8 @@ class Handle:
     def _run(self, work: Workload) -> None:
         from ..tune.run import tune
 
-        self._state, self._detail = "tuning", "started"
+        self._state = "tuning"
+        self._detail = "started"
         try:
             stateful.forget(self._model)
             revision = Revision(self._model)
@@ -492,10 +502,14 @@ class Handle:
                 serve=partial(self._serve_meanwhile, revision),
             )
         except Cancelled:
-            self._active, self._state, self._detail = None, "original", CALLED_OFF
+            self._active = None
+            self._state = "original"
+            self._detail = CALLED_OFF
             raise
         except BaseException as error:
-            self._active, self._state, self._detail = None, "failed", f"{type(error).__name__}: {error}"
+            self._active = None
+            self._state = "failed"
+            self._detail = f"{type(error).__name__}: {error}"
             raise
         devices.of(self._model).trim()  # frees the memory that measuring and judging used
         if change := revision.differs():
@@ -540,7 +554,8 @@ class Handle:
         )
 
     def _put_in(self, variant: Variant) -> None:
-        self._active, self._stale = variant if variant.transforms else None, None
+        self._active = variant if variant.transforms else None
+        self._stale = None
 
     def _send_away(self, park: bool) -> None:
         """Park or release the original's weights, except those that the plan still uses."""
@@ -572,7 +587,8 @@ class Handle:
             return
         with self._alone():
             device, report = devices.of(self._model), self._tuned.report.without_original(None)
-            self._active, self._tuned = None, replace(self._tuned, report=report)
+            self._active = None
+            self._tuned = replace(self._tuned, report=report)
             if device.memory().free < self._original.parked_bytes:
                 self._tuned = None
                 device.trim()

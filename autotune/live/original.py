@@ -52,7 +52,8 @@ class Original:
     def release(self, variant: Variant) -> None:
         """Permanently free the weights that the variant does not use."""
         if self.place == "parked":
-            self._tree, self._parked = {}, {}
+            self._tree = {}
+            self._parked = {}
             self._forbid_saving(RELOAD)
         else:
             theirs = {where(t) for t in tensors(self._model)} - {0}
@@ -91,7 +92,8 @@ class Original:
             relocate(group, home)
         for kind, was in self._tree.items():
             _replace(getattr(self._model, kind), was)
-        self._tree, self._parked = {}, {}
+        self._tree = {}
+        self._parked = {}
         self._allow_saving()
         self.place = "resident"
 

@@ -50,7 +50,8 @@ class Worker(threading.Thread):
 
     def __init__(self, work: Callable[[], None], name: str, stop: Callable[[], None] = lambda: None) -> None:
         super().__init__(name=name, daemon=True)
-        self._work, self.stop = work, stop
+        self._work = work
+        self.stop = stop
         self._interruptible = False
         self._guard = threading.Lock()
 
@@ -191,7 +192,8 @@ def _silence() -> Iterator[None]:
     def told(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda found: None if found.exc_type is Cancelled else hook(found)
 
-    sys.unraisablehook, threading.excepthook = told(hooks[0]), told(hooks[1])
+    sys.unraisablehook = told(hooks[0])
+    threading.excepthook = told(hooks[1])
     try:
         yield
     finally:

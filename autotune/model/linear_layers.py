@@ -46,8 +46,10 @@ class Replacement(nn.Module):
 
     def __init__(self, linear: nn.Linear, weight_bytes: int, form: str) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight_bytes, self.form = weight_bytes, form
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight_bytes = weight_bytes
+        self.form = form
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
@@ -72,7 +74,8 @@ class SharedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         share(linear, self, ("weight", "bias"))
 
     def extra_repr(self) -> str:

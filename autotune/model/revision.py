@@ -51,7 +51,8 @@ class Revision:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._class = model, seam.bare_class(model)
+        self._model = model
+        self._class = seam.bare_class(model)
         named, state = dict(model.named_modules()), stateful.of(model)
         self._parts = [module for name, module in named.items() if name]
         self._types = list(map(type, self._parts))
@@ -70,8 +71,10 @@ class Revision:
         all_tensors = chain(model.named_parameters(), model.named_buffers())
         tensors = {name: t for name, t in all_tensors if not state.writes(*_parted(name))}
         counted = {name: tensor for name, tensor in tensors.items() if not tensor.is_inference()}
-        self._counted, self._counted_names = list(counted.values()), list(counted)
-        self._tensors, self._tensor_names = list(tensors.values()), list(tensors)
+        self._counted = list(counted.values())
+        self._counted_names = list(counted)
+        self._tensors = list(tensors.values())
+        self._tensor_names = list(tensors)
         self._versions, self._places = self._marks()
         self._samples = [_spread(tensor) for tensor in self._tensors if _readable(tensor)]
         self._numbers = [sample.clone() for sample in self._samples]
@@ -169,7 +172,8 @@ class _Without:
     """A live view of a dictionary without the keys that the module's forward writes."""
 
     def __init__(self, held: dict[str, Any], own: set[str]) -> None:
-        self._held, self._own = held, own
+        self._held = held
+        self._own = own
 
     def copy(self) -> dict[str, Any]:
         return {key: value for key, value in self._held.items() if key not in self._own}

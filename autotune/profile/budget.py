@@ -22,7 +22,8 @@ class Budget:
         progress: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._clock, self._progress = clock, progress or (lambda step: None)
+        self._clock = clock
+        self._progress = progress or (lambda step: None)
         self._end = clock() + seconds
         self._last_s = 0.0
 

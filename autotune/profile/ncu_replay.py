@@ -22,7 +22,9 @@ class NvtxStreamer:
     """A transformers streamer that opens a range for prefill, and one for the token after the first."""
 
     def __init__(self, device: Device) -> None:
-        self._device, self._open, self._puts = device, ExitStack(), 0
+        self._device = device
+        self._open = ExitStack()
+        self._puts = 0
 
     def put(self, tokens: torch.Tensor) -> None:
         self._open.close()

@@ -59,7 +59,9 @@ class Elapsed:
     """
 
     def __init__(self, budget_s: float | None = None, clock: Clock = time.monotonic) -> None:
-        self._clock, self._start, self._budget_s = clock, clock(), budget_s
+        self._clock = clock
+        self._start = clock()
+        self._budget_s = budget_s
 
     @property
     def elapsed_s(self) -> float:
@@ -74,13 +76,17 @@ class Lines:
     """Writes one line per step: "[42 s / 5 min] trying weight_only(bits=8, group=32)@decode"."""
 
     def __init__(self, stream: TextIO, watch: Elapsed) -> None:
-        self._stream, self._watch, self._last, self._told_s = stream, watch, "", 0.0
+        self._stream = stream
+        self._watch = watch
+        self._last = ""
+        self._told_s = 0.0
 
     def update(self, step: str) -> None:
         new, now_s = step != self._last, self._watch.elapsed_s
         if not new and not (isinstance(step, Doing) and now_s >= self._told_s + EVERY_S):
             return
-        self._last, self._told_s = step, now_s
+        self._last = step
+        self._told_s = now_s
         self._stream.write(f"[{self._watch}] {printable(step if new else said(step))}\n")
         self._stream.flush()
 
@@ -91,14 +97,18 @@ class Live:
     def __init__(self, console: Console, watch: Elapsed) -> None:
         from rich.spinner import Spinner
 
-        self._console, self._watch = console, watch
+        self._console = console
+        self._watch = watch
         self._spinner = Spinner("dots")
-        self._began, self._step, self._said = "", "", ""
+        self._began = ""
+        self._step = ""
+        self._said = ""
 
     def update(self, step: str) -> None:
         if step != self._step:
             self.finish()
-            self._began, self._step = str(self._watch), step
+            self._began = str(self._watch)
+            self._step = step
         self._said = said(step)
 
     def finish(self) -> None:

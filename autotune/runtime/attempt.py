@@ -34,7 +34,8 @@ class Attempt:
     """
 
     def __init__(self, call: Sampling, device: Device) -> None:
-        self._given, self._device = call, device
+        self._given = call
+        self._device = device
         self._random = device.random_state()
         self._raised: BaseException | None = None  # an exception from the caller's own objects
         self._shown = 0  # tokens of a sequence that the streamer has seen
@@ -108,7 +109,8 @@ class _Streamer:
     """A streamer that passes tokens to the caller's. If that has seen n tokens already, `unseen` starts at -n."""
 
     def __init__(self, attempt: Attempt, unseen: int = 0) -> None:
-        self._attempt, self._unseen = attempt, unseen
+        self._attempt = attempt
+        self._unseen = unseen
 
     def put(self, value: Any) -> None:
         self._unseen += 1
@@ -127,7 +129,8 @@ class _Led:
     """
 
     def __init__(self, known: Any) -> None:
-        self._known, self._at = known, 0
+        self._known = known
+        self._at = 0
 
     def scores(self, processors: Callable[..., torch.Tensor], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, V] that allow only the known token."""

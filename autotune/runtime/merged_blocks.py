@@ -47,7 +47,8 @@ class MergedAttention(nn.Module):
         self.__dict__.update(own)  # config, layer_idx, head_dim, is_causal, num_key_value_groups, ...
         parts = [block.q_proj, block.k_proj, block.v_proj]
         self.sizes = [part.out_features for part in parts]
-        self.qkv_proj, self.o_proj = merge(parts), block.o_proj
+        self.qkv_proj = merge(parts)
+        self.o_proj = block.o_proj
         self.q_norm, self.k_norm = (getattr(block, name, None) for name in ("q_norm", "k_norm"))
         self._rotate: Callable[..., Any] = names[seam.ROTARY]
         self._eager: Callable[..., Any] = names[seam.EAGER]
@@ -80,7 +81,8 @@ class MergedMlp(nn.Module):
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.gate_up_proj = merge([block.gate_proj, block.up_proj])
-        self.down_proj, self.act_fn = block.down_proj, block.act_fn
+        self.down_proj = block.down_proj
+        self.act_fn = block.act_fn
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)

@@ -19,7 +19,8 @@ class TokenClock:
     """
 
     def __init__(self, streamer: Any, clock: Callable[[], float]) -> None:
-        self._streamer, self._clock = streamer, clock
+        self._streamer = streamer
+        self._clock = clock
         self.tokens = 0
         self._first_s = self._latest_s = math.nan
 

@@ -26,7 +26,8 @@ class Traffic:
         forking.tell(self)
 
     def after_fork(self) -> None:
-        self._requests, self._measuring = 0, None
+        self._requests = 0
+        self._measuring = None
 
     @contextmanager
     def request(self) -> Iterator[None]:

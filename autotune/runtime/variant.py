@@ -186,13 +186,14 @@ class Variant:
 
     def _copy(self) -> Variant:
         other = Variant(self.original, self.traffic, self.workload, self.draft)
-        other.modules, other.transforms, other.threads = (
-            dict(self.modules),
-            self.transforms,
-            dict(self.threads),
-        )
-        other.caches, other.loop, other.step = self.caches, self.loop, self.step
-        other.speculation, other.kv = self.speculation, self.kv
+        other.modules = dict(self.modules)
+        other.transforms = self.transforms
+        other.threads = dict(self.threads)
+        other.caches = self.caches
+        other.loop = self.loop
+        other.step = self.step
+        other.speculation = self.speculation
+        other.kv = self.kv
         return other
 
     def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:

@@ -51,7 +51,8 @@ class OutlierInt8Linear(linear_layers.Replacement):
     def __init__(self, linear: nn.Linear, threshold: float = OUTLIER) -> None:
         form = "LLM.int8" if threshold else "INT8"
         super().__init__(linear, linear.weight.numel() + 4 * linear.out_features, form)
-        self.threshold, self.capturable = threshold, not threshold
+        self.threshold = threshold
+        self.capturable = not threshold
         self.functional = library().functional
         half = linear.weight.detach().to(torch.float16, copy=True).contiguous()
         self.weight, self.scales, _ = self.functional.int8_vectorwise_quant(half)

@@ -110,7 +110,8 @@ class CompileStep(Transform):
 
         config = variant.original.config.get_text_config(decoder=True)
         slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
-        variant.caches, variant.loop = CachePool(config, slots), decode
+        variant.caches = CachePool(config, slots)
+        variant.loop = decode
         step = InductorGraphStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
         for batch in variant.batch_sizes:
             with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:

@@ -75,7 +75,8 @@ class QuantisedCache(Transform):
 
         kind: Literal["int8", "int4", "fp8", "quanto", "hqq"]
         kind = self.scheme if self.backend == "own" else self.backend  # type: ignore[assignment]  # __post_init__ checked
-        variant.kv, variant.loop = KvCache(kind), decode
+        variant.kv = KvCache(kind)
+        variant.loop = decode
 
     def took_effect(self, variant: Variant) -> str | None:
         kind = self.scheme if self.backend == "own" else self.backend
@@ -122,7 +123,8 @@ class OffloadedCache(Transform):
             raise TransformError(reason)
         from ..runtime.cache.narrow import KvCache
 
-        variant.kv, variant.loop = KvCache("offloaded"), decode
+        variant.kv = KvCache("offloaded")
+        variant.loop = decode
 
     def took_effect(self, variant: Variant) -> str | None:
         return _other_than("offloaded", variant)

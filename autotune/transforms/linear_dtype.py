@@ -32,7 +32,8 @@ class CastLinear(linear_layers.Replacement):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, packed: bool) -> None:
         form = f"{dtype}, packed" if packed else str(dtype)
         super().__init__(linear, linear.weight.numel() * dtype.itemsize, form)
-        self.dtype, self.packed = dtype, packed
+        self.dtype = dtype
+        self.packed = packed
         weight = linear.weight.detach().to(dtype).contiguous()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if packed else weight
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)

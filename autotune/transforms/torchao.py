@@ -72,7 +72,8 @@ class TorchaoLinear(linear_layers.Replacement):
         bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         size = sum(part.nbytes for part in parts(weight)) + (0 if bias is None else bias.nbytes)
         super().__init__(linear, size, form=f"{scheme}, compiled" if compiled else scheme)
-        self.weight, self.bias = weight, bias
+        self.weight = weight
+        self.bias = bias
         self.product = _compiled(scheme, tuple(linear.weight.shape), linear.bias is None) if compiled else F.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

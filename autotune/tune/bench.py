@@ -69,8 +69,12 @@ class LiveBench:
         notify: Callable[[str], None],
         references: References | None = None,
     ) -> None:
-        self.original, self.policy, self.hardware, self.notify = original, policy, hardware, notify
-        self.workload, self.device = workload, devices.of(original.original)
+        self.original = original
+        self.policy = policy
+        self.hardware = hardware
+        self.notify = notify
+        self.workload = workload
+        self.device = devices.of(original.original)
         self.references = references
         self.tuning, self.held_out = workload.split(0.5)
         half = len(texts) // 2

@@ -93,8 +93,11 @@ def compose(state: State, trier: Trier, parameters: int | None = None) -> Draft:
 
 class _Drafting:
     def __init__(self, state: State, trier: Trier) -> None:
-        self.state, self.trier = state, trier
-        self.variant, self.parts, self.shortfalls = state.variant, list[Part](), dict[Transform, str]()
+        self.state = state
+        self.trier = trier
+        self.variant = state.variant
+        self.parts = list[Part]()
+        self.shortfalls = dict[Transform, str]()
         self.taken = set[tuple[Phase, Stage]]()
 
     def take(self, step: Step) -> None:

@@ -167,7 +167,8 @@ class _Search:
             short = "; confirmed on a few held-out prompts: the budget had no room for more"
             return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
         if self.state is self.before:  # a confirmed variant keeps its confirmation
-            self.confirmation, self.refuted = found, candidate.transforms
+            self.confirmation = found
+            self.refuted = candidate.transforms
         outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
         self.trier.bench.free_memory()
         return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
@@ -175,7 +176,8 @@ class _Search:
     def keep(self, candidate: Variant, confirmation: Confirmation) -> None:
         """Make a proven variant the current one."""
         self.kept(candidate)
-        self.state, self.confirmation = self.trier.examine(candidate, self.before.obstacle), confirmation
+        self.state = self.trier.examine(candidate, self.before.obstacle)
+        self.confirmation = confirmation
 
 
 def search(

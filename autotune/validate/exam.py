@@ -109,7 +109,9 @@ class Exam:
         if kept is None or not kept.restore(exam):
             exam._write(exam._continue(texts.heads(exam.prompts, exam.size)))
         if like is not None:
-            exam.noise_kld, exam.tie_nats, exam.problem = like.noise_kld, like.tie_nats, exam.problem or like.problem
+            exam.noise_kld = like.noise_kld
+            exam.tie_nats = like.tie_nats
+            exam.problem = exam.problem or like.problem
         elif exam._noise is not None:
             exam.noise_kld, exam.tie_nats = exam._noise
         else:
@@ -208,7 +210,8 @@ class Exam:
         if odd := odd or next(filter(None, found), None):
             raise ValueError(odd)
         self._kept = Shelf.of(known.logits)
-        self._noise, self._taken = known.noise, len(known.logits) + bool(known.noise)
+        self._noise = known.noise
+        self._taken = len(known.logits) + bool(known.noise)
 
     def _shapes(self) -> dict[str, Shape]:
         """Shapes [B, T, V] of all logits that may be kept, by name. None is a size that only `sensitivity` knows."""

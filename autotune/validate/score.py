@@ -149,7 +149,8 @@ class _Reader:
     logits: torch.Tensor  # [B, last, V]
 
     def __init__(self, variant: Variant, last: int) -> None:
-        self.variant, self.last = variant, last
+        self.variant = variant
+        self.last = last
 
     def sample(self, call: seam.Sampling) -> Any:
         return call.run_on(route.routed(call.model, self))

@@ -37,8 +37,12 @@ class Probe:
     """
 
     def __init__(self, exam: Exam, incumbent: Variant, transform: LinearTransform, tier: str) -> None:
-        self.exam, self.incumbent, self.transform, self.tier = exam, incumbent, transform, TIERS[tier]
-        self.wider, self.wider_form = transform.wider, transform.wider_form
+        self.exam = exam
+        self.incumbent = incumbent
+        self.transform = transform
+        self.tier = TIERS[tier]
+        self.wider = transform.wider
+        self.wider_form = transform.wider_form
         found = linear_layers.linears(incumbent.modules[transform.phases[-1]], transform.skip)
         self.layers = {name: linear.weight.nbytes for name, linear in found.items()}
         texts = [text.context + text.scored for text in exam.texts]

@@ -34,7 +34,8 @@ class Shelf(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES, file_bytes: int = FILE_BYTES) -> None:
-        self._room, self._file_room = memory_bytes, file_bytes
+        self._room = memory_bytes
+        self._file_room = file_bytes
         self._near: dict[str, torch.Tensor] = {}
         self._far: dict[str, _Place] = {}
         self._file: int | None = None  # the file's descriptor

@@ -84,8 +84,10 @@ class Disturbance:
     """Detects what disturbed this process since the object was made. What cannot be observed is not reported."""
 
     def __init__(self) -> None:
-        self.wall_s, self.monotonic_s = time.time(), time.monotonic()
-        self.cpu, self.throttled_s = _cpu_ticks(), _throttled_s()
+        self.wall_s = time.time()
+        self.monotonic_s = time.monotonic()
+        self.cpu = _cpu_ticks()
+        self.throttled_s = _throttled_s()
 
     def since(self) -> str:
         jump = (time.time() - self.wall_s) - (time.monotonic() - self.monotonic_s)

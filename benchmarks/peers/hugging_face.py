@@ -22,7 +22,9 @@ class Stopwatch:
     """A streamer that notes when the first and the latest token arrive; what it is given first is the prompt."""
 
     def __init__(self) -> None:
-        self.puts, self.first_s, self.last_s = 0, 0.0, 0.0
+        self.puts = 0
+        self.first_s = 0.0
+        self.last_s = 0.0
 
     def put(self, value: Any) -> None:
         self.puts += 1

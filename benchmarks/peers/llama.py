@@ -32,8 +32,12 @@ class Context:
 
     def __init__(self, model: llama.llama_model_p, threads: int, sequences: int, tokens: int) -> None:
         params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = sequences * tokens, sequences * tokens, PHYSICAL_BATCH
-        params.n_seq_max, params.n_threads, params.n_threads_batch = sequences, threads, threads
+        params.n_ctx = sequences * tokens
+        params.n_batch = sequences * tokens
+        params.n_ubatch = PHYSICAL_BATCH
+        params.n_seq_max = sequences
+        params.n_threads = threads
+        params.n_threads_batch = threads
         self.pointer = llama.llama_init_from_model(model, params)
         if not self.pointer:
             raise RuntimeError(f"llama.cpp made no context for {sequences} sequences of {tokens} tokens")
@@ -74,7 +78,8 @@ class Llama:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.use_extra_bufts = repacking
-        self.setup, self.repacking = setup, repacking
+        self.setup = setup
+        self.repacking = repacking
         self.model = llama.llama_model_load_from_file(str(file).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {file}")
@@ -131,7 +136,8 @@ def quantise(setup: Setup, file_type: str) -> Path:
         return target
     params = llama.llama_model_quantize_default_params()
     params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{file_type}")
-    params.allow_requantize, params.nthread = True, setup.threads
+    params.allow_requantize = True
+    params.nthread = setup.threads
     draft = target.with_suffix(f".{os.getpid()}.draft")
     try:
         if code := llama.llama_model_quantize(setup.gguf.encode(), str(draft).encode(), ctypes.byref(params)):

@@ -23,7 +23,8 @@ MODEL = "openvino_model.xml"
 
 class OpenVino:
     def __init__(self, file: Path, properties: Mapping[str, Any]) -> None:
-        self.file, self.properties = file, dict(properties)
+        self.file = file
+        self.properties = dict(properties)
         self.pipeline = genai.LLMPipeline(str(file), "CPU", **self.properties)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:

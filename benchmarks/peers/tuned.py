@@ -21,7 +21,8 @@ class Teacher(LogitsProcessor):
     """Keeps each step's logits and makes the text's next token the only choice."""
 
     def __init__(self, ids: Sequence[int]) -> None:
-        self.ids, self.rows = ids, list[np.ndarray]()
+        self.ids = ids
+        self.rows = list[np.ndarray]()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.rows.append(scores[0].float().numpy().copy())

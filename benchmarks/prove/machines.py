@@ -41,8 +41,13 @@ class Machine:
         ttft_gain: float | None = None,
         gain_at: Callable[[Bucket], float] | None = None,
     ) -> None:
-        self.rng, self.now = np.random.default_rng(seed), 0.0
-        self.gain, self.noise, self.speed, self.ttft_gain, self.gain_at = gain, noise, speed, ttft_gain, gain_at
+        self.rng = np.random.default_rng(seed)
+        self.now = 0.0
+        self.gain = gain
+        self.noise = noise
+        self.speed = speed
+        self.ttft_gain = ttft_gain
+        self.gain_at = gain_at
 
     def clock(self) -> float:
         return self.now

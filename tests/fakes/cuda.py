@@ -65,7 +65,8 @@ class FakeCuda(Device):
 
     def __init__(self, identity: Identity = H100, free_bytes: int | None = None, opaque: bool = False) -> None:
         super().__init__(torch.device("cpu"))
-        self._identity, self.opaque = identity, opaque
+        self._identity = identity
+        self.opaque = opaque
         self.free_bytes = identity.memory_bytes if free_bytes is None else free_bytes
         self.waits = self.captures = self.replays = self.trims = 0
         self.ranges = list[str]()
@@ -176,7 +177,8 @@ class _Graph:
     """What both kinds have in common: whose they are."""
 
     def __init__(self, device: FakeCuda) -> None:
-        self.device, self.thread = device, threading.get_ident()
+        self.device = device
+        self.thread = threading.get_ident()
 
     def ready(self) -> None:
         if threading.get_ident() != self.thread:
@@ -212,7 +214,8 @@ class _Slot:
     """A tensor of a recorded operator: an external buffer by its address, or what an earlier operator put out."""
 
     def __init__(self, tensor: torch.Tensor, made: bool, view: bool = False) -> None:
-        self.key, self.made = id(self), made
+        self.key = id(self)
+        self.made = made
         self.place = tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
         self.storage = StorageWeakRef(tensor.untyped_storage())
         self.nbytes = tensor.untyped_storage().nbytes()

@@ -75,8 +75,12 @@ class FakeNvml(ModuleType):
     ) -> None:
         super().__init__("pynvml")
         self.__spec__ = ModuleSpec("pynvml", None)
-        self.answers, self.fails = {**ANSWERS, **(answers or {})}, dict(fails or {})
-        self.lacks, self.hangs, self.gpm, self.known = lacks, hangs, gpm, known
+        self.answers = {**ANSWERS, **(answers or {})}
+        self.fails = dict(fails or {})
+        self.lacks = lacks
+        self.hangs = hangs
+        self.gpm = gpm
+        self.known = known
         self.calls = list[str]()
         self.open = self.sampled = 0
         self._released = threading.Event()

@@ -52,7 +52,8 @@ class Streamer:
     """Notes what it is shown; at token number `at` it does something of its own."""
 
     def __init__(self, at: int = -1, act: Callable[[], Any] = lambda: None) -> None:
-        self.left, self.act = at, act
+        self.left = at
+        self.act = act
 
     def put(self, value: torch.Tensor) -> None:
         LOG.append(("shown", value.tolist()))
@@ -68,7 +69,8 @@ class Processor(LogitsProcessor):
     """Notes what it is asked, forbids a token that depends on how often that was, and may raise."""
 
     def __init__(self, at: int = -1) -> None:
-        self.asked, self.at = 0, at
+        self.asked = 0
+        self.at = at
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         LOG.append(("processor", ids.tolist(), list(scores.shape), str(scores.dtype)))
@@ -84,7 +86,9 @@ class Criterion(StoppingCriteria):
     """Notes what it is asked, and ends everything at some time, or raises."""
 
     def __init__(self, last: int, error: Exception | None = None) -> None:
-        self.asked, self.last, self.error = 0, last, error
+        self.asked = 0
+        self.last = last
+        self.error = error
 
     def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         LOG.append(("criterion", ids.tolist(), scores is None))

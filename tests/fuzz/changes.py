@@ -98,7 +98,8 @@ class Counted:
     """A user's object, one of whose methods takes a module's place. It cannot be copied."""
 
     def __init__(self, forward: Any) -> None:
-        self.inner, self.lock = forward, threading.Lock()
+        self.inner = forward
+        self.lock = threading.Lock()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.lock:

@@ -65,7 +65,8 @@ class Injected:
 class _FailAt(TorchDispatchMode):
     def __init__(self, failure: Failure, injected: Injected) -> None:
         super().__init__()
-        self.failure, self.injected = failure, injected
+        self.failure = failure
+        self.injected = injected
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         number, failure = self.injected.operators, self.failure

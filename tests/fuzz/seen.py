@@ -45,7 +45,8 @@ def look(call: Callable[[], Any], seed: int) -> Seen:
         seen.value = plainly(call())
     except Exception as error:
         seen.error = ADDRESS.sub("0x", f"{type(error).__module__}.{type(error).__name__}: {error}")
-    seen.random, seen.log = torch.get_rng_state(), list(LOG)
+    seen.random = torch.get_rng_state()
+    seen.log = list(LOG)
     after = surroundings()
     seen.left = {name: f"{before[name]} -> {after[name]}" for name in before if before[name] != after[name]}
     return seen

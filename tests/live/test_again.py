@@ -30,7 +30,9 @@ class Time:
     """A clock that moves on by every rest, during which `happens` happens."""
 
     def __init__(self, happens: Callable[[], object] = lambda: None) -> None:
-        self.now_s, self.rests, self.happens = 0.0, list[float](), happens
+        self.now_s = 0.0
+        self.rests = list[float]()
+        self.happens = happens
 
     def clock(self) -> float:
         return self.now_s
@@ -45,7 +47,8 @@ class Searches:
     """Finds noise as often as it is told to."""
 
     def __init__(self, noisy: list[bool]) -> None:
-        self.noisy, self.tries = noisy, list[bool]()
+        self.noisy = noisy
+        self.tries = list[bool]()
 
     def tune(self, work: Any, again: bool) -> bool:
         self.tries.append(again)

@@ -61,7 +61,8 @@ class Switching:
     """A streamer that changes plans in the middle of an answer."""
 
     def __init__(self, change: Callable[[], object]) -> None:
-        self.change, self.seen = change, 0
+        self.change = change
+        self.seen = 0
 
     def put(self, value: Any) -> None:
         self.seen += 1

@@ -43,7 +43,8 @@ class Clock:
     """Seconds that pass when told; every reading may take some."""
 
     def __init__(self) -> None:
-        self.now, self.tick = 0.0, 0.0
+        self.now = 0.0
+        self.tick = 0.0
 
     def __call__(self) -> float:
         self.now += self.tick
@@ -202,7 +203,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Any:
     monkeypatch.setattr(Watch, "_work_when_idle", lambda self: None)
     model: Any = autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False, watch=1.0)
     watch = model.autotune._watch
-    watch.clock, watch.rules = clock, RULES
+    watch.clock = clock
+    watch.rules = RULES
     watch.begin(watch._variant, model.autotune.plan, model.autotune._unwatchable)
     return model
 
@@ -290,7 +292,9 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
 ) -> None:
     watch = watched.autotune._watch
     watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
-    watch.share, watch.rules, clock.tick = 0.0, Rules(pause_s=1e6), 0.0135
+    watch.share = 0.0
+    watch.rules = Rules(pause_s=1e6)
+    clock.tick = 0.0135
     serve(watched, 9, tokens=9)
     clock.tick = original_s
     serve(watched, 3, tokens=9)
@@ -396,7 +400,9 @@ def test_the_canary_uses_a_twentieth_of_the_time(watched: Any, clock: Clock) -> 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 25), (1.0, 100)])
 def test_only_a_share_of_the_calls_is_kept(watched: Any, share: float, kept: int) -> None:
     watch, draws, seen = watched.autotune._watch, iter(k / 100 for k in range(100)), []
-    watch.share, watch.chance, watch._keep = share, lambda: next(draws), lambda call, result: seen.append(result)
+    watch.share = share
+    watch.chance = lambda: next(draws)
+    watch._keep = lambda call, result: seen.append(result)
     for _ in range(100):
         greedy(watched, tokens=1)
     assert len(seen) == kept

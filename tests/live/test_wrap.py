@@ -149,7 +149,9 @@ class Paused:
     """Tuning that proves a plan, then goes on until it is let go, and ends as the test says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, meanwhile: Any = lambda model: None) -> None:
-        self.proven, self.go_on, self.error = threading.Event(), threading.Event(), None
+        self.proven = threading.Event()
+        self.go_on = threading.Event()
+        self.error = None
         self.meanwhile = meanwhile
         monkeypatch.setattr(tuning, "tune", self)
 

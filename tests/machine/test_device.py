@@ -102,7 +102,8 @@ class Captured:
 
     def __init__(self, opaque: bool = False) -> None:
         self.fake = FakeCuda(opaque=opaque)
-        self.x, self.total = torch.ones(4), torch.zeros(4)
+        self.x = torch.ones(4)
+        self.total = torch.zeros(4)
         self.calls = 0
         self.graph, self.y = self.fake.owner.run(lambda: self.fake.capture(self.work))
 

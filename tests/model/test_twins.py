@@ -25,7 +25,8 @@ class Counter:
     """A user's object whose method is a hook."""
 
     def __init__(self) -> None:
-        self.calls, self.lock = 0, threading.Lock()
+        self.calls = 0
+        self.lock = threading.Lock()
 
     def hook(self, module: Any, args: Any, output: Any) -> None:
         with self.lock:
@@ -49,7 +50,8 @@ def test_a_twin_computes_the_same_from_the_same_tensors(name: str) -> None:
 
 
 def test_what_is_one_module_in_the_model_is_one_in_the_twin(llama: Any) -> None:
-    llama.again, llama.pairs = llama.model.layers[0], [(llama.model.norm, {"norm": llama.model.norm})]
+    llama.again = llama.model.layers[0]
+    llama.pairs = [(llama.model.norm, {"norm": llama.model.norm})]
     twin: Any = fork(llama)
     assert twin.again is twin.model.layers[0]
     assert twin.pairs == [(twin.model.norm, {"norm": twin.model.norm})]
@@ -60,7 +62,8 @@ def test_what_is_one_module_in_the_model_is_one_in_the_twin(llama: Any) -> None:
 def test_a_model_that_leads_back_to_itself(llama: Any, wrapped: bool) -> None:
     import autotune
 
-    llama.callback, llama.owner = llama.generate, {"model": llama}
+    llama.callback = llama.generate
+    llama.owner = {"model": llama}
     llama.late = functools.partial(llama.forward, use_cache=False)
     if wrapped:
         autotune.wrap(llama, when="manual")
@@ -77,7 +80,9 @@ def test_a_model_that_leads_back_to_itself(llama: Any, wrapped: bool) -> None:
 
 
 def test_what_cannot_be_copied_is_shared(llama: Any) -> None:
-    llama.lock, llama.stream, llama.model.layers[0].events = threading.Lock(), io.StringIO(), iter([])
+    llama.lock = threading.Lock()
+    llama.stream = io.StringIO()
+    llama.model.layers[0].events = iter([])
     counter = Counter()
     llama.model.norm.register_forward_hook(counter.hook)
     twin: Any = fork(llama)
@@ -90,7 +95,9 @@ def test_what_cannot_be_copied_is_shared(llama: Any) -> None:
 
 
 def test_editing_a_twins_containers_leaves_the_model_alone(llama: Any) -> None:
-    llama.names, llama.scales, llama.kinds = ["a"], {"a": [1.0]}, {1}
+    llama.names = ["a"]
+    llama.scales = {"a": [1.0]}
+    llama.kinds = {1}
     twin: Any = fork(llama)
     twin.names.append("b")
     twin.scales["a"].append(2.0)

@@ -99,7 +99,8 @@ def test_query_key_pairs_under_a_causal_mask(window: int | None, forward: Forwar
 def test_layers_whose_heads_differ_are_counted_one_by_one() -> None:
     """As Gemma 4's: wider heads, fewer of them for keys and values, where a layer sees everything."""
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
-    config.layer_types, config.sliding_window = ["sliding_attention", "full_attention"], 32
+    config.layer_types = ["sliding_attention", "full_attention"]
+    config.sliding_window = 32
     try:
         config.per_layer_config = {1: {"head_dim": 64, "num_key_value_heads": 2}}
         config.is_heterogeneous  # noqa: B018
@@ -118,7 +119,10 @@ class Hidden(torch.nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.weight_bytes, self.dtype = 64, 96, 64 * 96 * dtype.itemsize, dtype
+        self.in_features = 64
+        self.out_features = 96
+        self.weight_bytes = 64 * 96 * dtype.itemsize
+        self.dtype = dtype
 
 
 @pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
@@ -135,7 +139,8 @@ def test_replaced_layers_count_as_they_state() -> None:
     model = models.tiny("llama")
     before, plain = stored_weights(model), count(model, DECODE, 4)[FFN]
     for layer in model.model.layers:
-        layer.mlp.gate_proj, layer.mlp.up_proj = Hidden(torch.bfloat16), Hidden(torch.bfloat16)
+        layer.mlp.gate_proj = Hidden(torch.bfloat16)
+        layer.mlp.up_proj = Hidden(torch.bfloat16)
     assert stored_weights(model) == before - 4 * 64 * 96 * 2
     replaced = count(model, DECODE, 4)[FFN]
     assert replaced.flops == plain.flops

@@ -217,7 +217,8 @@ class Shown:
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.given: list[list[int]] = []
-        self.ended, self.fail_at = False, fail_at
+        self.ended = False
+        self.fail_at = fail_at
 
     def put(self, value: torch.Tensor) -> None:
         if len(self.given) == self.fail_at:

@@ -78,7 +78,8 @@ class Letters:
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.given: list[list[int]] = []
-        self.stop_at, self.ended = stop_at, False
+        self.stop_at = stop_at
+        self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
         self.given.append(value.reshape(-1).tolist())

@@ -30,7 +30,10 @@ class Norm(nn.Module):
     def __init__(self, shift: float = 0.0, centred: bool = False, clipped: float = 1e9) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(-1, 2, 24))
-        self.shift, self.centred, self.clipped, self.eps = shift, centred, clipped, 1e-5
+        self.shift = shift
+        self.centred = centred
+        self.clipped = clipped
+        self.eps = 1e-5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x - x.mean(-1, keepdim=True) if self.centred else x
@@ -67,7 +70,8 @@ class Mlp(nn.Module):
     def __init__(self, act: nn.Module, bias: bool = False, swapped: bool = False) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*s, bias) for s in ((24, 40), (24, 40), (40, 24)))
-        self.act_fn, self.swapped = act, swapped
+        self.act_fn = act
+        self.swapped = swapped
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)

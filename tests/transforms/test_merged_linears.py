@@ -111,8 +111,10 @@ class Scaled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(8, 16), nn.Linear(8, 16)
-        self.down_proj, self.act_fn = nn.Linear(16, 8), nn.SiLU()
+        self.gate_proj = nn.Linear(8, 16)
+        self.up_proj = nn.Linear(8, 16)
+        self.down_proj = nn.Linear(16, 8)
+        self.act_fn = nn.SiLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(2 * self.gate_proj(x)) * self.up_proj(x))

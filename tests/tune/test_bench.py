@@ -170,7 +170,8 @@ def test_a_confirmation_is_brief_where_the_budget_has_no_room(
     bench.held_out_exam = Quality("strict", Verdict.PASS, "in full")  # type: ignore[assignment]
     monkeypatch.setattr("autotune.tune.bench.quality.judge", lambda exam, *_: exam)
     monkeypatch.setattr(bench, "_exam", lambda *_: Quality("strict", Verdict.INCONCLUSIVE, "in brief"))
-    bench._took, bench.deadline = {"exam": 3.0, "race": 2.0}, time.monotonic() + left_s
+    bench._took = {"exam": 3.0, "race": 2.0}
+    bench.deadline = time.monotonic() + left_s
     found = bench.confirm(bench.original.with_transform(LeanLoop(phase="decode")))
     assert found.holds
     assert found.quality is not None

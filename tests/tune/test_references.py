@@ -168,7 +168,8 @@ def test_nothing_is_written_where_nothing_is_new(model: Any, path: Path) -> None
 
 def test_noise_that_another_exam_measured_is_not_kept_as_this_ones(model: Any) -> None:
     kept, like = References(IDENTITY), prepared(model)
-    like.noise_kld, like.tie_nats = 0.01, 0.2
+    like.noise_kld = 0.01
+    like.tie_nats = 0.2
     kept.save(prepared(model, kept, like))
     for exam, noise in ((prepared(model, kept), prepared(model)), (prepared(model, kept, like), like)):
         assert (exam.noise_kld, exam.tie_nats) == (noise.noise_kld, noise.tie_nats)

@@ -184,7 +184,8 @@ class Queue(FakeCuda):
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.clock, self.done_s = clock, 0.0
+        self.clock = clock
+        self.done_s = 0.0
 
     def queue(self, takes_s: float) -> None:
         self.done_s = max(self.done_s, self.clock.now_s) + takes_s

@@ -150,7 +150,8 @@ class FastLane(Variant):
 
     def __init__(self, original, shortcut):
         super().__init__(original)
-        self.transforms, self.shortcut = (Edit(),), shortcut
+        self.transforms = (Edit(),)
+        self.shortcut = shortcut
 
     def sample(self, call):
         if call.options["logits_processor"]:
@@ -189,7 +190,8 @@ def test_ignoring_logits_processors_fails(model, exam):
 class Reluctant(Variant):
     def __init__(self, original, refuses):
         super().__init__(original)
-        self.transforms, self.refuses = (Edit(),), refuses
+        self.transforms = (Edit(),)
+        self.refuses = refuses
 
     def unsupported(self, call):
         return "not this" if self.refuses(call) else None

@@ -68,8 +68,13 @@ class _Offline:
         notify: Callable[[str], None],
         clock: Clock,
     ) -> None:
-        self.experiment, self.version, self.arms, self.work = experiment, version, arms, work
-        self.notify, self.clock, self.store = notify, clock, experiment.store
+        self.experiment = experiment
+        self.version = version
+        self.arms = arms
+        self.work = work
+        self.notify = notify
+        self.clock = clock
+        self.store = experiment.store
         self.start_s = clock()
         self.variants = {arm.name: arm.variant for arm in arms if arm.variant is not None}
         self.buckets = work.buckets()

@@ -38,7 +38,10 @@ class Turns:
     """
 
     def __init__(self, traffic: Traffic, until_s: float, clock: Clock = time.perf_counter) -> None:
-        self._traffic, self._until_s, self._clock, self._waited_s = traffic, until_s, clock, 0.0
+        self._traffic = traffic
+        self._until_s = until_s
+        self._clock = clock
+        self._waited_s = 0.0
 
     def __call__(self) -> float:
         """Return seconds without those in which live requests were served.

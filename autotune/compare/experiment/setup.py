@@ -64,10 +64,14 @@ class Setup:
     ) -> None:
         self.name = given.checked_name(name)
         self.control, self.candidates = given.parse(control, candidates)
-        self.tokenizer, self.tier, self.objective = tokenizer, _one_of("tier", tier, TIERS), objective
+        self.tokenizer = tokenizer
+        self.tier = _one_of("tier", tier, TIERS)
+        self.objective = objective
         _one_of("objective", objective, METRICS)
         self.limits = limits or Limits()
-        self.workload, self._shape, self._store = workload, (new_tokens, batch_sizes), store
+        self.workload = workload
+        self._shape = (new_tokens, batch_sizes)
+        self._store = store
         self._bench: ArmBuilder | None = None
         self._arms: tuple[Arm, ...] | None = None
 

@@ -92,15 +92,26 @@ class Shadow(Layer):
                 "expected shares above 0 and at most 1, and at least one place in the queue and some time"
             )
         super().__init__(model)
-        self.name, self.limits = experiment.name, limits_of(experiment)
+        self.name = experiment.name
+        self.limits = limits_of(experiment)
         self._tier = TIERS[experiment.tier]
         self._control_arm, self._arms = arms_of(experiment, model, list(experiment.candidates))
-        self._share, self._places, self._deadline_s, self._clock = share, queue, deadline_s, clock
-        self._budget, self._budget_s = budget, budget_s
+        self._share = share
+        self._places = queue
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._budget = budget
+        self._budget_s = budget_s
         self._chance = random.Random(seed)  # noqa: S311 - which calls are sampled is no secret
-        self._traffic, self._changed, self._waiting = Traffic(), forking.free(threading.Condition()), deque[Request]()
-        self._busy, self._state, self._spent_s, self._start_s = False, "stopped", 0.0, clock()
-        self._requests, self._counts = 0, Counter[str]()
+        self._traffic = Traffic()
+        self._changed = forking.free(threading.Condition())
+        self._waiting = deque[Request]()
+        self._busy = False
+        self._state = "stopped"
+        self._spent_s = 0.0
+        self._start_s = clock()
+        self._requests = 0
+        self._counts = Counter[str]()
         self._thread: ending.Worker | None = None
         settings = {"tier": experiment.tier, "limits": [[g.name, g.limit] for g in self.limits]}
         self._record = Record(experiment, "shadow", self._control_arm, self._arms, settings)
@@ -117,7 +128,8 @@ class Shadow(Layer):
         """Begin to sample live calls."""
         if self._thread is not None:
             raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
-        self._state, self._start_s = "running", self._clock()
+        self._state = "running"
+        self._start_s = self._clock()
         self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
         self._thread.launch()
         forking.tell(self)

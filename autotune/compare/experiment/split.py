@@ -76,13 +76,18 @@ class Split(Layer):
         names = [candidate] if candidate is not None else list(experiment.candidates)
         if len(names) != 1:
             raise ExperimentError(f"a split has one candidate; choose candidate= from {', '.join(names)}")
-        self.name, self.ramp = experiment.name, Ramp(tuple(ramp), _checked(guardrails), step_requests)
+        self.name = experiment.name
+        self.ramp = Ramp(tuple(ramp), _checked(guardrails), step_requests)
         control, arms = arms_of(experiment, model, names)
         self._arm = arms[names[0]]
         assert self._arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
         self._variant: Variant = self._arm.variant
-        self._key, self._clock, self._lock = key, clock, forking.lock()
-        self._running, self._requests, self._counts = False, 0, Counter[str]()
+        self._key = key
+        self._clock = clock
+        self._lock = forking.lock()
+        self._running = False
+        self._requests = 0
+        self._counts = Counter[str]()
         self._errors = deque[str](maxlen=KEPT_ERRORS)
         rails = [[g.name, g.kind, g.limit, g.worse] for g in self.ramp.rails]
         self._record = Record(experiment, "split", control, arms, {"ramp": list(self.ramp.shares), "guardrails": rails})

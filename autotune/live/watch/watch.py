@@ -80,7 +80,11 @@ class Watch:
         chance: Callable[[], float] = random.random,
         changed: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        self.share, self.rules, self.clock, self.chance, self.changed = share, rules or Rules(), clock, chance, changed
+        self.share = share
+        self.rules = rules or Rules()
+        self.clock = clock
+        self.chance = chance
+        self.changed = changed
         self.breaker = Breaker()
         self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._lock = forking.free(threading.RLock())
@@ -103,7 +107,10 @@ class Watch:
             self._stored = stored
 
     def _begin(self, variant: Variant | None, plan: Plan | None, obstacle: Callable[[], str | None]) -> None:
-        self._variant, self._plan, self._obstacle, self._stored = variant, plan, obstacle, False
+        self._variant = variant
+        self._plan = plan
+        self._obstacle = obstacle
+        self._stored = False
         self._trial: int | None = None  # id of the thread that tries a plan again
         self.breaker = Breaker(since_s=self.clock())
         self.cause: Cause = "failure"
@@ -293,7 +300,8 @@ class Watch:
         pace = self._paces[shape] = self._paces.get(shape, LatencyCusum()).after(tokens.tpot_s)
         if pace.alarmed and pace.expected_s is not None:
             self._paces[shape] = LatencyCusum(pace.expected_s)
-            self._slow, self._others_s = (shape, tokens.tpot_s), []
+            self._slow = (shape, tokens.tpot_s)
+            self._others_s = []
             numbers = {"ms per token": 1e3 * tokens.tpot_s, "expected": 1e3 * pace.expected_s}
             self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
 

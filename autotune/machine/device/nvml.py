@@ -65,9 +65,13 @@ class Sampler:
     """
 
     def __init__(self, address: Address, interval_s: float = INTERVAL_S, patience_s: float = PATIENCE_S) -> None:
-        self.address, self.interval_s, self.patience_s = address, interval_s, patience_s
+        self.address = address
+        self.interval_s = interval_s
+        self.patience_s = patience_s
         self.counters = unavailable("nothing was sampled")
-        self._stop, self._begun, self._done = threading.Event(), threading.Event(), threading.Event()
+        self._stop = threading.Event()
+        self._begun = threading.Event()
+        self._done = threading.Event()
 
     def __enter__(self) -> Sampler:
         library = _library()
@@ -255,7 +259,8 @@ def _interval(nvml: Any, handle: Any) -> Iterator[Callable[[dict[str, str]], dic
 
 def _difference(nvml: Any, samples: list[Any], missing: dict[str, str]) -> dict[str, float]:
     asked = nvml.c_nvmlGpmMetricsGet_t()
-    asked.version, asked.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(GPM)
+    asked.version = nvml.NVML_GPM_METRICS_GET_VERSION
+    asked.numMetrics = len(GPM)
     asked.sample1, asked.sample2 = samples
     for i, number in enumerate(GPM.values()):
         asked.metrics[i].metricId = number

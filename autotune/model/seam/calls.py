@@ -214,7 +214,8 @@ def _relayed(objects: Any, relay: Callable[..., Any]) -> Any:
     """Copy a list into one of its class. Calling the copy calls `relay` with the given list and the arguments."""
     cls: Any = type(objects)
     found = (cls if hasattr(cls, "relay") else _relaying(cls))(objects)
-    found.relay, found.objects = relay, objects
+    found.relay = relay
+    found.objects = objects
     return found
 
 

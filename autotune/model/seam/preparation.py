@@ -66,7 +66,8 @@ def _layers() -> Any:
     class Full(CacheLayer):  # type: ignore[no-untyped-call]
         def __init__(self, length: int) -> None:
             super().__init__()
-            self.length, self.is_initialized = length, True
+            self.length = length
+            self.is_initialized = True
 
         def filled(self) -> int:
             return self.length

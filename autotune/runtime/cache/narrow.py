@@ -73,7 +73,8 @@ class NarrowStore:
     """Keys or values of one layer, encoded, in memory that grows by `GROWTH` tokens at a time."""
 
     def __init__(self, scheme: Scheme) -> None:
-        self.scheme, self.length = scheme, 0
+        self.scheme = scheme
+        self.length = 0
         self._parts: Parts = ()
 
     def append(self, states: torch.Tensor) -> None:
@@ -107,7 +108,9 @@ class NarrowLayer(CacheLayer):  # type: ignore[no-untyped-call]
         self.dtype = torch.float32
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.dtype = keys.dtype
+        self.device = keys.device
+        self.is_initialized = True
         read_keys, read_values = (
             torch.cat([store.read(self.dtype), new], dim=2) if store.length else new
             for store, new in zip(self.stores, (keys, values), strict=True)

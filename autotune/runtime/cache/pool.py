@@ -38,7 +38,10 @@ class CachePool:
         lasting: int = 1,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.config, self.slots, self.rows, self.lasting = config, slots, tuple(sorted(rows)), lasting
+        self.config = config
+        self.slots = slots
+        self.rows = tuple(sorted(rows))
+        self.lasting = lasting
         self.dtype = dtype
         self._idle: dict[int, list[SlotCache]] = {}
         self._made: dict[int, int] = {}

@@ -34,7 +34,10 @@ class SlotLayer(CacheLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.slot, self.is_initialized = keys, values, slot, True
+        self.keys = keys
+        self.values = values
+        self.slot = slot
+        self.is_initialized = True
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys.index_copy_(2, self.slot, keys)
@@ -75,8 +78,11 @@ class SlotCache:
             dtype: dtype of keys and values in slots; None means the prompt's.
         """
         filled = seam.keys_and_values(prompt)
-        self.batch, self.length, self.lasting = filled[0][0].shape[0], 0, False
-        self._capacity, self.given = slots, filled[0][0].dtype
+        self.batch = filled[0][0].shape[0]
+        self.length = 0
+        self.lasting = False
+        self._capacity = slots
+        self.given = filled[0][0].dtype
         self.left: Any = None
         rows, device = rows or self.batch, filled[0][0].device
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
@@ -104,7 +110,9 @@ class SlotCache:
         self.valid[:batch, :length] = True if mask is None else mask.bool()
         self.valid[batch:, :length] = self.valid[batch - 1, :length]
         self.slot.fill_(length)
-        self.batch, self.length, self.given = batch, length, filled[0][0].dtype
+        self.batch = batch
+        self.length = length
+        self.given = filled[0][0].dtype
 
     def advance(self, count: int = 1) -> None:
         """Make the next `count` tokens valid; their slots are written already."""

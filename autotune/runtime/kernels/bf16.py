@@ -39,7 +39,9 @@ class Bf16Linear(nn.Module):
             raise ValueError(f"parts must be 1 or 2, not {parts}")
         if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32:
             raise ValueError(f"expected a weight in FP32, got {layer.weight.dtype}")
-        self.in_features, self.out_features, self.parts = layer.in_features, layer.out_features, parts
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.parts = parts
         share(layer, self, ("weight", "scales", "zeros", "bias"))
         # a bound method, so that the layer does not become a submodule
         self.packed: Callable[[Tensor], Tensor] | None = layer.forward if isinstance(layer, PackedLinear) else None

@@ -26,7 +26,8 @@ class PackedEmbedding(nn.Module):
     def __init__(self, table: PackedLinear, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dtype = dtype
-        self.num_embeddings, self.embedding_dim = table.out_features, table.in_features
+        self.num_embeddings = table.out_features
+        self.embedding_dim = table.in_features
         for name in ("weight", "scales", "zeros"):
             self.register_buffer(name, getattr(table, name, None))
 

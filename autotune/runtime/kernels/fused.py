@@ -46,7 +46,9 @@ class GatedMlp(nn.Module):
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
         self.activation = ACTIVATIONS.index(activation)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -82,7 +82,11 @@ class DraftModel:
     def __init__(
         self, draft: MultiTokenStep, caches: CachePool, call: Sampling, tokens: list[int], lent: ExitStack
     ) -> None:
-        self.draft, self.caches, self.call, self.tokens, self.lent = draft, caches, call, tokens, lent
+        self.draft = draft
+        self.caches = caches
+        self.call = call
+        self.tokens = tokens
+        self.lent = lent
         self.device = devices.of(call.input_ids.device)
         config = draft.module.config.get_text_config(decoder=True)
         self.room = min(caches.slots, getattr(config, "max_position_embeddings", None) or caches.slots)

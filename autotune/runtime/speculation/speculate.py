@@ -76,7 +76,11 @@ class Speculation:
     def __init__(
         self, tokens: int, stride: MultiTokenStep, draft: tuple[MultiTokenStep, CachePool] | None = None
     ) -> None:
-        self.tokens, self.stride, self.draft, self.cost, self.tally = tokens, stride, draft, 1.0, Tally()
+        self.tokens = tokens
+        self.stride = stride
+        self.draft = draft
+        self.cost = 1.0
+        self.tally = Tally()
         self._lock = forking.lock()
 
     def ahead(
@@ -127,9 +131,13 @@ class SpeculativeLogits:
         guesser: Callable[[], Proposer],
         pace: GuessBudget,
     ) -> None:
-        self._running, self.stride, self.plain, self.pace = running, stride, plain, pace
+        self._running = running
+        self.stride = stride
+        self.plain = plain
+        self.pace = pace
         self.tally = Tally()
-        self._held, self._make_guesser = held, guesser
+        self._held = held
+        self._make_guesser = guesser
         self._guesser: Proposer | None = None
         self._device = devices.of(call.input_ids.device)
         self._most_tokens = call.settings.max_length
@@ -188,4 +196,6 @@ class SpeculativeLogits:
         """Update the pace from the latest guesses, and clear them."""
         if self._guesses:
             self.pace = self.pace.after(len(self._guesses), self._right)
-        self._guesses, self._logits, self._right = [], [], 0
+        self._guesses = []
+        self._logits = []
+        self._right = 0

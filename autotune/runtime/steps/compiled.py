@@ -51,7 +51,9 @@ class CompiledStep(DecodeSteps):
     """
 
     def __init__(self, module: PreTrainedModel, regions: bool = True, mode: str = "default") -> None:
-        self.module, self.regions, self.mode = module, regions, mode
+        self.module = module
+        self.regions = regions
+        self.mode = mode
         self._steps: dict[tuple[int, int, int], Callable[..., torch.Tensor]] = {}
         self._lock = forking.lock()  # compiled code runs one step at a time
 

@@ -111,8 +111,12 @@ class GraphSteps(DecodeSteps):
         inner: CompiledStep | None = None,
         tokens: int = 1,
     ) -> None:
-        self.module, self.device, self.inner, self.tokens = module, device, inner, tokens
-        self.rows, self.lengths = tuple(rows), tuple(lengths)
+        self.module = module
+        self.device = device
+        self.inner = inner
+        self.tokens = tokens
+        self.rows = tuple(rows)
+        self.lengths = tuple(lengths)
         self.captures = self.replays = 0
         self.fallbacks: Counter[str] = Counter()
         self._graphs: WeakKeyDictionary[slots.SlotCache, dict[int, Captured]] = WeakKeyDictionary()

@@ -47,7 +47,9 @@ class InductorGraphStep(DecodeSteps):
     """
 
     def __init__(self, module: PreTrainedModel, device: Device, regions: bool = True) -> None:
-        self.module, self.device, self.regions = module, device, regions
+        self.module = module
+        self.device = device
+        self.regions = regions
         self.replays = 0
         self._steps: dict[tuple[int, int, int], _Compiled] = {}
 

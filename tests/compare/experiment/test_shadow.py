@@ -36,7 +36,8 @@ class Clock:
     """Seconds that pass by asking, and when told to."""
 
     def __init__(self) -> None:
-        self._ticks, self.now_s = itertools.count(1), 0.0
+        self._ticks = itertools.count(1)
+        self.now_s = 0.0
 
     def __call__(self) -> float:
         return self.now_s + next(self._ticks) * 1e-3

@@ -51,7 +51,8 @@ class Program:
         lowered = lower(graph, rows)
         meets = layout.meetings(lowered.instructions)
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
-        self.instructions, self.meetings = lowered.instructions, sum(meets)
+        self.instructions = lowered.instructions
+        self.meetings = sum(meets)
         self.output = torch.zeros(lowered.output.shape, dtype=torch.float32, device="cpu")
         count = len(self.instructions)
         self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, from the latest timed run

@@ -112,7 +112,8 @@ class Given:
     """
 
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
-        self._module, self._shared = module, twins.shared(module)
+        self._module = module
+        self._shared = twins.shared(module)
         batch, device = cache.shape[0], cache.slot.device
         token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._book = _Book(token + POSITION)
