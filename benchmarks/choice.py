@@ -41,7 +41,7 @@ from autotune.tune.plan import Outcome, Trial
 from autotune.tune.policy import Choice, Policy, Step
 from autotune.tune.trying import Trier
 from autotune.validate import Speedup
-from autotune.workload import built_in
+from autotune.workload import METRIC_OF, built_in
 
 if TYPE_CHECKING:
     from autotune.machine.hardware import Hardware
@@ -89,7 +89,7 @@ def speedup(trial: Trial) -> float | None:
     """Of the phase the trial was for, against the variant it was tried on."""
     if trial.latency is None:
         return None
-    measured: Speedup = getattr(trial.latency, bench.METRICS[trial.target])
+    measured: Speedup = getattr(trial.latency, METRIC_OF[trial.target])
     return measured.ratio
 
 
