@@ -18,7 +18,7 @@ def draw(run: Run, metrics: Sequence[Metric], file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib  # type: ignore[import-not-found]
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

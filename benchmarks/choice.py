@@ -41,7 +41,7 @@ from autotune.tune.plan import Outcome, Trial
 from autotune.tune.policy import Choice, Policy, Step
 from autotune.tune.trying import Trier
 from autotune.validate import Speedup
-from autotune.workload import METRIC_OF, built_in
+from autotune.workload import METRIC_OF, Phase, built_in
 
 if TYPE_CHECKING:
     from autotune.machine.hardware import Hardware
@@ -113,7 +113,7 @@ def everything(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
 def catalogue(device: str) -> list[Step]:
     """All choices of all built-in policies, one step for each phase and stage, in the order of the stages."""
     steps = [s for path in policies.available().values() for s in policies.check(path).steps]
-    grouped: dict[tuple[int, str], list[Choice]] = {}
+    grouped: dict[tuple[Stage, Phase], list[Choice]] = {}
     for step in steps:
         if step.devices and device not in step.devices:
             continue
@@ -122,7 +122,7 @@ def catalogue(device: str) -> list[Step]:
             if choice not in known:
                 known.append(choice)
     return [
-        Step(f"everything for {phase}, stage {Stage(stage).name.lower()}", phase, tuple(choices))
+        Step(f"everything for {phase}, stage {stage.name.lower()}", phase, tuple(choices))
         for (stage, phase), choices in sorted(grouped.items())
     ]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-SHAPE = {  # meta-llama/Llama-3.1-8B, config.json
+SHAPE: dict[str, Any] = {  # meta-llama/Llama-3.1-8B, config.json
     "vocab_size": 128256,
     "hidden_size": 4096,
     "intermediate_size": 14336,

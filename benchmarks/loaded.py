@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +34,7 @@ from autotune.transforms.threads import usable_cores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPE = {  # HuggingFaceTB/SmolLM2-135M, config.json
+SHAPE: dict[str, Any] = {  # HuggingFaceTB/SmolLM2-135M, config.json
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -146,12 +146,13 @@ def measure(timed: dict[str, Timed], load: Load, rounds: int, say: Callable[[str
 
 def rows(found: Sequence[Round]) -> list[tuple[str, str, str, str]]:
     """Name, quiet, loaded, loaded / quiet within a round: medians with the lowest and the highest."""
-    told = []
+    told: list[tuple[str, str, str, str]] = []
     for name in (OURS, THEIRS):
         quiet, loaded = ([r.ms[name, running] for r in found] for running in (False, True))
         told.append((f"{name}, ms", spread(quiet), spread(loaded), spread(ratios(loaded, quiet), "x")))
     gains = [ratios([r.ms[THEIRS, on] for r in found], [r.ms[OURS, on] for r in found]) for on in (False, True)]
-    return [*told, ("times as fast", *(spread(gain, "x") for gain in gains), "")]
+    quiet_gain, loaded_gain = (spread(gain, "x") for gain in gains)
+    return [*told, ("times as fast", quiet_gain, loaded_gain, "")]
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -16,18 +16,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.loaded import competing
 from benchmarks.remote import ROOT
 from benchmarks.results import spread
 from benchmarks.table import NONE, grid, number
 
+if TYPE_CHECKING:
+    from autotune.live.options import When
+
 TOKENS = 8  # of every answer
 LONGEST_S = 600.0  # from when on it is given up
 
 
-def serve(when: str) -> dict[str, Any]:
+def serve(when: When) -> dict[str, Any]:
     """One life of the service; what happened when, in seconds from the moment that the model was loaded.
 
     Args:
@@ -39,7 +42,7 @@ def serve(when: str) -> dict[str, Any]:
     from autotune.model.load import load
     from autotune.workload import built_in
 
-    model, tokenizer = load(str(demo.model_file()))
+    model, tokenizer = cast("tuple[Any, Any]", load(str(demo.model_file())))
     loaded = time.monotonic()
     found: dict[str, Any] = {"loading": loaded - start}
     autotune.wrap(model, tokenizer=tokenizer, workload=built_in.chats(tokenizer), when=when, progress=None)

@@ -97,7 +97,7 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
         "original_max_position_embeddings": 8192,
     }
     sizes = hidden, intermediate, layers, heads, kv_heads, vocabulary
-    fields = {"head_dim": hidden // heads, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    fields: dict[str, Any] = {"head_dim": hidden // heads, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
     return _decoder(*sizes, **fields, rope_parameters=rope)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
@@ -19,21 +20,23 @@ from torch.autograd.profiler import profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from autotune import transforms
-from autotune.profile.tracing import silent_kineto
+from autotune.machine.device.trace import silent_kineto
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.variant import Variant, serving
 
 LAYERS, HIDDEN, FFN, VOCABULARY = 4, 256, 512, 1024
 PROMPT, FEW, MANY = 16, 8, 24  # tokens: of the prompt, and of the two answers whose difference is counted
-NARROW = ("weight_only", {"bits": 8})
-PLANS: dict[str, tuple[tuple[str, dict[str, object]], ...]] = {
+Plan = tuple[tuple[str, dict[str, Any]], ...]
+
+NARROW: tuple[str, dict[str, Any]] = ("weight_only", {"bits": 8})
+PLANS: dict[str, Plan] = {
     "recorded step": (NARROW, ("step_program", {})),
     "recorded step, 4 bits": (("weight_only", {"bits": 4}), ("step_program", {})),
     "compiled step": (NARROW, ("compile_step", {})),
     "lean loop over slots": (NARROW, ("static_cache", {})),
 }
 # plan -> count -> at most
-COMPILED = {"graph breaks, in all": 0, "recompiles, in all": 0}
+COMPILED: dict[str, float] = {"graph breaks, in all": 0, "recompiles, in all": 0}
 CEILINGS: dict[str, dict[str, float]] = {
     "recorded step": COMPILED
     | {"operators dispatched": 65, "allocations": 19, "instructions": 170, "barriers": 41, "weights read, KB": 2584},
@@ -96,7 +99,8 @@ def counts(plan: str) -> dict[str, float]:
     original = model()
     chain = [transforms.make(name, params, "decode") for name, params in PLANS[plan]]
     variant = Variant(original).with_transforms(chain)
-    served, ids = serving(variant), torch.arange(PROMPT)[None]
+    served: Any = serving(variant)
+    ids = torch.arange(PROMPT)[None]
 
     def generate(tokens: int) -> None:
         served.generate(ids, max_new_tokens=tokens, do_sample=False)

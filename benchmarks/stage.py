@@ -28,6 +28,10 @@ UNTIMED = 3000  # prompts from this number on are in no timed request: a hundred
 Ask = Callable[[Mapping[str, Any], float], Any]
 
 
+def _asking(request: Mapping[str, Any]) -> Callable[[Ask], Any]:
+    return lambda ask: ask(request, READY_S)
+
+
 class Stage:
     """All workers of a run.
 
@@ -128,7 +132,7 @@ class Stage:
             self.notify(f"{self.results[name].label}: warming up")
             for i, shape in enumerate(shapes(metrics)):
                 request = self.request(shape, UNTIMED + 100 * i, min(shape.new_tokens, WARM_TOKENS))
-                self._try(name, shape, metrics, lambda ask, request=request: ask(request, READY_S))
+                self._try(name, shape, metrics, _asking(request))
 
     def play(self, metrics: Sequence[Metric], rounds: int, seed: int = 0) -> None:
         """Time every shape in every runtime, round by round, in an order drawn anew each time."""

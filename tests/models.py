@@ -104,7 +104,13 @@ def tiny(name: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
 def tiny_t5() -> PreTrainedModel:
     """Encoder-decoder."""
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=PAD
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=PAD,  # type: ignore[call-arg]
     )
     return transformers.T5ForConditionalGeneration(config).eval()
 

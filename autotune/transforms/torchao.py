@@ -129,7 +129,7 @@ class Torchao(LinearTransform):
 
 def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
     """Quantise a weight [out, in] into torchao's tensor. The weight is only read."""
-    from torchao.quantization import quantize_  # type: ignore[import-untyped]
+    from torchao.quantization import quantize_
 
     holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(weight, requires_grad=False)
@@ -161,7 +161,7 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def _config(scheme: str) -> Any:
     """The configuration of a scheme. It must not set inductor's flags, because they apply to the whole process."""
-    from torchao import quantization as q  # type: ignore[import-untyped]
+    from torchao import quantization as q
 
     row = q.PerRow()
     if scheme == "int8_weight_only":

@@ -77,11 +77,11 @@ def real(folder: Path) -> tuple[Any, tuple[tuple[int, ...], ...]]:
     """A model from disk and natural text for it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from autotune.workload.prompts import natural_texts
+    from autotune.workload import built_in
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    return model, natural_texts(AutoTokenizer.from_pretrained(folder))
+    return model, built_in.natural(AutoTokenizer.from_pretrained(folder))
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def resummed(module: Any) -> None:
     """Every product of a linear layer summed in two halves: the same numbers added in another order."""
     for _, linear in linears(module):
         if isinstance(linear, torch.nn.Linear):
-            linear.forward = _in_halves(linear)
+            linear.forward = _in_halves(linear)  # type: ignore[method-assign]
 
 
 def _in_halves(linear: Any) -> Any:
