@@ -62,7 +62,7 @@ def test_from_the_profile_to_a_captured_step_that_serves(gpu: FakeCuda, tmp_path
     handle: Any = model.autotune
     names = [transform.name for transform in handle.plan.transforms]
     assert "cuda_graph" in names, handle.report().to_dict()["trials"]
-    step = handle._active.step
+    step = handle._serving.active.step
     assert isinstance(step, GraphSteps)
 
     replays, fallbacks = gpu.replays, step.fallbacks.copy()  # the exam's batches of 8 are larger than what is captured

@@ -7,8 +7,9 @@ and handle.
 
 from __future__ import annotations
 
+import enum
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
     from ..runtime.variant import Variant
 
-Place = Literal["resident", "parked", "released"]
+
+class Place(enum.StrEnum):
+    """Where the original's weights are."""
+
+    RESIDENT = "resident"  # on the model's device
+    PARKED = "parked"  # in the host's memory
+    RELEASED = "released"
+
 
 PLAIN = (torch.Tensor, nn.Parameter)
 KINDS = ("_modules", "_parameters", "_buffers")
@@ -39,11 +47,11 @@ class Original:
         model: the wrapped model. Its aliases share its dictionaries of modules, so these are edited in place.
 
     Attributes:
-        place: "resident", "parked" or "released".
+        place: where they are now.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.place: Place = "resident"
+        self.place = Place.RESIDENT
         self._model = model
         self._tree: dict[str, dict[str, Any]] = {}
         self._parked: dict[torch.device, list[torch.Tensor]] = {}  # by the device they came from
@@ -51,7 +59,7 @@ class Original:
 
     def release(self, variant: Variant) -> None:
         """Permanently free the weights that the variant does not use."""
-        if self.place == "parked":
+        if self.place is Place.PARKED:
             self._tree = {}
             self._parked = {}
             self._forbid_saving(RELOAD)
@@ -59,7 +67,7 @@ class Original:
             theirs = {where(t) for t in tensors(self._model)} - {0}
             self._become(variant, RELOAD)
             _move(variant, theirs)
-        self.place = "released"
+        self.place = Place.RELEASED
         devices.of(variant.original).trim()
 
     def park(self, variant: Variant) -> None:
@@ -78,7 +86,7 @@ class Original:
         self._become(variant, UNPARK)
         for group in self._parked.values():
             relocate(group, torch.device("cpu"))
-        self.place = "parked"
+        self.place = Place.PARKED
         device.trim()
 
     @property
@@ -95,7 +103,7 @@ class Original:
         self._tree = {}
         self._parked = {}
         self._allow_saving()
-        self.place = "resident"
+        self.place = Place.RESIDENT
 
     def require(self, what: str) -> None:
         """Raise StateError if the weights were released.
@@ -103,7 +111,7 @@ class Original:
         Args:
             what: the operation that needs them, for the message.
         """
-        if self.place == "released":
+        if self.place is Place.RELEASED:
             raise StateError(f"cannot {what}: {RELOAD}")
 
     def _become(self, variant: Variant, remedy: str) -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from .original import Place
 
 if TYPE_CHECKING:
     from ..runtime.speculation.speculate import Tally
 
-State = Literal[
-    "observing", "waiting", "tuning", "tuned", "original", "rolled back", "stale", "failed", "passed through"
-]
+
+class State(enum.StrEnum):
+    """What a wrapped model is doing, or why its plan does not serve."""
+
+    OBSERVING = "observing"  # counting calls
+    WAITING = "waiting"  # for `.tune()`
+    TUNING = "tuning"  # a proven variant, named by `Status.transforms`, may serve meanwhile
+    TUNED = "tuned"
+    ORIGINAL = "original"  # kept: nothing better was proven, or nothing could be tried
+    ROLLED_BACK = "rolled back"
+    STALE = "stale"  # the model changed
+    FAILED = "failed"  # tuning or the plan failed
+    PASSED_THROUGH = "passed through"  # calls cannot be routed with the installed versions
 
 
 @dataclass(frozen=True)
@@ -19,10 +32,7 @@ class Status:
     """The state of a wrapped model.
 
     Args:
-        state: "observing" (counting calls), "waiting" (for `.tune()`), "tuning" (a proven variant, named by
-            `transforms`, may serve meanwhile), "tuned", "original" (kept: nothing better was proven, or nothing could
-            be tried), "rolled back", "stale" (the model changed), "failed" (tuning or the plan failed) or "passed
-            through" (calls cannot be routed with the installed versions).
+        state: what it is doing; equal to its value: `state == "tuned"`.
         detail: one more sentence about the state.
         transforms: the transforms of the plan that serves, in words.
         served: number of calls that the plan served.
@@ -38,6 +48,6 @@ class Status:
     transforms: tuple[str, ...] = ()
     served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
-    original: Literal["resident", "parked", "released"] = "resident"
+    original: Place = Place.RESIDENT
     speculation: Tally | None = None
     watch: str = ""

@@ -45,7 +45,7 @@ class Tuned(HuggingFace):
         return {**super().logits(ids), "decode": np.stack(teacher.rows)}
 
     def weights(self) -> Weights:
-        serving = self.model.autotune._active
+        serving = self.model.autotune._serving.active
         if serving is None:
             return super().weights()
         decode = serving.modules["decode"]

@@ -53,11 +53,11 @@ class Pair:
 
     def _committed(self) -> None:
         """The plan fits the model as it is now."""
-        self.handle._watch.clock = lambda: self.now_s
-        self.handle._watch._note_pace = lambda *_: None  # what else the machine does is not the plan's fault
-        self.handle._watch.breaker = Breaker(since_s=self.now_s)
+        self.handle._serving.watch.clock = lambda: self.now_s
+        self.handle._serving.watch._note_pace = lambda *_: None  # what else the machine does is not the plan's fault
+        self.handle._serving.watch.breaker = Breaker(since_s=self.now_s)
         self.fitting = self._stamp()
-        COUNTS["plans" if self.handle._active is not None else "plans without a transform"] += 1
+        COUNTS["plans" if self.handle._serving.active is not None else "plans without a transform"] += 1
 
     def _stamp(self) -> tuple[int, tuple[str, ...]]:
         return self.lasting, tuple(name for name, *_ in self.done if name not in SILENT)
@@ -66,13 +66,13 @@ class Pair:
         """Whether nothing stands between a call and the plan."""
         hooked = any("hook" in name for name, *_ in self.done)
         usual = call.kind in PLAIN and call.length + call.new <= plans.PROMPT + plans.NEW
-        watch = self.handle._watch
+        watch = self.handle._serving.watch
         rows = 1 if call.kind in SINGLE else call.rows
         breakers = (watch.breaker, watch._batches.get(rows, Breaker()))
         return (
             usual
             and all(each.phase == "closed" or each.due(self.now_s) for each in breakers)
-            and self.handle._active is not None
+            and self.handle._serving.active is not None
             and not hooked
             and not self.plain.training
             and self.fitting == self._stamp()
@@ -88,7 +88,7 @@ class Pair:
         """
         kind, entered = ALL_CALLS[call.kind], MODES[mode]
         failed, must = self._failures(), mode == "none" and failure is None and self._must_serve(call)
-        resting = self.handle._watch.breaker.phase in ("open", "disabled") and not self._due()
+        resting = self.handle._serving.watch.breaker.phase in ("open", "disabled") and not self._due()
         served = self.handle.status.served
         with entered():
             plain = look(lambda: kind(self.plain, call), call.seed)
@@ -146,7 +146,7 @@ class Pair:
 
     def _settle(self) -> None:
         """What is scored again in the background is done before anything else happens."""
-        if (worker := self.handle._watch._worker) is not None:
+        if (worker := self.handle._serving.watch._worker) is not None:
             worker.join()
 
     def _failures(self) -> tuple[int, int]:
@@ -160,7 +160,7 @@ class Pair:
         return f"{self.handle.status.detail}; {[event.reason for event in self.handle.events]}"
 
     def _due(self) -> bool:
-        return bool(self.handle._watch.breaker.due(self.now_s))
+        return bool(self.handle._serving.watch.breaker.due(self.now_s))
 
     def _count(self, call: Call, mode: str, failure: Any, plain: Seen, fired: int, served: int) -> None:
         COUNTS["calls"] += 1
@@ -232,7 +232,7 @@ class Pair:
             if "stale" not in str(refused):
                 raise
             return
-        self.handle._watch.breaker = Breaker(since_s=self.now_s)
+        self.handle._serving.watch.breaker = Breaker(since_s=self.now_s)
 
     def wait(self, pauses: int) -> None:
         self.now_s += RULES.pause_s * pauses

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from autotune.errors import VariantError
-from autotune.live import handle
+from autotune.live import serving
 from autotune.live.watch import watch
 from autotune.machine import device, outside
 from autotune.model import modes, revision, route, seam
@@ -64,7 +64,7 @@ def blamed_forward(self: Any, plan: Any, args: Any, kwargs: Any, original: Any) 
         result = plan.forward(self._model, args, kwargs)
     except Exception as error:
         raise VariantError(f"forward failed: {error}") from error
-    self._served += 1
+    self.served += 1
     return result
 
 
@@ -138,7 +138,7 @@ def called_again(self: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """The original by calling the module, hooks and all."""
     with self._traffic.request():
         plan = self._fresh()
-        if plan is None or self._watch.open() or not variant.serves_forward(args, kwargs):
+        if plan is None or self.watch.open() or not variant.serves_forward(args, kwargs):
             return route.bare(model)(*args, **kwargs)
         return self._serve_forward(plan, args, kwargs, lambda: route.bare(model)(*args, **kwargs))
 
@@ -177,12 +177,12 @@ REVERTS: dict[str, Revert] = {
     "forward": Revert(
         "A",
         "a failure in forward reaches the caller as VariantError",
-        (patch(handle.Handle, "_serve_forward", blamed_forward),),
+        (patch(serving.Serving, "_serve_forward", blamed_forward),),
     ),
     "batch": Revert(
         "A",
         "a batch that cannot be prepared for ends in an error of ours",
-        (patch(handle.Handle, "_recover", unready_raised(handle.Handle._recover)),),
+        (patch(serving.Serving, "_recover", unready_raised(serving.Serving._recover)),),
     ),
     "breaker": Revert("A", "a plan that fails is tried at every call", (patch(watch.Watch, "failed", ignored),)),
     "hooks": Revert("B", "hooks are ignored", (patch(revision.Revision, "changed", revision.Revision.differs),)),
@@ -230,7 +230,7 @@ REVERTS: dict[str, Revert] = {
         "an alarm of the caller's is taken for the plan's failure",
         (patch(outside, "delivered", ignored),),
     ),
-    "hooks twice": Revert("E", "hooks on the model act twice", (patch(handle.Handle, "forward", called_again),)),
+    "hooks twice": Revert("E", "hooks on the model act twice", (patch(serving.Serving, "forward", called_again),)),
     "copies": Revert(
         "E",
         "users' objects are copied with the model: locks raise, methods count elsewhere",

@@ -61,7 +61,7 @@ def test_parked_it_answers_as_the_plan_and_brought_back_it_is_what_it_was(gpu: F
     assert model.autotune.status.original == "parked"
     assert greedy(model) == tuned
     assert len(greedy(model, num_beams=2)[0]) == len(tuned[0]), "what the plan cannot serve is not served"
-    assert model.autotune._original.parked_bytes > 0
+    assert model.autotune._serving.original.parked_bytes > 0
 
     model.autotune.rollback()
     assert model.autotune.status.original == "resident"
@@ -134,7 +134,7 @@ def test_a_device_that_dies_is_not_tried_again(gpu: FakeCuda, phase: str) -> Non
         calls.append(phase)
         raise torch.AcceleratorError(DEATH)
 
-    model.autotune._active.modules[phase].forward = die
+    model.autotune._serving.active.modules[phase].forward = die
     for _ in range(3):
         with pytest.raises(autotune.DeviceError, match=r"device-side assert triggered.*restart the process"):
             greedy(model)
@@ -153,7 +153,7 @@ def test_a_batch_that_a_plan_has_no_memory_for_is_the_originals(gpu: FakeCuda) -
     def exhaust(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    model.autotune._active.modules["decode"].forward = exhaust
+    model.autotune._serving.active.modules["decode"].forward = exhaust
     trims = gpu.trims
     with pytest.warns(RuntimeWarning, match="out of memory.*; the original serves for such calls"):
         assert greedy(model) == answer

@@ -265,7 +265,7 @@ def test_a_change_after_the_release_drops_the_plan(scripted: list[Transform], ch
 def test_a_plan_that_fails_leaves_its_layers_to_serve(scripted: list[Transform]) -> None:
     model = released()
     before = greedy(model)
-    model.autotune._active.modules["decode"].forward = lambda *_, **__: 1 / 0
+    model.autotune._serving.active.modules["decode"].forward = lambda *_, **__: 1 / 0
     with pytest.warns(RuntimeWarning, match="the plan failed: .*; the plan's layers serve"):
         assert greedy(model) == before
     assert model.autotune.status.state == "failed"

@@ -202,16 +202,16 @@ def watched(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Any:
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(Watch, "_work_when_idle", lambda self: None)
     model: Any = autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False, watch=1.0)
-    watch = model.autotune._watch
+    watch = model.autotune._serving.watch
     watch.clock = clock
     watch.rules = RULES
-    watch.begin(watch._variant, model.autotune.plan, model.autotune._unwatchable)
+    watch.begin(watch._variant, model.autotune.plan, model.autotune._serving.unwatchable)
     return model
 
 
 def spoil(model: Any) -> torch.Tensor:
     """Noise in the plan's decoding weights, as a stray write would leave; returns what was there."""
-    decode = model.autotune._active.modules["decode"]
+    decode = model.autotune._serving.active.modules["decode"]
     weight = decode.model.layers[0].mlp.down_proj.weight
     decode.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(weight + 0.5, requires_grad=False)
     return weight
@@ -220,7 +220,7 @@ def spoil(model: Any) -> torch.Tensor:
 def serve(model: Any, calls: int = 1, tokens: int = 12) -> None:
     for _ in range(calls):
         greedy(model, tokens=tokens)
-        model.autotune._watch.work()
+        model.autotune._serving.watch.work()
 
 
 def phases(model: Any) -> list[str]:
@@ -229,7 +229,7 @@ def phases(model: Any) -> list[str]:
 
 def test_a_sound_plan_stays(watched: Any) -> None:
     serve(watched, 4, tokens=4)
-    watch = watched.autotune._watch
+    watch = watched.autotune._serving.watch
     assert phases(watched) == []
     assert watch.divergence.samples > 0
     assert watch.divergence.mean < 1e-6
@@ -251,21 +251,21 @@ def test_a_plan_that_drifts_is_taken_out(watched: Any, clock: Clock) -> None:
     assert watched.autotune.events[0].numbers["mean KLD"] > 0.005
     assert "drifted" in watched.autotune.events[0].reason
     clock.now += 10
-    watched.autotune._watch.work()  # the kept call still differs
+    watched.autotune._serving.watch.work()  # the kept call still differs
     assert watched.autotune.status.state == "failed"
     assert greedy(watched, tokens=12) == expected
     # repaired, it comes back without a user's call as the trial
-    layer = watched.autotune._active.modules["decode"].model.layers[0].mlp.down_proj
+    layer = watched.autotune._serving.active.modules["decode"].model.layers[0].mlp.down_proj
     layer.weight = torch.nn.Parameter(good, requires_grad=False)
     clock.now += 100
-    watched.autotune._watch.work()
+    watched.autotune._serving.watch.work()
     assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
     assert watched.autotune.status.state == "tuned"
 
 
 @pytest.mark.fault("E69")
 def test_nan_after_commit_is_found_at_once(watched: Any) -> None:
-    decode = watched.autotune._active.modules["decode"]
+    decode = watched.autotune._serving.active.modules["decode"]
     decode.lm_head.weight = torch.nn.Parameter(decode.lm_head.weight * math.nan, requires_grad=False)
     serve(watched)
     assert phases(watched) == ["open"]
@@ -274,7 +274,7 @@ def test_nan_after_commit_is_found_at_once(watched: Any) -> None:
 
 @pytest.mark.fault("E69")
 def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Clock) -> None:
-    watch = watched.autotune._watch
+    watch = watched.autotune._serving.watch
     watch.share = 0.0
     watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     clock.tick = 0.0101
@@ -290,7 +290,7 @@ def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Cl
 def test_a_machine_that_became_slower_is_not_the_plans_fault(
     watched: Any, clock: Clock, original_s: float, seen: list[str]
 ) -> None:
-    watch = watched.autotune._watch
+    watch = watched.autotune._serving.watch
     watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     watch.share = 0.0
     watch.rules = Rules(pause_s=1e6)
@@ -306,7 +306,7 @@ def test_a_plan_that_keeps_failing_rests_longer_and_ends(watched: Any, clock: Cl
     from autotune.model.route import bare
 
     expected = greedy(bare(watched), tokens=2)
-    decode = watched.autotune._active.modules["decode"]
+    decode = watched.autotune._serving.active.modules["decode"]
     calls: list[float] = []
 
     def broken(*_: Any, **__: Any) -> None:
@@ -315,9 +315,8 @@ def test_a_plan_that_keeps_failing_rests_longer_and_ends(watched: Any, clock: Cl
 
     decode.forward = broken
     for _ in range(70):
-        if watched.autotune._watch.breaker.phase != "disabled" and (
-            watched.autotune._watch.breaker.phase == "closed" or watched.autotune._watch.breaker.due(clock.now)
-        ):
+        breaker = watched.autotune._serving.watch.breaker
+        if breaker.phase == "closed" or breaker.due(clock.now):
             with pytest.warns(RuntimeWarning, match="no such kernel"):
                 assert greedy(watched, tokens=2) == expected
         else:
@@ -327,12 +326,12 @@ def test_a_plan_that_keeps_failing_rests_longer_and_ends(watched: Any, clock: Cl
     assert phases(watched) == ["open", "half-open"] * 3 + ["disabled"]
     assert watched.autotune.status.bypassed == {"the plan rests after it failed": 66}
     watched.autotune.commit()
-    assert watched.autotune._watch.breaker.phase == "closed"
+    assert watched.autotune._serving.watch.breaker.phase == "closed"
 
 
 @pytest.mark.fault("E67")
 def test_a_plan_that_failed_once_serves_again(watched: Any, clock: Clock) -> None:
-    decode = watched.autotune._active.modules["decode"]
+    decode = watched.autotune._serving.active.modules["decode"]
     good = decode.forward
     decode.forward = lambda *_, **__: 1 / 0
     with pytest.warns(RuntimeWarning, match="tried again"):
@@ -348,7 +347,7 @@ def test_a_plan_that_failed_once_serves_again(watched: Any, clock: Clock) -> Non
 
 @pytest.mark.fault("E67")
 def test_a_trial_that_its_caller_gives_up_leaves_the_next_one_to_try(watched: Any, clock: Clock) -> None:
-    watched.autotune._watch.failed("made up")
+    watched.autotune._serving.watch.failed("made up")
     clock.now += 10
 
     def leave(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -368,22 +367,22 @@ def test_a_recompile_storm_takes_the_plan_out(watched: Any, monkeypatch: pytest.
 
 
 def test_without_the_original_latency_and_nan_are_watched(watched: Any) -> None:
-    watched.autotune._original.place = "released"
+    watched.autotune._serving.original.place = "released"
     assert "the original is released" in watched.autotune.status.watch
     spoil(watched)
     serve(watched, 3)
     assert phases(watched) == []
-    assert watched.autotune._watch.divergence.samples == 0
-    decode = watched.autotune._active.modules["decode"]
+    assert watched.autotune._serving.watch.divergence.samples == 0
+    decode = watched.autotune._serving.active.modules["decode"]
     decode.lm_head.weight = torch.nn.Parameter(decode.lm_head.weight * math.nan, requires_grad=False)
-    watched.autotune._watch._rest_until_s = 0.0
+    watched.autotune._serving.watch._rest_until_s = 0.0
     serve(watched)
     assert phases(watched) == ["open"]
-    watched.autotune._original.place = "resident"
+    watched.autotune._serving.original.place = "resident"
 
 
 def test_the_canary_uses_a_twentieth_of_the_time(watched: Any, clock: Clock) -> None:
-    watch, clock.tick = watched.autotune._watch, 0.001
+    watch, clock.tick = watched.autotune._serving.watch, 0.001
     start = clock.now
     serve(watched, 1)
     spent = watch._rest_until_s - clock.now
@@ -399,7 +398,7 @@ def test_the_canary_uses_a_twentieth_of_the_time(watched: Any, clock: Clock) -> 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 25), (1.0, 100)])
 def test_only_a_share_of_the_calls_is_kept(watched: Any, share: float, kept: int) -> None:
-    watch, draws, seen = watched.autotune._watch, iter(k / 100 for k in range(100)), []
+    watch, draws, seen = watched.autotune._serving.watch, iter(k / 100 for k in range(100)), []
     watch.share = share
     watch.chance = lambda: next(draws)
     watch._keep = lambda call, result: seen.append(result)
@@ -411,7 +410,7 @@ def test_only_a_share_of_the_calls_is_kept(watched: Any, share: float, kept: int
 def test_what_is_kept_is_bounded(watched: Any) -> None:
     for _ in range(5):
         greedy(watched, tokens=40)
-    (sample,) = watched.autotune._watch._samples
+    (sample,) = watched.autotune._serving.watch._samples
     assert len(sample.answer) == 16
     assert list(sample.prompt) == IDS[0].tolist()
 
@@ -430,7 +429,7 @@ def test_scoring_calls_no_hook_that_is_set_meanwhile(watched: Any, monkeypatch: 
     ((kld, defect),) = scored
     assert (called, defect) == ([], None)
     assert kld < 1e-6
-    assert watched.autotune._watch.scored == 0, "what computes something else meanwhile is no evidence"
+    assert watched.autotune._serving.watch.scored == 0, "what computes something else meanwhile is no evidence"
 
 
 def test_scoring_leaves_no_mark_on_the_answers(watched: Any) -> None:
@@ -443,7 +442,7 @@ def test_scoring_leaves_no_mark_on_the_answers(watched: Any) -> None:
 
 def test_a_background_thread_scores_when_idle(monkeypatch: pytest.MonkeyPatch, watched: Any) -> None:
     monkeypatch.undo()
-    watch = watched.autotune._watch
+    watch = watched.autotune._serving.watch
     greedy(watched, tokens=12)
     assert watch._worker is not None
     watch._worker.join(60)
@@ -454,7 +453,7 @@ def test_what_failed_is_not_adopted_blindly_by_the_next_process(watched: Any) ->
     found = replace(watched.autotune.plan, fingerprint=PRINT, created="2026-01-01T00:00:00+00:00")
     store.save(found)
     assert store.find(PRINT) is not None
-    watch = watched.autotune._watch
+    watch = watched.autotune._serving.watch
     watch.begin(watch._variant, found, lambda: None, stored=True)
     watch.failed("made up")
     assert store.find(PRINT) is None

@@ -294,7 +294,7 @@ def test_a_plan_that_fails_is_dropped_and_the_original_answers(scripted: list[Tr
     model = tiny("llama")
     before = greedy(model)
     wrapped(model)
-    (decode,) = model.autotune._active.edit("decode")
+    (decode,) = model.autotune._serving.active.edit("decode")
     decode.forward = lambda *_, **__: 1 / 0
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError") as warned:
         assert greedy(model) == before

@@ -61,7 +61,7 @@ def broken(module: Any, good: int, error: type[Exception] = RuntimeError) -> Non
 def failing(name: str, phase: Any, good: int, model: str = "llama") -> Any:
     """A wrapped model whose plan fails."""
     served = wrapped(tiny(model))
-    broken(served.autotune._active.edit(phase)[0], good)
+    broken(served.autotune._serving.active.edit(phase)[0], good)
     return served
 
 
@@ -159,7 +159,7 @@ def test_what_was_streamed_stands_and_is_continued(
 def test_streamed_tokens_that_the_original_would_not_have_chosen_stand(scripted: list[Transform]) -> None:  # noqa: F811
     scripted[:] = plan("lean")
     model, streamer = wrapped(tiny("llama")), Streamer()
-    (module,) = model.autotune._active.edit("both")
+    (module,) = model.autotune._serving.active.edit("both")
     module.lm_head = torch.nn.Linear(64, 256, bias=False)  # another answer
     broken(module, 4)
     result = answer(
@@ -250,7 +250,7 @@ def test_a_batch_that_cannot_be_prepared_for_is_the_originals(
     scripted[:] = plan("slots")
     model = wrapped(tiny("llama"))
     now = [0.0]
-    watch = model.autotune._watch
+    watch = model.autotune._serving.watch
     watch.clock = lambda: now[0]
     plain = tiny("llama")
     answer(model, inputs=IDS)
@@ -276,7 +276,7 @@ def test_a_batch_that_cannot_be_prepared_for_is_the_originals(
 def test_an_alarm_while_the_plan_serves_reaches_the_caller(scripted: list[Transform], way: str) -> None:  # noqa: F811
     scripted[:] = plan("lean")
     model = wrapped(tiny("llama"))
-    (module,) = model.autotune._active.edit("prefill")
+    (module,) = model.autotune._serving.active.edit("prefill")
     module.forward = lambda *_, **__: busy()
     with pytest.raises(LateError, match="too late"), alarm(ring), torch.no_grad():
         model.generate(IDS, max_new_tokens=2) if way == "generate" else model(IDS)

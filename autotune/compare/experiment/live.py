@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("autotune")
 
 ANY_WORK = Workload(((1,) * 128,), 128)  # sizes a candidate's buffers if no workload is given
+
+
+class LiveState(enum.StrEnum):
+    """What a live experiment is doing."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    FULL = "full"  # a split whose ramp is at its last step
+    ROLLED_BACK = "rolled back"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class LiveStatus:
 
     Args:
         name, mode: those of the experiment; mode is "shadow" or "split".
-        state: "running", "stopped", "rolled back", "full" or "failed".
+        state: what it is doing.
         requests: number of live calls of generate's greedy or sampling loop.
         counts: number of these calls by outcome: sampled, dropped and why, bypassed and why.
         candidates: each candidate's standing.
@@ -72,7 +83,7 @@ class LiveStatus:
 
     name: str
     mode: str
-    state: str
+    state: LiveState
     requests: int
     counts: Mapping[str, int]
     candidates: tuple[Standing, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import math
 from collections.abc import Mapping
@@ -16,7 +17,13 @@ from .sequential import Moments
 
 ALPHA = 0.05  # chance that one run of a ramp ever rolls back a candidate that is within every limit
 
-State = Literal["ramping", "full", "rolled back"]
+
+class RampState(enum.StrEnum):
+    """What a ramp is doing."""
+
+    RAMPING = "ramping"
+    FULL = "full"  # the last step was passed; guardrails still watch
+    ROLLED_BACK = "rolled back"
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Progress:
 
     Args:
         step: index into the ramp's shares.
-        state: "ramping", "full" (the last step was passed; guardrails still watch) or "rolled back".
+        state: what the ramp is doing.
         reason: why the ramp is in this step and state, in a sentence.
         requests: number of the candidate's requests in this step.
         rollbacks: number of roll-backs so far.
@@ -34,7 +41,7 @@ class Progress:
     """
 
     step: int = 0
-    state: State = "ramping"
+    state: RampState = RampState.RAMPING
     reason: str = "begun"
     requests: int = 0
     rollbacks: int = 0
@@ -76,7 +83,7 @@ class Ramp:
 
     def share(self, progress: Progress) -> float:
         """Share of requests that the candidate gets now."""
-        return 0.0 if progress.state == "rolled back" else self.shares[progress.step]
+        return 0.0 if progress.state is RampState.ROLLED_BACK else self.shares[progress.step]
 
     def needed(self, progress: Progress) -> int:
         """Least number of the candidate's requests in this step."""
@@ -93,15 +100,15 @@ class Ramp:
 
     def advance(self, progress: Progress) -> Progress:
         """Return the next state: rolled back if a guardrail fails, a step up if all hold after enough requests."""
-        if progress.state == "rolled back":
+        if progress.state is RampState.ROLLED_BACK:
             return progress
         verdict, reason = guardrails.conclude(self.findings(progress))
         if verdict is Verdict.FAIL:
-            return replace(progress, state="rolled back", reason=reason, rollbacks=progress.rollbacks + 1)
-        if verdict is not Verdict.PASS or progress.requests < self.needed(progress) or progress.state == "full":
+            return replace(progress, state=RampState.ROLLED_BACK, reason=reason, rollbacks=progress.rollbacks + 1)
+        if verdict is not Verdict.PASS or progress.requests < self.needed(progress) or progress.state is RampState.FULL:
             return progress
         if progress.step + 1 == len(self.shares):
-            return replace(progress, state="full", reason=reason)
+            return replace(progress, state=RampState.FULL, reason=reason)
         up = progress.step + 1
         control = progress.control if self.shares[up] >= 1 else {}
         return replace(progress, step=up, reason=reason, requests=0, control=control, candidate={})
@@ -121,9 +128,9 @@ class Ramp:
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
         """The current verdict on the candidate, and why."""
-        if progress.state == "rolled back":
+        if progress.state is RampState.ROLLED_BACK:
             return Verdict.FAIL, progress.reason
-        if progress.state == "full":
+        if progress.state is RampState.FULL:
             return Verdict.PASS, progress.reason
         _, reason = guardrails.conclude(self.findings(progress))
         many = f"{progress.requests} of at least {self.needed(progress)} requests at {self.share(progress):.0%}"

@@ -20,7 +20,19 @@ from ...validate import Verdict
 from ...validate.tiers import TIERS
 from . import guardrails
 from .guardrails import Guardrail, stated_bound
-from .live import Layer, LiveStatus, Record, Standing, arms_of, log, read_figures, sentences, serving_variant, spread_of
+from .live import (
+    Layer,
+    LiveState,
+    LiveStatus,
+    Record,
+    Standing,
+    arms_of,
+    log,
+    read_figures,
+    sentences,
+    serving_variant,
+    spread_of,
+)
 from .replays import LateError, Replay, Request, Rerun, Turns, replay
 from .sequential import Moments
 
@@ -107,7 +119,7 @@ class Shadow(Layer):
         self._changed = forking.free(threading.Condition())
         self._waiting = deque[Request]()
         self._busy = False
-        self._state = "stopped"
+        self._state = LiveState.STOPPED
         self._spent_s = 0.0
         self._start_s = clock()
         self._requests = 0
@@ -128,7 +140,7 @@ class Shadow(Layer):
         """Begin to sample live calls."""
         if self._thread is not None:
             raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
-        self._state = "running"
+        self._state = LiveState.RUNNING
         self._start_s = self._clock()
         self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
         self._thread.launch()
@@ -148,7 +160,7 @@ class Shadow(Layer):
 
     def _call_off(self) -> None:
         with self._changed:
-            self._state = "stopped"
+            self._state = LiveState.STOPPED
             self._counts["dropped: stopped"] += len(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
@@ -183,7 +195,7 @@ class Shadow(Layer):
         figures, alpha = self._figures[name], ALPHA / len(self.limits)
         found = [guardrails.judge(rail, None, figures.get(rail.name, Moments()), alpha) for rail in self.limits]
         verdict, reason = guardrails.conclude(found)
-        if self._state == "failed" and verdict is not Verdict.FAIL:
+        if self._state is LiveState.FAILED and verdict is not Verdict.FAIL:
             verdict, reason = Verdict.ERROR, "the device failed"
         return Standing(
             name=name,
@@ -223,7 +235,7 @@ class Shadow(Layer):
     def _offer(self, call: seam.Sampling, result: Any) -> None:
         with self._changed:
             self._requests += 1
-            if self._state != "running" or self._chance.random() >= self._share:
+            if self._state is not LiveState.RUNNING or self._chance.random() >= self._share:
                 return
             self._counts["sampled"] += 1
             if (reason := self._hindrance(call)) is not None:
@@ -243,8 +255,8 @@ class Shadow(Layer):
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting or self._state != "running")
-                if self._state != "running":
+                self._changed.wait_for(lambda: self._waiting or self._state is not LiveState.RUNNING)
+                if self._state is not LiveState.RUNNING:
                     return
                 request, self._busy = self._waiting.popleft(), True
                 dropped = self._obstacle(request)
@@ -256,7 +268,7 @@ class Shadow(Layer):
             except DeviceError as error:
                 log.warning("the shadow %s ends: %s", self.name, error)
                 with self._changed:
-                    self._state = "failed"
+                    self._state = LiveState.FAILED
             except Exception as error:  # the experiment's error must not affect the live model
                 dropped = f"{type(error).__name__}: {error}"
                 log.warning("a replay of the shadow %s failed: %s", self.name, dropped)

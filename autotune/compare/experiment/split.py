@@ -20,8 +20,8 @@ from ...runtime.token_clock import TokenClock
 from ...tune import codec
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
-from .live import Layer, LiveStatus, Record, Standing, arms_of, log, sentences
-from .ramp import Progress, Ramp
+from .live import Layer, LiveState, LiveStatus, Record, Standing, arms_of, log, sentences
+from .ramp import Progress, Ramp, RampState
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 SAVE_EVERY = 25  # the candidate's requests between two writes to the store; changes of state are written directly
 KEPT_ERRORS = 5  # latest error messages that are kept
+STATES = {
+    RampState.RAMPING: LiveState.RUNNING,
+    RampState.FULL: LiveState.FULL,
+    RampState.ROLLED_BACK: LiveState.ROLLED_BACK,
+}
 _KEY: ContextVar[str | None] = ContextVar("autotune_experiment_key", default=None)
 
 
@@ -140,7 +145,7 @@ class Split(Layer):
             StateError: the candidate was not rolled back.
         """
         with self._lock:
-            if self._progress.state != "rolled back":
+            if self._progress.state is not RampState.ROLLED_BACK:
                 raise StateError(f"the split {self.name!r} is {self._progress.state}; there is nothing to resume")
             self._progress = ramp.resumed(self._progress)
         self._save("resumed", f"every step now takes {self.ramp.needed(self._progress)} requests")
@@ -148,9 +153,9 @@ class Split(Layer):
     def rollback(self, reason: str = "asked for") -> None:
         """Give the candidate no more requests until `resume` is called."""
         with self._lock:
-            more = self._progress.rollbacks + (self._progress.state != "rolled back")
-            self._progress = replace(self._progress, state="rolled back", reason=reason, rollbacks=more)
-        self._save("rolled back", reason)
+            more = self._progress.rollbacks + (self._progress.state is not RampState.ROLLED_BACK)
+            self._progress = replace(self._progress, state=RampState.ROLLED_BACK, reason=reason, rollbacks=more)
+        self._save(RampState.ROLLED_BACK, reason)
 
     @property
     def share(self) -> float:
@@ -179,7 +184,7 @@ class Split(Layer):
             bounds=self.ramp.bounds(progress),
             errors=errors,
         )
-        state = "stopped" if not self._running else "running" if progress.state == "ramping" else progress.state
+        state = STATES[progress.state] if self._running else LiveState.STOPPED
         return LiveStatus(self.name, "split", state, requests, counts, (standing,))
 
     # What the routed model calls
@@ -275,7 +280,7 @@ class Split(Layer):
             self._requests += 1
             self._counts[what] += 1
             before = self._progress
-            if before.state == "rolled back":  # the call began before the roll-back
+            if before.state is RampState.ROLLED_BACK:  # the call began before the roll-back
                 return
             seen = ramp.observed(before, arm, named)
             self._progress = after = seen if arm == "control" else self.ramp.advance(seen)

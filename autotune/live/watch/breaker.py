@@ -10,11 +10,27 @@ that keeps failing costs fewer and fewer calls and is disabled in the end.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, replace
-from typing import Literal
 
-BreakerState = Literal["closed", "open", "half-open", "disabled"]
-BreakerEvent = Literal["asked", "served", "failed", "abandoned", "cleared"]
+
+class BreakerState(enum.StrEnum):
+    """Whether the plan may serve."""
+
+    CLOSED = "closed"  # it serves
+    OPEN = "open"  # it does not
+    HALF_OPEN = "half-open"  # one call tries it
+    DISABLED = "disabled"  # it never serves again
+
+
+class BreakerEvent(enum.StrEnum):
+    """What happened to a call or to the plan."""
+
+    ASKED = "asked"  # a call could be served
+    SERVED = "served"  # the trial call was served
+    FAILED = "failed"  # the plan failed, while closed or in the trial call
+    ABANDONED = "abandoned"  # the caller ended the trial call
+    CLEARED = "cleared"  # the failure was not the plan's fault
 
 
 @dataclass(frozen=True)
@@ -39,47 +55,45 @@ class Breaker:
     """Whether a plan may serve.
 
     Args:
-        phase: "closed" (the plan serves), "open" (it does not), "half-open" (one call tries it) or "disabled".
+        phase: whether the plan may serve.
         flaps: times in a row the breaker opened.
         since_s: when the phase began, on the caller's clock, seconds.
         pause_s: how long it stays open after `since_s`, seconds.
     """
 
-    phase: BreakerState = "closed"
+    phase: BreakerState = BreakerState.CLOSED
     flaps: int = 0
     since_s: float = 0.0
     pause_s: float = 0.0
 
     def due(self, now_s: float) -> bool:
         """Whether the breaker is open and its pause is over."""
-        return self.phase == "open" and now_s - self.since_s >= self.pause_s
+        return self.phase is BreakerState.OPEN and now_s - self.since_s >= self.pause_s
 
     def after(self, event: BreakerEvent, now_s: float, rules: Rules = Rules()) -> Breaker:
         """Return the state after `event`.
 
         Args:
-            event: "asked" (a call could be served), "served" (the trial call was served), "failed" (the plan failed,
-                while closed or in the trial call), "abandoned" (the caller ended the trial call) or "cleared" (the
-                failure was not the plan's fault).
+            event: what happened.
             now_s: monotonic seconds.
             rules: the limits of the breaker.
         """
         match self.phase, event:
-            case "open", "asked" if self.due(now_s):
-                return replace(self, phase="half-open", since_s=now_s)
-            case (("closed" | "half-open"), "failed"):
+            case BreakerState.OPEN, BreakerEvent.ASKED if self.due(now_s):
+                return replace(self, phase=BreakerState.HALF_OPEN, since_s=now_s)
+            case ((BreakerState.CLOSED | BreakerState.HALF_OPEN), BreakerEvent.FAILED):
                 return self._opened(now_s, rules)
-            case "half-open", "served":
-                return replace(self, phase="closed", since_s=now_s, pause_s=0.0)
-            case "half-open", "abandoned":  # the next call tries the plan
-                return replace(self, phase="open", since_s=now_s, pause_s=0.0)
-            case "open", "cleared":
+            case BreakerState.HALF_OPEN, BreakerEvent.SERVED:
+                return replace(self, phase=BreakerState.CLOSED, since_s=now_s, pause_s=0.0)
+            case BreakerState.HALF_OPEN, BreakerEvent.ABANDONED:  # the next call tries the plan
+                return replace(self, phase=BreakerState.OPEN, since_s=now_s, pause_s=0.0)
+            case BreakerState.OPEN, BreakerEvent.CLEARED:
                 return Breaker(flaps=self.flaps - 1, since_s=now_s)
         return self
 
     def _opened(self, now_s: float, rules: Rules) -> Breaker:
-        steady = self.phase == "closed" and now_s - self.since_s >= rules.steady_s
+        steady = self.phase is BreakerState.CLOSED and now_s - self.since_s >= rules.steady_s
         flaps = 1 if steady else self.flaps + 1
         if flaps > rules.most_flaps:
-            return Breaker("disabled", flaps, now_s)
-        return Breaker("open", flaps, now_s, min(rules.pause_s * 2 ** (flaps - 1), rules.longest_s))
+            return Breaker(BreakerState.DISABLED, flaps, now_s)
+        return Breaker(BreakerState.OPEN, flaps, now_s, min(rules.pause_s * 2 ** (flaps - 1), rules.longest_s))

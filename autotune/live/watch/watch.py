@@ -7,6 +7,7 @@ A problem opens a circuit breaker. Every transition of the breaker is an event.
 
 from __future__ import annotations
 
+import enum
 import logging
 import random
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ...machine import ending, forking
 from ...machine.ending import Cancelled
@@ -40,7 +41,14 @@ FEWEST_TOKENS = 8  # least tokens of a call for its time per token to count
 OTHERS = 3  # calls of the original needed to see whether it is faster than a plan that became slow
 KEPT_EVENTS = 100  # latest events that are kept
 
-Cause = Literal["failure", "drift", "latency", "recompiling"]
+
+class Cause(enum.Enum):
+    """Why a plan was taken out of service."""
+
+    FAILURE = enum.auto()  # it raised
+    DRIFT = enum.auto()  # its answers differ from the original's
+    LATENCY = enum.auto()  # it became slower
+    RECOMPILING = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Event:
 
     Args:
         time: ISO 8601, UTC.
-        phase: the breaker's new phase: "closed", "open", "half-open" or "disabled".
+        phase: the breaker's new phase.
         reason: why, in a sentence.
         numbers: the numbers that decided, by name.
     """
@@ -113,11 +121,12 @@ class Watch:
         self._stored = False
         self._trial: int | None = None  # id of the thread that tries a plan again
         self.breaker = Breaker(since_s=self.clock())
-        self.cause: Cause = "failure"
+        self.cause = Cause.FAILURE
         tier = plan.fingerprint.tier if plan else "strict"
         self.divergence = Divergence(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
         self._paces = expected_paces(plan.latency if plan else None)
-        self._slow, self._others_s = ((0, 0), 0.0), list[float]()  # shape and time per token that took the plan out
+        self._slow = ((0, 0), 0.0)  # shape and time per token that took the plan out
+        self._others_s: list[float] = []
         self._compilations = Compilations()
         self._batches: dict[int, Breaker] = {}  # batch size -> breaker of a size that could not be prepared
         self._samples: deque[Sample] = deque(maxlen=1)
@@ -135,22 +144,22 @@ class Watch:
         """
         with self._lock:
             now, known = self.clock(), self._batches.get(batch, Breaker())
-            if known.phase != "closed" and not known.due(now):
+            if known.phase is not BreakerState.CLOSED and not known.due(now):
                 return False
-            if self.breaker.phase != "closed":
+            if self.breaker.phase is not BreakerState.CLOSED:
                 if not self.breaker.due(now):
                     return False
-                if self.cause == "drift":  # the trial scores the kept call again, so no user gets a bad answer
+                if self.cause is Cause.DRIFT:  # the trial scores the kept call again, so no user gets a bad answer
                     self._work_when_idle()
                     return False
-                self._step("asked", "one call tries the plan again")
+                self._step(BreakerEvent.ASKED, "one call tries the plan again")
             if batch in self._batches:
-                self._batches[batch] = known.after("asked", now, self.rules)
+                self._batches[batch] = known.after(BreakerEvent.ASKED, now, self.rules)
             return True
 
     def open(self) -> bool:
         """Whether the plan is out of service for calls that cannot be a trial."""
-        return self.breaker.phase != "closed"
+        return self.breaker.phase is not BreakerState.CLOSED
 
     def serve(self, variant: Variant, call: Sampling) -> Any:
         """Run `variant.sample(call)`, time it and perhaps keep it to be scored again.
@@ -162,15 +171,15 @@ class Watch:
         result = variant.sample(call.with_streamer(tokens))
         with self._lock:
             self.served += 1
-            self._note_batch(call, "served")
-            if self.breaker.phase == "half-open":
-                self._step("served", "the trial call was served")
+            self._note_batch(call, BreakerEvent.SERVED)
+            if self.breaker.phase is BreakerState.HALF_OPEN:
+                self._step(BreakerEvent.SERVED, "the trial call was served")
                 self._paces = {shape: LatencyCusum(pace.expected_s) for shape, pace in self._paces.items()}
             if self._plan is not None:
                 self._note_pace(call, tokens)
             if self._compilations.note(before, graphs()):
                 self._compilations = Compilations()
-                self.failed("calls compile over and over", "recompiling")
+                self.failed("calls compile over and over", Cause.RECOMPILING)
             if self._plan is not None and self.share and self.chance() < self.share:
                 self._keep(call, result)
         return result
@@ -178,7 +187,8 @@ class Watch:
     def serve_other(self, call: Sampling) -> Any:
         """Run `call.original()`. While the plan is out for being slow, also time whether the original is faster."""
         shape, slow_s = self._slow
-        if not (self.breaker.phase == "open" and self.cause == "latency" and shape == shape_of(*call.input_ids.shape)):
+        was_slow = self.breaker.phase is BreakerState.OPEN and self.cause is Cause.LATENCY
+        if not was_slow or shape != shape_of(*call.input_ids.shape):
             return call.original()
         tokens = TokenClock(call.streamer, self.clock)
         result = call.with_streamer(tokens).original()
@@ -188,14 +198,15 @@ class Watch:
             if len(self._others_s) >= OTHERS and median(self._others_s) >= slow_s:
                 numbers = {"ms per token": 1e3 * slow_s, "original": 1e3 * median(self._others_s)}
                 self._paces[shape] = LatencyCusum(slow_s)
-                self._step("cleared", "the original is no faster: it is the machine that became slower", numbers)
+                reason = "the original is no faster: it is the machine that became slower"
+                self._step(BreakerEvent.CLEARED, reason, numbers)
         return result
 
-    def failed(self, reason: str, cause: Cause = "failure", numbers: Mapping[str, float] | None = None) -> None:
+    def failed(self, reason: str, cause: Cause = Cause.FAILURE, numbers: Mapping[str, float] | None = None) -> None:
         """Take a plan that failed out of service, for a while or permanently."""
         with self._lock:
             self.cause = cause
-            self._step("failed", reason, numbers or {})
+            self._step(BreakerEvent.FAILED, reason, numbers or {})
 
     def unready(self, call: Sampling) -> None:
         """Keep calls of this batch size from the plan, for a while or permanently: it could not be prepared for them.
@@ -204,15 +215,15 @@ class Watch:
         """
         with self._lock:
             self._batches.setdefault(call.input_ids.shape[0], Breaker(since_s=self.clock()))
-            self._note_batch(call, "failed")
-            self._step("abandoned", "the trial call could not be prepared for")
+            self._note_batch(call, BreakerEvent.FAILED)
+            self._step(BreakerEvent.ABANDONED, "the trial call could not be prepared for")
 
     def abandoned(self, call: Sampling | None = None) -> None:
         """Record that the caller ended a call early, which says nothing about the plan."""
         with self._lock:
             if call is not None:
-                self._note_batch(call, "abandoned")
-            self._step("abandoned", "the trial call was given up by its caller")
+                self._note_batch(call, BreakerEvent.ABANDONED)
+            self._step(BreakerEvent.ABANDONED, "the trial call was given up by its caller")
 
     def summary(self) -> str:
         """Describe in a sentence what is watched and what was seen."""
@@ -233,12 +244,12 @@ class Watch:
         from ...runtime.variant import Variant
 
         with self._lock:
-            variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause == "drift"
+            variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause is Cause.DRIFT
             sample = self._samples.popleft() if self._samples else self._latest if retry else None
             if sample is None or variant is None or (self.open() and not retry):
                 return
             if retry:
-                self._step("asked", "the kept call is scored again")
+                self._step(BreakerEvent.ASKED, "the kept call is scored again")
             obstacle = self._obstacle()
             # a twin, because hooks that the user sets from now on must see only the user's calls
             original = Variant(twins.fork(variant.original), variant.traffic) if obstacle is None else None
@@ -253,19 +264,19 @@ class Watch:
         self.scored += 1
         self._latest = sample
         if defect is not None:
-            return self.failed(f"the plan gives {defect}", "drift")
+            return self.failed(f"the plan gives {defect}", Cause.DRIFT)
         if retry:
             if kld is not None and kld > self.divergence.limit:
-                return self.failed("the kept call still differs", "drift", {"KLD": kld})
+                return self.failed("the kept call still differs", Cause.DRIFT, {"KLD": kld})
             self.divergence = Divergence(self.divergence.limit)
-            return self._step("served", "the kept call is as the original would have it")
+            return self._step(BreakerEvent.SERVED, "the kept call is as the original would have it")
         if kld is None:
             return None
         self.divergence = found = self.divergence.after(kld)
         if found.alarmed:
             numbers = {"mean KLD": found.mean, "limit": found.limit, "samples": float(found.samples)}
             self.divergence = Divergence(found.limit)
-            self.failed("the plan drifted away from the original", "drift", numbers)
+            self.failed("the plan drifted away from the original", Cause.DRIFT, numbers)
         return None
 
     def _keep(self, call: Sampling, result: Any) -> None:
@@ -303,7 +314,7 @@ class Watch:
             self._slow = (shape, tokens.tpot_s)
             self._others_s = []
             numbers = {"ms per token": 1e3 * tokens.tpot_s, "expected": 1e3 * pace.expected_s}
-            self.failed(f"tokens take longer than at commit, at batch {shape[0]}", "latency", numbers)
+            self.failed(f"tokens take longer than at commit, at batch {shape[0]}", Cause.LATENCY, numbers)
 
     def _note_batch(self, call: Sampling, event: BreakerEvent) -> None:
         batch = call.input_ids.shape[0]
@@ -312,16 +323,16 @@ class Watch:
 
     def _step(self, event: BreakerEvent, reason: str, numbers: Mapping[str, float] | None = None) -> None:
         before, now, thread = self.breaker, self.clock(), threading.get_ident()
-        if before.phase == "half-open" and thread != self._trial:
+        if before.phase is BreakerState.HALF_OPEN and thread != self._trial:
             return  # a call from before it opened says nothing about the trial
         self.breaker = after = before.after(event, now, self.rules)
         if after.phase == before.phase:
             return
-        self._trial = thread if after.phase == "half-open" else None
+        self._trial = thread if after.phase is BreakerState.HALF_OPEN else None
         said = f"{reason} ({describe(numbers)})" if numbers else reason
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         self.events.append(noted := Event(moment, after.phase, said, dict(numbers or {})))
         log.warning("the plan's circuit breaker is %s: %s", after.phase, said)
-        if self._plan is not None and self._stored and after.phase != "half-open":
-            store.trust(self._plan.fingerprint, None if after.phase == "closed" else said)
+        if self._plan is not None and self._stored and after.phase is not BreakerState.HALF_OPEN:
+            store.trust(self._plan.fingerprint, None if after.phase is BreakerState.CLOSED else said)
         self.changed(noted)

@@ -16,7 +16,7 @@ import torch
 import autotune
 from autotune.compare.experiment import Experiment, Guardrail, ramp
 from autotune.compare.experiment.guardrails import STANDARD
-from autotune.compare.experiment.ramp import Progress, Ramp
+from autotune.compare.experiment.ramp import Progress, Ramp, RampState
 from autotune.compare.experiment.sequential import requests_to_see_rate
 from autotune.errors import ExperimentError, StateError
 from autotune.model import route
@@ -134,14 +134,14 @@ def test_a_candidate_within_the_limits_is_hardly_ever_rolled_back() -> None:
 
 def test_backing_off() -> None:
     rules = Ramp(SHARES, (ERRORS,), step_requests=10)
-    fallen = replace(Progress(), state="rolled back", rollbacks=2, step=3, requests=9)
+    fallen = replace(Progress(), state=RampState.ROLLED_BACK, rollbacks=2, step=3, requests=9)
     assert rules.share(fallen) == 0.0
     assert rules.advance(fallen) is fallen
     again = ramp.resumed(fallen)
     assert (rules.share(again), rules.needed(again), again.requests) == (0.01, 40, 0)
     assert rules.verdict(fallen)[0] is Verdict.FAIL
     assert rules.verdict(again)[0] is Verdict.INCONCLUSIVE
-    assert rules.verdict(replace(again, state="full"))[0] is Verdict.PASS
+    assert rules.verdict(replace(again, state=RampState.FULL))[0] is Verdict.PASS
 
 
 @pytest.mark.parametrize("shares", [(), (0.5, 0.1), (0.0, 1.0), (0.5, 1.5), (0.5, 0.5)])
