@@ -37,8 +37,8 @@ from autotune.runtime.variant import Stage, Variant
 from autotune.tune import bench, search
 from autotune.tune import policy as policies
 from autotune.tune.choose import make
-from autotune.tune.plan import Outcome, Trial
-from autotune.tune.policy import Choice, Policy, Step
+from autotune.tune.plan import Trial, TrialOutcome
+from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.trying import Trier
 from autotune.validate import Speedup
 from autotune.workload import METRIC_OF, Phase, built_in
@@ -60,7 +60,7 @@ class Arm:
 
     @property
     def tried(self) -> list[Trial]:
-        ruled_out = (Outcome.SKIPPED, Outcome.UNAVAILABLE, Outcome.BLOCKED, Outcome.UNREACHED)
+        ruled_out = (TrialOutcome.SKIPPED, TrialOutcome.UNAVAILABLE, TrialOutcome.BLOCKED, TrialOutcome.UNREACHED)
         return [t for t in self.trials if t.outcome not in ruled_out]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def everything(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
     return Arm(variant, tuple(trials), time.monotonic() - start)
 
 
-def catalogue(device: str) -> list[Step]:
+def catalogue(device: str) -> list[PolicyStep]:
     """All choices of all built-in policies, one step for each phase and stage, in the order of the stages."""
     steps = [s for path in policies.available().values() for s in policies.check(path).steps]
     grouped: dict[tuple[Stage, Phase], list[Choice]] = {}
@@ -122,25 +122,25 @@ def catalogue(device: str) -> list[Step]:
             if choice not in known:
                 known.append(choice)
     return [
-        Step(f"everything for {phase}, stage {stage.name.lower()}", phase, tuple(choices))
+        PolicyStep(f"everything for {phase}, stage {stage.name.lower()}", phase, tuple(choices))
         for (stage, phase), choices in sorted(grouped.items())
     ]
 
 
-def exhaust(trier: Trier, step: Step, variant: Variant, trials: list[Trial]) -> Variant:
+def exhaust(trier: Trier, step: PolicyStep, variant: Variant, trials: list[Trial]) -> Variant:
     """The best that the choices of one step make of `variant`; adds to `trials`."""
     choices = [make(choice) for choice in step.choices]
     while True:
         accepted: list[tuple[float, int, Variant]] = []
         for i, transform in enumerate(choices):
-            trial = Trial(transform, step.name, step.phase, Outcome.UNAVAILABLE, "")
+            trial = Trial(transform, step.name, step.phase, TrialOutcome.UNAVAILABLE, "")
             if reason := transform.unavailable(variant, trier.hardware):
                 trials.append(replace(trial, reason=reason))
                 continue
             trier.notify(f"trying {transform} for {step.phase}")
             trial, candidate = trier.attempt(trial, variant)
             trials.append(trial)
-            if trial.outcome is Outcome.ACCEPTED and candidate is not None:
+            if trial.outcome is TrialOutcome.ACCEPTED and candidate is not None:
                 accepted.append((speedup(trial) or 1.0, i, candidate))
         if not accepted:
             return variant

@@ -59,6 +59,16 @@ def arrows(root: Path = ROOT) -> dict[str, dict[str, int]]:
     return {module: {to: line for line, to in imports(module, file, known)} for module, file in known.items()}
 
 
+def shared_names(root: Path = ROOT) -> dict[str, list[str]]:
+    """Name -> modules, of the public classes that more than one module defines."""
+    found: dict[str, list[str]] = {}
+    for module, file in modules(root).items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    return {name: where for name, where in found.items() if len(where) > 1}
+
+
 def folder(module: str) -> str:
     """The folder of a module, or the module at the top level."""
     return module.split(".")[1] if "." in module else module

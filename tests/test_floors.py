@@ -26,6 +26,10 @@ def test_no_files_import_each_other() -> None:
     assert floors.circles(FOUND) == []
 
 
+def test_no_two_public_classes_share_a_name() -> None:
+    assert floors.shared_names() == {}
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_says_what_lives_there(folder: str) -> None:
     file = floors.ROOT / "autotune" / folder / "__init__.py"
@@ -39,13 +43,14 @@ def test_what_runs_the_wrong_way_is_found(tmp_path: Path) -> None:
         "machine/__init__.py": "",
         "machine/hardware.py": "def f():\n    from ..tune import run\n",
         "tune/__init__.py": "",
-        "tune/run.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .bench import Bench\n",
-        "tune/bench.py": "import autotune.machine.hardware\nfrom . import run\n",
+        "tune/run.py": "import typing\nif typing.TYPE_CHECKING:\n    from .bench import other\nclass Bench: ...\n",
+        "tune/bench.py": "import autotune.machine.hardware\nfrom . import run\nclass Bench: ...\nclass _Own: ...\n",
     }
     for name, text in files.items():
         file = tmp_path / "autotune" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    assert floors.shared_names(tmp_path) == {"Bench": ["autotune.tune.bench", "autotune.tune.run"]}
     found = floors.arrows(tmp_path)
     assert floors.upward(found) == ["autotune.machine.hardware, line 2, imports autotune.tune.run"]
     ring = ["autotune.machine.hardware", "autotune.tune.bench", "autotune.tune.run"]

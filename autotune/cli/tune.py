@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..diagnose.diagnosis import Diagnosis
-    from ..profile.ncu import Reading
+    from ..profile.ncu import NcuExport
     from ..tune.findings import Findings
 
 PROFILE_BUDGET_S = 60.0
@@ -173,7 +173,7 @@ def _counted_phase(args: Namespace) -> Phase:
     return "prefill" if args.ncu_csv.name.startswith("prefill") else "decode"
 
 
-def _reading(file: Path) -> Reading:
+def _reading(file: Path) -> NcuExport:
     try:
         return parse(file.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
@@ -188,7 +188,7 @@ def profiled(
     tokenizer: PreTrainedTokenizerBase | None,
     budget_s: float,
     notify: Callable[[str], None],
-    counted: Mapping[Phase, Reading] | None = None,
+    counted: Mapping[Phase, NcuExport] | None = None,
 ) -> Findings:
     """Profile and diagnose the model as it is.
 

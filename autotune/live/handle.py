@@ -25,7 +25,7 @@ from ..runtime.variant import Variant
 from ..workload import Observer, Workload
 from .again import Again
 from .options import KeepOriginal, Options
-from .original import RELOAD, Original, Place, releasable_bytes
+from .original import RELOAD, Original, Residence, releasable_bytes
 from .serving import Serving
 from .status import State, Status
 from .watch.watch import Event
@@ -152,7 +152,7 @@ class Handle:
         if self._tuned is None:
             raise StateError("there is no plan to commit; call .tune() first")
         if change := self._serving.change():
-            remedy = RELOAD if self._original.place is Place.RELEASED else "call .tune() again"
+            remedy = RELOAD if self._original.place is Residence.RELEASED else "call .tune() again"
             raise StateError(f"the plan is stale: {change}; {remedy}")
         self._switch(self._tuned.variant)
         if keep_original is True:
@@ -362,12 +362,12 @@ class Handle:
     def _send_away(self, park: bool) -> None:
         """Park or release the original's weights, except those that the plan still uses."""
         place = self._original.place
-        if place is Place.RELEASED or self._tuned is None or (park and place is Place.PARKED):
+        if place is Residence.RELEASED or self._tuned is None or (park and place is Residence.PARKED):
             return
         if self._traffic.cancelled:
             raise StateError("the model was unwrapped; wrap it again to commit a plan without its original")
         variant = self._tuned.variant
-        if place is Place.RESIDENT and not releasable_bytes(self._model, variant):
+        if place is Residence.RESIDENT and not releasable_bytes(self._model, variant):
             log.info("the original stays: the plan uses all of its weights")
             return
         with self._alone():
@@ -386,7 +386,7 @@ class Handle:
             StateError: the original was released.
         """
         self._original.require(what)
-        if self._original.place is not Place.PARKED or self._tuned is None:
+        if self._original.place is not Residence.PARKED or self._tuned is None:
             return
         with self._alone():
             device, report = devices.of(self._model), self._tuned.report.without_original(None)

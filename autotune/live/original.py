@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
 
 
-class Place(enum.StrEnum):
+class Residence(enum.StrEnum):
     """Where the original's weights are."""
 
     RESIDENT = "resident"  # on the model's device
@@ -51,7 +51,7 @@ class Original:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.place = Place.RESIDENT
+        self.place = Residence.RESIDENT
         self._model = model
         self._tree: dict[str, dict[str, Any]] = {}
         self._parked: dict[torch.device, list[torch.Tensor]] = {}  # by the device they came from
@@ -59,7 +59,7 @@ class Original:
 
     def release(self, variant: Variant) -> None:
         """Permanently free the weights that the variant does not use."""
-        if self.place is Place.PARKED:
+        if self.place is Residence.PARKED:
             self._tree = {}
             self._parked = {}
             self._forbid_saving(RELOAD)
@@ -67,7 +67,7 @@ class Original:
             theirs = {where(t) for t in tensors(self._model)} - {0}
             self._become(variant, RELOAD)
             _move(variant, theirs)
-        self.place = Place.RELEASED
+        self.place = Residence.RELEASED
         devices.of(variant.original).trim()
 
     def park(self, variant: Variant) -> None:
@@ -86,7 +86,7 @@ class Original:
         self._become(variant, UNPARK)
         for group in self._parked.values():
             relocate(group, torch.device("cpu"))
-        self.place = Place.PARKED
+        self.place = Residence.PARKED
         device.trim()
 
     @property
@@ -103,7 +103,7 @@ class Original:
         self._tree = {}
         self._parked = {}
         self._allow_saving()
-        self.place = Place.RESIDENT
+        self.place = Residence.RESIDENT
 
     def require(self, what: str) -> None:
         """Raise StateError if the weights were released.
@@ -111,7 +111,7 @@ class Original:
         Args:
             what: the operation that needs them, for the message.
         """
-        if self.place is Place.RELEASED:
+        if self.place is Residence.RELEASED:
             raise StateError(f"cannot {what}: {RELOAD}")
 
     def _become(self, variant: Variant, remedy: str) -> None:

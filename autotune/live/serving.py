@@ -16,7 +16,7 @@ from ..machine import outside
 from ..model import modes, seam
 from ..runtime.attempt import Attempt
 from ..runtime.variant import serves_forward
-from .original import RELOAD, Original, Place
+from .original import RELOAD, Original, Residence
 from .status import State
 from .watch.breaker import BreakerState
 from .watch.watch import Event, Watch
@@ -268,17 +268,17 @@ class Serving:
 
     def _other(self) -> str:
         """What serves instead of the plan, in words."""
-        released = self.original.place is Place.RELEASED
+        released = self.original.place is Residence.RELEASED
         return "the plan's layers serve in transformers' loop" if released else "the original serves"
 
     def unwatchable(self) -> str | None:
         """Why the original cannot score a served call now, or None."""
-        if self.original.place is not Place.RESIDENT:
+        if self.original.place is not Residence.RESIDENT:
             return f"the original is {self.original.place}"
         return self.change() or (self.revision.look_closer() if self.revision else None)
 
     def say(self, detail: str, remedy: str = "") -> None:
         """Warn that the plan does not serve: why, what serves instead, and the remedy."""
-        remedy = RELOAD if self.original.place is Place.RELEASED else remedy
+        remedy = RELOAD if self.original.place is Residence.RELEASED else remedy
         self.detail = "; ".join(filter(None, (detail, self._other(), remedy)))
         warn(self.detail)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .original import Place
+from .original import Residence
 
 if TYPE_CHECKING:
-    from ..runtime.speculation.speculate import Tally
+    from ..runtime.speculation.speculate import GuessCounts
 
 
 class State(enum.StrEnum):
@@ -48,6 +48,6 @@ class Status:
     transforms: tuple[str, ...] = ()
     served: int = 0
     bypassed: Mapping[str, int] = field(default_factory=dict)
-    original: Place = Place.RESIDENT
-    speculation: Tally | None = None
+    original: Residence = Residence.RESIDENT
+    speculation: GuessCounts | None = None
     watch: str = ""

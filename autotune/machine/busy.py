@@ -24,7 +24,7 @@ PLAUSIBLE = 0.5  # least share of our own CPU time that the machine's counters m
 
 
 @dataclass(frozen=True)
-class Reading:
+class CpuCounters:
     """The kernel's counters at one moment. None: the kernel does not report the value.
 
     Args:
@@ -46,7 +46,7 @@ class Reading:
     stalled_s: float | None = None
 
 
-def elsewhere(before: Reading, after: Reading) -> float | None:
+def elsewhere(before: CpuCounters, after: CpuCounters) -> float | None:
     """Share, 0 to 1, of the CPU time usable by this process that others took; None if it is unknown. Pure.
 
     Time beyond this process's quota is free for others and does not count. Others took at most what this process left
@@ -83,7 +83,7 @@ class Meter:
         return elsewhere(self._start, read())
 
 
-def read(proc: Path = PROC, cgroups: Path = CGROUPS, clock: Callable[[], float] = time.monotonic) -> Reading:
+def read(proc: Path = PROC, cgroups: Path = CGROUPS, clock: Callable[[], float] = time.monotonic) -> CpuCounters:
     """Read the kernel's counters. On systems without /proc, nearly all of them are None.
 
     Args:
@@ -93,7 +93,7 @@ def read(proc: Path = PROC, cgroups: Path = CGROUPS, clock: Callable[[], float] 
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     try:
         groups = _groups(proc, cgroups)
-        return Reading(
+        return CpuCounters(
             clock_s=clock(),
             cpus=len(cpus),
             quota=min(map(_quota, groups), default=math.inf),
@@ -103,7 +103,7 @@ def read(proc: Path = PROC, cgroups: Path = CGROUPS, clock: Callable[[], float] 
             stalled_s=next((stalled for group in groups if (stalled := _stalled_s(group)) is not None), None),
         )
     except (ValueError, IndexError):  # a kernel with another format
-        return Reading(clock(), len(cpus))
+        return CpuCounters(clock(), len(cpus))
 
 
 def _passed(before: float | None, after: float | None) -> float | None:

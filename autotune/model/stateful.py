@@ -33,12 +33,12 @@ log = logging.getLogger("autotune")
 FAR = 1 << 24  # a position beyond every context
 NEAR = 0
 PLUMBING = frozenset(vars(nn.Module()))  # attributes that every nn.Module has
-_states: weakref.WeakKeyDictionary[PreTrainedModel, State] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[PreTrainedModel, ForwardState] = weakref.WeakKeyDictionary()
 Marks = dict[str, tuple[Any, int]]  # attribute -> its value, and how often that was written to
 
 
 @dataclass(frozen=True)
-class State:
+class ForwardState:
     """The parts of a model that its own forward writes.
 
     Args:
@@ -85,15 +85,15 @@ class State:
         return f"{', '.join(self.modules)} computes anew what it holds as contexts grow, which {by} would not see"
 
 
-NOTHING = State({}, frozenset())
+NOTHING = ForwardState({}, frozenset())
 
 
-def of(model: PreTrainedModel) -> State:
+def of(model: PreTrainedModel) -> ForwardState:
     """The state of a model, routed or not. It is determined at the first request."""
     root = route.origin(model)
     if root not in _states:
         known = twins.shared(root)
-        _states[root] = State(known, frozenset()) if known else _find(root)  # a twin's state: what it shares
+        _states[root] = ForwardState(known, frozenset()) if known else _find(root)  # a twin's state: what it shares
         twins.share(_states[root].modules.values())
     return _states[root]
 
@@ -103,7 +103,7 @@ def forget(model: PreTrainedModel) -> None:
     _states.pop(route.origin(model), None)
 
 
-def _find(model: PreTrainedModel) -> State:
+def _find(model: PreTrainedModel) -> ForwardState:
     try:
         with torch.no_grad():
             return _probe(model)
@@ -113,7 +113,7 @@ def _find(model: PreTrainedModel) -> State:
         return NOTHING
 
 
-def _probe(model: PreTrainedModel) -> State:
+def _probe(model: PreTrainedModel) -> ForwardState:
     twin = twins.fork(model)
     named = {name: module for name, module in twin.named_modules() if name and not twins.is_shared(module)}
     for module in named.values():
@@ -132,7 +132,7 @@ def _probe(model: PreTrainedModel) -> State:
     names = frozenset((name, attribute) for name, attributes in written.items() for attribute in attributes)
     ours = dict(model.named_modules())
     modules = {name: ours[name] for name in light if written[name]}
-    return State(modules, names, tuple(f"{name}.{key}" for name, key in sorted(names) if name not in modules))
+    return ForwardState(modules, names, tuple(f"{name}.{key}" for name, key in sorted(names) if name not in modules))
 
 
 def _is_light(module: nn.Module) -> bool:

@@ -53,7 +53,7 @@ PERMISSION = "ERR_NVGPUCTRPERM"
 
 
 @dataclass(frozen=True)
-class Kernel:
+class NcuKernel:
     """Launches of one kernel. Shares are from 0 to 1 and weighted by time; None if the export lacks the figure.
 
     Args:
@@ -78,7 +78,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Reading:
+class NcuExport:
     """One export.
 
     Args:
@@ -87,8 +87,8 @@ class Reading:
         notes: the tool's own warnings and errors.
     """
 
-    total: Kernel
-    kernels: tuple[Kernel, ...]
+    total: NcuKernel
+    kernels: tuple[NcuKernel, ...]
     notes: tuple[str, ...] = ()
 
     def evidence(self) -> str:
@@ -135,7 +135,7 @@ def command(model: str, phase: Phase, prompts: Path | None = None, ncu: str = "n
     return shlex.join([ncu, *options, *replay])
 
 
-def parse(text: str) -> Reading:
+def parse(text: str) -> NcuExport:
     """Parse an export of `ncu --csv`: the page "raw" (one row per launch) or "details" (one row per metric).
 
     Columns may be missing, numbers may have digit grouping, and the tool's banner lines may come between rows. The file
@@ -158,7 +158,7 @@ def parse(text: str) -> Reading:
         named.setdefault(launch.name, []).append(launch)
     kernels = [_kernel(name, row) for name, row in named.items()]
     kernels.sort(key=lambda kernel: -(kernel.seconds or 0.0))
-    return Reading(_kernel("all", launches), tuple(kernels), notes)
+    return NcuExport(_kernel("all", launches), tuple(kernels), notes)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def number(cell: str) -> float | None:
         return None
 
 
-def _kernel(name: str, launches: Sequence[_Launch]) -> Kernel:
+def _kernel(name: str, launches: Sequence[_Launch]) -> NcuKernel:
     durations = [launch.get(SECONDS) for launch in launches]
     known = [seconds for seconds in durations if seconds is not None]
     weights = [seconds or 0.0 for seconds in durations] if sum(known) > 0 else [1.0] * len(launches)
@@ -239,7 +239,7 @@ def _kernel(name: str, launches: Sequence[_Launch]) -> Kernel:
 
     requests = [(s, r) for launch in launches if (s := launch.get(SECTORS)) is not None and (r := launch.get(REQUESTS))]
     instructions = [count for launch in launches if (count := _tensor_instructions(launch)) is not None]
-    return Kernel(
+    return NcuKernel(
         name,
         len(launches),
         sum(known) if known else None,

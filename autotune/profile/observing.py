@@ -20,7 +20,7 @@ REPEATS = 200  # most repetitions, reached only by very short requests
 
 
 @dataclass(frozen=True)
-class Observation:
+class DevicePhase:
     """One phase as the device saw it.
 
     Args:
@@ -32,7 +32,7 @@ class Observation:
     counters: Counters | None
 
 
-def observe(device: Device, request: Callable[[int], object], new_tokens: int) -> dict[Phase, Observation]:
+def observe(device: Device, request: Callable[[int], object], new_tokens: int) -> dict[Phase, DevicePhase]:
     """Observe prefill alone, then whole requests, which decode for most of their time.
 
     Args:
@@ -43,7 +43,7 @@ def observe(device: Device, request: Callable[[int], object], new_tokens: int) -
     call_s, during_prefill = _repeated(device, lambda: request(1))
     whole_s, during_decode = _repeated(device, lambda: request(new_tokens))
     token_s = max(0.0, whole_s - call_s) / (new_tokens - 1)
-    return {"prefill": Observation(call_s, during_prefill), "decode": Observation(token_s, during_decode)}
+    return {"prefill": DevicePhase(call_s, during_prefill), "decode": DevicePhase(token_s, during_decode)}
 
 
 def _repeated(device: Device, work: Callable[[], object]) -> tuple[float, Counters | None]:

@@ -23,7 +23,7 @@ KERNELS = 20  # rows kept of the kernel table; the others take little time
 
 
 @dataclass(frozen=True)
-class Share:
+class PhaseTimes:
     """Times of a phase from a trace, scaled to its unprofiled time. Everything except the counts is in seconds."""
 
     groups: Mapping[str, float]
@@ -37,7 +37,7 @@ class Share:
     sync_s: float
 
 
-def share(trace: Trace, seconds: float) -> Share:
+def share(trace: Trace, seconds: float) -> PhaseTimes:
     """Attribute `seconds`, the phase's unprofiled time, to groups. The rest is the framework's overhead.
 
     Operators' times are used as traced, unless the host ran at another speed during the trace. That is the case if the
@@ -56,7 +56,7 @@ def share(trace: Trace, seconds: float) -> Share:
     linear, attention = (sum(s.seconds * scale for s in working if s.role == role) for role in ("linear", "attention"))
     surroundings = {ATTENTION, CACHE, COMPILED} if linear else {ATTENTION, CACHE}
     around = sum(s.seconds for s in working if s.group in surroundings and s.role not in ("linear", "attention"))
-    return Share(
+    return PhaseTimes(
         groups=groups,
         small=small,
         busy_s=busy * scale,
@@ -109,7 +109,7 @@ def _scale(trace: Trace, seconds: float) -> float:
     return min(1.0, busy / summed) if summed else 1.0
 
 
-def table(share: Share, work: Mapping[str, Work], ridge: float) -> tuple[Operator, ...]:
+def table(share: PhaseTimes, work: Mapping[str, Work], ridge: float) -> tuple[Operator, ...]:
     """Return the operator table with one row per group: attributed time, counted FLOPs and bytes.
 
     Args:

@@ -28,11 +28,11 @@ from ..machine.roofline import ridge
 from ..runtime.variant import serving
 from ..workload import PHASES, Phase, Workload
 from .budget import Budget
-from .observing import Observation, observe
+from .observing import DevicePhase, observe
 from .operators import device_use, share, table
 from .scaling import BATCHES, batch_scaling, context_growth, growth_s
 from .spans import Trace
-from .timing import Request, time_request
+from .timing import RequestTimes, time_request
 from .tracing import trace, watched
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def survey(
     affordable = (TIMING_SHARE * budget_s / 4 - warm.ttft_s) / warm.tpot_s
     new_tokens = max(TRACED_TOKENS, min(workload.new_tokens, MAX_NEW_TOKENS, int(affordable)))
 
-    requests, rest_s = list[Request](), (1 - TIMING_SHARE) * budget_s
+    requests, rest_s = list[RequestTimes](), (1 - TIMING_SHARE) * budget_s
     before = right_guesses(variant)
     while not requests or (len(requests) < MAX_SAMPLES and budget.left_s() > rest_s and budget.allows(growth=1)):
         with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
@@ -73,7 +73,7 @@ def survey(
     passes = {"prefill": 1.0, "decode": 1 - (right_guesses(variant) - before) / (len(requests) * (new_tokens - 1))}
     with budget.step("operators"):
         traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows(growth=3) else 1)
-    device, seen = devices.of(variant.original), dict[Phase, Observation]()
+    device, seen = devices.of(variant.original), dict[Phase, DevicePhase]()
     if device.asynchronous:
         with budget.step("device counters"):
             seen = observe(device, lambda tokens: time_request(served, ids, tokens), new_tokens)
@@ -153,7 +153,7 @@ def _phase(
     passes: float,
     trace: Trace,
     hardware: Hardware,
-    seen: Observation | None,
+    seen: DevicePhase | None,
     contexts: tuple[ScalePoint, ...],
 ) -> PhaseProfile:
     name = str(compute_dtype(model)).removeprefix("torch.")

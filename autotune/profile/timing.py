@@ -22,7 +22,7 @@ START, TICK = "autotune.request", "autotune.token"  # marks in a torch.profiler 
 
 
 @dataclass(frozen=True)
-class Request:
+class RequestTimes:
     """The times at which a request was made and each of its tokens came out, in seconds of one clock."""
 
     start_s: float
@@ -79,7 +79,7 @@ def timed(run: Callable[[Stopwatch], object], device: Device, clock: Callable[[]
     return start, tokens
 
 
-def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Request:
+def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> RequestTimes:
     """Generate exactly `new_tokens` tokens greedily for `ids` [B, P], and time them with `timed`.
 
     Args:
@@ -88,7 +88,7 @@ def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
         new_tokens: tokens per sequence; no token ends it earlier.
     """
     start, tokens = timed(request(served, ids, new_tokens), devices.of(ids.device), time.perf_counter)
-    return Request(start, tuple(tokens))
+    return RequestTimes(start, tuple(tokens))
 
 
 def request(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> Callable[..., None]:

@@ -23,7 +23,7 @@ FLASH_MULTIPLE = 8  # head sizes are padded to a multiple of this, as SDPA does
 
 
 @dataclass(frozen=True)
-class Kernel:
+class SdpaKernel:
     """One of SDPA's kernels.
 
     Args:
@@ -78,18 +78,20 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 
 KERNELS = {
-    "flash": Kernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention", False, True, _flash),
-    "cudnn": Kernel("autotune_sdpa_cudnn", "_scaled_dot_product_cudnn_attention", True, True, _cudnn),
-    "efficient": Kernel("autotune_sdpa_efficient", "_scaled_dot_product_efficient_attention", True, False, _efficient),
-    "math": Kernel("autotune_sdpa_math", "_safe_softmax", True, True, _math),
+    "flash": SdpaKernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention", False, True, _flash),
+    "cudnn": SdpaKernel("autotune_sdpa_cudnn", "_scaled_dot_product_cudnn_attention", True, True, _cudnn),
+    "efficient": SdpaKernel(
+        "autotune_sdpa_efficient", "_scaled_dot_product_efficient_attention", True, False, _efficient
+    ),
+    "math": SdpaKernel("autotune_sdpa_math", "_safe_softmax", True, True, _math),
 }
 ON_CPU = {
-    "flash": Kernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention_for_cpu", True, False, _flash_on_cpu),
+    "flash": SdpaKernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention_for_cpu", True, False, _flash_on_cpu),
     "math": KERNELS["math"],
 }
 
 
-def kernel(backend: str, device: torch.device) -> Kernel | None:
+def kernel(backend: str, device: torch.device) -> SdpaKernel | None:
     """The kernel of a backend on a device, or None if it has none."""
     return (ON_CPU if device.type == "cpu" else KERNELS).get(backend)
 

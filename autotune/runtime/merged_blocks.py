@@ -25,7 +25,7 @@ CONSTANT = (int, float, bool, type(None))
 ATTENTION, NORMED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
-_calls: ContextVar[list[Call] | None] = ContextVar("what the spy noted", default=None)
+_calls: ContextVar[list[BlockCall] | None] = ContextVar("what the spy noted", default=None)
 
 
 class MergedAttention(nn.Module):
@@ -123,7 +123,7 @@ def mergeable(module: nn.Module, *names: str) -> bool:
 
 
 @dataclass
-class Call:
+class BlockCall:
     """The inputs of a block's cache and attention function, and the block's output."""
 
     tensors: list[Tensor] = field(default_factory=list)
@@ -168,21 +168,21 @@ def _proven_attention(block: Any) -> MergedAttention | None:
     return new if alike and all(_same(a, b) for a, b in pairs) else None
 
 
-def _record(block: Any, x: Tensor, cache_name: str) -> Call:
+def _record(block: Any, x: Tensor, cache_name: str) -> BlockCall:
     """Record one call of a block over a cache, as its attention function sees it. The block itself is unchanged."""
     seam.register_attention(SPY, _spy, masks=False)
     probe = copy.copy(block)
     probe.__dict__["config"] = seam.with_attention(block.config, SPY)
     size = block.head_dim
     positions = (_random(x, 1, x.shape[1], size), _random(x, 1, x.shape[1], size).flip(-1))
-    call, calls = Call(), list[Call]()
+    call, calls = BlockCall(), list[BlockCall]()
     token = _calls.set(calls)
     try:
         out, _ = probe(x, position_embeddings=positions, attention_mask=None, **{cache_name: call})
     finally:
         _calls.reset(token)
     (seen,) = calls
-    return Call([*seen.tensors, out], seen.constants, call.cached)
+    return BlockCall([*seen.tensors, out], seen.constants, call.cached)
 
 
 def _spy(
@@ -190,7 +190,7 @@ def _spy(
 ) -> tuple[Tensor, None]:
     calls = _calls.get()
     if calls is not None:
-        calls.append(Call([query, key, value], kwargs))
+        calls.append(BlockCall([query, key, value], kwargs))
     groups = query.shape[1] // key.shape[1]
     out = query + key.repeat_interleave(groups, 1) * value.repeat_interleave(groups, 1)  # a cheap function of all three
     return out.transpose(1, 2).contiguous(), None

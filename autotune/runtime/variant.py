@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from .cache.narrow import KvCache
     from .cache.pool import CachePool
-    from .speculation.speculate import Speculation
+    from .speculation.speculate import SpeculationSetup
     from .steps.step import DecodeSteps
     from .traffic import Traffic
 
@@ -150,7 +150,7 @@ class Variant:
         self.caches: CachePool | None = None
         self.loop: Loop | None = None
         self.step: DecodeSteps | None = None
-        self.speculation: Speculation | None = None
+        self.speculation: SpeculationSetup | None = None
         self.kv: KvCache | None = None
         self._editable: set[int] = set()  # ids of the modules that this variant made itself
         self._front: PreTrainedModel | None = None
@@ -230,7 +230,7 @@ class Variant:
         return prompt
 
     @property
-    def state(self) -> stateful.State:
+    def state(self) -> stateful.ForwardState:
         """The state that the model's own forward writes."""
         return stateful.of(self.original)
 

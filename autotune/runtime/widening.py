@@ -45,7 +45,7 @@ def widen(twin: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             twin.set_submodule(name, WideRows(module).train(module.training))
             continue
-        if isinstance(module, kernels.PackedEmbedding):
+        if isinstance(module, kernels.PackedTable):
             twin.set_submodule(name, module.widened())
             continue
         for key, tensor in _own(module):
@@ -65,7 +65,7 @@ def _narrow(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, WideRows):
             widened.append(f"{name}.")
-        elif isinstance(module, kernels.PackedEmbedding):
+        elif isinstance(module, kernels.PackedTable):
             if module.dtype in NARROW:
                 yield name, module
         elif not isinstance(module, PACKED) and not name.startswith(tuple(widened)) and _own(module):

@@ -60,8 +60,8 @@ class PackedEmbedding(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         for phase in self.phases:
-            if not linear_layers.count(variant.modules[phase], kernels.PackedEmbedding):
-                return f"{phase} has no PackedEmbedding"
+            if not linear_layers.count(variant.modules[phase], kernels.PackedTable):
+                return f"{phase} has no PackedTable"
         return None
 
     def _obstacle(self, variant: Variant) -> str | None:
@@ -71,7 +71,7 @@ class PackedEmbedding(Transform):
 
 def obstacle(module: PreTrainedModel, original: PreTrainedModel) -> str | None:
     """Why a phase's embedding cannot be packed, or why packing would save nothing; None if it pays."""
-    if linear_layers.count(module, kernels.PackedEmbedding):
+    if linear_layers.count(module, kernels.PackedTable):
         return "the embedding is packed already"
     table = next(iter(linear_layers.embeddings(module).values()), None)
     if table is None:
@@ -97,7 +97,7 @@ def shared(module: PreTrainedModel, original: PreTrainedModel) -> kernels.Packed
 
 def packed_rows(table: kernels.PackedLinear, embedding: nn.Embedding) -> nn.Module:
     """A module that looks rows up in `table` and returns them in the dtype of `embedding`."""
-    return kernels.PackedEmbedding(table, embedding.weight.dtype).train(embedding.training)
+    return kernels.PackedTable(table, embedding.weight.dtype).train(embedding.training)
 
 
 def quantised(embedding: nn.Embedding) -> kernels.PackedLinear:

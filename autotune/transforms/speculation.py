@@ -111,7 +111,7 @@ class Speculation(Transform):
         if self.draft == "model" and variant.draft is not None:
             config = variant.draft.config.get_text_config(decoder=True)
             draft = stride(variant.draft), CachePool(config, variant.caches.slots, lasting=variant.caches.lasting)
-        variant.speculation = speculate.Speculation(self.tokens, stride(variant.modules["decode"]), draft)
+        variant.speculation = speculate.SpeculationSetup(self.tokens, stride(variant.modules["decode"]), draft)
         variant.speculation.cost = measure_cost(variant)
 
     def took_effect(self, variant: Variant) -> str | None:

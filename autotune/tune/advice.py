@@ -52,7 +52,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingVariant:
     """The variant that serves now.
 
     Args:
@@ -92,7 +92,7 @@ class Served:
 def advise(findings: Findings) -> tuple[Advice, ...]:
     """All advice that the findings support; advice with a gain comes first."""
     diagnoses = findings.diagnoses_after if findings.after is not None else findings.diagnoses_before
-    served = Served(
+    served = ServingVariant(
         findings.after or findings.before,
         findings.hardware,
         {phase: diagnosis.bottleneck for phase, diagnosis in diagnoses.items()},
@@ -103,7 +103,7 @@ def advise(findings: Findings) -> tuple[Advice, ...]:
     return tuple(sorted(found, key=lambda advice: all(gain is None for gain in advice.speedups.values())))
 
 
-def larger_batch(served: Served) -> Iterator[Advice]:
+def larger_batch(served: ServingVariant) -> Iterator[Advice]:
     """Decode more sequences at once, if they fit in memory; predicted from the measured growth."""
     base, larger = _batches(served)
     gains = {p: served.throughput(p) / served.throughput(base) for p in larger if base and p.batch <= served.room()}
@@ -121,7 +121,7 @@ def larger_batch(served: Served) -> Iterator[Advice]:
     )
 
 
-def more_memory(served: Served) -> Iterator[Advice]:
+def more_memory(served: ServingVariant) -> Iterator[Advice]:
     """Add memory for more sequences than fit now; predicted from the measured growth."""
     memory, each, room = served.profile.memory, served.sequence_bytes(), served.room()
     base, larger = _batches(served)
@@ -148,7 +148,7 @@ def more_memory(served: Served) -> Iterator[Advice]:
         )
 
 
-def shorter_prompts(served: Served) -> Iterator[Advice]:
+def shorter_prompts(served: ServingVariant) -> Iterator[Advice]:
     """Halve the prompt. Matmuls shrink in proportion until reading the weights limits them, attention quadratically."""
     prefill, tokens = served.profile.phases.get("prefill"), served.profile.prompt_tokens
     if prefill is None or tokens < 2 or not prefill.linear_s:
@@ -177,7 +177,7 @@ def shorter_prompts(served: Served) -> Iterator[Advice]:
     )
 
 
-def shorter_context(served: Served) -> Iterator[Advice]:
+def shorter_context(served: ServingVariant) -> Iterator[Advice]:
     """Halve the context in decode, and so the part of a token's time that grows with the context."""
     if found := _context_s(served):
         seconds, context_s, source = found
@@ -185,7 +185,7 @@ def shorter_context(served: Served) -> Iterator[Advice]:
         yield _judged(change, "tpot", seconds / (seconds - context_s / 2), source, "half of that goes with it")
 
 
-def grouped_queries(served: Served) -> Iterator[Advice]:
+def grouped_queries(served: ServingVariant) -> Iterator[Advice]:
     """Share the cache among more query heads. No advice for models that already share it as much."""
     heads, found = served.profile.query_heads_per_kv_head, _context_s(served)
     if heads is None or heads >= SHARED or found is None:
@@ -200,7 +200,7 @@ def grouped_queries(served: Served) -> Iterator[Advice]:
     )
 
 
-def other_machines(served: Served) -> Iterator[Advice]:
+def other_machines(served: ServingVariant) -> Iterator[Advice]:
     """Use a faster machine, by data sheets: for each kind, the one with the least and the one with the most gain."""
     found = [(machine, gains) for machine in MACHINES if (gains := elsewhere(served, machine))]
     ranked = sorted(found, key=lambda item: prod(item[1].values()) ** (1 / len(item[1])))
@@ -210,7 +210,7 @@ def other_machines(served: Served) -> Iterator[Advice]:
             yield Advice(machine.name, gains, _figures(served, machine, gains), _assumed(served, machine, gains))
 
 
-def elsewhere(served: Served, machine: Machine) -> dict[str, float] | None:
+def elsewhere(served: ServingVariant, machine: Machine) -> dict[str, float] | None:
     """Metric -> speed-up on another machine; None if it gains too little, loses in a phase, or has too little memory.
 
     Overhead time stays the same. The other time keeps its share of the roofline. From a CPU to a GPU, overhead is at
@@ -232,7 +232,7 @@ def elsewhere(served: Served, machine: Machine) -> dict[str, float] | None:
     return gains if useful else None
 
 
-def no_use(served: Served) -> Iterator[Advice]:
+def no_use(served: ServingVariant) -> Iterator[Advice]:
     """Name common changes that would not help a phase with this bottleneck."""
     for phase, found in served.profile.phases.items():
         peak, bandwidth = attainable_peak(found, served.hardware), attainable_bandwidth(found, served.hardware)
@@ -259,7 +259,7 @@ def no_use(served: Served) -> Iterator[Advice]:
         yield Advice(f"{change}, for {phase}", {METRIC_OF[phase]: None}, because)
 
 
-def _batches(served: Served) -> tuple[ScalePoint | None, list[ScalePoint]]:
+def _batches(served: ServingVariant) -> tuple[ScalePoint | None, list[ScalePoint]]:
     """The measured point of the served batch size, and the points of larger ones, in ascending order."""
     points = {point.batch: point for point in served.profile.batch_scaling}
     base = points.get(served.profile.batch)
@@ -268,7 +268,7 @@ def _batches(served: Served) -> tuple[ScalePoint | None, list[ScalePoint]]:
     return base, [points[batch] for batch in sorted(points) if batch > base.batch]
 
 
-def _growth(served: Served, base: ScalePoint, point: ScalePoint) -> str:
+def _growth(served: ServingVariant, base: ScalePoint, point: ScalePoint) -> str:
     """Describe the two measured points that a prediction is based on."""
     measured = (
         f"a step of {point.batch} sequences takes {_ms(point.seconds_per_step)}, one of {base.batch} "
@@ -279,7 +279,7 @@ def _growth(served: Served, base: ScalePoint, point: ScalePoint) -> str:
     return measured + more if missing else measured
 
 
-def _context_s(served: Served) -> tuple[float, float, str] | None:
+def _context_s(served: ServingVariant) -> tuple[float, float, str] | None:
     """Seconds per token, the part of them that the context costs, and the source; None if it was not measured."""
     decode, points = served.profile.phases.get("decode"), served.profile.context_growth
     if decode is None:
@@ -319,12 +319,12 @@ def _divided(phase: PhaseProfile) -> tuple[float, float]:
     return kept_s, phase.seconds - kept_s
 
 
-def _launches(served: Served, machine: Machine) -> Mapping[Phase, int]:
+def _launches(served: ServingVariant, machine: Machine) -> Mapping[Phase, int]:
     """Number of the original's operators to launch, by phase, if a model moves from a CPU to a GPU; else empty."""
     return served.operators if (served.hardware.device, machine.device) == ("cpu", "cuda") else {}
 
 
-def _figures(served: Served, machine: Machine, gains: Mapping[str, float]) -> str:
+def _figures(served: ServingVariant, machine: Machine, gains: Mapping[str, float]) -> str:
     """Describe both machines' figures, for the dtypes that serve."""
     dtypes = dict.fromkeys(found.compute_dtype for p, found in served.profile.phases.items() if METRIC_OF[p] in gains)
 
@@ -337,7 +337,7 @@ def _figures(served: Served, machine: Machine, gains: Mapping[str, float]) -> st
     return f"{figures(machine)} ({machine.source}), against {here}"
 
 
-def _assumed(served: Served, machine: Machine, gains: Mapping[str, float]) -> str:
+def _assumed(served: ServingVariant, machine: Machine, gains: Mapping[str, float]) -> str:
     """Describe what a prediction for another machine assumes from this one."""
     shares, kept, launched = list[str](), list[str](), list[str]()
     launches = _launches(served, machine)

@@ -27,7 +27,7 @@ from ..validate.latency import EARLY_LOOKS
 from ..validate.limits import Limits
 from ..validate.ratios import own_noise
 from ..validate.score import CandidateError, Served
-from ..validate.sensitivity import Probe
+from ..validate.sensitivity import LayerProbe
 from ..validate.texts import effort
 from ..validate.tiers import SIZES
 from ..validate.timing import TIMED_TOKENS, request, time_request
@@ -139,11 +139,11 @@ class LiveBench:
         with self._timed("judgement"):
             return quality.judge(exam, variant, tier, self._in_time("comparing answers with the original's"))
 
-    def probe(self, incumbent: Variant, transform: Transform, tier: str) -> Probe | None:
+    def probe(self, incumbent: Variant, transform: Transform, tier: str) -> LayerProbe | None:
         """The probe of a transform that exchanges single layers: measures their divergence. None for others."""
         if not isinstance(transform, LinearTransform):
             return None
-        return Probe(self.exam, incumbent, transform, tier)
+        return LayerProbe(self.exam, incumbent, transform, tier)
 
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
         with self._timed("race"):

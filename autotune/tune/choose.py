@@ -17,15 +17,15 @@ from ..transforms import is_foreign
 from ..validate.limits import Limits
 from ..workload import Phase
 from . import rehearsal
-from .plan import Outcome, Trial
-from .policy import Choice, Policy, Step
+from .plan import Trial, TrialOutcome
+from .policy import Choice, Policy, PolicyStep
 
 USABLE_SHARE = 0.9  # of free memory; 10 % is kept for activations and the allocator's slack
 LEAST_LEFT = 0.05  # least share of a phase's time that an exchange leaves; the two predictions are not more exact
 
 
 @dataclass(frozen=True)
-class State:
+class SearchState:
     """The best variant so far and what is known about it.
 
     Args:
@@ -51,7 +51,7 @@ def parameter_count(original: Variant, policy: Policy) -> int | None:
 
 
 def why_not(
-    step: Step, diagnoses: Mapping[Phase, Diagnosis], hardware: Hardware, parameters: int | None = None
+    step: PolicyStep, diagnoses: Mapping[Phase, Diagnosis], hardware: Hardware, parameters: int | None = None
 ) -> str | None:
     """Why a step is not called for, or None.
 
@@ -75,11 +75,11 @@ def why_not(
 def promise(
     transform: Transform,
     phase: Phase,
-    state: State,
+    state: SearchState,
     hardware: Hardware,
     *,
     replaced: Transform | None = None,
-    before: State | None = None,
+    before: SearchState | None = None,
 ) -> float | None:
     """Predicted best-case speed-up of `phase`, or None if the transform is unavailable.
 
@@ -107,12 +107,12 @@ def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obst
     return reason or rehearsal.obstacle(variant.original, transform, hardware)
 
 
-def expect(transform: Transform, phase: Phase, state: State, hardware: Hardware) -> float:
+def expect(transform: Transform, phase: Phase, state: SearchState, hardware: Hardware) -> float:
     """Predicted best-case speed-up of `phase`, assuming that the transform is available."""
     return transform.predict(state.profile, hardware).get(phase, 1.0)
 
 
-def exchange(own: float, replaced: float, phase: Phase, before: State, now: State) -> float:
+def exchange(own: float, replaced: float, phase: Phase, before: SearchState, now: SearchState) -> float:
     """Predicted best-case speed-up of `phase` over the current variant if one transform replaces another.
 
     The phase's time with each of the two is predicted on the original. The difference is subtracted from the phase's
@@ -139,25 +139,25 @@ def worth(transform: Transform, promised: float | None) -> float:
     return chance * math.log(max(promised or 1.0, 1.0)) / trials
 
 
-def rule_out(trial: Trial, phase: Phase, state: State, limits: Limits, hardware: Hardware) -> Trial | None:
+def rule_out(trial: Trial, phase: Phase, state: SearchState, limits: Limits, hardware: Hardware) -> Trial | None:
     """Settle a trial without a run (unavailable, or cannot win). Returns None if it has to be tried."""
     missing, predicted = None, trial.predicted
     if predicted is None:
         missing = unavailable(trial.transform, state.variant, hardware, state.obstacle) or "not available"
         if not isinstance(missing, Blocker):
-            return replace(trial, outcome=Outcome.UNAVAILABLE, reason=missing)
+            return replace(trial, outcome=TrialOutcome.UNAVAILABLE, reason=missing)
         predicted = expect(trial.transform, phase, state, hardware)  # what the missing requirement costs
     if at_best(trial.transform, predicted, phase, state, hardware) < 1 + limits.min_gain:
         reason = f"the roofline allows {predicted:.2f}x at best, {1 + limits.min_gain:.2f}x is the least worth having"
-        return replace(trial, outcome=Outcome.SKIPPED, reason=reason, predicted=predicted)
+        return replace(trial, outcome=TrialOutcome.SKIPPED, reason=reason, predicted=predicted)
     if missing is not None:
-        return replace(trial, outcome=Outcome.BLOCKED, reason=str(missing), predicted=predicted)
+        return replace(trial, outcome=TrialOutcome.BLOCKED, reason=str(missing), predicted=predicted)
     if (excess := outgrows(trial.transform, state.variant, state.free_bytes)) is not None:
-        return replace(trial, outcome=Outcome.BLOCKED, reason=excess)
+        return replace(trial, outcome=TrialOutcome.BLOCKED, reason=excess)
     return None
 
 
-def at_best(transform: Transform, predicted: float, phase: Phase, state: State, hardware: Hardware) -> float:
+def at_best(transform: Transform, predicted: float, phase: Phase, state: SearchState, hardware: Hardware) -> float:
     """A predicted speed-up. If measuring the peaks was disturbed, scale it to the highest possible peaks."""
     if not hardware.disturbed or not predicted:
         return predicted

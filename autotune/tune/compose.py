@@ -16,9 +16,9 @@ from ..runtime.variant import Stage, Transform, Variant
 from ..transforms import is_foreign
 from ..transforms.linears import reusing
 from ..workload import PHASES, Phase, Target
-from .choose import State, expect, make, outgrows, unavailable, why_not
-from .plan import Outcome, Trial
-from .policy import Step
+from .choose import SearchState, expect, make, outgrows, unavailable, why_not
+from .plan import Trial, TrialOutcome
+from .policy import PolicyStep
 from .trying import Trier
 
 log = logging.getLogger("autotune")
@@ -31,10 +31,10 @@ ALIKE = 1.1
 
 
 @dataclass(frozen=True)
-class Part:
+class DraftPart:
     """A step's transform in a draft, and the speed-up of the step's phase that it promises alone."""
 
-    step: Step
+    step: PolicyStep
     transform: Transform
     predicted: float
 
@@ -49,11 +49,11 @@ class Draft:
         made: holds the variant. The caller that tries it takes it out, so that nothing else keeps its memory.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[DraftPart, ...]
     shortfalls: dict[Transform, str]
     made: list[Variant]
 
-    def attempts(self) -> Iterator[tuple[Part, ...]]:
+    def attempts(self) -> Iterator[tuple[DraftPart, ...]]:
         """Yield the whole draft, then each phase's part. A single transform is left to its step."""
         halves = [tuple(part for part in self.parts if part.step.phase == phase) for phase in PHASES]
         if len(self.parts) > 1:
@@ -61,15 +61,15 @@ class Draft:
         yield from (half for half in halves if 1 < len(half) < len(self.parts))
 
 
-def trial(parts: tuple[Part, ...]) -> Trial:
+def trial(parts: tuple[DraftPart, ...]) -> Trial:
     """Make a draft's parts a candidate."""
     phases: set[Phase] = {part.step.phase for part in parts}
     first, *others = (part.transform for part in parts)
     target: Target = "both" if len(phases) > 1 else parts[0].step.phase
-    return Trial(first, NAME, target, Outcome.SKIPPED, "", others=tuple(others))
+    return Trial(first, NAME, target, TrialOutcome.SKIPPED, "", others=tuple(others))
 
 
-def compose(state: State, trier: Trier, parameters: int | None = None) -> Draft:
+def compose(state: SearchState, trier: Trier, parameters: int | None = None) -> Draft:
     """Compose the draft for a model.
 
     A transform that may lose quality reads the exam's texts once, and is taken only if its loss is within the tier.
@@ -92,15 +92,15 @@ def compose(state: State, trier: Trier, parameters: int | None = None) -> Draft:
 
 
 class _Drafting:
-    def __init__(self, state: State, trier: Trier) -> None:
+    def __init__(self, state: SearchState, trier: Trier) -> None:
         self.state = state
         self.trier = trier
         self.variant = state.variant
-        self.parts = list[Part]()
+        self.parts = list[DraftPart]()
         self.shortfalls = dict[Transform, str]()
         self.taken = set[tuple[Phase, Stage]]()
 
-    def take(self, step: Step) -> None:
+    def take(self, step: PolicyStep) -> None:
         """Add the most promising of a step's choices that are available and keep the quality within the tier."""
         least = 1 + self.trier.policy.limits.min_gain
         choices = [make(choice) for choice in step.choices]
@@ -114,7 +114,7 @@ class _Drafting:
             if (candidate := self.extended(transform)) is None:
                 continue
             self.variant = candidate
-            self.parts.append(Part(step, transform, gain))
+            self.parts.append(DraftPart(step, transform, gain))
             self.taken |= {(phase, transform.stage) for phase in transform.phases}
             return
 

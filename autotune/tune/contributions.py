@@ -18,7 +18,7 @@ from ..workload import Target
 log = logging.getLogger("autotune")
 
 
-class Bench(Protocol):
+class ContributionBench(Protocol):
     """The parts of a bench that are needed to measure contributions."""
 
     original: Variant
@@ -49,7 +49,9 @@ class Contribution:
     reason: str = ""
 
 
-def measure(winner: Variant, bench: Bench, clock: Callable[[], float] = time.monotonic) -> tuple[Contribution, ...]:
+def measure(
+    winner: Variant, bench: ContributionBench, clock: Callable[[], float] = time.monotonic
+) -> tuple[Contribution, ...]:
     """Measure a plan of two or more transforms without each of them, as far as the budget allows.
 
     Raises:
@@ -70,7 +72,7 @@ def measure(winner: Variant, bench: Bench, clock: Callable[[], float] = time.mon
     return tuple(found)
 
 
-def _contribution(transform: Transform, winner: Variant, bench: Bench) -> Contribution:
+def _contribution(transform: Transform, winner: Variant, bench: ContributionBench) -> Contribution:
     others = tuple(other for other in winner.transforms if other is not transform)
     try:
         latency = bench.compare_briefly(bench.original.with_transforms(others), winner, transform.phase)

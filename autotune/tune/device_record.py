@@ -9,7 +9,7 @@ from ..workload import PHASES
 
 if TYPE_CHECKING:
     from ..diagnose.costs import PhaseProfile, Profile
-    from ..profile.ncu import Reading
+    from ..profile.ncu import NcuExport
 
 
 def record(before: Profile, after: Profile | None) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def figures(phase: PhaseProfile) -> dict[str, Any] | None:
     }
 
 
-def counted(reading: Reading) -> dict[str, Any]:
+def counted(reading: NcuExport) -> dict[str, Any]:
     """The counters from Nsight Compute."""
     kernels = [asdict(kernel) for kernel in reading.kernels]
     return {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis
 from ..machine.hardware import Hardware
-from ..profile.ncu import Reading
+from ..profile.ncu import NcuExport
 from ..runtime.variant import Transform
 from ..validate import Latency, Quality
 from ..workload import Phase
@@ -66,4 +66,4 @@ class Findings:
     elsewhere: float | None = None
     break_even_tokens: float | None = None
     created: str = ""
-    ncu: Mapping[Phase, Reading] = field(default_factory=dict)
+    ncu: Mapping[Phase, NcuExport] = field(default_factory=dict)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 
 
-class Outcome(enum.StrEnum):
+class TrialOutcome(enum.StrEnum):
     """The outcome of a candidate. `verdict.UNTRIED` and `verdict.UNWANTED` list the outcomes of untried candidates."""
 
     ACCEPTED = "accepted"  # no worse, and faster
@@ -58,7 +58,7 @@ class Trial:
     transform: Transform
     step: str
     target: Target
-    outcome: Outcome
+    outcome: TrialOutcome
     reason: str
     predicted: float | None = None
     quality: Quality | None = None

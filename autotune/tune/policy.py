@@ -44,7 +44,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Step:
+class PolicyStep:
     """One question: for this bottleneck, which of these choices helps?
 
     Args:
@@ -87,7 +87,7 @@ class Policy:
     tier: str
     limits: Limits
     budget_s: float
-    steps: tuple[Step, ...]
+    steps: tuple[PolicyStep, ...]
     source: str = ""
 
 
@@ -169,7 +169,7 @@ def _limits(table: Any, where: str) -> Limits:
     return Limits(**{key: _number(table, key, where) for key in table})
 
 
-def _step(table: Mapping[str, Any], number: int, where: str) -> Step:
+def _step(table: Mapping[str, Any], number: int, where: str) -> PolicyStep:
     where = f"{where}, step {number}"
     name = _text(table, "name", where)
     where = f"{where} ({name})"
@@ -181,7 +181,7 @@ def _step(table: Mapping[str, Any], number: int, where: str) -> Step:
     choices = table.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise PolicyError(f'{where}: choices is missing or empty; expected choices = [{{ transform = "..." }}, ...]')
-    return Step(
+    return PolicyStep(
         name=name,
         phase=_one_of(when, "phase", PHASES, f"{where}, when"),  # type: ignore[arg-type]  # checked
         choices=tuple(_choice(choice, f"{where}, choice {i}") for i, choice in enumerate(choices, 1)),

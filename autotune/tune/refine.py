@@ -75,7 +75,7 @@ class Promises:
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerGroup:
     """Layers that are kept or exchanged together.
 
     Args:
@@ -142,12 +142,12 @@ def refine(probe: Probe, promises: Promises, spent: Callable[[], bool]) -> Refin
     return Refinement(tuple(proposals), worst)
 
 
-def rank(probe: Probe, spent: Callable[[], bool]) -> tuple[Part, ...]:
+def rank(probe: Probe, spent: Callable[[], bool]) -> tuple[LayerGroup, ...]:
     """Divide all layers into parts, ordered by divergence per byte, the largest first."""
     whole = sum(probe.layers.values())
 
-    def measure(layers: tuple[str, ...]) -> Part:
-        return Part(layers, sum(probe.layers[name] for name in layers) / whole, probe.divergence(layers))
+    def measure(layers: tuple[str, ...]) -> LayerGroup:
+        return LayerGroup(layers, sum(probe.layers[name] for name in layers) / whole, probe.divergence(layers))
 
     parts = [measure(layers) for layers in kinds(probe.layers)]
     while len(parts) + 1 < MOST_MEASURED and not spent():
@@ -197,7 +197,7 @@ def spell(chosen: Collection[str], names: Collection[str]) -> str:
     return ",".join(parts)
 
 
-def explain(parts: Collection[Part], wide: str, total: float, form: str) -> str:
+def explain(parts: Collection[LayerGroup], wide: str, total: float, form: str) -> str:
     """Explain in a sentence why these parts stay wider."""
     nats = [f"{part.nats:.2g}" for part in parts]
     if len(parts) > 3:

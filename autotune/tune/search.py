@@ -16,9 +16,9 @@ from ..runtime.variant import Transform, Variant
 from ..transforms.linears import reusing
 from ..validate import Verdict
 from . import compose
-from .choose import State, make, parameter_count, promise, rule_out, why_not, worth
-from .plan import Confirmation, Outcome, Trial
-from .policy import Policy, Step
+from .choose import SearchState, make, parameter_count, promise, rule_out, why_not, worth
+from .plan import Confirmation, Trial, TrialOutcome
+from .policy import Policy, PolicyStep
 from .trying import Bench, Trier
 
 log = logging.getLogger("autotune")
@@ -36,8 +36,8 @@ class Found:
         refuted: transforms of the variant that was not confirmed, if none was kept.
     """
 
-    before: State
-    after: State
+    before: SearchState
+    after: SearchState
     trials: tuple[Trial, ...]
     confirmation: Confirmation | None = None
     refuted: tuple[Transform, ...] = ()
@@ -46,8 +46,8 @@ class Found:
 @dataclass
 class _Search:
     trier: Trier
-    before: State
-    state: State
+    before: SearchState
+    state: SearchState
     trials: list[Trial] = field(default_factory=list)
     confirmation: Confirmation | None = None
     refuted: tuple[Transform, ...] = ()
@@ -72,7 +72,7 @@ class _Search:
             if self.state is not before:
                 self.chosen |= {part.step.name: part.transform for part in parts}
 
-    def take(self, step: Step) -> None:
+    def take(self, step: PolicyStep) -> None:
         """Try a step's choices, the most promising first. Each one kept changes what the rest can promise.
 
         If the draft in use has a transform for the step, the other choices are tried as its replacement.
@@ -82,7 +82,7 @@ class _Search:
             predicted = {t: self.promise(t, step) for t in choices}
             transform = max(choices, key=lambda t: predicted[t] or 0.0)
             choices.remove(transform)
-            trial = Trial(transform, step.name, step.phase, Outcome.SKIPPED, "", predicted=predicted[transform])
+            trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted[transform])
             base = self.state
             if (replaced := self.chosen.get(step.name)) is not None:
                 trial, base = replace(trial, instead_of=(replaced,)), self.before
@@ -97,16 +97,16 @@ class _Search:
             if replaced is not None and self.state is not before:
                 self.chosen[step.name] = last.transform
 
-    def promise(self, transform: Transform, step: Step) -> float | None:
+    def promise(self, transform: Transform, step: PolicyStep) -> float | None:
         """Predicted best-case speed-up of the step's phase over the current variant, or None if unavailable."""
         replaced = self.chosen.get(step.name)
         return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=self.before)
 
-    def value(self, step: Step) -> float:
+    def value(self, step: PolicyStep) -> float:
         """The worth of trying a step: that of its best choice."""
         return max(worth(transform, self.promise(transform, step)) for transform in map(make, step.choices))
 
-    def find(self, trial: Trial, base: State, others: float) -> tuple[list[Trial], Variant | None]:
+    def find(self, trial: Trial, base: SearchState, others: float) -> tuple[list[Trial], Variant | None]:
         """Try a candidate. If it loses too much quality, try it without some layers.
 
         Args:
@@ -117,7 +117,7 @@ class _Search:
             The trials to record, of which the last decides, and the last one's variant.
         """
         if (reason := self.shortfalls.get(trial.transform)) is not None and not self.lateness():
-            trial = replace(trial, outcome=Outcome.REJECTED, reason=f"on the exam's texts, read at once, {reason}")
+            trial = replace(trial, outcome=TrialOutcome.REJECTED, reason=f"on the exam's texts, read at once, {reason}")
             return self.trier.refine(trial, self.state, base, others)
         trial, candidate = self.attempt(trial)
         if trial.quality is None or trial.quality.verdict is not Verdict.FAIL:
@@ -134,7 +134,7 @@ class _Search:
             held_out: whether it is proven on held-out prompts directly.
         """
         if late := self.lateness():
-            return replace(trial, outcome=Outcome.UNREACHED, reason=late), None
+            return replace(trial, outcome=TrialOutcome.UNREACHED, reason=late), None
         promised = f": predicted up to {trial.predicted:.2f}x for {trial.target}" if trial.predicted else ""
         self.trier.notify(f"trying {trial.candidate}{promised}")
         return self.trier.attempt(trial, self.state.variant, made, held_out=held_out)
@@ -150,7 +150,7 @@ class _Search:
             held_out: whether they confirmed it already.
         """
         start = self.trier.clock()
-        if trial.outcome is Outcome.ACCEPTED and candidate is not None:
+        if trial.outcome is TrialOutcome.ACCEPTED and candidate is not None:
             if held_out:
                 self.keep(candidate, Confirmation(None, trial.quality, trial.latency))
             else:
@@ -169,7 +169,7 @@ class _Search:
         if self.state is self.before:  # a confirmed variant keeps its confirmation
             self.confirmation = found
             self.refuted = candidate.transforms
-        outcome = Outcome.REJECTED if found.is_disproof else Outcome.INCONCLUSIVE
+        outcome = TrialOutcome.REJECTED if found.is_disproof else TrialOutcome.INCONCLUSIVE
         self.trier.bench.free_memory()
         return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
 
@@ -226,5 +226,5 @@ def search(
         run.take(step)
     for step in pending:
         reason = why_not(step, run.state.diagnoses, hardware, parameters) or ""
-        run.trials += [Trial(make(c), step.name, step.phase, Outcome.SKIPPED, reason) for c in step.choices]
+        run.trials += [Trial(make(c), step.name, step.phase, TrialOutcome.SKIPPED, reason) for c in step.choices]
     return Found(before, run.state, tuple(run.trials), run.confirmation, run.refuted)

@@ -16,8 +16,8 @@ from ..runtime.variant import Transform, Variant
 from ..transforms import is_foreign
 from ..validate import Latency, Quality, Verdict
 from ..workload import PHASES, Phase, Target
-from .choose import State, exchange, expect, promise, tier_for
-from .plan import Confirmation, Outcome, Trial
+from .choose import SearchState, exchange, expect, promise, tier_for
+from .plan import Confirmation, Trial, TrialOutcome
 from .policy import Policy
 from .refine import Probe, Promises, Refinement, refine
 from .verdict import UNTRIED
@@ -28,10 +28,10 @@ MIN_FIRST_SPEEDUP = 0.1  # a candidate slower than this in its first run is drop
 REFINING_SHARE = 0.15  # share of the budget for finding out which layers of one transform to leave wider
 LEAST_S = 10.0  # least seconds that a candidate gets in a child process, even if less of the budget is left
 OUTCOMES = {
-    Verdict.PASS: Outcome.ACCEPTED,
-    Verdict.FAIL: Outcome.REJECTED,
-    Verdict.INCONCLUSIVE: Outcome.INCONCLUSIVE,
-    Verdict.ERROR: Outcome.ERROR,
+    Verdict.PASS: TrialOutcome.ACCEPTED,
+    Verdict.FAIL: TrialOutcome.REJECTED,
+    Verdict.INCONCLUSIVE: TrialOutcome.INCONCLUSIVE,
+    Verdict.ERROR: TrialOutcome.ERROR,
 }
 
 
@@ -102,10 +102,10 @@ class Trier:
     clock: Callable[[], float]
     deadline: float
 
-    def examine(self, variant: Variant, obstacle: str | None = None) -> State:
+    def examine(self, variant: Variant, obstacle: str | None = None) -> SearchState:
         """Profile and diagnose a variant, before anything is tried on it."""
         profile = self.bench.profile(variant)
-        return State(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes(), obstacle)
+        return SearchState(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes(), obstacle)
 
     def lateness(self, needed_s: float = 0.0) -> str | None:
         """Why there is too little time left to begin work of `needed_s` seconds, or None."""
@@ -129,7 +129,9 @@ class Trier:
         self.notify(f"{trial.outcome} {trial.candidate}: {trial.reason}")
         return trial, candidate
 
-    def refine(self, failed: Trial, state: State, base: State, others: float) -> tuple[list[Trial], Variant | None]:
+    def refine(
+        self, failed: Trial, state: SearchState, base: SearchState, others: float
+    ) -> tuple[list[Trial], Variant | None]:
         """Try a transform that failed the gate without the layers that made it fail, if these are few enough.
 
         Args:
@@ -158,7 +160,7 @@ class Trier:
         for proposal in found.proposals:
             refined = replace(failed, transform=proposal.transform, predicted=proposal.predicted, quality=None)
             if late := self.lateness():
-                refined = replace(refined, outcome=Outcome.UNREACHED, reason=late, seconds=0.0, compile_s=0.0)
+                refined = replace(refined, outcome=TrialOutcome.UNREACHED, reason=late, seconds=0.0, compile_s=0.0)
                 return [*trials, refined], None
             trial, candidate = self.attempt(refined, state.variant)
             if trial.outcome in UNTRIED:
@@ -168,7 +170,7 @@ class Trier:
                 break
         return trials, candidate
 
-    def _look_into(self, failed: Trial, state: State, base: State, others: float) -> Refinement | None:
+    def _look_into(self, failed: Trial, state: SearchState, base: SearchState, others: float) -> Refinement | None:
         """Find the layers that made a transform fail, and what to try without them; None if that is not possible."""
         tier = failed.quality.tier if failed.quality else self.policy.tier
         if failed.target == "both" or (probe := self.bench.probe(base.variant, failed.transform, tier)) is None:
@@ -200,7 +202,7 @@ class Trier:
         except Exception as error:  # a transform is foreign code: its crash must cost only the candidate
             outside.pass_on(error)
             log.debug("%s crashed", trial.candidate, exc_info=True)
-            trial, candidate = replace(trial, outcome=Outcome.ERROR, reason=self.bench.describe_error(error)), None
+            trial, candidate = replace(trial, outcome=TrialOutcome.ERROR, reason=self.bench.describe_error(error)), None
         if candidate is None:  # no exception is alive now, whose traceback would keep its memory
             self.bench.free_memory()
         return trial, candidate
@@ -216,28 +218,28 @@ class Trier:
         start, bench = self.clock(), self.bench
         for foreign in filter(is_foreign, trial.transforms):
             if death := bench.risk(foreign, lambda: assemble(trial, incumbent), max(LEAST_S, self.deadline - start)):
-                yield replace(trial, outcome=Outcome.ERROR, reason=death), None
+                yield replace(trial, outcome=TrialOutcome.ERROR, reason=death), None
                 return
         try:
             candidate = made.pop() if made else assemble(trial, incumbent)
             missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
         except TransformError as error:
-            yield replace(trial, outcome=Outcome.BLOCKED, reason=str(error)), None
+            yield replace(trial, outcome=TrialOutcome.BLOCKED, reason=str(error)), None
             return
         yield (trial := replace(trial, compile_s=self.clock() - start)), None
         if missing is not None:
-            yield replace(trial, outcome=Outcome.BLOCKED, reason=f"it had no effect: {missing}"), None
+            yield replace(trial, outcome=TrialOutcome.BLOCKED, reason=f"it had no effect: {missing}"), None
             return
         memory = bench.memory_ratio(candidate)
         if memory > self.policy.limits.max_memory_ratio:
             limit = self.policy.limits.max_memory_ratio
             reason = f"weights would take {memory:.2f}x the original's memory, {limit:.2f}x is allowed"
-            yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+            yield replace(trial, outcome=TrialOutcome.REJECTED, reason=reason), None
             return
         for phase in PHASES if trial.target == "both" else (trial.target,):
             if (first := bench.first_speedup(incumbent, candidate, phase)) < MIN_FIRST_SPEEDUP:
                 reason = f"the first run of {phase} took {1 / first:.1f}x as long"
-                yield replace(trial, outcome=Outcome.REJECTED, reason=reason), None
+                yield replace(trial, outcome=TrialOutcome.REJECTED, reason=reason), None
                 return
         try:
             if held_out:
@@ -245,14 +247,17 @@ class Trier:
             else:
                 found = Confirmation(quality=bench.judge(candidate, tier_for(candidate, self.policy)))
         except BudgetSpentError as error:
-            yield replace(trial, outcome=Outcome.UNREACHED, reason=str(error)), None
+            yield replace(trial, outcome=TrialOutcome.UNREACHED, reason=str(error)), None
             return
         yield (trial := _decided(trial, found)), candidate if held_out and found.holds else None
         quality = found.quality
         if held_out or quality is None or quality.verdict is not Verdict.PASS:
             return
         if late := self.lateness():
-            yield replace(trial, outcome=Outcome.UNREACHED, reason=f"it is no worse, and was not timed: {late}"), None
+            yield (
+                replace(trial, outcome=TrialOutcome.UNREACHED, reason=f"it is no worse, and was not timed: {late}"),
+                None,
+            )
             return
         latency = bench.race(incumbent, candidate, trial.target)
         yield _decided(trial, Confirmation(quality=quality, latency=latency)), candidate
@@ -262,11 +267,11 @@ def _decided(trial: Trial, found: Confirmation) -> Trial:
     """Return the trial with the measurements made so far and the outcome they mean."""
     quality, latency = found.quality, found.latency
     if latency is not None:
-        outcome = Outcome.INCONCLUSIVE if latency.drowned else OUTCOMES[latency.verdict]
+        outcome = TrialOutcome.INCONCLUSIVE if latency.drowned else OUTCOMES[latency.verdict]
     elif quality is not None:
-        outcome = OUTCOMES[quality.verdict] if quality.examined else Outcome.BLOCKED
+        outcome = OUTCOMES[quality.verdict] if quality.examined else TrialOutcome.BLOCKED
     else:
-        outcome = Outcome.ERROR
+        outcome = TrialOutcome.ERROR
     return replace(trial, quality=quality, latency=latency, outcome=outcome, reason=found.reason)
 
 

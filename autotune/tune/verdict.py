@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from ..machine.busy import is_noticeable
 from ..runtime.variant import Transform
 from ..validate import Latency, Quality, Verdict
-from .plan import Outcome, Trial
+from .plan import Trial, TrialOutcome
 
-UNTRIED = frozenset({Outcome.ERROR, Outcome.BLOCKED, Outcome.UNREACHED})  # wanted, but not judged
-UNWANTED = frozenset({Outcome.SKIPPED, Outcome.UNAVAILABLE})
+UNTRIED = frozenset({TrialOutcome.ERROR, TrialOutcome.BLOCKED, TrialOutcome.UNREACHED})  # wanted, but not judged
+UNWANTED = frozenset({TrialOutcome.SKIPPED, TrialOutcome.UNAVAILABLE})
 MOST_CAUSES, MOST_NAMES = 3, 4  # most causes and names in a verdict; the report lists every candidate
 SPEED_OPEN = "the winner's speed is open"
 LONGEST_CAUSE = 160  # most characters of a cause in a verdict; a compiler's message may be longer
@@ -63,7 +63,7 @@ class Conclusion:
         """Whether the original was kept because a gain could not be told from noise; at a quieter time one may be."""
         if self.is_committed:
             return False
-        drowned = any(trial.outcome is Outcome.INCONCLUSIVE and trial.latency is not None for trial in self.trials)
+        drowned = any(trial.outcome is TrialOutcome.INCONCLUSIVE and trial.latency is not None for trial in self.trials)
         return drowned or self._unproven() == SPEED_OPEN or self._disturbed() != ""
 
     def _gain(self) -> str:
@@ -76,7 +76,7 @@ class Conclusion:
 
     def _footnote(self) -> str:
         """Name the candidates that raised or were blocked, if any. Those that a spent budget left out are not named."""
-        failed = [t for t in self.trials if t.outcome in (Outcome.ERROR, Outcome.BLOCKED)]
+        failed = [t for t in self.trials if t.outcome in (TrialOutcome.ERROR, TrialOutcome.BLOCKED)]
         if not failed:
             return ""
         return f"; {len(failed)} of {len(wanted(self.trials))} candidates could not be tried ({_names(failed)})"
@@ -107,7 +107,7 @@ class Conclusion:
 
     def _disturbed(self) -> str:
         """How many candidates were found no faster while other processes were busy; empty if none."""
-        slow = sum(trial.outcome is Outcome.REJECTED and trial.latency is not None for trial in self.trials)
+        slow = sum(trial.outcome is TrialOutcome.REJECTED and trial.latency is not None for trial in self.trials)
         if not slow or self.elsewhere is None or not is_noticeable(self.elsewhere):
             return ""
         beside = f"while others took {self.elsewhere:.0%} of the CPU time".replace("%", " %")
@@ -136,7 +136,7 @@ def doubts(trials: Sequence[Trial]) -> str | None:
     """Why these trials do not show that there is nothing better than the original, or None."""
     counts = {
         "could not be tried": len(untried(trials)),
-        "came out inconclusive": sum(trial.outcome is Outcome.INCONCLUSIVE for trial in trials),
+        "came out inconclusive": sum(trial.outcome is TrialOutcome.INCONCLUSIVE for trial in trials),
     }
     found = [f"{count} of {len(wanted(trials))} candidates {what}" for what, count in counts.items() if count]
     return "; ".join(found) or None
@@ -165,7 +165,7 @@ def _not_better(trials: Sequence[Trial]) -> str:
     judged = [trial for trial in wanted(trials) if trial.outcome not in UNTRIED]
     if not judged:
         return "" if untried(trials) else "no candidate is both called for and to be had on this model and machine"
-    open_ = sum(trial.outcome is Outcome.INCONCLUSIVE for trial in judged)
+    open_ = sum(trial.outcome is TrialOutcome.INCONCLUSIVE for trial in judged)
     told = (
         f"none of {len(judged)} candidates tried proved" if len(judged) > 1 else "the one candidate tried did not prove"
     )

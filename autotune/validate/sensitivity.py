@@ -24,7 +24,7 @@ BATCH = 4  # texts in a batch; layers are compared on one batch, the tier is che
 READ_BYTES = 128 * 2**20  # most bytes of FP32 logits per forward; a large vocabulary allows fewer texts at a time
 
 
-class Probe:
+class LayerProbe:
     """Measures the divergence of variants that exchange some of the layers a transform would exchange.
 
     Prefill and decode run through their own modules, as in serving, but decode reads all its tokens in one forward.

@@ -19,7 +19,7 @@ from autotune.runtime.loop import decode
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import policy as policies
-from autotune.tune.plan import Outcome, Trial
+from autotune.tune.plan import Trial, TrialOutcome
 from autotune.workload import built_in
 from tests import models
 
@@ -274,7 +274,7 @@ def test_an_outcome_that_an_earlier_version_kept_without_having_tried_is_searche
 
 
 def test_the_demo_asks_nothing_where_nothing_could_be_tried(monkeypatch, capsys):
-    tried = Trial(LeanLoop("decode"), "step", "decode", Outcome.BLOCKED, "why")
+    tried = Trial(LeanLoop("decode"), "step", "decode", TrialOutcome.BLOCKED, "why")
     report = SimpleNamespace(to_dict=lambda: {"verdict": "kept the original, but nothing could be tried"})
     handle = SimpleNamespace(plan=SimpleNamespace(trials=(tried,)), report=lambda: report)
     monkeypatch.setattr(demo, "model_file", lambda: Path("model"))

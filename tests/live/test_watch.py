@@ -18,7 +18,7 @@ from autotune.live.watch.drift import (
     FIRST_CALLS,
     LOOKED_AT,
     Compilations,
-    Divergence,
+    DivergenceCusum,
     LatencyCusum,
     expected_paces,
     shape_of,
@@ -116,7 +116,7 @@ def test_pauses_double_up_to_a_limit() -> None:
     ],
 )
 def test_drift_is_called_when_the_evidence_is_there(klds: list[float], alarmed: bool) -> None:
-    found, alarms = Divergence(0.005), []
+    found, alarms = DivergenceCusum(0.005), []
     for kld in klds:
         found = found.after(kld)
         alarms.append(found.alarmed)
@@ -126,7 +126,7 @@ def test_drift_is_called_when_the_evidence_is_there(klds: list[float], alarmed: 
 def test_a_plan_at_its_limit_is_hardly_ever_said_to_drift() -> None:
     rng, alarms, samples = np.random.default_rng(0), 0, 200
     for _ in range(100):
-        found = Divergence(0.005)
+        found = DivergenceCusum(0.005)
         for kld in 0.005 * rng.exponential(size=samples):
             found = found.after(float(kld))
             if found.alarmed:

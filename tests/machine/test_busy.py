@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from autotune.machine import busy
-from autotune.machine.busy import Reading
+from autotune.machine.busy import CpuCounters
 
-START = Reading(clock_s=100.0, cpus=2, used_s=1000.0, own_s=50.0)
+START = CpuCounters(clock_s=100.0, cpus=2, used_s=1000.0, own_s=50.0)
 TICKS = os.sysconf("SC_CLK_TCK")
 
 # what happened in ten seconds on two CPUs -> share of the CPU time that went elsewhere

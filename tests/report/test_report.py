@@ -20,7 +20,7 @@ from autotune.report.sections import contributions, not_tried, result
 from autotune.runtime.variant import Stage, Transform
 from autotune.tune.contributions import Contribution
 from autotune.tune.findings import Findings
-from autotune.tune.plan import Outcome, Trial
+from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.record import report_of, reverified
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
@@ -112,20 +112,22 @@ FASTER = Latency(
     warnings=("IQR is 12 % of the median",),
 )
 TRIALS = (
-    Trial(Shrink(), "smaller weights", "decode", Outcome.ACCEPTED, "2.50x faster", 3.1, PASSED, FASTER, 42.0, 13.0),
+    Trial(
+        Shrink(), "smaller weights", "decode", TrialOutcome.ACCEPTED, "2.50x faster", 3.1, PASSED, FASTER, 42.0, 13.0
+    ),
     Trial(
         Shrink(bits=4),
         "smaller weights",
         "decode",
-        Outcome.REJECTED,
+        TrialOutcome.REJECTED,
         "mean KLD 1.21, at most 0.0050",
         4.0,
         RUINED,
         None,
         9.0,
     ),
-    Trial(Shrink(phase="prefill"), "smaller weights", "prefill", Outcome.SKIPPED, "prefill is compute-bound"),
-    Trial(Shrink(bits=2), "smaller weights", "decode", Outcome.UNAVAILABLE, "needs | AVX-512", NAN),
+    Trial(Shrink(phase="prefill"), "smaller weights", "prefill", TrialOutcome.SKIPPED, "prefill is compute-bound"),
+    Trial(Shrink(bits=2), "smaller weights", "decode", TrialOutcome.UNAVAILABLE, "needs | AVX-512", NAN),
 )
 ORIGINAL = Findings(
     model="tiny-llama",
@@ -173,8 +175,8 @@ IDLE = replace(
     verdict="kept the original, but 2 of 3 candidates could not be tried: no compiler (shrink); out of memory (shrink)",
     doubt="2 of 3 candidates could not be tried",
     trials=(
-        Trial(Shrink(), "smaller weights", "decode", Outcome.BLOCKED, "no compiler", 3.1),
-        Trial(Shrink(bits=3), "smaller weights", "decode", Outcome.ERROR, "out of memory", 3.6, seconds=4.0),
+        Trial(Shrink(), "smaller weights", "decode", TrialOutcome.BLOCKED, "no compiler", 3.1),
+        Trial(Shrink(bits=3), "smaller weights", "decode", TrialOutcome.ERROR, "out of memory", 3.6, seconds=4.0),
         *TRIALS[1:],
     ),
 )

@@ -308,12 +308,12 @@ def test_a_16_bit_models_step_is_that_of_the_same_weights_in_fp32(name: str, dty
 @needs_kernels
 def test_a_packed_embedding_gives_a_16_bit_models_step_its_own_rows() -> None:
     """In FP32, as they are in memory, while prefill has them in the model's dtype."""
-    from autotune.runtime.kernels import PackedEmbedding
+    from autotune.runtime.kernels import PackedTable
 
     plan = [transforms.make("weight_only", {}, "both"), transforms.make("packed_embedding", {}, "both")]
     variant = Variant(tiny("llama").bfloat16()).with_transforms([*plan, transforms.make("step_program", {}, "decode")])
     tables = [variant.modules[phase].get_input_embeddings() for phase in ("prefill", "decode")]
-    assert all(isinstance(table, PackedEmbedding) for table in tables)
+    assert all(isinstance(table, PackedTable) for table in tables)
     assert [table.dtype for table in tables] == [torch.bfloat16, torch.float32]
     assert tables[0].weight is tables[1].weight
     assert any(i.code == "embed_packed" for i in variant.step.program(1).instructions)

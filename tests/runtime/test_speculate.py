@@ -21,7 +21,7 @@ from autotune.model import seam
 from autotune.runtime.cache import slots
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, expected_tokens, pays, worthwhile
-from autotune.runtime.speculation.speculate import Tally
+from autotune.runtime.speculation.speculate import GuessCounts
 from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
@@ -49,7 +49,7 @@ def guessing(arch: str = "llama", draft: str = "prompt", tokens: int = 4, **chan
     return model, variant
 
 
-def tally(variant: Variant) -> Tally:
+def tally(variant: Variant) -> GuessCounts:
     assert variant.speculation is not None
     return variant.speculation.tally
 
@@ -309,13 +309,13 @@ def test_lookup_accepts_much_where_text_repeats_and_guesses_nothing_where_it_doe
     assert tally(variant).steps == 12  # four guesses and a token each: 60 steps of one token in 12
     model, variant = guessing()
     ask(serving(variant), RANDOM)
-    assert tally(variant) == Tally()
+    assert tally(variant) == GuessCounts()
 
 
 def test_a_perfect_draft_is_always_right_and_a_poor_one_soon_left_alone() -> None:
     _, variant = guessing(draft="right")
     ask(serving(variant), RANDOM, max_new_tokens=51)
-    assert tally(variant) == Tally(steps=10, guessed=40, right=40)
+    assert tally(variant) == GuessCounts(steps=10, guessed=40, right=40)
     _, variant = guessing(draft="wrong")
     ask(serving(variant), RANDOM, max_new_tokens=150)
     assert tally(variant).right <= 3
@@ -337,7 +337,7 @@ def test_a_batch_is_decoded_token_by_token() -> None:
     model, variant = guessing()
     two = REPEATING.expand(2, -1)
     same(ask(serving(variant), two), ask(model, two))
-    assert tally(variant) == Tally()
+    assert tally(variant) == GuessCounts()
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -454,7 +454,7 @@ def test_the_host_waits_for_nothing_while_guessing_rests() -> None:
         before = fake.waits
         same(ask(serving(variant), REPEATING, max_new_tokens=40), ask(model, REPEATING, max_new_tokens=40))
         assert fake.waits - before == 40  # the caller's own looks
-        assert tally(variant) == Tally()
+        assert tally(variant) == GuessCounts()
 
 
 def test_a_profile_counts_what_moves_for_a_token_on_average() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from autotune.errors import TransformError
 from autotune.model.linear_layers import stored_bytes
-from autotune.runtime.kernels import HalfLinear, Int4Linear, Int8Linear, PackedEmbedding, PackedLinear, available
+from autotune.runtime.kernels import HalfLinear, Int4Linear, Int8Linear, PackedLinear, PackedTable, available
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.packed_embedding import PackedEmbedding as Packed
 from autotune.transforms.weight_only import WeightOnly
@@ -41,7 +41,7 @@ def test_every_row_is_that_of_the_dequantised_table(
     kind: type[PackedLinear], options: dict[str, Any], rows: int, width: int
 ) -> None:
     table = packed(kind, options, rows, width)
-    found = PackedEmbedding(table)(torch.arange(rows))
+    found = PackedTable(table)(torch.arange(rows))
     torch.testing.assert_close(found, table.dequantize(), rtol=1e-6, atol=1e-6)
 
 
@@ -58,13 +58,13 @@ def test_every_row_is_that_of_the_dequantised_table(
 )
 def test_ids_of_any_shape_stride_and_integer_type(ids: torch.Tensor) -> None:
     table = packed(Int8Linear, {}, 37, 100)
-    assert torch.equal(PackedEmbedding(table)(ids), table.dequantize()[ids.long()])
+    assert torch.equal(PackedTable(table)(ids), table.dequantize()[ids.long()])
 
 
 @pytest.mark.parametrize("number", [-1, 37, 47])
 def test_an_id_outside_the_table_is_refused(number: int) -> None:
     with pytest.raises(RuntimeError, match=f"index {number} is out of range for a table of 37 rows"):
-        PackedEmbedding(packed(Int4Linear, {}, 37, 100))(torch.tensor([[0, number]]))
+        PackedTable(packed(Int4Linear, {}, 37, 100))(torch.tensor([[0, number]]))
 
 
 @pytest.mark.parametrize(

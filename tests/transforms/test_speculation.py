@@ -102,7 +102,7 @@ def test_a_step_that_cannot_pay_has_no_effect() -> None:
     variant.speculation.cost = 7.5
     assert "5 of them takes 7.5x as long as a plain one" in (PROMPT.took_effect(variant) or "")
     same(ask(serving(variant), REPEATING), ask(variant.original, REPEATING))
-    assert variant.speculation.tally == speculate.Tally()
+    assert variant.speculation.tally == speculate.GuessCounts()
     assert "guesses nothing" in (PROMPT.took_effect(Variant(tiny())) or "")
 
 

@@ -14,7 +14,7 @@ from autotune.runtime.variant import Variant
 from autotune.transforms import make, wide_arithmetic
 from autotune.transforms.wide_arithmetic import FEWEST_ROWS, PART_BYTES, WideLinear
 from autotune.validate.exam import Exam
-from autotune.validate.sensitivity import Probe
+from autotune.validate.sensitivity import LayerProbe
 from tests.models import tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU, FAST, SLOW
 from tests.transforms.test_weights import profile_of
@@ -138,7 +138,7 @@ def test_layers_are_compared_in_the_arithmetic_of_their_reference(phase: str, mo
     for emulated in (False, True):
         monkeypatch.setattr("autotune.validate.exam.emulated", lambda given, wide=emulated: wide)
         exam = Exam.prepare(model, token_prompts(16), size="quick", pad_token_id=0)
-        probe = Probe(exam, Variant(model), make("weight_only", {"bits": 4}, phase), "strict")
+        probe = LayerProbe(exam, Variant(model), make("weight_only", {"bits": 4}, phase), "strict")
         calls.clear()
         found.append([probe.divergence(list(probe.layers)[:1]), probe.divergence(list(probe.layers))])
         assert bool(calls) == emulated

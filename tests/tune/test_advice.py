@@ -15,7 +15,7 @@ from autotune.machine.hardware import Hardware
 from autotune.report import Report
 from autotune.tune.advice import (
     Advice,
-    Served,
+    ServingVariant,
     advise,
     elsewhere,
     grouped_queries,
@@ -32,7 +32,7 @@ from autotune.tune.record import report_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Piece = Callable[[Served], Iterator[Advice]]
+    Piece = Callable[[ServingVariant], Iterator[Advice]]
 
 CPU = Hardware("cpu", "Example CPU", "AVX2", 2, 10 * 10**9, 20e9, {"float32": 200e9}, None, {"torch": "2.13.0"})
 H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", "9.0", 8, 80 * 10**9, 3e12, {"bfloat16": 700e12}, None, {})
@@ -47,11 +47,11 @@ CONTEXTS = (ScalePoint(1, 50, 0.09), ScalePoint(1, 250, 0.13))  # 0.2 ms a token
 PROFILE = Profile(
     {"prefill": PREFILL, "decode": DECODE}, BATCHES, CONTEXTS, MemoryUse(10**9, 3 * 10**8, 10**8), 100, 1, 1.0
 )
-SERVED = Served(PROFILE, CPU, {"prefill": "compute", "decode": "memory"}, {"prefill": 500, "decode": 400})
+SERVED = ServingVariant(PROFILE, CPU, {"prefill": "compute", "decode": "memory"}, {"prefill": 500, "decode": 400})
 SMALL = replace(CPU, memory_bytes=3 * 10**9)  # (2.7 - 1) / 0.4: four sequences fit beside the weights
 
 
-def served(**changes: Any) -> Served:
+def served(**changes: Any) -> ServingVariant:
     """SERVED with other phases or hardware, or with other fields of its profile."""
     phases = {"prefill": changes.pop("prefill", PREFILL), "decode": changes.pop("decode", DECODE)}
     around = {name: changes.pop(name) for name in ("hardware", "operators", "bottlenecks") if name in changes}
@@ -60,7 +60,7 @@ def served(**changes: Any) -> Served:
 
 STEEP = (*BATCHES[:3], ScalePoint(8, 50, 0.2))
 FLAT = (BATCHES[0], ScalePoint(4, 50, 0.34))
-PIECES: list[tuple[str, Piece, Served, str, float | None, list[str]]] = [
+PIECES: list[tuple[str, Piece, ServingVariant, str, float | None, list[str]]] = [
     # a sequence has 0.1 GB more cache than at 50 tokens: 0.1 / 1.2 of 100 ms. 4 / (0.16 + 4 x 0.00833) against
     # 1 / 0.08833 is 1.828; 8 give no more than 4
     (
@@ -130,7 +130,7 @@ PIECES: list[tuple[str, Piece, Served, str, float | None, list[str]]] = [
     ("piece", "served", "change", "gain", "told"), [p[1:] for p in PIECES], ids=[p[0] for p in PIECES]
 )
 def test_each_piece_is_what_comes_out_by_hand(
-    piece: Piece, served: Served, change: str, gain: float | None, told: list[str]
+    piece: Piece, served: ServingVariant, change: str, gain: float | None, told: list[str]
 ) -> None:
     (advice,) = piece(served)
     assert advice.change.startswith(change)
@@ -139,7 +139,7 @@ def test_each_piece_is_what_comes_out_by_hand(
 
 
 FASTEST = replace(CPU, bandwidth_bytes_per_s=9e12, flops_per_s={"float32": 99e12})
-WITHOUT: list[tuple[str, Piece, Served]] = [
+WITHOUT: list[tuple[str, Piece, ServingVariant]] = [
     ("batches unmeasured", larger_batch, served(batch_scaling=())),
     ("one batch measured", larger_batch, served(batch_scaling=BATCHES[:1])),
     ("the served batch unmeasured", larger_batch, served(batch=3)),
@@ -161,7 +161,7 @@ WITHOUT: list[tuple[str, Piece, Served]] = [
 
 
 @pytest.mark.parametrize(("piece", "served"), [p[1:] for p in WITHOUT], ids=[p[0] for p in WITHOUT])
-def test_without_its_data_a_piece_is_left_out(piece: Piece, served: Served) -> None:
+def test_without_its_data_a_piece_is_left_out(piece: Piece, served: ServingVariant) -> None:
     assert list(piece(served)) == []
 
 
@@ -170,7 +170,7 @@ IDLE = {"prefill": replace(PREFILL, busy=0.1), "decode": replace(DECODE, busy=0.
 EPYC = replace(CPU, name="AMD EPYC 9654 96-Core Processor")
 DESKTOP = replace(CPU, bandwidth_bytes_per_s=80e9, flops_per_s={"float32": 4e12})
 ON_H100 = served(hardware=H100, **BF16)
-MACHINE_GAINS: list[tuple[str, str, Served, dict[str, float] | None]] = [
+MACHINE_GAINS: list[tuple[str, str, ServingVariant, dict[str, float] | None]] = [
     # prefill: 100e9 / 7.3728e12 = 13.563 ms against 0.5 s, decode: 1.2e9 / 460.8e9 = 2.6042 ms against 60 ms
     (
         "processor",
@@ -211,7 +211,7 @@ MACHINE_GAINS: list[tuple[str, str, Served, dict[str, float] | None]] = [
 
 @pytest.mark.parametrize(("name", "served", "gains"), [m[1:] for m in MACHINE_GAINS], ids=[m[0] for m in MACHINE_GAINS])
 def test_another_machine_scales_the_work_and_keeps_the_overhead(
-    name: str, served: Served, gains: dict[str, float] | None
+    name: str, served: ServingVariant, gains: dict[str, float] | None
 ) -> None:
     machine = next(m for m in MACHINES if m.name == name)
     assert elsewhere(served, machine) == (gains if gains is None else pytest.approx(gains, rel=1e-5))
@@ -225,7 +225,7 @@ def test_another_machine_scales_the_work_and_keeps_the_overhead(
     ],
     ids=["processor", "GPU"],
 )
-def test_few_machines_are_listed_those_of_this_kind_first(served: Served, names: list[str]) -> None:
+def test_few_machines_are_listed_those_of_this_kind_first(served: ServingVariant, names: list[str]) -> None:
     assert [advice.change for advice in other_machines(served)] == names
 
 
@@ -270,7 +270,7 @@ def test_a_machine_says_what_it_is_compared_with() -> None:
     ],
     ids=["compute", "memory", "overhead"],
 )
-def test_what_would_bring_nothing_says_why(served: Served, change: str, metric: str, because: str) -> None:
+def test_what_would_bring_nothing_says_why(served: ServingVariant, change: str, metric: str, because: str) -> None:
     assert list(no_use(served)) == [Advice(change, {metric: None}, because)]
 
 

@@ -12,9 +12,9 @@ from autotune.diagnose.diagnosis import Diagnosis
 from autotune.errors import Blocker
 from autotune.machine.hardware import DOUBT, Hardware
 from autotune.runtime.variant import Stage, Transform, Variant
-from autotune.tune.choose import State, rule_out, why_not
-from autotune.tune.plan import Outcome, Trial
-from autotune.tune.policy import Step
+from autotune.tune.choose import SearchState, rule_out, why_not
+from autotune.tune.plan import Trial, TrialOutcome
+from autotune.tune.policy import PolicyStep
 from autotune.validate.limits import Limits
 from tests.models import tiny
 
@@ -59,12 +59,12 @@ def test_a_ceiling_from_disturbed_peaks_rules_nothing_out(
     transform: Bounded, quiet: bool, disturbed: bool, blocker: str
 ) -> None:
     transform = replace(transform, blocker=blocker)
-    state = State(Variant(tiny("llama")), "a profile", {})  # type: ignore[arg-type]
+    state = SearchState(Variant(tiny("llama")), "a profile", {})  # type: ignore[arg-type]
     for hardware, wanted in ((QUIET, quiet), (DISTURBED, disturbed)):
         predicted = None if blocker else transform.predict("a profile", hardware)["decode"]
-        trial = Trial(transform, "step", "decode", Outcome.SKIPPED, "", predicted=predicted)
+        trial = Trial(transform, "step", "decode", TrialOutcome.SKIPPED, "", predicted=predicted)
         found = rule_out(trial, "decode", state, Limits(min_gain=0.02), hardware)
-        expected = Outcome.SKIPPED if wanted else Outcome.BLOCKED if blocker else None
+        expected = TrialOutcome.SKIPPED if wanted else TrialOutcome.BLOCKED if blocker else None
         assert (found and found.outcome) == expected
 
 
@@ -78,7 +78,7 @@ def test_a_ceiling_from_disturbed_peaks_rules_nothing_out(
     ],
 )
 def test_a_step_is_called_for_by_what_a_phase_may_be_bound_by(found: Any, perhaps: Any, called: bool) -> None:
-    step = Step("narrower weights", "decode", (), bottlenecks=frozenset({"memory", "mixed"}))
+    step = PolicyStep("narrower weights", "decode", (), bottlenecks=frozenset({"memory", "mixed"}))
     diagnosis = Diagnosis("decode", found, "because", 2.0, 0.5, perhaps)
     reason = why_not(step, {"decode": diagnosis}, DISTURBED)
     assert reason == (None if called else "decode is compute-bound; this helps where it is memory or mixed-bound")

@@ -17,7 +17,7 @@ from autotune.machine.hardware import Hardware
 from autotune.model import route
 from autotune.runtime import variant
 from autotune.tune import fingerprint
-from autotune.tune.policy import Choice, Policy, Step
+from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.validate.limits import Limits
 from autotune.workload import Workload
 from tests import models
@@ -36,7 +36,7 @@ POLICY = Policy(
     tier="strict",
     limits=Limits(),
     budget_s=60,
-    steps=(Step("s", "decode", (Choice("threads", {"count": 1}),), frozenset({"memory", "mixed"})),),
+    steps=(PolicyStep("s", "decode", (Choice("threads", {"count": 1}),), frozenset({"memory", "mixed"})),),
 )
 
 

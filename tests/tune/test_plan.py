@@ -15,7 +15,7 @@ from autotune.errors import ChoiceError, PlanError
 from autotune.runtime import variant
 from autotune.tune import fingerprint, plan
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.plan import Outcome, Plan, Trial
+from autotune.tune.plan import Plan, Trial, TrialOutcome
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from tests import models
 
@@ -47,8 +47,8 @@ FULL = Plan(
     QUALITY,
     LATENCY,
     trials=(
-        Trial(THREADS, "threads", "decode", Outcome.ACCEPTED, "1.5x", 1.6, QUALITY, LATENCY, 3.5, 0.1),
-        Trial(EAGER, "attention", "prefill", Outcome.SKIPPED, "1.01x at best"),
+        Trial(THREADS, "threads", "decode", TrialOutcome.ACCEPTED, "1.5x", 1.6, QUALITY, LATENCY, 3.5, 0.1),
+        Trial(EAGER, "attention", "prefill", TrialOutcome.SKIPPED, "1.01x at best"),
     ),
     created="2026-01-01T00:00:00+00:00",
     summary={"phases": {"decode": {"speedup": 1.5, "evidence": "at most 1 µs"}}, "trials": [1, 2.5, None, True]},
@@ -181,7 +181,7 @@ def test_text_that_is_not_strict_json_is_refused(text: str | bytes, says: str) -
 
 
 def test_reasons_with_unprintable_characters_are_cleaned_when_written() -> None:
-    trial = Trial(EAGER, "s", "decode", Outcome.ERROR, "g++: \x1b[31merror\x1b[0m\nat \ud800")
+    trial = Trial(EAGER, "s", "decode", TrialOutcome.ERROR, "g++: \x1b[31merror\x1b[0m\nat \ud800")
     (back,) = plan.loads(plan.dumps(replace(KEEP, trials=(trial,)))).trials
     assert back.reason == "g++: \ufffd[31merror\ufffd[0m\nat \ufffd"
 

@@ -12,7 +12,7 @@ from autotune import transforms
 from autotune.errors import PolicyError
 from autotune.machine import gpus
 from autotune.tune import conditions, policy
-from autotune.tune.policy import BUILT_IN, Choice, Step
+from autotune.tune.policy import BUILT_IN, Choice, PolicyStep
 from autotune.validate.limits import Limits
 
 NAMES = ["balanced", "latency", "lossless", "memory", "throughput"]
@@ -105,14 +105,14 @@ def test_a_file_becomes_a_policy(write: Callable[..., Path]) -> None:
         limits=Limits(min_gain=0.1),
         budget_s=60.0,
         steps=(
-            Step(
+            PolicyStep(
                 "one",
                 "decode",
                 (Choice("attention", {"implementation": "eager"}), Choice("threads", {"count": 1}, "decode")),
                 frozenset({"memory", "mixed"}),
                 frozenset({"cpu"}),
             ),
-            Step("two", "prefill", (Choice("threads"),)),
+            PolicyStep("two", "prefill", (Choice("threads"),)),
         ),
         source=str(path),
     )

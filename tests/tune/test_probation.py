@@ -23,7 +23,7 @@ from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import policy as policies
 from autotune.tune import probation
 from autotune.tune.fingerprint import of_model
-from autotune.tune.policy import Choice, Step
+from autotune.tune.policy import Choice, PolicyStep
 from tests.models import tiny, token_prompts
 
 pytestmark = pytest.mark.skipif(not probation.is_possible("cpu"), reason="no fork tries candidates here")
@@ -173,7 +173,7 @@ def test_a_candidate_that_crashes_costs_itself(monkeypatch: pytest.MonkeyPatch) 
     known = {**transforms.registry(), Deadly.name: Deadly}
     monkeypatch.setattr(transforms, "registry", lambda: known)
     choices = (Choice("deadly", {}, "decode"), Choice("lean_loop", {}, "decode"))
-    steps = tuple(Step(choice.transform, "decode", (choice,)) for choice in choices)
+    steps = tuple(PolicyStep(choice.transform, "decode", (choice,)) for choice in choices)
     policy = replace(policies.load("balanced"), steps=steps, budget_s=30.0)
     model = tiny("llama")
     before = of_model(model)

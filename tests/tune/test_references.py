@@ -33,7 +33,7 @@ from autotune.tune.run import Tuned
 from autotune.validate.answers import Answers
 from autotune.validate.exam import SIZES, Exam, eos_ids
 from autotune.validate.quality import judge
-from autotune.validate.sensitivity import Probe
+from autotune.validate.sensitivity import LayerProbe
 from autotune.workload import Workload
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
 
@@ -85,7 +85,7 @@ def said(model: Any) -> Answers:
     for k, group in enumerate(exam.groups()):
         exam.reference(group, stepped=k == 1)
     exam.reference(exam.texts[1:2])
-    probe = Probe(exam, Variant(model), INT8, "strict")
+    probe = LayerProbe(exam, Variant(model), INT8, "strict")
     assert all(len(probe._kept(k)) for k in range(len(probe.batches)))
     answers = exam.answers()
     assert answers is not None
@@ -119,7 +119,7 @@ def test_an_exam_with_kept_answers_judges_as_one_without_and_never_asks(model: A
     for run in ("plain", "first", "second"):
         exam = prepared(model, None if run == "plain" else kept)
         quality = judge(exam, Variant(model).with_transform(INT8), "relaxed")
-        shortfall = Probe(exam, Variant(model), INT8, "strict").shortfall("lm_head")
+        shortfall = LayerProbe(exam, Variant(model), INT8, "strict").shortfall("lm_head")
         found.append((exam.texts, exam.noise_kld, exam.tie_nats, quality, shortfall))
         assert bool(asked) == (run != "second")
         asked.clear()
@@ -409,7 +409,7 @@ def test_after_a_bad_file_the_exam_is_prepared_as_ever(model: Any, said: Answers
 def test_of_layers_compared_another_way_the_original_is_asked_again(model: Any, said: Answers) -> None:
     halves = {n: t[:, ::2] if n.startswith("at-once") else t for n, t in said.logits.items()}
     exam = knowing(model, replace(said, logits=halves))
-    probe = Probe(exam, Variant(model), INT8, "strict")
+    probe = LayerProbe(exam, Variant(model), INT8, "strict")
     assert len(probe.batches) == 4
     assert all(torch.equal(probe._kept(k), said.logits[f"at-once.{k}"]) for k in range(4))
 

@@ -17,8 +17,8 @@ from autotune.errors import Blocker, BudgetSpentError, DeviceError, TransformErr
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import choose, compose, trying
-from autotune.tune.plan import Confirmation, Outcome
-from autotune.tune.policy import Choice, Policy, Step
+from autotune.tune.plan import Confirmation, TrialOutcome
+from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.search import Found, search
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from autotune.validate.limits import Limits
@@ -185,13 +185,13 @@ class ScriptedProbe:
         return Scripted(label=f"a{len(wide.split(',')) + 1}", phase="decode")
 
 
-def policy(*steps: Step, **changes: Any) -> Policy:
+def policy(*steps: PolicyStep, **changes: Any) -> Policy:
     return replace(Policy("test", "", "latency", "strict", Limits(), 100.0, steps), **changes)
 
 
-def step(*choices: dict[str, Any], bottlenecks: tuple[str, ...] = (), name: str = "step") -> Step:
+def step(*choices: dict[str, Any], bottlenecks: tuple[str, ...] = (), name: str = "step") -> PolicyStep:
     made = tuple(Choice("scripted", params, "decode") for params in choices)
-    return Step(name, "decode", made, frozenset(bottlenecks))
+    return PolicyStep(name, "decode", made, frozenset(bottlenecks))
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +238,7 @@ def outcomes(found: Found) -> dict[str, str]:
 def test_one_candidate(choice: dict[str, Any], bench: ScriptedBench, outcome: str, reason: str) -> None:
     found = run(bench, policy(step(choice)))
     (trial,) = found.trials
-    assert (trial.outcome, reason in trial.reason) == (Outcome(outcome), True), trial.reason
+    assert (trial.outcome, reason in trial.reason) == (TrialOutcome(outcome), True), trial.reason
     assert bool(found.after.variant.transforms) == (outcome == "accepted")
 
 
@@ -297,7 +297,7 @@ def test_a_refined_scheme_that_was_not_judged_says_why_and_nothing_else() -> Non
     """So that a verdict can put equal causes together."""
     bench = ScriptedBench({"a": Verdict.FAIL}, {"a3": Verdict.ERROR}, probes={"a": ScriptedProbe(2)})
     found = run(bench, policy(step({})))
-    assert (found.trials[-1].outcome, found.trials[-1].reason) == (Outcome.ERROR, "speed of a3")
+    assert (found.trials[-1].outcome, found.trials[-1].reason) == (TrialOutcome.ERROR, "speed of a3")
 
 
 def test_a_refined_scheme_has_to_promise_more_than_the_next_choice() -> None:
@@ -337,7 +337,7 @@ def test_removing_one_bottleneck_shows_the_next() -> None:
 
 def test_steps_for_other_devices_are_skipped_with_the_reason() -> None:
     found = run(ScriptedBench(), policy(replace(step({}), devices=frozenset({"cuda"}))))
-    assert found.trials[0].outcome is Outcome.SKIPPED
+    assert found.trials[0].outcome is TrialOutcome.SKIPPED
     assert found.trials[0].reason == "only for cuda; this machine has cpu"
 
 
@@ -356,7 +356,7 @@ def test_a_refinement_that_the_budget_does_not_reach_is_on_record() -> None:
     bench = ScriptedBench(quality={"a": Verdict.FAIL}, probes={"a": ScriptedProbe()})
     found = run(bench, policy(step({})), clock=lambda: 1000.0 if "probe a strict" in bench.calls else 0.0)
     whole, refined = found.trials
-    assert (whole.outcome, refined.outcome) == (Outcome.REJECTED, Outcome.UNREACHED)
+    assert (whole.outcome, refined.outcome) == (TrialOutcome.REJECTED, TrialOutcome.UNREACHED)
     assert "judge a strict" in bench.calls
     assert len([call for call in bench.calls if call.startswith("judge")]) == 1
     assert refined.reason == "the budget of 100 s was spent"
@@ -448,7 +448,9 @@ WEIGHTS = step({"label": "int4", "promises": 4.0}, {"label": "int8", "promises":
 PROGRAM = step(
     {"label": "program", "promises": 2.5, "at": 6}, {"label": "loop", "promises": 1.5, "at": 5}, name="overhead"
 )
-PREFILL = Step("prefill", "prefill", (Choice("scripted", {"label": "fused", "promises": 1.4, "at": 3}, "prefill"),))
+PREFILL = PolicyStep(
+    "prefill", "prefill", (Choice("scripted", {"label": "fused", "promises": 1.4, "at": 3}, "prefill"),)
+)
 
 
 def tried(bench: ScriptedBench) -> list[str]:
@@ -516,7 +518,7 @@ def test_an_exchange_saves_the_difference_from_the_time_as_it_is_now(
     own: float, replaced: float, now_s: float, expected: float
 ) -> None:
     before, now = (
-        choose.State(Variant(nn.Module()), Profiled("", {"decode": Phase(seconds)}), {})  # type: ignore[arg-type]
+        choose.SearchState(Variant(nn.Module()), Profiled("", {"decode": Phase(seconds)}), {})  # type: ignore[arg-type]
         for seconds in (0.1, now_s)
     )
     assert choose.exchange(own, replaced, "decode", before, now) == pytest.approx(expected)

@@ -14,9 +14,9 @@ from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import policy as policies
-from autotune.tune.choose import State
+from autotune.tune.choose import SearchState
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.plan import Outcome, Plan, Trial
+from autotune.tune.plan import Plan, Trial, TrialOutcome
 from autotune.tune.record import report_of
 from autotune.tune.run import conclude, replay
 from autotune.tune.search import Found
@@ -102,8 +102,8 @@ def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
     original, policy = Variant(model), policies.load("balanced")
     work = workload.read(token_prompts(4), tokenizer=None, model=model)
     bench: Any = SimpleNamespace(original=original, workload=work, policy=policy, hardware=HARDWARE)
-    before = State(original, profile(0.093, 0.032), DIAGNOSES)  # type: ignore[no-untyped-call]
-    trial = Trial(Shrink(), "smaller weights", "decode", Outcome.REJECTED, "no gain", latency=SLOWER)
+    before = SearchState(original, profile(0.093, 0.032), DIAGNOSES)  # type: ignore[no-untyped-call]
+    trial = Trial(Shrink(), "smaller weights", "decode", TrialOutcome.REJECTED, "no gain", latency=SLOWER)
     nothing = Fingerprint("", "", {}, "", "", "strict")
     tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))  # type: ignore[arg-type]
     assert tuned.report.to_dict()["elsewhere"] == elsewhere

@@ -9,7 +9,7 @@ import pytest
 
 from autotune.runtime.variant import Stage, Transform
 from autotune.tune import verdict
-from autotune.tune.plan import Outcome, Trial
+from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.verdict import Conclusion
 from autotune.validate import Latency, Quality, Speedup, Verdict
 
@@ -30,7 +30,7 @@ class Named(Transform):
 
 
 def trial(outcome: str, reason: str = "because", label: str = "a", raced: Latency | None = None) -> Trial:
-    return Trial(Named(label=label), "step", "decode", Outcome(outcome), reason, latency=raced)
+    return Trial(Named(label=label), "step", "decode", TrialOutcome(outcome), reason, latency=raced)
 
 
 def quality(verdict: str) -> Quality:
@@ -236,13 +236,15 @@ def test_what_noise_or_a_busy_machine_hid_is_not_shown_to_be_no_better(
     assert (found.doubt, found.is_noisy) == (doubt, noisy)
 
 
-@pytest.mark.parametrize("outcome", list(Outcome))
-def test_every_outcome_is_judged_untried_or_unwanted(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", list(TrialOutcome))
+def test_every_outcome_is_judged_untried_or_unwanted(outcome: TrialOutcome) -> None:
     """What is not judged on its figures never counts as shown to be no better."""
     alone = (trial(outcome, "why"),)
-    kept = outcome in {Outcome.ACCEPTED, Outcome.REJECTED, Outcome.SKIPPED, Outcome.UNAVAILABLE}
+    kept = outcome in {TrialOutcome.ACCEPTED, TrialOutcome.REJECTED, TrialOutcome.SKIPPED, TrialOutcome.UNAVAILABLE}
     assert (Conclusion(alone).doubt is None) == kept
-    assert verdict.is_fruitless(alone) == (outcome in {Outcome.ERROR, Outcome.BLOCKED, Outcome.UNREACHED})
+    assert verdict.is_fruitless(alone) == (
+        outcome in {TrialOutcome.ERROR, TrialOutcome.BLOCKED, TrialOutcome.UNREACHED}
+    )
     assert verdict.UNTRIED.isdisjoint(verdict.UNWANTED)
 
 

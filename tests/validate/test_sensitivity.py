@@ -15,9 +15,9 @@ from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.linears import LinearTransform, reusing
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import refine as sensitivity
-from autotune.tune.refine import Part, Promises, fewest, kinds, rank, refine, spell
+from autotune.tune.refine import LayerGroup, Promises, fewest, kinds, rank, refine, spell
 from autotune.validate.exam import Exam
-from autotune.validate.sensitivity import Probe
+from autotune.validate.sensitivity import LayerProbe
 from tests import models
 
 KINDS = ("attn.q_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -178,11 +178,11 @@ def ruined(architecture: str, norm: str, layer: str) -> Any:
     return model
 
 
-def probe_of(model: Any, transform: LinearTransform, tier: str = "relaxed") -> Probe:
+def probe_of(model: Any, transform: LinearTransform, tier: str = "relaxed") -> LayerProbe:
     prompts = models.token_prompts(count=16, length=48)
     exam = Exam.prepare(model, prompts, pad_token_id=models.PAD)
     assert exam.problem is None
-    return Probe(exam, Variant(model), transform, tier)
+    return LayerProbe(exam, Variant(model), transform, tier)
 
 
 @pytest.fixture
@@ -280,4 +280,4 @@ def test_variants_that_differ_in_a_layer_share_the_others(llama: Any, monkeypatc
 def test_parts_are_ordered_by_what_they_cause_for_their_bytes() -> None:
     probe = ScriptedProbe({"lm_head": 0.02, BLOCKS[0]: 0.01}, sizes={"lm_head": 10_000})
     parts = rank(probe, never)
-    assert parts[0] == Part((BLOCKS[0],), pytest.approx(100 / 12_400), 0.01)
+    assert parts[0] == LayerGroup((BLOCKS[0],), pytest.approx(100 / 12_400), 0.01)

@@ -17,7 +17,7 @@ from ...runtime.variant import Transform, Variant
 from ...tune.plan import Plan
 from ...tune.policy import Policy
 from ...workload import Workload
-from .given import CONTROL, Given
+from .given import CONTROL, GivenArm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,12 +64,12 @@ class ArmBuilder:
     work: Workload
     notify: Callable[[str], None]
 
-    def control(self, given: Given) -> Arm:
+    def control(self, given: GivenArm) -> Arm:
         """Build the control's arm."""
         variant = given.value if given.kind == "variant" else Variant(self.model, None, self.work)
         return Arm(CONTROL, describe(variant), variant, fingerprint(variant))
 
-    def candidate(self, given: Given) -> Arm:
+    def candidate(self, given: GivenArm) -> Arm:
         """Build a candidate's arm. An error of the candidate becomes the arm's `problem`.
 
         Raises:
@@ -85,7 +85,7 @@ class ArmBuilder:
             why = in_words(error)
             return Arm(given.name, given.kind, None, f"{given.kind} that could not be built", problem=why)
 
-    def _built(self, given: Given) -> Arm:
+    def _built(self, given: GivenArm) -> Arm:
         match given.kind:
             case "variant" if not is_same(given.value.original, self.model):
                 return self._other(given.name, given.value, None)

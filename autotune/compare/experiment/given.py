@@ -28,7 +28,7 @@ Kind = Literal["variant", "transforms", "plan", "policy", "model", "checkpoint"]
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenArm:
     """The value that a caller gave for an arm, with its kind.
 
     Args:
@@ -51,7 +51,7 @@ def checked_name(name: str) -> str:
     return name
 
 
-def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[Given, dict[str, Given]]:
+def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[GivenArm, dict[str, GivenArm]]:
     """Classify and check the control and the candidates, without running anything.
 
     Raises:
@@ -66,7 +66,7 @@ def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[Given, dict[str,
         made = next((g.value.original for g in given.values() if g.kind == "variant"), None)
         if made is None:
             raise ExperimentError("there is no control; expected control=model, the model as it is")
-        return Given(CONTROL, "model", made), given
+        return GivenArm(CONTROL, "model", made), given
     first = classify(CONTROL, CONTROL, control)
     if first.kind not in ("variant", "model", "checkpoint"):
         raise ExperimentError(
@@ -76,7 +76,7 @@ def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[Given, dict[str,
     return first, given
 
 
-def classify(where: str, name: str, value: Any) -> Given:
+def classify(where: str, name: str, value: Any) -> GivenArm:
     """Find the kind of the value given for an arm.
 
     Raises:
@@ -87,34 +87,34 @@ def classify(where: str, name: str, value: Any) -> Given:
     if isinstance(value, (str, os.PathLike)):
         return _named(where, name, os.fspath(value))
     if isinstance(value, Transform):
-        return Given(name, "transforms", (value,))
+        return GivenArm(name, "transforms", (value,))
     if isinstance(value, (list, tuple)) and all(isinstance(item, Transform) for item in value):
-        return Given(name, "transforms", tuple(value))
+        return GivenArm(name, "transforms", tuple(value))
     for kind, cls in (("variant", Variant), ("plan", Plan), ("policy", Policy)):
         if isinstance(value, cls):
-            return Given(name, kind, value)  # type: ignore[arg-type]  # one of Kind
+            return GivenArm(name, kind, value)  # type: ignore[arg-type]  # one of Kind
     if isinstance(value, nn.Module):
         from ...tune.supported import unsupported
 
         if reason := unsupported(value):
             raise ExperimentError(f"{where}: {reason}")
         bare: Any = route.bare(value) if route.is_routed(value) else value  # type: ignore[arg-type]  # as checked
-        return Given(name, "model", bare)
+        return GivenArm(name, "model", bare)
     raise ExperimentError(f"{where} is of type {type(value).__name__}; {EXPECTED}")
 
 
-def _named(where: str, name: str, text: str) -> Given:
+def _named(where: str, name: str, text: str) -> GivenArm:
     """Classify text by its spelling: a plan's file, a policy or a checkpoint."""
     from ...model import load
 
     path = expanded(text)
     try:
         if path.suffix == ".json":
-            return Given(name, "plan", plans.loads(path.read_bytes()))
+            return GivenArm(name, "plan", plans.loads(path.read_bytes()))
         if path.suffix == ".toml" or (text in policies.available() and not path.is_dir()):
-            return Given(name, "policy", policies.load(text))
+            return GivenArm(name, "policy", policies.load(text))
         if path.is_dir() or path.suffix == ".gguf" or os.sep in text:
-            return Given(name, "checkpoint", load.locate(text))
+            return GivenArm(name, "checkpoint", load.locate(text))
     except OSError as error:
         raise ExperimentError(f"{where}: {path} cannot be read: {error.strerror}") from error
     except PlanError as error:

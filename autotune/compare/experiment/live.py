@@ -17,7 +17,7 @@ from ...runtime.variant import Variant
 from ...tune import codec
 from ...workload import Workload
 from .arms import Arm, ArmBuilder
-from .given import CONTROL, Given
+from .given import CONTROL, GivenArm
 from .guardrails import Figures, Finding
 from .sequential import Moments
 
@@ -155,7 +155,7 @@ def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> 
     for name, arm in built.items():
         if problem := arm.problem or arm.unjudged:
             raise ExperimentError(f"candidate {name!r} cannot answer the live model's calls: {problem}")
-    return bench.control(Given(CONTROL, "model", bare)), built
+    return bench.control(GivenArm(CONTROL, "model", bare)), built
 
 
 def serving_variant(model: PreTrainedModel) -> Variant:

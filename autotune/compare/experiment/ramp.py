@@ -27,7 +27,7 @@ class RampState(enum.StrEnum):
 
 
 @dataclass(frozen=True)
-class Progress:
+class RampProgress:
     """The state of a ramp. All of it is saved across restarts.
 
     Args:
@@ -81,15 +81,15 @@ class Ramp:
         """Chance of an error for one guardrail in one step."""
         return ALPHA / (len(self.shares) * len(self.rails))
 
-    def share(self, progress: Progress) -> float:
+    def share(self, progress: RampProgress) -> float:
         """Share of requests that the candidate gets now."""
         return 0.0 if progress.state is RampState.ROLLED_BACK else self.shares[progress.step]
 
-    def needed(self, progress: Progress) -> int:
+    def needed(self, progress: RampProgress) -> int:
         """Least number of the candidate's requests in this step."""
         return self.step_requests << progress.rollbacks
 
-    def findings(self, progress: Progress) -> list[Finding]:
+    def findings(self, progress: RampProgress) -> list[Finding]:
         """The current finding of every guardrail."""
         empty = Moments()
         beside = {rail.name: _beside(progress, rail) for rail in self.rails}
@@ -98,7 +98,7 @@ class Ramp:
             for rail in self.rails
         ]
 
-    def advance(self, progress: Progress) -> Progress:
+    def advance(self, progress: RampProgress) -> RampProgress:
         """Return the next state: rolled back if a guardrail fails, a step up if all hold after enough requests."""
         if progress.state is RampState.ROLLED_BACK:
             return progress
@@ -113,7 +113,7 @@ class Ramp:
         control = progress.control if self.shares[up] >= 1 else {}
         return replace(progress, step=up, reason=reason, requests=0, control=control, candidate={})
 
-    def bounds(self, progress: Progress) -> tuple[str, ...]:
+    def bounds(self, progress: RampProgress) -> tuple[str, ...]:
         """For each guardrail, a sentence with the number of requests in which a clearly worse candidate is caught."""
         share = self.share(progress) or self.shares[0]
         return tuple(
@@ -126,7 +126,7 @@ class Ramp:
             for rail in self.rails
         )
 
-    def verdict(self, progress: Progress) -> tuple[Verdict, str]:
+    def verdict(self, progress: RampProgress) -> tuple[Verdict, str]:
         """The current verdict on the candidate, and why."""
         if progress.state is RampState.ROLLED_BACK:
             return Verdict.FAIL, progress.reason
@@ -137,17 +137,19 @@ class Ramp:
         return Verdict.INCONCLUSIVE, f"{many}; {reason}"
 
 
-def _beside(progress: Progress, rail: Guardrail) -> Moments | None:
+def _beside(progress: RampProgress, rail: Guardrail) -> Moments | None:
     """The control's figures. None for errors: they count only if the control then answered, so it had none there."""
     return None if rail.name == "errors" else progress.control.get(rail.name, Moments())
 
 
-def _spread(progress: Progress, rail: Guardrail) -> float:
+def _spread(progress: RampProgress, rail: Guardrail) -> float:
     seen = [arm[rail.name] for arm in (progress.candidate, progress.control) if rail.name in arm]
     return next((figures.std for figures in seen if figures.n >= 20), math.nan)
 
 
-def observed(progress: Progress, arm: Literal["control", "candidate"], values: Mapping[str, float | None]) -> Progress:
+def observed(
+    progress: RampProgress, arm: Literal["control", "candidate"], values: Mapping[str, float | None]
+) -> RampProgress:
     """Return the progress with one more answer's values."""
     if arm == "control":
         return replace(progress, control=guardrails.add(progress.control, values))
@@ -155,9 +157,9 @@ def observed(progress: Progress, arm: Literal["control", "candidate"], values: M
     return replace(progress, candidate=grown, requests=progress.requests + 1)
 
 
-def resumed(progress: Progress) -> Progress:
+def resumed(progress: RampProgress) -> RampProgress:
     """Return to the first step after a roll-back. Every roll-back doubles the requests that a step takes."""
-    return Progress(rollbacks=progress.rollbacks, reason=f"resumed after {progress.rollbacks} roll-backs")
+    return RampProgress(rollbacks=progress.rollbacks, reason=f"resumed after {progress.rollbacks} roll-backs")
 
 
 def place(salt: str, key: str | bytes) -> float:

@@ -85,7 +85,7 @@ class Rerun(Served):
 
 
 @dataclass(frozen=True)
-class Request:
+class ReplayedRequest:
     """A live request and its answer.
 
     Args:
@@ -135,7 +135,9 @@ class Replay:
     error: str | None = None
 
 
-def replay(control: Rerun, candidate: Rerun, request: Request, turns: Turns, *, candidate_first: bool) -> Replay:
+def replay(
+    control: Rerun, candidate: Rerun, request: ReplayedRequest, turns: Turns, *, candidate_first: bool
+) -> Replay:
     """Run a request again on both arms, time it, and score it on the tokens that were served.
 
     All decoding is greedy, even if the live call sampled, so the process's random numbers are not used.

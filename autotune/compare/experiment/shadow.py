@@ -33,7 +33,7 @@ from .live import (
     serving_variant,
     spread_of,
 )
-from .replays import LateError, Replay, Request, Rerun, Turns, replay
+from .replays import LateError, Replay, ReplayedRequest, Rerun, Turns, replay
 from .sequential import Moments
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Shadow(Layer):
         self._chance = random.Random(seed)  # noqa: S311 - which calls are sampled is no secret
         self._traffic = Traffic()
         self._changed = forking.free(threading.Condition())
-        self._waiting = deque[Request]()
+        self._waiting = deque[ReplayedRequest]()
         self._busy = False
         self._state = LiveState.STOPPED
         self._spent_s = 0.0
@@ -276,7 +276,7 @@ class Shadow(Layer):
                 with self._changed:
                     self._counts[f"dropped: {dropped}"] += 1
 
-    def _obstacle(self, request: Request) -> str | None:
+    def _obstacle(self, request: ReplayedRequest) -> str | None:
         now = self._clock()
         if now - request.at_s > self._deadline_s:
             return "deadline"
@@ -285,7 +285,7 @@ class Shadow(Layer):
         handle = self._model.__dict__.get(route.SLOT)
         return "tuning" if getattr(getattr(handle, "status", None), "state", "") == "tuning" else None
 
-    def _replay_on_all(self, request: Request) -> str | None:
+    def _replay_on_all(self, request: ReplayedRequest) -> str | None:
         """Replay on every candidate. Returns why the request was dropped, or None."""
         if not request.served()[0]:
             return "empty answer"
@@ -329,13 +329,13 @@ class Shadow(Layer):
         return values
 
 
-def _request(call: seam.Sampling, result: Any, now_s: float) -> Request:
+def _request(call: seam.Sampling, result: Any, now_s: float) -> ReplayedRequest:
     """Copy a call and its answer, because the caller may change its tensors."""
     config, whole = call.settings, seam.sequences(result)  # [B, P + N]
     ends: Sequence[int] | int | None = config.eos_token_id
     mask = call.mask
     ended = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    return Request(
+    return ReplayedRequest(
         ids=call.input_ids.clone(),
         mask=None if mask is None else mask.clone(),
         answer=whole[:, call.input_ids.shape[1] :].clone(),

@@ -21,7 +21,7 @@ from ...tune import codec
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
 from .live import Layer, LiveState, LiveStatus, Record, Standing, arms_of, log, sentences
-from .ramp import Progress, Ramp, RampState
+from .ramp import Ramp, RampProgress, RampState
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -97,7 +97,7 @@ class Split(Layer):
         rails = [[g.name, g.kind, g.limit, g.worse] for g in self.ramp.rails]
         self._record = Record(experiment, "split", control, arms, {"ramp": list(self.ramp.shares), "guardrails": rails})
         kept = self._record.load(self._arm.name)
-        self._progress: Progress = codec.decode(Progress, kept, "progress") if kept else Progress()
+        self._progress: RampProgress = codec.decode(RampProgress, kept, "progress") if kept else RampProgress()
 
     # What users call
 

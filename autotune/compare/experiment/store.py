@@ -73,7 +73,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Event:
+class ExperimentEvent:
     """Something that happened: a restart, a changed arm, a ramp, a roll-back."""
 
     kind: str
@@ -197,11 +197,11 @@ class Store:
         with self._transaction() as db:
             _note(db, version.id, kind, text)
 
-    def events(self, version: Version) -> tuple[Event, ...]:
+    def events(self, version: Version) -> tuple[ExperimentEvent, ...]:
         """A version's events, in the order in which they happened."""
         with self._transaction(write=False) as db:
             rows = db.execute("SELECT * FROM events WHERE experiment = ? ORDER BY id", (version.id,)).fetchall()
-        return tuple(Event(r["kind"], r["text"], r["at"]) for r in rows)
+        return tuple(ExperimentEvent(r["kind"], r["text"], r["at"]) for r in rows)
 
     def conclude(self, version: Version, arm: str, verdict: str, reason: str, body: Mapping[str, Any]) -> None:
         """Save an arm's verdict, and replace an earlier one. The arm "" stands for the whole experiment."""

@@ -24,7 +24,7 @@ LOOKED_AT = 32  # number of latest calls examined for compilation
 
 
 @dataclass(frozen=True)
-class Divergence:
+class DivergenceCusum:
     """Evidence that the mean divergence is over a limit, sample by sample.
 
     An e-detector (Shin, Ramdas and Rinaldo, E-detectors: a nonparametric framework for sequential change detection,
@@ -44,7 +44,7 @@ class Divergence:
     samples: int = 0
     total: float = 0.0
 
-    def after(self, kld: float) -> Divergence:
+    def after(self, kld: float) -> DivergenceCusum:
         """Return the evidence after one more sample, given its mean divergence, nats."""
         gain = 1 + STAKE * (kld / self.limit - 1)
         return replace(self, evidence=max(1.0, self.evidence) * gain, samples=self.samples + 1, total=self.total + kld)

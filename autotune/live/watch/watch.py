@@ -27,7 +27,7 @@ from ...tune import store
 from ...validate.tiers import TIERS
 from .breaker import Breaker, BreakerEvent, BreakerState, Rules
 from .canary import Sample, graphs, score
-from .drift import Compilations, Divergence, LatencyCusum, describe, expected_paces, shape_of
+from .drift import Compilations, DivergenceCusum, LatencyCusum, describe, expected_paces, shape_of
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -123,7 +123,7 @@ class Watch:
         self.breaker = Breaker(since_s=self.clock())
         self.cause = Cause.FAILURE
         tier = plan.fingerprint.tier if plan else "strict"
-        self.divergence = Divergence(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
+        self.divergence = DivergenceCusum(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
         self._paces = expected_paces(plan.latency if plan else None)
         self._slow = ((0, 0), 0.0)  # shape and time per token that took the plan out
         self._others_s: list[float] = []
@@ -268,14 +268,14 @@ class Watch:
         if retry:
             if kld is not None and kld > self.divergence.limit:
                 return self.failed("the kept call still differs", Cause.DRIFT, {"KLD": kld})
-            self.divergence = Divergence(self.divergence.limit)
+            self.divergence = DivergenceCusum(self.divergence.limit)
             return self._step(BreakerEvent.SERVED, "the kept call is as the original would have it")
         if kld is None:
             return None
         self.divergence = found = self.divergence.after(kld)
         if found.alarmed:
             numbers = {"mean KLD": found.mean, "limit": found.limit, "samples": float(found.samples)}
-            self.divergence = Divergence(found.limit)
+            self.divergence = DivergenceCusum(found.limit)
             self.failed("the plan drifted away from the original", Cause.DRIFT, numbers)
         return None
 

@@ -26,7 +26,7 @@ CAPTION = (
 
 
 @dataclass(frozen=True)
-class Step:
+class Bar:
     """A bar: the phase's time before and after a step, in ms. Both are equal for the first and the last bar."""
 
     name: str
@@ -38,17 +38,17 @@ class Step:
         return n.ratio(self.before_ms / self.after_ms) if self.before_ms != self.after_ms else ""
 
 
-def steps(record: Mapping[str, Any], phase: Phase) -> list[Step]:
+def steps(record: Mapping[str, Any], phase: Phase) -> list[Bar]:
     """Return the original, the steps accepted for a phase in their order, and the plan as confirmed."""
     figures, metric = record["phases"][phase], METRIC_OF[phase]
     now = figures["baseline_ms"]
-    found = [Step("original", now, now)]
+    found = [Bar("original", now, now)]
     for trial in record["trials"]:
         gain = _gain(trial, phase, metric)
         if trial["outcome"] == "accepted" and trial["phase"] in (phase, "both") and gain:
-            found.append(Step(trial["candidate"], now, now / gain))
+            found.append(Bar(trial["candidate"], now, now / gain))
             now /= gain
-    return [*found, Step("the whole plan", figures["final_ms"], figures["final_ms"])]
+    return [*found, Bar("the whole plan", figures["final_ms"], figures["final_ms"])]
 
 
 def _gain(trial: Mapping[str, Any], phase: str, metric: str) -> float | None:
@@ -78,14 +78,14 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
     return Chapter("steps", "Step by step", figure(drawing, CAPTION, fold("The same as a table", listed)))
 
 
-def _described(found: Mapping[Phase, Sequence[Step]]) -> str:
+def _described(found: Mapping[Phase, Sequence[Bar]]) -> str:
     return " ".join(
         f"{TITLE[phase]}: {'; '.join(f'{step.name} {n.milliseconds(step.after_ms)}' for step in steps)}."
         for phase, steps in found.items()
     )
 
 
-def _draw(sheet: Figure, narrow: bool, found: Mapping[Phase, Sequence[Step]]) -> None:
+def _draw(sheet: Figure, narrow: bool, found: Mapping[Phase, Sequence[Bar]]) -> None:
     if narrow:
         panels = sheet.subplots(len(found), 1, squeeze=False, height_ratios=[len(steps) for steps in found.values()])
     else:
@@ -97,7 +97,7 @@ def _draw(sheet: Figure, narrow: bool, found: Mapping[Phase, Sequence[Step]]) ->
         axes.set_ylim((len(steps) if narrow else tallest) - 0.4, -0.75)
 
 
-def _bars(axes: Axes, steps: Sequence[Step], width: int) -> None:
+def _bars(axes: Axes, steps: Sequence[Bar], width: int) -> None:
     longest = max(max(step.before_ms, step.after_ms) for step in steps)
     for place, step in enumerate(steps):
         first, last = place == 0, place == len(steps) - 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autotune.runtime.kernels.modules import PackedLinear
 
 
-class PackedEmbedding(nn.Module):
+class PackedTable(nn.Module):
     """An embedding that looks rows up in the weights of a packed linear layer. The operators must be loaded.
 
     Args:
@@ -38,7 +38,7 @@ class PackedEmbedding(nn.Module):
         )
         return rows if self.dtype is torch.float32 else rows.to(self.dtype)
 
-    def widened(self) -> PackedEmbedding:
+    def widened(self) -> PackedTable:
         """An embedding over the same memory that returns the rows in FP32."""
         wide = copy.copy(self)
         wide.dtype = torch.float32

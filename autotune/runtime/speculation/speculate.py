@@ -41,7 +41,7 @@ Running = Callable[[Phase], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Tally:
+class GuessCounts:
     """Counts of guesses and of their success.
 
     Args:
@@ -54,15 +54,15 @@ class Tally:
     guessed: int = 0
     right: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.steps + other.steps, self.guessed + other.guessed, self.right + other.right)
+    def __add__(self, other: GuessCounts) -> GuessCounts:
+        return GuessCounts(self.steps + other.steps, self.guessed + other.guessed, self.right + other.right)
 
     def __str__(self) -> str:
         share = self.right / self.guessed if self.guessed else 0.0
         return f"{self.right} of {self.guessed} guessed tokens accepted ({share:.0%}) in {self.steps} steps"
 
 
-class Speculation:
+class SpeculationSetup:
     """How a variant guesses ahead.
 
     Attributes:
@@ -80,7 +80,7 @@ class Speculation:
         self.stride = stride
         self.draft = draft
         self.cost = 1.0
-        self.tally = Tally()
+        self.tally = GuessCounts()
         self._lock = forking.lock()
 
     def ahead(
@@ -105,7 +105,7 @@ class Speculation:
         lent.callback(lambda: self.note(ahead.tally))
         return ahead
 
-    def note(self, tally: Tally) -> None:
+    def note(self, tally: GuessCounts) -> None:
         """Add the counts of one call."""
         with self._lock:
             self.tally += tally
@@ -135,7 +135,7 @@ class SpeculativeLogits:
         self.stride = stride
         self.plain = plain
         self.pace = pace
-        self.tally = Tally()
+        self.tally = GuessCounts()
         self._held = held
         self._make_guesser = guesser
         self._guesser: Proposer | None = None
@@ -157,7 +157,7 @@ class SpeculativeLogits:
         if self._guesses:
             if self._guesses[self._right] == guesser.tokens[-1]:
                 self._right += 1
-                self.tally += Tally(right=1)
+                self.tally += GuessCounts(right=1)
                 return self._logits[self._right - 1]
             self._settle()
         held = self._held()
@@ -184,7 +184,7 @@ class SpeculativeLogits:
     def _check(self, guesses: list[int], token: torch.Tensor, position: torch.Tensor, held: SlotCache) -> torch.Tensor:
         """Logits [1, V] after `token`. Those after each guess are kept for later."""
         self._guesses = guesses
-        self.tally += Tally(steps=1, guessed=len(guesses))
+        self.tally += GuessCounts(steps=1, guessed=len(guesses))
         guessed = torch.tensor([guesses], dtype=token.dtype, device=token.device)
         tokens = torch.cat([token, guessed], dim=1)  # [1, K + 1]
         positions = position + torch.arange(tokens.shape[1], dtype=torch.int64, device=position.device)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from autotune import cli, transforms
-from autotune.tune.plan import Outcome, Trial
+from autotune.tune.plan import Trial, TrialOutcome
 from tests.compare.check.conftest import subject
 from tests.models import token_prompts
 
@@ -102,7 +102,7 @@ def test_a_policy_is_tuned_with_first_on_other_prompts(work, tmp_path, monkeypat
 
 def test_a_policy_of_which_nothing_could_be_tried_is_not_checked(work, tmp_path, monkeypatch, capsys):
     """The model as it is would pass under the policy's name."""
-    tried = Trial(transforms.make("threads", {"count": 1}), "step", "decode", Outcome.ERROR, "why")
+    tried = Trial(transforms.make("threads", {"count": 1}), "step", "decode", TrialOutcome.ERROR, "why")
 
     def tune(model, work, policy, **_):
         return SimpleNamespace(plan=SimpleNamespace(trials=(tried,)), verdict="kept the original, but ...")

@@ -16,7 +16,7 @@ import torch
 import autotune
 from autotune.compare.experiment import Experiment, Guardrail, ramp
 from autotune.compare.experiment.guardrails import STANDARD
-from autotune.compare.experiment.ramp import Progress, Ramp, RampState
+from autotune.compare.experiment.ramp import Ramp, RampProgress, RampState
 from autotune.compare.experiment.sequential import requests_to_see_rate
 from autotune.errors import ExperimentError, StateError
 from autotune.model import route
@@ -74,9 +74,9 @@ def drawn(errors: float = 0.0, slower: float = 0.0) -> Any:
     return draw
 
 
-def climb(rules: Ramp, candidate: Any, seed: int, requests: int) -> list[Progress]:
+def climb(rules: Ramp, candidate: Any, seed: int, requests: int) -> list[RampProgress]:
     """Every state on the way, request by request, with everybody else's requests to the control."""
-    rng, progress, seen = np.random.default_rng(seed), Progress(), list[Progress]()
+    rng, progress, seen = np.random.default_rng(seed), RampProgress(), list[RampProgress]()
     control = drawn()
     for _ in range(requests):
         share = rules.share(progress)
@@ -120,7 +120,7 @@ def test_a_worse_candidate_is_rolled_back(name: str) -> None:
 def test_it_is_rolled_back_within_the_stated_number_of_requests() -> None:
     rules = Ramp((0.5, 1.0), (ERRORS,))
     stated = requests_to_see_rate(0.12, ERRORS.limit, rules.alpha)
-    assert f"a rate of 12% is caught within {stated} requests" in rules.bounds(Progress())[0]
+    assert f"a rate of 12% is caught within {stated} requests" in rules.bounds(RampProgress())[0]
     took = [len(climb(rules, drawn(errors=0.12), seed, requests=2000)) for seed in range(40)]
     assert sum(n > stated for n in took) <= 5  # at most 5 %, and the simulation's own error
     assert len(climb(rules, drawn(errors=1.0), 0, 100)) == requests_to_see_rate(1.0, ERRORS.limit, rules.alpha)
@@ -134,7 +134,7 @@ def test_a_candidate_within_the_limits_is_hardly_ever_rolled_back() -> None:
 
 def test_backing_off() -> None:
     rules = Ramp(SHARES, (ERRORS,), step_requests=10)
-    fallen = replace(Progress(), state=RampState.ROLLED_BACK, rollbacks=2, step=3, requests=9)
+    fallen = replace(RampProgress(), state=RampState.ROLLED_BACK, rollbacks=2, step=3, requests=9)
     assert rules.share(fallen) == 0.0
     assert rules.advance(fallen) is fallen
     again = ramp.resumed(fallen)

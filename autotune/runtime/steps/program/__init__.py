@@ -20,7 +20,7 @@ from ....machine import forking
 from ...cache.slots import SlotCache
 from ..step import DecodeSteps, Step
 from . import layout
-from .given import Given
+from .given import ModuleCalls
 from .instruction import Instruction, Place
 from .lower import lower
 from .trace import trace
@@ -125,7 +125,7 @@ class _Recorded:
     def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
         batch = cache.shape[0]
         with torch.inference_mode(False):  # a step recorded in inference mode must also run outside it
-            self.given = Given(module, cache)
+            self.given = ModuleCalls(module, cache)
             self.program = Program(trace(module, cache, self.given), batch)
             self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
             self.position = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")

@@ -29,7 +29,7 @@ POSITION = 1  # position of the probe's token; no other input has this value, an
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """One call of such a module during a step.
 
     Args:
@@ -68,7 +68,7 @@ class _Stand(nn.Module):
 class _Book:
     def __init__(self, position: torch.Tensor) -> None:
         self.position = position
-        self.calls: list[Call] = []
+        self.calls: list[ModuleCall] = []
         self.ready: Iterator[tuple[torch.Tensor, ...]] | None = None  # outputs to return instead, one entry per call
 
     def answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,14 +78,14 @@ class _Book:
         self.calls.append(self.noted(module, args, kwargs))
         return module(*args, **kwargs)
 
-    def noted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def noted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModuleCall:
         named: dict[int | str, Any] = dict(chain(enumerate(args), kwargs.items()))
         moving = frozenset(key for key, value in named.items() if self.is_position(value))
         still = {k: _blank(value) for k, value in named.items()}  # floats that the step computes are unknown before it
         out = module(*args, **kwargs)
         expected = out if isinstance(out, tuple) else (out,)
         blank = tuple(still[i] for i in range(len(args))), {key: still[key] for key in kwargs}
-        call = Call(module, *blank, moving, len(expected))
+        call = ModuleCall(module, *blank, moving, len(expected))
         if not all(map(_equal, expected, call.tensors(self.position))):
             raise TransformError(f"what {type(module).__name__} returns depends on more than the tokens' positions")
         return call
@@ -103,7 +103,7 @@ def _equal(one: Any, other: Any) -> bool:
     return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
 
 
-class Given:
+class ModuleCalls:
     """The calls of such modules that one step of a decode module makes, in order.
 
     Args:
@@ -118,10 +118,10 @@ class Given:
         token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._book = _Book(token + POSITION)
         if self._shared:
-            with self._standing(), torch.no_grad(), stateful.State(self._shared, frozenset()).kept():
+            with self._standing(), torch.no_grad(), stateful.ForwardState(self._shared, frozenset()).kept():
                 run(module, token, self._book.position, cache.slot, cache.valid, cache.keys, cache.values)
         self.calls = tuple(self._book.calls)
-        with torch.inference_mode(False), stateful.State(self._shared, frozenset()).kept():
+        with torch.inference_mode(False), stateful.ForwardState(self._shared, frozenset()).kept():
             outputs = (call.tensors(self._book.position) for call in self.calls)
             self.tensors = [out.clone() for out in chain.from_iterable(outputs)]
 

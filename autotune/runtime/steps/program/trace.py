@@ -16,10 +16,10 @@ from ...cache.slots import SlotCache, run
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from .given import Given
+    from .given import ModuleCalls
 
 
-def trace(module: Any, cache: SlotCache, given: Given | None = None) -> GraphModule:
+def trace(module: Any, cache: SlotCache, given: ModuleCalls | None = None) -> GraphModule:
     """Record `cache.run` for this module and this cache's shape.
 
     Args:
