@@ -18,7 +18,8 @@ from autotune.profile.survey import memory_use
 from autotune.runtime.cache import narrow as kv
 from autotune.runtime.variant import Variant, build, serving
 from autotune.transforms import make
-from autotune.transforms.kv_cache import OffloadedCache, QuantisedCache
+from autotune.transforms.offloaded_cache import OffloadedCache
+from autotune.transforms.quantised_cache import QuantisedCache
 from autotune.transforms.static_cache import StaticCache
 from autotune.validate import Verdict
 from autotune.validate.quality import Exam, judge
@@ -210,7 +211,7 @@ def test_unavailable(arch: str, params: dict[str, Any], says: str | None) -> Non
 
 
 def test_libraries_take_full_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotune.transforms.kv_cache._missing", lambda module: False)
+    monkeypatch.setattr("autotune.transforms.quantised_cache._missing", lambda module: False)
     for backend in ("quanto", "hqq"):
         transform = QuantisedCache("decode", "int4", backend)
         assert transform.unavailable(Variant(tiny("llama")), COMPILER) is None

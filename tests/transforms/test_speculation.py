@@ -18,7 +18,7 @@ from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.variant import Stage, Transform, Variant, build, serving
 from autotune.transforms import make
 from autotune.transforms.cuda_graph import CudaGraph
-from autotune.transforms.kv_cache import QuantisedCache
+from autotune.transforms.quantised_cache import QuantisedCache
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram

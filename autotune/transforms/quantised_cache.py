@@ -1,4 +1,4 @@
-"""KV caches for contexts that do not fit into memory: narrow numbers, or the host's memory."""
+"""A KV cache of narrow numbers, for contexts that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from ..errors import ChoiceError, TransformError
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import require
-from .lean_loop import LeanLoop
-from .static_cache import no_slots
+from .growing_cache import not_growing, other_than
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
     from ..runtime.variant import Variant
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
 LIBRARIES = {"quanto": "optimum.quanto", "hqq": "hqq"}  # backend -> module; PyPI: optimum-quanto, hqq
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
-LINK_BYTES_PER_S = 64e9  # PCIe 5.0 x16 in one direction, the fastest common link between GPU and host
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class QuantisedCache(Transform):
             raise ChoiceError("quantised_cache: phase must be 'decode' or 'both'; prefill has no cache to read")
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if reason := _no_growing_cache(variant):
+        if reason := not_growing(variant):
             return reason
         if self.backend == "own":
             return self._indivisible(variant)
@@ -69,7 +65,7 @@ class QuantisedCache(Transform):
         return {"decode": 1.0}
 
     def apply(self, variant: Variant) -> None:
-        if reason := _no_growing_cache(variant) or self._indivisible(variant):
+        if reason := not_growing(variant) or self._indivisible(variant):
             raise TransformError(reason)
         from ..runtime.cache.narrow import KvCache
 
@@ -80,7 +76,7 @@ class QuantisedCache(Transform):
 
     def took_effect(self, variant: Variant) -> str | None:
         kind = self.scheme if self.backend == "own" else self.backend
-        return _other_than(kind, variant)
+        return other_than(kind, variant)
 
     def _indivisible(self, variant: Variant) -> str | None:
         from ..diagnose.work import attention_layers
@@ -89,68 +85,6 @@ class QuantisedCache(Transform):
             return None
         odd = sorted({keys.head_size for keys in attention_layers(variant.original) if keys.head_size % 32})
         return f"INT4 stores groups of 32 numbers, and heads have {odd[0]}" if odd else None
-
-
-@dataclass(frozen=True)
-class OffloadedCache(Transform):
-    """Keep keys and values in the host's memory. Each layer's are fetched while the layer before it computes."""
-
-    name: ClassVar[str] = "offloaded_cache"
-    stage: ClassVar[Stage] = Stage.CACHE
-    summary: ClassVar[str] = "KV cache in the host's memory, fetched layer by layer, for contexts a GPU cannot hold"
-    lossless: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.phase == "prefill":
-            raise ChoiceError("offloaded_cache: phase must be 'decode' or 'both'; prefill has no cache to read")
-
-    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        if hardware.device != "cuda":
-            return f"there is nothing to offload to: the model runs on {hardware.device}, in the host's own memory"
-        return _no_growing_cache(variant)
-
-    def rehearsed(self) -> Transform:
-        return LeanLoop("decode")
-
-    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        """No speed-up: it saves memory only. At best, fetching overlaps computing; every token moves the whole cache
-        over the link."""
-        phase = profile.phases["decode"]
-        return {"decode": phase.seconds / max(phase.seconds, phase.cache_bytes / LINK_BYTES_PER_S)}
-
-    def apply(self, variant: Variant) -> None:
-        if reason := _no_growing_cache(variant):
-            raise TransformError(reason)
-        from ..runtime.cache.narrow import KvCache
-
-        variant.kv = KvCache("offloaded")
-        variant.loop = decode
-
-    def took_effect(self, variant: Variant) -> str | None:
-        return _other_than("offloaded", variant)
-
-
-def _no_growing_cache(variant: Variant) -> str | None:
-    """Why a variant's cache cannot be replaced by another growing cache, or None."""
-    if variant.kv is not None:
-        return f"the KV cache is {variant.kv} already"
-    if variant.caches is not None:
-        return f"the KV cache is static ({variant.caches.slots} slots)"
-    return no_slots(variant.original) or _only_windows(variant.original)
-
-
-def _only_windows(model: PreTrainedModel) -> str | None:
-    from ..diagnose.work import attention_layers
-
-    if any(keys.window is None for keys in attention_layers(model)):
-        return None
-    return "every layer has a sliding window, which keeps its share of the cache small already"
-
-
-def _other_than(kind: str, variant: Variant) -> str | None:
-    if variant.kv is None or variant.caches is not None or variant.loop is None:
-        return "the KV cache is a plain one"
-    return None if variant.kv.kind == kind else f"the KV cache is {variant.kv}"
 
 
 def _config(variant: Variant) -> object:
