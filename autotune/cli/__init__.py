@@ -260,7 +260,7 @@ def fraction(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no fraction; expected such as 5% or 0.05")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction; expected 5% or 0.05, for example")
     return value
 
 
@@ -273,5 +273,5 @@ def duration(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; expected such as 90s, 5m or 1h")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; expected 90s, 5m or 1h, for example")
     return seconds

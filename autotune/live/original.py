@@ -78,7 +78,7 @@ class Original:
         """
         device = devices.of(self._model)
         if device.kind == "cpu":
-            raise StateError("the original lies in the CPU's own memory: keep it there, or release it")
+            raise StateError("the original is in the CPU's own memory already: keep it there, or release it")
         used = {where(t) for module in variant.modules.values() for t in tensors(module)}
         self._tree = {kind: dict(getattr(self._model, kind)) for kind in KINDS}
         for tensor in {id(t): t for t in tensors(self._model) if where(t) not in used}.values():

@@ -185,7 +185,7 @@ def _tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase |
             return None
         raise UnsupportedModelError(
             f"the tokenizer of {where} ({', '.join(there)}) cannot be loaded: {_gist(error)}; "
-            "mend it, or take its files away and give prompts as token ids"
+            "repair it, or remove its files and give prompts as token ids"
         ) from error
     return tokenizer
 

@@ -42,11 +42,11 @@ def one_device(model: PreTrainedModel) -> str | None:
     """Why buffers shared by all layers (slots, graphs, compiled or recorded steps) do not fit a model, or None."""
     found = devices(model)
     if len(found) > 1:
-        return f"the model lies on {' and '.join(map(str, found))}; slots, graphs and compiled steps need one device"
+        return f"the model is on {' and '.join(map(str, found))}; slots, graphs and compiled steps need one device"
     if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):
         return (
-            "accelerate's hooks run between the layers though the model lies on one device, and no graph or compiler "
-            "takes them: load it with device_map naming that device alone"
+            "accelerate's hooks run between the layers although the whole model is on one device, and no graph or "
+            "compiler can include them: load it with device_map set to that device alone"
         )
     return None
 
@@ -112,8 +112,9 @@ def _sharded(model: nn.Module) -> str | None:
     kinds = Counter(type(parameter).__name__ for parameter in model.parameters())
     if ranks > 1 or kinds["DTensor"]:
         return (
-            "its weights are sharded over ranks (tensor parallel or FSDP): ranks that tune apart come to different "
-            "plans and wait for one another in collectives; tune a replica on one device, or load it without tp_plan"
+            "its weights are sharded over ranks (tensor parallel or FSDP): ranks that tune separately reach "
+            "different plans and then wait for each other in collectives; tune a replica on one device, or load it "
+            "without tp_plan"
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers its weights from other ranks at each call; load it without DeepSpeed"
@@ -126,7 +127,7 @@ def strange(model: nn.Module) -> str | None:
         for hook in _flat(module):
             if not _aligns(hook):
                 return (
-                    f"{name or 'the model'} has a hook of accelerate's that is not known to leave its result alone "
+                    f"{name or 'the model'} has a hook of accelerate's that may change its result "
                     f"({type(hook).__name__}); remove it with accelerate.hooks.remove_hook_from_module"
                 )
     return None

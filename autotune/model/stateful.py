@@ -72,7 +72,11 @@ class ForwardState:
 
     def obstacle(self) -> str | None:
         """Why no plan can serve the model, or None."""
-        return f"the model's forward writes {', '.join(self.alien)}, which no twin shares" if self.alien else None
+        return (
+            f"the model's forward writes {', '.join(self.alien)}, which copies of the model do not share"
+            if self.alien
+            else None
+        )
 
     def unseen(self, by: str) -> str | None:
         """Why something that reads the model's tensors only once cannot serve the model, or None.
@@ -82,7 +86,7 @@ class ForwardState:
         """
         if not self.modules:
             return None
-        return f"{', '.join(self.modules)} computes anew what it holds as contexts grow, which {by} would not see"
+        return f"{', '.join(self.modules)} computes its buffers anew as contexts grow, which {by} would not see"
 
 
 NOTHING = ForwardState({}, frozenset())

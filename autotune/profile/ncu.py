@@ -148,7 +148,7 @@ def parse(text: str) -> NcuExport:
     start = next((i for i, line in enumerate(lines) if re.match(r'"?ID"?,', line)), None)
     if start is None:
         raise MeasurementError(
-            f"this is no CSV export of Nsight Compute (no headings that begin with ID){_hint(notes)}"
+            f"this is not a CSV export of Nsight Compute (no headings that begin with ID){_hint(notes)}"
         )
     launches = _launches([line for line in lines[start:] if line.startswith('"') or re.match(r"\w+,", line)])
     if not launches:
@@ -174,7 +174,7 @@ def _launches(lines: Sequence[str]) -> list[_Launch]:
     try:
         heading, *rows = csv.reader(lines)
     except csv.Error as error:  # an unterminated field
-        raise MeasurementError(f"this is no CSV export of Nsight Compute: {error}") from error
+        raise MeasurementError(f"this is not a CSV export of Nsight Compute: {error}") from error
     heading[0] = "ID"  # its quotes may have been lost
     if rows and not lines[-1].endswith(("\n", '"')):
         rows.pop()  # the file was cut, so the last number may have lost digits
@@ -273,7 +273,7 @@ def _notes(text: str) -> tuple[str, ...]:
 def _hint(notes: Sequence[str]) -> str:
     if any(PERMISSION in note for note in notes):
         return (
-            f": the driver let nobody but administrators read its counters ({PERMISSION}); run the command as root, or "
+            f": the driver lets only administrators read its counters ({PERMISSION}); run the command as root, or "
             "load the driver with NVreg_RestrictProfilingToAdminUsers=0"
         )
     if notes:

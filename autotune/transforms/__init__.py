@@ -119,7 +119,9 @@ def _load(plugin: EntryPoint) -> type[Transform] | None:
         log.warning("transform plug-in %r (%s) left out: %s", plugin.name, plugin.value, reason)
         return None
     if not _is_transform(cls):
-        log.warning("transform plug-in %r (%s) left out: it is no named Transform class", plugin.name, plugin.value)
+        log.warning(
+            "transform plug-in %r (%s) left out: it is not a Transform class with a name", plugin.name, plugin.value
+        )
         return None
     return cls
 

@@ -118,7 +118,7 @@ def uncapturable(variant: Variant) -> str | None:
     model = variant.modules["decode"]
     places = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(places) > 1:
-        return f"the model lies on several devices ({', '.join(sorted(places))}); a graph belongs to one"
+        return f"the model is on several devices ({', '.join(sorted(places))}); a graph belongs to one"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "accelerate's hooks move tensors at every call, which a graph does not repeat"
     if waiting := linear_layers.waiting(model):

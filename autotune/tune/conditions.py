@@ -71,14 +71,14 @@ def _range(text: str, parse: Callable[[str], Any], expected: str) -> Range:
         found = _BOUND.fullmatch(part.strip())
         value = parse(found[2]) if found else None
         if found is None or value is None:
-            raise ValueError(f"{part.strip()!r} is no bound; expected >=, >, <= or < and {expected}")
+            raise ValueError(f"{part.strip()!r} is not a bound; expected >=, >, <= or < and {expected}")
         bounds.append((found[1], value))
     lower = [(value, sign) for sign, value in bounds if sign in (">", ">=")]
     upper = [(value, sign) for sign, value in bounds if sign in ("<", "<=")]
     for low, at_least in lower:
         for high, at_most in upper:
             if low > high or (low == high and (at_least, at_most) != (">=", "<=")):
-                raise ValueError(f"nothing lies in {text!r}")
+                raise ValueError(f"nothing is within {text!r}")
     return Range(text, tuple(bounds))
 
 

@@ -130,7 +130,7 @@ def _parsed(file: IO[bytes], size: int) -> Answers:
     """
     length = int.from_bytes(file.read(8), "little")
     if length > min(size, MOST_HEADER):
-        raise ValueError(f"it begins with {length}, which is no header's length")
+        raise ValueError(f"it begins with {length}, which is not the length of a header")
     header = json.loads(file.read(length))
     metadata, logits, start = header.pop("__metadata__"), Shelf(), 0
     for name in sorted(header):

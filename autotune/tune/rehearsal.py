@@ -90,7 +90,7 @@ def _difference(tiny: PreTrainedModel, expected: list[Answer], transform: Transf
     except TransformError as refusal:
         return str(refusal)
     except AutotuneError as failure:
-        return f"a tiny {name} does not bear it: {failure}"
+        return f"a tiny {name} fails with it: {failure}"
     except Exception as error:
         outside.pass_on(error)
         return f"a tiny {name} raises {type(error).__name__} with it: {' '.join(str(error).split())[:200]}"

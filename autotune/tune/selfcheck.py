@@ -80,7 +80,7 @@ def difference(model: PreTrainedModel, clock: Callable[[], float] = time.thread_
     try:
         for step in _steps(judged):
             if clock() >= end:
-                return f"on a tiny {name}, whether routed calls are right was not found out within {MOST_S:.0f} s"
+                return f"on a tiny {name}, checking whether routed calls are right did not end within {MOST_S:.0f} s"
             step()
     except DifferenceError as found:
         return f"on a tiny {name}, {found}"
@@ -124,7 +124,7 @@ def _steps(tiny: PreTrainedModel) -> Iterator[Callable[[], None]]:
     if not seen.calls:
         raise DifferenceError("generate does not go through the loop that is routed")
     if reason := next((r for call in seen.calls if (r := call.unusual()) is not None), None):
-        raise DifferenceError(f"generate hands its loop what is not known: {reason}")
+        raise DifferenceError(f"generate passes something unknown to its loop: {reason}")
     if not seen.forwards:
         raise DifferenceError("generate does not go through the model's forward")
     twins = Variant(tiny)

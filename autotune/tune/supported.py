@@ -31,7 +31,7 @@ def mismatch(model: Any) -> str | None:
     if not model.can_generate():
         return f"{name} cannot generate (an encoder, or a head other than a language model's); pass a ...ForCausalLM"
     if (reason := placement.obstacle(model)) is not None:
-        return f"{name} cannot be tuned where it lies: {reason}"
+        return f"{name} cannot be tuned where it is: {reason}"
     if model.training:
         return f"{name} is in training mode (dropout would be measured and served); call model.eval() first"
     return None

@@ -164,7 +164,7 @@ def _not_better(trials: Sequence[Trial]) -> str:
     """The outcome of the candidates that were judged; empty if none was and the untried ones explain why."""
     judged = [trial for trial in wanted(trials) if trial.outcome not in UNTRIED]
     if not judged:
-        return "" if untried(trials) else "no candidate is both called for and to be had on this model and machine"
+        return "" if untried(trials) else "no candidate is both called for and available on this model and machine"
     open_ = sum(trial.outcome is TrialOutcome.INCONCLUSIVE for trial in judged)
     told = (
         f"none of {len(judged)} candidates tried proved" if len(judged) > 1 else "the one candidate tried did not prove"

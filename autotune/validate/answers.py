@@ -42,7 +42,7 @@ def odd_texts(own: Sequence[Sequence[int]], count: int, longest: int, ends: Coll
     for text in own:
         whole = 0 < len(text) <= longest and (len(text) == longest or text[-1] in ends)
         if not whole or any(t in ends for t in text[:-1]) or not all(0 <= t < width for t in text):
-            return f"{list(text)} is no continuation of up to {longest} tokens below {width}"
+            return f"{list(text)} is not a continuation of at most {longest} tokens below {width}"
     return None
 
 

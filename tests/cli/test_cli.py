@@ -364,7 +364,7 @@ def test_the_phase_in_question_is_furthest_from_its_roofline(saved, prompts, cap
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("missing.csv", "cannot be read"), ("forbidden.csv", "ERR_NVGPUCTRPERM"), ("prompts.jsonl", "no CSV")],
+    [("missing.csv", "cannot be read"), ("forbidden.csv", "ERR_NVGPUCTRPERM"), ("prompts.jsonl", "not a CSV")],
 )
 def test_an_export_that_is_none_is_a_usage_error(saved, prompts, tmp_path, capsys, name, said):
     source = Path(__file__).parents[1] / "fixtures" / "ncu" / name

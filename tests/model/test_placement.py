@@ -210,7 +210,7 @@ def test_one_device() -> None:
     assert "hooks run between the layers" in (placement.one_device(dispatched()) or "")
     several = models.tiny("llama")
     several.model.layers[1].to("meta")  # a second device without a GPU
-    assert "lies on cpu and meta; slots" in (placement.one_device(several) or "")
+    assert "is on cpu and meta; slots" in (placement.one_device(several) or "")
     assert placement.devices(several) == [torch.device("cpu"), torch.device("meta")]
 
 
@@ -248,7 +248,7 @@ def test_two_gpus() -> None:
     ids = torch.tensor(models.token_prompts(2), device="cuda:0")
     model = dispatch_model(models.tiny("llama", tie_word_embeddings=False).bfloat16(), places)
     assert placement.obstacle(model) is None
-    assert "lies on cuda:0 and cuda:1" in (placement.one_device(model) or "")
+    assert "is on cuda:0 and cuda:1" in (placement.one_device(model) or "")
     results = []
     for each in (model, plain.to("cuda:0")):
         variant = Variant(each)

@@ -330,7 +330,7 @@ def dispatch(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (dispatch, "that is not known to leave its result alone (Noting)"),
+        (dispatch, "that may change its result (Noting)"),
         (hook, "there is a forward hook on model.layers.0, which no plan would call"),
         (patch, "the model's forward was replaced on the object"),
     ],

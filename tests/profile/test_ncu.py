@@ -106,8 +106,8 @@ def test_exports_as_they_come(change: Callable[[str], str], kernels: int) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no CSV export"),
-        ("a,b\n1,2\n", "no CSV export"),
+        ("", "not a CSV export"),
+        ("a,b\n1,2\n", "not a CSV export"),
         ((EXPORTS / "forbidden.csv").read_text(), "ERR_NVGPUCTRPERM.*as root"),
         ("==ERROR== The application returned an error code (1).\n", "returned an error code"),
         (RAW[: RAW.index('"0"')], "profiled no kernel"),

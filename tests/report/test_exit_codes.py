@@ -253,13 +253,13 @@ LATER = [  # what argparse takes, and the command refuses
     ("tune model --policy a/b", "cannot be read as TOML"),
     ("tune model --prompts empty", "empty"),
     ("tune model --out notes.txt", "--out"),
-    ("check record model --out folder/../notes.txt", "is no baseline"),
-    ("check record model --out model --force", "is no baseline"),
+    ("check record model --out folder/../notes.txt", "is not a baseline"),
+    ("check record model --out model --force", "is not a baseline"),
     ("check record model --out new --prompts ids.jsonl --tasks ids.jsonl", "has no prompt and answer"),
     ("check record model --out new --prompts ids.jsonl --lm-eval gsm8k", "not installed"),
     ("experiment report it --chart c.exe", "there is no experiment"),
     ("policies check ids.jsonl", "cannot be read as TOML"),
-    ("profile model --ncu-csv ids.jsonl", "no CSV"),
+    ("profile model --ncu-csv ids.jsonl", "not a CSV"),
     ("report verdict.json --html folder", "the report in it cannot be shown"),
 ]
 

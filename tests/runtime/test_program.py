@@ -393,7 +393,7 @@ def test_contexts_up_to_the_models_limit_are_served() -> None:
 @needs_kernels
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mixtral", r"recorded|instruction"), ("gpt2", "one row after the other"), ("mamba", "takes no")],
+    [("mixtral", r"recorded|instruction"), ("gpt2", "one row after the other"), ("mamba", "does not take")],
 )
 def test_what_cannot_be_a_program_is_refused_with_the_reason(name: str, reason: str) -> None:
     with pytest.raises(TransformError, match=reason):

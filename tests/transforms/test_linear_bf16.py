@@ -75,5 +75,5 @@ def test_unavailable(name: str, llama: PreTrainedModel, monkeypatch: pytest.Monk
     gpu = Hardware(**{**vars(COMPILER), "device": "cuda"})
     assert "not on cuda" in (transform.unavailable(Variant(llama), gpu) or "")
     monkeypatch.setattr(kernels, "available", lambda: None)
-    monkeypatch.setattr(kernels, "no_bf16_unit", lambda: "this processor multiplies no BF16")
-    assert "multiplies no BF16" in (transform.unavailable(Variant(llama), COMPILER) or "")
+    monkeypatch.setattr(kernels, "no_bf16_unit", lambda: "this processor cannot multiply BF16")
+    assert "cannot multiply BF16" in (transform.unavailable(Variant(llama), COMPILER) or "")

@@ -130,8 +130,8 @@ def state_space(self: Any, input_ids: Any, attention_mask: Any, cache_params: An
     ("forward", "reason", "blocks"),
     [
         (known, None, False),
-        (renamed, "the model's forward takes no cache that is known by name", True),
-        (state_space, "the model's forward takes no position_ids", False),
+        (renamed, "the model's forward does not take cache that is known by name", True),
+        (state_space, "the model's forward does not take position_ids", False),
     ],
     ids=["known", "renamed", "state space"],
 )

@@ -44,7 +44,7 @@ def latency(verdict: str, drowned: bool = False) -> Latency:
 
 WINNER = (Named(label="w"),)
 ACCEPTED = trial("accepted", label="w")
-NO_KEYS = "the model's forward takes no past_key_values"
+NO_KEYS = "the model's forward does not take past_key_values"
 SPENT = "the budget of 100 s was spent"
 GAIN = (
     "committed w@both: requests 1.50x as fast (95 % interval 1.40 to 1.60), "
@@ -55,13 +55,13 @@ GAIN = (
 SEARCHES: dict[str, tuple[list[Trial], str, str | None, bool]] = {
     "nothing considered": (
         [],
-        "kept the original: no candidate is both called for and to be had on this model and machine",
+        "kept the original: no candidate is both called for and available on this model and machine",
         None,
         False,
     ),
     "nothing wanted": (
         [trial("skipped"), trial("unavailable")],
-        "kept the original: no candidate is both called for and to be had on this model and machine",
+        "kept the original: no candidate is both called for and available on this model and machine",
         None,
         False,
     ),

@@ -87,7 +87,7 @@ def run(
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
     if not max_slowdown >= 0:
-        raise ValueError(f"max_slowdown is {max_slowdown}; a fraction of 0 or more was expected")
+        raise ValueError(f"max_slowdown is {max_slowdown}; expected a fraction of 0 or more")
     notify = progress or log.info
     base = baseline if isinstance(baseline, Baseline) else load(baseline)
     variant = model if isinstance(model, Variant) else subject.serving(model, plan)
@@ -288,7 +288,7 @@ def _right(suite: Suite, variant: Variant, tokenizer: PreTrainedTokenizerBase | 
     now = harness.answer(variant, suite.name.removeprefix(harness.PREFIX), tokenizer)
     right = dict(zip(now.ids, now.right, strict=True))
     if right.keys() != set(suite.ids):
-        raise MeasurementError(f"{suite.name} has other samples than were recorded: record the baseline again")
+        raise MeasurementError(f"{suite.name} has other samples now than those recorded: record the baseline again")
     return tuple(right[name] for name in suite.ids)
 
 

@@ -87,7 +87,7 @@ def require_free(folder: Path, force: bool = False) -> None:
         return
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if MANIFEST not in names or names - MAX_BYTES.keys():
-        raise BaselineError(f"{folder} exists and is no baseline; name a folder that does not exist yet")
+        raise BaselineError(f"{folder} exists and is not a baseline; name a folder that does not exist yet")
     if not force:
         raise BaselineError(f"there is a baseline in {folder} already; --force (force=True) replaces it")
 
@@ -157,7 +157,7 @@ def _layers(tensors: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.
 def _manifest(folder: Path) -> _Manifest:
     if not (folder / MANIFEST).is_file():
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise BaselineError(f"{folder} is no baseline (it {what}): make one with `autotune check record MODEL --out`")
+        raise BaselineError(f"{folder} is not a baseline (it {what}): make one with `autotune check record`")
     try:
         body = codec.loads(_content(folder / MANIFEST))
     except PlanError as error:
@@ -190,7 +190,7 @@ def _verified(folder: Path, name: str, files: Mapping[str, str]) -> bytes:
 def _content(file: Path) -> bytes:
     try:
         if file.stat().st_size > MAX_BYTES[file.name]:
-            raise MeasurementError(f"{file} is larger than any baseline's: {RECORD_AGAIN}")
+            raise MeasurementError(f"{file} is larger than a file of a baseline can be: {RECORD_AGAIN}")
         return file.read_bytes()
     except OSError as error:
         raise MeasurementError(f"{file} cannot be read ({error.strerror}): {RECORD_AGAIN}") from error

@@ -77,7 +77,7 @@ def record(
     folder, notify = Path(out), progress or log.info
     require_free(folder, force)
     if size not in ("quick", "standard", "thorough"):
-        raise WorkloadError(f"the size is {size!r}; quick, standard or thorough was expected")
+        raise WorkloadError(f"the size is {size!r}; expected quick, standard or thorough")
     variant = subject.serving(model)
     original = variant.original
     work = _work(prompts, tokenizer, original, batch_sizes)

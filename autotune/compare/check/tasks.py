@@ -108,7 +108,7 @@ def read(
         raise WorkloadError(f"the tasks {file} cannot be read as text ({error})") from error
     found = {k: _task(line, f"{file}, line {k}", tokenizer) for k, line in enumerate(lines, 1) if line.strip()}
     if not found:
-        raise WorkloadError(f"{file} has no tasks; a line each was expected: {EXPECTED}")
+        raise WorkloadError(f"{file} has no tasks; expected one per line: {EXPECTED}")
     for k, task in found.items():
         _require_fitting(task, f"{file}, line {k}", vocabulary, context)
     return tuple(found.values())
@@ -122,7 +122,7 @@ def _require_fitting(task: Task, where: str, vocabulary: int | None, context: in
     """
     answers = task.choices or (task.answer,)
     if not task.prompt or not all(answers):
-        raise WorkloadError(f"{where} has an empty prompt, answer or choice; a token at least was expected")
+        raise WorkloadError(f"{where} has an empty prompt, answer or choice; expected at least one token")
     ids = [token for part in (task.prompt, *answers) for token in part]
     if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
         wrong = next(token for token in ids if not 0 <= token < vocabulary)
@@ -155,7 +155,7 @@ def _task(line: str, where: str, tokenizer: PreTrainedTokenizerBase | None) -> T
     if not isinstance(choices, list) or len(choices) < 2 or not all(choices):
         raise WorkloadError(f"{where} has the choices {choices!r}; two or more were expected")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise WorkloadError(f"{where} has the answer {answer!r}; the index of one of its {len(choices)} choices is due")
+        raise WorkloadError(f"{where} has the answer {answer!r}; expected the index of one of {len(choices)} choices")
     return Task(prompt, tuple(_continuation(choice, spaced, where, tokenizer) for choice in choices), answer)
 
 

@@ -73,7 +73,7 @@ def connect(path: Path) -> sqlite3.Connection:
         with _locked(path.with_name(f"{path.name}.lock")) as lock:
             header = _header(path)
             if header and not header.startswith(HEADER) and not lock.known():  # SQLite would overwrite a short one
-                raise ExperimentError(f"{path} is no file of experiments and stays as it is; {ANOTHER}")
+                raise ExperimentError(f"{path} is not a file of experiments and was left as it is; {ANOTHER}")
             try:
                 db = _opened(path)
             except sqlite3.DatabaseError as error:

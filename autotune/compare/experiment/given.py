@@ -60,7 +60,7 @@ def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[GivenArm, dict[s
     if not isinstance(candidates, Mapping) or not candidates:
         raise ExperimentError('there are no candidates; expected candidates={"name": ...} with one or more of them')
     if CONTROL in candidates:
-        raise ExperimentError(f"a candidate is called {CONTROL!r}, which is the control's name; call it otherwise")
+        raise ExperimentError(f"a candidate is called {CONTROL!r}, which is the control's name; give it another name")
     given = {checked_name(name): classify(f"candidate {name!r}", name, value) for name, value in candidates.items()}
     if control is None:
         made = next((g.value.original for g in given.values() if g.kind == "variant"), None)
@@ -70,7 +70,7 @@ def parse(control: Any, candidates: Mapping[str, Any]) -> tuple[GivenArm, dict[s
     first = classify(CONTROL, CONTROL, control)
     if first.kind not in ("variant", "model", "checkpoint"):
         raise ExperimentError(
-            f"the control is a {first.kind}, which brings no model along; pass the model as control, or "
+            f"the control is a {first.kind}, which has no model of its own; pass the model as control, or "
             "plan.apply(model) where it should be a plan's variant of it"
         )
     return first, given

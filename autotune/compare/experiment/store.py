@@ -237,7 +237,7 @@ class Store:
         try:
             found: Any = json.loads(body)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ExperimentError(f"what {self.path} keeps is no JSON ({error}); give another file") from error
+            raise ExperimentError(f"what {self.path} keeps is not JSON ({error}); give another file") from error
         if not isinstance(found, dict):
             raise ExperimentError(f"{self.path} keeps {body[:40]!r} where an object was expected; give another file")
         return found

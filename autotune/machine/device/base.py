@@ -184,8 +184,8 @@ class Device(ABC):
         """Record that the device is dead for this process. Returns the exception that every later use raises."""
         if self._dead is None:
             self._dead = (
-                f"{self.where} failed for good in this process ({first_line(error)}); its memory cannot be read any "
-                "more and nothing is retried: restart the process"
+                f"{self.where} failed and cannot be used again in this process ({first_line(error)}): its memory can "
+                "no longer be read; restart the process"
             )
         return DeviceError(self._dead)
 

@@ -88,8 +88,8 @@ def cannot_step(model: PreTrainedModel) -> str | None:
     """Why a model cannot be driven token by token from outside generate's loop, or None."""
     missing = sorted({"position_ids", "attention_mask"} - parameters(model))
     if missing:  # another kind of model: state spaces, ALiBi
-        return f"the model's forward takes no {', '.join(missing)}"
-    return None if cache_name(model) else Blocker("the model's forward takes no cache that is known by name")
+        return f"the model's forward does not take {', '.join(missing)}"
+    return None if cache_name(model) else Blocker("the model's forward does not take cache that is known by name")
 
 
 def keeps_last_logits(model: Any) -> bool:

@@ -63,7 +63,7 @@ def no_bf16_unit() -> str | None:
 
     if torch.ops.autotune.bf16_unit():
         return None
-    return "this processor multiplies no BF16: it has neither AMX nor AVX512-BF16"
+    return "this processor cannot multiply BF16: it has neither AMX nor AVX512-BF16"
 
 
 def attend_one(

@@ -46,7 +46,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
             "failed",
             "*MeasurementError: autotune check: quality*",
         ),
-        ("", ", baseline='nowhere'", [], "failed", "*nowhere is no baseline*"),
+        ("", ", baseline='nowhere'", [], "failed", "*nowhere is not a baseline*"),
     ],
 )
 def test_a_check_inside_a_suite(suite, folder, baseline, change, options, arguments, outcome, said):

@@ -72,8 +72,8 @@ def test_a_wrapped_model_stands_for_the_model_as_it_is() -> None:
         (MODEL, {"control": []}, "a candidate is called 'control'"),
         (MODEL, {"a b": []}, "the name 'a b' cannot be used"),
         (None, {"a": []}, "there is no control; expected control=model"),
-        (EMPTY, {"a": []}, "the control is a plan, which brings no model along"),
-        ("lossless", {"a": []}, "the control is a policy, which brings no model along"),
+        (EMPTY, {"a": []}, "the control is a plan, which has no model of its own"),
+        ("lossless", {"a": []}, "the control is a policy, which has no model of its own"),
     ],
 )
 def test_what_cannot_be_an_arm(control: Any, candidates: dict[str, Any], words: str) -> None:

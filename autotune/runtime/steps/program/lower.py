@@ -197,5 +197,5 @@ def _attribute(graph: GraphModule, path: str) -> torch.Tensor:
     """
     value = operator.attrgetter(path)(graph)
     if not isinstance(value, torch.Tensor):
-        raise TransformError(f"a program cannot read {path}, which is no tensor but a {type(value).__name__}")
+        raise TransformError(f"a program cannot read {path}, which is a {type(value).__name__}, not a tensor")
     return value.detach()
