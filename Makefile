@@ -19,14 +19,20 @@ PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
 
-.PHONY: fuzz prove demo test test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
 
-test: $(READY)  ## the tests, the real model's among them; a thread each, on tiny models more only wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+# One thread each: on tiny models, more only wait for each other. What takes long to make is kept in .test-cache.
+PYTEST := AUTOTUNE_TEST_CACHE=$(CURDIR)/.test-cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
+
+test: $(READY)  ## the tests but for the slow ones; the real model's are among them
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow" $(TEST_ARGS)
+
+test-all: test  ## all tests; what CI runs
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow $(TEST_ARGS)
 
 test-matrix: $(READY)  ## the compatibility suite on other versions of transformers, torchao, bitsandbytes, accelerate
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)

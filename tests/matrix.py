@@ -241,8 +241,7 @@ def limited(command: Sequence[str], log: Path, limit_s: float) -> int | None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # kernels and compiled code are kept under names that hold all they depend on, so that rows may share them
     environment |= {
-        "AUTOTUNE_TEST_KERNELS": str(FOLDER / "kernels"),
-        "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "inductor"),
+        "AUTOTUNE_TEST_CACHE": str(FOLDER / "kept"),
         "OMP_NUM_THREADS": "1",  # on tiny models two threads take three times the CPU time, waiting for each other
     }
     with log.open("a", encoding="utf-8") as out:
