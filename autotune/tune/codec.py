@@ -79,7 +79,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """The inverse of `encode` for an annotation.
+    """The inverse of `encode` for an annotation. A dataclass may have `from_earlier`, which converts older JSON of it.
 
     Args:
         kind: dataclass, Transform, enum, Literal of text, scalar, X | None, tuple[X, ...] or a mapping of str to X.
@@ -125,6 +125,13 @@ def _one_of(texts: tuple[str, ...], value: Any, where: str) -> str:
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     table = _expect(dict, value, where)
+    if (from_earlier := getattr(kind, "from_earlier", None)) is not None:
+        try:
+            table = from_earlier(table)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"{where} is not what an earlier version wrote ({type(error).__name__}: {error})"
+            ) from error
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(table.keys() - known.keys()):
         raise PlanError(f"{where} has the unknown key {unknown[0]!r}")

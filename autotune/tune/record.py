@@ -138,7 +138,8 @@ def _paired(latency: Latency, phase: Phase) -> dict[str, Any]:
     metric = METRIC_OF[phase]
     speedup: Speedup = getattr(latency, metric)
     figures = {"speedup": speedup.ratio, "speedup_low": speedup.low, "speedup_high": speedup.high}
-    reference, candidate = latency.reference_s.get(metric), latency.candidate_s.get(metric)
+    reference = [s for times in latency.buckets.values() for s in times.reference_s.get(metric, ())]
+    candidate = [s for times in latency.buckets.values() for s in times.candidate_s.get(metric, ())]
     if reference and candidate:
         figures |= {"baseline_ms": 1e3 * median(reference), "final_ms": 1e3 * median(candidate)}
     return figures
@@ -177,14 +178,17 @@ def _latency(latency: Latency | None) -> dict[str, Any] | None:
         "ttft": _speedup(latency.ttft),
         "tpot": _speedup(latency.tpot),
         "noise": latency.noise,
-        "buckets": {b: {m: _speedup(s) for m, s in metrics.items()} for b, metrics in latency.buckets.items()},
-        "samples": {"reference_ms": _samples(latency.reference_s), "candidate_ms": _samples(latency.candidate_s)},
+        "buckets": {b: {m: _speedup(s) for m, s in times.speedups.items()} for b, times in latency.buckets.items()},
+        "samples": {
+            b: {"reference_ms": _samples(times.reference_s), "candidate_ms": _samples(times.candidate_s)}
+            for b, times in latency.buckets.items()
+        },
         "warnings": latency.warnings,
     }
 
 
 def _samples(raw_s: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Every sample by metric, ordered by bucket, to five significant digits: clocks are not finer."""
+    """Every sample by metric, to five significant digits: clocks are not finer."""
     return {metric: [float(f"{1e3 * s:.5g}") for s in samples] for metric, samples in raw_s.items()}
 
 

@@ -10,7 +10,9 @@ answers                                                      the original's answ
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class Verdict(enum.StrEnum):
@@ -91,6 +93,20 @@ class Speedup:
 
 
 @dataclass(frozen=True)
+class BucketTimes:
+    """One bucket of the workload, timed on both arms.
+
+    Args:
+        speedups: by metric name ("ttft", "tpot", "end_to_end").
+        reference_s, candidate_s: raw samples in seconds by metric name, those of disturbed pairs included.
+    """
+
+    speedups: Mapping[str, Speedup]
+    reference_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    candidate_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Latency:
     """Paired, interleaved timing of a candidate against a reference.
 
@@ -99,8 +115,7 @@ class Latency:
         reason: one sentence with the decisive number.
         ttft, tpot, end_to_end: speed-ups over all buckets; the worst bucket's if the buckets differ in sign.
         noise: A/A half-width measured on this host, as a fraction.
-        buckets: the three speed-ups by metric name, by bucket name ("b1/p64/n32").
-        reference_s, candidate_s: raw samples in seconds by metric name ("ttft", "tpot", "end_to_end").
+        buckets: by `Bucket.label` ("b1/p64/n32").
         warnings: those about the measurement's noise.
         drowned: whether it fails only because of this machine's noise, which may hide a useful gain.
     """
@@ -111,8 +126,27 @@ class Latency:
     tpot: Speedup
     end_to_end: Speedup
     noise: float
-    buckets: dict[str, dict[str, Speedup]] = field(default_factory=dict)
-    reference_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    candidate_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    buckets: Mapping[str, BucketTimes] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     drowned: bool = False
+
+    @staticmethod
+    def from_earlier(table: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Convert the JSON of earlier versions, which kept the samples of all buckets in one row, bucket by bucket."""
+        if "reference_s" not in table:
+            return table
+        kept = {arm: table[arm] for arm in ("reference_s", "candidate_s")}
+        rest = {key: value for key, value in table.items() if key not in kept}
+        count = max(len(rest["buckets"]), 1)
+        return rest | {
+            "buckets": {
+                label: {"speedups": speedups}
+                | {arm: {m: _share_of(row, k, count) for m, row in rows.items()} for arm, rows in kept.items()}
+                for k, (label, speedups) in enumerate(rest["buckets"].items())
+            }
+        }
+
+
+def _share_of(row: Sequence[Any], number: int, count: int) -> Sequence[Any]:
+    each = len(row) // count
+    return row[number * each : (number + 1) * each]

@@ -21,7 +21,7 @@ from .timing import Clock, Pair, Timing, request, time_request
 if TYPE_CHECKING:
     from ..runtime.variant import Variant
 
-__all__ = ["Metric", "Pair", "Timing", "compare", "decide", "label", "noise_floor", "race", "timed", "warm_up"]
+__all__ = ["Metric", "Pair", "Timing", "compare", "decide", "noise_floor", "race", "timed", "warm_up"]
 
 Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 
@@ -108,10 +108,10 @@ def race(
 ) -> Latency:
     """Time the arms in pairs until the answer is clear, or the pairs or the time are used up."""
     rng, start = np.random.default_rng(seed), clock()
-    pairs: dict[str, list[Pair]] = {label(bucket): [] for bucket in buckets}
+    pairs: dict[str, list[Pair]] = {bucket.label: [] for bucket in buckets}
     for turn in range(max_pairs):
         for bucket in buckets:
-            pairs[label(bucket)].append(_pair(reference, candidate, bucket, turn, swap=bool(rng.random() < 0.5)))
+            pairs[bucket.label].append(_pair(reference, candidate, bucket, turn, swap=bool(rng.random() < 0.5)))
         if progress:
             progress(f"timing pair {turn + 1}", (turn + 1) / max_pairs)
         if turn + 1 in EARLY_LOOKS and turn + 1 < max_pairs:
@@ -173,10 +173,10 @@ def self_noise(
 ) -> float:
     """Do what `noise_floor` does, for any arm."""
     rng, start = np.random.default_rng(seed), clock()
-    samples: dict[str, list[Pair]] = {label(bucket): [] for bucket in buckets}
+    samples: dict[str, list[Pair]] = {bucket.label: [] for bucket in buckets}
     for turn in range(pairs):
         for bucket in buckets:
-            samples[label(bucket)].append(_pair(arm, arm, bucket, turn, swap=bool(rng.random() < 0.5)))
+            samples[bucket.label].append(_pair(arm, arm, bucket, turn, swap=bool(rng.random() < 0.5)))
         if progress:
             progress("measuring the machine's noise", (turn + 1) / pairs)
         if turn >= 3 and clock() - start > budget_s:
@@ -186,11 +186,6 @@ def self_noise(
         return math.inf  # too few values: no difference can be shown on this machine
     low, high = bounds(values)
     return math.expm1((high - low) / 2)
-
-
-def label(bucket: Bucket) -> str:
-    """Name a bucket, for example "b1/p64/n32"."""
-    return f"b{bucket.batch}/p{bucket.prompt_tokens}/n{bucket.new_tokens}"
 
 
 def timed(variant: Variant, prompts: Sequence[Tokens], clock: Clock = time.perf_counter) -> Arm:
@@ -223,8 +218,8 @@ def warm_up(arms: Mapping[str, Arm], bucket: Bucket, clock: Clock, steady: float
             if len(took) >= 3 and max(took[-3:]) <= steady * min(took[-3:]):
                 break
             if clock() - start > budget_s / len(arms):
-                restless.append(f"{name} was not steady in {label(bucket)} after {turn} requests")
+                restless.append(f"{name} was not steady in {bucket.label} after {turn} requests")
                 break
         else:
-            restless.append(f"{name} was not steady in {label(bucket)} after {MAX_WARMUP} requests")
+            restless.append(f"{name} was not steady in {bucket.label} after {MAX_WARMUP} requests")
     return restless

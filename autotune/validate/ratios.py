@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..workload import METRICS, Metric
-from . import Latency, Speedup, Verdict
+from . import BucketTimes, Latency, Speedup, Verdict
 from .limits import Limits
 from .statistics import Floats, median_bounds, spread
-from .timing import Pair
+from .timing import Pair, Timing
 
 EARLY_ALPHA = 0.005  # error probability in each tail, at each early look
 FINAL_ALPHA = 0.025  # error probability in each tail, at the final look
@@ -78,9 +78,14 @@ def decide(
         tpot=speedup(overall["tpot"]),
         end_to_end=speedup(overall["end_to_end"]),
         noise=noise,
-        buckets={name: {m: speedup(values) for m, values in by.items()} for name, by in ratios.items()},
-        reference_s=_raw(samples, "reference"),
-        candidate_s=_raw(samples, "candidate"),
+        buckets={
+            name: BucketTimes(
+                {m: speedup(values) for m, values in ratios[name].items()},
+                _raw([pair.reference for pair in pairs]),
+                _raw([pair.candidate for pair in pairs]),
+            )
+            for name, pairs in samples.items()
+        },
         warnings=warnings,
         drowned=drowned,
     )
@@ -197,8 +202,8 @@ def own_noise(found: Latency, metric: Metric) -> float:
     It is larger than the result of `latency.noise_floor`, because the requests are few and a candidate's request runs
     between each two of them.
     """
-    times = np.array_split(np.array(found.reference_s.get(metric, ())), max(len(found.buckets), 1))
-    steps = known(np.concatenate([np.diff(np.log(of_bucket)) for of_bucket in times]))
+    times = [np.array(bucket.reference_s.get(metric, ())) for bucket in found.buckets.values()]
+    steps = known(np.concatenate([np.array([]), *(np.diff(np.log(of_bucket)) for of_bucket in times)]))
     return math.expm1(max(map(abs, bounds(steps, early=True)))) if len(steps) > 1 else math.inf
 
 
@@ -229,7 +234,6 @@ def failed(reason: str, noise: float, verdict: Verdict = Verdict.ERROR) -> Laten
     return Latency(verdict, reason, unknown, unknown, unknown, noise)
 
 
-def _raw(samples: Mapping[str, Sequence[Pair]], arm: str) -> dict[str, tuple[float, ...]]:
-    """Return the raw samples by metric, including polluted ones."""
-    timings = [getattr(p, arm) for pairs in samples.values() for p in pairs]
+def _raw(timings: Sequence[Timing]) -> dict[str, tuple[float, ...]]:
+    """Return the raw samples by metric."""
     return {m: tuple(getattr(t, f"{m}_s") for t in timings) for m in METRICS}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median_high
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
@@ -49,6 +49,16 @@ class Bucket:
     batch: int
     prompt_tokens: int
     new_tokens: int
+
+    @property
+    def label(self) -> str:
+        """Its name in records: "b1/p64/n32"."""
+        return f"b{self.batch}/p{self.prompt_tokens}/n{self.new_tokens}"
+
+    @classmethod
+    def of(cls, label: str) -> Self:
+        """The bucket of a label."""
+        return cls(*(int(part[1:]) for part in label.split("/")))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from autotune.tune import run as tuning
 from autotune.tune import store
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.run import Tuned
-from autotune.validate import Latency, Speedup, Verdict
+from autotune.validate import BucketTimes, Latency, Speedup, Verdict
 from tests.live.test_wrap import IDS, Written, greedy
 from tests.models import tiny, token_prompts
 
@@ -165,9 +165,11 @@ def test_a_shape_that_was_not_measured_shows_its_pace_itself() -> None:
 
 def test_what_was_measured_at_commit_is_expected_bucket_by_bucket() -> None:
     one = Speedup(1, 1, 1, 2)
-    by = {"b1/p64/n32": {"tpot": one}, "b8/p64/n32": {"tpot": one}}
-    times = {"tpot": (0.01, 0.03, 0.05, 0.08, 0.1, 0.12)}
-    found = expected_paces(Latency(Verdict.PASS, "", one, one, one, 0.0, by, candidate_s=times))
+    by = {
+        "b1/p64/n32": BucketTimes({"tpot": one}, candidate_s={"tpot": (0.01, 0.03, 0.05)}),
+        "b8/p64/n32": BucketTimes({"tpot": one}, candidate_s={"tpot": (0.08, 0.1, 0.12)}),
+    }
+    found = expected_paces(Latency(Verdict.PASS, "", one, one, one, 0.0, by))
     assert {shape: pace.expected_s for shape, pace in found.items()} == {(1, 6): 0.03, (8, 6): 0.1}
     assert shape_of(1, 60) == shape_of(1, 64) != shape_of(1, 65)
 

@@ -23,7 +23,7 @@ from autotune.tune import plan
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan
 from autotune.tune.record import report_of, reverified
-from autotune.validate import ConfidenceBin, Latency, Speedup, Verdict
+from autotune.validate import BucketTimes, ConfidenceBin, Latency, Speedup, Verdict
 from tests import chromium, pages
 from tests.report.test_report import CALLED, COMMITTED, FASTER, NAN, ORIGINAL, PASSED, PROFILED
 from tests.report.test_report_device import DOUBTED, MEASURED
@@ -35,12 +35,18 @@ SURE = (
     ConfidenceBin(0.9, 1.0, 300, 0.0, 2e-5, 3e-4, 0.002, 1.0),
 )
 PAIRS = 6
+METRICS = ("ttft", "tpot", "end_to_end")
 SHAPES = ("b1/p64/n32", "b4/p64/n32")
 TIMED = replace(
     FASTER,
-    buckets={name: {"ttft": FASTER.ttft, "tpot": FASTER.tpot, "end_to_end": FASTER.end_to_end} for name in SHAPES},
-    reference_s={m: tuple(0.03 + 0.001 * k for k in range(2 * PAIRS)) for m in ("ttft", "tpot", "end_to_end")},
-    candidate_s={m: tuple(0.012 + 0.0005 * k for k in range(2 * PAIRS)) for m in ("ttft", "tpot", "end_to_end")},
+    buckets={
+        name: BucketTimes(
+            {"ttft": FASTER.ttft, "tpot": FASTER.tpot, "end_to_end": FASTER.end_to_end},
+            {m: tuple(0.03 + 0.001 * (k + PAIRS * i) for k in range(PAIRS)) for m in METRICS},
+            {m: tuple(0.012 + 0.0005 * (k + PAIRS * i) for k in range(PAIRS)) for m in METRICS},
+        )
+        for i, name in enumerate(SHAPES)
+    },
 )
 WHOLE = replace(COMMITTED, quality=replace(PASSED, certainty=SURE), latency=TIMED)
 FULL = report_of(WHOLE).with_calls(0, {"beam search": 3})
@@ -228,13 +234,21 @@ def test_every_trial_is_listed_with_its_reason() -> None:
 def test_every_sample_is_there_in_its_bucket() -> None:
     listed = page("committed").rows("All samples, ms")
     assert len(listed) == 3 * 2 * PAIRS
-    taken = RECORDS["committed"]["latency"]["samples"]
+    taken = RECORDS["committed"]["latency"]["samples"][SHAPES[1]]
     second = [row for row in listed if row[0] == f"per token, {SHAPES[1]}"]
-    before, after = taken["reference_ms"]["tpot"][PAIRS:], taken["candidate_ms"]["tpot"][PAIRS:]
+    before, after = taken["reference_ms"]["tpot"], taken["candidate_ms"]["tpot"]
     assert [row[2:] for row in second] == [
         [n.milliseconds(a), n.milliseconds(b), n.ratio(a / b)] for a, b in zip(before, after, strict=True)
     ]
     assert all(not race.pairs for race in samples.races(RECORDS["old"]["latency"]))
+
+
+def test_samples_of_all_buckets_in_one_row_are_read_as_earlier_versions_wrote_them() -> None:
+    now = RECORDS["committed"]["latency"]
+    rows = {
+        arm: {m: [s for name in SHAPES for s in now["samples"][name][arm][m]] for m in METRICS} for arm in samples.ARMS
+    }
+    assert samples.races(now | {"samples": rows}) == samples.races(now)
 
 
 def test_quality_is_shown_by_how_sure_the_original_was() -> None:

@@ -22,7 +22,7 @@ from autotune.tune.contributions import Contribution
 from autotune.tune.findings import Findings
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.record import report_of, reverified
-from autotune.validate import Latency, Quality, Speedup, Verdict
+from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict
 
 NAN = float("nan")
 
@@ -107,8 +107,13 @@ FASTER = Latency(
     Speedup(2.5, 2.4, 2.6, 25),
     Speedup(2.2, 2.1, 2.3, 25),
     0.012,
-    reference_s={"tpot": (0.030, 0.032, 0.034), "ttft": (0.09,)},
-    candidate_s={"tpot": (0.012, 0.0128, 0.014), "ttft": (0.09,)},
+    {
+        "b1/p64/n32": BucketTimes(
+            {},
+            {"tpot": (0.030, 0.032, 0.034), "ttft": (0.09,)},
+            {"tpot": (0.012, 0.0128, 0.014), "ttft": (0.09,)},
+        )
+    },
     warnings=("IQR is 12 % of the median",),
 )
 TRIALS = (

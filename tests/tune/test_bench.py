@@ -20,7 +20,7 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import policy
 from autotune.tune.bench import LiveBench
-from autotune.validate import Latency, Quality, Speedup, Verdict, latency
+from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict, latency
 from autotune.validate.latency import EARLY_LOOKS
 from autotune.validate.score import Served
 from autotune.validate.texts import effort
@@ -123,7 +123,7 @@ def raced(ratio: float, spread: float, verdict: Verdict = Verdict.PASS) -> Laten
     took = tuple(1.0 + spread * (k % 2) for k in range(6))
     metrics = ("ttft", "tpot", "end_to_end")
     return Latency(
-        verdict, "scripted", gain, gain, gain, 0.0, buckets={"b1": {}}, reference_s=dict.fromkeys(metrics, took)
+        verdict, "scripted", gain, gain, gain, 0.0, {"b1/p8/n8": BucketTimes({}, dict.fromkeys(metrics, took))}
     )
 
 

@@ -16,7 +16,7 @@ from autotune.runtime import variant
 from autotune.tune import fingerprint, plan
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan, Trial, TrialOutcome
-from autotune.validate import Latency, Quality, Speedup, Verdict
+from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict
 from tests import models
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ LATENCY = Latency(
     FASTER,
     FASTER,
     noise=0.02,
-    buckets={"b1/p64/n32": {"tpot": FASTER}},
-    reference_s={"tpot": (0.03, 0.031)},
-    candidate_s={"tpot": (0.02, 0.021)},
+    buckets={"b1/p64/n32": BucketTimes({"tpot": FASTER}, {"tpot": (0.03, 0.031)}, {"tpot": (0.02, 0.021)})},
     warnings=("noisy",),
 )
 FULL = Plan(
@@ -133,7 +131,8 @@ def _set(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("quality", "tokens", to=1.5), "plan.quality.tokens is of type float; expected int"),
         (_set("quality", "tokens", to=True), "plan.quality.tokens is of type bool"),
         (_set("latency", "ttft", to=1.5), "plan.latency.ttft is of type float"),
-        (_set("latency", "reference_s", "tpot", to=[None, "x"]), r"reference_s.tpot\[1\] is of type str"),
+        (_set("latency", "buckets", "b1/p64/n32", "reference_s", "tpot", to=[None, "x"]), r"tpot\[1\] is of type str"),
+        (_set("latency", "reference_s", to=5), "plan.latency is not what an earlier version wrote"),
         (_set("latency", "warnings", to=[1]), r"plan.latency.warnings\[0\] is of type int"),
         (_set("created", to=5), "plan.created is of type int"),
         (_set("summary", to=[]), "plan.summary is of type list"),
@@ -144,6 +143,18 @@ def test_what_does_not_fit_is_refused(edit: Callable[[dict[str, Any]], None], sa
     edit(data)
     with pytest.raises(PlanError, match=says):
         plan.from_dict(data)
+
+
+def test_samples_in_one_row_are_read_as_earlier_versions_wrote_them() -> None:
+    second = BucketTimes({"tpot": FASTER}, {"tpot": (0.05, 0.06)}, {"tpot": (0.04, 0.03)})
+    now = replace(FULL, latency=replace(LATENCY, buckets=LATENCY.buckets | {"b8/p64/n32": second}))
+    data = json.loads(plan.dumps(now))
+    for table in (data["latency"], *(trial["latency"] for trial in data["trials"] if trial["latency"])):
+        buckets = table.pop("buckets")
+        table["buckets"] = {label: times["speedups"] for label, times in buckets.items()}
+        for arm in ("reference_s", "candidate_s"):
+            table[arm] = {"tpot": [s for times in buckets.values() for s in times[arm]["tpot"]]}
+    assert plan.dumps(plan.from_dict(data)) == plan.dumps(now)
 
 
 def _text(fragment: str) -> str:

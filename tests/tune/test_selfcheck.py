@@ -226,7 +226,7 @@ def test_what_was_found_is_kept_for_other_processes(monkeypatch: pytest.MonkeyPa
 def test_the_check_ends_after_two_seconds() -> None:
     assert selfcheck.MOST_S == 2.0
     seconds = iter([0.0, 0.5, 2.5, 99.0])
-    assert "not found out within 2 s" in (selfcheck.difference(tiny("llama"), clock=lambda: next(seconds)) or "")
+    assert "did not end within 2 s" in (selfcheck.difference(tiny("llama"), clock=lambda: next(seconds)) or "")
     assert next(seconds) == 99.0  # two steps were begun, the third was not
 
 

@@ -19,7 +19,7 @@ from autotune.machine import device as devices
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Verdict
-from autotune.validate.latency import compare, decide, label, noise_floor
+from autotune.validate.latency import compare, decide, noise_floor
 from autotune.validate.limits import Limits
 from autotune.validate.score import OutputError, Served
 from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
@@ -124,9 +124,10 @@ def test_verdicts(model, candidate, objective, verdict, words):
 def test_a_clear_answer_takes_five_pairs(model):
     found = race(model, decode_s=lambda batch: 0.015)
     assert found.tpot.pairs == 5
-    assert len(found.reference_s["tpot"]) == len(found.candidate_s["tpot"]) == 5
-    assert found.reference_s["ttft"][0] == pytest.approx(0.1)
-    assert found.candidate_s["tpot"][0] == pytest.approx(0.015)
+    (times,) = found.buckets.values()
+    assert len(times.reference_s["tpot"]) == len(times.candidate_s["tpot"]) == 5
+    assert times.reference_s["ttft"][0] == pytest.approx(0.1)
+    assert times.candidate_s["tpot"][0] == pytest.approx(0.015)
 
 
 def test_every_bucket_counts(model):
@@ -134,8 +135,8 @@ def test_every_bucket_counts(model):
     found = race(model, buckets=buckets, decode_s=lambda batch: 0.015 if batch == 1 else 0.04)
     assert found.verdict is Verdict.FAIL
     assert "b4/p12/n8" in found.reason
-    assert found.buckets["b1/p12/n8"]["tpot"].ratio == pytest.approx(2.0)
-    assert found.buckets["b4/p12/n8"]["tpot"].ratio == pytest.approx(0.75)
+    assert found.buckets["b1/p12/n8"].speedups["tpot"].ratio == pytest.approx(2.0)
+    assert found.buckets["b4/p12/n8"].speedups["tpot"].ratio == pytest.approx(0.75)
 
 
 def test_a_gain_within_the_noise_does_not_pass(model):
@@ -431,4 +432,5 @@ def test_a_machine_whose_noise_is_unknown_decides_nothing():
 
 
 def test_label():
-    assert label(Bucket(8, 64, 32)) == "b8/p64/n32"
+    assert Bucket(8, 64, 32).label == "b8/p64/n32"
+    assert Bucket.of("b8/p64/n32") == Bucket(8, 64, 32)

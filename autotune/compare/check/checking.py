@@ -192,7 +192,7 @@ def _latency_metrics(
 
 def _pace_metric(then: LatencySamples, now: LatencySamples, metric: str, max_slowdown: float) -> Metric:
     verdict, reason, change = pace.decide(then, now, metric, max_slowdown)
-    name = f"latency {metric} {latency.label(then.bucket)}"
+    name = f"latency {metric} {then.bucket.label}"
     if change is None:
         return Metric(name, verdict, reason, limit=max_slowdown)
     return Metric(name, verdict, reason, value=change.point, bound=change.high, limit=max_slowdown)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...validate import Verdict
-from ...validate.latency import label, noise_floor
+from ...validate.latency import noise_floor
 from ...validate.score import Served, Tokens
 from ...validate.statistics import median_bounds
 from ...validate.timing import Clock, request, time_request
@@ -54,7 +54,7 @@ def measure(
     """
     found = []
     for bucket in buckets:
-        notify(f"timing {label(bucket)}")
+        notify(f"timing {bucket.label}")
         served = Served(variant, pad_token_id=0)  # requests of one bucket are equally long, so nothing is padded
         times = [
             time_request(served, request(bucket, prompts, turn), bucket.new_tokens, clock)
@@ -85,7 +85,7 @@ def decide(
     The machine's load and temperature were different when the baseline was recorded. So the limit is raised by twice
     the larger of both A/A noises, just as `validate.ratios` requires a gain to exceed twice the noise.
     """
-    what = f"{metric} of {label(then.bucket)}"
+    what = f"{metric} of {then.bucket.label}"
     then_s, now_s = ([s for s in pace.samples_s.get(metric, ()) if s == s] for pace in (then, now))
     if not then_s and not now_s:
         return Verdict.PASS, f"{what} is not defined for one new token", None

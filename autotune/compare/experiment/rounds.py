@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ...errors import MeasurementError
-from ...validate.latency import EARLY_LOOKS, STEADY, WARMUP_SHARE, label, warm_up
+from ...validate.latency import EARLY_LOOKS, STEADY, WARMUP_SHARE, warm_up
 from ...validate.latency import Arm as Timer
 from ...validate.score import CandidateError
 from ...validate.timing import Clock, Pair, Timing
@@ -46,7 +46,7 @@ class Rounds:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._timings = {(arm, label(bucket)): dict[int, Timing]() for arm in self.timers for bucket in self.buckets}
+        self._timings = {(arm, bucket.label): dict[int, Timing]() for arm in self.timers for bucket in self.buckets}
         for seen in self.store.observations(self.version, KIND):
             if (seen.arm, seen.bucket) in self._timings:
                 self._timings[seen.arm, seen.bucket][seen.turn] = _timing(seen)
@@ -61,7 +61,7 @@ class Rounds:
         share_s = WARMUP_SHARE * budget_s / (len(self.buckets) * len(self.timers))
         for bucket in self.buckets:
             for arm in self.racing():
-                self.notify(f"warming up {arm} in {label(bucket)}")
+                self.notify(f"warming up {arm} in {bucket.label}")
                 try:
                     self.warnings += warm_up({arm: self.timers[arm]}, bucket, self.clock, steady, share_s)
                 except CandidateError as error:
@@ -90,7 +90,7 @@ class Rounds:
     def pairs(self, arm: str) -> dict[str, list[Pair]]:
         """By bucket, pairs of the control's and a candidate's timings of the same round."""
         found = {}
-        for bucket in map(label, self.buckets):
+        for bucket in (each.label for each in self.buckets):
             reference, candidate = self._timings[CONTROL, bucket], self._timings[arm, bucket]
             turns = sorted(reference.keys() & candidate.keys())
             found[bucket] = [Pair(reference[turn], candidate[turn]) for turn in turns]
@@ -102,12 +102,12 @@ class Rounds:
 
     def _round(self, arms: Sequence[str], bucket: Bucket, turn: int) -> None:
         """Time every arm once, in random order. Saved together, because only timings of one round are compared."""
-        missing = [arm for arm in arms if arm != CONTROL and turn not in self._timings[arm, label(bucket)]]
+        missing = [arm for arm in arms if arm != CONTROL and turn not in self._timings[arm, bucket.label]]
         if not missing:
             return
-        if turn in self._timings[CONTROL, label(bucket)]:
+        if turn in self._timings[CONTROL, bucket.label]:
             return  # the control's timing is from an earlier run; only later rounds can be paired
-        self.notify(f"timing {label(bucket)}, round {turn + 1}")
+        self.notify(f"timing {bucket.label}, round {turn + 1}")
         order = np.random.default_rng((turn, bucket.batch, bucket.prompt_tokens)).permutation([CONTROL, *missing])
         taken: dict[str, Timing] = {}
         for arm in map(str, order):
@@ -115,10 +115,10 @@ class Rounds:
                 taken[arm] = self.timers[arm](bucket, turn)
             except CandidateError as error:
                 self.fail(arm, error)
-        rows = [Observation(arm, KIND, label(bucket), turn, asdict(timing)) for arm, timing in taken.items()]
+        rows = [Observation(arm, KIND, bucket.label, turn, asdict(timing)) for arm, timing in taken.items()]
         self.store.add_all(self.version, rows)
         for arm, timing in taken.items():
-            self._timings[arm, label(bucket)][turn] = timing
+            self._timings[arm, bucket.label][turn] = timing
 
     def fail(self, arm: str, error: CandidateError) -> None:
         """Record a candidate's failure, and leave it out from now on.

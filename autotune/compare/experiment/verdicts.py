@@ -13,7 +13,7 @@ from ...validate import Latency, Quality, Verdict
 from ...validate.limits import Limits
 from ...validate.ratios import EARLY_ALPHA, FINAL_ALPHA, decide, known, log_ratios, pooled
 from ...validate.timing import Pair
-from ...workload import METRICS, Metric
+from ...workload import METRICS, Bucket, Metric
 from .results import Cell, Outcome
 
 Pairs = Mapping[str, Sequence[Pair]]  # bucket label -> pairs, in the order of rounds
@@ -108,9 +108,9 @@ def _cell(bucket: str, pairs: Sequence[Pair], terms: Terms) -> Cell:
 
 
 def _tokens_per_s(bucket: str, seconds: Sequence[float]) -> float:
-    """New tokens of all sequences per second of a request. The label, such as "b4/p64/n32", gives their number."""
-    batch, _, new_tokens = (int(part[1:]) for part in bucket.split("/"))
-    return batch * new_tokens / float(np.median(seconds)) if seconds else math.nan
+    """New tokens of all sequences per second of a request, for a bucket's label."""
+    shape = Bucket.of(bucket)
+    return shape.batch * shape.new_tokens / float(np.median(seconds)) if seconds else math.nan
 
 
 def weigh(

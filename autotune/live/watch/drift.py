@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from ...validate import Latency
+from ...workload import Bucket
 
 FALSE_ALARM_SAMPLES = 1000.0  # least mean number of samples to a false alarm, for a plan within its limit
 STAKE = 0.25  # share of the evidence staked on each sample; a divergence of 3x the limit is found in 18 samples
@@ -96,19 +97,12 @@ def shape_of(batch: int, prompt_tokens: int) -> Shape:
 
 
 def expected_paces(latency: Latency | None) -> dict[Shape, LatencyCusum]:
-    """Expected pace of each bucket: its median time per token, as measured at commit.
-
-    The raw samples of a `Latency` are ordered by bucket, with the same number for each.
-    """
-    if latency is None or not latency.buckets:
-        return {}
-    times, found = latency.candidate_s.get("tpot", ()), {}
-    each = len(times) // len(latency.buckets)
-    for k, name in enumerate(latency.buckets):
-        known = [t for t in times[k * each : (k + 1) * each] if t is not None and math.isfinite(t)]
-        batch, prompt_tokens, _ = (int(part[1:]) for part in name.split("/"))
-        if known:
-            found[shape_of(batch, prompt_tokens)] = LatencyCusum(median(known))
+    """Expected pace of each bucket: its median time per token, as measured at commit."""
+    found = dict[Shape, LatencyCusum]()
+    for label, times in latency.buckets.items() if latency else ():
+        bucket = Bucket.of(label)
+        if known := [t for t in times.candidate_s.get("tpot", ()) if math.isfinite(t)]:
+            found[shape_of(bucket.batch, bucket.prompt_tokens)] = LatencyCusum(median(known))
     return found
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = {"end_to_end": "whole request", "tpot": "ms per token", "ttft": "ms to the first token"}
+ARMS = ("reference_ms", "candidate_ms")
 ROW, FRAME = 34.0, 52.0  # height of a row, and of the space around all rows, in points
 JITTER = 0.16  # largest vertical offset of a dot, in rows, so that samples of equal time do not overlap
 ANEW = (
@@ -55,25 +56,34 @@ class Race:
 
 
 def races(latency: Mapping[str, Any]) -> list[Race]:
-    """Return every bucket of every metric. A metric's samples are stored bucket by bucket, equally many of each."""
+    """Return every bucket of every metric."""
     buckets = latency["buckets"] or {"": {metric: latency[metric] for metric in METRICS}}
-    samples = latency.get("samples") or {"reference_ms": {}, "candidate_ms": {}}
+    samples = latency.get("samples") or {}
+    if "reference_ms" in samples:
+        samples = _by_bucket(samples, list(buckets))
     return [
         Race(
             metric,
             name if len(buckets) > 1 else "",
             speedups[metric],
-            *(_part(samples[arm].get(metric, ()), k, len(buckets)) for arm in ("reference_ms", "candidate_ms")),
+            *(tuple(samples.get(name, {}).get(arm, {}).get(metric, ())) for arm in ARMS),
         )
         for metric in METRICS
-        for k, (name, speedups) in enumerate(buckets.items())
+        for name, speedups in buckets.items()
         if metric in speedups and n.known(speedups[metric]["ratio"])
     ]
 
 
-def _part(samples: Sequence[float], index: int, count: int) -> tuple[float, ...]:
-    each = len(samples) // count
-    return tuple(samples[index * each : (index + 1) * each])
+def _by_bucket(samples: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Convert samples of earlier versions, which kept those of all buckets in one row, equally many of each."""
+    found: dict[str, Any] = {}
+    for k, name in enumerate(names):
+        found[name] = {arm: {} for arm in ARMS}
+        for arm in ARMS:
+            for metric, row in samples[arm].items():
+                each = len(row) // len(names)
+                found[name][arm][metric] = row[k * each : (k + 1) * each]
+    return found
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:

@@ -50,7 +50,7 @@ def test_a_baseline_is_replaced_only_by_force_and_whole(copy, baseline):
 
 def test_what_is_no_baseline_is_never_replaced(baseline, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BaselineError, match="no baseline"):
+    with pytest.raises(BaselineError, match="not a baseline"):
         folders.save(baseline, tmp_path, force=True)
     assert (tmp_path / "thesis.txt").exists()
 
@@ -97,7 +97,7 @@ def edit(**changes):
         ("manifest.json", edit(schema=0), BaselineError, "schema 0"),
         ("manifest.json", edit(kind="a plan"), BaselineError, "something else"),
         ("manifest.json", lambda file: file.write_text("[1]"), BaselineError, "something else"),
-        ("manifest.json", Path.unlink, BaselineError, "no baseline"),
+        ("manifest.json", Path.unlink, BaselineError, "not a baseline"),
     ],
 )
 def test_what_is_not_as_it_was_is_refused(copy, name, damage, error, said):

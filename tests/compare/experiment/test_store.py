@@ -228,9 +228,9 @@ def half_of_another(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (text, "no file of experiments"),
-        (one_letter, "no file of experiments"),
-        (pages, "no file of experiments"),
+        (text, "not a file of experiments"),
+        (one_letter, "not a file of experiments"),
+        (pages, "not a file of experiments"),
         (linked_text, "is a link"),
         (linked_store, "is a link"),
         (dangling, "is a link"),
