@@ -33,14 +33,14 @@ from autotune import workload
 from autotune.cli import demo
 from autotune.machine import hardware
 from autotune.model.load import load
-from autotune.runtime.variant import Stage, Variant
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import bench, search
 from autotune.tune import policy as policies
 from autotune.tune.choose import make
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.trying import Trier
-from autotune.validate import Speedup
+from autotune.validate import Speedup, Verdict
 from autotune.workload import METRIC_OF, Phase, built_in
 
 if TYPE_CHECKING:
@@ -128,11 +128,14 @@ def catalogue(device: str) -> list[PolicyStep]:
 
 
 def exhaust(trier: Trier, step: PolicyStep, variant: Variant, trials: list[Trial]) -> Variant:
-    """The best that the choices of one step make of `variant`; adds to `trials`."""
+    """The best that the choices of one step make of `variant`; adds to `trials`.
+
+    A choice that lost too much quality is not tried again on top of another, which would not give it back.
+    """
     choices = [make(choice) for choice in step.choices]
     while True:
-        accepted: list[tuple[float, int, Variant]] = []
-        for i, transform in enumerate(choices):
+        accepted: list[tuple[float, Transform, Variant]] = []
+        for transform in tuple(choices):
             trial = Trial(transform, step.name, step.phase, TrialOutcome.UNAVAILABLE, "")
             if reason := transform.unavailable(variant, trier.hardware):
                 trials.append(replace(trial, reason=reason))
@@ -141,11 +144,13 @@ def exhaust(trier: Trier, step: PolicyStep, variant: Variant, trials: list[Trial
             trial, candidate = trier.attempt(trial, variant)
             trials.append(trial)
             if trial.outcome is TrialOutcome.ACCEPTED and candidate is not None:
-                accepted.append((speedup(trial) or 1.0, i, candidate))
+                accepted.append((speedup(trial) or 1.0, transform, candidate))
+            elif trial.quality is not None and trial.quality.verdict is Verdict.FAIL:
+                choices.remove(transform)
         if not accepted:
             return variant
         _, best, variant = max(accepted, key=lambda found: found[0])
-        choices.pop(best)
+        choices.remove(best)
 
 
 @contextmanager
