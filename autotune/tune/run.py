@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import AutotuneError, Blocker, PlanError, TransformError
 from ..machine import busy, hardware, outside
+from ..machine.quiet import quiet
 from ..model import modes, placement
 from ..model.revision import hooked
 from ..report import Report, read
@@ -54,6 +55,7 @@ class Tuned:
     noisy: bool = False
 
 
+@quiet()
 def tune(
     model: PreTrainedModel,
     workload: Workload,
