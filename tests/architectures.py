@@ -28,7 +28,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -175,7 +175,7 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new: int = N
         min_new_tokens=new,
         return_dict_in_generate=True,
         output_logits=True,
-    )  # type: ignore[operator]
+    )
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1).log_softmax(-1)
 
 
@@ -258,7 +258,13 @@ def examine(architecture: str, machine: Hardware, compiled: bool = False) -> Ite
             yield replace(result, outcome="WRONG", why=f"the original itself, afterwards, on {case}")
 
 
-def trial(result: Result, transform: Transform, model: PreTrainedModel, machine: Hardware, expected: Any) -> Result:
+def trial(
+    result: Result,
+    transform: Transform,
+    model: PreTrainedModel,
+    machine: Hardware,
+    expected: Mapping[str, tuple[torch.Tensor, Any]],
+) -> Result:
     """One transform by itself."""
     try:
         variant = Variant(model)

@@ -55,7 +55,7 @@ class Node:
             if name in node.attributes
         ]
         styles = [node.attributes.get("style", "") for node in self.all()] + [node.text for node in self.all("style")]
-        return found + [url for style in styles for url in re.findall(r"url\(([^)]*)\)|@import\s*(\S*)", style)]  # type: ignore[misc]
+        return found + [url for style in styles for url in re.findall(r"url\(([^)]*)\)|@import\s*(\S*)", style)]
 
 
 class _Reader(HTMLParser):

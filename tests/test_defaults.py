@@ -17,8 +17,8 @@ from autotune.runtime.variant import Variant
 from autotune.tune import selfcheck
 from autotune.validate.score import Served
 from autotune.workload import Workload
+from tests.architectures import Fallback
 from tests.models import tiny, token_prompts
-from tests.test_architectures import Fallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

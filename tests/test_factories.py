@@ -27,7 +27,7 @@ PACKAGE = Path(autotune.__file__).parent
 def defects(source: str) -> Iterator[tuple[int, str]]:
     """Lines at which a tensor is made whose dtype or device is left to the process's defaults, and what is missing."""
     tree = ast.parse(source)
-    modules, functions = {"torch"}, {}
+    modules, functions = {"torch"}, dict[str, str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {name.asname for name in node.names if name.name == "torch" and name.asname}

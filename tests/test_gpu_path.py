@@ -36,8 +36,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(latency, "noise_floor", lambda *_, **__: 0.01)
     monkeypatch.setattr(bench, "PROFILE_S", 2.0)
     monkeypatch.setattr(bench, "BRIEF_PROFILE_S", 1.0)
-    with device.stand_in(FakeCuda()) as fake:
-        yield fake  # type: ignore[misc]
+    fake = FakeCuda()
+    with device.stand_in(fake):
+        yield fake
 
 
 def short(name: str) -> policy.Policy:

@@ -38,7 +38,7 @@ def wrapped(plan: list[Any], architecture: str = "llama") -> Any:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(plan)
         none = Fingerprint("", "", {}, "", "", "strict")
-        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "tune", tune)

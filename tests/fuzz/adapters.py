@@ -132,10 +132,11 @@ def written(model: Any) -> Undo:
 
 def _fitting() -> bool:
     """Whether this release of PEFT is one that transformers' interface takes."""
-    from transformers.integrations import peft as interface
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
 
     try:
-        interface.check_peft_version(min_version=interface.MIN_PEFT_VERSION)
+        check_peft_version(min_version=MIN_PEFT_VERSION)
     except ValueError:
         return False
     return True

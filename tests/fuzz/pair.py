@@ -123,7 +123,7 @@ class Pair:
             return
         kind, results = ALL_CALLS[call.kind], dict[int, Any]()
         calls = [call._replace(seed=call.seed + i, rows=1 + (call.rows + i) % 3) for i in range(THREADS)]
-        alone = [look(lambda each=each: kind(self.plain, each), 0) for each in calls]  # type: ignore[misc]
+        alone = [look(lambda each=each: kind(self.plain, each), 0) for each in calls]
         start = threading.Barrier(THREADS)
 
         def run(number: int) -> None:
@@ -245,7 +245,7 @@ class Pair:
         assert type(self.wrapped) is type(self.plain)
         other = set(vars(self.wrapped)) ^ set(vars(self.plain))
         assert not other, f"unwrapped, it differs in the attributes {other}"
-        found = difference(*(look(lambda m=m: m.state_dict(), 0) for m in (self.plain, self.wrapped)))  # type: ignore[misc]
+        found = difference(*(look(lambda m=m: m.state_dict(), 0) for m in (self.plain, self.wrapped)))
         assert found is None, f"after everything: {found}"
 
 

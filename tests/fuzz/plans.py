@@ -102,7 +102,7 @@ def answers(model: Any, work: Workload) -> bool:
     """Whether the model as it is answers the longest prompt: tuning measures that, and ends where it raises."""
     ids = torch.tensor([max(work.prompts, key=len)])
     try:
-        route.greedy(model, 0).generate(ids, max_new_tokens=work.new_tokens)  # type: ignore[operator]
+        route.greedy(model, 0).generate(ids, max_new_tokens=work.new_tokens)
     except Exception:
         return False
     return True
@@ -115,7 +115,7 @@ def scripted(name: str) -> Iterator[None]:
     def tune(model: Any, work: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         made = variant(model, traffic, work, name) if answers(model, work) else Variant(model, traffic, work)
         none = Fingerprint("", "", {}, "", "", "strict")
-        return Tuned(made, plans.Plan(none, made.transforms), _Written(), f"{name} won")  # type: ignore[arg-type]
+        return Tuned(made, plans.Plan(none, made.transforms), _Written(), f"{name} won")
 
     with (
         mock.patch.object(tuning, "tune", tune),

@@ -83,7 +83,7 @@ def difference(plain: Seen, wrapped: Seen, anew: bool = False) -> str | None:
         return found
     if _of_callers(plain.log, anew) != _of_callers(wrapped.log, anew):
         return f"the caller's objects saw {_short(plain.log)} of the original and {_short(wrapped.log)} of the wrapped"
-    if plain.error is None and not torch.equal(plain.random, wrapped.random):  # type: ignore[arg-type]
+    if plain.error is None and not torch.equal(plain.random, wrapped.random):
         return "random numbers were drawn in another number"
     return None if plain.left == wrapped.left else f"left behind: {wrapped.left}, by the original {plain.left}"
 

@@ -67,7 +67,7 @@ COURSES = {
 @pytest.mark.parametrize(("noisy", "rests"), COURSES.values(), ids=COURSES)
 def test_rests_become_longer_and_there_are_three(noisy: list[bool], rests: list[float]) -> None:
     time, searches, count = Time(), Searches(list(noisy)), len(noisy)
-    Again(time.rest, time.clock).keep_trying(weakref.WeakMethod(searches.tune), None)  # type: ignore[arg-type]
+    Again(time.rest, time.clock).keep_trying(weakref.WeakMethod(searches.tune), None)
     assert time.rests == rests
     assert searches.tries == [False] + [True] * (count - 1)
 
@@ -86,7 +86,7 @@ def test_a_rest_may_be_the_end(happens: Callable[..., Any]) -> None:
     tries = subjects[0].tries
     time = Time(lambda: happens(again, subjects))
     again = Again(time.rest, time.clock)
-    again.keep_trying(weakref.WeakMethod(subjects[0].tune), None)  # type: ignore[arg-type]
+    again.keep_trying(weakref.WeakMethod(subjects[0].tune), None)
     assert time.rests == [600.0]
     assert tries == [False]
     assert again.said(KEPT) == KEPT
@@ -103,7 +103,7 @@ def test_the_outcome_says_when_it_is_tried_again() -> None:
     again = Again(time.rest, time.clock)
     searches = Searches([True, False])
     assert again.said(KEPT) == KEPT
-    again.keep_trying(weakref.WeakMethod(searches.tune), None)  # type: ignore[arg-type]
+    again.keep_trying(weakref.WeakMethod(searches.tune), None)
     assert said == [f"{FOR_NOW}; tried again in 1 min 30 s"]
     assert again.said(KEPT) == KEPT
 
@@ -137,7 +137,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         plan = plans.Plan(Fingerprint("", "", {}, "", "", "strict"), ())
         hidden = noisy.pop(0)
         doubt = "1 of 2 candidates came out inconclusive" if hidden else None
-        return Tuned(Variant(model, traffic, workload), plan, Written(), KEPT, doubt, hidden)  # type: ignore[arg-type]
+        return Tuned(Variant(model, traffic, workload), plan, Written(), KEPT, doubt, hidden)
 
     monkeypatch.setattr(tuning, "tune", tune)
     return noisy
@@ -240,5 +240,5 @@ def test_a_child_does_not_promise_what_its_parent_does() -> None:
     time = Time(fork)
     again = Again(time.rest, time.clock)
     searches = Searches([True])
-    again.keep_trying(weakref.WeakMethod(searches.tune), None)  # type: ignore[arg-type]
+    again.keep_trying(weakref.WeakMethod(searches.tune), None)
     assert answers == [0]

@@ -37,11 +37,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(PACKED)
         none = Fingerprint("", "", {}, "", "", "strict")
-        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")
 
     monkeypatch.setattr(tuning, "tune", tune)
-    with device.stand_in(FakeCuda()) as fake:
-        yield fake  # type: ignore[misc]
+    fake = FakeCuda()
+    with device.stand_in(fake):
+        yield fake
 
 
 def parked(model: Any) -> Any:

@@ -67,7 +67,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[Transform]:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(wanted)
         none = Fingerprint("", "", {}, "", "", "strict")
-        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")
 
     monkeypatch.setattr(tuning, "tune", tune)
     return wanted
@@ -145,7 +145,7 @@ def test_freed_after_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         return variant
 
     def conclude(variant: Any, bench: Any, identity: Any, start: float, meter: Any) -> Any:
-        return Tuned(variant, plans.Plan(identity, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(identity, variant.transforms), Written(), "won")
 
     monkeypatch.setattr(tuning, "search", search)
     monkeypatch.setattr(tuning, "conclude", conclude)
@@ -356,7 +356,7 @@ def test_what_saves_memory_has_to_gain_no_time_where_memory_is_the_objective(
     original = Variant(tiny("llama"))
     policy = replace(policies.load("memory"), objective=objective)
     work = Workload(tuple(map(tuple, token_prompts(8))))
-    bench = LiveBench(original, work, policy, Any, notify=str)  # type: ignore[arg-type]  # nothing is measured
+    bench = LiveBench(original, work, policy, Any, notify=str)  # nothing is measured
     limits = bench._limits(original, original.with_transforms(transforms))
     assert limits == replace(policy.limits, min_gain=least)
 

@@ -199,7 +199,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Any:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms([LeanLoop()])
         variant.edit("both")
-        return Tuned(variant, plans.Plan(PRINT, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(PRINT, variant.transforms), Written(), "won")
 
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(Watch, "_work_when_idle", lambda self: None)

@@ -38,7 +38,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(wanted)
         none = Fingerprint("", "", {}, "", "", "strict")
-        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")
 
     monkeypatch.setattr(tuning, "tune", tune)
     return wanted
@@ -73,7 +73,7 @@ def test_what_could_not_be_tried_is_a_warning_where_nobody_draws(
 ) -> None:
     def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         plan = plans.Plan(Fingerprint("", "", {}, "", "", "strict"), ())
-        return Tuned(Variant(model, traffic, workload), plan, Written(), "kept it, but ...", "1 of 1")  # type: ignore[arg-type]
+        return Tuned(Variant(model, traffic, workload), plan, Written(), "kept it, but ...", "1 of 1")
 
     monkeypatch.setattr(tuning, "tune", tune)
     status = wrapped(tiny("llama"), progress=progress).autotune.status
@@ -164,7 +164,7 @@ class Paused:
         if self.error is not None:
             raise self.error
         none = Fingerprint("", "", {}, "", "", "strict")
-        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")  # type: ignore[arg-type]
+        return Tuned(variant, plans.Plan(none, variant.transforms), Written(), "won")
 
     def end(self, model: Any) -> None:
         self.go_on.set()
@@ -226,9 +226,9 @@ def test_a_change_meanwhile_takes_it_out_and_tuning_goes_on(monkeypatch: pytest.
 
 
 def test_what_is_rolled_back_meanwhile_stays_out_until_tuning_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    paused, model = Paused(monkeypatch, meanwhile=lambda _: handle.rollback()), tiny("llama")
-    wrapped(model, when="manual", workload=None)
+    model = wrapped(tiny("llama"), when="manual", workload=None)
     handle = model.autotune
+    paused = Paused(monkeypatch, meanwhile=lambda _: handle.rollback())
     greedy(model)
     tuner = threading.Thread(target=handle.tune)
     tuner.start()

@@ -53,6 +53,11 @@ def without(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def no_tokenizer(folder: Path) -> None:
+    for found in folder.glob("tokenizer*"):
+        found.unlink()
+
+
 def a_folder(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -209,7 +214,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 FINE: dict[str, Callable[[Path], None]] = {
     "as it is": void,
     "quantised by nobody": configured(quantization_config={"quant_method": "evil"}),
-    "no tokenizer": lambda folder: [void(f.unlink()) for f in folder.glob("tokenizer*")] and None,
+    "no tokenizer": no_tokenizer,
     "generation settings are junk": written("generation_config.json", "{"),
     "a file too many": written("notes.txt", "remember the milk"),
     "a weight too many": weighed(lambda t: t.update(extra=torch.ones(2))),

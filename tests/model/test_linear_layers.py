@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -161,6 +161,6 @@ def test_bytes_stored_count_what_is_shared_once(llama: PreTrainedModel) -> None:
 def test_obstacles(llama: PreTrainedModel) -> None:
     assert linear_layers.obstacle(llama) is None
     assert "meta" in (linear_layers.obstacle(models.tiny("llama").to("meta")) or "")
-    quantised = models.tiny("llama")
+    quantised: Any = models.tiny("llama")
     quantised.hf_quantizer = object()
     assert "quantised" in (linear_layers.obstacle(quantised) or "")

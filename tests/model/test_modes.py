@@ -38,7 +38,7 @@ def plan(name: str) -> list[Transform]:
 def tokens(model: Any, ids: torch.Tensor) -> list[list[int]]:
     with torch.no_grad():
         out: torch.Tensor = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    return out.tolist()  # type: ignore[no-any-return]
+    return out.tolist()
 
 
 @pytest.fixture
@@ -136,9 +136,9 @@ def tangent(model: Any) -> torch.Tensor:
 
     def logits(value: torch.Tensor) -> torch.Tensor:
         given = {"model.norm.weight": value}, (ONE,), {"use_cache": False}
-        return torch.func.functional_call(model, *given).logits  # type: ignore[no-any-return]
+        return torch.func.functional_call(model, *given).logits
 
-    return torch.func.jvp(logits, (weight,), (torch.ones_like(weight),))[1]  # type: ignore[no-any-return]
+    return torch.func.jvp(logits, (weight,), (torch.ones_like(weight),))[1]
 
 
 def in_mode(mode: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
+from accelerate import cpu_offload, disk_offload, dispatch_model  # type: ignore[import-untyped]
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import nn
 
 import autotune
@@ -49,7 +49,7 @@ def hooked(hook: ModelHook) -> PreTrainedModel:
 
 
 def mapped(**places: str) -> PreTrainedModel:
-    model = models.tiny("llama")
+    model: Any = models.tiny("llama")
     model.hf_device_map = places
     return model
 
@@ -58,10 +58,11 @@ def mapped(**places: str) -> PreTrainedModel:
 def mesh(tmp_path: Path) -> Iterator[Any]:
     """One rank of its own."""
     from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
 
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        yield distributed.init_device_mesh("cpu", (1,))
+        yield init_device_mesh("cpu", (1,))
     finally:
         distributed.destroy_process_group()
 
@@ -109,7 +110,7 @@ def test_tensor_parallel_is_declined(mesh: Any) -> None:
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="sharded over ranks"):
         autotune.wrap(model)
-    replica = models.tiny("llama")
+    replica: Any = models.tiny("llama")
     replica._tp_size = 2
     assert "sharded over ranks" in (placement.obstacle(replica) or "")
 
@@ -134,7 +135,7 @@ def test_a_wrapper_names_what_is_inside(wrapper: Any, says: str) -> None:
 @pytest.mark.parametrize("tie", [False, True])
 def test_twins_have_hooks_of_their_own(tie: bool) -> None:
     model = dispatched(tie)
-    twin = fork(model)
+    twin: Any = fork(model)
     for (name, module), copy in zip(model.named_modules(), twin.modules(), strict=True):
         assert type(getattr(module, "_hf_hook", None)) is type(getattr(copy, "_hf_hook", None)), name
         if hasattr(module, "_hf_hook"):
@@ -199,7 +200,7 @@ def test_a_forward_that_somebody_put_on_a_part_is_not_recorded_into_a_phase(part
     module.forward = lambda *args: forward(*args)  # it may count, log, or look at what nobody sees here
     variant, expected = Variant(model), f"the forward of {part} was replaced on the object"
     for name, phase in (("step_program", "decode"), ("compile_step", "decode"), ("compile_prefill", "prefill")):
-        assert expected in (make(name, {}, phase).unavailable(variant, COMPILER) or "")  # type: ignore[arg-type]
+        assert expected in (make(name, {}, phase).unavailable(variant, COMPILER) or "")
     assert expected in (uncapturable(variant) or "")
     del module.forward
     assert placement.unrecordable(model) is None
@@ -229,7 +230,8 @@ def test_a_device_map_of_one_device_is_wrapped(tmp_path: Path) -> None:
 
 
 def test_a_dispatched_model_is_wrapped_and_unwrapped() -> None:
-    model, ids = dispatched(), torch.tensor(models.token_prompts(1))
+    model: Any = dispatched()
+    ids = torch.tensor(models.token_prompts(1))
     expected = model.generate(ids, max_new_tokens=4)
     wrapped = autotune.wrap(model, when="manual")
     assert torch.equal(wrapped.generate(ids, max_new_tokens=4), expected)

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn.modules import module as registry
 

@@ -283,7 +283,7 @@ class Recorder:
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.seen.append("forward")
-        return route.bare_class(model).forward(model, *args, **kwargs)
+        return seam.bare_class(model).forward(model, *args, **kwargs)
 
     def other_loop(self, name: str) -> Any:
         self.seen.append(name)
@@ -341,7 +341,7 @@ def test_copies_are_plain_models(llama: PreTrainedModel, take: Callable[[Any], A
     route.attach(llama, router)
     twin = take(llama)
     assert not route.is_routed(twin)
-    assert type(twin) is route.bare_class(llama)
+    assert type(twin) is seam.bare_class(llama)
     assert route.is_routed(llama)
     assert_same(generate(twin), expected)
     assert router.seen == []

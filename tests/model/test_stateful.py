@@ -18,8 +18,8 @@ from autotune.model.seam.preparation import drops_cache
 from autotune.model.twins import fork
 from autotune.runtime.variant import Variant, serving
 from autotune.tune import choose, fingerprint
+from tests.architectures import Fallback
 from tests.models import tiny, token_prompts
-from tests.test_architectures import Fallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ OTHERS = {
         "high_freq_factor": 4.0,
     },
 }
-PLANS = {
+PLANS: dict[str, list[tuple[str, dict[str, Any], Any]]] = {
     "lean loop": [("lean_loop", {}, "decode")],
     "slots": [("static_cache", {}, "decode")],
     "own loop": [("fused_layers", {}, "prefill")],

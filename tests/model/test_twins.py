@@ -108,7 +108,7 @@ def test_editing_a_twins_containers_leaves_the_model_alone(llama: Any) -> None:
 
 
 def test_a_model_with_accelerates_hooks_is_served_by_a_twin() -> None:
-    from accelerate import dispatch_model
+    from accelerate import dispatch_model  # type: ignore[import-untyped]
 
     from autotune import transforms
 

@@ -162,12 +162,12 @@ def test_numbers(cell: str, value: float | None) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_the_command_is_complete(phase: str) -> None:
-    words = shlex.split(command("my models/llama", phase, Path("p q.jsonl")))  # type: ignore[arg-type]
+    words = shlex.split(command("my models/llama", phase, Path("p q.jsonl")))
     assert words[0] == "ncu"
     after = words.index("autotune")
     assert words[after:] == ["autotune", "profile", "my models/llama", "--replay", phase, "--prompts", "p q.jsonl"]
     options = dict(itertools.pairwise(words[:after]))
-    assert options["--nvtx-include"] == f"{RANGES[phase]}/"  # type: ignore[index]
+    assert options["--nvtx-include"] == f"{RANGES[phase]}/"
     assert options["--metrics"].split(",") == list(METRICS)
     assert options["--page"] == "raw"
     assert {"--nvtx", "--csv"} <= set(words)
@@ -178,13 +178,13 @@ def test_a_replay_bears_the_phases_names(phase: str, ranges: list[str]) -> None:
     open_ = list[str]()
 
     class Named(FakeCuda):
-        def range(self, name: str):  # type: ignore[no-untyped-def]
+        def range(self, name: str):
             open_.append(name)
             return super().range(name)
 
     model, ids = models.tiny("llama"), torch.tensor(models.token_prompts(1, 6))
     with device.stand_in(Named()) as fake:
-        replay(model, ids, phase)  # type: ignore[arg-type]
+        replay(model, ids, phase)
         assert fake.ranges[: len(ranges)] == ranges  # type: ignore[attr-defined]
         assert fake.waits >= 2  # type: ignore[attr-defined]
     assert open_ == fake.ranges  # type: ignore[attr-defined]

@@ -106,7 +106,7 @@ def test_layers_whose_heads_differ_are_counted_one_by_one() -> None:
         config.is_heterogeneous  # noqa: B018
     except AttributeError:
         pytest.skip("layers of a model do not differ in this release")
-    assert attention_layers(SimpleNamespace(config=config)) == [Keys(8, 4, 16, 32), Keys(8, 2, 64, None)]  # type: ignore[arg-type]
+    assert attention_layers(SimpleNamespace(config=config)) == [Keys(8, 4, 16, 32), Keys(8, 2, 64, None)]
 
 
 @pytest.mark.parametrize(("architecture", "shared"), [("llama", 2.0), ("gpt2", 1.0), ("mamba", None)])
@@ -291,7 +291,7 @@ def test_prompts_are_of_the_median_length() -> None:
 
 
 def span(name: str, seconds: float = 1e-3, group: str = OTHER, role: str | None = None, works: bool = True) -> Span:
-    return Span(name, seconds, group, role, works, outermost=True)  # type: ignore[arg-type]
+    return Span(name, seconds, group, role, works, outermost=True)
 
 
 def test_keys_and_values_are_the_last_joined_before_attention() -> None:

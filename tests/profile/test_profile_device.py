@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from autotune import profile
-from autotune.diagnose.costs import PhaseProfile, ScalePoint
+from autotune.diagnose.costs import PhaseProfile, Profile, ScalePoint
 from autotune.diagnose.diagnosis import diagnose
 from autotune.diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM, OVERHEAD
 from autotune.errors import MeasurementError
@@ -44,14 +44,14 @@ def fake() -> Iterator[FakeCuda]:
 
 
 @pytest.fixture(scope="module")
-def measured() -> profile.Profile:
+def measured() -> Profile:
     with pytest.MonkeyPatch.context() as patch, device.stand_in(FakeCuda()):
         patch.setitem(sys.modules, "pynvml", FakeNvml({"nvmlDeviceGetCurrentClocksEventReasons": 0x4}))
         patch.setattr("autotune.profile.observing.OBSERVE_S", 0.0)
         return profile.measure(Variant(models.tiny("llama")), WORKLOAD, GPU, budget_s=1.0, scaling=False)
 
 
-def test_every_kernel_is_counted_and_attributed(measured: profile.Profile) -> None:
+def test_every_kernel_is_counted_and_attributed(measured: Profile) -> None:
     for phase in PHASES:
         found = measured.phases[phase]
         assert found.device is not None
@@ -65,7 +65,7 @@ def test_every_kernel_is_counted_and_attributed(measured: profile.Profile) -> No
         assert {kernel.group for kernel in found.device.kernels} >= {ATTENTION, FFN, NORM}
 
 
-def test_time_is_the_devices_or_the_hosts(measured: profile.Profile) -> None:
+def test_time_is_the_devices_or_the_hosts(measured: Profile) -> None:
     for found in measured.phases.values():
         use = found.device
         assert use is not None
@@ -76,7 +76,7 @@ def test_time_is_the_devices_or_the_hosts(measured: profile.Profile) -> None:
         assert use.event_s > 0
 
 
-def test_the_diagnosis_names_launches_and_idle_time(measured: profile.Profile) -> None:
+def test_the_diagnosis_names_launches_and_idle_time(measured: Profile) -> None:
     for found in measured.phases.values():
         diagnosis = diagnose(found, GPU)
         assert diagnosis.bottleneck == "overhead"  # a tiny model launches kernels and does little else
@@ -84,7 +84,7 @@ def test_the_diagnosis_names_launches_and_idle_time(measured: profile.Profile) -
         assert "(GPM counts SMs active 38 %" in diagnosis.evidence
 
 
-def test_counters_of_each_phase_come_along(measured: profile.Profile) -> None:
+def test_counters_of_each_phase_come_along(measured: Profile) -> None:
     for found in measured.phases.values():
         assert found.device is not None
         assert found.device.counters is not None
@@ -124,7 +124,7 @@ def test_a_token_that_is_still_computed_is_waited_for() -> None:
     fetched = list[str]()
 
     class Queued(torch.Tensor):
-        device = torch.device("cuda")  # type: ignore[assignment]
+        device = torch.device("cuda")
 
         def cpu(self) -> torch.Tensor:  # type: ignore[override]
             fetched.append("waited")

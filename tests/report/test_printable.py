@@ -78,7 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def a_report(folder: Path) -> list[list[str]]:
-    record = {
+    record: dict[str, Any] = {
         "verdict": "kept the original",
         "model": {"name": "m", "parameters": 10},
         "policy": {"name": "p", "objective": "o", "tier": "t"},

@@ -76,7 +76,7 @@ def profile(prefill_s, decode_s, weights=540_000_000):
 
 
 HARDWARE = Hardware("cpu", "Example CPU", "AVX2", 2, 8 * 10**9, 25e9, {"float32": 140e9}, "g++ 13", {"torch": "2.13.0"})
-DIAGNOSES = {
+DIAGNOSES: dict[Phase, Diagnosis] = {
     "prefill": Diagnosis("prefill", "compute", "prefill computes 17 GFLOP at 130 GFLOP/s: compute-bound", 1.08, 0.93),
     "decode": Diagnosis("decode", "overhead", "decode moves 538 MB a token at 10.0 GB/s: overhead-bound", 2.5, 0.4),
 }
@@ -243,6 +243,7 @@ def test_the_original_is_exactly_as_fast_as_itself():
 
 
 def test_operators_are_paired_by_group():
+    assert COMMITTED.after is not None
     changed = replace(
         COMMITTED.after,
         phases={

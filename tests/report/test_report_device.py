@@ -64,7 +64,7 @@ TUNED = replace(
     COMMITTED,
     hardware=GPU,
     before=on_gpu(COMMITTED.before),
-    after=on_gpu(COMMITTED.after, launches=1, graph_launches=1, busy_s=0.012, counters=None),  # type: ignore[arg-type]
+    after=on_gpu(COMMITTED.after, launches=1, graph_launches=1, busy_s=0.012, counters=None),
 )
 MEASURED = replace(PROFILED, hardware=GPU, before=on_gpu(PROFILED.before))
 BARE = replace(

@@ -14,6 +14,7 @@ from autotune import transforms
 from autotune.errors import TransformError
 from autotune.runtime import kernels
 from autotune.runtime.cache import pool
+from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.variant import Transform
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.machine.test_outside import LateError, alarm, busy, ring
@@ -255,14 +256,13 @@ def test_a_batch_that_cannot_be_prepared_for_is_the_originals(
     plain = tiny("llama")
     answer(model, inputs=IDS)
     made = []
-    real = pool.SlotCache
     monkeypatch.setattr(pool, "SlotCache", lambda *args: (made.append(args), spoil(*args)))
     with pytest.warns(RuntimeWarning, match=f"a batch of 3 cannot be decoded: .*{spoil.__name__[:2]}"):
         assert answer(model, inputs=MANY).tolist() == answer(plain, inputs=MANY).tolist()
     tries = len(made)
     assert answer(model, inputs=MANY).tolist() == answer(plain, inputs=MANY).tolist()
     assert len(made) == tries > 0  # not tried again at once
-    monkeypatch.setattr(pool, "SlotCache", real)
+    monkeypatch.setattr(pool, "SlotCache", SlotCache)
     answer(model, inputs=IDS)
     assert model.autotune.status.state == "tuned"
     assert model.autotune.status.served == 2

@@ -51,7 +51,9 @@ def close(actual: Tensor, exact: Tensor, tolerance: float = 3e-6) -> bool:
     return bool((actual.double() - exact).abs().max() <= tolerance * exact.abs().max())
 
 
-def packed(kind: type[PackedLinear], options: dict[str, object], rows: int, inputs: int, bias: bool) -> PackedLinear:
+def packed(
+    kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, object], rows: int, inputs: int, bias: bool
+) -> PackedLinear:
     torch.manual_seed(rows * 1000 + inputs)
     return kind.from_weight(torch.randn(rows, inputs) / 8, torch.randn(rows) if bias else None, **options)
 
@@ -348,9 +350,9 @@ def test_fake_shapes_agree_with_real_ones() -> None:
         torch.ops.autotune.linear_i8.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
     cache = torch.randn(1, 2, 8, 16)
-    arguments = (torch.randn(1, 4, 1, 16), cache, cache.clone(), torch.tensor(8), None, 1.0)
+    attended = (torch.randn(1, 4, 1, 16), cache, cache.clone(), torch.tensor(8), None, 1.0)
     torch.library.opcheck(
-        torch.ops.autotune.attend_one.default, arguments, test_utils=("test_schema", "test_faketensor")
+        torch.ops.autotune.attend_one.default, attended, test_utils=("test_schema", "test_faketensor")
     )
 
 

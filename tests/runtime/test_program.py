@@ -23,7 +23,7 @@ from autotune.errors import TransformError
 from autotune.model import seam
 from autotune.runtime import kernels
 from autotune.runtime.cache import slots
-from autotune.runtime.steps.program import Program, layout
+from autotune.runtime.steps.program import Program, StepPrograms, layout
 from autotune.runtime.steps.program.building import collapse
 from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
 from autotune.runtime.variant import Variant, serving
@@ -259,8 +259,6 @@ def test_a_recorded_step_gives_the_modules_logits(name: str, batch: int, weights
 
 
 def _steps(module: Any, cache: slots.SlotCache) -> Callable[..., torch.Tensor]:
-    from autotune.runtime.steps.program import StepPrograms
-
     return StepPrograms(module).fitting(cache)
 
 
@@ -359,8 +357,6 @@ def test_generation_is_the_originals(name: str, sampling: bool) -> None:
 
 @needs_kernels
 def test_a_timed_step_knows_its_instructions() -> None:
-    from autotune.runtime.steps.program import StepPrograms
-
     variant = Variant(tiny("llama")).with_transforms(
         [transforms.make("weight_only", {}, "decode"), transforms.make("step_program", {}, "decode")]
     )
@@ -504,8 +500,8 @@ def test_every_instruction_occurs_in_some_tested_graph() -> None:
             transforms.make("step_program", {}, "decode"),
         ]
     )
-    assert variant.step is not None
-    used |= {i.code for step in variant.step._steps.values() for i in step.program.instructions}  # type: ignore[union-attr]
+    assert isinstance(variant.step, StepPrograms)
+    used |= {i.code for step in variant.step._steps.values() for i in step.program.instructions}
     assert set(CODES) - used == set()
 
 

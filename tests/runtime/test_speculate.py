@@ -437,7 +437,8 @@ def test_two_threads_share_a_variant() -> None:
 
 
 def test_the_host_waits_for_a_gpu_once_a_token() -> None:
-    with device.stand_in(FakeCuda()) as fake:
+    fake = FakeCuda()
+    with device.stand_in(fake):
         _, variant = guessing("qwen3")
         served = serving(variant)
         before = fake.waits
@@ -447,7 +448,8 @@ def test_the_host_waits_for_a_gpu_once_a_token() -> None:
 
 
 def test_the_host_waits_for_nothing_while_guessing_rests() -> None:
-    with device.stand_in(FakeCuda()) as fake:
+    fake = FakeCuda()
+    with device.stand_in(fake):
         model, variant = guessing()
         assert variant.speculation is not None
         variant.speculation.cost = 9.0  # nothing pays, so that it always rests
@@ -473,7 +475,7 @@ def test_a_profile_counts_what_moves_for_a_token_on_average() -> None:
 def test_a_draft_that_fails_is_the_variants_failure() -> None:
     _, variant = guessing(draft="right")
     assert variant.draft is not None
-    variant.draft.forward = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
+    variant.draft.forward = lambda *args, **kwargs: 1 / 0
     with pytest.raises(VariantError, match="ZeroDivisionError"):
         ask(serving(variant))
 

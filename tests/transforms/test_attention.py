@@ -205,10 +205,10 @@ def test_a_chosen_kernel_computes_the_same(backend: str, architecture: str) -> N
 @pytest.mark.parametrize(("heads", "queries", "keys", "size"), [(8, 16, 16, 64), (2, 16, 16, 60), (2, 1, 33, 128)])
 def test_shapes_on_a_gpu(backend: str, heads: int, queries: int, keys: int, size: int, masked: bool) -> None:
     """Torch's own description of the CUDA operators, for meta tensors: which inputs they take, and what comes out."""
-    half = {"dtype": torch.bfloat16, "device": "meta"}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     query, key = torch.empty(1, 8, queries, size, **half), torch.empty(1, heads, keys, size, **half)
     mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="meta") if masked else None
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.num_key_value_groups = 8 // heads
     out, _ = attention_sdpa.attend(backend, module, query, key, key, mask, scaling=0.1)
     assert out.shape == (1, queries, 8, size)
@@ -224,7 +224,7 @@ def test_one_kernel_against_sdpa(backend: str, mask: str | None) -> None:
     given = torch.rand(2, 1, 5, 9) > 0.3
     given[..., 0] = True
     bias = {None: None, "boolean": given, "additive": torch.where(given, 0.0, float("-inf"))}[mask]
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.num_key_value_groups = 2
     out, _ = attention_sdpa.attend(backend, module, query, key, value, bias, is_causal=False)
     wide = (t.repeat_interleave(2, 1) for t in (key, value))

@@ -182,7 +182,8 @@ def test_a_failure_half_way_leaves_the_original(
     variant = Variant(original)
     if transform.unavailable(variant, COMPILER) is not None:
         return
-    before, expected, exchange, done = contents(original), logits(original, prompts), type(transform).exchange, []
+    before, expected, exchange = contents(original), logits(original, prompts), type(transform).exchange
+    done: list[torch.nn.Linear] = []
 
     def fail_third(self: LinearTransform, linear: torch.nn.Linear) -> torch.nn.Module | None:
         if len(done) == 2:

@@ -111,7 +111,7 @@ def test_gated_blocks_in_bf16(
     if stored != "plain":
         kind = kernels.Int8Linear if stored == "i8" else kernels.Int4Linear
         layers = [kind.from_linear(layer) for layer in layers]
-    new = GatedMlp(*(kernels.Bf16Linear(layer, parts) for layer in layers), activation)
+    new = GatedMlp(*(kernels.Bf16Linear(layer, parts) for layer in layers), activation=activation)
     for tokens in (1, 30, 48, 77, 400):
         x = torch.randn(tokens, inputs)
         hidden_numbers = fused_layers.CURVES[activation](layers[0](x).double()) * layers[1](x).double()

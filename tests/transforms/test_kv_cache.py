@@ -251,7 +251,7 @@ def test_a_cache_is_of_one_kind() -> None:
 
 def test_it_promises_memory_and_no_time() -> None:
     decode = PhaseProfile("decode", (0.01,), 1e9, 1e9, 3.2e9, 0.9, "float16", 0.005, 0.005, 100, 0.0, ())
-    profile = Profile({"decode": decode}, (), (), None, 100, 1)  # type: ignore[arg-type]
+    profile = Profile({"decode": decode}, (), (), None, 100, 1)
     assert QuantisedCache("decode").predict(profile, GPU) == {"decode": 1.0}
     assert OffloadedCache("decode").predict(profile, GPU) == {"decode": pytest.approx(0.01 / 0.05)}  # 3.2 GB at 64 GB/s
 
@@ -267,7 +267,7 @@ def test_narrow_caches_on_a_gpu_hold_what_they_hold_on_a_cpu(scheme: Any) -> Non
 
 @pytest.mark.gpu
 def test_an_offloaded_cache_answers_as_a_resident_one_does() -> None:
-    model = tiny("llama").cuda()
+    model = tiny("llama").to("cuda")
     ids = LONG.cuda()
     served = serving(build(model, [OffloadedCache("decode")]))
     same(ask(served, ids), ask(model, ids))

@@ -30,7 +30,9 @@ FORMATS = [
 ]
 
 
-def packed(kind: type[PackedLinear], options: dict[str, Any], rows: int, width: int) -> PackedLinear:
+def packed(
+    kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, Any], rows: int, width: int
+) -> PackedLinear:
     torch.manual_seed(rows * 1000 + width)
     return kind.from_weight(torch.randn(rows, width), **options)
 
@@ -38,7 +40,7 @@ def packed(kind: type[PackedLinear], options: dict[str, Any], rows: int, width: 
 @pytest.mark.parametrize(("kind", "options"), FORMATS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 8), (37, 100), (50, 33), (129, 260)])
 def test_every_row_is_that_of_the_dequantised_table(
-    kind: type[PackedLinear], options: dict[str, Any], rows: int, width: int
+    kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, Any], rows: int, width: int
 ) -> None:
     table = packed(kind, options, rows, width)
     found = PackedTable(table)(torch.arange(rows))
@@ -85,7 +87,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "options"), FORMATS)
-def test_it_traces(kind: type[PackedLinear], options: dict[str, Any]) -> None:
+def test_it_traces(kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, Any]) -> None:
     table = packed(kind, options, 37, 72)
     arguments = (torch.tensor([[3, 5]]), table.weight, getattr(table, "scales", None), getattr(table, "zeros", None))
     torch.library.opcheck(torch.ops.autotune.packed_rows.default, (*arguments, 37, 72))

@@ -58,7 +58,7 @@ def test_built_ins_are_found() -> None:
     assert expected <= registry().keys()
     assert registry()["weight_only"] is WeightOnly
     with pytest.raises(TypeError):
-        registry()["threads"] = OtherThreads  # type: ignore[index]
+        registry()["threads"] = OtherThreads
 
 
 def test_plugin_is_found(plugins: dict[str, object]) -> None:
@@ -113,7 +113,7 @@ def test_a_transform_is_a_value() -> None:
     assert transform == make("weight_only", {"bits": 4, "group": 32}, "decode")
     assert str(transform) == "weight_only(bits=4, group=32)@decode"
     with pytest.raises(FrozenInstanceError):
-        transform.phase = "both"  # type: ignore[misc]
+        transform.phase = "both"
     assert make(transform.name, transform.params, transform.phase) == transform
 
 

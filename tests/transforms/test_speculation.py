@@ -90,7 +90,7 @@ def test_parameters_that_make_no_sense(params: dict[str, Any], phase: str, says:
 )
 def test_at_best_as_many_tokens_as_their_flops_take_time_for(flops: float, batch: int, speedup: float) -> None:
     decode = PhaseProfile("decode", (0.01,), flops, 1e9, 1e6, 0.9, "float16", 0.009, 0.001, 100, 0.0, ())
-    profile = Profile({"decode": decode}, (), (), None, 100, batch)  # type: ignore[arg-type]
+    profile = Profile({"decode": decode}, (), (), None, 100, batch)
     machine = replace(COMPILER, bandwidth_bytes_per_s=1e11, flops_per_s={"float16": 1e13})
     assert PROMPT.predict(profile, machine) == {"decode": pytest.approx(speedup)}
 
@@ -141,8 +141,8 @@ def test_a_recorded_step_serves_what_is_not_guessed(draft: Speculation, monkeypa
 @pytest.mark.parametrize("draft", [PROMPT, MODEL], ids=str)
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_where_the_step_is_captured_so_are_guesses_and_their_check(arch: str, draft: Speculation) -> None:
-    model = tiny(arch)
-    with device.stand_in(FakeCuda()) as fake:
+    model, fake = tiny(arch), FakeCuda()
+    with device.stand_in(fake):
         graph = CudaGraph(phase="decode", shortest=32)
         variant = Variant(model, draft=tiny(arch)).with_transforms([graph, draft])
         assert variant.speculation is not None
@@ -199,7 +199,7 @@ def test_a_graph_that_has_no_room_left_is_not_replayed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("draft", [PROMPT, MODEL], ids=str)
 def test_on_a_gpu_guesses_are_checked_in_graphs(draft: Speculation, dtype: torch.dtype) -> None:
-    model, small = tiny().cuda().to(dtype), tiny().cuda().to(dtype)
+    model, small = tiny().to("cuda", dtype), tiny().to("cuda", dtype)
     variant = Variant(model, draft=small).with_transforms([CudaGraph(phase="decode"), draft])
     assert variant.speculation is not None
     variant.speculation.cost = 1.1
@@ -224,7 +224,7 @@ def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.Monk
         assert variant.speculation is not None
         variant.speculation.cost = 1.1  # a draft as slow as the model does not pay
         none = Fingerprint("", "", {}, "", "", "strict")
-        return tuning.Tuned(variant, plans.Plan(none, variant.transforms), None, "won")  # type: ignore[arg-type]
+        return tuning.Tuned(variant, plans.Plan(none, variant.transforms), None, "won")
 
     monkeypatch.setattr(tuning, "tune", scripted)
     model, draft = tiny(), tiny()

@@ -226,7 +226,7 @@ def profile_of(
         )
         for phase in ("prefill", "decode")
     }
-    return Profile(phases, (), (), None, 1, 1)  # type: ignore[arg-type]
+    return Profile(phases, (), (), None, 1, 1)
 
 
 # 500 MB of weights at 25 GB/s take 20 ms, halved 10 ms, at INT8 with FP16 scales per 32 (9 of 32 bits less 3/4) 5.3 ms

@@ -310,7 +310,7 @@ def test_the_machines_are_those_of_their_vendors() -> None:
 
 def diagnoses(prefill: Any, decode: Any) -> dict[Any, Diagnosis]:
     found = {"prefill": prefill, "decode": decode}
-    return {phase: Diagnosis(phase, bound, "", 2.0, 0.5) for phase, bound in found.items()}  # type: ignore[arg-type]
+    return {phase: Diagnosis(phase, bound, "", 2.0, 0.5) for phase, bound in found.items()}
 
 
 BEFORE = Findings(

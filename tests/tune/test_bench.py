@@ -34,7 +34,7 @@ from tests.transforms.test_weights import profile_of
 
 def bench_of(model: Any, batches: tuple[int, ...] = (1, 4)) -> LiveBench:
     work = Workload(tuple(map(tuple, token_prompts(8))), new_tokens=4, batch_sizes=batches)
-    return LiveBench(Variant(model, None, work), work, policy.load("balanced"), None, notify=str)  # type: ignore[arg-type]
+    return LiveBench(Variant(model, None, work), work, policy.load("balanced"), None, notify=str)
 
 
 def exhausted_beyond(bench: LiveBench, rows: int, error: Exception) -> Variant:
@@ -48,7 +48,7 @@ def exhausted_beyond(bench: LiveBench, rows: int, error: Exception) -> Variant:
             raise error
         return forward(ids, *args, **kwargs)
 
-    module.forward = limited  # type: ignore[method-assign]
+    module.forward = limited
     return variant
 
 
@@ -191,7 +191,7 @@ def test_the_exam_is_foreseen_in_the_arithmetic_in_which_it_reads(
     bench.hardware = CPU
     profile = profile_of(6.4, 0.0, weight_bytes=1e6, flops=64e9, compute_dtype=str(dtype).removeprefix("torch."))
     profile = replace(profile, prompt_tokens=64)
-    profile.phases["decode"] = replace(profile.phases["decode"], samples_s=(0.0,))  # type: ignore[index]
+    profile.phases["decode"] = replace(profile.phases["decode"], samples_s=(0.0,))
     tokens = effort(SIZES["quick"], 64).read
     requests = 2 * EARLY_LOOKS[0] + 4  # one prompt each
     assert bench.least_s(profile) == pytest.approx(2 * tokens * 0.1 / times + requests * 6.4, rel=0.01)

@@ -41,7 +41,7 @@ def latency(ratio: float, verdict: Verdict = Verdict.PASS) -> Latency:
 class ScriptedBench:
     """Speed-ups by the label of what is left out; each comparison takes a second."""
 
-    original: Variant = field(default_factory=lambda: Variant(nn.Module()))  # type: ignore[arg-type]
+    original: Variant = field(default_factory=lambda: Variant(nn.Module()))
     gains: dict[str, Any] = field(default_factory=dict)
     deadline: float = 100.0
     now: float = 0.0
@@ -59,7 +59,7 @@ class ScriptedBench:
         found = self.gains.get(missing, latency(1.5))
         if isinstance(found, Exception):
             raise found
-        return found  # type: ignore[no-any-return]
+        return found
 
     def describe_error(self, error: Exception) -> str:
         if isinstance(error, MemoryError):

@@ -15,6 +15,7 @@ from torch import nn
 from autotune.errors import UnsupportedModelError
 from autotune.machine.hardware import Hardware
 from autotune.model import route
+from autotune.model.twins import fork
 from autotune.runtime import variant
 from autotune.tune import fingerprint
 from autotune.tune.policy import Choice, Policy, PolicyStep
@@ -46,7 +47,7 @@ def test_the_same_model_has_the_same_fingerprint(name: str, tmp_path: Path) -> N
     first = fingerprint.of_model(model)
     model.save_pretrained(tmp_path)
     reloaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    twins = [model, models.tiny(name), reloaded, copy.deepcopy(model), variant.fork(model)]
+    twins = [model, models.tiny(name), reloaded, copy.deepcopy(model), fork(model)]
     assert {fingerprint.of_model(twin) for twin in twins} == {first}
     assert fingerprint.of_model(models.tiny(name, seed=1)) != first
 

@@ -31,7 +31,7 @@ from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.references import References
 from autotune.tune.run import Tuned
 from autotune.validate.answers import Answers
-from autotune.validate.exam import SIZES, Exam, eos_ids
+from autotune.validate.exam import Exam, eos_ids
 from autotune.validate.quality import judge
 from autotune.validate.sensitivity import LayerProbe
 from autotune.workload import Workload
@@ -39,6 +39,7 @@ from tests.models import PAD, VOCABULARY, tiny, token_prompts
 
 IDENTITY = Fingerprint("m" * 32, "cpu, Some CPU, AVX2, 2 threads", {"torch": "2.13.0"}, "w", "balanced:1", "strict")
 PROMPTS = tuple(map(tuple, token_prompts(16, length=48)))
+MKLDNN: Any = torch.backends.mkldnn  # which says nothing of its `matmul`
 INT8 = DynamicInt8(phase="both")  # nothing of the original is left to run
 
 
@@ -233,7 +234,7 @@ def test_another_model_machine_or_release_has_another_file(
     ("holder", "name", "value"),
     [
         (references, "SCHEMA", references.SCHEMA + 1),
-        (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+        (MKLDNN.matmul, "fp32_precision", "bf16"),
         (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
         ("the model", "get_experts_implementation", lambda: "grouped_mm"),
     ],
@@ -623,7 +624,7 @@ def test_tuning_keeps_what_the_original_said(
         return type("Found", (), {"trials": ()})
 
     def conclude(found: Any, bench: Any, identity: Any, start: float, meter: Any) -> Any:
-        return Tuned(bench.original, plans.Plan(identity, ()), None, "kept the original", "for a test")  # type: ignore[arg-type]
+        return Tuned(bench.original, plans.Plan(identity, ()), None, "kept the original", "for a test")
 
     monkeypatch.setattr(tuning, "search", search)
     monkeypatch.setattr(tuning, "conclude", conclude)

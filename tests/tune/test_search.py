@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -103,7 +103,8 @@ class ScriptedBench:
 
     @staticmethod
     def label(variant: Variant) -> str:
-        return variant.transforms[-1].label if variant.transforms else ""
+        transforms: Sequence[Any] = variant.transforms
+        return transforms[-1].label if transforms else ""
 
     def profile(self, variant: Variant) -> Any:
         label = self.label(variant)
@@ -203,7 +204,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(bench: ScriptedBench, chosen: Policy, **options: Any) -> Found:
-    return search(Variant(nn.Module()), chosen, HARDWARE, bench, **options)  # type: ignore[arg-type]
+    return search(Variant(nn.Module()), chosen, HARDWARE, bench, **options)
 
 
 def outcomes(found: Found) -> dict[str, str]:
@@ -704,7 +705,7 @@ def test_no_race_begins_when_the_budget_is_spent() -> None:
 def test_the_first_trial_is_begun_only_where_the_least_it_takes_is_left(reading_s: float, reached: bool) -> None:
     bench, now = ScriptedBench(least=80.0), [0.0]
 
-    def probe(*_: Any) -> None:
+    def probe(incumbent: Variant, transform: Any, tier: str) -> None:
         now[0] = reading_s
 
     bench.probe = probe  # type: ignore[method-assign]

@@ -83,7 +83,7 @@ def rename_the_cache(patch: pytest.MonkeyPatch) -> None:
 
 def rename_the_logits(patch: pytest.MonkeyPatch) -> None:
     """What forward returns has no `logits` for anybody but transformers' own loop."""
-    mixin, inside = generation.GenerationMixin, []
+    mixin, inside = generation.GenerationMixin, list[bool]()
     sample, forward = mixin._sample, LlamaForCausalLM.forward
 
     class Output(dict):  # type: ignore[type-arg]

@@ -339,7 +339,7 @@ def test_without_any_directory_there_is_no_cache(
 
     (tmp_path / "file").touch()
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(cache_dir.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert cache_dir.cache() is None
     assert store.path_for(FINGERPRINT) is None
     assert store.save(FASTER) is None

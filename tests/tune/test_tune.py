@@ -86,7 +86,7 @@ def test_a_kept_plan_serves_from_its_first_answer_until_it_is_disproved(
     script: dict[str, Any], log: list[str], holds: bool
 ) -> None:
     bench = ScriptedBench(Variant(tiny("llama")), **script)
-    tuned = replay(KEPT, bench, 0.0, bench.serve, Meter(None))  # type: ignore[arg-type]
+    tuned = replay(KEPT, bench, 0.0, bench.serve, Meter(None))
     assert bench.log == log
     assert (tuned is not None) == holds
     if tuned is not None:
@@ -105,7 +105,7 @@ def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
     before = SearchState(original, profile(0.093, 0.032), DIAGNOSES)  # type: ignore[no-untyped-call]
     trial = Trial(Shrink(), "smaller weights", "decode", TrialOutcome.REJECTED, "no gain", latency=SLOWER)
     nothing = Fingerprint("", "", {}, "", "", "strict")
-    tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))  # type: ignore[arg-type]
+    tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))
     assert tuned.report.to_dict()["elsewhere"] == elsewhere
     assert (tuned.doubt is None, tuned.noisy) == (believed, not believed)
     assert ("This machine was busy: 23 % of the CPU time went elsewhere." in str(tuned.report)) != believed

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from autotune.model.linear_layers import is_named
 from autotune.runtime import kernels
 from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
@@ -46,7 +47,7 @@ class ScriptedProbe:
         return sum(self.nats.get(name, 0.0) for name in names)
 
     def shortfall(self, wide: str) -> str | None:
-        left = sum(nats for name, nats in self.nats.items() if not sensitivity.is_named(name, wide))
+        left = sum(nats for name, nats in self.nats.items() if not is_named(name, wide))
         return f"mean KLD is {left:.3f}" if left > self.limit else None
 
     def widened(self, wide: str) -> Any:
@@ -109,8 +110,8 @@ def test_where_nothing_helps_the_finding_says_what_was_tried(
 
 @pytest.mark.parametrize("nats", [{}, {"lm_head": 1.0}, dict.fromkeys(LAYERS, 1.0)], ids=["none", "one", "all"])
 def test_measuring_is_bounded(nats: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "SPLIT_SHARE", 0.0)
-    monkeypatch.setattr(sensitivity, "MOST_MEASURED", 9)
+    monkeypatch.setattr("autotune.tune.refine.SPLIT_SHARE", 0.0)
+    monkeypatch.setattr("autotune.tune.refine.MOST_MEASURED", 9)
     probe = ScriptedProbe(nats)
     parts = rank(probe, never)
     assert len(probe.measured) <= 9 + 3
@@ -143,7 +144,7 @@ def test_bisection(least: int) -> None:
 def test_names_are_spelt_as_shortly_as_they_can_be(chosen: list[str], text: str) -> None:
     spelt = spell(chosen, LAYERS)
     assert sorted(spelt.split(",")) == sorted(text.split(","))
-    assert [name for name in LAYERS if sensitivity.is_named(name, spelt)] == chosen
+    assert [name for name in LAYERS if is_named(name, spelt)] == chosen
 
 
 def test_layers_of_a_kind_belong_together() -> None:

@@ -32,7 +32,7 @@ IDS = ((5, 6, 7), (8, 9))
         iter([[5, 6, 7], [8, 9]]),
         [np.array([5, 6, 7]).tolist(), list(np.array([8, 9]))],
         Workload(IDS),
-        Workload([[5, 6, 7], [8, 9]]),  # type: ignore[arg-type]
+        Workload([[5, 6, 7], [8, 9]]),
     ],
     ids=["lists", "tuples", "tensors", "mixed", "iterator", "numpy", "workload", "workload of lists"],
 )
@@ -91,8 +91,8 @@ def test_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
         ([[5]], {"batch_sizes": (1, -2)}, r"batch_sizes is \[1, -2\]"),
         (Workload(()), {}, "is empty"),
         (Workload(((5, 999),)), {}, "prompt 0 has token id 999"),
-        (Workload((("a",),)), {}, "prompt 0 has a str"),  # type: ignore[arg-type]
-        (Workload(None), {}, "NoneType was given"),  # type: ignore[arg-type]
+        (Workload((("a",),)), {}, "prompt 0 has a str"),
+        (Workload(None), {}, "NoneType was given"),
         (Workload(IDS, new_tokens=0), {}, "new_tokens is 0"),
         (Workload(IDS, batch_sizes=()), {}, "batch_sizes is"),
         ("no such file", {}, "'no such file' cannot be read as a text file .* pass a list of strings"),

@@ -14,6 +14,7 @@ from autotune.compare import check
 from autotune.compare.check import checking, harness
 from autotune.compare.check.baseline import Environment, LatencySamples
 from autotune.compare.check.pace import Slowdown
+from autotune.compare.check.subject import environment as environment_of
 from autotune.compare.check.tasks import Suite, Task
 from autotune.errors import BaselineError, MeasurementError, PlanError, UnsupportedModelError, WorkloadError
 from autotune.live.wrap import wrap
@@ -264,7 +265,7 @@ def test_more_memory_is_a_regression(baseline, model):
 
 def with_pace(baseline: check.Baseline, median_s: float, **environment: Any) -> check.Baseline:
     samples = dict.fromkeys(("ttft", "tpot", "end_to_end"), (median_s,) * 16)
-    here = checking.subject.environment(subject())
+    here = environment_of(subject())
     return replace(
         baseline,
         pace=(LatencySamples(Bucket(1, 8, 4), samples, 0.01),),

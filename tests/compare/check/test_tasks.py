@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,14 +180,15 @@ def test_the_harness_where_it_is_not_installed(model, tokenizer, monkeypatch):
 
 
 def test_the_harness_is_given_a_model_that_serves(model, tokenizer, monkeypatch):
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def evaluate(model, tasks, limit, log_samples):
         seen.update(tasks=tasks, out=model.pretrained.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2).shape)
         rows = [{"doc_id": k, "filter": "none", "acc": float(k % 2)} for k in range(4)]
         return {"samples": {tasks[0]: rows}}
 
-    fake, adapter = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.models.huggingface")
+    fake: Any = types.ModuleType("lm_eval")
+    adapter: Any = types.ModuleType("lm_eval.models.huggingface")
     fake.simple_evaluate = evaluate
     adapter.HFLM = lambda **given: types.SimpleNamespace(**given)
     for name, module in {"lm_eval": fake, "lm_eval.models": fake, "lm_eval.models.huggingface": adapter}.items():
@@ -249,7 +251,7 @@ def test_a_task_without_right_and_wrong(found, said):
 
 @pytest.mark.parametrize(("task", "said"), [("arc_eazy", "did you mean 'arc_easy'"), ("mmlu", None)])
 def test_a_task_that_the_harness_does_not_know_is_refused_at_once(task, said, monkeypatch):
-    module = types.ModuleType("lm_eval.tasks")
+    module: Any = types.ModuleType("lm_eval.tasks")
     module.TaskManager = lambda: types.SimpleNamespace(all_tasks=["arc_easy", "mmlu"])
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, module)

@@ -110,8 +110,8 @@ BAD: dict[str, Any] = {
     "negative": lambda: Guardrail("x", "mean", -1.0, lambda p, a: 1.0),
     "not a number": lambda: Guardrail("x", "mean", math.nan, lambda p, a: 1.0),
     "a rate of more than all": lambda: Guardrail("x", "rate", 1.0, lambda p, a: True),
-    "kind": lambda: Guardrail("x", "median", 1.0),  # type: ignore[arg-type]
-    "direction": lambda: Guardrail("x", "mean", 1.0, worse="up"),  # type: ignore[arg-type]
+    "kind": lambda: Guardrail("x", "median", 1.0),
+    "direction": lambda: Guardrail("x", "mean", 1.0, worse="up"),
     "not a guardrail": lambda: guardrails.checked([0.1]),
     "twice": lambda: guardrails.checked([ERRORS, ERRORS]),
     "none": lambda: guardrails.checked([]),
