@@ -23,6 +23,7 @@ from autotune.tune.findings import Findings
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.record import report_of, reverified
 from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict
+from autotune.workload import Phase
 
 NAN = float("nan")
 

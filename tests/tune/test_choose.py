@@ -59,7 +59,7 @@ def test_a_ceiling_from_disturbed_peaks_rules_nothing_out(
     transform: Bounded, quiet: bool, disturbed: bool, blocker: str
 ) -> None:
     transform = replace(transform, blocker=blocker)
-    state = SearchState(Variant(tiny("llama")), "a profile", {})  # type: ignore[arg-type]
+    state = SearchState(Variant(tiny("llama")), "a profile", {})
     for hardware, wanted in ((QUIET, quiet), (DISTURBED, disturbed)):
         predicted = None if blocker else transform.predict("a profile", hardware)["decode"]
         trial = Trial(transform, "step", "decode", TrialOutcome.SKIPPED, "", predicted=predicted)

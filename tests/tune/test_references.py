@@ -34,6 +34,7 @@ from autotune.validate.answers import Answers
 from autotune.validate.exam import Exam, eos_ids
 from autotune.validate.quality import judge
 from autotune.validate.sensitivity import LayerProbe
+from autotune.validate.tiers import SIZES
 from autotune.workload import Workload
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
 

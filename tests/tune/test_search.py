@@ -519,7 +519,7 @@ def test_an_exchange_saves_the_difference_from_the_time_as_it_is_now(
     own: float, replaced: float, now_s: float, expected: float
 ) -> None:
     before, now = (
-        choose.SearchState(Variant(nn.Module()), Profiled("", {"decode": Phase(seconds)}), {})  # type: ignore[arg-type]
+        choose.SearchState(Variant(nn.Module()), Profiled("", {"decode": Phase(seconds)}), {})
         for seconds in (0.1, now_s)
     )
     assert choose.exchange(own, replaced, "decode", before, now) == pytest.approx(expected)

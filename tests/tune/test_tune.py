@@ -102,7 +102,7 @@ def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
     original, policy = Variant(model), policies.load("balanced")
     work = workload.read(token_prompts(4), tokenizer=None, model=model)
     bench: Any = SimpleNamespace(original=original, workload=work, policy=policy, hardware=HARDWARE)
-    before = SearchState(original, profile(0.093, 0.032), DIAGNOSES)  # type: ignore[no-untyped-call]
+    before = SearchState(original, profile(0.093, 0.032), DIAGNOSES)
     trial = Trial(Shrink(), "smaller weights", "decode", TrialOutcome.REJECTED, "no gain", latency=SLOWER)
     nothing = Fingerprint("", "", {}, "", "", "strict")
     tuned = conclude(Found(before, before, (trial,)), bench, nothing, 0.0, Meter(elsewhere))

@@ -15,7 +15,6 @@ from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.linears import LinearTransform, reusing
 from autotune.transforms.weight_only import WeightOnly
-from autotune.tune import refine as sensitivity
 from autotune.tune.refine import LayerGroup, Promises, fewest, kinds, rank, refine, spell
 from autotune.validate.exam import Exam
 from autotune.validate.sensitivity import LayerProbe
