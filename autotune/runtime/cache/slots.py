@@ -32,16 +32,22 @@ class SlotLayer(CacheLayer):  # type: ignore[no-untyped-call]
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor, *, by_row: bool = False) -> None:
         super().__init__()
+        self.by_row = by_row
         self.keys = keys
         self.values = values
         self.slot = slot
         self.is_initialized = True
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self.slot, keys)
-        self.values.index_copy_(2, self.slot, values)
+        if self.by_row:
+            slots = self.slot.view(-1, 1, 1, 1)
+            self.keys.scatter_(2, slots.expand(keys.shape), keys)
+            self.values.scatter_(2, slots.expand(values.shape), values)
+        else:
+            self.keys.index_copy_(2, self.slot, keys)
+            self.values.index_copy_(2, self.slot, values)
         return self.keys, self.values
 
     def filled(self) -> torch.Tensor:
@@ -208,22 +214,29 @@ def forward(
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
 ) -> torch.Tensor:
-    """`steps` over bare tensors. It reads nothing back from the device, so that it can be compiled and captured."""
-    count = tokens.shape[1]
+    """`steps` over bare tensors. It reads nothing back from the device, so that it can be compiled and captured.
+
+    Args:
+        slot: [1], the slot of the first token of every sequence; or [B], that of each sequence's only token.
+    """
+    count, by_row = tokens.shape[1], slot.shape[0] > 1
     if count > 1:
         slot = slot + torch.arange(count, dtype=slot.dtype, device=slot.device)  # [K], the slot of each token
+    last = slot[:, None, None] if by_row else slot[:, None]  # [B, 1, 1] or [K, 1]
     index = torch.arange(valid.shape[1], dtype=slot.dtype, device=slot.device)
-    full = (valid[:, None] & (index <= slot[:, None]))[:, None]  # [B, 1, K, slots]; models use a 4-D mask unchanged
+    full = (valid[:, None] & (index <= last))[:, None]  # [B, 1, K, slots]; models use a 4-D mask unchanged
     masks = {"full_attention": full}
     config = model.config.get_text_config(decoder=True)
     if window := getattr(config, "sliding_window", None):
-        masks["sliding_attention"] = full & (index > slot[:, None] - window)
+        inside = index > last - window
+        masks["sliding_attention"] = full & (inside[:, None] if by_row else inside)
     if seam.attention_of(config) == "eager":  # eager attention adds its mask to the scores
         masks = {kind: _additive(mask, keys[0].dtype) for kind, mask in masks.items()}
     mixed = len(masks) > 1 and getattr(config, "layer_types", None)
     mask: Any = masks if mixed else list(masks.values())[-1]
-    cache = seam.cache_over(SlotLayer(k, v, slot) for k, v in zip(keys, values, strict=True))
-    return seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **seam.over(model, cache, slot)))
+    cache = seam.cache_over(SlotLayer(k, v, slot, by_row=by_row) for k, v in zip(keys, values, strict=True))
+    at = slot[:1] if by_row else slot  # of a batch whose rows differ, the library is told the first row's
+    return seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **seam.over(model, cache, at)))
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

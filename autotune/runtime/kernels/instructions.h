@@ -158,16 +158,26 @@ bool run_embed_packed(Reader& in, const Member& m, int64_t share) {
   return true;
 }
 
+// Copies into one slot that all rows share (a step of 0 between the rows' slots), or into a slot of each row's own.
 bool run_index_copy(Reader& in, const Member& m, int64_t share) {
   const int64_t limit = in.next(), stride = in.next();
-  const int64_t slot = *reinterpret_cast<const int64_t*>(in.address());
-  if (slot < 0 || slot >= limit) return false;
+  const int64_t* slots = reinterpret_cast<const int64_t*>(in.address());
+  const int64_t step = in.next();
   static const int sizes[] = {sizeof(float), sizeof(float)};
   Space space;
   Operand operands[2];
+  const int64_t rows = in.at[1];  // the first size of the space, of which `narrow` leaves this member's part
   if (!narrow<2>(in, m, share, space, operands, sizes)) return true;
-  operands[0].at += slot * stride * sizeof(float);
-  unary<float, float>(space, operands, [](float a) { return a; });
+  const int64_t first = part_of(m, share, rows).first, count = step ? space.sizes[0] : 1;
+  if (step) space.sizes[0] = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = slots[(first + i) * step];
+    if (slot < 0 || slot >= limit) return false;
+    Operand row[2] = {operands[0], operands[1]};
+    row[0].at += (i * operands[0].strides[0] + slot * stride) * int64_t{sizeof(float)};
+    row[1].at += i * operands[1].strides[0] * int64_t{sizeof(float)};
+    unary<float, float>(space, row, [](float a) { return a; });
+  }
   return true;
 }
 

@@ -151,12 +151,16 @@ class _Recorded:
         return step
 
 
+def _key(cache: SlotCache) -> tuple[int, int, int]:
+    return *cache.shape, cache.slot.shape[0]
+
+
 class StepPrograms(DecodeSteps):
-    """Decode steps of one module as programs, by (batch, slots)."""
+    """Decode steps of one module as programs, by the shape of the cache."""
 
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
-        self._steps: dict[tuple[int, int], _Recorded] = {}
+        self._steps: dict[tuple[int, int, int], _Recorded] = {}  # (rows, slots, 1 or a write slot for each row)
         self._lock = forking.lock()
 
     def prepare(self, cache: SlotCache) -> None:
@@ -166,8 +170,8 @@ class StepPrograms(DecodeSteps):
             TransformError: the step cannot be recorded as a program.
         """
         with self._lock:
-            if cache.shape not in self._steps:
-                self._steps[cache.shape] = _Recorded(self.module, cache)
+            if (key := _key(cache)) not in self._steps:
+                self._steps[key] = _Recorded(self.module, cache)
 
     def forget(self) -> None:
         """Drop programs, because weights have moved and programs hold addresses. They are recorded again later."""
@@ -176,7 +180,7 @@ class StepPrograms(DecodeSteps):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        return tuple(self._steps)
+        return tuple(dict.fromkeys((rows, slots) for rows, slots, _ in self._steps))
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -192,9 +196,9 @@ class StepPrograms(DecodeSteps):
 
     def program(self, batch: int) -> Program | None:
         """The program for a batch of `batch` sequences, or None if it was not recorded."""
-        return next((step.program for (rows, _), step in self._steps.items() if rows == batch), None)
+        return next((step.program for (rows, *_), step in self._steps.items() if rows == batch), None)
 
     def fitting(self, cache: SlotCache) -> Step:
         """The step for this cache's shape. The first use of a shape records it, which takes a second or two."""
         self.prepare(cache)
-        return self._steps[cache.shape].over(cache)
+        return self._steps[_key(cache)].over(cache)

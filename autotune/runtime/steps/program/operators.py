@@ -96,10 +96,26 @@ def index_copy(build: Building, out: torch.Tensor, target: Any, dim: int, index:
     held, slot, new = build.place(target), build.place(index), build.floats(source)
     if held.dtype != torch.float32 or slot.size != 1 or held.root.kind != "input":
         raise TransformError("a program writes FP32 keys and values, one slot at a time")
+    return _into_slots(build, held, dim, slot, 0, new)
+
+
+def scatter(build: Building, out: torch.Tensor, target: Any, dim: int, index: Any, source: Any) -> Place:
+    """Write each row into a slot of its own: the index is a slot per row, expanded to the source's shape."""
+    held, slots, new = build.place(target), build.place(index), build.floats(source)
+    d, by_row = dim % len(held.shape), slots.strides[0]
+    within = (stride for size, stride in zip(slots.shape[1:], slots.strides[1:], strict=True) if size > 1)
+    of_row = slots.shape == new.shape and by_row and not any(within)
+    rows = new.shape[0] == build.rows > 1 and new.shape[d] == 1
+    if held.dtype != torch.float32 or held.root.kind != "input" or not of_row or not rows:
+        raise TransformError("a program writes FP32 keys and values, one slot of each row at a time")
+    return _into_slots(build, held, dim, slots, by_row, new)
+
+
+def _into_slots(build: Building, held: Place, dim: int, slots: Place, by_row: int, new: Place) -> Place:
     d = dim % len(held.shape)
     words, share = build.space((replace(held, shape=new.shape), new))
-    header = [held.shape[d], held.strides[d], slot.ref]
-    build.emit("index_copy", share, [*header, *words], [slot, new], held)
+    header = [held.shape[d], held.strides[d], slots.ref, by_row]
+    build.emit("index_copy", share, [*header, *words], [slots, new], held)
     return held
 
 
@@ -211,6 +227,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
     aten._to_copy: copy,
     aten.clone: copy,
     aten.index_copy_: index_copy,
+    aten.scatter_: scatter,
     aten.mm: product,
     aten.addmm: product,
     aten.bmm: outer,

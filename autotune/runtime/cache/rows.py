@@ -1,0 +1,98 @@
+"""A slot cache whose rows are independent: each has its own length, begins at slot 0 and is freed alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...model.seam import keys_and_values
+from .slots import SlotCache
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class RowCache(SlotCache):
+    """Keys and values of several sequences that join and leave at any time.
+
+    A row without a sequence admits no slot, so its attention is zero. A step writes its token into slot 0, which the
+    next sequence overwrites.
+
+    Attributes:
+        slot: [rows] int64, the slot of each row's next token.
+        valid: [rows, slots] bool, False for a row without a sequence.
+        lengths: valid tokens of each row; 0 for a row without a sequence.
+    """
+
+    def __init__(self, prompt: Any, slots: int, rows: int, dtype: torch.dtype | None = None) -> None:
+        """Allocate with the shapes of a prefilled cache.
+
+        Args:
+            prompt: keys and values [1, Hk, P, D] per layer.
+            slots: tokens that a row has room for.
+            rows: number of rows.
+            dtype: dtype of keys and values in slots; None means the prompt's.
+        """
+        super().__init__(prompt, slots, rows, dtype)
+        with torch.inference_mode(False):
+            self.slot = torch.zeros(rows, dtype=torch.int64, device=self.valid.device)
+        self.valid.zero_()
+        self.lengths = [0] * rows
+        self._written = [0] * rows  # slots of each row that may hold numbers of an earlier sequence
+
+    def join(self, row: int, prompt: Any) -> None:
+        """Begin a sequence in a free row: copy a prefilled cache.
+
+        Args:
+            prompt: keys and values [1, Hk, P, D] per layer.
+        """
+        filled = keys_and_values(prompt)
+        length = filled[0][0].shape[2]
+        stale = slice(length, self._written[row])  # cleared, because a NaN stays NaN at attention weight 0
+        for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
+            for held, new in zip((keys, values), new_pair, strict=True):
+                held[row, :, :length] = new[0]
+                held[row, :, stale] = 0
+        self._begin(row, length)
+
+    def leave(self, row: int) -> None:
+        """Free a row."""
+        self.valid[row] = False
+        self.slot[row] = 0
+        self.lengths[row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Move a sequence to a free row."""
+        length = self.lengths[source]
+        for held in (*self.keys, *self.values):
+            held[target, :, :length] = held[source, :, :length]
+            held[target, :, length : self._written[target]] = 0
+        self._begin(target, length)
+        self.leave(source)
+
+    def step_done(self) -> None:
+        """Make the tokens that a step wrote valid, in every row that has a sequence."""
+        self.slot += self.valid[:, 0]
+        for row, length in enumerate(self.lengths):
+            if length:
+                self.lengths[row] = length + 1
+                self._written[row] = length + 2
+
+    def _begin(self, row: int, length: int) -> None:
+        self.valid[row] = True
+        self.slot[row] = length
+        self.lengths[row] = length
+        self._written[row] = length + 1  # a step writes the slot after the last valid one
+
+    def upper(self, rows: int) -> Self:
+        """A view of the first `rows` rows, for a step of fewer sequences. Their lengths are those of this cache."""
+        if rows == self.shape[0]:
+            return self
+        part = copy.copy(self)
+        part.keys = [keys[:rows] for keys in self.keys]
+        part.values = [values[:rows] for values in self.values]
+        part.valid = self.valid[:rows]
+        part.slot = self.slot[:rows]
+        return part
