@@ -210,7 +210,7 @@ class Handle:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._serving.forward(model, args, kwargs)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return self._serving.other_loop(name)
 
     # How it works

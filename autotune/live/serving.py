@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..model.revision import Revision
-    from ..runtime.traffic import Traffic
+    from ..runtime.traffic import Traffic, Visit
     from ..runtime.variant import Variant
     from ..tune.plan import Plan
 
@@ -121,7 +121,7 @@ class Serving:
 
     def sample(self, call: seam.Sampling) -> Any:
         devices.of(self._model).check()
-        with self._traffic.request():
+        with self._traffic.request() as visit:
             if self._is_unserved():
                 return call.original()
             variant = self._fresh()
@@ -129,7 +129,7 @@ class Serving:
                 reason = variant.unsupported(call)
                 reason = reason or (None if self.watch.admits(call.input_ids.shape[0]) else RESTING)
                 if reason is None:
-                    return self._serve(variant, call)
+                    return self._serve(variant, call, visit)
                 self.bypassed[reason] += 1
             result = call.original() if variant is None else self.watch.serve_other(call)
         self._observe(call)
@@ -149,7 +149,7 @@ class Serving:
                 return original()
             return self._serve_forward(variant, args, kwargs, original)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         if self.active is not None:
             self.bypassed[name.strip("_").replace("_", " ")] += 1
         return self._traffic.request()
@@ -185,10 +185,10 @@ class Serving:
             return "it is in training mode"
         return "it was never tuned" if self.revision is None else self.revision.changed()
 
-    def _serve(self, variant: Variant, call: seam.Sampling) -> Any:
+    def _serve(self, variant: Variant, call: seam.Sampling, visit: Visit) -> Any:
         attempt = Attempt(call, variant.device)
         try:
-            result = self.watch.serve(variant, attempt.call)
+            result = self.watch.serve(variant, attempt.call, visit.is_crowded)
         except DeviceError as dead:
             self.fail(str(dead))  # nothing can be retried on this device
             raise

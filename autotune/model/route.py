@@ -36,7 +36,7 @@ class Router(Protocol):
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]: ...
+    def other_loop(self, name: str) -> AbstractContextManager[object]: ...
 
 
 def attach(model: PreTrainedModel, router: Router) -> None:
@@ -97,7 +97,7 @@ class _Plain:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return bare_class(model).forward(model, *args, **kwargs)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 

@@ -11,6 +11,19 @@ from ..machine import forking
 from ..machine.ending import Cancelled
 
 
+class Visit:
+    """One live request under way."""
+
+    def __init__(self, traffic: Traffic, number: int, others: bool) -> None:
+        self._traffic = traffic
+        self._number = number
+        self._others = others
+
+    def is_crowded(self) -> bool:
+        """Whether another request has been in flight at any time since it began."""
+        return self._others or self._traffic.begun != self._number
+
+
 class Traffic:
     """A lock that requests share and a measured step holds alone.
 
@@ -20,6 +33,7 @@ class Traffic:
     def __init__(self) -> None:
         self._changed = forking.free(threading.Condition())
         self._requests = 0
+        self.begun = 0  # number of live requests so far
         self._measuring: int | None = None  # identifier of the thread that measures
         self._waited_s = 0.0
         self.cancelled = False
@@ -30,15 +44,17 @@ class Traffic:
         self._measuring = None
 
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> Iterator[Visit]:
         """Enclose a live request. It waits only for a measured step in progress."""
         own = threading.get_ident()
         with self._changed:
             self._requests += 1  # counted before it waits, so that no further step starts meanwhile
+            self.begun += 1
+            visit = Visit(self, self.begun, self._requests > 1)
         try:
             with self._changed:
                 self._changed.wait_for(lambda: self._measuring in (None, own))
-            yield
+            yield visit
         finally:
             with self._changed:
                 self._requests = max(0, self._requests - 1)  # it is 0 already if the process forked during the request

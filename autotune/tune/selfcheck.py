@@ -164,7 +164,7 @@ class _Seen:
         cls: Any = seam.bare_class(model)
         return cls.forward(model, *args, **kwargs)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 

@@ -67,7 +67,7 @@ class Served:
         with self.variant.turn():
             return self.variant.forward(model, args, kwargs)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
     def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
@@ -165,7 +165,7 @@ class _Reader:
         self.logits = seam.logits(out)[:, -self.last :]
         return out
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 

@@ -128,7 +128,7 @@ class Layer:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return route.below(self._model, self).forward(model, args, kwargs)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return route.below(self._model, self).other_loop(name)
 
 

@@ -161,8 +161,11 @@ class Watch:
         """Whether the plan is out of service for calls that cannot be a trial."""
         return self.breaker.phase is not BreakerState.CLOSED
 
-    def serve(self, variant: Variant, call: Sampling) -> Any:
+    def serve(self, variant: Variant, call: Sampling, is_crowded: Callable[[], bool] = lambda: False) -> Any:
         """Run `variant.sample(call)`, time it and perhaps keep it to be scored again.
+
+        Args:
+            is_crowded: whether other calls were under way meanwhile; then its time says nothing about the plan.
 
         Raises what that raises; the caller must then call `failed`, `unready` or `abandoned`.
         """
@@ -175,7 +178,7 @@ class Watch:
             if self.breaker.phase is BreakerState.HALF_OPEN:
                 self._step(BreakerEvent.SERVED, "the trial call was served")
                 self._paces = {shape: LatencyCusum(pace.expected_s) for shape, pace in self._paces.items()}
-            if self._plan is not None:
+            if self._plan is not None and not is_crowded():
                 self._note_pace(call, tokens)
             if self._compilations.note(before, graphs()):
                 self._compilations = Compilations()
