@@ -20,7 +20,7 @@ MINUTES ?= 10
 FUZZ_ARGS ?=
 
 .PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-smoke bench-choice
-.PHONY: bench-sizes bench-loaded bench-restart
+.PHONY: bench-sizes bench-loaded bench-restart bench-serving
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -113,3 +113,6 @@ $(BENCH_VENV)/.ready: pyproject.toml
 	-$(BENCH_PIP) -e '.[llama-cpp]'
 	-$(BENCH_PIP) -e '.[openvino]'
 	touch $@
+
+bench-serving: $(READY)  ## callers who share one model: decoded together, and one at a time
+	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)

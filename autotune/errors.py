@@ -11,6 +11,7 @@
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
     │   └── UnreadyError        the slots or the recorded step for a batch of that size could not be made
+    ├── QueueFullError          more calls wait to be decoded than may
     ├── MeasurementError        a number that was needed could not be measured
     │   └── BudgetSpentError    the budget ended while a candidate was judged (it counts as not tried)
     ├── PackageError            an optional package is missing; names the line that installs it
@@ -72,6 +73,10 @@ class VariantError(AutotuneError):
 
 class UnreadyError(VariantError):
     """The slots or the recorded step that a variant needs for a batch of that size could not be made."""
+
+
+class QueueFullError(AutotuneError, RuntimeError):
+    """More calls wait to be decoded than may."""
 
 
 class MeasurementError(AutotuneError):

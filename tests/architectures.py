@@ -142,7 +142,7 @@ class Fallback:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.variant.forward(model, args, kwargs)
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 

@@ -6,6 +6,7 @@
     token_clock          when the tokens of a live answer arrive
     cache/               KV caches: slots, pools of them, narrow ones
     steps/               decode steps: recorded (program/), compiled, captured
+    batching/            sequences of several callers decoded together
     speculation/         guessing tokens, and checking several at a time
     kernels/             C++ operators and the layers over them
     merged_blocks, widening, attention_sdpa    parts that replace a model's own

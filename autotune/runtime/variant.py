@@ -49,6 +49,7 @@ class Stage(enum.IntEnum):
     GRAPH = 7
     THREADS = 8
     SPECULATION = 9
+    BATCHING = 10
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ class _Quiet:
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
 
-    def other_loop(self, name: str) -> AbstractContextManager[None]:
+    def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
 
 

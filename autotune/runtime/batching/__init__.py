@@ -1,0 +1,6 @@
+"""Continuous batching: calls of several threads share decode steps, and join and leave between them.
+
+engine    one thread that owns prefill, decode and sampling; callers wait for it
+request   one sequence of a caller: what it asked for, and what comes back
+rows      which row a sequence takes, and how many rows a step computes (pure)
+"""

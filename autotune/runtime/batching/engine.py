@@ -1,0 +1,323 @@
+"""The engine: one thread that owns prefill, decode and sampling for as long as there are sequences.
+
+Between two steps, sequences leave, at most one part of one prompt is computed, and the next sequence joins. A step
+computes all sequences together over slots of their own (`cache/rows.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import AutotuneError, QueueFullError, VariantError, first_line
+from ...machine import ending, forking, intraop, outside
+from ...machine.ending import Cancelled
+from ...model import seam
+from ..cache.rows import RowCache
+from . import rows as plan
+from .request import Request
+
+if TYPE_CHECKING:
+    from ...model.seam import Sampling
+    from ..steps.step import Step
+    from ..variant import Variant
+
+MOST_WAITING = 256  # requests that may wait for a row; further ones are refused
+CHUNK = 256  # tokens of a prompt that are computed between two steps
+
+
+class Prefill:
+    """A prompt under way, part by part. The parts do not depend on what else runs, so neither does the result."""
+
+    def __init__(self, request: Request, chunk: int) -> None:
+        self.request = request
+        self.cache = seam.growing_cache()  # no configuration: every layer at full length
+        self.chunk = chunk
+        self.done = 0
+
+    def advance(self, variant: Variant) -> torch.Tensor | None:
+        """Compute the next part. Returns the prompt's last logits [1, V] when it was the last part, else None."""
+        call = self.request.call
+        ids = call.input_ids
+        with variant.running("prefill") as module:
+            if ids.shape[1] <= self.chunk:
+                return seam.logits(module(**call.prompt(self.cache)))[:, -1]
+            part = slice(self.done, self.done + self.chunk)
+            given = {"input_ids": ids[:, part], "position_ids": call.positions[:, part]}
+            found = module(**given, **seam.over(variant.original, self.cache))
+        self.done = part.stop
+        return seam.logits(found)[:, -1] if self.done >= ids.shape[1] else None
+
+
+class Engine:
+    """Decodes the sequences of all callers together.
+
+    Its thread ends when nothing is left to do, so it keeps no unused model alive.
+
+    Args:
+        variant: decodes over slots with recorded steps.
+        most_rows: sequences that are decoded together.
+        chunk: tokens of a prompt that are computed between two steps.
+        most_waiting: requests that may wait for a row.
+
+    Attributes:
+        counts: requests, steps, and rows computed in all steps.
+    """
+
+    def __init__(
+        self, variant: Variant, most_rows: int, *, chunk: int = CHUNK, most_waiting: int = MOST_WAITING
+    ) -> None:
+        self.variant = variant
+        self.most_rows = most_rows
+        self.chunk = chunk
+        self.most_waiting = most_waiting
+        self.counts: Counter[str] = Counter()
+        self._changed = forking.free(threading.Condition())
+        self._forget()
+        forking.tell(self)
+
+    def _forget(self) -> None:
+        self._waiting: deque[Request] = deque()
+        self._prefill: Prefill | None = None
+        self._rows: list[Request | None] = [None] * self.most_rows
+        self._cache: RowCache | None = None
+        self._steps: dict[int, tuple[RowCache, Step]] = {}
+        self._token = torch.zeros(self.most_rows, 1, dtype=torch.int64)
+        self._worker: ending.Worker | None = None
+        self._stopped = False
+        self._is_stepping = False
+        self._is_lent = False  # whether a call that the engine does not take has the model
+        self._borrowers = 0  # such calls that wait
+        self._owns_next = False  # whether the next turn is the engine's even if such calls wait
+
+    def after_fork(self) -> None:
+        """Forget all requests in a forked child: their callers are threads of the parent."""
+        self._forget()
+
+    # In the callers' threads
+
+    def refusal(self, call: Sampling) -> str | None:
+        """Why a call is not taken, so that it runs alone between two steps; or None."""
+        if call.input_ids.shape[0] != 1:
+            return "a batch that the caller made"
+        if call.settings.return_dict_in_generate:
+            return "return_dict_in_generate"
+        mask = call.mask
+        return None if mask is None or bool(mask.all()) else "padding in a single sequence"
+
+    def generate(self, call: Sampling) -> torch.Tensor:
+        """Serve a call of one sequence.
+
+        Returns:
+            ids [1, P + new].
+
+        Raises:
+            QueueFullError: too many requests wait.
+            VariantError: the prompt or a step failed, or the process ends.
+        """
+        request = Request(call)
+        with self._changed:
+            if len(self._waiting) >= self.most_waiting:
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests wait for one of {self.most_rows} rows, and no more may; ask again "
+                    "later, or call from fewer threads"
+                )
+            self._waiting.append(request)
+            if self._worker is None:
+                run = partial(self._run, torch.get_num_threads())  # a new thread may begin with another number
+                self._worker = ending.Worker(run, "autotune-engine", stop=self._stop)
+                if not self._worker.launch():
+                    self._worker = None
+                    self._waiting.remove(request)
+                    raise VariantError("the process ends, and with it the thread that decodes")
+            self._changed.notify_all()
+        return request.wait()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Enclose a call that the engine does not take: no step runs meanwhile. It takes turns with the steps."""
+        with self._changed:
+            self._borrowers += 1
+            self._changed.wait_for(lambda: not self._is_stepping and not self._is_lent)
+            self._borrowers -= 1
+            self._is_lent = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_lent = False
+                self._owns_next = True
+                self._changed.notify_all()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    # In the engine's thread
+
+    def _run(self, threads: int) -> None:
+        try:
+            with torch.no_grad(), intraop.computing_with(threads), self.variant.device.guard():
+                while self._has_turn():
+                    try:
+                        self._turn()
+                    finally:
+                        with self._changed:
+                            self._is_stepping = False
+                            self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._worker = None
+                self._fail_all(VariantError("the process ends") if isinstance(error, Cancelled) else error)
+            raise
+
+    def _has_turn(self) -> bool:
+        """Wait for the engine's turn. Returns False when nothing is left to do; then the thread has ended."""
+        with self._changed:
+            if not (self._waiting or self._prefill or any(self._rows)):
+                self._worker = None
+                return False
+            self._changed.wait_for(
+                lambda: self._stopped or (not self._is_lent and (self._owns_next or not self._borrowers))
+            )
+            if self._stopped:
+                raise Cancelled
+            self._owns_next = False
+            self._is_stepping = True
+            return True
+
+    def _turn(self) -> None:
+        for row, request in enumerate(self._rows):
+            if request is not None and request.cancelled:
+                self._free(row)
+        self._admit()
+        if any(self._rows):
+            self._step()
+
+    def _admit(self) -> None:
+        """Compute one part of a prompt. After the last one, the sequence takes a row."""
+        if self._prefill is None:
+            if None not in self._rows:
+                return
+            with self._changed:
+                request = self._waiting.popleft() if self._waiting else None
+            if request is None or request.cancelled:
+                return
+            self.counts["requests"] += 1
+            self._prefill = Prefill(request, self.chunk)
+        prefill, request = self._prefill, self._prefill.request
+        try:
+            logits = None if request.cancelled else prefill.advance(self.variant)
+            if logits is None:
+                self._prefill = None if request.cancelled else prefill
+                return
+            self._prefill = None
+            token = request.choose(logits)
+            if request.take(token):
+                request.finish()
+                return
+            with self.variant.preparing(1):
+                row = self._rows.index(None)
+                self._slots(prefill.cache).join(row, prefill.cache)
+        except Exception as error:
+            outside.pass_on(error)
+            self._prefill = None
+            request.fail(error)
+            return
+        self._rows[row] = request
+        self._token[row] = token
+
+    def _slots(self, prompt: Any) -> RowCache:
+        pool = self.variant.caches
+        assert pool is not None  # noqa: S101 - the transform checked; for the type checker
+        if self._cache is None:
+            self._cache = RowCache(prompt, pool.slots, self.most_rows, pool.dtype)
+        return self._cache
+
+    def _step(self) -> None:
+        """Decode one token of every sequence."""
+        try:
+            logits = self._logits()
+        except Exception as error:
+            outside.pass_on(error)
+            for row, request in enumerate(self._rows):
+                if request is not None:
+                    self._free(row)
+                    request.fail(_own(error))
+            return
+        most, best = logits.max(dim=-1)  # of each row; NaN if any of its logits is
+        for row, request in enumerate(self._rows[: len(logits)]):
+            if request is None:
+                continue
+            try:
+                if bool(most[row].isnan()):
+                    raise VariantError(f"NaN logits at token {request.ids.shape[1]}")
+                token = best[row : row + 1] if request.is_greedy else request.choose(logits[row : row + 1])
+                finished = request.take(token)
+            except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
+                outside.pass_on(error)
+                self._free(row)
+                request.fail(error)
+                continue
+            self._token[row] = token
+            if finished:
+                self._free(row)
+                request.finish()
+
+    def _logits(self) -> torch.Tensor:
+        """Run a step. Returns logits [rows, V] of as many rows as were computed."""
+        cache = self._cache
+        assert cache is not None  # noqa: S101 - a sequence has joined; for the type checker
+        for source, target in plan.moves([r is not None for r in self._rows], self.most_rows):
+            cache.move(source, target)
+            self._rows[target], self._rows[source] = self._rows[source], None
+            self._token[target] = self._token[source]
+        count = plan.size_for([r is not None for r in self._rows], self.most_rows)
+        if count not in self._steps:
+            self._steps[count] = self._prepared(cache.upper(count))
+        view, step = self._steps[count]
+        with self.variant.running("decode"):
+            logits = step(self._token[:count], view.slot[:, None], view)
+        cache.step_done()
+        self.counts["steps"] += 1
+        self.counts["rows"] += count
+        return logits
+
+    def _prepared(self, view: RowCache) -> tuple[RowCache, Step]:
+        programs = self.variant.step
+        with self.variant.preparing(view.shape[0]):
+            step = programs.fitting(view) if programs is not None else None
+            if step is None:
+                raise VariantError(f"there is no recorded step for {view.shape[0]} rows")
+            return view, step
+
+    def _free(self, row: int) -> None:
+        self._rows[row] = None
+        self._token[row] = 0
+        if self._cache is not None:
+            self._cache.leave(row)
+
+    def _fail_all(self, error: BaseException) -> None:
+        held = [self._prefill.request] if self._prefill else []
+        for request in (*self._waiting, *held, *filter(None, self._rows)):
+            request.fail(_own(error))
+        self._waiting.clear()
+        self._prefill = None
+        for row in range(self.most_rows):
+            self._free(row)
+
+
+def _own(error: BaseException) -> BaseException:
+    """An error for one request: threads that raised the same object would all extend its traceback."""
+    kind = type(error) if isinstance(error, AutotuneError) else VariantError
+    text = str(error) if isinstance(error, AutotuneError) else first_line(error)
+    own = kind(text)
+    own.__cause__ = error
+    return own

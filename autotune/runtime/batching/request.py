@@ -1,0 +1,114 @@
+"""One sequence of a caller in the engine: what it asked for, its tokens so far, and what comes back to its thread."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import softmax
+
+if TYPE_CHECKING:
+    from ...model.seam import Sampling
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new token [1], for the caller's streamer."""
+
+    token: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The whole sequence [1, P + new]."""
+
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What the engine raised for this request."""
+
+    error: BaseException
+
+
+class Request:
+    """A call of generate's loop for one sequence.
+
+    The caller's streamer is called in the caller's thread. Its logits processors and stopping criteria are called in
+    the engine's thread, within a copy of the caller's context variables.
+
+    Attributes:
+        ids: prompt and tokens so far, [1, T] int64.
+        cancelled: whether the caller no longer waits.
+    """
+
+    def __init__(self, call: Sampling) -> None:
+        self.call = call
+        self.ids = call.input_ids
+        self.cancelled = False
+        self._context = contextvars.copy_context()
+        self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
+        self._streams = call.streamer is not None
+        self._plain = not call.settings.do_sample and not len(call.processors)
+
+    # In the caller's thread
+
+    def wait(self) -> torch.Tensor:
+        """Wait for the sequence, and pass tokens to the streamer as they come.
+
+        Returns:
+            ids [1, P + new].
+
+        Raises:
+            What the engine raised for this request, or what the streamer raises.
+        """
+        streamer = self.call.streamer
+        try:
+            while True:
+                match self._events.get():
+                    case Token(token):
+                        streamer.put(token)
+                    case Finished(ids):
+                        if streamer is not None:
+                            streamer.end()
+                        return ids
+                    case Failed(error):
+                        raise error
+        except BaseException:
+            self.cancelled = True
+            raise
+
+    # In the engine's thread
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether its token is the largest logit, which the engine finds for all such rows at once."""
+        return self._plain
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token [1] from logits [1, V], by the caller's processors. Raises what these raise."""
+        return self._context.run(self._choose, logits.float())
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        score: torch.Tensor = self.call.processors(self.ids, logits)
+        if self.call.settings.do_sample:
+            return torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1)
+        return score.max(dim=-1).indices
+
+    def take(self, token: torch.Tensor) -> bool:
+        """Append a token [1]. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
+        self.ids = torch.cat([self.ids, token[:, None]], dim=-1)
+        if self._streams:
+            self._events.put(Token(token))
+        stopped: Any = self._context.run(self.call.criteria, self.ids, None)
+        return bool(stopped.all())
+
+    def finish(self) -> None:
+        self._events.put(Finished(self.ids))
+
+    def fail(self, error: BaseException) -> None:
+        self._events.put(Failed(error))

@@ -1,0 +1,97 @@
+"""Decode the sequences of several callers together; they join and leave between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import ChoiceError, TransformError
+from ..runtime.loop import decode
+from ..runtime.variant import Stage, Transform
+
+if TYPE_CHECKING:
+    from ..diagnose.costs import Profile
+    from ..machine.hardware import Hardware
+    from ..model.seam import Sampling
+    from ..runtime.batching.engine import Engine
+    from ..runtime.variant import Variant
+    from ..workload import Phase
+
+MOST_ROWS = 64
+
+
+class Together:
+    """A loop that serves calls through an engine, and those that it does not take alone between two of its steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __call__(self, variant: Variant, call: Sampling) -> Any:
+        if variant is not self.engine.variant:  # a copy, to which another transform is added
+            return decode(variant, call)
+        if self.engine.refusal(call) is None:
+            return self.engine.generate(call)
+        with self.engine.alone():
+            return decode(variant, call)
+
+
+@dataclass(frozen=True)
+class ContinuousBatching(Transform):
+    """One thread decodes the sequences of all callers together, over slots of their own.
+
+    Calls for one sequence go through it. Other calls (batches that the caller made, `return_dict_in_generate`) run
+    alone between two steps.
+
+    Args:
+        rows: sequences that are decoded together, 2 to 64. Steps of 1, 2, 4, ... rows are recorded when it is applied.
+    """
+
+    rows: int = 8
+
+    name: ClassVar[str] = "continuous_batching"
+    stage: ClassVar[Stage] = Stage.BATCHING
+    summary: ClassVar[str] = "sequences of several callers decoded together, joining and leaving between steps"
+    lossless: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.rows <= MOST_ROWS:
+            raise ChoiceError(f"continuous_batching: rows must be 2 to {MOST_ROWS}, not {self.rows}")
+        if self.phase != "decode":
+            raise ChoiceError("continuous_batching: phase must be 'decode'")
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        return self._obstacle(variant)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        return {"decode": 1.0}  # a caller alone gains nothing
+
+    def apply(self, variant: Variant) -> None:
+        from ..runtime.batching.engine import Engine
+        from ..runtime.batching.rows import sizes
+        from ..runtime.cache.rows import RowCache
+        from ..runtime.steps.program import StepPrograms
+
+        if reason := self._obstacle(variant):
+            raise TransformError(reason)
+        programs, pool = variant.step, variant.caches
+        assert isinstance(programs, StepPrograms)  # noqa: S101 - checked above; for the type checker
+        assert pool is not None  # noqa: S101 - the same
+        whole = RowCache(variant.example(1), pool.slots, self.rows, pool.dtype)
+        for count in sizes(self.rows):
+            programs.prepare(whole.upper(count))
+        variant.loop = Together(Engine(variant, self.rows))
+
+    def took_effect(self, variant: Variant) -> str | None:
+        return None if isinstance(variant.loop, Together) else "calls are served one by one"
+
+    def _obstacle(self, variant: Variant) -> str | None:
+        from ..runtime.steps.program import StepPrograms
+
+        if isinstance(variant.loop, Together):
+            return "calls are decoded together already"
+        if not isinstance(variant.step, StepPrograms) or variant.caches is None:
+            return "it needs a recorded decode step (step_program)"
+        if variant.speculation is not None:
+            return "guesses are checked for one sequence at a time"
+        return None

@@ -1,0 +1,178 @@
+"""Callers who share one model: tokens per second of 1, 4 and 16 callers, decoded together and one at a time.
+
+    make bench-serving
+    python -m benchmarks.serving --callers 1,8 --rounds 3
+
+SmolLM2-135M-Instruct with INT8 weights and the recorded step, put on by hand. Every caller is a thread that asks for
+one answer after the other. "Together" is continuous batching; "one at a time" is the same plan behind a lock; "the
+original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many prompts as there are
+callers. Every round runs all of them in an order drawn anew. Ratios are within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autotune import transforms
+from autotune.cli import demo
+from autotune.model.load import load
+from autotune.runtime.variant import Variant
+from autotune.transforms.continuous_batching import Together
+from autotune.workload import Workload, built_in
+from benchmarks.loaded import ratios, spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLAN = (("weight_only", {"bits": 8}), ("one_query_attention", {}), ("step_program", {}))
+TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
+
+
+@dataclass
+class Round:
+    """Tokens per second by (way, callers)."""
+
+    rates: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+Ask = Callable[[list[int]], None]
+
+
+def ways(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows: int) -> tuple[dict[str, Ask], Any]:
+    """How one caller asks, by way; and the routed model of the plan, for closed batches."""
+    from autotune.model import route
+
+    work = Workload(tuple(map(tuple, prompts)), tokens)
+    chain = [transforms.make(name, params, "decode") for name, params in PLAN]
+    plan = Variant(original, workload=work).with_transforms(chain)
+    together = plan.with_transform(transforms.make("continuous_batching", {"rows": rows}, "decode"))
+    assert isinstance(together.loop, Together)
+
+    class Live:
+        """Routes calls as a wrapped model does, but for the watch."""
+
+        def __init__(self, variant: Variant) -> None:
+            self.variant = variant
+
+        def sample(self, call: Any) -> Any:
+            return self.variant.sample(call)
+
+        def forward(self, model: Any, args: Any, kwargs: Any) -> Any:
+            return self.variant.forward(model, args, kwargs)
+
+        def other_loop(self, name: str) -> Any:
+            raise NotImplementedError(name)
+
+    served: dict[str, Any] = {
+        TOGETHER: route.routed(original, Live(together)),
+        ALONE: route.routed(original, Live(plan)),
+        ORIGINAL: original,
+    }
+    lock = threading.Lock()
+
+    def asking(name: str) -> Ask:
+        def ask(ids: list[int]) -> None:
+            given = torch.tensor([ids])
+            options = {"attention_mask": torch.ones_like(given), "do_sample": False, "pad_token_id": 0}
+            if name == TOGETHER:
+                served[name].generate(given, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+                return
+            with lock:
+                served[name].generate(given, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+
+        return ask
+
+    return {name: asking(name) for name in served}, served[ALONE]
+
+
+def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens per second of so many callers with `each` requests."""
+
+    def caller(number: int) -> None:
+        for k in range(each):
+            ask(prompts[(number * each + k) % len(prompts)])
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(caller, range(callers)))
+    return callers * each * tokens / (time.perf_counter() - start)
+
+
+def closed(served: Any, callers: int, prompts: list[list[int]], tokens: int) -> float:
+    """Tokens per second of one call with as many prompts as there are callers, padded on the left."""
+    chosen = prompts[:callers]
+    longest = max(map(len, chosen))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in chosen])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in chosen])
+    start = time.perf_counter()
+    served.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+    )
+    return callers * tokens / (time.perf_counter() - start)
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make bench-serving BENCH_ARGS=...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--callers", default="1,4,16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=3, help="of each caller in a round")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16, help="sequences that are decoded together at most")
+    parser.add_argument("--without-original", action="store_true", help="it takes most of the time")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = options(arguments)
+    model, tokenizer = load(str(demo.model_file()))
+    texts = built_in.chats(tokenizer)  # type: ignore[arg-type]
+    prompts = [(text * 20)[: asked.prompt_tokens] for text in texts]
+    numbers = [int(n) for n in asked.callers.split(",")]
+    asks, batched = ways(model, prompts, asked.tokens, asked.rows)
+    if asked.without_original:
+        del asks[ORIGINAL]
+    for name, ask in asks.items():
+        for number in numbers:  # programs are recorded, slots are made
+            rate(ask, number if name == TOGETHER else 1, 1, prompts, asked.tokens)
+    draw, found = random.Random(0), list[Round]()
+    for turn in range(asked.rounds):
+        this = Round()
+        cases = [(name, n) for name in (*asks, CLOSED) for n in numbers]
+        for name, number in draw.sample(cases, len(cases)):
+            if name == CLOSED:
+                this.rates[name, number] = closed(batched, number, prompts, asked.tokens)
+            else:
+                this.rates[name, number] = rate(asks[name], number, asked.requests, prompts, asked.tokens)
+        found.append(this)
+        print(f"round {turn + 1} of {asked.rounds}", file=sys.stderr, flush=True)
+    print(
+        f"\n{torch.get_num_threads()} threads; prompts of {asked.prompt_tokens} tokens, {asked.tokens} new ones, "
+        f"{asked.requests} requests of each caller; {asked.rounds} rounds; median [lowest, highest]\n"
+    )
+    print("| tokens per second | " + " | ".join(f"{n} callers" for n in numbers) + " |")
+    print("|---" * (len(numbers) + 1) + "|")
+    for name in (*asks, CLOSED):
+        print(f"| {name} | " + " | ".join(spread([r.rates[name, n] for r in found]) for n in numbers) + " |")
+    for name in (*(n for n in asks if n != TOGETHER), CLOSED):
+        gains = (ratios([r.rates[TOGETHER, n] for r in found], [r.rates[name, n] for r in found]) for n in numbers)
+        print(f"| together / {name} | " + " | ".join(spread(gain, "x") for gain in gains) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Sequences of several callers are decoded together, and each gets the answer that it would get alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from autotune.errors import QueueFullError, TransformError, VariantError
+from autotune.runtime import kernels
+from autotune.runtime.batching import rows
+from autotune.runtime.batching.engine import Engine
+from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.variant import Variant, serving
+from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.step_program import StepProgram
+from autotune.transforms.weight_only import WeightOnly
+from tests.models import PAD, VOCABULARY, tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+SLOTS, ROWS = 96, 4
+STEP = (WeightOnly("decode"), StepProgram("decode", slots=SLOTS))
+
+
+# Which rows are computed
+
+
+@pytest.mark.parametrize(
+    ("used", "most", "size", "moved"),
+    [
+        ("", 4, 1, []),
+        ("x", 4, 1, []),
+        ("xx", 4, 2, []),
+        ("xxx", 4, 4, []),
+        (".x", 4, 2, [(1, 0)]),
+        ("...x", 4, 4, [(3, 0)]),
+        ("x..x", 4, 4, [(3, 1)]),
+        ("x.xx", 4, 4, []),  # three sequences take a step of four rows anyhow
+        ("x....", 5, 1, []),
+        ("x...x", 5, 5, [(4, 1)]),
+        ("xxxxx", 6, 6, []),
+    ],
+)
+def test_a_step_computes_few_rows(used: str, most: int, size: int, moved: list[tuple[int, int]]) -> None:
+    taken = [letter == "x" for letter in used.ljust(most, ".")]
+    assert rows.size_for(taken, most) == size
+    assert rows.moves(taken, most) == moved
+
+
+@given(st.integers(2, 64).flatmap(lambda most: st.lists(st.booleans(), min_size=most, max_size=most)))
+def test_moves_make_the_step_as_small_as_can_be(taken: list[bool]) -> None:
+    most, count = len(taken), sum(taken)
+    for source, target in rows.moves(taken, most):
+        assert taken[source]
+        assert not taken[target]
+        taken[source], taken[target] = False, True
+    assert sum(taken) == count
+    assert rows.size_for(taken, most) == next(s for s in rows.sizes(most) if s >= max(count, 1))
+
+
+# Slots of each row's own
+
+
+def filled(model: Any, ids: list[int]) -> Any:
+    from autotune.model import seam
+
+    cache = seam.growing_cache()
+    with torch.no_grad():
+        model(torch.tensor([ids]), **seam.over(model, cache))
+    return cache
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mistral-window", "gpt2"])
+def test_a_row_computes_what_it_would_alone(arch: str) -> None:
+    from autotune.runtime.cache import slots
+
+    model = tiny(arch)
+    prompts = [prompt(length, seed=length) for length in (3, 20, 11)]
+    caches = [filled(model, ids[:-1]) for ids in prompts]
+    together = RowCache(caches[0], SLOTS, 4)
+    for row, cache in zip((0, 1, 3), caches, strict=True):  # row 2 is free
+        together.join(row, cache)
+    together.move(3, 2)
+    token = torch.tensor([[ids[-1]] for ids in prompts] + [[0]])
+    with torch.no_grad():
+        for _ in range(6):
+            got = slots.step(model, token, together.slot[:, None], together)
+            together.step_done()
+            for row, cache in enumerate(caches):
+                from autotune.model import seam
+
+                expected = seam.logits(model(token[row : row + 1], **seam.over(model, cache)))[:, -1]
+                torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+            token[:3] = got[:3].argmax(-1, keepdim=True)
+    assert together.lengths == [8, 25, 16, 0]
+    assert torch.isfinite(got).all()
+
+
+def test_what_a_sequence_left_behind_does_not_harm_the_next() -> None:
+    from autotune.runtime.cache import slots
+
+    model = tiny("llama")
+    short, long = filled(model, prompt(4)), filled(model, prompt(40))
+    cache = RowCache(long, SLOTS, 2)
+    cache.join(0, long)
+    for held in (*cache.keys, *cache.values):
+        held[0, :, :41] = torch.nan
+    cache.leave(0)
+    cache.join(0, short)
+    with torch.no_grad():
+        logits = slots.step(model, torch.tensor([[5], [0]]), cache.slot[:, None], cache)
+    assert torch.isfinite(logits[0]).all()
+
+
+# The engine
+
+
+@pytest.fixture(scope="module")
+def variant() -> Variant:
+    return Variant(tiny("llama")).with_transforms((*STEP, ContinuousBatching("decode", rows=ROWS)))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Variant:
+    return Variant(tiny("llama")).with_transforms(STEP)
+
+
+def engine_of(variant: Variant) -> Engine:
+    assert isinstance(variant.loop, Together)
+    return variant.loop.engine
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [random.Random(100 * length + seed).randrange(3, VOCABULARY) for _ in range(length)]
+
+
+def answer(served: Any, ids: Sequence[int], tokens: int, **options: Any) -> list[int]:
+    given = torch.tensor([list(ids)])
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": PAD} | options
+    found: list[int] = served.generate(given, attention_mask=torch.ones_like(given), **options)[0].tolist()
+    return found
+
+
+class Streamer:
+    """Remembers tokens and the threads in which they came; raises after `most` of them."""
+
+    def __init__(self, most: int = 1000) -> None:
+        self.most, self.tokens, self.threads = most, list[int](), set[int]()
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+        self.threads.add(threading.get_ident())
+        if len(self.tokens) > self.most:
+            raise ConnectionError("the client went")
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@needs_kernels
+def test_callers_get_their_own_answers(variant: Variant, alone: Variant) -> None:
+    work = [(prompt(length, seed), tokens) for seed, (length, tokens) in enumerate(SHAPES)]
+    expected = [answer(serving(alone), ids, tokens) for ids, tokens in work]
+    served, counts = serving(variant), engine_of(variant).counts
+    before = counts.copy()
+    with ThreadPoolExecutor(len(work)) as pool:
+        # a measured step would hold the others back; these calls are live ones
+        got = list(pool.map(lambda item: answer(served, *item), work))
+    assert got == expected
+    steps = counts["steps"] - before["steps"]
+    assert counts["requests"] - before["requests"] == len(work)
+    assert steps < sum(tokens - 1 for _, tokens in work) / 2, "hardly anything was decoded together"
+
+
+SHAPES = [(5, 9), (40, 30), (1, 20), (23, 25), (64, 12), (7, 40), (33, 15), (12, 33), (50, 20), (3, 28)]
+
+
+@needs_kernels
+def test_tokens_come_in_the_callers_thread(variant: Variant, alone: Variant) -> None:
+    streamer = Streamer()
+    got = answer(serving(variant), prompt(9), 12, streamer=streamer)
+    assert got == answer(serving(alone), prompt(9), 12)
+    assert streamer.tokens == got
+    assert streamer.threads == {threading.get_ident()}
+    assert streamer.ended
+
+
+@needs_kernels
+def test_a_caller_that_goes_frees_its_row(variant: Variant, alone: Variant) -> None:
+    with pytest.raises(ConnectionError):
+        answer(serving(variant), prompt(9), 80, streamer=Streamer(most=15))
+    assert answer(serving(variant), prompt(6), 20) == answer(serving(alone), prompt(6), 20)
+    assert engine_of(variant)._rows == [None] * ROWS
+
+
+def broken_after(calls: int) -> LogitsProcessorList:
+    seen = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        if len(seen) > calls:
+            raise ZeroDivisionError("the caller's own")
+        return scores
+
+    return LogitsProcessorList([processor])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logits_processor": broken_after(4)},
+        {"stopping_criteria": StoppingCriteriaList([lambda ids, scores: 1 / 0])},
+    ],
+    ids=["processor", "criterion"],
+)
+def test_a_caller_with_a_fault_hurts_itself_alone(variant: Variant, alone: Variant, options: dict[str, Any]) -> None:
+    served = serving(variant)
+    with ThreadPoolExecutor(3) as pool:
+        good = [pool.submit(answer, served, prompt(8, seed), 30) for seed in range(2)]
+        bad = pool.submit(answer, served, prompt(5), 30, **options)
+        with pytest.raises(ZeroDivisionError):
+            bad.result()
+        assert [g.result() for g in good] == [answer(serving(alone), prompt(8, seed), 30) for seed in range(2)]
+
+
+@needs_kernels
+def test_sampling_uses_the_callers_settings(variant: Variant, alone: Variant) -> None:
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 20}
+    torch.manual_seed(7)
+    expected = answer(serving(alone), prompt(10), 16, **options)
+    torch.manual_seed(7)
+    assert answer(serving(variant), prompt(10), 16, **options) == expected
+
+
+@needs_kernels
+def test_a_batch_of_the_callers_runs_between_steps(variant: Variant, alone: Variant) -> None:
+    ids = torch.tensor([prompt(6, seed) for seed in range(ROWS)])  # a batch as large as the engine's
+    options = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": PAD}
+    expected = serving(alone).generate(ids, attention_mask=torch.ones_like(ids), **options)
+    served = serving(variant)
+    with ThreadPoolExecutor(4) as pool:
+        single = [pool.submit(answer, served, prompt(9, seed), 40) for seed in range(3)]
+        got = pool.submit(lambda: served.generate(ids, attention_mask=torch.ones_like(ids), **options)).result()
+        assert [s.result() for s in single] == [answer(serving(alone), prompt(9, seed), 40) for seed in range(3)]
+    assert torch.equal(got, expected)
+
+
+@needs_kernels
+def test_a_step_that_fails_fails_its_sequences_and_no_later_one(
+    variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(variant)
+    logits, calls = engine._logits, []
+
+    def failing() -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == 5:
+            raise RuntimeError("no such kernel")
+        return logits()
+
+    monkeypatch.setattr(engine, "_logits", failing)
+    with pytest.raises(VariantError, match="no such kernel"):
+        answer(serving(variant), prompt(5), 30)
+    assert answer(serving(variant), prompt(5), 30) == answer(serving(alone), prompt(5), 30)
+
+
+@needs_kernels
+def test_rows_with_nan_fail_alone(variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(variant)
+    logits = engine._logits
+
+    def spoilt() -> torch.Tensor:
+        found = logits()
+        for row, request in enumerate(engine._rows[: len(found)]):
+            if request is not None and request.ids[0, 0] == 3:
+                found[row] = torch.nan
+        return found
+
+    monkeypatch.setattr(engine, "_logits", spoilt)
+    with ThreadPoolExecutor(2) as pool:
+        good = pool.submit(answer, serving(variant), [4, *prompt(7)], 25)
+        with pytest.raises(VariantError, match="NaN logits"):
+            answer(serving(variant), [3, *prompt(5)], 25)
+        assert good.result() == answer(serving(alone), [4, *prompt(7)], 25)
+
+
+@needs_kernels
+def test_the_queue_is_bounded(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(variant)
+    monkeypatch.setattr(engine, "most_waiting", 0)
+    with pytest.raises(QueueFullError, match="0 requests wait for one of 4 rows"):
+        answer(serving(variant), prompt(5), 5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("length", [7, 8, 9, 30])
+def test_a_prompt_in_parts_gives_the_same(
+    variant: Variant, alone: Variant, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_of(variant), "chunk", 8)
+    assert answer(serving(variant), prompt(length), 12) == answer(serving(alone), prompt(length), 12)
+
+
+@needs_kernels
+def test_an_engine_keeps_no_unused_model_alive() -> None:
+    made = Variant(tiny("llama")).with_transforms((*STEP, ContinuousBatching("decode", rows=2)))
+    answer(serving(made), prompt(5), 8)
+    gone = weakref.ref(made)
+    del made
+    gc.collect()
+    assert gone() is None
+
+
+def test_without_a_recorded_step_it_says_why() -> None:
+    with pytest.raises(TransformError, match="needs a recorded decode step"):
+        Variant(tiny("llama")).with_transform(ContinuousBatching("decode"))
