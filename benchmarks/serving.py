@@ -34,7 +34,11 @@ from benchmarks.loaded import ratios, spread
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAN = (("weight_only", {"bits": 8}), ("one_query_attention", {}), ("step_program", {}))
+PLAN: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("weight_only", {"bits": 8}),
+    ("one_query_attention", {}),
+    ("step_program", {}),
+)
 TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
 
 

@@ -288,6 +288,18 @@ def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Cl
     assert watched.autotune.events[0].numbers["expected"] == pytest.approx(10)
 
 
+def test_calls_that_overlap_are_not_timed(watched: Any, clock: Clock) -> None:
+    watch = watched.autotune._serving.watch
+    watch.share = 0.0
+    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    clock.tick = 0.0135
+    with watched.autotune._traffic.request():  # another call is in flight all the time
+        serve(watched, 30, tokens=9)
+    assert phases(watched) == []
+    serve(watched, 9, tokens=9)
+    assert phases(watched) == ["open"]
+
+
 @pytest.mark.parametrize(("original_s", "seen"), [(0.0135, ["open", "closed"]), (0.012, ["open"])])
 def test_a_machine_that_became_slower_is_not_the_plans_fault(
     watched: Any, clock: Clock, original_s: float, seen: list[str]

@@ -121,3 +121,15 @@ def test_cancelling_wakes_and_stops_the_tuner(busy: bool) -> None:
         tuning = start(tuner)
     tuning.join(WAIT_S)
     assert stopped.is_set()
+
+
+def test_a_request_knows_whether_others_were_in_flight() -> None:
+    traffic = Traffic()
+    with traffic.request() as first:
+        assert not first.is_crowded()
+        with traffic.request() as second:
+            assert first.is_crowded()
+            assert second.is_crowded()
+        assert first.is_crowded(), "the other one has ended, but it was there"
+    with traffic.request() as third:
+        assert not third.is_crowded()
