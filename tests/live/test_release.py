@@ -235,7 +235,7 @@ def test_the_model_shows_what_it_consists_of(scripted: list[Transform]) -> None:
     assert isinstance(model, cls)
     assert (model.config, model.device, model.dtype) == (config, torch.device("cpu"), torch.float32)
     assert "Int8Linear" in repr(model)
-    assert "PackedEmbedding" in repr(model)
+    assert "PackedTable" in repr(model)
     assert {p.dim() for p in model.parameters()} == {1}  # norms
     assert any(isinstance(m, PackedLinear) for m in model.modules())
     model.to("cpu").eval()

@@ -84,11 +84,11 @@ class Engine:
 
     def _forget(self) -> None:
         self._waiting: deque[Request] = deque()
-        self._prefill: Prefill | None = None
+        self._prompt: Prefill | None = None
         self._rows: list[Request | None] = [None] * self.most_rows
         self._cache: RowCache | None = None
         self._steps: dict[int, tuple[RowCache, Step]] = {}
-        self._token = torch.zeros(self.most_rows, 1, dtype=torch.int64)
+        self._token = torch.zeros(self.most_rows, 1, dtype=torch.int64, device="cpu")
         self._worker: ending.Worker | None = None
         self._stopped = False
         self._is_stepping = False
@@ -181,7 +181,7 @@ class Engine:
     def _has_turn(self) -> bool:
         """Wait for the engine's turn. Returns False when nothing is left to do; then the thread has ended."""
         with self._changed:
-            if not (self._waiting or self._prefill or any(self._rows)):
+            if not (self._waiting or self._prompt or any(self._rows)):
                 self._worker = None
                 return False
             self._changed.wait_for(
@@ -203,7 +203,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Compute one part of a prompt. After the last one, the sequence takes a row."""
-        if self._prefill is None:
+        if self._prompt is None:
             if None not in self._rows:
                 return
             with self._changed:
@@ -211,14 +211,14 @@ class Engine:
             if request is None or request.cancelled:
                 return
             self.counts["requests"] += 1
-            self._prefill = Prefill(request, self.chunk)
-        prefill, request = self._prefill, self._prefill.request
+            self._prompt = Prefill(request, self.chunk)
+        prefill, request = self._prompt, self._prompt.request
         try:
             logits = None if request.cancelled else prefill.advance(self.variant)
             if logits is None:
-                self._prefill = None if request.cancelled else prefill
+                self._prompt = None if request.cancelled else prefill
                 return
-            self._prefill = None
+            self._prompt = None
             token = request.choose(logits)
             if request.take(token):
                 request.finish()
@@ -228,7 +228,7 @@ class Engine:
                 self._slots(prefill.cache).join(row, prefill.cache)
         except Exception as error:
             outside.pass_on(error)
-            self._prefill = None
+            self._prompt = None
             request.fail(error)
             return
         self._rows[row] = request
@@ -305,11 +305,11 @@ class Engine:
             self._cache.leave(row)
 
     def _fail_all(self, error: BaseException) -> None:
-        held = [self._prefill.request] if self._prefill else []
+        held = [self._prompt.request] if self._prompt else []
         for request in (*self._waiting, *held, *filter(None, self._rows)):
             request.fail(_own(error))
         self._waiting.clear()
-        self._prefill = None
+        self._prompt = None
         for row in range(self.most_rows):
             self._free(row)
 
