@@ -61,6 +61,7 @@ def test_a_logger_without_a_handler_is_muted(
 ) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
     bare = logging.getLogger("torchao.autotune_test")
+    bare.setLevel(logging.WARNING)  # of its own: other tests set the level of "torchao"
     with quiet():
         bare.warning("unheard")
     bare.warning("heard")
