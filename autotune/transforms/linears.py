@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
+LARGE = 2**23  # weights of a layer whose exchange leaves tens of megabytes of freed blocks behind
 
 _made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged layers", default=None)
 
@@ -184,10 +185,17 @@ class LinearTransform(Transform):
     def exchange_once(self, linear: nn.Linear) -> nn.Module | None:
         """Exchange a layer, or within `reusing` return the layer made earlier from the same weights."""
         if (made := _made.get()) is None:
-            return self.exchange(linear)
+            return self._exchanged_lean(linear)
         if (key := self.key(linear)) not in made:
-            made[key] = self.exchange(linear)
+            made[key] = self._exchanged_lean(linear)
         return made[key]
+
+    def _exchanged_lean(self, linear: nn.Linear) -> nn.Module | None:
+        """Exchange a layer. If it is large, give the blocks that were freed back to the system before the next one."""
+        new = self.exchange(linear)
+        if linear.weight.numel() >= LARGE and linear.weight.device.type == "cpu":
+            cpu.give_back()
+        return new
 
     def key(self, linear: nn.Linear) -> object:
         """Identify everything that a new layer depends on."""
