@@ -10,9 +10,11 @@ answers                                                      the original's answ
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..workload import by_bucket
 
 
 class Verdict(enum.StrEnum):
@@ -137,16 +139,5 @@ class Latency:
             return table
         kept = {arm: table[arm] for arm in ("reference_s", "candidate_s")}
         rest = {key: value for key, value in table.items() if key not in kept}
-        count = max(len(rest["buckets"]), 1)
-        return rest | {
-            "buckets": {
-                label: {"speedups": speedups}
-                | {arm: {m: _share_of(row, k, count) for m, row in rows.items()} for arm, rows in kept.items()}
-                for k, (label, speedups) in enumerate(rest["buckets"].items())
-            }
-        }
-
-
-def _share_of(row: Sequence[Any], number: int, count: int) -> Sequence[Any]:
-    each = len(row) // count
-    return row[number * each : (number + 1) * each]
+        samples = by_bucket(kept, list(rest["buckets"]))
+        return rest | {"buckets": {b: {"speedups": found} | samples[b] for b, found in rest["buckets"].items()}}

@@ -61,6 +61,29 @@ class Bucket:
         return cls(*(int(part[1:]) for part in label.split("/")))
 
 
+def by_bucket(
+    rows: Mapping[str, Mapping[str, Sequence[Any]]], labels: Sequence[str]
+) -> dict[str, dict[str, dict[str, Sequence[Any]]]]:
+    """Divide samples that earlier versions kept in one row, bucket by bucket, equally many of each.
+
+    Args:
+        rows: the row by arm and metric.
+        labels: of the buckets, in the row's order.
+
+    Returns:
+        Each bucket's samples by label, arm and metric.
+    """
+
+    def part(row: Sequence[Any], number: int) -> Sequence[Any]:
+        each = len(row) // len(labels)
+        return row[number * each : (number + 1) * each]
+
+    return {
+        label: {arm: {metric: part(row, k) for metric, row in found.items()} for arm, found in rows.items()}
+        for k, label in enumerate(labels)
+    }
+
+
 @dataclass(frozen=True)
 class Workload:
     """What the model is asked to do.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ...workload import by_bucket
 from .. import numbers as n
 from ..layout import Table, sentence
 from . import drawing as d
@@ -59,8 +60,8 @@ def races(latency: Mapping[str, Any]) -> list[Race]:
     """Return every bucket of every metric."""
     buckets = latency["buckets"] or {"": {metric: latency[metric] for metric in METRICS}}
     samples = latency.get("samples") or {}
-    if "reference_ms" in samples:
-        samples = _by_bucket(samples, list(buckets))
+    if "reference_ms" in samples:  # as earlier versions wrote them
+        samples = by_bucket({arm: samples[arm] for arm in ARMS}, list(buckets))
     return [
         Race(
             metric,
@@ -72,18 +73,6 @@ def races(latency: Mapping[str, Any]) -> list[Race]:
         for name, speedups in buckets.items()
         if metric in speedups and n.known(speedups[metric]["ratio"])
     ]
-
-
-def _by_bucket(samples: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Convert samples of earlier versions, which kept those of all buckets in one row, equally many of each."""
-    found: dict[str, Any] = {}
-    for k, name in enumerate(names):
-        found[name] = {arm: {} for arm in ARMS}
-        for arm in ARMS:
-            for metric, row in samples[arm].items():
-                each = len(row) // len(names)
-                found[name][arm][metric] = row[k * each : (k + 1) * each]
-    return found
 
 
 def chapter(record: Mapping[str, Any]) -> Chapter | None:
