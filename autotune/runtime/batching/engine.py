@@ -204,19 +204,15 @@ class Engine:
     def _admit(self) -> None:
         """Compute one part of a prompt. After the last one, the sequence takes a row."""
         if self._prompt is None:
-            if None not in self._rows:
-                return
-            with self._changed:
-                request = self._waiting.popleft() if self._waiting else None
-            if request is None or request.cancelled:
-                return
-            self.counts["requests"] += 1
-            self._prompt = Prefill(request, self.chunk)
-        prefill, request = self._prompt, self._prompt.request
+            self._prompt = self._next_prompt()
+        if (prefill := self._prompt) is None:
+            return
+        request = prefill.request
+        if request.cancelled:
+            self._prompt = None
+            return
         try:
-            logits = None if request.cancelled else prefill.advance(self.variant)
-            if logits is None:
-                self._prompt = None if request.cancelled else prefill
+            if (logits := prefill.advance(self.variant)) is None:
                 return
             self._prompt = None
             token = request.choose(logits)
@@ -233,6 +229,17 @@ class Engine:
             return
         self._rows[row] = request
         self._token[row] = token
+
+    def _next_prompt(self) -> Prefill | None:
+        """The prompt of the request that has waited longest; None if none waits or no row is free."""
+        if None not in self._rows:
+            return None
+        with self._changed:
+            if not self._waiting:
+                return None
+            request = self._waiting.popleft()
+        self.counts["requests"] += 1
+        return Prefill(request, self.chunk)
 
     def _slots(self, prompt: Any) -> RowCache:
         pool = self.variant.caches
