@@ -26,13 +26,13 @@ demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to 
 	$(BIN)/autotune demo $(DEMO_ARGS)
 
 # One thread each: on tiny models, more only wait for each other. What takes long to make is kept in .test-cache.
-PYTEST := AUTOTUNE_TEST_CACHE=$(CURDIR)/.test-cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
+PYTEST := AUTOTUNE_TEST_CACHE=$(CURDIR)/.test-cache OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)  ## the tests but for the slow ones; the real model's are among them
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow" $(TEST_ARGS)
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
 test-all: test  ## all tests; what CI runs
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow $(TEST_ARGS)
+	$(PYTEST) -m slow $(TEST_ARGS)
 
 test-matrix: $(READY)  ## the compatibility suite on other versions of transformers, torchao, bitsandbytes, accelerate
 	$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
@@ -88,6 +88,9 @@ bench-choice: $(READY)  ## the diagnosed choice against trying everything
 bench-loaded: $(READY)  ## decode while another process takes a core: the recorded step and transformers' generate
 	$(BIN)/python -m benchmarks.loaded $(BENCH_ARGS)
 
+bench-serving: $(READY)  ## callers who share one model: decoded together, and one at a time
+	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
+
 bench-restart: $(READY)  ## a service that starts again with a kept plan: seconds until the plan answers
 	$(BIN)/python -m benchmarks.restart $(BENCH_ARGS)
 
@@ -113,6 +116,3 @@ $(BENCH_VENV)/.ready: pyproject.toml
 	-$(BENCH_PIP) -e '.[llama-cpp]'
 	-$(BENCH_PIP) -e '.[openvino]'
 	touch $@
-
-bench-serving: $(READY)  ## callers who share one model: decoded together, and one at a time
-	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,7 @@ import torch
 from autotune import transforms
 from autotune.cli import demo
 from autotune.model.load import load
-from autotune.runtime.variant import Variant
-from autotune.transforms.continuous_batching import Together
+from autotune.runtime.variant import Variant, serving
 from autotune.workload import Workload, built_in
 from benchmarks.loaded import ratios, spread
 
@@ -42,61 +41,37 @@ PLAN: tuple[tuple[str, dict[str, Any]], ...] = (
 TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
 
 
-@dataclass
-class Round:
-    """Tokens per second by (way, callers)."""
-
-    rates: dict[tuple[str, int], float] = field(default_factory=dict)
-
-
 Ask = Callable[[list[int]], None]
+Rates = dict[tuple[str, int], float]  # tokens per second by (way, callers)
 
 
 def ways(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows: int) -> tuple[dict[str, Ask], Any]:
-    """How one caller asks, by way; and the routed model of the plan, for closed batches."""
-    from autotune.model import route
-
+    """How one caller asks, by way; and the plan's model, for closed batches."""
     work = Workload(tuple(map(tuple, prompts)), tokens)
     chain = [transforms.make(name, params, "decode") for name, params in PLAN]
     plan = Variant(original, workload=work).with_transforms(chain)
     together = plan.with_transform(transforms.make("continuous_batching", {"rows": rows}, "decode"))
-    assert isinstance(together.loop, Together)
-
-    class Live:
-        """Routes calls as a wrapped model does, but for the watch."""
-
-        def __init__(self, variant: Variant) -> None:
-            self.variant = variant
-
-        def sample(self, call: Any) -> Any:
-            return self.variant.sample(call)
-
-        def forward(self, model: Any, args: Any, kwargs: Any) -> Any:
-            return self.variant.forward(model, args, kwargs)
-
-        def other_loop(self, name: str) -> Any:
-            raise NotImplementedError(name)
-
-    served: dict[str, Any] = {
-        TOGETHER: route.routed(original, Live(together)),
-        ALONE: route.routed(original, Live(plan)),
-        ORIGINAL: original,
-    }
+    served: dict[str, Any] = {TOGETHER: serving(together), ALONE: serving(plan), ORIGINAL: original}
     lock = threading.Lock()
 
     def asking(name: str) -> Ask:
         def ask(ids: list[int]) -> None:
-            given = torch.tensor([ids])
-            options = {"attention_mask": torch.ones_like(given), "do_sample": False, "pad_token_id": 0}
-            if name == TOGETHER:
-                served[name].generate(given, max_new_tokens=tokens, min_new_tokens=tokens, **options)
-                return
-            with lock:
-                served[name].generate(given, max_new_tokens=tokens, min_new_tokens=tokens, **options)
+            with nullcontext() if name == TOGETHER else lock:
+                answer(served[name], [ids], tokens)
 
         return ask
 
     return {name: asking(name) for name in served}, served[ALONE]
+
+
+def answer(served: Any, prompts: list[list[int]], tokens: int) -> None:
+    """One call of generate for all prompts, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    served.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+    )
 
 
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
@@ -113,15 +88,9 @@ def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: in
 
 
 def closed(served: Any, callers: int, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of one call with as many prompts as there are callers, padded on the left."""
-    chosen = prompts[:callers]
-    longest = max(map(len, chosen))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in chosen])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in chosen])
+    """Tokens per second of one call with as many prompts as there are callers."""
     start = time.perf_counter()
-    served.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
-    )
+    answer(served, prompts[:callers], tokens)
     return callers * tokens / (time.perf_counter() - start)
 
 
@@ -153,15 +122,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, ask in asks.items():
         for number in numbers:  # programs are recorded, slots are made
             rate(ask, number if name == TOGETHER else 1, 1, prompts, asked.tokens)
-    draw, found = random.Random(0), list[Round]()
+    for number in numbers:
+        closed(batched, number, prompts, asked.tokens)
+    draw, found = random.Random(0), list[Rates]()
     for turn in range(asked.rounds):
-        this = Round()
+        this: Rates = {}
         cases = [(name, n) for name in (*asks, CLOSED) for n in numbers]
         for name, number in draw.sample(cases, len(cases)):
             if name == CLOSED:
-                this.rates[name, number] = closed(batched, number, prompts, asked.tokens)
+                this[name, number] = closed(batched, number, prompts, asked.tokens)
             else:
-                this.rates[name, number] = rate(asks[name], number, asked.requests, prompts, asked.tokens)
+                this[name, number] = rate(asks[name], number, asked.requests, prompts, asked.tokens)
         found.append(this)
         print(f"round {turn + 1} of {asked.rounds}", file=sys.stderr, flush=True)
     print(
@@ -171,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| tokens per second | " + " | ".join(f"{n} callers" for n in numbers) + " |")
     print("|---" * (len(numbers) + 1) + "|")
     for name in (*asks, CLOSED):
-        print(f"| {name} | " + " | ".join(spread([r.rates[name, n] for r in found]) for n in numbers) + " |")
+        print(f"| {name} | " + " | ".join(spread([r[name, n] for r in found]) for n in numbers) + " |")
     for name in (*(n for n in asks if n != TOGETHER), CLOSED):
-        gains = (ratios([r.rates[TOGETHER, n] for r in found], [r.rates[name, n] for r in found]) for n in numbers)
+        gains = (ratios([r[TOGETHER, n] for r in found], [r[name, n] for r in found]) for n in numbers)
         print(f"| together / {name} | " + " | ".join(spread(gain, "x") for gain in gains) + " |")
     return 0
 
