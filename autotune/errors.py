@@ -11,7 +11,10 @@
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
     │   └── UnreadyError        the slots or the recorded step for a batch of that size could not be made
-    ├── QueueFullError          more calls wait to be decoded than may
+    ├── RequestError            a request was not served, though nothing is wrong with the plan
+    │   ├── QueueFullError      more requests wait to be decoded than may
+    │   ├── DeadlineError       the request's deadline passed before it was finished
+    │   └── CancelledRequestError   the caller has cancelled the request
     ├── MeasurementError        a number that was needed could not be measured
     │   └── BudgetSpentError    the budget ended while a candidate was judged (it counts as not tried)
     ├── PackageError            an optional package is missing; names the line that installs it
@@ -75,8 +78,20 @@ class UnreadyError(VariantError):
     """The slots or the recorded step that a variant needs for a batch of that size could not be made."""
 
 
-class QueueFullError(AutotuneError, RuntimeError):
-    """More calls wait to be decoded than may."""
+class RequestError(AutotuneError, RuntimeError):
+    """A request was not served, though nothing is wrong with the plan."""
+
+
+class QueueFullError(RequestError):
+    """More requests wait to be decoded than may."""
+
+
+class DeadlineError(RequestError, TimeoutError):
+    """The deadline of a request passed before it was finished."""
+
+
+class CancelledRequestError(RequestError):
+    """The caller has cancelled the request."""
 
 
 class MeasurementError(AutotuneError):

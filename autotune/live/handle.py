@@ -20,6 +20,7 @@ from ..model import route, seam, stateful
 from ..model.linear_layers import stored_bytes
 from ..model.revision import Revision
 from ..report.progress import Doing, said
+from ..runtime.batching.terms import RequestTerms
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..workload import Observer, Workload
@@ -28,6 +29,7 @@ from .options import KeepOriginal, Options
 from .original import RELOAD, Original, Residence, releasable_bytes
 from .serving import Serving
 from .status import State, Status
+from .submit import Submissions, Submitted
 from .watch.watch import Event
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class Handle:
         self._again = Again(self._traffic.rest)
         self._tuned: Tuned | None = None
         self._serving = Serving(model, self._traffic, share=options.watch, observe=self._observe_call)
+        self._submissions = Submissions(model, self._serving.at_once)
         self._tuning = forking.lock()
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # why the model's calls are not routed
@@ -187,6 +190,38 @@ class Handle:
         self._serving.active = None
         route.detach(self._model)
         return self._model
+
+    def submit(
+        self,
+        input_ids: Any,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Submitted:
+        """Begin to generate for one prompt, and return at once.
+
+        If the plan decodes several callers' sequences together (`continuous_batching`), so are submitted ones.
+        Otherwise they are generated one at a time, in the order of their priorities and arrivals.
+
+        Args:
+            input_ids: the prompt's token ids, a list or a tensor [P] or [1, P].
+            priority: a larger number goes first, by one second of waiting for each step.
+            deadline_s: seconds from now after which nobody wants the answer; it is then given up.
+            seed: with `do_sample=True`, the tokens depend on it and on the request alone, not on what else runs.
+            **options: as in `generate`, but for a streamer.
+
+        Returns:
+            The request: iterate over it for new tokens, `result()` waits for the sequence, `cancel()` gives it up.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            StateError: the process ends.
+            WorkloadError: `input_ids` are not the token ids of one prompt, or an option does not suit one streamed
+                sequence.
+        """
+        return self._submissions.submit(input_ids, RequestTerms(priority, deadline_s, seed), options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy the handle as None, so that a copy of a passed-through model is a plain model."""

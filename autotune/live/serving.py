@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeviceError, UnreadyError, VariantError, in_words, warn
+from ..errors import DeviceError, RequestError, UnreadyError, VariantError, in_words, warn
 from ..machine import device as devices
 from ..machine import outside
 from ..model import modes, seam
 from ..runtime.attempt import Attempt
+from ..runtime.batching.terms import CURRENT
 from ..runtime.variant import serves_forward
 from .original import RELOAD, Original, Residence
 from .status import State
@@ -95,6 +97,10 @@ class Serving:
         """Whether the plan serves calls now."""
         return self.active is not None and self._stale is None and not self.watch.open()
 
+    def at_once(self) -> float:
+        """How many calls of `generate` gain from running at once: infinity if they are decoded together, else 1."""
+        return math.inf if self.serves and self.active is not None and self.active.is_shared else 1
+
     def become(self, state: State, detail: str) -> None:
         """Set the state and the sentence about it."""
         self.state = state
@@ -121,6 +127,9 @@ class Serving:
 
     def sample(self, call: seam.Sampling) -> Any:
         devices.of(self._model).check()
+        terms = CURRENT.get()
+        if terms is not None and terms.seed is not None:
+            call = call.seeded(terms.seed)
         with self._traffic.request() as visit:
             if self._is_unserved():
                 return call.original()
@@ -191,6 +200,9 @@ class Serving:
             result = self.watch.serve(variant, attempt.call, visit.is_crowded)
         except DeviceError as dead:
             self.fail(str(dead))  # nothing can be retried on this device
+            raise
+        except RequestError:  # refused, late or cancelled: the original would not help
+            self.watch.abandoned(call)
             raise
         except Exception as error:
             theirs, fault = attempt.outsiders(error), Fault.of(error, variant)

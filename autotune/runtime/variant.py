@@ -306,6 +306,11 @@ class Variant:
             return module(*args, **kwargs)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether it decodes the sequences of several callers together."""
+        return any(transform.stage is Stage.BATCHING for transform in self.transforms)
+
+    @property
     def device(self) -> Device:
         """The device of the model's first weights."""
         return devices.of(self.original)

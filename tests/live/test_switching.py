@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,19 +17,24 @@ from autotune.live import original
 from autotune.live.original import Original
 from autotune.live.watch.watch import Watch
 from autotune.model import revision
+from autotune.runtime import kernels
 from autotune.runtime.variant import Transform
+from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
+from autotune.transforms.step_program import StepProgram
 from autotune.tune import run as tuning
 from tests.live.test_wrap import greedy, scripted, wrapped  # noqa: F401 - a fixture
 from tests.models import tiny, token_prompts
 
+needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+TOGETHER = [StepProgram("decode", slots=64), ContinuousBatching("decode", rows=4)]
 PROMPTS = [torch.tensor([prompt]) for prompt in token_prompts(6)]
 CALLS, SWITCHES = 12, 40
 
 
 @pytest.mark.fault("D57")
-@pytest.mark.parametrize("plan", [[LeanLoop()], [StaticCache()]], ids=str)
+@pytest.mark.parametrize("plan", [[LeanLoop()], [StaticCache()], pytest.param(TOGETHER, marks=needs_kernels)], ids=str)
 def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform], plan: list[Transform]) -> None:  # noqa: F811
     scripted[:] = plan
     model = wrapped(tiny("llama"))
@@ -55,6 +61,44 @@ def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform]
         thread.join()
     assert wrong == []
     assert 0 < model.autotune.status.served <= CALLS * len(PROMPTS)
+
+
+@needs_kernels
+@pytest.mark.fault("D57")
+def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once(
+    scripted: list[Transform],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scripted[:] = TOGETHER
+    model = wrapped(tiny("llama"))
+    expected = [greedy(tiny("llama"), ids, 30) for ids in PROMPTS]
+    engine = model.autotune._tuned.variant.loop.engine
+    logits = engine._logits
+
+    def failing() -> torch.Tensor:
+        if sum(request is not None for request in engine._rows) == engine.most_rows:
+            raise RuntimeError("no such kernel")
+        return logits()
+
+    monkeypatch.setattr(engine, "_logits", failing)
+    streamers = [Counting() for _ in PROMPTS]
+    with pytest.warns(RuntimeWarning, match="no such kernel"), ThreadPoolExecutor(len(PROMPTS)) as pool:
+        found = list(pool.map(lambda n: greedy(model, PROMPTS[n], 30, streamer=streamers[n]), range(len(PROMPTS))))
+    assert found == expected
+    assert [s.tokens for s in streamers] == [answer[0] for answer in expected], "something was streamed twice, or not"
+    assert [event.phase for event in model.autotune.events] == ["open"]
+
+
+class Counting:
+    """A streamer that keeps what it gets, the prompt included."""
+
+    def __init__(self) -> None:
+        self.tokens = list[int]()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None: ...
 
 
 class Switching:

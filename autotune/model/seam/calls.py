@@ -172,6 +172,18 @@ class Sampling:
         """The same call with one more logits processor, which runs before all others."""
         return self.through(lambda others, ids, scores: others(ids, processor(ids, scores)))
 
+    def seeded(self, seed: int) -> Sampling:
+        """The same call, whose tokens are drawn by `seed` and the position alone, whatever else draws numbers."""
+
+        def choose(processors: Callable[..., torch.Tensor], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = processors(ids, scores)
+            source = torch.Generator(scores.device).manual_seed((1_000_003 * seed + ids.shape[1]) % 2**63)
+            odds = torch.nn.functional.softmax(scores, dim=-1)
+            token = torch.multinomial(odds, num_samples=1, generator=source)
+            return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+        return self.through(choose) if self.settings.do_sample else self
+
     def with_fresh_cache(self, model: PreTrainedModel) -> Sampling:
         """The same call for `model` with a new cache, made as generate makes it."""
         given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}

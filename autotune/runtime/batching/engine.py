@@ -7,7 +7,8 @@ computes all sequences together over slots of their own (`cache/rows.py`).
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -83,7 +84,7 @@ class Engine:
         forking.tell(self)
 
     def _forget(self) -> None:
-        self._waiting: deque[Request] = deque()
+        self._waiting = list[Request]()
         self._prompt: Prefill | None = None
         self._rows: list[Request | None] = [None] * self.most_rows
         self._cache: RowCache | None = None
@@ -119,6 +120,7 @@ class Engine:
 
         Raises:
             QueueFullError: too many requests wait.
+            DeadlineError, CancelledRequestError: the request's terms were violated.
             VariantError: the prompt or a step failed, or the process ends.
         """
         request = Request(call)
@@ -194,12 +196,26 @@ class Engine:
             return True
 
     def _turn(self) -> None:
-        for row, request in enumerate(self._rows):
-            if request is not None and request.cancelled:
-                self._free(row)
+        self._drop_violated()
         self._admit()
         if any(self._rows):
             self._step()
+
+    def _drop_violated(self) -> None:
+        """End the requests that were cancelled or are late."""
+        now_s = time.monotonic()
+        for row, request in enumerate(self._rows):
+            if request is not None and (error := request.violated(now_s)):
+                self._free(row)
+                request.fail(error)
+        if self._prompt is not None and (error := self._prompt.request.violated(now_s)):
+            self._prompt.request.fail(error)
+            self._prompt = None
+        with self._changed:
+            for request in tuple(self._waiting):
+                if error := request.violated(now_s):
+                    self._waiting.remove(request)
+                    request.fail(error)
 
     def _admit(self) -> None:
         """Compute one part of a prompt. After the last one, the sequence takes a row."""
@@ -208,9 +224,6 @@ class Engine:
         if (prefill := self._prompt) is None:
             return
         request = prefill.request
-        if request.cancelled:
-            self._prompt = None
-            return
         try:
             if (logits := prefill.advance(self.variant)) is None:
                 return
@@ -231,13 +244,14 @@ class Engine:
         self._token[row] = token
 
     def _next_prompt(self) -> Prefill | None:
-        """The prompt of the request that has waited longest; None if none waits or no row is free."""
+        """The prompt of the request that is served next; None if none waits or no row is free."""
         if None not in self._rows:
             return None
         with self._changed:
             if not self._waiting:
                 return None
-            request = self._waiting.popleft()
+            request = min(self._waiting, key=lambda each: each.terms.order)
+            self._waiting.remove(request)
         self.counts["requests"] += 1
         return Prefill(request, self.chunk)
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import softmax
 
+from .terms import CURRENT, RequestTerms
+
 if TYPE_CHECKING:
+    from ...errors import RequestError
     from ...model.seam import Sampling
 
 
@@ -43,13 +46,13 @@ class Request:
 
     Attributes:
         ids: prompt and tokens so far, [1, T] int64.
-        cancelled: whether the caller no longer waits.
+        terms: on which it is served; those of the thread that makes it.
     """
 
     def __init__(self, call: Sampling) -> None:
         self.call = call
         self.ids = call.input_ids
-        self.cancelled = False
+        self.terms = CURRENT.get() or RequestTerms()
         self._context = contextvars.copy_context()
         self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
         self._streams = call.streamer is not None
@@ -79,10 +82,14 @@ class Request:
                     case Failed(error):
                         raise error
         except BaseException:
-            self.cancelled = True
+            self.terms.cancelled = True
             raise
 
     # In the engine's thread
+
+    def violated(self, now_s: float) -> RequestError | None:
+        """Why it must not be served any longer, or None."""
+        return self.terms.violated(now_s, self.ids.shape[1] - self.call.input_ids.shape[1])
 
     @property
     def is_greedy(self) -> bool:

@@ -1,0 +1,60 @@
+"""On which terms a request is served: how urgent it is, until when, and whether it is still wanted."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from ...errors import CancelledRequestError, DeadlineError, RequestError
+
+AHEAD_S = 1.0  # a request goes before those that came up to so many seconds earlier, for each step of priority
+
+
+@dataclass(eq=False)
+class RequestTerms:
+    """The terms of one request.
+
+    Args:
+        priority: a larger number goes first. Each step counts like `AHEAD_S` seconds of waiting, so that no request
+            waits for ever, whatever comes after it.
+        deadline_s: seconds from its arrival after which nobody wants the answer; None means no such limit.
+        seed: draws its tokens where they are sampled; None means that the process's random numbers do.
+        arrived_s: when it came, by `time.monotonic`.
+        cancelled: whether the caller has cancelled it.
+    """
+
+    priority: int = 0
+    deadline_s: float | None = None
+    seed: int | None = None
+    arrived_s: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+    @property
+    def order(self) -> float:
+        """Requests are served in ascending order of this number."""
+        return self.arrived_s - AHEAD_S * self.priority
+
+    def left_s(self, now_s: float) -> float | None:
+        """Seconds until the deadline, negative after it; None if there is none."""
+        return None if self.deadline_s is None else self.arrived_s + self.deadline_s - now_s
+
+    def violated(self, now_s: float, tokens: int = 0) -> RequestError | None:
+        """Why the request must not be served any longer, or None.
+
+        Args:
+            now_s: the time, by `time.monotonic`.
+            tokens: new tokens so far, for the message.
+        """
+        if self.cancelled:
+            return CancelledRequestError("the request was cancelled")
+        left = self.left_s(now_s)
+        if left is None or left > 0:
+            return None
+        got = f"after {tokens} new tokens" if tokens else "before its first token"
+        return DeadlineError(f"the deadline of {self.deadline_s:g} s passed {got}; give more time, or ask for less")
+
+
+CURRENT: ContextVar[RequestTerms | None] = ContextVar(
+    "autotune_terms", default=None
+)  # of the request that a thread serves

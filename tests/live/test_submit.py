@@ -1,0 +1,269 @@
+"""Submitted requests: they stream, are cancelled and are late, with a plan that decodes together and without one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from autotune.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    QueueFullError,
+    StateError,
+    WorkloadError,
+)
+from autotune.live import submit
+from autotune.runtime import kernels
+from autotune.runtime.batching.engine import Engine
+from autotune.runtime.batching.terms import RequestTerms
+from autotune.runtime.variant import Transform
+from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.step_program import StepProgram
+from autotune.transforms.weight_only import WeightOnly
+from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
+from tests.models import PAD, VOCABULARY, tiny, token_prompts
+
+needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+ALONE = [WeightOnly("decode"), StepProgram("decode", slots=192)]
+PLANS = {"original": [], "alone": ALONE, "together": [*ALONE, ContinuousBatching("decode", rows=4)]}
+PROMPTS = token_prompts(10)
+TOKENS = {"do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+LONG = TOKENS | {"max_new_tokens": 150}
+
+
+@pytest.fixture(params=PLANS)
+def model(request: pytest.FixtureRequest, scripted: list[Transform]) -> Iterator[Any]:  # noqa: F811
+    if request.param != "original" and kernels.available() is not None:
+        pytest.skip(str(kernels.available()))
+    scripted[:] = PLANS[request.param]
+    model: Any = wrapped(tiny("llama"))
+    yield model
+    model.autotune.unwrap()
+
+
+class Held:
+    """A logits processor that waits before a token, so that a request stays under way and others wait behind it."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.after = after
+        self.started, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.after -= 1
+        if self.after < 0:
+            self.started.set()
+            assert self.go_on.wait(60)
+        return scores
+
+
+def engine_of(model: Any) -> Engine:
+    loop = model.autotune._tuned.variant.loop
+    assert isinstance(loop, Together)
+    return loop.engine
+
+
+def called(model: Any, ids: list[int], **options: Any) -> list[int]:
+    given = torch.tensor([ids])
+    found: list[int] = model.generate(given, attention_mask=torch.ones_like(given), **TOKENS, **options)[0].tolist()
+    return found
+
+
+def test_requests_stream_what_generate_answers(model: Any) -> None:
+    expected = [called(model, ids, max_new_tokens=20) for ids in PROMPTS]
+    requests = [model.autotune.submit(ids, max_new_tokens=20, **TOKENS) for ids in PROMPTS]
+    for ids, request, whole in zip(PROMPTS, requests, expected, strict=True):
+        assert list(request) == whole[len(ids) :]
+        assert request.result().tolist() == [whole]
+        assert request.done()
+
+
+def test_requests_stream_to_an_event_loop(model: Any) -> None:
+    expected = [called(model, ids, max_new_tokens=12)[len(ids) :] for ids in PROMPTS[:4]]
+
+    async def ask(ids: list[int]) -> list[int]:
+        async with model.autotune.submit(torch.tensor(ids), max_new_tokens=12, **TOKENS) as request:
+            return [token async for token in request]
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*(ask(ids) for ids in PROMPTS[:4]))
+
+    assert asyncio.run(all_of_them()) == expected
+
+
+def test_a_seed_draws_the_same_tokens_whatever_else_runs(model: Any) -> None:
+    options = TOKENS | {"do_sample": True, "temperature": 0.9, "top_k": 30, "max_new_tokens": 20}
+
+    def asked(seed: int, prompt: int = 0) -> Any:
+        return model.autotune.submit(PROMPTS[prompt], seed=seed, **options)
+
+    first = asked(7).result().tolist()
+    among = [asked(seed, prompt) for seed, prompt in ((1, 1), (7, 0), (2, 0), (7, 2))]
+    drawn = [request.result().tolist() for request in among]
+    assert drawn[1] == first
+    assert drawn[2] != first
+    assert len(set(drawn[1][0])) > 5, "it does not sample"
+
+
+def test_a_task_that_is_cancelled_gives_its_request_up(model: Any) -> None:
+    held, requests = Held(after=3), []
+
+    async def ask() -> None:
+        async with model.autotune.submit(PROMPTS[0], logits_processor=[held], **LONG) as request:
+            requests.append(request)
+            async for _ in request:
+                if len(request.tokens) == 3:
+                    asyncio.current_task().cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(ask())
+    held.go_on.set()
+    with pytest.raises(CancelledRequestError):
+        requests[0].result(30)
+    assert len(requests[0].tokens) <= 4
+
+
+def test_a_cancelled_request_ends(model: Any) -> None:
+    held = Held(after=3)
+    request = model.autotune.submit(PROMPTS[0], logits_processor=[held], **LONG)
+    assert held.started.wait(60)
+    request.cancel()
+    held.go_on.set()
+    with pytest.raises(CancelledRequestError, match="was cancelled"):
+        request.result(30)
+    assert len(request.tokens) <= 4
+    assert model.autotune.status.state in ("tuned", "original")
+    assert called(model, PROMPTS[1], max_new_tokens=5) == called(tiny("llama"), PROMPTS[1], max_new_tokens=5)
+
+
+def test_a_late_request_ends_and_keeps_its_tokens(model: Any) -> None:
+    held = Held(after=3)
+    request = model.autotune.submit(PROMPTS[0], deadline_s=1e4, logits_processor=[held], **LONG)
+    assert held.started.wait(60)
+    request.terms.deadline_s = 1e-6  # now it is late, whatever this machine's clock says
+    held.go_on.set()
+    with pytest.raises(DeadlineError, match=r"passed after [34] new tokens; give more time"):
+        request.result(30)
+    assert 3 <= len(request.tokens) <= 4
+    assert not model.autotune.events
+
+
+def test_a_request_that_was_late_from_the_start_is_not_computed(model: Any) -> None:
+    request = model.autotune.submit(PROMPTS[0], deadline_s=0.0, **LONG)
+    with pytest.raises(DeadlineError, match="passed before its first token"):
+        request.result(30)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        ("text", {}, "token ids, not text"),
+        ([], {}, r"not torch.float32 of shape \[0\]"),
+        ([0.5], {}, "not torch.float32"),
+        ([[1, 2], [3, 4]], {}, "one prompt, not 2"),
+        (object(), {}, "not object"),
+        ([1], {"num_beams": 2}, "num_beams=2: a submitted request streams one sequence"),
+        ([1], {"num_return_sequences": 3}, "num_return_sequences=3"),
+        ([1], {"streamer": print}, "streamer="),
+    ],
+)
+def test_what_is_no_prompt_is_refused(given: Any, options: dict[str, Any], said: str) -> None:
+    submissions = submit.Submissions(tiny("llama"), lambda: 1)
+    with pytest.raises(WorkloadError, match=said):
+        submissions.submit(given, RequestTerms(), options)
+
+
+def test_what_generate_raises_comes_out(model: Any) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.autotune.submit(PROMPTS[0], max_new_tokens=-1).result(30)
+
+
+def test_urgent_requests_go_first(model: Any) -> None:
+    held, order, lock = Held(), list[int](), threading.Lock()
+    first = model.autotune.submit(PROMPTS[0], max_new_tokens=2, logits_processor=[held], **TOKENS)
+    assert held.started.wait(60)
+
+    def noting(number: int) -> Any:
+        def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            with lock:
+                if number not in order:
+                    order.append(number)
+            return scores
+
+        return note
+
+    priorities = [0, 0, 1000, -1000, 1000]
+    others = [
+        model.autotune.submit(PROMPTS[n], priority=priority, max_new_tokens=2, logits_processor=[noting(n)], **TOKENS)
+        for n, priority in enumerate(priorities)
+    ]
+    if model.autotune._serving.at_once() > 1:  # their threads bring them to the engine
+        engine = engine_of(model)
+        with engine._changed:
+            assert engine._changed.wait_for(lambda: len(engine._waiting) == len(others), 60)
+    held.go_on.set()
+    for request in (first, *others):
+        request.result(60)
+    assert order == [2, 4, 0, 1, 3]
+
+
+def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "MOST_WAITING", 2)
+    held, submissions = Held(), submit.Submissions(tiny("llama"), lambda: 1)
+    options = {"max_new_tokens": 2, "pad_token_id": PAD}
+    first = submissions.submit(PROMPTS[0], RequestTerms(), {**options, "logits_processor": [held]})
+    assert held.started.wait(60)
+    waiting = [submissions.submit(PROMPTS[1], RequestTerms(), options) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 submitted requests wait"):
+        submissions.submit(PROMPTS[1], RequestTerms(), options)
+    waiting[0].cancel()
+    with pytest.raises(CancelledRequestError):  # it makes room, though the first still holds everything up
+        waiting[0].result(60)
+    third = submissions.submit(PROMPTS[1], RequestTerms(), options)
+    held.go_on.set()
+    for request in (first, waiting[1], third):
+        assert request.result(60).shape[1] > 1
+
+
+@needs_kernels
+def test_a_full_queue_is_no_failure_of_the_plan(scripted: list[Transform], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    monkeypatch.setattr(engine_of(model), "most_waiting", 0)
+    with pytest.raises(QueueFullError):
+        called(model, PROMPTS[0], max_new_tokens=3)
+    assert model.autotune.status.state == "tuned"
+    assert not model.autotune.events
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_wait_for_the_parents_requests(model: Any) -> None:
+    held = Held()
+    request = model.autotune.submit(PROMPTS[0], max_new_tokens=2, logits_processor=[held], **TOKENS)
+    assert held.started.wait(60)
+    if (child := os.fork()) == 0:
+        try:
+            request.result(5)
+        except StateError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    held.go_on.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert request.result(60).shape[1] == len(PROMPTS[0]) + 2
+
+
+def test_terms_grow_old() -> None:
+    """However many urgent requests come later, one that waited long enough goes first."""
+    old = RequestTerms(priority=0, arrived_s=0.0)
+    assert RequestTerms(priority=5, arrived_s=4.9).order < old.order < RequestTerms(priority=5, arrived_s=5.1).order
+
+
+def test_ids_are_tokens() -> None:
+    assert submit.one_prompt([VOCABULARY - 1]).tolist() == [[VOCABULARY - 1]]
+    assert submit.one_prompt(torch.tensor([[1, 2]], dtype=torch.int32)).dtype == torch.int64
