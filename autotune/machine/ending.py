@@ -36,6 +36,7 @@ _lock = forking.lock()
 _workers: set[Worker] = set()
 _compilers: set[int] = set()  # process groups of running compilers
 _asked: dict[int, float] = {}  # processes that were asked to end -> when, by time.monotonic
+_torn: dict[int, Path] = {}  # compilers that were asked to end -> the file that they were writing
 _ended = False
 
 
@@ -160,6 +161,7 @@ def end() -> None:
                 worker.interrupt()
             _stop_compilations()
             _join(left, min(time.monotonic() + AGAIN_S, start + MOST_S))
+    _remove_torn()
     if left:
         log.debug("still running at exit: %s", ", ".join(worker.name for worker in left))
         _let_wait()
@@ -214,16 +216,39 @@ def _kill_what_was_started_by(thread: threading.Thread) -> None:
     """End a thread's child processes and their descendants, on Linux only. Torch closes its own pool of compilers.
 
     They are asked first: a compiler then removes what it has half written. Torch keeps that file under the name of its
-    source, and would fail to load it ("file too short") in every later process.
+    source, and would fail to load it ("file too short") in every later process. A linker that is killed after its
+    driver has cleaned up leaves it behind, so the file's name is noted.
     """
     pools = getattr(sys.modules.get("torch._inductor.async_compile"), "_pool_set", ())
     spared = {getattr(getattr(pool, "process", None), "pid", None) for pool in pools}
     for process in _descendants(Path(f"/proc/self/task/{thread.native_id}")):
         if process not in spared:
             now = time.monotonic()
+            if (written := _output(process)) is not None:
+                _torn[process] = written
             patient = now - _asked.setdefault(process, now) < PATIENCE_S
             with suppress(OSError):
                 os.kill(process, signal.SIGTERM if patient else signal.SIGKILL)
+
+
+def _output(process: int) -> Path | None:
+    """The file that a process was told to write (`-o file`), if it is a compiler's."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+        return Path(f"/proc/{process}/cwd").readlink() / words[words.index("-o") + 1]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _remove_torn() -> None:
+    """Remove what compilers were writing when they were asked to end, once none of them can write it any more."""
+    for process, written in _torn.items():
+        if _output(process) == written:  # it lives, and is no later process with the same number
+            with suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        with suppress(OSError):
+            written.unlink()
+    _torn.clear()
 
 
 def _descendants(task: Path) -> list[int]:
@@ -263,6 +288,7 @@ def _let_wait() -> None:
 atexit.register(end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compilers.clear)  # the compilers belong to the parent
+    os.register_at_fork(after_in_child=_torn.clear)
 with suppress(AttributeError, RuntimeError):
     threading._register_atexit(_before_executors)  # type: ignore[attr-defined]
 

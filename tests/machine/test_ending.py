@@ -123,6 +123,16 @@ def test_a_compiler_may_remove_what_it_has_half_written(tmp_path: Path) -> None:
     assert not half.exists()
 
 
+def test_what_a_stopped_compiler_leaves_behind_is_removed(tmp_path: Path) -> None:
+    """One that is killed cannot clean up; a linker may also write on after its driver has cleaned up."""
+    half = tmp_path / "half.so"
+    script = "trap '' TERM; touch half.so; sleep 600"
+    work = f"__import__('subprocess').run(['sh', '-c', {script!r}, 'sh', '-o', 'half.so'], cwd={str(tmp_path)!r})"
+    done = run(WORKING.format(work=work).replace("sleep(0.1)", "sleep(1.0)"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not half.exists()
+
+
 def test_what_fails_because_the_process_ends_is_not_reported() -> None:
     """Modules first loaded then may not register what they do at exit, `concurrent.futures.process` for one."""
     work = "exec('while not threading._SHUTTING_DOWN: pass'); threading._register_atexit(print)"
