@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import StoppingCriteriaList
 
 from ..errors import QueueFullError, StateError, WorkloadError
 from ..machine import ending, forking
+from ..model import seam
 from ..runtime.batching.terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
@@ -227,9 +228,8 @@ class Submissions:
                 CURRENT.set(request.terms)
                 ids = ids.to(self._model.device)
                 cut = _Cut(request)
-                stops = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), cut])
-                given = {"attention_mask": torch.ones_like(ids), **options}
-                found = self._model.generate(ids, **{**given, "streamer": request, "stopping_criteria": stops})
+                mask = torch.ones_like(ids)
+                found = self._model.generate(ids, **seam.streamed({"attention_mask": mask, **options}, request, cut))
             if cut.error is not None:
                 raise cut.error
         except BaseException as error:
@@ -277,7 +277,7 @@ def one_prompt(value: Any) -> torch.Tensor:
     if isinstance(value, str):
         raise WorkloadError("submit takes token ids, not text; encode it first: tokenizer(text).input_ids")
     try:
-        ids = torch.as_tensor(value)
+        ids = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise WorkloadError(f"submit takes the token ids of one prompt, not {type(value).__name__}") from error
     if ids.is_floating_point() or ids.dtype is torch.bool or ids.dim() not in (1, 2) or not ids.numel():

@@ -163,8 +163,8 @@ def test_a_request_that_was_late_from_the_start_is_not_computed(model: Any) -> N
     ("given", "options", "said"),
     [
         ("text", {}, "token ids, not text"),
-        ([], {}, r"not torch.float32 of shape \[0\]"),
-        ([0.5], {}, "not torch.float32"),
+        ([], {}, r"not torch.float64 of shape \[0\]"),
+        ([0.5], {}, "not torch.float64"),
         ([[1, 2], [3, 4]], {}, "one prompt, not 2"),
         (object(), {}, "not object"),
         ([1], {"num_beams": 2}, "num_beams=2: a submitted request streams one sequence"),

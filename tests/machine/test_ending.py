@@ -74,7 +74,7 @@ def noise(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.fault("D62")
-@pytest.mark.parametrize("wait", [0.05, 0.5, 1.5, 3.0])
+@pytest.mark.parametrize("wait", [0.5, *(pytest.param(wait, marks=pytest.mark.slow) for wait in (0.05, 1.5, 3.0))])
 def test_a_process_ends_in_order_while_it_is_being_tuned_for(wait: float) -> None:
     done = run(WRAPPED.format(wait=wait, last=""))
     assert (done.returncode, noise(done)) == (0, "")
@@ -103,7 +103,7 @@ def test_whatever_a_thread_does_the_process_ends(work: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("wait", [0.0, 2.0, 6.0])
+@pytest.mark.parametrize("wait", [2.0, *(pytest.param(wait, marks=pytest.mark.slow) for wait in (0.0, 6.0))])
 def test_a_process_ends_in_the_middle_of_a_compilation(
     wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -497,6 +497,7 @@ def test_two_processes_and_a_damaged_library(tmp_path) -> None:
 
 
 @needs_operators
+@pytest.mark.slow
 def test_the_process_has_one_openmp_runtime() -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("needs /proc")

@@ -53,7 +53,7 @@ from .attention import (
     with_attention,
 )
 from .caches import cache_over, counts_tokens, growing_cache, is_decoding, keys_and_values, narrow_cache, replace_layers
-from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, remembers, routable
+from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, remembers, routable, streamed
 from .models import (
     COMPILED,
     EAGER,
@@ -127,6 +127,7 @@ __all__ = [
     "routable",
     "sdpa",
     "sequences",
+    "streamed",
     "supports",
     "uncompiled",
     "update_layer",

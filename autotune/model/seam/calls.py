@@ -222,6 +222,18 @@ class Sampling:
         return GenerateDecoderOnlyOutput(**result)
 
 
+def streamed(options: Mapping[str, Any], streamer: Any, stops: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Arguments of `generate` with a streamer and one more stopping criterion.
+
+    Args:
+        stops: called with ids [B, T] and scores; returns [B] bool.
+    """
+    from transformers import StoppingCriteriaList
+
+    criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stops])
+    return {**options, "streamer": streamer, "stopping_criteria": criteria}
+
+
 def _relayed(objects: Any, relay: Callable[..., Any]) -> Any:
     """Copy a list into one of its class. Calling the copy calls `relay` with the given list and the arguments."""
     cls: Any = type(objects)
