@@ -20,10 +20,11 @@ from autotune.runtime import kernels
 from autotune.runtime.batching import rows
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.cache.rows import RowCache
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
+from autotune.transforms.weight_storage import WeightStorage
 from tests.models import PAD, VOCABULARY, tiny
 
 if TYPE_CHECKING:
@@ -168,6 +169,33 @@ class Streamer:
 
     def end(self) -> None:
         self.ended = True
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "weights",
+    [[], [WeightStorage("decode", "float16")], [WeightOnly("decode", bits=8)], [WeightOnly("decode", bits=4)]],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
+def test_a_rows_logits_are_the_same_to_the_bit_whoever_is_beside_it(arch: str, weights: list[Transform]) -> None:
+    """In every size of step, at every row, beside every neighbour: the sums run in one order."""
+    made = Variant(tiny(arch)).with_transforms([*weights, StepProgram("decode", slots=SLOTS)])
+    caches = [filled(made.original, prompt(length, seed=length)) for length in (3, 70, 11, 40, 64, 5, 33, 20)]
+    tokens = torch.tensor([[7 + row] for row in range(len(caches))])
+
+    def logits(rows: list[int]) -> torch.Tensor:
+        together = RowCache(caches[0], SLOTS, len(rows))
+        for at, row in enumerate(rows):
+            together.join(at, caches[row])
+        step = made.step.fitting(together) if made.step is not None else None
+        assert step is not None
+        with torch.no_grad(), made.running("decode"):
+            return step(tokens[rows], together.slot[:, None], together).clone()
+
+    alone = torch.cat([logits([row]) for row in range(len(caches))])
+    for rows in ([0, 1], [1, 0], [3, 2, 1, 0], [4, 5, 6, 7], list(range(8)), list(reversed(range(8)))):
+        assert torch.equal(logits(rows), alone[rows]), rows
 
 
 @needs_kernels

@@ -99,6 +99,18 @@ def test_linear_is_the_same_with_any_number_of_threads(kind, options, _error, th
 
 @needs_operators
 @pytest.mark.parametrize(("kind", "options", "_error"), FORMATS)
+def test_a_token_is_the_same_to_the_bit_whoever_is_computed_with_it(kind, options, _error) -> None:
+    """So an answer does not depend on the other callers' whose tokens a step computes."""
+    layer = packed(kind, options, 129, 576, True)
+    x = torch.randn(64, 576)
+    alone = torch.cat([layer(x[t : t + 1]) for t in range(len(x))])
+    for tokens in [*range(2, 18), 31, 64]:
+        assert torch.equal(layer(x[:tokens]), alone[:tokens]), f"{tokens} tokens"
+        assert torch.equal(layer(x[-tokens:]), alone[-tokens:]), f"the last {tokens} tokens"
+
+
+@needs_operators
+@pytest.mark.parametrize(("kind", "options", "_error"), FORMATS)
 def test_linear_takes_any_leading_shape_stride_and_dtype(kind, options, _error) -> None:
     layer = packed(kind, options, 37, 72, True)
     x = torch.randn(2, 3, 72)

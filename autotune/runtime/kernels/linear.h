@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "tensors.h"
 
@@ -26,6 +27,7 @@ struct Plain {
   static constexpr int kStepBytes = kStep * kRows * kLaneBytes;
   template <class Use>
   static inline void decode(const uint8_t* at, Use use) {
+#pragma GCC unroll 8
     for (int j = 0; j < kStep; ++j) use(j, widen(reinterpret_cast<const Number*>(at) + j * kRows));
   }
 };
@@ -36,6 +38,7 @@ struct Int4 {
   template <class Use>
   static inline void decode(const uint8_t* at, Use use) {
     Ints word = load<Ints>(at);
+#pragma GCC unroll 8
     for (int j = 0; j < kStep; ++j) use(j, nibble(word, 4 * j));
   }
 };
@@ -92,31 +95,51 @@ inline void arrange(const Weights& w, const float* x, int64_t tokens, int64_t in
   if (sums) add_up(w, tile.tokens, out, sums + tile.first * w.groups());
 }
 
+// A group's sum is made of sums over every kChains-th input, which are independent: they hide an addition's latency.
+// Their number does not depend on the number of tokens, so a token's result is the same, to the bit, whoever is computed
+// with it.
+constexpr int kChains = kWidth == 16 ? 2 : 4;
+constexpr int kMostSums = kWidth == 8 ? 8 : 16;  // that stay in registers beside what else is needed
+constexpr int at_once(int tokens) { return kChains * tokens <= kMostSums ? kChains : std::max(1, kMostSums / tokens / 2 * 2); }
+
 template <class Format, int kTokens>
 void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floats* out) {
-  constexpr int kChains = kTokens == 1 ? 4 : kTokens == 2 ? 2 : 1;  // independent sums hide the latency of an addition
+  constexpr int kAtOnce = at_once(kTokens);  // chains in one pass over a group, whose weights stay in the L1 cache
   const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
   const float* x = tile.x;
   Floats total[kTokens] = {};
   for (int64_t g = 0; g < w.groups(); ++g) {
-    Floats part[kChains][kTokens] = {};
-    for (int64_t k = 0; k < w.group; k += kStep) {
-      if (strip == 0)
-        for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(at + line + kAheadBytes);
-      Format::decode(at, [&](int j, Floats number) __attribute__((always_inline)) {
-        for (int t = 0; t < kTokens; ++t) part[j % kChains][t] += number * x[j * kTokens + t];
-      });
-      at += Format::kStepBytes;
-      x += kStep * kTokens;
-    }
-    for (int c = 1; c < kChains; ++c)
-      for (int t = 0; t < kTokens; ++t) part[0][t] += part[c][t];
+    Floats sum[kTokens] = {};
+    const auto pass = [&](auto chain) __attribute__((always_inline)) {
+      Floats part[kAtOnce][kTokens] = {};
+      const uint8_t* from = at;
+      const float* input = x;
+      for (int64_t k = 0; k < w.group; k += kStep) {
+        if (strip == 0 && chain == 0)
+          for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(from + line + kAheadBytes);
+        Format::decode(from, [&](int j, Floats number) __attribute__((always_inline)) {
+          if (j % kChains < chain || j % kChains >= chain + kAtOnce) return;
+#pragma GCC unroll 8
+          for (int t = 0; t < kTokens; ++t) part[j % kChains - chain][t] += number * input[j * kTokens + t];
+        });
+        from += Format::kStepBytes;
+        input += kStep * kTokens;
+      }
+      for (int c = 0; c < kAtOnce; ++c)
+        for (int t = 0; t < kTokens; ++t) sum[t] += part[c][t];
+    };
+    pass(std::integral_constant<int, 0>());
+    if constexpr (kAtOnce < 2) pass(std::integral_constant<int, 1>());
+    if constexpr (kAtOnce < kChains && kChains > 2) pass(std::integral_constant<int, 2>());
+    if constexpr (kAtOnce < 2 && kChains > 2) pass(std::integral_constant<int, 3>());
+    at += w.group / kStep * Format::kStepBytes;
+    x += w.group * kTokens;
     const int64_t factor = (block * w.groups() + g) * kRows + strip * kWidth;
     if (w.scales) {
       Floats scale = w.scales.load(factor);
-      for (int t = 0; t < kTokens; ++t) total[t] += scale * part[0][t];
+      for (int t = 0; t < kTokens; ++t) total[t] += scale * sum[t];
     } else {
-      for (int t = 0; t < kTokens; ++t) total[t] += part[0][t];
+      for (int t = 0; t < kTokens; ++t) total[t] += sum[t];
     }
     if (w.zeros) {
       Floats zero = w.zeros.load(factor);
