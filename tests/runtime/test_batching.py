@@ -194,8 +194,8 @@ def test_a_rows_logits_are_the_same_to_the_bit_whoever_is_beside_it(arch: str, w
             return step(tokens[rows], together.slot[:, None], together).clone()
 
     alone = torch.cat([logits([row]) for row in range(len(caches))])
-    for rows in ([0, 1], [1, 0], [3, 2, 1, 0], [4, 5, 6, 7], list(range(8)), list(reversed(range(8)))):
-        assert torch.equal(logits(rows), alone[rows]), rows
+    for among in ([0, 1], [1, 0], [3, 2, 1, 0], [4, 5, 6, 7], list(range(8)), list(reversed(range(8)))):
+        assert torch.equal(logits(among), alone[among]), among
 
 
 @needs_kernels

@@ -100,7 +100,9 @@ inline void arrange(const Weights& w, const float* x, int64_t tokens, int64_t in
 // with it.
 constexpr int kChains = kWidth == 16 ? 2 : 4;
 constexpr int kMostSums = kWidth == 8 ? 8 : 16;  // that stay in registers beside what else is needed
-constexpr int at_once(int tokens) { return kChains * tokens <= kMostSums ? kChains : std::max(1, kMostSums / tokens / 2 * 2); }
+constexpr int at_once(int tokens) {
+  return kChains * tokens <= kMostSums ? kChains : std::max(1, kMostSums / tokens / 2 * 2);
+}
 
 template <class Format, int kTokens>
 void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floats* out) {
