@@ -3,7 +3,7 @@
     make bench-serving
     python -m benchmarks.serving --callers 1,8 --rounds 3
 
-SmolLM2-135M-Instruct with INT8 weights and the recorded step, put on by hand. Every caller is a thread that asks for
+SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a thread that asks for
 one answer after the other. "Together" is continuous batching; "one at a time" is the same plan behind a lock; "the
 original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many prompts as there are
 callers. Every round runs all of them in an order drawn anew. Ratios are within a round.
@@ -25,6 +25,7 @@ import torch
 
 from autotune import transforms
 from autotune.cli import demo
+from autotune.model import route
 from autotune.model.load import load
 from autotune.runtime.variant import Variant, serving
 from autotune.workload import Workload, built_in
@@ -33,10 +34,13 @@ from benchmarks.loaded import ratios, spread
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAN: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("weight_only", {"bits": 8}),
-    ("one_query_attention", {}),
-    ("step_program", {}),
+PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("weight_only", "decode", {"bits": 8}),
+    ("linear_bf16", "prefill", {}),
+    ("fused_layers", "prefill", {}),
+    ("prefill_attention", "prefill", {"precision": "bfloat16"}),
+    ("one_query_attention", "decode", {}),
+    ("step_program", "decode", {}),
 )
 TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
 
@@ -48,10 +52,11 @@ Rates = dict[tuple[str, int], float]  # tokens per second by (way, callers)
 def ways(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows: int) -> tuple[dict[str, Ask], Any]:
     """How one caller asks, by way; and the plan's model, for closed batches."""
     work = Workload(tuple(map(tuple, prompts)), tokens)
-    chain = [transforms.make(name, params, "decode") for name, params in PLAN]
+    chain = [transforms.make(name, params, phase) for name, phase, params in PLAN]
     plan = Variant(original, workload=work).with_transforms(chain)
     together = plan.with_transform(transforms.make("continuous_batching", {"rows": rows}, "decode"))
-    served: dict[str, Any] = {TOGETHER: serving(together), ALONE: serving(plan), ORIGINAL: original}
+    found = {TOGETHER: serving(together), ALONE: serving(plan), ORIGINAL: original}
+    served = {name: route.greedy(model, pad_token_id=0) for name, model in found.items()}  # no token ends an answer
     lock = threading.Lock()
 
     def asking(name: str) -> Ask:
@@ -69,9 +74,7 @@ def answer(served: Any, prompts: list[list[int]], tokens: int) -> None:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    served.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
-    )
+    served.generate(ids, attention_mask=mask, max_new_tokens=tokens)
 
 
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
