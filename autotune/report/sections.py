@@ -33,6 +33,7 @@ def sections(record: Mapping[str, Any]) -> tuple[Section, ...]:
         quality(record),
         growth(record, "batch_scaling", "Decode by batch size", "batch"),
         growth(record, "context_growth", "Decode by context length", "context"),
+        callers(record),
         memory(record),
         bypassed(record),
         method(record),
@@ -259,6 +260,34 @@ def growth(record: Mapping[str, Any], key: str, title: str, axis: str) -> Sectio
             cells += [n.milliseconds(p["after_ms_per_step"]), n.milliseconds(p["after_tokens_per_s"])]
         rows.append(tuple(cells))
     return Section(title, table=Table(columns, "r" * len(columns), tuple(rows)))
+
+
+def callers(record: Mapping[str, Any]) -> Section | None:
+    """Show what decoding several callers together brings, if the policy asks for it."""
+    found = record.get("callers")  # records of earlier versions have none
+    if not found:
+        return None
+    said = [sentence(found["reason"])]
+    if n.known(found["gap_ms"]):
+        said.append(
+            f"While a prompt of {found['long_prompt']} tokens arrives, the longest time between two tokens of a "
+            f"running answer is {n.milliseconds(found['gap_ms'])} ms."
+        )
+    if not found["points"]:
+        return Section("Callers at once", tuple(said))
+    said.append(f"One at a time, they get {n.milliseconds(found['alone_tokens_per_s'])} tokens per second.")
+    rows = tuple(
+        (
+            str(p["callers"]),
+            n.milliseconds(p["tokens_per_s"]),
+            n.ratio(p["ratio"]),
+            f"{n.ratio(p['ratio_low'])} to {n.ratio(p['ratio_high'])}",
+            n.milliseconds(p["ttft_ms"]),
+        )
+        for p in found["points"]
+    )
+    columns = ("callers", "tokens/s together", "against one at a time", "lowest to highest", "ms to the first token")
+    return Section("Callers at once", tuple(said), Table(columns, "rrrrr", rows))
 
 
 def memory(record: Mapping[str, Any]) -> Section | None:

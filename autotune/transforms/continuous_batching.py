@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ChoiceError, TransformError
+from ..model.seam import keys_and_values
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 
@@ -65,6 +66,14 @@ class ContinuousBatching(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         return {"decode": 1.0}  # a caller alone gains nothing
+
+    def extra_bytes(self, variant: Variant) -> float:
+        pool = variant.caches
+        if pool is None:
+            return 0.0
+        one_token = keys_and_values(variant.example(1))
+        numbers = sum(keys.numel() + values.numel() for keys, values in one_token)
+        return self.rows * pool.slots * numbers * (pool.dtype or one_token[0][0].dtype).itemsize
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.batching.engine import Engine

@@ -12,6 +12,7 @@ from ..profile.ncu import NcuExport
 from ..runtime.variant import Transform
 from ..validate import Latency, Quality
 from ..workload import Phase
+from .callers import Sharing
 from .contributions import Contribution
 from .plan import Trial
 
@@ -33,6 +34,7 @@ class Findings:
         diagnoses_after: what limits each phase of that variant.
         transforms: transforms that the plan applies, in order; empty if the original was kept.
         contributions: what each transform contributes; empty if there are fewer than two.
+        sharing: what decoding several callers together brings; None if the policy does not ask.
         trials: every candidate that was considered.
         quality, latency: the whole plan compared with the original, on held-out prompts; None if not measured.
         policy, tier, objective, budget_s: what was asked for.
@@ -55,6 +57,7 @@ class Findings:
     diagnoses_after: Mapping[Phase, Diagnosis] = field(default_factory=dict)
     transforms: tuple[Transform, ...] = ()
     contributions: tuple[Contribution, ...] = ()
+    sharing: Sharing | None = None
     trials: tuple[Trial, ...] = ()
     quality: Quality | None = None
     latency: Latency | None = None

@@ -20,6 +20,7 @@ from .. import transforms
 from ..diagnose.diagnosis import Bottleneck
 from ..errors import ChoiceError, PolicyError, nearest
 from ..machine.cache_dir import expanded
+from ..transforms.continuous_batching import MOST_ROWS
 from ..validate.limits import Limits
 from ..validate.tiers import TIERS
 from ..workload import PHASES, Phase
@@ -78,6 +79,7 @@ class Policy:
         limits: what must not get worse, and by how much.
         budget_s: tuning time in seconds.
         steps: the steps, in the order in which they are considered.
+        max_batch: sequences of different callers that may be decoded together; 1: one caller at a time.
         source: the policy's file.
     """
 
@@ -88,6 +90,7 @@ class Policy:
     limits: Limits
     budget_s: float
     steps: tuple[PolicyStep, ...]
+    max_batch: int = 1
     source: str = ""
 
 
@@ -141,7 +144,7 @@ def check(path: str | Path) -> Policy:
     except (OSError, ValueError, RecursionError) as error:  # tomllib's and UTF-8's errors are ValueErrors
         raise PolicyError(f"{path}: cannot be read as TOML: {error}") from error
     where = str(path)
-    _known_keys(table, ("name", "description", "objective", "tier", "budget_s", "limits", "steps"), where)
+    _known_keys(table, ("name", "description", "objective", "tier", "budget_s", "max_batch", "limits", "steps"), where)
     name = _text(table, "name", where)
     if name != path.stem:
         raise PolicyError(
@@ -158,8 +161,15 @@ def check(path: str | Path) -> Policy:
         limits=_limits(table.get("limits", {}), f"{where}, [limits]"),
         budget_s=_number(table, "budget_s", where),
         steps=tuple(_step(step, i, where) for i, step in enumerate(steps, 1)),
+        max_batch=_max_batch(table.get("max_batch", 1), where),
         source=where,
     )
+
+
+def _max_batch(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_ROWS:
+        raise PolicyError(f"{where}: max_batch is {value!r}; expected a whole number from 1 to {MOST_ROWS}")
+    return value
 
 
 def _limits(table: Any, where: str) -> Limits:

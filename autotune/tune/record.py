@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..diagnose.diagnosis import Diagnosis
     from ..machine.hardware import Hardware
     from ..validate import Latency, Quality, Speedup
+    from .callers import Sharing
     from .contributions import Contribution
     from .findings import Findings
     from .plan import Trial
@@ -61,6 +62,7 @@ def report_of(findings: Findings) -> Report:
         "ncu": {p: device.counted(reading) for p, reading in findings.ncu.items()},
         "batch_scaling": _scaling(findings.before.batch_scaling, after.batch_scaling),
         "context_growth": _scaling(findings.before.context_growth, after.context_growth),
+        "callers": _callers(findings.sharing),
         "memory": {"before": _memory(findings.before.memory), "after": _memory(after.memory)},
         "bytes_after_release": None,
         "hardware": _hardware(findings.hardware),
@@ -278,6 +280,31 @@ def _scaling(before: Sequence[ScalePoint], after: Sequence[ScalePoint]) -> list[
             "after_tokens_per_s": now.tokens_per_s if now else None,
         })  # fmt: skip
     return rows
+
+
+def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
+    if sharing is None:
+        return None
+    points = []
+    for point in sharing.points:
+        ratios = sharing.ratios(point)
+        points.append({
+            "callers": point.callers,
+            "tokens_per_s": median(point.tokens_per_s),
+            "ratio": median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+            "ttft_ms": 1e3 * median(point.ttft_s),
+        })  # fmt: skip
+    return {
+        "reason": sharing.reason,
+        "accepted": sharing.accepted,
+        "alone_tokens_per_s": median(sharing.alone_tokens_per_s) if sharing.points else None,
+        "points": points,
+        "differing": sharing.differing,
+        "gap_ms": None if sharing.gap_s is None else 1e3 * sharing.gap_s,
+        "long_prompt": sharing.long_prompt,
+    }
 
 
 def _memory(use: MemoryUse) -> dict[str, int]:

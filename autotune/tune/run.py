@@ -19,7 +19,7 @@ from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..validate import Latency, Verdict
 from ..workload import Workload, built_in
-from . import contributions, fingerprint, store
+from . import callers, contributions, fingerprint, store
 from .bench import LiveBench
 from .findings import Findings
 from .fingerprint import Fingerprint
@@ -140,6 +140,11 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         bench.notify("measuring how the original and the winner grow")
         before, after = bench.grow(before, bench.original), bench.grow(after, winner)
     contributed = contributions.measure(winner, bench) if kept else ()
+    sharing, verdict = None, conclusion.verdict
+    if kept:
+        variant, sharing = callers.measure(winner, bench)
+    if sharing is not None:
+        verdict = f"{verdict}; {sharing.reason}"
     seconds = time.monotonic() - start
     findings = Findings(
         model=name_of(bench.original.original),
@@ -148,12 +153,13 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         workload=describe(bench.workload),
         before=before,
         diagnoses_before=found.before.diagnoses,
-        verdict=conclusion.verdict,
+        verdict=verdict,
         doubt=conclusion.doubt,
         after=after,
         diagnoses_after=bench.diagnose(after) if after else {},
         transforms=variant.transforms,
         contributions=contributed,
+        sharing=sharing,
         trials=found.trials,
         quality=quality,
         latency=latency,
@@ -168,7 +174,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
     )
     report = report_of(findings)
     plan = Plan(identity, variant.transforms, quality, latency, found.trials, findings.created, report.record)
-    return Tuned(variant, plan, report, conclusion.verdict, conclusion.doubt, conclusion.is_noisy)
+    return Tuned(variant, plan, report, verdict, conclusion.doubt, conclusion.is_noisy)
 
 
 def replay(

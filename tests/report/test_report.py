@@ -18,6 +18,7 @@ from autotune.report import numbers as n
 from autotune.report.markdown import escape
 from autotune.report.sections import contributions, not_tried, result
 from autotune.runtime.variant import Stage, Transform
+from autotune.tune.callers import CallersPoint, Sharing
 from autotune.tune.contributions import Contribution
 from autotune.tune.findings import Findings
 from autotune.tune.plan import Trial, TrialOutcome
@@ -164,6 +165,14 @@ COMMITTED = replace(
     quality=PASSED,
     latency=FASTER,
     break_even_tokens=12_345.0,
+    sharing=Sharing(
+        "callers are decoded together: 4 callers get 2.00x the tokens per second of one at a time",
+        True,
+        (50.0, 50.0),
+        (CallersPoint(1, (49.0, 51.0), (0.09,)), CallersPoint(4, (90.0, 110.0), (0.2, 0.3, 0.4))),
+        gap_s=0.0624,
+        long_prompt=1500,
+    ),
 )
 CALLED = report_of(COMMITTED).with_calls(0, {"beam search": 3})
 PROFILED = replace(
@@ -203,6 +212,22 @@ PHASE_KEYS = {
     "speedup_high",
     "roofline_share",
 }
+
+
+def test_callers_at_once_are_shown():
+    text = report_of(COMMITTED).to_markdown()
+    assert "Callers are decoded together: 4 callers get 2.00x" in text
+    assert (
+        "While a prompt of 1500 tokens arrives, the longest time between two tokens of a running answer is 62.4 ms"
+        in text
+    )
+    assert "One at a time, they get 50.0 tokens per second." in text
+    assert "| 4 | 100 | 2.00x | 1.80x to 2.20x | 300 |" in text
+    found = report_of(COMMITTED).to_dict()["callers"]
+    assert (found["accepted"], found["gap_ms"], found["points"][0]["ratio"]) == (True, pytest.approx(62.4), 1.0)
+    refused = replace(COMMITTED, sharing=Sharing("callers are served one at a time: it needs a recorded decode step"))
+    assert "it needs a recorded decode step" in report_of(refused).to_markdown()
+    assert "Callers at once" not in report_of(replace(COMMITTED, sharing=None)).to_markdown()
 
 
 @REPORTS

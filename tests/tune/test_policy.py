@@ -119,6 +119,13 @@ def test_a_file_becomes_a_policy(write: Callable[..., Path]) -> None:
     assert policy.load(path) == policy.load(str(path)) == policy.check(str(path))
 
 
+def test_callers_may_be_decoded_together(write: Callable[..., Path]) -> None:
+    assert policy.check(write(MINE.replace("budget_s = 60", "budget_s = 60\nmax_batch = 8"))).max_batch == 8
+    assert {name: policy.load(name).max_batch for name in policy.available()} == {
+        name: 16 if name == "throughput" else 1 for name in policy.available()
+    }
+
+
 @pytest.mark.parametrize("by", ["argument", "environment"])
 def test_a_users_directory_adds(
     by: str, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -179,6 +186,9 @@ def test_an_unknown_policy_is_an_error(name: str, says: str) -> None:
         ("budget_s = 60", "budget_s = nan", "budget_s is nan"),
         ("budget_s = 60", "budget_s = true", "budget_s is True"),
         ("budget_s = 60", "budgets = 60", "unknown key 'budgets', did you mean 'budget_s'"),
+        ("budget_s = 60", "budget_s = 60\nmax_batch = 0", "max_batch is 0; expected a whole number from 1 to 64"),
+        ("budget_s = 60", "budget_s = 60\nmax_batch = 2.5", "max_batch is 2.5; expected a whole number"),
+        ("budget_s = 60", "budget_s = 60\nmax_batch = true", "max_batch is True; expected a whole number"),
         ("min_gain", "min_gains", r"\[limits\]: unknown key 'min_gains', did you mean 'min_gain'"),
         ("min_gain = 0.1", "min_gain = -0.1", r"\[limits\]: min_gain is -0.1"),
         ("[limits]\nmin_gain = 0.1", "limits = 3", r"\[limits\]: expected a table, found 3"),

@@ -1,0 +1,247 @@
+"""Measures whether callers gain from being decoded together, and what that costs one who is alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ..errors import AutotuneError
+from ..machine import intraop, outside
+from ..model import route
+from ..runtime.variant import Variant, serving
+from ..transforms.continuous_batching import ContinuousBatching
+
+if TYPE_CHECKING:
+    from ..machine.hardware import Hardware
+    from ..workload import Workload
+    from .policy import Policy
+
+ROUNDS = 3  # in each, every number of callers is measured once, next to one caller at a time
+ALONE = 4  # requests of a round that are served one at a time
+TOKENS = 24  # most new tokens of a request
+LONG_PROMPT = 1500  # tokens of the prompt that arrives while others are answered, if the slots have room for it
+LEAST_GAIN = 1.1  # times the tokens per second that the best number of callers must bring
+MOST_LOST = 0.03  # share of its tokens per second that a single caller may lose
+
+
+class CallersBench(Protocol):
+    """The parts of a bench that are needed."""
+
+    original: Variant
+    policy: Policy
+    hardware: Hardware
+    workload: Workload
+    notify: Callable[[str], None]
+    deadline: float
+    pad: int
+
+    def free_bytes(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class CallersPoint:
+    """So many callers at once, decoded together.
+
+    Args:
+        callers: their number.
+        tokens_per_s: of all of them, by round.
+        ttft_s: time to the first token, by request.
+    """
+
+    callers: int
+    tokens_per_s: tuple[float, ...]
+    ttft_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What decoding callers together brings.
+
+    Args:
+        reason: the decision in a sentence with numbers.
+        accepted: whether it is used.
+        alone_tokens_per_s: one caller at a time, without it, by round.
+        points: with it, by number of callers.
+        differing: answers that were not those of a request alone.
+        gap_s: longest time between two tokens of running answers while a long prompt arrives; None: not measured.
+        long_prompt: tokens of that prompt.
+    """
+
+    reason: str
+    accepted: bool = False
+    alone_tokens_per_s: tuple[float, ...] = ()
+    points: tuple[CallersPoint, ...] = ()
+    differing: int = 0
+    gap_s: float | None = None
+    long_prompt: int = 0
+
+    def ratios(self, point: CallersPoint) -> list[float]:
+        """Tokens per second of a point, divided by those of one caller at a time, by round."""
+        return [rate / alone for rate, alone in zip(point.tokens_per_s, self.alone_tokens_per_s, strict=True)]
+
+
+def numbers_of_callers(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `most` itself."""
+    found = [1]
+    while 2 * found[-1] < most:
+        found.append(2 * found[-1])
+    return tuple(dict.fromkeys([*found, most]))
+
+
+def decide(measured: Sharing) -> tuple[bool, str]:
+    """Whether callers are decoded together, and why. Pure."""
+    if measured.differing:
+        return False, f"{measured.differing} answers were not those of the same requests alone"
+    single, *many = measured.points
+    kept = median(measured.ratios(single))
+    if kept < 1 - MOST_LOST:
+        return False, f"a single caller would get {kept:.2f}x the tokens per second, below {1 - MOST_LOST:.2f}x"
+    best = max(many, key=lambda point: median(measured.ratios(point)))
+    gains = measured.ratios(best)
+    figures = (
+        f"{best.callers} callers get {median(gains):.2f}x ({min(gains):.2f} to {max(gains):.2f}) the tokens per second "
+        f"of one at a time, and a single caller {kept:.2f}x"
+    )
+    return min(gains) > 1 and median(gains) >= LEAST_GAIN, figures
+
+
+def measure(
+    winner: Variant, bench: CallersBench, clock: Callable[[], float] = time.monotonic
+) -> tuple[Variant, Sharing | None]:
+    """Measure a plan with callers decoded together, if the policy asks for it.
+
+    Returns:
+        The variant to serve with, and what was measured; None if the policy does not ask.
+    """
+    if bench.policy.max_batch < 2:
+        return winner, None
+    transform = ContinuousBatching("decode", rows=bench.policy.max_batch)
+    reason = transform.unavailable(winner, bench.hardware)
+    if reason is None and (needed := transform.extra_bytes(winner)) > (free := bench.free_bytes()):
+        reason = f"the slots of {transform.rows} sequences take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+    if reason is not None:
+        return winner, Sharing(f"callers are served one at a time: {reason}")
+    bench.notify(f"measuring up to {transform.rows} callers at once")
+    try:
+        shared = winner.with_transform(transform)
+        with _unqueued(winner), _unqueued(shared):
+            found = _Measurement(winner, shared, bench, clock).run(transform.rows)
+    except AutotuneError as error:
+        outside.pass_on(error)
+        return winner, Sharing(f"callers are served one at a time: {error}")
+    return (shared if found.accepted else winner), found
+
+
+@contextmanager
+def _unqueued(variant: Variant) -> Iterator[None]:
+    """Let calls of a variant run at once. The thread that measures holds live requests back for all of them."""
+    traffic, variant.traffic = variant.traffic, None
+    try:
+        yield
+    finally:
+        variant.traffic = traffic
+
+
+@dataclass(frozen=True)
+class _Answer:
+    tokens: tuple[int, ...]
+    times_s: tuple[float, ...]  # when the request began, and when each token came
+
+
+class _Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times_s = [time.perf_counter()]
+        self.tokens = list[int]()
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() == 1:  # the prompt comes first, as [1, P]
+            self.times_s.append(time.perf_counter())
+            self.tokens += value.tolist()
+
+    def end(self) -> None: ...
+
+
+class _Measurement:
+    def __init__(self, winner: Variant, shared: Variant, bench: CallersBench, clock: Callable[[], float]) -> None:
+        self.alone, self.together = (route.greedy(serving(v), bench.pad) for v in (winner, shared))
+        self.bench = bench
+        self.clock = clock
+        self.prompts = bench.workload.prompts
+        self.tokens = min(bench.workload.new_tokens, TOKENS)
+        self.slots = winner.caches.slots if winner.caches is not None else 0
+        self.threads = torch.get_num_threads()  # a new thread may begin with another number
+        self.answers: dict[int, tuple[int, ...]] = {}  # prompt -> its answer by the plan, alone
+        self.differing = 0
+
+    def run(self, most: int) -> Sharing:
+        numbers, start = numbers_of_callers(most), self.clock()
+        self._rate(self.alone, 1, ALONE)
+        needed_s = ROUNDS * (sum(numbers) + ALONE) * (self.clock() - start) / ALONE
+        if self.clock() + needed_s > self.bench.deadline:
+            return Sharing(
+                f"callers are served one at a time: measuring {most} of them takes about {needed_s:.0f} s, more than "
+                "the budget had left"
+            )
+        for number in numbers[1:]:
+            self._rate(self.together, number, number)  # the first calls make slots
+        alone = list[float]()
+        rates: dict[int, list[float]] = {number: [] for number in numbers}
+        waits: dict[int, list[float]] = {number: [] for number in numbers}
+        for _ in range(ROUNDS):
+            alone.append(self._rate(self.alone, 1, ALONE)[0])
+            for number in numbers:
+                rate, answers = self._rate(self.together, number, max(number, ALONE))
+                rates[number].append(rate)
+                waits[number] += [answer.times_s[1] - answer.times_s[0] for answer in answers]
+        points = tuple(CallersPoint(n, tuple(rates[n]), tuple(waits[n])) for n in numbers)
+        gap_s, long_prompt = self._longest_gap(min(4, most - 1))
+        measured = Sharing("", False, tuple(alone), points, self.differing, gap_s, long_prompt)
+        accepted, reason = decide(measured)
+        way = "decoded together" if accepted else "served one at a time"
+        return replace(measured, reason=f"callers are {way}: {reason}", accepted=accepted)
+
+    def _rate(self, model: Any, callers: int, requests: int) -> tuple[float, list[_Answer]]:
+        """Tokens per second of so many callers with so many requests in all, and the answers."""
+        prompts = [n % len(self.prompts) for n in range(requests)]
+        with self.bench.original.turn():
+            start = time.perf_counter()
+            with ThreadPoolExecutor(callers) as pool:
+                answers = list(pool.map(lambda n: self._ask(model, self.prompts[n], self.tokens), prompts))
+            seconds = time.perf_counter() - start
+        for number, answer in zip(prompts, answers, strict=True):
+            self.differing += self.answers.setdefault(number, answer.tokens) != answer.tokens
+        return requests * self.tokens / seconds, answers
+
+    def _longest_gap(self, callers: int) -> tuple[float | None, int]:
+        """The longest time between two tokens of running answers while a long prompt arrives, and the prompt's length.
+
+        Returns None if the slots have no room for a prompt longer than the others.
+        """
+        prompt = max(self.prompts, key=len)
+        length = min(LONG_PROMPT, self.slots - self.tokens)
+        if length <= len(prompt):
+            return None, 0
+        long = (prompt * (length // len(prompt) + 1))[:length]
+        with self.bench.original.turn(), ThreadPoolExecutor(callers + 1) as pool:
+            running = [pool.submit(self._ask, self.together, self.prompts[0], self.tokens) for _ in range(callers)]
+            arriving = pool.submit(self._ask, self.together, long, 1)
+            arriving.result()
+            answers = [each.result() for each in running]
+        gaps = [after - before for answer in answers for before, after in pairwise(answer.times_s[1:])]
+        return max(gaps), length
+
+    def _ask(self, model: Any, prompt: Sequence[int], tokens: int) -> _Answer:
+        ids, seen = torch.tensor([list(prompt)], dtype=torch.int64, device=model.device), _Clock()
+        with intraop.computing_with(self.threads):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=seen)
+        return _Answer(tuple(seen.tokens), tuple(seen.times_s))
