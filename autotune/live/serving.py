@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..model.revision import Revision
-    from ..runtime.traffic import Traffic, Visit
+    from ..runtime.traffic import Pause, Traffic, Visit
     from ..runtime.variant import Variant
     from ..tune.plan import Plan
 
@@ -81,6 +81,7 @@ class Serving:
     ) -> None:
         self._model = model
         self._traffic = traffic
+        traffic.pause_by(lambda: self.pause)
         self._observe = observe
         self.original = Original(model)
         self.active: Variant | None = None
@@ -97,9 +98,15 @@ class Serving:
         """Whether the plan serves calls now."""
         return self.active is not None and self._stale is None and not self.watch.open()
 
+    @property
+    def pause(self) -> Pause | None:
+        """Pauses the calls that the plan decodes together; None if it serves each by itself, or does not serve."""
+        active = self.active
+        return active.pause if active is not None and self.serves else None
+
     def at_once(self) -> float:
         """How many calls of `generate` gain from running at once: infinity if they are decoded together, else 1."""
-        return math.inf if self.serves and self.active is not None and self.active.is_shared else 1
+        return 1 if self.pause is None else math.inf
 
     def become(self, state: State, detail: str) -> None:
         """Set the state and the sentence about it."""

@@ -1,14 +1,23 @@
-"""Live requests go first: a measured step runs only while no request does, and a request waits for at most one step."""
+"""Live requests go first: a measured step runs only while no request does, and a request waits for at most one step.
+
+Where requests share an engine that can be paused, a step need not wait for a moment without requests, which may never
+come: after a while it runs between two of the engine's steps, for a small share of the time.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from ..machine import forking
 from ..machine.ending import Cancelled
+
+PATIENCE_S = 5.0  # seconds for which a step waits for a moment without requests, before it pauses them
+SHARE = 0.1  # of the time for which requests may be paused, at most
+
+Pause = Callable[[], AbstractContextManager[object]]  # requests rest while its context is held
 
 
 class Visit:
@@ -36,6 +45,8 @@ class Traffic:
         self.begun = 0  # number of live requests so far
         self._measuring: int | None = None  # identifier of the thread that measures
         self._waited_s = 0.0
+        self._pausing: Callable[[], Pause | None] = lambda: None
+        self._rested_s = 0.0  # when requests may be paused again, by time.perf_counter
         self.cancelled = False
         forking.tell(self)
 
@@ -62,28 +73,53 @@ class Traffic:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Enclose a measured step. It waits until no request is in flight.
+        """Enclose a measured step. It waits until no request is in flight, or pauses them.
 
         Raises:
             Cancelled: tuning was cancelled.
         """
-        own, start = threading.get_ident(), time.perf_counter()
-        with self._changed:
-            nested = self._measuring == own
-            self._changed.wait_for(
-                lambda: nested or self.cancelled or (self._requests == 0 and self._measuring is None)
-            )
+        if self._measuring == threading.get_ident():  # a step within a step
             if self.cancelled:
                 raise Cancelled
-            self._measuring = own
-        self._waited_s += time.perf_counter() - start
-        try:
             yield
+            return
+        begun = start = time.perf_counter()
+        pause = self._enter(start)
+        try:
+            with ExitStack() as paused:
+                if pause is not None:
+                    paused.enter_context(pause())
+                begun = time.perf_counter()
+                self._waited_s += begun - start
+                yield
         finally:
-            if not nested:
-                with self._changed:
-                    self._measuring = None
-                    self._changed.notify_all()
+            with self._changed:
+                self._measuring = None
+                if pause is not None:
+                    now = time.perf_counter()
+                    self._rested_s = now + (now - begun) * (1 / SHARE - 1)
+                self._changed.notify_all()
+
+    def _enter(self, start: float) -> Pause | None:
+        """Wait for a step's turn, and take it. Returns what pauses the requests in flight; None if there are none."""
+        with self._changed:
+            while not self.cancelled:
+                if self._measuring is None:
+                    if self._requests == 0:
+                        self._measuring = threading.get_ident()
+                        return None
+                    left_s, pause = max(start + PATIENCE_S, self._rested_s) - time.perf_counter(), self._pausing()
+                    if pause is not None and left_s <= 0:
+                        self._measuring = threading.get_ident()
+                        return pause
+                    self._changed.wait(None if pause is None else left_s)
+                else:
+                    self._changed.wait()
+            raise Cancelled
+
+    def pause_by(self, pausing: Callable[[], Pause | None]) -> None:
+        """Set a function that returns what pauses the requests in flight now; None if nothing does."""
+        self._pausing = pausing
 
     def rest(self, seconds: float) -> bool:
         """Wait. Returns whether tuning was cancelled; a cancellation ends the wait."""

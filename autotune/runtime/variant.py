@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .cache.pool import CachePool
     from .speculation.speculate import SpeculationSetup
     from .steps.step import DecodeSteps
-    from .traffic import Traffic
+    from .traffic import Pause, Traffic
 
 DEFAULT_CONTEXT = 256
 
@@ -306,9 +306,9 @@ class Variant:
             return module(*args, **kwargs)
 
     @property
-    def is_shared(self) -> bool:
-        """Whether it decodes the sequences of several callers together."""
-        return any(transform.stage is Stage.BATCHING for transform in self.transforms)
+    def pause(self) -> Pause | None:
+        """Pauses what several callers share while its context is held; None if each is served by itself."""
+        return getattr(self.loop, "pause", None)
 
     @property
     def device(self) -> Device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,12 +30,17 @@ class Together:
         self.engine = engine
 
     def __call__(self, variant: Variant, call: Sampling) -> Any:
-        if variant is not self.engine.variant:  # a copy, to which another transform is added
+        copied = variant is not self.engine.variant  # and another transform is added to the copy
+        if copied or self.engine.is_lent_here():
             return decode(variant, call)
         if self.engine.refusal(call) is None:
             return self.engine.generate(call)
         with self.engine.alone():
             return decode(variant, call)
+
+    def pause(self) -> AbstractContextManager[object]:
+        """Hold this context to have the model alone, between two steps."""
+        return self.engine.alone()
 
 
 @dataclass(frozen=True)

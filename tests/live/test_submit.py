@@ -22,7 +22,7 @@ from autotune.live import submit
 from autotune.runtime import kernels
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.terms import RequestTerms
-from autotune.runtime.variant import Transform
+from autotune.runtime.variant import Transform, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
@@ -239,6 +239,26 @@ def test_a_full_queue_is_no_failure_of_the_plan(scripted: list[Transform], monke
         called(model, PROMPTS[0], max_new_tokens=3)
     assert model.autotune.status.state == "tuned"
     assert not model.autotune.events
+
+
+@needs_kernels
+def test_a_measured_step_has_its_turn_between_the_steps_of_a_busy_engine(
+    scripted: list[Transform],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autotune.runtime.traffic.PATIENCE_S", 0.0)
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    expected = called(model, PROMPTS[1], max_new_tokens=10)
+    busy = [model.autotune.submit(ids, **LONG) for ids in PROMPTS[:6]]
+    next(iter(busy[0]))
+    served = serving(model.autotune._serving.active)
+    with model.autotune._traffic.step():  # as tuning and the watch take it
+        steps = engine_of(model).counts["steps"]
+        assert called(served, PROMPTS[1], max_new_tokens=10) == expected
+        assert engine_of(model).counts["steps"] == steps
+    for request in busy:
+        assert request.result(60).shape[1] > 150
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from autotune.machine.ending import Cancelled
-from autotune.runtime.traffic import Traffic
+from autotune.runtime.traffic import PATIENCE_S, SHARE, Traffic
 
 WAIT_S = 20.0  # a deadlock shows as a failure, not as a hang
 
@@ -133,3 +134,114 @@ def test_a_request_knows_whether_others_were_in_flight() -> None:
         assert first.is_crowded(), "the other one has ended, but it was there"
     with traffic.request() as third:
         assert not third.is_crowded()
+
+
+# Requests that never end: they are paused
+
+
+class Engine:
+    """Notes when it is paused."""
+
+    def __init__(self) -> None:
+        self.paused, self.count = False, 0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self.paused = True
+        self.count += 1
+        yield
+        self.paused = False
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.runtime.traffic.PATIENCE_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_step_pauses_requests_that_never_end() -> None:
+    traffic, engine, came = Traffic(), Engine(), threading.Event()
+    traffic.pause_by(lambda: engine.pause)
+    over, seen = threading.Event(), []
+
+    def endless() -> None:
+        with traffic.request():
+            over.wait(WAIT_S)
+
+    def late() -> None:
+        with traffic.request():
+            seen.append(engine.paused)
+            came.set()
+
+    thread = start(endless)
+    while traffic.begun < 1:
+        over.wait(0.001)
+    with traffic.step():
+        assert engine.paused
+        with traffic.step():  # a step within it has the same turn
+            assert engine.count == 1
+        newcomer = start(late)
+        assert not came.wait(0.05), "a request began while the others were paused"
+    assert came.wait(WAIT_S)
+    assert seen == [False]
+    over.set()
+    thread.join(WAIT_S)
+    newcomer.join(WAIT_S)
+
+
+def test_a_step_pauses_nobody_where_no_request_is_in_flight() -> None:
+    traffic, engine = Traffic(), Engine()
+    traffic.pause_by(lambda: engine.pause)
+    with traffic.step():
+        assert engine.count == 0
+
+
+def test_requests_are_paused_for_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a made-up clock: after a step of two seconds they run for eighteen, and every step is patient at first."""
+    now, waits = [100.0], list[float]()
+
+    class Clock:
+        perf_counter = staticmethod(lambda: now[0])
+
+    monkeypatch.setattr("autotune.runtime.traffic.time", Clock)
+    traffic, engine = Traffic(), Engine()
+
+    def pass_by(seconds: float | None = None) -> bool:
+        assert seconds is not None
+        waits.append(seconds)
+        now[0] += seconds
+        return True
+
+    monkeypatch.setattr(traffic._changed, "wait", pass_by)
+    traffic.pause_by(lambda: engine.pause)
+    with traffic.request():
+        with traffic.step():
+            now[0] += 2.0
+        with traffic.step():
+            pass
+    assert waits == [PATIENCE_S, pytest.approx(2.0 / SHARE - 2.0)]
+    assert engine.count == 2
+    assert traffic.clock() == pytest.approx(102.0), "waiting was counted as work"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_plan_that_went_out_of_service_pauses_nobody() -> None:
+    traffic, over, stepped = Traffic(), threading.Event(), threading.Event()
+
+    def endless() -> None:
+        with traffic.request():
+            over.wait(WAIT_S)
+
+    def step() -> None:
+        with traffic.step():
+            stepped.set()
+
+    request = start(endless)
+    while traffic.begun < 1:
+        over.wait(0.001)
+    stepping = start(step)
+    assert not stepped.wait(0.05)
+    over.set()
+    assert stepped.wait(WAIT_S)
+    request.join(WAIT_S)
+    stepping.join(WAIT_S)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import AutotuneError, QueueFullError, VariantError, first_line
+from ...errors import AutotuneError, CancelledRequestError, QueueFullError, VariantError, first_line
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from ...model import seam
@@ -93,7 +93,7 @@ class Engine:
         self._worker: ending.Worker | None = None
         self._stopped = False
         self._is_stepping = False
-        self._is_lent = False  # whether a call that the engine does not take has the model
+        self._lent_to: int | None = None  # identifier of the thread that has the model alone
         self._borrowers = 0  # such calls that wait
         self._owns_next = False  # whether the next turn is the engine's even if such calls wait
 
@@ -120,8 +120,8 @@ class Engine:
 
         Raises:
             QueueFullError: too many requests wait.
-            DeadlineError, CancelledRequestError: the request's terms were violated.
-            VariantError: the prompt or a step failed, or the process ends.
+            DeadlineError, CancelledRequestError: the request's terms were violated, or the process ends.
+            VariantError: the prompt or a step failed.
         """
         request = Request(call)
         with self._changed:
@@ -146,16 +146,22 @@ class Engine:
         """Enclose a call that the engine does not take: no step runs meanwhile. It takes turns with the steps."""
         with self._changed:
             self._borrowers += 1
-            self._changed.wait_for(lambda: not self._is_stepping and not self._is_lent)
-            self._borrowers -= 1
-            self._is_lent = True
+            try:
+                self._changed.wait_for(lambda: not self._is_stepping and self._lent_to is None)
+            finally:
+                self._borrowers -= 1
+            self._lent_to = threading.get_ident()
         try:
             yield
         finally:
             with self._changed:
-                self._is_lent = False
+                self._lent_to = None
                 self._owns_next = True
                 self._changed.notify_all()
+
+    def is_lent_here(self) -> bool:
+        """Whether the calling thread has the model alone."""
+        return self._lent_to == threading.get_ident()
 
     def _stop(self) -> None:
         with self._changed:
@@ -177,7 +183,7 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._worker = None
-                self._fail_all(VariantError("the process ends") if isinstance(error, Cancelled) else error)
+                self._fail_all(CancelledRequestError("the process ends") if isinstance(error, Cancelled) else error)
             raise
 
     def _has_turn(self) -> bool:
@@ -187,7 +193,7 @@ class Engine:
                 self._worker = None
                 return False
             self._changed.wait_for(
-                lambda: self._stopped or (not self._is_lent and (self._owns_next or not self._borrowers))
+                lambda: self._stopped or (self._lent_to is None and (self._owns_next or not self._borrowers))
             )
             if self._stopped:
                 raise Cancelled
