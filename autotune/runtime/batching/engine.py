@@ -183,7 +183,10 @@ class Engine:
         except BaseException as error:
             with self._changed:
                 self._worker = None
-                self._fail_all(CancelledRequestError("the process ends") if isinstance(error, Cancelled) else error)
+                if isinstance(error, Cancelled):
+                    self._end_ours()
+                else:
+                    self._fail_all(error)
             raise
 
     def _has_turn(self) -> bool:
@@ -331,9 +334,18 @@ class Engine:
         if self._cache is not None:
             self._cache.leave(row)
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _all(self) -> list[Request]:
         held = [self._prompt.request] if self._prompt else []
-        for request in (*self._waiting, *held, *filter(None, self._rows)):
+        return [*self._waiting, *held, *filter(None, self._rows)]
+
+    def _end_ours(self) -> None:
+        """End the requests of our own threads as the process ends. A user's daemon thread waits on and ends silently."""
+        for request in self._all():
+            if request.is_ours:
+                request.fail(CancelledRequestError("the process ends"))
+
+    def _fail_all(self, error: BaseException) -> None:
+        for request in self._all():
             request.fail(_own(error))
         self._waiting.clear()
         self._prompt = None

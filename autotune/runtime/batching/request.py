@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import queue
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import softmax
 
+from ...machine import ending
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
@@ -47,12 +49,14 @@ class Request:
     Attributes:
         ids: prompt and tokens so far, [1, T] int64.
         terms: on which it is served; those of the thread that makes it.
+        is_ours: whether the thread that waits for it is one of autotune's.
     """
 
     def __init__(self, call: Sampling) -> None:
         self.call = call
         self.ids = call.input_ids
         self.terms = CURRENT.get() or RequestTerms()
+        self.is_ours = isinstance(threading.current_thread(), ending.Worker)
         self._context = contextvars.copy_context()
         self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
         self._streams = call.streamer is not None
