@@ -339,7 +339,7 @@ class Engine:
         return [*self._waiting, *held, *filter(None, self._rows)]
 
     def _end_ours(self) -> None:
-        """End the requests of our own threads as the process ends. A user's daemon thread waits on and ends silently."""
+        """End the requests of our own threads as the process ends. Users' daemon threads wait on and end silently."""
         for request in self._all():
             if request.is_ours:
                 request.fail(CancelledRequestError("the process ends"))
