@@ -18,9 +18,10 @@ BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-versi
 PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
+SOAK_ARGS ?=
 
 .PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-smoke bench-choice
-.PHONY: bench-sizes bench-loaded bench-restart bench-serving
+.PHONY: bench-sizes bench-loaded bench-restart bench-serving soak
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -61,6 +62,9 @@ constraints:  ## pin the newest versions that pyproject.toml allows; what the ta
 
 bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
 	$(BENCH_VENV)/bin/python -m benchmarks.bench $(BENCH_ARGS)
+
+soak: $(READY)  ## many callers of one model for MINUTES, with random faults: every answer is compared, memory is watched
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
 bench-smoke: $(READY)  ## what a token costs in counts: operators, allocations, barriers, bytes
 	$(BIN)/python -m benchmarks.smoke

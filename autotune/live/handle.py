@@ -88,6 +88,7 @@ class Handle:
             serving.original.place,
             active.speculation.tally if active and active.speculation else None,
             serving.watch.summary() if active else "",
+            active.batching if active and serving.serves else "",
         )
 
     @property

@@ -41,6 +41,7 @@ class Status:
         original: where the original's weights are: "resident", "parked" in the host's memory, or "released".
         speculation: counts of guessed tokens; None if the plan does not guess.
         watch: what is watched about the committed plan and what was seen, in a sentence.
+        batching: how many callers' sequences are decoded together and wait, in a sentence; empty if none are.
     """
 
     state: State
@@ -51,3 +52,4 @@ class Status:
     original: Residence = Residence.RESIDENT
     speculation: GuessCounts | None = None
     watch: str = ""
+    batching: str = ""

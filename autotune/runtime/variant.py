@@ -311,6 +311,12 @@ class Variant:
         return getattr(self.loop, "pause", None)
 
     @property
+    def batching(self) -> str:
+        """What callers' sequences are decoded together now, in a sentence; empty if each is served by itself."""
+        summary: Callable[[], str] = getattr(self.loop, "summary", str)
+        return summary()
+
+    @property
     def device(self) -> Device:
         """The device of the model's first weights."""
         return devices.of(self.original)

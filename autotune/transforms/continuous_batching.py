@@ -38,6 +38,10 @@ class Together:
         with self.engine.alone():
             return decode(variant, call)
 
+    def summary(self) -> str:
+        """What is decoded together now, in a sentence."""
+        return self.engine.summary()
+
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""
         return self.engine.alone()

@@ -231,6 +231,22 @@ def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
         assert request.result(60).shape[1] > 1
 
 
+def test_the_status_tells_what_is_decoded_together(model: Any) -> None:
+    held = Held(after=2)
+    request = model.autotune.submit(PROMPTS[0], max_new_tokens=5, logits_processor=[held], **TOKENS)
+    assert held.started.wait(60)
+    said = model.autotune.status.batching
+    held.go_on.set()
+    request.result(60)
+    if model.autotune._serving.pause is None:
+        assert said == ""
+        return
+    assert said.startswith("1 of 4 rows in use, 0 requests wait; 2 steps")
+    assert model.autotune.status.batching.endswith("1.0 tokens a step")
+    model.autotune.rollback()
+    assert model.autotune.status.batching == ""
+
+
 @needs_kernels
 def test_a_full_queue_is_no_failure_of_the_plan(scripted: list[Transform], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     scripted[:] = PLANS["together"]

@@ -65,8 +65,10 @@ def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform]
 
 @needs_kernels
 @pytest.mark.fault("D57")
+@pytest.mark.parametrize("submitted", [False, True])
 def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once(
     scripted: list[Transform],  # noqa: F811
+    submitted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scripted[:] = TOGETHER
@@ -81,7 +83,14 @@ def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once
         return logits()
 
     monkeypatch.setattr(engine, "_logits", failing)
-    streamers = [Counting() for _ in PROMPTS]
+    streamers, options = [Counting() for _ in PROMPTS], {"max_new_tokens": 30, "do_sample": False}
+    if submitted:
+        requests = [model.autotune.submit(ids, **options) for ids in PROMPTS]
+        with pytest.warns(RuntimeWarning, match="no such kernel"):
+            found = [request.result(60).tolist() for request in requests]
+        assert found == expected
+        assert [event.phase for event in model.autotune.events] == ["open"]
+        return
     with pytest.warns(RuntimeWarning, match="no such kernel"), ThreadPoolExecutor(len(PROMPTS)) as pool:
         found = list(pool.map(lambda n: greedy(model, PROMPTS[n], 30, streamer=streamers[n]), range(len(PROMPTS))))
     assert found == expected

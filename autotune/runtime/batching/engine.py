@@ -68,7 +68,7 @@ class Engine:
         most_waiting: requests that may wait for a row.
 
     Attributes:
-        counts: requests, steps, and rows computed in all steps.
+        counts: requests, steps, and in all steps the rows that were computed and the tokens that came of them.
     """
 
     def __init__(
@@ -100,6 +100,14 @@ class Engine:
     def after_fork(self) -> None:
         """Forget all requests in a forked child: their callers are threads of the parent."""
         self._forget()
+
+    def summary(self) -> str:
+        """How many sequences are decoded together and wait, in a sentence."""
+        with self._changed:
+            used, waiting = sum(request is not None for request in self._rows), len(self._waiting)
+        steps = self.counts["steps"]
+        mean = f", {self.counts['tokens'] / steps:.1f} tokens a step" if steps else ""
+        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}"
 
     # In the callers' threads
 
@@ -318,6 +326,7 @@ class Engine:
         cache.step_done()
         self.counts["steps"] += 1
         self.counts["rows"] += count
+        self.counts["tokens"] += sum(request is not None for request in self._rows)
         return logits
 
     def _prepared(self, view: RowCache) -> tuple[RowCache, Step]:

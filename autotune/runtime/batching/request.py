@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import softmax
 
+from ...errors import CancelledRequestError, RequestError
 from ...machine import ending
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
-    from ...errors import RequestError
     from ...model.seam import Sampling
 
 
@@ -57,6 +57,7 @@ class Request:
         self.ids = call.input_ids
         self.terms = CURRENT.get() or RequestTerms()
         self.is_ours = isinstance(threading.current_thread(), ending.Worker)
+        self._is_abandoned = False  # the terms live on: the original may answer after the engine failed
         self._context = contextvars.copy_context()
         self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
         self._streams = call.streamer is not None
@@ -86,13 +87,15 @@ class Request:
                     case Failed(error):
                         raise error
         except BaseException:
-            self.terms.cancelled = True
+            self._is_abandoned = True
             raise
 
     # In the engine's thread
 
     def violated(self, now_s: float) -> RequestError | None:
         """Why it must not be served any longer, or None."""
+        if self._is_abandoned:
+            return CancelledRequestError("the caller no longer waits")
         return self.terms.violated(now_s, self.ids.shape[1] - self.call.input_ids.shape[1])
 
     @property
