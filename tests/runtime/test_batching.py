@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.runtime import kernels
 from autotune.runtime.batching import rows
-from autotune.runtime.batching.engine import Engine
+from autotune.runtime.batching.engine import Engine, Prefill
+from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
@@ -339,8 +341,72 @@ def test_the_queue_is_bounded(variant: Variant, monkeypatch: pytest.MonkeyPatch)
 def test_a_prompt_in_parts_gives_the_same(
     variant: Variant, alone: Variant, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_of(variant), "chunk", 8)
+    monkeypatch.setattr(engine_of(variant), "prefixes", Prefixes(8))
     assert answer(serving(variant), prompt(length), 12) == answer(serving(alone), prompt(length), 12)
+
+
+@needs_kernels
+def test_what_prompts_begin_with_alike_is_computed_once(
+    variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(variant)
+    system = prompt(27, seed=9)  # three parts of eight tokens, and three tokens more
+    prompts = [[*system, *prompt(length, seed=length)] for length in (1, 4, 5, 13, 30)]
+    cold = []
+    for ids in prompts:
+        monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+        cold.append(answer(serving(variant), ids, 12))
+        assert engine.prefixes.tokens_found == 0
+    assert cold == [answer(serving(alone), ids, 12) for ids in prompts]
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(lambda ids: answer(serving(variant), ids, 12), prompts)) == cold
+    assert engine.prefixes.tokens_found == 24 * (len(prompts) - 1)
+    assert f"{24 * (len(prompts) - 1)} tokens of prompts were known" in engine.summary()
+
+
+@needs_kernels
+def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
+    from autotune.model import seam
+
+    prefixes, ids = Prefixes(8), prompt(30)
+    request: Any = types.SimpleNamespace(
+        call=types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
+    )
+
+    def computed() -> tuple[int, Any, torch.Tensor]:
+        prefill = Prefill(request, prefixes)
+        found, logits = prefill.done, None
+        with torch.no_grad():
+            while logits is None:
+                logits = prefill.advance(variant)
+        return found, seam.keys_and_values(prefill.cache), logits
+
+    (cold, first, logits), (warm, second, again) = computed(), computed()
+    assert (cold, warm) == (0, 24)
+    assert torch.equal(logits, again)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_prefixes_keep_to_their_bytes() -> None:
+    from autotune.model import seam
+
+    one_part = 2 * 2 * 3 * 4 * 5 * 4  # layers x (keys, values) x heads x tokens x depth x bytes
+    prefixes = Prefixes(4, most_bytes=3 * one_part)
+    for n in range(6):
+        cache = seam.growing_cache()
+        for layer in range(2):
+            cache.update(torch.full((1, 3, 4, 5), float(n)), torch.full((1, 3, 4, 5), float(n)), layer)
+        prefixes.keep(cache, [n] * 9, 4)
+        prefixes.keep(cache, [n] * 9, 3)  # no whole part
+    assert prefixes._bytes == 3 * one_part
+    assert [prefixes.fill(seam.growing_cache(), [n] * 9) for n in range(6)] == [0, 0, 0, 4, 4, 4]
+    assert prefixes.fill(seam.growing_cache(), [5] * 4) == 0  # its last token gives the logits
+    cache = seam.growing_cache()
+    prefixes.fill(cache, [5] * 5)
+    assert all(bool((held == 5).all()) for pair in seam.keys_and_values(cache) for held in pair)
 
 
 @needs_kernels

@@ -22,6 +22,7 @@ from ...machine.ending import Cancelled
 from ...model import seam
 from ..cache.rows import RowCache
 from . import rows as plan
+from .prefixes import Prefixes
 from .request import Request
 
 if TYPE_CHECKING:
@@ -30,30 +31,34 @@ if TYPE_CHECKING:
     from ..variant import Variant
 
 MOST_WAITING = 256  # requests that may wait for a row; further ones are refused
-CHUNK = 256  # tokens of a prompt that are computed between two steps
+CHUNK = 128  # tokens of a prompt that are computed between two steps
 
 
 class Prefill:
     """A prompt under way, part by part. The parts do not depend on what else runs, so neither does the result."""
 
-    def __init__(self, request: Request, chunk: int) -> None:
+    def __init__(self, request: Request, prefixes: Prefixes) -> None:
         self.request = request
         self.cache = seam.growing_cache()  # no configuration: every layer at full length
-        self.chunk = chunk
-        self.done = 0
+        self.prefixes = prefixes
+        self.prompt: list[int] = request.call.input_ids[0].tolist()
+        self.done = prefixes.fill(self.cache, self.prompt)
 
     def advance(self, variant: Variant) -> torch.Tensor | None:
         """Compute the next part. Returns the prompt's last logits [1, V] when it was the last part, else None."""
-        call = self.request.call
-        ids = call.input_ids
+        call, tokens = self.request.call, len(self.prompt)
         with variant.running("prefill") as module:
-            if ids.shape[1] <= self.chunk:
+            if tokens <= self.prefixes.part:
                 return seam.logits(module(**call.prompt(self.cache)))[:, -1]
-            part = slice(self.done, self.done + self.chunk)
-            given = {"input_ids": ids[:, part], "position_ids": call.positions[:, part]}
+            part = slice(self.done, min(self.done + self.prefixes.part, tokens))
+            given: dict[str, Any] = {"input_ids": call.input_ids[:, part], "position_ids": call.positions[:, part]}
+            given |= seam.last_logits(variant.original, 1)
             found = module(**given, **seam.over(variant.original, self.cache))
         self.done = part.stop
-        return seam.logits(found)[:, -1] if self.done >= ids.shape[1] else None
+        if self.done < tokens:
+            self.prefixes.keep(self.cache, self.prompt, self.done)
+            return None
+        return seam.logits(found)[:, -1]
 
 
 class Engine:
@@ -76,7 +81,7 @@ class Engine:
     ) -> None:
         self.variant = variant
         self.most_rows = most_rows
-        self.chunk = chunk
+        self.prefixes = Prefixes(chunk)
         self.most_waiting = most_waiting
         self.counts: Counter[str] = Counter()
         self._changed = forking.free(threading.Condition())
@@ -107,7 +112,9 @@ class Engine:
             used, waiting = sum(request is not None for request in self._rows), len(self._waiting)
         steps = self.counts["steps"]
         mean = f", {self.counts['tokens'] / steps:.1f} tokens a step" if steps else ""
-        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}"
+        found = self.prefixes.tokens_found
+        shared = f"; {found} tokens of prompts were known from earlier ones" if found else ""
+        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}{shared}"
 
     # In the callers' threads
 
@@ -270,7 +277,7 @@ class Engine:
             request = min(self._waiting, key=lambda each: each.terms.order)
             self._waiting.remove(request)
         self.counts["requests"] += 1
-        return Prefill(request, self.chunk)
+        return Prefill(request, self.prefixes)
 
     def _slots(self, prompt: Any) -> RowCache:
         pool = self.variant.caches
