@@ -28,10 +28,8 @@ class StoredTransform(LinearTransform):
     """Exchange linear layers, and layers packed by the kernels, for ones that convert the same weights while reading.
 
     Args:
-        weights: "own" for prefill's weights, "decode" for the packed weights of decode's layers, "copy" for a copy of
-            prefill's in BF16, in the order in which they are read. Packed weights have fewer bytes to read and their
-            own precision, and the original's weights are no longer needed. Neither are they with a copy, which has
-            half their bytes (all for two parts) and saves laying them out at each call.
+        weights: "own" for prefill's weights, "decode" for the packed weights of decode's layers. Packed weights have
+            fewer bytes to read and their own precision, and the original's weights are no longer needed.
     """
 
     weights: str = "own"
@@ -43,7 +41,7 @@ class StoredTransform(LinearTransform):
     def __post_init__(self) -> None:
         if self.phase != "prefill":
             raise ChoiceError(f"{self.name}: phase must be 'prefill'; one token reads weights more than it multiplies")
-        require(self.weights, ("own", "decode", "copy"), f"{self.name}: weights")
+        require(self.weights, ("own", "decode"), f"{self.name}: weights")
 
     @property
     def kind(self) -> type[nn.Module]:
@@ -53,10 +51,10 @@ class StoredTransform(LinearTransform):
         return kernels.available() or kernels.no_bf16_unit()
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
-        return (kernels.LaidLinear if self.weights == "copy" else kernels.Bf16Linear)(linear, self.parts)
+        return kernels.Bf16Linear(linear, self.parts)
 
     def extra_bytes(self, variant: Variant) -> float:
-        return super().extra_bytes(variant) if self.weights == "copy" else 0.0
+        return 0.0  # the new layers share the weights
 
     def apply(self, variant: Variant) -> None:
         if self.weights == "decode":
@@ -84,17 +82,16 @@ class StoredTransform(LinearTransform):
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         rate = hardware.peak_flops_per_s("bfloat16") / self.products
         able = replace(hardware, flops_per_s={**hardware.flops_per_s, self.name: rate})
-        bits = {"decode": 4, "copy": 16 * self.parts}.get(self.weights)  # decode's have at least 4 each
-        read = phase.weight_bytes if bits is None else weight_bytes(phase, bits)
+        read = weight_bytes(phase, 4) if self.weights == "decode" else phase.weight_bytes  # at best 4 bits each
         return ceilings.faster_weights(phase, able, read, compute_dtype=self.name)
 
 
 @dataclass(frozen=True)
 class LinearBf16(StoredTransform):
-    """Round inputs and weights to BF16 just before the product. Sums are in FP32."""
+    """Round inputs and weights to BF16 just before the product. Sums are in FP32, and no copy is kept."""
 
     name: ClassVar[str] = "linear_bf16"
-    summary: ClassVar[str] = "BF16 matmuls in prefill over the weights as stored, or over a copy; C++ kernels"
+    summary: ClassVar[str] = "BF16 matmuls in prefill over the weights as stored, without a copy of them; C++ kernels"
     parts: ClassVar[int] = 1
     products: ClassVar[int] = 1
 

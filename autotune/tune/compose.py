@@ -154,7 +154,9 @@ class _Drafting:
         """Whether a transform's loss on texts read in one forward is beyond the tier. The gate gives the verdict."""
         if transform.lossless:
             return False
-        probe = self.trier.bench.probe(self.state.variant, transform, self.trier.policy.tier)
+        original = self.state.variant  # or the draft, if the transform needs another one's layers
+        base = original if transform.unavailable(original, self.trier.hardware) is None else self.variant
+        probe = self.trier.bench.probe(base, transform, self.trier.policy.tier)
         if probe is None:
             return False
         self.trier.notify(f"reading the exam's texts with {transform}")

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from ..errors import TransformError
 from ..machine.hardware import Hardware
-from ..runtime.variant import Transform, Variant
+from ..runtime.variant import Stage, Transform, Variant
 from ..transforms.linears import reusing
 from ..validate import Verdict
 from . import compose
@@ -56,6 +57,7 @@ class _Search:
     usual_s: float = 0.0  # seconds of a trial: the least at first, then the latest full trial's without compiling
     too_short: str = ""  # why the budget is too short for any trial
     kept: Callable[[Variant], None] = lambda variant: None
+    bases: dict[object, SearchState] = field(default_factory=dict)  # the latest result of `without`
 
     def begin(self, draft: compose.Draft) -> None:
         """Try the draft. If it fails, try its transforms for each phase.
@@ -85,7 +87,7 @@ class _Search:
             trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted[transform])
             base = self.state
             if (replaced := self.chosen.get(step.name)) is not None:
-                trial, base = replace(trial, instead_of=(replaced,)), self.before
+                trial, base = replace(trial, instead_of=(replaced,)), self.without(replaced)
             if ruled_out := rule_out(trial, step.phase, base, self.trier.policy.limits, self.trier.hardware):
                 self.trials.append(ruled_out)
                 continue
@@ -100,7 +102,23 @@ class _Search:
     def promise(self, transform: Transform, step: PolicyStep) -> float | None:
         """Predicted best-case speed-up of the step's phase over the current variant, or None if unavailable."""
         replaced = self.chosen.get(step.name)
-        return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=self.before)
+        before = None if replaced is None else self.without(replaced)
+        return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=before)
+
+    def without(self, replaced: Transform) -> SearchState:
+        """The original with the other weights of the current variant, which a replacement may share."""
+        current, others = self.state.variant, list[Transform]()
+        for transform in current.transforms:
+            if transform != replaced and transform.stage is Stage.WEIGHTS:
+                others.append(transform)
+        key = current, replaced
+        if key not in self.bases:
+            try:
+                with reusing(current):
+                    self.bases = {key: replace(self.before, variant=self.before.variant.with_transforms(others))}
+            except TransformError:  # one of them needs the replaced one
+                self.bases = {key: self.before}
+        return self.bases[key]
 
     def value(self, step: PolicyStep) -> float:
         """The worth of trying a step: that of its best choice."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,6 @@ from autotune.runtime.kernels import (
     HalfLinear,
     Int4Linear,
     Int8Linear,
-    LaidLinear,
     attend_many,
     available,
     no_bf16_unit,
@@ -90,53 +87,6 @@ def test_bf16_layer_takes_any_leading_shape_stride_and_dtype(parts: int) -> None
     narrow = layer(x.bfloat16())
     assert narrow.dtype == torch.bfloat16
     assert error(narrow, linear(x).double()) <= 1e-2
-
-
-@needs_bf16
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(("rows", "inputs"), SHAPES)
-def test_weights_that_are_laid_out_once_give_the_same_numbers(rows: int, inputs: int, parts: int) -> None:
-    torch.manual_seed(rows * 1000 + inputs)
-    linear = nn.Linear(inputs, rows, bias=rows % 2 == 0).requires_grad_(False)
-    laid = LaidLinear(linear, parts)
-    for tokens in TOKENS:
-        x = torch.randn(tokens, inputs)
-        weights = (linear.weight, None, None, linear.bias)
-        assert torch.equal(laid(x), torch.ops.autotune.linear_bf16(x, *weights, rows, parts)), tokens
-    assert not list(laid.parameters()) or linear.bias is not None
-    assert laid.weight_bytes >= 2 * parts * rows * inputs
-
-
-@needs_bf16
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(("kind", "options"), PACKED)
-def test_packed_weights_can_be_laid_out(kind, options, parts) -> None:
-    packed = kind.from_weight(torch.randn(50, 100), torch.randn(50), **options)
-    x = torch.randn(40, 100)
-    assert torch.equal(LaidLinear(packed, parts)(x), Bf16Linear(packed, parts)(x))
-
-
-@needs_bf16
-def test_a_token_is_the_same_to_the_bit_in_every_prompt_once_weights_are_laid_out() -> None:
-    layer, x = LaidLinear(nn.Linear(96, 70).requires_grad_(False)), torch.randn(77, 96)
-    alone = torch.cat([layer(x[t : t + 1]) for t in range(len(x))])
-    for tokens in (2, 7, 16, 33, 77):
-        assert torch.equal(layer(x[:tokens]), alone[:tokens])
-
-
-@needs_bf16
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"out_features": 100}, "laid out must be contiguous BF16"),
-        ({"parts": 2}, "laid out in 1 parts, not in 2"),
-        ({"weight": LaidLinear(nn.Linear(96, 70)).weight[::2] if BF16 is None else None}, "must be contiguous BF16"),
-    ],
-)
-def test_weights_laid_out_for_something_else_are_refused(change: dict[str, Any], said: str) -> None:
-    given = {"weight": LaidLinear(nn.Linear(96, 70)).weight, "out_features": 70, "parts": 1} | change
-    with pytest.raises(RuntimeError, match=said):
-        torch.ops.autotune.linear_bf16(torch.randn(4, 96), scales=None, zeros=None, bias=None, **given)
 
 
 @needs_bf16

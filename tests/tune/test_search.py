@@ -44,6 +44,7 @@ class Scripted(Transform):
     breaks: str = ""
     idle: str = ""
     takes: float = 0.0
+    needs: str = ""  # label of a transform whose layers it shares
     at: int = 1
 
     name: ClassVar[str] = "scripted"
@@ -54,6 +55,8 @@ class Scripted(Transform):
         return Stage(self.at)
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        if self.needs and self.needs not in labels(variant):
+            return f"there is no {self.needs}"
         return Blocker(self.blocker) if self.blocker else self.missing or None
 
     def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
@@ -65,11 +68,17 @@ class Scripted(Transform):
     def apply(self, variant: Variant) -> None:
         if self.refuses:
             raise TransformError(self.refuses)
+        if self.needs and self.needs not in labels(variant):
+            raise TransformError(f"there is no {self.needs}")
         if self.breaks:
             raise ZeroDivisionError(self.breaks)
 
     def took_effect(self, variant: Variant) -> str | None:
         return self.idle or None
+
+
+def labels(variant: Variant) -> list[str]:
+    return [transform.params["label"] for transform in variant.transforms]
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class ScriptedBench:
 
     def probe(self, incumbent: Variant, transform: Any, tier: str) -> Any:
         self.calls.append(f"probe {transform.label} {tier}")
+        incumbent.with_transform(transform)  # as a real one does
         return self.probes.get(transform.label)
 
     def race(self, incumbent: Variant, candidate: Variant, phase: str) -> Latency:
@@ -594,6 +604,40 @@ def test_what_cannot_be_had_is_not_in_the_draft(hindrance: dict[str, Any]) -> No
     weights = step({"label": "int4", "promises": 4.0, **hindrance}, {"label": "int8", "promises": 3.0}, name="weights")
     found = run(ScriptedBench(), policy(weights, PROGRAM))
     assert candidates(found)["int8+program"] == "accepted"
+
+
+def prefill(*choices: dict[str, Any]) -> PolicyStep:
+    return PolicyStep("prefill", "prefill", tuple(Choice("scripted", params, "prefill") for params in choices))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_draft_may_share_what_an_earlier_part_of_it_made() -> None:
+    """The loss is then read on the draft, because without the other part there is nothing to share."""
+    shared = prefill({"label": "shared", "needs": "int4", "promises": 2.0}, {"label": "own", "promises": 2.0})
+    bench = ScriptedBench()
+    found = run(bench, policy(WEIGHTS, shared))
+    assert committed(found) == ["int4", "shared"]
+    assert "probe shared strict" in bench.calls
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("promises", "outcome"), [(1.5, "skipped"), (2.15, "accepted")])
+def test_an_alternative_may_share_what_the_rest_of_the_plan_made(promises: float, outcome: str) -> None:
+    choices = prefill({"label": "own", "promises": 2.0}, {"label": "shared", "needs": "int4", "promises": promises})
+    found = run(ScriptedBench(), policy(WEIGHTS, choices))
+    assert candidates(found)["int4+own"] == "accepted"
+    assert candidates(found)["shared for own"] == outcome
+
+
+@pytest.mark.usefixtures("own")
+def test_what_an_alternative_would_take_away_from_others_counts_as_missing() -> None:
+    """Without int4 there is nothing for "shared" to share; int8 is predicted on the original then."""
+    shared = prefill({"label": "shared", "needs": "int4", "promises": 2.0})
+    bench = ScriptedBench(seconds={"shared": 0.001})
+    weights = step({"label": "int4", "promises": 2.0}, {"label": "int8", "promises": 2.0}, name="weights")
+    found = run(bench, policy(weights, shared))
+    assert committed(found) == ["int4", "shared"]
+    assert candidates(found)["int8 for int4"] in ("skipped", "blocked")
 
 
 @pytest.mark.usefixtures("own")

@@ -4,7 +4,6 @@
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
     Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
     Bf16Linear               BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
-    LaidLinear               the same over a copy in BF16, laid out once
     PackedTable              rows of a packed table, looked up one by one
     attend_one               one query over a preallocated key-value cache; reads only its filled slots
     attend_many              many queries, each over an unbroken span of keys
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from autotune.errors import Blocker
 from autotune.machine import forking
-from autotune.runtime.kernels.bf16 import Bf16Linear, LaidLinear
+from autotune.runtime.kernels.bf16 import Bf16Linear
 from autotune.runtime.kernels.embedding import PackedTable
 from autotune.runtime.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
 
@@ -27,7 +26,6 @@ __all__ = [
     "HalfLinear",
     "Int4Linear",
     "Int8Linear",
-    "LaidLinear",
     "PackedLinear",
     "PackedTable",
     "attend_many",

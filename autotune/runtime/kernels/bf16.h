@@ -7,8 +7,6 @@
 //
 //   chunk of A   [2 halves][parts][16 rows][32]
 //   chunk of B   [2 halves][parts][16 pairs][16 columns][2]; a pair is the numbers 2i and 2i + 1 of a column
-//
-// Weights laid out once and kept: [N / 16 halves][chunks][parts][16 pairs][16 columns][2], N padded to 32.
 #pragma once
 
 #include "blocks.h"
@@ -108,16 +106,6 @@ struct Bf16Parts {
   static constexpr bool kBf16 = true;
   static constexpr int64_t kTileUnits = kHalf * kSide;
   static constexpr int64_t kPanelUnits = 2 * kParts * kTileUnits;
-  static constexpr int64_t kHalfUnits = kPanelUnits / 2;
-
-  // 32 columns of B: where their halves begin, and how far one chunk is from the next.
-  struct Columns {
-    const Unit *left, *right;
-    int64_t stride;
-    Columns(const Unit* panel) : left(panel), right(panel + kHalfUnits), stride(kPanelUnits) {}
-    Columns(const Unit* left, const Unit* right) : left(left), right(right), stride(kHalfUnits) {}  // laid out apart
-  };
-
   static constexpr int64_t kAhead = 256;  // prefetch distance in numbers of a row
 
   static void put(Unit* panel, int row, int64_t k, Floats v) {
@@ -158,7 +146,7 @@ struct Bf16Parts {
     }
   }
 
-  static void multiply(const Unit* a, Columns b, int64_t chunks, int rows, const float* start, int64_t start_stride,
+  static void multiply(const Unit* a, const Unit* b, int64_t chunks, int rows, const float* start, int64_t start_stride,
                        float* c, int64_t stride) {
 #if defined(AUTOTUNE_TILES)
     if (has_tiles() && rows % kHalf == 0)
@@ -180,7 +168,7 @@ struct Bf16Parts {
 
  private:
   template <int kCount>
-  static void multiply_rows(const Unit* a, Columns b, int64_t chunks, const float* start, int64_t start_stride,
+  static void multiply_rows(const Unit* a, const Unit* b, int64_t chunks, const float* start, int64_t start_stride,
                             float* c, int64_t stride) {
     __m512 total[kCount][2];
     for (int r = 0; r < kCount; ++r)
@@ -188,14 +176,14 @@ struct Bf16Parts {
     const auto add = [&](int a_part, int b_part) __attribute__((always_inline)) {
       for (int i = 0; i < kHalf; ++i)
         for (int half = 0; half < 2; ++half) {
-          const auto column = load<__m512bh>((half ? b.right : b.left) + b_part * kTileUnits + i * kSide);
+          const auto column = load<__m512bh>(b + (half * kParts + b_part) * kTileUnits + i * kSide);
           for (int r = 0; r < kCount; ++r) {
             const int pair = load<int>(a + a_part * kTileUnits + r * kSide + 2 * i);
             total[r][half] = _mm512_dpbf16_ps(total[r][half], bits<__m512bh>(_mm512_set1_epi32(pair)), column);
           }
         }
     };
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kPanelUnits, b.left += b.stride, b.right += b.stride) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kPanelUnits, b += kPanelUnits) {
       if (kParts > 1) add(1, 0), add(0, 1);
       add(0, 0);
     }
@@ -206,7 +194,7 @@ struct Bf16Parts {
 #if defined(AUTOTUNE_TILES)
   // Tile registers: 0 to 3 hold the sums, 4 and 5 the halves of A, 6 and 7 the halves of B.
   template <int kHalves>
-  static void multiply_tiles(const Unit* a, Columns b, int64_t chunks, const float* start, int64_t start_stride,
+  static void multiply_tiles(const Unit* a, const Unit* b, int64_t chunks, const float* start, int64_t start_stride,
                              float* c, int64_t stride) {
     constexpr int64_t kNumber = sizeof(float), kLine = 64;
     _tile_loadd(0, start, start_stride * kNumber);
@@ -215,11 +203,11 @@ struct Bf16Parts {
       _tile_loadd(2, start + kHalf * start_stride, start_stride * kNumber);
       _tile_loadd(3, start + kHalf * start_stride + kHalf, start_stride * kNumber);
     }
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kPanelUnits, b.left += b.stride, b.right += b.stride) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, a += kPanelUnits, b += kPanelUnits) {
       if (kParts > 1) {  // low x high, then high x high, then high x low, so that each change loads only one side
         _tile_loadd(4, a + kTileUnits, kLine);
-        _tile_loadd(6, b.left, kLine);
-        _tile_loadd(7, b.right, kLine);
+        _tile_loadd(6, b, kLine);
+        _tile_loadd(7, b + kParts * kTileUnits, kLine);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (kHalves > 1) {
@@ -230,8 +218,8 @@ struct Bf16Parts {
       }
       _tile_loadd(4, a, kLine);
       if (kParts == 1) {
-        _tile_loadd(6, b.left, kLine);
-        _tile_loadd(7, b.right, kLine);
+        _tile_loadd(6, b, kLine);
+        _tile_loadd(7, b + kTileUnits, kLine);
       }
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
@@ -241,8 +229,8 @@ struct Bf16Parts {
         _tile_dpbf16ps(3, 5, 7);
       }
       if (kParts > 1) {
-        _tile_loadd(6, b.left + kTileUnits, kLine);
-        _tile_loadd(7, b.right + kTileUnits, kLine);
+        _tile_loadd(6, b + kTileUnits, kLine);
+        _tile_loadd(7, b + (kParts + 1) * kTileUnits, kLine);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (kHalves > 1) {

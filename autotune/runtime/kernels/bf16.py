@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.model.linear_layers import share
-from autotune.runtime.kernels import arena
 from autotune.runtime.kernels.modules import PackedLinear
 
 # parts -> tokens; fewer tokens are multiplied in FP32, which is more exact and as fast for so few
 FEW = {1: 8, 2: 24}
-SIDE = 32  # outputs and inputs of a block of the kernels (blocks.h)
 
 
 class Bf16Linear(nn.Module):
@@ -59,12 +57,8 @@ class Bf16Linear(nn.Module):
         """The weight as stored: its numbers, then scales and zeros if it has them."""
         return [tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None]
 
-    def is_few(self, x: Tensor) -> bool:
-        """Whether x [..., K] has so few tokens that they are multiplied in FP32."""
-        return x.numel() < FEW[self.parts] * self.in_features
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_few(x):
+        if x.numel() < FEW[self.parts] * self.in_features:
             return self.packed(x) if self.packed else F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.autotune.linear_bf16(
             x, self.weight, self.scales, self.zeros, self.bias, self.out_features, self.parts
@@ -73,23 +67,3 @@ class Bf16Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, parts={self.parts}"
-
-
-class LaidLinear(Bf16Linear):
-    """The same over a copy of the weights in BF16, laid out in the order in which the kernels read it.
-
-    Laying weights out at each call takes as long as to multiply 20 to 60 tokens by them.
-    """
-
-    def __init__(self, layer: nn.Linear | PackedLinear, parts: int = 1) -> None:
-        super().__init__(layer, parts)
-        shape = (2 * -(-self.out_features // SIDE), -(-self.in_features // SIDE), parts, SIDE * SIDE // 2)
-        laid = arena.empty(shape, torch.bfloat16, self.weight.device)
-        sizes = (self.out_features, self.in_features, parts)
-        torch.ops.autotune.lay_bf16(self.weight, self.scales, self.zeros, *sizes, laid)
-        self.packed = self.scales = self.zeros = None
-        del self.weight
-        self.register_buffer("weight", laid)
-
-    def is_few(self, x: Tensor) -> bool:
-        return False  # the FP32 weights are not kept

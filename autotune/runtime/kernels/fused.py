@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autotune.runtime.kernels.bf16 import Bf16Linear
+from autotune.runtime.kernels.bf16 import FEW, Bf16Linear
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of the operators' numbers for them
 
@@ -54,8 +54,8 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if isinstance(gate, Bf16Linear) and isinstance(up, Bf16Linear) and isinstance(down, Bf16Linear):
-            alike = gate.parts == up.parts == down.parts and type(gate) is type(up)
-            if alike and not gate.is_few(x):
+            enough = x.numel() >= FEW[gate.parts] * gate.in_features
+            if enough and gate.parts == up.parts == down.parts:
                 return self._multiply(x, gate, up, down)
         y: Tensor = down(torch.ops.autotune.gate_up(gate(x), up(x), self.activation))
         return y

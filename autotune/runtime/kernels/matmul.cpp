@@ -34,12 +34,15 @@ void mlp(const float* x, int64_t rows, const Matrix& gate, const Matrix& up, con
   }
   multiply_all<Engine>(
       a, columns,
-      [&](int64_t n, Unit* room) { return columns_of<Engine>(gate, n * kHalf, up, n * kHalf, room); },
+      [&](int64_t n, Unit* panel) {
+        gate.lay<Engine>(panel, 0, n * kHalf);
+        up.lay<Engine>(panel, 1, n * kHalf);
+      },
       [=](int64_t n) { return start + n * kSide; },
-      [&](int64_t m, int64_t n, const Unit* from, typename Engine::Columns both, const float* first) {
+      [&](int64_t m, int64_t n, const Unit* from, const Unit* panel, const float* first) {
         const int whole = a.rows_of(m) > kHalf ? kSide : kHalf;
         alignas(64) float block[kSide * kSide];
-        Engine::multiply(from, both, a.chunks, whole, first, 0, block, kSide);
+        Engine::multiply(from, panel, a.chunks, whole, first, 0, block, kSide);
         for (int r = 0; r < whole; ++r)
           for (int k = 0; k < kHalf; k += kWidth) {
             const float* at = block + r * kSide + k;
@@ -75,39 +78,6 @@ Matrix stored(const std::vector<Tensor>& weight, int64_t outputs, int64_t inputs
   return Matrix::of(weight[0], part(1), part(2), outputs, inputs);
 }
 
-void check_parts(const Matrix& w, int64_t parts) {
-  STD_TORCH_CHECK(!w.laid || w.parts == parts, "the weights are laid out in ", w.parts, " parts, not in ", parts);
-}
-
-// The weights of one layer, laid out to be kept.
-template <class Engine>
-void lay_out(const Matrix& w, int64_t parts, uint16_t* to) {
-  const int64_t chunks = blocks_of(w.inputs), units = parts * kHalf * kSide;
-  torch::stable::parallel_for(0, 2 * blocks_of(w.outputs), 1, [&](int64_t begin, int64_t end) {
-    static thread_local Scratch<uint16_t> scratch;
-    uint16_t* panel = scratch.room(chunks * Engine::kPanelUnits);
-    for (int64_t half = begin; half < end; ++half) {
-      w.lay<Engine>(panel, 0, half * kHalf);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        std::copy_n(panel + chunk * Engine::kPanelUnits, units, to + (half * chunks + chunk) * units);
-    }
-  });
-}
-
-void lay_bf16(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
-              int64_t outputs, int64_t inputs, int64_t parts, const Tensor& out) {
-  STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
-  const Matrix w = Matrix::of(weight, scales, zeros, outputs, inputs);
-  const Matrix to = Matrix::of(out, std::nullopt, std::nullopt, outputs, inputs);
-  STD_TORCH_CHECK(!w.laid && to.laid, "weights are laid out once");
-  check_parts(to, parts);
-#if defined(AUTOTUNE_BF16)
-  (parts == 1 ? lay_out<Bf16Parts<1>> : lay_out<Bf16Parts<2>>)(w, parts, static_cast<uint16_t*>(out.data_ptr()));
-#else
-  STD_TORCH_CHECK(false, "this processor has no instructions for products in BF16");
-#endif
-}
-
 Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t outputs,
                     int64_t parts) {
@@ -115,7 +85,6 @@ Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optiona
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Matrix w = Matrix::of(weight, scales, zeros, outputs, inputs);
-  check_parts(w, parts);
   const Bias added(bias, outputs);
 #if defined(AUTOTUNE_BF16)
   if (rows) (parts == 1 ? linear<Bf16Parts<1>> : linear<Bf16Parts<2>>)(floats(x), rows, w, added.at, floats(y));
@@ -135,8 +104,6 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Matrix first = stored(gate, hidden, inputs), second = stored(up, hidden, inputs),
                third = stored(down, outputs, hidden);
-  STD_TORCH_CHECK(!first.laid == !second.laid, "gate and up must both be laid out, or neither");
-  for (const Matrix* each : {&first, &second, &third}) check_parts(*each, parts);
   const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
 #if defined(AUTOTUNE_BF16)
   const auto run = parts == 1 ? (activation ? mlp<Bf16Parts<1>, gelu> : mlp<Bf16Parts<1>, silu>)
@@ -154,9 +121,6 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def("bf16_unit() -> int");
   library.def(
-      "lay_bf16(Tensor weight, Tensor? scales, Tensor? zeros, int out_features, int in_features, int parts, "
-      "Tensor(a!) out) -> ()");
-  library.def(
       "linear_bf16(Tensor x, Tensor weight, Tensor? scales, Tensor? zeros, Tensor? bias, int out_features, int parts) -> "
       "Tensor");
   library.def(
@@ -171,7 +135,6 @@ int64_t bf16_unit() { return autotune::bf16_unit(); }
 STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) { library.impl("bf16_unit", TORCH_BOX(&bf16_unit)); }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
-  library.impl("lay_bf16", TORCH_BOX(&autotune::lay_bf16));
   library.impl("linear_bf16", TORCH_BOX(&autotune::linear_bf16));
   library.impl("linear_mlp", TORCH_BOX(&autotune::linear_mlp));
 }

@@ -1,10 +1,8 @@
-// Products of many rows with a layer's weights. The weights are laid out once and kept, or they stay in place and are
-// laid out a few columns at a time.
+// Products of many rows with a layer's weights. The weights stay in place and are laid out a few columns at a time.
 #pragma once
 
 #include <optional>
 #include <utility>
-#include <vector>
 
 #include "bf16.h"
 #include "linear.h"
@@ -15,20 +13,16 @@ namespace {
 constexpr int64_t kGroupBytes = 768 << 10;  // laid-out weights that stay in the L2 cache while all rows use them
 constexpr int64_t kLeastRows = 4;           // row blocks; with fewer, laying weights out again does not pay
 
-// The weights of N outputs for K inputs: FP32 numbers with any strides, the blocks of linear.h, or laid out (bf16.h).
+// The weights of N outputs for K inputs: FP32 numbers with any strides, or the blocks of linear.h.
 struct Matrix {
   int64_t outputs, inputs;
   const float* plain = nullptr;
   int64_t input_stride = 0, output_stride = 0;
   Weights packed{};
   void (*expand)(const Weights&, int64_t block, float* panel, int64_t width) = nullptr;
-  const uint16_t* laid = nullptr;
-  int64_t parts = 0;  // of the numbers that are laid out
 
   static Matrix of(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
                    int64_t outputs, int64_t inputs);
-
-  int64_t half_units() const { return blocks_of(inputs) * parts * kHalf * kSide; }
 
   // Lays out the outputs from `first` on as one half of a panel of B.
   template <class Engine>
@@ -73,21 +67,9 @@ Panels<Engine> lay_all(Scratch<typename Engine::Unit>& scratch, const float* x, 
   return panels;
 }
 
-// 32 columns of B: the 16 outputs of `left` and of `right` that begin there. They are laid out in `room`, if they are not.
-template <class Engine>
-typename Engine::Columns columns_of(const Matrix& left, int64_t left_first, const Matrix& right, int64_t right_first,
-                                    typename Engine::Unit* room) {
-  if constexpr (Engine::kBf16)
-    if (left.laid && right.laid)
-      return {left.laid + left_first / kHalf * left.half_units(), right.laid + right_first / kHalf * right.half_units()};
-  left.lay<Engine>(room, 0, left_first);
-  right.lay<Engine>(room, 1, right_first);
-  return room;
-}
-
-// Combines every row block with every 32 columns, on all threads. `lay(n, room)` gives the columns, for which there is
-// room. `use(m, n, rows, columns, start)` multiplies row block m by them. `start(n)` gives the 32 numbers to which
-// products are added.
+// Combines every row block with every column panel, on all threads. `lay(n, panel)` lays out column panel n.
+// `use(m, n, rows, panel, start)` multiplies row block m by it. `start(n)` gives the 32 numbers to which products are
+// added.
 template <class Engine, class Lay, class Start, class Use>
 void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start, Use use) {
   using Unit = typename Engine::Unit;
@@ -97,17 +79,15 @@ void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start
   const int64_t group = std::max<int64_t>(1, kGroupBytes / (a.units() * static_cast<int64_t>(sizeof(Unit))));
   torch::stable::parallel_for(0, columns * cuts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<Unit> scratch;
-    Unit* room = scratch.room(std::min(group, end - begin) * a.units());
-    std::vector<typename Engine::Columns> laid;
+    Unit* laid = scratch.room(std::min(group, end - begin) * a.units());
     const Session session(Engine::kBf16);
     while (begin < end) {
       const int64_t cut = begin / columns, first = begin % columns;
       const int64_t last = std::min({first + group, columns, first + end - begin});
-      laid.clear();
-      for (int64_t n = first; n < last; ++n) laid.push_back(lay(n, room + (n - first) * a.units()));
+      for (int64_t n = first; n < last; ++n) lay(n, laid + (n - first) * a.units());
       for (int64_t m = a.count() * cut / cuts; m < a.count() * (cut + 1) / cuts; ++m)
         for (int64_t n = first; n < last; ++n)
-          use(m, n, a.panel(m), laid[n - first], start(n));
+          use(m, n, a.panel(m), laid + (n - first) * a.units(), start(n));
       begin += last - first;
     }
   });
@@ -117,8 +97,8 @@ void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start
 template <class Engine>
 void multiply_into(const Panels<Engine>& a, const Matrix& w, const float* bias, float* y) {
   using Unit = typename Engine::Unit;
-  const auto lay = [&](int64_t n, Unit* room) {
-    return columns_of<Engine>(w, n * kSide, w, n * kSide + kHalf, room);
+  const auto lay = [&](int64_t n, Unit* panel) {
+    for (int half = 0; half < 2; ++half) w.lay<Engine>(panel, half, n * kSide + half * kHalf);
   };
   const int64_t columns = blocks_of(w.outputs);
   static thread_local Scratch<float> starts;
@@ -127,14 +107,14 @@ void multiply_into(const Panels<Engine>& a, const Matrix& w, const float* bias, 
   if (bias) std::copy(bias, bias + w.outputs, start);
   multiply_all<Engine>(
       a, columns, lay, [=](int64_t n) { return start + n * kSide; },
-      [&](int64_t m, int64_t n, const Unit* rows, typename Engine::Columns columns, const float* from) {
+      [&](int64_t m, int64_t n, const Unit* rows, const Unit* panel, const float* from) {
         const int here = a.rows_of(m), whole = here > kHalf ? kSide : kHalf;
         const int64_t wide = std::min<int64_t>(kSide, w.outputs - n * kSide);
         float* target = y + m * kSide * w.outputs + n * kSide;
         if (here == whole && wide == kSide)
-          return Engine::multiply(rows, columns, a.chunks, here, from, 0, target, w.outputs);
+          return Engine::multiply(rows, panel, a.chunks, here, from, 0, target, w.outputs);
         alignas(64) float block[kSide * kSide];
-        Engine::multiply(rows, columns, a.chunks, whole, from, 0, block, kSide);
+        Engine::multiply(rows, panel, a.chunks, whole, from, 0, block, kSide);
         for (int r = 0; r < here; ++r) std::copy(block + r * kSide, block + r * kSide + wide, target + r * w.outputs);
       });
 }
@@ -165,16 +145,6 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
     m.plain = floats(weight);
     m.output_stride = weight.stride(0);
     m.input_stride = weight.stride(1);
-    return m;
-  }
-  if (weight.dim() == 4) {
-    m.parts = weight.size(2);
-    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous() &&
-                        weight.size(0) == 2 * blocks_of(outputs) && weight.size(1) == blocks_of(inputs) &&
-                        weight.size(3) == kHalf * kSide,
-                    "weights for [", outputs, ", ", inputs, "] that are laid out must be contiguous BF16 [",
-                    2 * blocks_of(outputs), ", ", blocks_of(inputs), ", parts, 512]");
-    m.laid = static_cast<const uint16_t*>(weight.data_ptr());
     return m;
   }
   switch (weight.scalar_type()) {

@@ -11,7 +11,6 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_f16", _linear_f16)
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
-    torch.library.register_fake("autotune::lay_bf16", lambda *_: None)
     torch.library.register_fake("autotune::linear_bf16", _linear_bf16)
     torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
     torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))

@@ -8,7 +8,6 @@ namespace {
 
 struct Singles {
   using Unit = float;
-  using Columns = const float*;
   static constexpr bool kBf16 = false;
   static constexpr int64_t kPanelUnits = kSide * kSide;  // numbers of one chunk
 
