@@ -278,11 +278,16 @@ def _decided(trial: Trial, found: Confirmation) -> Trial:
 def assemble(trial: Trial, incumbent: Variant) -> Variant:
     """Build the variant that a trial is about.
 
+    Replacements take the place of the first that they replace, so they come before what shares its layers.
+
     Raises:
         TransformError: a transform refuses.
     """
     if not trial.instead_of:
         return incumbent.with_transforms(trial.transforms)
-    rest = tuple(transform for transform in incumbent.transforms if transform not in trial.instead_of)
+    chain = list(incumbent.transforms)
+    place = next((n for n, transform in enumerate(chain) if transform in trial.instead_of), len(chain))
+    chain[place:place] = trial.transforms
+    kept = [transform for transform in chain if transform not in trial.instead_of]
     fresh = Variant(incumbent.original, incumbent.traffic, incumbent.workload, incumbent.draft)
-    return fresh.with_transforms((*rest, *trial.transforms))
+    return fresh.with_transforms(kept)

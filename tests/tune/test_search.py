@@ -630,6 +630,17 @@ def test_an_alternative_may_share_what_the_rest_of_the_plan_made(promises: float
 
 
 @pytest.mark.usefixtures("own")
+def test_a_replacement_comes_before_what_shares_its_layers() -> None:
+    shared = prefill({"label": "shared", "needs": "weights", "promises": 2.0})
+    weights = step(
+        {"label": "weights", "promises": 2.0, "takes": 1.0}, {"label": "weights", "promises": 2.15}, name="weights"
+    )
+    found = run(ScriptedBench(), policy(weights, shared))
+    assert candidates(found) == {"weights+shared": "accepted", "weights for weights": "accepted"}
+    assert [transform.params["takes"] for transform in found.after.variant.transforms] == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("own")
 def test_what_an_alternative_would_take_away_from_others_counts_as_missing() -> None:
     """Without int4 there is nothing for "shared" to share; int8 is predicted on the original then."""
     shared = prefill({"label": "shared", "needs": "int4", "promises": 2.0})
