@@ -87,6 +87,10 @@ class Bench(Protocol):
         """Free the memory of a candidate that was not kept."""
 
 
+class _NeededError(TransformError):
+    """Another transform of the plan needs the one that was to be replaced."""
+
+
 @dataclass(frozen=True)
 class Trier:
     """Tries candidates against an incumbent.
@@ -224,7 +228,8 @@ class Trier:
             candidate = made.pop() if made else assemble(trial, incumbent)
             missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
         except TransformError as error:
-            yield replace(trial, outcome=TrialOutcome.BLOCKED, reason=str(error)), None
+            outcome = TrialOutcome.UNAVAILABLE if isinstance(error, _NeededError) else TrialOutcome.BLOCKED
+            yield replace(trial, outcome=outcome, reason=str(error)), None
             return
         yield (trial := replace(trial, compile_s=self.clock() - start)), None
         if missing is not None:
@@ -281,7 +286,7 @@ def assemble(trial: Trial, incumbent: Variant) -> Variant:
     Replacements take the place of the first that they replace, so they come before what shares its layers.
 
     Raises:
-        TransformError: a transform refuses.
+        TransformError: one of the trial's transforms refuses, or another one, which needs what is replaced.
     """
     if not trial.instead_of:
         return incumbent.with_transforms(trial.transforms)
@@ -289,5 +294,12 @@ def assemble(trial: Trial, incumbent: Variant) -> Variant:
     place = next((n for n, transform in enumerate(chain) if transform in trial.instead_of), len(chain))
     chain[place:place] = trial.transforms
     kept = [transform for transform in chain if transform not in trial.instead_of]
-    fresh = Variant(incumbent.original, incumbent.traffic, incumbent.workload, incumbent.draft)
-    return fresh.with_transforms(kept)
+    variant = Variant(incumbent.original, incumbent.traffic, incumbent.workload, incumbent.draft)
+    for transform in sorted(kept, key=lambda t: t.stage):
+        try:
+            variant = variant.with_transform(transform)
+        except TransformError as error:
+            if transform in trial.transforms:
+                raise
+            raise _NeededError(f"the plan's {transform} needs what it would replace: {error}") from error
+    return variant

@@ -644,11 +644,16 @@ def test_a_replacement_comes_before_what_shares_its_layers() -> None:
 def test_what_an_alternative_would_take_away_from_others_counts_as_missing() -> None:
     """Without int4 there is nothing for "shared" to share; int8 is predicted on the original then."""
     shared = prefill({"label": "shared", "needs": "int4", "promises": 2.0})
-    bench = ScriptedBench(seconds={"shared": 0.001})
     weights = step({"label": "int4", "promises": 2.0}, {"label": "int8", "promises": 2.0}, name="weights")
-    found = run(bench, policy(weights, shared))
+    found = run(ScriptedBench(), policy(weights, shared))
     assert committed(found) == ["int4", "shared"]
-    assert candidates(found)["int8 for int4"] in ("skipped", "blocked")
+    assert candidates(found)["int8 for int4"] == "skipped"
+    weights = step({"label": "int4", "promises": 2.0}, {"label": "int8", "promises": 2.15}, name="weights")
+    found = run(ScriptedBench(), policy(weights, shared))
+    (alternative,) = (trial for trial in found.trials if trial.instead_of)
+    assert alternative.outcome is TrialOutcome.UNAVAILABLE
+    assert "shared" in alternative.reason
+    assert "needs what it would replace: there is no int4" in alternative.reason
 
 
 @pytest.mark.usefixtures("own")
