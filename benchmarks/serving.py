@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("weight_only", "decode", {"bits": 8}),
-    ("linear_bf16", "prefill", {}),
+    ("linear_bf16", "prefill", {"weights": "decode"}),
     ("fused_layers", "prefill", {}),
     ("prefill_attention", "prefill", {"precision": "bfloat16"}),
     ("one_query_attention", "decode", {}),
