@@ -3,10 +3,10 @@
     make bench-serving
     python -m benchmarks.serving --callers 1,8 --rounds 3
 
-SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a thread that asks for
-one answer after the other. "Together" is continuous batching; "one at a time" is the same plan behind a lock; "the
-original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many prompts as there are
-callers. Every round runs all of them in an order drawn anew. Ratios are within a round.
+SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a
+thread that asks for one answer after the other. "Together" is continuous batching; "one at a time" is the same plan
+behind a lock; "the original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many
+prompts as there are callers. Every round runs all of them in an order drawn anew. Ratios are within a round.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 
 from autotune import transforms
 from autotune.cli import demo
+from autotune.machine import intraop
 from autotune.model import route
 from autotune.model.load import load
 from autotune.runtime.variant import Variant, serving
@@ -94,7 +95,9 @@ def closed(served: Any, callers: int, prompts: list[list[int]], tokens: int) -> 
     """Tokens per second of one call with as many prompts as there are callers."""
     start = time.perf_counter()
     answer(served, prompts[:callers], tokens)
-    return callers * tokens / (time.perf_counter() - start)
+    rate = callers * tokens / (time.perf_counter() - start)
+    intraop.rest()
+    return rate
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -127,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rate(ask, number if name == TOGETHER else 1, 1, prompts, asked.tokens)
     for number in numbers:
         closed(batched, number, prompts, asked.tokens)
+    intraop.rest()  # as `wrap` does in the thread that loads the model
     draw, found = random.Random(0), list[Rates]()
     for turn in range(asked.rounds):
         this: Rates = {}

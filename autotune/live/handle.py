@@ -14,7 +14,7 @@ from weakref import WeakMethod
 from .. import workload
 from ..errors import StateError, WorkloadError
 from ..machine import device as devices
-from ..machine import ending, forking
+from ..machine import ending, forking, intraop
 from ..machine.ending import Cancelled
 from ..model import route, seam, stateful
 from ..model.linear_layers import stored_bytes
@@ -137,6 +137,7 @@ class Handle:
             self._run_here(work)
         finally:
             self._tuning.release()
+            intraop.rest()
         return self.report()
 
     def commit(self, *, keep_original: KeepOriginal = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError, RequestError, UnreadyError, VariantError, in_words, warn
 from ..machine import device as devices
-from ..machine import outside
+from ..machine import intraop, outside
 from ..model import modes, seam
 from ..runtime.attempt import Attempt
 from ..runtime.batching.terms import CURRENT
@@ -90,6 +91,8 @@ class Serving:
         self.watch = Watch(share, changed=self._note)
         self.state = State.OBSERVING
         self.detail = ""
+        self._caller: int | None = None  # identifier of the thread that called last
+        self._has_many_callers = False
         self.served = 0
         self.bypassed: Counter[str] = Counter()
 
@@ -137,6 +140,20 @@ class Serving:
         terms = CURRENT.get()
         if terms is not None and terms.seed is not None:
             call = call.seeded(terms.seed)
+        try:
+            return self._sample(call)
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        """End the calling thread's idle workers if other threads call, too: they would slow the others' down."""
+        caller = threading.get_ident()
+        self._has_many_callers |= self._caller not in (None, caller)
+        self._caller = caller
+        if self._has_many_callers:
+            intraop.rest()
+
+    def _sample(self, call: seam.Sampling) -> Any:
         with self._traffic.request() as visit:
             if self._is_unserved():
                 return call.original()

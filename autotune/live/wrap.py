@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError, warn
 from ..machine import device as devices
+from ..machine import intraop
 from ..machine.device import trace
 from ..model import route
 from ..tune import policy as policies
@@ -92,4 +93,5 @@ def wrap(
         except BaseException:
             handle.unwrap()
             raise
+    intraop.rest()  # a server's other threads will compute
     return model

@@ -1,4 +1,4 @@
-"""Set the number of intra-op threads for the calling thread only.
+"""Set the number of intra-op threads for the calling thread only, and end those that it no longer needs.
 
 `torch.set_num_threads` does more: threads that start later begin with the number, and MKL uses it in every thread.
 OpenMP and MKL also keep a number per thread, and torch uses that number when it computes.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+SOFT = 1  # omp_pause_soft: variables of threads keep their values
 LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
 
 
@@ -49,3 +50,24 @@ def computing_with(threads: int) -> Iterator[None]:
     finally:
         for setter, back in zip(setters, (before, *earlier[1:]), strict=False):
             setter(back)  # MKL's setter returned the earlier number, 0 for "as all threads"
+
+
+@cache
+def _pause() -> Callable[[int], int] | None:
+    """OpenMP's function that ends the calling thread's idle workers, or None."""
+    folder = Path(torch.__file__).parent / "lib"
+    for path in filter(Path.exists, (folder / name for name in LIBRARIES)):
+        found: Callable[[int], int] | None = getattr(ctypes.CDLL(str(path)), "omp_pause_resource_all", None)
+        return found
+    return None
+
+
+def rest() -> None:
+    """End the calling thread's idle OpenMP workers. They start again, in a fraction of a millisecond, when needed.
+
+    Call it in a thread that is not going to compute for a while. Every thread that ever computed keeps workers, and as
+    soon as all together are more than the cores, GCC's OpenMP no longer lets the busy ones wait actively: each parallel
+    region then begins with waking them, which makes prefill 1.5x slower (`python -m benchmarks.idle_workers`).
+    """
+    if (pause := _pause()) is not None:
+        pause(SOFT)

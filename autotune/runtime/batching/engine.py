@@ -154,6 +154,7 @@ class Engine:
                     self._waiting.remove(request)
                     raise VariantError("the process ends, and with it the thread that decodes")
             self._changed.notify_all()
+        intraop.rest()  # while the engine's thread computes
         return request.wait()
 
     @contextmanager
