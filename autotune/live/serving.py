@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -82,7 +83,8 @@ class Serving:
     ) -> None:
         self._model = model
         self._traffic = traffic
-        traffic.pause_by(lambda: self.pause)
+        serving = weakref.ref(self)  # the traffic outlives an unused model, in a thread that rests
+        traffic.pause_by(lambda: found.pause if (found := serving()) is not None else None)
         self._observe = observe
         self.original = Original(model)
         self.active: Variant | None = None
@@ -141,7 +143,7 @@ class Serving:
         if terms is not None and terms.seed is not None:
             call = call.seeded(terms.seed)
         try:
-            return self._sample(call)
+            return self._route(call)
         finally:
             self._rest()
 
@@ -153,7 +155,7 @@ class Serving:
         if self._has_many_callers:
             intraop.rest()
 
-    def _sample(self, call: seam.Sampling) -> Any:
+    def _route(self, call: seam.Sampling) -> Any:
         with self._traffic.request() as visit:
             if self._is_unserved():
                 return call.original()
