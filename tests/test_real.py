@@ -64,6 +64,7 @@ def test_dynamic_int8_is_rejected_by_the_gate_with_its_figures(model: PreTrained
     assert "perplexity" in found.reason
 
 
+@pytest.mark.slow
 def test_weights_in_eight_bits_pass_strict(model: PreTrainedModel, exam: Exam) -> None:
     found = quality.judge(exam, build(model, [WeightOnly(phase="decode")]), "strict")
     assert found.verdict is Verdict.PASS, found.reason

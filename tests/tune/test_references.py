@@ -574,6 +574,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.fault("F76")
+@pytest.mark.slow
 def test_processes_that_write_at_once_never_leave_half_a_file(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -264,6 +264,7 @@ def test_killed_between_write_and_rename_the_old_plan_stays(path: Path) -> None:
 
 
 @pytest.mark.fault("F76")
+@pytest.mark.slow
 def test_concurrent_writers_never_leave_half_a_plan(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writers = [_writer("writes") for _ in range(3)]
     while any(writer.poll() is None for writer in writers):
