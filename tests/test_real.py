@@ -55,6 +55,7 @@ def built() -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["decode", "both"])
 def test_dynamic_int8_is_rejected_by_the_gate_with_its_figures(model: PreTrainedModel, exam: Exam, phase: Any) -> None:
     found = quality.judge(exam, build(model, [DynamicInt8(phase=phase)]), "strict")

@@ -30,6 +30,7 @@ def test_wrong_answers_are_noticed() -> None:
     assert soak.wrong
 
 
+@pytest.mark.slow
 def test_a_leak_is_noticed() -> None:
     soak = Soak(2, spoil="leak")
     assert not soak.run(6.0)

@@ -135,7 +135,9 @@ def test_a_nan_left_by_one_sequence_does_not_reach_the_next() -> None:
     assert torch.equal(ask(served, IDS[:, :4]), before)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "mixtral"])
+@pytest.mark.parametrize(
+    "arch", ["llama", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("gpt2", "gemma3", "mixtral"))]
+)
 def test_a_compiled_step_decodes_the_same_tokens(arch: str) -> None:
     model = tiny(arch)
     work = Workload(tuple(map(tuple, token_prompts(4))), 12, (1, 2))
