@@ -39,7 +39,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what takes long to make and is named after all that it depends on, so that nothing in it is stale.
 
     It holds compiled kernels, torch's compiled graphs and SmolLM2's weights. AUTOTUNE_TEST_CACHE names a folder that
-    stays for other sessions, as `make test` does; otherwise the processes of this session share one.
+    stays for later runs, as `make test` does; otherwise the processes of one run share it.
     """
     base = tmp_path_factory.getbasetemp()
     among = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

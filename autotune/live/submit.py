@@ -18,7 +18,7 @@ import torch
 from ..errors import QueueFullError, StateError, WorkloadError
 from ..machine import ending, forking
 from ..model import seam
-from ..runtime.batching.terms import CURRENT, RequestTerms
+from ..runtime.batching.terms import CURRENT, MOST_WAITING, RequestTerms
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from ..errors import RequestError
 
-MOST_WAITING = 256  # submitted requests that may wait for their turn; further ones are refused
 WAKE_S = 0.1  # a request that waits for its turn looks at its terms so often
 
 

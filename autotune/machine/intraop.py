@@ -18,15 +18,20 @@ SOFT = 1  # omp_pause_soft: variables of threads keep their values
 LIBRARIES = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
 
 
+def _torch_library() -> ctypes.CDLL | None:
+    """Torch's own library, through which those that it is linked with are found, too; None on an unknown system."""
+    folder = Path(torch.__file__).parent / "lib"
+    path = next(filter(Path.exists, (folder / name for name in LIBRARIES)), None)
+    return None if path is None else ctypes.CDLL(str(path))
+
+
 @cache
 def _setters() -> tuple[Callable[[int], int], ...]:
     """Functions that set the calling thread's number in OpenMP and, if torch has it, MKL; empty if one is missing."""
-    folder = Path(torch.__file__).parent / "lib"
-    for path in filter(Path.exists, (folder / name for name in LIBRARIES)):
-        library = ctypes.CDLL(str(path))
-        names = ["omp_set_num_threads", *(["MKL_Set_Num_Threads_Local"] if torch._C.has_mkl else [])]
-        if all(hasattr(library, name) for name in names):
-            return tuple(getattr(library, name) for name in names)
+    library = _torch_library()
+    names = ["omp_set_num_threads", *(["MKL_Set_Num_Threads_Local"] if torch._C.has_mkl else [])]
+    if all(hasattr(library, name) for name in names):
+        return tuple(getattr(library, name) for name in names)
     return ()
 
 
@@ -55,11 +60,8 @@ def computing_with(threads: int) -> Iterator[None]:
 @cache
 def _pause() -> Callable[[int], int] | None:
     """OpenMP's function that ends the calling thread's idle workers, or None."""
-    folder = Path(torch.__file__).parent / "lib"
-    for path in filter(Path.exists, (folder / name for name in LIBRARIES)):
-        found: Callable[[int], int] | None = getattr(ctypes.CDLL(str(path)), "omp_pause_resource_all", None)
-        return found
-    return None
+    found: Callable[[int], int] | None = getattr(_torch_library(), "omp_pause_resource_all", None)
+    return found
 
 
 def rest() -> None:

@@ -16,6 +16,7 @@ import torch
 from ..errors import AutotuneError
 from ..machine import intraop, outside
 from ..model import route
+from ..runtime.batching.rows import sizes
 from ..runtime.variant import Variant, serving
 from ..transforms.continuous_batching import ContinuousBatching
 
@@ -86,14 +87,6 @@ class Sharing:
     def ratios(self, point: CallersPoint) -> list[float]:
         """Tokens per second of a point, divided by those of one caller at a time, by round."""
         return [rate / alone for rate, alone in zip(point.tokens_per_s, self.alone_tokens_per_s, strict=True)]
-
-
-def numbers_of_callers(most: int) -> tuple[int, ...]:
-    """1, 2, 4, ... and `most` itself."""
-    found = [1]
-    while 2 * found[-1] < most:
-        found.append(2 * found[-1])
-    return tuple(dict.fromkeys([*found, most]))
 
 
 def decide(measured: Sharing) -> tuple[bool, str]:
@@ -184,7 +177,7 @@ class _Measurement:
         self.differing = 0
 
     def run(self, most: int) -> Sharing:
-        numbers, start = numbers_of_callers(most), self.clock()
+        numbers, start = sizes(most), self.clock()
         self._rate(self.alone, 1, ALONE)
         needed_s = ROUNDS * (sum(numbers) + ALONE) * (self.clock() - start) / ALONE
         if self.clock() + needed_s > self.bench.deadline:

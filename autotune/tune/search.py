@@ -107,10 +107,8 @@ class _Search:
 
     def without(self, replaced: Transform) -> SearchState:
         """The original with the other weights of the current variant, which a replacement may share."""
-        current, others = self.state.variant, list[Transform]()
-        for transform in current.transforms:
-            if transform != replaced and transform.stage is Stage.WEIGHTS:
-                others.append(transform)
+        current = self.state.variant
+        others = [t for t in current.transforms if t != replaced and t.stage is Stage.WEIGHTS]
         key = current, replaced
         if key not in self.bases:
             try:

@@ -19,7 +19,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.runtime import kernels
 from autotune.runtime.batching import rows
-from autotune.runtime.batching.engine import Engine, Prefill
+from autotune.runtime.batching.engine import Engine
+from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.variant import Transform, Variant, serving

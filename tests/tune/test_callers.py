@@ -10,13 +10,14 @@ import pytest
 
 from autotune.machine.hardware import Hardware
 from autotune.runtime import kernels
+from autotune.runtime.batching.rows import sizes
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import callers, policy
-from autotune.tune.callers import CallersPoint, Sharing, decide, numbers_of_callers
+from autotune.tune.callers import CallersPoint, Sharing, decide
 from autotune.workload import Workload
 from tests.models import PAD, tiny, token_prompts
 
@@ -27,7 +28,7 @@ WORK = Workload(tuple(map(tuple, token_prompts(5))), new_tokens=12)
 
 @pytest.mark.parametrize(("most", "numbers"), [(2, (1, 2)), (4, (1, 2, 4)), (6, (1, 2, 4, 6)), (16, (1, 2, 4, 8, 16))])
 def test_numbers_of_callers(most: int, numbers: tuple[int, ...]) -> None:
-    assert numbers_of_callers(most) == numbers
+    assert sizes(most) == numbers
 
 
 def measured(*points: tuple[int, tuple[float, ...]], differing: int = 0) -> Sharing:

@@ -3,6 +3,7 @@
 engine    one thread that owns prefill, decode and sampling; callers wait for it
 request   one sequence of a caller: what it asked for, and what comes back
 terms     how urgent a request is, until when, and whether it is still wanted
+prefill   a prompt under way, part by part
 prefixes  what prompts begin with alike is computed once
 rows      which row a sequence takes, and how many rows a step computes (pure)
 """

@@ -19,46 +19,19 @@ import torch
 from ...errors import AutotuneError, CancelledRequestError, QueueFullError, VariantError, first_line
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
-from ...model import seam
 from ..cache.rows import RowCache
 from . import rows as plan
+from .prefill import Prefill
 from .prefixes import Prefixes
 from .request import Request
+from .terms import MOST_WAITING
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
     from ..steps.step import Step
     from ..variant import Variant
 
-MOST_WAITING = 256  # requests that may wait for a row; further ones are refused
 CHUNK = 128  # tokens of a prompt that are computed between two steps
-
-
-class Prefill:
-    """A prompt under way, part by part. The parts do not depend on what else runs, so neither does the result."""
-
-    def __init__(self, request: Request, prefixes: Prefixes) -> None:
-        self.request = request
-        self.cache = seam.growing_cache()  # no configuration: every layer at full length
-        self.prefixes = prefixes
-        self.prompt: list[int] = request.call.input_ids[0].tolist()
-        self.done = prefixes.fill(self.cache, self.prompt)
-
-    def advance(self, variant: Variant) -> torch.Tensor | None:
-        """Compute the next part. Returns the prompt's last logits [1, V] when it was the last part, else None."""
-        call, tokens = self.request.call, len(self.prompt)
-        with variant.running("prefill") as module:
-            if tokens <= self.prefixes.part:
-                return seam.logits(module(**call.prompt(self.cache)))[:, -1]
-            part = slice(self.done, min(self.done + self.prefixes.part, tokens))
-            given: dict[str, Any] = {"input_ids": call.input_ids[:, part], "position_ids": call.positions[:, part]}
-            given |= seam.last_logits(variant.original, 1)
-            found = module(**given, **seam.over(variant.original, self.cache))
-        self.done = part.stop
-        if self.done < tokens:
-            self.prefixes.keep(self.cache, self.prompt, self.done)
-            return None
-        return seam.logits(found)[:, -1]
 
 
 class Engine:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...errors import CancelledRequestError, DeadlineError, RequestError
 
+MOST_WAITING = 256  # requests that may wait in one place, for a row or for their turn; further ones are refused
 AHEAD_S = 1.0  # a request goes before those that came up to so many seconds earlier, for each step of priority
 
 
@@ -35,10 +36,6 @@ class RequestTerms:
         """Requests are served in ascending order of this number."""
         return self.arrived_s - AHEAD_S * self.priority
 
-    def left_s(self, now_s: float) -> float | None:
-        """Seconds until the deadline, negative after it; None if there is none."""
-        return None if self.deadline_s is None else self.arrived_s + self.deadline_s - now_s
-
     def violated(self, now_s: float, tokens: int = 0) -> RequestError | None:
         """Why the request must not be served any longer, or None.
 
@@ -48,13 +45,11 @@ class RequestTerms:
         """
         if self.cancelled:
             return CancelledRequestError("the request was cancelled")
-        left = self.left_s(now_s)
-        if left is None or left > 0:
+        if self.deadline_s is None or self.arrived_s + self.deadline_s > now_s:
             return None
         got = f"after {tokens} new tokens" if tokens else "before its first token"
         return DeadlineError(f"the deadline of {self.deadline_s:g} s passed {got}; give more time, or ask for less")
 
 
-CURRENT: ContextVar[RequestTerms | None] = ContextVar(
-    "autotune_terms", default=None
-)  # of the request that a thread serves
+# The terms of the request that a thread serves.
+CURRENT: ContextVar[RequestTerms | None] = ContextVar("autotune_terms", default=None)
