@@ -55,7 +55,7 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
     """
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
-    limits, tally = TIERS[tier], Tally()
+    limits, tally = TIERS[tier].for_size(exam.size), Tally()
     if exam.problem:
         return Quality(tier, Verdict.INCONCLUSIVE, exam.problem, examined=False)
     try:
@@ -196,7 +196,7 @@ def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
     first = next((k for k, (a, b) in enumerate(zip(mine, text.own, strict=False)) if a != b), None)
     if first is None:
         return
-    row = exam.reference((text,))[0, len(text.natural) + first].log_softmax(-1)
+    row = exam.reference((text,))[0, len(text.natural) + first].float().log_softmax(-1)
     gap = float(row.max() - row[mine[first]])
     if gap > exam.tie_nats:
         raise OutputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Z_95 = 1.645  # standard deviations from the mean to a one-sided 95 % bound
 
@@ -43,6 +43,24 @@ class Tier:
         spread = math.sqrt(2 * noise_kld / max(tokens, 1))
         return self.ppl_ratio * math.exp(noise_kld + 2 * Z_95 * spread)
 
+    def for_size(self, size: Size) -> Tier:
+        """Return the limits for an exam of this size: these, or wider ones if it only looks for what broke.
+
+        The perplexity of few tokens is uncertain: a candidate at the limit of the mean KLD has a log-likelihood ratio
+        whose mean has a standard deviation of sqrt(2 KLD / tokens) (see `ppl_limit`). It is allowed `slack` of them.
+        """
+        if size.slack == 1:
+            return self
+        spread = math.sqrt(2 * self.mean_kld / size.tokens)
+        return replace(
+            self,
+            mean_kld=size.slack * self.mean_kld,
+            p99_kld=size.slack * self.p99_kld,
+            same_top=1 - size.slack * (1 - self.same_top),
+            ppl_ratio=math.exp(size.slack * (math.log(self.ppl_ratio) + spread)),
+            noise_factor=size.slack * self.noise_factor,
+        )
+
 
 # Published readings of llama.cpp's perplexity tool on 7-8B models, Wikitext-2: BF16 against FP16 of one model 0.000025
 # nats and 99.7 % same top token; q8_0 0.0004 to 0.0014 and 97.7 to 98.8 %; q4_K_M 0.013 to 0.031 and 92 to 95 %.
@@ -72,6 +90,7 @@ class Size:
         padded: tokens of each prompt scored in left-padded batches.
         lengths: context lengths at which longer texts are scored, too. Only they show errors that grow with the
             context. At least four are needed: fewer texts fail only a candidate that is far over a limit.
+        slack: factor on a tier's limits. With few tokens, chance alone may put a good candidate over a limit.
     """
 
     prompts: int
@@ -79,6 +98,7 @@ class Size:
     own: int
     padded: int
     lengths: tuple[int, ...]
+    slack: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -87,7 +107,8 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
-    "brief": Size(4, natural=6, own=6, padded=4, lengths=()),  # can fail a broken candidate, cannot pass a new one
+    # for a candidate that passed an exam before: shows whether it broke, cannot pass a new one
+    "brief": Size(4, natural=6, own=6, padded=4, lengths=(), slack=3.0),
     "quick": Size(16, natural=16, own=16, padded=24, lengths=(256, 256, 512, 512)),
     "standard": Size(64, natural=24, own=24, padded=16, lengths=(256, 512, 512, 1024, 1024)),
     "thorough": Size(128, natural=48, own=48, padded=32, lengths=(256, 512, 1024, 2048)),

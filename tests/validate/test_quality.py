@@ -17,8 +17,8 @@ from autotune.model import shrink, stateful
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Quality, Verdict, texts
-from autotune.validate.divergence import compare_logits, find_defect
-from autotune.validate.quality import Exam, beyond, judge, repetition
+from autotune.validate.divergence import Divergence, compare_logits, find_defect
+from autotune.validate.quality import Exam, beyond, decide, judge, repetition
 from autotune.validate.tally import Tally
 from autotune.validate.texts import Text
 from autotune.validate.tiers import SIZES, TIERS
@@ -372,3 +372,36 @@ def test_the_perplexity_limit_is_beyond_the_originals_own_noise(tier, noise, tok
     exam = SimpleNamespace(noise_kld=noise)
     assert beyond(found, TIERS[tier], exam) is None
     assert "perplexity" in beyond(replace(found, ppl_ratio_high=exact + 1e-6), TIERS[tier], exam)
+
+
+def brief_tally(kld: float, seed: int) -> Tally:
+    """What a brief exam of a candidate at this mean KLD may draw: 112 tokens of 4 prompts, log-normal as measured."""
+    draw = np.random.default_rng(seed)
+    tally = Tally()
+    for prompt in range(4):
+        for stratum in ("prefill", "first-prompt" if prompt == 0 else "second-prompt", "padded-batch"):
+            count = 4 if stratum == "padded-batch" else 12
+            klds = kld * draw.lognormal(-0.5, 1.0, count)
+            delta = draw.normal(-klds, np.sqrt(2 * klds))  # a log-likelihood ratio varies by twice the divergence
+            changed = draw.random(count) < 0.019 * (kld / 0.0017) ** 0.5  # 1.9 % at 0.0017 nats: SmolLM2 at 8 bits
+            found = Divergence(klds, np.where(changed, 0.2, 0.0), delta, delta / 3, np.full(count, 0.7))
+            tally.add(found, Text(prompt, (), (0,) * 6, (0,) * (count - 6) if count > 6 else ()), stratum)
+    return tally
+
+
+@pytest.mark.parametrize(("kld", "fails"), [(0.0017, range(2)), (0.004, range(4)), (0.04, range(300, 301))])
+def test_a_brief_exam_fails_what_broke_and_not_what_drew_unlucky_tokens(kld, fails):
+    """The former limits failed 8-bit weights, which are well within the tier, in one brief exam of three."""
+    exam = SimpleNamespace(noise_kld=0.0, tie_nats=0.05, size=SIZES["brief"])
+    limits = TIERS["strict"].for_size(exam.size)
+    verdicts = [decide(brief_tally(kld, seed), limits, exam).verdict for seed in range(300)]
+    assert verdicts.count(Verdict.FAIL) in fails
+
+
+def test_only_a_brief_exam_has_wider_limits():
+    assert {name: TIERS["strict"].for_size(size) == TIERS["strict"] for name, size in SIZES.items()} == {
+        "brief": False,
+        "quick": True,
+        "standard": True,
+        "thorough": True,
+    }
