@@ -68,6 +68,7 @@ class _Copier:
 
     def __init__(self) -> None:
         self.known: dict[int, Any] = {}
+        self._configurations = seam.configurations()
 
     def fill(self, twin: nn.Module, module: nn.Module) -> None:
         held = {key: value for key, value in vars(module).items() if key not in COMPILED}
@@ -78,7 +79,7 @@ class _Copier:
             return self.known[id(value)]
         if isinstance(value, nn.Module):
             return self.module(value)
-        if isinstance(value, seam.configurations()):
+        if isinstance(value, self._configurations):
             return self.keep(value, copy.deepcopy(value))
         kind = type(value)
         if kind in (dict, OrderedDict):
