@@ -144,7 +144,7 @@ class Exam:
         return (*((t,) for t in self.texts), *self.batches, *((t,) for t in self.long))
 
     def reference(self, group: tuple[Text, ...], *, stepped: bool = False) -> torch.Tensor:
-        """Return the original's logits [B, T, V] for the scored tokens of a group, rounded to half precision.
+        """Return the original's logits [B, T, V] for the scored tokens of a group, in half precision.
 
         They are rounded even if there is no room to keep them, so that a candidate's figures do not depend on which
         candidates were judged before.
@@ -158,7 +158,7 @@ class Exam:
         """
         name = _name(group, stepped)
         if (found := self._kept.get(name)) is not None:
-            return found.to(self.original.device).float()
+            return found.to(self.original.device)
         try:
             logits = self._ask(group, stepped)
         except CandidateError as error:  # the original is not a candidate, so the error's type must change
@@ -167,7 +167,7 @@ class Exam:
         logits -= logits.amax(-1, keepdim=True)  # puts likely tokens near zero, where half precision is finest
         rounded = logits.half()
         self._kept.put(name, rounded)
-        return rounded.float()
+        return rounded
 
     def read_at_once(self, number: int, shape: tuple[int, int], ask: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the original's logits [B, T, V] for a batch of `sensitivity`, rounded as in `reference`.
@@ -269,7 +269,7 @@ class Exam:
         served = Served(self.plain(), self.pad_token_id)
         klds, shifts = [], []
         for text in self.texts[: texts.NOISE_TEXTS]:
-            reference, again = self.reference((text,))[0], self.step(served, (text,))[0]
+            reference, again = self.reference((text,))[0].float(), self.step(served, (text,))[0]
             if not bool(torch.isfinite(reference).any(-1).all()) or bool(torch.isnan(reference).any()):
                 self.problem = "the original itself gives NaN or infinite logits: nothing can be compared with it"
                 return

@@ -20,8 +20,8 @@ from .tiers import TIERS
 
 TOKENS = 96  # tokens used of each of the exam's texts
 CONTEXT = 32  # tokens of these that the prefill module reads; the decode module reads the rest in one forward
-BATCH = 4  # texts in a batch; layers are compared on one batch, the tier is checked on all
-READ_BYTES = 128 * 2**20  # most bytes of FP32 logits per forward; a large vocabulary allows fewer texts at a time
+COMPARED = 4  # texts on which layers are compared; the tier is checked on all
+READ_BYTES = 80 * 2**20  # most bytes of FP32 logits per forward; a large vocabulary allows fewer texts at a time
 
 
 class LayerProbe:
@@ -50,21 +50,21 @@ class LayerProbe:
         self.context = min(CONTEXT, width // 2)
         ends = [text[-width:] for text in texts]
         ids = torch.tensor(ends, dtype=torch.int64, device=exam.original.device)  # [texts, width]
-        self.batches = [ids[k : k + BATCH] for k in range(0, len(ids), BATCH)]
         vocabulary = int(exam.original.config.get_text_config().vocab_size)
-        self.together = max(1, min(BATCH, READ_BYTES // (4 * width * vocabulary)))
+        self.together = max(1, min(COMPARED, READ_BYTES // (4 * width * vocabulary)))
+        self.batches = ids.split(self.together)
 
     def divergence(self, names: Collection[str]) -> float:
         """Return the mean KL divergence from the original, in nats per token, with only these layers exchanged."""
         others = ",".join(name for name in self.layers if name not in names)
-        tally = self._tally(replace(self.transform, skip=joined(self.transform.skip, others)), batches=1)
+        tally = self._tally(replace(self.transform, skip=joined(self.transform.skip, others)), texts=COMPARED)
         nats = float(tally.column("kld").mean())
         return math.inf if math.isnan(nats) else nats
 
     def shortfall(self, wide: str) -> str | None:
         """Say why the transform, with these layers left wider, is outside the tier on the exam's texts; or None."""
         limit = self.tier.kld_limit(self.exam.noise_kld)
-        tally = self._tally(self.widened(wide), batches=len(self.batches), enough=EARLY_FACTOR * limit)
+        tally = self._tally(self.widened(wide), texts=len(self.exam.texts), enough=EARLY_FACTOR * limit)
         found = summarise(tally, self.tier.name, self.exam.tie_nats)
         return beyond(found, self.tier, self.exam)
 
@@ -75,25 +75,19 @@ class LayerProbe:
         """Return the original's logits [B, T, V] for a batch, in half precision as the exam keeps them."""
         ids = self.batches[number]
         shape = len(ids), ids.shape[1] - 1
-        ask = functools.partial(self._references, ids)
+        ask = functools.partial(self._reference, ids)
         return self.exam.read_at_once(number, shape, ask)
-
-    def _references(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self._reference(part) for part in self._parts(ids)])
-
-    def _parts(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Split a batch into the texts that are read together."""
-        return [ids[first : first + self.together] for first in range(0, len(ids), self.together)]
 
     def _reference(self, ids: torch.Tensor) -> torch.Tensor:
         logits = self._read(self.exam.reader, ids)
         logits -= logits.amax(-1, keepdim=True)  # puts likely tokens near zero, where half precision is finest
         return logits.half()
 
-    def _tally(self, transform: LinearTransform, batches: int, enough: float = math.inf) -> Tally:
+    def _tally(self, transform: LinearTransform, texts: int, enough: float = math.inf) -> Tally:
         """Return every token's metrics under a transform, applied to the incumbent's modules without compiling.
 
         Args:
+            texts: how many of the exam's texts are read, in whole batches.
             enough: mean KL divergence in nats above which no further batch is read.
         """
         variant = Variant(self.incumbent.original)
@@ -105,11 +99,10 @@ class LayerProbe:
             for twin in variant.edit("both"):
                 reading.exchange_in(twin)
         tally = Tally()
-        for k, ids in enumerate(self.batches[:batches]):
+        for k, ids in enumerate(self.batches[: -(-texts // self.together)]):
             reference = self._kept(k)
-            logits = (row for part in self._parts(ids) for row in self._read(variant, part))
-            for row, (targets, got) in enumerate(zip(ids[:, 1:], logits, strict=True)):
-                text = self.exam.texts[k * BATCH + row]
+            for row, (targets, got) in enumerate(zip(ids[:, 1:], self._read(variant, ids), strict=True)):
+                text = self.exam.texts[k * self.together + row]
                 tally.add(compare_logits(reference[row, first:], got[first:], targets[first:]), text, "read")
             if not tally.column("kld").mean() <= enough:
                 break

@@ -12,7 +12,7 @@ import torch
 
 from ..machine import cache_dir
 
-MEMORY_BYTES = 128 * 2**20  # kept in memory; an exam's logits of SmolLM2-135M in half precision take 94 MB
+MEMORY_BYTES = 32 * 2**20  # kept in memory; an exam's logits of SmolLM2-135M in half precision take 94 MB
 FILE_BYTES = 2 * 2**30  # kept in the file, in addition to those in memory
 
 

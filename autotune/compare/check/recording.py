@@ -163,7 +163,7 @@ def _answers(exam: Exam, notify: Callable[[str], None]) -> tuple[Compact, ...]:
 
 
 def _compact(exam: Exam, group: tuple[Text, ...], seed: int) -> Compact:
-    logits = exam.reference(group)  # [B, T, V]
+    logits = exam.reference(group).float()  # [B, T, V]
     targets = torch.tensor([text.scored for text in group], dtype=torch.int64, device="cpu")  # [B, T]
     return Compact.of(logits.flatten(0, 1), targets.flatten(), seed)
 
