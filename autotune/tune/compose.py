@@ -112,6 +112,7 @@ class _Drafting:
             if gain < least or not self.fits(transform):
                 continue
             if (candidate := self.extended(transform)) is None:
+                self.trier.bench.free_memory()
                 continue
             self.variant = candidate
             self.parts.append(DraftPart(step, transform, gain))

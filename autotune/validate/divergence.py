@@ -72,13 +72,13 @@ def find_defect(reference: torch.Tensor, candidate: torch.Tensor) -> str | None:
         return f"logits of shape {list(candidate.shape)}, expected {list(reference.shape)}"
     if not candidate.is_floating_point():
         return f"logits of type {candidate.dtype}, expected floating point"
-    broken = ~torch.isfinite(candidate) & torch.isfinite(reference)
-    if bool(broken.any()):
-        row, token, _ = torch.nonzero(broken)[0].tolist()
-        kind = "NaN" if bool(torch.isnan(candidate[row, token]).any()) else "infinite"
-        return (
-            f"{kind} logits at token {token} of sequence {row} ({int(broken[row, token].sum())} of {broken.shape[-1]})"
-        )
+    for row, (own, others) in enumerate(zip(candidate, reference, strict=True)):  # one by one: they may be large
+        broken = ~torch.isfinite(own) & torch.isfinite(others)
+        if bool(broken.any()):
+            token = int(torch.nonzero(broken)[0, 0])
+            kind = "NaN" if bool(torch.isnan(own[token]).any()) else "infinite"
+            count = int(broken[token].sum())
+            return f"{kind} logits at token {token} of sequence {row} ({count} of {broken.shape[-1]})"
     flat = (candidate.amax(-1) == candidate.amin(-1)) & (reference.amax(-1) != reference.amin(-1))
     if bool(flat.any()):
         row, token = torch.nonzero(flat)[0].tolist()

@@ -52,7 +52,7 @@ class LayerProbe:
         ids = torch.tensor(ends, dtype=torch.int64, device=exam.original.device)  # [texts, width]
         vocabulary = int(exam.original.config.get_text_config().vocab_size)
         self.together = max(1, min(COMPARED, READ_BYTES // (4 * width * vocabulary)))
-        self.batches = ids.split(self.together)
+        self.batches = [ids[k : k + self.together] for k in range(0, len(ids), self.together)]
 
     def divergence(self, names: Collection[str]) -> float:
         """Return the mean KL divergence from the original, in nats per token, with only these layers exchanged."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import time
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,16 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.runtime import kernels
-from autotune.runtime.batching import rows
+from autotune.runtime.batching import joined, rows
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.fused_layers import FusedLayers
+from autotune.transforms.linear_bf16 import LinearBf16
+from autotune.transforms.prefill_attention import PrefillAttention
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
 from autotune.transforms.weight_storage import WeightStorage
@@ -377,11 +381,11 @@ def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
 
     def computed() -> tuple[int, Any, torch.Tensor]:
         prefill = Prefill(request, prefixes)
-        found, logits = prefill.done, None
+        found, read = prefill.done, None
         with torch.no_grad():
-            while logits is None:
-                logits = prefill.advance(variant)
-        return found, seam.keys_and_values(prefill.cache), logits
+            while read is None:
+                read = prefill.advance(variant)
+        return found, seam.keys_and_values(read[0].cache), read[0].logits
 
     (cold, first, logits), (warm, second, again) = computed(), computed()
     assert (cold, warm) == (0, 24)
@@ -389,6 +393,101 @@ def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+
+
+# Several short prompts in one forward
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "together"),
+    [
+        ([64], 128, 1),
+        ([64, 64], 128, 2),
+        ([64, 64, 64], 128, 2),
+        ([100, 40], 128, 1),
+        ([64] * 9, 512, 8),
+        ([128] * 4, 512, 4),
+        ([200, 64], 512, 1),  # a long prompt goes part by part, alone
+        ([64, 200, 64], 512, 1),  # and nobody overtakes it
+        ([64, 31, 64], 512, 1),
+        ([5, 64], 512, 1),
+    ],
+)
+def test_short_prompts_that_wait_are_computed_together(lengths: list[int], room: int, together: int) -> None:
+    assert joined.count(lengths, room, longest=128) == together
+
+
+def read_alone(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    call: Any = types.SimpleNamespace(
+        input_ids=ids, positions=torch.arange(ids.shape[1])[None], prompt=lambda cache: given(ids, cache)
+    )
+
+    def given(ids: torch.Tensor, cache: Any) -> dict[str, Any]:
+        from autotune.model import seam
+
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seam.over(variant.original, cache)}
+
+    (found,) = Prefill(types.SimpleNamespace(call=call), Prefixes(128)).advance(variant) or ()  # type: ignore[arg-type]
+    return found.logits, found.cache
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mistral-window", "gpt2", "mixtral"])
+@pytest.mark.parametrize("chain", [(), (PrefillAttention("prefill"),)], ids=["plain", "kernel"])
+def test_prompts_are_computed_together_only_if_each_gets_its_own_numbers(arch: str, chain: tuple[Transform]) -> None:
+    """A model with a window shorter than a prompt, or a kernel that sums in another order, computes them one by one."""
+    variant = Variant(tiny(arch)).with_transforms(chain)
+    if not joined.is_exact(variant, 64):
+        return
+    assert arch != "mistral-window"
+    prompts = [torch.tensor([prompt(length, seed=7)]) for length in (32, 61, 47, 64, 33)]
+    with torch.no_grad():
+        together = joined.read(variant, [(ids, torch.arange(ids.shape[1])[None]) for ids in prompts])
+        assert all(joined._is_same(one, read_alone(variant, ids)) for one, ids in zip(together, prompts, strict=True))
+
+
+@needs_kernels
+@pytest.mark.skipif(kernels.no_bf16_unit() is not None, reason=str(kernels.no_bf16_unit()))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_usual_plan_computes_prompts_together(precision: str) -> None:
+    chain = (WeightOnly("decode"), LinearBf16("prefill", weights="decode"), FusedLayers("prefill"))
+    variant = Variant(tiny("llama")).with_transforms((*chain, PrefillAttention("prefill", precision)))
+    assert joined.is_exact(variant, 128)
+
+
+@needs_kernels
+def test_callers_who_come_at_once_share_a_forward(
+    variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(variant)
+    monkeypatch.setattr(engine, "joins", True)  # whatever the numbers' last bits: tokens are compared
+    before, prompts = engine.counts.copy(), [prompt(length, seed=5) for length in (40, 33, 64, 51)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        with engine.alone():
+            asked = [pool.submit(answer, serving(variant), ids, 12) for ids in prompts]
+            while len(engine._waiting) < len(prompts):
+                time.sleep(0.001)
+        got = [each.result() for each in asked]
+    assert got == [answer(serving(alone), ids, 12) for ids in prompts]
+    assert engine.counts["prefills"] - before["prefills"] == 1
+
+
+@needs_kernels
+def test_a_forward_that_fails_fails_its_prompts_and_no_later_one(
+    variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(variant)
+    monkeypatch.setattr(engine, "joins", True)
+    with ThreadPoolExecutor(2) as pool, monkeypatch.context() as broken:
+        broken.setattr(joined, "read", lambda *given: 1 / 0)
+        with engine.alone():
+            asked = [pool.submit(answer, serving(variant), prompt(40, seed), 8) for seed in range(2)]
+            while len(engine._waiting) < 2:
+                time.sleep(0.001)
+        for each in asked:
+            with pytest.raises(VariantError, match="division by zero"):
+                each.result()
+    assert answer(serving(variant), prompt(40), 8) == answer(serving(alone), prompt(40), 8)
 
 
 def test_prefixes_keep_to_their_bytes() -> None:

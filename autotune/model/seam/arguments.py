@@ -102,6 +102,11 @@ def last_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
     return {"logits_to_keep": count} if keeps_last_logits(model) else {}
 
 
+def logits_at(model: PreTrainedModel, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Keyword arguments that limit a forward's logits to some places [K], if the model supports it."""
+    return {"logits_to_keep": places} if keeps_last_logits(model) else {}
+
+
 def sequences(result: Any) -> torch.Tensor:
     """Tokens [B, P + new] of what generate returned, a tensor or a dictionary."""
     ids: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences

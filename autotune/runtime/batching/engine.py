@@ -21,6 +21,7 @@ from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from ..cache.rows import RowCache
 from . import rows as plan
+from .joined import Joined, Prefilled, count, is_exact
 from .prefill import Prefill
 from .prefixes import Prefixes
 from .request import Request
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from ..steps.step import Step
     from ..variant import Variant
 
-CHUNK = 128  # tokens of a prompt that are computed between two steps
+CHUNK = 128  # tokens of prompts that are computed between two steps
+CHUNKS_AT_REST = 4  # the same in chunks while no sequence waits for its next token
 
 
 class Engine:
@@ -46,7 +48,9 @@ class Engine:
         most_waiting: requests that may wait for a row.
 
     Attributes:
-        counts: requests, steps, and in all steps the rows that were computed and the tokens that came of them.
+        joins: whether several short prompts are computed together, because each then gets the numbers it has alone.
+        counts: requests, forwards over prompts, steps, and in all steps the rows that were computed and the tokens that
+            came of them.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Engine:
         self.variant = variant
         self.most_rows = most_rows
         self.prefixes = Prefixes(chunk)
+        self.joins = is_exact(variant, chunk)
         self.most_waiting = most_waiting
         self.counts: Counter[str] = Counter()
         self._changed = forking.free(threading.Condition())
@@ -63,7 +68,7 @@ class Engine:
 
     def _forget(self) -> None:
         self._waiting = list[Request]()
-        self._prompt: Prefill | None = None
+        self._prompt: Prefill | Joined | None = None
         self._rows: list[Request | None] = [None] * self.most_rows
         self._cache: RowCache | None = None
         self._steps: dict[int, tuple[RowCache, Step]] = {}
@@ -206,9 +211,10 @@ class Engine:
             if request is not None and (error := request.violated(now_s)):
                 self._free(row)
                 request.fail(error)
-        if self._prompt is not None and (error := self._prompt.request.violated(now_s)):
-            self._prompt.request.fail(error)
-            self._prompt = None
+        for request in self._prompt.requests if self._prompt else ():
+            if error := request.violated(now_s):
+                request.fail(error)
+                self._prompt = None
         with self._changed:
             for request in tuple(self._waiting):
                 if error := request.violated(now_s):
@@ -216,42 +222,57 @@ class Engine:
                     request.fail(error)
 
     def _admit(self) -> None:
-        """Compute one part of a prompt. After the last one, the sequence takes a row."""
+        """Compute one part of a prompt, or several short prompts. After its last part, a sequence takes a row."""
         if self._prompt is None:
             self._prompt = self._next_prompt()
-        if (prefill := self._prompt) is None:
+        if (prompt := self._prompt) is None:
             return
-        request = prefill.request
         try:
-            if (logits := prefill.advance(self.variant)) is None:
-                return
+            found = prompt.advance(self.variant)
+        except Exception as error:
+            outside.pass_on(error)
             self._prompt = None
-            token = request.choose(logits)
+            for request in prompt.requests:
+                request.fail(error if len(prompt.requests) == 1 else _own(error))
+            return
+        self.counts["prefills"] += 1
+        if found is not None:
+            self._prompt = None
+            for each in found:
+                self._begin(each)
+
+    def _begin(self, prompt: Prefilled) -> None:
+        """Give a sequence its first token, and a row unless that was its last."""
+        request = prompt.request
+        try:
+            token = request.choose(prompt.logits)
             if request.take(token):
                 request.finish()
                 return
             with self.variant.preparing(1):
                 row = self._rows.index(None)
-                self._slots(prefill.cache).join(row, prefill.cache)
-        except Exception as error:
+                self._slots(prompt.cache).join(row, prompt.cache)
+        except Exception as error:  # of the caller's processors or criteria: it concerns this request alone
             outside.pass_on(error)
-            self._prompt = None
             request.fail(error)
             return
         self._rows[row] = request
         self._token[row] = token
 
-    def _next_prompt(self) -> Prefill | None:
-        """The prompt of the request that is served next; None if none waits or no row is free."""
-        if None not in self._rows:
-            return None
+    def _next_prompt(self) -> Prefill | Joined | None:
+        """What is computed next for the requests that are served next; None if none waits or no row is free."""
+        free = self._rows.count(None)
+        room = self.prefixes.part * (1 if free < self.most_rows else CHUNKS_AT_REST)
         with self._changed:
-            if not self._waiting:
+            if not free or not self._waiting:
                 return None
-            request = min(self._waiting, key=lambda each: each.terms.order)
-            self._waiting.remove(request)
-        self.counts["requests"] += 1
-        return Prefill(request, self.prefixes)
+            order = sorted(self._waiting, key=lambda each: each.terms.order)[:free]
+            several = count([each.tokens for each in order], room, self.prefixes.part) if self.joins else 1
+            chosen = order[:several]
+            for request in chosen:
+                self._waiting.remove(request)
+        self.counts["requests"] += len(chosen)
+        return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
 
     def _slots(self, prompt: Any) -> RowCache:
         pool = self.variant.caches
@@ -298,15 +319,15 @@ class Engine:
             cache.move(source, target)
             self._rows[target], self._rows[source] = self._rows[source], None
             self._token[target] = self._token[source]
-        count = plan.size_for([r is not None for r in self._rows], self.most_rows)
-        if count not in self._steps:
-            self._steps[count] = self._prepared(cache.upper(count))
-        view, step = self._steps[count]
+        size = plan.size_for([r is not None for r in self._rows], self.most_rows)
+        if size not in self._steps:
+            self._steps[size] = self._prepared(cache.upper(size))
+        view, step = self._steps[size]
         with self.variant.running("decode"):
-            logits = step(self._token[:count], view.slot[:, None], view)
+            logits = step(self._token[:size], view.slot[:, None], view)
         cache.step_done()
         self.counts["steps"] += 1
-        self.counts["rows"] += count
+        self.counts["rows"] += size
         self.counts["tokens"] += sum(request is not None for request in self._rows)
         return logits
 
@@ -325,7 +346,7 @@ class Engine:
             self._cache.leave(row)
 
     def _all(self) -> list[Request]:
-        held = [self._prompt.request] if self._prompt else []
+        held = self._prompt.requests if self._prompt else []
         return [*self._waiting, *held, *filter(None, self._rows)]
 
     def _end_ours(self) -> None:

@@ -63,6 +63,11 @@ class Request:
         self._streams = call.streamer is not None
         self._plain = not call.settings.do_sample and not len(call.processors)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of its sequence so far."""
+        return self.ids.shape[1]
+
     # In the caller's thread
 
     def wait(self) -> torch.Tensor:
