@@ -209,16 +209,16 @@ class Soak:
 
     def spoilt(self, change: Callable[[torch.Tensor], Any]) -> None:
         """Change the logits of one coming step of the engine. A plan that failed is committed again."""
-        engine, done = self.engine, threading.Event()
-        step = type(engine)._logits
+        sequences, done = self.engine.sequences, threading.Event()
+        step = type(sequences).logits
 
         def once() -> torch.Tensor:
-            del engine.__dict__["_logits"]
+            del sequences.__dict__["logits"]
             done.set()
-            found: torch.Tensor = change(step(engine))
+            found: torch.Tensor = change(step(sequences))
             return found
 
-        engine.__dict__["_logits"] = once
+        sequences.__dict__["logits"] = once
         done.wait(2)
         time.sleep(0.1)
         self.model.autotune.commit()
@@ -262,9 +262,9 @@ class Soak:
         """Run for so long. Returns whether all was well."""
         gc.collect()
         if self.spoil == "answers":
-            engine = self.engine
-            step = engine._logits
-            engine.__dict__["_logits"] = lambda: step().roll(1, -1)
+            sequences = self.engine.sequences
+            step = sequences.logits
+            sequences.__dict__["logits"] = lambda: step().roll(1, -1)
         threads = [threading.Thread(target=self.ask_on, args=(n,)) for n in range(self.callers)]
         threads.append(threading.Thread(target=self.watch_memory, args=(seconds,)))
         if self.spoil != "answers":

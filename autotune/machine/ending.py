@@ -3,7 +3,8 @@
 Before Python 3.14, a daemon thread that returns from C++ while the interpreter is finalised is unwound by force. C++
 treats that as an uncaught exception and aborts the process (status 134). So every background thread is stopped at exit:
 first as `unwrap` does it, at the next measured step. If that does not suffice, the compilers that it waits for are
-killed, and `Cancelled` is raised in it, wherever it is.
+killed, and `Cancelled` is raised in it, wherever it is. The script's own daemon threads are not touched; one that C++
+would unwind waits instead (`_let_wait`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ log = logging.getLogger("autotune")
 MOST_S = 2.0  # seconds that an exit may wait for all threads together
 GENTLE_S = 0.3  # seconds of these in which threads may end at their next step, before they are interrupted
 AGAIN_S = 0.05  # seconds between two attempts to stop a thread
+COMPUTING = ("autotune", "torch", "transformers")  # packages that call C++
 PATIENCE_S = 0.5  # seconds after which a process that was asked to end is killed
 
 _lock = forking.lock()
@@ -147,6 +149,8 @@ def end() -> None:
         _ended = True
         running = [worker for worker in _workers if worker.is_alive()]  # none is alive after a fork
     if not running:
+        if _others_compute():
+            _let_wait()
         return
     start = time.monotonic()
     with _silence():
@@ -164,7 +168,19 @@ def end() -> None:
     _remove_torn()
     if left:
         log.debug("still running at exit: %s", ", ".join(worker.name for worker in left))
+    if left or _others_compute():
         _let_wait()
+
+
+def _others_compute() -> bool:
+    """Whether a daemon thread of the script's own is inside torch, or about to be: it would abort the process, too."""
+    daemons = {thread.ident for thread in threading.enumerate() if thread.daemon and not isinstance(thread, Worker)}
+    for ident, frame in sys._current_frames().items():
+        while ident in daemons and frame is not None:
+            if str(frame.f_globals.get("__name__")).partition(".")[0] in COMPUTING:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]  # None where the stack ends
+    return False
 
 
 def _join(workers: Iterable[Worker], until_s: float) -> None:
@@ -277,7 +293,7 @@ def _stop_compilations() -> None:
 
 
 def _let_wait() -> None:
-    """Make a thread that would abort the process wait instead: the last resort if it is still inside foreign code."""
+    """Make a thread that would abort the process wait instead, because it is still inside foreign code."""
     if sys.platform != "linux" or sys.version_info >= (3, 14):  # from 3.14 on it waits by itself
         return
     with suppress(OSError, AttributeError):

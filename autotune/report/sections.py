@@ -283,11 +283,12 @@ def callers(record: Mapping[str, Any]) -> Section | None:
             n.ratio(p["ratio"]),
             f"{n.ratio(p['ratio_low'])} to {n.ratio(p['ratio_high'])}",
             n.milliseconds(p["ttft_ms"]),
+            n.milliseconds(p.get("tpot_ms")),
         )
         for p in found["points"]
     )
-    columns = ("callers", "tokens/s together", "against one at a time", "lowest to highest", "ms to the first token")
-    return Section("Callers at once", tuple(said), Table(columns, "rrrrr", rows))
+    columns = ("callers", "tokens/s together", "against one at a time", "lowest to highest", "TTFT, ms", "TPOT, ms")
+    return Section("Callers at once", tuple(said), Table(columns, "rrrrrr", rows))
 
 
 def memory(record: Mapping[str, Any]) -> Section | None:

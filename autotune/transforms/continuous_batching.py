@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ChoiceError, TransformError
 from ..model.seam import keys_and_values
+from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 
@@ -56,9 +57,13 @@ class ContinuousBatching(Transform):
 
     Args:
         rows: sequences that are decoded together, 2 to 64. Steps of 1, 2, 4, ... rows are recorded when it is applied.
+        queue: requests that may wait for a row.
+        wait_ms: how long a request may wait for others while no sequence is under way; see `Engine`.
     """
 
     rows: int = 8
+    queue: int = MOST_WAITING
+    wait_ms: float = 0.0
 
     name: ClassVar[str] = "continuous_batching"
     stage: ClassVar[Stage] = Stage.BATCHING
@@ -68,6 +73,8 @@ class ContinuousBatching(Transform):
     def __post_init__(self) -> None:
         if not 2 <= self.rows <= MOST_ROWS:
             raise ChoiceError(f"continuous_batching: rows must be 2 to {MOST_ROWS}, not {self.rows}")
+        if self.queue < 1 or self.wait_ms < 0:
+            raise ChoiceError("continuous_batching: queue must be 1 or more, and wait_ms 0 or more")
         if self.phase != "decode":
             raise ChoiceError("continuous_batching: phase must be 'decode'")
 
@@ -78,12 +85,7 @@ class ContinuousBatching(Transform):
         return {"decode": 1.0}  # a caller alone gains nothing
 
     def extra_bytes(self, variant: Variant) -> float:
-        pool = variant.caches
-        if pool is None:
-            return 0.0
-        one_token = keys_and_values(variant.example(1))
-        numbers = sum(keys.numel() + values.numel() for keys, values in one_token)
-        return self.rows * pool.slots * numbers * (pool.dtype or one_token[0][0].dtype).itemsize
+        return self.rows * bytes_per_row(variant)
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.batching.engine import Engine
@@ -99,7 +101,7 @@ class ContinuousBatching(Transform):
         whole = RowCache(variant.example(1), pool.slots, self.rows, pool.dtype)
         for count in sizes(self.rows):
             programs.prepare(whole.upper(count))
-        variant.loop = Together(Engine(variant, self.rows))
+        variant.loop = Together(Engine(variant, self.rows, most_waiting=self.queue, wait_s=self.wait_ms / 1e3))
 
     def took_effect(self, variant: Variant) -> str | None:
         return None if isinstance(variant.loop, Together) else "calls are served one by one"
@@ -114,3 +116,13 @@ class ContinuousBatching(Transform):
         if variant.speculation is not None:
             return "guesses are checked for one sequence at a time"
         return None
+
+
+def bytes_per_row(variant: Variant) -> float:
+    """Bytes of the keys and values of one sequence, whose slots are all allocated at once."""
+    pool = variant.caches
+    if pool is None:
+        return 0.0
+    one_token = keys_and_values(variant.example(1))
+    numbers = sum(keys.numel() + values.numel() for keys, values in one_token)
+    return float(pool.slots * numbers * (pool.dtype or one_token[0][0].dtype).itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from ..machine import intraop, outside
 from ..model import route
 from ..runtime.batching.rows import sizes
 from ..runtime.variant import Variant, serving
-from ..transforms.continuous_batching import ContinuousBatching
+from ..transforms.continuous_batching import ContinuousBatching, bytes_per_row
+from .choose import outgrows
 
 if TYPE_CHECKING:
     from ..machine.hardware import Hardware
@@ -55,11 +57,13 @@ class CallersPoint:
         callers: their number.
         tokens_per_s: of all of them, by round.
         ttft_s: time to the first token, by request.
+        tpot_s: time per further token, by request.
     """
 
     callers: int
     tokens_per_s: tuple[float, ...]
     ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Sharing:
 
     Args:
         reason: the decision in a sentence with numbers.
-        accepted: whether it is used.
+        rows: how many callers are decoded together at most; 0: they are served one at a time.
         alone_tokens_per_s: one caller at a time, without it, by round.
         points: with it, by number of callers.
         differing: answers that were not those of a request alone.
@@ -77,7 +81,7 @@ class Sharing:
     """
 
     reason: str
-    accepted: bool = False
+    rows: int = 0
     alone_tokens_per_s: tuple[float, ...] = ()
     points: tuple[CallersPoint, ...] = ()
     differing: int = 0
@@ -89,21 +93,33 @@ class Sharing:
         return [rate / alone for rate, alone in zip(point.tokens_per_s, self.alone_tokens_per_s, strict=True)]
 
 
-def decide(measured: Sharing) -> tuple[bool, str]:
-    """Whether callers are decoded together, and why. Pure."""
+def decide(measured: Sharing, most_tpot_s: float = math.inf) -> tuple[int, str]:
+    """How many callers are decoded together at most, 0 for one at a time, and why. Pure.
+
+    Args:
+        most_tpot_s: most time per token that one of several callers may take.
+    """
     if measured.differing:
-        return False, f"{measured.differing} answers were not those of the same requests alone"
+        return 0, f"{measured.differing} answers were not those of the same requests alone"
     single, *many = measured.points
     kept = median(measured.ratios(single))
     if kept < 1 - MOST_LOST:
-        return False, f"a single caller would get {kept:.2f}x the tokens per second, below {1 - MOST_LOST:.2f}x"
-    best = max(many, key=lambda point: median(measured.ratios(point)))
+        return 0, f"a single caller would get {kept:.2f}x the tokens per second, below {1 - MOST_LOST:.2f}x"
+    quick = [point for point in many if median(point.tpot_s) <= most_tpot_s]
+    limit = f"over max_tpot_ms of the policy, {1e3 * most_tpot_s:.3g}"
+    if not quick:
+        took_s = median(many[0].tpot_s)
+        return 0, f"{many[0].callers} callers would get a token every {1e3 * took_s:.3g} ms each, {limit}"
+    best = max(quick, key=lambda point: median(measured.ratios(point)))
     gains = measured.ratios(best)
     figures = (
         f"{best.callers} callers get {median(gains):.2f}x ({min(gains):.2f} to {max(gains):.2f}) the tokens per second "
         f"of one at a time, and a single caller {kept:.2f}x"
     )
-    return min(gains) > 1 and median(gains) >= LEAST_GAIN, figures
+    if slow := [point for point in many if point not in quick]:
+        figures += f"; {slow[0].callers} would get a token every {1e3 * median(slow[0].tpot_s):.3g} ms each, {limit}"
+    accepted = min(gains) > 1 and median(gains) >= LEAST_GAIN
+    return (max(point.callers for point in quick) if accepted else 0), figures
 
 
 def measure(
@@ -114,23 +130,29 @@ def measure(
     Returns:
         The variant to serve with, and what was measured; None if the policy does not ask.
     """
-    if bench.policy.max_batch < 2:
+    asked = bench.policy.batching
+    if asked.max_batch < 2:
         return winner, None
-    transform = ContinuousBatching("decode", rows=bench.policy.max_batch)
+    transform = ContinuousBatching("decode", asked.max_batch, asked.max_queue, asked.max_wait_ms)
     reason = transform.unavailable(winner, bench.hardware)
-    if reason is None and (needed := transform.extra_bytes(winner)) > (free := bench.free_bytes()):
-        reason = f"the slots of {transform.rows} sequences take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-    if reason is not None:
+    if reason is None and (row_bytes := bytes_per_row(winner)):
+        transform = replace(transform, rows=max(2, int(min(transform.rows, 1e6 * asked.max_kv_mb / row_bytes))))
+        if (needed := transform.extra_bytes(winner)) > 1e6 * asked.max_kv_mb:
+            needs = f"the slots of {transform.rows} sequences take {needed / 1e6:.3g} MB"
+            reason = f"{needs}, over max_kv_mb of the policy, {asked.max_kv_mb:.3g}"
+    if reason := reason or outgrows(transform, winner, bench.free_bytes()):
         return winner, Sharing(f"callers are served one at a time: {reason}")
     bench.notify(f"measuring up to {transform.rows} callers at once")
     try:
         shared = winner.with_transform(transform)
         with _unqueued(winner), _unqueued(shared):
             found = _Measurement(winner, shared, bench, clock).run(transform.rows)
+        if 0 < found.rows < transform.rows:
+            shared = winner.with_transform(replace(transform, rows=found.rows))
     except AutotuneError as error:
         outside.pass_on(error)
         return winner, Sharing(f"callers are served one at a time: {error}")
-    return (shared if found.accepted else winner), found
+    return (shared if found.rows else winner), found
 
 
 @contextmanager
@@ -147,6 +169,14 @@ def _unqueued(variant: Variant) -> Iterator[None]:
 class _Answer:
     tokens: tuple[int, ...]
     times_s: tuple[float, ...]  # when the request began, and when each token came
+
+    @property
+    def ttft_s(self) -> float:
+        return self.times_s[1] - self.times_s[0]
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.times_s[-1] - self.times_s[1]) / max(1, len(self.times_s) - 2)
 
 
 class _Clock:
@@ -190,18 +220,20 @@ class _Measurement:
         alone = list[float]()
         rates: dict[int, list[float]] = {number: [] for number in numbers}
         waits: dict[int, list[float]] = {number: [] for number in numbers}
+        paces: dict[int, list[float]] = {number: [] for number in numbers}
         for _ in range(ROUNDS):
             alone.append(self._rate(self.alone, 1, ALONE)[0])
             for number in numbers:
                 rate, answers = self._rate(self.together, number, max(number, ALONE))
                 rates[number].append(rate)
-                waits[number] += [answer.times_s[1] - answer.times_s[0] for answer in answers]
-        points = tuple(CallersPoint(n, tuple(rates[n]), tuple(waits[n])) for n in numbers)
+                waits[number] += [answer.ttft_s for answer in answers]
+                paces[number] += [answer.tpot_s for answer in answers]
+        points = tuple(CallersPoint(n, tuple(rates[n]), tuple(waits[n]), tuple(paces[n])) for n in numbers)
         gap_s, long_prompt = self._longest_gap(min(4, most - 1))
-        measured = Sharing("", False, tuple(alone), points, self.differing, gap_s, long_prompt)
-        accepted, reason = decide(measured)
-        way = "decoded together" if accepted else "served one at a time"
-        return replace(measured, reason=f"callers are {way}: {reason}", accepted=accepted)
+        measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt)
+        rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)
+        way = "decoded together" if rows else "served one at a time"
+        return replace(measured, reason=f"callers are {way}: {reason}", rows=rows)
 
     def _rate(self, model: Any, callers: int, requests: int) -> tuple[float, list[_Answer]]:
         """Tokens per second of so many callers with so many requests in all, and the answers."""

@@ -20,6 +20,7 @@ from .. import transforms
 from ..diagnose.diagnosis import Bottleneck
 from ..errors import ChoiceError, PolicyError, nearest
 from ..machine.cache_dir import expanded
+from ..runtime.batching.terms import MOST_WAITING
 from ..transforms.continuous_batching import MOST_ROWS
 from ..validate.limits import Limits
 from ..validate.tiers import TIERS
@@ -68,6 +69,26 @@ class PolicyStep:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How requests of several callers may be decoded together.
+
+    Args:
+        max_batch: most sequences; 1: one caller at a time.
+        max_queue: requests that may wait for a place among them; further ones are refused.
+        max_wait_ms: how long a request may wait for others while no sequence is under way. A caller who was alone
+            before does not wait.
+        max_tpot_ms: most milliseconds per token of any caller; fewer are decoded together if that takes longer.
+        max_kv_mb: most memory for the keys and values of all sequences, MB.
+    """
+
+    max_batch: int = 1
+    max_queue: int = MOST_WAITING
+    max_wait_ms: float = 0.0
+    max_tpot_ms: float = math.inf
+    max_kv_mb: float = math.inf
+
+
+@dataclass(frozen=True)
 class Policy:
     """How to tune.
 
@@ -79,7 +100,7 @@ class Policy:
         limits: what must not get worse, and by how much.
         budget_s: tuning time in seconds.
         steps: the steps, in the order in which they are considered.
-        max_batch: sequences of different callers that may be decoded together; 1: one caller at a time.
+        batching: whether and how requests of several callers are decoded together.
         source: the policy's file.
     """
 
@@ -90,7 +111,7 @@ class Policy:
     limits: Limits
     budget_s: float
     steps: tuple[PolicyStep, ...]
-    max_batch: int = 1
+    batching: Batching = Batching()
     source: str = ""
 
 
@@ -144,7 +165,7 @@ def check(path: str | Path) -> Policy:
     except (OSError, ValueError, RecursionError) as error:  # tomllib's and UTF-8's errors are ValueErrors
         raise PolicyError(f"{path}: cannot be read as TOML: {error}") from error
     where = str(path)
-    _known_keys(table, ("name", "description", "objective", "tier", "budget_s", "max_batch", "limits", "steps"), where)
+    _known_keys(table, ("name", "description", "objective", "tier", "budget_s", "batching", "limits", "steps"), where)
     name = _text(table, "name", where)
     if name != path.stem:
         raise PolicyError(
@@ -161,15 +182,18 @@ def check(path: str | Path) -> Policy:
         limits=_limits(table.get("limits", {}), f"{where}, [limits]"),
         budget_s=_number(table, "budget_s", where),
         steps=tuple(_step(step, i, where) for i, step in enumerate(steps, 1)),
-        max_batch=_max_batch(table.get("max_batch", 1), where),
+        batching=_batching(table.get("batching", {}), f"{where}, [batching]"),
         source=where,
     )
 
 
-def _max_batch(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_ROWS:
-        raise PolicyError(f"{where}: max_batch is {value!r}; expected a whole number from 1 to {MOST_ROWS}")
-    return value
+def _batching(table: Any, where: str) -> Batching:
+    if not isinstance(table, dict):
+        raise PolicyError(f"{where}: expected a table, found {table!r}")
+    _known_keys(table, [f.name for f in fields(Batching)], where)
+    most = {"max_batch": MOST_ROWS, "max_queue": math.inf}
+    given = {key: _whole(table, key, most[key], where) if key in most else _number(table, key, where) for key in table}
+    return Batching(**given)  # type: ignore[arg-type]  # checked
 
 
 def _limits(table: Any, where: str) -> Limits:
@@ -254,6 +278,14 @@ def _number(table: Mapping[str, Any], key: str, where: str) -> float:
             f"{where}: {key} is {'missing' if value is None else repr(value)}; expected a number, 0 or more"
         )
     return float(value)
+
+
+def _whole(table: Mapping[str, Any], key: str, most: float, where: str) -> int:
+    value = table[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        wanted = "1 or more" if most == math.inf else f"from 1 to {most}"
+        raise PolicyError(f"{where}: {key} is {value!r}; expected a whole number, {wanted}")
+    return value
 
 
 def _one_of(table: Mapping[str, Any], key: str, known: Collection[str], where: str) -> str:

@@ -295,10 +295,12 @@ def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
             "ttft_ms": 1e3 * median(point.ttft_s),
+            "tpot_ms": 1e3 * median(point.tpot_s) if point.tpot_s else None,
         })  # fmt: skip
     return {
         "reason": sharing.reason,
-        "accepted": sharing.accepted,
+        "accepted": sharing.rows > 0,
+        "rows": sharing.rows,
         "alone_tokens_per_s": median(sharing.alone_tokens_per_s) if sharing.points else None,
         "points": points,
         "differing": sharing.differing,

@@ -27,6 +27,7 @@ from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
+from tests.machine.test_ending import noise, run
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
@@ -292,6 +293,42 @@ def test_a_forked_process_does_not_wait_for_the_parents_requests(model: Any) -> 
     held.go_on.set()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert request.result(60).shape[1] == len(PROMPTS[0]) + 2
+
+
+LOADED = """
+import sys, threading
+import torch
+import autotune
+from autotune.report import Report
+from autotune.runtime.variant import Variant
+from autotune.tune import plan, run
+from autotune.tune.fingerprint import Fingerprint
+from tests.live.test_submit import LONG, PLANS
+from tests.models import tiny, token_prompts
+
+def tune(model, workload, policy, *, traffic, **_):
+    variant = Variant(model, traffic, workload).with_transforms(PLANS["together"])
+    return run.Tuned(variant, plan.Plan(Fingerprint("", "", {}, "", "", ""), variant.transforms), Report({}), "won")
+
+run.tune = tune
+model = autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False)
+requests = [model.autotune.submit(prompt, **LONG) for prompt in token_prompts(8)]
+
+def call():
+    while True:
+        model.generate(torch.tensor([token_prompts(1)[0]]), **LONG)
+
+for _ in range(4):
+    threading.Thread(target=call, daemon=True).start()
+next(iter(requests[0]))
+sys.exit(3)
+"""
+
+
+@needs_kernels
+def test_a_process_ends_in_order_under_load() -> None:
+    done = run(LOADED)
+    assert (done.returncode, noise(done)) == (3, "")
 
 
 def test_terms_grow_old() -> None:

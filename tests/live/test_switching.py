@@ -75,14 +75,14 @@ def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once
     model = wrapped(tiny("llama"))
     expected = [greedy(tiny("llama"), ids, 30) for ids in PROMPTS]
     engine = model.autotune._tuned.variant.loop.engine
-    logits = engine._logits
+    logits = engine.sequences.logits
 
     def failing() -> torch.Tensor:
-        if sum(request is not None for request in engine._rows) == engine.most_rows:
+        if sum(request is not None for request in engine.sequences.rows) == engine.most_rows:
             raise RuntimeError("no such kernel")
         return logits()
 
-    monkeypatch.setattr(engine, "_logits", failing)
+    monkeypatch.setattr(engine.sequences, "logits", failing)
     streamers, options = [Counting() for _ in PROMPTS], {"max_new_tokens": 30, "do_sample": False}
     if submitted:
         requests = [model.autotune.submit(ids, **options) for ids in PROMPTS]

@@ -167,9 +167,12 @@ COMMITTED = replace(
     break_even_tokens=12_345.0,
     sharing=Sharing(
         "callers are decoded together: 4 callers get 2.00x the tokens per second of one at a time",
-        True,
+        4,
         (50.0, 50.0),
-        (CallersPoint(1, (49.0, 51.0), (0.09,)), CallersPoint(4, (90.0, 110.0), (0.2, 0.3, 0.4))),
+        (
+            CallersPoint(1, (49.0, 51.0), (0.09,), (0.011,)),
+            CallersPoint(4, (90.0, 110.0), (0.2, 0.3, 0.4), (0.02, 0.03, 0.022)),
+        ),
         gap_s=0.0624,
         long_prompt=1500,
     ),
@@ -222,9 +225,10 @@ def test_callers_at_once_are_shown():
         in text
     )
     assert "One at a time, they get 50.0 tokens per second." in text
-    assert "| 4 | 100 | 2.00x | 1.80x to 2.20x | 300 |" in text
+    assert "| 4 | 100 | 2.00x | 1.80x to 2.20x | 300 | 22.0 |" in text
     found = report_of(COMMITTED).to_dict()["callers"]
-    assert (found["accepted"], found["gap_ms"], found["points"][0]["ratio"]) == (True, pytest.approx(62.4), 1.0)
+    assert (found["accepted"], found["rows"], found["gap_ms"]) == (True, 4, pytest.approx(62.4))
+    assert (found["points"][0]["ratio"], found["points"][1]["tpot_ms"]) == (1.0, pytest.approx(22.0))
     refused = replace(COMMITTED, sharing=Sharing("callers are served one at a time: it needs a recorded decode step"))
     assert "it needs a recorded decode step" in report_of(refused).to_markdown()
     assert "Callers at once" not in report_of(replace(COMMITTED, sharing=None)).to_markdown()

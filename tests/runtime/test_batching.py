@@ -8,14 +8,14 @@ import threading
 import time
 import types
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.runtime import kernels
@@ -23,6 +23,7 @@ from autotune.runtime.batching import joined, rows
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
+from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
@@ -238,7 +239,7 @@ def test_a_caller_that_goes_frees_its_row(variant: Variant, alone: Variant) -> N
     with pytest.raises(ConnectionError):
         answer(serving(variant), prompt(9), 80, streamer=Streamer(most=15))
     assert answer(serving(variant), prompt(6), 20) == answer(serving(alone), prompt(6), 20)
-    assert engine_of(variant)._rows == [None] * ROWS
+    assert engine_of(variant).sequences.rows == [None] * ROWS
 
 
 def broken_after(calls: int) -> LogitsProcessorList:
@@ -299,7 +300,7 @@ def test_a_step_that_fails_fails_its_sequences_and_no_later_one(
     variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(variant)
-    logits, calls = engine._logits, []
+    logits, calls = engine.sequences.logits, []
 
     def failing() -> torch.Tensor:
         calls.append(0)
@@ -307,7 +308,7 @@ def test_a_step_that_fails_fails_its_sequences_and_no_later_one(
             raise RuntimeError("no such kernel")
         return logits()
 
-    monkeypatch.setattr(engine, "_logits", failing)
+    monkeypatch.setattr(engine.sequences, "logits", failing)
     with pytest.raises(VariantError, match="no such kernel"):
         answer(serving(variant), prompt(5), 30)
     assert answer(serving(variant), prompt(5), 30) == answer(serving(alone), prompt(5), 30)
@@ -316,21 +317,112 @@ def test_a_step_that_fails_fails_its_sequences_and_no_later_one(
 @needs_kernels
 def test_rows_with_nan_fail_alone(variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(variant)
-    logits = engine._logits
+    logits = engine.sequences.logits
 
     def spoilt() -> torch.Tensor:
         found = logits()
-        for row, request in enumerate(engine._rows[: len(found)]):
+        for row, request in enumerate(engine.sequences.rows[: len(found)]):
             if request is not None and request.ids[0, 0] == 3:
                 found[row] = torch.nan
         return found
 
-    monkeypatch.setattr(engine, "_logits", spoilt)
+    monkeypatch.setattr(engine.sequences, "logits", spoilt)
     with ThreadPoolExecutor(2) as pool:
         good = pool.submit(answer, serving(variant), [4, *prompt(7)], 25)
         with pytest.raises(VariantError, match="NaN logits"):
             answer(serving(variant), [3, *prompt(5)], 25)
         assert good.result() == answer(serving(alone), [4, *prompt(7)], 25)
+
+
+Arrival = tuple[int, int, int, int, int | None]  # tokens of the prompt, new ones, pause before it, priority, seed
+
+
+@needs_kernels
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 70),
+            st.integers(1, 25),
+            st.integers(0, 3),
+            st.sampled_from([0, 0, 0, 5, 3600]),
+            st.sampled_from([None, None, 1, 2]),
+        ),
+        min_size=2,
+        max_size=14,
+    )
+)
+def test_whenever_requests_come_each_gets_the_answer_it_would_get_alone(
+    variant: Variant, alone: Variant, arrivals: list[Arrival]
+) -> None:
+    """More requests than rows, long and short, greedy and sampled by a seed, patient and urgent."""
+
+    def ask(served: Any, length: int, tokens: int, priority: int, seed: int | None) -> list[int]:
+        CURRENT.set(RequestTerms(priority))
+        options = (
+            {} if seed is None else {"do_sample": True, "logits_processor": LogitsProcessorList([ByPosition(seed)])}
+        )
+        return answer(served, prompt(length, length), tokens, **options)
+
+    with ThreadPoolExecutor(len(arrivals)) as pool:
+        asked = []
+        for length, tokens, pause, priority, seed in arrivals:
+            time.sleep(0.001 * pause)
+            asked.append(pool.submit(ask, serving(variant), length, tokens, priority, seed))
+        got = [each.result() for each in asked]
+    assert got == [ask(serving(alone), length, tokens, 0, seed) for length, tokens, _, _, seed in arrivals]
+    assert not engine_of(variant)._is_busy()
+
+
+class ByPosition(LogitsProcessor):
+    """Draws a token by a seed and the position alone, as a submitted request with a seed does."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        source = torch.Generator().manual_seed(1000 * self.seed + input_ids.shape[1])
+        token = torch.multinomial(scores.softmax(-1), 1, generator=source)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+@needs_kernels
+def test_urgent_requests_take_rows_that_others_get_back(
+    variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are full when two urgent requests come. They end first, and nobody's answer changes."""
+    engine = engine_of(variant)
+    logits, ended, counts = engine.sequences.logits, list[str](), engine.counts.copy()
+    work = {f"patient {seed}": (prompt(9 + seed, seed), 40) for seed in range(ROWS)}
+    urgent = {f"urgent {seed}": (prompt(33 + seed, seed), 12) for seed in range(2)}
+
+    def ask(name: str, ids: list[int], tokens: int, priority: int) -> list[int]:
+        CURRENT.set(RequestTerms(priority))
+        found = answer(serving(variant), ids, tokens)
+        ended.append(name)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+
+        def when_full() -> torch.Tensor:
+            if None not in engine.sequences.rows and not later:
+                later.extend(pool.submit(ask, name, *asked, 3600) for name, asked in urgent.items())
+                while len(engine._waiting) < len(urgent):
+                    time.sleep(0.001)
+            return logits()
+
+        later = list[Future[list[int]]]()
+        monkeypatch.setattr(engine.sequences, "logits", when_full)
+        with engine.alone():
+            asked = [pool.submit(ask, name, *each, 0) for name, each in work.items()]
+            while len(engine._waiting) < len(work):
+                time.sleep(0.001)
+        got = [each.result() for each in asked] + [each.result() for each in later]
+    assert got == [answer(serving(alone), *each) for each in (work | urgent).values()]
+    assert set(ended[: len(urgent)]) == set(urgent)
+    assert engine.counts["evicted"] - counts["evicted"] == len(urgent)
+    assert "sequences made room for more urgent ones" in engine.summary()
+    assert not engine._is_busy()
 
 
 @needs_kernels
@@ -470,6 +562,29 @@ def test_callers_who_come_at_once_share_a_forward(
         got = [each.result() for each in asked]
     assert got == [answer(serving(alone), ids, 12) for ids in prompts]
     assert engine.counts["prefills"] - before["prefills"] == 1
+
+
+@needs_kernels
+def test_callers_of_a_burst_wait_for_one_another_and_one_alone_does_not(
+    variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(variant)
+    monkeypatch.setattr(engine, "joins", True)
+    monkeypatch.setattr(engine, "wait_s", 600.0)  # far more than the test may take
+    monkeypatch.setattr(engine, "_at_once", 3)
+    before, prompts = engine.counts.copy(), [prompt(length, seed=6) for length in (40, 33, 64)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        asked = []
+        for number, ids in enumerate(prompts, 1):
+            assert engine.counts["prefills"] == before["prefills"]
+            asked.append(pool.submit(answer, serving(variant), ids, 12))
+            while number < len(prompts) and len(engine._waiting) < number:
+                time.sleep(0.001)
+        assert [each.result() for each in asked] == [answer(serving(alone), ids, 12) for ids in prompts]
+    assert engine.counts["prefills"] - before["prefills"] == 1
+    monkeypatch.setattr(engine, "_at_once", 1)
+    for _ in range(2):
+        assert answer(serving(variant), prompt(40), 12) == answer(serving(alone), prompt(40), 12)
 
 
 @needs_kernels

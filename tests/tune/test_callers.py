@@ -13,7 +13,7 @@ from autotune.runtime import kernels
 from autotune.runtime.batching.rows import sizes
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
-from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import callers, policy
@@ -36,28 +36,44 @@ def measured(*points: tuple[int, tuple[float, ...]], differing: int = 0) -> Shar
     return Sharing(
         "",
         alone_tokens_per_s=(100.0, 100.0, 50.0),
-        points=tuple(CallersPoint(callers, rates, (0.1,)) for callers, rates in points),
+        points=tuple(CallersPoint(callers, rates, (0.1,), (0.01 * callers,)) for callers, rates in points),
         differing=differing,
     )
 
 
+EVEN, TWICE, HALF_MORE = (100, 100, 50), (200, 200, 100), (150, 150, 75)
+
+
 @pytest.mark.parametrize(
-    ("found", "accepted", "said"),
+    ("found", "most_tpot_s", "rows", "said"),
     [
-        (measured((1, (100, 100, 50)), (4, (200, 200, 100))), True, r"4 callers get 2.00x \(2.00 to 2.00\)"),
-        (measured((1, (98, 99, 48)), (4, (180, 200, 105))), True, "and a single caller 0.98x"),
-        (measured((1, (99, 99, 49)), (2, (150, 150, 75)), (4, (140, 150, 70))), True, "2 callers get 1.50x"),
-        (measured((1, (96, 96, 48)), (4, (200, 200, 100))), False, "a single caller would get 0.96x"),
-        (measured((1, (100, 100, 50)), (4, (105, 109, 54))), False, "4 callers get 1.08x"),
-        (measured((1, (100, 100, 50)), (4, (200, 200, 49))), False, r"2.00x \(0.98 to 2.00\)"),
-        (measured((1, (100, 100, 50)), (4, (200, 200, 100)), differing=2), False, "2 answers were not those"),
+        (measured((1, EVEN), (4, TWICE)), math.inf, 4, r"4 callers get 2.00x \(2.00 to 2.00\)"),
+        (measured((1, (98, 99, 48)), (4, (180, 200, 105))), math.inf, 4, "and a single caller 0.98x"),
+        (measured((1, (99, 99, 49)), (2, HALF_MORE), (4, (140, 150, 70))), math.inf, 4, "2 callers get 1.50x"),
+        (measured((1, (96, 96, 48)), (4, TWICE)), math.inf, 0, "a single caller would get 0.96x"),
+        (measured((1, EVEN), (4, (105, 109, 54))), math.inf, 0, "4 callers get 1.08x"),
+        (measured((1, EVEN), (4, (200, 200, 49))), math.inf, 0, r"2.00x \(0.98 to 2.00\)"),
+        (measured((1, EVEN), (4, TWICE), differing=2), math.inf, 0, "2 answers were not those"),
+        (measured((1, EVEN), (2, HALF_MORE), (4, TWICE)), 0.04, 4, "4 callers get 2.00x"),
+        (
+            measured((1, EVEN), (2, HALF_MORE), (4, TWICE)),
+            0.03,
+            2,
+            "2 callers get 1.50x .*; 4 would get a token every 40 ms each, over max_tpot_ms of the policy, 30",
+        ),
+        (
+            measured((1, EVEN), (2, HALF_MORE)),
+            0.01,
+            0,
+            "2 callers would get a token every 20 ms each, over max_tpot_ms",
+        ),
     ],
 )
-def test_the_decision(found: Sharing, accepted: bool, said: str) -> None:
+def test_the_decision(found: Sharing, most_tpot_s: float, rows: int, said: str) -> None:
     import re
 
-    decision, reason = decide(found)
-    assert decision is accepted
+    decision, reason = decide(found, most_tpot_s)
+    assert decision == rows
     assert re.search(said, reason), reason
 
 
@@ -82,8 +98,9 @@ class Bench:
 
 
 def bench(**changes: Any) -> Bench:
-    asked = replace(policy.load("balanced"), max_batch=changes.pop("max_batch", 4))
-    return Bench(Variant(tiny("llama"), Traffic(), WORK), asked, **changes)
+    asked = policy.Batching(**{"max_batch": 4} | changes.pop("batching", {}))
+    tuned = replace(policy.load("balanced"), batching=asked)
+    return Bench(Variant(tiny("llama"), Traffic(), WORK), tuned, **changes)
 
 
 def recorded(made: Bench) -> Variant:
@@ -91,7 +108,7 @@ def recorded(made: Bench) -> Variant:
 
 
 def test_a_policy_that_does_not_ask_measures_nothing() -> None:
-    made = bench(max_batch=1)
+    made = bench(batching={"max_batch": 1})
     assert callers.measure(made.original, made) == (made.original, None)
     assert made.said == []
 
@@ -100,7 +117,12 @@ def test_a_policy_that_does_not_ask_measures_nothing() -> None:
     ("changes", "plan", "said"),
     [
         ({}, [LeanLoop()], "needs a recorded decode step"),
-        ({"free": 1000.0}, None, r"slots of 4 sequences take 0.00 GB, 0.00 GB are free"),
+        ({"free": 1000.0}, None, r"it takes 0.000\d+ GB beside what serves now, and \S+ GB of memory are free"),
+        (
+            {"batching": {"max_kv_mb": 0.1}},
+            None,
+            r"the slots of 2 sequences take 0.\d+ MB, over max_kv_mb of the .* 0.1",
+        ),
         ({"deadline": 0.0}, None, r"measuring 4 of them takes about \d+ s, more than the budget had left"),
     ],
 )
@@ -113,14 +135,14 @@ def test_why_callers_are_served_one_at_a_time(changes: dict[str, Any], plan: Any
     kept, found = callers.measure(winner, made)
     assert kept is winner
     assert found is not None
-    assert not found.accepted
+    assert not found.rows
     assert re.search(f"^callers are served one at a time: .*{said}", found.reason), found.reason
 
 
 @needs_kernels
 def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured on a real model; only the decision is not left to this machine's clock."""
-    monkeypatch.setattr(callers, "decide", lambda found: (found.differing == 0, "as they say"))
+    monkeypatch.setattr(callers, "decide", lambda found, limit: (4 * (found.differing == 0), "as they say"))
     made = bench()
     winner = recorded(made)
     kept, found = callers.measure(winner, made)
@@ -130,11 +152,28 @@ def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [point.callers for point in found.points] == [1, 2, 4]
     assert all(len(point.tokens_per_s) == callers.ROUNDS == len(found.alone_tokens_per_s) for point in found.points)
     assert [len(point.ttft_s) for point in found.points] == [4 * callers.ROUNDS] * 3
+    assert all(pace > 0 for point in found.points for pace in point.tpot_s)
     assert found.long_prompt == 128 - 12
     assert found.gap_s is not None
     assert found.gap_s > 0
     assert kept.traffic is winner.traffic is made.original.traffic is not None
     assert kept.loop.engine.counts["requests"] > 3 * 12
+
+
+@needs_kernels
+def test_fewer_rows_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory for keys and values has room for three of four, and the pace allows two."""
+    monkeypatch.setattr(callers, "decide", lambda found, limit: (2, "as they say"))
+    plain = bench()
+    row_mb = bytes_per_row(recorded(plain)) / 1e6
+    made = bench(batching={"max_kv_mb": 3.5 * row_mb, "max_queue": 7, "max_wait_ms": 2.0})
+    kept, found = callers.measure(recorded(made), made)
+    assert found is not None
+    assert [point.callers for point in found.points] == [1, 2, 3]
+    assert str(kept.transforms[-1]) == str(ContinuousBatching("decode", 2, 7, 2.0))
+    assert isinstance(kept.loop, Together)
+    engine = kept.loop.engine
+    assert (engine.most_rows, engine.most_waiting, engine.wait_s) == (2, 7, 0.002)
 
 
 @needs_kernels
@@ -146,15 +185,15 @@ def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
         choose(self, variant)
         assert isinstance(variant.loop, Together)
         engine = variant.loop.engine
-        logits = engine._logits
+        logits = engine.sequences.logits
 
         def wrong() -> Any:
             found = logits()
-            if sum(request is not None for request in engine._rows) > 2:
+            if sum(request is not None for request in engine.sequences.rows) > 2:
                 found[:, 7] += 100
             return found
 
-        monkeypatch.setattr(engine, "_logits", wrong)
+        monkeypatch.setattr(engine.sequences, "logits", wrong)
 
     monkeypatch.setattr(ContinuousBatching, "apply", spoilt)
     winner = recorded(made)

@@ -12,7 +12,7 @@ from autotune import transforms
 from autotune.errors import PolicyError
 from autotune.machine import gpus
 from autotune.tune import conditions, policy
-from autotune.tune.policy import BUILT_IN, Choice, PolicyStep
+from autotune.tune.policy import BUILT_IN, Batching, Choice, PolicyStep
 from autotune.validate.limits import Limits
 
 NAMES = ["balanced", "latency", "lossless", "memory", "throughput"]
@@ -120,8 +120,11 @@ def test_a_file_becomes_a_policy(write: Callable[..., Path]) -> None:
 
 
 def test_callers_may_be_decoded_together(write: Callable[..., Path]) -> None:
-    assert policy.check(write(MINE.replace("budget_s = 60", "budget_s = 60\nmax_batch = 8"))).max_batch == 8
-    assert {name: policy.load(name).max_batch for name in policy.available()} == {
+    asked = (
+        "[batching]\nmax_batch = 8\nmax_queue = 32\nmax_wait_ms = 5\nmax_tpot_ms = 50.5\nmax_kv_mb = 512\n\n[limits]"
+    )
+    assert policy.check(write(MINE.replace("[limits]", asked))).batching == Batching(8, 32, 5.0, 50.5, 512.0)
+    assert {name: policy.load(name).batching.max_batch for name in policy.available()} == {
         name: 16 if name == "throughput" else 1 for name in policy.available()
     }
 
@@ -186,9 +189,12 @@ def test_an_unknown_policy_is_an_error(name: str, says: str) -> None:
         ("budget_s = 60", "budget_s = nan", "budget_s is nan"),
         ("budget_s = 60", "budget_s = true", "budget_s is True"),
         ("budget_s = 60", "budgets = 60", "unknown key 'budgets', did you mean 'budget_s'"),
-        ("budget_s = 60", "budget_s = 60\nmax_batch = 0", "max_batch is 0; expected a whole number from 1 to 64"),
-        ("budget_s = 60", "budget_s = 60\nmax_batch = 2.5", "max_batch is 2.5; expected a whole number"),
-        ("budget_s = 60", "budget_s = 60\nmax_batch = true", "max_batch is True; expected a whole number"),
+        ("[limits]", "[batching]\nmax_batch = 0\n[limits]", "max_batch is 0; expected a whole number, from 1 to 64"),
+        ("[limits]", "[batching]\nmax_batch = 2.5\n[limits]", "max_batch is 2.5; expected a whole number"),
+        ("[limits]", "[batching]\nmax_queue = true\n[limits]", "max_queue is True; expected a whole number, 1 or more"),
+        ("[limits]", "[batching]\nmax_wait_ms = -1\n[limits]", "max_wait_ms is -1; expected a number, 0 or more"),
+        ("[limits]", "[batching]\nmax_wait = 1\n[limits]", "unknown key 'max_wait', did you mean 'max_wait_ms'"),
+        ("budget_s = 60", "budget_s = 60\nbatching = 8", r"\[batching\]: expected a table, found 8"),
         ("min_gain", "min_gains", r"\[limits\]: unknown key 'min_gains', did you mean 'min_gain'"),
         ("min_gain = 0.1", "min_gain = -0.1", r"\[limits\]: min_gain is -0.1"),
         ("[limits]\nmin_gain = 0.1", "limits = 3", r"\[limits\]: expected a table, found 3"),

@@ -1,35 +1,35 @@
 """The engine: one thread that owns prefill, decode and sampling for as long as there are sequences.
 
-Between two steps, sequences leave, at most one part of one prompt is computed, and the next sequence joins. A step
-computes all sequences together over slots of their own (`cache/rows.py`).
+Between two steps, sequences leave, at most one part of one prompt is computed, or several short prompts, and the next
+sequences join. If no row is free, a sequence that is less urgent than a request that waits gives up its row, and goes
+on later from where it was. A step computes all sequences together over slots of their own (`cache/rows.py`).
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ...errors import AutotuneError, CancelledRequestError, QueueFullError, VariantError, first_line
+from ...errors import CancelledRequestError, QueueFullError, VariantError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
-from ..cache.rows import RowCache
-from . import rows as plan
 from .joined import Joined, Prefilled, count, is_exact
 from .prefill import Prefill
 from .prefixes import Prefixes
 from .request import Request
+from .sequences import Sequences
 from .terms import MOST_WAITING
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
-    from ..steps.step import Step
     from ..variant import Variant
 
 CHUNK = 128  # tokens of prompts that are computed between two steps
@@ -46,21 +46,30 @@ class Engine:
         most_rows: sequences that are decoded together.
         chunk: tokens of a prompt that are computed between two steps.
         most_waiting: requests that may wait for a row.
+        wait_s: how long a request may wait for others while no sequence is under way. Callers of a burst ask one after
+            the other; those who wait begin together. A request after a time with one sequence alone does not wait.
 
     Attributes:
         joins: whether several short prompts are computed together, because each then gets the numbers it has alone.
-        counts: requests, forwards over prompts, steps, and in all steps the rows that were computed and the tokens that
-            came of them.
+        counts: requests, forwards over prompts, evicted sequences, steps, and in all steps the rows that were computed
+            and the tokens that came of them.
     """
 
     def __init__(
-        self, variant: Variant, most_rows: int, *, chunk: int = CHUNK, most_waiting: int = MOST_WAITING
+        self,
+        variant: Variant,
+        most_rows: int,
+        *,
+        chunk: int = CHUNK,
+        most_waiting: int = MOST_WAITING,
+        wait_s: float = 0.0,
     ) -> None:
         self.variant = variant
         self.most_rows = most_rows
         self.prefixes = Prefixes(chunk)
         self.joins = is_exact(variant, chunk)
         self.most_waiting = most_waiting
+        self.wait_s = wait_s
         self.counts: Counter[str] = Counter()
         self._changed = forking.free(threading.Condition())
         self._forget()
@@ -69,12 +78,10 @@ class Engine:
     def _forget(self) -> None:
         self._waiting = list[Request]()
         self._prompt: Prefill | Joined | None = None
-        self._rows: list[Request | None] = [None] * self.most_rows
-        self._cache: RowCache | None = None
-        self._steps: dict[int, tuple[RowCache, Step]] = {}
-        self._token = torch.zeros(self.most_rows, 1, dtype=torch.int64, device="cpu")
+        self.sequences = Sequences(self.variant, self.most_rows, self.counts)
         self._worker: ending.Worker | None = None
         self._stopped = False
+        self._at_once = 0  # most sequences that were under way together since none was
         self._is_stepping = False
         self._lent_to: int | None = None  # identifier of the thread that has the model alone
         self._borrowers = 0  # such calls that wait
@@ -87,12 +94,13 @@ class Engine:
     def summary(self) -> str:
         """How many sequences are decoded together and wait, in a sentence."""
         with self._changed:
-            used, waiting = sum(request is not None for request in self._rows), len(self._waiting)
+            used, waiting = self.sequences.used, len(self._waiting)
         steps = self.counts["steps"]
         mean = f", {self.counts['tokens'] / steps:.1f} tokens a step" if steps else ""
         found = self.prefixes.tokens_found
         shared = f"; {found} tokens of prompts were known from earlier ones" if found else ""
-        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}{shared}"
+        again = f", {self.counts['evicted']} sequences made room for more urgent ones" if self.counts["evicted"] else ""
+        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}{shared}{again}"
 
     # In the callers' threads
 
@@ -186,9 +194,10 @@ class Engine:
     def _has_turn(self) -> bool:
         """Wait for the engine's turn. Returns False when nothing is left to do; then the thread has ended."""
         with self._changed:
-            if not (self._waiting or self._prompt or any(self._rows)):
+            if not (self._waiting or self._is_busy()):
                 self._worker = None
                 return False
+            self._gather()
             self._changed.wait_for(
                 lambda: self._stopped or (self._lent_to is None and (self._owns_next or not self._borrowers))
             )
@@ -198,19 +207,35 @@ class Engine:
             self._is_stepping = True
             return True
 
+    def _is_busy(self) -> bool:
+        """Whether sequences are under way."""
+        return bool(self._prompt or self.sequences.requests())
+
+    def _gather(self) -> None:
+        """While no sequence is under way, wait for as many requests as there were before. The lock is held."""
+        if self._is_busy():
+            return
+        expected, self._at_once = self._at_once, 0
+        if expected > 1:
+            due_s = min(request.terms.arrived_s for request in self._waiting) + self.wait_s
+            came = lambda: self._stopped or len(self._waiting) >= expected  # noqa: E731
+            self._changed.wait_for(came, timeout=max(0.0, due_s - time.monotonic()))
+
     def _turn(self) -> None:
         self._drop_violated()
+        if self._prompt is None:
+            order = self._first_waiting()
+            self.sequences.evict_for(order)
+            self.sequences.resume_before(order)
         self._admit()
-        if any(self._rows):
-            self._step()
+        if under_way := self.sequences.used:
+            self._at_once = max(self._at_once, under_way)
+            self.sequences.step()
 
     def _drop_violated(self) -> None:
         """End the requests that were cancelled or are late."""
         now_s = time.monotonic()
-        for row, request in enumerate(self._rows):
-            if request is not None and (error := request.violated(now_s)):
-                self._free(row)
-                request.fail(error)
+        self.sequences.drop_violated(now_s)
         for request in self._prompt.requests if self._prompt else ():
             if error := request.violated(now_s):
                 request.fail(error)
@@ -220,6 +245,11 @@ class Engine:
                 if error := request.violated(now_s):
                     self._waiting.remove(request)
                     request.fail(error)
+
+    def _first_waiting(self) -> float:
+        """The order of the most urgent request that waits; infinite if none does."""
+        with self._changed:
+            return min((request.terms.order for request in self._waiting), default=math.inf)
 
     def _admit(self) -> None:
         """Compute one part of a prompt, or several short prompts. After its last part, a sequence takes a row."""
@@ -233,7 +263,7 @@ class Engine:
             outside.pass_on(error)
             self._prompt = None
             for request in prompt.requests:
-                request.fail(error if len(prompt.requests) == 1 else _own(error))
+                request.fail(error) if len(prompt.requests) == 1 else request.fail_with_others(error)
             return
         self.counts["prefills"] += 1
         if found is not None:
@@ -250,18 +280,14 @@ class Engine:
                 request.finish()
                 return
             with self.variant.preparing(1):
-                row = self._rows.index(None)
-                self._slots(prompt.cache).join(row, prompt.cache)
+                self.sequences.join(request, prompt.cache, token)
         except Exception as error:  # of the caller's processors or criteria: it concerns this request alone
             outside.pass_on(error)
             request.fail(error)
-            return
-        self._rows[row] = request
-        self._token[row] = token
 
     def _next_prompt(self) -> Prefill | Joined | None:
         """What is computed next for the requests that are served next; None if none waits or no row is free."""
-        free = self._rows.count(None)
+        free = self.sequences.free
         room = self.prefixes.part * (1 if free < self.most_rows else CHUNKS_AT_REST)
         with self._changed:
             if not free or not self._waiting:
@@ -274,80 +300,9 @@ class Engine:
         self.counts["requests"] += len(chosen)
         return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
 
-    def _slots(self, prompt: Any) -> RowCache:
-        pool = self.variant.caches
-        assert pool is not None  # noqa: S101 - the transform checked; for the type checker
-        if self._cache is None:
-            self._cache = RowCache(prompt, pool.slots, self.most_rows, pool.dtype)
-        return self._cache
-
-    def _step(self) -> None:
-        """Decode one token of every sequence."""
-        try:
-            logits = self._logits()
-        except Exception as error:
-            outside.pass_on(error)
-            for row, request in enumerate(self._rows):
-                if request is not None:
-                    self._free(row)
-                    request.fail(_own(error))
-            return
-        most, best = logits.max(dim=-1)  # of each row; NaN if any of its logits is
-        for row, request in enumerate(self._rows[: len(logits)]):
-            if request is None:
-                continue
-            try:
-                if bool(most[row].isnan()):
-                    raise VariantError(f"NaN logits at token {request.ids.shape[1]}")
-                token = best[row : row + 1] if request.is_greedy else request.choose(logits[row : row + 1])
-                finished = request.take(token)
-            except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
-                outside.pass_on(error)
-                self._free(row)
-                request.fail(error)
-                continue
-            self._token[row] = token
-            if finished:
-                self._free(row)
-                request.finish()
-
-    def _logits(self) -> torch.Tensor:
-        """Run a step. Returns logits [rows, V] of as many rows as were computed."""
-        cache = self._cache
-        assert cache is not None  # noqa: S101 - a sequence has joined; for the type checker
-        for source, target in plan.moves([r is not None for r in self._rows], self.most_rows):
-            cache.move(source, target)
-            self._rows[target], self._rows[source] = self._rows[source], None
-            self._token[target] = self._token[source]
-        size = plan.size_for([r is not None for r in self._rows], self.most_rows)
-        if size not in self._steps:
-            self._steps[size] = self._prepared(cache.upper(size))
-        view, step = self._steps[size]
-        with self.variant.running("decode"):
-            logits = step(self._token[:size], view.slot[:, None], view)
-        cache.step_done()
-        self.counts["steps"] += 1
-        self.counts["rows"] += size
-        self.counts["tokens"] += sum(request is not None for request in self._rows)
-        return logits
-
-    def _prepared(self, view: RowCache) -> tuple[RowCache, Step]:
-        programs = self.variant.step
-        with self.variant.preparing(view.shape[0]):
-            step = programs.fitting(view) if programs is not None else None
-            if step is None:
-                raise VariantError(f"there is no recorded step for {view.shape[0]} rows")
-            return view, step
-
-    def _free(self, row: int) -> None:
-        self._rows[row] = None
-        self._token[row] = 0
-        if self._cache is not None:
-            self._cache.leave(row)
-
     def _all(self) -> list[Request]:
         held = self._prompt.requests if self._prompt else []
-        return [*self._waiting, *held, *filter(None, self._rows)]
+        return [*self._waiting, *held, *self.sequences.requests()]
 
     def _end_ours(self) -> None:
         """End the requests of our own threads as the process ends. Users' daemon threads wait on and end silently."""
@@ -356,18 +311,8 @@ class Engine:
                 request.fail(CancelledRequestError("the process ends"))
 
     def _fail_all(self, error: BaseException) -> None:
-        for request in self._all():
-            request.fail(_own(error))
+        for request in (*self._waiting, *(self._prompt.requests if self._prompt else ())):
+            request.fail_with_others(error)
+        self.sequences.fail(error)
         self._waiting.clear()
         self._prompt = None
-        for row in range(self.most_rows):
-            self._free(row)
-
-
-def _own(error: BaseException) -> BaseException:
-    """An error for one request: threads that raised the same object would all extend its traceback."""
-    kind = type(error) if isinstance(error, AutotuneError) else VariantError
-    text = str(error) if isinstance(error, AutotuneError) else first_line(error)
-    own = kind(text)
-    own.__cause__ = error
-    return own

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import softmax
 
-from ...errors import CancelledRequestError, RequestError
+from ...errors import AutotuneError, CancelledRequestError, RequestError, VariantError, first_line
 from ...machine import ending
 from .terms import CURRENT, RequestTerms
 
@@ -131,3 +131,10 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         self._events.put(Failed(error))
+
+    def fail_with_others(self, error: BaseException) -> None:
+        """Fail with an error of its own: threads that raised the same object would all extend its traceback."""
+        known = isinstance(error, AutotuneError)
+        own = type(error)(str(error)) if known else VariantError(first_line(error))
+        own.__cause__ = error
+        self.fail(own)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...model.seam import keys_and_values
+from ...model.seam import growing_cache, keys_and_values
 from .slots import SlotCache
 
 if TYPE_CHECKING:
@@ -56,6 +56,13 @@ class RowCache(SlotCache):
                 held[row, :, :length] = new[0]
                 held[row, :, stale] = 0
         self._begin(row, length)
+
+    def copy_of(self, row: int) -> Any:
+        """A prefilled cache with the tokens of a row, from which `join` begins the sequence again."""
+        copied, length = growing_cache(), self.lengths[row]
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            copied.update(keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone(), layer)
+        return copied
 
     def leave(self, row: int) -> None:
         """Free a row."""

@@ -1,0 +1,184 @@
+"""The sequences that the engine has under way: their rows, keys and values, and those that gave up a row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ...errors import VariantError
+from ...machine import outside
+from ..cache.rows import RowCache
+from . import rows as plan
+
+if TYPE_CHECKING:
+    from ..steps.step import Step
+    from ..variant import Variant
+    from .request import Request
+
+
+class _Evicted(NamedTuple):
+    """A sequence that gave up its row.
+
+    Args:
+        cache: its keys and values.
+        token: its last token, [1], which is not in the cache yet.
+    """
+
+    request: Request
+    cache: Any
+    token: torch.Tensor
+
+
+class Sequences:
+    """Sequences that are decoded together. Called in the engine's thread alone.
+
+    Args:
+        variant: decodes over slots with recorded steps.
+        most: how many sequences are decoded together.
+        counts: of the engine, which are kept up to date.
+
+    Attributes:
+        rows: the request of each row; None where a row is free.
+    """
+
+    def __init__(self, variant: Variant, most: int, counts: Counter[str]) -> None:
+        self.variant = variant
+        self.counts = counts
+        self.rows: list[Request | None] = [None] * most
+        self._evicted = list[_Evicted]()
+        self._cache: RowCache | None = None
+        self._steps: dict[int, tuple[RowCache, Step]] = {}
+        self._token = torch.zeros(most, 1, dtype=torch.int64, device="cpu")
+
+    @property
+    def free(self) -> int:
+        """Number of free rows."""
+        return self.rows.count(None)
+
+    @property
+    def used(self) -> int:
+        """Number of sequences that a step decodes."""
+        return len(self.rows) - self.free
+
+    def requests(self) -> list[Request]:
+        """All requests under way."""
+        return [*(evicted.request for evicted in self._evicted), *filter(None, self.rows)]
+
+    def join(self, request: Request, cache: Any, token: torch.Tensor) -> None:
+        """Give a sequence a free row.
+
+        Args:
+            cache: its keys and values [1, Hk, P, D] per layer.
+            token: its next token, [1].
+        """
+        if self._cache is None:
+            pool = self.variant.caches
+            assert pool is not None  # noqa: S101 - the transform checked; for the type checker
+            self._cache = RowCache(cache, pool.slots, len(self.rows), pool.dtype)
+        row = self.rows.index(None)
+        self._cache.join(row, cache)
+        self.rows[row] = request
+        self._token[row] = token
+
+    def evict_for(self, order: float) -> None:
+        """If no row is free, take the least urgent sequence's row for a request of this order if it is more urgent."""
+        if self.free or self._cache is None or len(self._evicted) == len(self.rows):
+            return
+        last, row = max((request.terms.order, row) for row, request in enumerate(self.rows) if request is not None)
+        if order < last and (request := self.rows[row]) is not None:
+            self._evicted.append(_Evicted(request, self._cache.copy_of(row), self._token[row].clone()))
+            self._leave(row)
+            self.counts["evicted"] += 1
+
+    def resume_before(self, order: float) -> None:
+        """Give free rows to evicted sequences that are more urgent than a request of this order."""
+        for first in sorted(self._evicted, key=lambda each: each.request.terms.order):
+            if not self.free or order < first.request.terms.order:
+                return
+            self._evicted.remove(first)
+            self.join(*first)
+
+    def drop_violated(self, now_s: float) -> None:
+        """End the sequences whose terms are violated."""
+        for row, request in enumerate(self.rows):
+            if request is not None and (error := request.violated(now_s)):
+                self._leave(row)
+                request.fail(error)
+        for evicted in tuple(self._evicted):
+            if error := evicted.request.violated(now_s):
+                self._evicted.remove(evicted)
+                evicted.request.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Fail all requests under way."""
+        for request in self.requests():
+            request.fail_with_others(error)
+        self._evicted.clear()
+        for row in range(len(self.rows)):
+            self._leave(row)
+
+    def step(self) -> None:
+        """Decode one token of every sequence that has a row."""
+        try:
+            logits = self.logits()
+        except Exception as error:
+            outside.pass_on(error)
+            for row, request in enumerate(self.rows):
+                if request is not None:
+                    self._leave(row)
+                    request.fail_with_others(error)
+            return
+        most, best = logits.max(dim=-1)  # of each row; NaN if any of its logits is
+        for row, request in enumerate(self.rows[: len(logits)]):
+            if request is None:
+                continue
+            try:
+                if bool(most[row].isnan()):
+                    raise VariantError(f"NaN logits at token {request.tokens}")
+                token = best[row : row + 1] if request.is_greedy else request.choose(logits[row : row + 1])
+                finished = request.take(token)
+            except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
+                outside.pass_on(error)
+                self._leave(row)
+                request.fail(error)
+                continue
+            self._token[row] = token
+            if finished:
+                self._leave(row)
+                request.finish()
+
+    def logits(self) -> torch.Tensor:
+        """Run a step. Returns logits [rows, V] of as many rows as were computed."""
+        cache = self._cache
+        assert cache is not None  # noqa: S101 - a sequence has joined; for the type checker
+        for source, target in plan.moves([r is not None for r in self.rows], len(self.rows)):
+            cache.move(source, target)
+            self.rows[target], self.rows[source] = self.rows[source], None
+            self._token[target] = self._token[source]
+        size = plan.size_for([r is not None for r in self.rows], len(self.rows))
+        if size not in self._steps:
+            self._steps[size] = self._prepared(cache.upper(size))
+        view, step = self._steps[size]
+        with self.variant.running("decode"):
+            logits = step(self._token[:size], view.slot[:, None], view)
+        cache.step_done()
+        self.counts["steps"] += 1
+        self.counts["rows"] += size
+        self.counts["tokens"] += self.used
+        return logits
+
+    def _prepared(self, view: RowCache) -> tuple[RowCache, Step]:
+        programs = self.variant.step
+        with self.variant.preparing(view.shape[0]):
+            step = programs.fitting(view) if programs is not None else None
+            if step is None:
+                raise VariantError(f"there is no recorded step for {view.shape[0]} rows")
+            return view, step
+
+    def _leave(self, row: int) -> None:
+        self.rows[row] = None
+        self._token[row] = 0
+        if self._cache is not None:
+            self._cache.leave(row)
