@@ -43,6 +43,7 @@ PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("one_query_attention", "decode", {}),
     ("step_program", "decode", {}),
 )
+WAIT_MS = 20.0  # as in policies/throughput.toml
 TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
 
 
@@ -55,7 +56,7 @@ def ways(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows:
     work = Workload(tuple(map(tuple, prompts)), tokens)
     chain = [transforms.make(name, params, phase) for name, phase, params in PLAN]
     plan = Variant(original, workload=work).with_transforms(chain)
-    together = plan.with_transform(transforms.make("continuous_batching", {"rows": rows}, "decode"))
+    together = plan.with_transform(transforms.make("continuous_batching", {"rows": rows, "wait_ms": WAIT_MS}, "decode"))
     found = {TOGETHER: serving(together), ALONE: serving(plan), ORIGINAL: original}
     served = {name: route.greedy(model, pad_token_id=0) for name, model in found.items()}  # no token ends an answer
     lock = threading.Lock()

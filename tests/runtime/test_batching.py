@@ -510,16 +510,14 @@ def test_short_prompts_that_wait_are_computed_together(lengths: list[int], room:
 
 
 def read_alone(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    call: Any = types.SimpleNamespace(
-        input_ids=ids, positions=torch.arange(ids.shape[1])[None], prompt=lambda cache: given(ids, cache)
-    )
+    from autotune.model import seam
 
-    def given(ids: torch.Tensor, cache: Any) -> dict[str, Any]:
-        from autotune.model import seam
-
+    def whole(cache: Any) -> dict[str, Any]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seam.over(variant.original, cache)}
 
-    (found,) = Prefill(types.SimpleNamespace(call=call), Prefixes(128)).advance(variant) or ()  # type: ignore[arg-type]
+    call = types.SimpleNamespace(input_ids=ids, positions=torch.arange(ids.shape[1])[None], prompt=whole)
+    request: Any = types.SimpleNamespace(call=call)
+    (found,) = Prefill(request, Prefixes(128)).advance(variant) or ()
     return found.logits, found.cache
 
 
