@@ -87,9 +87,12 @@ def read(variant: Variant, prompts: Sequence[tuple[torch.Tensor, torch.Tensor]])
         torch.cat([pad(part, (0, width - part.shape[1])) for part, width in zip(parts, widths, strict=True)], 1)
         for parts in zip(*prompts, strict=True)
     )
-    own = torch.repeat_interleave(torch.tensor(widths, device=ids.device))  # [T], the prompt that each token is of
+    own = torch.repeat_interleave(
+        torch.tensor(widths, dtype=torch.int64, device=ids.device)
+    )  # [T], the prompt that each token is of
     mask = (own[:, None] == own).tril()[None, None]
-    last = torch.tensor([begin + length - 1 for begin, length in zip(begins, lengths, strict=True)], device=ids.device)
+    ends = [begin + length - 1 for begin, length in zip(begins, lengths, strict=True)]
+    last = torch.tensor(ends, dtype=torch.int64, device=ids.device)
     cache = seam.growing_cache()
     with variant.running("prefill") as module:
         output = module(
@@ -137,8 +140,9 @@ def _is_exact(variant: Variant, longest: int) -> bool:
     draw = torch.Generator(device="cpu").manual_seed(0)
     prompts = []
     for length in (longest, SHORTEST, SHORTEST + SIDE // 2 + 1):
-        ids = torch.randint(vocabulary, (1, length), generator=draw, device="cpu").to(variant.original.device)
-        prompts.append((ids, torch.arange(length, device=ids.device)[None]))
+        ids = torch.randint(vocabulary, (1, length), generator=draw, dtype=torch.int64, device="cpu")
+        ids = ids.to(variant.original.device)
+        prompts.append((ids, torch.arange(length, dtype=torch.int64, device=ids.device)[None]))
     for together, prompt in zip(read(variant, prompts), prompts, strict=True):
         cache = seam.growing_cache()
         with variant.running("prefill") as module:
