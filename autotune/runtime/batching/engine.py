@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...errors import CancelledRequestError, QueueFullError, VariantError
+from ...errors import CancelledRequestError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from .joined import Joined, Prefilled, count, is_exact
@@ -138,7 +138,7 @@ class Engine:
                 if not self._worker.launch():
                     self._worker = None
                     self._waiting.remove(request)
-                    raise VariantError("the process ends, and with it the thread that decodes")
+                    raise CancelledRequestError("the process ends, and with it the thread that decodes")
             self._changed.notify_all()
         intraop.rest()  # while the engine's thread computes
         return request.wait()
