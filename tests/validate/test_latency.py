@@ -434,3 +434,24 @@ def test_a_machine_whose_noise_is_unknown_decides_nothing():
 def test_label():
     assert Bucket(8, 64, 32).label == "b8/p64/n32"
     assert Bucket.of("b8/p64/n32") == Bucket(8, 64, 32)
+
+
+def spread_pairs(gain: float, by: float) -> list[Pair]:
+    """Pairs whose log ratios lie around a gain, with an interquartile range of `by`."""
+    ratios = [gain * math.exp(by * offset) for offset in (-0.8, -0.5, -0.3, -0.5, 0.0, 0.5, 0.3, 0.5, 0.8)]
+    return [Pair(Timing(0.1 * r, 0.01 * r, 0.5 * r), Timing(0.1, 0.01, 0.5)) for r in ratios]
+
+
+@pytest.mark.parametrize(
+    ("gain", "by", "verdict"),
+    [
+        (8.0, 0.44, Verdict.PASS),  # one of two cores was taken: 6.5 to 11 times as fast
+        (2.0, 0.2, Verdict.PASS),
+        (1.6, 0.3, Verdict.INCONCLUSIVE),  # clearly a gain by its bounds, but the machine changes by as much
+        (2.0, 0.6, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_noise_hides_what_is_not_clearly_larger(gain: float, by: float, verdict: Verdict) -> None:
+    found = decide({"a": spread_pairs(gain, by)}, "tpot", Limits(), 0.0)
+    assert found.verdict is verdict, found.reason
+    assert ("too noisy" in found.reason) is (verdict is Verdict.INCONCLUSIVE), found.reason
