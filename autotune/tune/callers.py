@@ -219,16 +219,17 @@ class _Measurement:
             self._rate(self.together, number, number)  # the first calls make slots
         alone = list[float]()
         rates: dict[int, list[float]] = {number: [] for number in numbers}
-        waits: dict[int, list[float]] = {number: [] for number in numbers}
-        paces: dict[int, list[float]] = {number: [] for number in numbers}
+        answered: dict[int, list[_Answer]] = {number: [] for number in numbers}
         for _ in range(ROUNDS):
             alone.append(self._rate(self.alone, 1, ALONE)[0])
             for number in numbers:
                 rate, answers = self._rate(self.together, number, max(number, ALONE))
                 rates[number].append(rate)
-                waits[number] += [answer.ttft_s for answer in answers]
-                paces[number] += [answer.tpot_s for answer in answers]
-        points = tuple(CallersPoint(n, tuple(rates[n]), tuple(waits[n]), tuple(paces[n])) for n in numbers)
+                answered[number] += answers
+        points = tuple(
+            CallersPoint(n, tuple(rates[n]), tuple(a.ttft_s for a in found), tuple(a.tpot_s for a in found))
+            for n, found in answered.items()
+        )
         gap_s, long_prompt = self._longest_gap(min(4, most - 1))
         measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt)
         rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)

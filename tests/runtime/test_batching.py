@@ -162,6 +162,11 @@ def answer(served: Any, ids: Sequence[int], tokens: int, **options: Any) -> list
     return found
 
 
+def until_waiting(engine: Engine, count: int) -> None:
+    while len(engine._waiting) < count:
+        time.sleep(0.001)
+
+
 class Streamer:
     """Remembers tokens and the threads in which they came; raises after `most` of them."""
 
@@ -407,16 +412,14 @@ def test_urgent_requests_take_rows_that_others_get_back(
         def when_full() -> torch.Tensor:
             if None not in engine.sequences.rows and not later:
                 later.extend(pool.submit(ask, name, *asked, 3600) for name, asked in urgent.items())
-                while len(engine._waiting) < len(urgent):
-                    time.sleep(0.001)
+                until_waiting(engine, len(urgent))
             return logits()
 
         later = list[Future[list[int]]]()
         monkeypatch.setattr(engine.sequences, "logits", when_full)
         with engine.alone():
             asked = [pool.submit(ask, name, *each, 0) for name, each in work.items()]
-            while len(engine._waiting) < len(work):
-                time.sleep(0.001)
+            until_waiting(engine, len(work))
         got = [each.result() for each in asked] + [each.result() for each in later]
     assert got == [answer(serving(alone), *each) for each in (work | urgent).values()]
     assert set(ended[: len(urgent)]) == set(urgent)
@@ -555,8 +558,7 @@ def test_callers_who_come_at_once_share_a_forward(
     with ThreadPoolExecutor(len(prompts)) as pool:
         with engine.alone():
             asked = [pool.submit(answer, serving(variant), ids, 12) for ids in prompts]
-            while len(engine._waiting) < len(prompts):
-                time.sleep(0.001)
+            until_waiting(engine, len(prompts))
         got = [each.result() for each in asked]
     assert got == [answer(serving(alone), ids, 12) for ids in prompts]
     assert engine.counts["prefills"] - before["prefills"] == 1
@@ -576,8 +578,8 @@ def test_callers_of_a_burst_wait_for_one_another_and_one_alone_does_not(
         for number, ids in enumerate(prompts, 1):
             assert engine.counts["prefills"] == before["prefills"]
             asked.append(pool.submit(answer, serving(variant), ids, 12))
-            while number < len(prompts) and len(engine._waiting) < number:
-                time.sleep(0.001)
+            if number < len(prompts):
+                until_waiting(engine, number)
         assert [each.result() for each in asked] == [answer(serving(alone), ids, 12) for ids in prompts]
     assert engine.counts["prefills"] - before["prefills"] == 1
     monkeypatch.setattr(engine, "_at_once", 1)
@@ -595,8 +597,7 @@ def test_a_forward_that_fails_fails_its_prompts_and_no_later_one(
         broken.setattr(joined, "read", lambda *given: 1 / 0)
         with engine.alone():
             asked = [pool.submit(answer, serving(variant), prompt(40, seed), 8) for seed in range(2)]
-            while len(engine._waiting) < 2:
-                time.sleep(0.001)
+            until_waiting(engine, 2)
         for each in asked:
             with pytest.raises(VariantError, match="division by zero"):
                 each.result()

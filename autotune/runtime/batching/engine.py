@@ -300,18 +300,18 @@ class Engine:
         self.counts["requests"] += len(chosen)
         return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
 
-    def _all(self) -> list[Request]:
-        held = self._prompt.requests if self._prompt else []
-        return [*self._waiting, *held, *self.sequences.requests()]
+    def _without_rows(self) -> list[Request]:
+        """The requests whose prompts are not computed yet."""
+        return [*self._waiting, *(self._prompt.requests if self._prompt else ())]
 
     def _end_ours(self) -> None:
         """End the requests of our own threads as the process ends. Users' daemon threads wait on and end silently."""
-        for request in self._all():
+        for request in (*self._without_rows(), *self.sequences.requests()):
             if request.is_ours:
                 request.fail(CancelledRequestError("the process ends"))
 
     def _fail_all(self, error: BaseException) -> None:
-        for request in (*self._waiting, *(self._prompt.requests if self._prompt else ())):
+        for request in self._without_rows():
             request.fail_with_others(error)
         self.sequences.fail(error)
         self._waiting.clear()

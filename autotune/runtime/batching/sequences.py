@@ -113,11 +113,16 @@ class Sequences:
 
     def fail(self, error: BaseException) -> None:
         """Fail all requests under way."""
-        for request in self.requests():
-            request.fail_with_others(error)
+        for evicted in self._evicted:
+            evicted.request.fail_with_others(error)
         self._evicted.clear()
-        for row in range(len(self.rows)):
-            self._leave(row)
+        self._fail_rows(error)
+
+    def _fail_rows(self, error: BaseException) -> None:
+        for row, request in enumerate(self.rows):
+            if request is not None:
+                self._leave(row)
+                request.fail_with_others(error)
 
     def step(self) -> None:
         """Decode one token of every sequence that has a row."""
@@ -125,10 +130,7 @@ class Sequences:
             logits = self.logits()
         except Exception as error:
             outside.pass_on(error)
-            for row, request in enumerate(self.rows):
-                if request is not None:
-                    self._leave(row)
-                    request.fail_with_others(error)
+            self._fail_rows(error)
             return
         most, best = logits.max(dim=-1)  # of each row; NaN if any of its logits is
         for row, request in enumerate(self.rows[: len(logits)]):
