@@ -218,7 +218,7 @@ class Submissions:
         if not worker.launch():
             with self._changed:
                 self._waiting.remove(request)
-            raise StateError("the process ends: no request can begin")
+            ending.refuse(StateError("the process ends: no request can begin"))
         return request
 
     def _serve(self, request: Submitted, ids: torch.Tensor, options: dict[str, Any]) -> None:

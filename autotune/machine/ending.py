@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import forking
 
@@ -142,6 +142,16 @@ def ends() -> bool:
     return _ended or (getattr(threading, "_SHUTTING_DOWN", False) and not _goes_on())
 
 
+def refuse(error: Exception) -> NoReturn:
+    """Raise an error because the process ends. A daemon thread of the script's own waits, and ends silently with it.
+
+    Call it without a lock.
+    """
+    while _is_daemon(threading.current_thread()):
+        time.sleep(MOST_S)
+    raise error
+
+
 def end() -> None:
     """End all of autotune's threads, within `MOST_S`."""
     global _ended
@@ -174,13 +184,17 @@ def end() -> None:
 
 def _others_compute() -> bool:
     """Whether a daemon thread of the script's own is inside torch, or about to be: it would abort the process, too."""
-    daemons = {thread.ident for thread in threading.enumerate() if thread.daemon and not isinstance(thread, Worker)}
+    daemons = {thread.ident for thread in threading.enumerate() if _is_daemon(thread)}
     for ident, frame in sys._current_frames().items():
         while ident in daemons and frame is not None:
             if str(frame.f_globals.get("__name__")).partition(".")[0] in COMPUTING:
                 return True
             frame = frame.f_back  # type: ignore[assignment]  # None where the stack ends
     return False
+
+
+def _is_daemon(thread: threading.Thread) -> bool:
+    return thread.daemon and not isinstance(thread, Worker)
 
 
 def _join(workers: Iterable[Worker], until_s: float) -> None:

@@ -296,9 +296,11 @@ def test_a_forked_process_does_not_wait_for_the_parents_requests(model: Any) -> 
 
 
 LOADED = """
-import sys, threading
+import atexit, sys, threading, time
+atexit.register(time.sleep, {late})  # the last to be called: after autotune's threads have ended
 import torch
 import autotune
+from autotune.machine import ending
 from autotune.report import Report
 from autotune.runtime.variant import Variant
 from autotune.tune import plan, run
@@ -308,13 +310,15 @@ from tests.models import tiny, token_prompts
 
 def tune(model, workload, policy, *, traffic, **_):
     variant = Variant(model, traffic, workload).with_transforms(PLANS["together"])
-    return run.Tuned(variant, plan.Plan(Fingerprint("", "", {}, "", "", ""), variant.transforms), Report({}), "won")
+    return run.Tuned(variant, plan.Plan(Fingerprint("", "", {{}}, "", "", ""), variant.transforms), Report({{}}), "won")
 
 run.tune = tune
 model = autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False)
 requests = [model.autotune.submit(prompt, **LONG) for prompt in token_prompts(8)]
 
 def call():
+    while {late} and not ending.ends():
+        time.sleep(0.01)
     while True:
         model.generate(torch.tensor([token_prompts(1)[0]]), **LONG)
 
@@ -326,8 +330,9 @@ sys.exit(3)
 
 
 @needs_kernels
-def test_a_process_ends_in_order_under_load() -> None:
-    done = run(LOADED)
+@pytest.mark.parametrize("late", [0, 1], ids=["callers under way", "callers that come too late"])
+def test_a_process_ends_in_order_under_load(late: int) -> None:
+    done = run(LOADED.format(late=late))
     assert (done.returncode, noise(done)) == (3, "")
 
 

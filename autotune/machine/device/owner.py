@@ -57,7 +57,8 @@ class GraphThread:
         self.device.check()
         if self._thread is threading.current_thread():
             return work()
-        self._start()
+        if not self._start():
+            ending.refuse(RuntimeError("the process ends, and with it the thread that replays graphs"))
         before, done = self.device.mark(), Future[tuple[T, Any]]()
 
         def ordered() -> tuple[T, Any]:
@@ -70,14 +71,16 @@ class GraphThread:
         self.device.wait(after)
         return result
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Start the thread if it does not run. Returns False if the process ends."""
         with self._starting:
             if self._thread is None or not self._thread.is_alive():  # none is alive after a fork
                 name = f"autotune graphs {self.device.where}"
                 worker = ending.Worker(self._serve, name, stop=lambda: self._work.put(None))
                 if not worker.launch():
-                    raise RuntimeError("the process ends, and with it the thread that replays graphs")
+                    return False
                 self._thread = worker
+            return True
 
     def _serve(self) -> None:
         while (piece := self._work.get()) is not None:

@@ -138,8 +138,10 @@ class Engine:
                 if not self._worker.launch():
                     self._worker = None
                     self._waiting.remove(request)
-                    raise CancelledRequestError("the process ends, and with it the thread that decodes")
+            has_ended = self._worker is None
             self._changed.notify_all()
+        if has_ended:
+            ending.refuse(CancelledRequestError("the process ends, and with it the thread that decodes"))
         intraop.rest()  # while the engine's thread computes
         return request.wait()
 
