@@ -23,14 +23,14 @@ from ..runtime.variant import Transform, Variant
 from ..transforms.linears import LinearTransform
 from ..validate import Latency, Quality, Verdict, latency, quality
 from ..validate.exam import Exam, reads_with
-from ..validate.latency import EARLY_LOOKS
+from ..validate.latency import EARLY_LOOKS, STEADY_REQUESTS, WARMUP_TOKENS
 from ..validate.limits import Limits
-from ..validate.ratios import own_noise
+from ..validate.ratios import FEWEST_PAIRS, own_noise
 from ..validate.score import CandidateError, Served
 from ..validate.sensitivity import LayerProbe
 from ..validate.texts import effort
 from ..validate.tiers import SIZES
-from ..validate.timing import TIMED_TOKENS, request, time_request
+from ..validate.timing import request, time_request
 from ..workload import METRIC_OF, PHASES, Bucket, Metric, Phase, Target, Workload
 from . import probation
 from .choose import tier_for
@@ -44,7 +44,7 @@ PROMPTS_PER_SIDE = 16  # least prompts that a quick exam needs; see validate.qua
 GLANCE_TOKENS = 5  # new tokens of a request that gives a first impression
 SPOT_TOKENS = 8  # new tokens of a request that times a kept plan again, or the machine's noise
 PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # seconds to profile the original, a variant, and growth
-GRACE, GRACE_S = 0.05, 10.0  # overrun for work under way: share of the budget, seconds; the larger counts
+GRACE, GRACE_S = 0.08, 12.0  # overrun for work under way: share of the budget, seconds; the larger counts
 RACE_S, LEAST_RACE_S = 60.0, 5.0  # most seconds of a race, and the least that it gets if little budget is left
 
 
@@ -81,6 +81,7 @@ class LiveBench:
         self._texts = (texts[:half], texts[half:])
         self.clock = original.traffic.clock if original.traffic else time.perf_counter
         self.pad = original.original.generation_config.pad_token_id or 0
+        self._request_s = 0.0  # seconds of the original's shortest timed request
         self._took = dict[str, float]()  # kind of work -> seconds of the latest
         self.deadline = math.inf  # value of time.monotonic after which optional measurements are skipped
 
@@ -88,9 +89,13 @@ class LiveBench:
         """Profile a variant. On a GPU, also measure how the original grows with the context, for decode's diagnosis."""
         scaling = self.device.asynchronous and not variant.transforms
         budget_s = PROFILE_S + GROWTH_S if scaling else BRIEF_PROFILE_S if variant.transforms else PROFILE_S
-        return profiling.measure(
+        found = profiling.measure(
             variant, self.tuning, self.hardware, budget_s=budget_s, scaling=scaling, progress=self.notify
         )
+        if not variant.transforms:
+            prefill_s, decode_s = (found.phases[phase].seconds for phase in PHASES)
+            self._request_s = prefill_s + (min(self.buckets[0].new_tokens, WARMUP_TOKENS) - 1) * decode_s
+        return found
 
     def grow(self, profile: Profile, variant: Variant) -> Profile:
         """Add larger batches and longer contexts to a profile, for the report, if the budget allows."""
@@ -143,11 +148,12 @@ class LiveBench:
         """The probe of a transform that exchanges single layers: measures their divergence. None for others."""
         if not isinstance(transform, LinearTransform):
             return None
-        return LayerProbe(self.exam, incumbent, transform, tier)
+        doing = self._in_time(f"reading the exam's texts with {transform}")
+        return LayerProbe(self.exam, incumbent, transform, tier, doing)
 
     def race(self, incumbent: Variant, candidate: Variant, target: Target) -> Latency:
         with self._timed("race"):
-            return self._compare(incumbent, candidate, METRIC_OF[target], self.tuning, pairs=25)
+            return self._compare(incumbent, candidate, METRIC_OF[target], self.tuning, pairs=25, kept_s=self.race_s)
 
     def compare_briefly(self, reference: Variant, candidate: Variant, target: Target) -> Latency:
         """Measure a speed-up with few pairs, for the report only; nothing is decided by it."""
@@ -157,16 +163,19 @@ class LiveBench:
     def least_s(self, profile: Profile) -> float:
         """Least seconds to judge, time and confirm a candidate.
 
-        Counts only the original's part of two exams, of A/A noise and of the fewest pairs of a race and a confirmation.
+        Counts only the original's part: two exams and two races, one of them on held-out prompts.
         """
         prefill_s, decode_s = (profile.phases[phase].seconds for phase in PHASES)
         read_s = prefill_s / profile.prompt_tokens
         if (reading := reads_with(self.original.original)) is not None:
             read_s /= max(1.0, reading.speedup(profile.phases["prefill"], self.hardware))
         exam_s = effort(SIZES["quick"], profile.prompt_tokens).seconds(read_s, decode_s)
-        tokens = min(self.buckets[0].new_tokens, TIMED_TOKENS)
-        request_s = prefill_s + (tokens - 1) * decode_s
-        return 2 * exam_s + (2 * EARLY_LOOKS[0] + 4) * request_s
+        return 2 * (exam_s + self.race_s)
+
+    @property
+    def race_s(self) -> float:
+        """Least seconds of a race: the original's part of warm-up and of the fewest pairs, over few tokens."""
+        return (STEADY_REQUESTS + FEWEST_PAIRS) * self._request_s
 
     def free_bytes(self) -> float:
         return self.device.memory().free
@@ -188,7 +197,7 @@ class LiveBench:
                 choosing the variant took.
 
         Raises:
-            BudgetSpentError: `brief` was False, and the budget ended.
+            BudgetSpentError: the budget ended.
         """
         if (failure := self.stress(variant)) is not None:
             return Confirmation(failure)
@@ -196,8 +205,7 @@ class LiveBench:
         if brief and needed_s > left_s + self._grace_s:
             self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
             return Confirmation(None, *self._spot(variant, 1, self.buckets), brief=True)
-        what = "comparing answers to held-out prompts with the original's"
-        doing = self._doing(what) if brief else self._in_time(what)
+        doing = self._in_time("comparing answers to held-out prompts with the original's")
         verdict = quality.judge(self.held_out_exam, variant, tier_for(variant, self.policy), doing)
         if verdict.verdict is not Verdict.PASS:
             return Confirmation(None, verdict)
@@ -265,13 +273,16 @@ class LiveBench:
         return lambda step, share: self.notify(Doing(what, share))
 
     def _in_time(self, what: str) -> Callable[[str, float], None]:
-        """A progress callback that raises BudgetSpentError once the budget is spent, which stops the work."""
+        """A progress callback that stops the work when a race after it could not end within the budget and its grace.
+
+        It raises BudgetSpentError.
+        """
         doing = self._doing(what)
 
         def tell(step: str, share: float) -> None:
-            if time.monotonic() > self.deadline + self._grace_s:
+            if time.monotonic() > self.deadline + max(0.0, self._grace_s - self.race_s):
                 budget = f"the budget of {self.policy.budget_s:.0f} s"
-                raise BudgetSpentError(f"{budget} was spent when {share:.0%} of its answers were compared")
+                raise BudgetSpentError(f"{budget} was spent with {share:.0%} done of {what}")
             doing(step, share)
 
         return tell
@@ -299,7 +310,9 @@ class LiveBench:
         seed: int = 0,
         buckets: tuple[Bucket, ...] = (),
         limits: Limits | None = None,
+        kept_s: float = 0.0,
     ) -> Latency:
+        """Time two variants in pairs. `kept_s` seconds of the budget are left to what follows."""
         limits = limits or self._limits(reference, candidate)
         race = partial(
             latency.compare,
@@ -311,7 +324,7 @@ class LiveBench:
             limits=limits,
             clock=self.clock,
             max_pairs=pairs,
-            budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic())),
+            budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic() - kept_s)),
             seed=seed,
             progress=self._doing("timing requests in pairs"),
         )
@@ -353,7 +366,7 @@ class LiveBench:
             traffic=traffic,
             like=like,
             kept=self.references if size == "quick" else None,  # a kept plan is verified against fresh answers
-            progress=self._doing("collecting the original's answers to judge against"),
+            progress=self._in_time("collecting the original's answers to judge against"),
         )
 
 

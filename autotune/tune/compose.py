@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import DeviceError, TransformError
+from ..errors import BudgetSpentError, DeviceError, TransformError
 from ..machine import outside
 from ..runtime.variant import Stage, Transform, Variant
 from ..transforms import is_foreign
@@ -80,6 +80,7 @@ def compose(state: SearchState, trier: Trier, parameters: int | None = None) -> 
         parameters: number of the model's parameters, if a step of the policy depends on it.
 
     Raises:
+        BudgetSpentError: the budget ended.
         DeviceError: the device is dead.
     """
     trier.notify("putting together what promises the most")
@@ -129,7 +130,7 @@ class _Drafting:
                 return None if self.falls_short(transform) else candidate
         except TransformError:
             return None
-        except DeviceError:
+        except (BudgetSpentError, DeviceError):
             raise
         except Exception as error:  # the search tries it alone later and reports the error
             outside.pass_on(error)
@@ -160,7 +161,6 @@ class _Drafting:
         probe = self.trier.bench.probe(base, transform, self.trier.policy.tier)
         if probe is None:
             return False
-        self.trier.notify(f"reading the exam's texts with {transform}")
         if (reason := probe.shortfall("")) is not None:
             self.shortfalls[transform] = reason
         return reason is not None

@@ -9,9 +9,10 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from ..errors import TransformError
+from ..errors import BudgetSpentError, TransformError
 from ..machine.hardware import Hardware
 from ..runtime.variant import Stage, Transform, Variant
 from ..transforms.linears import reusing
@@ -177,7 +178,10 @@ class _Search:
 
     def confirm(self, trial: Trial, candidate: Variant) -> Trial:
         self.trier.notify(f"confirming {trial.candidate} on held-out prompts")
-        found = self.trier.bench.confirm(candidate)
+        try:
+            found = self.trier.bench.confirm(candidate)
+        except BudgetSpentError as error:
+            return replace(trial, outcome=TrialOutcome.UNREACHED, reason=f"{trial.reason}; not confirmed: {error}")
         if found.holds:
             self.keep(candidate, replace(found, quality=trial.quality) if found.brief else found)
             short = "; confirmed on a few held-out prompts: the budget had no room for more"
@@ -234,7 +238,8 @@ def search(
         )
     else:
         run.usual_s = least_s / 2  # without a confirmation
-        run.begin(compose.compose(before, trier, parameters))
+        with suppress(BudgetSpentError):  # then every step below is recorded as not reached
+            run.begin(compose.compose(before, trier, parameters))
     pending = list(policy.steps)
     while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:
         step = max(called, key=run.value) if run.chosen else called[0]

@@ -71,11 +71,15 @@ class Bench(Protocol):
             brief: whether fewer prompts are enough if the budget is too short for all.
 
         Raises:
-            BudgetSpentError: `brief` was False, and the budget ended.
+            BudgetSpentError: the budget ended.
         """
 
     def least_s(self, profile: Profile) -> float:
         """Least seconds to judge, time and confirm a candidate, from the original's profile."""
+
+    @property
+    def race_s(self) -> float:
+        """Least seconds of a race, from the original's profile."""
 
     def free_bytes(self) -> float:
         """Free memory of the device, bytes."""
@@ -258,7 +262,7 @@ class Trier:
         quality = found.quality
         if held_out or quality is None or quality.verdict is not Verdict.PASS:
             return
-        if late := self.lateness():
+        if late := self.lateness(2 * bench.race_s):  # and one to confirm
             yield (
                 replace(trial, outcome=TrialOutcome.UNREACHED, reason=f"it is no worse, and was not timed: {late}"),
                 None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from .exam import Progress
 from .limits import Limits
 from .ratios import FEWEST_PAIRS, bounds, decide, failed, known, leads, log_ratios, pooled
 from .score import CandidateError, Served, Tokens
-from .timing import Clock, Pair, Timing, request, time_request
+from .timing import TIMED_TOKENS, Clock, Pair, Timing, request, time_request
 
 if TYPE_CHECKING:
     from ..runtime.variant import Variant
@@ -29,7 +29,11 @@ Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 # chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (FEWEST_PAIRS, 8, 12, 25, 50)
 STEADY = 1.05  # slowest / fastest of three requests in a row that counts as steady; twice the noise if that is more
-MAX_WARMUP, WARMUP_TOKENS = 10, 8  # most requests of an arm's warm-up; most tokens of each except the first
+STEADY_REQUESTS, MAX_WARMUP, WARMUP_TOKENS = (
+    3,
+    10,
+    8,
+)  # requests in a row that are steady; most requests of an arm's warm-up; most tokens of each except the first
 WARMUP_SHARE = 0.15  # share of the time budget that warm-up may use
 
 
@@ -60,18 +64,24 @@ def compare(
         noise: A/A half-width from `noise_floor`; None measures it first.
         clock: monotonic seconds.
         max_pairs: pairs per bucket at most.
-        budget_s: seconds after which no further pair is begun. If the candidate is ahead, pairs go on until there are
-            enough to call it faster.
+        budget_s: seconds after which no further pair is begun, warm-up included. Requests are timed over so few tokens
+            that the fewest pairs fit in. If the candidate is ahead, pairs go on until there are enough to call it
+            faster.
         seed: of the order in which the arms run.
         progress: called with a step's name and the share done.
     """
     arms = {"reference": timed(reference, prompts, clock), "candidate": timed(candidate, prompts, clock)}
+    start = clock()
     try:
         steady, share_s = max(STEADY, 1 + 2 * (noise or 0.0)), budget_s * WARMUP_SHARE / len(buckets)
-        warnings = [w for bucket in buckets for w in warm_up(arms, bucket, clock, steady, share_s)]
+        warm = [warm_up(arms, bucket, clock, steady, share_s) for bucket in buckets]
+        warnings = [warning for each in warm for warning in each.restless]
+        left_s = max(0.0, budget_s - (clock() - start))
+        tokens = affordable([timing for each in warm for timing in each.latest], left_s)
+        arms = {name: timed(v, prompts, clock, tokens) for name, v in zip(arms, (reference, candidate), strict=True)}
         if noise is None:
             noise = noise_floor(
-                reference, buckets, prompts, objective=objective, clock=clock, budget_s=budget_s / 4, seed=seed
+                reference, buckets, prompts, objective=objective, clock=clock, budget_s=left_s / 4, seed=seed
             )
         return race(
             arms["reference"],
@@ -82,7 +92,7 @@ def compare(
             noise=noise,
             clock=clock,
             max_pairs=max_pairs,
-            budget_s=budget_s,
+            budget_s=left_s,
             seed=seed,
             progress=progress,
             warnings=tuple(warnings),
@@ -188,10 +198,23 @@ def self_noise(
     return math.expm1((high - low) / 2)
 
 
-def timed(variant: Variant, prompts: Sequence[Tokens], clock: Clock = time.perf_counter) -> Arm:
-    """Return an arm that times a variant through the path that serves. It raises CandidateError if the variant does."""
+def timed(
+    variant: Variant, prompts: Sequence[Tokens], clock: Clock = time.perf_counter, tokens: int = TIMED_TOKENS
+) -> Arm:
+    """Return an arm that times a variant through the path that serves. It raises CandidateError if the variant does.
+
+    Args:
+        tokens: most tokens of a timed request.
+    """
     served = Served(variant, pad_token_id=0)  # requests of one bucket are equally long, so nothing is padded
-    return lambda bucket, turn: time_request(served, request(bucket, prompts, turn), bucket.new_tokens, clock)
+    return lambda bucket, turn: time_request(served, request(bucket, prompts, turn), bucket.new_tokens, clock, tokens)
+
+
+def affordable(each: Sequence[Timing], budget_s: float) -> int:
+    """Return how many tokens of each of these requests can be timed `FEWEST_PAIRS` times in `budget_s`. Pure."""
+    token_s = sum(timing.tpot_s for timing in each if math.isfinite(timing.tpot_s))
+    room_s = budget_s / FEWEST_PAIRS - sum(timing.ttft_s for timing in each)
+    return min(TIMED_TOKENS, max(WARMUP_TOKENS, 1 + int(room_s / token_s))) if token_s else TIMED_TOKENS
 
 
 def _pair(reference: Arm, candidate: Arm, bucket: Bucket, turn: int, swap: bool) -> Pair:
@@ -201,25 +224,39 @@ def _pair(reference: Arm, candidate: Arm, bucket: Bucket, turn: int, swap: bool)
     return Pair(reference(bucket, turn), candidate(bucket, turn))
 
 
-def warm_up(arms: Mapping[str, Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> list[str]:
+@dataclass(frozen=True)
+class WarmUp:
+    """What a warm-up showed.
+
+    Args:
+        restless: a warning for each arm that never became steady.
+        latest: each arm's latest request.
+    """
+
+    restless: list[str]
+    latest: list[Timing]
+
+
+def warm_up(arms: Mapping[str, Arm], bucket: Bucket, clock: Clock, steady: float, budget_s: float) -> WarmUp:
     """Run each arm until three requests in a row take equally long, within `steady`.
 
     The first request of an arm is whole; the others have short answers.
-
-    Returns:
-        A warning for each arm that never became steady.
     """
-    restless, short = [], replace(bucket, new_tokens=min(bucket.new_tokens, WARMUP_TOKENS))
+    restless, latest = list[str](), list[Timing]()
+    short = replace(bucket, new_tokens=min(bucket.new_tokens, WARMUP_TOKENS))
     for name, arm in arms.items():
         arm(bucket, 0)  # it may compile, so its time is not counted
-        start, took = clock(), []
+        start, took = clock(), list[float]()
         for turn in range(1, MAX_WARMUP):
-            took.append(arm(short, turn).end_to_end_s)
-            if len(took) >= 3 and max(took[-3:]) <= steady * min(took[-3:]):
+            timing = arm(short, turn)
+            took.append(timing.end_to_end_s)
+            last = took[-STEADY_REQUESTS:]
+            if len(last) == STEADY_REQUESTS and max(last) <= steady * min(last):
                 break
             if clock() - start > budget_s / len(arms):
                 restless.append(f"{name} was not steady in {bucket.label} after {turn} requests")
                 break
         else:
             restless.append(f"{name} was not steady in {bucket.label} after {MAX_WARMUP} requests")
-    return restless
+        latest.append(timing)
+    return WarmUp(restless, latest)

@@ -55,12 +55,12 @@ def judge(exam: Exam, variant: Variant, tier: str, progress: Progress | None = N
     """
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
-    limits, tally = TIERS[tier].for_size(exam.size), Tally()
+    limits, tally, report = TIERS[tier].for_size(exam.size), Tally(), progress or (lambda step, share: None)
     if exam.problem:
         return Quality(tier, Verdict.INCONCLUSIVE, exam.problem, examined=False)
     try:
-        _score(exam, variant, limits, tally, progress or (lambda step, share: None))
-        require_alike(exam, write_free(exam, variant), limits)
+        _score(exam, variant, limits, tally, report)
+        require_alike(exam, write_free(exam, variant, report), limits)
     except OutputError as failure:
         return _explained(summarise(tally, limits.name, exam.tie_nats), Verdict.FAIL, str(failure))
     except CandidateError as error:
@@ -83,7 +83,7 @@ def _score(exam: Exam, variant: Variant, limits: Tier, tally: Tally, progress: P
         *exam.batches[1:],
     ]
     for k, group in enumerate(order):
-        progress("comparing with the original", k / len(order))
+        progress("comparing with the original", k / (len(order) + FREE_TEXTS))
         for stratum, logits in answers(exam, served, group, reads):
             alike = stepped and stratum != "prefill"
             dtype = exam.original.dtype if stratum == "prefill" else None
@@ -156,15 +156,20 @@ def _fail_early(tally: Tally, limits: Tier, exam: Exam) -> None:
     raise OutputError(f"mean KLD {mean:.3g}{where} is over the limit {limit:g} of tier {limits.name}, by far")
 
 
-def write_free(exam: Exam, variant: Variant) -> list[tuple[int, ...]]:
+def write_free(exam: Exam, variant: Variant, progress: Progress | None = None) -> list[tuple[int, ...]]:
     """Let a variant generate freely after the first texts, up to and including the end-of-sequence token.
+
+    Args:
+        progress: called with a step's name and the share of the whole exam that is done.
 
     Raises:
         CandidateError: the variant raised.
     """
     served = Served(variant, exam.pad_token_id, exam.eos_token_ids)
-    wrote = []
-    for text in exam.texts[:FREE_TEXTS]:
+    wrote, scored = [], len(exam.groups())
+    for k, text in enumerate(exam.texts[:FREE_TEXTS]):
+        if progress:
+            progress("generating freely", (scored + k) / (scored + FREE_TEXTS))
         prompt = text.context + text.natural
         out = served.generate([prompt], exam.size.own)[0, len(prompt) :].tolist()
         wrote.append(until_eos(out, exam.eos_token_ids))

@@ -13,7 +13,7 @@ from ..model import linear_layers, seam
 from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
 from .divergence import compare_logits
-from .exam import Exam
+from .exam import Exam, Progress
 from .quality import EARLY_FACTOR, beyond
 from .tally import Tally, summarise
 from .tiers import TIERS
@@ -34,10 +34,19 @@ class LayerProbe:
         incumbent: the variant that the transform would be applied to.
         transform: the transform that failed.
         tier: name of the quality tier it failed.
+        progress: called with a step's name and the share done, each time texts are read.
     """
 
-    def __init__(self, exam: Exam, incumbent: Variant, transform: LinearTransform, tier: str) -> None:
+    def __init__(
+        self,
+        exam: Exam,
+        incumbent: Variant,
+        transform: LinearTransform,
+        tier: str,
+        progress: Progress = lambda step, share: None,
+    ) -> None:
         self.exam = exam
+        self.progress = progress
         self.incumbent = incumbent
         self.transform = transform
         self.tier = TIERS[tier]
@@ -99,7 +108,9 @@ class LayerProbe:
             for twin in variant.edit("both"):
                 reading.exchange_in(twin)
         tally = Tally()
-        for k, ids in enumerate(self.batches[: -(-texts // self.together)]):
+        batches = self.batches[: -(-texts // self.together)]
+        for k, ids in enumerate(batches):
+            self.progress("reading texts", k / len(batches))
             reference = self._kept(k)
             for row, (targets, got) in enumerate(zip(ids[:, 1:], self._read(variant, ids), strict=True)):
                 text = self.exam.texts[k * self.together + row]

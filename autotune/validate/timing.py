@@ -50,9 +50,15 @@ class Pair:
 
 
 def time_request(
-    served: Served, prompts: Sequence[Tokens], new_tokens: int, clock: Clock = time.perf_counter
+    served: Served,
+    prompts: Sequence[Tokens],
+    new_tokens: int,
+    clock: Clock = time.perf_counter,
+    most_tokens: int = TIMED_TOKENS,
 ) -> Timing:
-    """Time one request of `new_tokens` tokens. End-of-sequence must be off, so that all arms generate equally many.
+    """Time one request of `new_tokens` tokens, of which at most `most_tokens` are generated.
+
+    End-of-sequence must be off, so that all arms generate equally many.
 
     The time includes work that the device has not finished when the call returns (`profile.timing.timed`): a variant
     that returns early does not count as faster.
@@ -60,7 +66,7 @@ def time_request(
     Raises:
         CandidateError: the variant raised, or stopped early (OutputError).
     """
-    count, before = min(new_tokens, TIMED_TOKENS), Disturbance()
+    count, before = min(new_tokens, most_tokens), Disturbance()
     start, marks = timed(
         lambda watch: served.generate(prompts, count, streamer=watch), devices.of(served.model.device), clock
     )

@@ -44,6 +44,7 @@ class ScriptedBench:
     original: Variant = field(default_factory=lambda: Variant(nn.Module()))
     gains: dict[str, Any] = field(default_factory=dict)
     deadline: float = 100.0
+    race_s: float = 1.0
     now: float = 0.0
     compared: list[tuple[list[str], str]] = field(default_factory=list)
 
@@ -108,7 +109,7 @@ def test_a_dead_device_ends_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deadline", "measured"), [(0.0, []), (0.5, ["weights"]), (1.5, ["weights"]), (2.5, ["weights", "program"])]
+    ("deadline", "measured"), [(0.0, []), (0.5, []), (1.5, ["weights"]), (2.5, ["weights", "program"])]
 )
 def test_no_more_is_begun_than_the_budget_holds(deadline: float, measured: list[str]) -> None:
     found = run(ScriptedBench(deadline=deadline))

@@ -105,6 +105,7 @@ class ScriptedBench:
     probes: dict[str, Any] = field(default_factory=dict)  # label -> what refines it
     free: float = 8e9
     least: float = 0.0
+    race_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # label -> of both phases
     examined: bool = True
     drowned: bool = False
@@ -744,6 +745,31 @@ def test_a_judgement_that_the_budget_does_not_wait_for_leaves_its_candidate_untr
     found = run(bench, policy(WEIGHTS, PROGRAM) if held_out else policy(step({})))
     assert str(found.trials[0].outcome) == "unreached"
     assert found.trials[0].reason == "the budget of 100 s was spent when 40% of its answers were compared"
+
+
+def test_a_winner_that_the_budget_does_not_wait_to_confirm_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spent(*_: Any, **__: Any) -> Any:
+        raise BudgetSpentError("the budget of 100 s was spent with 40% done of comparing")
+
+    bench = ScriptedBench()
+    monkeypatch.setattr(bench, "confirm", spent)
+    found = run(bench, policy(step({})))
+    assert outcomes(found) == {"a": "unreached"}
+    assert found.trials[0].reason.endswith("; not confirmed: the budget of 100 s was spent with 40% done of comparing")
+    assert found.after is found.before
+
+
+def test_a_draft_that_the_budget_does_not_wait_for_leaves_every_step_untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def spent(*_: Any) -> Any:
+        now[0] = 101.0
+        raise BudgetSpentError("the budget of 100 s was spent")
+
+    monkeypatch.setattr("autotune.tune.compose.compose", spent)
+    found = run(ScriptedBench(), policy(WEIGHTS, PROGRAM), clock=lambda: now[0])
+    assert {trial.outcome for trial in found.trials} == {TrialOutcome.UNREACHED}
+    assert {trial.reason for trial in found.trials} == {"the budget of 100 s was spent"}
 
 
 def test_no_race_begins_when_the_budget_is_spent() -> None:

@@ -19,7 +19,7 @@ from autotune.machine import device as devices
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Verdict
-from autotune.validate.latency import compare, decide, noise_floor
+from autotune.validate.latency import affordable, compare, decide, noise_floor
 from autotune.validate.limits import Limits
 from autotune.validate.score import OutputError, Served
 from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
@@ -128,6 +128,33 @@ def test_a_clear_answer_takes_five_pairs(model):
     assert len(times.reference_s["tpot"]) == len(times.candidate_s["tpot"]) == 5
     assert times.reference_s["ttft"][0] == pytest.approx(0.1)
     assert times.candidate_s["tpot"][0] == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize(
+    ("each", "budget_s", "tokens"),
+    [
+        ([(0.5, 0.1), (0.5, 0.1)], 60.0, 32),
+        ([(0.5, 0.1), (0.5, 0.1)], 15.0, 11),  # 3 s a pair: 1 s for the prompts, 0.2 s for each further token of both
+        ([(0.5, 0.1), (0.5, 0.1)], 5.0, 8),
+        ([(0.5, 0.1), (0.5, 0.1)], -1.0, 8),
+        ([(0.5, math.nan), (0.5, math.nan)], 1.0, 32),  # answers of one token
+    ],
+)
+def test_requests_are_timed_over_as_many_tokens_as_there_is_time_for(each, budget_s, tokens):
+    assert affordable([Timing(*seconds, 1.0) for seconds in each], budget_s) == tokens
+
+
+def test_little_time_is_enough_for_the_fewest_pairs(model):
+    clock, bucket = Clock(), replace(BUCKET, new_tokens=100)
+    arms = costing(model, clock), costing(model, clock, decode_s=lambda batch: 0.015)
+    found = compare(
+        *arms, [bucket], PROMPTS, objective="tpot", limits=Limits(), noise=0.0, clock=clock, max_pairs=25, budget_s=7.0
+    )
+    assert found.verdict is Verdict.PASS
+    assert found.tpot.pairs == 5
+    assert clock.now_s - 1.0 <= 7.0
+    (times,) = found.buckets.values()
+    assert times.reference_s["end_to_end"][0] == pytest.approx(0.1 + 99 * 0.03)  # of all its tokens
 
 
 def test_every_bucket_counts(model):

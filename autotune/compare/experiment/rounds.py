@@ -63,7 +63,8 @@ class Rounds:
             for arm in self.racing():
                 self.notify(f"warming up {arm} in {bucket.label}")
                 try:
-                    self.warnings += warm_up({arm: self.timers[arm]}, bucket, self.clock, steady, share_s)
+                    warm = warm_up({arm: self.timers[arm]}, bucket, self.clock, steady, share_s)
+                    self.warnings += warm.restless
                 except CandidateError as error:
                     self.fail(arm, error)
 
