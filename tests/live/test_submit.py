@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,13 +24,17 @@ from autotune.errors import (
     WorkloadError,
 )
 from autotune.live import submit
+from autotune.report import Report
 from autotune.runtime import kernels
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.terms import RequestTerms
-from autotune.runtime.variant import Transform, serving
+from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
+from autotune.tune import plan as plans
+from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.machine.test_ending import noise, run
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
@@ -67,6 +76,18 @@ def engine_of(model: Any) -> Engine:
     loop = model.autotune._tuned.variant.loop
     assert isinstance(loop, Together)
     return loop.engine
+
+
+def served_together(model: Any) -> Any:
+    """Wrap a model by a plan that was not searched for, for processes without fixtures."""
+
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> tuning.Tuned:
+        variant = Variant(model, traffic, workload).with_transforms(PLANS["together"])
+        plan = plans.Plan(Fingerprint("", "", {}, "", "", ""), variant.transforms)
+        return tuning.Tuned(variant, plan, Report({}), "won")
+
+    with mock.patch.object(tuning, "tune", tune):
+        return wrapped(model)
 
 
 def called(model: Any, ids: list[int], **options: Any) -> list[int]:
@@ -278,6 +299,40 @@ def test_a_measured_step_has_its_turn_between_the_steps_of_a_busy_engine(
         assert request.result(60).shape[1] > 150
 
 
+@needs_kernels
+@pytest.mark.slow
+def test_plans_switch_under_the_load_of_many_threads(scripted: list[Transform]) -> None:  # noqa: F811
+    """1,000 calls of 32 threads, and another plan every 50 ms: each is answered, by one plan from end to end."""
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    by_plan = [called(model, ids, max_new_tokens=12) for ids in PROMPTS]
+    model.autotune.rollback()
+    by_original = [called(model, ids, max_new_tokens=12) for ids in PROMPTS]
+    assert by_plan != by_original
+    numbers, over, switches = [k % len(PROMPTS) for k in range(1000)], threading.Event(), [0]
+
+    def switch() -> None:
+        while not over.wait(0.05):
+            (model.autotune.rollback if switches[0] % 2 else model.autotune.commit)()
+            switches[0] += 1
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            calls = [pool.submit(called, model, PROMPTS[n], max_new_tokens=12) for n in numbers]
+            answers = [call.result(240) for call in calls]
+    finally:
+        over.set()
+        switching.join()
+    assert switches[0] > 5
+    odd = [n for n, got in zip(numbers, answers, strict=True) if got not in (by_plan[n], by_original[n])]
+    assert not odd
+    served = model.autotune.status.served
+    assert 50 < served < 1000, "both served"
+    assert not model.autotune.events
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_the_parents_requests(model: Any) -> None:
     held = Held()
@@ -295,25 +350,53 @@ def test_a_forked_process_does_not_wait_for_the_parents_requests(model: Any) -> 
     assert request.result(60).shape[1] == len(PROMPTS[0]) + 2
 
 
+SPAWNED = """
+import multiprocessing, sys
+import torch
+from tests.live.test_submit import PROMPTS, called, served_together
+from tests.models import tiny
+
+def child(model, answers):
+    answers.put(called(model, PROMPTS[0], max_new_tokens=8))
+
+if __name__ == "__main__":
+    model = served_together(tiny("llama"))
+    model.autotune.submit(PROMPTS[1], max_new_tokens=100, do_sample=False)
+    spawning = multiprocessing.get_context("spawn")
+    answers = spawning.Queue()
+    process = spawning.Process(target=child, args=(model, answers))
+    process.start()
+    assert answers.get(timeout=120) == called(tiny("llama"), PROMPTS[0], max_new_tokens=8)
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+@needs_kernels
+def test_a_spawned_process_gets_the_plain_model(tmp_path: Path) -> None:
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, tmp_path / "spawned.py"],
+        env=os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 LOADED = """
 import atexit, sys, threading, time
 atexit.register(time.sleep, {late})  # the last to be called: after autotune's threads have ended
 import torch
 import autotune
 from autotune.machine import ending
-from autotune.report import Report
-from autotune.runtime.variant import Variant
-from autotune.tune import plan, run
-from autotune.tune.fingerprint import Fingerprint
-from tests.live.test_submit import LONG, PLANS
+from tests.live.test_submit import LONG, served_together
 from tests.models import tiny, token_prompts
 
-def tune(model, workload, policy, *, traffic, **_):
-    variant = Variant(model, traffic, workload).with_transforms(PLANS["together"])
-    return run.Tuned(variant, plan.Plan(Fingerprint("", "", {{}}, "", "", ""), variant.transforms), Report({{}}), "won")
-
-run.tune = tune
-model = autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False)
+model = served_together(tiny("llama"))
 requests = [model.autotune.submit(prompt, **LONG) for prompt in token_prompts(8)]
 
 def call():
