@@ -146,6 +146,16 @@ def activation_size(model: PreTrainedModel, forward: Forward, element_bytes: int
     return forward.tokens * (2 * hidden + widest) * element_bytes + positions * vocabulary * (element_bytes + 4)
 
 
+def copied_weights(model: PreTrainedModel, batch: int) -> int:
+    """Return the bytes of lm_head that torch copies in prefill: in BF16 on a CPU, once for each sequence.
+
+    See `transforms.flat_linears`, which avoids it.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    copied = type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and head.weight.device.type == "cpu"
+    return batch * head.weight.nbytes if copied else 0
+
+
 def attention_layers(model: PreTrainedModel) -> list[Keys]:
     """Return the `Keys` of each layer with a KV cache, from the configuration; others (Mamba) are left out."""
     config = text_config(model)

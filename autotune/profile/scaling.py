@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..diagnose.costs import ScalePoint
-from ..diagnose.work import Forward, activation_dtype, activation_size, cache_size, text_config
+from ..diagnose.work import Forward, activation_dtype, activation_size, cache_size, copied_weights, text_config
 from ..errors import MeasurementError
+from ..machine import device as devices
+from ..model.linear_layers import stored_bytes
 from .budget import Budget
 from .timing import time_request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..runtime.variant import Variant
 
 logger = logging.getLogger("autotune")
 
@@ -24,26 +28,33 @@ CONTEXTS = (64, 256, 1024, 4096)
 STEPS = 6  # tokens generated per point; the five steps after the first token are averaged
 PROMPT_TOKENS = 32  # tokens to which batch scaling cuts the prompt: only decoding is measured, and prefill is slow
 FREE_SHARE = 0.5  # share of free memory that a scan may use, so that it never pushes the user's process into swap
+HOST_SHARE = 0.25  # of the model's own bytes on a CPU: a scan is for the report, and must not decide the peak of tuning
+
+
+def room(variant: Variant) -> float:
+    """Bytes that a scan of a variant may use beside the weights."""
+    model = variant.original
+    free = FREE_SHARE * devices.of(model).memory().free
+    return min(free, HOST_SHARE * stored_bytes(model)) if model.device.type == "cpu" else free
 
 
 def batch_scaling(
-    served: PreTrainedModel, prompt: torch.Tensor, batches: Sequence[int], free_bytes: int, clock: Budget
+    served: PreTrainedModel, prompt: torch.Tensor, batches: Sequence[int], room_bytes: float, clock: Budget
 ) -> tuple[ScalePoint, ...]:
-    """Time decode steps at each batch size that fits memory and the budget.
+    """Time decode steps at each batch size that fits memory and the budget; of memory, the first always does.
 
     Args:
         served: the model as it will serve.
         prompt: one prompt, [1, P] int64.
         batches: sizes in ascending order.
-        free_bytes: free memory, of which `FREE_SHARE` may be used.
+        room_bytes: memory that may be used.
         clock: the budget that decides whether the next point still fits.
     """
     points = list[ScalePoint]()
-    prompt, size = prompt[:, :PROMPT_TOKENS], activation_dtype(served).itemsize
-    tokens = prompt.shape[1] + STEPS
+    prompt = prompt[:, :PROMPT_TOKENS]
     for batch in batches:
-        needed = cache_size(served, batch, tokens, size) + activation_size(served, Forward(batch, tokens), size)
-        if needed > FREE_SHARE * free_bytes or not clock.allows(growth=2):
+        needed = _needed(served, batch, prompt.shape[1] + STEPS) + copied_weights(served, batch)
+        if (points and needed > room_bytes) or not clock.allows(growth=2):
             break
         point = _point(served, prompt.expand(batch, -1).contiguous(), clock, f"batch {batch}")
         if point is None:
@@ -52,11 +63,18 @@ def batch_scaling(
     return tuple(points)
 
 
-def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget) -> tuple[ScalePoint, ...]:
-    """Time decode steps at growing context lengths within the model's limit and the budget; the prompt is repeated."""
+def context_growth(
+    served: PreTrainedModel, prompt: torch.Tensor, room_bytes: float, clock: Budget
+) -> tuple[ScalePoint, ...]:
+    """Time decode steps at growing context lengths within the model's limit, memory and the budget.
+
+    The prompt is repeated. The other arguments are those of `batch_scaling`.
+    """
     limit = getattr(text_config(served), "max_position_embeddings", None) or CONTEXTS[-1]
     points = list[ScalePoint]()
     for context in (c for c in CONTEXTS if c + STEPS <= limit):
+        if points and _needed(served, 1, context + STEPS) > room_bytes:
+            break
         if not clock.allows(growth=16):  # the prompt is 4 times longer, and attention grows with its square
             break
         ids = prompt.repeat(1, -(-context // prompt.shape[1]))[:, :context]
@@ -65,6 +83,11 @@ def context_growth(served: PreTrainedModel, prompt: torch.Tensor, clock: Budget)
             break
         points.append(point)
     return tuple(points)
+
+
+def _needed(served: PreTrainedModel, batch: int, tokens: int) -> int:
+    size = activation_dtype(served).itemsize
+    return cache_size(served, batch, tokens, size) + activation_size(served, Forward(batch, tokens), size)
 
 
 def growth_s(points: Sequence[ScalePoint], context: int) -> float:

@@ -30,7 +30,7 @@ from ..workload import PHASES, Phase, Workload
 from .budget import Budget
 from .observing import DevicePhase, observe
 from .operators import device_use, share, table
-from .scaling import BATCHES, batch_scaling, context_growth, growth_s
+from .scaling import BATCHES, batch_scaling, context_growth, growth_s, room
 from .spans import Trace
 from .timing import RequestTimes, time_request
 from .tracing import trace, watched
@@ -105,11 +105,11 @@ def grown(
     variant: Variant, workload: Workload, budget: Budget
 ) -> tuple[tuple[ScalePoint, ...], tuple[ScalePoint, ...]]:
     """Measure how decoding grows with batch size and with context length, as far as the budget allows."""
-    served, device = serving(variant), devices.of(variant.original)
+    served, most = serving(variant), room(variant)
     ids = median_prompts(workload, 1).to(variant.original.device)  # [1, P]
     sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch size would compile for minutes
-    batches = batch_scaling(served, ids, sizes, device.memory().free, budget.part(0.5))
-    return batches, context_growth(served, ids, budget.part(1.0))
+    batches = batch_scaling(served, ids, sizes, most, budget.part(0.5))
+    return batches, context_growth(served, ids, most, budget.part(1.0))
 
 
 def median_prompts(workload: Workload, batch: int) -> torch.Tensor:

@@ -102,7 +102,9 @@ class LiveBench:
         left_s = min(GROWTH_S, self.deadline - time.monotonic())
         if profile.batch_scaling or left_s <= 0:
             return profile
-        return profiling.grow(profile, variant, self.tuning, budget_s=left_s, progress=self.notify)
+        found = profiling.grow(profile, variant, self.tuning, budget_s=left_s, progress=self.notify)
+        self.free_memory()
+        return found
 
     def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]:
         return {phase: diagnose(profile.phases[phase], self.hardware, profile.memory) for phase in PHASES}

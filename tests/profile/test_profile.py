@@ -31,9 +31,10 @@ from autotune.errors import MeasurementError
 from autotune.machine import compilers
 from autotune.machine.hardware import Hardware
 from autotune.model import seam
+from autotune.model.linear_layers import stored_bytes
 from autotune.profile.budget import Budget
 from autotune.profile.operators import share, table
-from autotune.profile.scaling import batch_scaling, context_growth
+from autotune.profile.scaling import batch_scaling, context_growth, room
 from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes
 from autotune.profile.survey import median_prompts
 from autotune.profile.tracing import trace, watched
@@ -252,29 +253,44 @@ def test_measuring_leaves_the_model_as_it_was(measured: tuple[Variant, Profile])
 
 
 @pytest.mark.parametrize(
-    ("free_bytes", "batches"),
+    ("room_bytes", "dtype", "batches"),
     [
-        (10**9, (1, 2, 4)),
-        (120_000, (1,)),
-        (0, ()),
-    ],  # a batch of 2 needs 100 kB of cache and activations, half is kept free
+        (10**9, torch.float32, (1, 2, 4)),
+        (150_000, torch.float32, (1, 2)),  # a batch of 4 needs 156 kB of cache and activations
+        (0, torch.float32, (1,)),  # requests of one sequence were made before
+        (215_000, torch.bfloat16, (1, 2, 4)),  # 80 kB, and a copy of lm_head for each sequence
+        (205_000, torch.bfloat16, (1, 2)),
+    ],
 )
-def test_batches_grow_while_they_fit(free_bytes: int, batches: tuple[int, ...]) -> None:
+def test_batches_grow_while_they_fit(room_bytes: int, dtype: torch.dtype, batches: tuple[int, ...]) -> None:
     prompt = torch.tensor(models.token_prompts(1, 12))
-    points = batch_scaling(serving(Variant(models.tiny("llama"))), prompt, (1, 2, 4), free_bytes, Budget(inf))
+    model = models.tiny("llama").to(dtype)
+    points = batch_scaling(serving(Variant(model)), prompt, (1, 2, 4), room_bytes, Budget(inf))
     assert tuple(point.batch for point in points) == batches
     assert all(point.tokens_per_s == point.batch / point.seconds_per_step for point in points)
 
 
+def test_a_scan_never_decides_the_peak_of_tuning() -> None:
+    variant = Variant(models.tiny("llama"))
+    assert room(variant) == stored_bytes(variant.original) / 4
+
+
 def test_contexts_grow_up_to_the_models_limit() -> None:
-    points = context_growth(serving(Variant(models.tiny("llama"))), torch.tensor([[5, 6, 7]]), Budget(inf))
+    points = context_growth(serving(Variant(models.tiny("llama"))), torch.tensor([[5, 6, 7]]), 10**9, Budget(inf))
     assert [point.context for point in points] == [64]  # 256 and the new tokens exceed the model's 256
+
+
+def test_contexts_grow_while_they_fit() -> None:
+    served = serving(Variant(models.tiny("llama", max_position_embeddings=2048)))
+    for room_bytes, contexts in ((10**9, [64, 256, 1024]), (600_000, [64, 256]), (0, [64])):
+        points = context_growth(served, torch.tensor([[5, 6, 7]]), room_bytes, Budget(inf))
+        assert [point.context for point in points] == contexts
 
 
 def test_no_scaling_without_time() -> None:
     served, prompt = serving(Variant(models.tiny("llama"))), torch.tensor([[5, 6, 7]])
     assert batch_scaling(served, prompt, (1,), 10**9, Budget(0.0)) == ()
-    assert context_growth(served, prompt, Budget(0.0)) == ()
+    assert context_growth(served, prompt, 10**9, Budget(0.0)) == ()
 
 
 def test_progress_names_every_step() -> None:
