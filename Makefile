@@ -92,8 +92,8 @@ bench-choice: $(READY)  ## the diagnosed choice against trying everything
 bench-loaded: $(READY)  ## decode while another process takes a core: the recorded step and transformers' generate
 	$(BIN)/python -m benchmarks.loaded $(BENCH_ARGS)
 
-bench-serving: $(READY)  ## callers who share one model: decoded together, and one at a time
-	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
+bench-serving: $(BENCH_VENV)/.ready  ## callers who share one model: decoded together, one at a time, by other runtimes
+	$(BENCH_VENV)/bin/python -m benchmarks.serving $(BENCH_ARGS)
 
 bench-restart: $(READY)  ## a service that starts again with a kept plan: seconds until the plan answers
 	$(BIN)/python -m benchmarks.restart $(BENCH_ARGS)

@@ -6,7 +6,9 @@
 SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a
 thread that asks for one answer after the other. "Together" is continuous batching; "one at a time" is the same plan
 behind a lock; "the original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many
-prompts as there are callers. Every round runs all of them in an order drawn anew. Ratios are within a round.
+prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer
+the same requests, each in a process of its own that is idle while others are timed. Every round runs all of them in an
+order drawn anew. Ratios are within a round.
 """
 
 from __future__ import annotations
@@ -19,18 +21,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from autotune import transforms
 from autotune.cli import demo
-from autotune.machine import intraop
+from autotune.machine import cache_dir, intraop
 from autotune.model import route
 from autotune.model.load import load
 from autotune.runtime.variant import Variant, serving
 from autotune.workload import Workload, built_in
 from benchmarks.loaded import ratios, spread
+from benchmarks.peers import PEERS, Setup
+from benchmarks.stage import REQUEST_S, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +50,7 @@ PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 WAIT_MS = 20.0  # as in policies/throughput.toml
 TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
+RIVALS = ("llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32")  # see benchmarks.peers
 
 
 Ask = Callable[[list[int]], None]
@@ -79,17 +85,65 @@ def answer(served: Any, prompts: list[list[int]], tokens: int) -> None:
     served.generate(ids, attention_mask=mask, max_new_tokens=tokens)
 
 
+def requests(callers: int, each: int, prompts: list[list[int]]) -> list[list[list[int]]]:
+    """The prompts of each caller."""
+    return [[prompts[(number * each + k) % len(prompts)] for k in range(each)] for number in range(callers)]
+
+
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
     """Tokens per second of so many callers with `each` requests."""
 
+    asked = requests(callers, each, prompts)
+
     def caller(number: int) -> None:
-        for k in range(each):
-            ask(prompts[(number * each + k) % len(prompts)])
+        for ids in asked[number]:
+            ask(ids)
 
     start = time.perf_counter()
     with ThreadPoolExecutor(callers) as pool:
         list(pool.map(caller, range(callers)))
     return callers * each * tokens / (time.perf_counter() - start)
+
+
+class Rivals:
+    """Other runtimes that answer the same requests. One that does not start or fails is left out, with its reason."""
+
+    def __init__(self, asked: argparse.Namespace, most: int) -> None:
+        self.stage: Stage | None = None
+        if asked.without_peers:
+            return
+        gguf = demo.model_file()
+        setup = Setup(
+            checkpoint="",
+            gguf=str(gguf),
+            files=str(cache_dir.cache("peers") or asked.out),
+            threads=torch.get_num_threads(),
+            longest=max(72, asked.prompt_tokens + asked.tokens),
+            batch_sizes=(most,),
+        )
+        paragraph = list(range(100, 1000))  # prompts that nothing is measured with
+        self.stage = Stage(setup, paragraph, asked.out.absolute(), (sys.executable, asked.peers_python), notify)
+        for name in RIVALS:
+            self.stage.admit(next(peer for peer in PEERS if peer.name == name), cold=False)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those that run, by name."""
+        return {} if self.stage is None else {name: self.stage.results[name].label for name in self.stage.remotes}
+
+    def rate(self, name: str, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
+        """Tokens per second of so many callers with `each` requests."""
+        assert self.stage is not None
+        request = {"do": "serve", "asked": requests(callers, each, prompts), "new_tokens": tokens}
+        return callers * each * tokens / self.stage.remotes[name].ask(request, REQUEST_S)
+
+    def close(self) -> None:
+        if self.stage is not None:
+            self.stage.close()
+
+
+def notify(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def closed(served: Any, callers: int, prompts: list[list[int]], tokens: int) -> float:
@@ -113,6 +167,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16, help="sequences that are decoded together at most")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the other runtimes")
+    parser.add_argument("--without-peers", action="store_true", help="without the other runtimes")
+    parser.add_argument("--out", type=Path, default=Path("out/serving"), help="for their files and logs")
     parser.add_argument("--without-original", action="store_true", help="it takes most of the time")
     return parser.parse_args(arguments)
 
@@ -132,29 +189,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in numbers:
         closed(batched, number, prompts, asked.tokens)
     intraop.rest()  # as `wrap` does in the thread that loads the model
-    draw, found = random.Random(0), list[Rates]()
-    for turn in range(asked.rounds):
-        this: Rates = {}
-        cases = [(name, n) for name in (*asks, CLOSED) for n in numbers]
-        for name, number in draw.sample(cases, len(cases)):
-            if name == CLOSED:
-                this[name, number] = closed(batched, number, prompts, asked.tokens)
-            else:
-                this[name, number] = rate(asks[name], number, asked.requests, prompts, asked.tokens)
-        found.append(this)
-        print(f"round {turn + 1} of {asked.rounds}", file=sys.stderr, flush=True)
+    rivals = Rivals(asked, max(numbers))
+    try:
+        found = play(asked, numbers, asks, batched, rivals, prompts)
+    finally:
+        rivals.close()
     print(
         f"\n{torch.get_num_threads()} threads; prompts of {asked.prompt_tokens} tokens, {asked.tokens} new ones, "
         f"{asked.requests} requests of each caller; {asked.rounds} rounds; median [lowest, highest]\n"
     )
     print("| tokens per second | " + " | ".join(f"{n} callers" for n in numbers) + " |")
     print("|---" * (len(numbers) + 1) + "|")
-    for name in (*asks, CLOSED):
-        print(f"| {name} | " + " | ".join(spread([r[name, n] for r in found]) for n in numbers) + " |")
-    for name in (*(n for n in asks if n != TOGETHER), CLOSED):
+    names = dict.fromkeys((*asks, CLOSED)) | rivals.labels
+    for name, label in names.items():
+        print(f"| {label or name} | " + " | ".join(spread([r[name, n] for r in found]) for n in numbers) + " |")
+    for name, label in names.items():
         gains = (ratios([r[TOGETHER, n] for r in found], [r[name, n] for r in found]) for n in numbers)
-        print(f"| together / {name} | " + " | ".join(spread(gain, "x") for gain in gains) + " |")
+        if name != TOGETHER:
+            print(f"| together / {label or name} | " + " | ".join(spread(gain, "x") for gain in gains) + " |")
     return 0
+
+
+def play(
+    asked: argparse.Namespace,
+    numbers: list[int],
+    asks: dict[str, Ask],
+    batched: Any,
+    rivals: Rivals,
+    prompts: list[list[int]],
+) -> list[Rates]:
+    """Tokens per second by round."""
+    for name in rivals.labels:
+        for number in numbers:  # contexts are made
+            rivals.rate(name, number, 1, prompts, asked.tokens)
+    draw, found = random.Random(0), list[Rates]()
+    for turn in range(asked.rounds):
+        this: Rates = {}
+        cases = [(name, n) for name in (*asks, CLOSED, *rivals.labels) for n in numbers]
+        for name, number in draw.sample(cases, len(cases)):
+            if name == CLOSED:
+                this[name, number] = closed(batched, number, prompts, asked.tokens)
+            elif name in asks:
+                this[name, number] = rate(asks[name], number, asked.requests, prompts, asked.tokens)
+            else:
+                this[name, number] = rivals.rate(name, number, asked.requests, prompts, asked.tokens)
+        found.append(this)
+        notify(f"round {turn + 1} of {asked.rounds}")
+    return found
 
 
 if __name__ == "__main__":

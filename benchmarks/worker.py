@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from benchmarks.peers import PEERS, Peer, Runtime, Setup
+from benchmarks.peers import PEERS, Peer, Runtime, ServingRuntime, Setup
 
 
 class Answering(Protocol):
@@ -55,6 +55,9 @@ class Worker:
 
     def do_generate(self, prompts: list[list[int]], new_tokens: int) -> dict[str, float | None]:
         return asdict(self._loaded().generate(prompts, new_tokens))
+
+    def do_serve(self, asked: list[list[list[int]]], new_tokens: int) -> float:
+        return cast("ServingRuntime", self._loaded()).serve(asked, new_tokens)
 
     def do_logits(self, ids: list[int], folder: str) -> dict[str, str]:
         """Writes one .npy file for each path that computed logits."""

@@ -71,6 +71,18 @@ class Runtime(Protocol):
         ...
 
 
+class ServingRuntime(Runtime, Protocol):
+    """A runtime that answers requests that join and leave at any time."""
+
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
+        """Seconds until all callers have their answers of `new_tokens` each.
+
+        Args:
+            asked: each caller's prompts. It asks for one answer after the other.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Peer:
     """One row of the comparison.

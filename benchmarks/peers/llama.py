@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import llama_cpp as llama
 import numpy as np
@@ -25,6 +26,14 @@ TRIED_TOKENS = 256  # of the trial's prompt: enough for the matrix kernels
 TRIAL_S = 120
 PHYSICAL_BATCH = 512  # llama.cpp's default
 ROOM = 128  # tokens that a sequence's room is a multiple of
+
+
+class Part(NamedTuple):
+    """Tokens of a sequence, after `past` others."""
+
+    sequence: int
+    tokens: Sequence[int]
+    past: int
 
 
 class Context:
@@ -50,8 +59,12 @@ class Context:
 
     def decode(self, tokens: Sequence[Sequence[int]], past: int, every: bool = False) -> None:
         """Compute the next tokens of each sequence, [B][T], after `past` others; logits of the last or of every one."""
+        self.decode_parts([Part(sequence, row, past) for sequence, row in enumerate(tokens)], every)
+
+    def decode_parts(self, parts: Sequence[Part], every: bool = False) -> None:
+        """Compute the next tokens of some sequences."""
         batch, n = self.batch, 0
-        for sequence, row in enumerate(tokens):
+        for sequence, row, past in parts:
             for i, token in enumerate(row):
                 batch.token[n], batch.pos[n] = token, past + i
                 batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
@@ -60,6 +73,10 @@ class Context:
         batch.n_tokens = n
         if code := llama.llama_decode(self.pointer, batch):
             raise RuntimeError(f"llama_decode returned {code}")
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence."""
+        llama.llama_memory_seq_rm(llama.llama_get_memory(self.pointer), sequence, -1, -1)
 
     def logits(self, rows: Sequence[int]) -> np.ndarray:
         """[rows, V], a copy; rows are positions in the latest batch."""
@@ -104,6 +121,31 @@ class Llama:
             context.decode(tokens, past)
             tokens = context.choose(1, count)
         return Timing(first - start, time.perf_counter() - start)
+
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
+        """As its server does it: a slot for each caller, and prompts in one batch with the others' next tokens."""
+        context = self.context(len(asked), max(len(prompt) for prompts in asked for prompt in prompts) + new_tokens)
+        start = time.perf_counter()
+        context.clear()
+        waiting = [list(prompts) for prompts in asked]
+        parts = [Part(caller, prompts.pop(0), 0) for caller, prompts in enumerate(waiting)]
+        left = [new_tokens] * len(asked)
+        while parts:
+            context.decode_parts(parts)
+            last = np.cumsum([len(part.tokens) for part in parts]) - 1
+            chosen = context.logits(last.tolist()).argmax(-1)
+            following = []
+            for (caller, tokens, past), token in zip(parts, chosen.tolist(), strict=True):
+                left[caller] -= 1
+                if left[caller]:
+                    following.append(Part(caller, [token], past + len(tokens)))
+                    continue
+                context.free(caller)
+                if waiting[caller]:
+                    following.append(Part(caller, waiting[caller].pop(0), 0))
+                    left[caller] = new_tokens
+            parts = following
+        return time.perf_counter() - start
 
     def logits(self, ids: Sequence[int]) -> Mapping[str, np.ndarray]:
         context = self.context(1, len(ids))

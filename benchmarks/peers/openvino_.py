@@ -5,6 +5,7 @@ The pipeline gives no logits, so they come from the same model compiled with the
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,14 @@ from benchmarks.measures import Timing
 from benchmarks.peers import Setup, Weights
 
 MODEL = "openvino_model.xml"
+CACHE_GB = 1  # of the continuous batching's KV cache
 
 
 class OpenVino:
     def __init__(self, file: Path, properties: Mapping[str, Any]) -> None:
         self.file = file
         self.properties = dict(properties)
+        self.batching: Any = None
         self.pipeline = genai.LLMPipeline(str(file), "CPU", **self.properties)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Timing:
@@ -38,6 +41,37 @@ class OpenVino:
         if short or len(result.tokens) != len(prompts):
             raise RuntimeError(f"{short or len(result.tokens)} tokens were generated, not {new_tokens} a prompt")
         return Timing(result.perf_metrics.get_ttft().mean / 1e3 if new_tokens > 1 else total_s, total_s)
+
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
+        """By its ContinuousBatchingPipeline, which takes a request as soon as its caller has the answer before."""
+        if self.batching is None:
+            scheduler = genai.SchedulerConfig()
+            scheduler.cache_size = CACHE_GB
+            scheduler.enable_prefix_caching = False
+            self.batching = genai.ContinuousBatchingPipeline(
+                str(self.file.parent), scheduler, "CPU", properties=self.properties
+            )
+        config = genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, do_sample=False)
+        waiting, numbers = [list(prompts) for prompts in asked], itertools.count()
+
+        def ask(caller: int) -> Any:
+            ids = openvino.Tensor(np.array([waiting[caller].pop(0)], dtype=np.int64))
+            return self.batching.add_request(next(numbers), ids, config)
+
+        start = time.perf_counter()
+        running = {caller: ask(caller) for caller in range(len(asked))}
+        while running:
+            self.batching.step()
+            for caller, handle in list(running.items()):
+                if handle.get_status() != genai.GenerationStatus.FINISHED:
+                    continue
+                found = handle.read_all()[0].generated_ids
+                if len(found) != new_tokens:
+                    raise RuntimeError(f"{len(found)} tokens were generated, not {new_tokens}")
+                del running[caller]
+                if waiting[caller]:
+                    running[caller] = ask(caller)
+        return time.perf_counter() - start
 
     def logits(self, ids: Sequence[int]) -> Mapping[str, np.ndarray]:
         saved = self.file.parent / MODEL
