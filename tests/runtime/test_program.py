@@ -23,9 +23,12 @@ from autotune.errors import TransformError
 from autotune.model import seam
 from autotune.runtime import kernels
 from autotune.runtime.cache import slots
+from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.steps.program import Program, StepPrograms, layout
 from autotune.runtime.steps.program.building import collapse
+from autotune.runtime.steps.program.given import ModuleCalls
 from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
+from autotune.runtime.steps.program.trace import trace
 from autotune.runtime.variant import Variant, serving
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU
@@ -260,6 +263,43 @@ def test_a_recorded_step_gives_the_modules_logits(name: str, batch: int, weights
 
 def _steps(module: Any, cache: slots.SlotCache) -> Callable[..., torch.Tensor]:
     return StepPrograms(module).fitting(cache)
+
+
+def by_make_fx(module: Any, cache: slots.SlotCache, given: Any) -> Any:
+    """The graph of a step as torch's own tracer records it."""
+    token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def step(*inputs: Any) -> torch.Tensor:
+        *known, extra = inputs
+        with given.returning(extra):
+            return slots.run(module, *known)
+
+    with torch.no_grad(), mode:
+        fake = mode.from_tensor
+        known = [fake(t) for t in (token, token.clone(), cache.slot, cache.valid)]
+        more = [[fake(t) for t in each] for each in (cache.keys, cache.values, given.tensors)]
+        return make_fx(step, tracing_mode="real")(*known, *more)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_recorded_graph_is_that_of_torchs_own_tracer(name: str, rows: int) -> None:
+    """It gives the same program over the same weights."""
+    module = _packed(name).modules["decode"]
+    filled = seam.growing_cache()
+    module(torch.tensor(token_prompts(1, length=5)), **seam.over(module, filled))
+    cache = RowCache(filled, 32, rows)
+    ours, theirs = (Program(record(module, cache, ModuleCalls(module, cache)), rows) for record in (trace, by_make_fx))
+    assert torch.equal(ours._code, theirs._code)
+    constants = [[whole for _, whole in each._constants] for each in (ours, theirs)]
+    assert all(map(torch.equal, *constants))
+
+
+def _packed(name: str) -> Variant:
+    plan = [("weight_only", {"bits": 8}), ("one_query_attention", {})]
+    return Variant(tiny(name)).with_transforms([transforms.make(*each, "decode") for each in plan])
 
 
 @needs_kernels
