@@ -66,6 +66,7 @@ class Transform:
     stage: ClassVar[Stage]
     summary: ClassVar[str]  # one line for `autotune transforms`
     foreign: ClassVar[bool] = False  # runs a compiler's or another library's kernels; see `is_foreign`
+    recordable: ClassVar[bool] = True  # whether a program can run its decode step (`StepProgram`)
     lossless: ClassVar[bool] = False  # always judged at the lossless tier, even if the policy's tier is lower
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
@@ -73,6 +74,10 @@ class Transform:
 
         The check is cheap and raises nothing.
         """
+        return None
+
+    def excludes(self, other: Transform) -> str | None:
+        """Why it cannot be applied after another transform of the same phase, as far as both are known, or None."""
         return None
 
     def rehearsed(self) -> Transform | None:

@@ -45,6 +45,7 @@ class DynamicInt8(LinearTransform):
 
     name: ClassVar[str] = "dynamic_int8"
     summary: ClassVar[str] = "torch's dynamic quantisation: INT8 weights, INT8 activations per tensor"
+    recordable: ClassVar[bool] = False  # its weights are an object of torch's, not a tensor
 
     @property
     def kind(self) -> type[nn.Module]:

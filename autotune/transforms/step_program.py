@@ -56,8 +56,14 @@ class StepProgram(Transform):
             return "the decode step is recorded or compiled already"
         if reason := placement.unrecordable(variant.original) or no_slots(variant.original):
             return reason
+        if reason := next(filter(None, map(self.excludes, variant.transforms)), None):
+            return reason
         uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query_attention.IMPLEMENTATION
         return None if uses_kernel else one_query_attention.OneQueryAttention("decode").unavailable(variant, hardware)
+
+    def excludes(self, other: Transform) -> str | None:
+        applies = "decode" in other.phases and not other.recordable
+        return f"a program cannot read the weights of {other}" if applies else None
 
     def rehearsed(self) -> Transform:
         return StepProgram("decode", slots=REHEARSED_SLOTS)

@@ -298,6 +298,9 @@ def assemble(trial: Trial, incumbent: Variant) -> Variant:
     place = next((n for n, transform in enumerate(chain) if transform in trial.instead_of), len(chain))
     chain[place:place] = trial.transforms
     kept = [transform for transform in chain if transform not in trial.instead_of]
+    for transform in sorted(kept, key=lambda t: t.stage):
+        if error := next(filter(None, map(transform.excludes, trial.transforms)), None):
+            raise _NeededError(f"the plan's {transform} needs what it would replace: {error}")
     variant = Variant(incumbent.original, incumbent.traffic, incumbent.workload, incumbent.draft)
     for transform in sorted(kept, key=lambda t: t.stage):
         try:

@@ -18,6 +18,7 @@ from autotune.runtime.variant import Variant, serving
 from autotune.transforms import make
 from autotune.transforms.linear_dtype import CastLinear
 from autotune.transforms.linears import LinearTransform
+from autotune.transforms.step_program import StepProgram
 from autotune.workload import PHASES
 from tests import models
 from tests.models import tiny, token_prompts
@@ -290,3 +291,17 @@ def test_prefill_shares_the_weights_that_decode_is_packed_in(name: str) -> None:
     plain = Variant(model).with_transform(make("weight_only", {"bits": 8}, "both"))
     got, expected = (v.modules["prefill"](ids).logits for v in (variant, plain))
     assert float((got - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+@pytest.mark.parametrize("name", ["weight_storage", "weight_only", "dynamic_int8"])
+def test_what_a_program_can_record_says_so(name: str) -> None:
+    made = Variant(tiny("llama")).with_transform(make(name, {}, "decode"))
+    recording = StepProgram("decode", slots=32)
+    if made.transforms[0].recordable:
+        assert recording.unavailable(made, AVX2) is None
+        assert recording.took_effect(made.with_transform(recording)) is None
+    else:
+        assert "cannot read the weights of dynamic_int8" in str(recording.unavailable(made, AVX2))
+        with pytest.raises(TransformError, match="a program cannot read"):
+            made.with_transform(recording)

@@ -45,6 +45,7 @@ class Scripted(Transform):
     idle: str = ""
     takes: float = 0.0
     needs: str = ""  # label of a transform whose layers it shares
+    excluded: str = ""  # label of a transform after which it cannot be applied
     at: int = 1
 
     name: ClassVar[str] = "scripted"
@@ -58,6 +59,9 @@ class Scripted(Transform):
         if self.needs and self.needs not in labels(variant):
             return f"there is no {self.needs}"
         return Blocker(self.blocker) if self.blocker else self.missing or None
+
+    def excludes(self, other: Transform) -> str | None:
+        return f"not after {self.excluded}" if self.excluded == other.params["label"] else None
 
     def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
         return dict.fromkeys(self.phases, self.promises)
@@ -655,6 +659,25 @@ def test_what_an_alternative_would_take_away_from_others_counts_as_missing() -> 
     assert alternative.outcome is TrialOutcome.UNAVAILABLE
     assert "shared" in alternative.reason
     assert "needs what it would replace: there is no int4" in alternative.reason
+
+
+@pytest.mark.usefixtures("own")
+def test_an_alternative_that_the_rest_of_the_plan_excludes_is_not_even_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = step({"label": "program", "excluded": "int8", "promises": 2.0, "at": 5}, name="program")
+    weights = step({"label": "int4", "promises": 2.0}, {"label": "int8", "promises": 2.15}, name="weights")
+    made, apply = list[str](), Scripted.apply
+
+    def noted(self: Scripted, variant: Variant) -> None:
+        made.append(self.label)
+        apply(self, variant)
+
+    monkeypatch.setattr(Scripted, "apply", noted)
+    found = run(ScriptedBench(), policy(weights, program))
+    assert committed(found) == ["int4", "program"]
+    (alternative,) = (trial for trial in found.trials if trial.instead_of)
+    assert alternative.outcome is TrialOutcome.UNAVAILABLE
+    assert alternative.reason.endswith("needs what it would replace: not after int8")
+    assert "int8" not in made
 
 
 @pytest.mark.usefixtures("own")
