@@ -113,7 +113,7 @@ class ContinuousBatching(Transform):
             return "calls are decoded together already"
         if not isinstance(variant.step, StepPrograms) or variant.caches is None:
             return "it needs a recorded decode step (step_program)"
-        if variant.speculation is not None:
+        if variant.speculation is not None and variant.speculation.stride.recorded is None:
             return "guesses are checked for one sequence at a time"
         return None
 

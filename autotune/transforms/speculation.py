@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -89,20 +90,28 @@ class Speculation(Transform):
         return {"decode": tokens * phase.seconds / max(phase.seconds, computing_s)}
 
     def apply(self, variant: Variant) -> None:
+        from ..runtime.batching.rows import sizes
         from ..runtime.cache.pool import CachePool
+        from ..runtime.cache.rows import RowCache
         from ..runtime.speculation.strides import MultiTokenStep, captured
         from ..runtime.steps.graphs import GraphSteps, lengths
         from ..runtime.steps.inductor_graphs import InductorGraphStep
+        from ..runtime.steps.program import StepPrograms
 
         if self.draft == "model" and variant.draft is None:
             raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
         use_slots(variant)
-        assert variant.caches is not None  # noqa: S101 - use_slots made it; for the type checker
-        step, device, reads = variant.step, devices.of(variant.original), lengths(variant.caches.slots, SHORTEST)
+        step, device, pool = variant.step, devices.of(variant.original), variant.caches
+        assert pool is not None  # noqa: S101 - use_slots made it; for the type checker
+        reads = lengths(pool.slots, SHORTEST)
         if isinstance(step, GraphSteps):
             reads = step.lengths
 
         def stride(model: PreTrainedModel) -> MultiTokenStep:
+            if isinstance(step, StepPrograms) and model is variant.modules["decode"]:
+                for rows in sizes(self.tokens + 1)[1:]:
+                    step.prepare_several(partial(RowCache, variant.example(1), pool.slots, rows, pool.dtype))
+                return MultiTokenStep(model, recorded=step)
             if isinstance(step, GraphSteps | InductorGraphStep):
                 return captured(model, device, reads, self.tokens + 1)
             return MultiTokenStep(model)
@@ -110,7 +119,7 @@ class Speculation(Transform):
         draft = None
         if self.draft == "model" and variant.draft is not None:
             config = variant.draft.config.get_text_config(decoder=True)
-            draft = stride(variant.draft), CachePool(config, variant.caches.slots, lasting=variant.caches.lasting)
+            draft = stride(variant.draft), CachePool(config, pool.slots, lasting=pool.lasting)
         variant.speculation = speculate.SpeculationSetup(self.tokens, stride(variant.modules["decode"]), draft)
         variant.speculation.cost = measure_cost(variant)
 

@@ -9,6 +9,7 @@ import time
 import types
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,11 +26,14 @@ from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.fused_layers import FusedLayers
 from autotune.transforms.linear_bf16 import LinearBf16
 from autotune.transforms.prefill_attention import PrefillAttention
+from autotune.transforms.speculation import Speculation
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
 from autotune.transforms.weight_storage import WeightStorage
@@ -209,6 +213,104 @@ def test_a_rows_logits_are_the_same_to_the_bit_whoever_is_beside_it(arch: str, w
     alone = torch.cat([logits([row]) for row in range(len(caches))])
     for among in ([0, 1], [1, 0], [3, 2, 1, 0], [4, 5, 6, 7], list(range(8)), list(reversed(range(8)))):
         assert torch.equal(logits(among), alone[among]), among
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "weights",
+    [[], [WeightStorage("decode", "float16")], [WeightOnly("decode")], [WeightOnly("decode", bits=4)]],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mistral-window"])
+def test_several_tokens_of_a_sequence_are_those_of_one_after_the_other_to_the_bit(
+    arch: str, weights: list[Transform]
+) -> None:
+    """From a slot cache of a generation and from a row beside others, in steps of every prepared size."""
+    made = Variant(tiny(arch)).with_transforms([*weights, StepProgram("decode", slots=SLOTS)])
+    steps, filled_cache = made.step, filled(made.original, prompt(21))
+    assert isinstance(steps, StepPrograms)
+    for count in (2, 4, 8):
+        steps.prepare_several(partial(RowCache, filled_cache, SLOTS, count))
+    tokens = torch.tensor([prompt(9, seed=1)])
+    one = SlotCache(filled_cache, SLOTS)
+    one.fill(filled_cache, None)
+    single, expected = steps.fitting(one), []
+    for k in range(9):
+        expected.append(single(tokens[:, k : k + 1], torch.tensor([[21 + k]]), one))
+        one.advance()
+    for count in (2, 3, 4, 5, 8):
+        among = RowCache(filled_cache, SLOTS, 3)
+        among.join(0, filled(made.original, prompt(7)))
+        among.join(1, filled_cache)
+        again = SlotCache(filled_cache, SLOTS)
+        again.fill(filled_cache, None)
+        for cache in (again, among.single(1)):
+            several = steps.several(count, cache)
+            assert several is not None
+            got = several.steps(tokens[:, :count], torch.arange(21, 21 + count)[None], cache)
+            assert torch.equal(got[0], torch.cat(expected[:count])), count
+    assert steps.several(9, again) is None
+    again.advance(SLOTS - 21 - 3)
+    assert steps.several(2, again) is not None
+    assert steps.several(4, again) is None, "there is no room for four"
+    steps.forget()
+    assert steps.several(2, again) is not None, "it is recorded again"
+
+
+@pytest.fixture(scope="module")
+def guesser() -> Variant:
+    """An engine whose plan guesses, and believes that guesses pay."""
+    made = Variant(tiny("llama")).with_transforms((*STEP, Speculation("decode", tokens=3)))
+    assert made.speculation is not None
+    made.speculation.cost = 1.1
+    return made.with_transform(ContinuousBatching("decode", rows=ROWS))
+
+
+class Round(LogitsProcessor):
+    """Makes the answer go round the prompt's first tokens, except at every eighth."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        at = input_ids.shape[1]
+        wanted = torch.full_like(input_ids[:, :1], 5) if at % 8 == 0 else input_ids[:, [at % 6]]
+        return scores + 1e3 * torch.zeros_like(scores).scatter_(1, wanted, 1.0)  # type: ignore[return-value]
+
+
+@needs_kernels
+def test_a_sequence_alone_is_guessed_ahead_and_one_beside_others_is_not(guesser: Variant, alone: Variant) -> None:
+    counts, served, ids = engine_of(guesser).counts, serving(guesser), prompt(20)
+    assert guesser.speculation is not None
+    options: dict[str, Any] = {"logits_processor": [Round()]}
+    expected = answer(serving(alone), ids, 60, **options)
+    before = counts.copy()
+    assert answer(served, ids, 60, **options) == expected
+    tally, steps = guesser.speculation.tally, counts["steps"] - before["steps"]
+    assert tally.right > 30
+    assert tally.right + tally.steps + steps >= 59, "every token but the first has a step or is a right guess"
+    assert steps < 20
+    going, several = threading.Barrier(3), [prompt(20, seed) for seed in range(3)]
+
+    def together(ids: list[int]) -> list[int]:
+        going.wait(60)
+        return answer(served, ids, 40, **options)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(together, several)) == [answer(serving(alone), ids, 40, **options) for ids in several]
+
+
+@needs_kernels
+def test_a_guessing_sequence_that_others_join_goes_on(guesser: Variant, alone: Variant) -> None:
+    """Its wrong guesses leave no trace in the row, for itself or for the next sequence."""
+    served, options = serving(guesser), {"logits_processor": [Round()]}
+    work = [(prompt(20), 70), (prompt(11, 1), 9), (prompt(33, 2), 5), (prompt(6, 3), 30)]
+    expected = [answer(serving(alone), *item, **options) for item in work]
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            first = pool.submit(answer, served, *work[0], **options)
+            rest = []
+            for item in work[1:]:
+                time.sleep(0.01)
+                rest.append(pool.submit(answer, served, *item, **options))
+            assert [each.result() for each in (first, *rest)] == expected
 
 
 @needs_kernels

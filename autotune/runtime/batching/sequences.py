@@ -11,6 +11,7 @@ from ...errors import VariantError
 from ...machine import outside
 from ..cache.rows import RowCache
 from . import rows as plan
+from .guessing import Guessing
 
 if TYPE_CHECKING:
     from ..steps.step import Step
@@ -51,6 +52,7 @@ class Sequences:
         self._cache: RowCache | None = None
         self._steps: dict[int, tuple[RowCache, Step]] = {}
         self._token = torch.zeros(most, 1, dtype=torch.int64, device="cpu")
+        self._guessing = Guessing(variant)
 
     @property
     def free(self) -> int:
@@ -160,15 +162,28 @@ class Sequences:
             self.rows[target], self.rows[source] = self.rows[source], None
             self._token[target] = self._token[source]
         size = plan.size_for([r is not None for r in self.rows], len(self.rows))
+        speculation, first = self.variant.speculation, self.rows[0]
+        if speculation is not None and first is not None and self.used == 1:
+            logits = self._guessing.of(first, cache.single(0), self._plain)(self._token[:1], cache.slot[:1, None])
+            cache.step_done(discarded=speculation.tokens)
+        else:
+            self._guessing.end()
+            logits = self._plain(self._token[:size], cache.slot[:size, None])
+            cache.step_done()
+        self.counts["tokens"] += self.used
+        return logits
+
+    def _plain(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """token, position [rows, 1] -> logits [rows, V], by the recorded step of so many rows."""
+        size, cache = len(token), self._cache
+        assert cache is not None  # noqa: S101 - a sequence has joined; for the type checker
         if size not in self._steps:
             self._steps[size] = self._prepared(cache.upper(size))
         view, step = self._steps[size]
         with self.variant.running("decode"):
-            logits = step(self._token[:size], view.slot[:, None], view)
-        cache.step_done()
+            logits = step(token, position, view)
         self.counts["steps"] += 1
         self.counts["rows"] += size
-        self.counts["tokens"] += self.used
         return logits
 
     def _prepared(self, view: RowCache) -> tuple[RowCache, Step]:
@@ -180,6 +195,8 @@ class Sequences:
             return view, step
 
     def _leave(self, row: int) -> None:
+        if self.rows[row] is self._guessing.request:
+            self._guessing.end()
         self.rows[row] = None
         self._token[row] = 0
         if self._cache is not None:

@@ -41,6 +41,7 @@ class RowCache(SlotCache):
         self.valid.zero_()
         self.lengths = [0] * rows
         self._written = [0] * rows  # slots of each row that may hold numbers of an earlier sequence
+        self._singles: dict[int, SlotCache] = {}
 
     def join(self, row: int, prompt: Any) -> None:
         """Begin a sequence in a free row: copy a prefilled cache.
@@ -79,19 +80,33 @@ class RowCache(SlotCache):
         self._begin(target, length)
         self.leave(source)
 
-    def step_done(self) -> None:
-        """Make the tokens that a step wrote valid, in every row that has a sequence."""
+    def step_done(self, discarded: int = 0) -> None:
+        """Make the next token valid, in every row that has a sequence. A step has written it.
+
+        Args:
+            discarded: slots after it that the step may have written, too.
+        """
         self.slot += self.valid[:, 0]
         for row, length in enumerate(self.lengths):
             if length:
                 self.lengths[row] = length + 1
-                self._written[row] = length + 2
+                self._written[row] = max(self._written[row], length + 2 + discarded)
 
     def _begin(self, row: int, length: int) -> None:
         self.valid[row] = True
         self.slot[row] = length
         self.lengths[row] = length
         self._written[row] = length + 1  # a step writes the slot after the last valid one
+
+    def single(self, row: int) -> SlotCache:
+        """A view of one row's sequence, which has as many valid tokens as now."""
+        if row not in self._singles:
+            one, here = SlotCache.__new__(SlotCache), slice(row, row + 1)
+            one.__dict__ |= self.__dict__ | {"slot": self.slot[here], "valid": self.valid[here], "batch": 1}
+            one.keys, one.values = ([held[here] for held in each] for each in (self.keys, self.values))
+            self._singles[row] = one
+        self._singles[row].length = self.lengths[row]
+        return self._singles[row]
 
     def upper(self, rows: int) -> Self:
         """A view of the first `rows` rows, for a step of fewer sequences. Their lengths are those of this cache."""

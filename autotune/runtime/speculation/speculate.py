@@ -84,7 +84,13 @@ class SpeculationSetup:
         self._lock = forking.lock()
 
     def ahead(
-        self, running: Running, call: Sampling, held: Callable[[], SlotCache], plain: NextLogits, lent: ExitStack
+        self,
+        running: Running,
+        call: Sampling,
+        held: Callable[[], SlotCache],
+        plain: NextLogits,
+        lent: ExitStack,
+        ids: torch.Tensor | None = None,
     ) -> SpeculativeLogits:
         """Make the source of the loop's logits for one call of one sequence.
 
@@ -94,8 +100,10 @@ class SpeculationSetup:
             held: gives the sequence's cache.
             plain: gives the logits after a token for which nothing was guessed.
             lent: the contexts to leave after the call.
+            ids: the sequence before the first token that it is asked about, [1, T]; None: the prompt.
         """
-        prompt = devices.of(call.input_ids.device).fetch(call.input_ids)  # copied while prefill runs
+        known = call.input_ids if ids is None else ids
+        prompt = devices.of(known.device).fetch(known)  # copied while prefill runs
 
         def guesser() -> Proposer:
             tokens = prompt()[0].tolist()

@@ -1,4 +1,4 @@
-"""Steps of several tokens over a static cache, captured if the device has graphs."""
+"""Steps of several tokens over a static cache: captured if the device has graphs, recorded if the plain step is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ...machine.device import Device
     from ..cache.slots import SlotCache
     from ..steps.graphs import GraphSteps
+    from ..steps.program import StepPrograms
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class MultiTokenStep:
     Args:
         module: the module that computes.
         one, several: its captured steps of one token and of a fixed number of tokens; None to call the module.
+        recorded: its recorded steps, some of them of several tokens; None to call the module.
     """
 
     module: PreTrainedModel
     one: GraphSteps | None = None
     several: GraphSteps | None = None
+    recorded: StepPrograms | None = None
 
     def step(self, token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
         """token, position [1, 1] -> logits [1, V]."""
@@ -46,6 +49,8 @@ class MultiTokenStep:
         from ..cache import slots
 
         wanted, graphs = tokens.shape[1], self.several
+        if self.recorded is not None and (program := self.recorded.several(wanted, cache)) is not None:
+            return program.steps(tokens, positions, cache)
         if graphs is None or wanted > graphs.tokens or cache.length + graphs.tokens > cache.shape[1]:
             return slots.steps(self.module, tokens, positions, cache)
         if missing := graphs.tokens - wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -61,20 +62,22 @@ class Lowered:
     output: Place
 
 
-def lower(graph: GraphModule, rows: int) -> Lowered:
+def lower(graph: GraphModule, rows: int, shared: Container[int] = ()) -> Lowered:
     """Make instructions for a recorded step.
 
     Args:
         graph: from `trace`.
         rows: values whose first dimension has this size are divided among threads by row.
+        shared: numbers of the inputs of which all rows use one row's memory.
 
     Raises:
         TransformError: an operator has no instruction; the message names it.
     """
-    lowering = Lowering(graph, rows)
+    lowering = Lowering(graph, rows, shared)
     for node in graph.graph.nodes:
         lowering.visit(node)
     assert lowering.output is not None  # noqa: S101 - every graph has an output; for the type checker
+    lowering.check_shared()
     roots = [replace(r, kind="output") if r.number == lowering.output.root.number else r for r in lowering.roots]
     return Lowered(tuple(lowering.instructions), tuple(roots), tuple(lowering.inputs), lowering.output)
 
@@ -87,9 +90,10 @@ class Lowering(Building):
         output: the graph's result; None until the output node has been reached.
     """
 
-    def __init__(self, graph: GraphModule, rows: int) -> None:
+    def __init__(self, graph: GraphModule, rows: int, shared: Container[int] = ()) -> None:
         super().__init__(rows)
         self.graph = graph
+        self.shared = shared
         self.inputs: list[Place] = []
         self.output: Place | None = None
 
@@ -131,8 +135,20 @@ class Lowering(Building):
                 there, here = f"{example.dtype} {list(example.shape)}", f"{value.dtype} {list(value.shape)}"
                 raise TransformError(f"{node.target} was recorded as {there}, and gives {here}")
 
+    def check_shared(self) -> None:
+        """Check that what rows share is read by attention alone, before which threads meet.
+
+        Raises:
+            TransformError: another instruction reads it.
+        """
+        roots = {place.root.number for i, place in enumerate(self.inputs) if i in self.shared}
+        for instruction in self.instructions:
+            if instruction.code != "attend" and not roots.isdisjoint(instruction.reads):
+                raise TransformError(f"{instruction.code} reads keys or values that rows share")
+
     def input(self, example: torch.Tensor) -> Place:
-        lies = Place(NOTHING, 0, tuple(example.shape), example.stride(), example.dtype)
+        strides = example.stride() if len(self.inputs) not in self.shared else (0, *example.stride()[1:])
+        lies = Place(NOTHING, 0, tuple(example.shape), strides, example.dtype)
         root = self.root("input", lies.end_bytes)
         self.inputs.append(replace(lies, root=root))
         return self.inputs[-1]
@@ -165,6 +181,8 @@ class Lowering(Building):
         same = base.untyped_storage()._cdata
         if any(not isinstance(p, torch.Tensor) or p.untyped_storage()._cdata != same for p in parts):
             return None
+        if held.root.kind == "input" and held.strides != base.stride():
+            raise TransformError(f"{node.target} views keys or values that rows share, which a program cannot record")
         return seen(value) if isinstance(value, torch.Tensor) else tuple(map(seen, parts))
 
     def operator(self, node: Node) -> Any:

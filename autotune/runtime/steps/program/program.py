@@ -1,35 +1,19 @@
-"""A decode step recorded once as a program of C++ instructions and run by one team of threads: no Python, no dispatch.
-
-    given -> trace -> lower -> layout -> kernels/program.cpp
-
-`given` runs the modules that cannot be part of a program. `trace` records the step's operators on fake tensors. `lower`
-turns them into instructions over named memory. `layout` decides where values are stored and when threads meet. The
-operator `run_program` runs the words that result.
-"""
+"""A graph of tensor operators as a program with its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from ....errors import TransformError, VariantError
-from ....machine import forking
-from ...cache.slots import SlotCache
-from ..step import DecodeSteps, Step
+from ....errors import TransformError
 from . import layout
-from .given import ModuleCalls
 from .instruction import Instruction, Place
-from .lower import lower
-from .trace import trace
+from .lower import Lowered, lower
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
-    from transformers import PreTrainedModel
-
-__all__ = ["Program", "StepPrograms"]
 
 
 class Program:
@@ -38,17 +22,17 @@ class Program:
     Args:
         graph: recorded operators with fake values and one output; its tensors are not copied.
         rows: values whose first dimension has this size are divided among threads by row.
+        shared: numbers of the inputs of which all rows use one row's memory.
 
     Raises:
         TransformError: an operator has no instruction.
     """
 
-    def __init__(self, graph: GraphModule, rows: int) -> None:
+    def __init__(self, graph: GraphModule, rows: int, shared: Container[int] = ()) -> None:
         with torch.inference_mode(False):  # a program is made once, in any mode, and must run in any mode
-            self._make(graph, rows)
+            self._make(lower(graph, rows, shared))
 
-    def _make(self, graph: GraphModule, rows: int) -> None:
-        lowered = lower(graph, rows)
+    def _make(self, lowered: Lowered) -> None:
         meets = layout.meetings(lowered.instructions)
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
         self.instructions = lowered.instructions
@@ -117,88 +101,3 @@ def _other(place: Place, tensor: torch.Tensor) -> str | None:
     if any(size > 1 and own != recorded for size, own, recorded in steps):
         return f"of strides {list(tensor.stride())}, and was recorded with {list(place.strides)}"
     return None
-
-
-class _Recorded:
-    """The recorded step for one shape of cache."""
-
-    def __init__(self, module: PreTrainedModel, cache: SlotCache) -> None:
-        batch = cache.shape[0]
-        with torch.inference_mode(False):  # a step recorded in inference mode must also run outside it
-            self.given = ModuleCalls(module, cache)
-            self.program = Program(trace(module, cache, self.given), batch)
-            self.token = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
-            self.position = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
-        self.lock = forking.lock()
-
-    def over(self, cache: SlotCache) -> Step:
-        inputs = (self.token, self.position, cache.slot, cache.valid, *cache.keys, *cache.values, *self.given.tensors)
-        addresses = self.program.addresses(inputs)
-
-        def step(
-            token: torch.Tensor, position: torch.Tensor, _cache: SlotCache, _held: object = inputs
-        ) -> torch.Tensor:
-            # `_held` keeps the tensors at the addresses alive
-            if token.shape != self.token.shape or position.shape != self.token.shape:
-                shapes = f"{list(token.shape)} and {list(position.shape)}"
-                raise VariantError(f"the step takes token and position {list(self.token.shape)}, not {shapes}")
-            with self.lock:
-                self.token.copy_(token)
-                self.position.copy_(position)
-                self.given.update(self.position)
-                return self.program.run(addresses).clone()
-
-        return step
-
-
-def _key(cache: SlotCache) -> tuple[int, int, int]:
-    return *cache.shape, cache.slot.shape[0]
-
-
-class StepPrograms(DecodeSteps):
-    """Decode steps of one module as programs, by the shape of the cache."""
-
-    def __init__(self, module: PreTrainedModel) -> None:
-        self.module = module
-        self._steps: dict[tuple[int, int, int], _Recorded] = {}  # (rows, slots, 1 or a write slot for each row)
-        self._lock = forking.lock()
-
-    def prepare(self, cache: SlotCache) -> None:
-        """Record the step for this cache's shape, unless it is recorded already.
-
-        Raises:
-            TransformError: the step cannot be recorded as a program.
-        """
-        with self._lock:
-            if (key := _key(cache)) not in self._steps:
-                self._steps[key] = _Recorded(self.module, cache)
-
-    def forget(self) -> None:
-        """Drop programs, because weights have moved and programs hold addresses. They are recorded again later."""
-        with self._lock:
-            self._steps.clear()
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        return tuple(dict.fromkeys((rows, slots) for rows, slots, _ in self._steps))
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Within this context, every run records how long each instruction took; see `Program.times`."""
-        programs = [step.program for step in self._steps.values()]
-        for program in programs:
-            program.timed = True
-        try:
-            yield
-        finally:
-            for program in programs:
-                program.timed = False
-
-    def program(self, batch: int) -> Program | None:
-        """The program for a batch of `batch` sequences, or None if it was not recorded."""
-        return next((step.program for (rows, *_), step in self._steps.items() if rows == batch), None)
-
-    def fitting(self, cache: SlotCache) -> Step:
-        """The step for this cache's shape. The first use of a shape records it, which takes a second or two."""
-        self.prepare(cache)
-        return self._steps[_key(cache)].over(cache)

@@ -1,0 +1,115 @@
+"""A recorded step: a token of every row, or several tokens of one sequence."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ....errors import VariantError
+from ....machine import forking
+from .given import ModuleCalls
+from .program import Program
+from .trace import INPUTS, trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...cache.rows import RowCache
+    from ...cache.slots import SlotCache
+    from ..step import Step
+
+SeveralLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens, positions [1, K] -> logits [1, K, V]
+
+
+class RecordedStep:
+    """The recorded step for one shape of cache.
+
+    Args:
+        module: the decode module.
+        cache: an empty cache of that shape; the recording writes to it.
+        is_shared: whether all rows use the keys and values of one.
+
+    Raises:
+        TransformError: the step cannot be recorded as a program.
+    """
+
+    def __init__(self, module: PreTrainedModel, cache: SlotCache, *, is_shared: bool = False) -> None:
+        rows = cache.shape[0]
+        shared = range(INPUTS, INPUTS + len(cache.keys) + len(cache.values)) if is_shared else ()
+        with torch.inference_mode(False):  # a step recorded in inference mode must also run outside it
+            self.given = ModuleCalls(module, cache)
+            self.program = Program(trace(module, cache, self.given), rows, shared)
+            self.token = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
+            self.position = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
+        self.lock = forking.lock()
+
+    def over(self, cache: SlotCache) -> Step:
+        """The step of a token of every row of a cache."""
+        held, addresses = self.bound(cache.slot, cache.valid, cache.keys, cache.values)
+
+        def step(token: torch.Tensor, position: torch.Tensor, _cache: SlotCache, _held: object = held) -> torch.Tensor:
+            # `_held` keeps the tensors at the addresses alive
+            if token.shape != self.token.shape or position.shape != self.token.shape:
+                shapes = f"{list(token.shape)} and {list(position.shape)}"
+                raise VariantError(f"the step takes token and position {list(self.token.shape)}, not {shapes}")
+            with self.lock:
+                return self.run(token, position, addresses)
+
+        return step
+
+    def bound(
+        self, slot: torch.Tensor, valid: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> tuple[object, torch.Tensor]:
+        """What must stay alive while the program runs over these tensors, and its addresses."""
+        inputs = (self.token, self.position, slot, valid, *keys, *values, *self.given.tensors)
+        return inputs, self.program.addresses(inputs)
+
+    def run(self, token: torch.Tensor, position: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
+        """token, position [rows, 1] -> logits [rows, V]. Call it with the lock."""
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.given.update(self.position)
+        return self.program.run(addresses).clone()
+
+
+class TokensOfOne(RecordedStep):
+    """A recorded step of several tokens of one sequence: a program of as many rows, over one row's keys and values.
+
+    Every row has a slot of its own and sees the slots up to it. Threads meet after keys and values are written, before
+    any of them attends. So each token's logits are, to the bit, those that a step of this token alone gives.
+
+    Args:
+        module: the decode module.
+        cache: an empty cache with a row for each token; the recording writes to it.
+    """
+
+    def __init__(self, module: PreTrainedModel, cache: RowCache) -> None:
+        super().__init__(module, cache, is_shared=True)
+        with torch.inference_mode(False):
+            self.slot, self.valid = torch.zeros_like(cache.slot), torch.zeros_like(cache.valid)
+            self.next = torch.arange(len(self.slot), dtype=torch.int64, device="cpu")
+        self._bound: weakref.WeakKeyDictionary[SlotCache, tuple[object, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it takes."""
+        return len(self.slot)
+
+    def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """tokens, positions [1, K] -> logits [1, K, V], as `cache.slots.steps` gives them.
+
+        Fewer tokens than it takes are filled up with the last one; what this writes comes after the valid tokens.
+        """
+        count = tokens.shape[1]
+        if missing := self.tokens - count:
+            tokens, positions = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (tokens, positions))
+        with self.lock:
+            if (bound := self._bound.get(cache)) is None:
+                whole = [[held.expand(self.tokens, -1, -1, -1) for held in each] for each in (cache.keys, cache.values)]
+                bound = self._bound[cache] = self.bound(self.slot, self.valid, *whole)
+            torch.add(cache.slot, self.next, out=self.slot)
+            self.valid.copy_(cache.valid)
+            return self.run(tokens.T, positions.T, bound[1])[None, :count]
