@@ -141,7 +141,7 @@ def test_a_clear_answer_takes_five_pairs(model):
     ],
 )
 def test_requests_are_timed_over_as_many_tokens_as_there_is_time_for(each, budget_s, tokens):
-    assert affordable([Timing(*seconds, 1.0) for seconds in each], budget_s) == tokens
+    assert affordable([Timing(ttft_s, tpot_s, 1.0) for ttft_s, tpot_s in each], budget_s) == tokens
 
 
 def test_little_time_is_enough_for_the_fewest_pairs(model):
