@@ -57,8 +57,8 @@ def trace(module: Any, cache: SlotCache, given: ModuleCalls | None = None) -> Gr
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators that run within this context as a graph.
 
-    It gives the graph of `torch.fx.experimental.proxy_tensor.make_fx`, which the tests compare it with, in two thirds
-    of the time: for 30 layers 0.6 s instead of 0.9, and a service that starts again waits for that.
+    It gives the graph of `torch.fx.experimental.proxy_tensor.make_fx`, which the tests compare it with, in half the
+    time: for 30 layers 0.6 s instead of 1.3, and a service that starts again waits for that.
     """
 
     def __init__(self) -> None:
