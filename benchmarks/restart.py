@@ -73,17 +73,17 @@ def life(when: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="starts; default 5")
-    parser.add_argument("--taken", type=int, default=0, help="processes that compete with the starts; default 0")
+    parser.add_argument("--taken", type=int, default=0, help="processes that compete with all of it; default 0")
     parser.add_argument("--life", choices=("background", "blocking"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.life:
         print(json.dumps(serve(given.life)))
         return 0
-    first = life("blocking")
-    print(f"The plan was there {first['wrap returned']:.0f} s after loading: {first['detail']}", flush=True)
-    if first["state"] != "tuned":
-        return 1
     with competing(given.taken):
+        first = life("blocking")
+        print(f"The plan was there {first['wrap returned']:.0f} s after loading: {first['detail']}", flush=True)
+        if first["state"] != "tuned":
+            return 1
         lives = [life("background") for _ in range(given.runs)]
     print(table(lives))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from ..machine import device as devices
 from ..model.seam import Sampling
 from ..runtime.speculation import speculate
 from ..runtime.speculation.drafts import DraftModel, Proposer
+from ..runtime.speculation.pace import evenly, pays
 from ..runtime.variant import Stage, Transform
 from . import require
 from .static_cache import no_slots, use_slots
@@ -121,27 +122,26 @@ class Speculation(Transform):
             config = variant.draft.config.get_text_config(decoder=True)
             draft = stride(variant.draft), CachePool(config, pool.slots, lasting=pool.lasting)
         variant.speculation = speculate.SpeculationSetup(self.tokens, stride(variant.modules["decode"]), draft)
-        variant.speculation.cost = measure_cost(variant)
+        variant.speculation.costs = measure_costs(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
-        from ..runtime.speculation.pace import pays
-
         speculation = variant.speculation
         if speculation is None:
             return "decode guesses nothing"
-        if not pays(speculation.tokens, speculation.cost):
+        if not pays(speculation.costs):
             return (
                 f"even right guesses would not pay: a step that checks {speculation.tokens} of them takes "
-                f"{speculation.cost:.1f}x as long as a plain one"
+                f"{speculation.costs[-1]:.1f}x as long as a plain one"
             )
         return None
 
 
-def measure_cost(variant: Variant) -> float:
-    """Measure the time of a step with the most guesses, including the guessing, in units of a plain step.
+def measure_costs(variant: Variant) -> tuple[float, ...]:
+    """Measure the times of steps with 0, 1, 2, ... guesses, including the guessing, in units of a plain step.
 
-    Both steps run at the start of an empty sequence. They differ in weights and arithmetic, which do not depend on the
-    sequence.
+    Steps run at the start of an empty sequence. They differ in weights and arithmetic, which do not depend on the
+    sequence. Where a step takes a fixed number of tokens, fewer take as long. Otherwise only the step with the most
+    guesses is measured, and each guess takes its share.
 
     Args:
         variant: with `caches` and `speculation`.
@@ -151,9 +151,9 @@ def measure_cost(variant: Variant) -> float:
     speculation, pool = variant.speculation, variant.caches
     assert speculation is not None and pool is not None  # noqa: S101, PT018 - the caller made them; for the type checker
     original = variant.original
-    device, guesses = devices.of(original), speculation.tokens
-    tokens = torch.zeros(1, guesses + 1, dtype=torch.int64, device=original.device)
-    positions = torch.arange(1, guesses + 2, dtype=torch.int64, device=original.device)[None]
+    device, most = devices.of(original), speculation.tokens
+    tokens = torch.zeros(1, most + 1, dtype=torch.int64, device=original.device)
+    positions = torch.arange(1, most + 2, dtype=torch.int64, device=original.device)[None]
     with torch.no_grad(), ExitStack() as lent, variant.running("decode") as module:
         held = lent.enter_context(pool.lend(variant.example(1), None))
         step = variant.step.fitting(held) if variant.step is not None else None
@@ -168,13 +168,18 @@ def measure_cost(variant: Variant) -> float:
             else:
                 step(tokens[:, :1], positions[:, :1], held)
 
-        def checking() -> None:
+        def checking(guesses: int) -> None:
             if guesser is not None:
                 guesser.append(0)
                 guesser.guess(guesses)
-            speculation.stride.steps(tokens, positions, held)
+            speculation.stride.steps(tokens[:, : guesses + 1], positions[:, : guesses + 1], held)
 
-        plain_s, checking_s = (
-            min(device.seconds(work) for _ in range(TIMED_RUNS + 1)) for work in (plain, checking)
-        )  # the first run of each warms up
-    return checking_s / plain_s
+        def seconds(work: Callable[[], None]) -> float:
+            return min(device.seconds(work) for _ in range(TIMED_RUNS + 1))  # the first run warms up
+
+        plain_s = seconds(plain)
+        widths = [speculation.stride.width(guesses + 1, held) for guesses in range(1, most + 1)]
+        if guesser is not None or None in widths:
+            return evenly(most, seconds(partial(checking, most)) / plain_s)
+        took_s = {width: seconds(partial(checking, min(width - 1, most))) for width in filter(None, set(widths))}
+    return (1.0, *(took_s[width] / plain_s for width in filter(None, widths)))

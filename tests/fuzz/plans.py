@@ -16,6 +16,7 @@ from autotune import transforms
 from autotune.errors import TransformError
 from autotune.machine.hardware import Hardware
 from autotune.model import route
+from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.variant import Variant
 from autotune.transforms import speculation
 from autotune.tune import choose
@@ -120,7 +121,7 @@ def scripted(name: str) -> Iterator[None]:
     with (
         mock.patch.object(tuning, "tune", tune),
         # whether guesses pay is not left to the clock
-        mock.patch.object(speculation, "measure_cost", return_value=1.2),
+        mock.patch.object(speculation, "measure_costs", lambda variant: evenly(variant.speculation.tokens, 1.2)),
     ):
         before = surroundings()
         yield

@@ -27,6 +27,7 @@ from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
@@ -262,7 +263,7 @@ def guesser() -> Variant:
     """An engine whose plan guesses, and believes that guesses pay."""
     made = Variant(tiny("llama")).with_transforms((*STEP, Speculation("decode", tokens=3)))
     assert made.speculation is not None
-    made.speculation.cost = 1.1
+    made.speculation.costs = evenly(made.speculation.tokens, 1.1)
     return made.with_transform(ContinuousBatching("decode", rows=ROWS))
 
 

@@ -20,7 +20,7 @@ from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime.cache import slots
 from autotune.runtime.speculation.drafts import PromptLookup
-from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, expected_tokens, pays, worthwhile
+from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, evenly, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import GuessCounts
 from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.attention import Attention
@@ -44,8 +44,8 @@ def guessing(arch: str = "llama", draft: str = "prompt", tokens: int = 4, **chan
     transform = Speculation("decode", "prompt" if small is None else "model", tokens)
     variant = Variant(model, draft=small).with_transform(transform)
     assert variant.speculation is not None
-    assert variant.speculation.cost > 0
-    variant.speculation.cost = 1.1
+    assert min(variant.speculation.costs) > 0
+    variant.speculation.costs = evenly(variant.speculation.tokens, 1.1)
     return model, variant
 
 
@@ -207,12 +207,12 @@ def test_expected_tokens(acceptance: float, guesses: int, tokens: float) -> None
     ],
 )
 def test_guesses_that_are_worthwhile(acceptance: float, most: int, cost: float, guesses: int) -> None:
-    assert worthwhile(acceptance, most, cost) == guesses
+    assert worthwhile(acceptance, evenly(most, cost)) == guesses
 
 
 def spent(acceptance: list[bool], cost: float = 1.2, most: int = 4) -> tuple[int, float]:
     """Tokens, and plain steps' time, of a sequence whose guesses are right or wrong as told."""
-    pace, told, time, tokens = GuessBudget(most, cost), iter(acceptance), 0.0, 0
+    pace, told, time, tokens = GuessBudget(evenly(most, cost)), iter(acceptance), 0.0, 0
     while (right_next := next(told, None)) is not None:
         guesses = pace.guesses
         time += 1 + (cost - 1) * guesses / most
@@ -243,13 +243,13 @@ def test_guesses_are_taken_up_again_when_they_become_right() -> None:
 
 
 def test_a_step_too_slow_to_pay_is_never_taken() -> None:
-    assert not pays(4, 5.5)
-    assert GuessBudget(4, 5.5).guesses == 0
+    assert not pays(evenly(4, 5.5))
+    assert GuessBudget(evenly(4, 5.5)).guesses == 0
     assert spent([True] * 50, cost=5.5) == (50, 50.0)
 
 
 def test_rests_have_an_end() -> None:
-    pace, rests = GuessBudget(4, 1.2), []
+    pace, rests = GuessBudget(evenly(4, 1.2)), []
     for _ in range(40):
         pace = pace.after(1, 0)
         rests.append(pace.rest)
@@ -452,7 +452,7 @@ def test_the_host_waits_for_nothing_while_guessing_rests() -> None:
     with device.stand_in(fake):
         model, variant = guessing()
         assert variant.speculation is not None
-        variant.speculation.cost = 9.0  # nothing pays, so that it always rests
+        variant.speculation.costs = evenly(variant.speculation.tokens, 9.0)  # nothing pays, so that it always rests
         before = fake.waits
         same(ask(serving(variant), REPEATING, max_new_tokens=40), ask(model, REPEATING, max_new_tokens=40))
         assert fake.waits - before == 40  # the caller's own looks

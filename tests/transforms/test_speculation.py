@@ -14,6 +14,7 @@ from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
 from autotune.runtime import kernels
 from autotune.runtime.speculation import speculate
+from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.variant import Stage, Transform, Variant, build, serving
 from autotune.transforms import make
@@ -99,11 +100,22 @@ def test_a_step_that_cannot_pay_has_no_effect() -> None:
     variant = build(tiny(), [PROMPT])
     assert PROMPT.took_effect(variant) is None
     assert variant.speculation is not None
-    variant.speculation.cost = 7.5
+    variant.speculation.costs = evenly(variant.speculation.tokens, 7.5)
     assert "5 of them takes 7.5x as long as a plain one" in (PROMPT.took_effect(variant) or "")
     same(ask(serving(variant), REPEATING), ask(variant.original, REPEATING))
     assert variant.speculation.tally == speculate.GuessCounts()
     assert "guesses nothing" in (PROMPT.took_effect(Variant(tiny())) or "")
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+def test_fewer_guesses_than_a_recorded_step_takes_cost_as_much_as_all_of_them() -> None:
+    variant = build(tiny(), [StepProgram("decode", slots=64), Speculation("decode", tokens=5)])
+    assert variant.speculation is not None
+    one, two, *more = variant.speculation.costs
+    assert one == 1.0
+    assert more[0] == more[1], "four tokens at once"
+    assert more[2] == more[3], "six"
+    assert len({two, more[0], more[2]}) == 3, "each is measured"
 
 
 def test_it_comes_last() -> None:
@@ -121,7 +133,8 @@ def test_a_recorded_step_serves_what_is_not_guessed(draft: Speculation, monkeypa
     variant = Variant(model, draft=tiny()).with_transforms([StepProgram("decode"), draft])
     assert variant.speculation is not None
     assert variant.step is not None
-    variant.speculation.cost = 1.1  # here a recorded step is many times as fast as the module
+    # here a recorded step is many times as fast as the module
+    variant.speculation.costs = evenly(variant.speculation.tokens, 1.1)
     recorded, calls = type(variant.step).fitting, []
 
     def counted(steps: Any, cache: Any) -> Any:
@@ -146,7 +159,7 @@ def test_where_the_step_is_captured_so_are_guesses_and_their_check(arch: str, dr
         graph = CudaGraph(phase="decode", shortest=32)
         variant = Variant(model, draft=tiny(arch)).with_transforms([graph, draft])
         assert variant.speculation is not None
-        variant.speculation.cost = 1.1
+        variant.speculation.costs = evenly(variant.speculation.tokens, 1.1)
         stride, captures = variant.speculation.stride, fake.captures
         assert stride.several is not None
         timed = stride.several.replays  # when it was applied
@@ -174,7 +187,7 @@ def test_beside_inductors_graphs_the_check_is_captured_too() -> None:
         variant.step = InductorGraphStep(model, fake)  # nothing prepared: plain tokens run the module
         PROMPT.apply(variant)
         assert variant.speculation is not None
-        variant.speculation.cost, several = 1.1, variant.speculation.stride.several
+        variant.speculation.costs, several = evenly(variant.speculation.tokens, 1.1), variant.speculation.stride.several
         assert several is not None
         timed, options = several.replays, {"logits_processor": [Copying()], "max_new_tokens": 30}
         same(ask(serving(variant), REPEATING, **options), ask(model, REPEATING, **options))
@@ -187,7 +200,7 @@ def test_a_graph_that_has_no_room_left_is_not_replayed() -> None:
         graph = CudaGraph(phase="decode", slots=60)
         variant = Variant(model).with_transforms([graph, Speculation("decode", tokens=8)])
         assert variant.speculation is not None
-        variant.speculation.cost, several = 1.1, variant.speculation.stride.several
+        variant.speculation.costs, several = evenly(variant.speculation.tokens, 1.1), variant.speculation.stride.several
         assert several is not None
         timed = several.replays
         options: dict[str, Any] = {"logits_processor": [Copying()], "max_new_tokens": 13}
@@ -202,7 +215,7 @@ def test_on_a_gpu_guesses_are_checked_in_graphs(draft: Speculation, dtype: torch
     model, small = tiny().to("cuda", dtype), tiny().to("cuda", dtype)
     variant = Variant(model, draft=small).with_transforms([CudaGraph(phase="decode"), draft])
     assert variant.speculation is not None
-    variant.speculation.cost = 1.1
+    variant.speculation.costs = evenly(variant.speculation.tokens, 1.1)
     copying = {"logits_processor": [Copying()], "max_new_tokens": 60}
     same(ask(serving(variant), REPEATING.cuda(), **copying), ask(model, REPEATING.cuda(), **copying))
     assert variant.speculation.tally.right > 20
@@ -222,7 +235,7 @@ def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.Monk
     def scripted(model: Any, workload: Any, policy: Any, *, draft: Any, traffic: Any, **_: Any) -> tuning.Tuned:
         variant = Variant(model, traffic, workload, draft).with_transform(MODEL)
         assert variant.speculation is not None
-        variant.speculation.cost = 1.1  # a draft as slow as the model does not pay
+        variant.speculation.costs = evenly(variant.speculation.tokens, 1.1)  # a draft as slow as the model does not pay
         none = Fingerprint("", "", {}, "", "", "strict")
         return tuning.Tuned(variant, plans.Plan(none, variant.transforms), None, "won")
 

@@ -5,6 +5,7 @@ Source of the formula: Leviathan, Kalman and Matias, "Fast inference from transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 FORGET = 0.9  # factor by which each guess lowers the weight of earlier ones, so that about the last ten count
@@ -24,20 +25,19 @@ def expected_tokens(acceptance: float, guesses: int) -> float:
     return (1 - acceptance ** (guesses + 1)) / (1 - acceptance)
 
 
-def worthwhile(acceptance: float, most: int, cost: float) -> int:
+def evenly(most: int, cost: float) -> tuple[float, ...]:
+    """Costs of 0 to `most` guesses, if a step with `most` guesses takes `cost` plain steps and each takes its share."""
+    return tuple(1 + (cost - 1) * guesses / most for guesses in range(most + 1))
+
+
+def worthwhile(acceptance: float, costs: Sequence[float]) -> int:
     """The number of guesses that gives the most tokens per time; 0 if a plain step is best.
 
     Args:
         acceptance: as in `expected_tokens`.
-        most: largest number of guesses.
-        cost: time of a step with `most` guesses, including the guessing, in units of a plain step. The time with fewer
-            guesses is interpolated.
+        costs: time of a step with 0, 1, 2, ... guesses, including the guessing, in units of a plain step.
     """
-
-    def speedup(guesses: int) -> float:
-        return expected_tokens(acceptance, guesses) / (1 + (cost - 1) * guesses / most)
-
-    return max(range(most + 1), key=speedup)
+    return max(range(len(costs)), key=lambda guesses: expected_tokens(acceptance, guesses) / costs[guesses])
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,13 @@ class GuessBudget:
     again, the rest is twice as long.
 
     Args:
-        most, cost: as in `worthwhile`.
+        costs: as in `worthwhile`.
         hits, tries: right guesses, and all guesses that were checked; the latest have the most weight.
         rest: tokens left of the current rest.
         next_rest: tokens of the next rest.
     """
 
-    most: int
-    cost: float
+    costs: tuple[float, ...]
     hits: float = HITS
     tries: float = TRIES
     rest: int = 0
@@ -64,16 +63,16 @@ class GuessBudget:
     @property
     def guesses(self) -> int:
         """The number of tokens to guess now."""
-        if self.rest or not pays(self.most, self.cost):
+        if self.rest or not pays(self.costs):
             return 0
-        return max(1, worthwhile(self.hits / self.tries, self.most, self.cost))
+        return max(1, worthwhile(self.hits / self.tries, self.costs))
 
     def after(self, guessed: int, right: int) -> GuessBudget:
         """The budget after a step that accepted `right` of `guessed` tokens. Guesses after a wrong one do not count."""
         tries = right + (right < guessed)
         kept = FORGET**tries
         new = replace(self, hits=self.hits * kept + right, tries=self.tries * kept + tries)
-        if worthwhile(new.hits / new.tries, self.most, self.cost):
+        if worthwhile(new.hits / new.tries, self.costs):
             return replace(new, next_rest=1)
         return replace(new, rest=self.next_rest, next_rest=min(2 * self.next_rest, LONGEST_REST))
 
@@ -82,6 +81,6 @@ class GuessBudget:
         return replace(self, rest=max(0, self.rest - 1))
 
 
-def pays(most: int, cost: float) -> bool:
+def pays(costs: Sequence[float]) -> bool:
     """Whether guesses pay if all of them are right."""
-    return worthwhile(1.0, most, cost) > 0
+    return worthwhile(1.0, costs) > 0

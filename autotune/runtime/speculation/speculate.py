@@ -26,7 +26,7 @@ from ...machine import device as devices
 from ...machine import forking
 from ...workload import Phase
 from .drafts import DraftModel, PromptLookup, Proposer
-from .pace import GuessBudget
+from .pace import GuessBudget, evenly
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -69,7 +69,7 @@ class SpeculationSetup:
         tokens: guesses per step at most.
         stride: the decode module's steps, which check guesses.
         draft: steps and caches of the model that guesses; None to look up what followed the same tokens before.
-        cost: time of a step with `tokens` guesses, including the guessing, in units of a plain step.
+        costs: times of steps with 0 to `tokens` guesses; see `pace.worthwhile`.
         tally: counts of all guesses so far.
     """
 
@@ -79,7 +79,7 @@ class SpeculationSetup:
         self.tokens = tokens
         self.stride = stride
         self.draft = draft
-        self.cost = 1.0
+        self.costs = evenly(tokens, 1.0)
         self.tally = GuessCounts()
         self._lock = forking.lock()
 
@@ -109,7 +109,7 @@ class SpeculationSetup:
             tokens = prompt()[0].tolist()
             return PromptLookup(tokens) if self.draft is None else DraftModel(*self.draft, call, tokens, lent)
 
-        ahead = SpeculativeLogits(running, self.stride, call, held, plain, guesser, GuessBudget(self.tokens, self.cost))
+        ahead = SpeculativeLogits(running, self.stride, call, held, plain, guesser, GuessBudget(self.costs))
         lent.callback(lambda: self.note(ahead.tally))
         return ahead
 

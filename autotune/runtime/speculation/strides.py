@@ -40,6 +40,13 @@ class MultiTokenStep:
             return self.one.step(token, position, cache)
         return slots.step(self.module, token, position, cache)
 
+    def width(self, tokens: int, cache: SlotCache) -> int | None:
+        """How many tokens a step computes that is asked for so many; None: just as many, by the module itself."""
+        if self.recorded is not None and (program := self.recorded.several(tokens, cache)) is not None:
+            return program.tokens
+        fits = self.several is not None and tokens <= self.several.tokens <= cache.shape[1] - cache.length
+        return self.several.tokens if fits and self.several is not None else None
+
     def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
         """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.runtime.cache.slots.steps`.
 
