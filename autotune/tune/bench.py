@@ -45,7 +45,8 @@ GLANCE_TOKENS = 5  # new tokens of a request that gives a first impression
 SPOT_TOKENS = 8  # new tokens of a request that times a kept plan again, or the machine's noise
 PROFILE_S, BRIEF_PROFILE_S, GROWTH_S = 10.0, 6.0, 14.0  # seconds to profile the original, a variant, and growth
 GRACE, GRACE_S = 0.08, 12.0  # overrun for work under way: share of the budget, seconds; the larger counts
-RACE_S, LEAST_RACE_S = 60.0, 5.0  # most seconds of a race, and the least that it gets if little budget is left
+RACE_S, LEAST_RACE_S = 60.0, 5.0  # seconds of a race if all pairs are needed, and the least if little budget is left
+RACE_SHARE = 0.25  # of the budget that is left: what a race may take beyond RACE_S, if its answer is not clear
 
 
 class LiveBench:
@@ -316,6 +317,8 @@ class LiveBench:
     ) -> Latency:
         """Time two variants in pairs. `kept_s` seconds of the budget are left to what follows."""
         limits = limits or self._limits(reference, candidate)
+        left_s = self.deadline - time.monotonic()
+        most_s = max(RACE_S, RACE_SHARE * min(left_s, self.policy.budget_s))
         race = partial(
             latency.compare,
             reference,
@@ -326,7 +329,7 @@ class LiveBench:
             limits=limits,
             clock=self.clock,
             max_pairs=pairs,
-            budget_s=max(LEAST_RACE_S, min(RACE_S, self.deadline - time.monotonic() - kept_s)),
+            budget_s=max(LEAST_RACE_S, min(most_s, left_s - kept_s)),
             seed=seed,
             progress=self._doing("timing requests in pairs"),
         )

@@ -25,8 +25,10 @@ MAX_POLLUTED = 0.2  # share of pairs that may be dropped; above it, the verdict 
 NOISY = 0.10  # interquartile range of the pairs' log ratios above which a warning is given
 TOO_NOISY = 0.25  # interquartile range of the pairs' log ratios above which no small gain passes
 # A gain is not small if its lower bound, in log units, is at least so many times that range. On a machine where another
-# process takes a core, ratios between 6.5 and 11 spread by 0.44: too noisy to tell 1.1x from 1x, but surely 6.5x.
-CLEAR_OF_NOISE = 2.0
+# process takes a core, ratios between 6.5 and 11 spread by 0.44, and ratios between 2.7 and 7.8 by 0.55: too noisy to
+# tell 1.1x from 1x, but surely 2.7x. If normal noise alone spread so, a pair would be beyond that bound once in eleven
+# times, and all of five pairs once in more than 100,000.
+CLEAR_OF_NOISE = 1.0
 
 
 def decide(

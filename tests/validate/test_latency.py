@@ -474,7 +474,7 @@ def spread_pairs(gain: float, by: float) -> list[Pair]:
     [
         (8.0, 0.44, Verdict.PASS),  # one of two cores was taken: 6.5 to 11 times as fast
         (2.0, 0.2, Verdict.PASS),
-        (1.6, 0.3, Verdict.INCONCLUSIVE),  # clearly a gain by its bounds, but the machine changes by as much
+        (1.4, 0.3, Verdict.INCONCLUSIVE),  # clearly a gain by its bounds, but the machine changes by as much
         (2.0, 0.6, Verdict.INCONCLUSIVE),
     ],
 )
@@ -482,3 +482,11 @@ def test_noise_hides_what_is_not_clearly_larger(gain: float, by: float, verdict:
     found = decide({"a": spread_pairs(gain, by)}, "tpot", Limits(), 0.0)
     assert found.verdict is verdict, found.reason
     assert ("too noisy" in found.reason) is (verdict is Verdict.INCONCLUSIVE), found.reason
+
+
+def test_five_pairs_that_spread_show_a_gain_that_all_of_them_have() -> None:
+    """As on a machine that others disturbed: 6.7x, with two pairs of half as much."""
+    pairs = [Pair(Timing(0.1 * r, 0.01 * r, 0.5 * r), Timing(0.1, 0.01, 0.5)) for r in (2.72, 3.9, 6.7, 7.2, 7.78)]
+    found = decide({"a": pairs}, "tpot", Limits(), 0.0)
+    assert found.verdict is Verdict.PASS, found.reason
+    assert any("spread by" in warning for warning in found.warnings)
