@@ -40,6 +40,7 @@ import torch
 from autotune.errors import AutotuneError, ChoiceError, TransformError
 from autotune.machine import hardware, processor
 from autotune.model import route, seam, shrink
+from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms import make, registry, speculation
 from autotune.tune.choose import unavailable
@@ -271,7 +272,8 @@ def trial(
         if (reason := unavailable(transform, variant, machine)) is not None:
             return replace(result, outcome="refused", why=str(reason))
         try:
-            with mock.patch.object(speculation, "measure_cost", return_value=1.2):  # no matter whether guesses pay
+            costs = lambda made: evenly(made.speculation.tokens, 1.2)  # noqa: E731 - no matter whether guesses pay
+            with mock.patch.object(speculation, "measure_costs", costs):
                 variant = variant.with_transform(transform)
         except TransformError as refusal:
             return replace(result, outcome="LATE", why=_first(refusal))

@@ -14,6 +14,7 @@ import torch._inductor.config
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
+from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.variant import Stage, Transform, Variant, serving
 from autotune.transforms import make, registry
 from autotune.transforms.linears import LinearTransform
@@ -123,7 +124,8 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _guessing_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether guesses pay is not left to this machine's clock."""
-    monkeypatch.setattr("autotune.transforms.speculation.measure_cost", lambda variant: 1.2)
+    costs = "autotune.transforms.speculation.measure_costs"
+    monkeypatch.setattr(costs, lambda variant: evenly(variant.speculation.tokens, 1.2))
 
 
 @pytest.mark.fault("A27", "A28")
