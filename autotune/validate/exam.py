@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import MeasurementError, TransformError
+from ..machine import intraop
 from ..model.linear_layers import obstacle
 from ..runtime.variant import Variant
 from ..transforms.flat_linears import FlatLinears
@@ -51,6 +53,7 @@ class Exam:
         problem: why nothing can be judged with this exam, or None.
         prompts: the chosen prompts, cut to the length that is read.
         seed: of the choice of prompts.
+        threads: with which the original reads; None: the calling thread's number.
     """
 
     original: PreTrainedModel
@@ -66,6 +69,7 @@ class Exam:
     traffic: Traffic | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
+    threads: int | None = None
     _kept: Shelf = field(default_factory=Shelf)  # logits; those without room here are computed for each candidate
     _noise: tuple[float, ...] | None = None  # (noise_kld, tie_nats) as measured on this exam, not on another
     _taken: int = 0  # number of answers that came from an earlier run
@@ -83,6 +87,7 @@ class Exam:
         traffic: Traffic | None = None,
         like: Exam | None = None,
         kept: Keeper | None = None,
+        threads: int | None = None,
     ) -> Exam:
         """Choose texts and let the original continue them. Its logits are computed when they are first needed.
 
@@ -96,12 +101,13 @@ class Exam:
             traffic: the queue in which the original's answers wait behind live requests; None: they may overlap.
             like: another exam of the same original; its noise is used instead of a new measurement.
             kept: may restore the original's answers from an earlier run; missing answers are computed as usual.
+            threads: with which the original reads texts; None: as many as the calling thread has.
 
         Raises:
             MeasurementError: the original raised.
         """
         report = progress or (lambda step, share: None)
-        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original), traffic=traffic, seed=seed)
+        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original), traffic=traffic, seed=seed, threads=threads)
         exam.prompts = exam._choose(prompts)
         if exam.problem:
             return exam
@@ -225,9 +231,14 @@ class Exam:
         if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # an instance's forward bypasses the route
             return self.step(Served(self.plain(), self.pad_token_id), group)
         served = Served(self.reader, self.pad_token_id)
-        if len(group) == 1:
-            return self.read(served, group[0])[None]
-        return served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
+        with self.reading_threads():
+            if len(group) == 1:
+                return self.read(served, group[0])[None]
+            return served.read_together([(*t.context, *t.scored)[:-1] for t in group], last=len(group[0].scored))
+
+    def reading_threads(self) -> AbstractContextManager[None]:
+        """Within it, the calling thread computes with the threads with which the original reads."""
+        return nullcontext() if self.threads is None else intraop.computing_with(self.threads)
 
     def step(self, served: Served, group: Sequence[Text]) -> torch.Tensor:
         """Return logits [B, T, V] of the scored tokens, one decoding step each."""
@@ -261,7 +272,8 @@ class Exam:
         own: list[tuple[int, ...]] = []
         for k in range(0, len(heads), 2 * texts.PADDED_BATCH):
             part = heads[k : k + 2 * texts.PADDED_BATCH]
-            out = served.generate(part, self.size.own)[:, max(map(len, part)) :]
+            with self.reading_threads():
+                out = served.generate(part, self.size.own)[:, max(map(len, part)) :]
             own += [until_eos(row, self.eos_token_ids) for row in out.tolist()]
         return own
 

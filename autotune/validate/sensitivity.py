@@ -122,7 +122,7 @@ class LayerProbe:
     @torch.no_grad()
     def _read(self, variant: Variant, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, width - 1, V]: the context's from the prefill module, the rest from the decode module."""
-        with self.incumbent.turn():
+        with self.exam.reading_threads(), self.incumbent.turn():
             with variant.running("prefill") as module:
                 read = module(input_ids=ids[:, : self.context], use_cache=True)
             cache = seam.cache_in(read)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autotune.errors import BudgetSpentError, DeviceError
-from autotune.machine import device
+from autotune.machine import device, intraop
 from autotune.model.linear_layers import stored_bytes
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
@@ -196,6 +196,47 @@ def test_the_exam_is_foreseen_in_the_arithmetic_in_which_it_reads(
     monkeypatch.setattr("autotune.profile.measure", lambda *_, **__: profile)
     bench.profile(bench.original)
     assert bench.least_s(profile) == pytest.approx(2 * tokens * 0.1 / times + requests * 6.4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "one_s", "two_s", "threads"),
+    [(0.5, 1.0, 6.0, 1), (0.5, 2.0, 1.0, None), (0.1, 1.0, 6.0, None), (None, 1.0, 6.0, None)],
+)
+def test_beside_others_the_original_reads_with_the_threads_that_are_faster(
+    elsewhere: float | None, one_s: float, two_s: float, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, now, read = bench_of(tiny("llama")), [0.0], list[int]()
+
+    def reading(*_: Any, **__: Any) -> None:
+        read.append(torch.get_num_threads())
+        now[0] += one_s if read[-1] == 1 else two_s
+
+    profile = profile_of(4.0, 0.1, weight_bytes=1e6, flops=64e9, compute_dtype="float32")
+    monkeypatch.setattr("autotune.profile.measure", lambda *_, **__: replace(profile, prompt_tokens=8))
+    monkeypatch.setattr("autotune.tune.bench.busy.Meter.elsewhere", lambda _: elsewhere)
+    monkeypatch.setattr("autotune.tune.bench.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Served, "read", reading)
+    with intraop.computing_with(2):
+        bench.profile(bench.original)
+    assert read == ([1, 2, 1, 2] if elsewhere == 0.5 else [])
+    assert bench._reading_threads == threads
+    prompt = bench.tuning.prompts[0]
+    assert bench._read_s == pytest.approx(4.1 / 8 if threads is None else one_s / len(prompt))
+
+
+def test_an_exam_reads_with_the_threads_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, counts = bench_of(tiny("llama")), list[int]()
+    bench._reading_threads = 1
+    run, read = Served.generate, Served.read
+    monkeypatch.setattr(Served, "generate", lambda *a, **k: (counts.append(torch.get_num_threads()), run(*a, **k))[1])
+    monkeypatch.setattr(Served, "read", lambda *a, **k: (counts.append(torch.get_num_threads()), read(*a, **k))[1])
+    with intraop.computing_with(2):
+        exam = bench._exam(bench.workload, tuple(map(tuple, token_prompts(16, seed=3))))
+        exam.reference((exam.texts[-1],))
+    assert exam.problem is None
+    assert counts[0] == 1, "it continues the prompts"
+    assert counts[-1] == 1, "it reads"
+    assert 2 in counts, "it steps as it serves, to measure its noise"
 
 
 @pytest.mark.parametrize(
