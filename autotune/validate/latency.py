@@ -29,11 +29,8 @@ Arm = Callable[[Bucket, int], Timing]  # times the n-th request of a bucket
 # chance of a false "faster" within 5 % (Bonferroni).
 EARLY_LOOKS = (FEWEST_PAIRS, 8, 12, 25, 50)
 STEADY = 1.05  # slowest / fastest of three requests in a row that counts as steady; twice the noise if that is more
-STEADY_REQUESTS, MAX_WARMUP, WARMUP_TOKENS = (
-    3,
-    10,
-    8,
-)  # requests in a row that are steady; most requests of an arm's warm-up; most tokens of each except the first
+STEADY_REQUESTS, MAX_WARMUP = 3, 10  # requests in a row that are steady; most requests of an arm's warm-up
+WARMUP_TOKENS = 8  # most tokens of each of them except the first, and the fewest that a longer request is timed over
 WARMUP_SHARE = 0.15  # share of the time budget that warm-up may use
 
 

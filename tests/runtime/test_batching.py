@@ -27,6 +27,7 @@ from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.variant import Transform, Variant, serving
@@ -296,6 +297,21 @@ def test_a_sequence_alone_is_guessed_ahead_and_one_beside_others_is_not(guesser:
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(together, several)) == [answer(serving(alone), ids, 40, **options) for ids in several]
+
+
+@needs_kernels
+def test_guesses_follow_from_the_sequence_also_after_a_rest(guesser: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, guess = list[list[int]](), PromptLookup.guess
+
+    def noted(self: PromptLookup, most: int) -> list[int]:
+        seen.append(list(self.tokens))
+        return guess(self, most) or [3]  # mostly wrong, so that guessing rests again and again
+
+    monkeypatch.setattr(PromptLookup, "guess", noted)
+    whole = answer(serving(guesser), prompt(20), 60)
+    assert 3 < len(seen) < 40
+    assert all(tokens == whole[: len(tokens)] for tokens in seen)
+    assert len(seen[-1]) > 30
 
 
 @needs_kernels

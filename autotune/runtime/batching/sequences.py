@@ -164,7 +164,8 @@ class Sequences:
         size = plan.size_for([r is not None for r in self.rows], len(self.rows))
         speculation, first = self.variant.speculation, self.rows[0]
         if speculation is not None and first is not None and self.used == 1:
-            logits = self._guessing.of(first, cache.single(0), self._plain)(self._token[:1], cache.slot[:1, None])
+            guessing = self._guessing.of(first, cache.single(0), self._plain)
+            logits = guessing(self._token[:1].clone(), cache.slot[:1, None])  # a copy: it may be read steps later
             cache.step_done(discarded=speculation.tokens)
         else:
             self._guessing.end()

@@ -102,7 +102,8 @@ class RowCache(SlotCache):
         """A view of one row's sequence, which has as many valid tokens as now."""
         if row not in self._singles:
             one, here = SlotCache.__new__(SlotCache), slice(row, row + 1)
-            one.__dict__ |= self.__dict__ | {"slot": self.slot[here], "valid": self.valid[here], "batch": 1}
+            one.given, one.lasting, one.left, one._capacity = self.given, False, None, self._capacity
+            one.slot, one.valid, one.batch = self.slot[here], self.valid[here], 1
             one.keys, one.values = ([held[here] for held in each] for each in (self.keys, self.values))
             self._singles[row] = one
         self._singles[row].length = self.lengths[row]
