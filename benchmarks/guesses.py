@@ -54,7 +54,7 @@ def cost(plan: Variant) -> list[list[str]]:
             several = steps.several(count, cache)
             assert several is not None
             tokens, positions = torch.ones(1, count, dtype=torch.int64), cache.slot + torch.arange(count)[None]
-            took_s = seconds(partial(several.steps, tokens, positions, cache))
+            took_s = seconds(partial(several.step, tokens, positions, cache))
             rows.append([str(count), f"{1e3 * took_s:.2f}", f"{took_s / one_s:.2f}x"])
     return rows
 

@@ -29,6 +29,7 @@ from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import evenly
+from autotune.runtime.speculation.strides import MultiTokenStep
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
@@ -233,7 +234,7 @@ def test_several_tokens_of_a_sequence_are_those_of_one_after_the_other_to_the_bi
     assert isinstance(steps, StepPrograms)
     for count in (2, 4, 8):
         steps.prepare_several(partial(RowCache, filled_cache, SLOTS, count))
-    tokens = torch.tensor([prompt(9, seed=1)])
+    tokens, stride = torch.tensor([prompt(9, seed=1)]), MultiTokenStep(made.modules["decode"], recorded=steps)
     one = SlotCache(filled_cache, SLOTS)
     one.fill(filled_cache, None)
     single, expected = steps.fitting(one), []
@@ -247,9 +248,8 @@ def test_several_tokens_of_a_sequence_are_those_of_one_after_the_other_to_the_bi
         again = SlotCache(filled_cache, SLOTS)
         again.fill(filled_cache, None)
         for cache in (again, among.single(1)):
-            several = steps.several(count, cache)
-            assert several is not None
-            got = several.steps(tokens[:, :count], torch.arange(21, 21 + count)[None], cache)
+            assert steps.several(count, cache) is not None
+            got = stride.steps(tokens[:, :count], torch.arange(21, 21 + count)[None], cache)
             assert torch.equal(got[0], torch.cat(expected[:count])), count
     assert steps.several(9, again) is None
     again.advance(SLOTS - 21 - 3)

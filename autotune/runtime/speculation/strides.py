@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..cache.slots import SlotCache
     from ..steps.graphs import GraphSteps
     from ..steps.program import StepPrograms
+    from ..steps.program.recorded import TokensOfOne
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,32 @@ class MultiTokenStep:
 
     def width(self, tokens: int, cache: SlotCache) -> int | None:
         """How many tokens a step computes that is asked for so many; None: just as many, by the module itself."""
-        if self.recorded is not None and (program := self.recorded.several(tokens, cache)) is not None:
-            return program.tokens
-        fits = self.several is not None and tokens <= self.several.tokens <= cache.shape[1] - cache.length
-        return self.several.tokens if fits and self.several is not None else None
+        fixed = self._fixed(tokens, cache)
+        return None if fixed is None else fixed.tokens
 
     def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
         """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.runtime.cache.slots.steps`.
 
-        A graph takes a fixed number of tokens. Missing ones are filled up with the last token. The filling is written
-        into slots after the valid tokens, which do not count. It takes no time in a step bound by reading weights.
+        Graphs and programs take fixed numbers of tokens. Missing ones are filled up with the last token. The filling is
+        written into slots after the valid tokens, which do not count. It takes no time in a step bound by reading
+        weights.
         """
         from ..cache import slots
 
-        wanted, graphs = tokens.shape[1], self.several
-        if self.recorded is not None and (program := self.recorded.several(wanted, cache)) is not None:
-            return program.steps(tokens, positions, cache)
-        if graphs is None or wanted > graphs.tokens or cache.length + graphs.tokens > cache.shape[1]:
+        wanted = tokens.shape[1]
+        if (fixed := self._fixed(wanted, cache)) is None:
             return slots.steps(self.module, tokens, positions, cache)
-        if missing := graphs.tokens - wanted:
+        if missing := fixed.tokens - wanted:
             tokens, positions = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (tokens, positions))
-        return graphs.step(tokens, positions, cache)[:, :wanted]
+        return fixed.step(tokens, positions, cache)[:, :wanted]
+
+    def _fixed(self, tokens: int, cache: SlotCache) -> TokensOfOne | GraphSteps | None:
+        """The program or the graphs of at least so many tokens for which the cache has room."""
+        if self.recorded is not None and (program := self.recorded.several(tokens, cache)) is not None:
+            return program
+        graphs = self.several
+        fits = graphs is not None and tokens <= graphs.tokens and cache.length + graphs.tokens <= cache.shape[1]
+        return graphs if fits else None
 
     def forget(self) -> None:
         """Drop graphs. They are captured again when needed."""

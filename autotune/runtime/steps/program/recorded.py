@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ...cache.rows import RowCache
     from ...cache.slots import SlotCache
     from ..step import Step
-
-SeveralLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens, positions [1, K] -> logits [1, K, V]
 
 
 class RecordedStep:
@@ -98,18 +96,12 @@ class TokensOfOne(RecordedStep):
         """How many tokens it takes."""
         return len(self.slot)
 
-    def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-        """tokens, positions [1, K] -> logits [1, K, V], as `cache.slots.steps` gives them.
-
-        Fewer tokens than it takes are filled up with the last one; what this writes comes after the valid tokens.
-        """
-        count = tokens.shape[1]
-        if missing := self.tokens - count:
-            tokens, positions = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (tokens, positions))
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+        """tokens, positions [1, K] -> logits [1, K, V], as `cache.slots.steps` gives them."""
         with self.lock:
             if (bound := self._bound.get(cache)) is None:
                 whole = [[held.expand(self.tokens, -1, -1, -1) for held in each] for each in (cache.keys, cache.values)]
                 bound = self._bound[cache] = self.bound(self.slot, self.valid, *whole)
             torch.add(cache.slot, self.next, out=self.slot)
             self.valid.copy_(cache.valid)
-            return self.run(tokens.T, positions.T, bound[1])[None, :count]
+            return self.run(tokens.T, positions.T, bound[1])[None]
