@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from autotune.runtime.kernels import (
     build,
     pack,
 )
+from autotune.runtime.kernels.modules import GroupedLinear
 
 SENTENCE = available()
 needs_operators = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
@@ -43,6 +45,8 @@ FORMATS = [
     pytest.param(Int4Linear, {"group": 0}, 0.14, id="i4-row"),
 ]
 SHAPES = [(1, 1), (5, 8), (16, 32), (37, 100), (50, 33), (192, 576), (129, 260)]  # N, K
+# digits of the inputs -> largest error relative to the largest output; see GroupedLinear
+DIGITS = {0: 3e-6, 1: 3e-2, 2: 1e-4}
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 48, 49, 130]  # M
 
 
@@ -56,6 +60,15 @@ def packed(
 ) -> PackedLinear:
     torch.manual_seed(rows * 1000 + inputs)
     return kind.from_weight(torch.randn(rows, inputs) / 8, torch.randn(rows) if bias else None, **options)
+
+
+def precisions(layer: PackedLinear) -> Iterator[float]:
+    """Let a layer compute in each way that it can here, and yield the error that this may have."""
+    ways = DIGITS if isinstance(layer, GroupedLinear) and torch.ops.autotune.integer_unit() else {0: DIGITS[0]}
+    for digits, tolerance in ways.items():
+        if isinstance(layer, GroupedLinear):
+            layer.digits = digits
+        yield tolerance
 
 
 @pytest.mark.parametrize(("kind", "options", "error"), FORMATS)
@@ -78,7 +91,8 @@ def test_linear_equals_its_dequantized_weight(kind, options, _error, rows, input
     for tokens in TOKENS:
         x = torch.randn(tokens, inputs)
         exact = x.double() @ weight.T + (layer.bias.double() if bias else 0)
-        assert close(layer(x), exact), tokens
+        for tolerance in precisions(layer):
+            assert close(layer(x), exact, tolerance), tokens
 
 
 @needs_operators
@@ -89,10 +103,11 @@ def test_linear_is_the_same_with_any_number_of_threads(kind, options, _error, th
     x = torch.randn(3, 576)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = layer(x)
-        torch.set_num_threads(threads)
-        assert torch.equal(layer(x), alone)
+        for _ in precisions(layer):
+            torch.set_num_threads(1)
+            alone = layer(x)
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(x), alone)
     finally:
         torch.set_num_threads(before)
 
@@ -103,10 +118,64 @@ def test_a_token_is_the_same_to_the_bit_whoever_is_computed_with_it(kind, option
     """So an answer does not depend on the other callers' whose tokens a step computes."""
     layer = packed(kind, options, 129, 576, True)
     x = torch.randn(64, 576)
-    alone = torch.cat([layer(x[t : t + 1]) for t in range(len(x))])
-    for tokens in [*range(2, 18), 31, 64]:
-        assert torch.equal(layer(x[:tokens]), alone[:tokens]), f"{tokens} tokens"
-        assert torch.equal(layer(x[-tokens:]), alone[-tokens:]), f"the last {tokens} tokens"
+    for _ in precisions(layer):
+        alone = torch.cat([layer(x[t : t + 1]) for t in range(len(x))])
+        for tokens in [*range(2, 18), 31, 64]:
+            assert torch.equal(layer(x[:tokens]), alone[:tokens]), f"{tokens} tokens"
+            assert torch.equal(layer(x[-tokens:]), alone[-tokens:]), f"the last {tokens} tokens"
+
+
+needs_integers = pytest.mark.skipif(
+    SENTENCE is not None or not torch.ops.autotune.integer_unit(), reason="no products in integers here"
+)
+
+
+@needs_integers
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e20])
+def test_inputs_of_any_size_are_rounded_alike(kind, digits, size) -> None:
+    layer = packed(kind, {}, 37, 96, False)
+    layer.digits = digits
+    x = torch.randn(5, 96)
+    exact = (x * size).double() @ layer.dequantize().double().T
+    assert close(layer(x * size), exact if size > 1e-30 else torch.zeros(1).double(), DIGITS[digits])
+    one_large = x.clone()
+    one_large[:, 40] = 1e4  # coarsens its own span of 32 inputs, and no other
+    assert close(layer(one_large), one_large.double() @ layer.dequantize().double().T, DIGITS[digits])
+
+
+@needs_integers
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_input_that_is_not_finite_spoils_its_own_token(kind, digits, bad) -> None:
+    layer = packed(kind, {}, 37, 96, False)
+    layer.digits = digits
+    x = torch.randn(40, 96)
+    good = layer(x)
+    x[3, 50] = bad
+    y = layer(x)
+    assert not torch.isfinite(y[3]).any()
+    assert torch.equal(y[:3], good[:3])
+    assert torch.equal(y[4:], good[4:])
+
+
+@needs_integers
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_the_largest_weights_and_inputs_do_not_overflow(kind, digits) -> None:
+    layer = kind.from_weight(torch.full((16, 4096), 3.0), group=0)
+    layer.digits = digits
+    x = torch.full((3, 4096), -2.0)
+    assert close(layer(x), x.double() @ layer.dequantize().double().T, DIGITS[digits])
+
+
+def test_digits_that_there_are_not_are_refused() -> None:
+    layer = packed(Int8Linear, {}, 16, 32, False)
+    layer.digits = 3
+    with pytest.raises(RuntimeError, match="digits is 0"):
+        layer(torch.randn(1, 32))
 
 
 @needs_operators

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.model.linear_layers import share
-from autotune.runtime.kernels.modules import PackedLinear
+from autotune.runtime.kernels.modules import GroupedLinear, PackedLinear
 
 # parts -> tokens; fewer tokens are multiplied in FP32, which is more exact and as fast for so few
 FEW = {1: 8, 2: 24}
+FEW_IN_INTEGERS = 32  # the same where a packed layer multiplies in integers
 
 
 class Bf16Linear(nn.Module):
@@ -42,9 +41,11 @@ class Bf16Linear(nn.Module):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.parts = parts
+        in_integers = isinstance(layer, GroupedLinear) and layer.in_integers
+        self.few = FEW_IN_INTEGERS if in_integers else FEW[parts]  # tokens; fewer are multiplied by the given layer
         share(layer, self, ("weight", "scales", "zeros", "bias"))
-        # a bound method, so that the layer does not become a submodule
-        self.packed: Callable[[Tensor], Tensor] | None = layer.forward if isinstance(layer, PackedLinear) else None
+        # in a tuple, so that the layer does not become a submodule
+        self.packed = (layer,) if isinstance(layer, PackedLinear) else ()
 
     @property
     def weight_bytes(self) -> int:
@@ -57,9 +58,13 @@ class Bf16Linear(nn.Module):
         """The weight as stored: its numbers, then scales and zeros if it has them."""
         return [tensor for tensor in (self.weight, self.scales, self.zeros) if tensor is not None]
 
+    def serving(self, tokens: int) -> Bf16Linear | PackedLinear:
+        """The layer that multiplies this many tokens: this one, or the packed one that it was made from."""
+        return self.packed[0] if self.packed and tokens < self.few else self
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < FEW[self.parts] * self.in_features:
-            return self.packed(x) if self.packed else F.linear(x, self.weight, self.bias)
+        if x.numel() < self.few * self.in_features:
+            return self.packed[0](x) if self.packed else F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.autotune.linear_bf16(
             x, self.weight, self.scales, self.zeros, self.bias, self.out_features, self.parts
         )

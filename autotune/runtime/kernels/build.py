@@ -31,6 +31,7 @@ SOURCES = (  # the file that takes longest to compile comes first
     "linear.cpp",
     "attend_many.cpp",
     "fused.cpp",
+    "integer.cpp",
     "embedding.cpp",
     "matmul.cpp",
 )
@@ -38,6 +39,7 @@ HEADERS = (
     "vectors.h",
     "tensors.h",
     "linear.h",
+    "integer.h",
     "attention.h",
     "elementwise.h",
     "embedding.h",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from autotune.runtime.kernels.bf16 import FEW, Bf16Linear
+from autotune.runtime.kernels.bf16 import Bf16Linear
+from autotune.runtime.kernels.modules import GroupedLinear
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of the operators' numbers for them
 
@@ -37,7 +40,7 @@ class RmsNorm(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) * up(x)), in one operator if the three layers are `Bf16Linear`.
+    """down(activation(gate(x)) * up(x)), in one operator if the three layers multiply in BF16 or in integers.
 
     Args:
         gate_proj, up_proj, down_proj: linear layers of any kind.
@@ -52,23 +55,30 @@ class GatedMlp(nn.Module):
         self.activation = ACTIVATIONS.index(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        tokens = x.numel() // x.shape[-1]
+        given = (self.gate_proj, self.up_proj, self.down_proj)
+        gate, up, down = (m.serving(tokens) if isinstance(m, Bf16Linear) else m for m in given)
         if isinstance(gate, Bf16Linear) and isinstance(up, Bf16Linear) and isinstance(down, Bf16Linear):
-            enough = x.numel() >= FEW[gate.parts] * gate.in_features
-            if enough and gate.parts == up.parts == down.parts:
-                return self._multiply(x, gate, up, down)
+            if tokens >= gate.few and gate.parts == up.parts == down.parts:
+                return self._together(torch.ops.autotune.linear_mlp, x, (gate, up, down), gate.parts)
+        elif isinstance(gate, GroupedLinear) and isinstance(up, GroupedLinear) and isinstance(down, GroupedLinear):
+            alike = gate.digits == up.digits == down.digits and gate.group == up.group
+            if alike and gate.in_integers:
+                return self._together(torch.ops.autotune.linear_mlp_rounded, x, (gate, up, down), gate.digits)
         y: Tensor = down(torch.ops.autotune.gate_up(gate(x), up(x), self.activation))
         return y
 
-    def _multiply(self, x: Tensor, gate: Bf16Linear, up: Bf16Linear, down: Bf16Linear) -> Tensor:
-        y: Tensor = torch.ops.autotune.linear_mlp(
+    def _together(
+        self, operator: Any, x: Tensor, layers: tuple[Bf16Linear | GroupedLinear, ...], precision: int
+    ) -> Tensor:
+        y: Tensor = operator(
             x,
-            *(layer.stored for layer in (gate, up, down)),
-            *(layer.bias for layer in (gate, up, down)),
-            gate.out_features,
-            down.out_features,
+            *(layer.stored for layer in layers),
+            *(layer.bias for layer in layers),
+            layers[0].out_features,
+            layers[2].out_features,
             self.activation,
-            gate.parts,
+            precision,
         )
         return y
 

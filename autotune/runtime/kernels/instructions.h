@@ -7,7 +7,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "embedding.h"
-#include "linear.h"
+#include "integer.h"
 #include "team.h"
 
 namespace autotune {
@@ -18,7 +18,7 @@ enum Code : int64_t {  // the order of CODES in autotune/runtime/steps/program/i
   kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
-  kMean, kNormalize, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kDot, kAttend,
+  kMean, kNormalize, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kRound, kLinearRounded, kDot, kAttend,
 };
 
 enum Share : int64_t { kSolo, kShared, kTeam };
@@ -218,6 +218,38 @@ void run_linear(Reader& in, const Member& m) {
   w.scales = in.factors();
   w.zeros = in.factors();
   multiply_blocks(format, w, tiles, bias, y, m.first(w.blocks()), m.last(w.blocks()));
+}
+
+void run_round(Reader& in, const Member& m) {
+  const Weights w = shape_of(in);
+  const int digits = static_cast<int>(in.next());
+  const int64_t inputs = in.next(), tokens = in.next();
+  const float* x = in.floats();
+  const Rounded rounded = Rounded::over(in.floats(), w, tokens, digits);
+  for (int64_t t = m.first(tokens); t < m.last(tokens); ++t) round_token(rounded, t, x + t * inputs, inputs);
+}
+
+const MultiplyBlocks kInIntegers[] = {nullptr, nullptr, nullptr, multiply_blocks_rounded<Plain<int8_t>>,
+                                      multiply_blocks_rounded<Int4>};  // in the order of kKernels
+
+// A product in integers. Each thread rounds the inputs of one token itself: that takes less time than to meet.
+void run_linear_rounded(Reader& in, const Member& m) {
+  const MultiplyBlocks multiply = kInIntegers[in.next()];
+  Weights w = shape_of(in);
+  w.block_bytes = in.next();
+  const int digits = static_cast<int>(in.next());
+  const int64_t inputs = in.next(), tokens = in.next();
+  float* x = in.floats();  // of one token as it is, of several rounded
+  const float* bias = in.floats();
+  float* y = in.floats();
+  w.numbers = reinterpret_cast<const uint8_t*>(in.address());
+  w.scales = in.factors();
+  w.zeros = in.factors();
+  static thread_local std::vector<float> own;
+  if (tokens == 1) own.resize(Rounded::floats(w, 1, digits));
+  const Rounded rounded = Rounded::over(tokens == 1 ? own.data() : x, w, tokens, digits);
+  if (tokens == 1) round_token(rounded, 0, x, inputs);
+  multiply(w, rounded, bias, y, m.first(w.blocks()), m.last(w.blocks()));
 }
 
 // A product with weights in torch's layout, one row after the other.

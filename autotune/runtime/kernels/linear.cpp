@@ -1,5 +1,6 @@
-// Operators for y = x W^T + b over narrow weights: one pass over the weights for few tokens, a matrix product for many.
-#include "linear.h"
+// Operators for y = x W^T + b over narrow weights. In FP32 arithmetic, one pass over the weights serves few tokens, and a
+// matrix product many.
+#include "integer.h"
 
 #include <vector>
 
@@ -7,7 +8,6 @@ namespace autotune {
 namespace {
 
 constexpr int64_t kMostFew = 96;  // tokens; with more, a matrix product over expanded weights pays (equal near 128)
-constexpr int64_t kLeastTaskBytes = 32 << 10;  // with fewer bytes, a further thread does not pay
 constexpr int64_t kPanelFloats = 1 << 18;      // the FP32 panel for many tokens; 1 MiB stays in the L2 cache
 
 void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_t tokens, int64_t inputs,
@@ -47,7 +47,9 @@ void multiply_many(const Kernel& kernel, const Weights& w, const Tensor& x, cons
   });
 }
 
-Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const std::optional<Tensor>& bias) {
+// Digits: of the inputs in integer arithmetic; 0 for FP32.
+Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const std::optional<Tensor>& bias,
+              MultiplyBlocks in_integers = nullptr, int digits = 0) {
   const auto sizes = input.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   STD_TORCH_CHECK(!shape.empty() && shape.back() > 0 && shape.back() <= w.inputs &&
@@ -62,7 +64,9 @@ Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const
     shift = contiguous_floats(*bias);
   }
   const float* added = shift ? floats(*shift) : nullptr;
-  if (tokens && tokens <= kMostFew)
+  if (tokens && digits)
+    multiply_in_integers(in_integers, w, round_all(w, floats(x), tokens, inputs, digits), added, floats(y));
+  else if (tokens && tokens <= kMostFew)
     multiply_few(kernel, w, floats(x), tokens, inputs, added, floats(y));
   else if (tokens)
     multiply_many(kernel, w, view(x, {tokens, inputs}, inputs, 0), added, y);
@@ -104,22 +108,22 @@ Tensor linear_f16(const Tensor& x, const Tensor& weight, const std::optional<Ten
 }
 
 Tensor linear_i8(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
-                 int64_t rows) {
+                 int64_t rows, int64_t digits) {
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "linear_i8 takes INT8 weights");
   Weights w = packed(weight, 1, rows);
   w.scales = per_group(w, scales);
-  return linear(kernel<Plain<int8_t>>, w, x, bias);
+  return linear(kernel<Plain<int8_t>>, w, x, bias, multiply_blocks_rounded<Plain<int8_t>>, digits_here(digits));
 }
 
 Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, const Tensor& zeros,
-                 const std::optional<Tensor>& bias, int64_t rows) {
+                 const std::optional<Tensor>& bias, int64_t rows, int64_t digits) {
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int, "linear_i4 takes eight weights in each INT32");
   STD_TORCH_CHECK(scales.dim() == 3 && zeros.dim() == 3 && scales.size(1) == zeros.size(1),
                   "linear_i4 takes as many zeros as scales");
   Weights w = packed(words, kStep, rows);
   w.scales = per_group(w, scales);
   w.zeros = per_group(w, zeros);
-  return linear(kernel<Int4>, w, x, bias);
+  return linear(kernel<Int4>, w, x, bias, multiply_blocks_rounded<Int4>, digits_here(digits));
 }
 
 }  // namespace
@@ -127,8 +131,11 @@ Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def("linear_f16(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
-  library.def("linear_i8(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int out_features) -> Tensor");
-  library.def("linear_i4(Tensor x, Tensor packed, Tensor scales, Tensor zeros, Tensor? bias, int out_features) -> Tensor");
+  library.def(
+      "linear_i8(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int out_features, int digits=2) -> Tensor");
+  library.def(
+      "linear_i4(Tensor x, Tensor packed, Tensor scales, Tensor zeros, Tensor? bias, int out_features, int digits=2) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {

@@ -17,6 +17,7 @@ namespace autotune {
 namespace {
 
 constexpr int kRows = 16;      // output rows in a block
+constexpr int64_t kLeastTaskBytes = 32 << 10;  // with fewer bytes, a further thread does not pay
 constexpr int kStep = 8;       // inputs decoded together
 constexpr int kMostTokens = 8;  // tokens served by one pass over a block's weights
 constexpr int64_t kAheadBytes = 2048;  // prefetch distance; 1 to 4 KiB are equally fast, no prefetch is half as fast
@@ -180,6 +181,15 @@ constexpr Kernel kernel = {{nullptr, multiply<Format, 1>, multiply<Format, 2>, m
                             multiply<Format, 5>, multiply<Format, 6>, multiply<Format, 7>, multiply<Format, 8>},
                            expand<Format>};
 
+// Writes the outputs from `row` on of one token, y [rows], as many as there are.
+inline void put(const Weights& w, int64_t row, Floats out, const float* bias, float* y) {
+  const int64_t here = std::min<int64_t>(kWidth, w.rows - row);
+  if (here == kWidth)
+    store(y + row, bias ? out + load<Floats>(bias + row) : out);
+  else
+    for (int64_t j = 0; j < here; ++j) y[row + j] = bias ? out[j] + bias[row + j] : out[j];
+}
+
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
 inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
                             int64_t begin, int64_t end) {
@@ -189,15 +199,8 @@ inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles&
       for (int strip = 0; strip < kRows / kWidth; ++strip) {
         const Tile tile = tiles.tile(w, i);
         kernel.multiply[tile.tokens](w, tile, block, strip, out);
-        const int64_t row = block * kRows + strip * kWidth;
-        const int64_t here = std::min<int64_t>(kWidth, w.rows - row);
-        for (int t = 0; t < tile.tokens; ++t) {
-          float* target = y + (tile.first + t) * w.rows + row;
-          if (here == kWidth)
-            store(target, bias ? out[t] + load<Floats>(bias + row) : out[t]);
-          else
-            for (int64_t j = 0; j < here; ++j) target[j] = bias ? out[t][j] + bias[row + j] : out[t][j];
-        }
+        for (int t = 0; t < tile.tokens; ++t)
+          put(w, block * kRows + strip * kWidth, out[t], bias, y + (tile.first + t) * w.rows);
       }
 }
 

@@ -52,32 +52,6 @@ void mlp(const float* x, int64_t rows, const Matrix& gate, const Matrix& up, con
   multiply_into<Engine>(hidden, down, down_bias, y);
 }
 
-struct Bias {  // an FP32 bias, or none
-  std::optional<Tensor> held;
-  const float* at = nullptr;
-
-  Bias(const std::optional<Tensor>& bias, int64_t outputs) {
-    if (!bias) return;
-    STD_TORCH_CHECK(bias->numel() == outputs, "the bias has ", bias->numel(), " numbers for ", outputs, " outputs");
-    held = contiguous_floats(*bias);
-    at = floats(*held);
-  }
-};
-
-std::vector<int64_t> shape_of(const Tensor& input, int64_t outputs) {
-  const auto sizes = input.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  STD_TORCH_CHECK(!shape.empty() && shape.back() > 0, "x must be [..., K]");
-  shape.back() = outputs;
-  return shape;
-}
-
-Matrix stored(const std::vector<Tensor>& weight, int64_t outputs, int64_t inputs) {
-  STD_TORCH_CHECK(!weight.empty() && weight.size() <= 3, "a weight is its numbers, its scales and its zeros");
-  const auto part = [&](size_t i) { return i < weight.size() ? std::optional<Tensor>(weight[i]) : std::nullopt; };
-  return Matrix::of(weight[0], part(1), part(2), outputs, inputs);
-}
-
 Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t outputs,
                     int64_t parts) {

@@ -62,6 +62,8 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
     case kIndexCopy: return run_index_copy(in, m, share);
     case kArrange: run_arrange(in, m); break;
     case kLinear: run_linear(in, m); break;
+    case kRound: run_round(in, m); break;
+    case kLinearRounded: run_linear_rounded(in, m); break;
     case kDot: run_dot(in, m); break;
     case kAttend: run_attend(in, m, scratch); break;
     default: return false;

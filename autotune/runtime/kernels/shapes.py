@@ -13,6 +13,7 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
     torch.library.register_fake("autotune::linear_bf16", _linear_bf16)
     torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
+    torch.library.register_fake("autotune::linear_mlp_rounded", _linear_mlp)
     torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))
     torch.library.register_fake("autotune::gate_up", lambda gate, up, activation: torch.empty_like(gate))
     torch.library.register_fake("autotune::rotary", lambda q, k, cosines, sines: (_by_token(q), _by_token(k)))
@@ -25,12 +26,20 @@ def _linear_f16(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: in
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _linear_i8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _linear_i8(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, digits: int = 2
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _linear_i4(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out_features: int
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    digits: int = 2,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -58,7 +67,7 @@ def _linear_mlp(
     hidden: int,
     out_features: int,
     activation: int,
-    parts: int,
+    precision: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 

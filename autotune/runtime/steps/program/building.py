@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ....errors import TransformError
-from .instruction import ELEMENTS, FLOAT, MOST_DIMS, NOWHERE, Instruction, Place, Ref, Root, Share, dense
+from .instruction import ELEMENTS, FLOAT, MOST_DIMS, NOWHERE, SPANS, Instruction, Place, Ref, Root, Share, dense
 
 
 class Building:
@@ -30,6 +30,7 @@ class Building:
         self.values: dict[torch.fx.Node, Any] = {}
         self._constants: dict[int, Root] = {}
         self._arranged: dict[tuple[Any, ...], tuple[Place, Place | None]] = {}
+        self._rounded: dict[tuple[Any, ...], Place] = {}
 
     # Values
 
@@ -153,6 +154,25 @@ class Building:
             self.emit("arrange", share, words, [x], *filter(None, (target, added)))
             self._arranged[key] = target or x, added
         return self._arranged[key]
+
+
+    def round(self, x: Place, weights: tuple[int, int, int], digits: int) -> Place:
+        """Round the inputs of several tokens for products in integers, once for all the layers that share them.
+
+        Each thread rounds those of one token itself.
+        """
+        _, padded, group = weights
+        inputs = x.shape[-1]
+        tokens = x.size // inputs
+        if tokens == 1:
+            return x
+        span = next(span for span in SPANS if group % span == 0)
+        key = (x, padded, span, digits)
+        if key not in self._rounded:
+            size = tokens * (padded // span * 3 + -(-padded * digits // 4))  # Rounded::floats in integer.h
+            self._rounded[key] = rounded = self.new((size,))
+            self.emit("round", Share.TEAM, [*weights, digits, inputs, tokens, x.ref, rounded.ref], [x], rounded)
+        return self._rounded[key]
 
 
 def ref(place: Place | None) -> Ref:

@@ -18,7 +18,8 @@ CODES = (  # the order of Code in kernels/instructions.h
     *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
     *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
     *("less_int", "less_equal_int", "equal_int", "and", "or"),
-    *("mean", "normalize", "embed", "embed_packed", "index_copy", "arrange", "linear", "dot", "attend"),
+    *("mean", "normalize", "embed", "embed_packed", "index_copy"),
+    *("arrange", "linear", "round", "linear_rounded", "dot", "attend"),
 )
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
 ELEMENTS = {  # dtypes that elementwise instructions write and read; the others compute in FP32
@@ -30,6 +31,7 @@ ELEMENTS = {  # dtypes that elementwise instructions write and read; the others 
     "widen_bf16": (FLOAT, torch.bfloat16),
 }
 MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
+SPANS = (32, 8)  # inputs that are rounded together for products in integers: kSpans in kernels/integer.h
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels in kernels/instructions.h
 TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's ScalarType
 

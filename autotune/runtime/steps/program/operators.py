@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -148,8 +148,21 @@ def factor(place: Place | None) -> tuple[Ref, int]:
 
 
 def linear(build: Building, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
-    """A product with a packed layer of `kernels`."""
+    """A product with a packed layer of `kernels` in FP32."""
     *factors, bias, rows = more
+    return _product(build, out, x, weight, factors, bias, rows, 0)
+
+
+def linear_in_integers(build: Building, out: torch.Tensor, x: Any, weight: Any, *more: Any) -> Place:
+    """The same in integers where the processor can; the last operand, the digits of the inputs, may be absent."""
+    many = 2 if build.place(weight).dtype == torch.int32 else 1  # scales and zeros, or scales alone
+    factors, (bias, rows, *rest) = more[:many], more[many:]
+    return _product(build, out, x, weight, factors, bias, rows, rest[0] if rest else 2)
+
+
+def _product(
+    build: Building, out: torch.Tensor, x: Any, weight: Any, factors: Sequence[Any], bias: Any, rows: int, digits: int
+) -> Place:
     given = build.dense(x)
     packed = build.place(weight)
     scales, zeros = ([build.place(f) for f in factors] + [None, None])[:2]
@@ -160,11 +173,16 @@ def linear(build: Building, out: torch.Tensor, x: Any, weight: Any, *more: Any) 
     shift = None if bias is None else build.dense(bias)
     y = build.new(out.shape)
     weights = (rows, padded, group)
-    arranged, sums = build.arrange(given, weights, inputs, tokens, zeros is not None)
-    words: list[Any] = [form, *weights, block_bytes, tokens]
-    words += [arranged.ref, ref(sums), ref(shift), y.ref, packed.ref, *factor(scales), *factor(zeros)]
+    sums = None
+    if digits and torch.ops.autotune.integer_unit():
+        code, arranged = "linear_rounded", build.round(given, weights, digits)
+        words = [form, *weights, block_bytes, digits, inputs, tokens, arranged.ref]
+    else:
+        arranged, sums = build.arrange(given, weights, inputs, tokens, zeros is not None)
+        code, words = "linear", [form, *weights, block_bytes, tokens, arranged.ref, ref(sums)]
+    words += [ref(shift), y.ref, packed.ref, *factor(scales), *factor(zeros)]
     reads = [p for p in (arranged, sums, shift, packed, scales, zeros) if p is not None]
-    build.emit("linear", Share.TEAM, words, reads, y, matrix=(inputs, rows))
+    build.emit(code, Share.TEAM, words, reads, y, matrix=(inputs, rows))
     return y
 
 
@@ -234,8 +252,8 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 }
 KERNELS: dict[str, Callable[..., Any]] = {  # autotune's operators, which exist only once loaded
     "autotune.linear_f16": linear,
-    "autotune.linear_i8": linear,
-    "autotune.linear_i4": linear,
+    "autotune.linear_i8": linear_in_integers,
+    "autotune.linear_i4": linear_in_integers,
     "autotune.packed_rows": packed_rows,
     "autotune.attend_one": attend,
 }

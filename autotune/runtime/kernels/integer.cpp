@@ -1,0 +1,72 @@
+// A gated feed-forward block in integers: down(activation(gate(x)) * up(x)). What lies between is kept from call to call.
+#include "integer.h"
+
+#include "curves.h"
+#include "matmul.h"
+
+namespace autotune {
+namespace {
+
+MultiplyBlocks in_integers(const Tensor& numbers) {
+  const bool words = numbers.scalar_type() == ScalarType::Int;
+  STD_TORCH_CHECK(words || numbers.scalar_type() == ScalarType::Char, "products in integers are for INT8 and INT4 weights");
+  return words ? multiply_blocks_rounded<Int4> : multiply_blocks_rounded<Plain<int8_t>>;
+}
+
+using Curve = Floats (*)(Floats);
+
+Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, const std::vector<Tensor>& up,
+                          const std::vector<Tensor>& down, const std::optional<Tensor>& gate_bias,
+                          const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
+                          int64_t outputs, int64_t activation, int64_t wanted) {
+  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);
+  const int digits = digits_here(wanted);
+  STD_TORCH_CHECK(digits, "this processor has no instructions for products in integers");
+  const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
+  const int64_t inputs = input.size(input.dim() - 1), tokens = input.numel() / inputs;
+  const Weights first = stored(gate, hidden, inputs).packed, second = stored(up, hidden, inputs).packed,
+                third = stored(down, outputs, hidden).packed;
+  const MultiplyBlocks one = in_integers(gate[0]), two = in_integers(up[0]), three = in_integers(down[0]);
+  STD_TORCH_CHECK(first.inputs == second.inputs && span_of(first.group) == span_of(second.group),
+                  "gate and up must round their inputs alike");
+  const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
+  if (!tokens) return as_dtype_of(y, input);
+  static thread_local Scratch<float> scratch;
+  float* gated = scratch.room(2 * tokens * hidden);
+  float* other = gated + tokens * hidden;
+  const Rounded rounded = round_all(first, floats(x), tokens, inputs, digits);
+  const Curve activate = activation ? gelu : silu;
+  torch::stable::parallel_for(0, first.blocks(), 1, [&](int64_t begin, int64_t end) {
+    one(first, rounded, a.at, gated, begin, end);
+    two(second, rounded, b.at, other, begin, end);
+    const int64_t from = begin * kRows, until = std::min(end * kRows, hidden);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float *g = gated + t * hidden, *u = other + t * hidden;
+      int64_t k = from;
+      for (; k + kWidth <= until; k += kWidth) store(g + k, activate(load<Floats>(g + k)) * load<Floats>(u + k));
+      for (; k < until; ++k) g[k] = activate(spread(g[k]))[0] * u[k];
+    }
+  });
+  multiply_in_integers(three, third, round_all(third, gated, tokens, hidden, digits), c.at, floats(y));
+  return as_dtype_of(y, input);
+}
+
+bool integer_unit() { return has_integers(); }
+
+}  // namespace
+}  // namespace autotune
+
+STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
+  library.def("integer_unit() -> bool");
+  library.def(
+      "linear_mlp_rounded(Tensor x, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor? gate_bias, Tensor? up_bias, "
+      "Tensor? down_bias, int hidden, int out_features, int activation, int digits) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
+  library.impl("integer_unit", TORCH_BOX(&autotune::integer_unit));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
+  library.impl("linear_mlp_rounded", TORCH_BOX(&autotune::linear_mlp_rounded));
+}
