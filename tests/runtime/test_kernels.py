@@ -172,7 +172,7 @@ def test_the_largest_weights_and_inputs_do_not_overflow(kind, digits) -> None:
 
 
 def test_digits_that_there_are_not_are_refused() -> None:
-    layer = packed(Int8Linear, {}, 16, 32, False)
+    layer = Int8Linear.from_weight(torch.randn(16, 32))
     layer.digits = 3
     with pytest.raises(RuntimeError, match="digits is 0"):
         layer(torch.randn(1, 32))

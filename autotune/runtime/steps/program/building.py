@@ -155,7 +155,6 @@ class Building:
             self._arranged[key] = target or x, added
         return self._arranged[key]
 
-
     def round(self, x: Place, weights: tuple[int, int, int], digits: int) -> Place:
         """Round the inputs of several tokens for products in integers, once for all the layers that share them.
 
