@@ -41,10 +41,10 @@ def compare(
     for i, ids in enumerate(texts):
         notify(f"quality, text {i + 1} of {len(texts)}")
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            right = _logits(remotes[reference], ids, folder)["prefill"]
+            right = logits(remotes[reference], ids, folder)["prefill"]
             for name in remotes.keys() - {reference} - silent:
                 try:
-                    answers = _logits(remotes[name], ids, folder)
+                    answers = logits(remotes[name], ids, folder)
                 except WorkerError as error:
                     notify(f"{name} gives no logits: {error}")
                     silent.add(name)
@@ -54,7 +54,7 @@ def compare(
     return {name: {path: summary(parts) for path, parts in by.items()} for name, by in found.items()}
 
 
-def _logits(remote: Remote, ids: Sequence[int], folder: str) -> dict[str, np.ndarray]:
+def logits(remote: Remote, ids: Sequence[int], folder: str) -> dict[str, np.ndarray]:
     """Logits by path, each read and removed."""
     files = remote.ask({"do": "logits", "ids": list(ids), "folder": folder}, ANSWER_S)
     rows = {path: np.load(file) for path, file in files.items()}

@@ -4,8 +4,8 @@
     python -m benchmarks.serving --callers 1,8 --rounds 3
 
 SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a
-thread that asks for one answer after the other. "Together" is continuous batching; "one at a time" is the same plan
-behind a lock; "the original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many
+thread that asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those,
+which the other runtimes have, too; "one at a time" is the plan behind a lock; "the original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many
 prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer
 the same requests, each in a process of its own that is idle while others are timed. Every round runs all of them in an
 order drawn anew. Ratios are within a round.
@@ -16,14 +16,17 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from autotune import transforms
@@ -32,9 +35,13 @@ from autotune.machine import cache_dir, intraop
 from autotune.model import route
 from autotune.model.load import load
 from autotune.runtime.variant import Variant, serving
+from autotune.validate.divergence import Divergence
 from autotune.workload import Workload, built_in
+from benchmarks import quality
 from benchmarks.loaded import ratios, spread
 from benchmarks.peers import PEERS, Setup
+from benchmarks.remote import WorkerError
+from benchmarks.results import Quality
 from benchmarks.stage import REQUEST_S, Stage
 
 if TYPE_CHECKING:
@@ -48,8 +55,13 @@ PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("one_query_attention", "decode", {}),
     ("step_program", "decode", {}),
 )
+SHORT: tuple[tuple[str, str, dict[str, Any]], ...] = (  # other runtimes round activations, too
+    ("int8_activations", "prefill", {}),
+    ("int8_activations", "decode", {}),
+)
 WAIT_MS = 20.0  # as in policies/throughput.toml
-TOGETHER, ALONE, ORIGINAL, CLOSED = "together", "one at a time", "the original", "a closed batch"
+TOGETHER, ROUNDED, ALONE = "together", "together, 8-bit activations", "one at a time"
+ORIGINAL, CLOSED = "the original", "a closed batch"
 RIVALS = ("llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32")  # see benchmarks.peers
 
 
@@ -57,24 +69,55 @@ Ask = Callable[[list[int]], None]
 Rates = dict[tuple[str, int], float]  # tokens per second by (way, callers)
 
 
-def ways(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows: int) -> tuple[dict[str, Ask], Any]:
-    """How one caller asks, by way; and the plan's model, for closed batches."""
+def plans(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows: int) -> dict[str, Variant]:
+    """The plan, alone and with continuous batching, and this with activations of 8 bits."""
     work = Workload(tuple(map(tuple, prompts)), tokens)
-    chain = [transforms.make(name, params, phase) for name, phase, params in PLAN]
-    plan = Variant(original, workload=work).with_transforms(chain)
-    together = plan.with_transform(transforms.make("continuous_batching", {"rows": rows, "wait_ms": WAIT_MS}, "decode"))
-    found = {TOGETHER: serving(together), ALONE: serving(plan), ORIGINAL: original}
+    batching = transforms.make("continuous_batching", {"rows": rows, "wait_ms": WAIT_MS}, "decode")
+    chains = {TOGETHER: (*PLAN,), ROUNDED: (*PLAN, *SHORT), ALONE: PLAN}
+    found = {}
+    for name, parts in chains.items():
+        chain = [transforms.make(each, params, phase) for each, phase, params in parts]
+        chain += [] if name == ALONE else [batching]
+        found[name] = Variant(original, workload=work).with_transforms(chain)
+    return found
+
+
+def ways(original: PreTrainedModel, variants: Mapping[str, Variant], tokens: int) -> tuple[dict[str, Ask], Any]:
+    """How one caller asks, by way; and the plan's model, for closed batches."""
+    found = {name: serving(variant) for name, variant in variants.items()} | {ORIGINAL: original}
     served = {name: route.greedy(model, pad_token_id=0) for name, model in found.items()}  # no token ends an answer
     lock = threading.Lock()
 
     def asking(name: str) -> Ask:
         def ask(ids: list[int]) -> None:
-            with nullcontext() if name == TOGETHER else lock:
+            with nullcontext() if name in (TOGETHER, ROUNDED) else lock:
                 answer(served[name], [ids], tokens)
 
         return ask
 
     return {name: asking(name) for name in served}, served[ALONE]
+
+
+@torch.no_grad()
+def fidelity(
+    original: PreTrainedModel, variants: Mapping[str, Variant], rivals: Rivals, tokenizer: Any
+) -> dict[str, Quality]:
+    """How far each is from the original on the held-out paragraphs: the worse of prefill and decode."""
+    parts: dict[tuple[str, str], list[Divergence]] = defaultdict(list)
+    for text in quality.paragraphs():
+        ids = tokenizer(text)["input_ids"][: quality.TEXT_TOKENS]
+        given = torch.tensor([ids])
+        right = original(given).logits[0, :-1].numpy()  # the last would be compared with nothing
+        for name, variant in variants.items():
+            for phase, module in variant.modules.items():
+                parts[name, phase].append(quality.diverge(right, module(given).logits[0, :-1].float().numpy(), ids))
+        for name in rivals.labels:
+            for path, rows in rivals.logits(name, ids).items():
+                parts[name, path].append(quality.diverge(right, rows, ids))
+    found: dict[str, Quality] = {}
+    for (name, _), each in parts.items():
+        found[name] = max(filter(None, (found.get(name), quality.summary(each))), key=lambda q: q.mean_kld)
+    return found
 
 
 def answer(served: Any, prompts: list[list[int]], tokens: int) -> None:
@@ -137,6 +180,15 @@ class Rivals:
         request = {"do": "serve", "asked": requests(callers, each, prompts), "new_tokens": tokens}
         return callers * each * tokens / self.stage.remotes[name].ask(request, REQUEST_S)
 
+    def logits(self, name: str, ids: list[int]) -> dict[str, np.ndarray]:
+        """Logits [tokens, V] by the path that computed them; empty if it gives none."""
+        assert self.stage is not None
+        try:
+            with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+                return quality.logits(self.stage.remotes[name], ids, folder)
+        except WorkerError:
+            return {}
+
     def close(self) -> None:
         if self.stage is not None:
             self.stage.close()
@@ -180,18 +232,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = built_in.chats(tokenizer)  # type: ignore[arg-type]
     prompts = [(text * 20)[: asked.prompt_tokens] for text in texts]
     numbers = [int(n) for n in asked.callers.split(",")]
-    asks, batched = ways(model, prompts, asked.tokens, asked.rows)
+    variants = plans(model, prompts, asked.tokens, asked.rows)
+    asks, batched = ways(model, variants, asked.tokens)
     if asked.without_original:
         del asks[ORIGINAL]
     for name, ask in asks.items():
         for number in numbers:  # programs are recorded, slots are made
-            rate(ask, number if name == TOGETHER else 1, 1, prompts, asked.tokens)
+            rate(ask, number if name in (TOGETHER, ROUNDED) else 1, 1, prompts, asked.tokens)
     for number in numbers:
         closed(batched, number, prompts, asked.tokens)
     intraop.rest()  # as `wrap` does in the thread that loads the model
     rivals = Rivals(asked, max(numbers))
     try:
         found = play(asked, numbers, asks, batched, rivals, prompts)
+        exact = fidelity(model, variants, rivals, tokenizer)
     finally:
         rivals.close()
     print(
@@ -203,10 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = dict.fromkeys((*asks, CLOSED)) | rivals.labels
     for name, label in names.items():
         print(f"| {label or name} | " + " | ".join(spread([r[name, n] for r in found]) for n in numbers) + " |")
-    for name, label in names.items():
-        gains = (ratios([r[TOGETHER, n] for r in found], [r[name, n] for r in found]) for n in numbers)
-        if name != TOGETHER:
-            print(f"| together / {label or name} | " + " | ".join(spread(gain, "x") for gain in gains) + " |")
+    for ours in (TOGETHER, ROUNDED):
+        for name, label in names.items():
+            gains = (ratios([r[ours, n] for r in found], [r[name, n] for r in found]) for n in numbers)
+            if name not in (TOGETHER, ROUNDED):
+                print(f"| {ours} / {label or name} | " + " | ".join(spread(gain, "x") for gain in gains) + " |")
+    print("\n| against the original, on held-out text | mean KLD | same top token |\n|---|---|---|")
+    for name, read in exact.items():
+        print(f"| {names[name] or name} | {read.mean_kld:.5f} | {read.same_top:.1%} |")
     return 0
 
 

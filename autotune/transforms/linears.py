@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -91,6 +91,10 @@ class LinearTransform(Transform):
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
         """Make the layer that replaces `linear`; None leaves `linear` in place. `linear` is only read."""
         raise NotImplementedError
+
+    def layers(self, module: nn.Module) -> Mapping[str, Any]:
+        """The layers of a phase's module that it exchanges, by dotted name; each has a `weight`."""
+        return linear_layers.linears(module, self.skip)
 
     @property
     def recipe(self) -> LinearTransform:

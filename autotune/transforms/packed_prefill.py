@@ -1,4 +1,4 @@
-"""Prefill over decode's packed layers: FP32 arithmetic for models whose own dtype is slow to multiply."""
+"""Prefill over decode's packed layers, for models whose own dtype is slow to multiply."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedPrefill(Transform):
-    """Exchange prefill's linear layers for decode's packed ones: their precision, FP32 arithmetic, no copy.
+    """Exchange prefill's linear layers for decode's packed ones: their precision and arithmetic, no copy.
 
     It pays if the processor multiplies the model's dtype more slowly than FP32. For BF16 and FP16, most processors do.
     """
 
     name: ClassVar[str] = "packed_prefill"
     stage: ClassVar[Stage] = Stage.WEIGHTS
-    summary: ClassVar[str] = "prefill over decode's packed weights in FP32 arithmetic, without a copy; C++ kernels"
+    summary: ClassVar[str] = "prefill over decode's packed weights in their arithmetic, without a copy; C++ kernels"
 
     def __post_init__(self) -> None:
         if self.phase != "prefill":

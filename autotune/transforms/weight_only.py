@@ -1,4 +1,4 @@
-"""Weights quantised in groups; activations and arithmetic stay FP32."""
+"""Weights quantised in groups. Activations keep 16 bits or more."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ SCALE_BITS = 16
 class WeightOnly(LinearTransform):
     """Quantise linear weights and dequantise them in registers as they are read.
 
+    Products are in FP32, or where the processor has VNNI in integers over activations of 16 bits.
+
     Args:
         bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
@@ -39,7 +41,7 @@ class WeightOnly(LinearTransform):
     wide: str = ""
 
     name: ClassVar[str] = "weight_only"
-    summary: ClassVar[str] = "INT8 or INT4 weights in groups with FP32 arithmetic, C++ kernels"
+    summary: ClassVar[str] = "INT8 or INT4 weights in groups; arithmetic in FP32 or with 16-bit activations, C++ kernels"
 
     def __post_init__(self) -> None:
         require(self.bits, (8, 4), "weight_only: bits")

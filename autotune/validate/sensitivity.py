@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..model import linear_layers, seam
+from ..model import seam
 from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
 from .divergence import compare_logits
@@ -52,8 +52,8 @@ class LayerProbe:
         self.tier = TIERS[tier]
         self.wider = transform.wider
         self.wider_form = transform.wider_form
-        found = linear_layers.linears(incumbent.modules[transform.phases[-1]], transform.skip)
-        self.layers = {name: linear.weight.nbytes for name, linear in found.items()}
+        found = transform.layers(incumbent.modules[transform.phases[-1]])
+        self.layers = {name: int(layer.weight.nbytes) for name, layer in found.items()}
         texts = [text.context + text.scored for text in exam.texts]
         width = min(TOKENS, *map(len, texts))
         self.context = min(CONTEXT, width // 2)

@@ -103,6 +103,28 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         lambda: (ones(40, 64), [ones(32, 64)], [ones(31, 64)], [ones(64, 32)], None, None, None, 32, 64, 0, 1),
         "must be FP32",
     ),
+    "rounded mlp: plain weights": (
+        "linear_mlp_rounded",
+        lambda: (ones(40, 64), [ones(32, 64)], [ones(32, 64)], [ones(64, 32)], None, None, None, 32, 64, 0, 2),
+        "for INT8 and INT4 weights|no instructions",
+    ),
+    "rounded mlp: in FP32": (
+        "linear_mlp_rounded",
+        lambda: (ones(40, 64), *[[int8(4, 64, 16), half(4, 2, 16)]] * 3, None, None, None, 64, 64, 0, 0),
+        "no instructions",
+    ),
+    "rounded mlp: groups": (
+        "linear_mlp_rounded",
+        lambda: (
+            ones(40, 64),
+            [int8(4, 64, 16), half(4, 2, 16)],
+            [int8(4, 64, 16), half(4, 8, 16)],
+            [int8(4, 64, 16), half(4, 2, 16)],
+            *(None, None, None, 64, 64, 0, 2),
+        ),
+        "round their inputs alike|no instructions",
+    ),
+    "i8: digits": ("linear_i8", lambda: (ones(3, 64), int8(1, 64, 16), half(1, 2, 16), None, 16, 3), "digits is 0"),
     "rms_norm: width": ("rms_norm", lambda: (ones(3, 64), ones(63), 1e-6), "one number for each"),
     "rms_norm: freed": ("rms_norm", lambda: (ones(3, 64), freed(ones(64)), 1e-6), GONE),
     "gate_up: shapes": ("gate_up", lambda: (ones(3, 64), ones(3, 63), 0), "one shape"),

@@ -119,6 +119,28 @@ def test_gated_blocks_in_bf16(
         assert (new(x) - exact).norm() <= tolerance * exact.norm(), tokens
 
 
+@needs_operators
+@pytest.mark.skipif(not hasattr(torch.ops.autotune, "integer_unit"), reason="no operators")
+@pytest.mark.parametrize("kind", [kernels.Int8Linear, kernels.Int4Linear])
+@pytest.mark.parametrize(("rounds", "tolerance"), [(False, 1e-4), (True, 3e-2)], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("inputs", "hidden"), [(33, 50), (64, 96), (20, 16), (40, 72)])
+def test_gated_blocks_in_integers(
+    inputs: int, hidden: int, activation: str, rounds: bool, tolerance: float, kind: type[kernels.GroupedLinear]
+) -> None:
+    if reason := kernels.no_integer_unit():
+        pytest.skip(reason)
+    torch.manual_seed(inputs)
+    sizes = ((inputs, hidden), (inputs, hidden), (hidden, inputs))
+    layers = [kind.from_linear(nn.Linear(*size).requires_grad_(False)) for size in sizes]
+    exact = [lambda x, w=layer.dequantize().double(), b=layer.bias: x @ w.T + b for layer in layers]
+    new = GatedMlp(*(map(kernels.RoundedLinear, layers) if rounds else layers), activation=activation)
+    for tokens in (1, 2, 31, 33, 77, 400):
+        x = torch.randn(tokens, inputs)
+        expected = exact[2](fused_layers.CURVES[activation](exact[0](x.double())) * exact[1](x.double()))
+        assert (new(x) - expected).norm() <= tolerance * expected.norm(), tokens
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
 

@@ -2,7 +2,8 @@
 
     available()              None once the operators are loaded, otherwise a sentence that says why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
-    Int8Linear, Int4Linear   quantised weights in groups, FP32 activations
+    Int8Linear, Int4Linear   quantised weights in groups; inputs of 16 bits where the processor has VNNI, else FP32
+    RoundedLinear            the same weights with inputs of 8 bits
     Bf16Linear               BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedTable              rows of a packed table, looked up one by one
     attend_one               one query over a preallocated key-value cache; reads only its filled slots
@@ -19,19 +20,29 @@ from autotune.errors import Blocker
 from autotune.machine import forking
 from autotune.runtime.kernels.bf16 import Bf16Linear
 from autotune.runtime.kernels.embedding import PackedTable
-from autotune.runtime.kernels.modules import HalfLinear, Int4Linear, Int8Linear, PackedLinear
+from autotune.runtime.kernels.modules import (
+    GroupedLinear,
+    HalfLinear,
+    Int4Linear,
+    Int8Linear,
+    PackedLinear,
+    RoundedLinear,
+)
 
 __all__ = [
     "Bf16Linear",
+    "GroupedLinear",
     "HalfLinear",
     "Int4Linear",
     "Int8Linear",
     "PackedLinear",
     "PackedTable",
+    "RoundedLinear",
     "attend_many",
     "attend_one",
     "available",
     "no_bf16_unit",
+    "no_integer_unit",
 ]
 
 _lock = forking.lock()
@@ -64,6 +75,15 @@ def no_bf16_unit() -> str | None:
     if torch.ops.autotune.bf16_unit():
         return None
     return "this processor cannot multiply BF16: it has neither AMX nor AVX512-BF16"
+
+
+def no_integer_unit() -> str | None:
+    """Why `RoundedLinear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
+    import torch
+
+    if torch.ops.autotune.integer_unit():
+        return None
+    return "this processor cannot multiply bytes: it has no AVX512-VNNI"
 
 
 def attend_one(
