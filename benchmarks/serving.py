@@ -5,10 +5,11 @@
 
 SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a
 thread that asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those,
-which the other runtimes have, too; "one at a time" is the plan behind a lock; "the original" is the model as it is, behind a lock, too; "a closed batch" is one call with as many
-prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer
-the same requests, each in a process of its own that is idle while others are timed. Every round runs all of them in an
-order drawn anew. Ratios are within a round.
+which the other runtimes have, too; "one at a time" is the plan behind a lock; "the original" is the model as it is,
+behind a lock, too; "a closed batch" is one call with as many prompts as there are callers. llama.cpp, with a slot for
+each caller, and OpenVINO GenAI's continuous batching answer the same requests, each in a process of its own that is
+idle while others are timed. Every round runs all of them in an order drawn anew. Ratios are within a round. At the end
+the divergence of each from the original on held-out text is printed.
 """
 
 from __future__ import annotations

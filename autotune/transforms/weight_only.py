@@ -41,7 +41,7 @@ class WeightOnly(LinearTransform):
     wide: str = ""
 
     name: ClassVar[str] = "weight_only"
-    summary: ClassVar[str] = "INT8 or INT4 weights in groups; arithmetic in FP32 or with 16-bit activations, C++ kernels"
+    summary: ClassVar[str] = "INT8 or INT4 weights in groups; FP32 arithmetic, or with 16-bit activations; C++ kernels"
 
     def __post_init__(self) -> None:
         require(self.bits, (8, 4), "weight_only: bits")

@@ -133,11 +133,12 @@ def test_gated_blocks_in_integers(
     torch.manual_seed(inputs)
     sizes = ((inputs, hidden), (inputs, hidden), (hidden, inputs))
     layers = [kind.from_linear(nn.Linear(*size).requires_grad_(False)) for size in sizes]
-    exact = [lambda x, w=layer.dequantize().double(), b=layer.bias: x @ w.T + b for layer in layers]
     new = GatedMlp(*(map(kernels.RoundedLinear, layers) if rounds else layers), activation=activation)
     for tokens in (1, 2, 31, 33, 77, 400):
         x = torch.randn(tokens, inputs)
-        expected = exact[2](fused_layers.CURVES[activation](exact[0](x.double())) * exact[1](x.double()))
+        gate, up = (F.linear(x.double(), layer.dequantize().double(), layer.bias.double()) for layer in layers[:2])
+        hidden_numbers = fused_layers.CURVES[activation](gate) * up
+        expected = F.linear(hidden_numbers, layers[2].dequantize().double(), layers[2].bias.double())
         assert (new(x) - expected).norm() <= tolerance * expected.norm(), tokens
 
 

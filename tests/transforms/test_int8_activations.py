@@ -1,4 +1,4 @@
-"""Activations of 8 bits in front of packed layers: what is exchanged, what is shared, what it promises, and refusals."""
+"""Activations of 8 bits before packed layers: what is exchanged and shared, what it promises, and refusals."""
 
 from __future__ import annotations
 
