@@ -14,6 +14,7 @@ from autotune.runtime import kernels
 from autotune.runtime.kernels.fused import GatedMlp
 from autotune.runtime.variant import Variant
 from autotune.transforms import Transform, make
+from autotune.transforms.int8_activations import Int8Activations
 from autotune.transforms.linears import reusing
 from tests.models import tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU
@@ -92,7 +93,7 @@ def test_layers_that_are_named_keep_16_bits(llama: PreTrainedModel) -> None:
     assert isinstance(decode.lm_head, kernels.Int8Linear)
     assert all("v_proj" not in name for name in rounded(decode))
     assert rounded(decode)
-    assert replace(DECODE, skip="lm_head").widened("v_proj").skip == "lm_head,v_proj"  # type: ignore[attr-defined]
+    assert Int8Activations("decode", skip="lm_head").widened("v_proj").skip == "lm_head,v_proj"
 
 
 @needs_integers
