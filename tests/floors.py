@@ -23,6 +23,7 @@ FLOORS = (  # from the ground up; folders on one floor do not know each other
     ("validate",),
     ("tune",),
     ("compare", "live"),
+    ("serve",),
     ("cli",),
 )
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

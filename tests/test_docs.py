@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SLOW = {"guide"}  # it tunes
-WITH_CODE = [page.stem for page in documents.PAGES if documents.blocks(documents.read(f"docs/{page.name}"))]
+ELSEWHERE = {"serving"}  # its code needs a server: tests/serve/test_openai.py
+WITH_CODE = [
+    page.stem
+    for page in documents.PAGES
+    if page.stem not in ELSEWHERE and documents.blocks(documents.read(f"docs/{page.name}"))
+]
 HEAD = """
 name = "shown"
 description = "A step from the documents"

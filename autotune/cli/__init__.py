@@ -113,6 +113,10 @@ def _run(args: argparse.Namespace) -> int:
             from . import check
 
             return check.record(args) if args.action == "record" else check.run(args)
+        case "serve":
+            from . import serve
+
+            return serve.serve(args)
         case "experiment":
             from . import experiment
 
@@ -197,6 +201,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
 
+    from . import serve as serving
+
+    serving.arguments(commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's interface"))
     _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))
     experiments.add_arguments(commands.add_parser("experiment", help="compare candidates with a control"))
     doctor = commands.add_parser("doctor", help="this machine: peaks, compiler, libraries, transforms")

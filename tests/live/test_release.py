@@ -196,7 +196,7 @@ def test_forward_with_gradients_or_a_cache_of_the_callers_still_runs(scripted: l
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         steps = [model(IDS[:, k : k + 1], **seam.over(model, cache)).logits for k in range(IDS.shape[1])]
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-3, atol=2e-3)  # packed layers round their inputs
 
 
 @pytest.mark.parametrize(

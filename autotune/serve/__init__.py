@@ -1,0 +1,15 @@
+"""An HTTP server with OpenAI's interface over one wrapped model: `autotune serve MODEL`.
+
+    schema      the bodies of requests; an unknown field is refused by name
+    prompts     a body's prompt as token ids, and the room that is left for an answer
+    sampling    a body's sampling parameters as options of generate
+    detokenise  tokens to text, piece by piece: no half characters, no stop strings
+    answering   one request to the model: pieces of its answer as they come
+    completions answers in OpenAI's forms, whole and streamed
+    metrics     counters and histograms in Prometheus' text format
+    gate        what every request passes: keys, limits of size and time, ids, counting
+    app         the routes
+    run         loads and tunes the model, serves, drains
+
+Read in this order. The package needs the extra `serve`: pip install "autotune[serve]".
+"""

@@ -1,0 +1,141 @@
+"""One answer of the model: pieces of text as they come, then why it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ..errors import CancelledRequestError, DeadlineError, QueueFullError
+from .detokenise import Detokeniser, Stops
+from .refusal import Refusal
+from .sampling import Witness
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+    from .sampling import SamplingDefaults
+    from .schema import Generation
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """A token and the logarithm of its probability."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token of the answer, with the alternatives that were asked for, likeliest first."""
+
+    token: int
+    logprob: float
+    alternatives: tuple[TokenChance, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the answer.
+
+    Args:
+        text: what can be shown; it may be empty.
+        tokens: number of the answer's tokens so far.
+        chosen: tokens since the piece before, where log-probabilities are asked for.
+        reason: why the answer ended with this piece, or None.
+    """
+
+    text: str
+    tokens: int
+    chosen: tuple[Chosen, ...] = ()
+    reason: Reason | None = None
+
+
+@dataclass
+class TextAnswers:
+    """Asks one wrapped model.
+
+    Args:
+        model: wrapped by autotune.
+        tokenizer: the model's.
+        sampling: how answers are drawn.
+        metrics: counts what happens.
+        deadline_s: seconds after which an answer is given up; None: never.
+    """
+
+    model: Any
+    tokenizer: Any
+    sampling: SamplingDefaults
+    metrics: Metrics
+    deadline_s: float | None = None
+    running: int = field(default=0, init=False)  # answers under way
+
+    async def pieces(
+        self, prompt: Sequence[int], body: Generation, room: int, *, alternatives: int | None, number: int = 0
+    ) -> AsyncGenerator[Piece]:
+        """The pieces of one answer; the last one has a reason. Closing the iterator frees the model's row.
+
+        Args:
+            prompt: token ids.
+            body: what was asked.
+            room: most new tokens.
+            alternatives: at each token, or None for no log-probabilities.
+            number: of the answer among those to one prompt; each has a seed of its own.
+
+        Raises:
+            Refusal: the queue is full, or the deadline passed.
+        """
+        witness = None if alternatives is None else Witness()
+        options = self.sampling.options(body, len(prompt), room, witness)
+        seed = None if body.seed is None else (body.seed + number) % 2**63
+        text, stops = Detokeniser(self.tokenizer), Stops(body.stops)
+        began, last = time.monotonic(), None
+        tokens, chosen, reason = 0, list[Chosen](), cast("Reason | None", None)
+        outcome = "abort"  # unless it comes to an end
+        self.running += 1
+        try:
+            asked = self.model.autotune.submit(
+                list(prompt), priority=body.priority, deadline_s=self.deadline_s, seed=seed, **options
+            )
+            async with asked:
+                async for token in asked:
+                    now = time.monotonic()
+                    self.metrics.token(now - (last or began), first=last is None)
+                    tokens, last = tokens + 1, now
+                    ended = token in self.sampling.eos and not body.ignore_eos
+                    if witness is not None:
+                        chosen.append(_chosen(witness, len(prompt) + tokens - 1, token, alternatives or 0))
+                    shown = "" if ended else stops.add(text.add(token))
+                    reason = "stop" if ended or stops.found else "length" if tokens == room else None
+                    if reason and not stops.found:
+                        shown += stops.add(text.rest())
+                        shown += stops.rest()
+                    if shown or reason or chosen:
+                        yield Piece(shown, tokens, tuple(chosen), reason)
+                        chosen.clear()
+                    if reason:
+                        break
+        except QueueFullError as error:
+            self.metrics.rejections.inc()
+            outcome = "rejected"
+            raise Refusal(429, str(error), code="queue_full") from error
+        except DeadlineError as error:
+            outcome = "deadline"
+            raise Refusal(408, str(error), code="deadline") from error
+        except CancelledRequestError as error:
+            raise Refusal(503, f"the server is ending: {error}", code="ending") from error
+        else:
+            outcome = reason or "length"
+        finally:
+            self.running -= 1
+            self.metrics.finished(outcome, len(prompt), tokens, time.monotonic() - began)
+
+
+def _chosen(witness: Witness, length: int, token: int, alternatives: int) -> Chosen:
+    row = witness.take(length)
+    best = row.topk(min(alternatives, len(row))) if alternatives else None
+    others = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Chosen(token, float(row[token]), tuple(TokenChance(*each) for each in others))

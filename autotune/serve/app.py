@@ -1,0 +1,217 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from .completions import Chat, Completion, Reply
+from .gate import Gate
+from .refusal import Refusal
+from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from .service import Service
+
+Result = TypeVar("Result")
+TYPES = ("str", "int", "float")  # in the path of an error, they say which type of several was tried
+GONE = 499  # nginx's status for a client that closed the connection
+
+
+def create_app(served: Service) -> Gate:
+    """The ASGI app that serves a model."""
+    app = FastAPI(title="autotune", description="OpenAI's interface over a model that autotune serves", version="1")
+    _handle_errors(app)
+    _operate(app, served)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [_card(served)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        _known(served, name)
+        return _card(served)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Go on from one prompt or several."""
+        _known(served, body.model)
+
+        def prepare() -> Completion:
+            prompts = served.prompts.of_completion(body)
+            rooms = [served.prompts.room(prompt, body.max_tokens, chat=False) for prompt in prompts]
+            return Completion(served.answers, body, prompts, rooms, served.name)
+
+        return await _reply(await _in_thread(prepare), body.stream, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a chat."""
+        _known(served, body.model)
+
+        def prepare() -> Chat:
+            prompt = served.prompts.of_chat(body)
+            asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+            return Chat(served.answers, body, [prompt], [served.prompts.room(prompt, asked, chat=True)], served.name)
+
+        return await _reply(await _in_thread(prepare), body.stream, request)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """A text, or a chat through the model's template, as token ids."""
+        _known(served, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise Refusal(400, "expected either prompt or messages", "prompt")
+
+        def work() -> list[int]:
+            if body.messages is not None:
+                return served.prompts.templated(body.messages, {})
+            return served.prompts.encode(body.prompt or "", body.add_special_tokens)
+
+        ids = await _in_thread(work)
+        return {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        """Token ids as text."""
+        _known(served, body.model)
+        if wrong := next((token for token in body.tokens if token >= served.prompts.vocabulary), None):
+            most = served.prompts.vocabulary - 1
+            raise Refusal(400, f"tokens has {wrong}; the model knows 0 to {most}", "tokens")
+        return {"prompt": await _in_thread(lambda: served.prompts.tokenizer.decode(body.tokens))}
+
+    routes = [getattr(route, "path", "") for route in app.routes]
+    return Gate(app, served.keys, served.limits, served.metrics, routes)
+
+
+def _operate(app: FastAPI, served: Service) -> None:
+    @app.get("/livez")
+    async def livez() -> PlainTextResponse:
+        """Whether the process answers."""
+        return PlainTextResponse("ok")
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether requests should be sent here."""
+        reason = served.unready()
+        body = {"ready": reason is None, "reason": reason, **served.state()}
+        return JSONResponse(body, 200 if reason is None else 503)
+
+    app.add_api_route("/health", readyz, methods=["GET"])
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        state = served.state()
+        text = served.metrics.text(
+            served.answers.running, served.unready() is None, state["state"], ", ".join(state["transforms"])
+        )
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)  # noqa: S101 - for the type checker
+        return JSONResponse(error.body, error.status, headers=error.headers)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101 - the same
+        return await refused(request, _of_validation(error))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101 - the same
+        return JSONResponse(Refusal(error.status_code, str(error.detail)).body, error.status_code, error.headers)
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return JSONResponse(Refusal(500, f"the server failed: {type(error).__name__}").body, 500)
+
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _of_validation(error: RequestValidationError) -> Refusal:
+    """The first thing that is wrong with a body, with the field's name.
+
+    A field that may have several types has errors for each; the one that got furthest into the body says most.
+    """
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    names = [str(part) for part in first["loc"] if part not in ("body", *TYPES)]
+    field = ".".join(part for part in names if part.isidentifier() or part.isdecimal()) or None
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"unknown field {field}: this server does not know it; leave it out", field)
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    return Refusal(400, f"{field or 'the body'}: {first['msg']}", field)
+
+
+def _known(served: Service, name: str | None) -> None:
+    if name not in (None, "", served.name):
+        raise Refusal(404, f"no model {name!r} here; this server has {served.name!r}", "model", "model_not_found")
+
+
+def _card(served: Service) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "autotune",
+        "max_model_len": served.prompts.context,
+    }
+
+
+async def _in_thread(work: Callable[[], Result]) -> Result:
+    return await anyio.to_thread.run_sync(work)
+
+
+async def _reply(reply: Reply, stream: bool, request: Request) -> Response:
+    if not stream:
+        whole = await _unless_gone(reply.all(), request)
+        return Response(status_code=GONE) if whole is None else JSONResponse(whole)
+    events = reply.events()
+    first = await _unless_gone(anext(events), request)  # an error before it is an HTTP status
+    if first is None:
+        await events.aclose()
+        return Response(status_code=GONE)
+    return StreamingResponse(
+        _from(first, events), media_type="text/event-stream", headers={"cache-control": "no-store"}
+    )
+
+
+async def _from(first: bytes, events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event
+
+
+async def _unless_gone(work: Awaitable[Result], request: Request) -> Result | None:
+    """Wait for some work, but give it up if the client closes the connection; None then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

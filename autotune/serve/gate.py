@@ -1,0 +1,158 @@
+"""What every HTTP request passes before its route: an id, keys, limits of size and time; it is counted and logged."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .refusal import Refusal
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
+log = logging.getLogger("autotune.serve")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = "/livez"  # needs no key
+ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # ids of callers that are taken over
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What a request may take.
+
+    Args:
+        body_bytes: most bytes of a body.
+        body_s: seconds within which a body must have arrived.
+    """
+
+    body_bytes: int = 4 * 2**20
+    body_s: float = 20.0
+
+
+class Gate:
+    """An ASGI app around another one.
+
+    Args:
+        app: what serves the requests that pass.
+        keys: API keys, any of which opens every route; none: no key is asked for.
+        limits: of size and time.
+        metrics: counts answers.
+        routes: known paths; the others are counted as one.
+    """
+
+    def __init__(
+        self, app: App, keys: Sequence[str], limits: HttpLimits, metrics: Metrics, routes: Sequence[str]
+    ) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._limits = limits
+        self._metrics = metrics
+        self._routes = frozenset(routes)
+        self.is_ending = False  # no further request is taken
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began, status = time.monotonic(), 500
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        request_id = given if ID.fullmatch(given) else uuid.uuid4().hex
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            try:
+                self._admit(scope["path"], headers)
+                body = await self._body(headers, receive)
+            except Refusal as refusal:
+                await refuse(refusal, answer)
+            else:
+                await self._app(scope, replayed(body, receive), answer)
+        except ClientGone:
+            status = 499
+        finally:
+            seconds = time.monotonic() - began
+            path = scope["path"] if scope["path"] in self._routes else "other"
+            self._metrics.answered(path, status)
+            record = {"id": request_id, "method": scope["method"], "path": path, "status": status}
+            log.info(json.dumps({**record, "seconds": round(seconds, 4)}))
+
+    def _admit(self, path: str, headers: MutableMapping[str, str]) -> None:
+        if path == OPEN:
+            return
+        if self._keys and not self._is_known(headers):
+            raise Refusal(401, "no valid API key; send it as `Authorization: Bearer KEY`", code="invalid_api_key")
+        if self.is_ending and path.startswith("/v1/"):
+            raise Refusal(503, "the server is ending; ask another one", code="ending")
+
+    def _is_known(self, headers: MutableMapping[str, str]) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        offered = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        fits = [hmac.compare_digest(offered.encode(), known) for known in self._keys]  # in a time that tells nothing
+        return any(fits)
+
+    async def _body(self, headers: MutableMapping[str, str], receive: Receive) -> bytes:
+        most = self._limits.body_bytes
+        said = headers.get("content-length", "0")
+        if said.isdecimal() and int(said) > most:
+            raise Refusal(413, f"the body has {said} bytes; the most are {most}")
+        parts, size = list[bytes](), 0
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise Refusal(413, f"the body has more than {most} bytes, the most")
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refusal(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
+
+
+class ClientGone(Exception):  # noqa: N818 - nothing went wrong
+    """The client closed the connection before it had sent its body."""
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, then whatever comes after it."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return again
+
+
+async def refuse(refusal: Refusal, send: Send) -> None:
+    body = json.dumps(refusal.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    pairs = [(name.lower().encode(), value.encode()) for name, value in (headers | refusal.headers).items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

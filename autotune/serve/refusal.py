@@ -1,0 +1,49 @@
+"""Why a request is not served, in the form that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+RETRY_S = 1  # seconds after which a refused request may come again
+
+
+class Refusal(Exception):  # noqa: N818 - not every refusal is an error of ours
+    """A request that is not served.
+
+    Args:
+        status: HTTP status.
+        message: what was wrong, what was expected and what to do.
+        param: the field of the body that is meant.
+        code: OpenAI's short name of the reason.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        match self.status:
+            case 401:
+                return {"WWW-Authenticate": "Bearer"}
+            case 429 | 503:
+                return {"Retry-After": str(RETRY_S)}
+            case _:
+                return {}

@@ -1,0 +1,132 @@
+"""A server from the first line to the last: load, wrap, serve, tune meanwhile, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from ..errors import UnsupportedModelError
+from ..live.wrap import wrap
+from ..model.load import load
+from ..report.printable import printable
+from ..workload import built_in
+from .app import create_app
+from .gate import Gate, HttpLimits
+from .schema import CompletionBody
+from .service import Service
+
+if TYPE_CHECKING:
+    from ..tune.policy import Policy
+
+log = logging.getLogger("autotune.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    Args:
+        model: a local directory, a GGUF file or a hub name.
+        name: that clients name; None: the model's own name, without its folder.
+        host, port: where to listen.
+        policy: how to tune; None: the model is served as it is.
+        keys: API keys, any of which opens every route.
+        limits: of a request's size and time.
+        longest: most tokens of a prompt.
+        deadline_s: seconds after which an answer is given up.
+        drain_s: seconds that answers under way get when the server is asked to end.
+    """
+
+    model: str
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    policy: Policy | None = None
+    keys: Sequence[str] = ()
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    longest: int | None = None
+    deadline_s: float | None = None
+    drain_s: int = 30
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal says to end. Returns the exit code.
+
+    Raises:
+        UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
+    """
+    model, tokenizer = load(settings.model)
+    if tokenizer is None:
+        raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
+    if settings.policy is None:
+        wrapped = wrap(model, tokenizer=tokenizer, when="manual")
+    else:  # beside the requests that the original answers meanwhile
+        chats = built_in.chats(tokenizer)
+        wrapped = wrap(model, tokenizer=tokenizer, policy=settings.policy, workload=chats, progress=_say)
+    served = Service.of(
+        wrapped,
+        tokenizer,
+        settings.name or Path(settings.model).stem or settings.model,
+        keys=settings.keys,
+        limits=settings.limits,
+        longest=settings.longest,
+        deadline_s=settings.deadline_s,
+        untuned=settings.policy is None,
+    )
+    server = Server(create_app(served), settings)
+    asyncio.run(server.run(served))
+    return 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn that finishes answers under way when it is asked to end. A second signal ends it at once."""
+
+    def __init__(self, gate: Gate, settings: Settings) -> None:
+        self._gate = gate
+        super().__init__(
+            uvicorn.Config(
+                gate,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=settings.drain_s,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self._gate.is_ending = True
+        self.should_exit = True
+        log.info('{"ending": "%s"}', signal.Signals(sig).name)
+
+    async def run(self, served: Service) -> None:  # type: ignore[override]  # within a loop that runs already
+        first = asyncio.create_task(answer_once(served))
+        try:
+            await self.serve()
+        finally:
+            first.cancel()
+
+
+async def answer_once(served: Service) -> None:
+    """Answer one short request, so that the first client does not wait for what is made at the first call."""
+    body = CompletionBody.model_validate({"prompt": [0], "max_tokens": 2, "temperature": 0, "ignore_eos": True})
+    async for _ in served.answers.pieces([0], body, 2, alternatives=None):
+        pass
+    served.has_answered = True
+
+
+def _say(step: str) -> None:
+    sys.stderr.write(f"{printable(str(step))}\n")

@@ -1,0 +1,114 @@
+"""One wrapped model with all that its routes need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedModelError
+from ..live.status import State
+from .answering import TextAnswers
+from .gate import HttpLimits
+from .metrics import Metrics
+from .prompts import Prompts
+from .sampling import SamplingDefaults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+UNSETTLED = (State.OBSERVING, State.WAITING, State.TUNING)  # more will be tried
+
+
+@dataclass
+class Service:
+    """What a server serves.
+
+    Args:
+        model: wrapped by autotune.
+        name: that clients name.
+        prompts, answers, metrics: of this model.
+        keys: API keys, any of which opens every route; none: no key is asked for.
+        limits: of a request's size and time.
+        untuned: whether it is ready without a plan.
+    """
+
+    model: Any
+    name: str
+    prompts: Prompts
+    answers: TextAnswers
+    metrics: Metrics
+    keys: Sequence[str] = ()
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    untuned: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    has_answered: bool = False  # one request was served
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        keys: Sequence[str] = (),
+        limits: HttpLimits | None = None,
+        longest: int | None = None,
+        deadline_s: float | None = None,
+        untuned: bool = False,
+    ) -> Service:
+        """Serve a wrapped model.
+
+        Args:
+            longest: most tokens of a prompt; None: as many as the context holds.
+            deadline_s: seconds after which an answer is given up; None: never.
+
+        Raises:
+            UnsupportedModelError: the model's configuration does not say how long its context is.
+        """
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if not isinstance(context, int):
+            raise UnsupportedModelError("the model's configuration does not say how many tokens its context holds")
+        metrics = Metrics(name)
+        sampling = SamplingDefaults(model.generation_config, config.vocab_size, _ends(model, tokenizer))
+        return cls(
+            model=model,
+            name=name,
+            prompts=Prompts(tokenizer, config.vocab_size, context, longest),
+            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s),
+            metrics=metrics,
+            keys=tuple(keys),
+            limits=limits or HttpLimits(),
+            untuned=untuned,
+        )
+
+    def unready(self) -> str | None:
+        """Why requests should not be sent here yet, or None."""
+        if not self.has_answered:
+            return "no request was answered yet"
+        status = self.model.autotune.status
+        if self.untuned or status.state not in UNSETTLED:
+            return None
+        return f"the model is {status.state}: {status.detail}".rstrip(": ")
+
+    def state(self) -> dict[str, Any]:
+        """What serves, for people and metrics."""
+        status = self.model.autotune.status
+        return {
+            "model": self.name,
+            "state": str(status.state),
+            "transforms": list(status.transforms),
+            "batching": status.batching,
+            "served": status.served,
+            "bypassed": dict(status.bypassed),
+        }
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: those of the generation config, and the tokenizer's own."""
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    listed = [own] if isinstance(own, int) else list(own or ())
+    last = tokenizer.eos_token_id
+    return frozenset(int(token) for token in (*listed, last) if token is not None)

@@ -1,0 +1,67 @@
+"""A server over a tiny model, on a real socket, in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import autotune
+from autotune.serve.app import create_app
+from autotune.serve.run import Server, Settings
+from autotune.serve.service import Service
+from tests.models import tiny, tiny_tokenizer
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+READY_S = 60.0
+
+
+@dataclass
+class Running:
+    """A server that runs.
+
+    Args:
+        url: where it listens.
+        served: its model.
+        server: uvicorn's.
+    """
+
+    url: str
+    served: Service
+    server: Server
+
+    @property
+    def model(self) -> Any:
+        return self.served.model
+
+
+@contextmanager
+def running(model: Any = None, template: str | None = TEMPLATE, **options: Any) -> Iterator[Running]:
+    """Serve a tiny model untuned; options of `Service.of`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    wrapped = autotune.wrap(model or tiny("llama"), tokenizer=tokenizer, when="manual", cache=False)
+    served = Service.of(wrapped, tokenizer, "tiny", untuned=True, **options)
+    server = Server(create_app(served), Settings("tiny", port=0, drain_s=10))
+    thread = threading.Thread(target=lambda: asyncio.run(server.run(served)), daemon=True)
+    thread.start()
+    until(lambda: server.started and served.has_answered)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(f"http://127.0.0.1:{port}", served, server)
+    finally:
+        server.should_exit = True
+        thread.join(READY_S)
+        wrapped.autotune.unwrap()
+
+
+def until(true: Any, within_s: float = READY_S) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)

@@ -1,0 +1,240 @@
+"""What people who run the server rely on: keys, limits, cancellation, readiness, figures, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from autotune.errors import QueueFullError, UnsupportedModelError
+from autotune.live.status import State
+from autotune.serve.gate import HttpLimits
+from autotune.serve.service import Service
+from tests.models import tiny_tokenizer, token_prompts
+from tests.serve.servers import Running, running, until
+
+PROMPT = token_prompts(1, length=12)[0]
+LONG = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+KEY = {"Authorization": "Bearer key-1"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    limits = HttpLimits(body_bytes=10_000, body_s=0.5)
+    with running(keys=["key-1", "key-2"], limits=limits, longest=100) as found:
+        yield found
+
+
+@pytest.fixture
+def slow(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """Every token takes a while, so that an answer lasts until it is cancelled."""
+    model = server.model
+    forward = model.lm_head.forward
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.lm_head, "forward", late)
+    yield server
+    until(lambda: server.served.answers.running == 0)
+
+
+@pytest.mark.parametrize("route", ["/readyz", "/health", "/metrics", "/v1/models", "/openapi.json", "/nowhere"])
+def test_every_route_but_one_asks_for_the_key(server: Running, route: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic key-1"}, {"X-API-Key": "key-"}):
+        answer = httpx.get(server.url + route, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    for headers in (KEY, {"X-API-Key": "key-2"}):
+        assert httpx.get(server.url + route, headers=headers).status_code == (404 if route == "/nowhere" else 200)
+    assert httpx.get(f"{server.url}/livez").text == "ok"
+
+
+def test_a_request_keeps_the_id_that_it_came_with(server: Running) -> None:
+    assert httpx.get(f"{server.url}/livez", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for odd in ("a b", "x" * 200, ""):
+        given = httpx.get(f"{server.url}/livez", headers={"X-Request-ID": odd}).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", given)
+
+
+def test_a_body_has_a_size_and_a_time(server: Running) -> None:
+    large = httpx.post(f"{server.url}/v1/completions", content=b"x" * 10_001, headers=KEY)
+    assert large.status_code == 413
+    assert "10001 bytes; the most are 10000" in large.json()["error"]["message"]
+    unsaid = httpx.post(f"{server.url}/v1/completions", content=iter([b"x" * 6000] * 2), headers=KEY)
+    assert unsaid.status_code == 413
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: 100\r\n\r\n{")
+        assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
+    prompt = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5] * 101}, headers=KEY)
+    assert "101 tokens; the most are 100" in prompt.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> None:
+    aborted = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
+    body = json.dumps(LONG | {"stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: {len(body)}\r\n"
+    host, port = slow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        until(lambda: slow.served.answers.running == 1)
+        if stream:
+            assert client.recv(10)
+    until(lambda: slow.served.answers.running == 0, within_s=5)
+    now = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
+    assert now == aborted + 1
+
+
+def test_a_full_queue_says_when_to_come_again(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = figure(server, 'autotune:admission_rejections_total{model_name="tiny"}')
+
+    def full(*_: Any, **__: Any) -> None:
+        raise QueueFullError("256 submitted requests wait, and no more may")
+
+    monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=SimpleNamespace(submit=full)))
+    for stream in (True, False):
+        answer = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream}, headers=KEY)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "queue_full"
+    assert figure(server, 'autotune:admission_rejections_total{model_name="tiny"}') == before + 2
+
+
+def test_a_deadline_gives_an_answer_up(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow.served.answers, "deadline_s", 0.5)
+    answer = httpx.post(f"{slow.url}/v1/completions", json=LONG, headers=KEY, timeout=30)
+    assert answer.status_code == 408
+    assert "the deadline of 0.5 s passed" in answer.json()["error"]["message"]
+    with httpx.stream("POST", f"{slow.url}/v1/completions", json=LONG | {"stream": True}, headers=KEY) as late:
+        events = [line for line in late.iter_lines() if line]
+    assert late.status_code == 200  # it had begun
+    assert "deadline" in json.loads(events[-2][6:])["error"]["message"]
+    assert events[-1] == "data: [DONE]"
+
+
+def test_a_model_that_fails_is_a_500_and_the_server_goes_on(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("secret path /x")
+
+        broken.setattr(server.model.lm_head, "forward", fail)
+        answer = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY)
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+    assert httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY, timeout=30).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("state", "untuned", "answered", "said"),
+    [
+        (State.TUNED, False, True, None),
+        (State.ORIGINAL, False, True, None),
+        (State.FAILED, False, True, None),
+        (State.TUNING, False, True, "the model is tuning"),
+        (State.WAITING, False, True, "the model is waiting"),
+        (State.WAITING, True, True, None),
+        (State.TUNED, False, False, "no request was answered yet"),
+    ],
+)
+def test_ready_is_tuned_or_declared_untuned_and_tried_once(
+    state: State, untuned: bool, answered: bool, said: str | None
+) -> None:
+    status = SimpleNamespace(state=state, detail="")
+    model: Any = SimpleNamespace(autotune=SimpleNamespace(status=status))
+    unused: Any = None
+    served = Service(model, "tiny", unused, unused, unused, untuned=untuned, has_answered=answered)
+    assert served.unready() == said
+
+
+def test_a_server_that_is_not_ready_says_why(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert httpx.get(f"{server.url}/readyz", headers=KEY).json()["state"] == "waiting"
+    monkeypatch.setattr(server.served, "untuned", False)
+    answer = httpx.get(f"{server.url}/readyz", headers=KEY)
+    assert answer.status_code == 503
+    assert "the model is waiting" in answer.json()["reason"]
+
+
+def test_the_figures_add_up(server: Running) -> None:
+    names = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count")
+    lines = [f'autotune:{name}{{model_name="tiny"}}' for name in names]
+    before = [figure(server, line) for line in lines]
+    body = {"prompt": PROMPT, "max_tokens": 7, "temperature": 0, "ignore_eos": True}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, headers=KEY).status_code == 200
+    assert [figure(server, line) - old for line, old in zip(lines, before, strict=True)] == [12, 7, 1]
+    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
+    assert 'autotune:plan_info{model_name="tiny",state="waiting",transforms=""} 1.0' in text
+    assert "key-" not in text
+
+
+def test_the_end_waits_for_answers_under_way() -> None:
+    with running() as server:
+        got: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: got.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))
+        )
+        asking.start()
+        until(lambda: server.served.answers.running == 1)
+        server.server.handle_exit(15, None)
+        asking.join()
+        assert got[0].json()["usage"]["completion_tokens"] == 200
+        until(lambda: not server.server.servers[0].is_serving())
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/livez")
+        assert not server.server.force_exit
+        server.server.handle_exit(15, None)
+        assert server.server.force_exit
+
+
+def test_what_comes_while_it_ends_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.server._gate, "is_ending", True)
+    answer = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "ending"
+    assert httpx.get(f"{server.url}/livez").status_code == 200
+
+
+def test_many_who_vanish_leave_nothing_behind(slow: Running) -> None:
+    async def vanish() -> None:
+        async with httpx.AsyncClient(headers=KEY, timeout=0.3) as client:
+            asked = (client.post(f"{slow.url}/v1/completions", json=LONG) for _ in range(20))
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(vanish())
+    until(lambda: slow.served.answers.running == 0, within_s=20)
+    until(lambda: not [t for t in threading.enumerate() if t.name == "autotune-request"], within_s=20)
+    assert httpx.get(f"{slow.url}/livez").status_code == 200
+
+
+def test_a_model_without_a_known_context_is_refused() -> None:
+    unknown = SimpleNamespace(vocab_size=256)
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: unknown))
+    with pytest.raises(UnsupportedModelError, match="how many tokens its context holds"):
+        Service.of(model, tiny_tokenizer(), "x")
+
+
+def test_a_model_without_a_template_completes_but_does_not_chat() -> None:
+    with running(template=None) as server:
+        chat = {"messages": [{"role": "user", "content": "x"}]}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=chat)
+        assert answer.status_code == 400
+        assert "no chat template; use /v1/completions" in answer.json()["error"]["message"]
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def figure(server: Running, line: str) -> float:
+    """A figure of /metrics; 0 if it is not there yet."""
+    text = httpx.get(f"{server.url}/metrics", headers=KEY).text
+    return next((float(each.split()[-1]) for each in text.splitlines() if each.startswith(line)), 0.0)
