@@ -117,6 +117,10 @@ def _run(args: argparse.Namespace) -> int:
             from . import serve
 
             return serve.serve(args)
+        case "bench-serve":
+            from . import serve
+
+            return serve.bench(args)
         case "experiment":
             from . import experiment
 
@@ -204,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
     from . import serve as serving
 
     serving.arguments(commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's interface"))
+    serving.bench_arguments(commands.add_parser("bench-serve", help="put a load on a server and print how it bears it"))
     _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))
     experiments.add_arguments(commands.add_parser("experiment", help="compare candidates with a control"))
     doctor = commands.add_parser("doctor", help="this machine: peaks, compiler, libraries, transforms")

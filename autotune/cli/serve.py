@@ -1,12 +1,14 @@
-"""`serve`: a model over HTTP."""
+"""`serve` and `bench-serve`: a model over HTTP, and a load on it."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import math
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import PackageError
+from ..errors import MeasurementError, PackageError
 from .arguments import threads
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def serve(args: Namespace) -> int:
     try:
         from ..serve import run
     except ImportError as error:
-        raise PackageError(f'serving needs more packages ({error}): pip install "autotune[serve]"') from error
+        raise _missing(error) from error
     import logging
 
     import torch
@@ -69,6 +71,66 @@ def serve(args: Namespace) -> int:
         drain_s=args.drain,
     )
     return run.serve(settings)
+
+
+def bench_arguments(command: ArgumentParser) -> None:
+    """Add the arguments of `bench-serve`."""
+    command.add_argument("url", metavar="URL", help="the server: http://127.0.0.1:8000")
+    command.add_argument("--clients", type=numbers, metavar="N,N", help="clients that ask one request after the other")
+    command.add_argument("--each", type=positive, default=4, metavar="N", help="requests of each of them; default 4")
+    command.add_argument("--rates", type=rates, metavar="R,R", help="requests a second at random times; default 1,2,4")
+    command.add_argument("--seconds", type=positive, default=20, metavar="S", help="of each rate; default 20")
+    command.add_argument("--words", type=positive, default=64, metavar="N", help="of a prompt; default 64")
+    command.add_argument("--tokens", type=positive, default=32, metavar="N", help="of an answer; default 32")
+    command.add_argument("--api-key", metavar="KEY", help=f"default ${KEY}")
+
+
+def bench(args: Namespace) -> int:
+    """Put a load on a server and print how long its clients waited.
+
+    Raises:
+        MeasurementError: the server does not answer.
+        PackageError: the extra `serve` is not installed.
+    """
+    try:
+        import httpx
+
+        from ..serve import load
+    except ImportError as error:
+        raise _missing(error) from error
+    key = args.api_key or os.environ.get(KEY)
+    url = args.url.rstrip("/").removesuffix("/v1")
+    try:
+        name = asyncio.run(load.model_of(url, key))
+    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+        raise MeasurementError(f"{url} does not answer as a server of models does: {error}") from error
+    asked = load.Load(url, name, args.words, args.tokens, key)
+    rows = [asyncio.run(load.steady(asked, clients, args.each)) for clients in args.clients or ()]
+    if args.rates or not args.clients:
+        rows += [asyncio.run(load.arriving(asked, rate, args.seconds)) for rate in args.rates or (1.0, 2.0, 4.0)]
+    print(f"{name} at {url}: prompts of {args.words} words, answers of {args.tokens} tokens\n")  # noqa: T201
+    print(load.table(rows))  # noqa: T201
+    return 0
+
+
+def numbers(text: str) -> list[int]:
+    """Parse whole numbers above 0, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def rates(text: str) -> list[float]:
+    """Parse numbers above 0, separated by commas."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < math.inf for rate in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers above 0, such as 1,2,4")
+    return found
+
+
+def _missing(error: ImportError) -> PackageError:
+    return PackageError(f'serving needs more packages ({error}): pip install "autotune[serve]"')
 
 
 def port(text: str) -> int:

@@ -54,6 +54,8 @@ _OWN: Mapping[str, Mapping[Code, str]] = {
     "experiment run": _COMPARED,
     "experiment status": _SHOWN,
     "experiment report": _COMPARED,
+    "serve": {Code.DONE: "asked to end, and ended"},
+    "bench-serve": {Code.DONE: "printed", Code.UNMEASURED: "the server does not answer"},
     "doctor": _SHOWN,
     "plan": _SHOWN,
     "report": {Code.DONE: "shown or written"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,6 +66,7 @@ def serve(settings: Settings) -> int:
     Raises:
         UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
     """
+    listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
     model, tokenizer = load(settings.model)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
@@ -71,7 +74,7 @@ def serve(settings: Settings) -> int:
         wrapped = wrap(model, tokenizer=tokenizer, when="manual")
     else:  # beside the requests that the original answers meanwhile
         chats = built_in.chats(tokenizer)
-        wrapped = wrap(model, tokenizer=tokenizer, policy=settings.policy, workload=chats, progress=_say)
+        wrapped = wrap(model, tokenizer=tokenizer, policy=settings.policy, workload=chats, progress=Steps())
     served = Service.of(
         wrapped,
         tokenizer,
@@ -82,26 +85,38 @@ def serve(settings: Settings) -> int:
         deadline_s=settings.deadline_s,
         untuned=settings.policy is None,
     )
-    server = Server(create_app(served), settings)
-    asyncio.run(server.run(served))
+    asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 is any free one.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        said = error.strerror or str(error)
+        said = f"cannot listen on {host}:{port}: {said}; choose another --host or --port"
+        raise OSError(error.errno, said) from error
 
 
 class Server(uvicorn.Server):
     """uvicorn that finishes answers under way when it is asked to end. A second signal ends it at once."""
 
-    def __init__(self, gate: Gate, settings: Settings) -> None:
+    def __init__(self, gate: Gate, drain_s: int) -> None:
         self._gate = gate
         super().__init__(
             uvicorn.Config(
                 gate,
-                host=settings.host,
-                port=settings.port,
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                timeout_graceful_shutdown=settings.drain_s,
+                timeout_graceful_shutdown=drain_s,
             )
         )
 
@@ -110,12 +125,14 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self._gate.is_ending = True
         self.should_exit = True
-        log.info('{"ending": "%s"}', signal.Signals(sig).name)
+        log.info(json.dumps({"ending": signal.Signals(sig).name}))
 
-    async def run(self, served: Service) -> None:  # type: ignore[override]  # within a loop that runs already
+    async def run(self, served: Service, listening: socket.socket) -> None:  # type: ignore[override]  # in a loop
         first = asyncio.create_task(answer_once(served))
+        host, port, *_ = listening.getsockname()
+        log.info(json.dumps({"serving": served.name, "url": f"http://{host}:{port}"}))
         try:
-            await self.serve()
+            await self.serve(sockets=[listening])
         finally:
             first.cancel()
 
@@ -128,5 +145,13 @@ async def answer_once(served: Service) -> None:
     served.has_answered = True
 
 
-def _say(step: str) -> None:
-    sys.stderr.write(f"{printable(str(step))}\n")
+class Steps:
+    """Writes what tuning does to standard error, each step once."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, step: str) -> None:
+        if (said := printable(str(step))) != self._last:
+            self._last = said
+            sys.stderr.write(f"{said}\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 import autotune
 from autotune.serve.app import create_app
-from autotune.serve.run import Server, Settings
+from autotune.serve.run import Server, listen
 from autotune.serve.service import Service
 from tests.models import tiny, tiny_tokenizer
 
@@ -46,11 +46,11 @@ def running(model: Any = None, template: str | None = TEMPLATE, **options: Any) 
     tokenizer.chat_template = template
     wrapped = autotune.wrap(model or tiny("llama"), tokenizer=tokenizer, when="manual", cache=False)
     served = Service.of(wrapped, tokenizer, "tiny", untuned=True, **options)
-    server = Server(create_app(served), Settings("tiny", port=0, drain_s=10))
-    thread = threading.Thread(target=lambda: asyncio.run(server.run(served)), daemon=True)
+    server, listening = Server(create_app(served), drain_s=10), listen("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    thread = threading.Thread(target=lambda: asyncio.run(server.run(served, listening)), daemon=True)
     thread.start()
     until(lambda: server.started and served.has_answered)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield Running(f"http://127.0.0.1:{port}", served, server)
     finally:

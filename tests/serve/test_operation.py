@@ -15,9 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from autotune.cli import main
 from autotune.errors import QueueFullError, UnsupportedModelError
 from autotune.live.status import State
 from autotune.serve.gate import HttpLimits
+from autotune.serve.run import listen
 from autotune.serve.service import Service
 from tests.models import tiny_tokenizer, token_prompts
 from tests.serve.servers import Running, running, until
@@ -190,9 +192,7 @@ def test_the_end_waits_for_answers_under_way() -> None:
         server.server.handle_exit(15, None)
         asking.join()
         assert got[0].json()["usage"]["completion_tokens"] == 200
-        until(lambda: not server.server.servers[0].is_serving())
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{server.url}/livez")
+        until(lambda: refuses(server.url))
         assert not server.server.force_exit
         server.server.handle_exit(15, None)
         assert server.server.force_exit
@@ -204,6 +204,13 @@ def test_what_comes_while_it_ends_is_refused(server: Running, monkeypatch: pytes
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "ending"
     assert httpx.get(f"{server.url}/livez").status_code == 200
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "no/such/model", "--port", str(port)]) == 3
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_many_who_vanish_leave_nothing_behind(slow: Running) -> None:
@@ -232,6 +239,14 @@ def test_a_model_without_a_template_completes_but_does_not_chat() -> None:
         assert answer.status_code == 400
         assert "no chat template; use /v1/completions" in answer.json()["error"]["message"]
         assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def refuses(url: str) -> bool:
+    try:
+        httpx.get(f"{url}/livez")
+    except httpx.TransportError:
+        return True
+    return False
 
 
 def figure(server: Running, line: str) -> float:

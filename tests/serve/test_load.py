@@ -1,0 +1,75 @@
+"""The load and its table."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from autotune.cli import main, parser
+from autotune.serve.load import HEADER, Load, Row, Waited, arriving, model_of, percentile, steady, table
+from tests.serve.servers import Running, running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(keys=["key"]) as found:
+        yield found
+
+
+def load(server: Running, key: str | None = "key") -> Load:
+    return Load(server.url, "tiny", words=4, tokens=5, key=key)
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [([], 50, 0.0), ([3.0], 99, 3.0), ([1.0, 2.0, 3.0], 50, 2.0), (list(range(101)), 99, 99.0)],
+)
+def test_percentiles(values: list[float], percent: int, expected: float) -> None:
+    assert percentile(values, percent) == pytest.approx(expected)
+
+
+def test_a_line_of_the_table_counts_what_came_and_what_failed() -> None:
+    waited = [Waited(0.1, (0.01, 0.03), 3), Waited(0.3, (0.02,), 2), Waited(error="HTTP 429"), Waited(error="HTTP 429")]
+    assert Row("4", waited, 2.0).cells == ["4", "4", "200", "298", "20.0", "29.8", "2", "2 HTTP 429"]
+    assert table([Row("1", waited[:1], 1.0)]).splitlines()[0].count("|") == len(HEADER) + 1
+    assert Row("1", waited[:1], 1.0).cells[-1] == "0"
+
+
+def test_steady_clients_get_all_their_answers(server: Running) -> None:
+    row = asyncio.run(steady(load(server), 3, 2))
+    assert [each.error for each in row.waited] == [None] * 6
+    assert {each.tokens for each in row.waited} == {5}
+    assert all(each.first_s > 0 for each in row.waited)
+
+
+def test_arriving_clients_do_not_wait_for_one_another(server: Running) -> None:
+    row = asyncio.run(arriving(load(server), 20.0, 0.5))
+    assert len(row.waited) >= 1
+    assert {each.error for each in row.waited} == {None}
+
+
+def test_refusals_are_counted(server: Running) -> None:
+    assert asyncio.run(steady(load(server, key="wrong"), 1, 2)).cells[-1] == "2 HTTP 401"
+    nowhere = Load("http://127.0.0.1:9", "tiny")
+    assert asyncio.run(steady(nowhere, 1, 1)).cells[-1] == "1 ConnectError"
+    assert asyncio.run(model_of(server.url, "key")) == "tiny"
+
+
+def test_the_command_prints_the_table(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["bench-serve", f"{server.url}/v1", "--clients", "1,2", "--each", "1", "--tokens", "3", "--api-key", "key"]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny at ")
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["1", "2"]
+    assert main(["bench-serve", "http://127.0.0.1:9"]) == 3
+    assert "does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--rates", "0"], ["--rates", "x"], ["--clients", "0"], ["--seconds", "-1"]])
+def test_bad_arguments_are_usage_errors(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["bench-serve", "http://x", *given])
+    assert ended.value.code == 4
+    assert "above 0" in capsys.readouterr().err
