@@ -9,7 +9,9 @@
     metrics     counters and histograms in Prometheus' text format
     gate        what every request passes: keys, limits of size and time, ids, counting
     app         the routes
+    connection  one client's connection, which has to say what it wants in time
     run         loads and tunes the model, serves, drains
+    load        `autotune bench-serve`: how long the clients of a server wait
 
 Read in this order. The package needs the extra `serve`: pip install "autotune[serve]".
 """

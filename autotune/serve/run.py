@@ -22,6 +22,7 @@ from ..model.load import load
 from ..report.printable import printable
 from ..workload import built_in
 from .app import create_app
+from .connection import TimedConnection
 from .gate import Gate, HttpLimits
 from .schema import CompletionBody
 from .service import Service
@@ -112,6 +113,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gate,
+                http=TimedConnection,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -90,6 +90,19 @@ def test_bf16_layer_takes_any_leading_shape_stride_and_dtype(parts: int) -> None
 
 
 @needs_bf16
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("kind", "options"), PACKED)
+def test_the_last_part_of_a_prompt_is_multiplied_like_the_whole(kind, options, parts) -> None:
+    """Prompts are computed in parts of 128 tokens beside others, and their ends may be short."""
+    torch.manual_seed(parts)
+    layer = Bf16Linear(kind.from_weight(torch.randn(50, 72), **options), parts)
+    x = torch.randn(130, 72)
+    whole = layer(x)
+    for tokens in (FEW[parts], FEW[parts] + 1, 31, 33, 64, 127):
+        assert torch.equal(layer(x[-tokens:]), whole[-tokens:]), tokens
+
+
+@needs_bf16
 def test_bf16_layer_shares_its_weights() -> None:
     linear = nn.Linear(64, 48).requires_grad_(False)
     layer = Bf16Linear(linear)

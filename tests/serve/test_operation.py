@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
+import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 from autotune.cli import main
 from autotune.errors import QueueFullError, UnsupportedModelError
 from autotune.live.status import State
+from autotune.serve import connection
 from autotune.serve.gate import HttpLimits
 from autotune.serve.run import listen
 from autotune.serve.service import Service
@@ -75,12 +79,68 @@ def test_a_body_has_a_size_and_a_time(server: Running) -> None:
     assert "10001 bytes; the most are 10000" in large.json()["error"]["message"]
     unsaid = httpx.post(f"{server.url}/v1/completions", content=iter([b"x" * 6000] * 2), headers=KEY)
     assert unsaid.status_code == 413
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as half:
+    with socket.create_connection(address(server)) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
     prompt = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5] * 101}, headers=KEY)
     assert "101 tokens; the most are 100" in prompt.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_connection_that_says_nothing_more_is_closed(
+    server: Running, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 0.3)
+    with socket.create_connection(address(server)) as silent:
+        silent.sendall(sent)
+        silent.settimeout(20)
+        got = b""
+        while part := silent.recv(1000):
+            got += part
+    assert got.endswith(b"ok") == sent.endswith(b"\r\n\r\n")
+
+
+def test_an_answer_that_takes_long_is_not_cut(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 0.3)
+    body = LONG | {"max_tokens": 12}
+    answer = httpx.post(f"{slow.url}/v1/completions", json=body, headers=KEY, timeout=30)
+    assert answer.json()["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.slow
+def test_thousands_that_hang_send_half_or_vanish_hurt_nobody(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 5.0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: 100\r\n\r\n{"
+
+    async def torment(count: int) -> None:
+        opened = []
+        for number in range(count):
+            reader, writer = await asyncio.open_connection(*address(server))
+            if number % 3 == 1:
+                writer.write(head)
+            if number % 3 == 2:
+                writer.transport.abort()
+            opened.append((reader, writer))
+        async with httpx.AsyncClient(headers=KEY) as client:
+            time.monotonic()
+            answer = await client.post(f"{server.url}/v1/completions", json=LONG | {"max_tokens": 5})
+            assert answer.status_code == 200
+        left = [reader.read() for (reader, _), number in zip(opened, range(count), strict=True) if number % 3 < 2]
+        await asyncio.gather(*left, return_exceptions=True)  # until the server has closed them all
+        for _, writer in opened:
+            writer.close()
+
+    def held() -> int:
+        gc.collect()
+        return memory()
+
+    asyncio.run(torment(1000))
+    before = held()
+    for _ in range(3):
+        asyncio.run(torment(3000))
+    assert held() - before < 60 * 2**20
+    assert not server.server.server_state.connections
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -88,8 +148,7 @@ def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> Non
     aborted = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
     body = json.dumps(LONG | {"stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: {len(body)}\r\n"
-    host, port = slow.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
+    with socket.create_connection(address(slow)) as client:
         client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         until(lambda: slow.served.answers.running == 1)
         if stream:
@@ -239,6 +298,16 @@ def test_a_model_without_a_template_completes_but_does_not_chat() -> None:
         assert answer.status_code == 400
         assert "no chat template; use /v1/completions" in answer.json()["error"]["message"]
         assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def address(server: Running) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def memory() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def refuses(url: str) -> bool:

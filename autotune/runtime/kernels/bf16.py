@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.model.linear_layers import share
-from autotune.runtime.kernels.modules import GroupedLinear, PackedLinear
+from autotune.runtime.kernels.modules import PackedLinear
 
-# parts -> tokens; fewer tokens are multiplied in FP32, which is more exact and as fast for so few
+# parts -> tokens; fewer tokens are multiplied by the layer that was given, which is more exact and as fast for so few.
+# Integers are as fast for up to 32, but a prompt's last part has to be multiplied like the whole: see batching.joined.
 FEW = {1: 8, 2: 24}
-FEW_IN_INTEGERS = 32  # the same where a packed layer multiplies in integers
 
 
 class Bf16Linear(nn.Module):
@@ -41,8 +41,7 @@ class Bf16Linear(nn.Module):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.parts = parts
-        in_integers = isinstance(layer, GroupedLinear) and layer.in_integers
-        self.few = FEW_IN_INTEGERS if in_integers else FEW[parts]  # tokens; fewer are multiplied by the given layer
+        self.few = FEW[parts]  # tokens; fewer are multiplied by the given layer
         share(layer, self, ("weight", "scales", "zeros", "bias"))
         # in a tuple, so that the layer does not become a submodule
         self.packed = (layer,) if isinstance(layer, PackedLinear) else ()
