@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from ..model import seam
 from .refusal import Refusal
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .schema import Generation
 
 
-class Witness(LogitsProcessor):
+class Witness:
     """Keeps the model's own distribution at each token, before anything changes it.
 
     Attributes:
@@ -38,7 +39,7 @@ class Witness(LogitsProcessor):
             return self.rows.pop(length)
 
 
-class Penalties(LogitsProcessor):
+class Penalties:
     """OpenAI's presence and frequency penalties over the new tokens.
 
     Args:
@@ -53,11 +54,12 @@ class Penalties(LogitsProcessor):
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
-class Bias(LogitsProcessor):
+class Bias:
     """Adds to the logits of some tokens."""
 
     def __init__(self, bias: dict[int, float]) -> None:
-        self._tokens, self._values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
+        self._tokens = torch.tensor(list(bias), dtype=torch.int64, device="cpu")
+        self._values = torch.tensor(list(bias.values()), dtype=torch.float32, device="cpu")
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens, values = self._tokens.to(scores.device), self._values.to(scores.device, scores.dtype)
@@ -90,9 +92,7 @@ class SamplingDefaults:
             Refusal: `logit_bias` names something that is not a token.
         """
         temperature = self._default(body.temperature, "temperature", 1.0)
-        processors = LogitsProcessorList([witness] if witness else [])
-        if (penalty := self._default(body.repetition_penalty, "repetition_penalty", 1.0)) != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        processors: list[Callable[..., torch.Tensor]] = []
         if body.presence_penalty or body.frequency_penalty:
             processors.append(Penalties(prompt, body.presence_penalty, body.frequency_penalty))
         if body.logit_bias:
@@ -101,10 +101,9 @@ class SamplingDefaults:
             "max_new_tokens": room,
             "min_new_tokens": 0,
             "do_sample": temperature > 0,
-            "repetition_penalty": 1.0,
             "eos_token_id": sorted(self.eos) if self.eos and not body.ignore_eos else [self._vocabulary],  # or no token
             "pad_token_id": min(self.eos, default=0),
-            "logits_processor": processors,
+            **seam.processed(processors, self._default(body.repetition_penalty, "repetition_penalty", 1.0), witness),
         }
         if temperature > 0:
             top_k = self._default(body.top_k, "top_k", 0)

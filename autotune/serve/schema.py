@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 MOST_STOPS = 16  # stop strings of a request; OpenAI allows 4
 MOST_CHOICES = 16  # answers to one prompt
 MOST_LOGPROBS = 20  # alternatives for each token, OpenAI's limit
 MOST_PROMPTS = 64  # prompts of one completion request
 MOST_SEED = 2**63 - 1
+COLDEST = 0.01  # logits are divided by the temperature
 
 Token = Annotated[int, Field(ge=0, strict=True)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -40,11 +41,18 @@ class Generation(Body):
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     ignore_eos: bool = False
     priority: int = Field(0, ge=-10, le=10)
     user: str | None = None
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, temperature: float | None) -> float | None:
+        if temperature and temperature < COLDEST:
+            raise ValueError(f"expected 0, for the likeliest token, or at least {COLDEST}")
+        return temperature
 
     @property
     def stops(self) -> list[str]:

@@ -147,6 +147,7 @@ def measure(
         shared = winner.with_transform(transform)
         with _unqueued(winner), _unqueued(shared):
             found = _Measurement(winner, shared, bench, clock).run(transform.rows)
+        bench.notify(found.reason)
         if 0 < found.rows < transform.rows:
             shared = winner.with_transform(replace(transform, rows=found.rows))
     except AutotuneError as error:

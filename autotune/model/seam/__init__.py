@@ -54,7 +54,7 @@ from .attention import (
     with_attention,
 )
 from .caches import cache_over, counts_tokens, growing_cache, is_decoding, keys_and_values, narrow_cache, replace_layers
-from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, remembers, routable, streamed
+from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable, streamed
 from .models import (
     COMPILED,
     EAGER,
@@ -123,6 +123,7 @@ __all__ = [
     "over",
     "parameters",
     "pop_cache",
+    "processed",
     "register_attention",
     "remembers",
     "replace_layers",

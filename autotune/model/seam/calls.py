@@ -234,6 +234,26 @@ def streamed(options: Mapping[str, Any], streamer: Any, stops: Callable[..., tor
     return {**options, "streamer": streamer, "stopping_criteria": criteria}
 
 
+def processed(
+    processors: Sequence[Callable[..., torch.Tensor]],
+    repetition_penalty: float = 1.0,
+    watching: Callable[..., torch.Tensor] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `generate` with logits processors of one's own.
+
+    Args:
+        processors: each is called with ids [B, T] and logits [B, V], and returns logits [B, V].
+        repetition_penalty: applied before them.
+        watching: called like them, with the model's own logits.
+    """
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    chain: list[Any] = [] if watching is None else [watching]
+    if repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    return {"logits_processor": LogitsProcessorList([*chain, *processors]), "repetition_penalty": 1.0}
+
+
 def _relayed(objects: Any, relay: Callable[..., Any]) -> Any:
     """Copy a list into one of its class. Calling the copy calls `relay` with the given list and the arguments."""
     cls: Any = type(objects)
