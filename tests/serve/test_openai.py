@@ -172,7 +172,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(server: Running, client:
         ({"prompt": PROMPT, "max_tokens": 0}, "greater than or equal to 1", "max_tokens"),
         ({"prompt": PROMPT, "temperature": -1}, "greater than or equal to 0", "temperature"),
         ({"prompt": PROMPT, "temperature": 3}, "less than or equal to 2", "temperature"),
-        ({"prompt": PROMPT, "temperature": 1e-9}, "expected 0, for the likeliest token, or at least 0.01", "temperature"),
+        ({"prompt": PROMPT, "temperature": 1e-9}, "or at least 0.01", "temperature"),
         ({"prompt": PROMPT, "repetition_penalty": 1e-9}, "greater than or equal to 0.01", "repetition_penalty"),
         ({"prompt": PROMPT, "n": 0}, "greater than or equal to 1", "n"),
         ({"prompt": PROMPT, "logit_bias": {"x": 1}}, "logit_bias names 'x'", "logit_bias"),
