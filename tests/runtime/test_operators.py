@@ -113,6 +113,16 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         lambda: (ones(40, 64), *[[int8(4, 64, 16), half(4, 2, 16)]] * 3, None, None, None, 64, 64, 0, 0),
         "no instructions",
     ),
+    "rounded mlp: no scales": (
+        "linear_mlp_rounded",
+        lambda: (ones(40, 64), *[[int8(4, 64, 16)]] * 3, None, None, None, 64, 64, 0, 2),
+        "need scales|no instructions",
+    ),
+    "rounded mlp: no zeros": (
+        "linear_mlp_rounded",
+        lambda: (ones(40, 64), *[[ints(4, 8, 16), half(4, 2, 16)]] * 3, None, None, None, 64, 64, 0, 2),
+        "need scales|no instructions",
+    ),
     "rounded mlp: groups": (
         "linear_mlp_rounded",
         lambda: (

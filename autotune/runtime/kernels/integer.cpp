@@ -7,9 +7,10 @@
 namespace autotune {
 namespace {
 
-MultiplyBlocks in_integers(const Tensor& numbers) {
+MultiplyBlocks in_integers(const Tensor& numbers, const Weights& w) {
   const bool words = numbers.scalar_type() == ScalarType::Int;
   STD_TORCH_CHECK(words || numbers.scalar_type() == ScalarType::Char, "products in integers are for INT8 and INT4 weights");
+  STD_TORCH_CHECK(w.scales && (w.zeros || !words), "INT8 weights need scales, and INT4 weights scales and zeros");
   return words ? multiply_blocks_rounded<Int4> : multiply_blocks_rounded<Plain<int8_t>>;
 }
 
@@ -26,7 +27,8 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   const int64_t inputs = input.size(input.dim() - 1), tokens = input.numel() / inputs;
   const Weights first = stored(gate, hidden, inputs).packed, second = stored(up, hidden, inputs).packed,
                 third = stored(down, outputs, hidden).packed;
-  const MultiplyBlocks one = in_integers(gate[0]), two = in_integers(up[0]), three = in_integers(down[0]);
+  const MultiplyBlocks one = in_integers(gate[0], first), two = in_integers(up[0], second),
+                       three = in_integers(down[0], third);
   STD_TORCH_CHECK(first.inputs == second.inputs && span_of(first.group) == span_of(second.group),
                   "gate and up must round their inputs alike");
   const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
