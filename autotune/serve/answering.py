@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .sampling import SamplingDefaults
     from .schema import Generation
 
+LEAST = -9999.0  # stands for the logarithm of 0, as in vLLM
 Reason = Literal["stop", "length"]
 
 
@@ -118,6 +119,9 @@ class TextAnswers:
                         chosen.clear()
                     if reason:
                         break
+                if reason is None:  # generate stopped by itself, as a model's own criteria may make it
+                    reason = "stop"
+                    yield Piece(stops.add(text.rest()) + stops.rest(), tokens, (), reason)
         except QueueFullError as error:
             self.metrics.rejections.inc()
             outcome = "rejected"
@@ -128,7 +132,7 @@ class TextAnswers:
         except CancelledRequestError as error:
             raise Refusal(503, f"the server is ending: {error}", code="ending") from error
         else:
-            outcome = reason or "length"
+            outcome = reason
         finally:
             self.running -= 1
             self.metrics.finished(outcome, len(prompt), tokens, time.monotonic() - began)
@@ -138,4 +142,9 @@ def _chosen(witness: Witness, length: int, token: int, alternatives: int) -> Cho
     row = witness.take(length)
     best = row.topk(min(alternatives, len(row))) if alternatives else None
     others = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Chosen(token, float(row[token]), tuple(TokenChance(*each) for each in others))
+    return Chosen(token, _finite(float(row[token])), tuple(TokenChance(t, _finite(chance)) for t, chance in others))
+
+
+def _finite(logprob: float) -> float:
+    """A logarithm that JSON can hold, also of a probability of 0."""
+    return max(logprob, LEAST)

@@ -139,6 +139,29 @@ def test_log_probabilities_are_the_models_own(server: Running, client: Any) -> N
     assert first.logprob == pytest.approx(first.top_logprobs[0].logprob)
 
 
+def test_a_probability_of_nothing_is_still_json(server: Running, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = server.model.lm_head.forward
+
+    def masked(*args: Any) -> torch.Tensor:
+        logits: torch.Tensor = forward(*args).clone()
+        logits[..., 1:] = -torch.inf
+        return logits
+
+    monkeypatch.setattr(server.model.lm_head, "forward", masked)
+    got = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, temperature=0, logprobs=4)
+    assert min(got.choices[0].logprobs.top_logprobs[0].values()) == -9999.0
+
+
+def test_an_answer_that_generate_ends_by_itself_has_a_reason(server: Running, client: Any) -> None:
+    server.model.generation_config.max_time = 1e-9
+    try:
+        got = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0)
+    finally:
+        server.model.generation_config.max_time = None
+    assert got.choices[0].finish_reason == "stop"
+    assert got.usage.completion_tokens < 20
+
+
 def test_a_bias_and_a_penalty_change_what_is_said(client: Any) -> None:
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 0}
     forced = client.completions.create(**asked, logit_bias={"70": 100})
