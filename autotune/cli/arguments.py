@@ -11,6 +11,11 @@ BESIDE = Path()  # means a file beside the one that is read
 
 def threads(text: str) -> int:
     """Parse a number of threads."""
-    if not text.isdecimal() or len(text) > len(str(MOST_THREADS)) or not 1 <= int(text) <= MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 to {MOST_THREADS}")
+    return whole(text, 1, MOST_THREADS, f"a whole number of 1 to {MOST_THREADS}")
+
+
+def whole(text: str, least: int, most: int, what: str) -> int:
+    """Parse a whole number within bounds; `what` says in an error what was expected."""
+    if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return int(text)

@@ -9,13 +9,14 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import MeasurementError, PackageError
-from .arguments import threads
+from .arguments import threads, whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
 KEY = "AUTOTUNE_API_KEY"
 MOST_PORT = 65535
+MOST = 10**9 - 1  # far beyond any sense
 
 
 def arguments(command: ArgumentParser) -> None:
@@ -135,13 +136,9 @@ def _missing(error: ImportError) -> PackageError:
 
 def port(text: str) -> int:
     """Parse a port."""
-    if not text.isdecimal() or len(text) > len(str(MOST_PORT)) or int(text) > MOST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 (any free one) to {MOST_PORT}")
-    return int(text)
+    return whole(text, 0, MOST_PORT, f"a port: 0 (any free one) to {MOST_PORT}")
 
 
 def positive(text: str) -> int:
     """Parse a whole number above 0."""
-    if not text.isdecimal() or len(text) > 9 or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return whole(text, 1, MOST, "a whole number above 0")

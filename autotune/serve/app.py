@@ -85,9 +85,7 @@ def create_app(served: Service) -> Gate:
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """Token ids as text."""
         _known(served, body.model)
-        if wrong := next((token for token in body.tokens if token >= served.prompts.vocabulary), None):
-            most = served.prompts.vocabulary - 1
-            raise Refusal(400, f"tokens has {wrong}; the model knows 0 to {most}", "tokens")
+        served.prompts.check_known(body.tokens, "tokens")
         return {"prompt": await _in_thread(lambda: served.prompts.tokenizer.decode(body.tokens))}
 
     routes = [getattr(route, "path", "") for route in app.routes]
@@ -122,18 +120,18 @@ def _operate(app: FastAPI, served: Service) -> None:
 def _handle_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)  # noqa: S101 - for the type checker
-        return JSONResponse(error.body, error.status, headers=error.headers)
+        return error.response()
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - the same
-        return await refused(request, _of_validation(error))
+        return _of_validation(error).response()
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - the same
-        return JSONResponse(Refusal(error.status_code, str(error.detail)).body, error.status_code, error.headers)
+        return Refusal(error.status_code, str(error.detail)).response(error.headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        return JSONResponse(Refusal(500, f"the server failed: {type(error).__name__}").body, 500)
+        return Refusal(500, f"the server failed: {type(error).__name__}").response()
 
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -172,15 +172,17 @@ class Completion(Reply):
     prefix, kind, part = "cmpl", "text_completion", "text_completion"
 
     def whole(self, index: int, choice: AnswerSoFar) -> dict[str, Any]:
-        chances = self._chances(choice.chosen, 0) if self.body.alternatives is not None else None
+        chances = self._chances(choice.chosen, 0)
         return {"index": index, "text": choice.text, "logprobs": chances, "finish_reason": choice.reason}
 
     def delta(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
         begins = len(self.choices[index].text) - len(piece.text)
-        chances = self._chances(piece.chosen, begins) if self.body.alternatives is not None else None
+        chances = self._chances(piece.chosen, begins)
         yield {"index": index, "text": piece.text, "logprobs": chances, "finish_reason": piece.reason}
 
-    def _chances(self, chosen: Sequence[Chosen], offset: int) -> dict[str, Any]:
+    def _chances(self, chosen: Sequence[Chosen], offset: int) -> dict[str, Any] | None:
+        if self.body.alternatives is None:
+            return None
         texts, offsets = [self._decode(each.token) for each in chosen], list[int]()
         for text in texts:
             offsets.append(offset)
@@ -200,7 +202,7 @@ class Chat(Reply):
 
     def whole(self, index: int, choice: AnswerSoFar) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text}
-        chances = self._chances(choice.chosen) if self.body.alternatives is not None else None
+        chances = self._chances(choice.chosen)
         return {"index": index, "message": message, "logprobs": chances, "finish_reason": choice.reason}
 
     def opening(self) -> Iterable[dict[str, Any]]:
@@ -209,12 +211,14 @@ class Chat(Reply):
 
     def delta(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
         if piece.text or piece.chosen:
-            chances = self._chances(piece.chosen) if self.body.alternatives is not None else None
+            chances = self._chances(piece.chosen)
             yield {"index": index, "delta": {"content": piece.text}, "logprobs": chances, "finish_reason": None}
         if piece.reason:
             yield {"index": index, "delta": {}, "logprobs": None, "finish_reason": piece.reason}
 
-    def _chances(self, chosen: Sequence[Chosen]) -> dict[str, Any]:
+    def _chances(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
+        if self.body.alternatives is None:
+            return None
         return {
             "content": [
                 {

@@ -84,7 +84,7 @@ class Gate:
                 self._admit(scope["path"], headers)
                 body = await self._body(headers, receive)
             except Refusal as refusal:
-                await refuse(refusal, answer)
+                await refusal.response({"connection": "close"})(scope, receive, answer)
             else:
                 await self._app(scope, replayed(body, receive), answer)
         except ClientGone:
@@ -148,11 +148,3 @@ def replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
-
-
-async def refuse(refusal: Refusal, send: Send) -> None:
-    body = json.dumps(refusal.body).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    pairs = [(name.lower().encode(), value.encode()) for name, value in (headers | refusal.headers).items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import quantiles
 from typing import Any
 
 import httpx
+import numpy as np
 
 WORDS = ("tide", "moon", "yeast", "rust", "chess", "fugue", "heap", "salt", "river", "glass", "north", "paper")
 TIMEOUT_S = 600.0
@@ -102,9 +102,7 @@ HEADER = ("clients", "requests", "TTFT p50, ms", "p99", "between tokens p50, ms"
 
 def percentile(values: Sequence[float], percent: int) -> float:
     """A percentile of some values; 0 of none."""
-    if len(values) < 2:
-        return values[0] if values else 0.0
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
+    return float(np.percentile(values, percent)) if values else 0.0
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -53,6 +53,12 @@ class Prompts:
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
+    def check_known(self, ids: Sequence[int], param: str) -> None:
+        """Raise Refusal for the first id that is not a token."""
+        wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        if wrong is not None:
+            raise Refusal(400, f"{param} has token {wrong}; the model knows 0 to {self.vocabulary - 1}", param)
+
     def room(self, prompt: Sequence[int], asked: int | None, *, chat: bool) -> int:
         """Tokens that the answer may have.
 
@@ -81,7 +87,5 @@ class Prompts:
                 param,
                 "context_length_exceeded",
             )
-        wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)
-        if wrong is not None:
-            raise Refusal(400, f"{param} has token {wrong}; the model knows 0 to {self.vocabulary - 1}", param)
+        self.check_known(ids, param)
         return ids

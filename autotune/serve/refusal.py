@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 KINDS = {
     400: "invalid_request_error",
@@ -14,7 +17,8 @@ KINDS = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-RETRY_S = 1  # seconds after which a refused request may come again
+RETRY = {"Retry-After": "1"}  # seconds after which a refused request may come again
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}
 
 
 class Refusal(Exception):  # noqa: N818 - not every refusal is an error of ours
@@ -38,12 +42,7 @@ class Refusal(Exception):  # noqa: N818 - not every refusal is an error of ours
         kind = KINDS.get(self.status, "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    @property
-    def headers(self) -> dict[str, str]:
-        match self.status:
-            case 401:
-                return {"WWW-Authenticate": "Bearer"}
-            case 429 | 503:
-                return {"Retry-After": str(RETRY_S)}
-            case _:
-                return {}
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """What is sent, with further headers."""
+        own = HEADERS.get(self.status, {})
+        return JSONResponse(self.body, self.status, {**own, **(headers or {})})

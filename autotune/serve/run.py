@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -19,11 +19,11 @@ import uvicorn
 from ..errors import UnsupportedModelError
 from ..live.wrap import wrap
 from ..model.load import load
-from ..report.printable import printable
+from ..report.progress import Elapsed, Lines
 from ..workload import built_in
 from .app import create_app
 from .connection import TimedConnection
-from .gate import Gate, HttpLimits
+from .gate import Gate
 from .schema import CompletionBody
 from .service import Service
 
@@ -43,7 +43,6 @@ class Settings:
         host, port: where to listen.
         policy: how to tune; None: the model is served as it is.
         keys: API keys, any of which opens every route.
-        limits: of a request's size and time.
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
         drain_s: seconds that answers under way get when the server is asked to end.
@@ -55,7 +54,6 @@ class Settings:
     port: int = 8000
     policy: Policy | None = None
     keys: Sequence[str] = ()
-    limits: HttpLimits = field(default_factory=HttpLimits)
     longest: int | None = None
     deadline_s: float | None = None
     drain_s: int = 30
@@ -75,13 +73,18 @@ def serve(settings: Settings) -> int:
         wrapped = wrap(model, tokenizer=tokenizer, when="manual")
     else:  # beside the requests that the original answers meanwhile
         chats = built_in.chats(tokenizer)
-        wrapped = wrap(model, tokenizer=tokenizer, policy=settings.policy, workload=chats, progress=Steps())
+        wrapped = wrap(
+            model,
+            tokenizer=tokenizer,
+            policy=settings.policy,
+            workload=chats,
+            progress=Lines(sys.stderr, Elapsed()).update,
+        )
     served = Service.of(
         wrapped,
         tokenizer,
         settings.name or Path(settings.model).stem or settings.model,
         keys=settings.keys,
-        limits=settings.limits,
         longest=settings.longest,
         deadline_s=settings.deadline_s,
         untuned=settings.policy is None,
@@ -145,15 +148,3 @@ async def answer_once(served: Service) -> None:
     async for _ in served.answers.pieces([0], body, 2, alternatives=None):
         pass
     served.has_answered = True
-
-
-class Steps:
-    """Writes what tuning does to standard error, each step once."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, step: str) -> None:
-        if (said := printable(str(step))) != self._last:
-            self._last = said
-            sys.stderr.write(f"{said}\n")

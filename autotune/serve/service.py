@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..live.status import State
+from ..validate.exam import eos_ids, vocabulary
 from .answering import TextAnswers
 from .gate import HttpLimits
 from .metrics import Metrics
@@ -72,11 +73,13 @@ class Service:
         if not isinstance(context, int):
             raise UnsupportedModelError("the model's configuration does not say how many tokens its context holds")
         metrics = Metrics(name)
-        sampling = SamplingDefaults(model.generation_config, config.vocab_size, _ends(model, tokenizer))
+        known = vocabulary(model)
+        ends = {*eos_ids(model), *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+        sampling = SamplingDefaults(model.generation_config, known, frozenset(ends))
         return cls(
             model=model,
             name=name,
-            prompts=Prompts(tokenizer, config.vocab_size, context, longest),
+            prompts=Prompts(tokenizer, known, context, longest),
             answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s),
             metrics=metrics,
             keys=tuple(keys),
@@ -104,11 +107,3 @@ class Service:
             "served": status.served,
             "bypassed": dict(status.bypassed),
         }
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: those of the generation config, and the tokenizer's own."""
-    own: Any = getattr(model.generation_config, "eos_token_id", None)
-    listed = [own] if isinstance(own, int) else list(own or ())
-    last = tokenizer.eos_token_id
-    return frozenset(int(token) for token in (*listed, last) if token is not None)
