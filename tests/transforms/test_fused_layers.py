@@ -126,7 +126,12 @@ def test_gated_blocks_in_bf16(
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("inputs", "hidden"), [(33, 50), (64, 96), (20, 16), (40, 72)])
 def test_gated_blocks_in_integers(
-    inputs: int, hidden: int, activation: str, rounds: bool, tolerance: float, kind: type[kernels.GroupedLinear]
+    inputs: int,
+    hidden: int,
+    activation: str,
+    rounds: bool,
+    tolerance: float,
+    kind: type[kernels.Int8Linear | kernels.Int4Linear],
 ) -> None:
     if reason := kernels.no_integer_unit():
         pytest.skip(reason)

@@ -1,7 +1,7 @@
 // Functions for activations and the softmax, on vectors.
 #pragma once
 
-#include "vectors.h"
+#include "tensors.h"
 
 namespace autotune {
 namespace {
@@ -48,6 +48,14 @@ inline Floats silu(Floats x) { return x * sigmoid(x); }
 // GELU in its tanh form: (1 + tanh u) / 2 is the sigmoid of 2u.
 // Source: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 inline Floats gelu(Floats x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
+
+using Curve = Floats (*)(Floats);
+
+// Activation 0 is SiLU, 1 is GELU in its tanh form.
+inline Curve curve_of(int64_t activation) {
+  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);
+  return activation ? gelu : silu;
+}
 
 }  // namespace
 }  // namespace autotune

@@ -49,12 +49,11 @@ Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
   return as_dtype_of(y, input);
 }
 
-// activation(gate) * up, number by number. Activation 0 is SiLU, 1 is GELU in its tanh form.
+// activation(gate) * up, number by number.
 Tensor gate_up(const Tensor& gates, const Tensor& ups, int64_t activation) {
   STD_TORCH_CHECK(sizes_of(gates) == sizes_of(ups), "gate and up must have one shape");
-  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);
+  const Curve curve = curve_of(activation);
   const Tensor gate = contiguous_floats(gates), up = contiguous_floats(ups), y = empty_floats(sizes_of(gates));
-  const auto curve = activation ? gelu : silu;
   const int64_t count = gate.numel();
   for_rows((count + kWidth - 1) / kWidth, kWidth, [&](int64_t begin, int64_t end) {
     const float *g = floats(gate), *u = floats(up);

@@ -14,13 +14,11 @@ MultiplyBlocks in_integers(const Tensor& numbers, const Weights& w) {
   return words ? multiply_blocks_rounded<Int4> : multiply_blocks_rounded<Plain<int8_t>>;
 }
 
-using Curve = Floats (*)(Floats);
-
 Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, const std::vector<Tensor>& up,
                           const std::vector<Tensor>& down, const std::optional<Tensor>& gate_bias,
                           const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
                           int64_t outputs, int64_t activation, int64_t wanted) {
-  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);
+  const Curve activate = curve_of(activation);
   const int digits = digits_here(wanted);
   STD_TORCH_CHECK(digits, "this processor has no instructions for products in integers");
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
@@ -37,7 +35,6 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   float* gated = scratch.room(2 * tokens * hidden);
   float* other = gated + tokens * hidden;
   const Rounded rounded = round_all(first, floats(x), tokens, inputs, digits);
-  const Curve activate = activation ? gelu : silu;
   torch::stable::parallel_for(0, first.blocks(), 1, [&](int64_t begin, int64_t end) {
     one(first, rounded, a.at, gated, begin, end);
     two(second, rounded, b.at, other, begin, end);

@@ -161,9 +161,10 @@ void multiply_rounded(const Weights& w, const Rounded& x, int64_t first, int tok
       scale[b] = w.scales.load(factor);
       if constexpr (Bytes<Format>::kZeros) zero[b] = w.zeros.load(factor);
     }
+    const int64_t span_begins = x.index(first, s, 0);
     const auto add = [&](int t, auto count) __attribute__((always_inline)) {
       constexpr int kTokens = count;  // whose chains of sums hide each other's latency
-      const int64_t at_span = first * spans + s * tokens + t;
+      const int64_t at_span = span_begins + t;
       const int8_t* digits = x.bytes + at_span * kSpan * kDigits;
       __m512i sum[kTokens][kBlocks] = {};
 #pragma GCC unroll 2

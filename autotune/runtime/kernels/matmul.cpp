@@ -13,8 +13,6 @@ void linear(const float* x, int64_t rows, const Matrix& w, const float* bias, fl
   multiply_into<Engine>(lay_all<Engine>(scratch, x, rows, w.inputs), w, bias, y);
 }
 
-using Curve = Floats (*)(Floats);
-
 // A panel consists of 16 columns of gate and the same columns of up, so that one thread has both factors.
 template <class Engine, Curve activate>
 void mlp(const float* x, int64_t rows, const Matrix& gate, const Matrix& up, const Matrix& down, const float* gate_bias,
@@ -73,7 +71,7 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
                   const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
                   int64_t outputs, int64_t activation, int64_t parts) {
   STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
-  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);
+  curve_of(activation);  // refuses others
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Matrix first = stored(gate, hidden, inputs), second = stored(up, hidden, inputs),

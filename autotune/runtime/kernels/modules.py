@@ -98,23 +98,6 @@ class GroupedLinear(PackedLinear):
     weight: Tensor
     scales: Tensor  # [ceil(N / 16), groups, 16]
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
-        """Pack an `nn.Linear`; see `from_weight`."""
-        return cls.from_weight(linear.weight, linear.bias, group)
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
-        """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
-
-        Raises:
-            ValueError: the weight is not finite, or the group is not a multiple of 8.
-        """
-        layer = cls(weight, bias)
-        for name, buffer in zip(cls.tensors, cls.quantize(weight, group), strict=True):
-            layer.register_buffer(name, buffer)
-        return layer
-
     @property
     def stored(self) -> list[Tensor]:
         """The weight as stored: its numbers, then what restores it."""
@@ -136,13 +119,34 @@ class GroupedLinear(PackedLinear):
         y: Tensor = operator(x, *self.stored, self.bias, self.out_features, self.digits)
         return y
 
+
+class QuantisedLinear(GroupedLinear):
+    """Weights that are quantised here, from those of a layer."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group: int = pack.GROUP) -> Self:
+        """Pack an `nn.Linear`; see `from_weight`."""
+        return cls.from_weight(linear.weight, linear.bias, group)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group: int = pack.GROUP) -> Self:
+        """Quantise and pack a weight [out_features, in_features]; group 0 is one scale per output row.
+
+        Raises:
+            ValueError: the weight is not finite, or the group is not a multiple of 8.
+        """
+        layer = cls(weight, bias)
+        for name, buffer in zip(cls.tensors, cls.quantize(weight, group), strict=True):
+            layer.register_buffer(name, buffer)
+        return layer
+
     @staticmethod
     @abstractmethod
     def quantize(weight: Tensor, group: int) -> tuple[Tensor, ...]:
         """The packed weight [out_features, in_features] and what restores it."""
 
 
-class Int8Linear(GroupedLinear):
+class Int8Linear(QuantisedLinear):
     """Symmetric INT8 weights with a scale per group of inputs."""
 
     operator = "linear_i8"
@@ -155,7 +159,7 @@ class Int8Linear(GroupedLinear):
         return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
 
 
-class Int4Linear(GroupedLinear):
+class Int4Linear(QuantisedLinear):
     """Asymmetric INT4 weights with a scale and a zero per group of inputs."""
 
     operator = "linear_i4"
@@ -184,10 +188,6 @@ class RoundedLinear(GroupedLinear):
         self.operator, self.tensors = layer.operator, layer.tensors  # type: ignore[misc]
         share(layer, self, (*layer.tensors, "bias"))
         self.precise = (layer,)  # in a tuple, so that the layer does not become a submodule
-
-    @staticmethod
-    def quantize(weight: Tensor, group: int) -> tuple[Tensor, ...]:
-        raise NotImplementedError("made from a packed layer")
 
     def dequantize(self) -> Tensor:
         return self.precise[0].dequantize()
