@@ -10,11 +10,14 @@ would give wrong numbers, crash later, or work until it is busy:
 * capturing and replaying happen on the capturing thread, inside the device's own stream; nothing may wait meanwhile
 * a buffer that was freed or resized since makes the graph invalid
 * the result of a replay lies in one buffer, overwritten by the next
+* libraries keep one workspace for a stream, and a capture uses it unless it was dropped before; the end of any graph
+  frees it (pytorch#193402), and with it what other graphs write to
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -27,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from autotune.machine.device import Address, Device, Graph, Identity, Memory
-from autotune.machine.device.cuda import WARM_UPS
 from autotune.machine.device.owner import GraphThread
 from autotune.machine.device.trace import record
 from tests.fakes import traces
@@ -73,6 +75,7 @@ class FakeCuda(Device):
         self._owner = GraphThread(self)
         self._local = threading.local()
         self._marks = 0
+        self._workspace: _Workspace | None = None
 
     def identity(self) -> Identity:
         return self._identity
@@ -137,12 +140,24 @@ class FakeCuda(Device):
 
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
         self.require_stream("capture")
-        for _ in range(WARM_UPS):
-            work()
+        self._workspace = self._workspace or _Workspace()  # the warm-ups take it
+        return super().capture(work, pool)
+
+    def record_graph(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         self.captures += 1
         graph = Replayed(self, work) if self.opaque else Recorded(self)
+        graph.workspace = self._workspace or _Workspace()  # in the graph's own memory, if there was none
+        weakref.finalize(graph, self._graph_ended)
         result = graph.record(work)
         return graph, result
+
+    def drop_workspaces(self) -> None:
+        self._workspace = None
+
+    def _graph_ended(self) -> None:
+        if self._workspace is not None:
+            self._workspace.freed = True
+        self._workspace = None
 
     def pool(self) -> object:
         return object()
@@ -173,8 +188,16 @@ class FakeCuda(Device):
             self._local.capturing = False
 
 
+class _Workspace:
+    """Scratch memory of the libraries for one stream."""
+
+    freed = False
+
+
 class _Graph:
-    """What both kinds have in common: whose they are."""
+    """What both kinds have in common: whose they are, and which workspace they write to."""
+
+    workspace: _Workspace
 
     def __init__(self, device: FakeCuda) -> None:
         self.device = device
@@ -184,6 +207,8 @@ class _Graph:
         if threading.get_ident() != self.thread:
             raise Misuse("replayed from another thread than the one that captured it")
         self.device.require_stream("replay")
+        if self.workspace.freed:
+            raise Misuse("replayed after the libraries' workspace that it was captured with was freed")
         self.device.replays += 1
 
 

@@ -95,6 +95,21 @@ def test_logits_agree_but_for_rounding(given: list[float], same: bool) -> None:
     assert agree(torch.tensor([given]), torch.tensor([[1.0, -4.0, -torch.inf]])) is same
 
 
+@pytest.mark.parametrize("ends", ["candidate", "incumbent"])
+def test_the_end_of_graphs_leaves_the_others_whole(ends: str, fake: FakeCuda) -> None:
+    """A trial was rejected, or replaced what served before: its graphs go, with the workspaces of their stream."""
+    model = tiny("llama")
+    variants = {"incumbent": graphed(model), "candidate": graphed(model)}
+    for variant in variants.values():
+        ask(serving(variant))
+    ended = weakref.ref(steps_of(variants.pop(ends)))
+    del variant
+    gc.collect()
+    assert ended() is None
+    (left,) = variants.values()
+    assert torch.equal(ask(serving(left)), ask(model))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_decodes_the_same_tokens(arch: str, fake: FakeCuda) -> None:
     """Over two boundaries between lengths and beyond the windows; left-padded, a batch of 3 in the graph for 4."""

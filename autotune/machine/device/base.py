@@ -17,6 +17,8 @@ from .trace import record
 
 Kind = Literal["cpu", "cuda"]
 
+WARM_UPS = 3  # runs before a capture: libraries initialise in the first run, and must not during the capture
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -148,9 +150,11 @@ class Device(ABC):
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start copying a tensor to the host. The returned function waits for the copy, but not for later work."""
 
-    @abstractmethod
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
         """Run `work` a few times, then record what it queues. Call this on the owner thread, inside `stream`.
+
+        A graph keeps the address of the workspace that libraries wrote to during its capture. Destroying any graph frees
+        the workspaces of its stream (pytorch#193402), so each graph must have one of its own, in its own memory.
 
         Args:
             work: reads and writes buffers whose addresses do not change while the graph exists; never waits.
@@ -162,6 +166,22 @@ class Device(ABC):
         Raises:
             DeviceError: this device has no graphs.
         """
+        for _ in range(WARM_UPS):
+            work()
+        self.synchronize()
+        self.drop_workspaces()  # the capture allocates them anew, in the graph's memory
+        try:
+            return self.record_graph(work, pool)
+        finally:
+            self.drop_workspaces()  # nothing else may write into the graph's memory
+
+    @abstractmethod
+    def record_graph(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
+        """Record what `work` queues, and nothing else; see `capture`."""
+
+    @abstractmethod
+    def drop_workspaces(self) -> None:
+        """Let libraries allocate their workspaces anew when they next need them."""
 
     @abstractmethod
     def pool(self) -> Any:

@@ -64,6 +64,11 @@ class Cpu(Device):
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
         raise DeviceError(self.without_graphs())
 
+    def record_graph(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
+        raise DeviceError(self.without_graphs())
+
+    def drop_workspaces(self) -> None: ...
+
     def pool(self) -> None: ...
 
     @property

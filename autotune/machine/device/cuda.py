@@ -14,7 +14,6 @@ from .cpu import SCRATCH_BYTES, trim_host
 from .owner import GraphThread
 
 CACHES = 32  # scratch memory as a multiple of the L2 cache, which then holds 3 % of it at most
-WARM_UPS = 3  # runs before a capture: libraries initialise in the first run, and must not during the capture
 
 
 class Cuda(Device):
@@ -92,15 +91,15 @@ class Cuda(Device):
 
         return arrived
 
-    def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
-        for _ in range(WARM_UPS):
-            work()
-        self.synchronize()
+    def record_graph(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may serve requests and allocate meanwhile, on their own streams
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph, result
+
+    def drop_workspaces(self) -> None:
+        torch._C._cuda_clearCublasWorkspaces()
 
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
