@@ -20,7 +20,7 @@ MINUTES ?= 10
 FUZZ_ARGS ?=
 SOAK_ARGS ?=
 
-.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart bench-serving soak
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
@@ -85,6 +85,17 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: per-operation tables, every trial
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
+
+bench-gpu-steps: $(READY)  ## the decode step of each variant on a CUDA device against the memory roofline; --paper needs none
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
+	$(BIN)/python -m benchmarks.gpu_steps $(BENCH_ARGS)
+
+soak-gpu: $(READY)  ## graphs captured, replayed and dropped on a CUDA device, beside eager requests
+	$(BIN)/python -m benchmarks.graph_soak $(BENCH_ARGS)
+
+first-hour-on-gpu: $(READY)  ## doctor, tests, soak and benchmarks on a CUDA device; everything in one file, at most 50 minutes
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
+	$(BIN)/python -m benchmarks.first_hour $(BENCH_ARGS)
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
 	$(BIN)/python benchmarks/choice.py

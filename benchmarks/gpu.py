@@ -1,8 +1,7 @@
 """What tuning does to a model of 8 billion parameters on a GPU: `make bench-gpu`.
 
 Prints autotune's report (per-operation tables before and after, every trial per batch size, the noise of the machine)
-and writes it as report.json and report.md. Without `--model` the weights are random in the shape of Llama 3.1 8B: they
-cost what trained ones cost, and what the quality gate says about them means nothing.
+and writes it as report.json and report.md. Without `--model` the weights are random; see `benchmarks.gpu_shapes`.
 """
 
 from __future__ import annotations
@@ -14,29 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu_shapes import SHAPES, random_model, random_prompts
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel
-
-SHAPE: dict[str, Any] = {  # meta-llama/Llama-3.1-8B, config.json
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "tie_word_embeddings": False,
-}
-PROMPTS, SEED = 40, 0
+PROMPTS = 40
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-gpu BENCH_ARGS=...", description=__doc__)
     parser.add_argument("--model", help="directory of a checkpoint; default: random weights in the shape of 8B")
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the random model")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="of the random model")
+    parser.add_argument("--layers", type=int, help="of the random model; default: the shape's")
     parser.add_argument("--policy", default="latency")
     parser.add_argument("--batches", default="1,8", help="batch sizes, the first one counts for the objective")
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -45,22 +34,6 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("out/bench-gpu"))
     return parser.parse_args(arguments)
-
-
-def random_model(layers: int, device: str) -> PreTrainedModel:
-    """Random BF16 weights in the shape of Llama 3.1 8B, made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    with torch.device(device):
-        config = LlamaConfig(**SHAPE | {"num_hidden_layers": layers}, dtype="bfloat16")
-        return LlamaForCausalLM._from_config(config).eval()
-
-
-def random_prompts(vocabulary: int, tokens: int) -> list[list[int]]:
-    """Prompts of about `tokens` tokens, all different."""
-    draw = torch.Generator().manual_seed(SEED)
-    return [torch.randint(3, vocabulary, (tokens,), generator=draw).tolist() for _ in range(PROMPTS)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.model:
         model, tokenizer = load(asked.model, device=asked.device)
     else:
-        model = random_model(asked.layers, asked.device)
+        model = random_model(asked.shape, asked.device, asked.layers)
     batches = tuple(map(int, asked.batches.split(",")))
-    prompts = random_prompts(model.config.vocab_size, asked.prompt_tokens)
+    prompts = random_prompts(model.config.vocab_size, asked.prompt_tokens, PROMPTS)
     work = autotune.Workload(tuple(map(tuple, prompts)), new_tokens=asked.new_tokens, batch_sizes=batches)
     chosen = replace(policy.load(asked.policy), budget_s=asked.budget)
     wrapped: Any = autotune.wrap(

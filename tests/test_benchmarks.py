@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 
 from autotune.runtime import kernels
 from autotune.workload.texts import TEXTS
-from benchmarks import gpu, loaded, peers, quality, restart, smoke, stage, table, worker
+from benchmarks import (
+    loaded,
+    peers,
+    quality,
+    restart,
+    smoke,
+    stage,
+    table,
+    worker,
+)
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
 from benchmarks.peers import PEERS, Peer, Setup, Weights
@@ -506,20 +514,6 @@ def test_a_count_is_over_its_ceiling_or_not(value: float, over: bool) -> None:
 
 def test_every_plan_that_is_counted_has_ceilings() -> None:
     assert smoke.CEILINGS.keys() == smoke.PLANS.keys()
-
-
-def test_the_gpu_benchmark_is_of_the_class_it_says() -> None:
-    model = gpu.random_model(gpu.SHAPE["num_hidden_layers"], "meta")
-    assert (model.num_parameters(), model.dtype) == (8_030_261_248, torch.bfloat16)
-    prompts = gpu.random_prompts(gpu.SHAPE["vocab_size"], 12)
-    assert {len(prompt) for prompt in prompts} == {12}
-    assert len(set(map(tuple, prompts))) == len(prompts)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_gpu_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main([]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
 
 
 BEFORE = loaded.Round({(loaded.OURS, False): 10.0, (loaded.THEIRS, False): 60.0}, 0.01)

@@ -25,6 +25,7 @@ SIDES = (256, 512, 1024, 2048, 4096, 8192)  # sides of square matmuls, tried unt
 HOPELESS_FLOPS_PER_S = 1e9  # any vector unit is faster: below it the dtype is emulated, and larger sides are skipped
 MATMUL_S = 0.04  # seconds after which a matmul's start-up cost is negligible: larger ones run no faster
 MATMUL_ROUNDS, MATMUL_LIMIT_S = 3, 0.1  # rounds of one size in a try, and seconds after which no round is added
+CLOCKS_S = 0.3  # work after which an idle GPU's clocks are up; power states change within tens of milliseconds each
 FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply FP8 on tensor cores
 
 Multiply = Callable[[], torch.Tensor]
@@ -53,6 +54,7 @@ def measure(device: Device) -> Peaks:
     and "tf32" is float32 on tensor cores. Dtypes that a device cannot multiply are absent.
     """
     reads, matmuls = _reads(device), _matmuls(device)
+    _raise_clocks(device, reads)
     early = {"": (_bandwidth(device, reads), 0)}
     early |= {name: _peak(device, prepare) for name, prepare in matmuls.items()}
     late = {name: _peak(device, matmuls[name], (side,))[0] for name, (_, side) in early.items() if side}
@@ -89,6 +91,14 @@ def _reads(device: Device) -> list[tuple[int, Multiply]]:
         halves = flat.chunk(2)
         reads += [(data.nbytes, flat.sum), (data.nbytes, lambda: halves[0].copy_(halves[1]))]
     return reads
+
+
+def _raise_clocks(device: Device, reads: list[tuple[int, Multiply]]) -> None:
+    """Keep a GPU busy until its clocks are up: an idle one needs a few hundred milliseconds of work for that."""
+    end = time.perf_counter() + CLOCKS_S if device.asynchronous else 0.0
+    while time.perf_counter() < end:
+        for _, read in reads:
+            device.seconds(read)
 
 
 def _bandwidth(device: Device, reads: list[tuple[int, Multiply]]) -> float:

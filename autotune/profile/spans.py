@@ -16,10 +16,10 @@ Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear lay
 
 _LINEAR = re.compile(
     r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|"
-    r"nvjet|splitKreduce|[mM]arlin"  # names of kernels whose operator is unknown
+    r"Gemm|nvjet|splitKreduce|[mM]arlin|triton_\w*(mul_sum|_mm)"  # names of kernels whose operator is unknown
 )
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
-_CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|kv_cache|cache_update")
+_CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|index_copy_kernel|kv_cache|cache_update")
 GENERATED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
 DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
 _RELABELLING = (  # operators that only make or relabel tensors
@@ -148,9 +148,10 @@ def _role(name: str) -> Role | None:
 
 def kernel_span(work: DeviceEvent, seconds: float) -> Span:
     """Return the span of a kernel that no operator launched: part of a graph or of generated code."""
-    plain = _KERNEL.match(work.name)
-    name = plain.group(1).rpartition("::")[2] if plain else work.name
-    role = _role(name)
+    whole = work.name.replace("(anonymous namespace)::", "")
+    plain = _KERNEL.match(whole)
+    name = plain.group(1).rpartition("::")[2] if plain else whole
+    role = _role(name) or _role(whole)  # CUTLASS names what a kernel does in its template's arguments
     group = group_of(work.launch) if work.launch is not None else None
     return Span(
         name, seconds, group or (ATTENTION if role == "attention" else COMPILED), role, works=True, outermost=False

@@ -129,7 +129,12 @@ def attend(
     causal = bool(queries > 1 and attention_mask is None and causal)
     if causal and key.shape[2] > queries:  # a static cache without earlier tokens: its other slots are empty
         key, value = key[:, :, :queries], value[:, :, :queries]
-    if not chosen.grouped and (groups := query.shape[1] // key.shape[1]) > 1:
+    groups = 1 if chosen.grouped else query.shape[1] // key.shape[1]
+    if groups > 1 and queries == 1:  # the queries that share a key take the place of queries in time
+        packed = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])  # [B, Hk, groups, D]
+        out = chosen.compute(packed, key, value, attention_mask, causal, scaling)
+        return out.reshape(query.shape[0], 1, query.shape[1], -1), None
+    if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     out = chosen.compute(query, key, value, attention_mask, causal, scaling)
     return out.transpose(1, 2).contiguous(), None

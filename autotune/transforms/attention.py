@@ -177,6 +177,18 @@ class Attention(Transform):
         return " and ".join(sorted(others)) or ("no kernel of SDPA's" if self.backend else None)
 
 
+def without_mask(module: torch.nn.Module, device: torch.device) -> str | None:
+    """The implementation that a module looks up and that takes no attention mask there, or None."""
+    used = seam.attentions_of(module)
+    for name, needs in IMPLEMENTATIONS.items():
+        backend = name.partition(":")[2]
+        kernel = attention_sdpa.kernel(backend, device) if backend else None
+        registered = attention_sdpa.KERNELS[backend].name if backend else name
+        if registered in used and not (kernel.masks if kernel is not None else needs.mask):
+            return name
+    return None
+
+
 def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
     """Names of the torch operators that run for a few tokens of a phase."""
     seen = _Names()

@@ -87,6 +87,13 @@ class LinearDtype(LinearTransform):
         for phase in self.phases:  # other transforms may narrow these layers further; a second linear_dtype may not
             if linear_layers.count(variant.modules[phase], CastLinear):
                 return nothing_left(variant, phase)
+            layers = linear_layers.linears(variant.modules[phase], self.skip).values()
+            if (
+                hardware.device == "cuda"
+                and layers
+                and all(layer.weight.dtype in (torch.bfloat16, torch.float16) for layer in layers)
+            ):
+                return "tensor cores multiply BF16 and FP16 at one rate, and the weights are in one of them already"
         return super().unavailable(variant, hardware)
 
     def exchange(self, linear: nn.Linear) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 from ..errors import TransformError
-from ..machine import gpus
+from ..machine import gpus, outside
 from ..machine.device import cpu
 from ..model import linear_layers
 from ..runtime.variant import Stage, Transform
@@ -162,7 +162,8 @@ class LinearTransform(Transform):
         """Bytes of a new layer divided by those of the layer it replaces; None if it cannot be made."""
         try:
             new = None if linear is None else self.exchange_once(linear)
-        except ValueError:  # the new layer cannot hold these weights; `apply` reports it
+        except Exception as error:  # a library may raise anything, for want of memory, too; `apply` reports it
+            outside.pass_on(error)
             return None
         if linear is None or new is None:
             return None

@@ -53,7 +53,7 @@ class StaticCache(Transform):
             return f"the cache is static already ({variant.caches.slots} slots)"
         if variant.kv is not None:
             return f"the KV cache is {variant.kv}"
-        return no_slots(variant.original)
+        return no_slots(variant.original) or unmasked(variant)
 
     def rehearsed(self) -> Transform:
         return over_few_slots()
@@ -88,6 +88,15 @@ def no_slots(model: PreTrainedModel) -> str | None:
     )
 
 
+def unmasked(variant: Variant) -> str | None:
+    """Why decode's attention cannot read slots, or None: those that are empty must be masked."""
+    from .attention import without_mask
+
+    if (name := without_mask(variant.modules["decode"], variant.original.device)) is None:
+        return None
+    return f"decode's attention is {name}, which takes no mask, and slots need one for those that are empty"
+
+
 def use_slots(variant: Variant, slots: int = 0) -> None:
     """Give the variant a static cache and the loop that drives it, unless it has them.
 
@@ -96,7 +105,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     """
     from ..runtime.cache.pool import CachePool
 
-    if reason := no_slots(variant.original):
+    if reason := no_slots(variant.original) or unmasked(variant):
         raise TransformError(reason)
     config = variant.original.config.get_text_config(decoder=True)
     if variant.caches is None:

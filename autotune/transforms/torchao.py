@@ -27,28 +27,31 @@ class Scheme:
     """One of torchao's schemes and its requirements.
 
     Args:
-        bits: bits per weight.
+        bits: bits per weight, with scales and zero points where groups have them.
         multiplied: dtype of the product's factors ("int8"), or None for the weights' own.
         capability: the lowest compute capability of a GPU that runs it.
         weights: dtype that weights must have before quantisation, and activations at the input; None: any.
         inputs, outputs: features of a layer on a GPU must be multiples of these; other layers are left unchanged.
+        rows: the fewest rows that a product on a GPU takes; fewer are filled up.
     """
 
-    bits: int
+    bits: float
     multiplied: str | None
     capability: Capability
     weights: torch.dtype | None = None
     inputs: int = 1
     outputs: int = 1
+    rows: int = 1
 
 
 # Capabilities: INT8 through cuBLASLt and the tinygemm INT4 kernel need Ampere (8.0). FP8 conversions and products need
 # Ada (8.9). Features: cuBLASLt's INT8 needs multiples of 8 (torchao would otherwise multiply on the host without a
-# warning), FP8 needs multiples of 16, and INT4 shares a scale among 32.
+# warning), FP8 needs multiples of 16, and INT4 shares a scale and a zero point of 2 bytes each among 32. Rows:
+# torch._int_mm takes more than 16; for fewer, torchao multiplies in FP32 without a warning, or does not compile.
 SCHEMES = {
     "int8_weight_only": Scheme(8, None, (7, 0)),
-    "int8_dynamic": Scheme(8, "int8", (8, 0), inputs=8, outputs=8),
-    "int4_weight_only": Scheme(4, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
+    "int8_dynamic": Scheme(8, "int8", (8, 0), inputs=8, outputs=8, rows=17),
+    "int4_weight_only": Scheme(5, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
     "float8_weight_only": Scheme(8, None, (8, 9)),
     "float8_dynamic": Scheme(8, "float8", (8, 9), torch.bfloat16, inputs=16, outputs=16),
 }
@@ -74,9 +77,15 @@ class TorchaoLinear(linear_layers.Replacement):
         super().__init__(linear, size, form=f"{scheme}, compiled" if compiled else scheme)
         self.weight = weight
         self.bias = bias
-        self.product = _compiled(scheme, tuple(linear.weight.shape), linear.bias is None) if compiled else F.linear
+        self.rows = SCHEMES[scheme].rows if weight.device.type == "cuda" else 1
+        on = weight.device.type
+        self.product = _compiled(scheme, tuple(linear.weight.shape), linear.bias is None, on) if compiled else F.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        if 0 < rows < self.rows:
+            filled = F.pad(x.reshape(rows, -1), (0, 0, 0, self.rows - rows))
+            return self(filled)[:rows].view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
         y: torch.Tensor = self.product(x.to(self.weight.dtype), self.weight, self.bias)
         return y.to(x.dtype)
 
@@ -191,13 +200,14 @@ def _missing(scheme: str, where: torch.device) -> str | None:
 
 
 @functools.cache
-def _compiled(scheme: str, shape: tuple[int, ...], biased: bool) -> Callable[..., torch.Tensor]:
+def _compiled(scheme: str, shape: tuple[int, ...], biased: bool, on: str) -> Callable[..., torch.Tensor]:
     """A compiled product for all layers of one scheme and shape, with a separate recompilation limit."""
-    from ..runtime.steps.compiled import require_private_cache
+    from ..runtime.steps import compiled as compiled_code
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
-    require_private_cache()
-    compiled = torch.compile(product, isolate_recompiles=True)  # type: ignore[call-overload]  # missing in the stub
+    compiled_code.require_private_cache()
+    options = compiled_code.OPTIONS[on]
+    compiled = torch.compile(product, isolate_recompiles=True, options=options)  # type: ignore[call-overload]  # no stub
     return cast("Callable[..., torch.Tensor]", compiled)

@@ -20,9 +20,9 @@ from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.profile.operators import device_use, share
 from autotune.profile.phases import on_device
-from autotune.profile.recording import read
+from autotune.profile.recording import DeviceEvent, read
 from autotune.profile.scaling import growth_s
-from autotune.profile.spans import Span, Trace
+from autotune.profile.spans import Span, Trace, kernel_span
 from autotune.profile.timeline import Timeline, timeline
 from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
@@ -201,6 +201,34 @@ def test_a_loop_that_runs_ahead_is_measured_by_where_work_runs() -> None:
     assert sum(span.seconds for span in found.spans) == pytest.approx(98e-6)
     assert set(spent) == {"linear", "attention"}
     assert groups == {COMPILED, ATTENTION}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "role"),
+    [  # names as an H100, an A100 and inductor report them
+        ("nvjet_sm90_tst_64x8_64x16_2x1_v_bz_splitK_TNT", "linear"),
+        ("void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_tn_align1>(cutlass_80_simt_sgemm::Params)", "linear"),
+        (
+            "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::tuple<int> > >(Params)",
+            "linear",
+        ),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>(int)", "linear"),
+        ("void at::native::(anonymous namespace)::tinygemm_m16n8k16_chunk_kernel<ALayout_RM<>, 8>(void*)", "linear"),
+        ("triton_red_fused_mul_sum_unsqueeze_3", "linear"),
+        ("cudnn_generated_fort_native_sdpa_sm80_flash_fprop_wmma_f16_knob_35_16x128x64_kernel0_0", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<pytorch_flash::Flash_fwd_kernel_traits<128> >(P)", "attention"),
+        (
+            "void at::native::index_elementwise_kernel<128, 4, at::native::index_copy_kernel_impl<Op> >(int)",
+            "cache",
+        ),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16> >(int)", None),
+        ("triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_0", None),
+        ("Memcpy DtoD (Device -> Device)", None),
+    ],
+)
+def test_what_a_kernel_does_is_in_its_name(kernel: str, role: str | None) -> None:
+    work = DeviceEvent(kernel, "kernel", 0.0, 1e-5)
+    assert kernel_span(work, 1e-5).role == role
 
 
 def test_kernels_of_generated_code_are_known_by_their_own_names() -> None:

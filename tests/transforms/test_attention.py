@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from autotune.errors import TransformError
+from autotune.machine import device
 from autotune.model.seam import attentions_of as in_use
 from autotune.runtime import attention_sdpa
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import attention, make
 from autotune.transforms.attention import IMPLEMENTATIONS, Attention, operators
 from tests import models
+from tests.fakes.cuda import FakeCuda
 from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
@@ -231,6 +233,46 @@ def test_one_kernel_against_sdpa(backend: str, mask: str | None) -> None:
     torch.testing.assert_close(out, F.scaled_dot_product_attention(query, *wide, attn_mask=bias).transpose(1, 2))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_share_a_key_take_the_place_of_queries(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step repeats no keys, even for a kernel that does not know grouped heads."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 8, 1, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    mask = torch.rand(2, 1, 1, 9) > 0.3 if masked else None
+    seen = list[tuple[int, ...]]()
+
+    def compute(q: Any, k: Any, v: Any, *rest: Any) -> torch.Tensor:
+        seen.extend(tuple(t.shape) for t in (q, k, v))
+        return attention_sdpa._math(q, k, v, *rest)
+
+    kernel = replace(attention_sdpa.KERNELS["efficient"], compute=compute)
+    monkeypatch.setitem(attention_sdpa.ON_CPU, "efficient", kernel)
+    module: Any = torch.nn.Module()
+    out, _ = attention_sdpa.attend("efficient", module, query, key, value, mask)
+    assert seen == [(2, 2, 4, 16), (2, 2, 9, 16), (2, 2, 9, 16)]
+    wide = (t.repeat_interleave(4, 1) for t in (key, value))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(query, *wide, attn_mask=mask).transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "sdpa:flash"])
+def test_what_takes_no_mask_does_not_decode_over_slots(
+    name: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: SDPA would compute in its place without a word, flash-attn would wait or raise."""
+    monkeypatch.setattr(attention_sdpa, "ON_CPU", {})
+    hopper = replace(GPU, capability="9.0")
+    with device.stand_in(FakeCuda()):
+        variant = Variant(llama.bfloat16()).with_transform(Attention("decode", "sdpa:math"))
+        used = attention_sdpa.register("flash") if ":" in name else name
+        for module in variant.modules["decode"].modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = used
+        for transform in (make(slots, {}, "decode") for slots in ("static_cache", "cuda_graph", "compile_step")):
+            assert f"attention is {name}, which takes no mask" in (transform.unavailable(variant, hopper) or "")
+            with pytest.raises(TransformError, match="takes no mask"):
+                transform.apply(variant)
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_another_kernel_than_the_chosen_one_is_no_effect(
     phase: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +314,10 @@ def test_flex_attention_uncompiled(phase: str, llama: PreTrainedModel) -> None:
         assert transform.took_effect(candidate) is None
         for inputs in (models.left_padded(), {"input_ids": torch.tensor(models.token_prompts(2, 20))}):
             got = serving(candidate).generate(**inputs, max_new_tokens=6, min_new_tokens=6)
+            assert torch.equal(got, llama.generate(**inputs, max_new_tokens=6, min_new_tokens=6))
+        if phase == "decode":  # FlexAttention adds a mask of four dimensions, also one of true and false
+            slots = candidate.with_transform(make("static_cache", {}, "decode"))
+            got = serving(slots).generate(**inputs, max_new_tokens=6, min_new_tokens=6)
             assert torch.equal(got, llama.generate(**inputs, max_new_tokens=6, min_new_tokens=6))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from autotune.errors import TransformError
 from autotune.machine import device as devices
+from autotune.runtime.steps import compiled
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms import bitsandbytes, make, torchao
 from autotune.transforms.cuda_graph import uncapturable
@@ -136,6 +138,58 @@ def test_rows_of_zeros(scheme: str) -> None:
 def test_a_layer_that_torchao_leaves_alone_is_said_so() -> None:
     with pytest.raises(ValueError, match=r"leaves a weight of shape \(30, 64\) as it is with float8_dynamic"):
         torchao.TorchaoLinear(nn.Linear(64, 30, dtype=torch.bfloat16), "float8_dynamic", compiled=False)
+
+
+@pytest.mark.usefixtures("able")
+def test_too_few_rows_are_filled_up() -> None:
+    """torch._int_mm takes more than 16 rows; a scale per token keeps rows apart."""
+    layer = torchao.TorchaoLinear(nn.Linear(64, 32, dtype=torch.bfloat16), "int8_dynamic", compiled=False)
+    seen, product = list[int](), layer.product
+
+    def noted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(x.shape[-2])
+        return product(x, *rest)
+
+    layer.product = noted
+    given = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    expected = layer(given)
+    layer.rows = torchao.SCHEMES["int8_dynamic"].rows
+    assert torch.equal(layer(given), expected)
+    assert seen == [3, 17]
+
+
+@pytest.mark.parametrize(("on", "descent"), [("cpu", None), ("cuda", True)])
+def test_products_compiled_for_a_gpu_are_tuned_for_one_row(
+    on: str, descent: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without coordinate descent inductor widens 8-bit weights in memory, five bytes a weight instead of one."""
+    given = dict[str, Any]()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.update(options) or function)
+    torchao._compiled.__wrapped__("int8_weight_only", (64, 64), True, on)
+    assert given["options"].get("coordinate_descent_tuning") is descent
+    given.clear()
+    model = models.tiny("llama")
+    token: Any = SimpleNamespace(device=torch.device(on))
+    with pytest.raises(TransformError, match="does not compile"):
+        compiled.compile_ahead((model, token), regions=False)  # the function that is not compiled cannot be kept
+    assert given["options"].get("coordinate_descent_tuning") is descent
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", ["bfloat16", "float16"])
+def test_tensor_cores_gain_nothing_from_another_half(dtype: torch.dtype, wanted: str) -> None:
+    variant = Variant(models.tiny("llama").to(dtype))
+    assert "at one rate" in (make("linear_dtype", {"dtype": wanted}, "both").unavailable(variant, gpu("9.0")) or "")
+
+
+def test_a_sample_that_does_not_fit_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform: Any = make("torchao", {"scheme": "int8_weight_only"}, "decode")
+
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB")
+
+    monkeypatch.setattr(torchao, "quantized", out_of_memory)
+    assert transform.extra_bytes(Variant(models.tiny("llama"))) == 0.0
 
 
 @pytest.mark.parametrize(

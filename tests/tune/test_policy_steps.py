@@ -87,6 +87,7 @@ def test_decode_that_computes_on_a_cpu_gets_weights_that_compute_in_fp32(name: s
 # pattern -> what limits decode and prefill, and steps of which some have to be considered and some must not
 NARROW, OLD = "narrower weights for decode, FP8 hardware", "narrower weights for decode"
 MERGED, GRAPH, GUESS = "fewer, larger matmuls", "one launch a token", "guess ahead"
+SLOTS, FEWER = "attention over slots, GPU", "fewer kernels a token"
 LONG, FLASH = "attention over a long cache", "flash attention in prefill"
 LAUNCHES = "fewer launches in prefill"
 FP8, INT8 = "FP8 arithmetic in prefill", "INT8 arithmetic in prefill"
@@ -102,7 +103,7 @@ FP8, INT8 = "FP8 arithmetic in prefill", "INT8 arithmetic in prefill"
             LARGE,
             "memory",
             "overhead",
-            ["half precision", MERGED, NARROW, GRAPH, FLASH, LAUNCHES, GUESS],
+            ["half precision", GRAPH, SLOTS, MERGED, NARROW, FEWER, FLASH, LAUNCHES, GUESS],
         ),
         (
             "balanced",
@@ -110,14 +111,21 @@ FP8, INT8 = "FP8 arithmetic in prefill", "INT8 arithmetic in prefill"
             LARGE,
             "memory",
             "overhead",
-            ["half precision", MERGED, NARROW, GRAPH, FLASH, LAUNCHES, GUESS],
+            ["half precision", GRAPH, SLOTS, MERGED, NARROW, FEWER, FLASH, LAUNCHES, GUESS],
         ),
-        ("balanced", BLACKWELL, LARGE, "memory", "sync", ["half precision", MERGED, NARROW, GRAPH, GUESS]),
-        ("balanced", AMPERE, LARGE, "memory", "sync", ["half precision", MERGED, OLD, GRAPH, GUESS]),
-        ("balanced", HOPPER, SMALL, "memory", "sync", ["half precision", MERGED, GRAPH, GUESS]),
-        ("latency", AMPERE, LARGE, "memory", "sync", ["half precision", MERGED, OLD, GRAPH, GUESS]),
-        ("throughput", HOPPER, LARGE, "memory", "sync", ["half precision", MERGED, NARROW, GRAPH]),
-        ("lossless", HOPPER, LARGE, "memory", "sync", [MERGED, GRAPH, GUESS]),
+        (
+            "balanced",
+            BLACKWELL,
+            LARGE,
+            "memory",
+            "sync",
+            ["half precision", GRAPH, SLOTS, MERGED, NARROW, FEWER, GUESS],
+        ),
+        ("balanced", AMPERE, LARGE, "memory", "sync", ["half precision", GRAPH, SLOTS, MERGED, OLD, FEWER, GUESS]),
+        ("balanced", HOPPER, SMALL, "memory", "sync", ["half precision", GRAPH, SLOTS, MERGED, FEWER, GUESS]),
+        ("latency", AMPERE, LARGE, "memory", "sync", ["half precision", GRAPH, SLOTS, MERGED, OLD, FEWER, GUESS]),
+        ("throughput", HOPPER, LARGE, "memory", "sync", ["half precision", GRAPH, SLOTS, MERGED, NARROW, FEWER]),
+        ("lossless", HOPPER, LARGE, "memory", "sync", [GRAPH, SLOTS, MERGED, FEWER, GUESS]),
         # prefill computes
         ("balanced", HOPPER, LARGE, "capacity", "compute", ["half precision", FP8, FLASH]),
         ("latency", BLACKWELL, LARGE, "capacity", "compute", ["half precision", FP8, FLASH]),
@@ -125,17 +133,17 @@ FP8, INT8 = "FP8 arithmetic in prefill", "INT8 arithmetic in prefill"
         ("balanced", HOPPER, SMALL, "capacity", "compute", ["half precision", FLASH]),
         ("lossless", HOPPER, LARGE, "capacity", "compute", [FLASH]),
         # decode reads keys and values
-        ("balanced", HOPPER, LARGE, "kv-cache", "sync", ["half precision", LONG, GRAPH, GUESS]),
-        ("throughput", HOPPER, LARGE, "kv-cache", "sync", ["half precision", LONG, GRAPH]),
-        ("lossless", AMPERE, SMALL, "kv-cache", "sync", [LONG, GRAPH, GUESS]),
+        ("balanced", HOPPER, LARGE, "kv-cache", "sync", ["half precision", GRAPH, SLOTS, FEWER, LONG, GUESS]),
+        ("throughput", HOPPER, LARGE, "kv-cache", "sync", ["half precision", GRAPH, SLOTS, FEWER, LONG]),
+        ("lossless", AMPERE, SMALL, "kv-cache", "sync", [GRAPH, SLOTS, FEWER, LONG, GUESS]),
         # the host launches
-        ("balanced", HOPPER, SMALL, "overhead", "sync", ["half precision", MERGED, GRAPH, GUESS]),
-        ("lossless", ADA, LARGE, "overhead", "sync", [MERGED, GRAPH, GUESS]),
+        ("balanced", HOPPER, SMALL, "overhead", "sync", ["half precision", GRAPH, SLOTS, MERGED, FEWER, GUESS]),
+        ("lossless", ADA, LARGE, "overhead", "sync", [GRAPH, SLOTS, MERGED, FEWER, GUESS]),
         # the host waits
-        ("balanced", HOPPER, LARGE, "sync", "sync", ["half precision", GRAPH]),
-        ("latency", AMPERE, SMALL, "sync", "sync", ["half precision", GRAPH]),
-        ("throughput", BLACKWELL, LARGE, "sync", "sync", ["half precision", GRAPH]),
-        ("lossless", HOPPER, LARGE, "sync", "sync", [GRAPH]),
+        ("balanced", HOPPER, LARGE, "sync", "sync", ["half precision", GRAPH, FEWER]),
+        ("latency", AMPERE, SMALL, "sync", "sync", ["half precision", GRAPH, FEWER]),
+        ("throughput", BLACKWELL, LARGE, "sync", "sync", ["half precision", GRAPH, FEWER]),
+        ("lossless", HOPPER, LARGE, "sync", "sync", [GRAPH, FEWER]),
         # memory: bytes first, whatever limits the time
         ("memory", HOPPER, LARGE, "overhead", "sync", ["smaller weights, FP8 hardware", GRAPH, FLASH]),
         ("memory", AMPERE, SMALL, "compute", "sync", ["smaller weights, GPU", FLASH]),
@@ -172,12 +180,14 @@ def test_unmeasured_schemes_need_what_their_step_is_for() -> None:
                 assert any(wanted.admits(max(needed, (7, 0))) for wanted in step.capabilities), f"{step.name}: {made}"
 
 
-def test_graphs_and_guesses_come_after_the_weights_that_they_hold() -> None:
+def test_guesses_come_last_and_compiling_comes_after_the_weights() -> None:
+    """A guess is checked by what all others made; a change of weights would compile the step anew."""
     for name in NAMES:
         stages = [
-            [transforms.registry()[choice.transform].stage for choice in step.choices]
+            {transforms.registry()[choice.transform].stage for choice in step.choices}
             for step in policy.load(name).steps
             if step.phase == "decode" and step.devices == {"cuda"}
         ]
-        first_graph = next(i for i, of in enumerate(stages) if Stage.GRAPH in of)
-        assert not any(Stage.WEIGHTS in of for of in stages[first_graph:])
+        places = {stage: [n for n, of in enumerate(stages) if stage in of] for stage in Stage}
+        assert not places[Stage.COMPILE] or max(places[Stage.WEIGHTS], default=-1) < min(places[Stage.COMPILE])
+        assert not places[Stage.SPECULATION] or places[Stage.SPECULATION] == [len(stages) - 1]

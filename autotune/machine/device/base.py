@@ -153,8 +153,8 @@ class Device(ABC):
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
         """Run `work` a few times, then record what it queues. Call this on the owner thread, inside `stream`.
 
-        A graph keeps the address of the workspace that libraries wrote to during its capture. Destroying any graph frees
-        the workspaces of its stream (pytorch#193402), so each graph must have one of its own, in its own memory.
+        A graph keeps the address of the workspace that libraries wrote to during its capture. The end of any graph
+        frees the workspaces of its stream (pytorch#193402), so each graph must have one of its own, in its own memory.
 
         Args:
             work: reads and writes buffers whose addresses do not change while the graph exists; never waits.

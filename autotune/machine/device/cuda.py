@@ -81,7 +81,8 @@ class Cuda(Device):
         torch.cuda.set_rng_state(state[1], self.where)
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        with torch.cuda.device(self.where):  # pinning on another GPU would open a context there
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         copied = self.mark()
 

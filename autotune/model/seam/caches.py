@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def cache_over(layers: Iterable[CacheLayer]) -> Any:
     """A cache of these layers."""
-    from transformers import Cache
+    from transformers.cache_utils import Cache
 
     return Cache(layers=list(layers))
 

@@ -13,12 +13,15 @@ import torch
 
 from ...model import seam
 from ...model.seam.layers import CacheLayer
+from ..attention_sdpa import KERNELS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+# Implementations that add a mask of four dimensions to the scores. Made here, the mask is made once for all layers.
+ADDING = {"eager", "flex_attention", *(KERNELS[name].name for name in ("cudnn", "efficient"))}
 MAX_DISCARDED = 64  # largest number of slots past `length` that discarded steps may have written
 
 
@@ -230,7 +233,7 @@ def forward(
     if window := getattr(config, "sliding_window", None):
         inside = index > last - window
         masks["sliding_attention"] = full & (inside[:, None] if by_row else inside)
-    if seam.attention_of(config) == "eager":  # eager attention adds its mask to the scores
+    if seam.attention_of(config) in ADDING:
         masks = {kind: _additive(mask, keys[0].dtype) for kind, mask in masks.items()}
     mixed = len(masks) > 1 and getattr(config, "layer_types", None)
     mask: Any = masks if mixed else list(masks.values())[-1]

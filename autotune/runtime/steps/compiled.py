@@ -34,6 +34,10 @@ log = logging.getLogger("autotune")
 
 LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on kernels' arguments take 0.5 ms a token
 MOST_BYTES = 1 << 30  # largest size of a step's compiled code
+# On a GPU a matrix times a vector reaches the memory's bandwidth only with coordinate descent (see the comment in
+# torch._inductor.decomposition.mm). Without it weights in 8 bits are widened into a tensor of 16 bits that is then
+# multiplied: five bytes a weight instead of one. As an option of a compilation: inductor's flags are the process's.
+OPTIONS: dict[str, dict[str, Any]] = {"cpu": {}, "cuda": {"coordinate_descent_tuning": True}}
 MODES: dict[str, dict[str, bool]] = {  # torch's options for these modes; see torch._inductor.list_mode_options
     "default": {},
     "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True},
@@ -103,7 +107,8 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "defaul
     Raises:
         TransformError: the step cannot be traced as one graph, the compiler failed, or others can write to its cache.
     """
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, **LEAN, **MODES[mode]}
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options |= LEAN | OPTIONS[arguments[1].device.type] | MODES[mode]
     require_private_cache()
     try:
         with torch.no_grad(), layers_as_regions(arguments[0], regions):
@@ -162,7 +167,7 @@ def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mo
     seen = hashlib.blake2b(digest_size=16)
     for part in _ingredients(module):
         seen.update(part.encode() + b"\0")
-    seen.update(repr((layout, regions, sorted(LEAN.items()), mode, torch.get_num_threads())).encode())
+    seen.update(repr((layout, regions, sorted(LEAN.items()), OPTIONS, mode, torch.get_num_threads())).encode())
     return folder / f"{seen.hexdigest()}.step"
 
 

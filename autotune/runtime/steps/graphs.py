@@ -137,6 +137,7 @@ class GraphSteps(DecodeSteps):
         """The number of slots to read for `tokens` tokens."""
         return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
 
+    @torch.no_grad()
     def prepare(self, cache: slots.SlotCache, tokens: int) -> None:
         """Capture for a cache of up to `tokens` tokens, and check that each graph reacts to its inputs.
 

@@ -16,7 +16,7 @@ import torch
 from ...errors import AutotuneError, TransformError, first_line
 from ...machine import outside
 from ..cache.slots import SlotCache, run
-from .compiled import LEAN, MODES, layers_as_regions, require_private_cache
+from .compiled import LEAN, MODES, OPTIONS, layers_as_regions, require_private_cache
 from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class InductorGraphStep(DecodeSteps):
         """
         require_private_cache()
         guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe  # the module is never edited again
-        options = {"guard_filter_fn": guards, **LEAN, **MODES["reduce-overhead"]}
+        options = {"guard_filter_fn": guards, **LEAN, **OPTIONS[self.device.where.type], **MODES["reduce-overhead"]}
         compiler: Any = torch.compile  # torch's stubs know neither the options nor the last argument
         function = compiler(run, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
         token = torch.zeros(cache.shape[0], 1, dtype=torch.int64, device=cache.slot.device)

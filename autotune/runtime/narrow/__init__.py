@@ -1,0 +1,1 @@
+"""Linear layers with narrow weights for NVIDIA GPUs, by kernels in Triton."""

@@ -1,0 +1,149 @@
+"""What whoever has a GPU runs first: `make first-hour-on-gpu`.
+
+Runs doctor, the tests that need a GPU, a soak of graphs, and the benchmarks for 1 and 8 billion parameters, each in a
+process of its own with a limit of its own. A part that fails or takes too long ends, and the next one begins. All
+output goes into one file, which is written anew after every part, to read or to send. Nothing on the GPU is reset or
+set: clocks, modes and partitions stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+PYTHON = sys.executable
+MINUTES = 50.0
+GRACE_S = 10.0  # between asking a process to end and ending it
+MOST_CHARACTERS = 60_000  # of a part's output that the file keeps, from its end
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command.
+
+    Args:
+        command: what runs.
+        seconds: its limit.
+    """
+
+    command: tuple[str, ...]
+    seconds: float
+
+
+def module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", name, *arguments)
+
+
+PARTS: Mapping[str, Part] = {
+    "doctor": Part(module("autotune", "doctor"), 120),
+    "tests": Part(module("pytest", "-m", "gpu", "-q", "--durations=10"), 600),
+    "soak": Part(module("benchmarks.graph_soak", "--seconds", "120"), 240),
+    "kernels": Part(module("benchmarks.gpu_kernels"), 120),
+    "steps-1b": Part(module("benchmarks.gpu_steps", "--shape", "1b", "--batches", "1,8", "--seconds", "240"), 300),
+    "steps-8b": Part(module("benchmarks.gpu_steps", "--shape", "8b", "--seconds", "300"), 420),
+    "tune-1b": Part(module("benchmarks.gpu", "--shape", "1b", "--policy", "balanced", "--budget", "300"), 480),
+    "tune-8b": Part(module("benchmarks.gpu", "--shape", "8b", "--policy", "latency", "--budget", "540"), 720),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended.
+
+    Args:
+        code: its exit code; None if it was ended for want of time.
+        seconds: how long it ran.
+        output: what it printed.
+    """
+
+    code: int | None
+    seconds: float
+    output: str
+
+    def __str__(self) -> str:
+        return "passed" if self.code == 0 else "ended: out of time" if self.code is None else f"failed ({self.code})"
+
+
+def run(part: Part, limit_s: float) -> Outcome:
+    """Run a part, and end it with its children after `limit_s`."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        part.command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    late = False
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        late = True
+        output = _end(process)
+    except BaseException:
+        _end(process)
+        raise
+    return Outcome(None if late else process.returncode, time.monotonic() - began, output)
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=GRACE_S)[0]
+    return ""
+
+
+def report(outcomes: Mapping[str, Outcome], parts: Mapping[str, Part]) -> str:
+    """The file: a table of all parts, then what each printed."""
+    lines = ["# First hour on a GPU", "", "| part | outcome | seconds |", "|---|---|---|"]
+    for name in parts:
+        found = outcomes.get(name)
+        lines.append(f"| {name} | {found or 'not run'} | {f'{found.seconds:.0f}' if found else '-'} |")
+    for name, found in outcomes.items():
+        kept = found.output[-MOST_CHARACTERS:]
+        cut = f"[{len(found.output) - len(kept)} characters before this]\n" if len(kept) < len(found.output) else ""
+        lines += ["", f"## {name}", "", f"`{' '.join(parts[name].command[1:])}`", "", "```", cut + kept.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    parts: Mapping[str, Part] = PARTS,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    parser = argparse.ArgumentParser(prog="make first-hour-on-gpu BENCH_ARGS=...", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="all parts together")
+    parser.add_argument("--parts", default=",".join(parts), help="some of them, in this order")
+    parser.add_argument("--out", type=Path, default=Path("out/first-hour.md"))
+    asked = parser.parse_args(arguments)
+    chosen = asked.parts.split(",")
+    if unknown := [name for name in chosen if name not in parts]:
+        parser.error(f"no part is called {unknown[0]}; there are {', '.join(parts)}")
+    end, outcomes = clock() + 60 * asked.minutes, dict[str, Outcome]()
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        left_s = end - clock()
+        if left_s <= 0:
+            break
+        print(f"{name}: at most {min(left_s, parts[name].seconds):.0f} s", flush=True)
+        outcomes[name] = run(parts[name], min(left_s, parts[name].seconds))
+        print(f"{name}: {outcomes[name]} after {outcomes[name].seconds:.0f} s", flush=True)
+        asked.out.write_text(report(outcomes, {name: parts[name] for name in chosen}), encoding="utf-8")
+    print(f"everything is in {asked.out}")
+    return 0 if len(outcomes) == len(chosen) and all(found.code == 0 for found in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
