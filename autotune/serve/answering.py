@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import CancelledRequestError, DeadlineError, QueueFullError
 from .detokenise import Detokeniser, Stops
+from .grammar import Grammar, GrammarError
 from .refusal import Refusal
 from .sampling import Witness
 
@@ -75,7 +76,14 @@ class TextAnswers:
     running: int = field(default=0, init=False)  # answers under way
 
     async def pieces(
-        self, prompt: Sequence[int], body: Generation, room: int, *, alternatives: int | None, number: int = 0
+        self,
+        prompt: Sequence[int],
+        body: Generation,
+        room: int,
+        *,
+        alternatives: int | None,
+        number: int = 0,
+        grammar: Grammar | None = None,
     ) -> AsyncGenerator[Piece]:
         """The pieces of one answer; the last one has a reason. Closing the iterator frees the model's row.
 
@@ -85,12 +93,13 @@ class TextAnswers:
             room: most new tokens.
             alternatives: at each token, or None for no log-probabilities.
             number: of the answer among those to one prompt; each has a seed of its own.
+            grammar: of the form that the answer keeps to; None: any text.
 
         Raises:
-            Refusal: the queue is full, or the deadline passed.
+            Refusal: the queue is full, the deadline passed, or the form became too complex.
         """
         witness = None if alternatives is None else Witness()
-        options = self.sampling.options(body, len(prompt), room, witness)
+        options = self.sampling.options(body, len(prompt), room, witness, grammar)
         seed = None if body.seed is None else (body.seed + number) % 2**63
         text, stops = Detokeniser(self.tokenizer), Stops(body.stops)
         began, last = time.monotonic(), None
@@ -129,6 +138,8 @@ class TextAnswers:
         except DeadlineError as error:
             outcome = "deadline"
             raise Refusal(408, str(error), code="deadline") from error
+        except GrammarError as error:
+            raise Refusal(400, str(error), "response_format") from error
         except CancelledRequestError as error:
             raise Refusal(503, f"the server is ending: {error}", code="ending") from error
         else:

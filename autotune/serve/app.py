@@ -50,7 +50,8 @@ def create_app(served: Service) -> Gate:
         def prepare() -> Completion:
             prompts = served.prompts.of_completion(body)
             rooms = [served.prompts.room(prompt, body.max_tokens, chat=False) for prompt in prompts]
-            return Completion(served.answers, body, prompts, rooms, served.name)
+            grammar = served.grammars.of(body.response_format, body.ignore_eos)
+            return Completion(served.answers, body, prompts, rooms, served.name, grammar)
 
         return await _reply(await _in_thread(prepare), body.stream, request)
 
@@ -62,7 +63,9 @@ def create_app(served: Service) -> Gate:
         def prepare() -> Chat:
             prompt = served.prompts.of_chat(body)
             asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-            return Chat(served.answers, body, [prompt], [served.prompts.room(prompt, asked, chat=True)], served.name)
+            room = served.prompts.room(prompt, asked, chat=True)
+            grammar = served.grammars.of(body.response_format, body.ignore_eos)
+            return Chat(served.answers, body, [prompt], [room], served.name, grammar)
 
         return await _reply(await _in_thread(prepare), body.stream, request)
 

@@ -17,6 +17,7 @@ from .refusal import Refusal
 
 if TYPE_CHECKING:
     from .answering import Chosen, Piece, TextAnswers
+    from .grammar import Grammar
     from .schema import ChatBody, CompletionBody
 
 DONE = b"data: [DONE]\n\n"
@@ -46,6 +47,7 @@ class Reply(ABC):
         prompts: token ids; each gets `body.n` answers.
         rooms: most new tokens of an answer to each.
         model: the name that the model is served under.
+        grammar: of the form that the answers keep to; None: any text.
     """
 
     prefix: str
@@ -59,12 +61,14 @@ class Reply(ABC):
         prompts: Sequence[Sequence[int]],
         rooms: Sequence[int],
         model: str,
+        grammar: Grammar | None = None,
     ) -> None:
         self.answers = answers
         self.body = body
         self.prompts = prompts
         self.rooms = rooms
         self.model = model
+        self.grammar = grammar
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.choices = [AnswerSoFar() for _ in range(len(prompts) * body.n)]
@@ -131,7 +135,12 @@ class Reply(ABC):
         async def pump(index: int) -> None:
             prompt, number = divmod(index, self.body.n)
             parts = self.answers.pieces(
-                self.prompts[prompt], self.body, self.rooms[prompt], alternatives=self.body.alternatives, number=number
+                self.prompts[prompt],
+                self.body,
+                self.rooms[prompt],
+                alternatives=self.body.alternatives,
+                number=number,
+                grammar=self.grammar,
             )
             try:
                 async with aclosing(parts):

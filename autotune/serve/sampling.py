@@ -14,6 +14,7 @@ from .refusal import Refusal
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from .grammar import Grammar
     from .schema import Generation
 
 
@@ -80,13 +81,16 @@ class SamplingDefaults:
         self._vocabulary = vocabulary
         self.eos = eos
 
-    def options(self, body: Generation, prompt: int, room: int, witness: Witness | None) -> dict[str, Any]:
+    def options(
+        self, body: Generation, prompt: int, room: int, witness: Witness | None, grammar: Grammar | None = None
+    ) -> dict[str, Any]:
         """Options of `generate` that say everything, whatever the model's generation config says.
 
         Args:
             prompt: tokens of the prompt.
             room: most new tokens.
             witness: keeps the distributions, or None.
+            grammar: of the answer's form, or None.
 
         Raises:
             Refusal: `logit_bias` names something that is not a token.
@@ -97,6 +101,8 @@ class SamplingDefaults:
             processors.append(Penalties(prompt, body.presence_penalty, body.frequency_penalty))
         if body.logit_bias:
             processors.append(Bias(self._tokens(body.logit_bias)))
+        if grammar is not None:
+            processors.append(grammar.constraint(prompt))  # last: no bias gets past it
         found: dict[str, Any] = {
             "max_new_tokens": room,
             "min_new_tokens": 0,

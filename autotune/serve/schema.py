@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
@@ -25,6 +26,59 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class PlainText(Body):
+    type: Literal["text"]
+    definition: ClassVar[str] = ""
+
+
+class JsonObject(Body):
+    type: Literal["json_object"]
+    definition: ClassVar[str] = ""
+
+
+class NamedSchema(Body):
+    """OpenAI's wrapping of a JSON schema. Only the schema counts: an answer always keeps to it."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchema(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    @property
+    def definition(self) -> str:
+        return json.dumps(self.json_schema.schema_, ensure_ascii=False)
+
+
+class Regex(Body):
+    """The whole answer matches a regular expression, in the syntax of Rust's regex crate."""
+
+    type: Literal["regex"]
+    regex: Annotated[str, StringConstraints(min_length=1)]
+
+    @property
+    def definition(self) -> str:
+        return self.regex
+
+
+class Lark(Body):
+    """A grammar in llguidance's variant of Lark, from the rule `start`."""
+
+    type: Literal["grammar"]
+    grammar: Annotated[str, StringConstraints(min_length=1)]
+
+    @property
+    def definition(self) -> str:
+        return self.grammar
+
+
+Form = Annotated[PlainText | JsonObject | JsonSchema | Regex | Lark, Field(discriminator="type")]
+
+
 class Generation(Body):
     """What completions and chats have in common."""
 
@@ -44,6 +98,7 @@ class Generation(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     ignore_eos: bool = False
+    response_format: Form | None = None
     priority: int = Field(0, ge=-10, le=10)
     user: str | None = None
 
@@ -98,10 +153,6 @@ class Message(Body):
         return {"role": self.role, "content": text}
 
 
-class ResponseFormat(Body):
-    type: Literal["text"]
-
-
 class ChatBody(Generation):
     """`POST /v1/chat/completions`."""
 
@@ -109,7 +160,6 @@ class ChatBody(Generation):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property

@@ -12,6 +12,7 @@ from ..live.status import State
 from ..validate.exam import eos_ids, vocabulary
 from .answering import TextAnswers
 from .gate import HttpLimits
+from .grammar import Grammars
 from .metrics import Metrics
 from .prompts import Prompts
 from .sampling import SamplingDefaults
@@ -29,7 +30,7 @@ class Service:
     Args:
         model: wrapped by autotune.
         name: that clients name.
-        prompts, answers, metrics: of this model.
+        prompts, answers, grammars, metrics: of this model.
         keys: API keys, any of which opens every route; none: no key is asked for.
         limits: of a request's size and time.
         untuned: whether it is ready without a plan.
@@ -39,6 +40,7 @@ class Service:
     name: str
     prompts: Prompts
     answers: TextAnswers
+    grammars: Grammars
     metrics: Metrics
     keys: Sequence[str] = ()
     limits: HttpLimits = field(default_factory=HttpLimits)
@@ -81,6 +83,7 @@ class Service:
             name=name,
             prompts=Prompts(tokenizer, known, context, longest),
             answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s),
+            grammars=Grammars(tokenizer, known, ends),
             metrics=metrics,
             keys=tuple(keys),
             limits=limits or HttpLimits(),

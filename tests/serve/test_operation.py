@@ -216,7 +216,7 @@ def test_ready_is_tuned_or_declared_untuned_and_tried_once(
     status = SimpleNamespace(state=state, detail="")
     model: Any = SimpleNamespace(autotune=SimpleNamespace(status=status))
     unused: Any = None
-    served = Service(model, "tiny", unused, unused, unused, untuned=untuned, has_answered=answered)
+    served = Service(model, "tiny", unused, unused, unused, unused, untuned=untuned, has_answered=answered)
     assert served.unready() == said
 
 
