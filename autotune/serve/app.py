@@ -19,6 +19,7 @@ from .gate import Gate
 from .refusal import Refusal
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from .service import Service
+from .tools import ToolUse
 
 Result = TypeVar("Result")
 TYPES = ("str", "int", "float")  # in the path of an error, they say which type of several was tried
@@ -50,7 +51,7 @@ def create_app(served: Service) -> Gate:
         def prepare() -> Completion:
             prompts = served.prompts.of_completion(body)
             rooms = [served.prompts.room(prompt, body.max_tokens, chat=False) for prompt in prompts]
-            grammar = served.grammars.of(body.response_format, body.ignore_eos)
+            grammar = served.grammars.of(body.response_format, body.ignore_eos, "response_format")
             return Completion(served.answers, body, prompts, rooms, served.name, grammar)
 
         return await _reply(await _in_thread(prepare), body.stream, request)
@@ -61,11 +62,13 @@ def create_app(served: Service) -> Gate:
         _known(served, body.model)
 
         def prepare() -> Chat:
-            prompt = served.prompts.of_chat(body)
+            use = ToolUse.of(body, served.prompts.template)
+            prompt = served.prompts.of_chat(body, use)
             asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
             room = served.prompts.room(prompt, asked, chat=True)
-            grammar = served.grammars.of(body.response_format, body.ignore_eos)
-            return Chat(served.answers, body, [prompt], [room], served.name, grammar)
+            form = body.response_format if use is None else use.form
+            grammar = served.grammars.of(form, body.ignore_eos, "response_format" if use is None else "tools")
+            return Chat(served.answers, body, [prompt], [room], served.name, grammar, use)
 
         return await _reply(await _in_thread(prepare), body.stream, request)
 

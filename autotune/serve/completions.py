@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .answering import Chosen, Piece, TextAnswers
     from .grammar import Grammar
     from .schema import ChatBody, CompletionBody
+    from .tools import Call, ToolUse
 
 DONE = b"data: [DONE]\n\n"
 
@@ -209,21 +210,65 @@ class Chat(Reply):
 
     prefix, kind, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        answers: TextAnswers,
+        body: ChatBody,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        model: str,
+        grammar: Grammar | None = None,
+        use: ToolUse | None = None,
+    ) -> None:
+        """`use` are the tools that the answers may call."""
+        super().__init__(answers, body, prompts, rooms, model, grammar)
+        self._readers = [use.reader() if use is not None else None for _ in self.choices]
+        self._calls = [0 for _ in self.choices]  # calls that each has made
+
     def whole(self, index: int, choice: AnswerSoFar) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text}
+        text, calls = self._read(index, choice.text, ended=True)
+        message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text}
+        if calls:
+            message["tool_calls"] = [call.body() for call in calls]
         chances = self._chances(choice.chosen)
-        return {"index": index, "message": message, "logprobs": chances, "finish_reason": choice.reason}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": chances,
+            "finish_reason": self._reason(index, choice.reason),
+        }
 
     def opening(self) -> Iterable[dict[str, Any]]:
         for index in range(len(self.choices)):
             yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
     def delta(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
-        if piece.text or piece.chosen:
+        before = self._calls[index]
+        text, calls = self._read(index, piece.text, ended=piece.reason is not None)
+        if text or piece.chosen:
             chances = self._chances(piece.chosen)
-            yield {"index": index, "delta": {"content": piece.text}, "logprobs": chances, "finish_reason": None}
+            yield {"index": index, "delta": {"content": text}, "logprobs": chances, "finish_reason": None}
+        for number, call in enumerate(calls, before):
+            made = {"tool_calls": [{"index": number, **call.body()}]}
+            yield {"index": index, "delta": made, "logprobs": None, "finish_reason": None}
         if piece.reason:
-            yield {"index": index, "delta": {}, "logprobs": None, "finish_reason": piece.reason}
+            reason = self._reason(index, piece.reason)
+            yield {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+
+    def _read(self, index: int, text: str, ended: bool) -> tuple[str, list[Call]]:
+        """What of a new text can be shown, and the calls that it completes."""
+        if (reader := self._readers[index]) is None:
+            return text, []
+        shown, calls = reader.add(text)
+        if ended:
+            rest, last = reader.rest()
+            shown, calls = shown + rest, [*calls, *last]
+        self._calls[index] += len(calls)
+        return shown, calls
+
+    def _reason(self, index: int, reason: str | None) -> str | None:
+        """A call that was cut off is no call, and its reason stays the length."""
+        return "tool_calls" if reason == "stop" and self._calls[index] else reason
 
     def _chances(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
         if self.body.alternatives is None:

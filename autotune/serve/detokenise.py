@@ -67,7 +67,7 @@ class Stops:
             at, self.found = min(ends)
             shown, self._held = self._held[:at], ""
             return shown
-        kept = self._doubtful()
+        kept = doubtful(self._held, self._strings)
         shown, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return shown
 
@@ -76,8 +76,9 @@ class Stops:
         shown, self._held = self._held, ""
         return shown
 
-    def _doubtful(self) -> int:
-        """Length of the longest end of the text that may be the beginning of a stop string."""
-        longest = max(map(len, self._strings), default=1) - 1
-        lengths = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in lengths if any(s.startswith(self._held[-n:]) for s in self._strings)), 0)
+
+def doubtful(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of a text that may be the beginning of one of some strings."""
+    longest = max(map(len, strings), default=1) - 1
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((n for n in lengths if any(string.startswith(text[-n:]) for string in strings)), 0)

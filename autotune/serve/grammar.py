@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from .schema import Form
 
-PARAM = "response_format"
 MOST_CHARACTERS = 65_536  # of a form, as JSON
 KEPT = 32  # compiled forms that are kept
 # What one token may cost at most, about 7 ms (llguidance says: 14k units of fuel or 20k items a ms), and a form, about
@@ -99,11 +98,12 @@ class Grammars:
         self._lock = threading.Lock()
         self._compiled = functools.lru_cache(KEPT)(self._compile)
 
-    def of(self, form: Form | None, ignores_end: bool) -> Grammar | None:
+    def of(self, form: Form | None, ignores_end: bool, param: str) -> Grammar | None:
         """The grammar of a form; None if any text will do. It takes milliseconds, the first one a second.
 
         Args:
             ignores_end: whether the request wants to go on after the model's end.
+            param: the field of the body that asks for the form.
 
         Raises:
             Refusal: the form is wrong or too complex, or this server cannot hold to it.
@@ -111,14 +111,14 @@ class Grammars:
         if form is None or form.type == "text":
             return None
         if importlib.util.find_spec("llguidance") is None:
-            raise Refusal(400, f"{PARAM} needs llguidance: install autotune-inference[grammar]", PARAM, "not_installed")
+            raise Refusal(400, f"{param} needs llguidance: install autotune-inference[grammar]", param, "not_installed")
         if not self._eos:
-            raise Refusal(400, "this model has no token that ends an answer, so no form can be complete", PARAM)
+            raise Refusal(400, "this model has no token that ends an answer, so no form can be complete", param)
         if ignores_end:
             raise Refusal(
-                400, f"ignore_eos and {PARAM} exclude each other: a form ends by the model's end", "ignore_eos"
+                400, f"ignore_eos and {param} exclude each other: a form ends by the model's end", "ignore_eos"
             )
-        return self._compiled(form.type, form.definition)
+        return self._compiled(form.type, form.definition, param)
 
     @functools.cached_property
     def _vocabulary_tree(self) -> Any:
@@ -126,16 +126,16 @@ class Grammars:
 
         return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos)
 
-    def _compile(self, kind: str, definition: str) -> Grammar:
+    def _compile(self, kind: str, definition: str, param: str) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
         if len(definition) > MOST_CHARACTERS:
-            raise Refusal(400, f"{PARAM} has {len(definition)} characters; the most are {MOST_CHARACTERS}", PARAM)
+            raise Refusal(400, f"{param} has {len(definition)} characters; the most are {MOST_CHARACTERS}", param)
         with self._lock:
             try:
                 tree = self._vocabulary_tree
             except Exception as error:  # a tokenizer that llguidance cannot read
-                raise Refusal(400, f"no form for this model's tokenizer: {_first(str(error))}", PARAM) from error
+                raise Refusal(400, f"no form for this model's tokenizer: {_first(str(error))}", param) from error
         try:
             made = {
                 "json_object": lambda: LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=SPACED),
@@ -144,12 +144,12 @@ class Grammars:
                 "grammar": lambda: LLMatcher.grammar_from_lark(definition),
             }[kind]()
         except ValueError as error:
-            raise Refusal(400, f"{PARAM}: {_first(str(error))}", PARAM) from error
+            raise Refusal(400, f"{param}: {_first(str(error))}", param) from error
         matcher = LLMatcher(tree, made, log_level=0, limits=LLParserLimits(**LIMITS, verbose_errors=False))
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first mask compiles the beginning
         if matcher.is_error():
-            raise Refusal(400, f"{PARAM} is not a form to write by: {_first(matcher.get_error())}", PARAM)
+            raise Refusal(400, f"{param} is not a form to write by: {_first(matcher.get_error())}", param)
         return Grammar(matcher.deep_copy(), self._vocabulary)
 
 

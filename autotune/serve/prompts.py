@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .refusal import Refusal
+from .tools import ToolUse, conversation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,14 +37,32 @@ class Prompts:
         parts = [given] if isinstance(given[0], int) else given
         return [self._checked(self.encode(part) if isinstance(part, str) else list(part), "prompt") for part in parts]
 
-    def of_chat(self, body: ChatBody) -> list[int]:
-        """A chat through the model's own template, with the beginning of its answer."""
-        return self._checked(self.templated(body.messages, body.chat_template_kwargs or {}), "messages")
+    @property
+    def template(self) -> str:
+        """The model's chat template; of several, the one for tools.
 
-    def templated(self, messages: Sequence[Message], more: dict[str, Any]) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        Raises:
+            Refusal: it has none.
+        """
+        found = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(found, dict):
+            found = found.get("tool_use") or found.get("default")
+        if not found:
             raise Refusal(400, "this model has no chat template; use /v1/completions", "messages")
-        said = [message.said for message in messages]
+        return str(found)
+
+    def of_chat(self, body: ChatBody, use: ToolUse | None = None) -> list[int]:
+        """A chat through the model's own template, with the beginning of its answer.
+
+        Args:
+            use: the tools that it may call.
+        """
+        return self._checked(self.templated(body.messages, body.chat_template_kwargs or {}, use), "messages")
+
+    def templated(self, messages: Sequence[Message], more: dict[str, Any], use: ToolUse | None = None) -> list[int]:
+        said = conversation(messages, use, self.template)
+        if use is not None and use.style.told:
+            more = {"tools": use.signatures, **more}
         try:
             text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **more)
         except Exception as error:  # templates raise what they like, and arguments reach them

@@ -1,0 +1,210 @@
+"""Tools: what a template is given, what an answer is held to, and which calls are found in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from autotune.serve.schema import ChatBody
+from autotune.serve.tools import HERMES, LLAMA, UNTOLD, Call, CallReader, ToolUse, conversation, style_of
+from tests.models import tiny
+from tests.serve.servers import Running, running
+
+TOLD = (
+    "{% if tools %}tools: {% for t in tools %}{{ t | tojson }}{% endfor %}<tool_call>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% endfor %}{% endfor %}>"
+)
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
+LLAMAS = "{% if tools %}{'name': .., \"parameters\": ..}{% endif %}" + PLAIN
+PARAMETERS = {
+    "type": "object",
+    "properties": {"town": {"enum": ["Ulm", "Bonn"]}},
+    "required": ["town"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "of a town", "parameters": PARAMETERS},
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+USER = {"role": "user", "content": "what now"}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [USER], "max_tokens": 200, "tools": [WEATHER, CLOCK]}
+ONE = '<tool_call>\n{"name": "weather", "arguments": {"town": "Ulm"}}\n</tool_call>'
+ULM = Call("weather", '{"town": "Ulm"}')
+CALLED = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Ulm"}'}}
+EARLIER: list[dict[str, Any]] = [
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+    {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+]
+
+
+def body(**change: Any) -> ChatBody:
+    return ChatBody.model_validate(CHAT | change)
+
+
+def read(text: str, style: Any, size: int) -> tuple[str, list[Call]]:
+    """The text and the calls of an answer that comes in pieces."""
+    found, shown, calls = CallReader(style, frozenset({"weather", "clock"})), "", list[Call]()
+    for at in range(0, len(text), size):
+        piece, more = found.add(text[at : at + size])
+        shown, calls = shown + piece, calls + more
+    piece, more = found.rest()
+    return shown + piece, calls + more
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    ("style", "text", "shown", "calls"),
+    [
+        (HERMES, ONE, "", [ULM]),
+        (HERMES, f"Let me see.\n{ONE}", "Let me see.", [ULM]),
+        (HERMES, f'{ONE}\n<tool_call>{{"name": "clock"}}</tool_call>', "", [ULM, Call("clock", "{}")]),
+        (HERMES, "a < b and <tool", "a < b and <tool", []),
+        (HERMES, ONE[:-5], ONE[:-5], []),  # cut off: no call
+        (HERMES, "<tool_call>not json</tool_call> so", "<tool_call>not json</tool_call> so", []),
+        (HERMES, ONE.replace("weather", "bomb"), ONE.replace("weather", "bomb"), []),
+        (HERMES, ONE.replace('{"town": "Ulm"}', "[1]"), ONE.replace('{"town": "Ulm"}', "[1]"), []),
+        (LLAMA, '{"name": "weather", "parameters": {"town": "Ulm"}}', "", [ULM]),
+        (LLAMA, '{"name": "bomb", "parameters": {}}', '{"name": "bomb", "parameters": {}}', []),
+        (LLAMA, "It is warm {today}.", "It is warm {today}.", []),
+        (LLAMA, ' {"name": "clock"', ' {"name": "clock"', []),
+        (HERMES, "", "", []),
+    ],
+)
+def test_calls_are_found_however_an_answer_is_cut(
+    style: Any, text: str, shown: str, calls: list[Call], size: int
+) -> None:
+    got, found = read(text, style, size)
+    assert (got.rstrip() if calls else got, found) == (shown, calls)
+
+
+@pytest.mark.parametrize(("template", "style"), [(TOLD, HERMES), (LLAMAS, LLAMA), (PLAIN, UNTOLD)])
+def test_a_template_says_how_calls_are_written(template: str, style: Any) -> None:
+    assert style_of(template) == style
+
+
+@pytest.mark.parametrize(
+    ("change", "functions", "must", "several"),
+    [
+        ({}, ["weather", "clock"], False, True),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, ["weather", "clock"], False, False),
+        ({"tool_choice": "required"}, ["weather", "clock"], True, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "clock"}}}, ["clock"], True, False),
+        ({"tool_choice": "none"}, None, False, False),
+        ({"tools": None}, None, False, False),
+        ({"tools": [], "tool_choice": "auto"}, None, False, False),
+    ],
+)
+def test_what_may_be_called(change: dict[str, Any], functions: list[str] | None, must: bool, several: bool) -> None:
+    use = ToolUse.of(body(**change), TOLD)
+    if functions is None:
+        assert use is None
+        return
+    assert use is not None
+    assert ([each.name for each in use.functions], use.must, use.several) == (functions, must, several)
+    assert (use.form is not None) is must
+
+
+def test_a_model_whose_template_knows_no_tools_is_told_in_a_message() -> None:
+    use = ToolUse.of(body(), PLAIN)
+    for messages in ([USER], [{"role": "system", "content": "be brief"}, USER]):
+        said = conversation(body(messages=messages).messages, use, PLAIN)
+        assert [each["role"] for each in said] == ["system", "user"]
+        assert all(each in said[0]["content"] for each in ('"name": "weather"', "of a town", "<tool_call>"))
+    assert "be brief" in said[0]["content"]
+    assert conversation(body().messages, ToolUse.of(body(), TOLD), TOLD) == [USER]
+
+
+def test_calls_and_results_of_before_are_told_as_the_template_takes_them() -> None:
+    messages = body(messages=EARLIER).messages
+    known = conversation(messages, ToolUse.of(body(), TOLD), TOLD)
+    assert known[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"town": "Ulm"}}
+    assert known[2] == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+    unknown = conversation(messages, None, PLAIN)
+    assert unknown[1]["content"] == ONE
+    assert unknown[2] == {"role": "user", "content": "<tool_response>\nrain\n</tool_response>"}
+
+
+@pytest.fixture(scope="module", params=[TOLD, LLAMAS, PLAIN], ids=["told", "llama", "untold"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(tiny("llama", max_position_embeddings=2048), template=request.param) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_a_call_that_must_be_made_is_made(choice: Any, stream: bool, client: Any) -> None:
+    """By a random model, of which nothing else can be expected."""
+    got = client.chat.completions.create(
+        **CHAT, tool_choice=choice, temperature=0, parallel_tool_calls=False, stream=stream
+    )
+    if stream:
+        chunks = [chunk.choices[0] for chunk in got]
+        made = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert [call.index for call in made] == list(range(len(made)))
+        content, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+    else:
+        made, reason = got.choices[0].message.tool_calls, got.choices[0].finish_reason
+        content = got.choices[0].message.content or ""
+    assert (content.strip(), reason, len(made)) == ("", "tool_calls", 1)
+    assert made[0].id.startswith("call_")
+    assert made[0].function.name in ("weather", "clock")
+    if made[0].function.name == "weather":
+        assert json.loads(made[0].function.arguments)["town"] in ("Ulm", "Bonn")
+
+
+def test_a_call_that_is_cut_off_is_text_and_says_length(client: Any) -> None:
+    got = client.chat.completions.create(**CHAT | {"max_tokens": 5}, tool_choice="required", temperature=0)
+    assert got.choices[0].finish_reason == "length"
+    assert not got.choices[0].message.tool_calls
+
+
+def test_a_model_that_is_free_to_answer_answers_with_text(client: Any) -> None:
+    got = client.chat.completions.create(**CHAT | {"max_tokens": 8}, temperature=0)
+    assert got.choices[0].finish_reason in ("length", "stop")
+    assert not got.choices[0].message.tool_calls
+    again = client.chat.completions.create(**CHAT | {"max_tokens": 8, "messages": EARLIER}, temperature=0)
+    assert again.choices[0].message.content is not None
+
+
+BAD = {"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}
+LIST = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "["}}
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "param"),
+    [
+        ({"tools": [], "tool_choice": "required"}, "there are none in tools", "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tools has weather, clock", "tool_choice"),
+        ({"tools": [CLOCK, CLOCK]}, "two functions that are called clock", "tools"),
+        ({"response_format": {"type": "json_object"}}, "exclude each other", "response_format"),
+        ({"tool_choice": "perhaps"}, "tool_choice", None),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern", None),
+        ({"tools": [BAD], "tool_choice": "required"}, "Invalid type: objekt", "tools"),
+        ({"messages": [{"role": "user"}]}, "content is missing", None),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALLED]}]}, "are an assistant's", None),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [LIST]}]}, "are not a JSON object", "messages"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_wrong_with_tools_is_said(
+    change: dict[str, Any], says: str, param: str | None, server: Running
+) -> None:
+    got = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT | change, timeout=60)
+    assert got.status_code == 400
+    error = got.json()["error"]
+    assert says in error["message"]
+    assert param in (None, error["param"])
