@@ -45,6 +45,7 @@ ARGUMENTS = {
     "keep_original": True,
     "watch": 0.01,
     "progress": None,
+    "plan": None,
 }
 HANDLE = ["commit", "events", "plan", "report", "rollback", "status", "tune", "unwrap"]
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PlanError
+
+if TYPE_CHECKING:
+    from ..tune.plan import Plan
 
 MOST_THREADS = 1024  # largest number accepted; OpenMP ends the process if it cannot start its threads
 BESIDE = Path()  # means a file beside the one that is read
@@ -19,3 +25,21 @@ def whole(text: str, least: int, most: int, what: str) -> int:
     if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return int(text)
+
+
+def plan_of(file: Path | None) -> Plan | None:
+    """Read a plan.json; None for None.
+
+    Raises:
+        PlanError: the file cannot be read, or is no plan.
+    """
+    from ..tune import plan
+
+    if file is None:
+        return None
+    try:
+        return plan.loads(file.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error

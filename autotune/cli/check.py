@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MeasurementError, PlanError, UnsupportedModelError, WorkloadError
+from ..errors import MeasurementError, UnsupportedModelError, WorkloadError
 from ..report.progress import shown
+from .arguments import plan_of
 from .screen import screen
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..compare.check import CheckResult
     from ..runtime.variant import Variant
-    from ..tune.plan import Plan
 
 Notify = Callable[[str], None]
 
@@ -55,7 +55,7 @@ def run(args: Namespace) -> int:
     from ..compare.check import run as check
 
     base = load_baseline(args.baseline)  # fails before minutes of loading
-    plan = _plan(args.plan)
+    plan = plan_of(args.plan)
     with shown(None) as progress:
         model, tokenizer = _load(args.model, args, progress.update)
         tuning = _tuning_prompts(args, tokenizer)
@@ -114,19 +114,6 @@ def _load(name: str, args: Namespace, notify: Notify) -> tuple[PreTrainedModel, 
         torch.set_num_threads(args.threads)
     notify(f"loading {name}")
     return load(name)
-
-
-def _plan(file: Path | None) -> Plan | None:
-    from ..tune import plan
-
-    if file is None:
-        return None
-    try:
-        return plan.loads(file.read_bytes())
-    except OSError as error:
-        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
-    except PlanError as error:
-        raise PlanError(f"{file}: {error}") from error
 
 
 def _tuning_prompts(args: Namespace, tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -6,10 +6,11 @@ import argparse
 import asyncio
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MeasurementError, PackageError
-from .arguments import threads, whole
+from ..errors import MeasurementError, PackageError, PlanError
+from .arguments import plan_of, threads, whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -26,6 +27,7 @@ def arguments(command: ArgumentParser) -> None:
     command.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: only this machine")
     command.add_argument("--port", type=port, default=8000, help="default 8000")
     command.add_argument("--policy", default="throughput", metavar="P", help="name or .toml file; default throughput")
+    command.add_argument("--plan", type=Path, metavar="FILE", help="a plan.json: verified, then served")
     command.add_argument("--untuned", action="store_true", help="serve the model as it is; nothing is tried")
     command.add_argument(
         "--api-key",
@@ -55,6 +57,9 @@ def serve(args: Namespace) -> int:
 
     from ..tune.policy import load
 
+    plan = plan_of(args.plan)
+    if plan is not None and args.untuned:
+        raise PlanError("--plan and --untuned exclude each other: a plan is verified, which tries something")
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -66,6 +71,7 @@ def serve(args: Namespace) -> int:
         host=args.host,
         port=args.port,
         policy=None if args.untuned else load(args.policy),
+        plan=plan,
         keys=args.api_key or ([own] if own else []),
         longest=args.max_prompt,
         deadline_s=args.deadline,

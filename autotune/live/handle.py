@@ -349,6 +349,7 @@ class Handle:
                 tokenizer=self.options.tokenizer,
                 draft=self.options.draft,
                 cache=self.options.cache,
+                plan=self.options.plan,
                 traffic=self._traffic,
                 notify=self._progress,
                 serve=partial(self._serve_meanwhile, revision),

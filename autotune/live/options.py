@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..tune.plan import Plan
     from ..tune.policy import Policy
 
 When = Literal["background", "blocking", "manual"]
@@ -32,6 +33,7 @@ class Options:
     keep_original: KeepOriginal = True
     watch: float = 0.01
     progress: Callable[[str], None] | None = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         if self.when not in ("background", "blocking", "manual"):

@@ -20,6 +20,8 @@ from .options import KeepOriginal, Options, When
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..tune.plan import Plan
+
 
 def wrap(
     model: PreTrainedModel,
@@ -34,6 +36,7 @@ def wrap(
     keep_original: KeepOriginal = True,
     watch: float = 0.01,
     progress: Callable[[str], None] | None = None,
+    plan: Plan | None = None,
 ) -> PreTrainedModel:
     """Make a live causal LM faster without making it worse. Returns the same object.
 
@@ -57,8 +60,11 @@ def wrap(
             0 turns scoring off. The times of calls are watched in any case.
         progress: called with a sentence when each step begins and, during a long step, with the share done
             (`progress.Doing`, a str with `share`); default: the "autotune" logger.
+        plan: of an earlier run, perhaps on another machine: it is verified here before it serves, and a search follows
+            only if it does not hold. `autotune.tune.plan.loads` reads a plan.json.
 
     Raises:
+        PlanError: `plan` was made for another model.
         UnsupportedModelError: the model is not a causal LM with loaded weights in eval mode, or the draft has another
             vocabulary.
         PolicyError: the policy is unknown or malformed.
@@ -70,8 +76,10 @@ def wrap(
         raise UnsupportedModelError(reason)
     if draft is not None and (reason := draft_mismatch(draft, model)):
         raise UnsupportedModelError(reason)
+    if plan is not None:
+        plan.require(route.bare(model) if route.is_routed(model) else model)
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
-    options = Options(chosen, tokenizer, draft, when, observe, cache, keep_original, watch, progress)
+    options = Options(chosen, tokenizer, draft, when, observe, cache, keep_original, watch, progress, plan)
     if keep_original == "parked" and devices.of(model).kind == "cpu":
         raise ValueError(
             "keep_original='parked' moves the original from a GPU to the host, where this model is already"

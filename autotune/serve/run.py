@@ -28,6 +28,7 @@ from .schema import CompletionBody
 from .service import Service
 
 if TYPE_CHECKING:
+    from ..tune.plan import Plan
     from ..tune.policy import Policy
 
 log = logging.getLogger("autotune.serve")
@@ -42,6 +43,7 @@ class Settings:
         name: that clients name; None: the model's own name, without its folder.
         host, port: where to listen.
         policy: how to tune; None: the model is served as it is.
+        plan: verified first; nothing is tuned if it holds.
         keys: API keys, any of which opens every route.
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
@@ -53,6 +55,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     policy: Policy | None = None
+    plan: Plan | None = None
     keys: Sequence[str] = ()
     longest: int | None = None
     deadline_s: float | None = None
@@ -64,6 +67,7 @@ def serve(settings: Settings) -> int:
 
     Raises:
         UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
+        PlanError: the plan was made for another model.
     """
     listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
     model, tokenizer = load(settings.model)
@@ -78,6 +82,7 @@ def serve(settings: Settings) -> int:
             tokenizer=tokenizer,
             policy=settings.policy,
             workload=chats,
+            plan=settings.plan,
             progress=Lines(sys.stderr, Elapsed()).update,
         )
     served = Service.of(

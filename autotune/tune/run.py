@@ -64,6 +64,7 @@ def tune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     draft: PreTrainedModel | None = None,
     cache: bool = True,
+    plan: Plan | None = None,
     traffic: Traffic | None = None,
     notify: Callable[[str], None] = log.info,
     serve: Callable[[Variant], None] = lambda variant: None,
@@ -75,14 +76,18 @@ def tune(
         tokenizer: encodes natural text to judge quality on if the workload has few prompts.
         draft: a smaller model that may guess tokens.
         cache: whether to read and write plans, and the original's answers, in the user's cache directory.
+        plan: verified before anything is searched for, in place of a kept one. It may come from another machine.
         traffic: lets live requests through between measured steps.
         notify: called with a sentence for each step.
         serve: called with each proven variant while tuning goes on. For a kept plan, which an earlier run proved, it is
             called before the plan is verified again, and with the original if that fails.
 
     Raises:
+        PlanError: `plan` was made for another model.
         AutotuneError: a needed measurement failed, or a transform wrote into the original.
     """
+    if plan is not None:
+        plan.require(model)
     start, meter = time.monotonic(), busy.Meter()
     here = hardware.identify(model)
     identity = fingerprint.of(model, here, workload, policy, draft)
@@ -91,9 +96,10 @@ def tune(
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
-    if cache and obstacle is None and (known := store.find(identity)) is not None:
-        notify("re-verifying the plan kept from an earlier run")
-        if (tuned := replay(known, bench, start, serve, meter)) is not None:
+    if obstacle is None and (known := plan or (store.find(identity) if cache else None)) is not None:
+        notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
+        proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
+        if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:
             return tuned
     notify("measuring the hardware")
     machine = bench.hardware = hardware.probe(model, again=True)  # not before the replay above, which needs no peaks

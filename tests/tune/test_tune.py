@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import autotune
 from autotune import workload
-from autotune.errors import TransformError
+from autotune.errors import PlanError, TransformError
+from autotune.machine import hardware
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
+from autotune.tune import fingerprint, run
 from autotune.tune import policy as policies
 from autotune.tune.choose import SearchState
 from autotune.tune.fingerprint import Fingerprint
@@ -109,3 +112,55 @@ def test_what_others_took_is_in_the_report_and_slow_beside_them_is_no_plan(
     assert tuned.report.to_dict()["elsewhere"] == elsewhere
     assert (tuned.doubt is None, tuned.noisy) == (believed, not believed)
     assert ("This machine was busy: 23 % of the CPU time went elsewhere." in str(tuned.report)) != believed
+
+
+class SearchedError(Exception):
+    """Instead of a search."""
+
+
+@pytest.mark.parametrize(
+    ("made_here", "verdict", "log"),
+    [
+        (True, Verdict.PASS, ["served"]),
+        (False, Verdict.PASS, []),  # of another machine: it serves once it is proven here
+        (False, Verdict.FAIL, ["searched"]),
+    ],
+)
+def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
+    made_here: bool, verdict: Verdict, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(*_: Any, **__: Any) -> None:
+        seen.append("searched")
+        raise SearchedError
+
+    seen = list[str]()
+    monkeypatch.setattr(run, "search", search)
+    monkeypatch.setattr(run.LiveBench, "reverify", lambda self, variant: (QUALITY, latency(verdict)))
+    model, policy = tiny("llama"), policies.load("balanced")
+    work = workload.read(token_prompts(4), tokenizer=None, model=model)
+    identity = fingerprint.of(model, hardware.identify(model), work, policy, None)
+    given = replace(KEPT, fingerprint=identity if made_here else replace(identity, hardware="another"))
+
+    def serve(variant: Variant) -> None:
+        if variant.transforms:
+            seen.append("served")
+
+    def tuned() -> Any:
+        return run.tune(model, work, policy, cache=False, plan=given, serve=serve)
+
+    if verdict is Verdict.PASS:
+        assert tuned().variant.transforms == KEPT.transforms
+    else:
+        with pytest.raises(SearchedError):
+            tuned()
+    assert seen == log
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    model, policy = tiny("llama"), policies.load("balanced")
+    work = workload.read(token_prompts(4), tokenizer=None, model=model)
+    with pytest.raises(PlanError, match="made for model"):
+        run.tune(model, work, policy, cache=False, plan=KEPT)
+    with pytest.raises(PlanError, match="made for model"):
+        autotune.wrap(model, plan=KEPT)
+    assert not hasattr(model, "autotune")
