@@ -12,6 +12,7 @@ from .detokenise import Detokeniser, Stops
 from .grammar import Grammar, GrammarError
 from .refusal import Refusal
 from .sampling import Witness
+from .traces import Traces
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -66,6 +67,7 @@ class TextAnswers:
         sampling: how answers are drawn.
         metrics: counts what happens.
         deadline_s: seconds after which an answer is given up; None: never.
+        traces: makes spans of answers.
     """
 
     model: Any
@@ -73,6 +75,7 @@ class TextAnswers:
     sampling: SamplingDefaults
     metrics: Metrics
     deadline_s: float | None = None
+    traces: Traces = field(default_factory=Traces)
     running: int = field(default=0, init=False)  # answers under way
 
     async def pieces(
@@ -106,6 +109,7 @@ class TextAnswers:
         tokens, chosen, reason = 0, list[Chosen](), cast("Reason | None", None)
         outcome = "abort"  # unless it comes to an end
         self.running += 1
+        span = self.traces.answer()
         try:
             asked = self.model.autotune.submit(
                 list(prompt), priority=body.priority, deadline_s=self.deadline_s, seed=seed, **options
@@ -113,6 +117,8 @@ class TextAnswers:
             async with asked:
                 async for token in asked:
                     now = time.monotonic()
+                    if last is None:
+                        span.first_token()
                     self.metrics.token(now - (last or began), first=last is None)
                     tokens, last = tokens + 1, now
                     ended = token in self.sampling.eos and not body.ignore_eos
@@ -147,6 +153,7 @@ class TextAnswers:
         finally:
             self.running -= 1
             self.metrics.finished(outcome, len(prompt), tokens, time.monotonic() - began)
+            span.ended(outcome, len(prompt), tokens)
 
 
 def _chosen(witness: Witness, length: int, token: int, alternatives: int) -> Chosen:

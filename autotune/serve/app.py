@@ -95,7 +95,7 @@ def create_app(served: Service) -> Gate:
         return {"prompt": await _in_thread(lambda: served.prompts.tokenizer.decode(body.tokens))}
 
     routes = [getattr(route, "path", "") for route in app.routes]
-    return Gate(app, served.keys, served.limits, served.metrics, routes)
+    return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces)
 
 
 def _operate(app: FastAPI, served: Service) -> None:

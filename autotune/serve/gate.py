@@ -17,6 +17,7 @@ from .refusal import Refusal
 
 if TYPE_CHECKING:
     from .metrics import Metrics
+    from .traces import Traces
 
 log = logging.getLogger("autotune.serve")
 
@@ -52,16 +53,24 @@ class Gate:
         limits: of size and time.
         metrics: counts answers.
         routes: known paths; the others are counted as one.
+        traces: makes spans of requests.
     """
 
     def __init__(
-        self, app: App, keys: Sequence[str], limits: HttpLimits, metrics: Metrics, routes: Sequence[str]
+        self,
+        app: App,
+        keys: Sequence[str],
+        limits: HttpLimits,
+        metrics: Metrics,
+        routes: Sequence[str],
+        traces: Traces,
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._limits = limits
         self._metrics = metrics
         self._routes = frozenset(routes)
+        self._traces = traces
         self.is_ending = False  # no further request is taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,22 +88,29 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
+        path = scope["path"] if scope["path"] in self._routes else "other"
         try:
-            try:
-                self._admit(scope["path"], headers)
-                body = await self._body(headers, receive)
-            except Refusal as refusal:
-                await refusal.response({"connection": "close"})(scope, receive, answer)
-            else:
-                await self._app(scope, replayed(body, receive), answer)
-        except ClientGone:
-            status = 499
+            with self._traces.request(scope["method"], path, headers, request_id) as noted:
+                try:
+                    await self._served(scope, headers, receive, answer)
+                except ClientGone:
+                    status = 499
+                finally:
+                    noted["http.response.status_code"] = status
         finally:
             seconds = time.monotonic() - began
-            path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.answered(path, status)
             record = {"id": request_id, "method": scope["method"], "path": path, "status": status}
             log.info(json.dumps({**record, "seconds": round(seconds, 4)}))
+
+    async def _served(self, scope: Scope, headers: MutableMapping[str, str], receive: Receive, answer: Send) -> None:
+        try:
+            self._admit(scope["path"], headers)
+            body = await self._body(headers, receive)
+        except Refusal as refusal:
+            await refusal.response({"connection": "close"})(scope, receive, answer)
+        else:
+            await self._app(scope, replayed(body, receive), answer)
 
     def _admit(self, path: str, headers: MutableMapping[str, str]) -> None:
         if path == OPEN:

@@ -21,6 +21,7 @@ from ..live.wrap import wrap
 from ..model.load import load
 from ..report.progress import Elapsed, Lines
 from ..workload import built_in
+from . import traces
 from .app import create_app
 from .connection import TimedConnection
 from .gate import Gate
@@ -85,14 +86,16 @@ def serve(settings: Settings) -> int:
             plan=settings.plan,
             progress=Lines(sys.stderr, Elapsed()).update,
         )
+    name = settings.name or Path(settings.model).stem or settings.model
     served = Service.of(
         wrapped,
         tokenizer,
-        settings.name or Path(settings.model).stem or settings.model,
+        name,
         keys=settings.keys,
         longest=settings.longest,
         deadline_s=settings.deadline_s,
         untuned=settings.policy is None,
+        traces=traces.configured(name),
     )
     asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
     return 0

@@ -16,6 +16,7 @@ from .grammar import Grammars
 from .metrics import Metrics
 from .prompts import Prompts
 from .sampling import SamplingDefaults
+from .traces import Traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,12 +61,14 @@ class Service:
         longest: int | None = None,
         deadline_s: float | None = None,
         untuned: bool = False,
+        traces: Traces | None = None,
     ) -> Service:
         """Serve a wrapped model.
 
         Args:
             longest: most tokens of a prompt; None: as many as the context holds.
             deadline_s: seconds after which an answer is given up; None: never.
+            traces: makes spans of requests and answers; None: nothing is traced.
 
         Raises:
             UnsupportedModelError: the model's configuration does not say how long its context is.
@@ -82,7 +85,7 @@ class Service:
             model=model,
             name=name,
             prompts=Prompts(tokenizer, known, context, longest),
-            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s),
+            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s, traces or Traces()),
             grammars=Grammars(tokenizer, known, ends),
             metrics=metrics,
             keys=tuple(keys),
