@@ -19,7 +19,7 @@ from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..validate import Latency, Verdict
 from ..workload import Workload, built_in
-from . import callers, contributions, fingerprint, store
+from . import callers, contributions, fingerprint, store, turns
 from .bench import LiveBench
 from .findings import Findings
 from .fingerprint import Fingerprint
@@ -101,8 +101,27 @@ def tune(
         proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
         if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:
             return tuned
+    with turns.turn(identity if cache and obstacle is None else None) as mine:
+        rest = (traffic or Traffic()).rest
+        found = turns.awaited(mine, identity, turns.PATIENCE * policy.budget_s, notify, rest)
+        if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
+            return tuned
+        return _searched(bench, identity, obstacle, cache, notify, serve)
+
+
+def _searched(
+    bench: LiveBench,
+    identity: Fingerprint,
+    obstacle: str | None,
+    cache: bool,
+    notify: Callable[[str], None],
+    serve: Callable[[Variant], None],
+) -> Tuned:
+    """Search, prove and save; the arguments are those of `tune`."""
+    start, meter = time.monotonic(), busy.Meter()
+    original, policy, model = bench.original, bench.policy, bench.original.original
     notify("measuring the hardware")
-    machine = bench.hardware = hardware.probe(model, again=True)  # not before the replay above, which needs no peaks
+    machine = bench.hardware = hardware.probe(model, again=True)  # not before a replay, which needs no peaks
     deadline = start + policy.budget_s
     bench.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)

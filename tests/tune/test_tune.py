@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from autotune.machine import hardware
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import fingerprint, run
+from autotune.tune import fingerprint, run, turns
 from autotune.tune import policy as policies
 from autotune.tune.bench import LiveBench
 from autotune.tune.choose import SearchState
@@ -155,6 +156,21 @@ def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
         with pytest.raises(SearchedError):
             tuned()
     assert seen == log
+
+
+def test_a_plan_that_another_process_found_meanwhile_is_verified(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def awaited(mine: Any, identity: Fingerprint, most_s: float, *_: Any) -> Plan:
+        assert mine.take()
+        assert most_s == 3 * policy.budget_s
+        return replace(KEPT, fingerprint=identity)
+
+    monkeypatch.setattr(turns, "awaited", awaited)
+    monkeypatch.setattr(LiveBench, "reverify", lambda self, variant: (QUALITY, latency(Verdict.PASS)))
+    model, policy = tiny("llama"), policies.load("balanced")
+    work = workload.read(token_prompts(4), tokenizer=None, model=model)
+    assert run.tune(model, work, policy).variant.transforms == KEPT.transforms
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
