@@ -22,7 +22,7 @@ FUZZ_ARGS ?=
 SOAK_ARGS ?=
 SERVE_ARGS ?=
 
-.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-serve test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-serve test-ray test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart bench-serving soak
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
@@ -46,6 +46,10 @@ test-latest: $(READY)  ## the same on the newest of everything but torch
 test-serve: $(READY) $(SERVE_VENV)/.ready  ## the server against schemathesis, and locust with 1, 4, 16 and 64 clients
 	$(PYTEST) tests/serve
 	$(BIN)/python -m tests.serve.prove --tools $(SERVE_VENV)/bin $(SERVE_ARGS)
+
+test-ray: $(READY)  ## two replicas on Ray Serve, one of which is killed under load
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[ray]'
+	$(BIN)/python -m pytest tests/serve/test_ray.py $(TEST_ARGS)
 
 test-architectures: $(READY)  ## every causal LM class of transformers, tiny, under every transform
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures $(ARCHITECTURES_ARGS)

@@ -71,6 +71,18 @@ def serve(settings: Settings) -> int:
         PlanError: the plan was made for another model.
     """
     listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
+    served = prepared(settings)
+    asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
+    return 0
+
+
+def prepared(settings: Settings) -> Service:
+    """Load and wrap a model, whose tuning begins beside the requests; `create_app` makes an ASGI app of it.
+
+    Raises:
+        UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
+        PlanError: the plan was made for another model.
+    """
     model, tokenizer = load(settings.model)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
@@ -87,7 +99,7 @@ def serve(settings: Settings) -> int:
             progress=Lines(sys.stderr, Elapsed()).update,
         )
     name = settings.name or Path(settings.model).stem or settings.model
-    served = Service.of(
+    return Service.of(
         wrapped,
         tokenizer,
         name,
@@ -97,8 +109,6 @@ def serve(settings: Settings) -> int:
         untuned=settings.policy is None,
         traces=traces.configured(name),
     )
-    asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
-    return 0
 
 
 def listen(host: str, port: int) -> socket.socket:
