@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 OPTIONS = (
@@ -93,8 +94,9 @@ class Page:
             case "Network.requestWillBeSent":
                 self.asked.append(params["request"]["url"])
 
-    def open(self, file: Path, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """Show a file in a window of that many pixels."""
+    def open(self, place: Path | str, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Show a file, or what is at an address, in a window of that many pixels."""
+        url = place if isinstance(place, str) else place.as_uri()
         self.said.clear()
         self.asked.clear()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
@@ -102,8 +104,8 @@ class Page:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        self.call("Page.navigate", url=file.as_uri())
-        while self.evaluate("document.readyState + ' ' + location.protocol") != "complete file:":
+        self.call("Page.navigate", url=url)
+        while self.evaluate("document.readyState + ' ' + location.protocol") != f"complete {urlsplit(url).scheme}:":
             pass
 
     def evaluate(self, script: str) -> Any:

@@ -89,6 +89,7 @@ class Handle:
             active.speculation.tally if active and active.speculation else None,
             serving.watch.summary() if active else "",
             active.batching if active and serving.serves else "",
+            self._submissions.waiting + (active.waiting if active else 0),
         )
 
     @property

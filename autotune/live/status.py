@@ -42,6 +42,7 @@ class Status:
         speculation: counts of guessed tokens; None if the plan does not guess.
         watch: what is watched about the committed plan and what was seen, in a sentence.
         batching: how many callers' sequences are decoded together and wait, in a sentence; empty if none are.
+        waiting: number of requests that wait for a row or for their turn.
     """
 
     state: State
@@ -53,3 +54,4 @@ class Status:
     speculation: GuessCounts | None = None
     watch: str = ""
     batching: str = ""
+    waiting: int = 0

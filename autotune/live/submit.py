@@ -194,6 +194,11 @@ class Submissions:
         self._waiting.clear()
         self._running = 0
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their turn."""
+        return len(self._waiting)
+
     def submit(self, input_ids: Any, terms: RequestTerms, options: dict[str, Any]) -> Submitted:
         """Begin to generate for one prompt.
 

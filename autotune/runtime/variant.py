@@ -322,6 +322,12 @@ class Variant:
         return summary()
 
     @property
+    def waiting(self) -> int:
+        """How many requests wait for a row; 0 if each is served by itself."""
+        waiting: int = getattr(self.loop, "waiting", 0)
+        return waiting
+
+    @property
     def device(self) -> Device:
         """The device of the model's first weights."""
         return devices.of(self.original)

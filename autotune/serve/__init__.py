@@ -7,6 +7,9 @@
     answering   one request to the model: pieces of its answer as they come
     completions answers in OpenAI's forms, whole and streamed
     metrics     counters and histograms in Prometheus' text format
+    watching    lines of tuning, and figures once a second for all who watch
+    switching   back to the original and to the plan again, on the word of the page or of an operator
+    page        the page at `/`: the plan and why, phases, trials, figures as they change
     gate        what every request passes: keys, limits of size and time, ids, counting
     app         the routes
     connection  one client's connection, which has to say what it wants in time

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from . import page
 from .completions import Chat, Completion, Reply
 from .gate import Gate
 from .refusal import Refusal
@@ -31,6 +32,7 @@ def create_app(served: Service) -> Gate:
     app = FastAPI(title="autotune", description="OpenAI's interface over a model that autotune serves", version="1")
     _handle_errors(app)
     _operate(app, served)
+    page.add_routes(app, served)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -117,9 +119,8 @@ def _operate(app: FastAPI, served: Service) -> None:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         state = served.state()
-        text = served.metrics.text(
-            served.answers.running, served.unready() is None, state["state"], ", ".join(state["transforms"])
-        )
+        ready, transforms = served.unready() is None, ", ".join(state["transforms"])
+        text = served.metrics.text(state["running"], state["waiting"], ready, state["state"], transforms)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

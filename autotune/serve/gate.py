@@ -27,7 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = "/livez"  # needs no key
+OPEN = frozenset({"/livez", "/", "/page.css", "/page.js", "/icon.svg"})  # need no key: they hold no data
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # ids of callers that are taken over
 
 
@@ -113,7 +113,7 @@ class Gate:
             await self._app(scope, replayed(body, receive), answer)
 
     def _admit(self, path: str, headers: MutableMapping[str, str]) -> None:
-        if path == OPEN:
+        if path in OPEN:
             return
         if self._keys and not self._is_known(headers):
             raise Refusal(401, "no valid API key; send it as `Authorization: Bearer KEY`", code="invalid_api_key")

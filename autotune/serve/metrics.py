@@ -2,10 +2,67 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections import Counter as Tally
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 120)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+RECENT_S = 60.0  # seconds that percentiles look back
+MOST_RECENT = 2000  # values that percentiles look back at most; sorting them takes 0.2 ms
+
+ANSWERS = "/v1/"  # routes under it answer for the model
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Seconds that half of some recent values, and 99 % of them, do not exceed."""
+
+    p50_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted since the server began.
+
+    Args:
+        tokens: of all answers.
+        answers: number of answers by why they ended.
+        refused: requests that found the queue full.
+        failed: answers of the model's routes by kind of error: "4xx", "5xx".
+    """
+
+    tokens: int
+    answers: Mapping[str, int]
+    refused: int
+    failed: Mapping[str, int]
+
+
+class Recent:
+    """The latest values of a figure: those of the last `RECENT_S` seconds, at most `MOST_RECENT`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._values = deque[tuple[float, float]](maxlen=MOST_RECENT)
+
+    def add(self, value_s: float) -> None:
+        self._values.append((self._clock(), value_s))
+
+    def percentiles(self) -> Percentiles | None:
+        """Return the percentiles by nearest rank; None without a recent value."""
+        since = self._clock() - RECENT_S
+        while self._values and self._values[0][0] < since:
+            self._values.popleft()
+        if not self._values:
+            return None
+        found = sorted(value for _, value in self._values)
+        return Percentiles(*(found[math.ceil(share * len(found)) - 1] for share in (0.5, 0.99)))
 
 
 class Metrics:
@@ -36,7 +93,8 @@ class Metrics:
         self._read = counter("autotune:prompt_tokens", "Tokens of all prompts.")
         self._written = counter("autotune:generation_tokens", "Tokens of all answers.")
         self.rejections = counter("autotune:admission_rejections", "Requests refused because too many waited.")
-        self._running = gauge("autotune:num_requests_running", "Answers under way.")
+        self._running = gauge("autotune:num_requests_running", "Answers under way that do not wait.")
+        self._waiting = gauge("autotune:num_requests_waiting", "Requests that wait for a row or for their turn.")
         self._ready = gauge("autotune:ready", "1 if the server takes requests.")
         self._ended = Counter(
             "autotune:request_success",
@@ -51,10 +109,12 @@ class Metrics:
             "autotune:plan_info", "What serves.", ["model_name", "state", "transforms"], registry=self.registry
         )
         self._model = model
+        self.first, self.next = Recent(), Recent()  # what the histograms of the same tokens count
 
     def token(self, seconds: float, *, first: bool) -> None:
         """A token came, so long after the one before it or, the first, after the request."""
         (self._first if first else self._next).observe(seconds)
+        (self.first if first else self.next).add(seconds)
         self._written.inc()
 
     def finished(self, reason: str, prompt: int, tokens: int, seconds: float) -> None:
@@ -69,9 +129,33 @@ class Metrics:
         """A request to a route was answered."""
         self._http.labels(route, str(status)).inc()
 
-    def text(self, running: int, ready: bool, state: str, transforms: str) -> bytes:
-        """All figures as Prometheus reads them."""
+    def counts(self) -> Counts:
+        """Return what Prometheus' counters hold."""
+        tokens, refused, answers, failed = 0.0, 0.0, dict[str, int](), Tally[str]()
+        for sample in (sample for metric in self.registry.collect() for sample in metric.samples):
+            match sample.name:
+                case "autotune:generation_tokens_total":
+                    tokens = sample.value
+                case "autotune:admission_rejections_total":
+                    refused = sample.value
+                case "autotune:request_success_total":
+                    answers[sample.labels["finished_reason"]] = int(sample.value)
+                case "autotune:http_requests_total" if sample.labels["route"].startswith(ANSWERS):
+                    status = sample.labels["status"]
+                    if status[0] in "45":
+                        failed[f"{status[0]}xx"] += int(sample.value)
+        return Counts(int(tokens), answers, int(refused), dict(failed))
+
+    def text(self, running: int, waiting: int, ready: bool, state: str, transforms: str) -> bytes:
+        """Return all figures as Prometheus reads them.
+
+        Args:
+            running, waiting: requests that are answered now, and that wait.
+            ready: whether the server takes requests.
+            state, transforms: what serves.
+        """
         self._running.set(running)
+        self._waiting.set(waiting)
         self._ready.set(ready)
         self._plan.clear()
         self._plan.labels(self._model, state, transforms).set(1)

@@ -27,6 +27,7 @@ from .connection import TimedConnection
 from .gate import Gate
 from .schema import CompletionBody
 from .service import Service
+from .watching import TuningLog
 
 if TYPE_CHECKING:
     from ..tune.plan import Plan
@@ -86,17 +87,24 @@ def prepared(settings: Settings) -> Service:
     model, tokenizer = load(settings.model)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
+    tuning = TuningLog()
     if settings.policy is None:
         wrapped = wrap(model, tokenizer=tokenizer, when="manual")
     else:  # beside the requests that the original answers meanwhile
         chats = built_in.chats(tokenizer)
+        lines = Lines(sys.stderr, Elapsed())
+
+        def notify(step: str) -> None:
+            lines.update(step)
+            tuning.update(step)
+
         wrapped = wrap(
             model,
             tokenizer=tokenizer,
             policy=settings.policy,
             workload=chats,
             plan=settings.plan,
-            progress=Lines(sys.stderr, Elapsed()).update,
+            progress=notify,
         )
     name = settings.name or Path(settings.model).stem or settings.model
     return Service.of(
@@ -108,6 +116,7 @@ def prepared(settings: Settings) -> Service:
         deadline_s=settings.deadline_s,
         untuned=settings.policy is None,
         traces=traces.configured(name),
+        progress=tuning,
     )
 
 
@@ -131,6 +140,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, gate: Gate, drain_s: int) -> None:
         self._gate = gate
+        self._served: Service | None = None
         super().__init__(
             uvicorn.Config(
                 gate,
@@ -150,7 +160,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
         log.info(json.dumps({"ending": signal.Signals(sig).name}))
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._served is not None:
+            self._served.feed.end()  # these streams have no end that could be waited for
+        await super().shutdown(sockets)
+
     async def run(self, served: Service, listening: socket.socket) -> None:  # type: ignore[override]  # in a loop
+        self._served = served
         first = asyncio.create_task(answer_once(served))
         host, port, *_ = listening.getsockname()
         log.info(json.dumps({"serving": served.name, "url": f"http://{host}:{port}"}))

@@ -17,6 +17,7 @@ from .metrics import Metrics
 from .prompts import Prompts
 from .sampling import SamplingDefaults
 from .traces import Traces
+from .watching import Feed, Reading, TuningLog, figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,7 @@ class Service:
         keys: API keys, any of which opens every route; none: no key is asked for.
         limits: of a request's size and time.
         untuned: whether it is ready without a plan.
+        progress: the lines of tuning.
     """
 
     model: Any
@@ -47,7 +49,11 @@ class Service:
     limits: HttpLimits = field(default_factory=HttpLimits)
     untuned: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    progress: TuningLog = field(default_factory=TuningLog)
     has_answered: bool = False  # one request was served
+
+    def __post_init__(self) -> None:
+        self.feed = Feed(lambda before: figures(self.reading(), before))
 
     @classmethod
     def of(
@@ -62,6 +68,7 @@ class Service:
         deadline_s: float | None = None,
         untuned: bool = False,
         traces: Traces | None = None,
+        progress: TuningLog | None = None,
     ) -> Service:
         """Serve a wrapped model.
 
@@ -69,6 +76,7 @@ class Service:
             longest: most tokens of a prompt; None: as many as the context holds.
             deadline_s: seconds after which an answer is given up; None: never.
             traces: makes spans of requests and answers; None: nothing is traced.
+            progress: what the model was wrapped with, if its tuning is to be shown.
 
         Raises:
             UnsupportedModelError: the model's configuration does not say how long its context is.
@@ -91,6 +99,7 @@ class Service:
             keys=tuple(keys),
             limits=limits or HttpLimits(),
             untuned=untuned,
+            progress=progress or TuningLog(),
         )
 
     def unready(self) -> str | None:
@@ -110,6 +119,25 @@ class Service:
             "state": str(status.state),
             "transforms": list(status.transforms),
             "batching": status.batching,
+            "running": max(self.answers.running - status.waiting, 0),
+            "waiting": status.waiting,
             "served": status.served,
             "bypassed": dict(status.bypassed),
         }
+
+    def reading(self) -> Reading:
+        """What a page shows of this moment."""
+        status, metrics = self.model.autotune.status, self.metrics
+        lines = self.progress.lines()
+        return Reading(
+            at_s=time.monotonic(),
+            status=status,
+            plan=self.model.autotune.plan,
+            lines=self.progress.count,
+            latest=lines[-1] if lines else None,
+            running=max(self.answers.running - status.waiting, 0),
+            waiting=status.waiting,
+            counts=metrics.counts(),
+            first=metrics.first.percentiles(),
+            following=metrics.next.percentiles(),
+        )

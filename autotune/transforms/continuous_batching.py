@@ -43,6 +43,11 @@ class Together:
         """What is decoded together now, in a sentence."""
         return self.engine.summary()
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row."""
+        return self.engine.waiting
+
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""
         return self.engine.alone()

@@ -14,6 +14,7 @@ import autotune
 from autotune.serve.app import create_app
 from autotune.serve.run import Server, listen
 from autotune.serve.service import Service
+from autotune.serve.watching import TuningLog
 from tests.models import tiny, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -40,12 +41,17 @@ class Running:
 
 
 @contextmanager
-def running(model: Any = None, template: str | None = TEMPLATE, **options: Any) -> Iterator[Running]:
+def running(
+    model: Any = None, template: str | None = TEMPLATE, name: str = "tiny", **options: Any
+) -> Iterator[Running]:
     """Serve a tiny model untuned; options of `Service.of`."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    wrapped = autotune.wrap(model or tiny("llama"), tokenizer=tokenizer, when="manual", cache=False)
-    served = Service.of(wrapped, tokenizer, "tiny", untuned=True, **options)
+    log = TuningLog()
+    wrapped = autotune.wrap(
+        model or tiny("llama"), tokenizer=tokenizer, when="manual", cache=False, progress=log.update
+    )
+    served = Service.of(wrapped, tokenizer, name, untuned=True, progress=log, **options)
     server, listening = Server(create_app(served), drain_s=10), listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.run(served, listening)), daemon=True)

@@ -102,6 +102,11 @@ class Engine:
         again = f", {self.counts['evicted']} sequences made room for more urgent ones" if self.counts["evicted"] else ""
         return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}{shared}{again}"
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row."""
+        return len(self._waiting)
+
     # In the callers' threads
 
     def refusal(self, call: Sampling) -> str | None:
