@@ -33,7 +33,7 @@ def arguments(command: ArgumentParser) -> None:
         "--api-key",
         action="append",
         metavar="KEY",
-        help=f"asked for on every route but /livez; may be repeated; default ${KEY}",
+        help=f"asked for on every route but /livez and the bare page; may be repeated; default ${KEY}",
     )
     command.add_argument("--max-prompt", type=positive, metavar="N", help="most tokens of a prompt")
     command.add_argument("--deadline", type=positive, metavar="S", help="seconds after which an answer is given up")

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from ..errors import StateError
 from ..live.status import State
 from .refusal import Refusal
+from .watching import may
 
 if TYPE_CHECKING:
     from ..live.handle import Handle
@@ -47,7 +48,7 @@ def roll_back(handle: Handle) -> None:
     status = handle.status
     if status.state is State.ROLLED_BACK:
         return
-    if not status.transforms:
+    if not may(status, handle.plan)["rollback"]:
         raise Refusal(409, f"no plan serves: the model is {status.state}; there is nothing to roll back")
     _switch(handle.rollback)
 

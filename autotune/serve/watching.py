@@ -29,6 +29,7 @@ PAST = 120  # samples that a page gets when it opens
 MOST_WATCHERS = 64  # streams at once
 MOST_LINES = 200  # lines of tuning that are kept
 NO_SWITCH = (State.TUNING, State.STALE, State.PASSED_THROUGH)  # a plan cannot be committed now
+MAY_RETURN = (State.FAILED, State.STALE)  # the plan may serve again by itself
 CHARTED = ("t", "tokens_per_s", "running", "waiting", "ttft_ms", "inter_token_ms")  # of a past sample
 
 Sample = dict[str, Any]
@@ -139,10 +140,15 @@ def _ms(found: Percentiles | None) -> dict[str, float] | None:
 
 
 def may(status: Status, plan: Plan | None) -> dict[str, bool]:
-    """Return whether the plan that serves can be rolled back, and whether one can be committed again."""
+    """Return whether a plan that serves, or may again by itself, can be rolled back, and whether one can be committed.
+
+    Args:
+        plan: what tuning found, whether it serves or not.
+    """
     has_plan = plan is not None and bool(plan.transforms)
     is_out = not status.transforms and status.state not in NO_SWITCH
-    return {"rollback": bool(status.transforms), "commit": has_plan and is_out}
+    may_return = has_plan and status.state in MAY_RETURN
+    return {"rollback": bool(status.transforms) or may_return, "commit": has_plan and is_out}
 
 
 class Feed:

@@ -27,7 +27,7 @@ from autotune.serve.metrics import MOST_RECENT, Metrics, Percentiles, Recent
 from autotune.serve.page.chapters import chapters
 from autotune.serve.page.view import reasons
 from autotune.serve.refusal import Refusal
-from autotune.serve.watching import MOST_LINES, Feed, Reading, TuningLine, TuningLog, figures
+from autotune.serve.watching import MOST_LINES, Feed, Reading, TuningLine, TuningLog, figures, may
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
@@ -132,14 +132,20 @@ def test_figures_come_as_events_and_change_with_requests(server: Running) -> Non
     stream = samples(server)
     before = next(stream)
     assert ask(server).status_code == 200
-    second = first(stream, lambda sample: sample["served"] > before["served"])
+    later: list[Any] = []
+
+    def is_counted(sample: Any) -> bool:
+        later.append(sample)
+        return bool(sample["served"] > before["served"])
+
+    second = first(stream, is_counted)
     assert second["t"] > before["t"]
     assert second["tokens"] == before["tokens"] + 8
     assert second["served"] == before["served"] + 1
     assert second["answers"]["length"] == before["answers"].get("length", 0) + 1
     assert 0 < second["ttft_ms"]["p50"] <= second["ttft_ms"]["p99"]
     assert 0 < second["inter_token_ms"]["p50"] <= second["inter_token_ms"]["p99"]
-    assert second["tokens_per_s"] > 0
+    assert max(sample["tokens_per_s"] for sample in later) > 0
     assert next(stream)["tokens_per_s"] == 0
 
 
@@ -403,24 +409,24 @@ def test_lines_of_tuning_are_kept_and_the_share_of_the_latest() -> None:
 
 def test_a_trial_is_shown_while_it_runs() -> None:
     found: list[Any] = []
+    with running() as new:
 
-    def tune(*_: Any, notify: Any, **__: Any) -> None:
-        notify(Doing("trying x", 0.4))
-        found.append(httpx.get(f"{server.url}/autotune").json())
-        found.append(next(samples(server))["step"])
-        found.append(switch(server, "commit"))
-        raise MemoryError
+        def tune(*_: Any, notify: Any, **__: Any) -> None:
+            notify(Doing("trying x", 0.4))
+            found.append(httpx.get(f"{new.url}/autotune").json())
+            found.append(next(samples(new))["step"])
+            found.append(switch(new, "commit"))
+            raise MemoryError
 
-    with running() as server, mock.patch.object(tuning, "tune", tune):
-        with pytest.raises(MemoryError):
-            server.model.autotune.tune(token_prompts(2))
-        overview, step, answer = found
-        assert overview["state"] == "tuning"
-        assert overview["lead"] == "A plan is searched for. Meanwhile the model serves with the original."
-        assert [line["text"] for line in overview["lines"]] == ["trying x"]
-        assert step == {"text": "trying x", "share": 0.4}
-        assert answer.status_code == 409
-        assert "tuning is under way" in answer.json()["error"]["message"]
+        with mock.patch.object(tuning, "tune", tune), pytest.raises(MemoryError):
+            new.model.autotune.tune(token_prompts(2))
+    overview, step, answer = found
+    assert overview["state"] == "tuning"
+    assert overview["lead"] == "A plan is searched for. Meanwhile the model serves with the original."
+    assert [line["text"] for line in overview["lines"]] == ["trying x"]
+    assert step == {"text": "trying x", "share": 0.4}
+    assert answer.status_code == 409
+    assert "tuning is under way" in answer.json()["error"]["message"]
 
 
 # switching
@@ -474,6 +480,27 @@ def test_a_plan_that_is_stale_is_not_committed(server: Running, monkeypatch: pyt
     answer = switch(server, "commit")
     assert answer.status_code == 409
     assert "the plan is stale: a weight was written to" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("state", "serves", "has_plan", "rollback", "commit"),
+    [
+        (State.WAITING, False, False, False, False),
+        (State.TUNING, True, False, True, False),
+        (State.TUNED, True, True, True, False),
+        (State.ORIGINAL, False, False, False, False),
+        (State.ROLLED_BACK, False, True, False, True),
+        (State.FAILED, False, True, True, True),  # the plan would be tried again by itself
+        (State.STALE, False, True, True, False),
+        (State.PASSED_THROUGH, False, False, False, False),
+    ],
+)
+def test_what_may_be_switched_in_each_state(
+    state: State, serves: bool, has_plan: bool, rollback: bool, commit: bool
+) -> None:
+    plan = plans.Plan(Fingerprint("", "", {}, "", "", "strict"), (LeanLoop(),) if has_plan else ())
+    status = Status(state, "", (LOOP,) if serves else ())
+    assert may(status, plan) == {"rollback": rollback, "commit": commit}
 
 
 @pytest.mark.parametrize("to", ["rollback", "commit"])

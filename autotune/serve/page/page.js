@@ -178,12 +178,12 @@ function showCounts(sample) {
     ["server errors", sample.failed["5xx"] || 0, true],
     ["calls served by the plan", sample.served],
   ];
-  if (bypassed) rows.push(["by the original meanwhile", bypassed]);
+  if (bypassed) rows.push(["by the original", bypassed]);
   if (sample.batching) rows.push(["decoded together", sample.batching]);
   const shown = rows.filter(([, value], index) => index < 1 || value);
   $("counts").replaceChildren(...shown.map(([name, value, isBad]) => {
     const told = typeof value === "number" ? number(Math.max(value, 0)) : value;
-    return node("div", "", node("dt", "", name), node("dd", isBad ? "some" : "", told));
+    return node("div", typeof value === "number" ? "" : "long", node("dt", "", name), node("dd", isBad ? "some" : "", told));
   }));
 }
 
