@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +47,7 @@ KEY = {"Authorization": "Bearer key-1"}
 FILES = ["/", "/page.css", "/page.js", "/icon.svg"]
 DATA = ["/autotune", "/autotune/events", "/autotune/chapters", "/autotune/report"]
 WORDS = "2.50x faster"
+IDLE = dict.fromkeys(("tokens_per_s", "running", "waiting", "ttft_ms", "inter_token_ms"), None) | {"t": 0}
 LOOP = str(LeanLoop())
 MOST_SAMPLES = 30  # one a second
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -194,34 +195,36 @@ def test_who_comes_later_gets_what_was_before(server: Running) -> None:
     assert "detail" not in past[-1]  # only what the charts draw
 
 
-def test_all_who_watch_share_the_samples_and_none_are_made_for_nobody(server: Running) -> None:
-    until(lambda: server.served.feed.watchers == 0)
-    made: list[int] = []
-    whole = server.served.reading
-
-    def reading() -> Reading:
-        made.append(server.served.feed.watchers)
-        return whole()
-
-    with mock.patch.object(server.served, "reading", reading):
-        streams = [samples(server) for _ in range(5)]
-        seen = [[next(stream)["t"] for _ in range(3)] for stream in streams[:1]]
-        times = {t for stream in streams[1:] for t in (next(stream)["t"],)}
-        assert server.served.feed.watchers == 5
-        assert len(made) <= 3 + len(times) + 1 < 15
-        assert seen[0] == sorted(set(seen[0]))
+def test_all_who_watch_share_the_samples() -> None:
+    async def check() -> None:
+        made = itertools.count()
+        feed = Feed(lambda _: IDLE | {"t": next(made)}, 0.01)
+        streams = [feed.events() for _ in range(5)]
         for stream in streams:
-            stream.close()  # type: ignore[attr-defined]
-        until(lambda: server.served.feed.watchers == 0)
-        count = len(made)
-        assert server.served.feed._task is None
-        time.sleep(2.5)
-        assert len(made) == count
+            await anext(stream)
+        for count in range(3):
+            got = await asyncio.gather(*map(anext, streams))
+            assert [json.loads(event[6:])["t"] for event in got] == [count] * 5
+        for stream in streams:
+            await stream.aclose()
+
+    asyncio.run(check())
+
+
+def test_no_sample_is_made_for_nobody(server: Running) -> None:
+    streams = [samples(server) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    assert server.served.feed.watchers >= 3
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+    until(lambda: server.served.feed.watchers == 0)
+    assert server.served.feed._task is None
 
 
 def test_a_watcher_that_goes_leaves_no_task() -> None:
     async def check() -> None:
-        feed = Feed(lambda before: {"t": 0, **dict.fromkeys(("tokens_per_s", "running", "waiting"))} | NONE, 0.01)
+        feed = Feed(lambda _: IDLE, 0.01)
         streams = [feed.events() for _ in range(3)]
         for stream in streams:
             assert (await anext(stream)).startswith(b"event: history")
@@ -235,9 +238,6 @@ def test_a_watcher_that_goes_leaves_no_task() -> None:
     asyncio.run(check())
 
 
-NONE = {"ttft_ms": None, "inter_token_ms": None}
-
-
 def test_streams_end_with_the_feed_and_with_a_sample_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     async def check() -> None:
         def fail(before: Any) -> Any:
@@ -246,7 +246,7 @@ def test_streams_end_with_the_feed_and_with_a_sample_that_fails(caplog: pytest.L
         feed = Feed(fail, 0.01)
         assert len([event async for event in feed.events()]) == 1  # the past alone
         assert (feed.watchers, feed._task) == (0, None)
-        feed = Feed(lambda _: {"t": 0, "tokens_per_s": 0, "running": 0, "waiting": 0, **NONE}, 0.01, most=1)
+        feed = Feed(lambda _: IDLE, 0.01, most=1)
         stream = feed.events()
         await anext(stream)
         with pytest.raises(Refusal, match="1 pages watch this server, the most"):

@@ -237,7 +237,7 @@ function showPlan({plan, state, tiles, watch}) {
   $("transforms").hidden = !count;
   $("transforms").replaceChildren(...plan.transforms.map(({name, reasons}) => node("li", "",
     code(name), ...reasons.map(reason => node("p", "", reason)))));
-  setText("watch", watch && `Watch over the plan: ${watch}.`);
+  setText("watch", watch && `Watch over the plan: breaker ${watch}.`);
 }
 
 function showLines({state, lines}) {
