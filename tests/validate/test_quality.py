@@ -37,14 +37,13 @@ from tests import architectures
 VOCABULARY = 200
 
 
-@pytest.fixture(scope="module")
-def model():
+def built(layers):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -53,6 +52,11 @@ def model():
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return built(layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +294,19 @@ def test_in_16_bits_a_lossless_candidate_is_compared_with_steps(model, prompts):
     assert found.verdict is Verdict.PASS, found.reason
     assert found.mean_kld < 1e-6
     assert judge(exam, candidate, "strict").mean_kld > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers"), [(torch.bfloat16, 2), (torch.bfloat16, 8), (torch.float16, 8), (torch.float32, 8)], ids=str
+)
+def test_rounding_that_grows_with_the_layers_hides_no_damage(dtype, layers, prompts):
+    original = built(layers).to(dtype)
+    exam = Exam.prepare(original, prompts, pad_token_id=0)
+    same = judge(exam, Variant(original).with_transform(LeanLoop("decode")), "lossless")
+    assert same.verdict is Verdict.PASS, same.reason
+    assert same.mean_kld < 1e-6
+    damaged = judge(exam, edited(original, scaled(1.05)), "lossless")
+    assert damaged.verdict is Verdict.FAIL, damaged.reason
 
 
 def test_texts_cross_powers_of_two_and_batches_are_ragged(exam):
