@@ -128,6 +128,7 @@ class PhaseProfile:
             keys, cache updates, and the part of a compiled step that is neither a matmul nor attention.
         device: what a GPU did during that time; None on a CPU.
         growth_s: seconds of a token that grow with the context; 0 if not measured.
+        stored_bytes: bytes of the distinct weights of the phase's module. Without the other phase's and the original's.
     """
 
     phase: Phase
@@ -147,6 +148,7 @@ class PhaseProfile:
     around_attention_s: float = 0.0
     device: DeviceUse | None = None
     growth_s: float = 0.0
+    stored_bytes: float = 0.0
 
     @property
     def idle(self) -> float:
@@ -189,7 +191,13 @@ class ScalePoint:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Peak memory by owner, bytes."""
+    """Peak memory by owner, bytes.
+
+    Args:
+        weights_bytes: distinct weights of the original and of both phases' modules, all of which stay in memory.
+        cache_bytes: of the requests that are measured, at their end.
+        activations_bytes: of their prefill.
+    """
 
     weights_bytes: int
     cache_bytes: int

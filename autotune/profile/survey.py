@@ -182,4 +182,5 @@ def _phase(
         around_attention_s=found.around_attention_s,
         device=device_use(trace, median(samples_s), seen.event_s, seen.counters) if seen else None,
         growth_s=growth_s(contexts, forward.past) if seen and phase == "decode" else 0.0,
+        stored_bytes=stored_weights(model),
     )

@@ -199,10 +199,16 @@ def test_an_idle_device_is_never_compute_bound(busy: float, flops: float) -> Non
     assert diagnose(idle, H100).bottleneck == "overhead"
 
 
-@pytest.mark.parametrize(("resident", "expected"), [(10 * 10**9, "memory"), (15 * 10**9, "capacity")])
-def test_capacity_counts_all_that_is_resident(resident: int, expected: str) -> None:
-    memory = MemoryUse(weights_bytes=resident - 10**9, cache_bytes=9 * 10**8, activations_bytes=10**8)
-    assert diagnose(DECODE, CPU, memory).bottleneck == expected
+@pytest.mark.parametrize(("stored", "expected"), [(10 * 10**9, "memory"), (14 * 10**9, "capacity")])
+def test_capacity_counts_weights_cache_and_activations(stored: int, expected: str) -> None:
+    memory = MemoryUse(weights_bytes=stored, cache_bytes=9 * 10**8, activations_bytes=10**8)
+    assert diagnose(replace(DECODE, stored_bytes=stored), CPU, memory).bottleneck == expected
+
+
+def test_the_original_beside_a_plan_takes_no_room_from_its_phases() -> None:
+    """8 billion parameters in BF16 (16.1 GB), served with 4 bits each (5 GB), on a card of 24 GB."""
+    card, memory = replace(H100, memory_bytes=24 * 10**9), MemoryUse(21_100_000_000, 500_000_000, 300_000_000)
+    assert diagnose(replace(GPU, weight_bytes=4.7e9, stored_bytes=5e9), card, memory).bottleneck == "memory"
 
 
 def test_a_phase_faster_than_memory_is_at_its_roof() -> None:

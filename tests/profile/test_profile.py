@@ -246,6 +246,17 @@ def test_weights_in_memory_are_exact(measured: tuple[Variant, Profile]) -> None:
     assert found.memory.weights_bytes == sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
+def test_a_phase_needs_its_own_weights_and_not_the_originals() -> None:
+    original = Variant(models.tiny("llama"))
+    whole = stored_weights(original.original)
+    halved = original.with_transform(transforms.make("linear_dtype", {"dtype": "bfloat16"}, "decode"))
+    workload = Workload(tuple(map(tuple, models.token_prompts(3, 12))), new_tokens=8)
+    found = profile.measure(halved, workload, CPU, budget_s=1.0, scaling=False)
+    assert found.phases["prefill"].stored_bytes == whole
+    assert found.phases["decode"].stored_bytes < 0.8 * whole
+    assert found.memory.weights_bytes > whole
+
+
 def test_measuring_leaves_the_model_as_it_was(measured: tuple[Variant, Profile]) -> None:
     model = measured[0].original
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
