@@ -10,6 +10,8 @@ import torch
 
 from autotune.errors import DeviceError, VariantError
 from autotune.machine import device, hardware, processor
+from autotune.machine.device import Memory
+from autotune.machine.device.cuda import Cuda
 from autotune.machine.device.failures import classify
 from tests.fakes.cuda import FakeCuda, Misuse
 
@@ -34,6 +36,35 @@ def test_a_stand_in_holds_inside_its_block_alone() -> None:
         assert hardware.probe().device == "cuda"
         assert hardware.probe().capability == "9.0"
     assert device.of("cpu").kind == "cpu"
+
+
+def test_free_memory_is_what_a_tensor_can_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [  # as of torch.cuda.memory_snapshot
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 700},
+        {"device": 1, "segment_pool_id": (0, 0), "total_size": 200, "allocated_size": 0},
+        {"device": 1, "segment_pool_id": (0, 3), "total_size": 5000, "allocated_size": 100},  # of a graph
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 9000, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (40, 80))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda **asked: segments)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: 800)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: 900)
+    assert Cuda(torch.device("cuda", 1)).memory() == Memory(free=40 + 300 + 200, used=800, peak=900)
+
+
+@pytest.mark.gpu
+def test_idle_memory_of_a_graph_is_not_free() -> None:
+    cuda = device.of("cuda")
+    cuda.trim()
+    before = cuda.memory().free
+
+    def work() -> torch.Tensor:
+        return torch.ones(2**26, device="cuda").cumsum(0)[:1].clone()  # 256 MiB in between
+
+    graph, _ = cuda.owner.run(lambda: cuda.capture(work))
+    cuda.trim()
+    assert cuda.memory().free < before - 2**28
+    del graph
 
 
 ERRORS = [

@@ -53,7 +53,7 @@ class Memory:
     """A device's memory as this process sees it, bytes.
 
     Args:
-        free: memory that can still be allocated, including blocks that torch keeps for reuse.
+        free: memory that can still be allocated, including blocks that torch keeps for reuse, without those of graphs.
         used: memory of this process's tensors; on a CPU, of the whole process.
         peak: the highest `used` since `reset_peak`; on a CPU, since the process started.
     """

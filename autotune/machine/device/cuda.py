@@ -13,6 +13,7 @@ from .base import Address, Device, Graph, Identity, Memory
 from .cpu import SCRATCH_BYTES, trim_host
 from .owner import GraphThread
 
+SHARED_POOL = (0, 0)  # torch's name for the memory that is in no graph's pool
 CACHES = 32  # scratch memory as a multiple of the L2 cache, which then holds 3 % of it at most
 
 
@@ -50,8 +51,10 @@ class Cuda(Device):
 
     def memory(self) -> Memory:
         free, _ = torch.cuda.mem_get_info(self.where)
-        used, kept = torch.cuda.memory_allocated(self.where), torch.cuda.memory_reserved(self.where)
-        return Memory(free + kept - used, used, torch.cuda.max_memory_allocated(self.where))
+        segments = torch.cuda.memory_snapshot(include_traces=False)
+        here = [s for s in segments if s["device"] == self.where.index and s["segment_pool_id"] == SHARED_POOL]
+        idle = sum(s["total_size"] - s["allocated_size"] for s in here)  # in a graph's pool, it is the graph's
+        return Memory(free + idle, torch.cuda.memory_allocated(self.where), torch.cuda.max_memory_allocated(self.where))
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.where)
