@@ -75,6 +75,7 @@ class FakeCuda(Device):
         self._owner = GraphThread(self)
         self._local = threading.local()
         self._marks = 0
+        self._recording = False
         self._workspace: _Workspace | None = None
 
     def identity(self) -> Identity:
@@ -109,7 +110,9 @@ class FakeCuda(Device):
 
     def reset_peak(self) -> None: ...
 
-    def trim(self) -> None:
+    def release(self) -> None:
+        if self._recording:
+            raise Misuse("memory released while a graph is captured")
         self.trims += 1
 
     def mark(self) -> tuple[int, int]:
@@ -181,11 +184,11 @@ class FakeCuda(Device):
     def capturing(self) -> Iterator[None]:
         if getattr(self._local, "capturing", False):
             raise Misuse("a capture inside a capture")
-        self._local.capturing = True
+        self._local.capturing = self._recording = True
         try:
             yield
         finally:
-            self._local.capturing = False
+            self._local.capturing = self._recording = False
 
 
 class _Workspace:

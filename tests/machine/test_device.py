@@ -190,11 +190,12 @@ WAITING: list[Callable[[torch.Tensor, FakeCuda], object]] = [
     lambda x, fake: x.nonzero(),
     lambda x, fake: fake.synchronize(),
     lambda x, fake: fake.fetch(x),
+    lambda x, fake: fake.trim(),
 ]
 
 
 @pytest.mark.parametrize("wait", WAITING)
-def test_nothing_may_wait_during_a_capture(wait: Callable[[torch.Tensor, FakeCuda], object]) -> None:
+def test_nothing_may_wait_or_release_memory_during_a_capture(wait: Callable[[torch.Tensor, FakeCuda], object]) -> None:
     fake, x, calls = FakeCuda(), torch.ones(4), list[int]()
 
     def work() -> torch.Tensor:
@@ -205,6 +206,38 @@ def test_nothing_may_wait_during_a_capture(wait: Callable[[torch.Tensor, FakeCud
 
     with pytest.raises(Misuse, match="captured"):
         fake.owner.run(lambda: fake.capture(work))
+
+
+def during_a_capture(fake: FakeCuda, act: Callable[[], object]) -> list[BaseException | None]:
+    """Capture a graph, during which another thread begins `act`. Returns what that raised, once the capture ended."""
+    raised, threads = list[BaseException | None](), list[threading.Thread]()
+
+    def attempt() -> None:
+        try:
+            act()
+            raised.append(None)
+        except Misuse as error:
+            raised.append(error)
+
+    def work() -> torch.Tensor:
+        if fake.captures:
+            threads.append(threading.Thread(target=attempt))
+            threads[0].start()
+            threads[0].join(timeout=0.2)
+        return torch.ones(2).mul(2)
+
+    fake.owner.run(lambda: fake.capture(work))
+    threads[0].join()
+    return raised
+
+
+def test_memory_is_released_only_after_a_capture() -> None:
+    fake = FakeCuda()
+    assert during_a_capture(fake, fake.trim) == [None]
+    assert fake.trims == 1
+    (error,) = during_a_capture(fake := FakeCuda(), fake.release)
+    assert "released while a graph is captured" in str(error)
+    assert fake.trims == 0
 
 
 def test_capture_and_replay_belong_inside_the_stream() -> None:

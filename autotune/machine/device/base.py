@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,12 +12,16 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from ...errors import DeviceError, first_line
+from .. import forking
 from .failures import Failure, classify
 from .owner import GraphThread
 from .trace import record
 
 Kind = Literal["cpu", "cuda"]
 
+# Held while a graph is recorded or memory is released, on any device: torch.cuda.empty_cache releases that of all, and
+# the allocator allows it in no capture. Reentrant: work that releases memory while it is captured gets torch's error.
+_recording = forking.free(threading.RLock())
 WARM_UPS = 3  # runs before a capture: libraries initialise in the first run, and must not during the capture
 
 
@@ -123,9 +128,14 @@ class Device(ABC):
     def reset_peak(self) -> None:
         """Restart `Memory.peak`, if the system supports it."""
 
-    @abstractmethod
     def trim(self) -> None:
-        """Release memory that is kept for reuse."""
+        """Release memory that is kept for reuse. A capture on another thread, which allocates, is awaited first."""
+        with _recording:
+            self.release()
+
+    @abstractmethod
+    def release(self) -> None:
+        """Do what `trim` promises, while nothing is captured."""
 
     @abstractmethod
     def mark(self) -> Any:
@@ -171,7 +181,8 @@ class Device(ABC):
         self.synchronize()
         self.drop_workspaces()  # the capture allocates them anew, in the graph's memory
         try:
-            return self.record_graph(work, pool)
+            with _recording:
+                return self.record_graph(work, pool)
         finally:
             self.drop_workspaces()  # nothing else may write into the graph's memory
 

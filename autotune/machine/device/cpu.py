@@ -48,7 +48,7 @@ class Cpu(Device):
 
     def reset_peak(self) -> None: ...
 
-    def trim(self) -> None:
+    def release(self) -> None:
         trim_host()
 
     def mark(self) -> None: ...

@@ -51,7 +51,7 @@ class Cuda(Device):
 
     def memory(self) -> Memory:
         free, _ = torch.cuda.mem_get_info(self.where)
-        segments = torch.cuda.memory_snapshot(include_traces=False)
+        segments = torch.cuda.memory_snapshot(include_traces=False)  # type: ignore[no-untyped-call]
         here = [s for s in segments if s["device"] == self.where.index and s["segment_pool_id"] == SHARED_POOL]
         idle = sum(s["total_size"] - s["allocated_size"] for s in here)  # in a graph's pool, it is the graph's
         return Memory(free + idle, torch.cuda.memory_allocated(self.where), torch.cuda.max_memory_allocated(self.where))
@@ -59,7 +59,7 @@ class Cuda(Device):
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.where)
 
-    def trim(self) -> None:
+    def release(self) -> None:
         trim_host()
         torch.cuda.empty_cache()
 
@@ -117,4 +117,5 @@ class Cuda(Device):
 
     @functools.cached_property
     def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.where)  # type: ignore[no-untyped-call]
+        # of high priority, because torch hands out its 32 normal streams in turn: others would queue into this one, too
+        return torch.cuda.Stream(self.where, priority=-1)  # type: ignore[no-untyped-call]
