@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -116,18 +117,21 @@ def identify(where: str | torch.device | PreTrainedModel = "cpu") -> Hardware:
     )
 
 
-def probe(where: str | torch.device | PreTrainedModel = "cpu", *, again: bool = False) -> Hardware:
+def probe(
+    where: str | torch.device | PreTrainedModel = "cpu", *, again: bool = False, turn: peaks.Turn = nullcontext
+) -> Hardware:
     """Measure this machine at the process's present thread count; two to three seconds, once per process and device.
 
     Args:
         where: "cpu", "cuda", "cuda:N", or a model, which means the device of its first weights.
         again: repeat a measurement that was disturbed, and keep the better figures.
+        turn: makes a context that keeps live requests out; see `peaks.measure`.
     """
     key = devices.of(where), torch.get_num_threads()
     if (known := _known.get(key)) is None:
-        _known[key] = _probe(key[0])
+        _known[key] = _probe(key[0], turn)
     elif again and known.disturbed:
-        _known[key] = _better(known, _probe(key[0]))
+        _known[key] = _better(known, _probe(key[0], turn))
     return _known[key]
 
 
@@ -138,10 +142,10 @@ def _better(old: Hardware, new: Hardware) -> Hardware:
     return replace(new, bandwidth_bytes_per_s=bandwidth, flops_per_s=best)
 
 
-def _probe(device: Device) -> Hardware:
+def _probe(device: Device, turn: peaks.Turn) -> Hardware:
     meter = busy.Meter()
     with torch.inference_mode():
-        reached = peaks.measure(device)
+        reached = peaks.measure(device, turn)
     beside_others = not device.asynchronous and busy.is_noticeable(meter.elsewhere())  # a GPU's peaks need no CPU
     if device.asynchronous:
         device.trim()  # free the measurement's memory for the model

@@ -6,10 +6,9 @@ differ much, even the better one may be too low.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,7 @@ CLOCKS_S = 0.3  # work after which an idle GPU's clocks are up; power states cha
 FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply FP8 on tensor cores
 
 Multiply = Callable[[], torch.Tensor]
+Turn = Callable[[], AbstractContextManager[object]]
 Prepare = Callable[["Device", int], Multiply]  # a device and a side -> a matmul that is ready to run
 
 
@@ -47,18 +47,23 @@ class Peaks:
     spread: float
 
 
-def measure(device: Device) -> Peaks:
+def measure(device: Device, turn: Turn = nullcontext) -> Peaks:
     """Measure a device's peaks, in two to three seconds on a CPU.
+
+    Args:
+        device: the device.
+        turn: makes a context that keeps live requests out. Each reading is taken inside one: requests would disturb
+            it, and the precision of float32, which a GPU's readings set for the whole process, would change theirs.
 
     For a dtype that the machine only emulates, the figure is that of a tiny matmul. On a GPU "float32" is IEEE float32
     and "tf32" is float32 on tensor cores. Dtypes that a device cannot multiply are absent.
     """
     reads, matmuls = _reads(device), _matmuls(device)
-    _raise_clocks(device, reads)
-    early = {"": (_bandwidth(device, reads), 0)}
-    early |= {name: _peak(device, prepare) for name, prepare in matmuls.items()}
-    late = {name: _peak(device, matmuls[name], (side,))[0] for name, (_, side) in early.items() if side}
-    late[""] = _bandwidth(device, reads)
+    _raise_clocks(device, reads, turn)
+    early = {"": (_bandwidth(device, reads, turn), 0)}
+    early |= {name: _peak(device, prepare, turn) for name, prepare in matmuls.items()}
+    late = {name: _peak(device, matmuls[name], turn, (side,))[0] for name, (_, side) in early.items() if side}
+    late[""] = _bandwidth(device, reads, turn)
     tries = {name: (peak, late[name]) for name, (peak, _) in early.items() if peak and late.get(name)}
     best = {name: max(both) for name, both in tries.items()}
     spread = max(_shortfall(*both, warms_up=device.asynchronous) for both in tries.values())
@@ -93,16 +98,21 @@ def _reads(device: Device) -> list[tuple[int, Multiply]]:
     return reads
 
 
-def _raise_clocks(device: Device, reads: list[tuple[int, Multiply]]) -> None:
+def _raise_clocks(device: Device, reads: list[tuple[int, Multiply]], turn: Turn) -> None:
     """Keep a GPU busy until its clocks are up: an idle one needs a few hundred milliseconds of work for that."""
     end = time.perf_counter() + CLOCKS_S if device.asynchronous else 0.0
     while time.perf_counter() < end:
         for _, read in reads:
-            device.seconds(read)
+            _seconds(device, read, turn)
 
 
-def _bandwidth(device: Device, reads: list[tuple[int, Multiply]]) -> float:
-    return max(size / device.seconds(read) for _ in range(READ_ROUNDS) for size, read in reads)
+def _bandwidth(device: Device, reads: list[tuple[int, Multiply]], turn: Turn) -> float:
+    return max(size / _seconds(device, read, turn) for _ in range(READ_ROUNDS) for size, read in reads)
+
+
+def _seconds(device: Device, work: Multiply, turn: Turn) -> float:
+    with turn():
+        return device.seconds(work)
 
 
 def _matmuls(device: Device) -> Mapping[str, Prepare]:
@@ -117,7 +127,7 @@ def _matmuls(device: Device) -> Mapping[str, Prepare]:
     return found
 
 
-def _peak(device: Device, prepare: Prepare, sides: Sequence[int] = SIDES) -> tuple[float, int]:
+def _peak(device: Device, prepare: Prepare, turn: Turn, sides: Sequence[int] = SIDES) -> tuple[float, int]:
     """Peak FLOP/s, and the side of the matmul that reached it; both 0 if the dtype has no matmul.
 
     Tries larger and larger matmuls, which also raise a GPU's clocks, until one takes long enough.
@@ -127,7 +137,7 @@ def _peak(device: Device, prepare: Prepare, sides: Sequence[int] = SIDES) -> tup
         if 8 * side * side > device.scratch_bytes():  # an operand and the result, at float32
             break
         try:
-            fastest = _fastest(device, prepare(device, side))
+            fastest = _fastest(device, prepare(device, side), turn)
         except RuntimeError:  # no matmul in this dtype, or not enough memory for this side
             break
         best = max(best, (matmul_flops(side, side, side) / fastest, side))
@@ -136,13 +146,11 @@ def _peak(device: Device, prepare: Prepare, sides: Sequence[int] = SIDES) -> tup
     return best
 
 
-def _fastest(device: Device, multiply: Multiply) -> float:
-    fastest, end = math.inf, time.perf_counter() + MATMUL_LIMIT_S
-    for _ in range(MATMUL_ROUNDS):
-        fastest = min(fastest, device.seconds(multiply))
-        if time.perf_counter() > end:
-            break
-    return fastest
+def _fastest(device: Device, multiply: Multiply, turn: Turn) -> float:
+    taken = list[float]()
+    while len(taken) < MATMUL_ROUNDS and sum(taken) <= MATMUL_LIMIT_S:
+        taken.append(_seconds(device, multiply, turn))
+    return min(taken)
 
 
 def _operand(device: Device, side: int) -> torch.Tensor:

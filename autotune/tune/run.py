@@ -121,7 +121,7 @@ def _searched(
     start, meter = time.monotonic(), busy.Meter()
     original, policy, model = bench.original, bench.policy, bench.original.original
     notify("measuring the hardware")
-    machine = bench.hardware = hardware.probe(model, again=True)  # not before a replay, which needs no peaks
+    machine = bench.hardware = hardware.probe(model, again=True, turn=original.turn)  # a replay needs no peaks
     deadline = start + policy.budget_s
     bench.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)

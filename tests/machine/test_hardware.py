@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 
 from autotune.machine import busy, compilers, device, hardware, peaks
 from autotune.machine.device import Identity
+from autotune.runtime.traffic import Traffic
 from tests.fakes.cuda import FakeCuda
 
 
@@ -94,6 +96,39 @@ def test_measuring_leaves_the_precision_of_float32_as_it_was(before: str) -> Non
         setting.fp32_precision = was
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_live_request_never_meets_the_precision_that_is_measured(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that comes during a reading waits, if requests are live, and sees the process's own setting alone."""
+    fake, traffic, setting = FakeCuda(), Traffic(), torch.backends.cuda.matmul
+    own, seen, requests = setting.fp32_precision, list[str](), list[threading.Thread]()
+    multiply = torch.Tensor.__matmul__
+
+    def request() -> None:
+        with traffic.request():
+            seen.append(setting.fp32_precision)
+
+    def during(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if setting.fp32_precision != own and not requests:
+            requests.append(threading.Thread(target=request))
+            requests[0].start()
+            requests[0].join(timeout=0.1)
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", during)
+    peaks.measure(fake, traffic.step) if live else peaks.measure(fake)
+    requests[0].join()
+    assert (seen == [own]) is live
+
+
+def test_every_reading_of_a_peak_is_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, traffic, turns = FakeCuda(), Traffic(), list[bool]()
+    seconds = fake.seconds
+    monkeypatch.setattr(fake, "seconds", lambda work: turns.append(traffic._measuring is not None) or seconds(work))
+    peaks.measure(fake, traffic.step)
+    assert turns
+    assert all(turns)
+
+
 def test_measuring_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, multiply = list[int](), torch.Tensor.__matmul__
 
@@ -139,7 +174,7 @@ def test_a_peak_is_the_better_of_two_tries(
     where = FakeCuda() if gpu else device.of("cpu")
     read, multiply, sides = iter(reads), dict[str, Iterator[float]](), list[Sequence[int]]()
 
-    def peak(_: device.Device, prepare: Any, tried: Sequence[int] = peaks.SIDES) -> tuple[float, int]:
+    def peak(_: device.Device, prepare: Any, turn: Any, tried: Sequence[int] = peaks.SIDES) -> tuple[float, int]:
         sides.append(tried)
         return next(multiply.setdefault(prepare, iter(matmuls))), 512
 
@@ -163,7 +198,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[peaks.Peaks, float | N
         def __init__(self) -> None: ...
 
     def found(measured: peaks.Peaks, elsewhere: float | None) -> None:
-        monkeypatch.setattr(peaks, "measure", lambda _: measured)
+        monkeypatch.setattr(peaks, "measure", lambda *_: measured)
         monkeypatch.setattr(Share, "elsewhere", lambda _: elsewhere)
 
     monkeypatch.setattr(busy, "Meter", Share)

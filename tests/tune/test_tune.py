@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,10 @@ import pytest
 
 import autotune
 from autotune import workload
-from autotune.errors import PlanError, TransformError
+from autotune.errors import MeasurementError, PlanError, TransformError
 from autotune.machine import hardware
 from autotune.machine.hardware import Hardware
+from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import fingerprint, run, turns
@@ -23,7 +26,7 @@ from autotune.tune.choose import SearchState
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan, Trial, TrialOutcome
 from autotune.tune.record import report_of
-from autotune.tune.run import conclude, replay
+from autotune.tune.run import conclude, replay, tune
 from autotune.tune.search import Found
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from autotune.validate.score import CandidateError
@@ -97,6 +100,21 @@ def test_a_kept_plan_serves_from_its_first_answer_until_it_is_disproved(
     if tuned is not None:
         assert tuned.variant.transforms == KEPT.transforms
         assert "replayed and re-verified" in tuned.verdict
+
+
+def test_the_machine_is_measured_between_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic, alone = Traffic(), list[bool]()
+
+    def probe(*_: object, turn: Callable[[], AbstractContextManager[object]], **__: object) -> Any:
+        with turn():
+            alone.append(traffic._measuring is not None)
+        raise MeasurementError("that is enough")
+
+    monkeypatch.setattr(hardware, "probe", probe)
+    work = workload.Workload(tuple(map(tuple, token_prompts(4))), new_tokens=4)
+    with pytest.raises(MeasurementError, match="enough"):
+        tune(tiny("llama"), work, policies.load("lossless"), cache=False, traffic=traffic)
+    assert alone == [True]
 
 
 @pytest.mark.parametrize(("elsewhere", "believed"), [(None, True), (0.01, True), (0.23, False)])
