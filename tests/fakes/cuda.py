@@ -32,13 +32,10 @@ from torch.utils._pytree import tree_map, tree_map_only
 from autotune.machine.device import Address, Device, Graph, Identity, Memory
 from autotune.machine.device.owner import GraphThread
 from autotune.machine.device.trace import record
+from autotune.runtime.steps.waiting import WAITS
 from tests.fakes import traces
 
 OPERATOR_S = 5e-6  # what each operator takes on the fake clock
-WAITS = {
-    *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"),
-    *("aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::multinomial"),  # its checks are read
-}
 
 
 class Misuse(RuntimeError):

@@ -10,6 +10,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.steps.graphs import Captured, GraphSteps, agree, buckets, lengths
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
+from autotune.runtime.steps.waiting import require_no_wait
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_step import CompileStep
@@ -287,6 +289,29 @@ def test_a_failed_capture_is_told_once_and_counted(
     assert steps_of(variant).fallbacks[reason] == 30 - 1 - 20, "steps beyond the 32 slots that were captured before"
 
 
+def test_dynamic_rope_is_refused_before_a_capture(fake: FakeCuda) -> None:
+    """It compares the position with a number of the host's in every step."""
+    with pytest.raises(TransformError, match="computes its buffers anew as contexts grow"):
+        graphed(tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
+    assert fake.captures == 0
+
+
+COPIES: list[tuple[Callable[[torch.Tensor], object], bool]] = [
+    (lambda x: x.to("meta"), True),
+    (lambda x: x.to("meta", non_blocking=True), False),
+    (lambda x: x.to(torch.float16), False),
+    (lambda x: x.mul(2), False),
+    (lambda x: x.nonzero(), True),
+    (lambda x: bool(x.any()), True),
+]
+
+
+@pytest.mark.parametrize(("step", "waits"), COPIES)
+def test_what_waits_for_the_device_is_seen(step: Callable[[torch.Tensor], object], waits: bool) -> None:
+    with pytest.raises(TransformError, match="waits for the device") if waits else nullcontext():
+        require_no_wait(lambda: step(torch.ones(4)))
+
+
 def test_memory_that_runs_out_during_a_capture_is_given_back(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     variant = graphed(model)
@@ -342,7 +367,7 @@ def test_the_device_s_last_error_is_one_clear_exception(fake: FakeCuda, monkeypa
             ask(serving(variant))
 
 
-def test_a_plan_that_cannot_be_captured_is_refused(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_waits_is_refused_before_a_capture(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     forward = type(model).forward
 
@@ -353,8 +378,9 @@ def test_a_plan_that_cannot_be_captured_is_refused(fake: FakeCuda, monkeypatch: 
         return out
 
     monkeypatch.setattr(type(model), "forward", waiting)
-    with pytest.raises(TransformError, match=r"cannot be captured: Misuse: aten::.* waits"):
+    with pytest.raises(TransformError, match=r"cannot be captured: it waits for the device \(aten::.*\)"):
         graphed(model)
+    assert fake.captures == 0
 
 
 def test_a_graph_that_does_not_follow_its_inputs_is_refused(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

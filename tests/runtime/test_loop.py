@@ -16,6 +16,7 @@ from autotune.model import seam
 from autotune.runtime import kernels, loop
 from autotune.runtime.loop import _choose_unwaiting
 from autotune.runtime.steps.compiled import artifact
+from autotune.runtime.steps.waiting import WAITS
 from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
@@ -23,7 +24,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.one_query_attention import OneQueryAttention
 from autotune.transforms.static_cache import StaticCache, no_slots
 from autotune.workload import Workload
-from tests.fakes.cuda import WAITS, FakeCuda
+from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
 
 PLANS: dict[str, list[Transform]] = {

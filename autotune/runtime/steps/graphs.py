@@ -25,6 +25,7 @@ from ...errors import DeviceError, TransformError, first_line
 from ...machine import outside
 from ..cache import slots
 from .step import DecodeSteps, Step
+from .waiting import require_no_wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,12 +220,18 @@ class GraphSteps(DecodeSteps):
             return None
 
     def _capture(self, cache: slots.SlotCache, read: int) -> Captured:
-        """Capture on the owner thread. The warm-ups write the next slot, which the first replay overwrites."""
+        """Capture on the owner thread. The warm-ups write the next slot, which the first replay overwrites.
+
+        Raises:
+            TransformError: the step waits for the device; nothing was captured.
+        """
         self._make_room()
         part, shape = cache.first(read), (cache.shape[0], self.tokens)
         with torch.inference_mode(False), torch.no_grad():
             token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
             step = self._inner(part)
+            if self.inner is None:  # what is compiled has no operators to look at
+                require_no_wait(lambda: step(token, position, part))
             self._pool = self._pool or self.device.pool()
             graph, logits = self.device.capture(lambda: step(token, position, part), self._pool)
         captured = Captured(graph, token, position, logits, self.replays)
@@ -251,7 +258,7 @@ class GraphSteps(DecodeSteps):
         root: BaseException = error
         while root.__context__ is not None:  # ending a failed capture raises a second, less precise error
             root = root.__context__
-        reason = "out of memory" if failure == "memory" else first_line(root)
+        reason = first_line(root, typed=not isinstance(root, TransformError)) if failure is None else "out of memory"
         self._failed[cache.shape[0], read] = reason
         self._graphs.get(cache, {}).pop(read, None)
         self._pool = None  # later graphs do not share the pool of a failed capture
