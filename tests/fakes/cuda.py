@@ -2,16 +2,28 @@
 
     with device.stand_in(FakeCuda()) as fake: ...
 
-What it reproduces are the rules that code for GPUs breaks first. Breaking one raises `Misuse`, where a real device
-would give wrong numbers, crash later, or work until it is busy:
+What it reproduces are the rules that code for GPUs breaks first. Breaking one raises `Misuse` where a real device
+would give wrong numbers, crash later, or work until it is busy, and torch's own error where torch has one.
 
-* a graph replays operators, not Python: it reads and writes the very buffers it was captured with, so that whatever
-  the host decided or computed during the capture is frozen
-* capturing and replaying happen on the capturing thread, inside the device's own stream; nothing may wait meanwhile
-* a buffer that was freed or resized since makes the graph invalid
-* the result of a replay lies in one buffer, overwritten by the next
-* libraries keep one workspace for a stream, and a capture uses it unless it was dropped before; the end of any graph
-  frees it (pytorch#193402), and with it what other graphs write to
+rule                                                                            source
+------------------------------------------------------------------------------  --------------------------------------
+a graph replays operators, not Python: what the host decided is frozen           CUDA programming guide, graphs
+it reads and writes the buffers it was captured with: none is freed or resized   torch.cuda.CUDAGraph
+the result of a replay is in one buffer, overwritten by the next                 torch.cuda.CUDAGraph
+capture and replay happen on one thread, inside the device's own stream          pytorch#123177, machine/device/owner.py
+nothing may wait during a capture, nor copy between host and device:             cudaErrorStreamCaptureUnsupported
+  synchronize, fetch, .item(), .cpu(), .tolist(), .numpy(), torch.tensor(device=)
+no thread releases memory during a capture                                       CUDACachingAllocator, empty_cache
+libraries keep one workspace for a stream; a capture uses it unless it was       pytorch#193402
+  dropped, and the end of any graph frees it
+graphs of one pool share its memory, which ends with the last of them            torch.cuda.graph_pool_handle
+a failed capture keeps its memory as long as the process lives                   pytorch#190308 (torch before 2.14)
+a capture may run out of memory                                                  CUDACachingAllocator
+flash attention takes no mask and no FP32                                        ATen, sdp_utils.cpp
+_int_mm takes more than 16 rows                                                  ATen, _int_mm_out_cuda
+
+`fetch` needs no rule: its tensor comes from the wait for it, so that it cannot be read too early. Operators are refused
+inside the device's stream, where steps are warmed up, captured and replayed, and in `with fake.kernels():`.
 """
 
 from __future__ import annotations
@@ -19,12 +31,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
@@ -54,6 +67,7 @@ class FakeCuda(Device):
     Attributes:
         waits: how often the host waited for the device.
         captures, replays: how many there were.
+        lost_bytes: memory that failed captures keep; no longer in `free_bytes`.
         trims: how often memory kept for reuse was given back.
         ranges: names that work bore, in order.
     """
@@ -73,6 +87,7 @@ class FakeCuda(Device):
         self._local = threading.local()
         self._marks = 0
         self._recording = False
+        self.lost_bytes = 0
         self._workspace: _Workspace | None = None
 
     def identity(self) -> Identity:
@@ -124,7 +139,8 @@ class FakeCuda(Device):
     def stream(self) -> Iterator[None]:
         before, self._local.inside = getattr(self._local, "inside", False), True
         try:
-            yield
+            with self.kernels():
+                yield
         finally:
             self._local.inside = before
 
@@ -146,6 +162,7 @@ class FakeCuda(Device):
     def record_graph(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         self.captures += 1
         graph = Replayed(self, work) if self.opaque else Recorded(self)
+        graph.pool = pool or self.pool()
         graph.workspace = self._workspace or _Workspace()  # in the graph's own memory, if there was none
         weakref.finalize(graph, self._graph_ended)
         result = graph.record(work)
@@ -159,8 +176,14 @@ class FakeCuda(Device):
             self._workspace.freed = True
         self._workspace = None
 
-    def pool(self) -> object:
-        return object()
+    def pool(self) -> _Pool:
+        return _Pool(self)
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Inside the block, this thread's operators are refused as a GPU's kernels refuse them."""
+        with nullcontext() if self.opaque else _Kernels():
+            yield
 
     @property
     def owner(self) -> GraphThread:
@@ -194,10 +217,39 @@ class _Workspace:
     freed = False
 
 
+class _Pool:
+    """Memory of graphs that never run at the same time: as much as the largest of them needs."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        self.device = device
+        self.held_bytes = 0
+        weakref.finalize(self, _give_back, device, sizes := [0])
+        self._sizes = sizes
+
+    def require(self, size_bytes: int) -> None:
+        """Grow to `size_bytes`."""
+        more = max(0, size_bytes - self.held_bytes)
+        if more > self.device.free_bytes:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {more} bytes.")
+        self.device.free_bytes -= more
+        self.held_bytes += more
+        self._sizes[0] = self.held_bytes
+
+    def lose(self) -> None:
+        """A capture failed: what it took is never given back."""
+        self.device.lost_bytes += self.held_bytes
+        self._sizes[0] = 0
+
+
+def _give_back(device: FakeCuda, sizes: list[int]) -> None:
+    device.free_bytes += sizes[0]
+
+
 class _Graph:
-    """What both kinds have in common: whose they are, and which workspace they write to."""
+    """What both kinds have in common: whose they are, and which workspace and memory they write to."""
 
     workspace: _Workspace
+    pool: _Pool
 
     def __init__(self, device: FakeCuda) -> None:
         self.device = device
@@ -216,9 +268,13 @@ class Recorded(_Graph):
     """The operators of the captured work, run again on the buffers they had then."""
 
     def record(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
-        recorder = _Recorder(self.device)
-        with self.device.capturing(), recorder:
-            result = work()
+        recorder = _Recorder(self.device, self.pool)
+        try:
+            with self.device.capturing(), _NoHost(), recorder:
+                result = work()
+        except BaseException:
+            self.pool.lose()
+            raise
         self.steps = recorder.steps
         return result
 
@@ -269,9 +325,11 @@ class _Slot:
 class _Recorder(TorchDispatchMode):
     """Notes every operator with its tensors. What is not the result of an earlier one is an external buffer."""
 
-    def __init__(self, device: FakeCuda) -> None:
+    def __init__(self, device: FakeCuda, pool: _Pool) -> None:
         super().__init__()
         self.device = device
+        self.pool = pool
+        self.taken_bytes = 0
         self.steps: list[tuple[Any, Any, Any, list[_Slot | None]]] = []
         self._slots: dict[int, tuple[torch.Tensor, _Slot]] = {}  # the tensor too, so that its id is not given again
 
@@ -301,9 +359,50 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(result, torch.Tensor) or id(result) in inputs:  # in place: the buffer itself
             return None
         view = result.untyped_storage().data_ptr() in storages
+        if not view:
+            self.taken_bytes += result.untyped_storage().nbytes()
+            self.pool.require(self.taken_bytes)
         made = _Slot(result, made=True, view=view)
         self._slots[id(result)] = result, made
         return made
+
+
+class _NoHost(TorchFunctionMode):
+    """Refuses what copies between host and device, which on a real one waits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        places = [place for place in (*args[1:2], kwargs.get("device")) if isinstance(place, str)]
+        moved = func is torch.Tensor.to and "cpu" in places
+        if made or moved or func in (torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist):
+            raise Misuse(f"{func.__name__} copies between host and device while a graph is captured")
+        return func(*args, **kwargs)
+
+
+class _Kernels(TorchFunctionMode):
+    """Refuses operators as a GPU's kernels do, in torch's words."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # the compiler follows this very function, and chooses kernels by itself
+            return func(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention and _only_flash():
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            query = kwargs.get("query", args[0] if args else None)
+            if mask is not None or query.dtype not in (torch.float16, torch.bfloat16):
+                raise RuntimeError("No available kernel. Aborting execution.")
+        if func is torch._int_mm and args[0].shape[0] <= 16:
+            raise RuntimeError(
+                f"_int_mm_out_cuda: self.size(0) needs to be greater than 16, but got {args[0].shape[0]}"
+            )
+        return func(*args, **kwargs)
+
+
+def _only_flash() -> bool:
+    backends = torch.backends.cuda
+    others = backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled(), backends.math_sdp_enabled()
+    return backends.flash_sdp_enabled() and not any(others)
 
 
 class Replayed(_Graph):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autotune.errors import DeviceError, VariantError
 from autotune.machine import device, hardware, processor
@@ -191,6 +195,11 @@ WAITING: list[Callable[[torch.Tensor, FakeCuda], object]] = [
     lambda x, fake: fake.synchronize(),
     lambda x, fake: fake.fetch(x),
     lambda x, fake: fake.trim(),
+    lambda x, fake: x.cpu(),
+    lambda x, fake: x.to("cpu"),
+    lambda x, fake: x.tolist(),
+    lambda x, fake: x.numpy(),
+    lambda x, fake: torch.tensor([1.0], device=x.device),
 ]
 
 
@@ -238,6 +247,74 @@ def test_memory_is_released_only_after_a_capture() -> None:
     (error,) = during_a_capture(fake := FakeCuda(), fake.release)
     assert "released while a graph is captured" in str(error)
     assert fake.trims == 0
+
+
+def test_what_only_looks_like_a_copy_is_captured() -> None:
+    fake, x = FakeCuda(), torch.ones(4)
+    fake.owner.run(lambda: fake.capture(lambda: x.to(x.device).to(torch.float16).to(device=x.device)))
+
+
+def test_a_graphs_memory_is_taken_until_its_pool_ends() -> None:
+    fake, x = FakeCuda(free_bytes=10_000), torch.ones(250)  # 1000 bytes
+    pools = [fake.pool()]
+    graphs = [fake.owner.run(lambda: fake.capture(lambda: x * 2, pools[0])) for _ in range(3)]
+    assert fake.memory().free == 9_000, "graphs of one pool share its memory"
+    pools.clear()
+    gc.collect()
+    assert fake.memory().free == 9_000
+    graphs.clear()
+    gc.collect()
+    assert (fake.memory().free, fake.lost_bytes) == (10_000, 0)
+
+
+def test_a_failed_capture_keeps_its_memory() -> None:
+    fake, x = FakeCuda(free_bytes=10_000), torch.ones(250)
+
+    def work() -> torch.Tensor:
+        y = x * 2
+        if fake.captures:
+            y.sum().item()
+        return y
+
+    with pytest.raises(Misuse, match="waits for the device"):
+        fake.owner.run(lambda: fake.capture(work))
+    gc.collect()
+    assert (fake.memory().free, fake.lost_bytes) == (9_000 - 4, 1_000 + 4)  # the sum takes 4
+
+
+def test_a_capture_may_run_out_of_memory() -> None:
+    fake, x = FakeCuda(free_bytes=2_500), torch.ones(250)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        fake.owner.run(lambda: fake.capture(lambda: x * 2 * 2 * 2))
+    assert fake.failure(error.value) == "memory"
+
+
+def attend(dtype: torch.dtype, mask: bool) -> torch.Tensor:
+    q, seen = torch.ones(1, 2, 4, 8, dtype=dtype), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=seen if mask else None)
+
+
+def multiply(rows: int) -> torch.Tensor:
+    return torch._int_mm(torch.ones(rows, 32, dtype=torch.int8), torch.ones(32, 16, dtype=torch.int8))
+
+
+KERNELS: list[tuple[Callable[[], torch.Tensor], str | None]] = [
+    (lambda: attend(torch.bfloat16, mask=False), None),
+    (lambda: attend(torch.bfloat16, mask=True), "No available kernel"),
+    (lambda: attend(torch.float32, mask=False), "No available kernel"),
+    (lambda: multiply(17), None),
+    (lambda: multiply(16), "needs to be greater than 16, but got 16"),
+]
+
+
+@pytest.mark.parametrize(("work", "refusal"), KERNELS)
+def test_operators_are_refused_as_by_a_gpus_kernels(work: Callable[[], torch.Tensor], refusal: str | None) -> None:
+    fake = FakeCuda()
+    work()  # a CPU takes all of it
+    for attempt in (lambda: fake.owner.run(work), lambda: fake.owner.run(lambda: fake.capture(work))):
+        with pytest.raises(RuntimeError, match=refusal) if refusal else nullcontext():
+            attempt()
 
 
 def test_capture_and_replay_belong_inside_the_stream() -> None:
