@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +17,7 @@ from ..machine.hardware import Hardware
 from ..runtime.variant import Stage, Transform, Variant
 from ..transforms.linears import reusing
 from ..validate import Verdict
+from ..workload import Phase
 from . import compose
 from .choose import SearchState, make, parameter_count, promise, rule_out, why_not, worth
 from .plan import Confirmation, Trial, TrialOutcome
@@ -78,12 +79,15 @@ class _Search:
     def take(self, step: PolicyStep) -> None:
         """Try a step's choices, the most promising first. Each one kept changes what the rest can promise.
 
+        Of choices that promise about as much, the policy's first is tried first.
+
         If the draft in use has a transform for the step, the other choices are tried as its replacement.
         """
         choices = [t for choice in step.choices if (t := make(choice)) != self.chosen.get(step.name)]
         while choices:
             predicted = {t: self.promise(t, step) for t in choices}
-            transform = max(choices, key=lambda t: predicted[t] or 0.0)
+            most = max(gain or 0.0 for gain in predicted.values())
+            transform = next(t for t in choices if (predicted[t] or 0.0) * compose.ALIKE >= most)
             choices.remove(transform)
             trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted[transform])
             base = self.state
@@ -119,9 +123,27 @@ class _Search:
                 self.bases = {key: self.before}
         return self.bases[key]
 
-    def value(self, step: PolicyStep) -> float:
-        """The worth of trying a step: that of its best choice."""
-        return max(worth(transform, self.promise(transform, step)) for transform in map(make, step.choices))
+    def rank(self, step: PolicyStep) -> tuple[bool, float]:
+        """What comes first: the step whose best choice is worth the most for a whole request.
+
+        Guessing ahead comes last. It promises as if every guess were right, and gains less over a step made faster.
+        """
+        choices, share = [make(choice) for choice in step.choices], self.share(step.phase)
+        early = any(transform.stage < Stage.SPECULATION for transform in choices)
+        promised = [(transform, self.promise(transform, step) or 1.0) for transform in choices]
+        return early, max(worth(transform, 1 / (1 - share + share / gain)) for transform, gain in promised)
+
+    def share(self, phase: Phase) -> float:
+        """Share of a request's time that the current variant spends in a phase; 1 if the workload is unknown."""
+        spent_s = self.request_s()
+        return spent_s[phase] / sum(spent_s.values()) if spent_s else 1.0
+
+    def request_s(self) -> Mapping[Phase, float]:
+        """Seconds of a request of the workload in each phase, by the current variant; empty if it is unknown."""
+        if (work := self.state.variant.workload) is None:
+            return {}
+        phases = self.state.profile.phases
+        return {"prefill": phases["prefill"].seconds, "decode": (work.new_tokens - 1) * phases["decode"].seconds}
 
     def find(self, trial: Trial, base: SearchState, others: float) -> tuple[list[Trial], Variant | None]:
         """Try a candidate. If it loses too much quality, try it without some layers.
@@ -166,14 +188,16 @@ class _Search:
         Args:
             held_out: whether they confirmed it already.
         """
-        start = self.trier.clock()
+        start, before_s = self.trier.clock(), sum(self.request_s().values())
         if trial.outcome is TrialOutcome.ACCEPTED and candidate is not None:
             if held_out:
                 self.keep(candidate, Confirmation(None, trial.quality, trial.latency))
             else:
                 trial = self.confirm(trial, candidate)
         if trial.latency is not None:
-            self.usual_s = trial.seconds - trial.compile_s + self.trier.clock() - start
+            faster = before_s / sum(self.request_s().values()) if before_s else 1.0
+            # half of a trial's requests are the original's, half are those of variants about as fast as the current one
+            self.usual_s = (trial.seconds - trial.compile_s + self.trier.clock() - start) * (1 + 1 / faster) / 2
         self.trials.append(trial)
 
     def confirm(self, trial: Trial, candidate: Variant) -> Trial:
@@ -242,7 +266,7 @@ def search(
             run.begin(compose.compose(before, trier, parameters))
     pending = list(policy.steps)
     while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:
-        step = max(called, key=run.value) if run.chosen else called[0]
+        step = max(called, key=run.rank) if run.chosen else called[0]
         pending.remove(step)
         run.take(step)
     for step in pending:

@@ -22,6 +22,7 @@ from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.search import Found, search
 from autotune.validate import Latency, Quality, Speedup, Verdict
 from autotune.validate.limits import Limits
+from autotune.workload import Workload
 
 HARDWARE = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
 
@@ -693,6 +694,62 @@ def test_after_a_draft_what_is_worth_the_most_comes_first() -> None:
         "race large small",
         "confirm small",
     ]
+
+
+@pytest.mark.usefixtures("own")
+def test_guessing_ahead_comes_last_whatever_it_promises() -> None:
+    guess = step({"label": "guess", "promises": 8.0, "at": 9}, bottlenecks=("overhead",), name="guess")
+    small = step({"label": "small", "promises": 1.1, "at": 7}, bottlenecks=("overhead",), name="small")
+    bench = ScriptedBench(bottlenecks={"": "memory", "program": "overhead", "guess": "overhead", "small": "overhead"})
+    run(bench, policy(WEIGHTS, guess, small, PROGRAM))
+    assert tried(bench)[1:] == ["race program small", "confirm small", "race small guess", "confirm guess"]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("new_tokens", "first"), [(2, "prompt"), (200, "token")])
+def test_a_phase_counts_for_its_share_of_a_request(new_tokens: int, first: str) -> None:
+    """Prefill takes as long as a token: half of a request of two tokens, and a two-hundredth of a long one."""
+    prompt = PolicyStep(
+        "prompt", "prefill", (Choice("scripted", {"label": "prompt", "promises": 3.0, "at": 7}, "prefill"),)
+    )
+    token = step({"label": "token", "promises": 1.5, "at": 7}, bottlenecks=("overhead",), name="token")
+    prompt = replace(prompt, bottlenecks=frozenset({"overhead"}))
+    bench = ScriptedBench(bottlenecks={"": "memory"} | dict.fromkeys(("program", "prompt", "token"), "overhead"))
+    work = Workload(((5, 6, 7),), new_tokens)
+    search(Variant(nn.Module(), None, work), policy(WEIGHTS, prompt, token, PROGRAM), HARDWARE, bench)
+    assert tried(bench)[1] == f"race program {first}"
+
+
+@pytest.mark.parametrize(("promised", "first"), [(2.15, "a"), (2.3, "b")])
+def test_of_what_promises_about_as_much_the_policys_first_comes_first(promised: float, first: str) -> None:
+    bench = ScriptedBench()
+    run(bench, policy(step({"label": "a"}, {"label": "b", "promises": promised})))
+    assert bench.calls[0] == f"judge {first} strict"
+
+
+@dataclass
+class Slow(ScriptedBench):
+    """A trial takes 60 s, to confirm it 30."""
+
+    now: float = 0.0
+
+    def judge(self, variant: Variant, tier: str) -> Quality:
+        self.now += 60.0
+        return super().judge(variant, tier)
+
+    def confirm(self, variant: Variant, *, brief: bool = True) -> Confirmation:
+        self.now += 30.0
+        return super().confirm(variant, brief=brief)
+
+
+@pytest.mark.parametrize(("seconds", "outcome"), [(0.1, "unreached"), (0.05, "accepted")])
+def test_after_a_faster_variant_the_next_trial_is_expected_to_be_shorter(seconds: float, outcome: str) -> None:
+    """Of the 90 s, half were requests of the original: 67.5 s at twice the speed, and 70 s are left."""
+    bench = Slow(seconds={"a": seconds})
+    work, steps = Workload(((5, 6, 7),), 8), (step({}), step({"label": "b"}, name="second"))
+    original, chosen = Variant(nn.Module(), None, work), policy(*steps, budget_s=160.0)
+    found = search(original, chosen, HARDWARE, bench, clock=lambda: bench.now)
+    assert outcomes(found) == {"a": "accepted", "b": outcome}
 
 
 def test_what_held_out_prompts_do_not_confirm_is_not_kept_and_says_so() -> None:
