@@ -117,6 +117,10 @@ def _run(args: argparse.Namespace) -> int:
             from . import serve
 
             return serve.serve(args)
+        case "plan-capacity":
+            from . import capacity
+
+            return capacity.plan_capacity(args)
         case "bench-serve":
             from . import serve
 
@@ -208,6 +212,9 @@ def parser() -> argparse.ArgumentParser:
     from . import serve as serving
 
     serving.arguments(commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's interface"))
+    from . import capacity
+
+    capacity.arguments(commands.add_parser("plan-capacity", help="how many replicas a number of users needs"))
     serving.bench_arguments(commands.add_parser("bench-serve", help="put a load on a server and print how it bears it"))
     _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))
     experiments.add_arguments(commands.add_parser("experiment", help="compare candidates with a control"))

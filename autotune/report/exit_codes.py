@@ -56,6 +56,7 @@ _OWN: Mapping[str, Mapping[Code, str]] = {
     "experiment report": _COMPARED,
     "serve": {Code.DONE: "asked to end, and ended"},
     "bench-serve": {Code.DONE: "printed", Code.UNMEASURED: "the server does not answer"},
+    "plan-capacity": {Code.DONE: "printed", Code.REGRESSION: "no replica is fast enough"},
     "doctor": _SHOWN,
     "plan": _SHOWN,
     "report": {Code.DONE: "shown or written"},

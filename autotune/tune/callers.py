@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -58,12 +58,14 @@ class CallersPoint:
         tokens_per_s: of all of them, by round.
         ttft_s: time to the first token, by request.
         tpot_s: time per further token, by request.
+        prompt_tokens: of a request, on average; 0: unknown.
     """
 
     callers: int
     tokens_per_s: tuple[float, ...]
     ttft_s: tuple[float, ...]
     tpot_s: tuple[float, ...] = ()
+    prompt_tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Sharing:
         differing: answers that were not those of a request alone.
         gap_s: longest time between two tokens of running answers while a long prompt arrives; None: not measured.
         long_prompt: tokens of that prompt.
+        new_tokens: of each answer; 0: unknown.
     """
 
     reason: str
@@ -87,6 +90,7 @@ class Sharing:
     differing: int = 0
     gap_s: float | None = None
     long_prompt: int = 0
+    new_tokens: int = 0
 
     def ratios(self, point: CallersPoint) -> list[float]:
         """Tokens per second of a point, divided by those of one caller at a time, by round."""
@@ -228,11 +232,17 @@ class _Measurement:
                 rates[number].append(rate)
                 answered[number] += answers
         points = tuple(
-            CallersPoint(n, tuple(rates[n]), tuple(a.ttft_s for a in found), tuple(a.tpot_s for a in found))
+            CallersPoint(
+                n,
+                tuple(rates[n]),
+                tuple(a.ttft_s for a in found),
+                tuple(a.tpot_s for a in found),
+                mean(len(self.prompts[k % len(self.prompts)]) for k in range(max(n, ALONE))),
+            )
             for n, found in answered.items()
         )
         gap_s, long_prompt = self._longest_gap(min(4, most - 1))
-        measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt)
+        measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt, self.tokens)
         rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)
         way = "decoded together" if rows else "served one at a time"
         return replace(measured, reason=f"callers are {way}: {reason}", rows=rows)

@@ -296,6 +296,7 @@ def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
             "ratio_high": max(ratios),
             "ttft_ms": 1e3 * median(point.ttft_s),
             "tpot_ms": 1e3 * median(point.tpot_s) if point.tpot_s else None,
+            "prompt_tokens": point.prompt_tokens,
         })  # fmt: skip
     return {
         "reason": sharing.reason,
@@ -306,6 +307,7 @@ def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
         "differing": sharing.differing,
         "gap_ms": None if sharing.gap_s is None else 1e3 * sharing.gap_s,
         "long_prompt": sharing.long_prompt,
+        "new_tokens": sharing.new_tokens,
     }
 
 

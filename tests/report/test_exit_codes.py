@@ -436,5 +436,5 @@ def test_every_command_is_in_the_table() -> None:
 
 def test_only_verdicts_end_with_1_or_2() -> None:
     judged = {command for command, meanings in exit_codes.COMMANDS.items() if Code.REGRESSION in meanings}
-    assert judged == {"check run", "experiment run", "experiment report"}
+    assert judged == {"check run", "experiment run", "plan-capacity", "experiment report"}
     assert {v.value: EXIT for v, EXIT in zip(Verdict, (0, 1, 2, 3), strict=True)} == exit_codes.OF_VERDICT

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from pydantic import BaseModel
 
@@ -36,12 +35,6 @@ def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
         yield found
 
 

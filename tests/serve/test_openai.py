@@ -25,12 +25,6 @@ def server() -> Iterator[Running]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
 def generated(server: Running, prompt: list[int], new: int, **options: Any) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.random.fork_rng():

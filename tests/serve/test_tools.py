@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from autotune.serve.schema import ChatBody
@@ -135,12 +134,6 @@ def test_calls_and_results_of_before_are_told_as_the_template_takes_them() -> No
 @pytest.fixture(scope="module", params=[TOLD, LLAMAS, PLAIN], ids=["told", "llama", "untold"])
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     with running(tiny("llama", max_position_embeddings=2048), template=request.param) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
         yield found
 
 

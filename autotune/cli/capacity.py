@@ -1,0 +1,94 @@
+"""`plan-capacity`: how many replicas of a machine a number of users needs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import PlanError
+from ..report.exit_codes import Code
+from .arguments import whole
+from .report import load
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+MOST = 10**6
+
+
+def arguments(command: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    command.add_argument("file", metavar="FILE", type=Path, help="report.json or plan.json of a replica's machine")
+    command.add_argument("--users", type=positive, required=True, metavar="N", help="who ask again and again")
+    command.add_argument("--ttft", type=positive, default=1000, metavar="MS", help="to the first token; default 1000")
+    command.add_argument("--tpot", type=positive, default=100, metavar="MS", help="per further token; default 100")
+    command.add_argument("--prompt-tokens", type=positive, default=256, metavar="N", help="default 256")
+    command.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="default 128")
+    command.add_argument("--pause", type=seconds, default=0.0, metavar="S", help="before a user asks again; default 0")
+
+
+def plan_capacity(args: Namespace) -> int:
+    """Print how many replicas are needed, and what was assumed.
+
+    Raises:
+        PlanError: the file does not say what several callers cost.
+    """
+    from ..report import capacity
+    from .screen import screen
+
+    record = load(args.file).record
+    try:
+        costs = capacity.costs_of(record)
+    except capacity.CapacityError as error:
+        raise PlanError(f"{args.file}: {error}") from error
+    usage = capacity.Usage(args.prompt_tokens, args.new_tokens, args.pause)
+    most = capacity.most_users(costs, usage, args.ttft / 1e3, args.tpot / 1e3)
+    say = screen().print
+    model, machine = record["model"]["name"], record["hardware"]["name"]
+    say(f"{model} on {machine}, as tuned on {record['created'][:10]}", soft_wrap=True)
+    if not most:
+        one = capacity.simulate(costs, usage, 1)
+        say(
+            f"No replica is fast enough: one user alone would wait {_ms(one, 'ttft_s')} for the first token and "
+            f"{_ms(one, 'tpot_s')} per further one (99 of 100 answers).",
+            soft_wrap=True,
+        )
+        return Code.REGRESSION
+    replicas = math.ceil(args.users / most)
+    each = math.ceil(args.users / replicas)
+    found = capacity.simulate(costs, usage, each)
+    say(f"{replicas} replicas for {args.users} users: {each} each, of {most} that one holds.", soft_wrap=True)
+    ttft, tpot = _ms(found, "ttft_s"), _ms(found, "tpot_s")
+    rate = f"a replica makes {found.tokens_per_s:.0f} tokens per second"
+    say(f"99 of 100 answers then begin within {ttft} and take {tpot} per further token; {rate}.", soft_wrap=True)
+    steps = ", ".join(f"{1e3 * step_s:.1f} for {rows}" for rows, step_s in costs.steps_s.items())
+    asked = f"users ask for {usage.new_tokens} tokens after prompts of {usage.prompt_tokens}"
+    say(
+        f"Assumed: {asked}, with {usage.pause_s:g} s between an answer and the next request; a token of a prompt takes "
+        f"{1e3 * costs.read_s:.2f} ms, a step {steps} answers (ms, from the report), whatever the context; users are "
+        "spread evenly; HTTP costs nothing.",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _ms(found: object, name: str) -> str:
+    return f"{1e3 * found.percentile(name, 99):.0f} ms"  # type: ignore[attr-defined]
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    return whole(text, 1, MOST, f"a whole number of 1 to {MOST}")
+
+
+def seconds(text: str) -> float:
+    """Parse seconds, 0 or more."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return found

@@ -1,0 +1,189 @@
+"""How many users a replica holds: what its steps cost, from its report, and a simulation of its engine. Pure.
+
+The engine decodes all running answers in steps and reads waiting prompts in chunks between them, one at a time. So two
+figures say what a load does: seconds to read a token of a prompt, and seconds of a step by the answers it decodes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+CHUNK = 128  # tokens of a prompt that are read between two steps; as in `continuous_batching`
+ANSWERS = 30  # of each user in a simulation, the first third of which does not count: all users begin at once
+MOST_USERS = 4096  # of one replica
+
+
+class CapacityError(ValueError):
+    """A report that does not say what a step costs."""
+
+
+@dataclass(frozen=True)
+class ReplicaCosts:
+    """What one replica's work takes.
+
+    Args:
+        read_s: seconds for a token of a prompt.
+        steps_s: seconds of a step by the number of answers that it decodes, ascending; the last is the most.
+    """
+
+    read_s: float
+    steps_s: Mapping[int, float]
+
+    @property
+    def rows(self) -> int:
+        """Most answers that are decoded together."""
+        return max(self.steps_s)
+
+    def step_s(self, rows: int) -> float:
+        """Seconds of a step with so many answers, between the measured numbers by a straight line."""
+        return float(np.interp(rows, list(self.steps_s), list(self.steps_s.values())))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one user asks, again and again.
+
+    Args:
+        prompt_tokens, new_tokens: of a request.
+        pause_s: mean of the seconds between an answer and the next request, exponentially distributed.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    pause_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What users of a replica get.
+
+    Args:
+        tokens_per_s: of all of them.
+        ttft_s: times to the first token, ascending.
+        tpot_s: times per further token, by answer, ascending.
+    """
+
+    tokens_per_s: float
+    ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...]
+
+    def percentile(self, name: str, share: float) -> float:
+        """A percentile of "ttft_s" or "tpot_s"."""
+        return float(np.percentile(getattr(self, name), share))
+
+
+def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
+    """The costs of a replica, from the record of its report.
+
+    So many callers who ask without a pause take, for one request of each, the reading of all their prompts and as many
+    steps as an answer has tokens. The first is known from a caller who is alone, the rest are the steps.
+
+    Raises:
+        CapacityError: callers were not measured, or by a version that did not note how long their prompts were.
+    """
+    found = record.get("callers") or {}
+    points: Sequence[Mapping[str, Any]] = found.get("points") or ()
+    if not points or not found.get("new_tokens") or not all(point.get("prompt_tokens") for point in points):
+        raise CapacityError(
+            "the report does not say what several callers cost: tune with a policy that decodes callers together "
+            "(--policy throughput), with this version of autotune"
+        )
+    if not found["accepted"]:
+        points = points[:1]  # the plan serves one caller at a time
+    alone, tokens = points[0], found["new_tokens"]
+    read_s = alone["ttft_ms"] / 1e3 / alone["prompt_tokens"]
+    steps = {}
+    for point in points:
+        callers = point["callers"]
+        round_s = callers * tokens / point["tokens_per_s"]
+        steps[callers] = max(1e-6, (round_s - callers * point["prompt_tokens"] * read_s) / tokens)
+    return ReplicaCosts(read_s, steps)
+
+
+@dataclass
+class _Answer:
+    asked_s: float
+    unread: int
+    left: int
+    first_s: float = math.nan
+    user: int = 0
+
+
+@dataclass
+class _Engine:
+    costs: ReplicaCosts
+    usage: Usage
+    now_s: float = 0.0
+    waiting: deque[_Answer] = field(default_factory=deque)
+    running: list[_Answer] = field(default_factory=list)
+
+    def turn(self) -> list[_Answer]:
+        """One chunk of a prompt, if one waits and a row is free, then one step. Returns the answers that ended."""
+        if self.waiting and len(self.running) < self.costs.rows:
+            first = self.waiting[0]
+            chunk = min(CHUNK, first.unread)
+            self.now_s += chunk * self.costs.read_s
+            first.unread -= chunk
+            if not first.unread:
+                first.first_s, first.left = self.now_s, first.left - 1
+                self.running.append(self.waiting.popleft())
+        if not self.running:
+            return []
+        decoding = [answer for answer in self.running if answer.left]
+        if decoding:
+            self.now_s += self.costs.step_s(len(decoding))
+            for answer in decoding:
+                answer.left -= 1
+        ended = [answer for answer in self.running if not answer.left]
+        self.running = [answer for answer in self.running if answer.left]
+        return ended
+
+
+def simulate(costs: ReplicaCosts, usage: Usage, users: int, seed: int = 0) -> Experience:
+    """What so many users of one replica get."""
+    draw, engine = random.Random(seed), _Engine(costs, usage)  # noqa: S311 - no secret
+    coming = [(draw.random() * usage.pause_s, user) for user in range(users)]
+    heapq.heapify(coming)
+    wanted, ended = ANSWERS * users, list[tuple[_Answer, float]]()
+    while len(ended) < wanted:
+        if not engine.waiting and not engine.running:
+            engine.now_s = max(engine.now_s, coming[0][0])
+        while coming and coming[0][0] <= engine.now_s:
+            at_s, user = heapq.heappop(coming)
+            engine.waiting.append(_Answer(at_s, usage.prompt_tokens, usage.new_tokens, user=user))
+        for answer in engine.turn():
+            ended.append((answer, engine.now_s))
+            pause_s = draw.expovariate(1 / usage.pause_s) if usage.pause_s else 0.0
+            heapq.heappush(coming, (engine.now_s + pause_s, answer.user))
+    counted = ended[wanted // 3 :]
+    seconds = counted[-1][1] - ended[wanted // 3 - 1][1]
+    further = usage.new_tokens - 1
+    return Experience(
+        len(counted) * usage.new_tokens / seconds,
+        tuple(sorted(answer.first_s - answer.asked_s for answer, _ in counted)),
+        tuple(sorted((end_s - answer.first_s) / further for answer, end_s in counted)) if further else (0.0,),
+    )
+
+
+def holds(found: Experience, ttft_s: float, tpot_s: float) -> bool:
+    """Whether 99 of 100 answers come as fast as asked for."""
+    return found.percentile("ttft_s", 99) <= ttft_s and found.percentile("tpot_s", 99) <= tpot_s
+
+
+def most_users(costs: ReplicaCosts, usage: Usage, ttft_s: float, tpot_s: float) -> int:
+    """The most users that one replica serves as fast as asked for; 0 if not even one."""
+    low, high = 0, 1
+    while high <= MOST_USERS and holds(simulate(costs, usage, high), ttft_s, tpot_s):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(simulate(costs, usage, middle), ttft_s, tpot_s) else (low, middle)
+    return low

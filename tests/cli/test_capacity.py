@@ -1,0 +1,48 @@
+"""`autotune plan-capacity` as its user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.cli import main
+from tests.report.test_capacity import COSTS, measured, record
+from tests.report.test_report import ORIGINAL
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    from autotune.tune.record import report_of
+
+    told: dict[str, Any] = report_of(ORIGINAL).to_dict() | record(*(measured(COSTS, n) for n in (1, 4, 16)))
+    told["callers"] |= {"reason": "decoded together", "rows": 16, "differing": 0, "gap_ms": None, "long_prompt": 0}
+    told["callers"]["alone_tokens_per_s"] = 100.0
+    for point in told["callers"]["points"]:
+        point |= {"ratio": 2.0, "ratio_low": 1.9, "ratio_high": 2.1, "tpot_ms": 9.0}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(told))
+    return path
+
+
+def test_replicas_users_and_assumptions_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--users", "40", "--ttft", "5000", "--tpot", "60", "--prompt-tokens", "100", "--new-tokens", "50"]
+    assert main(["plan-capacity", str(file), *asked]) == 0
+    told = capsys.readouterr().out
+    wanted = ("replicas for 40 users", "99 of 100 answers", "ask for 50 tokens", "10.0 for 1, 16.0 for 4, 40.0 for 16")
+    assert all(each in told for each in wanted)
+
+
+def test_what_no_replica_can_do_is_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan-capacity", str(file), "--users", "4", "--tpot", "5"]) == 1
+    assert "No replica is fast enough: one user alone would wait" in capsys.readouterr().out
+
+
+def test_a_report_that_does_not_say_it_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from autotune.tune.record import report_of
+
+    (tmp_path / "report.json").write_text(report_of(ORIGINAL).to_json())
+    assert main(["plan-capacity", str(tmp_path / "report.json"), "--users", "4"]) == 4
+    assert "--policy throughput" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""How many users a replica holds: costs from a record, and a simulation whose answers can be worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autotune.report import capacity
+from autotune.report.capacity import ReplicaCosts, Usage, costs_of, most_users, simulate
+
+COSTS = ReplicaCosts(0.001, {1: 0.010, 4: 0.016, 16: 0.040})
+
+
+def record(*points: tuple[int, float, float], accepted: bool = True, tokens: int = 24) -> dict[str, Any]:
+    """A report's record with (callers, tokens per second, TTFT in ms), all with prompts of 100 tokens."""
+    told = [{"callers": n, "tokens_per_s": rate, "ttft_ms": ttft, "prompt_tokens": 100.0} for n, rate, ttft in points]
+    return {"callers": {"points": told, "accepted": accepted, "new_tokens": tokens}}
+
+
+def measured(costs: ReplicaCosts, callers: int, prompt: int = 100, tokens: int = 24) -> tuple[int, float, float]:
+    """What so many callers who ask without a pause would be measured at."""
+    round_s = callers * prompt * costs.read_s + tokens * costs.step_s(callers)
+    return callers, callers * tokens / round_s, 1e3 * prompt * costs.read_s
+
+
+def test_costs_are_those_that_were_measured() -> None:
+    found = costs_of(record(*(measured(COSTS, callers) for callers in (1, 4, 16))))
+    assert found.read_s == pytest.approx(COSTS.read_s)
+    assert dict(found.steps_s) == pytest.approx(COSTS.steps_s)
+    assert (found.rows, found.step_s(10)) == (16, pytest.approx(0.028))
+
+
+def test_a_plan_that_serves_one_at_a_time_has_one_row() -> None:
+    found = costs_of(record(*(measured(COSTS, callers) for callers in (1, 4)), accepted=False))
+    assert found.rows == 1
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{}, {"callers": None}, {"callers": {"points": [], "new_tokens": 24}}, record((1, 9.0, 9.0), tokens=0)],
+)
+def test_a_report_without_callers_says_what_to_do(told: dict[str, Any]) -> None:
+    with pytest.raises(capacity.CapacityError, match="--policy throughput"):
+        costs_of(told)
+
+
+def test_one_user_waits_for_nobody() -> None:
+    """200 tokens are read in 0.2 s, 49 further ones come every 10 ms."""
+    found = simulate(COSTS, Usage(200, 50), 1)
+    assert found.ttft_s == pytest.approx([0.2] * len(found.ttft_s))
+    assert found.tpot_s == pytest.approx([0.01] * len(found.tpot_s))
+    assert found.tokens_per_s == pytest.approx(50 / (0.2 + 49 * 0.01))
+
+
+@pytest.mark.parametrize("users", [4, 16])
+def test_users_without_a_pause_get_what_the_engine_makes(users: int) -> None:
+    """A round reads every prompt once, and takes as many steps as an answer has tokens."""
+    found = simulate(COSTS, Usage(100, 200), users)
+    round_s = users * 100 * COSTS.read_s + 200 * COSTS.step_s(users)
+    assert found.tokens_per_s == pytest.approx(users * 200 / round_s, rel=0.1)
+
+
+def test_more_users_than_rows_wait_for_one() -> None:
+    few, many = (simulate(COSTS, Usage(10, 100), users) for users in (16, 64))
+    assert many.tokens_per_s == pytest.approx(few.tokens_per_s, rel=0.1)
+    assert many.percentile("ttft_s", 50) > 2.5 * 100 * COSTS.step_s(16)
+    assert many.percentile("tpot_s", 50) < 1.5 * few.percentile("tpot_s", 50)
+
+
+def test_users_who_pause_load_a_replica_less() -> None:
+    busy, calm = (simulate(COSTS, Usage(100, 50, pause), 8) for pause in (0.0, 20.0))
+    assert calm.percentile("tpot_s", 50) < 0.7 * busy.percentile("tpot_s", 50)
+    assert calm.tokens_per_s == pytest.approx(8 * 50 / (20 + 0.1 + 0.5), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "tpot_s", "least", "most"),
+    [(60.0, 0.0105, 1, 1), (60.0, 0.035, 8, 10), (0.05, 1.0, 0, 0), (600.0, 600.0, 64, capacity.MOST_USERS)],
+)
+def test_the_most_users_are_bound_by_what_is_asked_for(ttft_s: float, tpot_s: float, least: int, most: int) -> None:
+    assert least <= most_users(COSTS, Usage(100, 100), ttft_s, tpot_s) <= most
