@@ -23,7 +23,7 @@ SOAK_ARGS ?=
 SERVE_ARGS ?=
 
 .PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-serve test-ray test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
-.PHONY: bench-sizes bench-loaded bench-restart bench-serving soak
+.PHONY: bench-sizes bench-loaded bench-restart bench-serving bench-capacity soak
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)
@@ -115,6 +115,9 @@ bench-loaded: $(READY)  ## decode while another process takes a core: the record
 
 bench-serving: $(BENCH_VENV)/.ready  ## callers who share one model: decoded together, one at a time, by other runtimes
 	$(BENCH_VENV)/bin/python -m benchmarks.serving $(BENCH_ARGS)
+
+bench-capacity: $(READY)  ## what plan-capacity expects against what 1, 4 and 16 callers get
+	$(BIN)/python -m benchmarks.capacity
 
 bench-restart: $(READY)  ## a service that starts again with a kept plan: seconds until the plan answers
 	$(BIN)/python -m benchmarks.restart $(BENCH_ARGS)
