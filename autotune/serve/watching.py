@@ -168,7 +168,7 @@ class Feed:
     def __init__(
         self, sample: Callable[[Sample | None], Sample], every_s: float = EVERY_S, most: int = MOST_WATCHERS
     ) -> None:
-        self._sample = sample
+        self._read = sample
         self._every_s = every_s
         self._most = most
         self._past = deque[Sample](maxlen=PAST)
@@ -218,7 +218,7 @@ class Feed:
         before: Sample | None = self._past[-1] if self._past else None
         try:
             while True:
-                before = self._sample(before)
+                before = self._read(before)
                 self._past.append(before)
                 self._tell(_event(before))
                 await asyncio.sleep(self._every_s)
