@@ -83,15 +83,16 @@ class Experience:
 def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
     """The costs of a replica, from the record of its report.
 
-    So many callers who ask without a pause take, for one request of each, the reading of all their prompts and as many
-    steps as an answer has tokens. The first is known from a caller who is alone, the rest are the steps.
+    Reading costs what the profile measured of prefill. The callers that were measured asked for the same prompts again,
+    which are read faster: so many of them who ask without a pause take, for one request of each, the reading of all
+    their prompts, as a caller who was alone waited for it, and as many steps as an answer has tokens.
 
     Raises:
         CapacityError: callers were not measured, or by a version that did not note how long their prompts were.
     """
     found = record.get("callers") or {}
     points: Sequence[Mapping[str, Any]] = found.get("points") or ()
-    if not points or not found.get("new_tokens") or not all(point.get("prompt_tokens") for point in points):
+    if not points or not found.get("new_tokens") or not record.get("prompt_tokens"):
         raise CapacityError(
             "the report does not say what several callers cost: tune with a policy that decodes callers together "
             "(--policy throughput), with this version of autotune"
@@ -99,13 +100,14 @@ def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
     if not found["accepted"]:
         points = points[:1]  # the plan serves one caller at a time
     alone, tokens = points[0], found["new_tokens"]
-    read_s = alone["ttft_ms"] / 1e3 / alone["prompt_tokens"]
+    again_s = alone["ttft_ms"] / 1e3 / alone["prompt_tokens"]
     steps = {}
     for point in points:
         callers = point["callers"]
         round_s = callers * tokens / point["tokens_per_s"]
-        steps[callers] = max(1e-6, (round_s - callers * point["prompt_tokens"] * read_s) / tokens)
-    return ReplicaCosts(read_s, steps)
+        steps[callers] = max(1e-6, (round_s - callers * point["prompt_tokens"] * again_s) / tokens)
+    prefill = record["phases"]["prefill"]
+    return ReplicaCosts((prefill.get("final_ms") or prefill["baseline_ms"]) / 1e3 / record["prompt_tokens"], steps)
 
 
 @dataclass

@@ -45,6 +45,7 @@ def report_of(findings: Findings) -> Report:
             "budget_s": findings.budget_s,
         },
         "workload": findings.workload,
+        "prompt_tokens": after.prompt_tokens,
         "seconds": findings.seconds,
         "elsewhere": findings.elsewhere,
         "transforms": [str(t) for t in findings.transforms],

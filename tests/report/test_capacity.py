@@ -15,7 +15,9 @@ COSTS = ReplicaCosts(0.001, {1: 0.010, 4: 0.016, 16: 0.040})
 def record(*points: tuple[int, float, float], accepted: bool = True, tokens: int = 24) -> dict[str, Any]:
     """A report's record with (callers, tokens per second, TTFT in ms), all with prompts of 100 tokens."""
     told = [{"callers": n, "tokens_per_s": rate, "ttft_ms": ttft, "prompt_tokens": 100.0} for n, rate, ttft in points]
-    return {"callers": {"points": told, "accepted": accepted, "new_tokens": tokens}}
+    phases = {"prefill": {"baseline_ms": 900.0, "final_ms": 50.0}}  # prompts of the profile, which are read once
+    callers = {"points": told, "accepted": accepted, "new_tokens": tokens}
+    return {"callers": callers, "phases": phases, "prompt_tokens": 25}
 
 
 def measured(costs: ReplicaCosts, callers: int, prompt: int = 100, tokens: int = 24) -> tuple[int, float, float]:
@@ -26,9 +28,12 @@ def measured(costs: ReplicaCosts, callers: int, prompt: int = 100, tokens: int =
 
 def test_costs_are_those_that_were_measured() -> None:
     found = costs_of(record(*(measured(COSTS, callers) for callers in (1, 4, 16))))
-    assert found.read_s == pytest.approx(COSTS.read_s)
+    assert found.read_s == pytest.approx(0.002)
     assert dict(found.steps_s) == pytest.approx(COSTS.steps_s)
     assert (found.rows, found.step_s(10)) == (16, pytest.approx(0.028))
+    kept = record(measured(COSTS, 1))
+    kept["phases"]["prefill"]["final_ms"] = None
+    assert costs_of(kept).read_s == pytest.approx(0.036)
 
 
 def test_a_plan_that_serves_one_at_a_time_has_one_row() -> None:
