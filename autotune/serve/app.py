@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from . import page
 from .completions import Chat, Completion, Reply
+from .events import EventStream
 from .gate import Gate
 from .refusal import Refusal
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -189,16 +190,7 @@ async def _reply(reply: Reply, stream: bool, request: Request) -> Response:
     if first is None:
         await events.aclose()
         return Response(status_code=GONE)
-    return StreamingResponse(
-        _from(first, events), media_type="text/event-stream", headers={"cache-control": "no-store"}
-    )
-
-
-async def _from(first: bytes, events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    async with aclosing(events):
-        yield first
-        async for event in events:
-            yield event
+    return EventStream(first, events)
 
 
 async def _unless_gone(work: Awaitable[Result], request: Request) -> Result | None:

@@ -11,7 +11,6 @@ report are markup that the report escapes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +21,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from ...errors import PackageError, StateError
 from ...report.html.page import style_sheet
 from .. import switching
+from ..events import EventStream
 from ..refusal import Refusal
 from .chapters import chapters
 from .view import view
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
-
     from ...tune.plan import Plan
     from ..service import Service
 
@@ -69,7 +67,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
     async def events() -> Response:
         """Figures once a second as server-sent events: one `history` of the last two minutes, then each as it comes."""
         samples = served.feed.events()
-        return EventStream(await anext(samples), samples)
+        return EventStream(await anext(samples), samples, FRESH)
 
     @app.get("/autotune/chapters")
     async def report_chapters() -> JSONResponse:
@@ -141,23 +139,3 @@ class Drawn:
                 self._chapters = await anyio.to_thread.run_sync(chapters, record)
                 self._of = plan
             return self._chapters
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events whose source is closed when the client goes."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
-        self._rest = rest
-        super().__init__(_chained(first, rest), media_type="text/event-stream", headers=FRESH)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._rest.aclose()
-
-
-async def _chained(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for event in rest:
-        yield event
