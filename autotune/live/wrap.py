@@ -10,8 +10,8 @@ from ..machine import device as devices
 from ..machine import intraop
 from ..machine.device import trace
 from ..model import route
+from ..tune import fingerprint, selfcheck
 from ..tune import policy as policies
-from ..tune import selfcheck
 from ..tune.policy import Policy
 from ..tune.supported import draft_mismatch, mismatch
 from .handle import Handle
@@ -77,7 +77,7 @@ def wrap(
     if draft is not None and (reason := draft_mismatch(draft, model)):
         raise UnsupportedModelError(reason)
     if plan is not None:
-        plan.require(route.bare(model) if route.is_routed(model) else model)
+        plan.require(fingerprint.of_model(model))
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
     options = Options(chosen, tokenizer, draft, when, observe, cache, keep_original, watch, progress, plan)
     if keep_original == "parked" and devices.of(model).kind == "cpu":

@@ -140,19 +140,18 @@ class Plan:
             TransformError: a transform refuses.
         """
         from ..runtime import variant
+        from . import fingerprint
 
         original = route.bare(model) if route.is_routed(model) else model
         if check:
-            self.require(original)
+            self.require(fingerprint.of_model(original))
         return variant.build(original, self.transforms)
 
-    def require(self, original: PreTrainedModel) -> None:
-        """Raise PlanError if the plan was made for another model."""
-        from . import fingerprint
-
-        if (found := fingerprint.of_model(original)) != self.fingerprint.model:
+    def require(self, model: str) -> None:
+        """Raise PlanError if the plan was made for another model than that with this fingerprint."""
+        if model != self.fingerprint.model:
             raise PlanError(
-                f"the plan was made for model {self.fingerprint.model}, this one is {found} (other weights or another "
+                f"the plan was made for model {self.fingerprint.model}, this one is {model} (other weights or another "
                 "configuration); tune this model, or pass check=False to apply the plan all the same"
             )
 

@@ -86,11 +86,11 @@ def tune(
         PlanError: `plan` was made for another model.
         AutotuneError: a needed measurement failed, or a transform wrote into the original.
     """
-    if plan is not None:
-        plan.require(model)
     start, meter = time.monotonic(), busy.Meter()
     here = hardware.identify(model)
     identity = fingerprint.of(model, here, workload, policy, draft)
+    if plan is not None:
+        plan.require(identity.model)
     original = Variant(model, traffic, workload, draft)
     texts = built_in.natural(tokenizer)
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
