@@ -22,6 +22,8 @@ from .watching import Feed, Reading, TuningLog, figures
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..live.status import Status
+
 UNSETTLED = (State.OBSERVING, State.WAITING, State.TUNING)  # more will be tried
 
 
@@ -119,7 +121,7 @@ class Service:
             "state": str(status.state),
             "transforms": list(status.transforms),
             "batching": status.batching,
-            "running": max(self.answers.running - status.waiting, 0),
+            "running": self._running(status),
             "waiting": status.waiting,
             "served": status.served,
             "bypassed": dict(status.bypassed),
@@ -135,9 +137,13 @@ class Service:
             plan=self.model.autotune.plan,
             lines=self.progress.count,
             latest=lines[-1] if lines else None,
-            running=max(self.answers.running - status.waiting, 0),
+            running=self._running(status),
             waiting=status.waiting,
             counts=metrics.counts(),
             first=metrics.first.percentiles(),
             following=metrics.next.percentiles(),
         )
+
+    def _running(self, status: Status) -> int:
+        """How many answers are under way and do not wait."""
+        return max(self.answers.running - status.waiting, 0)

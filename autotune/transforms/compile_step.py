@@ -14,7 +14,7 @@ from ..model import linear_layers, placement
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import require
-from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, unmasked, use_slots
+from .static_cache import automatic_slots, over_few_slots, slot_bytes, slotless, use_slots
 
 if TYPE_CHECKING:
     from ..diagnose.costs import Profile
@@ -60,7 +60,7 @@ class CompileStep(Transform):
             return f"the decode step is compiled over slots, and the KV cache is {variant.kv}"
         if reason := variant.state.unseen("a compiled step") or placement.unrecordable(variant.original):
             return reason
-        return no_compiler(hardware) or self._out_of_place(variant) or no_slots(variant.original) or unmasked(variant)
+        return no_compiler(hardware) or self._out_of_place(variant) or slotless(variant)
 
     def _captured_anew(self, variant: Variant) -> bool:
         """Whether the step runs as CUDA graphs, which will be captured again around the compiled step."""

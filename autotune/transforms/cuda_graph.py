@@ -13,7 +13,7 @@ from ..machine import device as devices
 from ..model import linear_layers, placement
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
-from .static_cache import automatic_slots, no_slots, over_few_slots, slot_bytes, unmasked
+from .static_cache import automatic_slots, over_few_slots, slot_bytes, slotless
 
 if TYPE_CHECKING:
     from ..diagnose.costs import Profile
@@ -123,7 +123,7 @@ def uncapturable(variant: Variant) -> str | None:
         return "accelerate's hooks move tensors at every call, which a graph does not repeat"
     if waiting := linear_layers.waiting(model):
         return waiting
-    return no_slots(variant.original) or unmasked(variant)
+    return slotless(variant)
 
 
 def _bucket(rows: tuple[int, ...], batch: int) -> int:

@@ -19,7 +19,7 @@ from ..runtime.speculation.drafts import DraftModel, Proposer
 from ..runtime.speculation.pace import evenly, pays
 from ..runtime.variant import Stage, Transform
 from . import require
-from .static_cache import no_slots, use_slots
+from .static_cache import slotless, use_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +74,7 @@ class Speculation(Transform):
             return f"it serves single sequences; the workload has batches of {', '.join(map(str, variant.batch_sizes))}"
         if self.draft == "model" and variant.draft is None:
             return "no draft model was given; pass one with the same vocabulary: autotune.wrap(model, draft=...)"
-        return variant.state.unseen("a guess that is wrong") or no_slots(variant.original)
+        return variant.state.unseen("a guess that is wrong") or slotless(variant)
 
     def rehearsed(self) -> Transform:
         return self

@@ -53,7 +53,7 @@ class StaticCache(Transform):
             return f"the cache is static already ({variant.caches.slots} slots)"
         if variant.kv is not None:
             return f"the KV cache is {variant.kv}"
-        return no_slots(variant.original) or unmasked(variant)
+        return slotless(variant)
 
     def rehearsed(self) -> Transform:
         return over_few_slots()
@@ -88,10 +88,12 @@ def no_slots(model: PreTrainedModel) -> str | None:
     )
 
 
-def unmasked(variant: Variant) -> str | None:
-    """Why decode's attention cannot read slots, or None: those that are empty must be masked."""
+def slotless(variant: Variant) -> str | None:
+    """Why decode of a variant cannot go over slots, or None: its attention must mask those that are empty."""
     from .attention import without_mask
 
+    if reason := no_slots(variant.original):
+        return reason
     if (name := without_mask(variant.modules["decode"], variant.original.device)) is None:
         return None
     return f"decode's attention is {name}, which takes no mask, and slots need one for those that are empty"
@@ -105,7 +107,7 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     """
     from ..runtime.cache.pool import CachePool
 
-    if reason := no_slots(variant.original) or unmasked(variant):
+    if reason := slotless(variant):
         raise TransformError(reason)
     config = variant.original.config.get_text_config(decoder=True)
     if variant.caches is None:

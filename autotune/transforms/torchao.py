@@ -77,8 +77,8 @@ class TorchaoLinear(linear_layers.Replacement):
         super().__init__(linear, size, form=f"{scheme}, compiled" if compiled else scheme)
         self.weight = weight
         self.bias = bias
-        self.rows = SCHEMES[scheme].rows if weight.device.type == "cuda" else 1
         on = weight.device.type
+        self.rows = SCHEMES[scheme].rows if on == "cuda" else 1
         self.product = _compiled(scheme, tuple(linear.weight.shape), linear.bias is None, on) if compiled else F.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,7 @@ def _unqueued(variant: Variant) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Answer:
+    prompt_tokens: int
     tokens: tuple[int, ...]
     times_s: tuple[float, ...]  # when the request began, and when each token came
 
@@ -237,7 +238,7 @@ class _Measurement:
                 tuple(rates[n]),
                 tuple(a.ttft_s for a in found),
                 tuple(a.tpot_s for a in found),
-                mean(len(self.prompts[k % len(self.prompts)]) for k in range(max(n, ALONE))),
+                mean(a.prompt_tokens for a in found),
             )
             for n, found in answered.items()
         )
@@ -281,4 +282,4 @@ class _Measurement:
         ids, seen = torch.tensor([list(prompt)], dtype=torch.int64, device=model.device), _Clock()
         with intraop.computing_with(self.threads):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=seen)
-        return _Answer(tuple(seen.tokens), tuple(seen.times_s))
+        return _Answer(len(prompt), tuple(seen.tokens), tuple(seen.times_s))
