@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 TORCH := 2.13.0
 EXTRAS := demo,torchao,bitsandbytes,dev,docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+WITH_GPU = $(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
 DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
@@ -89,22 +90,22 @@ fuzz: $(READY)  ## a wrapped model against a plain one for MINUTES: random calls
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
+	$(WITH_GPU)
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: per-operation tables, every trial
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
+	$(WITH_GPU)
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 bench-gpu-steps: $(READY)  ## the decode step of each variant on a CUDA device against the memory roofline; --paper needs none
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
+	$(WITH_GPU)
 	$(BIN)/python -m benchmarks.gpu_steps $(BENCH_ARGS)
 
 soak-gpu: $(READY)  ## graphs captured, replayed and dropped on a CUDA device, beside eager requests
 	$(BIN)/python -m benchmarks.graph_soak $(BENCH_ARGS)
 
 first-hour-on-gpu: $(READY)  ## doctor, tests, soak and benchmarks on a CUDA device; everything in one file, at most 50 minutes
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[gpu]'
+	$(WITH_GPU)
 	$(BIN)/python -m benchmarks.first_hour $(BENCH_ARGS)
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything

@@ -209,11 +209,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
 
+    from . import capacity
     from . import serve as serving
 
     serving.arguments(commands.add_parser("serve", help="serve a model over HTTP, with OpenAI's interface"))
-    from . import capacity
-
     capacity.arguments(commands.add_parser("plan-capacity", help="how many replicas a number of users needs"))
     serving.bench_arguments(commands.add_parser("bench-serve", help="put a load on a server and print how it bears it"))
     _add_check(commands.add_parser("check", help="keep a baseline of a model; check another one against it"))

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from ..report.exit_codes import Code
 from .arguments import whole
-from .report import load
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -36,6 +34,8 @@ def plan_capacity(args: Namespace) -> int:
         PlanError: the file does not say what several callers cost.
     """
     from ..report import capacity
+    from ..report.exit_codes import Code
+    from .report import load
     from .screen import screen
 
     record = load(args.file).record

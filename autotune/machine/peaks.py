@@ -50,13 +50,13 @@ class Peaks:
 def measure(device: Device, turn: Turn = nullcontext) -> Peaks:
     """Measure a device's peaks, in two to three seconds on a CPU.
 
+    For a dtype that the machine only emulates, the figure is that of a tiny matmul. On a GPU "float32" is IEEE float32
+    and "tf32" is float32 on tensor cores. Dtypes that a device cannot multiply are absent.
+
     Args:
         device: the device.
         turn: makes a context that keeps live requests out. Each reading is taken inside one: requests would disturb
             it, and the precision of float32, which a GPU's readings set for the whole process, would change theirs.
-
-    For a dtype that the machine only emulates, the figure is that of a tiny matmul. On a GPU "float32" is IEEE float32
-    and "tf32" is float32 on tensor cores. Dtypes that a device cannot multiply are absent.
     """
     reads, matmuls = _reads(device), _matmuls(device)
     _raise_clocks(device, reads, turn)
