@@ -29,8 +29,8 @@ NOT_PACKED = "it has no packed INT8 or INT4 weights; weight_only makes them"
 class Int8Activations(LinearTransform):
     """Round the inputs of a phase's packed INT8 and INT4 layers to INT8, in groups of 32, token by token.
 
-    Packed layers take inputs of 16 bits where the processor has VNNI, which is as good as FP32. Eight bits halve the
-    products. That pays where the products are the limit: in prefill, and in decode of batches. Layers named by `skip`
+    Packed layers take inputs of 16 bits where the processor multiplies in integers, which is as good as FP32. With VNNI,
+    eight bits halve the products. That pays where the products are the limit: in prefill, and in decode of batches. Layers named by `skip`
     keep 16 bits.
     """
 
@@ -50,7 +50,7 @@ class Int8Activations(LinearTransform):
         return "with activations of 16 bits"
 
     def missing(self, where: torch.device = CPU) -> str | None:
-        return kernels.available() or kernels.no_integer_unit()
+        return kernels.available() or kernels.no_byte_unit()
 
     def layers(self, module: nn.Module) -> Mapping[str, kernels.GroupedLinear]:
         return _precise(module, self.skip)

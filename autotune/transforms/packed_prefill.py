@@ -49,7 +49,7 @@ class PackedPrefill(Transform):
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         phase = profile.phases["prefill"]
         read = weight_bytes(phase, 4)  # best case: 4 bits per weight
-        return {"prefill": ceilings.faster_weights(phase, hardware, read, compute_dtype="float32")}
+        return {"prefill": ceilings.faster_weights(phase, hardware, read, compute_dtype="int16")}
 
     def apply(self, variant: Variant) -> None:
         if not (shared := packed(variant.modules["decode"], "")):

@@ -27,7 +27,7 @@ SCALE_BITS = 16
 class WeightOnly(LinearTransform):
     """Quantise linear weights and dequantise them in registers as they are read.
 
-    Products are in FP32, or where the processor has VNNI in integers over activations of 16 bits.
+    Products are in integers over activations of 16 bits where the processor has AVX2 or VNNI, else in FP32.
 
     Args:
         bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
@@ -81,4 +81,4 @@ class WeightOnly(LinearTransform):
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
         read = weight_bytes(phase, self.bits + factors)
-        return ceilings.faster_weights(phase, hardware, read, compute_dtype="float32")
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype="int16")

@@ -23,7 +23,7 @@ from tests.transforms.test_weights import profile_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REASON = kernels.available() or kernels.no_integer_unit()
+REASON = kernels.available() or kernels.no_byte_unit()
 needs_integers = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 pytestmark = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 
@@ -135,7 +135,7 @@ def test_refusals(before: list[Any], transform: Transform, change: Any, said: st
 
 
 def test_a_processor_without_products_of_bytes_is_told(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "no_integer_unit", lambda: "this processor cannot multiply bytes")
+    monkeypatch.setattr(kernels, "no_byte_unit", lambda: "this processor cannot multiply bytes")
     packed = Variant(llama).with_transform(INT8)
     assert "cannot multiply bytes" in str(DECODE.unavailable(packed, CPU))
     with pytest.raises(TransformError, match="cannot multiply bytes"):

@@ -2,7 +2,7 @@
 
     available()              None once the operators are loaded, otherwise a sentence that says why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
-    Int8Linear, Int4Linear   quantised weights in groups; inputs of 16 bits where the processor has VNNI, else FP32
+    Int8Linear, Int4Linear   quantised weights in groups; inputs of 16 bits on AVX2 and VNNI, else FP32
     RoundedLinear            the same weights with inputs of 8 bits
     Bf16Linear               BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedTable              rows of a packed table, looked up one by one
@@ -42,7 +42,7 @@ __all__ = [
     "attend_one",
     "available",
     "no_bf16_unit",
-    "no_integer_unit",
+    "no_byte_unit",
 ]
 
 _lock = forking.lock()
@@ -77,11 +77,11 @@ def no_bf16_unit() -> str | None:
     return "this processor cannot multiply BF16: it has neither AMX nor AVX512-BF16"
 
 
-def no_integer_unit() -> str | None:
+def no_byte_unit() -> str | None:
     """Why `RoundedLinear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
     import torch
 
-    if torch.ops.autotune.integer_unit():
+    if torch.ops.autotune.least_digits() == 1:
         return None
     return "this processor cannot multiply bytes: it has no AVX512-VNNI"
 

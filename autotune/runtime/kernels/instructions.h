@@ -229,12 +229,9 @@ void run_round(Reader& in, const Member& m) {
   for (int64_t t = m.first(tokens); t < m.last(tokens); ++t) round_token(rounded, t, x + t * inputs, inputs);
 }
 
-const MultiplyBlocks kInIntegers[] = {nullptr, nullptr, nullptr, multiply_blocks_rounded<Plain<int8_t>>,
-                                      multiply_blocks_rounded<Int4>};  // in the order of kKernels
-
 // A product in integers. Each thread rounds the inputs of one token itself: that takes less time than to meet.
 void run_linear_rounded(Reader& in, const Member& m) {
-  const MultiplyBlocks multiply = kInIntegers[in.next()];
+  const MultiplyBlocks multiply = in_integers(kKernels[in.next()] == &kernel<Int4>);
   Weights w = shape_of(in);
   w.block_bytes = in.next();
   const int digits = static_cast<int>(in.next());

@@ -1,17 +1,67 @@
-// A gated feed-forward block in integers: down(activation(gate(x)) * up(x)). What lies between is kept from call to call.
+// Products in integers, and a gated feed-forward block of them: down(activation(gate(x)) * up(x)).
 #include "integer.h"
 
 #include "curves.h"
 #include "matmul.h"
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#include "vnni.h"
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#include "pairs.h"
+#else
+namespace autotune {
+namespace {
+constexpr int kLeastDigits = 0, kMostBlocks = 1;
+void round(const Rounded&, int64_t, const float*, int64_t) {}
+template <class Format>
+MultiplyRounded rounded_kernel(const Rounded&, bool) {
+  return nullptr;
+}
+}  // namespace
+}  // namespace autotune
+#endif
+
 namespace autotune {
 namespace {
 
-MultiplyBlocks in_integers(const Tensor& numbers, const Weights& w) {
+constexpr int kFewest = 6;        // for fewer tokens, memory is the limit, which one stream of weights reads faster
+
+// Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
+template <class Format>
+void multiply_blocks_rounded(const Weights& w, const Rounded& x, const float* bias, float* y, int64_t begin,
+                             int64_t end) {
+  Floats out[kTogether * kMostBlocks * kStrips];
+  for (int64_t block = begin; block < end;) {
+    const int together = x.tokens < kFewest ? 1 : std::min<int64_t>(kMostBlocks, end - block);
+    const MultiplyRounded multiply = rounded_kernel<Format>(x, together == 2);
+    for (int64_t first = 0; first < x.tokens; first += kTogether) {
+      const int here = static_cast<int>(x.together(first));
+      multiply(w, x, first, here, block, out);
+      for (int t = 0; t < here; ++t)
+        for (int v = 0; v < together * kStrips; ++v)
+          put(w, block * kRows + v * kWidth, out[t * together * kStrips + v], bias, y + (first + t) * w.rows);
+    }
+    block += together;
+  }
+}
+
+}  // namespace
+
+int least_digits() { return kLeastDigits; }
+
+void round_token(const Rounded& to, int64_t t, const float* x, int64_t inputs) { round(to, t, x, inputs); }
+
+MultiplyBlocks in_integers(bool words) {
+  return words ? multiply_blocks_rounded<Int4> : multiply_blocks_rounded<Plain<int8_t>>;
+}
+
+namespace {
+
+MultiplyBlocks products(const Tensor& numbers, const Weights& w) {
   const bool words = numbers.scalar_type() == ScalarType::Int;
   STD_TORCH_CHECK(words || numbers.scalar_type() == ScalarType::Char, "products in integers are for INT8 and INT4 weights");
   STD_TORCH_CHECK(w.scales && (w.zeros || !words), "INT8 weights need scales, and INT4 weights scales and zeros");
-  return words ? multiply_blocks_rounded<Int4> : multiply_blocks_rounded<Plain<int8_t>>;
+  return in_integers(words);
 }
 
 Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, const std::vector<Tensor>& up,
@@ -25,8 +75,8 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   const int64_t inputs = input.size(input.dim() - 1), tokens = input.numel() / inputs;
   const Weights first = stored(gate, hidden, inputs).packed, second = stored(up, hidden, inputs).packed,
                 third = stored(down, outputs, hidden).packed;
-  const MultiplyBlocks one = in_integers(gate[0], first), two = in_integers(up[0], second),
-                       three = in_integers(down[0], third);
+  const MultiplyBlocks one = products(gate[0], first), two = products(up[0], second),
+                       three = products(down[0], third);
   STD_TORCH_CHECK(first.inputs == second.inputs && span_of(first.group) == span_of(second.group),
                   "gate and up must round their inputs alike");
   const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
@@ -50,20 +100,20 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   return as_dtype_of(y, input);
 }
 
-bool integer_unit() { return has_integers(); }
+int64_t digits() { return least_digits(); }
 
 }  // namespace
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
-  library.def("integer_unit() -> bool");
+  library.def("least_digits() -> int");
   library.def(
       "linear_mlp_rounded(Tensor x, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor? gate_bias, Tensor? up_bias, "
       "Tensor? down_bias, int hidden, int out_features, int activation, int digits) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
-  library.impl("integer_unit", TORCH_BOX(&autotune::integer_unit));
+  library.impl("least_digits", TORCH_BOX(&autotune::digits));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {

@@ -14,7 +14,6 @@
 #include "tensors.h"
 
 namespace autotune {
-namespace {
 
 constexpr int kRows = 16;      // output rows in a block
 constexpr int64_t kLeastTaskBytes = 32 << 10;  // with fewer bytes, a further thread does not pay
@@ -204,5 +203,4 @@ inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles&
       }
 }
 
-}  // namespace
 }  // namespace autotune

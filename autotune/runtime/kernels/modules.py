@@ -85,7 +85,7 @@ class HalfLinear(PackedLinear):
 class GroupedLinear(PackedLinear):
     """Quantised weights with a scale per group of inputs.
 
-    Where the processor multiplies bytes (VNNI), products are in integers, with inputs rounded in groups of 32.
+    Where the processor has AVX2 or VNNI, products are in integers, with inputs rounded in groups of 32.
 
     Attributes:
         digits: of the inputs, in base 256: 2 for inputs of 16 bits, as exact as FP32 to about 2e-5, 1 for inputs of
@@ -106,7 +106,7 @@ class GroupedLinear(PackedLinear):
     @property
     def in_integers(self) -> bool:
         """Whether products are in integers here."""
-        return self.digits > 0 and bool(torch.ops.autotune.integer_unit())
+        return self.digits > 0 and bool(torch.ops.autotune.least_digits())
 
     @property
     def group(self) -> int:
