@@ -30,8 +30,8 @@ class Int8Activations(LinearTransform):
     """Round the inputs of a phase's packed INT8 and INT4 layers to INT8, in groups of 32, token by token.
 
     Packed layers take inputs of 16 bits where the processor multiplies in integers, which is as good as FP32. With VNNI,
-    eight bits halve the products. That pays where the products are the limit: in prefill, and in decode of batches. Layers named by `skip`
-    keep 16 bits.
+    eight bits halve the products, which pays where these are the limit: in prefill, and in decode of batches. Layers
+    named by `skip` keep 16 bits.
     """
 
     name: ClassVar[str] = "int8_activations"
