@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import quantiles
 
 import torch
@@ -33,7 +34,7 @@ def ways(weight: Tensor) -> Mapping[str, Callable[[Tensor], Tensor]]:
         layer = kind.from_weight(weight)
         bits = "INT8" if kind is kernels.Int8Linear else "INT4"
         for digits in (0, 2, 1):
-            if digits and (not layer.in_integers or (digits == 1 and kernels.no_byte_unit())):
+            if digits and (not layer.in_integers or (digits == 1 and kernels.no_byte_unit(layer.bits))):
                 continue
             found[f"{bits}, inputs of {(32, 8, 16)[digits]} bits"] = with_digits(kind.from_weight(weight), digits)
     return found
@@ -56,7 +57,7 @@ def seconds(work: Callable[[], object]) -> float:
 def ratios(tokens: int, multiply: Mapping[str, Callable[[Tensor], Tensor]]) -> Mapping[str, tuple[float, float, float]]:
     """Quartiles of how many times as fast as the first way each other one is."""
     x = torch.randn(tokens, INPUTS)
-    rounds = [[seconds(lambda way=way: way(x)) for way in multiply.values()] for _ in range(ROUNDS)]
+    rounds = [[seconds(partial(way, x)) for way in multiply.values()] for _ in range(ROUNDS)]
     shares = {name: [r[0] / r[i] for r in rounds] for i, name in enumerate(multiply) if i}
     return {name: tuple(quantiles(found, n=4)) for name, found in shares.items()}  # type: ignore[misc]
 

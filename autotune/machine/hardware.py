@@ -29,9 +29,11 @@ OPTIONAL_LIBRARIES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 # Relative difference between two tries of a peak that shows a disturbance. On a quiet machine the best of several
 # rounds repeats within 0.1.
 UNEVEN = 0.2
+# Of FP32's peak, by packed weights with inputs of 16 bits (AVX2 and VNNI reach 1.4) and, on AVX2, of 8 bits (it reaches
+# 1.9): `python -m benchmarks.products`.
+INT16_RATE, INT8_RATE_AVX2 = 1.5, 2.2
 # Factor by which a peak measured beside other processes may be too low. With two threads and five other processes on
 # two cores, each thread had to wait for the other, and a matmul reached 0.6 GFLOP/s instead of 80.
-INT16_RATE = 1.5  # of FP32's peak; 1.4 was reached with AVX2 and with VNNI (`python -m benchmarks.products`)
 DOUBT = 100.0
 
 
@@ -70,14 +72,17 @@ class Hardware:
         """The matmul peak of `dtype`. For a dtype that was not measured, an upper bound: predictions must be ceilings.
 
         The bound is the best known peak. For 8-bit numbers it is at least four times FP32's, since four of them fit in
-        the space of one. On a GPU it is also at least twice the 16-bit peak, since tensor cores do twice as many
-        operations on 8 bits as on 16 (NVIDIA's datasheets, Ampere to Blackwell).
+        the space of one; AVX2 alone has no instruction that adds up their products. On a GPU it is also at least twice
+        the 16-bit peak, since tensor cores do twice as many operations on 8 bits as on 16 (NVIDIA's datasheets, Ampere
+        to Blackwell).
 
         "int16" is the arithmetic of packed INT8 and INT4 weights on a CPU, by inputs of 16 bits.
         """
         peaks = self.flops_per_s
         if dtype in peaks:
             return peaks[dtype]
+        if dtype == "int8" and self.device == "cpu" and self.capability == "AVX2":
+            return peaks.get("float32", 0.0) * INT8_RATE_AVX2
         if dtype == "int16":
             return peaks.get("float32", 0.0) * (INT16_RATE if self.capability in ("AVX2", "AVX512") else 1.0)
         best = max(peaks.values())

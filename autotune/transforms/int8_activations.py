@@ -1,4 +1,4 @@
-"""Activations rounded to INT8 in front of packed layers: four times FP32's rate of products where there is VNNI."""
+"""Activations rounded to INT8 in front of packed layers: twice the rate of 16 bits."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from ..runtime.variant import Variant
 
-NOT_PACKED = "it has no packed INT8 or INT4 weights; weight_only makes them"
+NOT_PACKED = "it has no packed weights that this processor multiplies by bytes; weight_only makes them"
 
 
 @dataclass(frozen=True)
 class Int8Activations(LinearTransform):
     """Round the inputs of a phase's packed INT8 and INT4 layers to INT8, in groups of 32, token by token.
 
-    Packed layers take inputs of 16 bits where the processor multiplies in integers, which is as good as FP32. With VNNI,
-    eight bits halve the products, which pays where these are the limit: in prefill, and in decode of batches. Layers
-    named by `skip` keep 16 bits.
+    Packed layers take inputs of 16 bits where the processor multiplies in integers, which is as good as FP32. With 8
+    bits, products take about half the time (AVX2: INT4's alone), which pays where they are the limit: in prefill, and
+    in decode of batches. Layers named by `skip` keep 16 bits.
     """
 
     name: ClassVar[str] = "int8_activations"
@@ -58,9 +58,9 @@ class Int8Activations(LinearTransform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device != "cpu":
             return f"it runs on cpu, not on {hardware.device}"
-        if not self.layers(variant.modules[self.phases[0]]):
-            return f"{self.phase}: {NOT_PACKED}"
-        return linear_layers.obstacle(variant.original) or self.missing()
+        if reason := linear_layers.obstacle(variant.original) or self.missing():
+            return reason
+        return None if self.layers(variant.modules[self.phases[0]]) else f"{self.phase}: {NOT_PACKED}"
 
     def extra_bytes(self, variant: Variant) -> float:
         return 0.0  # the new layers share the weights
@@ -73,7 +73,7 @@ class Int8Activations(LinearTransform):
         return len(made)
 
     def apply(self, variant: Variant) -> None:
-        if not self.layers(variant.modules[self.phases[0]]):
+        if not self.missing() and not self.layers(variant.modules[self.phases[0]]):
             raise TransformError(f"{self}: {NOT_PACKED}")
         super().apply(variant)
 
@@ -82,10 +82,11 @@ class Int8Activations(LinearTransform):
 
 
 def _precise(module: nn.Module, skip: str) -> dict[str, kernels.GroupedLinear]:
-    """Packed layers with inputs of 16 bits, by dotted name, also those that a BF16 layer was made from."""
+    """Packed layers whose inputs may have 8 bits instead of 16, by dotted name, also those behind BF16 layers."""
     found: dict[str, kernels.GroupedLinear] = {}
     for name, layer in module.named_modules(remove_duplicate=False):
         held = layer.packed[0] if isinstance(layer, kernels.Bf16Linear) and layer.packed else layer
         if isinstance(held, kernels.GroupedLinear) and not isinstance(held, kernels.RoundedLinear):
             found[name] = held
-    return {name: held for name, held in found.items() if not linear_layers.is_named(name, skip)}
+    able = {bits: kernels.no_byte_unit(bits) is None for bits in (4, 8)}
+    return {name: held for name, held in found.items() if able[held.bits] and not linear_layers.is_named(name, skip)}

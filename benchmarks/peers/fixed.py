@@ -9,6 +9,7 @@ import torch
 
 from autotune import transforms
 from autotune.diagnose.work import stored_weights
+from autotune.runtime import kernels
 from autotune.runtime.variant import Variant, serving
 from benchmarks.peers import Setup, Weights
 from benchmarks.peers.hugging_face import bytes_per_token, load
@@ -29,6 +30,13 @@ class Fixed(Tuned):
 
 
 def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str) -> Fixed:
+    """The plan with these weights.
+
+    Args:
+        prefill: arithmetic of prefill in BF16. A processor without instructions for it prefills over decode's weights.
+    """
+    if (kernels.available() or kernels.no_bf16_unit()) is not None:
+        prefill = "packed_prefill"
     plan = [
         transforms.make(weights, dict(params), "decode"),
         transforms.make(prefill, {}, "prefill"),

@@ -47,8 +47,19 @@ FORMATS = [
 SHAPES = [(1, 1), (5, 8), (16, 32), (37, 100), (50, 33), (192, 576), (129, 260)]  # N, K
 # digits of the inputs -> largest error relative to the largest output; see GroupedLinear
 DIGITS = {0: 3e-6, 1: 3e-2, 2: 1e-4}
-LEAST = 0 if SENTENCE else torch.ops.autotune.least_digits()
-HERE = {0: [], 1: [1, 2], 2: [2]}[LEAST]  # digits of the products in integers that this processor has
+
+
+def digits_of(bits: int) -> list[int]:
+    """Digits of the products in integers that this processor has over weights of so many bits."""
+    least = 0 if SENTENCE else torch.ops.autotune.least_digits(bits)
+    return [digits for digits in (1, 2) if 0 < least <= digits]
+
+
+IN_INTEGERS = [
+    pytest.param(kind, digits, id=f"{kind.__name__}-{digits}")
+    for kind, bits in ((Int8Linear, 8), (Int4Linear, 4))
+    for digits in digits_of(bits)
+]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 48, 49, 130]  # M
 
 
@@ -69,7 +80,7 @@ def precisions(layer: PackedLinear) -> Iterator[float]:
     if not isinstance(layer, GroupedLinear):
         yield DIGITS[0]
         return
-    for digits in (0, *HERE):
+    for digits in (0, *digits_of(layer.bits)):
         layer.digits = digits
         yield DIGITS[digits]
 
@@ -128,12 +139,11 @@ def test_a_token_is_the_same_to_the_bit_whoever_is_computed_with_it(kind, option
             assert torch.equal(layer(x[-tokens:]), alone[-tokens:]), f"the last {tokens} tokens"
 
 
-needs_integers = pytest.mark.skipif(not HERE, reason="no products in integers here")
+needs_integers = pytest.mark.skipif(not IN_INTEGERS, reason="no products in integers here")
 
 
 @needs_integers
-@pytest.mark.parametrize("digits", HERE)
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize(("kind", "digits"), IN_INTEGERS)
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e20])
 def test_inputs_of_any_size_are_rounded_alike(kind, digits, size) -> None:
     layer = packed(kind, {}, 37, 96, False)
@@ -147,8 +157,7 @@ def test_inputs_of_any_size_are_rounded_alike(kind, digits, size) -> None:
 
 
 @needs_integers
-@pytest.mark.parametrize("digits", HERE)
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize(("kind", "digits"), IN_INTEGERS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_an_input_that_is_not_finite_spoils_its_own_token(kind, digits, bad) -> None:
     layer = packed(kind, {}, 37, 96, False)
@@ -163,8 +172,7 @@ def test_an_input_that_is_not_finite_spoils_its_own_token(kind, digits, bad) -> 
 
 
 @needs_integers
-@pytest.mark.parametrize("digits", HERE)
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize(("kind", "digits"), IN_INTEGERS)
 def test_the_largest_weights_and_inputs_do_not_overflow(kind, digits) -> None:
     layer = kind.from_weight(torch.full((16, 4096), 3.0), group=0)
     layer.digits = digits

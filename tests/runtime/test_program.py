@@ -556,7 +556,7 @@ def test_every_instruction_occurs_in_some_tested_graph() -> None:
     layer = kernels.Int8Linear.from_weight(WEIGHT)
     for layer.digits in (0, 2):
         used |= {i.code for i in record(layer, floats(3, WEIGHT.shape[1])).instructions}
-    missing = set() if torch.ops.autotune.least_digits() else {"round", "linear_rounded"}
+    missing = set() if torch.ops.autotune.least_digits(8) else {"round", "linear_rounded"}
     assert set(CODES) - used == missing
 
 

@@ -132,7 +132,8 @@ def test_gated_blocks_in_integers(
     tolerance: float,
     kind: type[kernels.Int8Linear | kernels.Int4Linear],
 ) -> None:
-    if not torch.ops.autotune.least_digits() or (rounds and kernels.no_byte_unit()):
+    bits = 8 if kind is kernels.Int8Linear else 4
+    if not torch.ops.autotune.least_digits(bits) or (rounds and kernels.no_byte_unit(bits)):
         pytest.skip("this processor has no such products in integers")
     torch.manual_seed(inputs)
     sizes = ((inputs, hidden), (inputs, hidden), (hidden, inputs))

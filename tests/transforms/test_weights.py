@@ -254,7 +254,7 @@ H100 = Hardware(
         ("weight_only", {}, DECODE, AVX2, 0.030 / (0.010 + 0.020 * 8.5 / 32)),
         ("weight_only", {"bits": 4, "group": 64}, DECODE, AVX2, 0.030 / (0.010 + 0.020 * 4.5 / 32)),
         ("weight_only", {"group": 0}, DECODE, AVX2, 0.030 / (0.010 + 0.005)),
-        ("weight_only", {}, PREFILL, AVX2, 1.0),
+        ("weight_only", {}, PREFILL, AVX2, 0.600 / (0.100 + 70 / 210)),
         ("dynamic_int8", {}, DECODE, AVX2, 0.030 / (0.010 + 0.005)),
         ("dynamic_int8", {}, PREFILL, AVX2, 0.600 / (0.100 + 70 / 200)),
         ("linear_dtype", {}, PREFILL, AMX, 0.600 / (0.100 + 70 / 2700)),

@@ -77,13 +77,16 @@ def no_bf16_unit() -> str | None:
     return "this processor cannot multiply BF16: it has neither AMX nor AVX512-BF16"
 
 
-def no_byte_unit() -> str | None:
-    """Why `RoundedLinear` cannot run on this processor, or None; the operators must be loaded (`available`)."""
+def no_byte_unit(bits: int = 4) -> str | None:
+    """Why `RoundedLinear` cannot run on this processor over weights of so many bits, 4 or 8, or None.
+
+    The operators must be loaded (`available`).
+    """
     import torch
 
-    if torch.ops.autotune.least_digits() == 1:
+    if torch.ops.autotune.least_digits(bits) == 1:
         return None
-    return "this processor cannot multiply bytes: it has no AVX512-VNNI"
+    return f"this processor cannot multiply INT{bits} weights by bytes: it has no AVX512-VNNI{' or AVX2' * (bits == 4)}"
 
 
 def attend_one(

@@ -41,7 +41,7 @@ HEADERS = (
     "linear.h",
     "rounded.h",
     "vnni.h",
-    "pairs.h",
+    "avx2.h",
     "integer.h",
     "attention.h",
     "elementwise.h",

@@ -2,7 +2,7 @@
 //
 //   rounded.h  the inputs
 //   vnni.h     AVX-512 with VNNI: inputs of 16 bits at 1.4 times FP32's rate, or of 8 bits at twice that
-//   pairs.h    AVX2: inputs of 16 bits at 1.4 times FP32's rate
+//   avx2.h     AVX2: inputs of 16 bits at 1.4 times FP32's rate, for INT4 also of 8 bits
 #pragma once
 
 #include <vector>
@@ -11,8 +11,9 @@
 
 namespace autotune {
 
-// The fewest digits of inputs that there are products for: 1 or 2; 0 if there are none in integers here.
-int least_digits();
+// The fewest digits of inputs for which there are products over a format's weights, INT4 in words or INT8: 1 or 2; 0 if
+// there are none in integers here.
+int least_digits(bool words);
 
 // Rounds token t, x [inputs], which zeros fill up to K.
 void round_token(const Rounded& to, int64_t t, const float* x, int64_t inputs);
@@ -26,10 +27,11 @@ MultiplyBlocks in_integers(bool words);
 constexpr int64_t kLeastTokens = 8;  // with fewer to round, a further thread does not pay
 
 // The digits to multiply with: those wanted, or none (FP32) where the processor has no products in integers.
-inline int digits_here(int64_t wanted) {
+inline int digits_here(int64_t wanted, bool words) {
   STD_TORCH_CHECK(wanted >= 0 && wanted <= 2, "digits is 0 (FP32), 1 (inputs of 8 bits) or 2 (of 16 bits), not ", wanted);
-  STD_TORCH_CHECK(wanted != 1 || least_digits() == 1, "this processor has no instructions for products in INT8");
-  return least_digits() ? static_cast<int>(wanted) : 0;
+  STD_TORCH_CHECK(wanted != 1 || least_digits(words) == 1,
+                  "this processor has no instructions for products in INT8 over these weights");
+  return least_digits(words) ? static_cast<int>(wanted) : 0;
 }
 
 // Rounds x [tokens, inputs] for a layer, in memory that the calling thread keeps from call to call.

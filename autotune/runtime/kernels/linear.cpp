@@ -112,7 +112,7 @@ Tensor linear_i8(const Tensor& x, const Tensor& weight, const Tensor& scales, co
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "linear_i8 takes INT8 weights");
   Weights w = packed(weight, 1, rows);
   w.scales = per_group(w, scales);
-  return linear(kernel<Plain<int8_t>>, w, x, bias, in_integers(false), digits_here(digits));
+  return linear(kernel<Plain<int8_t>>, w, x, bias, in_integers(false), digits_here(digits, false));
 }
 
 Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, const Tensor& zeros,
@@ -123,7 +123,7 @@ Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, con
   Weights w = packed(words, kStep, rows);
   w.scales = per_group(w, scales);
   w.zeros = per_group(w, zeros);
-  return linear(kernel<Int4>, w, x, bias, in_integers(true), digits_here(digits));
+  return linear(kernel<Int4>, w, x, bias, in_integers(true), digits_here(digits, true));
 }
 
 }  // namespace

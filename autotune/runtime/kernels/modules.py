@@ -89,7 +89,7 @@ class GroupedLinear(PackedLinear):
 
     Attributes:
         digits: of the inputs, in base 256: 2 for inputs of 16 bits, as exact as FP32 to about 2e-5, 1 for inputs of
-            8 bits (only with VNNI), 0 for FP32 arithmetic everywhere.
+            8 bits (with VNNI, and for INT4 weights with AVX2), 0 for FP32 arithmetic everywhere.
     """
 
     digits = 2
@@ -106,12 +106,17 @@ class GroupedLinear(PackedLinear):
     @property
     def in_integers(self) -> bool:
         """Whether products are in integers here."""
-        return self.digits > 0 and bool(torch.ops.autotune.least_digits())
+        return self.digits > 0 and bool(torch.ops.autotune.least_digits(self.bits))
+
+    @property
+    def bits(self) -> int:
+        """Of a weight: 8 or 4."""
+        return 8 if self.weight.dtype is torch.int8 else 4
 
     @property
     def group(self) -> int:
         """Inputs that share a scale; all of them, after padding, if there is one for a row."""
-        inputs = self.weight.shape[1] * (1 if self.weight.dtype is torch.int8 else pack.STEP)
+        inputs = self.weight.shape[1] * (1 if self.bits == 8 else pack.STEP)
         return inputs // self.scales.shape[1]
 
     def product(self, x: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ class Int4Linear(QuantisedLinear):
 
 
 class RoundedLinear(GroupedLinear):
-    """A packed layer with inputs of 8 bits: its products take half the time where the processor has VNNI.
+    """A packed layer with inputs of 8 bits: its products take half the time.
 
     Args:
         layer: an `Int8Linear` or `Int4Linear`; its tensors are shared.

@@ -10,7 +10,7 @@
 namespace autotune {
 namespace {
 
-constexpr int kLeastDigits = 1;
+constexpr int least_digits_of(bool) { return 1; }
 constexpr int kMostBlocks = 2;  // computed at once
 
 // Rounds token t, x [inputs], which zeros fill up to K.

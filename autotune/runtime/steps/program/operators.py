@@ -174,7 +174,7 @@ def _product(
     y = build.new(out.shape)
     weights = (rows, padded, group)
     sums = None
-    if digits and torch.ops.autotune.least_digits():
+    if digits and torch.ops.autotune.least_digits(4 if packed.dtype == torch.int32 else 8):
         code, arranged = "linear_rounded", build.round(given, weights, digits)
         words = [form, *weights, block_bytes, digits, inputs, tokens, arranged.ref]
     else:

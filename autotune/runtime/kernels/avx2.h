@@ -1,0 +1,220 @@
+// Products in integers with AVX2.
+//
+// Inputs of 16 bits are multiplied in pairs: two weights of 16 bits by two inputs in each lane of 32 bits, twice FP32's
+// rate. A pair is inputs j and j + 4 of eight, for both formats: four bits of an INT4 word each begin a lane of 16 bits
+// there. A product of two pairs is at most 2 * 32639 * 128, and a span's sum 16 of these, less than 2^31.
+//
+// Inputs of 8 bits are multiplied in fours: four weights of INT4 as unsigned bytes, which an offset makes them, by four
+// inputs: first the even ones of eight, then the odd ones. A lane of 16 bits holds a span's sum, eight times two products
+// of at most 15 * 127. INT8's products would not fit.
+#pragma once
+
+#include "rounded.h"
+
+namespace autotune {
+namespace {
+
+constexpr int least_digits_of(bool words) { return words ? 1 : 2; }
+constexpr int kMostBlocks = 1;  // computed at once
+constexpr int kTile = 4;  // tokens whose sums stay in registers
+
+// Keeps a vector in a register, as it is at this point. GCC would load weights again for each token, and add up products
+// in the end, out of memory.
+inline void stay(__m256i& v) { asm("" : "+x"(v)); }
+
+// Rounds token t, x [inputs], which zeros fill up to K.
+void round(const Rounded& to, int64_t t, const float* x, int64_t inputs) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const __m128i even_first = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, -1, -1, -1, -1, -1, -1, -1, -1);
+  const int parts = static_cast<int>(to.span) / kWidth;
+  for (int64_t s = 0; s < to.spans(); ++s) {
+    Floats v[kSpans[0] / kWidth];
+    __m256i largest = _mm256_setzero_si256();
+    for (int p = 0; p < parts; ++p) {
+      const int64_t k = s * to.span + p * kWidth, here = inputs - k;
+      v[p] = Floats{};
+      if (here > 0) std::memcpy(&v[p], x + k, std::min<int64_t>(here, kWidth) * sizeof(float));
+      largest = _mm256_max_epu32(largest, _mm256_and_si256(bits<__m256i>(v[p]), magnitude));  // NaN is the largest
+    }
+    int32_t raw = 0;
+    for (int i = 0; i < kWidth; ++i) raw = std::max(raw, bits<Ints>(largest)[i]);
+    const float most = bits<float>(raw), rate = to.rate(most);
+    const int64_t index = to.index(t / kTogether * kTogether, s, t % kTogether);
+    int8_t* bytes = to.bytes + index * to.span * to.digits;
+    __m256i sum = _mm256_setzero_si256();
+    for (int p = 0; p < parts; ++p) {
+      const __m256i number = _mm256_cvtps_epi32(bits<__m256>(v[p] * rate));
+      sum = _mm256_add_epi32(sum, number);
+      const __m128i low = _mm256_castsi256_si128(number), high = _mm256_extracti128_si256(number, 1);
+      const __m128i half = _mm_packs_epi32(low, high), zero = _mm_setzero_si128();
+      const __m128i kept = to.digits == 2 ? _mm_unpacklo_epi16(half, _mm_unpackhi_epi64(half, half))
+                                          : _mm_shuffle_epi8(_mm_packs_epi16(half, zero), even_first);
+      std::memcpy(bytes + p * kWidth * to.digits, &kept, kWidth * to.digits);
+    }
+    int32_t count = 0;
+    for (int i = 0; i < kWidth; ++i) count += bits<Ints>(sum)[i];
+    to.keep(index, to.step(most), count);
+  }
+}
+
+// Units of weights that a lane multiplies by as many inputs, several for eight inputs of a block: unit j of its first
+// eight rows and of the other eight.
+template <class Format, int kDigits>
+struct Unit;
+
+// Pairs of 16 bits.
+struct Pair {
+  static constexpr int kUnits = kStep / 2;
+  static __m256i add(__m256i sum, __m256i number, __m256i inputs) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(number, inputs));
+  }
+  static __m256i whole(__m256i sum, int32_t) { return sum; }
+};
+
+template <>
+struct Unit<Plain<int8_t>, 2> : Pair {
+  static constexpr bool kZeros = false;
+  static void decode(const uint8_t* at, int j, __m256i* use) {
+    const __m128i a = load<__m128i>(at + j * kRows), b = load<__m128i>(at + (j + kUnits) * kRows);
+    use[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b));
+    use[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b));
+  }
+};
+
+template <>
+struct Unit<Int4, 2> : Pair {
+  static constexpr bool kZeros = true;
+  static void decode(const uint8_t* at, int j, __m256i* use) {
+    for (int v = 0; v < kStrips; ++v)
+      use[v] = _mm256_srai_epi16(_mm256_slli_epi16(load<__m256i>(at + v * 32), 12 - 4 * j), 12);
+  }
+};
+
+// Fours of bytes.
+template <>
+struct Unit<Int4, 1> {
+  static constexpr bool kZeros = true;
+  static constexpr int kUnits = kStep / 4;
+  static void decode(const uint8_t* at, int j, __m256i* use) {
+    for (int v = 0; v < kStrips; ++v) {
+      const __m256i word = _mm256_xor_si256(load<__m256i>(at + v * 32), _mm256_set1_epi8(-120));  // adds 8 to each
+      use[v] = _mm256_and_si256(_mm256_srli_epi32(word, 4 * j), _mm256_set1_epi8(15));
+    }
+  }
+  static __m256i add(__m256i sum, __m256i number, __m256i inputs) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(number, inputs));
+  }
+  static __m256i whole(__m256i sum, int32_t count) {  // `count` is negative
+    return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(count * 8));
+  }
+};
+
+// One span of a block: its scales and zeros, and of the first token that is computed its inputs and their factors.
+struct Slice {
+  Floats scale[kStrips], zero[kStrips];
+  const int8_t* inputs;  // [tokens, span * digits]
+  const float *steps, *sums;
+  const int32_t* counts;
+};
+
+// Calls use(0) to use(kCount - 1) with constants. GCC keeps arrays in memory if it sees their loops unrolled too late.
+template <int kCount, class Use>
+inline __attribute__((always_inline)) void each(Use use) {
+  if constexpr (kCount > 0) {
+    each<kCount - 1>(use);
+    use(std::integral_constant<int, kCount - 1>());
+  }
+}
+
+// Adds a span's products for kTokens tokens from t on to their totals. Its weights are as stored, or decoded already. It is
+// not inlined: its sums need all registers.
+template <class Format, int kDigits, int kSpan, int kTokens, bool kDecoded>
+__attribute__((noinline)) void add_span(const Slice& span, const uint8_t* weights, int t, Floats* total) {
+  using U = Unit<Format, kDigits>;
+  constexpr int kBytes = kSpan * kDigits;  // of a token's inputs
+  __m256i sum[kTokens][kStrips];
+  each<kTokens>([&](auto r) { each<kStrips>([&](auto v) { sum[r][v] = _mm256_setzero_si256(); }); });
+  const int8_t* inputs = span.inputs + t * kBytes;
+  for (int i = 0; i < kSpan; i += kStep) {
+    each<U::kUnits>([&](auto j) __attribute__((always_inline)) {
+      __m256i number[kStrips];
+      if constexpr (!kDecoded) U::decode(weights, j, number);
+      each<kStrips>([&](auto v) __attribute__((always_inline)) {
+        if constexpr (kDecoded) number[v] = load<__m256i>(weights + (j * kStrips + v) * sizeof(__m256i));
+        stay(number[v]);
+      });
+      each<kTokens>([&](auto r) __attribute__((always_inline)) {
+        const __m256i input = _mm256_set1_epi32(load<int32_t>(inputs + r * kBytes + j * 4));
+        each<kStrips>([&](auto v) __attribute__((always_inline)) {
+          sum[r][v] = U::add(sum[r][v], number[v], input);
+          stay(sum[r][v]);
+        });
+      });
+    });
+    weights += kDecoded ? U::kUnits * kStrips * sizeof(__m256i) : Format::kStepBytes;
+    inputs += kStep * kDigits;
+  }
+  each<kTokens>([&](auto r) __attribute__((always_inline)) {
+    each<kStrips>([&](auto v) __attribute__((always_inline)) {
+      Floats& here = total[(t + r) * kStrips + v];
+      const __m256i whole = U::whole(sum[r][v], span.counts[t + r]);
+      Floats more = here + span.scale[v] * span.steps[t + r] * bits<Floats>(_mm256_cvtepi32_ps(whole));
+      if constexpr (U::kZeros) more += span.zero[v] * span.sums[t + r];
+      here = more;
+    });
+  });
+}
+
+// Computes one block for some tokens. For more than a tile of them, each span's weights are decoded once, to memory.
+template <class Format, int kDigits, int kSpan>
+void multiply_rounded(const Weights& w, const Rounded& x, int64_t first, int tokens, int64_t block, Floats* total) {
+  using U = Unit<Format, kDigits>;
+  constexpr int kBytes = kSpan / kStep * Format::kStepBytes;
+  const int64_t spans = x.spans(), per_group = w.group / kSpan, together = x.together(first);
+  const uint8_t* at = w.numbers + block * w.block_bytes;
+  std::fill(total, total + tokens * kStrips, Floats{});
+  int64_t factor = block * w.groups() * kRows, left = 0, index = first * spans;
+  Slice span;
+  for (int64_t s = 0; s < spans; ++s, at += kBytes, index += together) {
+    for (int line = 0; line < kBytes && !first; line += 64) __builtin_prefetch(at + line + kAheadBytes);
+    if (!left) {
+      for (int v = 0; v < kStrips; ++v) {
+        span.scale[v] = w.scales.load(factor + v * kWidth);
+        if constexpr (U::kZeros) span.zero[v] = w.zeros.load(factor + v * kWidth);
+      }
+      factor += kRows;
+      left = per_group;
+    }
+    --left;
+    span.inputs = x.bytes + index * kSpan * kDigits;
+    span.steps = x.steps + index;
+    span.sums = x.sums + index;
+    span.counts = x.counts + index;
+    int t = 0;
+    if (tokens > kTile) {
+      __m256i decoded[kSpan / kStep * U::kUnits][kStrips];
+      for (int k = 0; k < kSpan / kStep * U::kUnits; ++k)
+        U::decode(at + k / U::kUnits * Format::kStepBytes, k % U::kUnits, decoded[k]);
+      for (; t + kTile <= tokens; t += kTile)
+        add_span<Format, kDigits, kSpan, kTile, true>(span, reinterpret_cast<const uint8_t*>(decoded), t, total);
+    }
+    switch (tokens - t) {
+      case 4: add_span<Format, kDigits, kSpan, 4, false>(span, at, t, total); break;
+      case 3: add_span<Format, kDigits, kSpan, 3, false>(span, at, t, total); break;
+      case 2: add_span<Format, kDigits, kSpan, 2, false>(span, at, t, total); break;
+      case 1: add_span<Format, kDigits, kSpan, 1, false>(span, at, t, total); break;
+    }
+  }
+}
+
+template <class Format>
+MultiplyRounded rounded_kernel(const Rounded& x, bool) {
+  constexpr bool kWords = std::is_same_v<Format, Int4>;
+  if constexpr (kWords)
+    if (x.digits == 1)
+      return x.span == kSpans[0] ? multiply_rounded<Format, 1, kSpans[0]> : multiply_rounded<Format, 1, kSpans[1]>;
+  return x.span == kSpans[0] ? multiply_rounded<Format, 2, kSpans[0]> : multiply_rounded<Format, 2, kSpans[1]>;
+}
+
+}  // namespace
+}  // namespace autotune
