@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..machine.roofline import kv_cache_bytes, matmul_flops
-from ..model import seam
+from ..model import seam, sharding
 from .parts import ATTENTION, CACHE, HEAD, NORM, OTHER, owner, sections
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ class Keys:
     kv_heads: int
     head_size: int
     window: int | None = None
+
+    def part(self, ranks: int) -> Keys:
+        """The heads that one of so many ranks computes."""
+        return replace(self, heads=max(1, self.heads // ranks), kv_heads=max(1, self.kv_heads // ranks))
 
     def pairs(self, forward: Forward) -> int:
         """Count the query-key pairs of one sequence under a causal mask."""
@@ -162,7 +166,8 @@ def attention_layers(model: PreTrainedModel) -> list[Keys]:
     layers = seam.layer_configurations(config)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or [None] * len(layers)
     kept = zip(kinds, layers, strict=False)
-    return [keys for kind, layer in kept if (keys := _kept(layer, kind)) is not None]
+    whole = [keys for kind, layer in kept if (keys := _kept(layer, kind)) is not None]
+    return [keys.part(sharding.ranks(model)) for keys in whole]
 
 
 def query_heads_per_kv_head(model: PreTrainedModel) -> float | None:
@@ -227,7 +232,8 @@ def stored_weights(*models: nn.Module) -> int:
 
 
 def tensors_within(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a tensor consists of: itself, or those inside a subclass (torchao)."""
+    """Yield the plain tensors that a tensor consists of here: itself, or those inside a subclass (torchao, DTensor)."""
+    tensor = sharding.local(tensor)
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from tensors_within(getattr(tensor, name))
@@ -243,9 +249,10 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return (inputs, outputs) of any kind of linear layer; None for other modules."""
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(inputs, int) and isinstance(outputs, int):
-        return inputs, outputs
     weight = getattr(module, "weight", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        part = sharding.local(weight)
+        return (inputs, outputs) if part is weight else (part.shape[1], part.shape[0])  # a rank's part of a layer
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):  # GPT-2's: weight [inputs, outputs]
         return weight.shape[0], weight.shape[1]
     return None

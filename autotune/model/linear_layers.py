@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from . import placement, seam
+from . import placement, seam, sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,8 +147,8 @@ def count(model: nn.Module, kind: type[nn.Module]) -> int:
 
 def stored_bytes(*models: nn.Module) -> int:
     """Bytes of memory that the models' weights take together. Shared weights count once."""
-    tensors = chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    tensors = map(sharding.local, chain.from_iterable(chain(model.parameters(), model.buffers()) for model in models))
+    storages: dict[int, int] = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     replacements = {id(m): m.weight_bytes for model in models for m in model.modules() if isinstance(m, Replacement)}
     return sum(storages.values()) + sum(replacements.values())
 
@@ -165,7 +165,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why no layer of this model can be replaced, or None."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         return "the model was loaded already quantised"
-    return placement.obstacle(model)
+    return placement.obstacle(model) or sharding.reason(model)
 
 
 def as_linear(layer: nn.Module) -> nn.Linear | None:

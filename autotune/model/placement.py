@@ -3,12 +3,12 @@
 one device              everything
 several GPUs            changes of single layers (weights, attention) and the lean loop; accelerate's hooks stay
 offloaded to CPU, disk  nothing: every token waits for the bus
-sharded over ranks      nothing: each rank would tune by its own clock, and wait for the others in collectives
+sharded over ranks      by transformers' tensor-parallel plan: what each rank can do with its part (sharding.py)
+sharded otherwise       nothing: ranks wait for each other in collectives that autotune does not know
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import route
+from . import route, sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ WRAPPERS = {  # class of a wrapper around a model -> expression on the wrapper t
 
 def obstacle(model: PreTrainedModel) -> str | None:
     """Why a model cannot be tuned where its weights are, in a sentence that says what to do; or None."""
-    return _sharded(model) or _offloaded(model) or _missing(model) or strange(model)
+    return sharding.obstacle(model) or _offloaded(model) or _missing(model) or strange(model)
 
 
 def one_device(model: PreTrainedModel) -> str | None:
@@ -105,20 +105,6 @@ def _offloaded(model: nn.Module) -> str | None:
 def _missing(model: nn.Module) -> str | None:
     meta = sum(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
     return f"{meta} of its tensors are on the meta device (never loaded); load the weights first" if meta else None
-
-
-def _sharded(model: nn.Module) -> str | None:
-    ranks = getattr(model, "_tp_size", None) or 1
-    kinds = Counter(type(parameter).__name__ for parameter in model.parameters())
-    if ranks > 1 or kinds["DTensor"]:
-        return (
-            "its weights are sharded over ranks (tensor parallel or FSDP): ranks that tune separately reach "
-            "different plans and then wait for each other in collectives; tune a replica on one device, or load it "
-            "without tp_plan"
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed ZeRO-3 gathers its weights from other ranks at each call; load it without DeepSpeed"
-    return None
 
 
 def strange(model: nn.Module) -> str | None:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..machine import outside
-from . import route, seam, twins
+from . import route, seam, sharding, twins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,8 @@ def _probe(model: PreTrainedModel) -> ForwardState:
     light = {name: module for name, module in named.items() if _is_light(module)}
     hooks = [module.register_forward_pre_hook(_noting(calls, name), with_kwargs=True) for name, module in light.items()]
     ids = torch.tensor([[1, 2]], dtype=torch.int64, device=model.device)
-    seam.bare_class(twin).forward(twin, input_ids=ids)
+    with sharding.alone(model):
+        seam.bare_class(twin).forward(twin, input_ids=ids)
     for hook in hooks:
         hook.remove()
     written = {name: _changed(before[name], _marks(module)) for name, module in named.items()}

@@ -3,6 +3,7 @@
     modules                       copied, together with their dictionaries, lists, tuples and sets
     configurations                copied, because they name the attention implementation
     methods, partials             of a copied module: bound to its copy
+    forwards of sharded modules   over the copy and its former forward
     compiled calls                left out: they belong to the original module
     parameters, buffers, tensors  shared, like all other objects, including those that cannot be copied
     modules that keep state       shared: what they write when they run is state of the calls (stateful.py)
@@ -98,6 +99,8 @@ class _Copier:
             return types.MethodType(value.__func__, self.copy(value.__self__))
         if kind is functools.partial:
             return self.partial(value)
+        if seam.is_sharding(value):
+            return self.keep(value, seam.resharding(value, self.copy))
         return value
 
     def keep(self, value: Any, made: Any) -> Any:

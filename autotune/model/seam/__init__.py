@@ -12,6 +12,7 @@ and by release otherwise. The differences are:
     where tokens go in the cache   read from the cache (from 5.4), passed as cache_position (before)
     CacheLayer.get_mask_sizes      takes the number of queries (from 5.4), their positions (before)
     a layer's capacity             get_max_length (from 5.13), get_max_cache_shape (before)
+    sharded modules                have a forward of their own (from 5.18), hooks (before)
     attention functions            found by `get_interface` (from 5.1), by name (before)
     Cache.update                   more arguments: a dictionary (to 5.3), `kwargs` (from 5.24)
 """
@@ -71,6 +72,7 @@ from .models import (
     uncompiled,
 )
 from .preparation import drops_cache, greedy_settings
+from .shards import is_sharding, resharding, sharded, tensor_parallel
 
 __all__ = [
     "ARGUMENTS",
@@ -110,6 +112,7 @@ __all__ = [
     "growing_cache",
     "is_decoding",
     "is_own_hook",
+    "is_sharding",
     "keeps_last_logits",
     "keys_and_values",
     "last_logits",
@@ -127,11 +130,14 @@ __all__ = [
     "register_attention",
     "remembers",
     "replace_layers",
+    "resharding",
     "routable",
     "sdpa",
     "sequences",
+    "sharded",
     "streamed",
     "supports",
+    "tensor_parallel",
     "uncompiled",
     "update_layer",
     "use_attention",

@@ -153,6 +153,10 @@ class Sampling:
     def original(self) -> Any:
         return self.run_on(self.model)
 
+    def portable(self) -> Sampling:
+        """The same call for another process, which has a model of its own and shows nobody the tokens."""
+        return replace(self.with_streamer(None), model=None)  # type: ignore[arg-type]
+
     def with_streamer(self, streamer: Any) -> Sampling:
         return replace(self, options={**self.options, "streamer": streamer})
 
