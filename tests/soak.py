@@ -40,6 +40,7 @@ from autotune.transforms.step_program import StepProgram
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.tuned import Tuned
 from tests.models import PAD, tiny, token_prompts
 
 ROWS, SLOTS, PROMPTS = 4, 160, 24
@@ -84,11 +85,11 @@ class Soak:
         self.batch_answer = self.generated(plain, self.batch, 12)
 
     def served(self) -> Any:
-        def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> tuning.Tuned:
+        def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
             chain = [StepProgram("decode", slots=SLOTS), ContinuousBatching("decode", rows=ROWS)]
             variant = Variant(model, traffic, workload).with_transforms(chain)
             plan = plans.Plan(Fingerprint("", "", {}, "", "", "lossless"), variant.transforms)
-            return tuning.Tuned(variant, plan, Report({}), "put on by hand")
+            return Tuned(variant, plan, Report({}), "put on by hand")
 
         with mock.patch.object(tuning, "tune", tune):
             return autotune.wrap(tiny("llama"), workload=token_prompts(4), when="blocking", cache=False, watch=0.05)

@@ -16,7 +16,7 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from tests.live.test_wrap import Written
 from tests.models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny, tiny_tokenizer, token_prompts
 

@@ -16,7 +16,7 @@ from ..errors import StateError, WorkloadError
 from ..machine import device as devices
 from ..machine import ending, forking, intraop
 from ..machine.ending import Cancelled
-from ..model import route, seam, stateful
+from ..model import route, seam, sharding, stateful
 from ..model.linear_layers import stored_bytes
 from ..model.revision import Revision
 from ..report.progress import Doing, said
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ..report import Report
     from ..tune.plan import Plan
-    from ..tune.run import Tuned
+    from ..tune.tuned import Tuned
 
 log = logging.getLogger("autotune")
 
@@ -57,13 +57,15 @@ class Handle:
         self._traffic = Traffic()
         self._again = Again(self._traffic.rest)
         self._tuned: Tuned | None = None
+        self._sharded = sharding.reason(model)
         self._serving = Serving(model, self._traffic, share=options.watch, observe=self._observe_call)
         self._submissions = Submissions(model, self._serving.at_once)
         self._tuning = forking.lock()
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # why the model's calls are not routed
         if options.when == "manual":
-            self._serving.become(State.WAITING, "tuning starts with .tune()")
+            by_all = f" on every rank: {self._sharded}" if self._sharded else ""
+            self._serving.become(State.WAITING, f"tuning starts with .tune(){by_all}")
         else:
             self._serving.become(State.OBSERVING, f"tuning starts after {options.observe} calls")
         forking.tell(self)
@@ -115,6 +117,8 @@ class Handle:
 
     def tune(self, workload: Any = None) -> Report:
         """Tune now and commit the winner. Returns when done.
+
+        If the model's layers are sharded over ranks, all ranks call it with the same workload.
 
         Args:
             workload: prompts as `wrap` takes them; default: those given to `wrap`, or the calls observed so far.
@@ -220,10 +224,12 @@ class Handle:
 
         Raises:
             QueueFullError: too many requests wait.
-            StateError: the process ends.
+            StateError: the process ends, or the model is sharded over ranks.
             WorkloadError: `input_ids` are not the token ids of one prompt, or an option does not suit one streamed
                 sequence.
         """
+        if self._sharded:
+            raise StateError(f"requests cannot be submitted: {self._sharded}; call generate on all ranks in one order")
         return self._submissions.submit(input_ids, RequestTerms(priority, deadline_s, seed), options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

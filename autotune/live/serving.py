@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DeviceError, RequestError, UnreadyError, VariantError, in_words, warn
 from ..machine import device as devices
 from ..machine import intraop, outside
-from ..model import modes, seam
+from ..model import modes, seam, sharding
 from ..runtime.attempt import Attempt
 from ..runtime.batching.terms import CURRENT
 from ..runtime.variant import serves_forward
 from .original import RELOAD, Original, Residence
 from .status import State
-from .watch.breaker import BreakerState
+from .watch.breaker import BreakerState, Rules
 from .watch.watch import Event, Watch
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class Serving:
         self.active: Variant | None = None
         self.revision: Revision | None = None
         self._stale: str | None = None  # how the model differs from when it was tuned, as of the latest call
-        self.watch = Watch(share, changed=self._note)
+        self._sharded = sharding.ranks(model) > 1  # then nothing may happen by one rank's clock or luck
+        rules = Rules(most_flaps=0) if self._sharded else None
+        self.watch = Watch(0.0 if self._sharded else share, rules=rules, changed=self._note)
         self.state = State.OBSERVING
         self.detail = ""
         self._caller: int | None = None  # identifier of the thread that called last
@@ -123,12 +125,13 @@ class Serving:
 
         Args:
             plan: the plan with its measurements. None while tuning goes on: then only failures are watched, because
-                the times of calls that overlap with tuning say nothing about the variant.
+                the times of calls that overlap with tuning say nothing about the variant. So it is, too, if the model
+                is sharded over ranks; there a plan that fails does not serve again.
             stored: whether the plan is in the store, where its failures are then recorded.
         """
         self.active = variant if variant.transforms else None
         self._stale = None
-        self.watch.begin(variant, plan, self.unwatchable, stored=stored)
+        self.watch.begin(variant, None if self._sharded else plan, self.unwatchable, stored=stored)
 
     def fail(self, detail: str) -> None:
         """Take the plan out of service for good."""
@@ -262,7 +265,7 @@ class Serving:
         original: Callable[[], Any],
         call: seam.Sampling | None = None,
     ) -> Any:
-        """Return the original's answer after the plan raised.
+        """Return the original's answer after the plan raised; of a sharded model, raise VariantError.
 
         Call it outside of the `except` block, when no exception keeps the plan's memory alive.
 
@@ -275,6 +278,12 @@ class Serving:
         if theirs is not None:
             self.watch.abandoned(call)
             raise theirs
+        if self._sharded:
+            self.watch.failed(f"the plan failed: {fault.reason}")
+            raise VariantError(
+                f"{fault.reason}; other ranks may be in the middle of this call, so it cannot be answered again here; "
+                "the original serves from the next call on"
+            )
         devices.of(self._model).trim()
         try:
             result = original()

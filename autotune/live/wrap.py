@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError, warn
 from ..machine import device as devices
 from ..machine import intraop
 from ..machine.device import trace
-from ..model import route
+from ..model import route, sharding
 from ..tune import fingerprint, selfcheck
 from ..tune import policy as policies
 from ..tune.policy import Policy
@@ -52,6 +53,7 @@ def wrap(
         workload: prompts to tune for (strings, token-id lists, tensors or a Workload). With it, tuning starts now
             unless `when` is "manual". Without it, the first `observe` calls of `generate` are the workload.
         when: "background" tunes in a thread between requests, "blocking" before a call returns, "manual" on `.tune()`.
+            For a model that is sharded over ranks, "background" means "manual": all ranks call `.tune()` together.
         observe: number of calls of `generate` to observe.
         cache: whether to read and write plans, and the original's exam answers, in the user's cache directory.
         keep_original: False frees the original's weights as soon as a plan is committed, "parked" moves them from the
@@ -80,13 +82,15 @@ def wrap(
         plan.require(fingerprint.of_model(model))
     chosen = policy if isinstance(policy, Policy) else policies.load(policy)
     options = Options(chosen, tokenizer, draft, when, observe, cache, keep_original, watch, progress, plan)
+    if when == "background" and sharding.reason(model) is not None:
+        options = replace(options, when="manual")  # in a thread, its collectives would come between those of requests
     if keep_original == "parked" and devices.of(model).kind == "cpu":
         raise ValueError(
             "keep_original='parked' moves the original from a GPU to the host, where this model is already"
         )
     if (wrapped := model.__dict__.get(route.SLOT)) is not None:
         wrapped.unwrap()
-    if when == "background":
+    if options.when == "background":
         trace.initialise()  # here, because the tuning thread would be the wrong one
     handle = Handle(model, options)
     work = None if workload is None else handle.read(workload)

@@ -55,15 +55,19 @@ class Attempt:
         """
         return self._raised if self._raised is not None else outside.delivered(error, depth=2)
 
-    def again(self, answer: Callable[[Sampling], Any]) -> Any:
+    def again(self, answer: Callable[[Sampling], Any], *, always: bool = False) -> Any:
         """Answer the call again with `answer`, from a clean state.
+
+        Args:
+            answer: answers a call.
+            always: whether tokens are repeated that nobody has seen, too.
 
         Raises:
             BaseException: any exception of `answer`.
         """
         call = self._given.with_fresh_cache(self._given.model)
         self._device.set_random_state(self._random)
-        if self._chosen is None or not (self._shown or seam.remembers(call)):
+        if self._chosen is None or not (always or self._shown or seam.remembers(call)):
             return answer(call)
         told, kept = len(self._done), self._scores
         call = call.through(_Led(self._chosen[:, -told:]).scores, _Led(self._done).take)

@@ -16,9 +16,10 @@ import torch
 from ..errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
 from ..machine import device as devices
 from ..machine import intraop, outside
-from ..model import route, seam, stateful
+from ..model import route, seam, sharding, stateful
 from ..model.twins import fork
 from ..workload import PHASES, Phase, Workload
+from .ranks.leading import LEADER, Leading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +68,7 @@ class Transform:
     summary: ClassVar[str]  # one line for `autotune transforms`
     foreign: ClassVar[bool] = False  # runs a compiler's or another library's kernels; see `is_foreign`
     recordable: ClassVar[bool] = True  # whether a program can run its decode step (`StepProgram`)
+    sharded: ClassVar[bool] = False  # whether each rank of a tensor-parallel model can apply it to its own part
     lossless: ClassVar[bool] = False  # always judged at the lossless tier, even if the policy's tier is lower
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
@@ -170,8 +172,11 @@ class Variant:
         if all(done.stage <= transform.stage for done in self.transforms):
             if (reason := self.state.obstacle()) is not None:
                 raise TransformError(reason)
+            if (reason := divided(transform, self.original)) is not None:
+                raise TransformError(reason)
             variant = self._copy()
-            transform.apply(variant)
+            with sharding.alone(self.original):
+                transform.apply(variant)
             if variant.kv is not None and variant.caches is not None:
                 raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
             variant.transforms = (*self.transforms, transform)
@@ -295,7 +300,16 @@ class Variant:
         return None if self.caches is None else self.caches.unsupported(call.settings)
 
     def sample(self, call: seam.Sampling) -> Any:
-        """Serve one call of generate's loop; `unsupported` must have said None."""
+        """Serve one call of generate's loop, on all ranks; `unsupported` must have said None."""
+        leader = self._leader
+        return self._serve(call) if leader is None else leader.sample(self, call)
+
+    @property
+    def _leader(self) -> Leading | None:
+        """Has all ranks run this variant's calls, if this rank tunes a sharded model."""
+        return LEADER.get() if sharding.ranks(self.original) > 1 else None
+
+    def _serve(self, call: seam.Sampling) -> Any:
         if not self.transforms:
             return call.original()
         with self.device.guard():
@@ -304,7 +318,11 @@ class Variant:
             return call.run_on(self.front)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve one direct forward call without a cache from the caller."""
+        """Serve one direct forward call without a cache from the caller, on all ranks."""
+        leader = self._leader
+        return self._serve_forward(model, args, kwargs) if leader is None else leader.forward(self, model, args, kwargs)
+
+    def _serve_forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not serves_forward(args, kwargs):
             return seam.bare_class(model).forward(model, *args, **kwargs)
         with self.device.guard(), self.running("prefill") as module:
@@ -376,6 +394,11 @@ class _Measured(_Quiet):
             raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
         with self.variant.turn():
             return self.variant.sample(call)
+
+
+def divided(transform: Transform, model: PreTrainedModel) -> str | None:
+    """Why a transform does not work on the parts of a model that ranks hold, or None."""
+    return None if transform.sharded else sharding.reason(model)
 
 
 def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

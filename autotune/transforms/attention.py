@@ -97,6 +97,7 @@ class Attention(Transform):
     name: ClassVar[str] = "attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
     summary: ClassVar[str] = "another attention: SDPA's kernels, FlashAttention 2 to 4, the hub's, FlexAttention"
+    sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class LeanLoop(Transform):
     name: ClassVar[str] = "lean_loop"
     stage: ClassVar[Stage] = Stage.LOOP
     summary: ClassVar[str] = "generate's decoding loop without its per-token preparation"
+    sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ class OneQueryAttention(Transform):
     name: ClassVar[str] = "one_query_attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
     summary: ClassVar[str] = "a CPU kernel for one query over the KV cache (flash-decoding)"
+    sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class PrefillAttention(Transform):
     name: ClassVar[str] = "prefill_attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
     summary: ClassVar[str] = "a CPU kernel for causal attention over a prompt (flash attention)"
+    sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

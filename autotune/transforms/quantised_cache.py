@@ -38,6 +38,7 @@ class QuantisedCache(Transform):
     name: ClassVar[str] = "quantised_cache"
     stage: ClassVar[Stage] = Stage.CACHE
     summary: ClassVar[str] = "KV cache in INT8, FP8 or INT4, which takes half the memory or less"
+    sharded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.scheme, ("int8", "int4", "fp8"), "quantised_cache: scheme")

@@ -40,6 +40,7 @@ class StaticCache(Transform):
     name: ClassVar[str] = "static_cache"
     stage: ClassVar[Stage] = Stage.CACHE
     summary: ClassVar[str] = "KV cache in slots allocated once, decoded in the lean loop"
+    sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

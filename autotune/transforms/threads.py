@@ -35,6 +35,7 @@ class Threads(Transform):
     name: ClassVar[str] = "threads"
     stage: ClassVar[Stage] = Stage.THREADS
     summary: ClassVar[str] = "another number of CPU threads for a phase"
+    sharded: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

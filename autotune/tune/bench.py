@@ -20,8 +20,10 @@ from ..errors import BudgetSpentError, first_line
 from ..machine import busy, intraop
 from ..machine import device as devices
 from ..machine.hardware import Hardware
+from ..model import sharding
 from ..model.linear_layers import stored_bytes
 from ..report.progress import Doing
+from ..runtime.ranks.leading import LEADER
 from ..runtime.variant import Transform, Variant
 from ..transforms.linears import LinearTransform
 from ..validate import Latency, Quality, Verdict, latency, quality
@@ -43,6 +45,7 @@ from .policy import Policy
 if TYPE_CHECKING:
     from .references import References
 
+FREE_BYTES = "free_bytes"  # the question to the ranks of a sharded model about their devices' free memory
 PROMPTS_PER_SIDE = 16  # least prompts that a quick exam needs; see validate.quality
 GLANCE_TOKENS = 5  # new tokens of a request that gives a first impression
 SPOT_TOKENS = 8  # new tokens of a request that times a kept plan again, or the machine's noise
@@ -168,8 +171,8 @@ class LiveBench:
         )
 
     def risk(self, transform: Transform, make: Callable[[], Variant], most_s: float) -> str | None:
-        if not probation.is_possible(self.hardware.device):
-            return None
+        if not probation.is_possible(self.hardware.device) or sharding.ranks(self.original.original) > 1:
+            return None  # a fork of one rank has no part in collectives; each rank runs a candidate alone first
         self.notify(f"trying {transform} in a child process first")
         return probation.death_of(lambda: self.answer(make()), most_s, self.original.turn)
 
@@ -211,7 +214,9 @@ class LiveBench:
         return (STEADY_REQUESTS + FEWEST_PAIRS) * self._request_s
 
     def free_bytes(self) -> float:
-        return self.device.memory().free
+        own = self.device.memory().free
+        leader = LEADER.get()
+        return own if leader is None else float(min(leader.ask(FREE_BYTES, own)))
 
     def describe_error(self, error: Exception) -> str:
         failure = self.device.failure(error)

@@ -18,7 +18,7 @@ from ..errors import AutotuneError
 from ..machine import intraop, outside
 from ..model import route
 from ..runtime.batching.rows import sizes
-from ..runtime.variant import Variant, serving
+from ..runtime.variant import Variant, divided, serving
 from ..transforms.continuous_batching import ContinuousBatching, bytes_per_row
 from .choose import outgrows
 
@@ -138,7 +138,7 @@ def measure(
     if asked.max_batch < 2:
         return winner, None
     transform = ContinuousBatching("decode", asked.max_batch, asked.max_queue, asked.max_wait_ms)
-    reason = transform.unavailable(winner, bench.hardware)
+    reason = divided(transform, winner.original) or transform.unavailable(winner, bench.hardware)
     if reason is None and (row_bytes := bytes_per_row(winner)):
         transform = replace(transform, rows=max(2, int(min(transform.rows, 1e6 * asked.max_kv_mb / row_bytes))))
         if (needed := transform.extra_bytes(winner)) > 1e6 * asked.max_kv_mb:

@@ -12,7 +12,7 @@ from ..diagnose.diagnosis import Diagnosis
 from ..errors import Blocker
 from ..machine import gpus
 from ..machine.hardware import Hardware
-from ..runtime.variant import Transform, Variant
+from ..runtime.variant import Transform, Variant, divided
 from ..transforms import is_foreign
 from ..validate.limits import Limits
 from ..workload import Phase
@@ -103,7 +103,8 @@ def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obst
     Args:
         obstacle: why no transform is available for this model, if known.
     """
-    reason = obstacle or variant.state.obstacle() or transform.unavailable(variant, hardware)
+    reason = obstacle or variant.state.obstacle() or divided(transform, variant.original)
+    reason = reason or transform.unavailable(variant, hardware)
     return reason or rehearsal.obstacle(variant.original, transform, hardware)
 
 

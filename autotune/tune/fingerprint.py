@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedModelError
-from ..model import seam, stateful
+from ..model import seam, sharding, stateful
+from ..runtime.ranks.leading import LEADER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..workload import Workload
     from .policy import Policy
 
+PART = "fingerprint"  # the question to the ranks of a sharded model that `of_part` answers
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
 # keys of the configuration left out: already covered by the class, the tensors or Fingerprint.versions
 TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
@@ -80,8 +82,23 @@ def of_model(model: PreTrainedModel) -> str:
     chance. The hash does not protect against someone who constructs weights with equal sums; that person could change
     the model anyway.
 
+    Of a model that is sharded, each rank hashes its own part, and the hash of all parts is the same on every rank.
+
     Args:
         model: on any device except "meta"; routed or not.
+
+    Raises:
+        UnsupportedModelError: a tensor's content cannot be read.
+    """
+    own = of_part(model)
+    if (leader := LEADER.get()) is None:
+        return own
+    parts = leader.ask(PART, own)
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def of_part(model: PreTrainedModel) -> str:
+    """Hash what this process holds of a model; see `of_model`.
 
     Raises:
         UnsupportedModelError: a tensor's content cannot be read.
@@ -97,7 +114,7 @@ def of_model(model: PreTrainedModel) -> str:
             first = seen.setdefault(id(tensor), name)
             digest.update(f"\n{name} {first} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if first == name:  # a tied weight counts once
-                for part in _content(name, tensor):
+                for part in _content(name, sharding.local(tensor)):
                     digest.update(part)
     return digest.hexdigest()
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import AutotuneError, Blocker, PlanError, TransformError
 from ..machine import busy, hardware, outside
 from ..machine.quiet import quiet
-from ..model import modes, placement
+from ..model import modes, placement, sharding
 from ..model.revision import hooked
-from ..report import Report, read
+from ..report import read
+from ..runtime.ranks.leading import LEADER
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..validate import Latency, Verdict
 from ..workload import Workload, built_in
-from . import callers, contributions, fingerprint, store, turns
+from . import callers, contributions, fingerprint, store, together, turns
 from .bench import LiveBench
 from .findings import Findings
 from .fingerprint import Fingerprint
@@ -28,31 +29,13 @@ from .policy import Policy
 from .record import report_of, reverified
 from .references import References
 from .search import Found, search
+from .tuned import Tuned
 from .verdict import Conclusion, doubts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("autotune")
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The outcome of tuning.
-
-    Args:
-        variant: the variant that should serve; without transforms it is the original.
-        verdict: one sentence with the numbers that decided, or with what could not be tried.
-        doubt: why the outcome "keep the original" is not saved as a plan, or None if the outcome is saved.
-        noisy: whether noise or a busy machine may have hidden a gain.
-    """
-
-    variant: Variant
-    plan: Plan
-    report: Report
-    verdict: str
-    doubt: str | None = None
-    noisy: bool = False
 
 
 @quiet()
@@ -71,6 +54,8 @@ def tune(
 ) -> Tuned:
     """Find, prove and save the variant of `model` that serves `workload` best under `policy`.
 
+    If the model's layers are sharded over ranks, all ranks call it, and get the same plan (`together`).
+
     Args:
         model: unrouted, in eval mode. It stays bit-identical.
         tokenizer: encodes natural text to judge quality on if the workload has few prompts.
@@ -86,6 +71,9 @@ def tune(
         PlanError: `plan` was made for another model.
         AutotuneError: a needed measurement failed, or a transform wrote into the original.
     """
+    if sharding.ranks(model) > 1 and LEADER.get() is None:
+        alone = partial(tune, model, workload, policy, tokenizer=tokenizer, cache=cache, plan=plan, notify=notify)
+        return together.tune(model, workload, policy, alone)
     start, meter = time.monotonic(), busy.Meter()
     here = hardware.identify(model)
     identity = fingerprint.of(model, here, workload, policy, draft)
@@ -256,7 +244,9 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
         if reason := transform.unavailable(variant, bench.hardware):
             raise TransformError(f"{transform}: {reason}")
         variant = variant.with_transform(transform)
-        if missing := transform.took_effect(variant):
+        with sharding.alone(bench.original.original):
+            missing = transform.took_effect(variant)
+        if missing:
             raise TransformError(f"{transform} had no effect: {missing}")
     bench.answer(variant)
     return variant

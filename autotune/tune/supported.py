@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..model import placement
+from ..model import placement, sharding
 from ..transforms.static_cache import no_slots
 from . import selfcheck
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why a model cannot be tuned, in a sentence that says what to do, or None."""
-    return mismatch(model) or selfcheck.problem(model)
+    """Why a model cannot be used in whatever order autotune likes, in a sentence that says what to do, or None."""
+    return mismatch(model) or _sharded(model) or selfcheck.problem(model)
 
 
 def mismatch(model: Any) -> str | None:
@@ -35,6 +35,11 @@ def mismatch(model: Any) -> str | None:
     if model.training:
         return f"{name} is in training mode (dropout would be measured and served); call model.eval() first"
     return None
+
+
+def _sharded(model: PreTrainedModel) -> str | None:
+    reason = sharding.reason(model)
+    return reason and f"{reason}: only wrap(model) tunes it, on all ranks together; load it without tp_size for this"
 
 
 def draft_mismatch(draft: Any, model: PreTrainedModel) -> str | None:

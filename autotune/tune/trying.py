@@ -12,6 +12,7 @@ from ..diagnose.diagnosis import Diagnosis
 from ..errors import BudgetSpentError, DeviceError, TransformError
 from ..machine import outside
 from ..machine.hardware import Hardware
+from ..model import sharding
 from ..runtime.variant import Transform, Variant
 from ..transforms import is_foreign
 from ..validate import Latency, Quality, Verdict
@@ -230,7 +231,8 @@ class Trier:
                 return
         try:
             candidate = made.pop() if made else assemble(trial, incumbent)
-            missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
+            with sharding.alone(candidate.original):
+                missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
         except TransformError as error:
             outcome = TrialOutcome.UNAVAILABLE if isinstance(error, _NeededError) else TrialOutcome.BLOCKED
             yield replace(trial, outcome=outcome, reason=str(error)), None

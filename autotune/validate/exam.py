@@ -15,6 +15,7 @@ import torch
 
 from ..errors import MeasurementError, TransformError
 from ..machine import intraop
+from ..model import sharding
 from ..model.linear_layers import obstacle
 from ..runtime.variant import Variant
 from ..transforms.flat_linears import FlatLinears
@@ -228,7 +229,8 @@ class Exam:
 
     def _ask(self, group: tuple[Text, ...], stepped: bool) -> torch.Tensor:
         """Compute the original's logits [B, T, V], not yet rounded."""
-        if stepped or (len(group) > 1 and "forward" in vars(self.original)):  # an instance's forward bypasses the route
+        unroutable = "forward" in vars(self.original)  # an instance's forward bypasses the route
+        if stepped or (len(group) > 1 and (unroutable or sharding.ranks(self.original) > 1)):
             return self.step(Served(self.plain(), self.pad_token_id), group)
         served = Served(self.reader, self.pad_token_id)
         with self.reading_threads():

@@ -12,11 +12,10 @@ import torch
 from ..errors import DeviceError, MeasurementError, in_words
 from ..machine import outside
 from ..model import route, seam
+from ..runtime.variant import Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..runtime.variant import Variant
 
 Tokens = Sequence[int]
 
@@ -59,7 +58,7 @@ class Served:
         if reason := self.variant.unsupported(call):
             if not self.fall_back:
                 raise BypassedError(reason)
-            return call.original()
+            return Variant(self.variant.original).sample(call)
         with self.variant.turn():
             return self.variant.sample(call)
 

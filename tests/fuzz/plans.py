@@ -23,7 +23,8 @@ from autotune.tune import choose
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned, obstacle_of
+from autotune.tune.run import obstacle_of
+from autotune.tune.tuned import Tuned
 from autotune.workload import Workload
 from tests.fuzz import models
 from tests.surroundings import surroundings

@@ -18,7 +18,7 @@ from autotune.runtime.variant import Variant
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from tests.live.test_wrap import Written, wrapped
 from tests.models import tiny
 

@@ -19,7 +19,7 @@ from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from tests.fakes.cuda import FakeCuda
 from tests.live.test_release import Written, greedy, storages, wrapped
 from tests.models import tiny, token_prompts

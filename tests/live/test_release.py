@@ -31,7 +31,7 @@ from autotune.tune import policy as policies
 from autotune.tune import run as tuning
 from autotune.tune.bench import LiveBench
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from autotune.validate.latency import decide
 from autotune.validate.limits import Limits
 from autotune.validate.timing import Pair, Timing

@@ -35,6 +35,7 @@ from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.tuned import Tuned
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.machine.test_ending import noise, run
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
@@ -81,10 +82,10 @@ def engine_of(model: Any) -> Engine:
 def served_together(model: Any) -> Any:
     """Wrap a model by a plan that was not searched for, for processes without fixtures."""
 
-    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> tuning.Tuned:
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload).with_transforms(PLANS["together"])
         plan = plans.Plan(Fingerprint("", "", {}, "", "", ""), variant.transforms)
-        return tuning.Tuned(variant, plan, Report({}), "won")
+        return Tuned(variant, plan, Report({}), "won")
 
     with mock.patch.object(tuning, "tune", tune):
         return wrapped(model)

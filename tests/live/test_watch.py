@@ -30,7 +30,7 @@ from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune import store
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from autotune.validate import BucketTimes, Latency, Speedup, Verdict
 from tests.live.test_wrap import IDS, Written, greedy
 from tests.models import tiny, token_prompts

@@ -17,7 +17,7 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
 
 IDS = torch.tensor([token_prompts(1)[0]])

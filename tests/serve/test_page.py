@@ -34,6 +34,7 @@ from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.record import report_of
+from autotune.tune.tuned import Tuned
 from tests import chromium, pages
 from tests.models import token_prompts
 from tests.report.test_html import LOOK, needs_chromium
@@ -64,12 +65,12 @@ def won(reason: str = WORDS) -> Report:
 def tuned(report: Report | None = None, **options: Any) -> Iterator[Running]:
     """A server whose model was tuned without a search: a lean loop serves."""
 
-    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, notify: Any, **_: Any) -> tuning.Tuned:
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, notify: Any, **_: Any) -> Tuned:
         notify(f"trying {LOOP}")
         notify(Doing("confirming it", 0.5))
         variant = Variant(model, traffic, workload).with_transforms([LeanLoop()])
         plan = plans.Plan(Fingerprint("", "", {}, "", "", "strict"), variant.transforms)
-        return tuning.Tuned(variant, plan, report or won(), "won")
+        return Tuned(variant, plan, report or won(), "won")
 
     with running(**options) as server, mock.patch.object(tuning, "tune", tune):
         server.model.autotune.tune(token_prompts(2))

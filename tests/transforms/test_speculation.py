@@ -24,6 +24,7 @@ from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.threads import Threads
+from autotune.tune.tuned import Tuned
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
@@ -232,12 +233,12 @@ def test_a_wrapped_model_guesses_and_says_how_that_goes(monkeypatch: pytest.Monk
     from autotune.tune import run as tuning
     from autotune.tune.fingerprint import Fingerprint
 
-    def scripted(model: Any, workload: Any, policy: Any, *, draft: Any, traffic: Any, **_: Any) -> tuning.Tuned:
+    def scripted(model: Any, workload: Any, policy: Any, *, draft: Any, traffic: Any, **_: Any) -> Tuned:
         variant = Variant(model, traffic, workload, draft).with_transform(MODEL)
         assert variant.speculation is not None
         variant.speculation.costs = evenly(variant.speculation.tokens, 1.1)  # a draft as slow as the model does not pay
         none = Fingerprint("", "", {}, "", "", "strict")
-        return tuning.Tuned(variant, plans.Plan(none, variant.transforms), None, "won")
+        return Tuned(variant, plans.Plan(none, variant.transforms), None, "won")
 
     monkeypatch.setattr(tuning, "tune", scripted)
     model, draft = tiny(), tiny()

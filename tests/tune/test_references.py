@@ -29,7 +29,7 @@ from autotune.tune import policy, references
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.references import References
-from autotune.tune.run import Tuned
+from autotune.tune.tuned import Tuned
 from autotune.validate.answers import Answers
 from autotune.validate.exam import Exam, eos_ids
 from autotune.validate.quality import judge
