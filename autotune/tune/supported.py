@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def unsupported(model: Any) -> str | None:
-    """Why a model cannot be used in whatever order autotune likes, in a sentence that says what to do, or None."""
+    """Why a model cannot be tuned by one process, in a sentence that says what to do, or None."""
     return mismatch(model) or _sharded(model) or selfcheck.problem(model)
 
 
