@@ -24,6 +24,9 @@ def arguments(command: ArgumentParser) -> None:
     command.add_argument("--tpot", type=positive, default=100, metavar="MS", help="per further token; default 100")
     command.add_argument("--prompt-tokens", type=positive, default=256, metavar="N", help="default 256")
     command.add_argument("--new-tokens", type=positive, default=128, metavar="N", help="default 128")
+    command.add_argument(
+        "--machine", metavar="NAME", help="another machine that the report's advice has figures for, such as H200"
+    )
     command.add_argument("--pause", type=seconds, default=0.0, metavar="S", help="before a user asks again; default 0")
 
 
@@ -41,13 +44,17 @@ def plan_capacity(args: Namespace) -> int:
     record = load(args.file).record
     try:
         costs = capacity.costs_of(record)
+        there = None if args.machine is None else capacity.elsewhere(record, args.machine)
     except capacity.CapacityError as error:
         raise PlanError(f"{args.file}: {error}") from error
+    if there is not None:
+        costs = costs.sped_up(there["speedups"]["ttft"], there["speedups"]["tpot"])
     usage = capacity.Usage(args.prompt_tokens, args.new_tokens, args.pause)
     most = capacity.most_users(costs, usage, args.ttft / 1e3, args.tpot / 1e3)
     say = screen().print
     model, machine = record["model"]["name"], record["hardware"]["name"]
-    say(f"{model} on {machine}, as tuned on {record['created'][:10]}", soft_wrap=True)
+    where = machine if there is None else f"{there['change']}, predicted from {machine}"
+    say(f"{model} on {where}, as tuned on {record['created'][:10]}", soft_wrap=True)
     if not most:
         one = capacity.simulate(costs, usage, 1)
         say(
@@ -64,13 +71,21 @@ def plan_capacity(args: Namespace) -> int:
     rate = f"a replica makes {found.tokens_per_s:.0f} tokens per second"
     say(f"99 of 100 answers then begin within {ttft} and take {tpot} per further token; {rate}.", soft_wrap=True)
     steps = ", ".join(f"{1e3 * step_s:.1f} for {rows}" for rows, step_s in costs.steps_s.items())
+    reads = " and ".join(f"{1e3 * read_s:.1f} for {tokens}" for tokens, read_s in costs.reads_s.items())
     asked = f"users ask for {usage.new_tokens} tokens after prompts of {usage.prompt_tokens}"
     say(
-        f"Assumed: {asked}, with {usage.pause_s:g} s between an answer and the next request; a token of a prompt takes "
-        f"{1e3 * costs.read_s:.2f} ms, a step {steps} answers (ms, from the report), whatever the context; users are "
-        "spread evenly; HTTP costs nothing. Where it was checked, it was 14 to 36 % too optimistic (docs/serving.md).",
+        f"Assumed: {asked}, with {usage.pause_s:g} s between an answer and the next request; of a prompt, a chunk takes {reads} "
+        f"tokens, a step {steps} answers (ms, from the report), whatever the context; users are spread evenly; HTTP "
+        "costs nothing.",
         soft_wrap=True,
     )
+    if there is not None:
+        reads, steps = (f"{there['speedups'][metric]:.2f}" for metric in ("ttft", "tpot"))
+        say(
+            f"There, prompts are read {reads}x as fast and steps, however many answers they decode, {steps}x: "
+            f"{there['because']}. Assumed: {there['assumes']}.",
+            soft_wrap=True,
+        )
     return 0
 
 

@@ -1,7 +1,7 @@
 """How many users a replica holds: what its steps cost, from its report, and a simulation of its engine. Pure.
 
 The engine decodes all running answers in steps and reads waiting prompts in chunks between them, one at a time. So two
-figures say what a load does: seconds to read a token of a prompt, and seconds of a step by the answers it decodes.
+figures say what a load does: seconds to read a chunk, by its tokens, and seconds of a step, by the answers it decodes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_USERS = 4096  # of one replica
 
 
 class CapacityError(ValueError):
-    """A report that does not say what a step costs."""
+    """A report that does not say what a step costs, here or on another machine."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,30 @@ class ReplicaCosts:
     """What one replica's work takes.
 
     Args:
-        read_s: seconds for a token of a prompt.
+        reads_s: seconds to read a chunk of a prompt by its tokens, ascending, at two numbers of tokens.
         steps_s: seconds of a step by the number of answers that it decodes, ascending; the last is the most.
     """
 
-    read_s: float
+    reads_s: Mapping[int, float]
     steps_s: Mapping[int, float]
 
     @property
     def rows(self) -> int:
         """Most answers that are decoded together."""
         return max(self.steps_s)
+
+    def read_s(self, tokens: int) -> float:
+        """Seconds to read a chunk of so many tokens, by the straight line through those measured."""
+        (few, few_s), (many, many_s) = self.reads_s.items()
+        slope = max(0.0, many_s - few_s) / (many - few)
+        return max(1e-6, few_s + slope * (tokens - few))
+
+    def sped_up(self, reads: float, steps: float) -> ReplicaCosts:
+        """The costs where prompts are read and steps are made so many times as fast."""
+        return ReplicaCosts(
+            {tokens: seconds / reads for tokens, seconds in self.reads_s.items()},
+            {rows: seconds / steps for rows, seconds in self.steps_s.items()},
+        )
 
     def step_s(self, rows: int) -> float:
         """Seconds of a step with so many answers, between the measured numbers by a straight line."""
@@ -83,16 +96,17 @@ class Experience:
 def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
     """The costs of a replica, from the record of its report.
 
-    Reading costs what the profile measured of prefill. The callers that were measured asked for the same prompts again,
+    Reading costs what the engine took for new prompts. The callers that were measured asked for the same prompts again,
     which are read faster: so many of them who ask without a pause take, for one request of each, the reading of all
     their prompts, as a caller who was alone waited for it, and as many steps as an answer has tokens.
 
     Raises:
-        CapacityError: callers were not measured, or by a version that did not note how long their prompts were.
+        CapacityError: callers were not measured, or by a version that did not time new prompts.
     """
     found = record.get("callers") or {}
     points: Sequence[Mapping[str, Any]] = found.get("points") or ()
-    if not points or not found.get("new_tokens") or not record.get("prompt_tokens"):
+    reads = found.get("reads_ms") or {}
+    if not points or not found.get("new_tokens") or len(reads) < 2:
         raise CapacityError(
             "the report does not say what several callers cost: tune with a policy that decodes callers together "
             "(--policy throughput), with this version of autotune"
@@ -106,8 +120,21 @@ def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
         callers = point["callers"]
         round_s = callers * tokens / point["tokens_per_s"]
         steps[callers] = max(1e-6, (round_s - callers * point["prompt_tokens"] * again_s) / tokens)
-    prefill = record["phases"]["prefill"]
-    return ReplicaCosts((prefill.get("final_ms") or prefill["baseline_ms"]) / 1e3 / record["prompt_tokens"], steps)
+    return ReplicaCosts({int(tokens): ms / 1e3 for tokens, ms in reads.items()}, steps)
+
+
+def elsewhere(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The report's advice about another machine whose name contains `name`, in any case.
+
+    Raises:
+        CapacityError: the report says nothing about one such machine.
+    """
+    found = [a for a in record.get("advice") or () if {"ttft", "tpot"} <= a["speedups"].keys()]
+    named = [a for a in found if name.lower() in a["change"].lower()]
+    if len(named) != 1:
+        told = ", ".join(a["change"] for a in found) or "none"
+        raise CapacityError(f"the report has figures for these other machines: {told}; {name!r} is not one of them")
+    return named[0]  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -132,7 +159,7 @@ class _Engine:
         if self.waiting and len(self.running) < self.costs.rows:
             first = self.waiting[0]
             chunk = min(CHUNK, first.unread)
-            self.now_s += chunk * self.costs.read_s
+            self.now_s += self.costs.read_s(chunk)
             first.unread -= chunk
             if not first.unread:
                 first.first_s, first.left = self.now_s, first.left - 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ROUNDS = 3  # in each, every number of callers is measured once, next to one caller at a time
 ALONE = 4  # requests of a round that are served one at a time
 TOKENS = 24  # most new tokens of a request
+READS = (32, 128)  # tokens of new prompts whose reading is timed: less than a chunk, and a whole one
 LONG_PROMPT = 1500  # tokens of the prompt that arrives while others are answered, if the slots have room for it
 LEAST_GAIN = 1.1  # times the tokens per second that the best number of callers must bring
 MOST_LOST = 0.03  # share of its tokens per second that a single caller may lose
@@ -81,6 +83,7 @@ class Sharing:
         gap_s: longest time between two tokens of running answers while a long prompt arrives; None: not measured.
         long_prompt: tokens of that prompt.
         new_tokens: of each answer; 0: unknown.
+        reads_s: tokens of a prompt that shares nothing with an earlier one -> seconds to its first token, alone.
     """
 
     reason: str
@@ -91,6 +94,7 @@ class Sharing:
     gap_s: float | None = None
     long_prompt: int = 0
     new_tokens: int = 0
+    reads_s: Mapping[int, float] = field(default_factory=dict)
 
     def ratios(self, point: CallersPoint) -> list[float]:
         """Tokens per second of a point, divided by those of one caller at a time, by round."""
@@ -211,6 +215,7 @@ class _Measurement:
         self.threads = torch.get_num_threads()  # a new thread may begin with another number
         self.answers: dict[int, tuple[int, ...]] = {}  # prompt -> its answer by the plan, alone
         self.differing = 0
+        self.draw = random.Random(0)  # noqa: S311 - no secret
 
     def run(self, most: int) -> Sharing:
         numbers, start = sizes(most), self.clock()
@@ -243,7 +248,8 @@ class _Measurement:
             for n, found in answered.items()
         )
         gap_s, long_prompt = self._longest_gap(min(4, most - 1))
-        measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt, self.tokens)
+        reads_s = {tokens: self._read_s(tokens) for tokens in READS if tokens < self.slots}
+        measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt, self.tokens, reads_s)
         rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)
         way = "decoded together" if rows else "served one at a time"
         return replace(measured, reason=f"callers are {way}: {reason}", rows=rows)
@@ -277,6 +283,16 @@ class _Measurement:
             answers = [each.result() for each in running]
         gaps = [after - before for answer in answers for before, after in pairwise(answer.times_s[1:])]
         return max(gaps), length
+
+    def _read_s(self, tokens: int) -> float:
+        """The median time to the first token after a prompt that the engine has not seen the beginning of."""
+        known = [token for prompt in self.prompts for token in prompt]
+        found = list[float]()
+        for _ in range(ROUNDS):
+            prompt = self.draw.choices(known, k=tokens)
+            with self.bench.original.turn():
+                found.append(self._ask(self.together, prompt, 1).ttft_s)
+        return median(found)
 
     def _ask(self, model: Any, prompt: Sequence[int], tokens: int) -> _Answer:
         ids, seen = torch.tensor([list(prompt)], dtype=torch.int64, device=model.device), _Clock()

@@ -309,6 +309,7 @@ def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
         "gap_ms": None if sharing.gap_s is None else 1e3 * sharing.gap_s,
         "long_prompt": sharing.long_prompt,
         "new_tokens": sharing.new_tokens,
+        "reads_ms": {str(tokens): 1e3 * seconds for tokens, seconds in sharing.reads_s.items()},
     }
 
 

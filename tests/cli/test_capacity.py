@@ -12,6 +12,9 @@ from autotune.cli import main
 from tests.report.test_capacity import COSTS, measured, record
 from tests.report.test_report import ORIGINAL
 
+SLOWER = {"change": "shorter prompts", "speedups": {"ttft": 0.5}, "because": "it is", "assumes": "nothing"}
+FASTER = {"change": "ACME T9", "speedups": {"ttft": 4.0, "tpot": 2.0}, "because": "9 TB/s", "assumes": "the same share"}
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -19,7 +22,7 @@ def file(tmp_path: Path) -> Path:
 
     given = record(*(measured(COSTS, n) for n in (1, 4, 16)))
     told: dict[str, Any] = report_of(ORIGINAL).to_dict()
-    told |= {"callers": given["callers"], "prompt_tokens": given["prompt_tokens"]}
+    told |= {"callers": given["callers"], "advice": [SLOWER, FASTER]}
     told["callers"] |= {"reason": "decoded together", "rows": 16, "differing": 0, "gap_ms": None, "long_prompt": 0}
     told["callers"]["alone_tokens_per_s"] = 100.0
     for point in told["callers"]["points"]:
@@ -48,3 +51,15 @@ def test_a_report_that_does_not_say_it_is_an_error(tmp_path: Path, capsys: pytes
     (tmp_path / "report.json").write_text(report_of(ORIGINAL).to_json())
     assert main(["plan-capacity", str(tmp_path / "report.json"), "--users", "4"]) == 4
     assert "--policy throughput" in capsys.readouterr().err
+
+
+def test_another_machine_is_predicted_with_what_that_assumes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan-capacity", str(file), "--users", "4", "--ttft", "5000", "--machine", "acme"]) == 0
+    told = capsys.readouterr().out
+    wanted = ("on ACME T9, predicted from", "5.0 for 1, 8.0 for 4, 20.0 for 16", "read 4.00x as fast", "the same share")
+    assert all(each in told for each in wanted)
+
+
+def test_a_machine_without_figures_is_an_error(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan-capacity", str(file), "--users", "4", "--machine", "T8"]) == 4
+    assert "these other machines: ACME T9; 'T8' is not one of them" in capsys.readouterr().err

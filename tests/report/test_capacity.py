@@ -9,31 +9,36 @@ import pytest
 from autotune.report import capacity
 from autotune.report.capacity import ReplicaCosts, Usage, costs_of, most_users, simulate
 
-COSTS = ReplicaCosts(0.001, {1: 0.010, 4: 0.016, 16: 0.040})
+COSTS = ReplicaCosts({32: 0.032, 128: 0.128}, {1: 0.010, 4: 0.016, 16: 0.040})
 
 
 def record(*points: tuple[int, float, float], accepted: bool = True, tokens: int = 24) -> dict[str, Any]:
     """A report's record with (callers, tokens per second, TTFT in ms), all with prompts of 100 tokens."""
     told = [{"callers": n, "tokens_per_s": rate, "ttft_ms": ttft, "prompt_tokens": 100.0} for n, rate, ttft in points]
-    phases = {"prefill": {"baseline_ms": 900.0, "final_ms": 50.0}}  # prompts of the profile, which are read once
-    callers = {"points": told, "accepted": accepted, "new_tokens": tokens}
-    return {"callers": callers, "phases": phases, "prompt_tokens": 25}
+    reads = {"32": 70.0, "128": 262.0}  # of new prompts
+    return {"callers": {"points": told, "accepted": accepted, "new_tokens": tokens, "reads_ms": reads}}
 
 
 def measured(costs: ReplicaCosts, callers: int, prompt: int = 100, tokens: int = 24) -> tuple[int, float, float]:
     """What so many callers who ask without a pause would be measured at."""
-    round_s = callers * prompt * costs.read_s + tokens * costs.step_s(callers)
-    return callers, callers * tokens / round_s, 1e3 * prompt * costs.read_s
+    round_s = callers * costs.read_s(prompt) + tokens * costs.step_s(callers)
+    return callers, callers * tokens / round_s, 1e3 * costs.read_s(prompt)
+
+
+UNREAD = record((1, 9.0, 9.0))
+UNREAD["callers"]["reads_ms"] = {}  # written by an earlier version
 
 
 def test_costs_are_those_that_were_measured() -> None:
     found = costs_of(record(*(measured(COSTS, callers) for callers in (1, 4, 16))))
-    assert found.read_s == pytest.approx(0.002)
+    assert [found.read_s(tokens) for tokens in (1, 32, 80, 128)] == pytest.approx([0.008, 0.070, 0.166, 0.262])
     assert dict(found.steps_s) == pytest.approx(COSTS.steps_s)
     assert (found.rows, found.step_s(10)) == (16, pytest.approx(0.028))
-    kept = record(measured(COSTS, 1))
-    kept["phases"]["prefill"]["final_ms"] = None
-    assert costs_of(kept).read_s == pytest.approx(0.036)
+
+
+def test_another_machine_is_so_many_times_as_fast() -> None:
+    found = COSTS.sped_up(4.0, 2.0)
+    assert (found.read_s(64), found.step_s(4)) == (pytest.approx(0.016), pytest.approx(0.008))
 
 
 def test_a_plan_that_serves_one_at_a_time_has_one_row() -> None:
@@ -43,7 +48,7 @@ def test_a_plan_that_serves_one_at_a_time_has_one_row() -> None:
 
 @pytest.mark.parametrize(
     "told",
-    [{}, {"callers": None}, {"callers": {"points": [], "new_tokens": 24}}, record((1, 9.0, 9.0), tokens=0)],
+    [{}, {"callers": None}, {"callers": {"points": [], "new_tokens": 24}}, record((1, 9.0, 9.0), tokens=0), UNREAD],
 )
 def test_a_report_without_callers_says_what_to_do(told: dict[str, Any]) -> None:
     with pytest.raises(capacity.CapacityError, match="--policy throughput"):
@@ -62,7 +67,7 @@ def test_one_user_waits_for_nobody() -> None:
 def test_users_without_a_pause_get_what_the_engine_makes(users: int) -> None:
     """A round reads every prompt once, and takes as many steps as an answer has tokens."""
     found = simulate(COSTS, Usage(100, 200), users)
-    round_s = users * 100 * COSTS.read_s + 200 * COSTS.step_s(users)
+    round_s = users * COSTS.read_s(100) + 200 * COSTS.step_s(users)
     assert found.tokens_per_s == pytest.approx(users * 200 / round_s, rel=0.1)
 
 
