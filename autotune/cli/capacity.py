@@ -74,9 +74,9 @@ def plan_capacity(args: Namespace) -> int:
     reads = " and ".join(f"{1e3 * read_s:.1f} for {tokens}" for tokens, read_s in costs.reads_s.items())
     asked = f"users ask for {usage.new_tokens} tokens after prompts of {usage.prompt_tokens}"
     say(
-        f"Assumed: {asked}, with {usage.pause_s:g} s between an answer and the next request; of a prompt, a chunk takes {reads} "
-        f"tokens, a step {steps} answers (ms, from the report), whatever the context; users are spread evenly; HTTP "
-        "costs nothing.",
+        f"Assumed: {asked}, with {usage.pause_s:g} s between an answer and the next request; of a prompt, a chunk "
+        f"takes {reads} tokens, a step {steps} answers (ms, from the report), whatever the context; users are spread "
+        "evenly; HTTP costs nothing.",
         soft_wrap=True,
     )
     if there is not None:
