@@ -104,31 +104,40 @@ constexpr int at_once(int tokens) {
   return kChains * tokens <= kMostSums ? kChains : std::max(1, kMostSums / tokens / 2 * 2);
 }
 
+// One token's strips are computed side by side: each by itself would let the memory rest while it reads what the first
+// one has left in the cache.
+constexpr int strips_together(int tokens) { return tokens == 1 ? kRows / kWidth : 1; }
+
 template <class Format, int kTokens>
 void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floats* out) {
   constexpr int kAtOnce = at_once(kTokens);  // chains in one pass over a group, whose weights stay in the L1 cache
+  constexpr int kStrips = strips_together(kTokens);
   const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
   const float* x = tile.x;
-  Floats total[kTokens] = {};
-  for (int64_t g = 0; g < w.groups(); ++g) {
-    Floats sum[kTokens] = {};
+  Floats total[kStrips][kTokens] = {};
+  const int64_t groups = w.groups();
+  for (int64_t g = 0; g < groups; ++g) {
+    Floats sum[kStrips][kTokens] = {};
     const auto pass = [&](auto chain) __attribute__((always_inline)) {
-      Floats part[kAtOnce][kTokens] = {};
+      Floats part[kStrips][kAtOnce][kTokens] = {};
       const uint8_t* from = at;
       const float* input = x;
       for (int64_t k = 0; k < w.group; k += kStep) {
         if (strip == 0 && chain == 0)
           for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(from + line + kAheadBytes);
-        Format::decode(from, [&](int j, Floats number) __attribute__((always_inline)) {
-          if (j % kChains < chain || j % kChains >= chain + kAtOnce) return;
+#pragma GCC unroll 4
+        for (int s = 0; s < kStrips; ++s)
+          Format::decode(from + s * kWidth * Format::kLaneBytes, [&](int j, Floats number) __attribute__((always_inline)) {
+            if (j % kChains < chain || j % kChains >= chain + kAtOnce) return;
 #pragma GCC unroll 8
-          for (int t = 0; t < kTokens; ++t) part[j % kChains - chain][t] += number * input[j * kTokens + t];
-        });
+            for (int t = 0; t < kTokens; ++t) part[s][j % kChains - chain][t] += number * input[j * kTokens + t];
+          });
         from += Format::kStepBytes;
         input += kStep * kTokens;
       }
-      for (int c = 0; c < kAtOnce; ++c)
-        for (int t = 0; t < kTokens; ++t) sum[t] += part[c][t];
+      for (int s = 0; s < kStrips; ++s)
+        for (int c = 0; c < kAtOnce; ++c)
+          for (int t = 0; t < kTokens; ++t) sum[s][t] += part[s][c][t];
     };
     pass(std::integral_constant<int, 0>());
     if constexpr (kAtOnce < 2) pass(std::integral_constant<int, 1>());
@@ -136,19 +145,22 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floa
     if constexpr (kAtOnce < 2 && kChains > 2) pass(std::integral_constant<int, 3>());
     at += w.group / kStep * Format::kStepBytes;
     x += w.group * kTokens;
-    const int64_t factor = (block * w.groups() + g) * kRows + strip * kWidth;
-    if (w.scales) {
-      Floats scale = w.scales.load(factor);
-      for (int t = 0; t < kTokens; ++t) total[t] += scale * sum[t];
-    } else {
-      for (int t = 0; t < kTokens; ++t) total[t] += sum[t];
-    }
-    if (w.zeros) {
-      Floats zero = w.zeros.load(factor);
-      for (int t = 0; t < kTokens; ++t) total[t] += zero * tile.sums[g * kTokens + t];
+    for (int s = 0; s < kStrips; ++s) {
+      const int64_t factor = (block * groups + g) * kRows + (strip + s) * kWidth;
+      if (w.scales) {
+        Floats scale = w.scales.load(factor);
+        for (int t = 0; t < kTokens; ++t) total[s][t] += scale * sum[s][t];
+      } else {
+        for (int t = 0; t < kTokens; ++t) total[s][t] += sum[s][t];
+      }
+      if (w.zeros) {
+        Floats zero = w.zeros.load(factor);
+        for (int t = 0; t < kTokens; ++t) total[s][t] += zero * tile.sums[g * kTokens + t];
+      }
     }
   }
-  for (int t = 0; t < kTokens; ++t) out[t] = total[t];
+  for (int s = 0; s < kStrips; ++s)
+    for (int t = 0; t < kTokens; ++t) out[s * kTokens + t] = total[s][t];
 }
 
 // Expands the weights of one block to FP32, into 16 columns of a panel [K, width].
@@ -192,15 +204,18 @@ inline void put(const Weights& w, int64_t row, Floats out, const float* bias, fl
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
 inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
                             int64_t begin, int64_t end) {
-  Floats out[kMostTokens];
+  Floats out[std::max(kMostTokens, kRows / kWidth)];
   for (int64_t block = begin; block < end; ++block)
-    for (int64_t i = 0; i < tiles.count(); ++i)
-      for (int strip = 0; strip < kRows / kWidth; ++strip) {
-        const Tile tile = tiles.tile(w, i);
+    for (int64_t i = 0; i < tiles.count(); ++i) {
+      const Tile tile = tiles.tile(w, i);
+      const int together = strips_together(tile.tokens);
+      for (int strip = 0; strip < kRows / kWidth; strip += together) {
         kernel.multiply[tile.tokens](w, tile, block, strip, out);
-        for (int t = 0; t < tile.tokens; ++t)
-          put(w, block * kRows + strip * kWidth, out[t], bias, y + (tile.first + t) * w.rows);
+        for (int s = 0; s < together; ++s)
+          for (int t = 0; t < tile.tokens; ++t)
+            put(w, block * kRows + (strip + s) * kWidth, out[s * tile.tokens + t], bias, y + (tile.first + t) * w.rows);
       }
+    }
 }
 
 }  // namespace autotune
