@@ -69,7 +69,7 @@ fix: $(READY)  ## repair what ruff can
 	$(BIN)/ruff format .
 
 constraints:  ## pin the newest versions that pyproject.toml allows; what the targets above and .ci/run install
-	$(PYTHON) .ci/pins.py $(TORCH) $(EXTRAS),gpu
+	$(PYTHON) .ci/pins.py $(TORCH) $(EXTRAS),gpu,ray
 
 bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
 	$(BENCH_VENV)/bin/python -m benchmarks.bench $(BENCH_ARGS)
