@@ -25,6 +25,7 @@ from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..workload import Observer, Workload
 from .again import Again
+from .former import Former
 from .options import KeepOriginal, Options
 from .original import RELOAD, Original, Residence, releasable_bytes
 from .serving import Serving
@@ -58,6 +59,7 @@ class Handle:
         self._again = Again(self._traffic.rest)
         self._tuned: Tuned | None = None
         self._sharded = sharding.reason(model)
+        self._is_adopted = False  # whether what serves was adopted, and so is not in the store
         self._serving = Serving(model, self._traffic, share=options.watch, observe=self._observe_call)
         self._submissions = Submissions(model, self._serving.at_once)
         self._tuning = forking.lock()
@@ -128,22 +130,60 @@ class Handle:
             StateError: tuning is under way already, the original was released, or the model is passed through.
         """
         self._bring_back("tune again")
-        if self._problem is not None:
-            raise StateError(self._problem)
-        if workload is not None:
-            self._given = self.read(workload)
-        if self._given is None and not self._observer.ready(1):
-            raise WorkloadError("nothing to tune for: no call was observed yet; pass prompts, .tune(workload=[...])")
-        work = self._given or self._observer.workload()
-        if not self._tuning.acquire(blocking=False):
-            raise StateError("tuning is under way already; wait for it, see .status")
-        self._again.drop()
-        try:
+        work = self._work(workload)
+        with self._alone_in_tuning():
             self._run_here(work)
-        finally:
-            self._tuning.release()
-            intraop.rest()
         return self.report()
+
+    def adopt(self, plan: Plan) -> Former:
+        """Verify another plan on this machine, beside the requests, and serve with it. Nothing is searched for.
+
+        Returns:
+            What served before, for `restore`.
+
+        Raises:
+            PlanError: it was made for another model, or does not hold here. What served before serves on.
+            WorkloadError: no prompts were given to `wrap` and none were observed.
+            StateError: tuning is under way, the original was released, or the model is passed through or changed.
+        """
+        from ..tune.run import verified
+
+        self._bring_back("verify another plan")
+        options, work = self.options, self._work()
+        with self._alone_in_tuning():
+            revision = Revision(self._model)
+            try:
+                tuned = verified(
+                    route.bare(self._model),
+                    work,
+                    options.policy,
+                    plan,
+                    tokenizer=options.tokenizer,
+                    draft=options.draft,
+                    traffic=self._traffic,
+                    notify=self._notify,
+                )
+            except Cancelled:
+                raise StateError(CALLED_OFF) from None
+            finally:
+                devices.of(self._model).trim()
+            if change := revision.differs():
+                raise StateError(f"the model changed while the plan was verified ({change})")
+            serving = self._serving
+            former = Former(
+                self._tuned, serving.active, serving.revision, serving.state, serving.detail, self._is_adopted
+            )
+            self._tuned, serving.revision, self._is_adopted = tuned, revision, True
+            self._switch(tuned.variant)
+        return former
+
+    def restore(self, former: Former) -> None:
+        """Serve with what served before `adopt`, from the next call on. Calls under way finish as they began."""
+        serving, plan = self._serving, former.tuned.plan if former.tuned else None
+        self._tuned, serving.revision, self._is_adopted = former.tuned, former.revision, former.is_adopted
+        variant = former.active or Variant(route.bare(self._model), self._traffic)
+        serving.begin(variant, plan, stored=self.options.cache and not former.is_adopted)
+        serving.become(former.state, former.detail)
 
     def commit(self, *, keep_original: KeepOriginal = True) -> None:
         """Serve with the plan that was found (again, after a rollback).
@@ -335,6 +375,28 @@ class Handle:
         finally:
             self._tuning.release()
 
+    def _work(self, workload: Any = None) -> Workload:
+        """What to tune for: the given prompts, or the calls observed so far."""
+        if self._problem is not None:
+            raise StateError(self._problem)
+        if workload is not None:
+            self._given = self.read(workload)
+        if self._given is None and not self._observer.ready(1):
+            raise WorkloadError("nothing to tune for: no call was observed yet; pass prompts, .tune(workload=[...])")
+        return self._given or self._observer.workload()
+
+    @contextmanager
+    def _alone_in_tuning(self) -> Iterator[None]:
+        """Hold this context while this thread alone tunes, on behalf of a caller."""
+        if not self._tuning.acquire(blocking=False):
+            raise StateError("tuning is under way already; wait for it, see .status")
+        self._again.drop()
+        try:
+            yield
+        finally:
+            self._tuning.release()
+            intraop.rest()
+
     def _run_here(self, work: Workload) -> None:
         """Tune on behalf of a caller, who gets the errors."""
         try:
@@ -361,6 +423,7 @@ class Handle:
                 notify=self._progress,
                 serve=partial(self._serve_meanwhile, revision),
             )
+            self._is_adopted = False
         except Cancelled:
             self._serving.active = None
             self._serving.become(State.ORIGINAL, CALLED_OFF)
@@ -401,7 +464,7 @@ class Handle:
     def _switch(self, variant: Variant) -> None:
         """Serve with the outcome of tuning."""
         verdict, plan = (self._tuned.verdict, self._tuned.plan) if self._tuned else ("", None)
-        self._serving.begin(variant, plan, stored=self.options.cache)
+        self._serving.begin(variant, plan, stored=self.options.cache and not self._is_adopted)
         self._serving.become(State.TUNED if variant.transforms else State.ORIGINAL, verdict)
 
     def _send_away(self, park: bool) -> None:

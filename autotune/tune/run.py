@@ -80,8 +80,8 @@ def tune(
     if plan is not None:
         plan.require(identity.model)
     original = Variant(model, traffic, workload, draft)
-    texts = built_in.natural(tokenizer)
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
+    texts = built_in.natural(tokenizer)
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
     if obstacle is None and (known := plan or (store.find(identity) if cache else None)) is not None:
@@ -95,6 +95,37 @@ def tune(
         if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
             return tuned
         return _searched(bench, identity, obstacle, cache, notify, serve)
+
+
+@quiet()
+def verified(
+    model: PreTrainedModel,
+    workload: Workload,
+    policy: Policy,
+    plan: Plan,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    draft: PreTrainedModel | None = None,
+    traffic: Traffic | None = None,
+    notify: Callable[[str], None] = log.info,
+) -> Tuned:
+    """Prove a plan on this machine, by quality and latency against the original. Nothing is searched for or saved.
+
+    Args:
+        plan: of another run, perhaps on another machine.
+        model, workload, policy, tokenizer, draft, traffic, notify: as for `tune`.
+
+    Raises:
+        PlanError: the plan was made for another model, or does not hold here; the message says why.
+    """
+    plan.require(fingerprint.of_model(model))
+    original = Variant(model, traffic, workload, draft)
+    if (obstacle := obstacle_of(original)) is not None:
+        raise PlanError(f"no plan can serve: {obstacle}")
+    here, texts = hardware.identify(model), built_in.natural(tokenizer)
+    bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify)
+    notify("verifying another plan")
+    return proven(plan, bench, time.monotonic(), lambda variant: None, busy.Meter())
 
 
 def _searched(
@@ -198,13 +229,21 @@ def replay(
     The plan serves as soon as it answers a request, because it was proven on this same model and machine.
     """
     try:
-        report = read(plan.summary)
+        return proven(plan, bench, start, serve, meter)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
+
+
+def proven(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
+    """Apply a plan from disk and verify it again. The arguments are those of `replay`.
+
+    Raises:
+        PlanError: it cannot be applied, or does not hold.
+    """
+    report = read(plan.summary)
     if not plan.transforms and (doubt := doubts(plan.trials)):  # an earlier version saved every outcome
-        log.info("the kept plan is not used (%s); searching anew", doubt)
-        return None
+        raise PlanError(doubt)
     if not plan.transforms:
         seconds = time.monotonic() - start
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
@@ -216,13 +255,10 @@ def replay(
     except Exception as error:  # any error of an old plan leads to a fresh search
         outside.pass_on(error)
         serve(bench.original)
-        log.warning("the kept plan could not be replayed (%s: %s); searching anew", type(error).__name__, error)
-        return None
+        raise PlanError(f"it could not be applied: {type(error).__name__}: {error}") from error
     if latency is None or latency.verdict is not Verdict.PASS:
         serve(bench.original)
-        reason = quality.reason if latency is None else latency.reason
-        log.warning("the kept plan did not hold (%s); searching anew", reason)
-        return None
+        raise PlanError(f"it did not hold: {quality.reason if latency is None else latency.reason}")
     seconds = time.monotonic() - start
     verdict = (
         f"replayed and re-verified on short requests: {latency.reason}; a spot check of quality found mean KLD "

@@ -6,14 +6,12 @@ but one would search for nothing. The lock is the kernel's: it ends with the pro
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..machine.locking import FileLock
 from . import store
 
 if TYPE_CHECKING:
@@ -29,37 +27,32 @@ class Turn:
     """Whether this process may search, as one of those that share a cache.
 
     Args:
-        descriptor: of the open lock file; None: there is no cache to share.
+        lock: of those processes; None: there is no cache to share.
     """
 
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
+    def __init__(self, lock: FileLock | None) -> None:
+        self._lock = lock
 
     def take(self) -> bool:
         """Try to be the one that searches."""
-        if self._descriptor is None:
-            return True
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # another process has it
-            return False
+            return self._lock is None or self._lock.take()
         except OSError:  # a file system without locks: search, as if alone
             return True
-        return True
 
 
 @contextmanager
 def turn(fingerprint: Fingerprint | None) -> Iterator[Turn]:
     """Enclose a search. Whoever took the turn gives it back at the end. None: nobody else is to wait."""
-    descriptor = None
+    lock = None
     if fingerprint is not None and (path := store.path_for(fingerprint)) is not None:
         with suppress(OSError):
-            descriptor = _opened(path.with_suffix(SUFFIX))
+            lock = FileLock(path.with_suffix(SUFFIX))
     try:
-        yield Turn(descriptor)
+        yield Turn(lock)
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        if lock is not None:
+            lock.close()
 
 
 def awaited(
@@ -92,7 +85,3 @@ def awaited(
             notify(f"the other process has been tuning for {most_s:.0f} s: tuning beside it")
             return None
     return None
-
-
-def _opened(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
