@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -57,6 +57,23 @@ class Piece:
     reason: Reason | None = None
 
 
+@dataclass(frozen=True)
+class Answered:
+    """How one answer went.
+
+    Args:
+        began_s: when it was asked for, monotonic seconds.
+        outcome: "stop", "length", "abort" (its client went), "rejected" (too many waited), "deadline" or "error".
+        ttft_s: seconds to the first token; None without one.
+        tpot_s: seconds per token after the first; None with fewer than two.
+    """
+
+    began_s: float
+    outcome: str
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
 @dataclass
 class TextAnswers:
     """Asks one wrapped model.
@@ -68,6 +85,7 @@ class TextAnswers:
         metrics: counts what happens.
         deadline_s: seconds after which an answer is given up; None: never.
         traces: makes spans of answers.
+        tell: called with each answer that ended, in the event loop.
     """
 
     model: Any
@@ -76,6 +94,7 @@ class TextAnswers:
     metrics: Metrics
     deadline_s: float | None = None
     traces: Traces = field(default_factory=Traces)
+    tell: Callable[[Answered], None] = lambda answered: None
     running: int = field(default=0, init=False)  # answers under way
 
     async def pieces(
@@ -105,7 +124,7 @@ class TextAnswers:
         options = self.sampling.options(body, len(prompt), room, witness, grammar)
         seed = None if body.seed is None else (body.seed + number) % 2**63
         text, stops = Detokeniser(self.tokenizer), Stops(body.stops)
-        began, last = time.monotonic(), None
+        began, first, last = time.monotonic(), cast("float | None", None), cast("float | None", None)
         tokens, chosen, reason = 0, list[Chosen](), cast("Reason | None", None)
         outcome = "abort"  # unless it comes to an end
         self.running += 1
@@ -117,8 +136,9 @@ class TextAnswers:
             async with asked:
                 async for token in asked:
                     now = time.monotonic()
-                    if last is None:
+                    if first is None:
                         span.first_token()
+                        first = now
                     self.metrics.token(now - (last or began), first=last is None)
                     tokens, last = tokens + 1, now
                     ended = token in self.sampling.eos and not body.ignore_eos
@@ -148,11 +168,17 @@ class TextAnswers:
             raise Refusal(400, str(error), "response_format") from error
         except CancelledRequestError as error:
             raise Refusal(503, f"the server is ending: {error}", code="ending") from error
+        except Exception:
+            outcome = "error"
+            raise
         else:
             outcome = reason
         finally:
             self.running -= 1
-            self.metrics.finished(outcome, len(prompt), tokens, time.monotonic() - began)
+            ttft_s = first - began if first is not None else None
+            tpot_s = (last - first) / (tokens - 1) if first is not None and last is not None and tokens > 1 else None
+            self.metrics.finished(outcome, len(prompt), tokens, time.monotonic() - began, tpot_s)
+            self.tell(Answered(began, outcome, ttft_s, tpot_s))
             span.ended(outcome, len(prompt), tokens)
 
 

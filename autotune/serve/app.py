@@ -19,6 +19,7 @@ from .completions import Chat, Completion, Reply
 from .events import EventStream
 from .gate import Gate
 from .refusal import Refusal
+from .rollout import routes as rollout_routes
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from .service import Service
 from .tools import ToolUse
@@ -34,6 +35,7 @@ def create_app(served: Service) -> Gate:
     _handle_errors(app)
     _operate(app, served)
     page.add_routes(app, served)
+    rollout_routes.add_routes(app, served)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -88,6 +88,9 @@ class Metrics:
         self._first = histogram("autotune:time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
         self._next = histogram("autotune:inter_token_latency_seconds", "Between two tokens of an answer.", SECONDS)
         self._whole = histogram("autotune:e2e_request_latency_seconds", "From arrival to the last token.", SECONDS)
+        self._pace = histogram(
+            "autotune:request_time_per_output_token_seconds", "Per token of an answer after its first.", SECONDS
+        )
         self._prompts = histogram("autotune:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._answers = histogram("autotune:request_generation_tokens", "Tokens of an answer.", TOKENS)
         self._read = counter("autotune:prompt_tokens", "Tokens of all prompts.")
@@ -117,10 +120,16 @@ class Metrics:
         (self.first if first else self.next).add(seconds)
         self._written.inc()
 
-    def finished(self, reason: str, prompt: int, tokens: int, seconds: float) -> None:
-        """An answer ended."""
+    def finished(self, reason: str, prompt: int, tokens: int, seconds: float, tpot_s: float | None) -> None:
+        """An answer ended.
+
+        Args:
+            tpot_s: seconds per token after the first; None with fewer than two tokens.
+        """
         self._ended.labels(self._model, reason).inc()
         self._whole.observe(seconds)
+        if tpot_s is not None:
+            self._pace.observe(tpot_s)
         self._prompts.observe(prompt)
         self._answers.observe(tokens)
         self._read.inc(prompt)

@@ -16,22 +16,29 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from ..errors import UnsupportedModelError
+from ..compare.experiment.store import Store
+from ..errors import ExperimentError, PlanError, UnsupportedModelError
 from ..live.wrap import wrap
 from ..model.load import load
 from ..report.progress import Elapsed, Lines
+from ..tune import fingerprint
 from ..workload import built_in
 from . import traces
 from .app import create_app
 from .connection import TimedConnection
 from .gate import Gate
+from .rollout.folder import Folder, Offer
+from .rollout.replica import Replica
 from .schema import CompletionBody
 from .service import Service
 from .watching import TuningLog
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..tune.plan import Plan
     from ..tune.policy import Policy
+    from .rollout.decision import CanaryRules
 
 log = logging.getLogger("autotune.serve")
 
@@ -50,6 +57,7 @@ class Settings:
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
         drain_s: seconds that answers under way get when the server is asked to end.
+        rollout: limits of a canary, if this is one of several replicas that share a cache directory.
     """
 
     model: str
@@ -62,6 +70,7 @@ class Settings:
     longest: int | None = None
     deadline_s: float | None = None
     drain_s: int = 30
+    rollout: CanaryRules | None = None
 
 
 def serve(settings: Settings) -> int:
@@ -87,11 +96,13 @@ def prepared(settings: Settings) -> Service:
     model, tokenizer = load(settings.model)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
-    tuning = TuningLog()
+    name = settings.name or Path(settings.model).stem or settings.model
+    folder = Folder.of(name) if settings.rollout is not None else None
+    promoted = _promoted(folder, model)
+    tuning, chats = TuningLog(), built_in.chats(tokenizer)
     if settings.policy is None:
-        wrapped = wrap(model, tokenizer=tokenizer, when="manual")
+        wrapped = wrap(model, tokenizer=tokenizer, workload=chats, when="manual")
     else:  # beside the requests that the original answers meanwhile
-        chats = built_in.chats(tokenizer)
         lines = Lines(sys.stderr, Elapsed())
 
         def notify(step: str) -> None:
@@ -103,11 +114,10 @@ def prepared(settings: Settings) -> Service:
             tokenizer=tokenizer,
             policy=settings.policy,
             workload=chats,
-            plan=settings.plan,
+            plan=settings.plan or (promoted[1] if promoted else None),
             progress=notify,
         )
-    name = settings.name or Path(settings.model).stem or settings.model
-    return Service.of(
+    served = Service.of(
         wrapped,
         tokenizer,
         name,
@@ -118,6 +128,33 @@ def prepared(settings: Settings) -> Service:
         traces=traces.configured(name),
         progress=tuning,
     )
+    if settings.rollout is not None and folder is not None:
+        served.rollout = Replica(folder, served.model.autotune, settings.rollout, _store(), promoted)
+        served.answers.tell = served.rollout.tally.hear
+        served.rollout.start()
+    return served
+
+
+def _promoted(folder: Folder | None, model: PreTrainedModel) -> tuple[Offer, Plan] | None:
+    """The plan that was promoted for a model, or None."""
+    offer = folder.promoted if folder is not None else None
+    if offer is None:
+        return None
+    try:
+        plan = offer.plan()
+        plan.require(fingerprint.of_model(model))
+    except PlanError as error:
+        log.warning("the promoted plan is not used: %s", error)
+        return None
+    return offer, plan
+
+
+def _store() -> Store | None:
+    try:
+        return Store()
+    except ExperimentError as error:
+        log.warning("rollouts are not recorded: %s", error)
+        return None
 
 
 def listen(host: str, port: int) -> socket.socket:

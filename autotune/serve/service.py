@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..live.status import Status
+    from .rollout.replica import Replica
 
 UNSETTLED = (State.OBSERVING, State.WAITING, State.TUNING)  # more will be tried
 
@@ -39,6 +40,7 @@ class Service:
         limits: of a request's size and time.
         untuned: whether it is ready without a plan.
         progress: the lines of tuning.
+        rollout: its part in rollouts, if it is one of several replicas.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     progress: TuningLog = field(default_factory=TuningLog)
     has_answered: bool = False  # one request was served
+    rollout: Replica | None = None
 
     def __post_init__(self) -> None:
         self.feed = Feed(lambda before: figures(self.reading(), before))

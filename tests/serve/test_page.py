@@ -293,7 +293,7 @@ def test_the_page_counts_what_prometheus_counts() -> None:
     metrics = Metrics("tiny")
     metrics.token(0.2, first=True)
     metrics.token(0.01, first=False)
-    metrics.finished("stop", 5, 2, 0.3)
+    metrics.finished("stop", 5, 2, 0.3, 0.1)
     metrics.rejections.inc()
     for route, status in (("/v1/completions", 200), ("/v1/completions", 429), ("/metrics", 401), ("/v1/models", 500)):
         metrics.answered(route, status)

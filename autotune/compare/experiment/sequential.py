@@ -48,6 +48,14 @@ class Moments:
         mean = self.mean + off / n
         return Moments(n, mean, self.squares + off * (value - mean))
 
+    def merged(self, other: Moments) -> Moments:
+        """Return the statistics of both streams (Chan, Golub and LeVeque, The American Statistician 1983)."""
+        n, apart = self.n + other.n, other.mean - self.mean
+        if not n:
+            return self
+        squares = self.squares + other.squares + apart * apart * self.n * other.n / n
+        return Moments(n, self.mean + apart * other.n / n, squares)
+
     @property
     def std(self) -> float:
         return math.sqrt(self.squares / (self.n - 1)) if self.n > 1 else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -177,3 +178,14 @@ def test_moments_are_those_of_all_values() -> None:
 def test_nothing_is_said_of_a_mean_before_there_are_values() -> None:
     assert sequential.mean_interval(Moments(START - 1, 1.0, 1.0), ALPHA) == Interval(-math.inf, math.inf)
     assert sequential.mean_interval(Moments(START, 1.0, 1.0), ALPHA).low > 0
+
+
+@pytest.mark.parametrize("parts", [([], []), ([1.0], []), ([], [2.0, 4.0]), ([1.0, 5.0, 2.5], [0.5, -3.0])], ids=str)
+def test_merged_statistics_are_those_of_all_values(parts: tuple[list[float], list[float]]) -> None:
+    def moments(values: list[float]) -> Moments:
+        return functools.reduce(Moments.add, values, Moments())
+
+    merged, together = moments(parts[0]).merged(moments(parts[1])), moments(parts[0] + parts[1])
+    assert merged.n == together.n
+    assert merged.mean == pytest.approx(together.mean)
+    assert merged.squares == pytest.approx(together.squares)
