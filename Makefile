@@ -48,7 +48,7 @@ test-serve: $(READY) $(SERVE_VENV)/.ready  ## the server against schemathesis, a
 	$(PYTEST) tests/serve
 	$(BIN)/python -m tests.serve.prove --tools $(SERVE_VENV)/bin $(SERVE_ARGS)
 
-test-ray: $(READY)  ## two replicas on Ray Serve, one of which is killed under load
+test-ray: $(READY)  ## two replicas on Ray Serve: a plan is rolled out, prompts that begin alike meet, a canary is killed under load
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[ray]'
 	$(BIN)/python -m pytest tests/serve/test_ray.py $(TEST_ARGS)
 

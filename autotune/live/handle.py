@@ -94,6 +94,7 @@ class Handle:
             serving.watch.summary() if active else "",
             active.batching if active and serving.serves else "",
             self._submissions.waiting + (active.waiting if active else 0),
+            active.reused if active else 0,
         )
 
     @property
@@ -105,6 +106,14 @@ class Handle:
     def plan(self) -> Plan | None:
         """The plan that tuning found, whether committed or not; None before tuning."""
         return self._tuned.plan if self._tuned else None
+
+    @property
+    def fault(self) -> str | None:
+        """Why the plan is out of service, in a sentence; None if it serves, or rests only because it seemed slow."""
+        serving = self._serving
+        if self._tuned is None or not self._tuned.variant.transforms or serving.serves or serving.watch.is_slow:
+            return None
+        return f"{serving.state}: {serving.detail}"
 
     def report(self) -> Report:
         """Return the report on what was measured and decided.
@@ -181,8 +190,7 @@ class Handle:
         """Serve with what served before `adopt`, from the next call on. Calls under way finish as they began."""
         serving, plan = self._serving, former.tuned.plan if former.tuned else None
         self._tuned, serving.revision, self._is_adopted = former.tuned, former.revision, former.is_adopted
-        variant = former.active or Variant(route.bare(self._model), self._traffic)
-        serving.begin(variant, plan, stored=self.options.cache and not former.is_adopted)
+        self._begin(former.active or Variant(route.bare(self._model), self._traffic), plan)
         serving.become(former.state, former.detail)
 
     def commit(self, *, keep_original: KeepOriginal = True) -> None:
@@ -464,8 +472,14 @@ class Handle:
     def _switch(self, variant: Variant) -> None:
         """Serve with the outcome of tuning."""
         verdict, plan = (self._tuned.verdict, self._tuned.plan) if self._tuned else ("", None)
-        self._serving.begin(variant, plan, stored=self.options.cache and not self._is_adopted)
+        self._begin(variant, plan)
         self._serving.become(State.TUNED if variant.transforms else State.ORIGINAL, verdict)
+
+    def _begin(self, variant: Variant, plan: Plan | None) -> None:
+        """Serve with a variant. An adopted plan is not in the store, and its times may be another machine's."""
+        if plan is not None and self._is_adopted:
+            plan = replace(plan, latency=None)
+        self._serving.begin(variant, plan, stored=self.options.cache and not self._is_adopted)
 
     def _send_away(self, park: bool) -> None:
         """Park or release the original's weights, except those that the plan still uses."""

@@ -43,6 +43,7 @@ class Status:
         watch: what is watched about the committed plan and what was seen, in a sentence.
         batching: how many callers' sequences are decoded together and wait, in a sentence; empty if none are.
         waiting: number of requests that wait for a row or for their turn.
+        reused: number of tokens of prompts that the plan did not compute, because earlier prompts began alike.
     """
 
     state: State
@@ -55,3 +56,4 @@ class Status:
     watch: str = ""
     batching: str = ""
     waiting: int = 0
+    reused: int = 0

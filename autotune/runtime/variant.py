@@ -346,6 +346,12 @@ class Variant:
         return waiting
 
     @property
+    def reused(self) -> int:
+        """How many tokens of prompts were not computed, because earlier prompts began alike."""
+        reused: int = getattr(self.loop, "reused", 0)
+        return reused
+
+    @property
     def device(self) -> Device:
         """The device of the model's first weights."""
         return devices.of(self.original)

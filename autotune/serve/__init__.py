@@ -10,6 +10,7 @@
     watching    lines of tuning, and figures once a second for all who watch
     switching   back to the original and to the plan again, on the word of the page or of an operator
     page        the page at `/`: the plan and why, phases, trials, figures as they change
+    rollout     a new plan on many replicas: one serves its share with it, then all do, or none
     gate        what every request passes: keys, limits of size and time, ids, counting
     app         the routes
     connection  one client's connection, which has to say what it wants in time

@@ -123,6 +123,7 @@ def _operate(app: FastAPI, served: Service) -> None:
         """Figures for Prometheus."""
         state = served.state()
         ready, transforms = served.unready() is None, ", ".join(state["transforms"])
+        served.metrics.reused(state["reused"])
         text = served.metrics.text(state["running"], state["waiting"], ready, state["state"], transforms)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 

@@ -94,6 +94,7 @@ class Metrics:
         self._prompts = histogram("autotune:request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._answers = histogram("autotune:request_generation_tokens", "Tokens of an answer.", TOKENS)
         self._read = counter("autotune:prompt_tokens", "Tokens of all prompts.")
+        self._reused = counter("autotune:prefix_cache_hits", "Tokens of prompts that earlier prompts began with.")
         self._written = counter("autotune:generation_tokens", "Tokens of all answers.")
         self.rejections = counter("autotune:admission_rejections", "Requests refused because too many waited.")
         self._running = gauge("autotune:num_requests_running", "Answers under way that do not wait.")
@@ -112,6 +113,7 @@ class Metrics:
             "autotune:plan_info", "What serves.", ["model_name", "state", "transforms"], registry=self.registry
         )
         self._model = model
+        self._seen_reused = 0
         self.first, self.next = Recent(), Recent()  # what the histograms of the same tokens count
 
     def token(self, seconds: float, *, first: bool) -> None:
@@ -133,6 +135,12 @@ class Metrics:
         self._prompts.observe(prompt)
         self._answers.observe(tokens)
         self._read.inc(prompt)
+
+    def reused(self, tokens: int) -> None:
+        """Take over how many tokens of prompts the plan that serves has reused so far; another plan begins at 0."""
+        more = tokens - self._seen_reused if tokens >= self._seen_reused else tokens
+        self._reused.inc(more)
+        self._seen_reused = tokens
 
     def answered(self, route: str, status: int) -> None:
         """A request to a route was answered."""

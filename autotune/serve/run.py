@@ -99,10 +99,11 @@ def prepared(settings: Settings) -> Service:
     name = settings.name or Path(settings.model).stem or settings.model
     folder = Folder.of(name) if settings.rollout is not None else None
     promoted = _promoted(folder, model)
-    tuning, chats = TuningLog(), built_in.chats(tokenizer)
+    tuning = TuningLog()
     if settings.policy is None:
-        wrapped = wrap(model, tokenizer=tokenizer, workload=chats, when="manual")
+        wrapped = wrap(model, tokenizer=tokenizer, when="manual")
     else:  # beside the requests that the original answers meanwhile
+        chats = built_in.chats(tokenizer)
         lines = Lines(sys.stderr, Elapsed())
 
         def notify(step: str) -> None:

@@ -126,6 +126,7 @@ class Service:
             "batching": status.batching,
             "running": self._running(status),
             "waiting": status.waiting,
+            "reused": status.reused,
             "served": status.served,
             "bypassed": dict(status.bypassed),
         }

@@ -48,6 +48,11 @@ class Together:
         """How many requests wait for a row."""
         return self.engine.waiting
 
+    @property
+    def reused(self) -> int:
+        """How many tokens of prompts were known from earlier ones."""
+        return self.engine.prefixes.tokens_found
+
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""
         return self.engine.alone()

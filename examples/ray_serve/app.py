@@ -3,45 +3,42 @@
     pip install 'autotune-inference[serve,ray]'
     AUTOTUNE_MODEL=path/to/model AUTOTUNE_CACHE_DIR=/shared/autotune serve run examples.ray_serve.app:app
 
+    app       the deployments
+    front     takes a request, has a replica answer it, asks another one if that dies before it has begun
+    affinity  which replica a request goes to: those that begin alike to one
+    router    that, as Ray Serve asks for it
+
 Every replica is the whole server, with its own cores. The cache directory is shared: the first replica tunes, the
-others serve the model as it is, wait for its plan, verify it on their own machine and serve it. Ray starts a replica
-again that died, and sends its requests to the others meanwhile; clients that retry, as OpenAI's do, notice nothing.
+others serve the model as it is, wait for its plan, verify it on their own machine and serve it. A plan that is offered
+later (`POST /autotune/rollout`) goes to one replica first, and by its verdict to all or none. Ray starts a replica
+again that died; the front asks another one meanwhile.
 
 The environment says the rest: AUTOTUNE_POLICY (`throughput`; `none` to serve untuned), AUTOTUNE_CPUS of a replica (2),
-AUTOTUNE_REPLICAS, the fewest and the most ("1:4").
+AUTOTUNE_REPLICAS, the fewest and the most ("1:4"), AUTOTUNE_CANARY_SLOWER, the fraction by which a canary may be slower
+than the others (0.1).
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from . import front
+from .router import PrefixRouter
 
 MODEL = os.environ.get("AUTOTUNE_MODEL", "")
 POLICY = os.environ.get("AUTOTUNE_POLICY", "throughput")
 CPUS = int(os.environ.get("AUTOTUNE_CPUS", "2"))
 FEWEST, MOST = (int(number) for number in os.environ.get("AUTOTUNE_REPLICAS", "1:4").split(":"))
+SLOWER = float(os.environ.get("AUTOTUNE_CANARY_SLOWER", "0.1"))
 ANSWERS = 16  # that a replica decodes together; beyond it, Ray starts another one
-
-
-class Replica:
-    """What a replica serves, made once when it starts."""
-
-    served: Any = None
-
-
-def build() -> Any:
-    """The ASGI app of one replica: load, wrap, and tune beside the requests."""
-    import torch
-
-    from autotune.serve.app import create_app
-    from autotune.serve.run import Settings, prepared
-    from autotune.tune import policy
-
-    torch.set_num_threads(CPUS)
-    Replica.served = prepared(Settings(MODEL, policy=None if POLICY == "none" else policy.load(POLICY)))
-    return create_app(Replica.served)
+FRONTS = 2  # one that dies takes the streams that it relays with it
 
 
 @serve.deployment(
@@ -50,17 +47,79 @@ def build() -> Any:
     max_ongoing_requests=4 * ANSWERS,
     graceful_shutdown_timeout_s=30,
     health_check_period_s=5,
+    request_router_config=RequestRouterConfig(request_router_class=PrefixRouter, request_routing_stats_period_s=1),
 )
-@serve.ingress(build)
 class Model:
-    """The server as a deployment."""
+    """A replica: the whole server over one model."""
+
+    async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
+        import torch
+
+        from autotune.serve.app import create_app
+        from autotune.serve.rollout.decision import CanaryRules
+        from autotune.serve.run import Settings, answer_once, prepared
+        from autotune.tune import policy
+
+        torch.set_num_threads(CPUS)
+        chosen = None if POLICY == "none" else policy.load(POLICY)
+        self.served = prepared(Settings(MODEL, policy=chosen, rollout=CanaryRules(slower=SLOWER)))
+        self.app: Any = create_app(self.served)
+        self.name = serve.get_replica_context().replica_id.unique_id.encode()
+        await answer_once(self.served)
+
+    async def answer(
+        self, scope: dict[str, Any], body: bytes, *, key: str | None = None
+    ) -> AsyncGenerator[list[dict[str, Any]]]:
+        """Yield the ASGI messages of an answer, those together that come together; closing the iterator ends it.
+
+        Args:
+            scope, body: of the request.
+            key: of its beginning, for the router.
+        """
+        messages = asyncio.Queue[dict[str, Any] | None]()
+        to_come = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            return to_come.pop() if to_come else await asyncio.Future()  # a client that goes cancels the task
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-replica", self.name)]}
+            messages.put_nowait(message)
+
+        task = asyncio.create_task(self.app(scope, receive, send))
+        task.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            has_ended = False
+            while not has_ended:
+                several = [await messages.get()]
+                while not messages.empty():
+                    several.append(messages.get_nowait())
+                has_ended = several[-1] is None
+                if found := [message for message in several if message is not None]:
+                    yield found
+            await task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
 
     async def check_health(self) -> None:
-        """Raise if the model serves nothing any more, so that Ray replaces the replica."""
-        from autotune.live.status import State
+        """Raise if the device is dead, so that Ray replaces the replica. Where a plan failed, the original serves."""
+        from autotune.machine import device
 
-        if Replica.served is not None and Replica.served.model.autotune.status.state is State.FAILED:
-            raise RuntimeError(f"the model failed: {Replica.served.model.autotune.status.detail}")
+        device.of(self.served.model).check()
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What the router should know."""
+        return {"canary": self.served.rollout is not None and self.served.rollout.is_canary}
 
 
-app = Model.bind()
+Front = serve.deployment(
+    serve.ingress(front.build)(),
+    name="Front",
+    num_replicas=FRONTS,
+    ray_actor_options={"num_cpus": 0},
+    max_ongoing_requests=8 * ANSWERS * MOST,
+)
+app = Front.bind(Model.bind())  # type: ignore[attr-defined]  # the decorator's

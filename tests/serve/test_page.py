@@ -294,6 +294,9 @@ def test_the_page_counts_what_prometheus_counts() -> None:
     metrics.token(0.2, first=True)
     metrics.token(0.01, first=False)
     metrics.finished("stop", 5, 2, 0.3, 0.1)
+    for tokens in (128, 256, 128):  # the last one by another plan
+        metrics.reused(tokens)
+    assert b'autotune:prefix_cache_hits_total{model_name="tiny"} 384.0' in metrics.text(0, 0, True, "tuned", "")
     metrics.rejections.inc()
     for route, status in (("/v1/completions", 200), ("/v1/completions", 429), ("/metrics", 401), ("/v1/models", 500)):
         metrics.answered(route, status)

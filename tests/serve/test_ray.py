@@ -1,4 +1,4 @@
-"""Replicas on Ray Serve: one of them is killed under load. `make test-ray` installs Ray first.
+"""Two replicas on Ray Serve: a plan is rolled out, a canary is killed under load. `make test-ray` installs Ray first.
 
 The container file and the manifest are read where nothing can build or apply them.
 """
@@ -20,91 +20,67 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "ray_serve"
-SCRIPT = """
-import json, os, signal, sys, threading, time
-import openai, psutil, ray, torch
-from ray import serve
-from examples.ray_serve.app import app
-from tests.models import tiny, tiny_tokenizer, token_prompts
-
-def replicas():
-    named = ((each.pid, " ".join(each.info["cmdline"] or [])) for each in psutil.process_iter(["cmdline"]))
-    return {pid for pid, command in named if command.startswith("ray::ServeReplica:autotune:Model")}
-
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-serve.run(app, name="autotune")
-client = openai.OpenAI(base_url=f"http://127.0.0.1:{sys.argv[1]}/v1", api_key="none", max_retries=8)
-model, tokenizer, prompts = tiny("llama"), tiny_tokenizer(), token_prompts(6)
-expected = []
-for prompt in prompts:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    expected.append(tokenizer.decode(out[0, len(prompt):], skip_special_tokens=True))
-name, wrong, answered, over = client.models.list().data[0].id, [], [], threading.Event()
-
-def ask():
-    while not over.is_set():
-        for prompt, right in zip(prompts, expected):
-            try:
-                got = client.completions.create(model=name, prompt=prompt, max_tokens=12, temperature=0).choices[0].text
-                answered.append(time.monotonic())
-                if got != right:
-                    wrong.append(got)
-            except Exception as error:
-                wrong.append(repr(error)[:300])
-
-threads = [threading.Thread(target=ask) for _ in range(4)]
-[thread.start() for thread in threads]
-def until(true, seconds=120):
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.1)
-until(lambda: len(answered) > 100)
-before = replicas()
-os.kill(min(before), signal.SIGKILL)
-killed = time.monotonic()
-until(lambda: len(replicas()) == 2 and min(before) not in replicas())
-until(lambda: sum(at > killed for at in answered) > 200)
-over.set()
-[thread.join() for thread in threads]
-after = replicas()
-print(json.dumps({"before": len(before), "after": len(after), "new": len(after - before), "wrong": wrong[:5],
-                  "since": sum(at > killed for at in answered)}))
-serve.shutdown()
-"""
 
 
-@pytest.mark.slow
-def test_a_replica_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a session with two replicas came to: see ray_session."""
     pytest.importorskip("ray", reason="make test-ray installs it")
     from autotune.serve.run import listen
     from tests.models import tiny, tiny_tokenizer
 
-    tiny("llama").save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    folder = tmp_path_factory.mktemp("ray")
+    tiny("llama").save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     environment = os.environ | {
-        "AUTOTUNE_MODEL": str(tmp_path / "tiny"),
+        "AUTOTUNE_MODEL": str(folder / "tiny"),
         "AUTOTUNE_POLICY": "none",
         "AUTOTUNE_CPUS": "1",
         "AUTOTUNE_REPLICAS": "2:2",
-        "AUTOTUNE_CACHE_DIR": str(tmp_path / "cache"),
+        "AUTOTUNE_CACHE_DIR": str(folder / "cache"),
+        "AUTOTUNE_CANARY_SLOWER": "1.0",  # so that a few hundred answers of a tiny model on a busy machine decide
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", SCRIPT, str(port)]
+    command = [sys.executable, "-m", "tests.serve.ray_session", str(port)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"before"')))
-    assert found["wrong"] == [], done.stderr[-2000:]
-    assert (found["before"], found["after"], found["new"]) == (2, 2, 1)
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    return json.loads(line)
+
+
+@pytest.mark.slow
+def test_a_plan_is_rolled_out_by_a_canary_under_load(found: dict[str, Any]) -> None:
+    assert found["first"]["state"] == "promoted", found["first"]
+    assert "within every limit" in found["first"]["reason"]
+    assert found["first"]["candidate"]["failures"]["n"] > 50
+    assert found["first"]["control"]["failures"]["n"] > 50
+    assert found["followed"]
+    assert len(found["answered"]) == 2
+
+
+@pytest.mark.slow
+def test_requests_that_begin_alike_meet_on_one_replica_and_a_flood_is_spread(found: dict[str, Any]) -> None:
+    met = found["met"]
+    assert met["alone"] == 1
+    assert met["gained"] == met["total"] >= 7 * 128  # tokens: all but the first request found its first part
+    assert len(met["flood"]) == 2
+    assert min(met["flood"].values()) >= 10
+
+
+@pytest.mark.slow
+def test_a_canary_that_is_killed_under_load_loses_nothing_and_is_rolled_back(found: dict[str, Any]) -> None:
+    assert found["wrong"] == []
     assert found["since"] > 200
+    assert (found["before"], found["was_replica"], found["new"]) == (2, True, 1)
+    assert found["second"]["reason"] == "the canary's process ended"
+    assert found["again"]
 
 
 def variables() -> set[str]:
     """Names of the environment that the example reads."""
-    return set(re.findall(r'"(AUTOTUNE_[A-Z]+)"', (EXAMPLE / "app.py").read_text())) | {"AUTOTUNE_CACHE_DIR"}
+    return set(re.findall(r'"(AUTOTUNE_[A-Z_]+)"', (EXAMPLE / "app.py").read_text())) | {"AUTOTUNE_CACHE_DIR"}
 
 
 def test_the_manifest_names_what_is_there() -> None:

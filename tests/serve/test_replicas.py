@@ -15,6 +15,7 @@ import autotune
 from autotune.compare.experiment.store import Store
 from autotune.errors import PlanError
 from autotune.live.status import State
+from autotune.live.watch.watch import Cause
 from autotune.machine import cache_dir
 from autotune.serve.answering import Answered
 from autotune.serve.rollout.decision import CanaryRules, Rollout, RolloutState
@@ -183,6 +184,16 @@ def test_a_plan_that_serves_no_more_is_rolled_back(peers: Peers, harm: Callable[
     assert peers.state[0] is RolloutState.ROLLED_BACK
     assert reason in peers.state[1]
     assert peers.model.autotune.status.state is State.WAITING
+
+
+def test_a_plan_that_rests_because_it_seemed_slow_is_judged_by_its_figures(peers: Peers) -> None:
+    peers.offered(LeanLoop())
+    peers.replica.step()
+    peers.canary_answers(30)
+    peers.model.autotune._serving.watch.failed("tokens take longer", Cause.LATENCY)
+    assert not peers.model.autotune.status.transforms
+    peers.replica.step()
+    assert peers.state[0] is RolloutState.CANARY
 
 
 def test_a_canary_that_is_killed_is_a_roll_back(peers: Peers) -> None:

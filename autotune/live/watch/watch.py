@@ -161,6 +161,11 @@ class Watch:
         """Whether the plan is out of service for calls that cannot be a trial."""
         return self.breaker.phase is not BreakerState.CLOSED
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether the plan is out of service because its calls took longer, which may be the machine's fault."""
+        return self.open() and self.cause is Cause.LATENCY
+
     def serve(self, variant: Variant, call: Sampling, is_crowded: Callable[[], bool] = lambda: False) -> Any:
         """Run `variant.sample(call)`, time it and perhaps keep it to be scored again.
 

@@ -194,11 +194,8 @@ class Replica:
             log.info(json.dumps({"rollout": offer.hash, "replica": self.id, "state": "followed"}))
 
     def _failure(self) -> str | None:
-        """Why the canary's plan no longer serves, or None."""
-        status, adopted = self._handle.status, self._adopted
-        expected = bool(adopted and adopted[1].transforms)
-        is_out = bool(status.transforms) != expected
-        return f"{status.state}: {status.detail}" if is_out or self.serves is None else None
+        """Why the canary's plan no longer serves, or None. Whether it is slow is for the figures to say."""
+        return self._handle.fault if self.serves is not None else "it was tuned anew"
 
     def _end(self, rollout: Rollout, quality: str = "") -> None:
         self.folder.write(rollout)
