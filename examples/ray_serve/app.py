@@ -14,13 +14,14 @@ later (`POST /autotune/rollout`) goes to one replica first, and by its verdict t
 again that died; the front asks another one meanwhile.
 
 The environment says the rest: AUTOTUNE_POLICY (`throughput`; `none` to serve untuned), AUTOTUNE_CPUS of a replica (2),
-AUTOTUNE_REPLICAS, the fewest and the most ("1:4"), AUTOTUNE_CANARY_SLOWER, the fraction by which a canary may be slower
-than the others (0.1).
+AUTOTUNE_REPLICAS, the fewest and the most ("1:4"), AUTOTUNE_CANARY, limits of a canary as JSON: the fields of
+`CanaryRules` (`{"slower": 0.1}`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -36,7 +37,7 @@ MODEL = os.environ.get("AUTOTUNE_MODEL", "")
 POLICY = os.environ.get("AUTOTUNE_POLICY", "throughput")
 CPUS = int(os.environ.get("AUTOTUNE_CPUS", "2"))
 FEWEST, MOST = (int(number) for number in os.environ.get("AUTOTUNE_REPLICAS", "1:4").split(":"))
-SLOWER = float(os.environ.get("AUTOTUNE_CANARY_SLOWER", "0.1"))
+CANARY = json.loads(os.environ.get("AUTOTUNE_CANARY", "{}"))
 ANSWERS = 16  # that a replica decodes together; beyond it, Ray starts another one
 FRONTS = 2  # one that dies takes the streams that it relays with it
 
@@ -62,7 +63,7 @@ class Model:
 
         torch.set_num_threads(CPUS)
         chosen = None if POLICY == "none" else policy.load(POLICY)
-        self.served = prepared(Settings(MODEL, policy=chosen, rollout=CanaryRules(slower=SLOWER)))
+        self.served = prepared(Settings(MODEL, policy=chosen, rollout=CanaryRules(**CANARY)))
         self.app: Any = create_app(self.served)
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
         await answer_once(self.served)

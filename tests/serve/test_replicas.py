@@ -128,6 +128,26 @@ def test_a_plan_that_holds_goes_to_the_canary_and_then_to_all(peers: Peers) -> N
         other.replica.step()
 
 
+def test_a_promoted_plan_that_does_not_hold_here_is_verified_again_later(
+    peers: Peers,
+    verdicts: list[Verdict],  # noqa: F811
+) -> None:
+    now = 0.0
+    peers.replica._clock = lambda: now
+    plan = made_for(peers.model, LeanLoop())
+    peers.folder.promote(Offer.of(plans.dumps(plan).encode()))
+    verdicts[:] = [Verdict.FAIL, Verdict.PASS]
+    peers.replica.step()
+    assert peers.model.autotune.plan is None
+    now = RULES.again_s - 1
+    peers.replica.step()
+    assert verdicts == [Verdict.PASS]
+    assert peers.model.autotune.plan is None
+    now = RULES.again_s
+    peers.replica.step()
+    assert peers.model.autotune.plan == plan
+
+
 def test_a_plan_that_is_slower_in_service_is_rolled_back(peers: Peers) -> None:
     first = peers.offered(StaticCache())
     peers.replica.step()

@@ -32,12 +32,15 @@ class CanaryRules:
         failing: difference by which its share of failed answers may exceed the others'.
         requests: least number of its answers before it is promoted.
         patience_s: seconds after which a plan that is not proven to be within the limits is rolled back.
+        again_s: seconds after which a replica on which the promoted plan did not hold verifies it again: noise may have
+            hidden that it does.
     """
 
     slower: float = 0.10
     failing: float = 0.02
     requests: int = 50
     patience_s: float = 24 * 3600.0
+    again_s: float = 600.0
 
     @property
     def ramp(self) -> Ramp:
@@ -163,7 +166,7 @@ class Sight:
         rollout: the latest one, or None.
         promoted: hash of the plan that was promoted last, or None.
         serves: hash of the plan that it serves with, if that came by a rollout; else None.
-        refused: hashes of plans that did not hold on it.
+        refused: hashes of plans that did not hold on it a short while ago.
     """
 
     replica: str

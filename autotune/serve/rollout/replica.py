@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import AutotuneError
 from ...live.status import State
 from ...machine import ending
+from ...report.numbers import duration
 from .decision import CanaryRules, Duty, Rollout, RolloutState, Seen, Sight, duty, judged
 from .folder import Folder, Offer
 from .record import record
@@ -62,7 +63,7 @@ class Replica:
         self._adopted = began  # the plan that came by a rollout, whether it serves or not
         self._before: tuple[Former, tuple[Offer, Plan] | None] | None = None  # what a canary goes back to
         self._trying: Offer | None = None  # the canary's plan
-        self._refused = frozenset[str]()
+        self._refused = dict[str, float]()  # hash of a plan that did not hold -> when it is verified again
         self._compared = ""  # key of the rollout whose figures are counted
         self._over = threading.Event()
         self._worker = ending.Worker(self._run, "autotune-rollout", stop=self._over.set)
@@ -106,7 +107,7 @@ class Replica:
             rollout=rollout,
             promoted=promoted.hash if promoted else None,
             serves=self.serves,
-            refused=self._refused,
+            refused=frozenset(plan for plan, again_s in self._refused.items() if self._clock() < again_s),
         )
         match duty(sight):
             case Duty.TRY if offered is not None:
@@ -187,8 +188,9 @@ class Replica:
             plan = offer.plan()
             self._handle.adopt(plan)
         except AutotuneError as error:
-            self._refused |= {offer.hash}
-            log.warning("the promoted plan does not serve here: %s", error)
+            self._refused[offer.hash] = self._clock() + self.rules.again_s
+            again = duration(self.rules.again_s)
+            log.warning("the promoted plan does not serve here: %s; it is verified again in %s", error, again)
         else:
             self._adopted = (offer, plan)
             log.info(json.dumps({"rollout": offer.hash, "replica": self.id, "state": "followed"}))
