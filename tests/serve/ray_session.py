@@ -145,6 +145,11 @@ def serving(client: httpx.Client) -> dict[str, str | None]:
     return {answer.headers["x-replica"]: answer.json()["serves"] for answer in answers}
 
 
+def two(found: dict[str, Any]) -> dict[str, Any] | None:
+    """What was found, if both replicas answered."""
+    return found if len(found) == 2 else None
+
+
 def hits(client: httpx.Client) -> dict[str, float]:
     """Replica -> tokens of prompts that it reused, of those that answer ten requests."""
     found = {}
@@ -200,7 +205,8 @@ def main(port: int) -> None:
             found["second"] = until(lambda: rollout(client, state="rolled back"))
             until(lambda: len(replicas()) == 2 and victim not in replicas())
             until(lambda: sum(at > killed for at in load.answered) > 200)
-        found["again"] = bool(until(lambda: list(serving(client).values()) == [first, first]))
+        found["serving"] = list(until(lambda: two(serving(client))).values())
+        found["promoted"] = first
         found |= {"before": len(before), "was_replica": victim in before, "new": len(replicas() - before)}
         found |= {"wrong": load.wrong[:5], "since": sum(at > killed for at in load.answered)}
     sys.stdout.write(f"{json.dumps(found)}\n")
