@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..model.revision import Revision
     from ..runtime.variant import Variant
-    from ..tune.run import Tuned
+    from ..tune.tuned import Tuned
     from .status import State
 
 

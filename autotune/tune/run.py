@@ -118,6 +118,8 @@ def verified(
     Raises:
         PlanError: the plan was made for another model, or does not hold here; the message says why.
     """
+    if sharding.ranks(model) > 1:
+        raise PlanError("the model is sharded over several ranks, which take a plan together: tune it with that plan")
     plan.require(fingerprint.of_model(model))
     original = Variant(model, traffic, workload, draft)
     if (obstacle := obstacle_of(original)) is not None:
@@ -125,7 +127,7 @@ def verified(
     here, texts = hardware.identify(model), built_in.natural(tokenizer)
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify)
     notify("verifying another plan")
-    return proven(plan, bench, time.monotonic(), lambda variant: None, busy.Meter())
+    return held(plan, bench, time.monotonic(), lambda variant: None, busy.Meter())
 
 
 def _searched(
@@ -229,13 +231,13 @@ def replay(
     The plan serves as soon as it answers a request, because it was proven on this same model and machine.
     """
     try:
-        return proven(plan, bench, start, serve, meter)
+        return held(plan, bench, start, serve, meter)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
 
 
-def proven(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
+def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
     """Apply a plan from disk and verify it again. The arguments are those of `replay`.
 
     Raises:
