@@ -184,7 +184,7 @@ def main(port: int) -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(app, name="autotune")
     url, model = f"http://127.0.0.1:{port}", tiny("llama")
-    lock = next(Path(os.environ["AUTOTUNE_CACHE_DIR"]).glob("rollout-*/lock"))
+    lock = next(Path(os.environ["AUTOTUNE_CACHE_DIR"]).glob("rollouts/*/lock"))
     load, found = Load(url), dict[str, Any]()
     with httpx.Client(base_url=url, timeout=60) as client:
         with load.on():  # what the plan is verified for

@@ -273,3 +273,23 @@ def test_an_operator_offers_a_plan_over_http(peers: Peers) -> None:
         assert (answer.status_code, answer.json()["offered"]) == (202, Offer.of(text).hash)
         peers.replica.step()
         assert client.get(path).json()["is_canary"]
+
+
+@pytest.mark.parametrize(("model", "folder"), [("a/model", "a-model"), ("..", "model"), (".hidden", "hidden")])
+def test_every_model_has_a_folder_among_the_rollouts(
+    model: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    found = Folder.of(model)
+    assert found is not None
+    assert found.path == tmp_path / "cache" / "rollouts" / folder
+    found.lock.close()
+
+
+def test_a_folder_of_others_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "rollouts" / "model").mkdir(parents=True, mode=0o700)
+    for path in (tmp_path / "cache", tmp_path / "cache" / "rollouts"):
+        path.chmod(0o700)
+    (tmp_path / "cache" / "rollouts" / "model").chmod(0o777)
+    assert Folder.of("model") is None

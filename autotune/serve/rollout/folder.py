@@ -76,10 +76,14 @@ class Folder:
     @classmethod
     def of(cls, model: str) -> Folder | None:
         """The directory for a model's name, in the cache directory; None if nothing can be kept there."""
-        name = re.sub(r"[^\w.-]", "-", model)
-        path = cache_dir.cache(f"rollout-{name}", lasting=True)
+        name = re.sub(r"[^\w.-]", "-", model).lstrip(".") or "model"
+        if (all_models := cache_dir.cache("rollouts", lasting=True)) is None:
+            return None
+        path = all_models / name
         try:
-            return None if path is None else cls(path)
+            path.mkdir(mode=0o700, exist_ok=True)
+            cache_dir.require_private(path)
+            return cls(path)
         except OSError as error:
             log.warning("no plans are rolled out: %s", error)
             return None
