@@ -122,4 +122,5 @@ def _handler() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGALRM, before)
+        # Another thread may still run the call that an alarm has ended here: its next alarm must not end the process.
+        signal.signal(signal.SIGALRM, signal.SIG_IGN if before is signal.SIG_DFL else before)
