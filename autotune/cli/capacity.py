@@ -80,9 +80,10 @@ def plan_capacity(args: Namespace) -> int:
         soft_wrap=True,
     )
     if there is not None:
-        reads, steps = (f"{there['speedups'][metric]:.2f}" for metric in ("ttft", "tpot"))
+        gains = there["speedups"]
         say(
-            f"There, prompts are read {reads}x as fast and steps, however many answers they decode, {steps}x: "
+            f"There, prompts are read {gains['ttft']:.2f}x as fast and steps, however many answers they decode, "
+            f"{gains['tpot']:.2f}x: "
             f"{there['because']}. Assumed: {there['assumes']}.",
             soft_wrap=True,
         )

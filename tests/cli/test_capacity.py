@@ -32,11 +32,28 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_replicas_users_and_assumptions_are_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--users", "40", "--ttft", "5000", "--tpot", "60", "--prompt-tokens", "100", "--new-tokens", "50"]
+LOAD = ("--users", "40", "--ttft", "5000", "--tpot", "60", "--prompt-tokens", "100", "--new-tokens", "50")
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        (
+            LOAD,
+            ("replicas for 40 users", "99 of 100 answers", "ask for 50 tokens", "10.0 for 1, 16.0 for 4, 40.0 for 16"),
+        ),
+        (
+            ("--users", "4", "--ttft", "5000", "--machine", "acme"),
+            ("on ACME T9, predicted from", "5.0 for 1, 8.0 for 4, 20.0 for 16", "read 4.00x as fast", "the same share"),
+        ),
+    ],
+    ids=["here", "another machine"],
+)
+def test_replicas_users_and_assumptions_are_told(
+    asked: tuple[str, ...], wanted: tuple[str, ...], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan-capacity", str(file), *asked]) == 0
     told = capsys.readouterr().out
-    wanted = ("replicas for 40 users", "99 of 100 answers", "ask for 50 tokens", "10.0 for 1, 16.0 for 4, 40.0 for 16")
     assert all(each in told for each in wanted)
 
 
@@ -51,13 +68,6 @@ def test_a_report_that_does_not_say_it_is_an_error(tmp_path: Path, capsys: pytes
     (tmp_path / "report.json").write_text(report_of(ORIGINAL).to_json())
     assert main(["plan-capacity", str(tmp_path / "report.json"), "--users", "4"]) == 4
     assert "--policy throughput" in capsys.readouterr().err
-
-
-def test_another_machine_is_predicted_with_what_that_assumes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan-capacity", str(file), "--users", "4", "--ttft", "5000", "--machine", "acme"]) == 0
-    told = capsys.readouterr().out
-    wanted = ("on ACME T9, predicted from", "5.0 for 1, 8.0 for 4, 20.0 for 16", "read 4.00x as fast", "the same share")
-    assert all(each in told for each in wanted)
 
 
 def test_a_machine_without_figures_is_an_error(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@
 namespace autotune {
 
 constexpr int kRows = 16;      // output rows in a block
+constexpr int kStrips = kRows / kWidth;  // vectors that a block's outputs take
 constexpr int64_t kLeastTaskBytes = 32 << 10;  // with fewer bytes, a further thread does not pay
 constexpr int kStep = 8;       // inputs decoded together
 constexpr int kMostTokens = 8;  // tokens served by one pass over a block's weights
@@ -106,27 +107,27 @@ constexpr int at_once(int tokens) {
 
 // One token's strips are computed side by side: each by itself would let the memory rest while it reads what the first
 // one has left in the cache.
-constexpr int strips_together(int tokens) { return tokens == 1 ? kRows / kWidth : 1; }
+constexpr int strips_together(int tokens) { return tokens == 1 ? kStrips : 1; }
 
 template <class Format, int kTokens>
 void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floats* out) {
   constexpr int kAtOnce = at_once(kTokens);  // chains in one pass over a group, whose weights stay in the L1 cache
-  constexpr int kStrips = strips_together(kTokens);
+  constexpr int kSides = strips_together(kTokens);
   const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
   const float* x = tile.x;
-  Floats total[kStrips][kTokens] = {};
+  Floats total[kSides][kTokens] = {};
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; ++g) {
-    Floats sum[kStrips][kTokens] = {};
+    Floats sum[kSides][kTokens] = {};
     const auto pass = [&](auto chain) __attribute__((always_inline)) {
-      Floats part[kStrips][kAtOnce][kTokens] = {};
+      Floats part[kSides][kAtOnce][kTokens] = {};
       const uint8_t* from = at;
       const float* input = x;
       for (int64_t k = 0; k < w.group; k += kStep) {
         if (strip == 0 && chain == 0)
           for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(from + line + kAheadBytes);
 #pragma GCC unroll 4
-        for (int s = 0; s < kStrips; ++s)
+        for (int s = 0; s < kSides; ++s)
           Format::decode(from + s * kWidth * Format::kLaneBytes, [&](int j, Floats number) __attribute__((always_inline)) {
             if (j % kChains < chain || j % kChains >= chain + kAtOnce) return;
 #pragma GCC unroll 8
@@ -135,7 +136,7 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floa
         from += Format::kStepBytes;
         input += kStep * kTokens;
       }
-      for (int s = 0; s < kStrips; ++s)
+      for (int s = 0; s < kSides; ++s)
         for (int c = 0; c < kAtOnce; ++c)
           for (int t = 0; t < kTokens; ++t) sum[s][t] += part[s][c][t];
     };
@@ -145,7 +146,7 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floa
     if constexpr (kAtOnce < 2 && kChains > 2) pass(std::integral_constant<int, 3>());
     at += w.group / kStep * Format::kStepBytes;
     x += w.group * kTokens;
-    for (int s = 0; s < kStrips; ++s) {
+    for (int s = 0; s < kSides; ++s) {
       const int64_t factor = (block * groups + g) * kRows + (strip + s) * kWidth;
       if (w.scales) {
         Floats scale = w.scales.load(factor);
@@ -159,14 +160,14 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floa
       }
     }
   }
-  for (int s = 0; s < kStrips; ++s)
+  for (int s = 0; s < kSides; ++s)
     for (int t = 0; t < kTokens; ++t) out[s * kTokens + t] = total[s][t];
 }
 
 // Expands the weights of one block to FP32, into 16 columns of a panel [K, width].
 template <class Format>
 void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
-  for (int strip = 0; strip < kRows / kWidth; ++strip) {
+  for (int strip = 0; strip < kStrips; ++strip) {
     const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
     float* column = panel + strip * kWidth;
     for (int64_t g = 0; g < w.groups(); ++g) {
@@ -204,12 +205,12 @@ inline void put(const Weights& w, int64_t row, Floats out, const float* bias, fl
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
 inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
                             int64_t begin, int64_t end) {
-  Floats out[std::max(kMostTokens, kRows / kWidth)];
+  Floats out[std::max(kMostTokens, kStrips)];
   for (int64_t block = begin; block < end; ++block)
     for (int64_t i = 0; i < tiles.count(); ++i) {
       const Tile tile = tiles.tile(w, i);
       const int together = strips_together(tile.tokens);
-      for (int strip = 0; strip < kRows / kWidth; strip += together) {
+      for (int strip = 0; strip < kStrips; strip += together) {
         kernel.multiply[tile.tokens](w, tile, block, strip, out);
         for (int s = 0; s < together; ++s)
           for (int t = 0; t < tile.tokens; ++t)

@@ -13,8 +13,7 @@ namespace autotune {
 constexpr int kSpans[] = {32, 8};
 inline int64_t span_of(int64_t group) { return group % kSpans[0] ? kSpans[1] : kSpans[0]; }
 
-constexpr int kStrips = kRows / kWidth;  // vectors of sums in a block
-constexpr int kTogether = 32;           // tokens served by one pass over a block's weights
+constexpr int kTogether = 32;  // tokens served by one pass over a block's weights
 constexpr int kMostSteps[] = {0, 127, 32639};  // by digits: what a span's largest number is rounded to
 constexpr float kTiny = 1e-30f;  // a span of smaller numbers counts as zeros: its step has no reciprocal
 
