@@ -96,7 +96,7 @@ class Soak:
 
     @property
     def engine(self) -> Engine:
-        loop = self.model.autotune._tuned.variant.loop
+        loop = self.model.autotune._winner.tuned.variant.loop
         assert isinstance(loop, Together)
         return loop.engine
 
@@ -225,7 +225,7 @@ class Soak:
         self.model.autotune.commit()
 
     def measure(self, draw: random.Random) -> None:
-        with self.model.autotune._traffic.step():
+        with self.model.autotune._tuning._traffic.step():
             time.sleep(draw.random() / 50)
 
     # The run

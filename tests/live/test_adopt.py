@@ -70,6 +70,6 @@ def test_a_plan_that_does_not_hold_changes_nothing(verdicts: list[Verdict]) -> N
     with pytest.raises(PlanError, match="made for model"):
         handle.adopt(KEPT)
     assert (handle.status.state, handle.plan) == (State.TUNED, lean)
-    with handle._tuning, pytest.raises(StateError, match="under way"):
+    with handle._tuning.lock, pytest.raises(StateError, match="under way"):
         handle.adopt(lean)
     handle.unwrap()

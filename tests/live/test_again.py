@@ -153,7 +153,7 @@ def test_in_the_background_noise_is_waited_out(searches: list[bool], rests: Time
     model = tiny("llama")
     rests.happens = lambda: details.append(model.autotune.status.detail)
     handle = background(model).autotune
-    handle._thread.join(60)
+    handle._tuning.thread.join(60)
     assert rests.rests == [600.0, 1200.0]
     assert [detail.rpartition(" in ")[0] for detail in details] == [f"{FOR_NOW}; tried again"] * 2
     assert (searches, handle.status.state, handle.status.detail) == ([], "original", KEPT)
@@ -176,7 +176,7 @@ def meanwhile(model: Any) -> dict[str, Callable[[], Any]]:
         "rollback": handle.rollback,
         "training": model.train,
         "other weights": lambda: model.load_state_dict(tiny("llama", seed=7).state_dict()),
-        "another tuning": lambda: handle._tuning.acquire(blocking=False),
+        "another tuning": lambda: handle._tuning.lock.acquire(blocking=False),
         "tuned by hand": handle.tune,
         "the process ends": lambda: True,
     }
@@ -190,7 +190,7 @@ def test_what_changed_since_is_not_tuned_again(event: str, searches: list[bool],
     model = tiny("llama")
     ends = {"the process ends"}
     rests.happens = lambda: bool(meanwhile(model)[event]()) and event in ends
-    background(model).autotune._thread.join(60)
+    background(model).autotune._tuning.thread.join(60)
     assert rests.rests == [PAUSES_S[0]]
     assert len(searches) == (7 if event == "tuned by hand" else 8)
 
@@ -199,7 +199,7 @@ def test_unwrap_ends_the_rest(searches: list[bool]) -> None:
     model = background(tiny("llama"))
     handle = model.autotune
     handle.unwrap()
-    assert not handle._thread.is_alive()
+    assert not handle._tuning.thread.is_alive()
     assert len(searches) >= 8
 
 
@@ -214,7 +214,7 @@ def test_a_model_that_nobody_uses_is_free_during_the_rest(
 
     monkeypatch.setattr(Traffic, "rest", rest)
     model = background(tiny("llama"))
-    thread, weights = model.autotune._thread, weakref.ref(model.lm_head.weight)
+    thread, weights = model.autotune._tuning.thread, weakref.ref(model.lm_head.weight)
     assert resting.wait(60)
     assert isinstance(thread, ending.Worker)
     del model

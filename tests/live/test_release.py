@@ -103,7 +103,7 @@ def test_weights_that_the_plan_does_not_use_are_freed_and_it_answers_the_same(
     model = wrapped(tiny(architecture))
     padded = left_padded()
     before = greedy(model), greedy(model, padded["input_ids"], attention_mask=padded["attention_mask"])
-    serving = model.autotune._tuned.variant.modules
+    serving = model.autotune._winner.tuned.variant.modules
     used = {id(p) for module in serving.values() for p in module.parameters()}
     unused = [weakref.ref(p) for p in model.parameters() if id(p) not in used]
     layers = [weakref.ref(m) for m in model.modules() if m is not model]

@@ -74,7 +74,7 @@ class Held:
 
 
 def engine_of(model: Any) -> Engine:
-    loop = model.autotune._tuned.variant.loop
+    loop = model.autotune._winner.tuned.variant.loop
     assert isinstance(loop, Together)
     return loop.engine
 
@@ -292,7 +292,7 @@ def test_a_measured_step_has_its_turn_between_the_steps_of_a_busy_engine(
     busy = [model.autotune.submit(ids, **LONG) for ids in PROMPTS[:6]]
     next(iter(busy[0]))
     served = serving(model.autotune._serving.active)
-    with model.autotune._traffic.step():  # as tuning and the watch take it
+    with model.autotune._tuning._traffic.step():  # as tuning and the watch take it
         steps = engine_of(model).counts["steps"]
         assert called(served, PROMPTS[1], max_new_tokens=10) == expected
         assert engine_of(model).counts["steps"] == steps

@@ -13,7 +13,7 @@ import torch
 
 import autotune
 from autotune import transforms
-from autotune.live import original
+from autotune.live import winner
 from autotune.live.original import Original
 from autotune.live.watch.watch import Watch
 from autotune.model import revision
@@ -74,7 +74,7 @@ def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once
     scripted[:] = TOGETHER
     model = wrapped(tiny("llama"))
     expected = [greedy(tiny("llama"), ids, 30) for ids in PROMPTS]
-    engine = model.autotune._tuned.variant.loop.engine
+    engine = model.autotune._winner.tuned.variant.loop.engine
     logits = engine.sequences.logits
 
     def failing() -> torch.Tensor:
@@ -148,7 +148,7 @@ def break_down(*_: Any, **__: Any) -> Any:
         (revision.Revision, "__init__"),
         (revision.Revision, "differs"),
         (Watch, "begin"),
-        (original, "releasable_bytes"),
+        (winner, "releasable_bytes"),
         (Original, "release"),
     ],
 )
@@ -163,8 +163,6 @@ def test_a_commit_that_fails_leaves_a_model_that_answers(
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = greedy(model)
     monkeypatch.setattr(owner, name, break_down)
-    if name == "releasable_bytes":  # the handle has it by its own name
-        monkeypatch.setattr("autotune.live.handle.releasable_bytes", break_down)
     with pytest.raises((RuntimeError, autotune.AutotuneError), match="broken off here"):
         wrapped(model, keep_original=False)
     monkeypatch.undo()

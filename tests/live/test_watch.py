@@ -293,7 +293,7 @@ def test_calls_that_overlap_are_not_timed(watched: Any, clock: Clock) -> None:
     watch.share = 0.0
     watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     clock.tick = 0.0135
-    with watched.autotune._traffic.request():  # another call is in flight all the time
+    with watched.autotune._tuning._traffic.request():  # another call is in flight all the time
         serve(watched, 30, tokens=9)
     assert phases(watched) == []
     serve(watched, 9, tokens=9)

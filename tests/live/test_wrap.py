@@ -139,7 +139,7 @@ def test_calls_are_observed_until_there_are_enough(scripted: list[Transform], ob
 
 def test_background_tuning_ends_and_serves(scripted: list[Transform]) -> None:
     model = wrapped(tiny("llama"), when="background")
-    thread = model.autotune._thread
+    thread = model.autotune._tuning.thread
     assert thread is not None
     thread.join(60)
     assert model.autotune.status.state == "tuned"
@@ -168,7 +168,7 @@ class Paused:
 
     def end(self, model: Any) -> None:
         self.go_on.set()
-        model.autotune._thread.join(60)
+        model.autotune._tuning.thread.join(60)
 
 
 def test_what_is_proven_serves_while_tuning_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

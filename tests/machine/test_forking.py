@@ -136,7 +136,7 @@ def test_a_child_of_a_process_that_tunes_answers_and_tunes_by_itself(monkeypatch
     assert in_child(answers) == ANSWERED
     leave.set()
     with pytest.warns(RuntimeWarning, match="enough"):
-        model.autotune._thread.join()
+        model.autotune._tuning.thread.join()
     model.autotune.unwrap()
 
 

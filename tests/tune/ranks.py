@@ -191,7 +191,7 @@ class Rank:
         def broken(*args: Any) -> None:
             raise RuntimeError("no such kernel")
 
-        handle._tuned.variant.loop = broken
+        handle._winner.tuned.variant.loop = broken
         try:
             return [self.answer(), None]
         except VariantError as error:

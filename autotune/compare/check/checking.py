@@ -14,6 +14,7 @@ from ...errors import AutotuneError, BaselineError, MeasurementError
 from ...model import route
 from ...model.linear_layers import stored_bytes
 from ...runtime.variant import Variant
+from ...runtime.wrapped import tuned_on
 from ...tune import codec, fingerprint
 from ...tune.run import name_of
 from ...validate import Quality, Verdict, latency
@@ -102,7 +103,7 @@ def run(
         metrics += _latency_metrics(base, variant, against, max_slowdown, clock, notify) if measure_latency else []
     metrics.append(_memory_metric(base, variant))
     task_metrics, flips = _task_metrics(base, variant, tokenizer, notify)
-    known = () if isinstance(model, Variant) else subject.tuned_on(model)
+    known = () if isinstance(model, Variant) else tuned_on(model)
     seen = known if tuning_prompts is None else (*known, *prompts.parse(tuning_prompts, tokenizer))
     here = subject.environment(variant.original)
     return CheckResult(

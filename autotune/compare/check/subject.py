@@ -15,6 +15,7 @@ from ...machine.hardware import library_versions
 from ...model import route, seam
 from ...model.linear_layers import stored_bytes
 from ...runtime.variant import Variant
+from ...runtime.wrapped import serving_variant
 from ...tune import fingerprint
 from ...tune.run import name_of
 from ...validate.exam import context_limit, vocabulary
@@ -42,16 +43,7 @@ def serving(model: PreTrainedModel, plan: Plan | None = None) -> Variant:
         raise UnsupportedModelError(reason)
     if plan is not None:
         return plan.apply(model)
-    if not route.is_routed(model):
-        return Variant(model)
-    active: Variant | None = getattr(model.__dict__.get(route.SLOT), "_active", None)
-    return active or Variant(route.bare(model))
-
-
-def tuned_on(model: PreTrainedModel) -> tuple[tuple[int, ...], ...]:
-    """Prompts that a wrapped model was given to tune for; empty if unknown."""
-    given = getattr(model.__dict__.get(route.SLOT), "_given", None)
-    return given.prompts if given is not None else ()
+    return serving_variant(model) if route.is_routed(model) else Variant(model)
 
 
 def describe(variant: Variant, tokenizer: PreTrainedTokenizerBase | None, dtype: str, vocabulary: int) -> Subject:

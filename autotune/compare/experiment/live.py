@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ... import workload
 from ...errors import ExperimentError
 from ...model import route, seam
-from ...runtime.variant import Variant
 from ...tune import codec
 from ...workload import Workload
 from .arms import Arm, ArmBuilder
@@ -156,12 +155,6 @@ def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> 
         if problem := arm.problem or arm.unjudged:
             raise ExperimentError(f"candidate {name!r} cannot answer the live model's calls: {problem}")
     return bench.control(GivenArm(CONTROL, "model", bare)), built
-
-
-def serving_variant(model: PreTrainedModel) -> Variant:
-    """The variant that answers a live model's calls now: its plan's, or the model as it is."""
-    active: Variant | None = getattr(model.__dict__.get(route.SLOT), "_active", None)
-    return active or Variant(route.bare(model))
 
 
 def overall(candidates: Sequence[Standing]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from ...machine import ending, forking
 from ...machine.ending import Cancelled
 from ...model import route, seam
 from ...runtime.traffic import Traffic
+from ...runtime.wrapped import serving_variant
 from ...validate import Verdict
 from ...validate.tiers import TIERS
 from . import guardrails
@@ -30,7 +31,6 @@ from .live import (
     log,
     read_figures,
     sentences,
-    serving_variant,
     spread_of,
 )
 from .replays import LateError, Replay, ReplayedRequest, Rerun, Turns, replay

@@ -18,7 +18,7 @@ from autotune.compare.check.subject import environment as environment_of
 from autotune.compare.check.tasks import Suite, Task
 from autotune.errors import BaselineError, MeasurementError, PlanError, UnsupportedModelError, WorkloadError
 from autotune.live.wrap import wrap
-from autotune.model import seam
+from autotune.model import route, seam
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms import make
 from autotune.tune.fingerprint import Fingerprint, of_model
@@ -211,6 +211,12 @@ def test_a_wrapped_model_and_a_variant_are_checked_as_they_serve(baseline, model
     wrapped = wrap(model, when="manual", cache=False)
     assert check.run(wrapped, baseline).verdict is Verdict.PASS
     assert check.run(Variant(subject()), baseline).verdict is Verdict.PASS
+    wrapped.autotune._serving.begin(Variant(route.bare(model)).with_transform(Halved("decode")), None)
+    checked = check.run(wrapped, baseline, tier="lossless")
+    assert checked.verdict is Verdict.FAIL, "its plan serves, and that is what was asked about"
+    assert str(Halved("decode")) in checked.model
+    wrapped.autotune.rollback()
+    assert check.run(wrapped, baseline, tier="lossless").verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_prompts_that_were_tuned_on_are_flagged(baseline, model, tuned, verdict,
 
 def test_a_wrapped_models_own_prompts_are_known(baseline, model):
     wrapped = wrap(model, when="manual", cache=False)
-    wrapped.autotune._given = wrapped.autotune.read(token_prompts(18, 40))
+    wrapped.autotune._tuning.given = wrapped.autotune.read(token_prompts(18, 40))
     assert metric(check.run(wrapped, baseline), "leakage").verdict is Verdict.INCONCLUSIVE
 
 

@@ -1,0 +1,139 @@
+"""What tuning found for a wrapped model: what serves by it, and where the original's weights are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import StateError
+from ..machine import device as devices
+from ..machine.ending import Cancelled
+from ..model import route
+from ..model.linear_layers import stored_bytes
+from ..model.revision import Revision
+from ..runtime.variant import Variant
+from .former import Former
+from .original import Original, Residence, releasable_bytes
+from .status import State
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..runtime.traffic import Traffic
+    from ..tune.plan import Plan
+    from ..tune.tuned import Tuned
+    from .serving import Serving
+
+log = logging.getLogger("autotune")
+
+
+class Winner:
+    """The winner of tuning: puts it into service, and frees or brings back the original's weights beside it.
+
+    Args:
+        model: the wrapped model.
+        serving: routes the model's calls.
+        traffic: in which every call takes part.
+        cache: whether tuning keeps its plan in the store.
+
+    Attributes:
+        tuned: what tuning found; None before tuning.
+    """
+
+    def __init__(self, model: PreTrainedModel, serving: Serving, traffic: Traffic, *, cache: bool) -> None:
+        self._model = model
+        self._serving = serving
+        self._traffic = traffic
+        self._cache = cache
+        self._is_adopted = False  # whether what serves was adopted, and so is not in the store
+        self.tuned: Tuned | None = None
+
+    @property
+    def original(self) -> Original:
+        return self._serving.original
+
+    def replaced(self, tuned: Tuned, revision: Revision, *, is_adopted: bool = False) -> Former:
+        """Serve with a new outcome from the next call on. Returns what served before.
+
+        Args:
+            tuned: the outcome.
+            revision: what the model was when it was tuned.
+            is_adopted: whether its plan was adopted rather than found here.
+        """
+        serving = self._serving
+        former = Former(self.tuned, serving.active, serving.revision, serving.state, serving.detail, self._is_adopted)
+        self.tuned, serving.revision, self._is_adopted = tuned, revision, is_adopted
+        self.serve(tuned)
+        return former
+
+    def restore(self, former: Former) -> None:
+        """Serve with what served before. Calls under way finish as they began."""
+        serving, plan = self._serving, former.tuned.plan if former.tuned else None
+        self.tuned, serving.revision, self._is_adopted = former.tuned, former.revision, former.is_adopted
+        self._begin(former.active or Variant(route.bare(self._model), self._traffic), plan)
+        serving.become(former.state, former.detail)
+
+    def serve(self, tuned: Tuned) -> None:
+        """Serve with the outcome of tuning."""
+        self._begin(tuned.variant, tuned.plan)
+        self._serving.become(State.TUNED if tuned.variant.transforms else State.ORIGINAL, tuned.verdict)
+
+    def _begin(self, variant: Variant, plan: Plan | None) -> None:
+        """Serve with a variant. An adopted plan is not in the store, and its times may be another machine's."""
+        if plan is not None and self._is_adopted:
+            plan = replace(plan, latency=None)
+        self._serving.begin(variant, plan, stored=self._cache and not self._is_adopted)
+
+    # Where the original's weights are
+
+    def send_away(self, park: bool) -> None:
+        """Park or release the original's weights, except those that the plan still uses."""
+        place = self.original.place
+        if place is Residence.RELEASED or self.tuned is None or (park and place is Residence.PARKED):
+            return
+        if self._traffic.cancelled:
+            raise StateError("the model was unwrapped; wrap it again to commit a plan without its original")
+        variant = self.tuned.variant
+        if place is Residence.RESIDENT and not releasable_bytes(self._model, variant):
+            log.info("the original stays: the plan uses all of its weights")
+            return
+        with self._alone():
+            self.original.park(variant) if park else self.original.release(variant)
+            self._serving.revision = Revision(self._model)
+        report = self.tuned.report.without_original(stored_bytes(*variant.modules.values()))
+        self.tuned = replace(self.tuned, report=report)
+
+    def bring_back(self, what: str) -> None:
+        """Move parked weights of the original back. Drops the plan if it leaves no room for them.
+
+        Args:
+            what: the operation that needs the weights, for the message.
+
+        Raises:
+            StateError: the original was released.
+        """
+        self.original.require(what)
+        if self.original.place is not Residence.PARKED or self.tuned is None:
+            return
+        with self._alone():
+            device, report = devices.of(self._model), self.tuned.report.without_original(None)
+            self._serving.active = None
+            self.tuned = replace(self.tuned, report=report)
+            if device.memory().free < self.original.parked_bytes:
+                self.tuned = None
+                device.trim()
+                log.warning("the plan was dropped: beside it there was no room to bring the original back")
+            self.original.restore()
+            self._serving.revision = Revision(self._model)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold this context while no request is in flight."""
+        try:
+            with self._traffic.step():
+                yield
+        except Cancelled:
+            raise StateError("the model was unwrapped meanwhile, or the process ends") from None
