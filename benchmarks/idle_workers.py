@@ -22,7 +22,7 @@ from autotune.model import seam
 from autotune.model.load import load
 from autotune.runtime.variant import Variant
 from autotune.workload import Workload, built_in
-from benchmarks.serving import PLAN
+from benchmarks.serving import plan
 
 TOKENS, TIMES, ROUNDS = 64, 10, 3
 
@@ -30,8 +30,8 @@ TOKENS, TIMES, ROUNDS = 64, 10, 3
 def main() -> int:
     model, tokenizer = load(str(demo.model_file()))
     prompt = (built_in.chats(tokenizer)[0] * 20)[:TOKENS]  # type: ignore[arg-type]
-    chain = [transforms.make(name, params, phase) for name, phase, params in PLAN]
-    plan = Variant(model, workload=Workload((tuple(prompt),), 8)).with_transforms(chain)
+    chain = [transforms.make(name, params, phase) for name, phase, params in plan()]
+    variant = Variant(model, workload=Workload((tuple(prompt),), 8)).with_transforms(chain)
     ids = torch.tensor([prompt])
     found: dict[str, list[float]] = {"the first thread": [], "a second, beside it": [], "a second, after `rest`": []}
 
@@ -39,7 +39,7 @@ def main() -> int:
         times = []
         for _ in range(TIMES):
             start, cache = time.perf_counter(), seam.growing_cache()
-            with torch.no_grad(), plan.running("prefill") as module:
+            with torch.no_grad(), variant.running("prefill") as module:
                 module(input_ids=ids, logits_to_keep=1, **seam.over(model, cache))
             times.append(time.perf_counter() - start)
         found[where].append(median(times))

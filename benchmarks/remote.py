@@ -28,21 +28,27 @@ class Remote:
         command: what runs it.
         log: file that its standard error goes to.
         environment: on top of this process's.
+
+    Raises:
+        WorkerError: the command is not there.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.log = log
-        with log.open("ab") as stream:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                text=True,
-                start_new_session=True,  # with it end the compilers it starts
-            )
+        try:
+            with log.open("ab") as stream:
+                self.process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **environment},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stream,
+                    text=True,
+                    start_new_session=True,  # with it end the compilers it starts
+                )
+        except OSError as error:
+            raise WorkerError(f"{command[0]} cannot be started: {error.strerror}") from error
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 

@@ -3,13 +3,13 @@
     make bench-serving
     python -m benchmarks.serving --callers 1,8 --rounds 3
 
-SmolLM2-135M-Instruct with the plan that tuning finds on CPUs with BF16 instructions, put on by hand. Every caller is a
-thread that asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those,
-which the other runtimes have, too; "one at a time" is the plan behind a lock; "the original" is the model as it is,
-behind a lock, too; "a closed batch" is one call with as many prompts as there are callers. llama.cpp, with a slot for
-each caller, and OpenVINO GenAI's continuous batching answer the same requests, each in a process of its own that is
-idle while others are timed. Every round runs all of them in an order drawn anew. Ratios are within a round. At the end
-the divergence of each from the original on held-out text is printed.
+SmolLM2-135M-Instruct with INT8 weights and what tuning finds for prefill, put on by hand. Every caller is a thread that
+asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those, which the other
+runtimes have, too, where the processor multiplies bytes by bytes; "one at a time" is the plan behind a lock; "the
+original" is the model as it is, behind a lock and without one; "a closed batch" is one call with as many prompts as
+there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer the same
+requests, each in a process of its own that is idle while others are timed. Every round runs all of them in an order
+drawn anew. Ratios are within a round. At the end the divergence of each from the original on held-out text is printed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ from autotune import transforms
 from autotune.cli import demo
 from autotune.machine import cache_dir, intraop
 from autotune.model import route
+from autotune.model.gguf import checkpoint
 from autotune.model.load import load
+from autotune.runtime import kernels
 from autotune.runtime.variant import Variant, serving
 from autotune.validate.divergence import Divergence
 from autotune.workload import Workload, built_in
 from benchmarks import quality
 from benchmarks.loaded import ratios, spread
-from benchmarks.peers import PEERS, Setup
+from benchmarks.peers import PEERS, VLLM, VLLM_PYTHON, Home, Setup
+from benchmarks.peers.fixed import multiplies_bf16
 from benchmarks.remote import WorkerError
 from benchmarks.results import Quality
 from benchmarks.stage import REQUEST_S, Stage
@@ -48,33 +51,44 @@ from benchmarks.stage import REQUEST_S, Stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAN: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("weight_only", "decode", {"bits": 8}),
-    ("linear_bf16", "prefill", {"weights": "decode"}),
-    ("fused_layers", "prefill", {}),
-    ("prefill_attention", "prefill", {"precision": "bfloat16"}),
-    ("one_query_attention", "decode", {}),
-    ("step_program", "decode", {}),
-)
-SHORT: tuple[tuple[str, str, dict[str, Any]], ...] = (  # other runtimes round activations, too
+Parts = tuple[tuple[str, str, dict[str, Any]], ...]  # transforms: name, phase, parameters
+
+SHORT: Parts = (  # other runtimes round activations, too
     ("int8_activations", "prefill", {}),
     ("int8_activations", "decode", {}),
 )
 WAIT_MS = 20.0  # as in policies/throughput.toml
 TOGETHER, ROUNDED, ALONE = "together", "together, 8-bit activations", "one at a time"
-ORIGINAL, CLOSED = "the original", "a closed batch"
-RIVALS = ("llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32")  # see benchmarks.peers
+ORIGINAL, AT_ONCE, CLOSED = "the original", "the original, without a lock", "a closed batch"
+UNLOCKED = (TOGETHER, ROUNDED, AT_ONCE)
+ORIGINALS = (ORIGINAL, AT_ONCE)
+RIVALS = ("llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32", VLLM)  # see benchmarks.peers
 
 
 Ask = Callable[[list[int]], None]
 Rates = dict[tuple[str, int], float]  # tokens per second by (way, callers)
 
 
+def plan() -> Parts:
+    """What tuning finds for this processor, with INT8 weights."""
+    bf16 = multiplies_bf16()
+    return (
+        ("weight_only", "decode", {"bits": 8}),
+        ("linear_bf16", "prefill", {"weights": "decode"}) if bf16 else ("packed_prefill", "prefill", {}),
+        ("fused_layers", "prefill", {}),
+        ("prefill_attention", "prefill", {"precision": "bfloat16"} if bf16 else {}),
+        ("one_query_attention", "decode", {}),
+        ("step_program", "decode", {}),
+    )
+
+
 def plans(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows: int) -> dict[str, Variant]:
     """The plan, alone and with continuous batching, and this with activations of 8 bits."""
     work = Workload(tuple(map(tuple, prompts)), tokens)
     batching = transforms.make("continuous_batching", {"rows": rows, "wait_ms": WAIT_MS}, "decode")
-    chains = {TOGETHER: (*PLAN,), ROUNDED: (*PLAN, *SHORT), ALONE: PLAN}
+    chains = {TOGETHER: plan(), ALONE: plan()}
+    if kernels.no_byte_unit(8) is None:
+        chains[ROUNDED] = (*plan(), *SHORT)
     found = {}
     for name, parts in chains.items():
         chain = [transforms.make(each, params, phase) for each, phase, params in parts]
@@ -85,13 +99,13 @@ def plans(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows
 
 def ways(original: PreTrainedModel, variants: Mapping[str, Variant], tokens: int) -> tuple[dict[str, Ask], Any]:
     """How one caller asks, by way; and the plan's model, for closed batches."""
-    found = {name: serving(variant) for name, variant in variants.items()} | {ORIGINAL: original}
+    found = {name: serving(variant) for name, variant in variants.items()} | dict.fromkeys(ORIGINALS, original)
     served = {name: route.greedy(model, pad_token_id=0) for name, model in found.items()}  # no token ends an answer
     lock = threading.Lock()
 
     def asking(name: str) -> Ask:
         def ask(ids: list[int]) -> None:
-            with nullcontext() if name in (TOGETHER, ROUNDED) else lock:
+            with nullcontext() if name in UNLOCKED else lock:
                 answer(served[name], [ids], tokens)
 
         return ask
@@ -158,7 +172,7 @@ class Rivals:
             return
         gguf = demo.model_file()
         setup = Setup(
-            checkpoint="",
+            checkpoint=str(checkpoint(gguf, torch.float32)),
             gguf=str(gguf),
             files=str(cache_dir.cache("peers") or asked.out),
             threads=torch.get_num_threads(),
@@ -166,7 +180,8 @@ class Rivals:
             batch_sizes=(most,),
         )
         paragraph = list(range(100, 1000))  # prompts that nothing is measured with
-        self.stage = Stage(setup, paragraph, asked.out.absolute(), (sys.executable, asked.peers_python), notify)
+        python: dict[Home, str] = {"torch": sys.executable, "other": asked.peers_python, "vllm": asked.vllm_python}
+        self.stage = Stage(setup, paragraph, asked.out.absolute(), python, notify)
         for name in RIVALS:
             self.stage.admit(next(peer for peer in PEERS if peer.name == name), cold=False)
 
@@ -220,7 +235,8 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a request")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16, help="sequences that are decoded together at most")
-    parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the other runtimes")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter of the runtimes without torch")
+    parser.add_argument("--vllm-python", default=VLLM_PYTHON, help="interpreter that has vllm; default: %(default)s")
     parser.add_argument("--without-peers", action="store_true", help="without the other runtimes")
     parser.add_argument("--out", type=Path, default=Path("out/serving"), help="for their files and logs")
     parser.add_argument("--without-original", action="store_true", help="it takes most of the time")
@@ -236,7 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     variants = plans(model, prompts, asked.tokens, asked.rows)
     asks, batched = ways(model, variants, asked.tokens)
     if asked.without_original:
-        del asks[ORIGINAL]
+        for name in ORIGINALS:
+            del asks[name]
     for name, ask in asks.items():
         for number in numbers:  # programs are recorded, slots are made
             rate(ask, number if name in (TOGETHER, ROUNDED) else 1, 1, prompts, asked.tokens)
@@ -258,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = dict.fromkeys((*asks, CLOSED)) | rivals.labels
     for name, label in names.items():
         print(f"| {label or name} | " + " | ".join(spread([r[name, n] for r in found]) for n in numbers) + " |")
-    for ours in (TOGETHER, ROUNDED):
+    for ours in filter(asks.__contains__, (TOGETHER, ROUNDED)):
         for name, label in names.items():
             gains = (ratios([r[ours, n] for r in found], [r[name, n] for r in found]) for n in numbers)
             if name not in (TOGETHER, ROUNDED):

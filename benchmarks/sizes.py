@@ -334,7 +334,7 @@ def rival(shape: str, given: argparse.Namespace, folder: Path, notify: Callable[
     python = str(given.peers_python)
     try:
         remote = Remote([python, "-m", "benchmarks.worker", LLAMA], log, {"OMP_NUM_THREADS": str(given.threads)})
-    except OSError as error:
+    except WorkerError as error:
         return {"llama_missing": str(error)}
     setup = asdict(Setup("", str(file), str(folder), given.threads, TIMED.prompt_tokens + TIMED.new_tokens))
     samples: dict[str, list[float]] = {"ttft": [], "tpot": []}

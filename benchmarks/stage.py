@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measures import Metric, Shape, Timing, prompt, shapes
-from benchmarks.peers import REFERENCE, Peer, Setup
+from benchmarks.peers import REFERENCE, Home, Peer, Setup
 from benchmarks.remote import ROOT, Remote, WorkerError
 from benchmarks.results import Result
 
@@ -39,7 +39,7 @@ class Stage:
         setup: what every runtime is given.
         text: token ids that prompts are cut from.
         folder: for caches and logs.
-        python: interpreter of the runtimes on torch, and of the others.
+        python: interpreter of each home of runtimes.
         notify: told what happens, a sentence at a time.
     """
 
@@ -48,7 +48,7 @@ class Stage:
         setup: Setup,
         text: Sequence[int],
         folder: Path,
-        python: tuple[str, str],
+        python: Mapping[Home, str],
         notify: Callable[[str], None],
     ) -> None:
         self.setup = setup
@@ -118,7 +118,7 @@ class Stage:
             "AUTOTUNE_CACHE_DIR": str(caches / "autotune"),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         }
-        command = [self.python[0] if peer.torch else self.python[1], "-m", "benchmarks.worker", peer.name]
+        command = [self.python[peer.home], "-m", "benchmarks.worker", peer.name]
         return Remote(command, self.folder / "logs" / f"{peer.name}.log", environment)
 
     def request(self, shape: Shape, number: int, new_tokens: int = 0) -> dict[str, Any]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SETUP = Setup("checkpoint", "model.gguf", "files", 2, 64)
-FAKE = Peer("fake", "Fake", "fake", torch=False)
+FAKE = Peer("fake", "Fake", "fake", home="other")
 LATENCY = Metric("tpot_64", "TPOT at 64", "ms", Shape(1, 64, 3), tpot_ms)
 RATE = Metric("rate_4", "4 sequences", "tokens/s", Shape(4, 64, 3), tokens_per_s)
 
@@ -271,6 +271,14 @@ def test_a_peer_that_is_not_installed_is_an_error_with_its_name() -> None:
     assert "no_such_peer" in missing["error"]
 
 
+def test_an_interpreter_that_is_not_there_leaves_its_runtime_out(tmp_path: Path) -> None:
+    homes: dict[Any, str] = {"vllm": str(tmp_path / "no" / "python")}
+    troupe = stage.Stage(SETUP, [], tmp_path, homes, lambda line: None)
+    troupe.admit(Peer("x", "X", "fake", home="vllm"), cold=False)
+    assert "no/python cannot be started: No such file" in str(troupe.results["x"].missing)
+    assert not troupe.remotes
+
+
 @pytest.fixture
 def remote(tmp_path: Path) -> Any:
     process = Remote([sys.executable, "-c", PROGRAM], tmp_path / "log", {})
@@ -337,7 +345,7 @@ class Troupe(stage.Stage):
     """A stage whose workers are made by the test."""
 
     def __init__(self, folder: Path, makers: dict[str, Any]) -> None:
-        super().__init__(SETUP, list(range(6163)), folder, ("", ""), lambda line: None)
+        super().__init__(SETUP, list(range(6163)), folder, dict.fromkeys(("torch", "other"), ""), lambda line: None)
         self.makers = makers
         self.spawned = list[str]()
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from benchmarks.measures import Timing
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+Home = Literal["torch", "other", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Peer:
         label: what the table shows.
         module: where `create` is.
         options: its keyword arguments.
-        torch: whether it runs on torch.
+        home: the environment that has it: autotune's ("torch"), that of runtimes without torch ("other"), or "vllm".
         rivals: names of the rows that it is compared with one to one.
     """
 
@@ -100,11 +103,13 @@ class Peer:
     label: str
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    torch: bool = True
+    home: Home = "torch"
     rivals: tuple[str, ...] = ()
 
 
 REFERENCE = "eager"
+VLLM = "vllm"
+VLLM_PYTHON = ".venv-vllm/bin/python"  # as the Makefile makes it
 
 
 def _autotune(tier: str, policy: str, *rivals: str) -> Peer:
@@ -118,7 +123,7 @@ def _fixed(name: str, form: str, weights: str, params: Mapping[str, Any], prefil
 
 
 def _llama(file_type: str) -> Peer:
-    return Peer(f"llama.cpp-{file_type.lower()}", f"llama.cpp {file_type}", "llama", {"file_type": file_type}, False)
+    return Peer(f"llama.cpp-{file_type.lower()}", f"llama.cpp {file_type}", "llama", {"file_type": file_type}, "other")
 
 
 PEERS = (
@@ -129,8 +134,9 @@ PEERS = (
     _llama("F16"),
     _llama("Q8_0"),
     _llama("Q4_1"),
-    Peer("openvino-q8_0", "OpenVINO GenAI, Q8_0", "openvino_", torch=False),
-    Peer("openvino-q8_0-f32", "OpenVINO GenAI, Q8_0, FP32 hint", "openvino_", {"precision": "f32"}, False),
+    Peer("openvino-q8_0", "OpenVINO GenAI, Q8_0", "openvino_", home="other"),
+    Peer("openvino-q8_0-f32", "OpenVINO GenAI, Q8_0, FP32 hint", "openvino_", {"precision": "f32"}, "other"),
+    Peer(VLLM, "vLLM, FP32", "vllm_", {"dtype": "float32"}, "vllm"),
     _fixed("float16", "F16", "weight_storage", {}, "linear_bf16x3", "llama.cpp-f16"),
     _fixed("int8", "INT8", "weight_only", {"bits": 8}, "linear_bf16", "llama.cpp-q8_0"),
     _autotune("lossless", "lossless", REFERENCE, "llama.cpp-f16"),

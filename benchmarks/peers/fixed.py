@@ -29,13 +29,18 @@ class Fixed(Tuned):
         return ["a fixed plan: " + " + ".join(map(str, self.variant.transforms))]
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for BF16, so that prefill may use them."""
+    return (kernels.available() or kernels.no_bf16_unit()) is None
+
+
 def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str) -> Fixed:
     """The plan with these weights.
 
     Args:
         prefill: arithmetic of prefill in BF16. A processor without instructions for it prefills over decode's weights.
     """
-    if (kernels.available() or kernels.no_bf16_unit()) is not None:
+    if not multiplies_bf16():
         prefill = "packed_prefill"
     plan = [
         transforms.make(weights, dict(params), "decode"),
