@@ -83,6 +83,11 @@ def faster_attention(phase: PhaseProfile, hardware: Hardware) -> float:
     return _speedup(phase.seconds, phase.seconds - touched + min(floor, touched))
 
 
+def narrower_cache(phase: PhaseProfile, share: float) -> float:
+    """Return the best-case speed-up of a phase if the KV cache takes `share` of its bytes: so does attention's time."""
+    return _speedup(phase.seconds, phase.seconds - (1 - min(share, 1.0)) * phase.attention_s)
+
+
 def _rate(amount: float, seconds: float) -> float:
     return amount / seconds if seconds else 0.0
 

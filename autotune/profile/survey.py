@@ -87,9 +87,7 @@ def survey(
     }
     return Profile(
         phases={
-            p: _phase(
-                p, variant.modules[p], samples[p], shapes[p], passes[p], traces[p], hardware, seen.get(p), contexts
-            )
+            p: _phase(p, variant, samples[p], shapes[p], passes[p], traces[p], hardware, seen.get(p), contexts)
             for p in PHASES
         },
         batch_scaling=batches,
@@ -136,18 +134,28 @@ def memory_use(variant: Variant, prefill: Forward, new_tokens: int) -> MemoryUse
     (`activation_size`); the other two are exact.
     """
     model = variant.original
-    element = activation_dtype(model).itemsize
-    held = variant.kv.bytes if variant.kv is not None else cache_size
     return MemoryUse(
         weights_bytes=stored_weights(variant.original, *variant.modules.values()),  # the original stays in memory
-        cache_bytes=held(model, prefill.batch, prefill.new + new_tokens, element),
-        activations_bytes=activation_size(model, prefill, element),
+        cache_bytes=cache_bytes(variant, prefill.batch, prefill.new + new_tokens),
+        activations_bytes=activation_size(model, prefill, activation_dtype(model).itemsize),
     )
+
+
+def cache_bytes(variant: Variant, batch: int, tokens: int) -> int:
+    """Return the bytes of a variant's KV cache when it holds `tokens` tokens of each sequence."""
+    held = variant.kv.bytes if variant.kv is not None else cache_size
+    return held(variant.original, batch, tokens, _cache_dtype(variant, variant.original).itemsize)
+
+
+def _cache_dtype(variant: Variant, module: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of keys and values in slots, or in a plain cache of a module of the variant."""
+    slots = variant.caches.dtype if variant.caches is not None else None
+    return slots or activation_dtype(module)
 
 
 def _phase(
     phase: Phase,
-    model: PreTrainedModel,
+    variant: Variant,
     samples_s: list[float],
     forward: Forward,
     passes: float,
@@ -156,12 +164,13 @@ def _phase(
     seen: DevicePhase | None,
     contexts: tuple[ScalePoint, ...],
 ) -> PhaseProfile:
+    model = variant.modules[phase]
     name = str(compute_dtype(model)).removeprefix("torch.")
     if name == "float32" and seen is not None and uses_tf32():
         name = "tf32"
     work = {
         group: replace(part, weight_bytes=part.weight_bytes * passes, cache_bytes=part.cache_bytes * passes)
-        for group, part in count(model, forward, activation_dtype(model).itemsize).items()
+        for group, part in count(model, forward, _cache_dtype(variant, model).itemsize).items()
     }
     found = share(trace, median(samples_s))
     return PhaseProfile(

@@ -40,7 +40,7 @@ class OneQueryAttention(Transform):
         if hardware.device != "cpu":
             return f"the kernel is for CPUs; this model runs on {hardware.device}"
         model = variant.modules["decode"]
-        if seam.attention_of(model) == IMPLEMENTATION:
+        if is_used(variant):
             return "decode uses it already"
         if not (seam.supports(model, "sdpa") and seam.exchangeable_attention(model)):
             return f"{type(model).__name__} does not take other attention implementations"
@@ -60,8 +60,12 @@ class OneQueryAttention(Transform):
         use_kernel(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
-        used = seam.attention_of(variant.modules["decode"])
-        return None if used == IMPLEMENTATION else f"decode uses {used}"
+        return None if is_used(variant) else f"decode uses {seam.attention_of(variant.modules['decode'])}"
+
+
+def is_used(variant: Variant) -> bool:
+    """Whether decode of a variant uses the kernel."""
+    return seam.attention_of(variant.modules["decode"]) == IMPLEMENTATION
 
 
 def use_kernel(variant: Variant) -> None:
@@ -75,7 +79,7 @@ def use_kernel(variant: Variant) -> None:
     if reason := kernels.available():
         raise TransformError(reason)
     seam.register_attention(IMPLEMENTATION, attend)
-    if seam.attention_of(variant.modules["decode"]) != IMPLEMENTATION:
+    if not is_used(variant):
         for module in variant.edit("decode"):
             seam.use_attention(module, IMPLEMENTATION)
 
@@ -96,4 +100,5 @@ def attend(
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         out: torch.Tensor = torch.ops.autotune.attend_one(query, key, value, None, attention_mask, scale)
         return out, None
+    key, value = key.to(query.dtype), value.to(query.dtype)  # slots may hold FP16
     return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

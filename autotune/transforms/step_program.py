@@ -10,7 +10,7 @@ import torch
 
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
-from ..model import placement, seam
+from ..model import placement
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from ..runtime.widening import NARROW
@@ -32,7 +32,7 @@ class StepProgram(Transform):
     longest context, because only filled slots take memory and only filled slots are read.
 
     Programs compute in FP32. The packed layers of a 16-bit model already do; its norms and biases are widened, and keys
-    and values are kept in FP32.
+    and values are kept in FP32, or in FP16 after `half_cache`.
 
     Args:
         slots: tokens a sequence has room for; 0 means the model's longest context, or what memory allows.
@@ -58,7 +58,7 @@ class StepProgram(Transform):
             return reason
         if reason := next(filter(None, map(self.excludes, variant.transforms)), None):
             return reason
-        uses_kernel = seam.attention_of(variant.modules["decode"]) == one_query_attention.IMPLEMENTATION
+        uses_kernel = one_query_attention.is_used(variant)
         return None if uses_kernel else one_query_attention.OneQueryAttention("decode").unavailable(variant, hardware)
 
     def excludes(self, other: Transform) -> str | None:
@@ -89,9 +89,9 @@ class StepProgram(Transform):
         one_query_attention.use_kernel(variant)
         if reason := no_slots(variant.original):
             raise TransformError(reason)
-        dtype = None
+        dtype = variant.caches.dtype if variant.caches is not None else None
         if widening.is_narrow(variant.modules["decode"]):
-            dtype = torch.float32
+            dtype = dtype or torch.float32
             for twin in variant.edit("decode"):
                 widening.widen(twin)
         slots = self.slots or roomy_slots(variant, dtype)

@@ -15,13 +15,13 @@ import torch
 from .. import profile as profiling
 from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis, diagnose
-from ..diagnose.work import activation_dtype, cache_size
 from ..errors import BudgetSpentError, first_line
 from ..machine import busy, intraop
 from ..machine import device as devices
 from ..machine.hardware import Hardware
 from ..model import sharding
 from ..model.linear_layers import stored_bytes
+from ..profile.survey import cache_bytes
 from ..report.progress import Doing
 from ..runtime.ranks.leading import LEADER
 from ..runtime.variant import Transform, Variant
@@ -413,7 +413,5 @@ class LiveBench:
 
 def own_memory(variant: Variant) -> int:
     """Bytes of the serving weights, which remain when the original is released, and of a full KV cache."""
-    model, held = variant.original, cache_size if variant.kv is None else variant.kv.bytes
-    element_bytes = activation_dtype(model).itemsize
-    cache_bytes = held(model, max(variant.batch_sizes), variant.context_tokens, element_bytes)
-    return stored_bytes(*variant.modules.values()) + cache_bytes
+    held = cache_bytes(variant, max(variant.batch_sizes), variant.context_tokens)
+    return stored_bytes(*variant.modules.values()) + held

@@ -34,6 +34,7 @@ from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.fused_layers import FusedLayers
+from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.linear_bf16 import LinearBf16
 from autotune.transforms.prefill_attention import PrefillAttention
 from autotune.transforms.speculation import Speculation
@@ -194,18 +195,25 @@ class Streamer:
 @needs_kernels
 @pytest.mark.parametrize(
     "weights",
-    [[], [WeightStorage("decode", "float16")], [WeightOnly("decode", bits=8)], [WeightOnly("decode", bits=4)]],
+    [
+        [],
+        [WeightStorage("decode", "float16")],
+        [WeightOnly("decode", bits=8)],
+        [WeightOnly("decode", bits=4)],
+        [HalfCache("decode")],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
 def test_a_rows_logits_are_the_same_to_the_bit_whoever_is_beside_it(arch: str, weights: list[Transform]) -> None:
     """In every size of step, at every row, beside every neighbour: the sums run in one order."""
     made = Variant(tiny(arch)).with_transforms([*weights, StepProgram("decode", slots=SLOTS)])
+    dtype = made.caches.dtype if made.caches is not None else None
     caches = [filled(made.original, prompt(length, seed=length)) for length in (3, 70, 11, 40, 64, 5, 33, 20)]
     tokens = torch.tensor([[7 + row] for row in range(len(caches))])
 
     def logits(rows: list[int]) -> torch.Tensor:
-        together = RowCache(caches[0], SLOTS, len(rows))
+        together = RowCache(caches[0], SLOTS, len(rows), dtype)
         for at, row in enumerate(rows):
             together.join(at, caches[row])
         step = made.step.fitting(together) if made.step is not None else None
@@ -221,7 +229,13 @@ def test_a_rows_logits_are_the_same_to_the_bit_whoever_is_beside_it(arch: str, w
 @needs_kernels
 @pytest.mark.parametrize(
     "weights",
-    [[], [WeightStorage("decode", "float16")], [WeightOnly("decode")], [WeightOnly("decode", bits=4)]],
+    [
+        [],
+        [WeightStorage("decode", "float16")],
+        [WeightOnly("decode")],
+        [WeightOnly("decode", bits=4)],
+        [HalfCache("decode")],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mistral-window"])
@@ -232,20 +246,21 @@ def test_several_tokens_of_a_sequence_are_those_of_one_after_the_other_to_the_bi
     made = Variant(tiny(arch)).with_transforms([*weights, StepProgram("decode", slots=SLOTS)])
     steps, filled_cache = made.step, filled(made.original, prompt(21))
     assert isinstance(steps, StepPrograms)
+    dtype = made.caches.dtype if made.caches is not None else None
     for count in (2, 4, 8):
-        steps.prepare_several(partial(RowCache, filled_cache, SLOTS, count))
+        steps.prepare_several(partial(RowCache, filled_cache, SLOTS, count, dtype))
     tokens, stride = torch.tensor([prompt(9, seed=1)]), MultiTokenStep(made.modules["decode"], recorded=steps)
-    one = SlotCache(filled_cache, SLOTS)
+    one = SlotCache(filled_cache, SLOTS, dtype=dtype)
     one.fill(filled_cache, None)
     single, expected = steps.fitting(one), []
     for k in range(9):
         expected.append(single(tokens[:, k : k + 1], torch.tensor([[21 + k]]), one))
         one.advance()
     for count in (2, 3, 4, 5, 8):
-        among = RowCache(filled_cache, SLOTS, 3)
+        among = RowCache(filled_cache, SLOTS, 3, dtype)
         among.join(0, filled(made.original, prompt(7)))
         among.join(1, filled_cache)
-        again = SlotCache(filled_cache, SLOTS)
+        again = SlotCache(filled_cache, SLOTS, dtype=dtype)
         again.fill(filled_cache, None)
         for cache in (again, among.single(1)):
             assert steps.several(count, cache) is not None

@@ -104,6 +104,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]
     "embedding": (lambda ids: F.embedding(ids, TABLE), (IDS,)),
     "embedding in bfloat16": (lambda ids: F.embedding(ids, BF16_TABLE).float(), (IDS,)),
     "embedding in float16": (lambda ids: F.embedding(ids, HALF_TABLE).float(), (IDS,)),
+    "to float16 and back": (lambda x: (x * ROW).half().float(), (X * 2.0 ** torch.arange(-26, 11),)),
     "linear": (lambda x: F.linear(x, WEIGHT, BIAS), (X,)),
     "products over one number": (lambda x, y: x[:, :, :1] @ y[:, :1], (X, Y)),
     "linear without bias": (lambda x: F.linear(x, WEIGHT), (X,)),

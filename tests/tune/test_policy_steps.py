@@ -31,13 +31,14 @@ def considered(name: str, machine: Machine, parameters: int, decode: Any, prefil
     return [step.name for step in steps if why_not(step, diagnoses, hardware, parameters) is None]
 
 
-# What each policy considered on a CPU before it knew about GPUs, in order.
+# What each policy considers on a CPU, in order.
 ON_CPU = {
     "balanced": [
         "smaller weights for decode",
         "smaller weights for decode, other libraries",
         "less overhead in decode",
         "attention over slots",
+        "narrower keys and values",
         "cheaper arithmetic in prefill",
         "cheaper arithmetic in prefill, other libraries",
         "fewer passes in prefill",
@@ -57,6 +58,7 @@ ON_CPU = {
     ],
     "memory": [
         "smaller weights",
+        "narrower keys and values",
         "one table",
         "less overhead in decode",
         "cheaper arithmetic in prefill",

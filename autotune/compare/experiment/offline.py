@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...diagnose.work import activation_dtype, cache_size
 from ...errors import DeviceError, MeasurementError, in_words
 from ...machine import device as devices
 from ...machine import outside
 from ...machine.hardware import library_versions
 from ...model.linear_layers import stored_bytes
+from ...profile.survey import cache_bytes
 from ...runtime.variant import Variant
 from ...tune import bench as benches
 from ...tune import codec
@@ -190,7 +190,7 @@ class _Offline:
         full KV cache are added up instead.
         """
         weights = float(stored_bytes(*variant.modules.values()))
-        device, model = variant.device, variant.original
+        device = variant.device
         batch, longest = max(self.work.batch_sizes), max(map(len, self.work.prompts))
         if device.asynchronous:
             device.trim()
@@ -199,9 +199,7 @@ class _Offline:
             largest = Bucket(batch, longest, self.work.new_tokens)
             Served(variant, self.pad).generate(request(largest, self._prompts(variant), 0), largest.new_tokens)
             return weights, weights + max(0, device.memory().peak - before)
-        held = cache_size if variant.kv is None else variant.kv.bytes
-        element_bytes = activation_dtype(model).itemsize
-        return weights, weights + held(model, batch, longest + self.work.new_tokens, element_bytes)
+        return weights, weights + cache_bytes(variant, batch, longest + self.work.new_tokens)
 
     def _outcomes(
         self,

@@ -57,21 +57,28 @@ inline void prefetch(const Number* at, int64_t count) {
     __builtin_prefetch(reinterpret_cast<const char*>(at) + byte);
 }
 
-// Scores of up to kWidth slots from `first` on, in the lanes of one vector, whose dot products are summed together.
-template <class Number, class Row>
-Floats scores(const float* query, int64_t depth, int64_t first, int64_t last, Row row) {
+// Computes the scores of up to kWidth slots from `first` on, for all heads of the pass: in the lanes of one vector for each
+// head, whose dot products are summed together. A key is read and widened once.
+template <class Number, int kHeads, class Row>
+void score(const float* query, int64_t depth, float scale, int64_t first, int64_t last, Row row, float (*out)[kSpan]) {
   const int64_t whole = depth / kWidth * kWidth;
-  Floats dot[kWidth];
-  float rest[kWidth] = {};
+  Floats dot[kHeads][kWidth];
+  float rest[kHeads][kWidth] = {};
   for (int i = 0; i < kWidth; ++i) {
     const Number* key = row(std::min(first + i, last - 1));
     prefetch(row(first + i + kAheadSlots), depth);
-    Floats part = {};
-    for (int64_t d = 0; d < whole; d += kWidth) part += widen(key + d) * load<Floats>(query + d);
-    for (int64_t d = whole; d < depth; ++d) rest[i] += widen_one(key + d) * query[d];
-    dot[i] = part;
+    Floats part[kHeads] = {};
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      const Floats k = widen(key + d);
+      for (int h = 0; h < kHeads; ++h) part[h] += k * load<Floats>(query + h * depth + d);
+    }
+    for (int64_t d = whole; d < depth; ++d) {
+      const float k = widen_one(key + d);
+      for (int h = 0; h < kHeads; ++h) rest[h][i] += k * query[h * depth + d];
+    }
+    for (int h = 0; h < kHeads; ++h) dot[h][i] = part[h];
   }
-  return sums(dot) + load<Floats>(rest);
+  for (int h = 0; h < kHeads; ++h) store(out[h], scale * (sums(dot[h]) + load<Floats>(rest[h])));
 }
 
 // Computes `kChunks` vectors of the weighted sum of values, for all heads of the pass.
@@ -124,8 +131,8 @@ void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, 
   }
 
   for (int64_t i = 0; i < count; i += kWidth)
-    for (int h = 0; h < kHeads; ++h)
-      store(weight[h] + i, p.scale * scores<Number>(query + h * p.depth, p.depth, begin + i, end, key_row));
+    score<Number, kHeads>(query, p.depth, p.scale, begin + i, end, key_row,
+                          reinterpret_cast<float (*)[kSpan]>(weight[0] + i));
   for (int h = 0; h < kHeads; ++h) {
     for (int64_t i = 0; kind == Span::kMixed && i < count; ++i) weight[h][i] += admitted(p.mask, batch, first_head + h, begin + i);
     for (int64_t i = count; i % kWidth; ++i) weight[h][i] = kLow;

@@ -14,7 +14,7 @@ namespace autotune {
 namespace {
 
 enum Code : int64_t {  // the order of CODES in autotune/runtime/steps/program/instruction.py
-  kCopy, kToFloat, kWidenHalf, kWidenBf16, kCopyInt, kCopyBool, kNegative, kInverseRoot, kRoot, kExp, kTanh, kSigmoid,
+  kCopy, kToFloat, kWidenHalf, kWidenBf16, kNarrowHalf, kCopyInt, kCopyBool, kNegative, kInverseRoot, kRoot, kExp, kTanh, kSigmoid,
   kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
@@ -159,11 +159,12 @@ bool run_embed_packed(Reader& in, const Member& m, int64_t share) {
 }
 
 // Copies into one slot that all rows share (a step of 0 between the rows' slots), or into a slot of each row's own.
-bool run_index_copy(Reader& in, const Member& m, int64_t share) {
+template <class Number>
+bool index_copy(Reader& in, const Member& m, int64_t share) {
   const int64_t limit = in.next(), stride = in.next();
   const int64_t* slots = reinterpret_cast<const int64_t*>(in.address());
   const int64_t step = in.next();
-  static const int sizes[] = {sizeof(float), sizeof(float)};
+  static const int sizes[] = {sizeof(Number), sizeof(Number)};
   Space space;
   Operand operands[2];
   const int64_t rows = in.at[1];  // the first size of the space, of which `narrow` leaves this member's part
@@ -174,11 +175,16 @@ bool run_index_copy(Reader& in, const Member& m, int64_t share) {
     const int64_t slot = slots[(first + i) * step];
     if (slot < 0 || slot >= limit) return false;
     Operand row[2] = {operands[0], operands[1]};
-    row[0].at += (i * operands[0].strides[0] + slot * stride) * int64_t{sizeof(float)};
-    row[1].at += i * operands[1].strides[0] * int64_t{sizeof(float)};
-    unary<float, float>(space, row, [](float a) { return a; });
+    row[0].at += (i * operands[0].strides[0] + slot * stride) * int64_t{sizeof(Number)};
+    row[1].at += i * operands[1].strides[0] * int64_t{sizeof(Number)};
+    unary<Number, Number>(space, row, [](Number a) { return a; });
   }
   return true;
+}
+
+bool run_index_copy(Reader& in, const Member& m, int64_t share) {
+  return static_cast<ScalarType>(in.next()) == ScalarType::Half ? index_copy<Half>(in, m, share)
+                                                                : index_copy<float>(in, m, share);
 }
 
 Weights shape_of(Reader& in) {

@@ -23,6 +23,7 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
     case kToFloat: run_unary<float, I>(in, m, share, [](I a) { return static_cast<float>(a); }); break;
     case kWidenHalf: run_unary<float, Half>(in, m, share, [](const Half& a) { return widen_one(&a); }); break;
     case kWidenBf16: run_unary<float, Bf16>(in, m, share, [](const Bf16& a) { return widen_one(&a); }); break;
+    case kNarrowHalf: run_unary<Half, float>(in, m, share, narrow_one); break;
     case kCopyInt: run_unary<I, I>(in, m, share, [](I a) { return a; }); break;
     case kCopyBool: run_unary<uint8_t, uint8_t>(in, m, share, [](uint8_t a) { return a; }); break;
     case kNegative: run_unary<float, float>(in, m, share, [](float a) { return -a; }); break;

@@ -90,6 +90,22 @@ inline Floats widen(const Bf16* at) {
 #endif
 }
 
+inline Half narrow_one(float x) {  // to the nearest, ties to even
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(x, 0))};
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return {bits<uint16_t>(static_cast<__fp16>(x))};
+#else
+  const uint32_t raw = bits<uint32_t>(x), size = raw & 0x7fffffff, sign = raw >> 16 & 0x8000;
+  uint32_t half = 0;
+  if (size > 0x7f800000) half = 0x7e00;        // NaN
+  else if (size >= 0x477ff000) half = 0x7c00;  // 65520 and more round to infinity
+  else if (size < 0x38800000) half = bits<uint32_t>(bits<float>(size) + 0.5f) - 0x3f000000;  // 2^-24 is 0.5's last bit
+  else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+  return {static_cast<uint16_t>(sign | half)};
+#endif
+}
+
 template <class Number>
 inline float widen_one(const Number* at) {  // for the last numbers of a row that do not fill a vector
   Number padded[kWidth] = {*at};

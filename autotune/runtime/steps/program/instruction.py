@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 CODES = (  # the order of Code in kernels/instructions.h
-    *("copy", "to_float", "widen_half", "widen_bf16", "copy_int", "copy_bool"),
+    *("copy", "to_float", "widen_half", "widen_bf16", "narrow_half", "copy_int", "copy_bool"),
     *("negative", "inverse_root", "root", "exp", "tanh", "sigmoid"),
     *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
     *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
@@ -29,6 +29,7 @@ ELEMENTS = {  # dtypes that elementwise instructions write and read; the others 
     "to_float": (FLOAT, INT),
     "widen_half": (FLOAT, torch.float16),
     "widen_bf16": (FLOAT, torch.bfloat16),
+    "narrow_half": (torch.float16, FLOAT),
 }
 MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
 SPANS = (32, 8)  # inputs that are rounded together for products in integers: kSpans in kernels/integer.h

@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 POWERS = {2: "square", 3: "cube", 0.5: "root", -0.5: "inverse_root", -1: "reciprocal"}
 WIDENINGS = {torch.float16: "widen_half", torch.bfloat16: "widen_bf16"}
+WRITTEN = "a program writes keys and values in FP32 or FP16"
 COPIES = {torch.float32: "copy", torch.int64: "copy_int", torch.bool: "copy_bool"}
 
 
@@ -87,34 +88,41 @@ def copy(build: Building, out: torch.Tensor, given: Any, **_: Any) -> Place:
         return build.like("to_float", out, place)
     if place.dtype in WIDENINGS and out.dtype == torch.float32:
         return build.like(WIDENINGS[place.dtype], out, place)
+    if place.dtype == torch.float32 and out.dtype == torch.float16:  # for slots that keep keys and values in FP16
+        return build.like("narrow_half", out, place)
     if place.dtype != out.dtype or out.dtype not in COPIES:
         raise TransformError(f"a program has no instruction to turn {place.dtype} into {out.dtype}")
     return build.like(COPIES[out.dtype], out, place)
 
 
 def index_copy(build: Building, out: torch.Tensor, target: Any, dim: int, index: Any, source: Any) -> Place:
-    held, slot, new = build.place(target), build.place(index), build.floats(source)
-    if held.dtype != torch.float32 or slot.size != 1 or held.root.kind != "input":
-        raise TransformError("a program writes FP32 keys and values, one slot at a time")
+    held, slot, new = build.place(target), build.place(index), build.place(source)
+    if not _is_written(held, new) or slot.size != 1:
+        raise TransformError(f"{WRITTEN}, one slot at a time")
     return _into_slots(build, held, dim, slot, 0, new)
 
 
 def scatter(build: Building, out: torch.Tensor, target: Any, dim: int, index: Any, source: Any) -> Place:
     """Write each row into a slot of its own: the index is a slot per row, expanded to the source's shape."""
-    held, slots, new = build.place(target), build.place(index), build.floats(source)
+    held, slots, new = build.place(target), build.place(index), build.place(source)
     d, by_row = dim % len(held.shape), slots.strides[0]
     within = (stride for size, stride in zip(slots.shape[1:], slots.strides[1:], strict=True) if size > 1)
     of_row = slots.shape == new.shape and by_row and not any(within)
     rows = new.shape[0] == build.rows > 1 and new.shape[d] == 1
-    if held.dtype != torch.float32 or held.root.kind != "input" or not of_row or not rows:
-        raise TransformError("a program writes FP32 keys and values, one slot of each row at a time")
+    if not _is_written(held, new) or not of_row or not rows:
+        raise TransformError(f"{WRITTEN}, one slot of each row at a time")
     return _into_slots(build, held, dim, slots, by_row, new)
+
+
+def _is_written(held: Place, new: Place) -> bool:
+    """Whether a program can write `new` into these slots."""
+    return held.root.kind == "input" and held.dtype == new.dtype and held.dtype in (torch.float32, torch.float16)
 
 
 def _into_slots(build: Building, held: Place, dim: int, slots: Place, by_row: int, new: Place) -> Place:
     d = dim % len(held.shape)
     words, share = build.space((replace(held, shape=new.shape), new))
-    header = [held.shape[d], held.strides[d], slots.ref, by_row]
+    header = [TYPES[held.dtype], held.shape[d], held.strides[d], slots.ref, by_row]
     build.emit("index_copy", share, [*header, *words], [slots, new], held)
     return held
 
