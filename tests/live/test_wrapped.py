@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from autotune.live.handle import Handle
 from autotune.live.wrap import wrap
 from autotune.model import route
 from autotune.model.revision import Revision
@@ -20,7 +19,7 @@ from tests.models import tiny, token_prompts
 @pytest.fixture
 def model() -> Any:
     wrapped = wrap(tiny("llama"), when="manual", cache=False)
-    handle: Handle = wrapped.autotune
+    handle: Any = wrapped.autotune
     handle._serving.revision = Revision(wrapped)
     handle._serving.begin(Variant(route.bare(wrapped)).with_transform(make("lean_loop", {}, "decode")), None)
     return wrapped
