@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
 
 PROGRAM = "run_program"
-PROGRAM_ROLES: dict[str, Role] = {"linear": "linear", "dot": "linear", "attend": "attention", "index_copy": "cache"}
-PROGRAM_GROUPS = {"attend": ATTENTION, "index_copy": CACHE}
+# Of a program's instructions other than products with a matrix of weights.
+PROGRAM_ROLES: dict[str, Role] = {"attend": "attention", "index_copy": "cache", "narrow_half": "cache"}
+PROGRAM_GROUPS = {"attend": ATTENTION, "index_copy": CACHE, "narrow_half": CACHE}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def instructions(spent: Sequence[tuple[Instruction, float]], shapes: Shapes) -> 
         role = PROGRAM_ROLES.get(instruction.code)
         group = PROGRAM_GROUPS.get(instruction.code, COMPILED)
         if instruction.matrix is not None:
-            group = shapes.get(instruction.matrix) or COMPILED
+            role, group = "linear", shapes.get(instruction.matrix) or COMPILED
         spans.append(Span(instruction.code, seconds, group, role, works=True, outermost=False))
     return tuple(spans)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 from statistics import median
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -408,6 +408,25 @@ def test_a_compiled_step_is_attributed_without_its_modules() -> None:
         assert (COMPILED in rows) == (phase == "decode")
         assert all(rows[group].seconds > 0 for group in (ATTENTION, FFN, HEAD))
         assert sum(row.seconds for row in rows.values()) == pytest.approx(found.phases[phase].seconds)
+
+
+@pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
+@pytest.mark.parametrize(
+    "weights", [("weight_storage", {}), ("weight_only", {"bits": 8}), ("weight_only", {"bits": 4})]
+)
+@pytest.mark.parametrize("cache", [(), ("half_cache",)], ids=["FP32 slots", "FP16 slots"])
+def test_a_recorded_steps_products_are_matmuls_in_every_arithmetic(
+    weights: tuple[str, dict[str, Any]], cache: tuple[str]
+) -> None:
+    """Two layers of seven products, keys and values that are written, and attention; and lm_head."""
+    chain = [transforms.make(*weights, "decode"), *(transforms.make(name, {}, "decode") for name in cache)]
+    variant = Variant(models.tiny("llama")).with_transforms([*chain, transforms.make("step_program", {}, "decode")])
+    spans = trace(watched(variant), torch.tensor(models.token_prompts(1)), 4)["decode"].spans
+    assert sum(span.role == "linear" for span in spans) == 2 * 7 + 1
+    assert sum(span.role == "attention" for span in spans) == 2
+    assert sum(span.role == "cache" for span in spans) == 2 * 2 * (1 + len(cache))
+    groups = {span.group for span in spans if span.role == "linear"}
+    assert groups == {ATTENTION, FFN, HEAD}
 
 
 def test_another_profiler_is_not_disturbed() -> None:
