@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 
 
 class Handle(Wrapped):
-    """`model.autotune`: the state of a wrapped model, and the operations on it."""
+    """`model.autotune`: the state of a wrapped model, and the operations on it.
+
+    Attributes:
+        options: the arguments of `wrap`.
+    """
 
     def __init__(self, model: PreTrainedModel, options: Options) -> None:
+        self.options = options
         self._model = model
         self._sharded = sharding.reason(model)
         traffic = Traffic()

@@ -54,3 +54,8 @@ def test_a_model_that_was_never_wrapped_serves_itself() -> None:
 def test_the_prompts_are_those_it_was_given() -> None:
     prompts = token_prompts(3, length=9)
     assert tuned_on(wrap(tiny("llama"), workload=prompts, when="manual", cache=False)) == tuple(map(tuple, prompts))
+
+
+def test_the_handle_has_the_arguments_of_wrap() -> None:
+    options = wrap(tiny("llama"), when="manual", observe=3, policy="latency", watch=0.5).autotune.options
+    assert (options.when, options.observe, options.policy.name, options.watch) == ("manual", 3, "latency", 0.5)
