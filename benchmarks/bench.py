@@ -26,7 +26,7 @@ from autotune.cli import demo
 from autotune.machine import cache_dir, hardware
 from autotune.model import gguf as convert
 from autotune.workload.texts import TEXTS
-from benchmarks import chart, quality, table
+from benchmarks import chart, perturbed, quality, table
 from benchmarks.cores import physical_cores
 from benchmarks.measures import Metric, metrics, prompt, shapes
 from benchmarks.peers import PEERS, REFERENCE, VLLM_PYTHON, Home, Setup, chosen
@@ -45,6 +45,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"timed rounds; default {ROUNDS}, {QUICK_ROUNDS} with --quick")
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"some of {names}; the reference always runs")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, little text")
+    parser.add_argument("--perturbed", action="store_true", help="weights that bear no 4 bits: perturbed.py")
     parser.add_argument("--cold", action="store_true", help="measure cold starts again, with emptied caches")
     parser.add_argument(
         "--tune-batches", default="1", metavar="N,...", help="batch sizes autotune tunes for; default 1"
@@ -76,14 +77,17 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
     begin, measured = time.monotonic(), metrics(given.quick)
     torch.set_num_threads(given.threads)
     machine = hardware.probe()
+    files = cache_dir.cache("peers") or given.out
     gguf = demo.model_file()
+    if given.perturbed:
+        gguf = perturbed.file(gguf, files)
     checkpoint = convert.checkpoint(gguf, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     text = [token for paragraph in TEXTS for token in tokenizer(paragraph)["input_ids"]]
     setup = Setup(
         checkpoint=str(checkpoint),
         gguf=str(gguf),
-        files=str(cache_dir.cache("peers") or given.out),
+        files=str(files),
         threads=given.threads,
         longest=max(shape.prompt_tokens + shape.new_tokens for shape in shapes(measured)),
         workload=workload(text, measured),

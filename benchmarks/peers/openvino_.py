@@ -99,7 +99,8 @@ class OpenVino:
 
 def _file(setup: Setup) -> Path:
     """The model in a folder of its own, where the pipeline may save it in OpenVINO's format beside the GGUF."""
-    return Path(setup.files) / "openvino" / f"{Path(setup.gguf).stem}.Q8_0.gguf"
+    name = Path(setup.gguf).stem
+    return Path(setup.files) / "openvino" / name / f"{name}.Q8_0.gguf"
 
 
 def _properties(setup: Setup, precision: str) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def prepare(setup: Setup, precision: str = "") -> None:
 
     file = _file(setup)
     if not file.exists():
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(llama.quantise(setup, "Q8_0"), file)
     if not (file.parent / MODEL).exists():
         genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
