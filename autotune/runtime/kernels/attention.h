@@ -57,16 +57,17 @@ inline void prefetch(const Number* at, int64_t count) {
     __builtin_prefetch(reinterpret_cast<const char*>(at) + byte);
 }
 
-// Computes the scores of up to kWidth slots from `first` on, for all heads of the pass: in the lanes of one vector for each
+// Computes the scores of up to kWidth slots from begin + i on, for all heads of the pass: in the lanes of one vector for each
 // head, whose dot products are summed together. A key is read and widened once.
 template <class Number, int kHeads, class Row>
-void score(const float* query, int64_t depth, float scale, int64_t first, int64_t last, Row row, float (*out)[kSpan]) {
+void score(const Problem& p, const float* query, int64_t begin, int64_t end, int64_t i, Row row, float (*out)[kSpan]) {
+  const int64_t depth = p.depth, first = begin + i;
   const int64_t whole = depth / kWidth * kWidth;
   Floats dot[kHeads][kWidth];
   float rest[kHeads][kWidth] = {};
-  for (int i = 0; i < kWidth; ++i) {
-    const Number* key = row(std::min(first + i, last - 1));
-    prefetch(row(first + i + kAheadSlots), depth);
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const Number* key = row(std::min(first + lane, end - 1));
+    prefetch(row(first + lane + kAheadSlots), depth);
     Floats part[kHeads] = {};
     for (int64_t d = 0; d < whole; d += kWidth) {
       const Floats k = widen(key + d);
@@ -74,11 +75,11 @@ void score(const float* query, int64_t depth, float scale, int64_t first, int64_
     }
     for (int64_t d = whole; d < depth; ++d) {
       const float k = widen_one(key + d);
-      for (int h = 0; h < kHeads; ++h) rest[h][i] += k * query[h * depth + d];
+      for (int h = 0; h < kHeads; ++h) rest[h][lane] += k * query[h * depth + d];
     }
-    for (int h = 0; h < kHeads; ++h) dot[h][i] = part[h];
+    for (int h = 0; h < kHeads; ++h) dot[h][lane] = part[h];
   }
-  for (int h = 0; h < kHeads; ++h) store(out[h], scale * (sums(dot[h]) + load<Floats>(rest[h])));
+  for (int h = 0; h < kHeads; ++h) store(out[h] + i, p.scale * (sums(dot[h]) + load<Floats>(rest[h])));
 }
 
 // Computes `kChunks` vectors of the weighted sum of values, for all heads of the pass.
@@ -130,9 +131,7 @@ void attend(const Problem& p, int64_t batch, int64_t first_head, int64_t begin, 
     return;
   }
 
-  for (int64_t i = 0; i < count; i += kWidth)
-    score<Number, kHeads>(query, p.depth, p.scale, begin + i, end, key_row,
-                          reinterpret_cast<float (*)[kSpan]>(weight[0] + i));
+  for (int64_t i = 0; i < count; i += kWidth) score<Number, kHeads>(p, query, begin, end, i, key_row, weight);
   for (int h = 0; h < kHeads; ++h) {
     for (int64_t i = 0; kind == Span::kMixed && i < count; ++i) weight[h][i] += admitted(p.mask, batch, first_head + h, begin + i);
     for (int64_t i = count; i % kWidth; ++i) weight[h][i] = kLow;

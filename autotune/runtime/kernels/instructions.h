@@ -14,8 +14,8 @@ namespace autotune {
 namespace {
 
 enum Code : int64_t {  // the order of CODES in autotune/runtime/steps/program/instruction.py
-  kCopy, kToFloat, kWidenHalf, kWidenBf16, kNarrowHalf, kCopyInt, kCopyBool, kNegative, kInverseRoot, kRoot, kExp, kTanh, kSigmoid,
-  kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
+  kCopy, kToFloat, kWidenHalf, kWidenBf16, kNarrowHalf, kCopyInt, kCopyBool, kNegative, kInverseRoot, kRoot, kExp, kTanh,
+  kSigmoid, kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
   kMean, kNormalize, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kRound, kLinearRounded, kDot, kAttend,
