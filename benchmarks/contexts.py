@@ -68,7 +68,7 @@ def begun(variant: Variant, prompt: Any, context: int) -> tuple[Step, SlotCache]
     cut = seam.growing_cache()
     for layer, (keys, values) in enumerate(prompt):
         cut.update(keys[:, :, :context], values[:, :, :context], layer)
-    cache = SlotCache(cut, variant.caches.slots, dtype=variant.caches.dtype)
+    cache = SlotCache(cut, variant.caches.slots, dtype=variant.slot_dtype)
     cache.fill(cut, None)
     step = variant.step.fitting(cache)
     assert step is not None

@@ -149,8 +149,7 @@ def cache_bytes(variant: Variant, batch: int, tokens: int) -> int:
 
 def _cache_dtype(variant: Variant, module: PreTrainedModel) -> torch.dtype:
     """Return the dtype of keys and values in slots, or in a plain cache of a module of the variant."""
-    slots = variant.caches.dtype if variant.caches is not None else None
-    return slots or activation_dtype(module)
+    return variant.slot_dtype or activation_dtype(module)
 
 
 def _phase(

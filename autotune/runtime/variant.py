@@ -163,6 +163,11 @@ class Variant:
         self._editable: set[int] = set()  # ids of the modules that this variant made itself
         self._front: PreTrainedModel | None = None
 
+    @property
+    def slot_dtype(self) -> torch.dtype | None:
+        """The dtype of keys and values in slots; None: the prompt's, or there are no slots."""
+        return self.caches.dtype if self.caches is not None else None
+
     def with_transform(self, transform: Transform) -> Variant:
         """Make a new variant: this one plus `transform`, with all transforms in stage order.
 

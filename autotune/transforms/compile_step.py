@@ -101,7 +101,7 @@ class CompileStep(Transform):
         step = CompiledStep(variant.modules["decode"], self.layers == "once", self.mode)
         for batch in variant.batch_sizes:
             with variant.running("decode"):
-                step.prepare(SlotCache(variant.example(batch), variant.caches.slots, dtype=variant.caches.dtype))
+                step.prepare(SlotCache(variant.example(batch), variant.caches.slots, dtype=variant.slot_dtype))
         variant.step = step
 
     def _apply_graphs(self, variant: Variant) -> None:
@@ -110,7 +110,7 @@ class CompileStep(Transform):
 
         config = variant.original.config.get_text_config(decoder=True)
         slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
-        variant.caches = CachePool(config, slots, dtype=variant.caches.dtype if variant.caches else None)
+        variant.caches = CachePool(config, slots, dtype=variant.slot_dtype)
         variant.loop = decode
         step = InductorGraphStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
         for batch in variant.batch_sizes:

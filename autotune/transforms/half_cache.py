@@ -40,7 +40,7 @@ class HalfCache(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.kv is not None:
             return f"the KV cache is {variant.kv}"
-        if variant.caches is not None and variant.caches.dtype == torch.float16:
+        if variant.slot_dtype == torch.float16:
             return "the KV cache is in FP16 already"
         kernel = one_query_attention.OneQueryAttention("decode")
         uses_it = one_query_attention.is_used(variant)
@@ -68,5 +68,4 @@ class HalfCache(Transform):
     def took_effect(self, variant: Variant) -> str | None:
         if not one_query_attention.is_used(variant):
             return "decode does not use the kernel that reads FP16"
-        narrow = variant.caches is not None and variant.caches.dtype == torch.float16
-        return None if narrow else "the KV cache is not in FP16"
+        return None if variant.slot_dtype == torch.float16 else "the KV cache is not in FP16"

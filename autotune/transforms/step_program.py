@@ -89,7 +89,7 @@ class StepProgram(Transform):
         one_query_attention.use_kernel(variant)
         if reason := no_slots(variant.original):
             raise TransformError(reason)
-        dtype = variant.caches.dtype if variant.caches is not None else None
+        dtype = variant.slot_dtype
         if widening.is_narrow(variant.modules["decode"]):
             dtype = dtype or torch.float32
             for twin in variant.edit("decode"):

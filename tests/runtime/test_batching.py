@@ -208,7 +208,7 @@ class Streamer:
 def test_a_rows_logits_are_the_same_to_the_bit_whoever_is_beside_it(arch: str, weights: list[Transform]) -> None:
     """In every size of step, at every row, beside every neighbour: the sums run in one order."""
     made = Variant(tiny(arch)).with_transforms([*weights, StepProgram("decode", slots=SLOTS)])
-    dtype = made.caches.dtype if made.caches is not None else None
+    dtype = made.slot_dtype
     caches = [filled(made.original, prompt(length, seed=length)) for length in (3, 70, 11, 40, 64, 5, 33, 20)]
     tokens = torch.tensor([[7 + row] for row in range(len(caches))])
 
@@ -246,7 +246,7 @@ def test_several_tokens_of_a_sequence_are_those_of_one_after_the_other_to_the_bi
     made = Variant(tiny(arch)).with_transforms([*weights, StepProgram("decode", slots=SLOTS)])
     steps, filled_cache = made.step, filled(made.original, prompt(21))
     assert isinstance(steps, StepPrograms)
-    dtype = made.caches.dtype if made.caches is not None else None
+    dtype = made.slot_dtype
     for count in (2, 4, 8):
         steps.prepare_several(partial(RowCache, filled_cache, SLOTS, count, dtype))
     tokens, stride = torch.tensor([prompt(9, seed=1)]), MultiTokenStep(made.modules["decode"], recorded=steps)

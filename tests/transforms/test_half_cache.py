@@ -85,8 +85,7 @@ def test_a_16_bit_model_keeps_its_slots_in_fp16(dtype: torch.dtype) -> None:
     model = tiny("llama").to(dtype)
     half = make("weight_only", {}, "decode")
     variant = Variant(model).with_transforms([half, HALF, PROGRAM])
-    assert variant.caches is not None
-    assert variant.caches.dtype == torch.float16
+    assert variant.slot_dtype == torch.float16
     assert serving(variant).generate(LONG, max_new_tokens=4).shape == (1, 64)
 
 
@@ -108,21 +107,17 @@ def test_an_evicted_row_comes_back_to_the_bit() -> None:
 def test_a_compiled_step_is_over_the_same_slots() -> None:
     model = tiny("llama")
     variant = Variant(model).with_transforms([HALF, make("compile_step", {}, "decode")])
-    assert variant.caches is not None
-    assert variant.caches.dtype == torch.float16
+    assert variant.slot_dtype == torch.float16
     assert torch.equal(serving(variant).generate(LONG, max_new_tokens=8), model.generate(LONG, max_new_tokens=8))
 
 
 @pytest.mark.parametrize("chain", [(HALF,), RECORDED], ids=["alone", "recorded"])
 def test_its_cache_takes_half_of_the_bytes(chain: tuple[Transform, ...]) -> None:
     model = tiny("llama")
-    plain, half = (memory_use(v, Forward(2, 30), 10).cache_bytes for v in _beside(model, chain))
+    variant = Variant(model).with_transforms(chain)
+    plain, half = (memory_use(each, Forward(2, 30), 10).cache_bytes for each in (Variant(model), variant))
     assert half == plain / 2
-    assert HALF.took_effect(Variant(model).with_transforms(chain)) is None
-
-
-def _beside(model: Any, chain: tuple[Transform, ...]) -> tuple[Variant, Variant]:
-    return Variant(model), Variant(model).with_transforms(chain)
+    assert HALF.took_effect(variant) is None
 
 
 @pytest.mark.parametrize(
