@@ -100,5 +100,6 @@ def attend(
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         out: torch.Tensor = torch.ops.autotune.attend_one(query, key, value, None, attention_mask, scale)
         return out, None
-    key, value = key.to(query.dtype), value.to(query.dtype)  # slots may hold FP16
+    if key.dtype != query.dtype:  # slots may hold FP16
+        key, value = key.to(query.dtype), value.to(query.dtype)
     return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -44,7 +44,8 @@ class SlotLayer(CacheLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def store(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
+        if keys.dtype != self.keys.dtype:  # a cast to the same dtype is dispatched, too
+            keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
         if self.by_row:
             slots = self.slot.view(-1, 1, 1, 1)
             self.keys.scatter_(2, slots.expand(keys.shape), keys)
