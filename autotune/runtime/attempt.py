@@ -40,11 +40,11 @@ class Attempt:
         self._raised: BaseException | None = None  # an exception from the caller's own objects
         self._shown = 0  # tokens of a sequence that the streamer has seen
         self._ended = False  # whether the streamer's `end` was called
-        self._chosen: torch.Tensor | None = None  # [B, P + T], up to the latest chosen token
+        self._chosen: torch.Tensor | None = None  # [B, P + T], up to the latest token that the criteria were asked of
         self._done: list[Any] = []  # results of the criteria for each of the T tokens, [B] each
         self._scores: list[torch.Tensor] | None = [] if _returns_scores(call) else None  # [B, V] for each token
         self._latest: torch.Tensor | None = None
-        self.call = call.through(self._process, self._stop)
+        self.call = call.through(self._process, self._stop, is_transparent=not _returns_scores(call))
         if call.streamer is not None:
             self.call = self.call.with_streamer(_Streamer(self))
 
@@ -67,16 +67,23 @@ class Attempt:
         """
         call = self._given.with_fresh_cache(self._given.model)
         self._device.set_random_state(self._random)
-        if self._chosen is None or not (always or self._shown or seam.remembers(call)):
+        chosen, kept = self._tokens(), self._scores
+        if not chosen.shape[1] or not (always or self._shown or seam.remembers(call)):
             return answer(call)
-        told, kept = len(self._done), self._scores
-        call = call.through(_Led(self._chosen[:, -told:]).scores, _Led(self._done).take)
+        told = chosen.shape[1]
+        call = call.through(_Led(chosen).scores, _Led(self._done).take if self._done else None)
         if call.streamer is not None:
             call = call.with_streamer(_Streamer(self, unseen=-self._shown))
         result = answer(call)
         if kept is not None:
             result.scores = (*kept[:told], *result.scores[told:])
         return result
+
+    def _tokens(self) -> torch.Tensor:
+        """The tokens that were chosen, [B, T]."""
+        knows = self.call.criteria.told
+        ids = self._chosen if knows is None else knows.ids
+        return self._given.input_ids[:, :0] if ids is None else ids[:, self._given.input_ids.shape[1] :]
 
     def _process(self, processors: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         scores = self.run(processors, *args, **kwargs)

@@ -12,19 +12,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import softmax
 
 from ..machine import device as devices
 from ..model import seam
-from .steps.step import NextLogits
+from .answers import DeviceAnswers, HostAnswers
 
 if TYPE_CHECKING:
-    from ..machine.device import Device
     from ..model.seam import Sampling
-    from .steps.step import Step
+    from .steps.step import NextLogits, Step
     from .variant import Variant
-
-Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether all sequences are finished
 
 
 def decode(variant: Variant, call: Sampling) -> Any:
@@ -109,30 +105,28 @@ def sample(
         final_cache: gives the cache to return, with every kept step.
         keep: keeps the latest step; None if a step cannot be taken back.
     """
-    config, processors, criteria, streamer = call.settings, call.processors, call.criteria, call.streamer
-    ids, position, pads = call.input_ids, call.last_position, call.pads()
-    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    device = devices.of(ids.device)
-    choose, look = (_choose_unwaiting, _look_later) if device.asynchronous else (_choose, _look_now)
-    first, longest = ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
+    config, processors, streamer = call.settings, call.processors, call.streamer
+    device = devices.of(call.input_ids.device)
+    answers = HostAnswers(call) if device.is_host else DeviceAnswers(call, device)
+    returns_scores = config.return_dict_in_generate and config.output_scores
+    returns_logits = config.return_dict_in_generate and config.output_logits
+    kept = returns_scores or returns_logits or call.processes()  # perhaps beyond the next step
+    first, longest = call.input_ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
     if device.asynchronous and keep is not None:
-        longest = min(config.max_length, criteria.max_length or config.max_length)
+        longest = min(config.max_length, call.criteria.max_length or config.max_length)
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:
-        logits = logits.to(dtype=torch.float32, device=ids.device)  # each step returns a new tensor
-        score = processors(ids, logits)
-        if config.return_dict_in_generate and config.output_scores:
+        logits = logits.to(dtype=torch.float32, device=call.input_ids.device, copy=bool(kept))
+        score = processors(answers.ids, logits)
+        if returns_scores:
             scores.append(score)
-        if config.return_dict_in_generate and config.output_logits:
+        if returns_logits:
             raw.append(logits)
-        token, sound = choose(score, config.do_sample)  # [B]
-        if pads is not None:
-            token = token * unfinished + pads * (1 - unfinished)
-        ids = torch.cat([ids, token[:, None]], dim=-1)
-        unfinished = unfinished & ~criteria(ids, tuple(scores) or None)
-        seen, position = look(device, token, unfinished, sound), position + 1
-        ahead = following(token[:, None], position) if first < ids.shape[1] < longest else None
+        token = answers.choose(score, sampling=config.do_sample)  # [B]
+        answers.stop(tuple(scores) or None)
+        seen, position = answers.look(), answers.position()
+        ahead = following(token[:, None], position) if first < answers.ids.shape[1] < longest else None
         shown, finished = seen()
         if streamer is not None:
             streamer.put(shown)
@@ -143,49 +137,5 @@ def sample(
             keep()
     if streamer is not None:
         streamer.end()
+    ids = answers.ids.clone()
     return call.result(ids, scores, raw, final_cache()) if config.return_dict_in_generate else ids
-
-
-def _choose(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, None]:
-    """Choose the next token [B] of every sequence from its scores [B, V]."""
-    if sampling:
-        return torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1), None
-    return score.max(dim=-1).indices, None  # the first of equal scores, as argmax, in a third of the time
-
-
-def _choose_unwaiting(score: torch.Tensor, sampling: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Choose the same tokens from the same random numbers, without waiting for the device.
-
-    `torch.multinomial` makes the host wait for its checks. After them it computes the index of the largest p / q with q
-    from an exponential distribution, which is repeated here.
-
-    Returns:
-        Tokens [B] and, if they were drawn, whether the scores were sound [B]. Both stay on the device.
-    """
-    if not sampling:
-        return score.argmax(dim=-1), None
-    odds = softmax(score, dim=-1)
-    drawn = torch.empty_like(odds).exponential_()
-    sound = (odds.amax(dim=-1) < torch.inf) & (odds.amin(dim=-1) >= 0)
-    return (odds / drawn).argmax(dim=-1), sound
-
-
-def _look_now(_device: Device, token: torch.Tensor, unfinished: torch.Tensor, _sound: object) -> Look:
-    return lambda: (token.cpu(), not unfinished.max().item())  # `any` would first convert the numbers to bool
-
-
-def _look_later(device: Device, token: torch.Tensor, unfinished: torch.Tensor, sound: torch.Tensor | None) -> Look:
-    """Start copying what the host has to see. The `Look` that is returned waits only for this copy.
-
-    Raises (when looking):
-        RuntimeError: the scores give no probabilities; the message is torch.multinomial's.
-    """
-    arrived = device.fetch(torch.stack([token, unfinished] + ([] if sound is None else [sound.long()])))  # [2 or 3, B]
-
-    def look() -> tuple[torch.Tensor, bool]:
-        shown, going, *checked = arrived()
-        if checked and not checked[0].numpy().all():
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
-        return shown, not going.numpy().any()
-
-    return look

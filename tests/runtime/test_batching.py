@@ -254,7 +254,7 @@ def test_several_tokens_of_a_sequence_are_those_of_one_after_the_other_to_the_bi
     one.fill(filled_cache, None)
     single, expected = steps.fitting(one), []
     for k in range(9):
-        expected.append(single(tokens[:, k : k + 1], torch.tensor([[21 + k]]), one))
+        expected.append(single(tokens[:, k : k + 1], torch.tensor([[21 + k]]), one).clone())
         one.advance()
     for count in (2, 3, 4, 5, 8):
         among = RowCache(filled_cache, SLOTS, 3, dtype)

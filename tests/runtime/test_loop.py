@@ -14,7 +14,7 @@ from autotune.errors import TransformError
 from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime import kernels, loop
-from autotune.runtime.loop import _choose_unwaiting
+from autotune.runtime.answers import drawn_unwaiting, largest
 from autotune.runtime.steps.compiled import artifact
 from autotune.runtime.steps.waiting import WAITS
 from autotune.runtime.variant import Transform, Variant, build, serving
@@ -23,6 +23,7 @@ from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.one_query_attention import OneQueryAttention
 from autotune.transforms.static_cache import StaticCache, no_slots
+from autotune.transforms.step_program import StepProgram
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
@@ -364,16 +365,45 @@ def test_scores_that_are_no_probabilities_are_refused_as_by_transformers(fake: F
             ask(asked, do_sample=True, logits_processor=[Broken()])
 
 
+class Remembering(LogitsProcessor):
+    """Keeps all scores that it sees, and a copy of each."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.seen.append((scores, scores.clone()))
+        return scores
+
+
+@pytest.mark.skipif(bool(kernels.available()), reason=str(kernels.available()))
+def test_scores_that_a_processor_keeps_are_not_those_of_a_later_step() -> None:
+    served, remembering = serving(build(tiny("llama"), [StepProgram("decode")])), Remembering()
+    ask(served, logits_processor=[remembering])
+    assert len(remembering.seen) == 12
+    assert all(torch.equal(kept, copy) for kept, copy in remembering.seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_largest_score_is_that_of_argmax(dtype: torch.dtype) -> None:
+    scores = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).mul(3).round().to(dtype)  # ties
+    scores[3, 20] = scores[3, 40] = scores[4, 0] = torch.nan
+    scores[5] = -torch.inf
+    chosen = largest(scores)
+    assert chosen.dtype == torch.int64
+    assert torch.equal(chosen, scores.argmax(-1))
+    assert chosen[3] == 20
+
+
 def test_tokens_are_drawn_as_by_multinomial() -> None:
     for seed in range(100):
         odds = torch.randn(3, 257, generator=torch.Generator().manual_seed(seed))
         torch.manual_seed(seed)
         expected, state = torch.multinomial(odds.softmax(-1), 1).squeeze(1), torch.get_rng_state()
         torch.manual_seed(seed)
-        token, sound = _choose_unwaiting(odds, sampling=True)
+        token, sound = drawn_unwaiting(odds)
         assert torch.equal(token, expected)
         assert torch.equal(torch.get_rng_state(), state)
-        assert sound is not None
         assert sound.all()
 
 

@@ -61,6 +61,12 @@ def record(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Prog
     return Program(graph, rows=inputs[0].shape[0])
 
 
+def run(program: Program, *inputs: torch.Tensor) -> torch.Tensor:
+    output = program.room()
+    program.run(program.addresses(inputs, output))
+    return output
+
+
 def floats(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -136,7 +142,7 @@ def test_a_program_computes_what_torch_computes(name: str, count: int, threads: 
     program = record(function, *inputs)
     for scale in (1, 2):  # other numbers through the same program
         given = [t * scale if t.is_floating_point() else t for t in inputs]
-        torch.testing.assert_close(program.run(program.addresses(given)), function(*given), atol=2e-6, rtol=2e-5)
+        torch.testing.assert_close(run(program, *given), function(*given), atol=2e-6, rtol=2e-5)
 
 
 @needs_kernels
@@ -149,7 +155,7 @@ def test_masks(name: str) -> None:
         return torch.ops.autotune.attend_one(query, cache, cache, None, MASKS[name](a, b)[:, None, None], 0.25)
 
     program = record(attend, a, b)
-    torch.testing.assert_close(program.run(program.addresses((a, b))), attend(a, b))
+    torch.testing.assert_close(run(program, a, b), attend(a, b))
 
 
 @needs_kernels
@@ -173,7 +179,7 @@ def test_what_has_no_instruction_is_named(function: Any, inputs: tuple[torch.Ten
 def test_an_index_outside_its_table_is_an_error() -> None:
     program = record(lambda ids: F.embedding(ids, TABLE), IDS)
     with pytest.raises(RuntimeError, match="outside its table"):
-        program.run(program.addresses((torch.tensor([[3], [7], [6]]),)))
+        run(program, torch.tensor([[3], [7], [6]]))
 
 
 @needs_kernels
@@ -193,25 +199,25 @@ def test_an_index_outside_its_table_is_an_error() -> None:
 def test_what_was_not_recorded_is_refused(given: tuple[torch.Tensor, ...], says: str) -> None:
     program = record(torch.add, X, Y)
     with pytest.raises(TransformError, match=says):
-        program.addresses(given)
-    torch.testing.assert_close(program.run(program.addresses((X, Y))), X + Y)
+        program.addresses(given, program.room())
+    torch.testing.assert_close(run(program, X, Y), X + Y)
 
 
 @needs_kernels
 def test_strides_of_single_elements_do_not_matter() -> None:
     program = record(torch.add, X[:1], Y[:1])
     odd = Y.as_strided((1, 5, 37), (7, 37, 1))
-    torch.testing.assert_close(program.run(program.addresses((X[:1], odd))), X[:1] + odd)
+    torch.testing.assert_close(run(program, X[:1], odd), X[:1] + odd)
 
 
 @needs_kernels
 def test_weights_whose_memory_was_freed_are_not_read() -> None:
     weight = WEIGHT.clone()
     program = record(lambda x: F.linear(x, weight), X)
-    program.addresses((X,))
+    program.addresses((X,), program.room())
     weight.untyped_storage().resize_(0)
     with pytest.raises(TransformError, match="weights have moved"):
-        program.addresses((X,))
+        program.addresses((X,), program.room())
 
 
 @needs_kernels
@@ -592,12 +598,16 @@ def test_a_team_that_is_held_up_goes_on_with_fewer_and_computes_the_same(
 
     x = floats(1, 64)
     program, sizes = record(deep, x), list[int]()
-    addresses = program.addresses([x])
+    output = program.room()
+    addresses = program.addresses([x], output)
     threads(1)
-    alone = program.run(addresses).clone()
+    program.run(addresses)
+    alone = output.clone()
     threads(count)
     for _ in range(30):
-        assert torch.equal(program.run(addresses), alone)
+        output.zero_()
+        program.run(addresses)
+        assert torch.equal(output, alone)
         sizes.append(torch.ops.autotune.team_size(count))
     assert program.meetings >= 39
     assert min(sizes) < count

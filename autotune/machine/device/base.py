@@ -90,6 +90,11 @@ class Device(ABC):
         self.where = where
         self._dead: str | None = None
 
+    @property
+    def is_host(self) -> bool:
+        """Whether its memory is the host's, which reads it without waiting."""
+        return self.where.type == "cpu" and not self.asynchronous
+
     @abstractmethod
     def identity(self) -> Identity: ...
 

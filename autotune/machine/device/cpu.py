@@ -59,7 +59,7 @@ class Cpu(Device):
         return nullcontext()
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: tensor
+        return tensor.cpu
 
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
         raise DeviceError(self.without_graphs())

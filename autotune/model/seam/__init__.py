@@ -73,6 +73,7 @@ from .models import (
 )
 from .preparation import drops_cache, greedy_settings
 from .shards import is_sharding, resharding, sharded, tensor_parallel
+from .stops import Stops, stops
 
 __all__ = [
     "ARGUMENTS",
@@ -89,6 +90,7 @@ __all__ = [
     "UNUSUAL",
     "Attend",
     "Sampling",
+    "Stops",
     "accepts_package",
     "attention_function",
     "attention_of",
@@ -135,6 +137,7 @@ __all__ = [
     "sdpa",
     "sequences",
     "sharded",
+    "stops",
     "streamed",
     "supports",
     "tensor_parallel",

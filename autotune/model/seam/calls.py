@@ -160,16 +160,33 @@ class Sampling:
     def with_streamer(self, streamer: Any) -> Sampling:
         return replace(self, options={**self.options, "streamer": streamer})
 
-    def through(self, processors: Callable[..., Any], criteria: Callable[..., Any] | None = None) -> Sampling:
+    def processes(self) -> bool:
+        """Whether anything that came with the call sees or changes scores."""
+        found = self.processors
+        while getattr(found, "relay", None) is not None:
+            if not found.is_transparent:
+                return True
+            found = found.objects
+        return len(found) > 0
+
+    def through(
+        self,
+        processors: Callable[..., Any],
+        criteria: Callable[..., Any] | None = None,
+        *,
+        is_transparent: bool = False,
+    ) -> Sampling:
         """The same call, whose logits processors and stopping criteria are called through the given functions.
 
         Args:
             processors: called with the list of processors, tokens [B, T] and scores [B, V]; returns scores [B, V].
             criteria: the same for the list of stopping criteria; returns [B] bool. None: they are called directly.
+            is_transparent: whether both only observe, so that they may be left out. Who leaves out the criteria puts
+                an object that knows the tokens into their list's `told` (`stops`).
         """
-        options = {**self.options, "logits_processor": _relayed(self.processors, processors)}
+        options = {**self.options, "logits_processor": _relayed(self.processors, processors, is_transparent)}
         if criteria is not None:
-            options["stopping_criteria"] = _relayed(self.criteria, criteria)
+            options["stopping_criteria"] = _relayed(self.criteria, criteria, is_transparent)
         return replace(self, options=options)
 
     def with_processor_before(self, processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Sampling:
@@ -258,11 +275,11 @@ def processed(
     return {"logits_processor": LogitsProcessorList([*chain, *processors]), "repetition_penalty": 1.0}
 
 
-def _relayed(objects: Any, relay: Callable[..., Any]) -> Any:
+def _relayed(objects: Any, relay: Callable[..., Any], is_transparent: bool) -> Any:
     """Copy a list into one of its class. Calling the copy calls `relay` with the given list and the arguments."""
     cls: Any = type(objects)
     found = (cls if hasattr(cls, "relay") else _relaying(cls))(objects)
-    found.relay = relay
+    found.relay, found.is_transparent, found.told = relay, is_transparent, None
     found.objects = objects
     return found
 

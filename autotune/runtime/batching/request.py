@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import softmax
 
 from ...errors import AutotuneError, CancelledRequestError, RequestError, VariantError, first_line
 from ...machine import ending
+from ...model import seam
+from ..answers import append, drawn, largest, room
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
@@ -47,26 +48,28 @@ class Request:
     the engine's thread, within a copy of the caller's context variables.
 
     Attributes:
-        ids: prompt and tokens so far, [1, T] int64.
+        tokens: of its sequence so far.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
     """
 
     def __init__(self, call: Sampling) -> None:
         self.call = call
-        self.ids = call.input_ids
+        self.tokens = call.input_ids.shape[1]
+        self._room = room(call.input_ids)
         self.terms = CURRENT.get() or RequestTerms()
         self.is_ours = isinstance(threading.current_thread(), ending.Worker)
         self._is_abandoned = False  # the terms live on: the original may answer after the engine failed
         self._context = contextvars.copy_context()
         self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
         self._streams = call.streamer is not None
-        self._plain = not call.settings.do_sample and not len(call.processors)
+        self._plain = not call.settings.do_sample and not call.processes()
+        self._stops = seam.stops(call.criteria, self)
 
     @property
-    def tokens(self) -> int:
-        """Tokens of its sequence so far."""
-        return self.ids.shape[1]
+    def ids(self) -> torch.Tensor:
+        """Prompt and tokens so far, [1, T] int64. Later tokens do not change it."""
+        return self._room[:, : self.tokens]
 
     # In the caller's thread
 
@@ -101,7 +104,7 @@ class Request:
         """Why it must not be served any longer, or None."""
         if self._is_abandoned:
             return CancelledRequestError("the caller no longer waits")
-        return self.terms.violated(now_s, self.ids.shape[1] - self.call.input_ids.shape[1])
+        return self.terms.violated(now_s, self.tokens - self.call.input_ids.shape[1])
 
     @property
     def is_greedy(self) -> bool:
@@ -113,21 +116,24 @@ class Request:
         return self._context.run(self._choose, logits.float())
 
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        score: torch.Tensor = self.call.processors(self.ids, logits)
-        if self.call.settings.do_sample:
-            return torch.multinomial(softmax(score, dim=-1), num_samples=1).squeeze(1)
-        return score.max(dim=-1).indices
+        given = logits.clone() if self.call.processes() else logits  # a processor may keep it beyond the next step
+        score: torch.Tensor = self.call.processors(self.ids, given)
+        return drawn(score) if self.call.settings.do_sample else largest(score)
 
     def take(self, token: torch.Tensor) -> bool:
         """Append a token [1]. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
-        self.ids = torch.cat([self.ids, token[:, None]], dim=-1)
+        number = int(token)
+        self._room = append(self._room, self.tokens, number)
+        self.tokens += 1
         if self._streams:
             self._events.put(Token(token))
+        if self._stops is not None:
+            return self._stops.after(self.tokens, number)
         stopped: Any = self._context.run(self.call.criteria, self.ids, None)
         return bool(stopped.all())
 
     def finish(self) -> None:
-        self._events.put(Finished(self.ids))
+        self._events.put(Finished(self.ids.clone()))
 
     def fail(self, error: BaseException) -> None:
         self._events.put(Failed(error))

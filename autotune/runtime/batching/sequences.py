@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import isnan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ...errors import VariantError
 from ...machine import outside
+from ..answers import largest
 from ..cache.rows import RowCache
 from . import rows as plan
 from .guessing import Guessing
@@ -134,12 +136,13 @@ class Sequences:
             outside.pass_on(error)
             self._fail_rows(error)
             return
-        most, best = logits.max(dim=-1)  # of each row; NaN if any of its logits is
+        best = largest(logits)
+        most = logits.numpy()[range(len(logits)), best.numpy()]  # of each row; NaN if any of its logits is
         for row, request in enumerate(self.rows[: len(logits)]):
             if request is None:
                 continue
             try:
-                if bool(most[row].isnan()):
+                if isnan(most[row]):
                     raise VariantError(f"NaN logits at token {request.tokens}")
                 token = best[row : row + 1] if request.is_greedy else request.choose(logits[row : row + 1])
                 finished = request.take(token)
@@ -148,7 +151,7 @@ class Sequences:
                 self._leave(row)
                 request.fail(error)
                 continue
-            self._token[row] = token
+            self._token.numpy()[row] = token.numpy()
             if finished:
                 self._leave(row)
                 request.finish()

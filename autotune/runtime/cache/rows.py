@@ -86,10 +86,10 @@ class RowCache(SlotCache):
         Args:
             discarded: slots after it that the step may have written, too.
         """
-        self.slot += self.valid[:, 0]
+        slot = self.slot.numpy()  # an operator takes 40 us after a step
         for row, length in enumerate(self.lengths):
             if length:
-                self.lengths[row] = length + 1
+                slot[row] = self.lengths[row] = length + 1
                 self._written[row] = max(self._written[row], length + 2 + discarded)
 
     def _begin(self, row: int, length: int) -> None:
@@ -103,6 +103,7 @@ class RowCache(SlotCache):
         if row not in self._singles:
             one, here = SlotCache.__new__(SlotCache), slice(row, row + 1)
             one.given, one.lasting, one.left, one._capacity = self.given, False, None, self._capacity
+            one.on_host = self.on_host
             one.slot, one.valid, one.batch = self.slot[here], self.valid[here], 1
             one.keys, one.values = ([held[here] for held in each] for each in (self.keys, self.values))
             self._singles[row] = one

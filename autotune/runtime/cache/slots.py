@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
+from ...machine import device as devices
 from ...model import seam
 from ...model.seam.layers import CacheLayer
 from ..attention_sdpa import KERNELS
@@ -75,6 +76,7 @@ class SlotCache:
         valid: [rows, slots] bool, False on left padding.
         batch: sequences in use, B <= rows; further rows repeat the last sequence.
         length: valid tokens of every sequence.
+        on_host: whether it is in memory that the host reads without waiting.
         lasting: whether it will be lent again, so that work which depends on its addresses pays.
         left: work that was queued when it was given back; another thread's stream may still read it. None: nothing.
     """
@@ -96,6 +98,7 @@ class SlotCache:
         self.given = filled[0][0].dtype
         self.left: Any = None
         rows, device = rows or self.batch, filled[0][0].device
+        self.on_host = devices.of(device).is_host
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
             self.keys = [_room(keys, rows, slots, dtype or keys.dtype) for keys, _ in filled]
             self.values = [_room(values, rows, slots, dtype or values.dtype) for _, values in filled]
@@ -127,8 +130,11 @@ class SlotCache:
 
     def advance(self, count: int = 1) -> None:
         """Make the next `count` tokens valid; their slots are written already."""
-        self.slot += count
         self.length += count
+        if self.on_host:
+            self.slot.numpy()[0] = self.length  # an operator takes 40 us after a step
+        else:
+            self.slot += count
 
     def first(self, slots: int) -> SlotCache:
         """A view of this cache with only its first `slots` slots."""

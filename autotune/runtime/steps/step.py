@@ -11,6 +11,7 @@ import torch
 if TYPE_CHECKING:
     from ..cache.slots import SlotCache
 
+# Logits are read before the next step over the same cache, which may overwrite them.
 NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
 Step = Callable[[torch.Tensor, torch.Tensor, "SlotCache"], torch.Tensor]  # the same, but it also writes a cache
 

@@ -37,7 +37,7 @@ class Program:
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
         self.instructions = lowered.instructions
         self.meetings = sum(meets)
-        self.output = torch.zeros(lowered.output.shape, dtype=torch.float32, device="cpu")
+        self._output = lowered.output
         count = len(self.instructions)
         self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, from the latest timed run
         self.timed = False
@@ -48,13 +48,19 @@ class Program:
         read = {number for i in self.instructions if i.matrix for number in i.reads}
         self.weight_bytes = sum(r.size_bytes for r in lowered.roots if r.kind == "constant" and r.number in read)
         bases = [-(-self._arena.data_ptr() // layout.ALIGN_BYTES) * layout.ALIGN_BYTES]
-        for root in lowered.roots:
-            own = self.output if root.kind == "output" else root.tensor
-            bases.append(0 if own is None else own.data_ptr())
+        bases += [0 if root.tensor is None else root.tensor.data_ptr() for root in lowered.roots]
         self._bases = tuple(bases)
 
-    def addresses(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Addresses of the graph's inputs for `run`. The inputs must not move while the addresses are in use.
+    def room(self) -> torch.Tensor:
+        """Memory for the graph's output."""
+        with torch.inference_mode(False):
+            return torch.zeros(self._output.shape, dtype=torch.float32, device="cpu")
+
+    def addresses(self, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        """Addresses of the graph's inputs and output for `run`. They must not move while the addresses are in use.
+
+        Args:
+            output: from `room`.
 
         Raises:
             TransformError: an input does not have the recorded shape, strides and dtype, or is not in the CPU's memory.
@@ -69,6 +75,7 @@ class Program:
             if defect := _other(place, tensor):
                 raise TransformError(f"input {i} of the program is {defect}")
             bases[place.root.number + 1] = tensor.data_ptr()
+        bases[self._output.root.number + 1] = output.data_ptr()
         with torch.inference_mode(False):
             return torch.tensor(bases, dtype=torch.int64, device="cpu")
 
@@ -78,15 +85,14 @@ class Program:
             return []
         return [(i, ns / 1e9) for i, ns in zip(self.instructions, self.spent.tolist(), strict=True)]
 
-    def run(self, addresses: torch.Tensor) -> torch.Tensor:
-        """Run the program. The next run overwrites its result. Only one run may be active at a time.
+    def run(self, addresses: torch.Tensor) -> None:
+        """Run the program. Only one run may be active at a time.
 
         Raises:
             RuntimeError: a token or a slot was outside its table.
         """
         spent = self.spent if self.timed else None
         torch.ops.autotune.run_program(self._code, addresses, torch.get_num_threads(), spent)
-        return self.output
 
 
 def _other(place: Place, tensor: torch.Tensor) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     from ...cache.rows import RowCache
     from ...cache.slots import SlotCache
     from ..step import Step
+
+
+class _Bound(NamedTuple):
+    """A program over a cache.
+
+    Args:
+        inputs: the tensors at the addresses, which this keeps alive.
+        logits: [rows, V], where a run writes them.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    logits: torch.Tensor
+    addresses: torch.Tensor
 
 
 class RecordedStep:
@@ -46,31 +59,32 @@ class RecordedStep:
 
     def over(self, cache: SlotCache) -> Step:
         """The step of a token of every row of a cache."""
-        held, addresses = self.bound(cache.slot, cache.valid, cache.keys, cache.values)
+        bound = self.bound(cache.slot, cache.valid, cache.keys, cache.values)
 
-        def step(token: torch.Tensor, position: torch.Tensor, _cache: SlotCache, _held: object = held) -> torch.Tensor:
-            # `_held` keeps the tensors at the addresses alive
+        def step(token: torch.Tensor, position: torch.Tensor, _cache: SlotCache) -> torch.Tensor:
             if token.shape != self.token.shape or position.shape != self.token.shape:
                 shapes = f"{list(token.shape)} and {list(position.shape)}"
                 raise VariantError(f"the step takes token and position {list(self.token.shape)}, not {shapes}")
             with self.lock:
-                return self.run(token, position, addresses)
+                return self.run(token, position, bound)
 
         return step
 
     def bound(
         self, slot: torch.Tensor, valid: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-    ) -> tuple[object, torch.Tensor]:
-        """What must stay alive while the program runs over these tensors, and its addresses."""
+    ) -> _Bound:
+        """The program over these tensors."""
         inputs = (self.token, self.position, slot, valid, *keys, *values, *self.given.tensors)
-        return inputs, self.program.addresses(inputs)
+        logits = self.program.room()
+        return _Bound(inputs, logits, self.program.addresses(inputs, logits))
 
-    def run(self, token: torch.Tensor, position: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
-        """token, position [rows, 1] -> logits [rows, V]. Call it with the lock."""
-        self.token.copy_(token)
-        self.position.copy_(position)
+    def run(self, token: torch.Tensor, position: torch.Tensor, bound: _Bound) -> torch.Tensor:
+        """token, position [rows, 1] -> logits [rows, V], which its next run overwrites. Call it with the lock."""
+        self.token.numpy()[:] = token.numpy()  # after a step, an operator takes twice as long
+        self.position.numpy()[:] = position.numpy()
         self.given.update(self.position)
-        return self.program.run(addresses).clone()
+        self.program.run(bound.addresses)
+        return bound.logits
 
 
 class TokensOfOne(RecordedStep):
@@ -89,7 +103,7 @@ class TokensOfOne(RecordedStep):
         with torch.inference_mode(False):
             self.slot, self.valid = torch.zeros_like(cache.slot), torch.zeros_like(cache.valid)
             self.next = torch.arange(len(self.slot), dtype=torch.int64, device="cpu")
-        self._bound: weakref.WeakKeyDictionary[SlotCache, tuple[object, torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._bound: weakref.WeakKeyDictionary[SlotCache, _Bound] = weakref.WeakKeyDictionary()
 
     @property
     def tokens(self) -> int:
@@ -104,4 +118,4 @@ class TokensOfOne(RecordedStep):
                 bound = self._bound[cache] = self.bound(self.slot, self.valid, *whole)
             torch.add(cache.slot, self.next, out=self.slot)
             self.valid.copy_(cache.valid)
-            return self.run(tokens.T, positions.T, bound[1])[None]
+            return self.run(tokens.T, positions.T, bound)[None]

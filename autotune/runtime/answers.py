@@ -1,0 +1,188 @@
+"""The sequences of a decoding loop so far: in the host's memory, or on a device that the host does not wait for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch.nn.functional import softmax
+
+from ..model import seam
+
+if TYPE_CHECKING:
+    from ..machine.device import Device
+    from ..model.seam import Sampling
+
+ROOM = 64  # tokens, beyond as many as a prompt has
+Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether all sequences are finished
+
+
+class Answers(ABC):
+    """The sequences of a call, of which the loop adds a token each at a time."""
+
+    @property
+    @abstractmethod
+    def ids(self) -> torch.Tensor:
+        """Prompt and tokens so far, [B, T] int64. Later tokens do not change it."""
+
+    @abstractmethod
+    def choose(self, scores: torch.Tensor, *, sampling: bool) -> torch.Tensor:
+        """Choose the next token [B] of every sequence from its scores [B, V], and append it."""
+
+    @abstractmethod
+    def stop(self, scores: tuple[torch.Tensor, ...] | None) -> None:
+        """Ask the criteria which sequences are finished. Further tokens of theirs are padding.
+
+        Args:
+            scores: of every token so far, [B, V] each; None if they are not kept.
+        """
+
+    @abstractmethod
+    def look(self) -> Look:
+        """Start bringing to the host what it has to see of the latest token."""
+
+    @abstractmethod
+    def position(self) -> torch.Tensor:
+        """The position of the latest token, [B, 1] or [1, 1] int64."""
+
+
+class HostAnswers(Answers):
+    """Sequences in the CPU's memory.
+
+    Between two steps, numpy does what operators would: each takes 10 to 50 us there, because the step has filled the
+    processor's caches with weights.
+    """
+
+    def __init__(self, call: Sampling) -> None:
+        batch, self._length = call.input_ids.shape
+        self._room = room(call.input_ids)
+        self._going = numpy.ones(batch, bool)
+        self._position = call.last_position.numpy()
+        self._criteria, self._stops = call.criteria, seam.stops(call.criteria, self)
+        pads = call.pads()
+        self._pad = None if pads is None else pads.numpy()
+        self._token = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self._room[:, : self._length]
+
+    def choose(self, scores: torch.Tensor, *, sampling: bool) -> torch.Tensor:
+        token = drawn(scores) if sampling else largest(scores)
+        if self._pad is not None and not self._going.all():
+            token = torch.from_numpy(numpy.where(self._going, token.numpy(), self._pad))
+        self._room = append(self._room, self._length, token.numpy())
+        self._length += 1
+        self._position = self._position + 1
+        self._token = token
+        return token
+
+    def stop(self, scores: tuple[torch.Tensor, ...] | None) -> None:
+        if self._stops is None:
+            self._going &= ~self._criteria(self.ids, scores).numpy()
+            return
+        for row, token in enumerate(self._token.tolist()):
+            if self._stops.after(self._length, token):
+                self._going[row] = False
+
+    def look(self) -> Look:
+        return lambda: (self._token, not self._going.any())
+
+    def position(self) -> torch.Tensor:
+        return torch.from_numpy(self._position)
+
+
+class DeviceAnswers(Answers):
+    """Sequences on a device that works on while the host goes on."""
+
+    def __init__(self, call: Sampling, device: Device) -> None:
+        self._ids, self._position, self._pads = call.input_ids, call.last_position, call.pads()
+        self._criteria, self._device = call.criteria, device
+        self._unfinished = torch.ones(len(self._ids), dtype=torch.long, device=self._ids.device)
+        self._token = self._ids[:, -1]
+        self._sound: torch.Tensor | None = None  # whether the scores that tokens were drawn from were sound, [B]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self._ids
+
+    def choose(self, scores: torch.Tensor, *, sampling: bool) -> torch.Tensor:
+        if sampling:
+            token, self._sound = drawn_unwaiting(scores)
+        else:
+            token = scores.argmax(dim=-1)
+        if self._pads is not None:
+            token = token * self._unfinished + self._pads * (1 - self._unfinished)
+        self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
+        self._position = self._position + 1
+        self._token = token
+        return token
+
+    def stop(self, scores: tuple[torch.Tensor, ...] | None) -> None:
+        self._unfinished = self._unfinished & ~self._criteria(self._ids, scores)
+
+    def look(self) -> Look:
+        """Start copying what the host has to see. The `Look` that is returned waits only for this copy.
+
+        Raises (when looking):
+            RuntimeError: the scores give no probabilities; the message is torch.multinomial's.
+        """
+        sound = [] if self._sound is None else [self._sound.long()]
+        arrived = self._device.fetch(torch.stack([self._token, self._unfinished, *sound]))  # [2 or 3, B]
+
+        def look() -> tuple[torch.Tensor, bool]:
+            shown, going, *checked = arrived()
+            if checked and not checked[0].numpy().all():
+                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+            return shown, not going.numpy().any()
+
+        return look
+
+    def position(self) -> torch.Tensor:
+        return self._position
+
+
+def room(ids: torch.Tensor) -> torch.Tensor:
+    """Sequences in the CPU's memory [B, T], with room for further tokens."""
+    return torch.cat([ids, torch.empty(len(ids), ids.shape[1] + ROOM, dtype=torch.int64, device="cpu")], dim=1)
+
+
+def append(room: torch.Tensor, length: int, token: Any) -> torch.Tensor:
+    """Write a token of each sequence, which have so many, into their room. Returns it, or a larger one."""
+    if length == room.shape[1]:
+        room = torch.cat([room, torch.empty_like(room)], dim=1)
+    room.numpy()[:, length] = token
+    return room
+
+
+def drawn(scores: torch.Tensor) -> torch.Tensor:
+    """Draw an index of every row of scores [B, V]; [B] int64."""
+    return torch.multinomial(softmax(scores, dim=-1), num_samples=1).squeeze(1)
+
+
+def drawn_unwaiting(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw as `torch.multinomial` does, from the same random numbers, without waiting for the device.
+
+    That function makes the host wait for its checks. After them it computes the index of the largest p / q with q from
+    an exponential distribution, which is repeated here.
+
+    Args:
+        scores: [B, V].
+
+    Returns:
+        Tokens [B], and whether the scores were sound [B]. Both stay on the device.
+    """
+    odds = softmax(scores, dim=-1)
+    drawn = torch.empty_like(odds).exponential_()
+    sound = (odds.amax(dim=-1) < torch.inf) & (odds.amin(dim=-1) >= 0)
+    return (odds / drawn).argmax(dim=-1), sound
+
+
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """The index of the first largest score, or the first NaN, of every row [B, V] in the CPU's memory; [B] int64."""
+    if scores.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(scores.numpy().argmax(-1))  # in a tenth of the time
+    return scores.argmax(dim=-1)
