@@ -613,6 +613,27 @@ def test_a_team_that_is_held_up_goes_on_with_fewer_and_computes_the_same(
     assert min(sizes) < count
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("members", "held_up_ms", "passed_ms", "usual_ms", "expected"),
+    [
+        (2, 0.9, 1.0, 0, 2),  # less than a time slice
+        (2, 1.6, 1.6, 0, 1),
+        (2, 1.6, 1.6, 4, 1),
+        (2, 1.6, 1.6, 27, 2),  # the other thread came 1.6 ms late to a program of 27
+        (2, 10, 20, 27, 1),
+        (2, 10, 31, 27, 2),  # less than a third of the time
+        (8, 10, 20, 27, 6),
+        (3, 10, 20, 27, 2),
+    ],
+)
+def test_a_team_shrinks_when_waits_cost_more_than_a_thread(
+    members: int, held_up_ms: float, passed_ms: float, usual_ms: float, expected: int
+) -> None:
+    times = (int(1e6 * ms) for ms in (held_up_ms, passed_ms, usual_ms))
+    assert torch.ops.autotune.next_team_size(members, *times) == expected
+
+
 @pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 2.0, 3.0), ("float32", 1.0, 1.1)])
 def test_of_a_16_bit_model_it_promises_fp32_over_packed_layers(dtype: str, least: float, most: float) -> None:
     """132 ms a token, nearly all in matmuls over 1 GB: at 20 GB/s they take 50 ms, computed in FP32."""

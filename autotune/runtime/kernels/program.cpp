@@ -135,16 +135,23 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
 // The number of threads with which the next program will begin.
 int64_t team_size(int64_t wanted) { return crew.size(static_cast<int>(wanted)); }
 
+// How many of its threads a team goes on with after waits.
+int64_t next_team_size(int64_t members, int64_t held_up_ns, int64_t passed_ns, int64_t usual_ns) {
+  return team_after(static_cast<int>(members), held_up_ns, passed_ns, usual_ns);
+}
+
 }  // namespace
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def("run_program(Tensor code, Tensor bases, int threads, Tensor? spent) -> ()");
   library.def("team_size(int wanted) -> int");
+  library.def("next_team_size(int members, int held_up_ns, int passed_ns, int usual_ns) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("run_program", TORCH_BOX(&autotune::run_program)); }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
   library.impl("team_size", TORCH_BOX(&autotune::team_size));
+  library.impl("next_team_size", TORCH_BOX(&autotune::next_team_size));
 }

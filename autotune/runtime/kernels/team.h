@@ -33,7 +33,7 @@ inline void pause_briefly() {
 constexpr int kSpins = 1 << 12;  // spins before sleeping, about 100 us; a thread later than that was interrupted
 constexpr int kPatience = 64;    // spins before the clock is read; most waits are shorter
 constexpr int64_t kHeldUpNs = 1000000;  // shorter waits are less than a time slice and do not shrink the team
-constexpr int kHeldUpShare = 3;         // the team shrinks if it waited 1/3 of the time since its last change
+constexpr int kHeldUpShare = 3;         // the team shrinks if it waited 1/3 of the time: see `team_after`
 constexpr int kShortestRest = 4, kLongestRest = 64;  // programs that a smaller team runs before all are tried again
 
 inline int64_t now_ns() {
@@ -57,9 +57,19 @@ inline void wake_all(std::atomic<int>& word) {
 #endif
 }
 
+// How many threads go on, if the team waited for late ones `held_up_ns` of the `passed_ns` since its last change, and a
+// program usually takes `usual_ns`. A wait that is short beside the whole program does not shrink the team, even if it was
+// most of the time so far: with fewer threads, the rest of the program and the next ones would take longer than that.
+inline int team_after(int members, int64_t held_up_ns, int64_t passed_ns, int64_t usual_ns) {
+  if (held_up_ns < std::max(kHeldUpNs, usual_ns / kHeldUpShare) || kHeldUpShare * held_up_ns < passed_ns) return members;
+  return members - std::max(1, members / 4);
+}
+
 // Every thread waits for all others. The last one to arrive releases them.
 class Barrier {
  public:
+  explicit Barrier(int64_t usual_ns) : usual_ns_(usual_ns) {}
+
   // Returns how many threads go on: all, or only the first ones if `may_shrink` and the waits took long.
   int wait(int members, bool may_shrink) {
     if (members == 1) return 1;
@@ -105,11 +115,15 @@ class Barrier {
     if (const int64_t since = waiting_since_ns_.exchange(0, std::memory_order_relaxed)) held_up_ns_ += now_ns() - since;
     if (!may_shrink || held_up_ns_ < kHeldUpNs) return members;
     const int64_t now = now_ns();
-    if (kHeldUpShare * held_up_ns_ < now - start_ns_) return members;
-    start_ns_ = now;
-    held_up_ns_ = 0;
-    return members - std::max(1, members / 4);
+    const int going_on = team_after(members, held_up_ns_, now - start_ns_, usual_ns_);
+    if (going_on < members) {
+      start_ns_ = now;
+      held_up_ns_ = 0;
+    }
+    return going_on;
   }
+
+  const int64_t usual_ns_;
 
   alignas(64) std::atomic<int> arrived_{0};
   int64_t held_up_ns_ = 0, start_ns_ = now_ns();  // only the last one to arrive uses these
@@ -133,8 +147,12 @@ class Crew {
     return begins;
   }
 
-  // Learns from a program that began with `began` threads and ended with `ended`, as many or fewer.
-  void learn(int began, int ended) {
+  // How long a program takes that nothing holds up; 0: unknown.
+  int64_t usual_ns() const { return usual_ns_.load(std::memory_order_relaxed); }
+
+  // Learns from a program that began with `began` threads and ended with `ended`, as many or fewer, after `took_ns`.
+  void learn(int began, int ended, int64_t took_ns) {
+    if (ended == began) usual_ns_.store(took_ns, std::memory_order_relaxed);
     if (ended < began) {
       const int rest = next_rest_.load(std::memory_order_relaxed);
       enough_.store(ended, std::memory_order_relaxed);
@@ -147,6 +165,7 @@ class Crew {
   }
 
  private:
+  std::atomic<int64_t> usual_ns_{0};
   std::atomic<int> enough_{INT_MAX}, rest_{0}, next_rest_{kShortestRest};  // callers that overlap may mix them up
 };
 
@@ -174,7 +193,8 @@ template <class Work>
 void as_team(int wanted, Work work) {
   const int asked = crew.begin(wanted);
   int began = 1, ended = 1;
-  Barrier barrier;
+  Barrier barrier(crew.usual_ns());
+  const int64_t start_ns = now_ns();
   std::atomic<int64_t> share{0};
   torch::stable::parallel_for(0, asked, 1, [&](int64_t begin, int64_t end) {
     if (begin == 0) share.store(end, std::memory_order_release);
@@ -188,7 +208,7 @@ void as_team(int wanted, Work work) {
     ended = member.members;
     if (ended < began) barrier.end();
   });
-  crew.learn(began, ended);
+  crew.learn(began, ended, now_ns() - start_ns);
 }
 
 }  // namespace autotune
