@@ -26,22 +26,13 @@ template <class Number>
 struct Plain {
   static constexpr int kLaneBytes = sizeof(Number);
   static constexpr int kStepBytes = kStep * kRows * kLaneBytes;
-  template <class Use>
-  static inline void decode(const uint8_t* at, Use use) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kStep; ++j) use(j, widen(reinterpret_cast<const Number*>(at) + j * kRows));
-  }
+  static inline Floats number(const uint8_t* at, int j) { return widen(reinterpret_cast<const Number*>(at) + j * kRows); }
 };
 
 struct Int4 {
   static constexpr int kLaneBytes = 4;
   static constexpr int kStepBytes = kRows * kLaneBytes;
-  template <class Use>
-  static inline void decode(const uint8_t* at, Use use) {
-    Ints word = load<Ints>(at);
-#pragma GCC unroll 8
-    for (int j = 0; j < kStep; ++j) use(j, nibble(word, 4 * j));
-  }
+  static inline Floats number(const uint8_t* at, int j) { return nibble(load<Ints>(at), 4 * j); }
 };
 
 struct Weights {
@@ -101,53 +92,65 @@ inline void arrange(const Weights& w, const float* x, int64_t tokens, int64_t in
 // with it.
 constexpr int kChains = kWidth == 16 ? 2 : 4;
 constexpr int kMostSums = kWidth == 8 ? 8 : 16;  // that stay in registers beside what else is needed
-constexpr int at_once(int tokens) {
-  return kChains * tokens <= kMostSums ? kChains : std::max(1, kMostSums / tokens / 2 * 2);
+constexpr int at_once(int sums) {  // chains, if each adds up so many sums
+  return kChains * sums <= kMostSums ? kChains : std::max(1, kMostSums / sums / 2 * 2);
 }
 
-// One token's strips are computed side by side: each by itself would let the memory rest while it reads what the first
-// one has left in the cache.
-constexpr int strips_together(int tokens) { return tokens == 1 ? kStrips : 1; }
+// A block's strips are computed side by side: so one load of an input serves them all, and the memory does not rest while
+// a second strip reads what the first has left in the cache. Of many tokens, as many at once as have room in registers.
+constexpr int kAbreast = std::min(kMostTokens, kMostSums / kStrips);
 
+// Adds a group's products for kCount of a tile's tokens, from token kFirst on, to sum.
+template <class Format, int kTokens, int kFirst, int kCount>
+inline __attribute__((always_inline)) void add_group(const uint8_t* at, const float* x, int64_t group,
+                                                     Floats (*sum)[kTokens]) {
+  constexpr int kAtOnce = at_once(kStrips * kCount);  // chains in one pass over a group, whose weights stay in the L1 cache
+  const auto pass = [&](auto chain) __attribute__((always_inline)) {
+    Floats part[kStrips][kAtOnce][kCount] = {};
+    const uint8_t* from = at;
+    const float* input = x + kFirst;
+    for (int64_t k = 0; k < group; k += kStep) {
+      if (kFirst == 0 && chain == 0)
+        for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(from + line + kAheadBytes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; ++j) {
+        const int c = j % kChains - chain;
+        if (c < 0 || c >= kAtOnce) continue;
+        Floats number[kStrips];
+        for (int s = 0; s < kStrips; ++s) number[s] = Format::number(from + s * kWidth * Format::kLaneBytes, j);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t)
+          for (int s = 0; s < kStrips; ++s) part[s][c][t] += number[s] * input[j * kTokens + t];
+      }
+      from += Format::kStepBytes;
+      input += kStep * kTokens;
+    }
+    for (int s = 0; s < kStrips; ++s)
+      for (int c = 0; c < kAtOnce; ++c)
+        for (int t = 0; t < kCount; ++t) sum[s][kFirst + t] += part[s][c][t];
+  };
+  pass(std::integral_constant<int, 0>());
+  if constexpr (kAtOnce < 2) pass(std::integral_constant<int, 1>());
+  if constexpr (kAtOnce < kChains && kChains > 2) pass(std::integral_constant<int, 2>());
+  if constexpr (kAtOnce < 2 && kChains > 2) pass(std::integral_constant<int, 3>());
+}
+
+// Computes one block for a tile's tokens: [strips, tokens] vectors.
 template <class Format, int kTokens>
-void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floats* out) {
-  constexpr int kAtOnce = at_once(kTokens);  // chains in one pass over a group, whose weights stay in the L1 cache
-  constexpr int kSides = strips_together(kTokens);
-  const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
+void multiply(const Weights& w, const Tile& tile, int64_t block, Floats* out) {
+  constexpr int kCount = std::min(kTokens, kAbreast);
+  const uint8_t* at = w.numbers + block * w.block_bytes;
   const float* x = tile.x;
-  Floats total[kSides][kTokens] = {};
+  Floats total[kStrips][kTokens] = {};
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; ++g) {
-    Floats sum[kSides][kTokens] = {};
-    const auto pass = [&](auto chain) __attribute__((always_inline)) {
-      Floats part[kSides][kAtOnce][kTokens] = {};
-      const uint8_t* from = at;
-      const float* input = x;
-      for (int64_t k = 0; k < w.group; k += kStep) {
-        if (strip == 0 && chain == 0)
-          for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(from + line + kAheadBytes);
-#pragma GCC unroll 4
-        for (int s = 0; s < kSides; ++s)
-          Format::decode(from + s * kWidth * Format::kLaneBytes, [&](int j, Floats number) __attribute__((always_inline)) {
-            if (j % kChains < chain || j % kChains >= chain + kAtOnce) return;
-#pragma GCC unroll 8
-            for (int t = 0; t < kTokens; ++t) part[s][j % kChains - chain][t] += number * input[j * kTokens + t];
-          });
-        from += Format::kStepBytes;
-        input += kStep * kTokens;
-      }
-      for (int s = 0; s < kSides; ++s)
-        for (int c = 0; c < kAtOnce; ++c)
-          for (int t = 0; t < kTokens; ++t) sum[s][t] += part[s][c][t];
-    };
-    pass(std::integral_constant<int, 0>());
-    if constexpr (kAtOnce < 2) pass(std::integral_constant<int, 1>());
-    if constexpr (kAtOnce < kChains && kChains > 2) pass(std::integral_constant<int, 2>());
-    if constexpr (kAtOnce < 2 && kChains > 2) pass(std::integral_constant<int, 3>());
+    Floats sum[kStrips][kTokens] = {};
+    add_group<Format, kTokens, 0, kCount>(at, x, w.group, sum);
+    if constexpr (kCount < kTokens) add_group<Format, kTokens, kCount, kTokens - kCount>(at, x, w.group, sum);
     at += w.group / kStep * Format::kStepBytes;
     x += w.group * kTokens;
-    for (int s = 0; s < kSides; ++s) {
-      const int64_t factor = (block * groups + g) * kRows + (strip + s) * kWidth;
+    for (int s = 0; s < kStrips; ++s) {
+      const int64_t factor = (block * groups + g) * kRows + s * kWidth;
       if (w.scales) {
         Floats scale = w.scales.load(factor);
         for (int t = 0; t < kTokens; ++t) total[s][t] += scale * sum[s][t];
@@ -160,7 +163,7 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, int strip, Floa
       }
     }
   }
-  for (int s = 0; s < kSides; ++s)
+  for (int s = 0; s < kStrips; ++s)
     for (int t = 0; t < kTokens; ++t) out[s * kTokens + t] = total[s][t];
 }
 
@@ -175,7 +178,8 @@ void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
       Floats scale = w.scales ? w.scales.load(factor) : spread(1);
       Floats zero = w.zeros ? w.zeros.load(factor) : spread(0);
       for (int64_t k = 0; k < w.group; k += kStep) {
-        Format::decode(at, [&](int j, Floats number) { store(column + j * width, number * scale + zero); });
+#pragma GCC unroll 8
+        for (int j = 0; j < kStep; ++j) store(column + j * width, Format::number(at, j) * scale + zero);
         at += Format::kStepBytes;
         column += kStep * width;
       }
@@ -184,7 +188,7 @@ void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
 }
 
 struct Kernel {
-  void (*multiply[kMostTokens + 1])(const Weights&, const Tile&, int64_t block, int strip, Floats* out);
+  void (*multiply[kMostTokens + 1])(const Weights&, const Tile&, int64_t block, Floats* out);
   void (*expand)(const Weights&, int64_t block, float* panel, int64_t width);
 };
 
@@ -205,17 +209,14 @@ inline void put(const Weights& w, int64_t row, Floats out, const float* bias, fl
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
 inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
                             int64_t begin, int64_t end) {
-  Floats out[std::max(kMostTokens, kStrips)];
+  Floats out[kMostTokens * kStrips];
   for (int64_t block = begin; block < end; ++block)
     for (int64_t i = 0; i < tiles.count(); ++i) {
       const Tile tile = tiles.tile(w, i);
-      const int together = strips_together(tile.tokens);
-      for (int strip = 0; strip < kStrips; strip += together) {
-        kernel.multiply[tile.tokens](w, tile, block, strip, out);
-        for (int s = 0; s < together; ++s)
-          for (int t = 0; t < tile.tokens; ++t)
-            put(w, block * kRows + (strip + s) * kWidth, out[s * tile.tokens + t], bias, y + (tile.first + t) * w.rows);
-      }
+      kernel.multiply[tile.tokens](w, tile, block, out);
+      for (int s = 0; s < kStrips; ++s)
+        for (int t = 0; t < tile.tokens; ++t)
+          put(w, block * kRows + s * kWidth, out[s * tile.tokens + t], bias, y + (tile.first + t) * w.rows);
     }
 }
 
