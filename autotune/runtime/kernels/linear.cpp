@@ -18,7 +18,10 @@ void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_
   scratch.resize(numbers + (w.zeros ? tokens * w.groups() : 0));
   float* sums = w.zeros ? scratch.data() + numbers : nullptr;
   const Tiles tiles{tokens, copied ? scratch.data() : x, sums};
-  for (int64_t i = 0; copied && i < tiles.count(); ++i) arrange(w, x, tokens, inputs, i, scratch.data(), sums);
+  if (copied)
+    torch::stable::parallel_for(0, tiles.count(), 1, [&, target = scratch.data()](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) arrange(w, x, tokens, inputs, i, target, sums);
+    });
   if (!copied && sums) add_up(w, 1, x, sums);
   const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes);
   torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {

@@ -51,6 +51,8 @@ struct Tile {
   int64_t first;
   const float* x;
   const float* sums;
+  const uint8_t* next = nullptr;  // weights that are used after these, or null
+  int64_t next_bytes = 0;         // how many of them to fetch in each step of a pass
 };
 
 // All tokens of a product, cut into tiles of nearly equal size, one after the other.
@@ -100,9 +102,11 @@ constexpr int at_once(int sums) {  // chains, if each adds up so many sums
 // a second strip reads what the first has left in the cache. Of many tokens, as many at once as have room in registers.
 constexpr int kAbreast = std::min(kMostTokens, kMostSums / kStrips);
 
+constexpr int passes(int tokens) { return kChains / at_once(kStrips * std::min(tokens, kAbreast)); }
+
 // Adds a group's products for kCount of a tile's tokens, from token kFirst on, to sum.
 template <class Format, int kTokens, int kFirst, int kCount>
-inline __attribute__((always_inline)) void add_group(const uint8_t* at, const float* x, int64_t group,
+inline __attribute__((always_inline)) void add_group(const uint8_t* at, const float* x, int64_t group, Tile& tile,
                                                      Floats (*sum)[kTokens]) {
   constexpr int kAtOnce = at_once(kStrips * kCount);  // chains in one pass over a group, whose weights stay in the L1 cache
   const auto pass = [&](auto chain) __attribute__((always_inline)) {
@@ -110,8 +114,12 @@ inline __attribute__((always_inline)) void add_group(const uint8_t* at, const fl
     const uint8_t* from = at;
     const float* input = x + kFirst;
     for (int64_t k = 0; k < group; k += kStep) {
-      if (kFirst == 0 && chain == 0)
+      if (kFirst == 0 && tile.next) {
+        __builtin_prefetch(tile.next);
+        tile.next += tile.next_bytes;
+      } else if (kFirst == 0 && chain == 0) {
         for (int line = 0; line < Format::kStepBytes; line += 64) __builtin_prefetch(from + line + kAheadBytes);
+      }
 #pragma GCC unroll 8
       for (int j = 0; j < kStep; ++j) {
         const int c = j % kChains - chain;
@@ -137,7 +145,7 @@ inline __attribute__((always_inline)) void add_group(const uint8_t* at, const fl
 
 // Computes one block for a tile's tokens: [strips, tokens] vectors.
 template <class Format, int kTokens>
-void multiply(const Weights& w, const Tile& tile, int64_t block, Floats* out) {
+void multiply(const Weights& w, Tile tile, int64_t block, Floats* out) {
   constexpr int kCount = std::min(kTokens, kAbreast);
   const uint8_t* at = w.numbers + block * w.block_bytes;
   const float* x = tile.x;
@@ -145,8 +153,8 @@ void multiply(const Weights& w, const Tile& tile, int64_t block, Floats* out) {
   const int64_t groups = w.groups();
   for (int64_t g = 0; g < groups; ++g) {
     Floats sum[kStrips][kTokens] = {};
-    add_group<Format, kTokens, 0, kCount>(at, x, w.group, sum);
-    if constexpr (kCount < kTokens) add_group<Format, kTokens, kCount, kTokens - kCount>(at, x, w.group, sum);
+    add_group<Format, kTokens, 0, kCount>(at, x, w.group, tile, sum);
+    if constexpr (kCount < kTokens) add_group<Format, kTokens, kCount, kTokens - kCount>(at, x, w.group, tile, sum);
     at += w.group / kStep * Format::kStepBytes;
     x += w.group * kTokens;
     for (int s = 0; s < kStrips; ++s) {
@@ -188,7 +196,7 @@ void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
 }
 
 struct Kernel {
-  void (*multiply[kMostTokens + 1])(const Weights&, const Tile&, int64_t block, Floats* out);
+  void (*multiply[kMostTokens + 1])(const Weights&, Tile tile, int64_t block, Floats* out);
   void (*expand)(const Weights&, int64_t block, float* panel, int64_t width);
 };
 
@@ -210,9 +218,14 @@ inline void put(const Weights& w, int64_t row, Floats out, const float* bias, fl
 inline void multiply_blocks(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y,
                             int64_t begin, int64_t end) {
   Floats out[kMostTokens * kStrips];
+  const int64_t later = tiles.count() - 1;  // tiles after the first, while which the next block's weights are fetched
   for (int64_t block = begin; block < end; ++block)
     for (int64_t i = 0; i < tiles.count(); ++i) {
-      const Tile tile = tiles.tile(w, i);
+      Tile tile = tiles.tile(w, i);
+      if (i && block + 1 < end) {
+        tile.next = w.numbers + (block + 1) * w.block_bytes + (i - 1) * w.block_bytes / later;
+        tile.next_bytes = w.block_bytes / later / (w.inputs / kStep * passes(tile.tokens));
+      }
       kernel.multiply[tile.tokens](w, tile, block, out);
       for (int s = 0; s < kStrips; ++s)
         for (int t = 0; t < tile.tokens; ++t)
