@@ -16,8 +16,38 @@ if TYPE_CHECKING:
     from ..machine.device import Device
     from ..model.seam import Sampling
 
+Tokens = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]  # [B]
 ROOM = 64  # tokens, beyond as many as a prompt has
 Look = Callable[[], tuple[torch.Tensor, bool]]  # waits -> token [B] on the host, whether all sequences are finished
+
+
+class Room:
+    """Sequences in the CPU's memory that grow, without an operator for each token.
+
+    Args:
+        ids: their first tokens, [B, T] int64.
+
+    Attributes:
+        length: tokens of each so far.
+    """
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.length = ids.shape[1]
+        self._held = torch.cat([ids, torch.empty(len(ids), self.length + ROOM, dtype=torch.int64, device="cpu")], dim=1)
+        self._numbers = self._held.numpy()
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """All tokens so far, [B, T] int64. Later ones do not change it."""
+        return self._held[:, : self.length]
+
+    def append(self, token: Any) -> None:
+        """Append a token to each sequence: [B], or a number for all."""
+        if self.length == self._held.shape[1]:
+            self._held = torch.cat([self._held, torch.empty_like(self._held)], dim=1)
+            self._numbers = self._held.numpy()
+        self._numbers[:, self.length] = token
+        self.length += 1
 
 
 class Answers(ABC):
@@ -27,6 +57,11 @@ class Answers(ABC):
     @abstractmethod
     def ids(self) -> torch.Tensor:
         """Prompt and tokens so far, [B, T] int64. Later tokens do not change it."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of a sequence so far, T."""
 
     @abstractmethod
     def choose(self, scores: torch.Tensor, *, sampling: bool) -> torch.Tensor:
@@ -57,39 +92,41 @@ class HostAnswers(Answers):
     """
 
     def __init__(self, call: Sampling) -> None:
-        batch, self._length = call.input_ids.shape
-        self._room = room(call.input_ids)
-        self._going = numpy.ones(batch, bool)
+        self._room = Room(call.input_ids)
+        self._going = numpy.ones(len(call.input_ids), bool)
         self._position = call.last_position.numpy()
         self._criteria, self._stops = call.criteria, seam.stops(call.criteria, self)
         pads = call.pads()
         self._pad = None if pads is None else pads.numpy()
-        self._token = torch.empty(0, dtype=torch.int64)
+        self._token = numpy.empty(0, numpy.int64)
 
     @property
     def ids(self) -> torch.Tensor:
-        return self._room[:, : self._length]
+        return self._room.ids
+
+    @property
+    def length(self) -> int:
+        return self._room.length
 
     def choose(self, scores: torch.Tensor, *, sampling: bool) -> torch.Tensor:
-        token = drawn(scores) if sampling else largest(scores)
+        token = drawn(scores).numpy() if sampling else largest(scores)
         if self._pad is not None and not self._going.all():
-            token = torch.from_numpy(numpy.where(self._going, token.numpy(), self._pad))
-        self._room = append(self._room, self._length, token.numpy())
-        self._length += 1
+            token = numpy.where(self._going, token, self._pad)
+        self._room.append(token)
         self._position = self._position + 1
         self._token = token
-        return token
+        return torch.from_numpy(token)
 
     def stop(self, scores: tuple[torch.Tensor, ...] | None) -> None:
         if self._stops is None:
             self._going &= ~self._criteria(self.ids, scores).numpy()
             return
         for row, token in enumerate(self._token.tolist()):
-            if self._stops.after(self._length, token):
+            if self._stops.after(self.length, token):
                 self._going[row] = False
 
     def look(self) -> Look:
-        return lambda: (self._token, not self._going.any())
+        return lambda: (torch.from_numpy(self._token), not self._going.any())
 
     def position(self) -> torch.Tensor:
         return torch.from_numpy(self._position)
@@ -108,6 +145,10 @@ class DeviceAnswers(Answers):
     @property
     def ids(self) -> torch.Tensor:
         return self._ids
+
+    @property
+    def length(self) -> int:
+        return self._ids.shape[1]
 
     def choose(self, scores: torch.Tensor, *, sampling: bool) -> torch.Tensor:
         if sampling:
@@ -145,19 +186,6 @@ class DeviceAnswers(Answers):
         return self._position
 
 
-def room(ids: torch.Tensor) -> torch.Tensor:
-    """Sequences in the CPU's memory [B, T], with room for further tokens."""
-    return torch.cat([ids, torch.empty(len(ids), ids.shape[1] + ROOM, dtype=torch.int64, device="cpu")], dim=1)
-
-
-def append(room: torch.Tensor, length: int, token: Any) -> torch.Tensor:
-    """Write a token of each sequence, which have so many, into their room. Returns it, or a larger one."""
-    if length == room.shape[1]:
-        room = torch.cat([room, torch.empty_like(room)], dim=1)
-    room.numpy()[:, length] = token
-    return room
-
-
 def drawn(scores: torch.Tensor) -> torch.Tensor:
     """Draw an index of every row of scores [B, V]; [B] int64."""
     return torch.multinomial(softmax(scores, dim=-1), num_samples=1).squeeze(1)
@@ -181,8 +209,10 @@ def drawn_unwaiting(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (odds / drawn).argmax(dim=-1), sound
 
 
-def largest(scores: torch.Tensor) -> torch.Tensor:
-    """The index of the first largest score, or the first NaN, of every row [B, V] in the CPU's memory; [B] int64."""
+def largest(scores: torch.Tensor) -> Tokens:
+    """The index of the first largest score, or the first NaN, of every row [B, V] in the CPU's memory; [B]."""
     if scores.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(scores.numpy().argmax(-1))  # in a tenth of the time
-    return scores.argmax(dim=-1)
+        found: Tokens = scores.numpy().argmax(-1)  # in a tenth of the operator's time
+    else:
+        found = scores.argmax(dim=-1).numpy()
+    return found

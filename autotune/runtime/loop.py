@@ -110,7 +110,8 @@ def sample(
     answers = HostAnswers(call) if device.is_host else DeviceAnswers(call, device)
     returns_scores = config.return_dict_in_generate and config.output_scores
     returns_logits = config.return_dict_in_generate and config.output_logits
-    kept = returns_scores or returns_logits or call.processes()  # perhaps beyond the next step
+    processes = call.processes()
+    kept = returns_scores or returns_logits or processes  # perhaps beyond the next step
     first, longest = call.input_ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
     if device.asynchronous and keep is not None:
         longest = min(config.max_length, call.criteria.max_length or config.max_length)
@@ -118,7 +119,7 @@ def sample(
     raw: list[torch.Tensor] = []
     while True:
         logits = logits.to(dtype=torch.float32, device=call.input_ids.device, copy=bool(kept))
-        score = processors(answers.ids, logits)
+        score = processors(answers.ids, logits) if processes else logits
         if returns_scores:
             scores.append(score)
         if returns_logits:
@@ -126,7 +127,7 @@ def sample(
         token = answers.choose(score, sampling=config.do_sample)  # [B]
         answers.stop(tuple(scores) or None)
         seen, position = answers.look(), answers.position()
-        ahead = following(token[:, None], position) if first < answers.ids.shape[1] < longest else None
+        ahead = following(token[:, None], position) if first < answers.length < longest else None
         shown, finished = seen()
         if streamer is not None:
             streamer.put(shown)

@@ -13,7 +13,7 @@ import torch
 from ...errors import AutotuneError, CancelledRequestError, RequestError, VariantError, first_line
 from ...machine import ending
 from ...model import seam
-from ..answers import append, drawn, largest, room
+from ..answers import Room, drawn, largest
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
@@ -48,15 +48,13 @@ class Request:
     the engine's thread, within a copy of the caller's context variables.
 
     Attributes:
-        tokens: of its sequence so far.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
     """
 
     def __init__(self, call: Sampling) -> None:
         self.call = call
-        self.tokens = call.input_ids.shape[1]
-        self._room = room(call.input_ids)
+        self._room = Room(call.input_ids)
         self.terms = CURRENT.get() or RequestTerms()
         self.is_ours = isinstance(threading.current_thread(), ending.Worker)
         self._is_abandoned = False  # the terms live on: the original may answer after the engine failed
@@ -69,7 +67,12 @@ class Request:
     @property
     def ids(self) -> torch.Tensor:
         """Prompt and tokens so far, [1, T] int64. Later tokens do not change it."""
-        return self._room[:, : self.tokens]
+        return self._room.ids
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its sequence so far."""
+        return self._room.length
 
     # In the caller's thread
 
@@ -118,13 +121,12 @@ class Request:
     def _choose(self, logits: torch.Tensor) -> torch.Tensor:
         given = logits.clone() if self.call.processes() else logits  # a processor may keep it beyond the next step
         score: torch.Tensor = self.call.processors(self.ids, given)
-        return drawn(score) if self.call.settings.do_sample else largest(score)
+        return drawn(score) if self.call.settings.do_sample else torch.from_numpy(largest(score))
 
     def take(self, token: torch.Tensor) -> bool:
         """Append a token [1]. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
         number = int(token)
-        self._room = append(self._room, self.tokens, number)
-        self.tokens += 1
+        self._room.append(number)
         if self._streams:
             self._events.put(Token(token))
         if self._stops is not None:

@@ -136,8 +136,8 @@ class Sequences:
             outside.pass_on(error)
             self._fail_rows(error)
             return
-        best = largest(logits)
-        most = logits.numpy()[range(len(logits)), best.numpy()]  # of each row; NaN if any of its logits is
+        chosen = largest(logits)
+        best, most = torch.from_numpy(chosen), logits.numpy()[range(len(chosen)), chosen]  # NaN if any logit is
         for row, request in enumerate(self.rows[: len(logits)]):
             if request is None:
                 continue

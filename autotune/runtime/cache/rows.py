@@ -38,6 +38,7 @@ class RowCache(SlotCache):
         super().__init__(prompt, slots, rows, dtype)
         with torch.inference_mode(False):
             self.slot = torch.zeros(rows, dtype=torch.int64, device=self.valid.device)
+        self._look_at_slot()
         self.valid.zero_()
         self.lengths = [0] * rows
         self._written = [0] * rows  # slots of each row that may hold numbers of an earlier sequence
@@ -86,10 +87,10 @@ class RowCache(SlotCache):
         Args:
             discarded: slots after it that the step may have written, too.
         """
-        slot = self.slot.numpy()  # an operator takes 40 us after a step
+        assert self._slot is not None  # noqa: S101 - only steps on the host have rows; for the type checker
         for row, length in enumerate(self.lengths):
             if length:
-                slot[row] = self.lengths[row] = length + 1
+                self._slot[row] = self.lengths[row] = length + 1
                 self._written[row] = max(self._written[row], length + 2 + discarded)
 
     def _begin(self, row: int, length: int) -> None:
@@ -103,8 +104,9 @@ class RowCache(SlotCache):
         if row not in self._singles:
             one, here = SlotCache.__new__(SlotCache), slice(row, row + 1)
             one.given, one.lasting, one.left, one._capacity = self.given, False, None, self._capacity
-            one.on_host = self.on_host
             one.slot, one.valid, one.batch = self.slot[here], self.valid[here], 1
+            one._on_host = self._on_host
+            one._look_at_slot()
             one.keys, one.values = ([held[here] for held in each] for each in (self.keys, self.values))
             self._singles[row] = one
         self._singles[row].length = self.lengths[row]

@@ -76,7 +76,6 @@ class SlotCache:
         valid: [rows, slots] bool, False on left padding.
         batch: sequences in use, B <= rows; further rows repeat the last sequence.
         length: valid tokens of every sequence.
-        on_host: whether it is in memory that the host reads without waiting.
         lasting: whether it will be lent again, so that work which depends on its addresses pays.
         left: work that was queued when it was given back; another thread's stream may still read it. None: nothing.
     """
@@ -98,12 +97,13 @@ class SlotCache:
         self.given = filled[0][0].dtype
         self.left: Any = None
         rows, device = rows or self.batch, filled[0][0].device
-        self.on_host = devices.of(device).is_host
+        self._on_host = devices.of(device).is_host
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
             self.keys = [_room(keys, rows, slots, dtype or keys.dtype) for keys, _ in filled]
             self.values = [_room(values, rows, slots, dtype or values.dtype) for _, values in filled]
             self.slot = torch.zeros(1, dtype=torch.int64, device=device)
             self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
+        self._look_at_slot()
 
     def fill(self, prompt: Any, mask: torch.Tensor | None) -> None:
         """Start a sequence: copy a prefilled cache.
@@ -131,10 +131,14 @@ class SlotCache:
     def advance(self, count: int = 1) -> None:
         """Make the next `count` tokens valid; their slots are written already."""
         self.length += count
-        if self.on_host:
-            self.slot.numpy()[0] = self.length  # an operator takes 40 us after a step
+        if self._slot is not None:
+            self._slot[0] = self.length  # an operator takes 40 us after a step
         else:
             self.slot += count
+
+    def _look_at_slot(self) -> None:
+        """Write to the memory of `slot` through numpy from now on, if it is the host's."""
+        self._slot = self.slot.numpy() if self._on_host else None
 
     def first(self, slots: int) -> SlotCache:
         """A view of this cache with only its first `slots` slots."""

@@ -55,6 +55,7 @@ class RecordedStep:
             self.program = Program(trace(module, cache, self.given), rows, shared)
             self.token = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
             self.position = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
+        self._token, self._position = self.token.numpy(), self.position.numpy()
         self.lock = forking.lock()
 
     def over(self, cache: SlotCache) -> Step:
@@ -80,8 +81,8 @@ class RecordedStep:
 
     def run(self, token: torch.Tensor, position: torch.Tensor, bound: _Bound) -> torch.Tensor:
         """token, position [rows, 1] -> logits [rows, V], which its next run overwrites. Call it with the lock."""
-        self.token.numpy()[:] = token.numpy()  # after a step, an operator takes twice as long
-        self.position.numpy()[:] = position.numpy()
+        self._token[:] = token.numpy()  # after a step, an operator takes twice as long
+        self._position[:] = position.numpy()
         self.given.update(self.position)
         self.program.run(bound.addresses)
         return bound.logits
