@@ -15,7 +15,7 @@ import torch
 
 from ..machine import device as devices
 from ..model import seam
-from .answers import DeviceAnswers, HostAnswers
+from .loop_state import DeviceState, HostState
 
 if TYPE_CHECKING:
     from ..model.seam import Sampling
@@ -107,27 +107,28 @@ def sample(
     """
     config, processors, streamer = call.settings, call.processors, call.streamer
     device = devices.of(call.input_ids.device)
-    answers = HostAnswers(call) if device.is_host else DeviceAnswers(call, device)
+    state = HostState(call) if device.is_host else DeviceState(call, device)
     returns_scores = config.return_dict_in_generate and config.output_scores
     returns_logits = config.return_dict_in_generate and config.output_logits
     processes = call.processes()
-    kept = returns_scores or returns_logits or processes  # perhaps beyond the next step
+    # a step on the host may write over logits that are kept
+    copies = device.is_host and bool(returns_scores or returns_logits or processes)
     first, longest = call.input_ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
     if device.asynchronous and keep is not None:
         longest = min(config.max_length, call.criteria.max_length or config.max_length)
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:
-        logits = logits.to(dtype=torch.float32, device=call.input_ids.device, copy=bool(kept))
-        score = processors(answers.ids, logits) if processes else logits
+        logits = logits.to(dtype=torch.float32, device=call.input_ids.device, copy=copies)
+        score = processors(state.ids, logits) if processes else logits
         if returns_scores:
             scores.append(score)
         if returns_logits:
             raw.append(logits)
-        token = answers.choose(score, sampling=config.do_sample)  # [B]
-        answers.stop(tuple(scores) or None)
-        seen, position = answers.look(), answers.position()
-        ahead = following(token[:, None], position) if first < answers.length < longest else None
+        token = state.choose(score, sampling=config.do_sample)  # [B]
+        state.stop(tuple(scores) or None)
+        seen, position = state.look(), state.position()
+        ahead = following(token[:, None], position) if first < state.length < longest else None
         shown, finished = seen()
         if streamer is not None:
             streamer.put(shown)
@@ -138,5 +139,5 @@ def sample(
             keep()
     if streamer is not None:
         streamer.end()
-    ids = answers.ids.clone()
+    ids = state.ids.clone()
     return call.result(ids, scores, raw, final_cache()) if config.return_dict_in_generate else ids

@@ -67,7 +67,7 @@ def test_who_only_observes_is_left_out_and_told_of_the_tokens() -> None:
     given = call(MaxLengthCriteria(6))
     observed = given.through(lambda own, *args: own(*args), lambda own, *args: own(*args), is_transparent=True)
     twice = observed.through(lambda own, *args: own(*args), lambda own, *args: own(*args), is_transparent=True)
-    assert seam.stops(twice.criteria, TOLD) == seam.Stops(6, frozenset())
+    assert seam.stops(twice.criteria, TOLD) == seam.SequenceEnd(6, frozenset())
     assert twice.criteria.told is TOLD
     assert observed.criteria.told is TOLD
     assert not twice.processes()

@@ -14,7 +14,7 @@ from autotune.errors import TransformError
 from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime import kernels, loop
-from autotune.runtime.answers import drawn_unwaiting, largest
+from autotune.runtime.loop_state import drawn_unwaiting, largest
 from autotune.runtime.steps.compiled import artifact
 from autotune.runtime.steps.waiting import WAITS
 from autotune.runtime.variant import Transform, Variant, build, serving

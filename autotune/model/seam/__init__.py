@@ -73,7 +73,7 @@ from .models import (
 )
 from .preparation import drops_cache, greedy_settings
 from .shards import is_sharding, resharding, sharded, tensor_parallel
-from .stops import Stops, stops
+from .stops import SequenceEnd, stops
 
 __all__ = [
     "ARGUMENTS",
@@ -90,7 +90,7 @@ __all__ = [
     "UNUSUAL",
     "Attend",
     "Sampling",
-    "Stops",
+    "SequenceEnd",
     "accepts_package",
     "attention_function",
     "attention_of",

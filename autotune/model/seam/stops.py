@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Stops(NamedTuple):
+class SequenceEnd(NamedTuple):
     """The end of a sequence.
 
     Args:
@@ -32,7 +32,7 @@ class Told(Protocol):
         """Prompt and tokens so far, [B, T]."""
 
 
-def stops(criteria: Any, told: Told) -> Stops | None:
+def stops(criteria: Any, told: Told) -> SequenceEnd | None:
     """What a list of stopping criteria comes to; None if it has to be called.
 
     Its call takes 50 to 150 us after a step, which has filled the processor's caches with weights.
@@ -58,7 +58,7 @@ def stops(criteria: Any, told: Told) -> Stops | None:
             return None
     while criteria is not given:
         given.told, given = told, given.objects
-    return Stops(longest, frozenset(ends))
+    return SequenceEnd(longest, frozenset(ends))
 
 
 def _warns(criterion: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ...errors import AutotuneError, CancelledRequestError, RequestError, VariantError, first_line
 from ...machine import ending
 from ...model import seam
-from ..answers import Room, drawn, largest
+from ..loop_state import Room, drawn, largest
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 
 from ...errors import VariantError
 from ...machine import outside
-from ..answers import largest
 from ..cache.rows import RowCache
+from ..loop_state import largest
 from . import rows as plan
 from .guessing import Guessing
 

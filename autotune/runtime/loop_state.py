@@ -50,7 +50,7 @@ class Room:
         self.length += 1
 
 
-class Answers(ABC):
+class LoopState(ABC):
     """The sequences of a call, of which the loop adds a token each at a time."""
 
     @property
@@ -84,7 +84,7 @@ class Answers(ABC):
         """The position of the latest token, [B, 1] or [1, 1] int64."""
 
 
-class HostAnswers(Answers):
+class HostState(LoopState):
     """Sequences in the CPU's memory.
 
     Between two steps, numpy does what operators would: each takes 10 to 50 us there, because the step has filled the
@@ -132,7 +132,7 @@ class HostAnswers(Answers):
         return torch.from_numpy(self._position)
 
 
-class DeviceAnswers(Answers):
+class DeviceState(LoopState):
     """Sequences on a device that works on while the host goes on."""
 
     def __init__(self, call: Sampling, device: Device) -> None:
