@@ -95,7 +95,7 @@ class HostState(LoopState):
         self._room = Room(call.input_ids)
         self._going = numpy.ones(len(call.input_ids), bool)
         self._position = call.last_position.numpy()
-        self._criteria, self._stops = call.criteria, seam.stops(call.criteria, self)
+        self._criteria, self._stops = call.criteria, seam.stops(call.criteria, self._room)
         pads = call.pads()
         self._pad = None if pads is None else pads.numpy()
         self._token = numpy.empty(0, numpy.int64)
@@ -204,9 +204,9 @@ def drawn_unwaiting(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         Tokens [B], and whether the scores were sound [B]. Both stay on the device.
     """
     odds = softmax(scores, dim=-1)
-    drawn = torch.empty_like(odds).exponential_()
+    waits = torch.empty_like(odds).exponential_()
     sound = (odds.amax(dim=-1) < torch.inf) & (odds.amin(dim=-1) >= 0)
-    return (odds / drawn).argmax(dim=-1), sound
+    return (odds / waits).argmax(dim=-1), sound
 
 
 def largest(scores: torch.Tensor) -> Tokens:

@@ -162,12 +162,8 @@ class Sampling:
 
     def processes(self) -> bool:
         """Whether anything that came with the call sees or changes scores."""
-        found = self.processors
-        while getattr(found, "relay", None) is not None:
-            if not found.is_transparent:
-                return True
-            found = found.objects
-        return len(found) > 0
+        found = observed(self.processors)
+        return getattr(found, "relay", None) is not None or len(found) > 0
 
     def through(
         self,
@@ -282,6 +278,13 @@ def _relayed(objects: Any, relay: Callable[..., Any], is_transparent: bool) -> A
     found.relay, found.is_transparent, found.told = relay, is_transparent, None
     found.objects = objects
     return found
+
+
+def observed(objects: Any) -> Any:
+    """A list of processors or criteria without those around it that only observe its calls."""
+    while getattr(objects, "is_transparent", False):
+        objects = objects.objects
+    return objects
 
 
 @functools.cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from .calls import observed
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,11 +43,9 @@ def stops(criteria: Any, told: Told) -> SequenceEnd | None:
         criteria: the list.
         told: who decides in its place, and knows the tokens that those who observe its calls ask for.
     """
-    given = criteria
     from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-    while getattr(criteria, "is_transparent", False):
-        criteria = criteria.objects
+    given, criteria = criteria, observed(criteria)
     if type(criteria) is not StoppingCriteriaList:  # it may be called in another way
         return None
     longest, ends = float("inf"), set[int]()

@@ -61,8 +61,8 @@ class Request:
         self._context = contextvars.copy_context()
         self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
         self._streams = call.streamer is not None
-        self._plain = not call.settings.do_sample and not call.processes()
-        self._stops = seam.stops(call.criteria, self)
+        self._processes = call.processes()
+        self._stops = seam.stops(call.criteria, self._room)
 
     @property
     def ids(self) -> torch.Tensor:
@@ -112,25 +112,24 @@ class Request:
     @property
     def is_greedy(self) -> bool:
         """Whether its token is the largest logit, which the engine finds for all such rows at once."""
-        return self._plain
+        return not (self.call.settings.do_sample or self._processes)
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token [1] from logits [1, V], by the caller's processors. Raises what these raise."""
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token from logits [1, V], by the caller's processors. Raises what these raise."""
         return self._context.run(self._choose, logits.float())
 
-    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
-        given = logits.clone() if self.call.processes() else logits  # a processor may keep it beyond the next step
+    def _choose(self, logits: torch.Tensor) -> int:
+        given = logits.clone() if self._processes else logits  # a processor may keep it beyond the next step
         score: torch.Tensor = self.call.processors(self.ids, given)
-        return drawn(score) if self.call.settings.do_sample else torch.from_numpy(largest(score))
+        return int(drawn(score) if self.call.settings.do_sample else largest(score)[0])
 
-    def take(self, token: torch.Tensor) -> bool:
-        """Append a token [1]. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
-        number = int(token)
-        self._room.append(number)
+    def take(self, token: int) -> bool:
+        """Append a token. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
+        self._room.append(token)
         if self._streams:
-            self._events.put(Token(token))
+            self._events.put(Token(torch.tensor([token], dtype=torch.int64, device="cpu")))
         if self._stops is not None:
-            return self._stops.after(self.tokens, number)
+            return self._stops.after(self.tokens, token)
         stopped: Any = self._context.run(self.call.criteria, self.ids, None)
         return bool(stopped.all())
 

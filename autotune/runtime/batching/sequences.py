@@ -26,12 +26,12 @@ class _Evicted(NamedTuple):
 
     Args:
         cache: its keys and values.
-        token: its last token, [1], which is not in the cache yet.
+        token: its last token, which is not in the cache yet.
     """
 
     request: Request
     cache: Any
-    token: torch.Tensor
+    token: int
 
 
 class Sequences:
@@ -54,6 +54,7 @@ class Sequences:
         self._cache: RowCache | None = None
         self._steps: dict[int, tuple[RowCache, Step]] = {}
         self._token = torch.zeros(most, 1, dtype=torch.int64, device="cpu")
+        self._numbers = self._token.numpy()  # the same memory
         self._guessing = Guessing(variant)
 
     @property
@@ -70,12 +71,12 @@ class Sequences:
         """All requests under way."""
         return [*(evicted.request for evicted in self._evicted), *filter(None, self.rows)]
 
-    def join(self, request: Request, cache: Any, token: torch.Tensor) -> None:
+    def join(self, request: Request, cache: Any, token: int) -> None:
         """Give a sequence a free row.
 
         Args:
             cache: its keys and values [1, Hk, P, D] per layer.
-            token: its next token, [1].
+            token: its next token.
         """
         if self._cache is None:
             pool = self.variant.caches
@@ -84,7 +85,7 @@ class Sequences:
         row = self.rows.index(None)
         self._cache.join(row, cache)
         self.rows[row] = request
-        self._token[row] = token
+        self._numbers[row] = token
 
     def evict_for(self, order: float) -> None:
         """If no row is free, take the least urgent sequence's row for a request of this order if it is more urgent."""
@@ -92,7 +93,7 @@ class Sequences:
             return
         last, row = max((request.terms.order, row) for row, request in enumerate(self.rows) if request is not None)
         if order < last and (request := self.rows[row]) is not None:
-            self._evicted.append(_Evicted(request, self._cache.copy_of(row), self._token[row].clone()))
+            self._evicted.append(_Evicted(request, self._cache.copy_of(row), int(self._numbers[row, 0])))
             self._leave(row)
             self.counts["evicted"] += 1
 
@@ -136,22 +137,22 @@ class Sequences:
             outside.pass_on(error)
             self._fail_rows(error)
             return
-        chosen = largest(logits)
-        best, most = torch.from_numpy(chosen), logits.numpy()[range(len(chosen)), chosen]  # NaN if any logit is
+        best = largest(logits)
+        most = logits.numpy()[range(len(best)), best]  # NaN if any logit is
         for row, request in enumerate(self.rows[: len(logits)]):
             if request is None:
                 continue
             try:
                 if isnan(most[row]):
                     raise VariantError(f"NaN logits at token {request.tokens}")
-                token = best[row : row + 1] if request.is_greedy else request.choose(logits[row : row + 1])
+                token = int(best[row]) if request.is_greedy else request.choose(logits[row : row + 1])
                 finished = request.take(token)
             except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
                 outside.pass_on(error)
                 self._leave(row)
                 request.fail(error)
                 continue
-            self._token.numpy()[row] = token.numpy()
+            self._numbers[row] = token
             if finished:
                 self._leave(row)
                 request.finish()
@@ -163,7 +164,7 @@ class Sequences:
         for source, target in plan.moves([r is not None for r in self.rows], len(self.rows)):
             cache.move(source, target)
             self.rows[target], self.rows[source] = self.rows[source], None
-            self._token[target] = self._token[source]
+            self._numbers[target] = self._numbers[source]
         size = plan.size_for([r is not None for r in self.rows], len(self.rows))
         speculation, first = self.variant.speculation, self.rows[0]
         if speculation is not None and first is not None and self.used == 1:
@@ -202,6 +203,6 @@ class Sequences:
         if self.rows[row] is self._guessing.request:
             self._guessing.end()
         self.rows[row] = None
-        self._token[row] = 0
+        self._numbers[row] = 0
         if self._cache is not None:
             self._cache.leave(row)

@@ -105,7 +105,6 @@ class RowCache(SlotCache):
             one, here = SlotCache.__new__(SlotCache), slice(row, row + 1)
             one.given, one.lasting, one.left, one._capacity = self.given, False, None, self._capacity
             one.slot, one.valid, one.batch = self.slot[here], self.valid[here], 1
-            one._on_host = self._on_host
             one._look_at_slot()
             one.keys, one.values = ([held[here] for held in each] for each in (self.keys, self.values))
             self._singles[row] = one

@@ -97,7 +97,6 @@ class SlotCache:
         self.given = filled[0][0].dtype
         self.left: Any = None
         rows, device = rows or self.batch, filled[0][0].device
-        self._on_host = devices.of(device).is_host
         with torch.inference_mode(False):  # tensors made in inference mode cannot be written outside it
             self.keys = [_room(keys, rows, slots, dtype or keys.dtype) for keys, _ in filled]
             self.values = [_room(values, rows, slots, dtype or values.dtype) for _, values in filled]
@@ -138,7 +137,7 @@ class SlotCache:
 
     def _look_at_slot(self) -> None:
         """Write to the memory of `slot` through numpy from now on, if it is the host's."""
-        self._slot = self.slot.numpy() if self._on_host else None
+        self._slot = self.slot.numpy() if devices.of(self.slot.device).is_host else None
 
     def first(self, slots: int) -> SlotCache:
         """A view of this cache with only its first `slots` slots."""

@@ -147,7 +147,7 @@ class Crew {
     return begins;
   }
 
-  // How long a program takes that nothing holds up; 0: unknown.
+  // How long the latest program took that ended with as many threads as it began with; 0: unknown.
   int64_t usual_ns() const { return usual_ns_.load(std::memory_order_relaxed); }
 
   // Learns from a program that began with `began` threads and ended with `ended`, as many or fewer, after `took_ns`.
