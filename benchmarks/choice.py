@@ -228,7 +228,7 @@ def compare(model: Any, tokenizer: Any, policy: Policy, prompts: Any, notify: Ca
     race = None
     if set(one.variant.transforms) != set(all_.variant.transforms):
         notify("racing the two winners on held-out prompts")
-        race = side._compare(one.variant, all_.variant, "end_to_end", side.held_out, pairs=60, seed=3).end_to_end
+        race = side.races.compare(one.variant, all_.variant, "end_to_end", side.held_out, pairs=60, seed=3).end_to_end
     code, sentence = verdict(race, one.seconds / all_.seconds)
     return {
         "model": model.config._name_or_path.rstrip("/").rpartition("/")[2] or type(model).__name__,

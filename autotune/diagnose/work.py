@@ -19,6 +19,7 @@ from torch import nn
 
 from ..machine.roofline import kv_cache_bytes, matmul_flops
 from ..model import seam, sharding
+from ..model.configured import text_config, vocabulary
 from .parts import ATTENTION, CACHE, HEAD, NORM, OTHER, owner, sections
 
 if TYPE_CHECKING:
@@ -145,9 +146,9 @@ def activation_size(model: PreTrainedModel, forward: Forward, element_bytes: int
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     widths = [shape for _, module in _parts(model) if (shape := linear_shape(module)) and module is not head]
     widest = max((inputs + 2 * outputs for inputs, outputs in widths), default=0)
-    hidden, vocabulary = int(text_config(model).hidden_size), int(text_config(model).vocab_size)
+    hidden = int(text_config(model).hidden_size)
     positions = forward.batch if keeps_last_logits(model) else forward.tokens
-    return forward.tokens * (2 * hidden + widest) * element_bytes + positions * vocabulary * (element_bytes + 4)
+    return forward.tokens * (2 * hidden + widest) * element_bytes + positions * vocabulary(model) * (element_bytes + 4)
 
 
 def copied_weights(model: PreTrainedModel, batch: int) -> int:
@@ -190,10 +191,6 @@ def _kept(config: Any, kind: str | None) -> Keys | None:
         kv_heads = _first(config, ("num_key_value_heads", "num_kv_heads")) or heads
     size = _first(config, ("head_dim",)) or config.hidden_size // heads
     return Keys(heads, kv_heads, size, window if kind in ("sliding_attention", "chunked_attention") else None)
-
-
-def text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config(decoder=True)
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

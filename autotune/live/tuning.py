@@ -15,7 +15,7 @@ from ..errors import StateError, WorkloadError
 from ..machine import device as devices
 from ..machine import ending, forking, intraop
 from ..machine.ending import Cancelled
-from ..model import route, seam, stateful
+from ..model import configured, route, seam, stateful
 from ..model.revision import Revision
 from ..report.progress import Doing, said
 from ..runtime.variant import Variant
@@ -66,7 +66,7 @@ class Tuning:
         self._winner = winner
         self._notify = options.progress or log.info
         self._quiet = options.progress is None
-        self._observer = Observer(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
+        self._observer = Observer(configured.context(model))
         self.given: Workload | None = None
         self.lock = forking.lock()
         self.thread: threading.Thread | None = None

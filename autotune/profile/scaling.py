@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..diagnose.costs import ScalePoint
-from ..diagnose.work import Forward, activation_dtype, activation_size, cache_size, copied_weights, text_config
+from ..diagnose.work import Forward, activation_dtype, activation_size, cache_size, copied_weights
 from ..errors import MeasurementError
 from ..machine import device as devices
+from ..model import configured
 from ..model.linear_layers import stored_bytes
 from .budget import Budget
 from .timing import time_request
@@ -70,7 +71,7 @@ def context_growth(
 
     The prompt is repeated. The other arguments are those of `batch_scaling`.
     """
-    limit = getattr(text_config(served), "max_position_embeddings", None) or CONTEXTS[-1]
+    limit = configured.context(served) or CONTEXTS[-1]
     points = list[ScalePoint]()
     for context in (c for c in CONTEXTS if c + STEPS <= limit):
         if points and _needed(served, 1, context + STEPS) > room_bytes:

@@ -15,6 +15,7 @@ import torch
 
 from ..machine import device as devices
 from ..model import seam
+from ..model.configured import text_config
 from .loop_state import DeviceState, HostState
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def decode(variant: Variant, call: Sampling) -> Any:
 
 def over_growing_cache(variant: Variant, call: Sampling) -> Any:
     """Decode with the cache that generate prepared."""
-    config, kv = variant.original.config.get_text_config(decoder=True), variant.kv
+    config, kv = text_config(variant.original), variant.kv
     cache, mask = call.cache if kv is None else kv.make(config), call.mask
     cache = seam.growing_cache(config) if cache is None else cache
     with variant.running("prefill") as module:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..live.status import State
-from ..validate.exam import eos_ids, vocabulary
+from ..model import configured
 from .answering import TextAnswers
 from .gate import HttpLimits
 from .grammar import Grammars
@@ -86,13 +86,11 @@ class Service:
         Raises:
             UnsupportedModelError: the model's configuration does not say how long its context is.
         """
-        config = model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if not isinstance(context, int):
+        if (context := configured.context(model)) is None:
             raise UnsupportedModelError("the model's configuration does not say how many tokens its context holds")
         metrics = Metrics(name)
-        known = vocabulary(model)
-        ends = {*eos_ids(model), *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+        known = configured.vocabulary(model)
+        ends = {*configured.end_ids(model.generation_config), *configured.end_ids(tokenizer)}
         sampling = SamplingDefaults(model.generation_config, known, frozenset(ends))
         return cls(
             model=model,

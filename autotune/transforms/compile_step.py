@@ -11,6 +11,7 @@ from ..diagnose import ceilings
 from ..errors import Blocker, ChoiceError, TransformError
 from ..machine import device as devices
 from ..model import linear_layers, placement
+from ..model.configured import text_config
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import require
@@ -108,8 +109,8 @@ class CompileStep(Transform):
         from ..runtime.cache.pool import CachePool
         from ..runtime.steps.inductor_graphs import InductorGraphStep
 
-        config = variant.original.config.get_text_config(decoder=True)
-        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
+        config = text_config(variant.original)
+        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant)
         variant.caches = CachePool(config, slots, dtype=variant.slot_dtype)
         variant.loop = decode
         step = InductorGraphStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")

@@ -11,6 +11,7 @@ from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
 from ..model import linear_layers, placement
+from ..model.configured import text_config
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from .static_cache import automatic_slots, over_few_slots, slot_bytes, slotless
@@ -78,8 +79,8 @@ class CudaGraph(Transform):
         device = devices.of(variant.original)
         if reason := device.without_graphs() or uncapturable(variant):
             raise TransformError(reason)
-        config = variant.original.config.get_text_config(decoder=True)
-        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant, config)
+        config = text_config(variant.original)
+        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant)
         rows, reads = buckets(self.largest or max(variant.batch_sizes)), lengths(slots, self.shortest)
         tokens = min(variant.context_tokens, slots)
         inner = variant.step if isinstance(variant.step, CompiledStep) else None

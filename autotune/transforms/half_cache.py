@@ -10,6 +10,7 @@ import torch
 
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
+from ..model.configured import text_config
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import one_query_attention
@@ -61,7 +62,7 @@ class HalfCache(Transform):
         if reason := no_slots(variant.original):
             raise TransformError(reason)
         one_query_attention.use_kernel(variant)
-        config = variant.original.config.get_text_config(decoder=True)
+        config = text_config(variant.original)
         variant.caches = CachePool(config, roomy_slots(variant, torch.float16), dtype=torch.float16)
         variant.loop = decode
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..errors import ChoiceError, TransformError
+from ..model.configured import text_config
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from . import require
@@ -89,7 +90,7 @@ class QuantisedCache(Transform):
 
 
 def _config(variant: Variant) -> object:
-    return variant.original.config.get_text_config(decoder=True)
+    return text_config(variant.original)
 
 
 def _missing(module: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..machine import device as devices
+from ..model.configured import text_config
 from ..model.seam import Sampling
 from ..runtime.speculation import speculate
 from ..runtime.speculation.drafts import DraftModel, Proposer
@@ -119,7 +120,7 @@ class Speculation(Transform):
 
         draft = None
         if self.draft == "model" and variant.draft is not None:
-            config = variant.draft.config.get_text_config(decoder=True)
+            config = text_config(variant.draft)
             draft = stride(variant.draft), CachePool(config, pool.slots, lasting=pool.lasting)
         variant.speculation = speculate.SpeculationSetup(self.tokens, stride(variant.modules["decode"]), draft)
         variant.speculation.costs = measure_costs(variant)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
+from ..model.configured import context, text_config
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 
@@ -82,11 +83,7 @@ def no_slots(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode over slots, or None."""
     from ..runtime.cache.slots import unsupported
 
-    return (
-        placement.one_device(model)
-        or seam.cannot_step(model)
-        or unsupported(model.config.get_text_config(decoder=True))
-    )
+    return placement.one_device(model) or seam.cannot_step(model) or unsupported(text_config(model))
 
 
 def slotless(variant: Variant) -> str | None:
@@ -110,9 +107,8 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
 
     if reason := slotless(variant):
         raise TransformError(reason)
-    config = variant.original.config.get_text_config(decoder=True)
     if variant.caches is None:
-        variant.caches = CachePool(config, slots or automatic_slots(variant, config))
+        variant.caches = CachePool(text_config(variant.original), slots or automatic_slots(variant))
     variant.loop = decode
 
 
@@ -122,8 +118,7 @@ def slot_bytes(variant: Variant, slots: int = 0) -> float:
 
     if variant.caches is not None or variant.device.kind == "cpu":
         return 0.0
-    config = variant.original.config.get_text_config(decoder=True)
-    slots = slots or automatic_slots(variant, config)
+    slots = slots or automatic_slots(variant)
     return cache_size(variant.original, max(variant.batch_sizes), slots, variant.original.dtype.itemsize)
 
 
@@ -138,14 +133,13 @@ def roomy_slots(variant: Variant, dtype: torch.dtype | None = None) -> int:
     from ..diagnose.work import cache_size
     from ..machine.processor import memory_bytes
 
-    config = variant.original.config.get_text_config(decoder=True)
-    least = automatic_slots(variant, config)
+    least = automatic_slots(variant)
     itemsize = (dtype or variant.original.dtype).itemsize
     per_slot_bytes = cache_size(variant.original, max(variant.batch_sizes), 1, itemsize)
     most = int(memory_bytes() * MEMORY_SHARE / per_slot_bytes)
-    return max(least, min(getattr(config, "max_position_embeddings", None) or least, most))
+    return max(least, min(context(variant.original) or least, most))
 
 
-def automatic_slots(variant: Variant, config: object) -> int:
+def automatic_slots(variant: Variant) -> int:
     wanted = -(-HEADROOM * variant.context_tokens // ROUND_TO) * ROUND_TO
-    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+    return min(wanted, context(variant.original) or wanted)

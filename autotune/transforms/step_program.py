@@ -11,6 +11,7 @@ import torch
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import placement
+from ..model.configured import text_config
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
 from ..runtime.widening import NARROW
@@ -95,7 +96,7 @@ class StepProgram(Transform):
             for twin in variant.edit("decode"):
                 widening.widen(twin)
         slots = self.slots or roomy_slots(variant, dtype)
-        variant.caches = CachePool(variant.original.config.get_text_config(decoder=True), slots, dtype=dtype)
+        variant.caches = CachePool(text_config(variant.original), slots, dtype=dtype)
         variant.loop = decode
         programs = StepPrograms(variant.modules["decode"])
         for batch in variant.batch_sizes:

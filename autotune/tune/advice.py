@@ -7,86 +7,26 @@ out if something that it needs was not measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..diagnose.ceilings import attainable_bandwidth, attainable_peak, roofline_s
-from ..diagnose.diagnosis import FULL, UNITS, Bottleneck, overhead_s
-from ..machine.catalogue import MACHINES, Machine
+from ..diagnose.ceilings import attainable_bandwidth, attainable_peak
+from ..diagnose.diagnosis import FULL, UNITS, overhead_s
 from ..machine.roofline import floor_s
-from ..profile.operators import SMALL_KERNEL_S
 from ..profile.scaling import growth_s
 from ..report import numbers as n
-from ..workload import METRIC_OF, PHASES, Phase
+from ..workload import METRIC_OF
+from .machines import MIN_MACHINE_GAIN, other_machines
+from .served import Advice, ServingVariant, ms
 
 if TYPE_CHECKING:
-    from ..diagnose.costs import PhaseProfile, Profile, ScalePoint
-    from ..machine.hardware import Hardware
+    from ..diagnose.costs import ScalePoint
     from .findings import Findings
 
 MIN_GAIN = 1.05  # least speed-up that counts; two profiles of the same model differ by up to 5 %
-MIN_MACHINE_GAIN = 1.25  # least speed-up by data sheets that counts; they promise 10 to 25 % more than is measured
 NEAR_BEST = 0.9  # share of the best throughput at which a batch is large enough; beyond it, mostly latency grows
 CLEARLY = 2.0  # ratio of the compute and memory floors from which the longer one alone decides
 SHARED = 4  # query heads per key and value head of common models with grouped-query attention (Llama 3 8B: 32 / 8)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One thing that the user could change.
-
-    Args:
-        change: the change, as a noun phrase.
-        speedups: metric concerned ("ttft", "tpot", or "throughput": tokens per second of all sequences together) ->
-            predicted speed-up; None if the change would bring little or nothing.
-        because: the numbers that the prediction follows from, and their sources.
-        assumes: further assumptions, as a clause after "assumes that"; empty if there are none.
-    """
-
-    change: str
-    speedups: Mapping[str, float | None]
-    because: str
-    assumes: str = ""
-
-
-@dataclass(frozen=True)
-class ServingVariant:
-    """The variant that serves now.
-
-    Args:
-        profile: profile of the variant.
-        hardware: this machine, measured.
-        bottlenecks: what limits each phase; a phase that was not diagnosed is missing.
-        operators: number of operators that the original dispatches per call or token, by phase.
-    """
-
-    profile: Profile
-    hardware: Hardware
-    bottlenecks: Mapping[Phase, Bottleneck]
-    operators: Mapping[Phase, int]
-
-    def sequence_bytes(self) -> float:
-        """Bytes of one sequence's cache and activations."""
-        memory = self.profile.memory
-        return (memory.cache_bytes + memory.activations_bytes) / self.profile.batch
-
-    def room(self) -> float:
-        """Number of sequences that fit into memory beside the weights."""
-        free = FULL * self.hardware.memory_bytes - self.profile.memory.weights_bytes
-        return max(0, free // self.sequence_bytes()) if self.sequence_bytes() else float("inf")
-
-    def rest_of_cache(self, point: ScalePoint) -> tuple[float, float]:
-        """Bytes of a sequence's cache beyond the context of `point`, and seconds to read them at decode's rate."""
-        decode = self.profile.phases["decode"]
-        beyond = max(0.0, 1 - point.context / self.profile.prompt_tokens)
-        missing = beyond * decode.cache_bytes / self.profile.batch
-        return missing, missing * decode.seconds / decode.moved_bytes if missing else 0.0
-
-    def throughput(self, point: ScalePoint) -> float:
-        """Tokens per second at a measured batch size, with the cache of the workload's context."""
-        return point.batch / (point.seconds_per_step + point.batch * self.rest_of_cache(point)[1])
 
 
 def advise(findings: Findings) -> tuple[Advice, ...]:
@@ -166,13 +106,13 @@ def shorter_prompts(served: ServingVariant) -> Iterator[Advice]:
     cache = (prefill.cache_bytes, part * prefill.cache_bytes)
     attention_s = shrunk_s(prefill.attention_s, (attention, part**2 * attention), cache)
     then_s = max(0.0, prefill.seconds - prefill.linear_s - prefill.attention_s) + linear_s + attention_s
-    also = f", attention's from {_ms(prefill.attention_s)} to {_ms(attention_s)}" if prefill.attention_s else ""
+    also = f", attention's from {ms(prefill.attention_s)} to {ms(attention_s)}" if prefill.attention_s else ""
     yield _judged(
         f"Prompts of {tokens // 2} tokens instead of {tokens}",
         "ttft",
         prefill.seconds / then_s,
         f"the roofline of matmuls over {n.scaled(weights, 'B')} of weights shrinks their time from "
-        f"{_ms(prefill.linear_s)} to {_ms(linear_s)}{also}, of {_ms(prefill.seconds)} {UNITS['prefill']}",
+        f"{ms(prefill.linear_s)} to {ms(linear_s)}{also}, of {ms(prefill.seconds)} {UNITS['prefill']}",
         "both keep their share of it, and that all other time stays",
     )
 
@@ -200,46 +140,14 @@ def grouped_queries(served: ServingVariant) -> Iterator[Advice]:
     )
 
 
-def other_machines(served: ServingVariant) -> Iterator[Advice]:
-    """Use a faster machine, by data sheets: for each kind, the one with the least and the one with the most gain."""
-    found = [(machine, gains) for machine in MACHINES if (gains := elsewhere(served, machine))]
-    ranked = sorted(found, key=lambda item: prod(item[1].values()) ** (1 / len(item[1])))
-    for kind in sorted({machine.device for machine, _ in ranked}, key=lambda device: device != served.hardware.device):
-        same = [item for item in ranked if item[0].device == kind]
-        for machine, gains in same[:1] + same[1:][-1:]:
-            yield Advice(machine.name, gains, _figures(served, machine, gains), _assumed(served, machine, gains))
-
-
-def elsewhere(served: ServingVariant, machine: Machine) -> dict[str, float] | None:
-    """Metric -> speed-up on another machine; None if it gains too little, loses in a phase, or has too little memory.
-
-    Overhead time stays the same. The other time keeps its share of the roofline. From a CPU to a GPU, overhead is at
-    least one launch for every operator of the original.
-    """
-    memory, gains = served.profile.memory, dict[str, float]()
-    needed = memory.weights_bytes + memory.cache_bytes + memory.activations_bytes
-    too_small = machine.memory_bytes is not None and needed > FULL * machine.memory_bytes
-    if machine.is_here(served.hardware) or too_small:
-        return None
-    for phase in PHASES:
-        if (found := served.profile.phases.get(phase)) is None or (there_s := _sheet_s(found, machine)) is None:
-            continue
-        if here_s := _here_s(found, served.hardware):
-            kept_s, worked_s = _divided(found)
-            launched_s = _launches(served, machine).get(phase, 0) * SMALL_KERNEL_S
-            gains[METRIC_OF[phase]] = found.seconds / (max(kept_s, launched_s) + worked_s * there_s / here_s)
-    useful = gains and min(gains.values()) >= 1 and max(gains.values()) >= MIN_MACHINE_GAIN
-    return gains if useful else None
-
-
 def no_use(served: ServingVariant) -> Iterator[Advice]:
     """Name common changes that would not help a phase with this bottleneck."""
     for phase, found in served.profile.phases.items():
         peak, bandwidth = attainable_peak(found, served.hardware), attainable_bandwidth(found, served.hardware)
         compute_s, move_s, spent_s = found.flops / peak, found.moved_bytes / bandwidth, overhead_s(found)
         rate = f"{n.scaled(peak, 'FLOP/s')} in {found.compute_dtype}"
-        computing = f"its {n.scaled(found.flops, 'FLOP')} {UNITS[phase]} taking {_ms(compute_s)} at {rate}"
-        moving = f"its {n.scaled(found.moved_bytes, 'B')} taking {_ms(move_s)} at {n.scaled(bandwidth, 'B/s')}"
+        computing = f"its {n.scaled(found.flops, 'FLOP')} {UNITS[phase]} taking {ms(compute_s)} at {rate}"
+        moving = f"its {n.scaled(found.moved_bytes, 'B')} taking {ms(move_s)} at {n.scaled(bandwidth, 'B/s')}"
         match served.bottlenecks.get(phase):
             case "compute" if compute_s >= CLEARLY * move_s:
                 change = f"Quantised weights, still multiplied in {found.compute_dtype}, or faster memory"
@@ -248,9 +156,7 @@ def no_use(served: ServingVariant) -> Iterator[Advice]:
                 change, because = "More FLOP/s at the same bandwidth", f"it is {bound}-bound, {moving}, {computing}"
             case "overhead" if found.seconds < MIN_MACHINE_GAIN * spent_s:
                 change = "Faster memory or more FLOP/s"
-                spent = (
-                    f"{_ms(spent_s)} of {_ms(found.seconds)} {UNITS[phase]} pass between operators and in small ones"
-                )
+                spent = f"{ms(spent_s)} of {ms(found.seconds)} {UNITS[phase]} pass between operators and in small ones"
                 because = (
                     f"{spent}; with no time for anything else it would be {n.ratio(found.seconds / spent_s)} as fast"
                 )
@@ -271,11 +177,11 @@ def _batches(served: ServingVariant) -> tuple[ScalePoint | None, list[ScalePoint
 def _growth(served: ServingVariant, base: ScalePoint, point: ScalePoint) -> str:
     """Describe the two measured points that a prediction is based on."""
     measured = (
-        f"a step of {point.batch} sequences takes {_ms(point.seconds_per_step)}, one of {base.batch} "
-        f"{_ms(base.seconds_per_step)}, measured at a context of {point.context} tokens"
+        f"a step of {point.batch} sequences takes {ms(point.seconds_per_step)}, one of {base.batch} "
+        f"{ms(base.seconds_per_step)}, measured at a context of {point.context} tokens"
     )
     missing, seconds = served.rest_of_cache(point)
-    more = f" (and {_ms(seconds)} for each sequence's {n.scaled(missing, 'B')} of cache beyond that)"
+    more = f" (and {ms(seconds)} for each sequence's {n.scaled(missing, 'B')} of cache beyond that)"
     return measured + more if missing else measured
 
 
@@ -287,73 +193,13 @@ def _context_s(served: ServingVariant) -> tuple[float, float, str] | None:
     if len(points) > 1 and served.profile.batch == points[0].batch:
         tokens = served.profile.prompt_tokens
         grown_s = min(growth_s(points, tokens), decode.seconds)
-        at = f"a prompt of {tokens} tokens costs {_ms(grown_s)} of {_ms(decode.seconds)} a token"
+        at = f"a prompt of {tokens} tokens costs {ms(grown_s)} of {ms(decode.seconds)} a token"
         source = f"the growth measured from contexts of {points[0].context} to {points[-1].context} tokens"
         return decode.seconds, grown_s, f"{at}, by {source}"
     if decode.attention_s:
-        at = f"attention takes {_ms(decode.attention_s)} of {_ms(decode.seconds)} a token"
+        at = f"attention takes {ms(decode.attention_s)} of {ms(decode.seconds)} a token"
         return decode.seconds, min(decode.attention_s, decode.seconds), f"{at}, the most that the context can cost"
     return None
-
-
-def _sheet_s(phase: PhaseProfile, machine: Machine) -> float | None:
-    """The phase's floor by a data sheet, seconds; None if the sheet has no peak for the phase's dtype."""
-    peak = machine.flops_per_s.get(phase.compute_dtype)
-    return floor_s(phase.flops, phase.moved_bytes, peak, machine.bandwidth_bytes_per_s) if peak else None
-
-
-def _here_s(phase: PhaseProfile, hardware: Hardware) -> float:
-    """The phase's floor on this machine, seconds: by its data sheet, as for other machines, else by measured peaks."""
-    sheet = _sheet(hardware)
-    return (_sheet_s(phase, sheet) if sheet else None) or roofline_s(phase, hardware)
-
-
-def _sheet(hardware: Hardware) -> Machine | None:
-    """This GPU's data sheet. A CPU's is not used: which share of its cores and channels we have is unknown."""
-    return next((m for m in MACHINES if m.device == hardware.device == "cuda" and m.is_here(hardware)), None)
-
-
-def _divided(phase: PhaseProfile) -> tuple[float, float]:
-    """Split a phase's time into seconds of overhead and of work."""
-    kept_s = min(overhead_s(phase), phase.seconds)
-    return kept_s, phase.seconds - kept_s
-
-
-def _launches(served: ServingVariant, machine: Machine) -> Mapping[Phase, int]:
-    """Number of the original's operators to launch, by phase, if a model moves from a CPU to a GPU; else empty."""
-    return served.operators if (served.hardware.device, machine.device) == ("cpu", "cuda") else {}
-
-
-def _figures(served: ServingVariant, machine: Machine, gains: Mapping[str, float]) -> str:
-    """Describe both machines' figures, for the dtypes that serve."""
-    dtypes = dict.fromkeys(found.compute_dtype for p, found in served.profile.phases.items() if METRIC_OF[p] in gains)
-
-    def figures(of: Machine | Hardware) -> str:
-        rates = [f"{n.scaled(of.flops_per_s.get(dtype), 'FLOP/s')} in {dtype}" for dtype in dtypes]
-        return ", ".join((n.scaled(of.bandwidth_bytes_per_s, "B/s"), *rates))
-
-    sheet = _sheet(served.hardware)
-    here = f"{figures(sheet)} by data sheet here" if sheet else f"{figures(served.hardware)} measured here"
-    return f"{figures(machine)} ({machine.source}), against {here}"
-
-
-def _assumed(served: ServingVariant, machine: Machine, gains: Mapping[str, float]) -> str:
-    """Describe what a prediction for another machine assumes from this one."""
-    shares, kept, launched = list[str](), list[str](), list[str]()
-    launches = _launches(served, machine)
-    for phase, found in served.profile.phases.items():
-        if METRIC_OF[phase] in gains:
-            kept_s, worked_s = _divided(found)
-            share = min(1.0, _here_s(found, served.hardware) / worked_s) if worked_s else None
-            shares.append(f"{phase} {n.percent(share)}")
-            kept.append(f"{_ms(kept_s)} {UNITS[phase]}")
-            launched.append(f"{launches.get(phase, 0)} {UNITS[phase]}")
-    work = f"work reaches the same share of the roofline as here ({', '.join(shares)})"
-    overhead = f"overhead stays ({', '.join(kept)})"
-    if launches:
-        per_launch = f"{1e6 * SMALL_KERNEL_S:.0f} us to launch each of the original's operators ({', '.join(launched)})"
-        overhead += f", or takes {per_launch} where that is longer"
-    return f"{work}, and that {overhead}"
 
 
 def _judged(change: str, metric: str, gain: float, because: str, assumes: str) -> Advice:
@@ -365,7 +211,3 @@ def _judged(change: str, metric: str, gain: float, because: str, assumes: str) -
 def _worth(gain: float) -> float | None:
     """A predicted gain, or None if it is negligible."""
     return gain if gain >= MIN_GAIN else None
-
-
-def _ms(seconds: float) -> str:
-    return f"{n.milliseconds(1e3 * seconds)} ms"

@@ -144,7 +144,7 @@ def _searched(
     notify("measuring the hardware")
     machine = bench.hardware = hardware.probe(model, again=True, turn=original.turn)  # a replay needs no peaks
     deadline = start + policy.budget_s
-    bench.deadline = deadline
+    bench.allowance.deadline = deadline
     found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)
     tuned = conclude(found, bench, identity, start, meter)
     if fingerprint.of_model(model) != identity.model:
@@ -153,7 +153,7 @@ def _searched(
             f"the model's weights changed during tuning: another thread or one of the transforms tried ({culprits}) "
             "wrote into them; nothing was committed; reload the model"
         )
-    bench.keep_references()
+    bench.exams.keep_references()
     if tuned.doubt is not None:
         notify(f"{tuned.verdict}. This is not kept as a plan: {tuned.doubt}")
     elif cache:

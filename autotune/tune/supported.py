@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..model import placement, sharding
+from ..model import configured, placement, sharding
 from ..transforms.static_cache import no_slots
 from . import selfcheck
 
@@ -49,7 +49,7 @@ def draft_mismatch(draft: Any, model: PreTrainedModel) -> str | None:
     name = type(draft).__name__
     if draft is model:
         return "the draft model is the model itself, which guesses no faster than it answers; pass a smaller one"
-    own, wanted = (m.config.get_text_config(decoder=True).vocab_size for m in (draft, model))
+    own, wanted = configured.vocabulary(draft), configured.vocabulary(model)
     if own != wanted:
         return (
             f"the draft model {name} has a vocabulary of {own} tokens, the model one of {wanted}: its guesses would "

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import MeasurementError, TransformError
 from ..machine import intraop
-from ..model import sharding
+from ..model import configured, sharding
 from ..model.linear_layers import obstacle
 from ..runtime.variant import Variant
 from ..transforms.flat_linears import FlatLinears
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from ..runtime.traffic import Traffic
 
+UNBOUNDED = 1 << 20  # tokens of a context where the configuration names none
 AT_ONCE = "at-once."  # prefix of the names under which `sensitivity` keeps the original's logits
 
 Progress = Callable[[str, float], None]  # called with the step's name and the share done (0 to 1)
@@ -108,7 +109,8 @@ class Exam:
             MeasurementError: the original raised.
         """
         report = progress or (lambda step, share: None)
-        exam = cls(original, SIZES[size], pad_token_id, eos_ids(original), traffic=traffic, seed=seed, threads=threads)
+        ends = configured.end_ids(original.generation_config)
+        exam = cls(original, SIZES[size], pad_token_id, ends, traffic=traffic, seed=seed, threads=threads)
         exam.prompts = exam._choose(prompts)
         if exam.problem:
             return exam
@@ -207,7 +209,7 @@ class Exam:
         Raises:
             ValueError: the answers do not fit this exam; its texts must be made again.
         """
-        width, shapes = vocabulary(self.original), dict[str, Shape]()
+        width, shapes = configured.vocabulary(self.original), dict[str, Shape]()
         odd = odd_texts(known.own, len(self.prompts), self.size.own, self.eos_token_ids, width)
         if odd is None:
             self._write(known.own)
@@ -222,7 +224,7 @@ class Exam:
 
     def _shapes(self) -> dict[str, Shape]:
         """Shapes [B, T, V] of all logits that may be kept, by name. None is a size that only `sensitivity` knows."""
-        width = vocabulary(self.original)
+        width = configured.vocabulary(self.original)
         asked = {(g, stepped): (len(g), len(g[0].scored), width) for g in self.groups() for stepped in (False, True)}
         at_once: dict[str, Shape] = {f"{AT_ONCE}{k}": (None, None, width) for k in range(len(self.texts))}
         return at_once | {_name(*what): shape for what, shape in asked.items()}
@@ -255,7 +257,7 @@ class Exam:
         if self.original.training:
             self.problem = "the original is in training mode, so it does not even reproduce itself: call eval()"
             return ()
-        limit = min(texts.LONGEST_CONTEXT, context_limit(self.original) - self.size.own)
+        limit = min(texts.LONGEST_CONTEXT, (configured.context(self.original) or UNBOUNDED) - self.size.own)
         try:
             return texts.choose(prompts, self.size, limit, self.seed)
         except ValueError as error:
@@ -265,7 +267,7 @@ class Exam:
     def _write(self, own: Sequence[tuple[int, ...]]) -> None:
         self.texts = texts.singles(self.prompts, own, self.size)
         self.batches = texts.padded(self.prompts, self.size)
-        self.long = texts.long(self.prompts, self.size, context_limit(self.original))
+        self.long = texts.long(self.prompts, self.size, configured.context(self.original) or UNBOUNDED)
         self.problem = texts.shortage(self.texts, self.size) or self.problem
 
     def _continue(self, heads: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -276,7 +278,7 @@ class Exam:
             part = heads[k : k + 2 * texts.PADDED_BATCH]
             with self.reading_threads():
                 out = served.generate(part, self.size.own)[:, max(map(len, part)) :]
-            own += [until_eos(row, self.eos_token_ids) for row in out.tolist()]
+            own += [configured.until_end(row, self.eos_token_ids) for row in out.tolist()]
         return own
 
     def _measure_noise(self) -> None:
@@ -318,30 +320,6 @@ def _name(group: tuple[Text, ...], stepped: bool) -> str:
     """Name a group's logits by a hash of its tokens, so that other texts get another name."""
     tokens = json.dumps([[text.context, text.scored] for text in group])
     return f"{hashlib.blake2b(tokens.encode(), digest_size=16).hexdigest()}.{'stepped' if stepped else 'read'}"
-
-
-def until_eos(tokens: Sequence[int], eos: Sequence[int]) -> tuple[int, ...]:
-    """Return `tokens` up to and including the first end-of-sequence token."""
-    ends = [k for k, t in enumerate(tokens) if t in eos]
-    return tuple(tokens[: ends[0] + 1] if ends else tokens)
-
-
-def eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Return the end-of-sequence ids in the model's generation settings."""
-    config = model.generation_config
-    eos = config.eos_token_id if config is not None else None
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
-
-
-def context_limit(model: PreTrainedModel) -> int:
-    """Return the positions the model was made for; 2^20 if its configuration does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else 1 << 20
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """Return the width of the model's logits according to its configuration."""
-    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 class Keeper(Protocol):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..model.configured import until_end
 from . import Quality, Verdict
 from .divergence import compare_logits, find_defect
-from .exam import Exam, Progress, until_eos
+from .exam import Exam, Progress
 from .score import BypassedError, CandidateError, OutputError, Served
 from .statistics import cluster_means
 from .tally import CONFIDENCE, Tally, summarise
@@ -172,7 +173,7 @@ def write_free(exam: Exam, variant: Variant, progress: Progress | None = None) -
             progress("generating freely", (scored + k) / (scored + FREE_TEXTS))
         prompt = text.context + text.natural
         out = served.generate([prompt], exam.size.own)[0, len(prompt) :].tolist()
-        wrote.append(until_eos(out, exam.eos_token_ids))
+        wrote.append(until_end(out, exam.eos_token_ids))
     return wrote
 
 

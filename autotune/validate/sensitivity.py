@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..model import seam
+from ..model import configured, seam
 from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
 from .divergence import compare_logits
@@ -59,7 +59,7 @@ class LayerProbe:
         self.context = min(CONTEXT, width // 2)
         ends = [text[-width:] for text in texts]
         ids = torch.tensor(ends, dtype=torch.int64, device=exam.original.device)  # [texts, width]
-        vocabulary = int(exam.original.config.get_text_config().vocab_size)
+        vocabulary = configured.vocabulary(exam.original)
         self.together = max(1, min(COMPARED, READ_BYTES // (4 * width * vocabulary)))
         self.batches = [ids[k : k + self.together] for k in range(0, len(ids), self.together)]
 

@@ -138,7 +138,7 @@ def test_freed_after_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def search(original: Variant, policy: Any, hardware: Any, bench: Any, **_: Any) -> Variant:
         variant = original.with_transforms(PACKED)
-        bench.exam = bench._exam(bench.tuning, (), "brief")  # a quick one takes half a minute
+        bench.exams.to_choose = bench.exams.prepare(bench.tuning, (), "brief")  # a quick one takes half a minute
         judged.append(bench.judge(variant, "aggressive"))
         bench.first_speedup(original, variant, "decode")
         bench.profile(variant)
@@ -357,7 +357,7 @@ def test_what_saves_memory_has_to_gain_no_time_where_memory_is_the_objective(
     policy = replace(policies.load("memory"), objective=objective)
     work = Workload(tuple(map(tuple, token_prompts(8))))
     bench = LiveBench(original, work, policy, Any, notify=str)  # nothing is measured
-    limits = bench._limits(original, original.with_transforms(transforms))
+    limits = bench.races.limits(original, original.with_transforms(transforms))
     assert limits == replace(policy.limits, min_gain=least)
 
 

@@ -286,7 +286,7 @@ def test_many_who_vanish_leave_nothing_behind(slow: Running) -> None:
 
 def test_a_model_without_a_known_context_is_refused() -> None:
     unknown = SimpleNamespace(vocab_size=256)
-    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: unknown))
+    model: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda decoder: unknown))
     with pytest.raises(UnsupportedModelError, match="how many tokens its context holds"):
         Service.of(model, tiny_tokenizer(), "x")
 

@@ -14,20 +14,18 @@ from autotune.machine.catalogue import MACHINES
 from autotune.machine.hardware import Hardware
 from autotune.report import Report
 from autotune.tune.advice import (
-    Advice,
-    ServingVariant,
     advise,
-    elsewhere,
     grouped_queries,
     larger_batch,
     more_memory,
     no_use,
-    other_machines,
     shorter_context,
     shorter_prompts,
 )
 from autotune.tune.findings import Findings
+from autotune.tune.machines import gains_on, other_machines
 from autotune.tune.record import report_of
+from autotune.tune.served import Advice, ServingVariant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,7 +212,7 @@ def test_another_machine_scales_the_work_and_keeps_the_overhead(
     name: str, served: ServingVariant, gains: dict[str, float] | None
 ) -> None:
     machine = next(m for m in MACHINES if m.name == name)
-    assert elsewhere(served, machine) == (gains if gains is None else pytest.approx(gains, rel=1e-5))
+    assert gains_on(served, machine) == (gains if gains is None else pytest.approx(gains, rel=1e-5))
 
 
 @pytest.mark.parametrize(

@@ -166,11 +166,11 @@ def test_a_confirmation_is_brief_where_the_budget_has_no_room(
 ) -> None:
     monkeypatch.setattr(latency, "compare", lambda *_, **__: raced(5.0, 0.0))
     bench = bench_of(tiny("llama"))
-    bench.held_out_exam = Quality("strict", Verdict.PASS, "in full")  # type: ignore[assignment]
+    bench.exams.to_confirm = Quality("strict", Verdict.PASS, "in full")  # type: ignore[assignment]
     monkeypatch.setattr("autotune.tune.bench.quality.judge", lambda exam, *_: exam)
-    monkeypatch.setattr(bench, "_exam", lambda *_: Quality("strict", Verdict.INCONCLUSIVE, "in brief"))
-    bench._took = {"exam": 3.0, "race": 2.0}
-    bench.deadline = time.monotonic() + left_s
+    monkeypatch.setattr(bench.exams, "prepare", lambda *_: Quality("strict", Verdict.INCONCLUSIVE, "in brief"))
+    bench.allowance.took_s = {"exam": 3.0, "race": 2.0}
+    bench.allowance.deadline = time.monotonic() + left_s
     found = bench.confirm(bench.original.with_transform(LeanLoop(phase="decode")))
     assert found.holds
     assert found.quality is not None
@@ -214,24 +214,24 @@ def test_beside_others_the_original_reads_with_the_threads_that_are_faster(
     profile = profile_of(4.0, 0.1, weight_bytes=1e6, flops=64e9, compute_dtype="float32")
     monkeypatch.setattr("autotune.profile.measure", lambda *_, **__: replace(profile, prompt_tokens=8))
     monkeypatch.setattr("autotune.tune.bench.busy.Meter.elsewhere", lambda _: elsewhere)
-    monkeypatch.setattr("autotune.tune.bench.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("autotune.tune.exams.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Served, "read", reading)
     with intraop.computing_with(2):
         bench.profile(bench.original)
     assert read == ([1, 2, 1, 2] if elsewhere == 0.5 else [])
-    assert bench._reading_threads == threads
+    assert bench.exams.threads == threads
     prompt = bench.tuning.prompts[0]
-    assert bench._read_s == pytest.approx(4.1 / 8 if threads is None else one_s / len(prompt))
+    assert bench.exams.read_s == pytest.approx(4.1 / 8 if threads is None else one_s / len(prompt))
 
 
 def test_an_exam_reads_with_the_threads_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, counts = bench_of(tiny("llama")), list[int]()
-    bench._reading_threads = 1
+    bench.exams.threads = 1
     run, read = Served.generate, Served.read
     monkeypatch.setattr(Served, "generate", lambda *a, **k: (counts.append(torch.get_num_threads()), run(*a, **k))[1])
     monkeypatch.setattr(Served, "read", lambda *a, **k: (counts.append(torch.get_num_threads()), read(*a, **k))[1])
     with intraop.computing_with(2):
-        exam = bench._exam(bench.workload, tuple(map(tuple, token_prompts(16, seed=3))))
+        exam = bench.exams.prepare(bench.workload, tuple(map(tuple, token_prompts(16, seed=3))))
         exam.reference((exam.texts[-1],))
     assert exam.problem is None
     assert counts[0] == 1, "it continues the prompts"
@@ -253,14 +253,14 @@ def test_a_judgement_ends_with_the_budget(
         for share in (0.0, 0.5):
             progress("comparing", share)
             shares.append(share)
-            bench.deadline = time.monotonic() - late_s
+            bench.allowance.deadline = time.monotonic() - late_s
         return Quality(tier, Verdict.FAIL, "judged")
 
     bench = bench_of(tiny("llama"))
-    bench.exam = bench.held_out_exam = Any  # type: ignore[assignment]
+    bench.exams.to_choose = bench.exams.to_confirm = Any  # type: ignore[assignment]
     monkeypatch.setattr("autotune.tune.bench.quality.judge", judge)
     variant = bench.original.with_transform(LeanLoop(phase="decode"))
-    bench._request_s = request_s
+    bench.allowance.request_s = request_s
 
     def ask() -> object:
         return bench.judge(variant, "strict") if brief is None else bench.confirm(variant, brief=brief)
@@ -283,7 +283,7 @@ def test_where_the_budget_is_spent_no_noise_is_measured_and_no_small_gain_believ
     monkeypatch.setattr(latency, "noise_floor", lambda *_, **__: asked.append("noise") or 0.02)
     bench = bench_of(tiny("llama"))
     if late:
-        bench.deadline = time.monotonic() - 1.0
+        bench.allowance.deadline = time.monotonic() - 1.0
     found = bench.race(bench.original, bench.original, "decode")
     assert asked == ([] if late else ["noise"])
     assert found.verdict is (Verdict.INCONCLUSIVE if late else Verdict.PASS)

@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from autotune.errors import AutotuneError
 from autotune.machine import cache_dir
 from autotune.model import stateful
+from autotune.model.configured import end_ids
 from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.tune import plan as plans
@@ -31,7 +32,7 @@ from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.references import References
 from autotune.tune.tuned import Tuned
 from autotune.validate.answers import Answers
-from autotune.validate.exam import Exam, eos_ids
+from autotune.validate.exam import Exam
 from autotune.validate.quality import judge
 from autotune.validate.sensitivity import LayerProbe
 from autotune.validate.tiers import SIZES
@@ -75,7 +76,7 @@ def prepared(model: Any, kept: References | None = None, like: Exam | None = Non
 
 def blank(model: Any) -> Exam:
     """The exam before the original is asked anything."""
-    exam = Exam(model, SIZES["quick"], PAD, eos_ids(model))
+    exam = Exam(model, SIZES["quick"], PAD, end_ids(model.generation_config))
     exam.prompts = exam._choose(PROMPTS)
     return exam
 
@@ -618,7 +619,7 @@ def test_tuning_keeps_what_the_original_said(
 
     def search(original: Variant, policy: Any, hardware: Any, bench: Any, **_: Any) -> Any:
         benches.append(bench)
-        for exam in (bench.exam, bench.held_out_exam):
+        for exam in (bench.exams.to_choose, bench.exams.to_confirm):
             exam.reference(exam.texts[:1])
         if change:
             with torch.no_grad():

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...model.configured import text_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -60,7 +62,7 @@ def _hashes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stages(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The embedding, every decoder layer and the head, by name, in the order of computing."""
-    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    depth = getattr(text_config(model), "num_hidden_layers", None)
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     loose: Any = model  # transformers' own types are loose here

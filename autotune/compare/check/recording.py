@@ -14,8 +14,9 @@ import torch
 
 from ... import workload
 from ...errors import WorkloadError
+from ...model import configured
 from ...runtime.variant import Variant
-from ...validate.exam import Exam, context_limit, vocabulary
+from ...validate.exam import UNBOUNDED, Exam
 from ...validate.score import Served
 from ...validate.texts import LONGEST_CONTEXT, Text
 from ...validate.timing import Clock
@@ -82,7 +83,7 @@ def record(
     original = variant.original
     work = _work(prompts, tokenizer, original, batch_sizes)
     harness.require(lm_eval)
-    width, longest = vocabulary(original), context_limit(original)
+    width, longest = configured.vocabulary(original), configured.context(original) or UNBOUNDED
     given = tasks.read(Path(labelled), tokenizer, width, longest) if labelled is not None else ()
     exam = Exam.prepare(
         original,

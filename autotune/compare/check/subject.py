@@ -12,13 +12,12 @@ import torch
 from ...errors import BaselineError, UnsupportedModelError
 from ...machine import device as devices
 from ...machine.hardware import library_versions
-from ...model import route, seam
+from ...model import configured, route, seam
 from ...model.linear_layers import stored_bytes
 from ...runtime.variant import Variant
 from ...runtime.wrapped import serving_variant
 from ...tune import fingerprint
 from ...tune.run import name_of
-from ...validate.exam import context_limit, vocabulary
 from .baseline import Baseline, Environment, Subject
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def require_comparable(
     Raises:
         BaselineError: the vocabulary, tokenizer or prompts differ, or the context is too short for the recorded texts.
     """
-    was, width = baseline.subject, vocabulary(model)
+    was, width = baseline.subject, configured.vocabulary(model)
     if width != was.vocabulary:
         raise BaselineError(
             f"the model has {width} tokens in its vocabulary, the baseline's {was.name} {was.vocabulary}: "
@@ -106,5 +105,5 @@ def require_comparable(
             "leave them out to use those, or record a baseline with these"
         )
     longest = max(len(text.context) + len(text.scored) for group in baseline.questions.groups for text in group)
-    if (limit := context_limit(model)) < longest:
+    if (limit := configured.context(model) or longest) < longest:
         raise BaselineError(f"the model's context is {limit} tokens, the baseline's longest text has {longest}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ... import workload
 from ...errors import DeviceError, ExperimentError, PlanError, TransformError, in_words
 from ...machine import outside
+from ...model import configured
 from ...report import numbers as n
 from ...runtime.variant import Transform, Variant
 from ...tune.plan import Plan
@@ -155,7 +156,7 @@ class ArmBuilder:
 
     def _stranger(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
         """Why a model's quality cannot be compared with the control's token by token, or None."""
-        sizes = [m.config.get_text_config(decoder=True).vocab_size for m in (model, self.model)]
+        sizes = [configured.vocabulary(m) for m in (model, self.model)]
         if sizes[0] != sizes[1]:
             return f"it has another tokenizer (a vocabulary of {sizes[0]}, the control's {sizes[1]})"
         if tokenizer is None or self.tokenizer is None:
@@ -170,7 +171,7 @@ def fit_prompts(work: Workload, model: PreTrainedModel) -> Workload:
     Raises:
         WorkloadError: the model's context is too short.
     """
-    size = model.config.get_text_config(decoder=True).vocab_size
+    size = configured.vocabulary(model)
     return workload.read(
         replace(work, prompts=tuple(tuple(t % size for t in prompt) for prompt in work.prompts)), model=model
     )

@@ -17,8 +17,7 @@ from ...machine.hardware import library_versions
 from ...model.linear_layers import stored_bytes
 from ...profile.survey import cache_bytes
 from ...runtime.variant import Variant
-from ...tune import bench as benches
-from ...tune import codec
+from ...tune import codec, exams
 from ...validate import Quality, Verdict, quality
 from ...validate.exam import Exam
 from ...validate.latency import noise_floor, timed
@@ -130,7 +129,7 @@ class _Offline:
     def _exam(self) -> Exam:
         self.notify("collecting the control's answers to judge against")
         texts = built_in.natural(self.experiment.bench().tokenizer)
-        missing = max(0, benches.PROMPTS_PER_SIDE - len(set(self.work.prompts)))
+        missing = max(0, exams.PROMPTS_PER_SIDE - len(set(self.work.prompts)))
         prompts = (*self.work.prompts, *texts[:missing])
         return Exam.prepare(
             self.control.original,

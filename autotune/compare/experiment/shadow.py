@@ -7,14 +7,14 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import DeviceError, ExperimentError, MeasurementError
 from ...machine import ending, forking
 from ...machine.ending import Cancelled
-from ...model import route, seam
+from ...model import configured, route, seam
 from ...runtime.traffic import Traffic
 from ...runtime.wrapped import serving_variant
 from ...validate import Verdict
@@ -332,9 +332,7 @@ class Shadow(Layer):
 def _request(call: seam.Sampling, result: Any, now_s: float) -> ReplayedRequest:
     """Copy a call and its answer, because the caller may change its tensors."""
     config, whole = call.settings, seam.sequences(result)  # [B, P + N]
-    ends: Sequence[int] | int | None = config.eos_token_id
-    mask = call.mask
-    ended = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    ended, mask = configured.end_ids(config), call.mask
     return ReplayedRequest(
         ids=call.input_ids.clone(),
         mask=None if mask is None else mask.clone(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .. import device, sections
+from .. import candidates, device, sections
 from .. import numbers as n
 from ..layout import sentence
 from . import growth, operators, quality, roofline, samples, steps, trials
@@ -135,7 +135,7 @@ def bypassed(record: Mapping[str, Any]) -> Chapter | None:
 
 
 def contributions(record: Mapping[str, Any]) -> Chapter | None:
-    found = sections.contributions(record)
+    found = candidates.contributions(record)
     return Chapter("contributions", found.title, section(found)) if found is not None else None
 
 

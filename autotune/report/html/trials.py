@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from .. import candidates
 from .. import numbers as n
-from .. import sections
 from ..layout import Table
 from . import drawing as d
 from . import labels
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Outcomes in the order of the filters.
 OUTCOMES = ("accepted", "rejected", "inconclusive", "error", "blocked", "unreached", "skipped", "unavailable")
-WANTED = sections.TRIED | sections.UNTRIED
+WANTED = candidates.TRIED | candidates.UNTRIED
 COLUMNS = ("candidate", "predicted", "measured", "KLD", "took", "outcome")
 ALIGN = "lrrrrl"
 NOTE = (
@@ -33,7 +33,7 @@ def chapter(record: Mapping[str, Any]) -> Chapter | None:
     if not record["trials"]:
         return None
     trials = sorted(record["trials"], key=lambda trial: trial["outcome"] not in WANTED)
-    ran = [trial for trial in trials if trial["outcome"] in sections.TRIED]
+    ran = [trial for trial in trials if trial["outcome"] in candidates.TRIED]
     wanted, accepted = sum(map(_is_wanted, trials)), sum(trial["outcome"] == "accepted" for trial in trials)
     told = f"{accepted} of {len(ran)} candidates tried were accepted; {len(trials) - wanted} were ruled out. {NOTE}"
     if failed := wanted - len(ran):

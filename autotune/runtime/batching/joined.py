@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from ...machine import outside
-from ...model import seam
+from ...model import configured, seam
 
 if TYPE_CHECKING:
     from ..variant import Variant
@@ -136,7 +136,7 @@ def is_exact(variant: Variant, longest: int) -> bool:
 
 @torch.no_grad()
 def _is_exact(variant: Variant, longest: int) -> bool:
-    vocabulary = variant.original.config.get_text_config().vocab_size
+    vocabulary = configured.vocabulary(variant.original)
     draw = torch.Generator(device="cpu").manual_seed(0)
     prompts = []
     for length in (longest, SHORTEST, SHORTEST + SIDE // 2 + 1):

@@ -13,6 +13,7 @@ import torch
 
 from ...machine import device as devices
 from ...model import seam
+from ...model.configured import text_config
 from ...model.seam.layers import CacheLayer
 from ..attention_sdpa import KERNELS
 
@@ -240,7 +241,7 @@ def forward(
     index = torch.arange(valid.shape[1], dtype=slot.dtype, device=slot.device)
     full = (valid[:, None] & (index <= last))[:, None]  # [B, 1, K, slots]; models use a 4-D mask unchanged
     masks = {"full_attention": full}
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     if window := getattr(config, "sliding_window", None):
         inside = index > last - window
         masks["sliding_attention"] = full & (inside[:, None] if by_row else inside)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from ...machine import device as devices
-from ...model import seam
+from ...model import configured, seam
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -88,8 +88,7 @@ class DraftModel:
         self.tokens = tokens
         self.lent = lent
         self.device = devices.of(call.input_ids.device)
-        config = draft.module.config.get_text_config(decoder=True)
-        self.room = min(caches.slots, getattr(config, "max_position_embeddings", None) or caches.slots)
+        self.room = min(caches.slots, configured.context(draft.module) or caches.slots)
         self._held: SlotCache | None = None
 
     def append(self, token: int) -> None:

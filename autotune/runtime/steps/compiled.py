@@ -24,6 +24,7 @@ from ...errors import TransformError, first_line
 from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
 from ...model import seam
+from ...model.configured import text_config
 from ..cache.slots import SlotCache, run
 from .step import DecodeSteps, Step
 
@@ -145,7 +146,7 @@ def require_private_cache() -> None:
 @contextmanager
 def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     """Within this context, every decoder layer is traced as one nested region."""
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = text_config(model).num_hidden_layers
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not wanted or not stacks:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import PackageError
-from ...report import sections
+from ...report import candidates, sections
 from ...report.html import roofline, trials
 from ...report.html.elements import Chapter, Html, cleaned, element, joined, section, titled
 
@@ -36,5 +36,5 @@ def _undrawn(record: Mapping[str, Any], reason: str) -> list[Chapter | None]:
     """Return the same chapters in sentences and tables, where no chart can be drawn."""
     note = element("p", reason, class_="muted")
     limits = Chapter("limits", "What limits it", joined((section(sections.diagnosis(record)), note)))
-    listed: Html = joined(titled(found) for found in (sections.tried(record), sections.not_tried(record)))
+    listed: Html = joined(titled(found) for found in (candidates.tried(record), candidates.not_tried(record)))
     return [limits, Chapter("trials", "What was tried", listed) if listed else None]

@@ -1,0 +1,121 @@
+"""The races of a tune: requests timed in pairs, for as long as the budget allows and their answer is not clear."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import cached_property, partial
+
+from ..model.linear_layers import stored_bytes
+from ..profile.survey import cache_bytes
+from ..runtime.variant import Variant
+from ..validate import Latency, Verdict, latency
+from ..validate.limits import Limits
+from ..validate.ratios import own_noise
+from ..workload import Bucket, Metric, Workload
+from .allowance import Allowance
+from .policy import Policy
+
+SPOT_TOKENS = 8  # new tokens of a request that times a kept plan again, or the machine's noise
+RACE_S, LEAST_RACE_S = 60.0, 5.0  # seconds of a race if all pairs are needed, and the least if little budget is left
+RACE_SHARE = 0.25  # of the budget that is left: what a race may take beyond RACE_S, if its answer is not clear
+
+
+class Races:
+    """Times variants of one model against each other.
+
+    Args:
+        original: the variant without transforms.
+        workload: whose requests are timed.
+        noise_prompts: with which the machine's noise is measured.
+    """
+
+    def __init__(
+        self,
+        original: Variant,
+        workload: Workload,
+        noise_prompts: tuple[tuple[int, ...], ...],
+        policy: Policy,
+        allowance: Allowance,
+    ) -> None:
+        self.original = original
+        self.buckets = workload.buckets()
+        self.noise_prompts = noise_prompts
+        self.policy = policy
+        self.allowance = allowance
+        self.clock = original.traffic.clock if original.traffic else time.perf_counter
+
+    @cached_property
+    def noise(self) -> float:
+        """The noise floor of this host: the result of timing the original against itself."""
+        doing = self.allowance.doing("timing the original against itself")
+        return latency.noise_floor(self.original, self.short, self.noise_prompts, clock=self.clock, progress=doing)
+
+    @property
+    def short(self) -> tuple[Bucket, ...]:
+        """The first bucket with short answers, for timings that do not depend on the answers' length."""
+        return tuple(replace(b, new_tokens=min(b.new_tokens, SPOT_TOKENS)) for b in self.buckets[:1])
+
+    def compare(
+        self,
+        reference: Variant,
+        candidate: Variant,
+        objective: Metric,
+        work: Workload,
+        pairs: int,
+        seed: int = 0,
+        buckets: tuple[Bucket, ...] = (),
+        limits: Limits | None = None,
+        kept_s: float = 0.0,
+    ) -> Latency:
+        """Time two variants in pairs.
+
+        Args:
+            objective: what has to gain.
+            work: whose prompts are asked.
+            pairs: of requests, at most.
+            buckets: sizes of requests; none: all of the workload's.
+            limits: in place of the policy's.
+            kept_s: seconds of the budget that are left to what follows.
+        """
+        limits = limits or self.limits(reference, candidate)
+        left_s = self.allowance.left_s
+        most_s = max(RACE_S, RACE_SHARE * min(left_s, self.policy.budget_s))
+        race = partial(
+            latency.compare,
+            reference,
+            candidate,
+            buckets or self.buckets,
+            work.prompts,
+            objective=objective,
+            limits=limits,
+            clock=self.clock,
+            max_pairs=pairs,
+            budget_s=max(LEAST_RACE_S, min(most_s, left_s - kept_s)),
+            seed=seed,
+            progress=self.allowance.doing("timing requests in pairs"),
+        )
+        if "noise" not in self.__dict__:  # measuring noise takes long, and it matters only for small gains
+            found = race(noise=0.0)
+            if found.verdict is not Verdict.PASS or limits.min_gain < 0:
+                return found
+            own: float = own_noise(found, objective)
+            if getattr(found, objective).low >= 1 + 2 * own:
+                return replace(found, noise=own)
+            if self.allowance.left_s < 0:
+                reason = "the gain is small, and the budget was spent before this machine's noise was measured"
+                return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
+        return race(noise=self.noise)
+
+    def limits(self, reference: Variant, candidate: Variant) -> Limits:
+        """The policy's limits. If memory is the objective, a variant that needs less of it need not gain time."""
+        limits = self.policy.limits
+        if self.policy.objective == "memory" and own_memory(candidate) < own_memory(reference):
+            return replace(limits, min_gain=-1.0)
+        return limits
+
+
+def own_memory(variant: Variant) -> int:
+    """Bytes of the serving weights, which remain when the original is released, and of a full KV cache."""
+    held = cache_bytes(variant, max(variant.batch_sizes), variant.context_tokens)
+    return stored_bytes(*variant.modules.values()) + held
