@@ -45,8 +45,10 @@ class CallersBench(Protocol):
     hardware: Hardware
     workload: Workload
     notify: Callable[[str], None]
-    deadline: float
     pad: int
+
+    @property
+    def deadline(self) -> float: ...
 
     def free_bytes(self) -> float: ...
 

@@ -23,7 +23,9 @@ class ContributionBench(Protocol):
 
     original: Variant
     notify: Callable[[str], None]
-    deadline: float
+
+    @property
+    def deadline(self) -> float: ...
 
     @property
     def race_s(self) -> float: ...

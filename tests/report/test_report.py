@@ -15,8 +15,9 @@ from autotune.diagnose.diagnosis import Diagnosis
 from autotune.machine.hardware import Hardware
 from autotune.report import Report, read
 from autotune.report import numbers as n
+from autotune.report.candidates import contributions, not_tried
 from autotune.report.markdown import escape
-from autotune.report.sections import contributions, not_tried, result
+from autotune.report.sections import result
 from autotune.runtime.variant import Stage, Transform
 from autotune.tune.callers import CallersPoint, Sharing
 from autotune.tune.contributions import Contribution

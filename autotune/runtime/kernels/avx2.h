@@ -22,39 +22,60 @@ constexpr int kTile = 4;  // tokens whose sums stay in registers
 // in the end, out of memory.
 inline void stay(__m256i& v) { asm("" : "+x"(v)); }
 
+inline int32_t largest_lane(__m256i v) {  // as unsigned numbers
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0b01001110));
+  return _mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0b10110001)));
+}
+
+inline int32_t sum_of_lanes(__m256i v) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b01001110));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0b10110001)));
+}
+
 // Rounds token t, x [inputs], which zeros fill up to K.
-void round(const Rounded& to, int64_t t, const float* x, int64_t inputs) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+template <int kSpan>
+void round_spans(const Rounded& to, int64_t t, const float* x, int64_t inputs) {
+  constexpr int kParts = kSpan / kWidth;
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m128i even_first = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, -1, -1, -1, -1, -1, -1, -1, -1);
-  const int parts = static_cast<int>(to.span) / kWidth;
-  for (int64_t s = 0; s < to.spans(); ++s) {
-    Floats v[kSpans[0] / kWidth];
+  const int64_t first = t / kTogether * kTogether, spans = to.width / kSpan, together = to.together(first);
+  int64_t index = first * spans + t - first;  // as `to.index` has it, without divisions
+  for (int64_t s = 0; s < spans; ++s, index += together) {
+    const float* from = x + s * kSpan;
+    float padded[kSpan] = {};
+    if (const int64_t here = inputs - s * kSpan; here < kSpan) {
+      std::copy_n(from, std::max<int64_t>(here, 0), padded);
+      from = padded;
+    }
+    __m256 v[kParts];
     __m256i largest = _mm256_setzero_si256();
-    for (int p = 0; p < parts; ++p) {
-      const int64_t k = s * to.span + p * kWidth, here = inputs - k;
-      v[p] = Floats{};
-      if (here > 0) std::memcpy(&v[p], x + k, std::min<int64_t>(here, kWidth) * sizeof(float));
-      largest = _mm256_max_epu32(largest, _mm256_and_si256(bits<__m256i>(v[p]), magnitude));  // NaN is the largest
+    for (int p = 0; p < kParts; ++p) {
+      v[p] = _mm256_loadu_ps(from + p * kWidth);
+      largest = _mm256_max_epu32(largest, _mm256_castps_si256(_mm256_and_ps(v[p], magnitude)));  // NaN is the largest
     }
-    int32_t raw = 0;
-    for (int i = 0; i < kWidth; ++i) raw = std::max(raw, bits<Ints>(largest)[i]);
-    const float most = bits<float>(raw), rate = to.rate(most);
-    const int64_t index = to.index(t / kTogether * kTogether, s, t % kTogether);
-    int8_t* bytes = to.bytes + index * to.span * to.digits;
+    const float most = bits<float>(largest_lane(largest));
+    const __m256 rate = _mm256_set1_ps(to.rate(most));
+    int8_t* bytes = to.bytes + index * kSpan * to.digits;
     __m256i sum = _mm256_setzero_si256();
-    for (int p = 0; p < parts; ++p) {
-      const __m256i number = _mm256_cvtps_epi32(bits<__m256>(v[p] * rate));
+    for (int p = 0; p < kParts; ++p) {
+      const __m256i number = _mm256_cvtps_epi32(_mm256_mul_ps(v[p], rate));
       sum = _mm256_add_epi32(sum, number);
-      const __m128i low = _mm256_castsi256_si128(number), high = _mm256_extracti128_si256(number, 1);
-      const __m128i half = _mm_packs_epi32(low, high), zero = _mm_setzero_si128();
-      const __m128i kept = to.digits == 2 ? _mm_unpacklo_epi16(half, _mm_unpackhi_epi64(half, half))
-                                          : _mm_shuffle_epi8(_mm_packs_epi16(half, zero), even_first);
-      std::memcpy(bytes + p * kWidth * to.digits, &kept, kWidth * to.digits);
+      const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(number), _mm256_extracti128_si256(number, 1));
+      if (to.digits == 2)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + p * 2 * kWidth),
+                         _mm_unpacklo_epi16(half, _mm_unpackhi_epi64(half, half)));
+      else
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes + p * kWidth),
+                         _mm_shuffle_epi8(_mm_packs_epi16(half, half), even_first));
     }
-    int32_t count = 0;
-    for (int i = 0; i < kWidth; ++i) count += bits<Ints>(sum)[i];
-    to.keep(index, to.step(most), count);
+    to.keep(index, to.step(most), sum_of_lanes(sum));
   }
+}
+
+void round(const Rounded& to, int64_t t, const float* x, int64_t inputs) {
+  (to.span == kSpans[0] ? round_spans<kSpans[0]> : round_spans<kSpans[1]>)(to, t, x, inputs);
 }
 
 // Units of weights that a lane multiplies by as many inputs, several for eight inputs of a block: unit j of its first

@@ -28,24 +28,64 @@ namespace {
 constexpr int kFewest = 6;  // for fewer tokens, memory is the limit, which one stream of weights reads faster
 constexpr int64_t kNearBytes = 128 << 10;  // weights that stay in the L2 cache while all tokens use them
 
+// The kernel for a format's weights, INT4 in words or INT8, and so many blocks at once.
+MultiplyRounded kernel_for(bool words, const Rounded& x, int blocks) {
+  return words ? rounded_kernel<Int4>(x, blocks == 2) : rounded_kernel<Plain<int8_t>>(x, blocks == 2);
+}
+
+// Calls use(first, tokens, block, blocks) for parts of the blocks [begin, end) and of the tokens, in an order in which
+// weights stay near.
+template <class Use>
+void for_parts(const Rounded& x, int64_t block_bytes, int64_t begin, int64_t end, Use use) {
+  const int64_t most = x.tokens < kFewest ? 1 : kMostBlocks;
+  const int64_t near = std::max(most, kNearBytes / block_bytes / most * most);
+  for (int64_t from = begin; from < end; from += near)
+    for (int64_t first = 0; first < x.tokens; first += kTogether)
+      for (int64_t block = from; block < std::min(end, from + near); block += most)
+        use(first, static_cast<int>(x.together(first)), block, static_cast<int>(std::min(most, end - block)));
+}
+
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
-template <class Format>
+template <bool kWords>
 void multiply_blocks_rounded(const Weights& w, const Rounded& x, const float* bias, float* y, int64_t begin,
                              int64_t end) {
   Floats out[kTogether * kMostBlocks * kStrips];
-  const int64_t most = x.tokens < kFewest ? 1 : kMostBlocks;
-  const int64_t near = std::max(most, kNearBytes / w.block_bytes / most * most);
-  for (int64_t from = begin; from < end; from += near)
-    for (int64_t first = 0; first < x.tokens; first += kTogether) {
-      const int here = static_cast<int>(x.together(first));
-      for (int64_t block = from; block < std::min(end, from + near); block += most) {
-        const int64_t together = std::min(most, end - block);
-        rounded_kernel<Format>(x, together == 2)(w, x, first, here, block, out);
-        for (int t = 0; t < here; ++t)
-          for (int v = 0; v < together * kStrips; ++v)
-            put(w, block * kRows + v * kWidth, out[t * together * kStrips + v], bias, y + (first + t) * w.rows);
+  for_parts(x, w.block_bytes, begin, end, [&](int64_t first, int tokens, int64_t block, int blocks) {
+    kernel_for(kWords, x, blocks)(w, x, first, tokens, block, out);
+    for (int t = 0; t < tokens; ++t)
+      for (int v = 0; v < blocks * kStrips; ++v)
+        put(w, block * kRows + v * kWidth, out[t * blocks * kStrips + v], bias, y + (first + t) * w.rows);
+  });
+}
+
+// One factor of a gated product.
+struct Factor {
+  Weights w;
+  bool words;
+  const float* bias;
+
+  Floats biased(Floats v, int64_t row) const {  // the outputs from `row` on, as many as there are
+    if (!bias) return v;
+    if (row + kWidth <= w.rows) return v + load<Floats>(bias + row);
+    for (int64_t j = 0; row + j < w.rows; ++j) v[j] += bias[row + j];
+    return v;
+  }
+};
+
+// Computes the blocks [begin, end) of activation(gate(x)) * up(x), y [tokens, rows], for all tokens.
+void multiply_gated(const Factor& gate, const Factor& up, Curve activation, const Rounded& x, float* y, int64_t begin,
+                    int64_t end) {
+  Floats one[kTogether * kMostBlocks * kStrips], two[kTogether * kMostBlocks * kStrips];
+  for_parts(x, gate.w.block_bytes + up.w.block_bytes, begin, end, [&](int64_t first, int tokens, int64_t block, int blocks) {
+    kernel_for(gate.words, x, blocks)(gate.w, x, first, tokens, block, one);
+    kernel_for(up.words, x, blocks)(up.w, x, first, tokens, block, two);
+    for (int t = 0; t < tokens; ++t)
+      for (int v = 0; v < blocks * kStrips; ++v) {
+        const int64_t row = block * kRows + v * kWidth, at = t * blocks * kStrips + v;
+        const Floats gated = activation(gate.biased(one[at], row)) * up.biased(two[at], row);
+        put(gate.w, row, gated, nullptr, y + (first + t) * gate.w.rows);
       }
-    }
+  });
 }
 
 }  // namespace
@@ -55,17 +95,18 @@ int least_digits(bool words) { return least_digits_of(words); }
 void round_token(const Rounded& to, int64_t t, const float* x, int64_t inputs) { round(to, t, x, inputs); }
 
 MultiplyBlocks in_integers(bool words) {
-  return words ? multiply_blocks_rounded<Int4> : multiply_blocks_rounded<Plain<int8_t>>;
+  return words ? multiply_blocks_rounded<true> : multiply_blocks_rounded<false>;
 }
 
 namespace {
 
-MultiplyBlocks products(const Tensor& numbers, const Weights& w, int64_t digits) {
+// Whether weights are INT4 in words; else they are INT8.
+bool in_words(const Tensor& numbers, const Weights& w, int64_t digits) {
   const bool words = numbers.scalar_type() == ScalarType::Int;
   STD_TORCH_CHECK(words || numbers.scalar_type() == ScalarType::Char, "products in integers are for INT8 and INT4 weights");
   STD_TORCH_CHECK(w.scales && (w.zeros || !words), "INT8 weights need scales, and INT4 weights scales and zeros");
   STD_TORCH_CHECK(digits_here(digits, words), "this processor has no instructions for products in integers");
-  return in_integers(words);
+  return words;
 }
 
 Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, const std::vector<Tensor>& up,
@@ -75,30 +116,24 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   const Curve activate = curve_of(activation);
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), tokens = input.numel() / inputs;
-  const Weights first = stored(gate, hidden, inputs).packed, second = stored(up, hidden, inputs).packed,
-                third = stored(down, outputs, hidden).packed;
-  const MultiplyBlocks one = products(gate[0], first, digits), two = products(up[0], second, digits),
-                       three = products(down[0], third, digits);
-  STD_TORCH_CHECK(first.inputs == second.inputs && span_of(first.group) == span_of(second.group),
-                  "gate and up must round their inputs alike");
   const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
+  const auto factor = [digits](const std::vector<Tensor>& weight, int64_t rows, int64_t columns, const Bias& bias) {
+    const Weights w = stored(weight, rows, columns).packed;
+    return Factor{w, in_words(weight[0], w, digits), bias.at};
+  };
+  const Factor first = factor(gate, hidden, inputs, a), second = factor(up, hidden, inputs, b),
+               third = factor(down, outputs, hidden, c);
+  STD_TORCH_CHECK(first.w.inputs == second.w.inputs && span_of(first.w.group) == span_of(second.w.group),
+                  "gate and up must round their inputs alike");
   if (!tokens) return as_dtype_of(y, input);
   static thread_local Scratch<float> scratch;
-  float* gated = scratch.room(2 * tokens * hidden);
-  float* other = gated + tokens * hidden;
-  const Rounded rounded = round_all(first, floats(x), tokens, inputs, digits);
-  torch::stable::parallel_for(0, first.blocks(), 1, [&](int64_t begin, int64_t end) {
-    one(first, rounded, a.at, gated, begin, end);
-    two(second, rounded, b.at, other, begin, end);
-    const int64_t from = begin * kRows, until = std::min(end * kRows, hidden);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float *g = gated + t * hidden, *u = other + t * hidden;
-      int64_t k = from;
-      for (; k + kWidth <= until; k += kWidth) store(g + k, activate(load<Floats>(g + k)) * load<Floats>(u + k));
-      for (; k < until; ++k) g[k] = activate(spread(g[k]))[0] * u[k];
-    }
+  float* gated = scratch.room(tokens * hidden);
+  const Rounded rounded = round_all(first.w, floats(x), tokens, inputs, digits);
+  torch::stable::parallel_for(0, first.w.blocks(), 1, [&](int64_t begin, int64_t end) {
+    multiply_gated(first, second, activate, rounded, gated, begin, end);
   });
-  multiply_in_integers(three, third, round_all(third, gated, tokens, hidden, digits), c.at, floats(y));
+  multiply_in_integers(in_integers(third.words), third.w, round_all(third.w, gated, tokens, hidden, digits), c.at,
+                       floats(y));
   return as_dtype_of(y, input);
 }
 
