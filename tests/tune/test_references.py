@@ -651,5 +651,5 @@ def test_tuning_keeps_what_the_original_said(
     calls: list[int] = []
     model.model.register_forward_pre_hook(lambda *given: calls.append(1))
     tuned("memory")
-    assert [exam._taken > 0 for exam in (benches[1].exam, benches[1].held_out_exam)] == [True, True]
+    assert [exam._taken > 0 for exam in (benches[1].exams.to_choose, benches[1].exams.to_confirm)] == [True, True]
     assert not calls

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...model.seam import growing_cache, keys_and_values
-from .slots import SlotCache
+from .slots import SlotCache, begin
 
 if TYPE_CHECKING:
     from typing import Self
@@ -52,11 +53,8 @@ class RowCache(SlotCache):
         """
         filled = keys_and_values(prompt)
         length = filled[0][0].shape[2]
-        stale = slice(length, self._written[row])  # cleared, because a NaN stays NaN at attention weight 0
-        for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
-            for held, new in zip((keys, values), new_pair, strict=True):
-                held[row, :, :length] = new[0]
-                held[row, :, stale] = 0
+        rooms = [held[row : row + 1] for held in chain(*zip(self.keys, self.values, strict=True))]
+        begin(rooms, [new for pair in filled for new in pair], slice(length, self._written[row]))
         self._begin(row, length)
 
     def copy_of(self, row: int) -> Any:

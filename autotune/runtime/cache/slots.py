@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -114,12 +116,15 @@ class SlotCache:
         """
         filled = seam.keys_and_values(prompt)
         batch, _, length, _ = filled[0][0].shape
-        stale = slice(length, self.length + MAX_DISCARDED)  # cleared, because a NaN stays NaN at attention weight 0
-        for new_pair, keys, values in zip(filled, self.keys, self.values, strict=True):
-            for held, new in zip((keys, values), new_pair, strict=True):
-                held[:batch, :, :length] = new
-                held[batch:, :, :length] = new[-1:]
-                held[:, :, stale] = 0
+        stale = slice(length, self.length + MAX_DISCARDED)
+        given, rooms = [new for pair in filled for new in pair], [*chain(*zip(self.keys, self.values, strict=True))]
+        begin([room[:batch] for room in rooms], given, stale)
+        if batch < len(self.valid):
+            begin(
+                [room[batch:] for room in rooms],
+                [new[-1:].expand(len(self.valid) - batch, -1, -1, -1) for new in given],
+                stale,
+            )
         self.valid[:, length:] = True
         self.valid[:batch, :length] = True if mask is None else mask.bool()
         self.valid[batch:, :length] = self.valid[batch - 1, :length]
@@ -168,6 +173,18 @@ class SlotCache:
     def layout(self) -> tuple[int, int, int]:
         """(rows, slots, slots that a row takes in memory): everything in which caches of one model differ."""
         return *self.shape, self._capacity
+
+
+def begin(rooms: Sequence[torch.Tensor], given: Sequence[torch.Tensor], stale: slice) -> None:
+    """Write the keys and values of a prompt into slots, in few operators.
+
+    Args:
+        rooms: [B, Hk, slots, D] each.
+        given: [B, Hk, P, D] each.
+        stale: slots to clear, because a NaN that an earlier sequence left stays NaN at attention weight 0.
+    """
+    torch._foreach_copy_([room[:, :, : new.shape[2]] for room, new in zip(rooms, given, strict=True)], list(given))
+    torch._foreach_zero_([room[:, :, stale] for room in rooms])
 
 
 def unsupported(config: PretrainedConfig) -> str | None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 
+MOVED = "the program's weights have moved since it was recorded"
+
+
 class Program:
     """A graph of tensor operators as a program with its memory.
 
@@ -50,6 +53,8 @@ class Program:
         bases = [-(-self._arena.data_ptr() // layout.ALIGN_BYTES) * layout.ALIGN_BYTES]
         bases += [0 if root.tensor is None else root.tensor.data_ptr() for root in lowered.roots]
         self._bases = tuple(bases)
+        self._weights = [whole for _, whole in self._constants]
+        self._places = list(map(torch.Tensor.data_ptr, self._weights))
 
     def room(self) -> torch.Tensor:
         """Memory for the graph's output."""
@@ -67,9 +72,9 @@ class Program:
         """
         if len(inputs) != len(self._inputs):
             raise TransformError(f"the program was recorded for {len(self._inputs)} inputs, not {len(inputs)}")
-        for root, whole in self._constants:
-            if whole.untyped_storage().nbytes() < root.size_bytes or whole.data_ptr() != self._bases[root.number + 1]:
-                raise TransformError("the program's weights have moved since it was recorded")
+        if any(whole.untyped_storage().nbytes() < root.size_bytes for root, whole in self._constants):
+            raise TransformError(MOVED)
+        self.require_weights()
         bases = list(self._bases)
         for i, (place, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
             if defect := _other(place, tensor):
@@ -78,6 +83,11 @@ class Program:
         bases[self._output.root.number + 1] = output.data_ptr()
         with torch.inference_mode(False):
             return torch.tensor(bases, dtype=torch.int64, device="cpu")
+
+    def require_weights(self) -> None:
+        """Raise TransformError if the program's weights are not where they were when it was recorded."""
+        if list(map(torch.Tensor.data_ptr, self._weights)) != self._places:
+            raise TransformError(MOVED)
 
     def times(self) -> list[tuple[Instruction, float]]:
         """Seconds that the latest timed run spent on each instruction; empty if there was none."""

@@ -57,10 +57,14 @@ class RecordedStep:
             self.position = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
         self._token, self._position = self.token.numpy(), self.position.numpy()
         self.lock = forking.lock()
+        self._bound: weakref.WeakKeyDictionary[SlotCache, _Bound] = weakref.WeakKeyDictionary()
 
     def over(self, cache: SlotCache) -> Step:
         """The step of a token of every row of a cache."""
-        bound = self.bound(cache.slot, cache.valid, cache.keys, cache.values)
+        if (bound := self._bound.get(cache)) is None:
+            bound = self._bound[cache] = self.bound(cache.slot, cache.valid, cache.keys, cache.values)
+        else:
+            self.program.require_weights()
 
         def step(token: torch.Tensor, position: torch.Tensor, _cache: SlotCache) -> torch.Tensor:
             if token.shape != self.token.shape or position.shape != self.token.shape:
@@ -104,7 +108,6 @@ class TokensOfOne(RecordedStep):
         with torch.inference_mode(False):
             self.slot, self.valid = torch.zeros_like(cache.slot), torch.zeros_like(cache.valid)
             self.next = torch.arange(len(self.slot), dtype=torch.int64, device="cpu")
-        self._bound: weakref.WeakKeyDictionary[SlotCache, _Bound] = weakref.WeakKeyDictionary()
 
     @property
     def tokens(self) -> int:
