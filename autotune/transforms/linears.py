@@ -33,18 +33,21 @@ _made: ContextVar[dict[object, nn.Module | None] | None] = ContextVar("exchanged
 
 
 @contextmanager
-def reusing(*variants: Variant) -> Iterator[None]:
+def reusing(*variants: Variant, layers: Mapping[object, nn.Module] | None = None) -> Iterator[None]:
     """Reuse exchanged layers within this context: variants that differ in a few layers share the other layers.
 
     The model's weights must not change meanwhile.
 
     Args:
         variants: existing variants whose exchanged layers may be reused, too.
+        layers: further exchanged layers, by `LinearTransform.key`.
     """
     made = _made.get()
     made = {} if made is None else made
+    if layers:
+        made = made | dict(layers)
     for variant in variants:
-        made = made | dict(_exchanged(variant))
+        made = made | {form.key(linear): new for _, form, linear, new in exchanged(variant)}
     token = _made.set(made)
     try:
         yield
@@ -52,8 +55,8 @@ def reusing(*variants: Variant) -> Iterator[None]:
         _made.reset(token)
 
 
-def _exchanged(variant: Variant) -> Iterator[tuple[object, nn.Module]]:
-    """Yield each layer that a variant's transforms made, with the key of the layer it was made from."""
+def exchanged(variant: Variant) -> Iterator[tuple[str, LinearTransform, nn.Linear, nn.Module]]:
+    """Yield each layer that a variant's transforms made: its name, the transform, what it was made from, and it."""
     layers = linear_layers.linears(variant.original)
     for transform in (each for each in variant.transforms if isinstance(each, LinearTransform)):
         forms = [form for form in (transform, transform.wider) if form is not None]
@@ -61,7 +64,7 @@ def _exchanged(variant: Variant) -> Iterator[tuple[object, nn.Module]]:
             modules = dict(variant.modules[phase].named_modules())
             for name, linear in layers.items():
                 new = modules.get(name)
-                yield from ((form.key(linear), new) for form in forms if isinstance(new, form.kind))
+                yield from ((name, form, linear, new) for form in forms if isinstance(new, form.kind))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def of_part(model: PreTrainedModel) -> str:
             first = seen.setdefault(id(tensor), name)
             digest.update(f"\n{name} {first} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if first == name:  # a tied weight counts once
-                for part in _content(name, sharding.local(tensor)):
+                for part in content(name, sharding.local(tensor)):
                     digest.update(part)
     return digest.hexdigest()
 
@@ -131,11 +131,16 @@ def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
             yield name, tensor
 
 
-def _content(name: str, tensor: torch.Tensor) -> Iterator[bytes]:
+def content(name: str, tensor: torch.Tensor) -> Iterator[bytes]:
+    """Yield the sums that stand for a tensor's bytes; see `of_model`.
+
+    Raises:
+        UnsupportedModelError: the content cannot be read.
+    """
     if hasattr(tensor, "__tensor_flatten__"):  # e.g. torchao's quantised weights
         inner, _ = tensor.__tensor_flatten__()
         for attribute in inner:
-            yield from _content(f"{name}.{attribute}", getattr(tensor, attribute))
+            yield from content(f"{name}.{attribute}", getattr(tensor, attribute))
         return
     if tensor.is_meta or tensor.layout != torch.strided:
         raise UnsupportedModelError(

@@ -18,12 +18,14 @@ from ..report import read
 from ..runtime.ranks.leading import LEADER
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
+from ..transforms.linears import reusing
 from ..validate import Latency, Verdict
 from ..workload import Workload, built_in
 from . import callers, contributions, fingerprint, store, together, turns
 from .bench import LiveBench
 from .findings import Findings
 from .fingerprint import Fingerprint
+from .packed import PackedWeights
 from .plan import Confirmation, Plan
 from .policy import Policy
 from .record import report_of, reverified
@@ -81,20 +83,27 @@ def tune(
         plan.require(identity.model)
     original = Variant(model, traffic, workload, draft)
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
+    weights = PackedWeights(identity) if cache else None
     texts = built_in.natural(tokenizer)
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
     obstacle = obstacle_of(original)
     if obstacle is None and (known := plan or (store.find(identity) if cache else None)) is not None:
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
         proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
-        if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:
+        serve_early = serve if proven else lambda variant: None
+        if (tuned := replay(known, bench, start, serve_early, meter, weights)) is not None:
             return tuned
     with turns.turn(identity if cache and obstacle is None else None) as mine:
         rest = (traffic or Traffic()).rest
         found = turns.awaited(mine, identity, turns.PATIENCE * policy.budget_s, notify, rest)
-        if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
-            return tuned
-        return _searched(bench, identity, obstacle, cache, notify, serve)
+        if found is not None:
+            tuned = replay(found, bench, time.monotonic(), serve, busy.Meter(), weights)
+            if tuned is not None:
+                return tuned
+        tuned = _searched(bench, identity, obstacle, cache, notify, serve)
+    if weights is not None and tuned.doubt is None:
+        weights.save(tuned.variant)
+    return tuned
 
 
 @quiet()
@@ -224,20 +233,38 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
 
 
 def replay(
-    plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter
+    plan: Plan,
+    bench: LiveBench,
+    start: float,
+    serve: Callable[[Variant], None],
+    meter: busy.Meter,
+    weights: PackedWeights | None = None,
 ) -> Tuned | None:
     """Apply a plan from disk and verify it again. Returns None if that fails, as a plan from disk is only a hint.
 
     The plan serves as soon as it answers a request, because it was proven on this same model and machine.
+
+    Args:
+        weights: where the plan's packed weights may be kept; None: they are packed again.
     """
     try:
-        return held(plan, bench, start, serve, meter)
+        tuned = held(plan, bench, start, serve, meter, weights)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
+    if weights is not None:
+        weights.save(tuned.variant)
+    return tuned
 
 
-def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
+def held(
+    plan: Plan,
+    bench: LiveBench,
+    start: float,
+    serve: Callable[[Variant], None],
+    meter: busy.Meter,
+    weights: PackedWeights | None = None,
+) -> Tuned:
     """Apply a plan from disk and verify it again. The arguments are those of `replay`.
 
     Raises:
@@ -251,7 +278,7 @@ def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], 
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
         return Tuned(bench.original, plan, reverified(report, verdict=verdict, seconds=seconds), verdict)
     try:
-        variant = restored(plan, bench)
+        variant = restored(plan, bench, weights)
         serve(variant)
         quality, latency = bench.reverify(variant)
     except Exception as error:  # any error of an old plan leads to a fresh search
@@ -270,7 +297,7 @@ def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], 
     return Tuned(variant, plan, again, verdict)
 
 
-def restored(plan: Plan, bench: LiveBench) -> Variant:
+def restored(plan: Plan, bench: LiveBench, weights: PackedWeights | None = None) -> Variant:
     """Build the variant of a plan from disk and let it answer a request of the workload.
 
     Raises:
@@ -278,14 +305,15 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
         CandidateError: the variant cannot answer.
     """
     variant = bench.original
-    for transform in plan.transforms:
-        if reason := transform.unavailable(variant, bench.hardware):
-            raise TransformError(f"{transform}: {reason}")
-        variant = variant.with_transform(transform)
-        with sharding.alone(bench.original.original):
-            missing = transform.took_effect(variant)
-        if missing:
-            raise TransformError(f"{transform} had no effect: {missing}")
+    with reusing(layers=None if weights is None else weights.restore(bench.original, plan.transforms)):
+        for transform in plan.transforms:
+            if reason := transform.unavailable(variant, bench.hardware):
+                raise TransformError(f"{transform}: {reason}")
+            variant = variant.with_transform(transform)
+            with sharding.alone(bench.original.original):
+                missing = transform.took_effect(variant)
+            if missing:
+                raise TransformError(f"{transform} had no effect: {missing}")
     bench.answer(variant)
     return variant
 

@@ -149,7 +149,7 @@ BIG = 3 * 8 * fingerprint.COLUMNS  # bytes of three rows of the grid
 )
 def test_every_kind_of_tensor_is_read(tensor: torch.Tensor) -> None:
     def content(of: torch.Tensor) -> list[bytes]:
-        return list(fingerprint._content("it", of))
+        return list(fingerprint.content("it", of))
 
     assert content(tensor) == content(tensor.clone())
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -162,7 +162,7 @@ def test_every_kind_of_tensor_is_read(tensor: torch.Tensor) -> None:
 def test_moved_blocks_show() -> None:
     grid = torch.arange(3 * fingerprint.COLUMNS).view(3, -1)
     moved = (grid.roll(1, 0), grid.roll(1, 1), grid.flip(0), grid.flip(1))
-    contents = {tuple(fingerprint._content("it", m.contiguous())) for m in (grid, *moved)}
+    contents = {tuple(fingerprint.content("it", m.contiguous())) for m in (grid, *moved)}
     assert len(contents) == 5
 
 

@@ -26,7 +26,7 @@ from autotune.model.configured import end_ids
 from autotune.runtime.variant import Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.tune import plan as plans
-from autotune.tune import policy, references
+from autotune.tune import policy, references, tensor_file
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.references import References
@@ -262,7 +262,8 @@ def forged(
     """A file with a right digest."""
     tensors = dict(said.logits) if logits is None else logits
     text = json.dumps({"own": own or said.own, "noise": noise or said.noise, **about})
-    return to_bytes(tensors, {"about": text, "digest": references._digest(text, tensors)})
+    digest = header(tensor_file.head(text, tensors))["__metadata__"]["digest"]
+    return to_bytes(tensors, {"about": text, "digest": digest})
 
 
 def edited(said: Answers, edit: Callable[[torch.Tensor], torch.Tensor]) -> bytes:
@@ -509,23 +510,17 @@ def files(folder: Path, ages: dict[str, int]) -> Path:
     ("coming", "left"),
     [(0, "abcd"), (100, "abcd"), (101, "acd"), (200, "acd"), (201, "ad"), (400, "d"), (401, ""), (10**9, "")],
 )
-def test_the_least_recently_used_go_first(
-    tmp_path: Path, coming: int, left: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(references, "MOST_BYTES", 500)
+def test_the_least_recently_used_go_first(tmp_path: Path, coming: int, left: str) -> None:
     folder = files(tmp_path / "references", {"a": 3, "b": 1, "c": 2, "d": 4})
-    references._make_room(folder, coming)
+    tensor_file.make_room(folder, coming, 500)
     assert "".join(sorted(p.name for p in folder.iterdir())) == left
 
 
-def test_what_is_being_written_stays_and_what_killed_processes_left_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(references, "MOST_BYTES", 250)
+def test_what_is_being_written_stays_and_what_killed_processes_left_goes(tmp_path: Path) -> None:
     folder = files(tmp_path / "references", {".old-draft": 1, "a": 2, "b": 3})
     (folder / ".draft").write_bytes(bytes(100))
     (folder / "folder").mkdir()
-    references._make_room(folder, 50)
+    tensor_file.make_room(folder, 50, 250)
     assert sorted(p.name for p in folder.iterdir()) == [".draft", "folder"]
 
 

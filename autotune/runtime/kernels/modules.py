@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -23,6 +24,7 @@ class PackedLinear(nn.Module, ABC):
 
     bias: Tensor | None
     dtype = torch.float32  # dtype of the arithmetic
+    tensors: ClassVar[tuple[str, ...]]  # names of the packed weight's parts
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -44,6 +46,25 @@ class PackedLinear(nn.Module, ABC):
     def dequantize(self) -> Tensor:
         """The FP32 weight [out_features, in_features] that `forward` computes with."""
 
+    @classmethod
+    def of(cls, linear: nn.Linear, packed: Mapping[str, Tensor]) -> Self:
+        """The layer that `from_linear` made of `linear`, from its `packed` parts.
+
+        Raises:
+            ValueError: these are not the parts of such a layer.
+        """
+        layer = cls(linear.weight, linear.bias)
+        if set(packed) != set(cls.tensors):
+            raise ValueError(f"{cls.__name__} consists of {', '.join(cls.tensors)}, not of {', '.join(packed)}")
+        for name in cls.tensors:
+            layer.register_buffer(name, packed[name])
+        return layer
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The parts of the packed weight by name, for `of`."""
+        return {name: getattr(self, name) for name in self.tensors}
+
     @property
     def weight_bytes(self) -> int:
         """Bytes read for each token at batch 1."""
@@ -56,6 +77,7 @@ class PackedLinear(nn.Module, ABC):
 class HalfLinear(PackedLinear):
     """Weights stored in FP16 (or BF16, or FP32), with FP32 arithmetic."""
 
+    tensors = ("weight",)
     weight: Tensor  # [ceil(N / 16), K padded, 16]
 
     @classmethod
@@ -94,14 +116,13 @@ class GroupedLinear(PackedLinear):
 
     digits = 2
     operator: ClassVar[str]
-    tensors: ClassVar[tuple[str, ...]]  # names of what `quantize` returns
     weight: Tensor
     scales: Tensor  # [ceil(N / 16), groups, 16]
 
     @property
     def stored(self) -> list[Tensor]:
         """The weight as stored: its numbers, then what restores it."""
-        return [getattr(self, name) for name in self.tensors]
+        return list(self.packed.values())
 
     @property
     def in_integers(self) -> bool:
