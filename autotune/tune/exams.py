@@ -112,8 +112,7 @@ class Exams:
         self, work: Workload, texts: Texts, size: Literal["brief", "quick"] = "quick", like: Exam | None = None
     ) -> Exam:
         """Prepare an exam on a workload's prompts, with texts if they are too few."""
-        missing = max(0, PROMPTS_PER_SIDE - len(set(work.prompts)))
-        prompts = (*work.prompts, *texts[:missing])
+        prompts = filled_up(work.prompts, texts)
         # not timed, so requests may overlap, unless the model keeps state that would change another request's answer
         traffic = self.original.traffic if self.original.state.modules else None
         return Exam.prepare(
@@ -127,3 +126,9 @@ class Exams:
             progress=self.allowance.in_time("collecting the original's answers to judge against"),
             threads=self.threads,
         )
+
+
+def filled_up(prompts: Texts, texts: Texts) -> Texts:
+    """The prompts, and texts if they are too few for a quick exam."""
+    missing = max(0, PROMPTS_PER_SIDE - len(set(prompts)))
+    return (*prompts, *texts[:missing])

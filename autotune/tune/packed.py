@@ -12,9 +12,8 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import torch
 
@@ -65,29 +64,22 @@ class PackedWeights:
         """
         if (path := self.path(transforms)) is None or sharding.ranks(original.original) > 1:
             return {}
-        parts = dict[tuple[int, str], dict[str, torch.Tensor]]()
+        layers, forms = linear_layers.linears(original.original), _forms(transforms)
 
-        def put(name: str, tensor: torch.Tensor) -> None:
-            form, layer, part = name.split(":")
-            parts.setdefault((int(form), layer), {})[part] = tensor
+        def read(file: IO[bytes], size: int) -> dict[object, nn.Module]:
+            parts = dict[tuple[int, str], dict[str, torch.Tensor]]()
 
-        try:
-            with cache_dir.opened(path, MOST_BYTES) as (file, size):
-                tensor_file.read(file, size, put, arena.empty)
-            layers, forms = linear_layers.linears(original.original), _forms(transforms)
-            found = {
+            def put(name: str, tensor: torch.Tensor) -> None:
+                form, layer, part = name.split(":")
+                parts.setdefault((int(form), layer), {})[part] = tensor
+
+            tensor_file.read(file, size, put, arena.empty)
+            return {
                 forms[form].key(layers[name]): _packing(forms[form]).of(layers[name], packed)
                 for (form, name), packed in parts.items()
             }
-        except FileNotFoundError:
-            return {}
-        except Exception as error:  # a damaged file must cost only the time to pack again
-            log.debug("what is kept in %s is removed: %s", path, error)
-            with suppress(OSError):
-                path.unlink()
-            return {}
-        tensor_file.used(path)
-        return found
+
+        return tensor_file.restored(path, MOST_BYTES, read) or {}
 
     def save(self, variant: Variant) -> None:
         """Save the layers that a variant's transforms packed, unless they are kept already."""
@@ -104,16 +96,12 @@ class PackedWeights:
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         try:
             free_bytes = shutil.disk_usage(path.parent).free
-            if not tensors or size_bytes > min(MOST_BYTES, FREE_SHARE * free_bytes):
-                log.debug(
-                    "packed weights of %.1f GB are not kept, with %.1f GB free", size_bytes / 1e9, free_bytes / 1e9
-                )
-                return
-            tensor_file.make_room(path.parent, size_bytes, MOST_BYTES)
-            tensor_file.write(path, tensor_file.head("", tensors), tensors)
-            tensor_file.make_room(path.parent, 0, MOST_BYTES)  # others may have written meanwhile
-        except OSError as error:
-            log.debug("packed weights are not kept: %s", error)
+        except OSError:  # somebody removed the folder
+            return
+        if not tensors or size_bytes > min(MOST_BYTES, FREE_SHARE * free_bytes):
+            log.debug("%s: %.1f GB are not kept, with %.1f GB free", path, size_bytes / 1e9, free_bytes / 1e9)
+            return
+        tensor_file.keep(path, tensor_file.head("", tensors), tensors, size_bytes, MOST_BYTES)
 
 
 def _forms(transforms: Iterable[Transform]) -> list[LinearTransform]:

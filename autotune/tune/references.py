@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -64,18 +63,12 @@ class References:
         """Give the kept answers to `exam.take`. Returns whether there were answers that fit."""
         if (path := self.path(exam)) is None:
             return False
-        try:
-            with cache_dir.opened(path, int(SHARE * MOST_BYTES)) as (file, size):
-                exam.take(_read(file, size))
-        except FileNotFoundError:
-            return False
-        except Exception as error:  # a damaged file must cost only the time to compute the answers again
-            log.debug("what is kept in %s is removed: %s", path, error)
-            with suppress(OSError):
-                path.unlink()
-            return False
-        tensor_file.used(path)
-        return True
+
+        def take(file: IO[bytes], size: int) -> bool:
+            exam.take(_read(file, size))
+            return True
+
+        return tensor_file.restored(path, int(SHARE * MOST_BYTES), take) or False
 
     def save(self, exam: Exam) -> None:
         """Save the original's answers if there are new ones."""
@@ -87,12 +80,7 @@ class References:
         if (size_bytes := size_bytes + len(first)) > most_bytes:
             log.debug("an exam's answers are not kept: %.0f MB are more than fits", size_bytes / 1e6)
             return
-        try:
-            tensor_file.make_room(path.parent, size_bytes, MOST_BYTES)
-            tensor_file.write(path, first, answers.logits)
-            tensor_file.make_room(path.parent, 0, MOST_BYTES)  # others may have written meanwhile
-        except OSError as error:
-            log.debug("an exam's answers are not kept: %s", error)
+        tensor_file.keep(path, first, answers.logits, size_bytes, MOST_BYTES)
 
 
 def _precision() -> list[str]:

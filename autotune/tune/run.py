@@ -85,25 +85,19 @@ def tune(
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
     weights = PackedWeights(identity) if cache else None
     texts = built_in.natural(tokenizer)
-    bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept)
+    bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept, weights=weights)
     obstacle = obstacle_of(original)
     if obstacle is None and (known := plan or (store.find(identity) if cache else None)) is not None:
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
         proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
-        serve_early = serve if proven else lambda variant: None
-        if (tuned := replay(known, bench, start, serve_early, meter, weights)) is not None:
+        if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:
             return tuned
     with turns.turn(identity if cache and obstacle is None else None) as mine:
         rest = (traffic or Traffic()).rest
         found = turns.awaited(mine, identity, turns.PATIENCE * policy.budget_s, notify, rest)
-        if found is not None:
-            tuned = replay(found, bench, time.monotonic(), serve, busy.Meter(), weights)
-            if tuned is not None:
-                return tuned
-        tuned = _searched(bench, identity, obstacle, cache, notify, serve)
-    if weights is not None and tuned.doubt is None:
-        weights.save(tuned.variant)
-    return tuned
+        if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
+            return tuned
+        return _searched(bench, identity, obstacle, cache, notify, serve)
 
 
 @quiet()
@@ -167,6 +161,7 @@ def _searched(
         notify(f"{tuned.verdict}. This is not kept as a plan: {tuned.doubt}")
     elif cache:
         store.save(tuned.plan)
+        keep_weights(tuned, bench)
     return tuned
 
 
@@ -233,38 +228,28 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
 
 
 def replay(
-    plan: Plan,
-    bench: LiveBench,
-    start: float,
-    serve: Callable[[Variant], None],
-    meter: busy.Meter,
-    weights: PackedWeights | None = None,
+    plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter
 ) -> Tuned | None:
     """Apply a plan from disk and verify it again. Returns None if that fails, as a plan from disk is only a hint.
 
     The plan serves as soon as it answers a request, because it was proven on this same model and machine.
-
-    Args:
-        weights: where the plan's packed weights may be kept; None: they are packed again.
     """
     try:
-        tuned = held(plan, bench, start, serve, meter, weights)
+        tuned = held(plan, bench, start, serve, meter)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
-    if weights is not None:
-        weights.save(tuned.variant)
+    keep_weights(tuned, bench)
     return tuned
 
 
-def held(
-    plan: Plan,
-    bench: LiveBench,
-    start: float,
-    serve: Callable[[Variant], None],
-    meter: busy.Meter,
-    weights: PackedWeights | None = None,
-) -> Tuned:
+def keep_weights(tuned: Tuned, bench: LiveBench) -> None:
+    """Keep the weights that a plan packed for the next process."""
+    if bench.weights is not None:
+        bench.weights.save(tuned.variant)
+
+
+def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
     """Apply a plan from disk and verify it again. The arguments are those of `replay`.
 
     Raises:
@@ -278,7 +263,7 @@ def held(
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
         return Tuned(bench.original, plan, reverified(report, verdict=verdict, seconds=seconds), verdict)
     try:
-        variant = restored(plan, bench, weights)
+        variant = restored(plan, bench)
         serve(variant)
         quality, latency = bench.reverify(variant)
     except Exception as error:  # any error of an old plan leads to a fresh search
@@ -297,7 +282,7 @@ def held(
     return Tuned(variant, plan, again, verdict)
 
 
-def restored(plan: Plan, bench: LiveBench, weights: PackedWeights | None = None) -> Variant:
+def restored(plan: Plan, bench: LiveBench) -> Variant:
     """Build the variant of a plan from disk and let it answer a request of the workload.
 
     Raises:
@@ -305,7 +290,8 @@ def restored(plan: Plan, bench: LiveBench, weights: PackedWeights | None = None)
         CandidateError: the variant cannot answer.
     """
     variant = bench.original
-    with reusing(layers=None if weights is None else weights.restore(bench.original, plan.transforms)):
+    kept = None if bench.weights is None else bench.weights.restore(variant, plan.transforms)
+    with reusing(layers=kept):
         for transform in plan.transforms:
             if reason := transform.unavailable(variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 
 from ..machine import cache_dir
 from .fingerprint import content
+
+log = logging.getLogger("autotune")
+
+Found = TypeVar("Found")
 
 DTYPES = {
     "F16": torch.float16,
@@ -49,17 +54,48 @@ def head(about: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: Path, first: bytes, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors of the CPU, all or nothing. Each is looked up when its turn comes: together they may be large.
+def keep(path: Path, first: bytes, tensors: Mapping[str, torch.Tensor], size_bytes: int, most_bytes: int) -> None:
+    """Write tensors of the CPU, all or nothing, if that can be done; the least recently used files make room.
 
     Args:
         first: the file's first bytes, from `head`.
-
-    Raises:
-        OSError: the file cannot be written.
+        tensors: each is looked up when its turn comes, as together they may be large.
+        size_bytes: of all of the file.
+        most_bytes: of all files of the folder together.
     """
-    names = sorted(tensors)
-    cache_dir.write(path, chain([first], (_bytes(tensors[name]) for name in names)))
+    if len(first) > MOST_HEADER:
+        log.debug("%s is not kept: its header has %d bytes", path, len(first))
+        return
+    try:
+        _make_room(path.parent, size_bytes, most_bytes)
+        cache_dir.write(path, chain([first], (_bytes(tensors[name]) for name in sorted(tensors))))
+        _make_room(path.parent, 0, most_bytes)  # others may have written meanwhile
+    except OSError as error:
+        log.debug("%s is not kept: %s", path, error)
+
+
+def restored(path: Path, most_bytes: int, use: Callable[[IO[bytes], int], Found]) -> Found | None:
+    """Return what `use` makes of a file, open, and its size; None if there is none.
+
+    A file that is not this user's alone, or that `use` raises for, is a miss and is removed: it must cost only the time
+    to do without.
+
+    Args:
+        most_bytes: of the file.
+    """
+    try:
+        with cache_dir.opened(path, most_bytes) as (file, size):
+            found = use(file, size)
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        log.debug("what is kept in %s is removed: %s", path, error)
+        with suppress(OSError):
+            path.unlink()
+        return None
+    with suppress(OSError):
+        os.utime(path, follow_symlinks=False)  # the least recently used go first
+    return found
 
 
 def read(file: IO[bytes], size: int, put: Callable[[str, torch.Tensor], None], room: Room = torch.empty) -> str:
@@ -102,7 +138,7 @@ def read(file: IO[bytes], size: int, put: Callable[[str, torch.Tensor], None], r
     return about
 
 
-def make_room(folder: Path, coming_bytes: int, most_bytes: int) -> None:
+def _make_room(folder: Path, coming_bytes: int, most_bytes: int) -> None:
     """Remove the least recently used files until `coming_bytes` more fit, and remove leftovers of killed processes.
 
     Args:
@@ -120,12 +156,6 @@ def make_room(folder: Path, coming_bytes: int, most_bytes: int) -> None:
             with suppress(OSError):
                 path.unlink()
                 excess -= size
-
-
-def used(path: Path) -> None:
-    """Note that a file was used: the least recently used go first."""
-    with suppress(OSError):
-        os.utime(path, follow_symlinks=False)
 
 
 class _Digest:

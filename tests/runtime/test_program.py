@@ -311,7 +311,7 @@ def test_a_recorded_graph_is_that_of_torchs_own_tracer(name: str, rows: int) -> 
     cache = RowCache(filled, 32, rows)
     ours, theirs = (Program(record(module, cache, ModuleCalls(module, cache)), rows) for record in (trace, by_make_fx))
     assert torch.equal(ours._code, theirs._code)
-    constants = [[whole for _, whole in each._constants] for each in (ours, theirs)]
+    constants = [each._weights for each in (ours, theirs)]
     assert all(map(torch.equal, *constants))
 
 

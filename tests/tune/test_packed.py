@@ -23,7 +23,7 @@ from autotune.transforms.linears import LinearTransform, exchanged, reusing
 from autotune.transforms.packed_prefill import PackedPrefill
 from autotune.transforms.weight_only import WeightOnly
 from autotune.transforms.weight_storage import WeightStorage
-from autotune.tune import fingerprint, packed, policy, run, store
+from autotune.tune import fingerprint, packed, policy, run, store, tensor_file
 from autotune.tune.bench import LiveBench
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.packed import PackedWeights
@@ -190,6 +190,16 @@ def test_weights_without_room_are_not_kept(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     PackedWeights(IDENTITY).save(original.with_transform(INT8))
     assert path.exists() == is_kept
+
+
+def test_a_file_that_could_not_be_read_back_is_not_written(
+    original: Variant, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header of a model with many thousands of layers is longer than one that is read."""
+    path.unlink()
+    monkeypatch.setattr(tensor_file, "MOST_HEADER", 1000)
+    PackedWeights(IDENTITY).save(original.with_transform(INT8))
+    assert not path.exists()
 
 
 def test_the_least_recently_used_make_room(original: Variant, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

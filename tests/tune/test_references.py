@@ -512,7 +512,7 @@ def files(folder: Path, ages: dict[str, int]) -> Path:
 )
 def test_the_least_recently_used_go_first(tmp_path: Path, coming: int, left: str) -> None:
     folder = files(tmp_path / "references", {"a": 3, "b": 1, "c": 2, "d": 4})
-    tensor_file.make_room(folder, coming, 500)
+    tensor_file._make_room(folder, coming, 500)
     assert "".join(sorted(p.name for p in folder.iterdir())) == left
 
 
@@ -520,7 +520,7 @@ def test_what_is_being_written_stays_and_what_killed_processes_left_goes(tmp_pat
     folder = files(tmp_path / "references", {".old-draft": 1, "a": 2, "b": 3})
     (folder / ".draft").write_bytes(bytes(100))
     (folder / "folder").mkdir()
-    tensor_file.make_room(folder, 50, 250)
+    tensor_file._make_room(folder, 50, 250)
     assert sorted(p.name for p in folder.iterdir()) == [".draft", "folder"]
 
 

@@ -129,8 +129,7 @@ class _Offline:
     def _exam(self) -> Exam:
         self.notify("collecting the control's answers to judge against")
         texts = built_in.natural(self.experiment.bench().tokenizer)
-        missing = max(0, exams.PROMPTS_PER_SIDE - len(set(self.work.prompts)))
-        prompts = (*self.work.prompts, *texts[:missing])
+        prompts = exams.filled_up(self.work.prompts, texts)
         return Exam.prepare(
             self.control.original,
             prompts,

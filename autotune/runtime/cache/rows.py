@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...model.seam import growing_cache, keys_and_values
-from .slots import SlotCache, begin
+from .slots import SlotCache
 
 if TYPE_CHECKING:
     from typing import Self
@@ -53,16 +52,20 @@ class RowCache(SlotCache):
         """
         filled = keys_and_values(prompt)
         length = filled[0][0].shape[2]
-        rooms = [held[row : row + 1] for held in chain(*zip(self.keys, self.values, strict=True))]
-        begin(rooms, [new for pair in filled for new in pair], slice(length, self._written[row]))
+        self._write(slice(row, row + 1), filled, slice(length, self._written[row]))
         self._begin(row, length)
 
     def copy_of(self, row: int) -> Any:
         """A prefilled cache with the tokens of a row, from which `join` begins the sequence again."""
-        copied, length = growing_cache(), self.lengths[row]
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            copied.update(keys[row : row + 1, :, :length].clone(), values[row : row + 1, :, :length].clone(), layer)
+        copied = growing_cache()
+        for layer, (keys, values) in enumerate(self._held(row)):
+            copied.update(keys.clone(), values.clone(), layer)
         return copied
+
+    def _held(self, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of a row's keys and values [1, Hk, P, D] per layer."""
+        here = slice(row, row + 1), slice(None), slice(self.lengths[row])
+        return [(keys[here], values[here]) for keys, values in zip(self.keys, self.values, strict=True)]
 
     def leave(self, row: int) -> None:
         """Free a row."""
@@ -73,9 +76,7 @@ class RowCache(SlotCache):
     def move(self, source: int, target: int) -> None:
         """Move a sequence to a free row."""
         length = self.lengths[source]
-        for held in (*self.keys, *self.values):
-            held[target, :, :length] = held[source, :, :length]
-            held[target, :, length : self._written[target]] = 0
+        self._write(slice(target, target + 1), self._held(source), slice(length, self._written[target]))
         self._begin(target, length)
         self.leave(source)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -117,14 +116,9 @@ class SlotCache:
         filled = seam.keys_and_values(prompt)
         batch, _, length, _ = filled[0][0].shape
         stale = slice(length, self.length + MAX_DISCARDED)
-        given, rooms = [new for pair in filled for new in pair], [*chain(*zip(self.keys, self.values, strict=True))]
-        begin([room[:batch] for room in rooms], given, stale)
+        self._write(slice(batch), filled, stale)
         if batch < len(self.valid):
-            begin(
-                [room[batch:] for room in rooms],
-                [new[-1:].expand(len(self.valid) - batch, -1, -1, -1) for new in given],
-                stale,
-            )
+            self._write(slice(batch, None), [(keys[-1:], values[-1:]) for keys, values in filled], stale)
         self.valid[:, length:] = True
         self.valid[:batch, :length] = True if mask is None else mask.bool()
         self.valid[batch:, :length] = self.valid[batch - 1, :length]
@@ -132,6 +126,18 @@ class SlotCache:
         self.batch = batch
         self.length = length
         self.given = filled[0][0].dtype
+
+    def _write(self, rows: slice, filled: Iterable[tuple[torch.Tensor, torch.Tensor]], stale: slice) -> None:
+        """Write keys and values into rows from slot 0 on, in few operators.
+
+        Args:
+            filled: [B, Hk, P, D] per layer, of as many sequences as rows, or of one for all.
+            stale: slots to clear, because a NaN that an earlier sequence left stays NaN at attention weight 0.
+        """
+        rooms = [held[rows] for pair in zip(self.keys, self.values, strict=True) for held in pair]
+        given = [new for pair in filled for new in pair]
+        torch._foreach_copy_([room[:, :, : new.shape[2]] for room, new in zip(rooms, given, strict=True)], given)
+        torch._foreach_zero_([room[:, :, stale] for room in rooms])
 
     def advance(self, count: int = 1) -> None:
         """Make the next `count` tokens valid; their slots are written already."""
@@ -173,18 +179,6 @@ class SlotCache:
     def layout(self) -> tuple[int, int, int]:
         """(rows, slots, slots that a row takes in memory): everything in which caches of one model differ."""
         return *self.shape, self._capacity
-
-
-def begin(rooms: Sequence[torch.Tensor], given: Sequence[torch.Tensor], stale: slice) -> None:
-    """Write the keys and values of a prompt into slots, in few operators.
-
-    Args:
-        rooms: [B, Hk, slots, D] each.
-        given: [B, Hk, P, D] each.
-        stale: slots to clear, because a NaN that an earlier sequence left stays NaN at attention weight 0.
-    """
-    torch._foreach_copy_([room[:, :, : new.shape[2]] for room, new in zip(rooms, given, strict=True)], list(given))
-    torch._foreach_zero_([room[:, :, stale] for room in rooms])
 
 
 def unsupported(config: PretrainedConfig) -> str | None:

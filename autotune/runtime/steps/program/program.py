@@ -46,14 +46,14 @@ class Program:
         self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
         self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8, device="cpu")
-        self._constants = [(root, root.tensor) for root in lowered.roots if root.tensor is not None]  # kept alive
+        self._weights = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
+        self._sizes = [root.size_bytes for root in lowered.roots if root.tensor is not None]
         self._inputs = lowered.inputs
         read = {number for i in self.instructions if i.matrix for number in i.reads}
         self.weight_bytes = sum(r.size_bytes for r in lowered.roots if r.kind == "constant" and r.number in read)
         bases = [-(-self._arena.data_ptr() // layout.ALIGN_BYTES) * layout.ALIGN_BYTES]
         bases += [0 if root.tensor is None else root.tensor.data_ptr() for root in lowered.roots]
         self._bases = tuple(bases)
-        self._weights = [whole for _, whole in self._constants]
         self._places = list(map(torch.Tensor.data_ptr, self._weights))
 
     def room(self) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Program:
         """
         if len(inputs) != len(self._inputs):
             raise TransformError(f"the program was recorded for {len(self._inputs)} inputs, not {len(inputs)}")
-        if any(whole.untyped_storage().nbytes() < root.size_bytes for root, whole in self._constants):
+        if any(w.untyped_storage().nbytes() < size for w, size in zip(self._weights, self._sizes, strict=True)):
             raise TransformError(MOVED)
         self.require_weights()
         bases = list(self._bases)
