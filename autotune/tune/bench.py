@@ -33,7 +33,7 @@ from .policy import Policy
 from .races import Races
 
 if TYPE_CHECKING:
-    from .packed import PackedWeights
+    from .fingerprint import Fingerprint
     from .references import References
 
 FREE_BYTES = "free_bytes"  # the question to the ranks of a sharded model about their devices' free memory
@@ -49,7 +49,7 @@ class LiveBench:
         workload: what to measure with; half of its prompts are held out for `confirm`.
         texts: token ids of natural texts, added to the quality exam if there are too few prompts.
         references: the original's answers from earlier runs, or None to compute them.
-        weights: the packed weights of earlier runs' plans, or None to pack them.
+        cached_as: whose packed weights and recorded steps the cache keeps for plans; None to keep none.
 
     Attributes:
         allowance: the budget; it has no end until a deadline is set.
@@ -65,14 +65,14 @@ class LiveBench:
         texts: Texts = (),
         notify: Callable[[str], None],
         references: References | None = None,
-        weights: PackedWeights | None = None,
+        cached_as: Fingerprint | None = None,
     ) -> None:
         self.original = original
         self.policy = policy
         self.hardware = hardware
         self.notify = notify
         self.workload = workload
-        self.weights = weights
+        self.cached_as = cached_as
         self.device = devices.of(original.original)
         self.allowance = Allowance(policy.budget_s, notify)
         self.exams = Exams(original, workload, texts, self.allowance, references)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -53,7 +53,7 @@ class PackedWeights:
         key = json.dumps([SCHEMA, self._made_of, packing], sort_keys=True)
         return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
-    def restore(self, original: Variant, transforms: Iterable[Transform]) -> Mapping[object, nn.Module]:
+    def restore(self, original: Variant, transforms: Iterable[Transform]) -> dict[object, nn.Module]:
         """Read the layers that the transforms would make.
 
         Args:

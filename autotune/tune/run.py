@@ -16,6 +16,7 @@ from ..model import modes, placement, sharding
 from ..model.revision import hooked
 from ..report import read
 from ..runtime.ranks.leading import LEADER
+from ..runtime.steps.program import kept as kept_steps
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..transforms.linears import reusing
@@ -28,6 +29,7 @@ from .fingerprint import Fingerprint
 from .packed import PackedWeights
 from .plan import Confirmation, Plan
 from .policy import Policy
+from .programs import PlanPrograms
 from .record import report_of, reverified
 from .references import References
 from .search import Found, search
@@ -83,9 +85,10 @@ def tune(
         plan.require(identity.model)
     original = Variant(model, traffic, workload, draft)
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
-    weights = PackedWeights(identity) if cache else None
-    texts = built_in.natural(tokenizer)
-    bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify, references=kept, weights=weights)
+    texts, cached_as = built_in.natural(tokenizer), identity if cache else None
+    bench = LiveBench(
+        original, workload, policy, here, texts=texts, notify=notify, references=kept, cached_as=cached_as
+    )
     obstacle = obstacle_of(original)
     if obstacle is None and (known := plan or (store.find(identity) if cache else None)) is not None:
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
@@ -161,7 +164,7 @@ def _searched(
         notify(f"{tuned.verdict}. This is not kept as a plan: {tuned.doubt}")
     elif cache:
         store.save(tuned.plan)
-        keep_weights(tuned, bench)
+        keep(tuned, bench)
     return tuned
 
 
@@ -239,14 +242,15 @@ def replay(
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
-    keep_weights(tuned, bench)
+    keep(tuned, bench)
     return tuned
 
 
-def keep_weights(tuned: Tuned, bench: LiveBench) -> None:
-    """Keep the weights that a plan packed for the next process."""
-    if bench.weights is not None:
-        bench.weights.save(tuned.variant)
+def keep(tuned: Tuned, bench: LiveBench) -> None:
+    """Keep what a plan packed and recorded for the next process."""
+    if bench.cached_as is not None:
+        PackedWeights(bench.cached_as).save(tuned.variant)
+        PlanPrograms(bench.cached_as, tuned.plan.transforms).save(tuned.variant)
 
 
 def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
@@ -290,8 +294,11 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
         CandidateError: the variant cannot answer.
     """
     variant = bench.original
-    kept = None if bench.weights is None else bench.weights.restore(variant, plan.transforms)
-    with reusing(layers=kept):
+    layers = steps = None
+    if bench.cached_as is not None:
+        layers = PackedWeights(bench.cached_as).restore(variant, plan.transforms)
+        steps = PlanPrograms(bench.cached_as, plan.transforms)
+    with reusing(layers=layers), kept_steps.reusing(steps):
         for transform in plan.transforms:
             if reason := transform.unavailable(variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")

@@ -32,6 +32,7 @@ DTYPES = {
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
+    "U8": torch.uint8,
 }  # by safetensors' names
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER = 1 << 20  # bytes of the longest header; one for 500 tensors has 60 kB

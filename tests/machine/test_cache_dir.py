@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 KEY = "0" * 24
-NAMES = ("kernels", "steps", "models", "plans", "checks", "experiments", "references", "packed", "rollouts")
+NAMES = ("kernels", "steps", "models", "plans", "checks", "experiments", "references", "packed", "programs", "rollouts")
 PACKAGE = Path(autotune.__file__).parent
 
 

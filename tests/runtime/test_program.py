@@ -29,6 +29,7 @@ from autotune.runtime.steps.program import Program, StepPrograms, layout
 from autotune.runtime.steps.program.building import collapse
 from autotune.runtime.steps.program.given import ModuleCalls
 from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
+from autotune.runtime.steps.program.lower import lower
 from autotune.runtime.steps.program.trace import trace
 from autotune.runtime.variant import Variant, serving
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
@@ -58,7 +59,7 @@ def record(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Prog
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), mode:
         graph = make_fx(function)(*(mode.from_tensor(t.clone()) for t in inputs))
-    return Program(graph, rows=inputs[0].shape[0])
+    return Program(lower(graph, rows=inputs[0].shape[0]))
 
 
 def run(program: Program, *inputs: torch.Tensor) -> torch.Tensor:
@@ -309,7 +310,9 @@ def test_a_recorded_graph_is_that_of_torchs_own_tracer(name: str, rows: int) -> 
     filled = seam.growing_cache()
     module(torch.tensor(token_prompts(1, length=5)), **seam.over(module, filled))
     cache = RowCache(filled, 32, rows)
-    ours, theirs = (Program(record(module, cache, ModuleCalls(module, cache)), rows) for record in (trace, by_make_fx))
+    ours, theirs = (
+        Program(lower(record(module, cache, ModuleCalls(module, cache)), rows)) for record in (trace, by_make_fx)
+    )
     assert torch.equal(ours._code, theirs._code)
     constants = [each._weights for each in (ours, theirs)]
     assert all(map(torch.equal, *constants))

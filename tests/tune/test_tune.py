@@ -62,7 +62,7 @@ class ScriptedBench:
     cannot_answer: str = ""
     verified: Any = (QUALITY, latency(Verdict.PASS))
     hardware = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 25e9, {"float32": 140e9}, None, {})
-    weights = None  # none are kept
+    cached_as = None  # nothing is kept
     log: list[str] = field(default_factory=list)
 
     def answer(self, variant: Variant) -> None:

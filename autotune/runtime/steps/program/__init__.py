@@ -1,10 +1,12 @@
 """A decode step recorded once as a program of C++ instructions and run by one team of threads: no Python, no dispatch.
 
     given -> trace -> lower -> layout -> program -> kernels/program.cpp
+                        |-> kept
 
 `given` runs the modules that cannot be part of a program. `trace` records the step's operators on fake tensors. `lower`
 turns them into instructions over named memory. `layout` decides where values are stored and when threads meet. The
-operator `run_program` runs the words that result. `recorded` puts these together for a token of every row, and for
+operator `run_program` runs the words that result. `kept` writes and reads what was lowered, so that a later process
+need not record it. `recorded` puts these together for a token of every row, and for
 several tokens of one sequence.
 """
 
@@ -18,6 +20,7 @@ from ....machine import forking
 from ...cache.rows import RowCache
 from ...cache.slots import SlotCache
 from ..step import DecodeSteps, Step
+from .kept import KEPT
 from .program import Program
 from .recorded import RecordedStep, TokensOfOne
 
@@ -40,6 +43,7 @@ class StepPrograms(DecodeSteps):
         self._makers: dict[tuple[int, int], Callable[[], RowCache]] = {}  # (slots, tokens) -> makes an empty cache
         self._several: dict[tuple[int, int], TokensOfOne] = {}  # the same
         self._lock = forking.lock()
+        self._kept = KEPT.get()
 
     def prepare(self, cache: SlotCache) -> None:
         """Record the step for this cache's shape, unless it is recorded already.
@@ -49,7 +53,7 @@ class StepPrograms(DecodeSteps):
         """
         with self._lock:
             if (key := _key(cache)) not in self._steps:
-                self._steps[key] = RecordedStep(self.module, cache)
+                self._steps[key] = RecordedStep(self.module, cache, self._kept)
 
     def prepare_several(self, make: Callable[[], RowCache]) -> None:
         """Record the step of several tokens of one sequence.
@@ -64,7 +68,7 @@ class StepPrograms(DecodeSteps):
         rows, slots = cache.shape
         with self._lock:
             self._makers[slots, rows] = make
-            self._several[slots, rows] = TokensOfOne(self.module, cache)
+            self._several[slots, rows] = TokensOfOne(self.module, cache, self._kept)
 
     def several(self, tokens: int, cache: SlotCache) -> TokensOfOne | None:
         """The smallest prepared step of so many tokens of the cache's sequence, or None if none fits."""
@@ -75,7 +79,7 @@ class StepPrograms(DecodeSteps):
         key = slots, min(fits)
         with self._lock:
             if key not in self._several:
-                self._several[key] = TokensOfOne(self.module, self._makers[key]())
+                self._several[key] = TokensOfOne(self.module, self._makers[key](), self._kept)
             return self._several[key]
 
     def forget(self) -> None:
@@ -83,6 +87,13 @@ class StepPrograms(DecodeSteps):
         with self._lock:
             self._steps.clear()
             self._several.clear()
+            self._kept = None  # values that were folded may be others
+
+    @property
+    def programs(self) -> list[Program]:
+        """Every program that was made."""
+        with self._lock:
+            return [step.program for step in (*self._steps.values(), *self._several.values())]
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:

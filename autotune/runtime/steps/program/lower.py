@@ -78,8 +78,10 @@ def lower(graph: GraphModule, rows: int, shared: Container[int] = ()) -> Lowered
         lowering.visit(node)
     assert lowering.output is not None  # noqa: S101 - every graph has an output; for the type checker
     lowering.check_shared()
-    roots = [replace(r, kind="output") if r.number == lowering.output.root.number else r for r in lowering.roots]
-    return Lowered(tuple(lowering.instructions), tuple(roots), tuple(lowering.inputs), lowering.output)
+    given = replace(lowering.output.root, kind="output")
+    roots = [given if root.number == given.number else root for root in lowering.roots]
+    output = replace(lowering.output, root=given)
+    return Lowered(tuple(lowering.instructions), tuple(roots), tuple(lowering.inputs), output)
 
 
 class Lowering(Building):

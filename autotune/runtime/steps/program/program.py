@@ -1,8 +1,8 @@
-"""A graph of tensor operators as a program with its memory."""
+"""A lowered graph as a program with its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,56 +10,52 @@ import torch
 from ....errors import TransformError
 from . import layout
 from .instruction import Instruction, Place
-from .lower import Lowered, lower
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule
+    from .lower import Lowered
 
 
 MOVED = "the program's weights have moved since it was recorded"
 
 
 class Program:
-    """A graph of tensor operators as a program with its memory.
+    """A lowered graph as a program with its memory.
 
     Args:
-        graph: recorded operators with fake values and one output; its tensors are not copied.
-        rows: values whose first dimension has this size are divided among threads by row.
-        shared: numbers of the inputs of which all rows use one row's memory.
-
-    Raises:
-        TransformError: an operator has no instruction.
+        lowered: the instructions; the tensors of its constants are not copied.
     """
 
-    def __init__(self, graph: GraphModule, rows: int, shared: Container[int] = ()) -> None:
+    def __init__(self, lowered: Lowered) -> None:
         with torch.inference_mode(False):  # a program is made once, in any mode, and must run in any mode
-            self._make(lower(graph, rows, shared))
+            self._make(lowered)
 
     def _make(self, lowered: Lowered) -> None:
+        self.lowered = lowered
         meets = layout.meetings(lowered.instructions)
         offsets, size_bytes = layout.place_temporaries(lowered.instructions, meets, lowered.roots)
-        self.instructions = lowered.instructions
         self.meetings = sum(meets)
-        self._output = lowered.output
-        count = len(self.instructions)
+        count = len(lowered.instructions)
         self.spent = torch.zeros(count, dtype=torch.int64, device="cpu")  # nanoseconds, from the latest timed run
         self.timed = False
         self._code = layout.encode(lowered.instructions, meets, offsets)
         self._arena = torch.zeros(size_bytes + layout.ALIGN_BYTES, dtype=torch.uint8, device="cpu")
         self._weights = [root.tensor for root in lowered.roots if root.tensor is not None]  # kept alive
         self._sizes = [root.size_bytes for root in lowered.roots if root.tensor is not None]
-        self._inputs = lowered.inputs
-        read = {number for i in self.instructions if i.matrix for number in i.reads}
+        read = {number for i in lowered.instructions if i.matrix for number in i.reads}
         self.weight_bytes = sum(r.size_bytes for r in lowered.roots if r.kind == "constant" and r.number in read)
         bases = [-(-self._arena.data_ptr() // layout.ALIGN_BYTES) * layout.ALIGN_BYTES]
         bases += [0 if root.tensor is None else root.tensor.data_ptr() for root in lowered.roots]
         self._bases = tuple(bases)
         self._places = list(map(torch.Tensor.data_ptr, self._weights))
 
+    @property
+    def instructions(self) -> tuple[Instruction, ...]:
+        return self.lowered.instructions
+
     def room(self) -> torch.Tensor:
         """Memory for the graph's output."""
         with torch.inference_mode(False):
-            return torch.zeros(self._output.shape, dtype=torch.float32, device="cpu")
+            return torch.zeros(self.lowered.output.shape, dtype=torch.float32, device="cpu")
 
     def addresses(self, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         """Addresses of the graph's inputs and output for `run`. They must not move while the addresses are in use.
@@ -70,17 +66,17 @@ class Program:
         Raises:
             TransformError: an input does not have the recorded shape, strides and dtype, or is not in the CPU's memory.
         """
-        if len(inputs) != len(self._inputs):
-            raise TransformError(f"the program was recorded for {len(self._inputs)} inputs, not {len(inputs)}")
+        if len(inputs) != len(self.lowered.inputs):
+            raise TransformError(f"the program was recorded for {len(self.lowered.inputs)} inputs, not {len(inputs)}")
         if any(w.untyped_storage().nbytes() < size for w, size in zip(self._weights, self._sizes, strict=True)):
             raise TransformError(MOVED)
         self.require_weights()
         bases = list(self._bases)
-        for i, (place, tensor) in enumerate(zip(self._inputs, inputs, strict=True)):
+        for i, (place, tensor) in enumerate(zip(self.lowered.inputs, inputs, strict=True)):
             if defect := _other(place, tensor):
                 raise TransformError(f"input {i} of the program is {defect}")
             bases[place.root.number + 1] = tensor.data_ptr()
-        bases[self._output.root.number + 1] = output.data_ptr()
+        bases[self.lowered.output.root.number + 1] = output.data_ptr()
         with torch.inference_mode(False):
             return torch.tensor(bases, dtype=torch.int64, device="cpu")
 

@@ -11,6 +11,8 @@ import torch
 from ....errors import VariantError
 from ....machine import forking
 from .given import ModuleCalls
+from .kept import like
+from .lower import lower
 from .program import Program
 from .trace import INPUTS, trace
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ...cache.rows import RowCache
     from ...cache.slots import SlotCache
     from ..step import Step
+    from .kept import Steps
 
 
 class _Bound(NamedTuple):
@@ -41,20 +44,25 @@ class RecordedStep:
     Args:
         module: the decode module.
         cache: an empty cache of that shape; the recording writes to it.
+        kept: where the step may be found instead of being recorded, or None.
         is_shared: whether all rows use the keys and values of one.
 
     Raises:
         TransformError: the step cannot be recorded as a program.
     """
 
-    def __init__(self, module: PreTrainedModel, cache: SlotCache, *, is_shared: bool = False) -> None:
+    def __init__(
+        self, module: PreTrainedModel, cache: SlotCache, kept: Steps | None = None, *, is_shared: bool = False
+    ) -> None:
         rows = cache.shape[0]
         shared = range(INPUTS, INPUTS + len(cache.keys) + len(cache.values)) if is_shared else ()
         with torch.inference_mode(False):  # a step recorded in inference mode must also run outside it
             self.given = ModuleCalls(module, cache)
-            self.program = Program(trace(module, cache, self.given), rows, shared)
             self.token = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
             self.position = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
+            inputs = like(self._inputs(cache.slot, cache.valid, cache.keys, cache.values), shared)
+            lowered = None if kept is None else kept.find(module, inputs)
+            self.program = Program(lowered or lower(trace(module, cache, self.given), rows, shared))
         self._token, self._position = self.token.numpy(), self.position.numpy()
         self.lock = forking.lock()
         self._bound: weakref.WeakKeyDictionary[SlotCache, _Bound] = weakref.WeakKeyDictionary()
@@ -79,9 +87,14 @@ class RecordedStep:
         self, slot: torch.Tensor, valid: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> _Bound:
         """The program over these tensors."""
-        inputs = (self.token, self.position, slot, valid, *keys, *values, *self.given.tensors)
+        inputs = self._inputs(slot, valid, keys, values)
         logits = self.program.room()
         return _Bound(inputs, logits, self.program.addresses(inputs, logits))
+
+    def _inputs(
+        self, slot: torch.Tensor, valid: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        return self.token, self.position, slot, valid, *keys, *values, *self.given.tensors
 
     def run(self, token: torch.Tensor, position: torch.Tensor, bound: _Bound) -> torch.Tensor:
         """token, position [rows, 1] -> logits [rows, V], which its next run overwrites. Call it with the lock."""
@@ -101,10 +114,11 @@ class TokensOfOne(RecordedStep):
     Args:
         module: the decode module.
         cache: an empty cache with a row for each token; the recording writes to it.
+        kept: where the step may be found instead of being recorded, or None.
     """
 
-    def __init__(self, module: PreTrainedModel, cache: RowCache) -> None:
-        super().__init__(module, cache, is_shared=True)
+    def __init__(self, module: PreTrainedModel, cache: RowCache, kept: Steps | None = None) -> None:
+        super().__init__(module, cache, kept, is_shared=True)
         with torch.inference_mode(False):
             self.slot, self.valid = torch.zeros_like(cache.slot), torch.zeros_like(cache.valid)
             self.next = torch.arange(len(self.slot), dtype=torch.int64, device="cpu")
