@@ -7,10 +7,12 @@ right and it fits the model; any other file is a miss and is removed.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +40,8 @@ class PlanPrograms:
     Args:
         identity: the fingerprint; only its model, hardware and versions count.
         transforms: of the plan.
+
+    The code of the modules' forwards counts, too: somebody may have replaced it for all models.
     """
 
     def __init__(self, identity: Fingerprint, transforms: Iterable[Transform]) -> None:
@@ -45,7 +49,7 @@ class PlanPrograms:
 
     def path(self, module: nn.Module, inputs: Inputs) -> Path | None:
         """Path of the file for a step with such inputs, existing or not; None if there is no lasting cache."""
-        key = json.dumps([SCHEMA, self._made_of, seam.experts(module), inputs], sort_keys=True)
+        key = json.dumps([SCHEMA, self._made_of, seam.experts(module), _code(module), inputs], sort_keys=True)
         folder = cache_dir.cache("programs", lasting=True)
         return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
@@ -74,3 +78,26 @@ class PlanPrograms:
             tensors = {**folded, TEXT: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
             size_bytes = sum(tensor.nbytes for tensor in tensors.values())
             tensor_file.keep(path, tensor_file.head("", tensors), tensors, size_bytes, MOST_BYTES)
+
+
+def _code(module: nn.Module) -> str:
+    """Digest of the code of every forward in a module, but not of functions that they call."""
+    kinds = set(map(type, module.modules()))
+    forwards: dict[str, Any] = {
+        f"{kind.__module__}.{kind.__qualname__}": getattr(kind, "forward", None) for kind in kinds
+    }
+    seen = hashlib.blake2b(digest_size=16)
+    for name, forward in sorted(forwards.items()):
+        code = getattr(inspect.unwrap(forward), "__code__", None)
+        seen.update("\n".join([name, *(_words(code) if code is not None else ())]).encode())
+    return seen.hexdigest()
+
+
+def _words(code: types.CodeType) -> Iterator[str]:
+    """What a function's code consists of, but for where it stands."""
+    yield from (code.co_code.hex(), repr(code.co_names), repr(code.co_varnames))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _words(constant)
+        else:
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +94,30 @@ def test_so_are_those_of_another_layout(variant: Variant, path: Path, monkeypatc
 def test_other_work_and_another_policy_take_the_same(variant: Variant, path: Path) -> None:
     other = replace(IDENTITY, workload="another", policy="another", tier="relaxed")
     assert PlanPrograms(other, PLAN).find(*asked(variant)) is not None
+
+
+def test_nor_is_one_of_other_code(variant: Variant, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, inputs = asked(variant)
+    kind = type(module.model.norm)
+    same = types.FunctionType(kind.forward.__code__, kind.forward.__globals__)
+    monkeypatch.setattr(kind, "forward", same)
+    assert PlanPrograms(IDENTITY, PLAN).path(module, inputs) == path
+    monkeypatch.setattr(kind, "forward", lambda self, hidden_states: hidden_states)
+    assert PlanPrograms(IDENTITY, PLAN).path(module, inputs) != path
+
+
+def test_code_has_the_same_digest_in_every_process(variant: Variant, path: Path) -> None:
+    """Sets in it are in another order in each, and its objects elsewhere."""
+    script = (
+        "from tests.tune.test_programs import IDENTITY, PLAN, PlanPrograms, Variant, asked, tiny\n"
+        "print(PlanPrograms(IDENTITY, PLAN).path(*asked(Variant(tiny('llama')).with_transforms(PLAN))))"
+    )
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == str(path)
 
 
 def flipped(variant: Variant, path: Path) -> None:
