@@ -35,7 +35,14 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "threads": [{"count": 1}, {"count": 2}, {"count": 10_000}],
     "torchao": [
         {"scheme": name, "compile": False}
-        for name in ("int8_weight_only", "int8_dynamic", "int4_weight_only", "float8_weight_only", "float8_dynamic")
+        for name in (
+            "int8_weight_only",
+            "int8_dynamic",
+            "int4_weight_only",
+            "int4_hqq",
+            "float8_weight_only",
+            "float8_dynamic",
+        )
     ],
     "weight_only": [
         {"bits": 8},
