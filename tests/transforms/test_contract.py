@@ -44,6 +44,7 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
             "float8_dynamic",
         )
     ],
+    "triton_weights": [{"bits": 8}, {"bits": 4}, {"bits": 4, "wide": "lm_head"}],
     "weight_only": [
         {"bits": 8},
         {"bits": 4, "group": 64},
