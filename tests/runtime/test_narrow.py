@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tests.models import tiny, token_prompts
 pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
 
 from autotune.runtime.narrow import layers
-from autotune.runtime.narrow.product import MOST_ROWS
+from autotune.runtime.narrow import product as narrow
 
 SHAPES = [(40, 96), (33, 130), (64, 256)]  # outputs and inputs; 130 inputs are five groups, the last one not full
 ROWS = [1, 3, 16, 17, 70]
@@ -89,8 +90,6 @@ def test_it_compiles_for_gpus_that_are_not_here(bits: int, rows: int, units: boo
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from autotune.runtime.narrow import product as narrow
 
     shape = narrow.tile(rows, 4096, bits)
     options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
@@ -166,6 +165,26 @@ def on_a_cpu() -> Iterator[None]:
 GPU = Hardware("cuda", "a GPU", "9.0", 2, 80 << 30, 2e12, {"float32": 60e12, "bfloat16": 700e12}, None, {})
 
 
+@pytest.mark.parametrize(("bits", "kernel"), [(8, "_few_rows"), (4, "_few_rows_int4")])
+def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(
+    bits: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, launched = list[Tensor](), list[Tensor]()
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.clear()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(narrow, kernel, {(2, 1, 1): lambda *_, **__: launched.extend(current)})
+    layer: Any = make("triton_weights", {"bits": bits}).exchange(nn.Linear(64, 8 if bits == 8 else 16))  # type: ignore[attr-defined]
+    x = torch.ones(1, 64)
+    (narrow.product_int8 if bits == 8 else narrow.product_int4)(x, *layer.weights)
+    assert launched == [x]
+
+
 @pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("bits", "name"), [(8, "linear_few_rows_int8"), (4, "linear_few_rows_int4")])
@@ -185,7 +204,7 @@ def test_compilers_see_an_operator(bits: int, name: str, dtype: torch.dtype) -> 
         assert (fake.shape, fake.dtype) == ((1, rows, 40), dtype)
         torch._dynamo.reset()
         assert torch.equal(torch.compile(layer, backend=compiler, fullgraph=True)(x), layer(x))
-        assert (f"autotune.{name}" in seen) is (rows <= MOST_ROWS)
+        assert (f"autotune.{name}" in seen) is (rows <= narrow.MOST_ROWS)
         seen.clear()
     torch.library.opcheck(getattr(torch.ops.autotune, name).default, (x[0, :3], *layer.weights))
 

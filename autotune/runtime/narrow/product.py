@@ -184,7 +184,8 @@ def _multiplied(kernel: Any, x: Tensor, weights: tuple[Tensor, ...], inputs: int
     out = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(outputs, chosen["BN"]), split, triton.cdiv(rows, chosen["BM"]))
     fixed = {"K": inputs, "GROUP": inputs // groups}
-    kernel[grid](x, *weights, out, rows, outputs, given, **more, **fixed, **chosen)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current GPU
+        kernel[grid](x, *weights, out, rows, outputs, given, **more, **fixed, **chosen)
     return out.view(rows, outputs) if split == 1 else out.sum(0)
 
 
