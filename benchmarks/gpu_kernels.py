@@ -65,7 +65,7 @@ def attention(batch: int, slots: int) -> tuple[Tensor, Mapping[str, Callable[[],
 
 def products(rows: int, outputs: int, inputs: int) -> tuple[Tensor, dict[str, list[Callable[[], Tensor]]]]:
     """The right result [rows, outputs], and ways to it, each with as many weights as the cache cannot hold."""
-    from autotune.runtime.narrow.layers import NarrowLinear
+    from autotune.runtime.narrow.layers import NarrowInt4Linear, NarrowInt8Linear
     from autotune.runtime.steps.compiled import OPTIONS
 
     many = range(max(2, min(TIMES, int(WEIGHTS_BYTES / (outputs * inputs)))))
@@ -81,7 +81,8 @@ def products(rows: int, outputs: int, inputs: int) -> tuple[Tensor, dict[str, li
     return linear(x).float(), {
         "BF16": [partial(F.linear, x, linear.weight.clone()) for _ in many],
         "INT8, inductor": [partial(generated, x, numbers.clone(), scale) for _ in many],
-        "INT8, groups, Triton": [partial(NarrowLinear(linear, 32), x) for _ in many],
+        "INT8, groups, Triton": [partial(NarrowInt8Linear(linear, 32), x) for _ in many],
+        "INT4, groups, Triton": [partial(NarrowInt4Linear(linear, 32), x) for _ in many],
     }
 
 

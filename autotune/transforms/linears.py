@@ -217,6 +217,30 @@ class LinearTransform(Transform):
         return None
 
 
+@dataclass(frozen=True)
+class MixedTransform(LinearTransform):
+    """A `LinearTransform` whose sensitive layers get its `wider` form.
+
+    Args:
+        wide: comma-separated parts of the names of layers that get the wider form: "lm_head,layers.3.mlp.down_proj".
+    """
+
+    wide: str = ""
+
+    @property
+    def recipe(self) -> Self:
+        return replace(self, skip="", wide="")
+
+    def widened(self, names: str) -> Self:
+        return replace(self, wide=joined(self.wide, names))
+
+    def exchange_in(self, twin: nn.Module) -> int:
+        narrow = linear_layers.replace(twin, self.exchange_once, joined(self.skip, self.wide))
+        if self.wide and self.wider is not None:
+            linear_layers.replace(twin, self.wider.exchange_once, self.skip)  # the layers that are still plain
+        return narrow
+
+
 def weight_bytes(phase: PhaseProfile, bits: float) -> float:
     """Bytes that a phase's weights would take with `bits` bits per weight.
 

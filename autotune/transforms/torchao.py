@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..diagnose import ceilings
+from ..machine import device as devices
 from ..model import linear_layers
 from . import require
 from .linears import CPU, LinearTransform, weight_bytes
@@ -52,6 +53,7 @@ SCHEMES = {
     "int8_weight_only": Scheme(8, None, (7, 0)),
     "int8_dynamic": Scheme(8, "int8", (8, 0), inputs=8, outputs=8, rows=17),
     "int4_weight_only": Scheme(5, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
+    "int4_hqq": Scheme(5, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
     "float8_weight_only": Scheme(8, None, (8, 9)),
     "float8_dynamic": Scheme(8, "float8", (8, 9), torch.bfloat16, inputs=16, outputs=16),
 }
@@ -96,8 +98,9 @@ class Torchao(LinearTransform):
 
     Args:
         scheme: "int8_weight_only" or "float8_weight_only" (a scale per row, products in the weights' own dtype),
-            "int8_dynamic" or "float8_dynamic" (activations as well, a scale per token), or "int4_weight_only" (groups
-            of 32, BF16 activations, only on GPUs).
+            "int8_dynamic" or "float8_dynamic" (activations as well, a scale per token), or "int4_weight_only" or
+            "int4_hqq" (groups of 32, BF16 activations, only on GPUs). They run the same kernel. The first spreads a
+            group's numbers over its range, the second fits the zero by half-quadratic quantisation.
         compile: compile each layer's product; layers of one shape share the code. The INT4 kernel does not need it.
     """
 
@@ -142,7 +145,8 @@ def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
 
     holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.weight = nn.Parameter(weight, requires_grad=False)
-    quantize_(holder, _config(scheme))
+    with devices.of(weight.device).unrecorded():  # torchao's HQQ empties the allocator's cache
+        quantize_(holder, _config(scheme))
     if type(holder.weight) is nn.Parameter:  # torchao leaves a layer that it does not take unchanged, without a warning
         raise ValueError(f"torchao leaves a weight of shape {tuple(weight.shape)} as it is with {scheme}")
     return holder.weight.detach()
@@ -181,7 +185,9 @@ def _config(scheme: str) -> Any:
         return q.Float8WeightOnlyConfig(granularity=row, set_inductor_config=False)
     if scheme == "float8_dynamic":
         return q.Float8DynamicActivationFloat8WeightConfig(granularity=row, set_inductor_config=False)
-    return q.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    chosen = "hqq" if scheme == "int4_hqq" else "tinygemm"
+    packing: Any = {"int4_packing_format": "tile_packed_to_4d", "int4_choose_qparams_algorithm": chosen}
+    return q.Int4WeightOnlyConfig(group_size=32, set_inductor_config=False, **packing)
 
 
 @functools.cache

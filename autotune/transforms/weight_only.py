@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ..diagnose import ceilings
-from ..model import linear_layers
 from ..runtime import kernels
 from . import require
-from .linears import CPU, LinearTransform, joined, weight_bytes
+from .linears import CPU, LinearTransform, MixedTransform, weight_bytes
 from .weight_storage import WeightStorage
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
-class WeightOnly(LinearTransform):
+class WeightOnly(MixedTransform):
     """Quantise linear weights and dequantise them in registers as they are read.
 
     Products are in integers over activations of 16 bits where the processor has AVX2 or VNNI, else in FP32.
@@ -32,13 +31,11 @@ class WeightOnly(LinearTransform):
     Args:
         bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
-        wide: comma-separated parts of the names of layers that get the next wider form, 8 bits instead of 4 or FP16
-            instead of 8: "lm_head,layers.3.mlp.down_proj".
+        wide: layers that get the next wider form, 8 bits instead of 4 or FP16 instead of 8.
     """
 
     bits: int = 8
     group: int = 32
-    wide: str = ""
 
     name: ClassVar[str] = "weight_only"
     summary: ClassVar[str] = "INT8 or INT4 weights in groups; FP32 arithmetic, or with 16-bit activations; C++ kernels"
@@ -52,25 +49,12 @@ class WeightOnly(LinearTransform):
         return kernels.Int8Linear if self.bits == 8 else kernels.Int4Linear
 
     @property
-    def recipe(self) -> Self:
-        return replace(self, skip="", wide="")
-
-    @property
     def wider(self) -> LinearTransform:
         return replace(self.recipe, bits=8) if self.bits == 4 else WeightStorage(phase=self.phase)
 
     @property
     def wider_form(self) -> str:
         return "at 8 bits" if self.bits == 4 else "in FP16"
-
-    def widened(self, names: str) -> Self:
-        return replace(self, wide=joined(self.wide, names))
-
-    def exchange_in(self, twin: nn.Module) -> int:
-        narrow = linear_layers.replace(twin, self.exchange_once, joined(self.skip, self.wide))
-        if self.wide:
-            linear_layers.replace(twin, self.wider.exchange_once, self.skip)  # the layers that are still plain
-        return narrow
 
     def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available()

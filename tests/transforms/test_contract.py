@@ -35,8 +35,16 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
     "threads": [{"count": 1}, {"count": 2}, {"count": 10_000}],
     "torchao": [
         {"scheme": name, "compile": False}
-        for name in ("int8_weight_only", "int8_dynamic", "int4_weight_only", "float8_weight_only", "float8_dynamic")
+        for name in (
+            "int8_weight_only",
+            "int8_dynamic",
+            "int4_weight_only",
+            "int4_hqq",
+            "float8_weight_only",
+            "float8_dynamic",
+        )
     ],
+    "triton_weights": [{"bits": 8}, {"bits": 4}, {"bits": 4, "wide": "lm_head"}],
     "weight_only": [
         {"bits": 8},
         {"bits": 4, "group": 64},

@@ -6,8 +6,9 @@ without the question its numbers can be checked here. INT4's packing and kernel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from autotune.transforms import bitsandbytes, make, torchao
 from autotune.transforms.cuda_graph import uncapturable
 from tests import models
 from tests.fakes.cuda import FakeCuda
+from tests.machine.test_device import during_a_capture
 from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def able(monkeypatch: pytest.MonkeyPatch) -> None:
         ("torchao", "float8_dynamic", "8.6", "8.9"),
         ("torchao", "float8_weight_only", "8.0", "8.9"),
         ("torchao", "int4_weight_only", "7.5", "8.0"),
+        ("torchao", "int4_hqq", "7.5", "8.0"),
         ("torchao", "int8_dynamic", "7.5", "8.0"),
         ("torchao", "int8_weight_only", "6.1", "7.0"),
         ("bitsandbytes", "int8", "7.0", "7.5"),
@@ -91,6 +94,7 @@ def test_what_a_scheme_needs_of_a_gpu(name: str, scheme: str, capability: str, n
         ("int8_weight_only", 1.0),
         ("int8_dynamic", 1.0),
         ("int4_weight_only", 0.625),  # 4 bits, and a scale and a zero in BF16 for every 32
+        ("int4_hqq", 0.625),
         ("float8_weight_only", 1.0),
         ("float8_dynamic", 1.0),
     ],
@@ -98,7 +102,10 @@ def test_what_a_scheme_needs_of_a_gpu(name: str, scheme: str, capability: str, n
 def test_shapes_dtypes_and_bytes(
     scheme: str, bytes_each: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchao, "without_zero_rows", lambda weight: weight)  # it looks at values
+    tiles = pytest.importorskip("torchao.quantization.quantize_.workflows.int4.int4_tile_packed_to_4d_tensor")
+    hqq = "_choose_qparams_and_quantize_affine_hqq"
+    monkeypatch.setattr(tiles, hqq, partial(getattr(tiles, hqq), optimize=False))  # optimising looks at values,
+    monkeypatch.setattr(torchao, "without_zero_rows", lambda weight: weight)  # and so does this
     with FakeTensorMode():
         linear = nn.Linear(1024, 2048, bias=True, dtype=dtype)
         layer = torchao.TorchaoLinear(linear, scheme, compiled=False)
@@ -119,6 +126,43 @@ def test_numbers_of_dynamic_fp8(dtype: torch.dtype, bias: bool) -> None:
         expected, got = linear(x), layer(x)
         assert got.dtype == dtype
         assert (got - expected).norm() <= 0.05 * expected.norm()  # three bits of mantissa on either side
+
+
+@pytest.fixture
+def unpacked(able: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """Quantise a weight to INT4 on a CPU and back; the kernel's order of bytes exists on GPUs alone."""
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda packed, tiles: packed)
+
+    def there_and_back(weight: torch.Tensor, scheme: str) -> torch.Tensor:
+        found: Any = torchao.quantized(weight, scheme)
+        numbers = torch.stack([found.qdata >> 4, found.qdata & 15], -1).view(len(weight), -1, 32).float()
+        scales, zeros = found.scale_and_zero.float().permute(2, 1, 0)[..., None]  # [N, groups, 1] each
+        return ((numbers - 8) * scales + zeros).flatten(1)[:, : weight.shape[1]]
+
+    return there_and_back
+
+
+@pytest.mark.parametrize("shape", ["normal", "heavy tails", "zeros and constants"])
+def test_hqq_loses_less_than_plain_int4(shape: str, unpacked: Callable[[torch.Tensor, str], torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(64, 1056)
+    if shape == "heavy tails":
+        weight *= torch.randn(64, 1056).exp()
+    elif shape == "zeros and constants":
+        weight[:, :64], weight[:, 64:96] = 0, 0.5
+    weight = weight.bfloat16()
+    plain, hqq = ((unpacked(weight, each) - weight).norm() for each in ("int4_weight_only", "int4_hqq"))
+    assert hqq < 0.98 * plain
+    assert plain < 0.15 * weight.norm()
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_nothing_is_captured_while_torchao_releases_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HQQ calls torch.cuda.empty_cache(), which the allocator refuses during a capture."""
+    fake, weight = FakeCuda(), torch.randn(8, 64).bfloat16()
+    monkeypatch.setattr(torch.cuda, "empty_cache", fake.release)
+    assert during_a_capture(fake, lambda: torchao.quantized(weight, "int4_hqq")) == [None]
+    assert fake.trims
 
 
 @pytest.mark.parametrize("scheme", ["float8_weight_only", "int8_weight_only"])
@@ -267,6 +311,7 @@ def test_narrow_weights_in_captured_steps(transforms: list[Any], dtype: torch.dt
     [
         *[("torchao", scheme, 0.06 if "float8" in scheme else 0.02) for scheme in torchao.SCHEMES if "4" not in scheme],
         ("torchao", "int4_weight_only", 0.15),
+        ("torchao", "int4_hqq", 0.15),
         *[("bitsandbytes", scheme, 0.02 if "int8" in scheme else 0.15) for scheme in bitsandbytes.BITS],
     ],
 )

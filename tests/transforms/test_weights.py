@@ -263,6 +263,10 @@ H100 = Hardware(
         ("weight_only", {"group": 0}, NARROW, FAST, 0.020 / (0.010 + 0.005)),
         ("torchao", {"scheme": "int8_weight_only"}, NARROW, FAST, 0.020 / (0.010 + 0.005)),
         ("torchao", {"scheme": "int4_weight_only"}, NARROW, FAST, 0.020 / (0.010 + 0.003125)),  # 5 bits a weight
+        ("torchao", {"scheme": "int4_hqq"}, NARROW, FAST, 0.020 / (0.010 + 0.003125)),
+        ("triton_weights", {}, NARROW, FAST, 0.020 / (0.010 + 0.0053125)),
+        ("triton_weights", {"bits": 4}, NARROW, FAST, 0.020 / (0.010 + 0.003125)),
+        ("triton_weights", {"bits": 4, "group": 128}, NARROW, FAST, 0.020 / (0.010 + 0.00265625)),
         ("bitsandbytes", {"scheme": "nf4"}, NARROW, FAST, 0.020 / (0.010 + 0.0025)),
         ("weight_storage", {}, NARROW, FAST, 1.0),
         ("weight_only", {"group": 0}, EMULATED, AVX2, 1.680 / (0.010 + 0.005)),

@@ -88,6 +88,14 @@ def test_memory_never_keeps_a_copy_per_phase() -> None:
             assert choice.phase == "both" or converts or not keeps
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_hqq_comes_before_plain_int4_on_a_gpu(name: str) -> None:
+    for step in policy.load(name).steps:
+        schemes = [choice.params.get("scheme") for choice in step.choices]
+        if step.devices == {"cuda"} and "int4_weight_only" in schemes:
+            assert "int4_hqq" in schemes[: schemes.index("int4_weight_only")]
+
+
 def test_lossless_computes_in_no_lower_precision() -> None:
     lossless = policy.load("lossless")
     used = {c.transform for step in lossless.steps for c in step.choices}

@@ -85,8 +85,8 @@ def trial(found: Found, label: str) -> Trial:
         ("int8", {1: 14.0, 8: 8.0}, "b1/"),
         ("int8", {1: 14.0, 8: 5.0}, "b1/"),
         # INT4 unpacks what a batch of 8 multiplies: 2.3x faster at batch 1, 1.4x slower at 8, 1.3x faster on average
-        ("int4_weight_only", {1: 3.5, 8: 12.0}, "b8/"),
-        ("int4_weight_only", {1: 2.0, 8: 9.3}, "b8/"),
+        ("int4_hqq", {1: 3.5, 8: 12.0}, "b8/"),
+        ("int4_hqq", {1: 2.0, 8: 9.3}, "b8/"),
     ],
 )
 def test_slower_in_one_bucket_is_rejected_and_the_bucket_named(
@@ -114,12 +114,12 @@ def test_what_gains_in_every_bucket_is_kept_beside_what_does_not(monkeypatch: py
         "balanced",
         H100,
         monkeypatch,
-        int4_weight_only={1: 3.5, 8: 12.0},
+        int4_hqq={1: 3.5, 8: 12.0},
         int8={1: 14.0, 8: 8.0},
         float8_weight_only=GAINS,
     )
-    outcomes = {label: str(trial(found, label).outcome) for label in ("int4_weight_only", "int8", "float8_weight_only")}
-    assert outcomes == {"int4_weight_only": "rejected", "int8": "rejected", "float8_weight_only": "accepted"}
+    outcomes = {label: str(trial(found, label).outcome) for label in ("int4_hqq", "int8", "float8_weight_only")}
+    assert outcomes == {"int4_hqq": "rejected", "int8": "rejected", "float8_weight_only": "accepted"}
     assert [t.label for t in found.after.variant.transforms] == ["float8_weight_only"]  # type: ignore[attr-defined]
 
 

@@ -49,8 +49,10 @@ HOST_S, SMALL_S, COMPILE_S = 1.44e-3, 80e-6, 1.1  # a layer
 FORMATS: dict[str, tuple[float, float, float]] = {
     "": (2.0, 0.80, 0.0),
     "int4_weight_only": (0.625, 0.55, 0.02),
+    "int4_hqq": (0.625, 0.55, 0.019),
     "nf4": (0.56, 0.40, 0.02),
-    "triton_int8": (1.0625, 0.75, 0.001),
+    "triton_weights 8": (1.0625, 0.75, 0.001),
+    "triton_weights 4": (0.625, 0.55, 0.019),
     "float8_weight_only": (1.0, 0.70, 0.004),
     "float8_dynamic": (1.0, 0.60, 0.01),
     "int8_weight_only": (1.0, 0.70, 0.002),
@@ -79,7 +81,8 @@ class StandIn(Transform):
     @property
     def format(self) -> str:
         """Key into FORMATS."""
-        found = str(getattr(self.real, "scheme", self.real.name))
+        real: Any = self.real
+        found = str(getattr(real, "scheme", f"{real.name} {getattr(real, 'bits', '')}"))
         return found if found in FORMATS else ""
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
@@ -298,7 +301,11 @@ def tuned(
     return found.after.variant
 
 
-EIGHT, FOUR, SIXTEEN = {"triton_int8", "float8_weight_only", "int8_weight_only"}, {"int4_weight_only", "nf4"}, {""}
+EIGHT, FOUR, SIXTEEN = (
+    {"triton_weights 8", "float8_weight_only", "int8_weight_only"},
+    {"int4_hqq", "triton_weights 4", "nf4"},
+    {""},
+)
 # GPU, billions of parameters -> formats of decode's weights with `balanced` and with `latency`. Left out: what does not
 # fit, and 8 on an L4, which reads its weights for longer than the host launches: no graph pays, and ten minutes are too
 # short for more.

@@ -135,8 +135,12 @@ class Device(ABC):
 
     def trim(self) -> None:
         """Release memory that is kept for reuse. A capture on another thread, which allocates, is awaited first."""
-        with _recording:
+        with self.unrecorded():
             self.release()
+
+    def unrecorded(self) -> AbstractContextManager[object]:
+        """Inside the block no other thread records a graph, on any device: for code that releases memory by itself."""
+        return _recording
 
     @abstractmethod
     def release(self) -> None:
