@@ -1,16 +1,13 @@
-"""The GPU's benchmarks without a GPU: shapes, figures on paper, a soak on the fake, and parts that fail."""
+"""The GPU's benchmarks without a GPU: shapes, figures on paper, and a soak on the fake."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from autotune.machine import device
 from autotune.runtime.steps.graphs import GraphSteps
-from benchmarks import first_hour, gpu, gpu_shapes, gpu_steps, graph_soak
+from benchmarks import gpu, gpu_shapes, gpu_steps, graph_soak
 from tests.fakes.cuda import FakeCuda
 
 
@@ -66,36 +63,6 @@ def test_a_soak_of_graphs_sees_a_graph_that_changes(damage: bool, monkeypatch: p
     assert made >= 1
     assert checked >= 4
     assert bool(wrong) is damage
-
-
-def test_the_first_hour_goes_on_when_a_part_fails(tmp_path: Path) -> None:
-    def part(script: str, seconds: float = 60.0) -> first_hour.Part:
-        return first_hour.Part((sys.executable, "-c", script), seconds)
-
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    parts = {
-        "good": part("print('fine')"),
-        "bad": part("raise SystemExit(3)"),
-        "slow": part(f"print('begun', flush=True)\n{child}", 2.0),
-        "last": part("print('still here')"),
-    }
-    file = tmp_path / "new" / "report.md"
-    assert first_hour.main(["--out", str(file)], parts) == 1
-    told = file.read_text()
-    for line in ("| good | passed |", "| bad | failed (3) |", "| slow | ended: out of time |", "| last | passed |"):
-        assert line in told
-    assert all(each in told for each in ("fine", "begun", "still here"))
-    assert first_hour.main(["--parts", "last,good", "--out", str(file)], parts) == 0
-    with pytest.raises(SystemExit):
-        first_hour.main(["--parts", "nothing"], parts)
-
-
-def test_the_first_hour_ends_in_time(tmp_path: Path) -> None:
-    clock = iter([0.0, 0.0, 3000.0])
-    parts = {name: first_hour.Part((sys.executable, "-c", ""), 60.0) for name in ("one", "two")}
-    assert first_hour.main(["--out", str(tmp_path / "r.md")], parts, lambda: next(clock)) == 1
-    assert "| two | not run | - |" in (tmp_path / "r.md").read_text()
-    assert sum(part.seconds for part in first_hour.PARTS.values()) <= 60 * first_hour.MINUTES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
