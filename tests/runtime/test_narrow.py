@@ -77,10 +77,12 @@ def test_it_compiles_for_gpus_that_are_not_here(capability: int, rows: int, unit
     options = {name: shape.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"K": 4096, "GROUP": 32} | shape
     types = {"x": "*bf16", "numbers": "*i8", "scales": "*fp16", "out": "*fp32", "M": "i32", "N": "i32", "KX": "i32"}
-    kernel: Any = narrow._few_rows
+    kernel: Any = narrow._linear_few_rows
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types if name != "M"}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    code = compiled.asm["ptx"]
+    assert compiled.metadata.name == kernel.fn.__name__, "a profile knows it by another name"
     assert f".target sm_{capability}" in code
     assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", code)) is units
     assert units or "ld.global.v4.b32" in code

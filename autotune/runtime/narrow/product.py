@@ -20,7 +20,7 @@ NARROW = 4096  # outputs up to which tiles are too few for all multiprocessors, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _few_rows(  # type: ignore[no-untyped-def]
+def _linear_few_rows(  # type: ignore[no-untyped-def]
     x,  # [M, KX]
     numbers,  # int8 [N, K]
     scales,  # [N, K / GROUP]
@@ -66,7 +66,7 @@ def _few_rows(  # type: ignore[no-untyped-def]
 
 
 def tile(rows: int, outputs: int) -> dict[str, int]:
-    """The shape of a tile, as `_few_rows` names it, and the warps that compute it.
+    """The shape of a tile, as `_linear_few_rows` names it, and the warps that compute it.
 
     The fastest of ten (one row) and of eight (several) on an H100, over layers of models with 1 and 8 billion
     parameters.
@@ -97,5 +97,5 @@ def product(
     out = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(outputs, chosen["BN"]), split, triton.cdiv(rows, chosen["BM"]))
     fixed = {"K": inputs, "GROUP": inputs // groups}
-    _few_rows[grid](x, numbers, scales, out, rows, outputs, given, **fixed, **chosen)
+    _linear_few_rows[grid](x, numbers, scales, out, rows, outputs, given, **fixed, **chosen)
     return out[0] if split == 1 else out.sum(0)
