@@ -53,6 +53,10 @@ class TritonInt8(LinearTransform):
     def capability(self) -> Capability:
         return (8, 0)  # BF16 in tensor cores
 
+    @property
+    def weight_bits(self) -> float:
+        return 8 + SCALE_BITS / self.group
+
     def missing(self, where: torch.device = CPU) -> str | None:
         return _missing(where)
 
@@ -62,7 +66,7 @@ class TritonInt8(LinearTransform):
         return NarrowLinear(linear, self.group)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, 8 + SCALE_BITS / self.group))
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, self.weight_bits))
 
 
 @functools.cache

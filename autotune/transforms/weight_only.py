@@ -72,6 +72,11 @@ class WeightOnly(LinearTransform):
             linear_layers.replace(twin, self.wider.exchange_once, self.skip)  # the layers that are still plain
         return narrow
 
+    @property
+    def weight_bits(self) -> float:
+        factors = 1 if self.bits == 8 else 2
+        return self.bits + factors * SCALE_BITS / self.group if self.group else float(self.bits)
+
     def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available()
 
@@ -79,6 +84,4 @@ class WeightOnly(LinearTransform):
         return self.kind.from_linear(linear, group=self.group)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
-        read = weight_bytes(phase, self.bits + factors)
-        return ceilings.faster_weights(phase, hardware, read, compute_dtype="int16")
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, self.weight_bits), compute_dtype="int16")
