@@ -12,6 +12,7 @@ capture failed.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ MOST_GRAPHS = 64  # largest number of graphs of one step; a graph of an 8B model
 AGREEMENT = 0.02  # largest difference relative to the largest logit; replays run the same kernels, in BF16 at worst
 
 
+@functools.cache
 def most_failures(torch_version: str) -> int:
     """How many captures of a step may fail before no further shape is tried.
 
