@@ -94,7 +94,7 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(WITH_GPU)
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
-bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: per-operation tables, every trial
+bench-gpu: $(READY)  ## tune a model of 8 billion parameters on a CUDA device: per-operation tables, every trial; --paper needs none
 	$(WITH_GPU)
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 

@@ -1,9 +1,10 @@
 """What whoever has a GPU runs first: `make first-hour-on-gpu`.
 
 Runs doctor, the tests that need a GPU, a soak of graphs, and the benchmarks for 1 and 8 billion parameters, each in a
-process of its own with a limit of its own. A part that fails or takes too long ends, and the next one begins. All
-output goes into one file, which is written anew after every part, to read or to send. Nothing on the GPU is reset or
-set: clocks, modes and partitions stay as they are.
+process of its own with a limit of its own. A part that fails or takes too long ends, and the next one begins. The tests
+are several parts: one that hangs, or breaks the device for its process, hides only the rest of its part. All output
+goes into one file, which is written anew after every part, to read or to send. Nothing on the GPU is reset or set:
+clocks, modes and partitions stay as they are.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 PYTHON = sys.executable
 MINUTES = 50.0
-GRACE_S = 10.0  # between asking a process to end and ending it
+ENDING = {  # signals that end a part, in this order, and seconds until the next; pytest prints its summary at the first
+    signal.SIGINT: 10.0,
+    signal.SIGTERM: 5.0,
+    signal.SIGKILL: 5.0,
+}
+GRACE_S = sum(ENDING.values())  # of a part that ignores all but the last
+SILENT_S = 100  # seconds of one test after which pytest prints where each thread is
 MOST_CHARACTERS = 60_000  # of a part's output that the file keeps, from its end
 
 
@@ -42,16 +51,30 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
     return (PYTHON, "-m", name, *arguments)
 
 
+def tests(marks: str, *paths: str) -> tuple[str, ...]:
+    """Tests of the marks and paths. The name of each is printed before it runs, and the reason as soon as it fails."""
+    shown = ("-v", "-p", "benchmarks.at_once", "--durations=10", "-o", f"faulthandler_timeout={SILENT_S}")
+    return module("pytest", "-m", marks, *shown, *paths)
+
+
 PARTS: Mapping[str, Part] = {
-    "doctor": Part(module("autotune", "doctor"), 120),
-    "tests": Part(module("pytest", "-m", "gpu", "-q", "--durations=10"), 600),
-    "soak": Part(module("benchmarks.graph_soak", "--seconds", "120"), 240),
-    "kernels": Part(module("benchmarks.gpu_kernels"), 120),
-    "steps-1b": Part(module("benchmarks.gpu_steps", "--shape", "1b", "--batches", "1,8", "--seconds", "240"), 300),
-    "steps-8b": Part(module("benchmarks.gpu_steps", "--shape", "8b", "--seconds", "300"), 420),
-    "tune-1b": Part(module("benchmarks.gpu", "--shape", "1b", "--policy", "balanced", "--budget", "300"), 480),
+    "doctor": Part(module("autotune", "doctor"), 90),
+    "tests-device": Part(tests("gpu and not slow", "tests/machine", "tests/model", "tests/profile"), 90),
+    "tests-runtime": Part(tests("gpu and not slow", "tests/runtime"), 210),
+    "tests-transforms": Part(tests("gpu and not slow", "tests/transforms"), 240),
+    "soak": Part(module("benchmarks.graph_soak", "--seconds", "60"), 120),
+    "kernels": Part(module("benchmarks.gpu_kernels"), 90),
+    "steps-1b": Part(module("benchmarks.gpu_steps", "--shape", "1b", "--batches", "1,8", "--seconds", "180"), 240),
+    "steps-8b": Part(module("benchmarks.gpu_steps", "--shape", "8b", "--seconds", "250"), 330),
+    "tests-compiled": Part(tests("gpu and slow", "tests"), 240),
+    "tune-1b": Part(module("benchmarks.gpu", "--shape", "1b", "--policy", "balanced", "--budget", "240"), 390),
     "tune-8b": Part(module("benchmarks.gpu", "--shape", "8b", "--policy", "latency", "--budget", "540"), 720),
 }
+
+
+def most_s(parts: Mapping[str, Part]) -> float:
+    """Seconds that parts take together at most, with the ending of each."""
+    return sum(part.seconds + GRACE_S for part in parts.values())
 
 
 @dataclass(frozen=True)
@@ -74,35 +97,38 @@ class Outcome:
 
 def run(part: Part, limit_s: float) -> Outcome:
     """Run a part, and end it with its children after `limit_s`."""
-    began = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:  # unlike a pipe, it does not wait for children
+        began = time.monotonic()
+        code = _code(part, limit_s, output)
+        seconds = time.monotonic() - began
+        output.seek(0)
+        return Outcome(code, seconds, output.read())
+
+
+def _code(part: Part, limit_s: float, output: IO[str]) -> int | None:
+    """Exit code of a part; None if it was ended after `limit_s`."""
     process = subprocess.Popen(
         part.command,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
-    late = False
     try:
-        output, _ = process.communicate(timeout=limit_s)
+        return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        late = True
-        output = _end(process)
-    except BaseException:
+        return None
+    finally:
         _end(process)
-        raise
-    return Outcome(None if late else process.returncode, time.monotonic() - began, output)
 
 
-def _end(process: subprocess.Popen[str]) -> str:
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a part's processes: itself if it is late, and children that it left behind."""
+    for number, grace_s in ENDING.items():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=GRACE_S)[0]
-    return ""
+            process.wait(grace_s)
 
 
 def report(outcomes: Mapping[str, Outcome], parts: Mapping[str, Part]) -> str:
@@ -134,7 +160,7 @@ def main(
     end, outcomes = clock() + 60 * asked.minutes, dict[str, Outcome]()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     for name in chosen:
-        left_s = end - clock()
+        left_s = end - clock() - GRACE_S
         if left_s <= 0:
             break
         print(f"{name}: at most {min(left_s, parts[name].seconds):.0f} s", flush=True)

@@ -2,8 +2,8 @@
 
 Each variant is put on by hand, timed in turns with the model as it is, and dropped before the next one. A row has the
 bytes that a token must read (weights as stored, and the KV cache), the time that they take at the measured and at the
-datasheet's bandwidth, and the measured time per token. `--paper` prints the bytes and the roofline alone, for a GPU of
-given bandwidth, without running anything on one. 69 % of the datasheet's bandwidth is what gpt-fast reaches with a
+datasheet's bandwidth, and the measured time per token. `--paper` prints the bytes and the roofline alone, for GPUs of
+given bandwidths, without running anything on one. 69 % of the datasheet's bandwidth is what gpt-fast reaches with a
 compiled BF16 step (its README: Llama-2-7B, A100).
 """
 
@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,10 @@ from autotune import transforms
 from autotune.diagnose.work import Forward, activation_dtype, count
 from autotune.errors import AutotuneError
 from autotune.machine import device as devices
+from autotune.model import linear_layers
 from autotune.profile.timing import time_request
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Transform, Variant, serving
+from autotune.transforms.linears import LinearTransform
 from autotune.workload import Workload
 from benchmarks.gpu_shapes import SHAPES, random_model, random_prompts
 
@@ -46,6 +48,7 @@ INT4 = narrow("int4_weight_only", compile=False)
 CUDNN: Step = ("attention", "decode", {"implementation": "sdpa:cudnn"})
 INT8_TRITON: Step = ("triton_weights", "decode", {"bits": 8})
 INT4_TRITON: Step = ("triton_weights", "decode", {"bits": 4})
+NF4: Step = ("bitsandbytes", "decode", {"scheme": "nf4"})
 PLANS: dict[str, tuple[Step, ...]] = {
     "lean loop": (("lean_loop", "decode", {}),),
     "graph": (GRAPH,),
@@ -57,14 +60,16 @@ PLANS: dict[str, tuple[Step, ...]] = {
     "graph, cuDNN, INT4 by torchao": (CUDNN, INT4, GRAPH),
     "graph, cuDNN, INT8 by Triton": (CUDNN, INT8_TRITON, GRAPH),
     "graph, cuDNN, INT4 by Triton": (CUDNN, INT4_TRITON, GRAPH),
+    "graph, cuDNN, NF4 by bitsandbytes": (CUDNN, NF4, GRAPH),
     "graph, cuDNN, compiled": (CUDNN, COMPILED, GRAPH),
     "graph, cuDNN, compiled, INT8 by Triton": (CUDNN, INT8_TRITON, COMPILED, GRAPH),
     "graph, cuDNN, compiled, INT4 by torchao": (CUDNN, INT4, COMPILED, GRAPH),
+    "graph, cuDNN, compiled, INT4 by Triton": (CUDNN, INT4_TRITON, COMPILED, GRAPH),
     "graph, cuDNN, compiled, merged, INT8": (CUDNN, MERGED, INT8_TRITON, COMPILED, GRAPH),
 }
-PAPER_BITS = {"BF16": 16.0, "FP8 or INT8, a scale a row": 8.0, "INT4, groups of 32": 5.0}
 DATASHEET = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12, "L4": 0.3e12, "4090": 1.008e12, "B200": 8e12}  # bytes/s
 GPT_FAST = 0.69
+PAPER_BATCHES = (1, 16)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,11 @@ def token_bytes(model: PreTrainedModel, batch: int, context: int) -> float:
     return sum(part.weight_bytes + part.cache_bytes for part in work.values())
 
 
+def chain(name: str) -> list[Transform]:
+    """The transforms of a plan."""
+    return [transforms.make(kind, params, phase) for kind, phase, params in PLANS[name]]
+
+
 def measure(model: PreTrainedModel, name: str, ids: torch.Tensor, new_tokens: int, rounds: int) -> Row:
     """Build one plan's variant and time it in turns with the model as it is.
 
@@ -100,8 +110,7 @@ def measure(model: PreTrainedModel, name: str, ids: torch.Tensor, new_tokens: in
     """
     began = time.perf_counter()
     rows = tuple(map(tuple, ids.tolist()))
-    chain = [transforms.make(kind, params, phase) for kind, phase, params in PLANS[name]]
-    variant = Variant(model, workload=Workload(rows, new_tokens, (len(rows),))).with_transforms(chain)
+    variant = Variant(model, workload=Workload(rows, new_tokens, (len(rows),))).with_transforms(chain(name))
     served = serving(variant)
     for _ in range(2):
         time_request(served, ids, new_tokens)
@@ -122,27 +131,47 @@ def line(row: Row, measured: float, datasheet: float | None) -> str:
     return "| " + " | ".join([*cells, f"{row.ready_s:.0f} s"]) + " |"
 
 
-def paper(asked: argparse.Namespace) -> None:
-    """Print bytes and roofline of a shape, which exists on torch's meta device alone."""
-    model = random_model(asked.shape, "meta")
-    context = asked.prompt_tokens + asked.new_tokens // 2
-    whole = {batch: token_bytes(model, batch, context) for batch in asked.batches}
-    cache = {batch: whole[batch] - token_bytes(model, batch, 0) for batch in asked.batches}
-    print("| weights | sequences | bytes a token | " + " | ".join(DATASHEET) + " |")
-    print("|---" * (3 + len(DATASHEET)) + "|")
-    for name, bits in PAPER_BITS.items():
-        for batch in asked.batches:
-            moved = (whole[batch] - cache[batch]) * bits / 16 + cache[batch]
-            times = [f"{moved / GPT_FAST / rate * 1e3:.2f} ms" for rate in DATASHEET.values()]
-            print(f"| {name} | {batch} | {moved / 1e9:.2f} GB | " + " | ".join(times) + " |")
-    print(f"\nTimes: a step at {GPT_FAST:.0%} of the datasheet's bandwidth, the line to pass.")
+def paper_bytes(model: PreTrainedModel, plan: Sequence[Transform], batch: int, context: int) -> float:
+    """`token_bytes` of a plan that is not applied, by the bits that its transforms store a weight in."""
+    moved = token_bytes(model, batch, context)
+    bits = next((t.weight_bits for t in plan if isinstance(t, LinearTransform)), None)
+    if bits is None:
+        return moved
+    weights = [layer.weight for layer in linear_layers.linears(model).values()]
+    return moved - sum(weight.nbytes - weight.numel() * bits / 8 for weight in weights)
+
+
+def paper(model: PreTrainedModel, batches: Sequence[int], context: int) -> Iterator[str]:
+    """Bytes and roofline of every plan, line by line.
+
+    Args:
+        model: a model on torch's meta device.
+        batches: numbers of sequences.
+        context: tokens in the cache of each sequence.
+    """
+    yield "| variant | sequences | bytes a token | " + " | ".join(DATASHEET) + " |"
+    yield "|---" * (3 + len(DATASHEET)) + "|"
+    for name, plan in {"as it is": list[Transform](), **{name: chain(name) for name in PLANS}}.items():
+        for batch in batches:
+            moved = paper_bytes(model, plan, batch, context)
+            floors_ms = [moved / rate * 1e3 for rate in DATASHEET.values()]
+            times = [f"{floor:.2f} / {floor / GPT_FAST:.2f} ms" for floor in floors_ms]
+            yield f"| {name} | {batch} | {moved / 1e9:.2f} GB | " + " | ".join(times) + " |"
+    yield ""
+    share = f"{100 * GPT_FAST:.0f} %"
+    yield (
+        f"Bytes are of a step, in which each sequence gets a token. Times are TPOT at 100 % / {share} of the "
+        "datasheet's bandwidth: the least possible, and the line to pass. Arithmetic and launches are not in them."
+    )
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-gpu-steps BENCH_ARGS=...", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, help="default: the shape's")
-    parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=(1,))
+    parser.add_argument(
+        "--batches", type=lambda text: tuple(map(int, text.split(","))), help="default: 1; on paper 1,16"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -156,7 +185,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
     asked = options(arguments)
     if asked.paper:
-        paper(asked)
+        model, context = random_model(asked.shape, "meta", asked.layers), asked.prompt_tokens + asked.new_tokens // 2
+        for text in paper(model, asked.batches or PAPER_BATCHES, context):
+            say(text)
         return 0
     if asked.device.startswith("cuda") and not torch.cuda.is_available():
         print("there is no CUDA device here; --paper needs none", file=sys.stderr)
@@ -169,7 +200,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     say(f"{machine.name}: {machine.bandwidth_bytes_per_s / 1e12:.2f} TB/s measured, torch {torch.__version__}")
     model = random_model(asked.shape, asked.device, asked.layers)
     chosen = [list(PLANS)[int(number)] for number in asked.plans.split(",")]
-    for batch in asked.batches:
+    for batch in asked.batches or (1,):
         ids = torch.tensor(random_prompts(model.config.vocab_size, asked.prompt_tokens, batch), device=asked.device)
         own = [time_request(model, ids, asked.new_tokens).tpot_s for _ in range(asked.rounds)]
         moved = token_bytes(model, batch, asked.prompt_tokens + asked.new_tokens // 2)

@@ -1,17 +1,29 @@
-"""The GPU's benchmarks without a GPU: shapes, figures on paper, a soak on the fake, and parts that fail."""
+"""The GPU's benchmarks without a GPU: shapes, figures on paper, and a soak on the fake."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from autotune.machine import device
+from autotune.machine.hardware import Hardware
+from autotune.runtime import attention_sdpa
+from autotune.runtime.cache import slots
+from autotune.runtime.steps import compiled
 from autotune.runtime.steps.graphs import GraphSteps
-from benchmarks import first_hour, gpu, gpu_shapes, gpu_steps, graph_soak
+from autotune.runtime.variant import Variant, serving
+from autotune.transforms import torchao, triton_weights
+from autotune.workload import Workload
+from benchmarks import gpu, gpu_shapes, gpu_steps, graph_soak
 from tests.fakes.cuda import FakeCuda
+from tests.models import tiny, token_prompts
+
+H100 = Hardware("cuda", "NVIDIA H100", "9.0", 2, 80 << 30, 2.9e12, {"bfloat16": 700e12}, None, {})
+CUDNN = attention_sdpa.KERNELS["cudnn"].name
 
 
 @pytest.mark.parametrize(("shape", "parameters"), [("1b", 1_498_482_688), ("8b", 8_030_261_248)])
@@ -23,16 +35,83 @@ def test_the_gpu_benchmark_is_of_the_class_it_says(shape: str, parameters: int) 
     assert len(set(map(tuple, prompts))) == len(prompts) == 40
 
 
-def test_the_paper_says_what_a_token_must_move(capsys: pytest.CaptureFixture[str]) -> None:
-    """8e9 weights in BF16 but for the embedding, of which a token reads one row, and 32 layers of keys and values."""
-    assert gpu_steps.main(["--paper", "--batches", "1,2", "--prompt-tokens", "1000", "--new-tokens", "2"]) == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| BF16")]
-    cache = 1002 * 32 * 2 * 8 * 128 * 2  # the tokens read and the one written
-    weights = 2 * (8_030_261_248 - 128256 * 4096)
-    found = [float(row[2].removesuffix(" GB")) * 1e9 for row in rows]
-    assert found == [pytest.approx(weights + n * cache, rel=2e-3) for n in (1, 2)]
-    h100 = list(gpu_steps.DATASHEET).index("H100")
-    assert float(rows[0][3 + h100].removesuffix(" ms")) == pytest.approx(found[0] / 0.69 / 3.35e12 * 1e3, abs=0.02)
+@pytest.fixture
+def on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU lacks is put in its place: cuDNN, Triton, packed INT4, compiled products and a compiled step."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(attention_sdpa.ON_CPU, "cudnn", replace(attention_sdpa.KERNELS["math"], name=CUDNN))
+    monkeypatch.setattr(triton_weights, "_missing", lambda bits, where: None)
+    monkeypatch.setattr(torchao, "_missing", lambda scheme, where: None)
+    monkeypatch.setattr(torchao, "_compiled", lambda *shape: nn.functional.linear)
+    monkeypatch.setattr(torchao, "quantized", lambda weight, scheme: weight)
+    monkeypatch.setattr(compiled, "artifact", lambda *given: None)
+    step = SimpleNamespace(disable_guard_check=lambda: None, fn=slots.run)
+    monkeypatch.setattr(compiled, "compile_ahead", lambda *given: step)
+    layers = pytest.importorskip("autotune.runtime.narrow.layers", reason="needs Triton")
+    for kind in (layers.NarrowInt8Linear, layers.NarrowInt4Linear):
+        monkeypatch.setattr(kind, "product", lambda layer, x: x.float() @ layer.widened(torch.float32).T)
+
+
+@pytest.mark.usefixtures("on_paper")
+@pytest.mark.parametrize("name", gpu_steps.PLANS)
+def test_every_plan_can_be_made_and_put_together(name: str) -> None:
+    """Each transform is available after the ones before it on an H100, and takes effect in the whole."""
+    work = Workload(tuple(map(tuple, token_prompts(2))), 4, (2,))
+    with device.stand_in(FakeCuda(opaque=True)):
+        variant = Variant(tiny("llama").bfloat16(), workload=work)
+        for transform in sorted(gpu_steps.chain(name), key=lambda transform: transform.stage):
+            assert transform.unavailable(variant, H100) is None
+            variant = variant.with_transform(transform)
+        serving(variant).generate(torch.tensor(work.prompts), max_new_tokens=4, min_new_tokens=4)
+        assert [transform.took_effect(variant) for transform in variant.transforms] == [None] * len(variant.transforms)
+
+
+LINEARS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096  # weights of the shape "8b"
+NORMS, ROW = (2 * 32 + 1) * 4096 * 2, 4096 * 2  # bytes; a row of the embedding for each sequence
+CACHE = 1002 * 32 * 2 * 8 * 128 * 2  # bytes of a sequence: the 1001 tokens that are read and the one written
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("as it is", 16),
+        ("graph, cuDNN, merged", 16),
+        ("graph, cuDNN, FP8 by torchao", 8),
+        ("graph, cuDNN, INT8 by Triton", 8.5),
+        ("graph, cuDNN, compiled, merged, INT8", 8.5),
+        ("graph, cuDNN, INT4 by torchao", 5),
+        ("graph, cuDNN, INT4 by Triton", 5),
+        ("graph, cuDNN, NF4 by bitsandbytes", 4.5),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_the_paper_says_what_a_token_must_move(
+    name: str, bits: float, batch: int, papers: dict[str, list[str]]
+) -> None:
+    moved = LINEARS * bits / 8 + NORMS + batch * (ROW + CACHE)
+    row = papers[f"| {name} | {batch} "]
+    assert float(row[2].removesuffix(" GB")) * 1e9 == pytest.approx(moved, abs=0.005e9)
+    for gpu_name, rate in {"A100": 2.039e12, "H100": 3.35e12}.items():
+        fastest, line = row[3 + list(gpu_steps.DATASHEET).index(gpu_name)].removesuffix(" ms").split(" / ")
+        assert float(fastest) == pytest.approx(moved / rate * 1e3, abs=0.0051)
+        assert float(line) == pytest.approx(moved / rate * 1e3 / 0.69, abs=0.0051)
+
+
+@pytest.fixture(scope="module")
+def papers() -> dict[str, list[str]]:
+    """Plan and number of sequences -> the cells of its row."""
+    said = list[str]()
+    assert gpu_steps.main(["--paper", "--prompt-tokens", "1000", "--new-tokens", "2"], said.append) == 0
+    rows = [line.split(" | ") for line in said if line.startswith("| ")][1:]
+    return {" | ".join(row[:2]) + " ": row for row in rows}
+
+
+def test_the_paper_has_every_plan(papers: dict[str, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(papers) == [f"| {name} | {batch} " for name in ("as it is", *gpu_steps.PLANS) for batch in (1, 16)]
+    assert gpu.main(["--paper", "--shape", "1b", "--batches", "4"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"| {name} | 4 | " in told for name in gpu_steps.PLANS)
+    assert "| as it is | 4 | 2.55 GB |" in told  # 2.47 GB of weights, and 4 times 576 tokens of 32 KiB
 
 
 @pytest.fixture
@@ -66,36 +145,6 @@ def test_a_soak_of_graphs_sees_a_graph_that_changes(damage: bool, monkeypatch: p
     assert made >= 1
     assert checked >= 4
     assert bool(wrong) is damage
-
-
-def test_the_first_hour_goes_on_when_a_part_fails(tmp_path: Path) -> None:
-    def part(script: str, seconds: float = 60.0) -> first_hour.Part:
-        return first_hour.Part((sys.executable, "-c", script), seconds)
-
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    parts = {
-        "good": part("print('fine')"),
-        "bad": part("raise SystemExit(3)"),
-        "slow": part(f"print('begun', flush=True)\n{child}", 2.0),
-        "last": part("print('still here')"),
-    }
-    file = tmp_path / "new" / "report.md"
-    assert first_hour.main(["--out", str(file)], parts) == 1
-    told = file.read_text()
-    for line in ("| good | passed |", "| bad | failed (3) |", "| slow | ended: out of time |", "| last | passed |"):
-        assert line in told
-    assert all(each in told for each in ("fine", "begun", "still here"))
-    assert first_hour.main(["--parts", "last,good", "--out", str(file)], parts) == 0
-    with pytest.raises(SystemExit):
-        first_hour.main(["--parts", "nothing"], parts)
-
-
-def test_the_first_hour_ends_in_time(tmp_path: Path) -> None:
-    clock = iter([0.0, 0.0, 3000.0])
-    parts = {name: first_hour.Part((sys.executable, "-c", ""), 60.0) for name in ("one", "two")}
-    assert first_hour.main(["--out", str(tmp_path / "r.md")], parts, lambda: next(clock)) == 1
-    assert "| two | not run | - |" in (tmp_path / "r.md").read_text()
-    assert sum(part.seconds for part in first_hour.PARTS.values()) <= 60 * first_hour.MINUTES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

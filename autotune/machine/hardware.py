@@ -48,8 +48,8 @@ class Hardware:
         threads: intra-op threads the figures were measured with.
         memory_bytes: memory in total.
         bandwidth_bytes_per_s: measured read bandwidth.
-        flops_per_s: measured matmul peak by dtype name ("float32", "bfloat16", "float16"; on a GPU also "tf32", "int8"
-            and "float8_e4m3fn", if it supports them).
+        flops_per_s: measured matmul peak by dtype name ("float32", "bfloat16", "float16"; on a GPU also "int8" and
+            "float8_e4m3fn", if it supports them, and "tf32" instead of "float32" where the process computes in it).
         compiler: C++ compiler found, or None.
         versions: library name to version.
         measured: False if a figure is a datasheet value or is missing.
@@ -74,7 +74,7 @@ class Hardware:
         The bound is the best known peak. For 8-bit numbers it is at least four times FP32's, since four of them fit in
         the space of one; AVX2 alone has no instruction that adds up their products. On a GPU it is also at least twice
         the 16-bit peak, since tensor cores do twice as many operations on 8 bits as on 16 (NVIDIA's datasheets, Ampere
-        to Blackwell).
+        to Blackwell). They do half as many in TF32, which is at least as fast as FP32 without them.
 
         "int16" is the arithmetic of packed INT8 and INT4 weights on a CPU, by inputs of 16 bits.
         """
@@ -85,11 +85,14 @@ class Hardware:
             return peaks.get("float32", 0.0) * INT8_RATE_AVX2
         if dtype == "int16":
             return peaks.get("float32", 0.0) * (INT16_RATE if self.capability in ("AVX2", "AVX512") else 1.0)
-        best = max(peaks.values())
+        best, half = max(peaks.values()), max(peaks.get(name, 0.0) for name in ("bfloat16", "float16"))
+        if dtype == "float32" and "tf32" in peaks:
+            return peaks["tf32"]
+        if dtype == "tf32" and half:
+            return max(peaks.get("float32", 0.0), half / 2)
         if dtype not in ("int8", "float8"):
             return best
-        halves = [peaks.get(name, 0.0) for name in ("bfloat16", "float16")]
-        return max(best, 4 * peaks.get("float32", 0.0), 2 * max(halves) if self.device == "cuda" else 0)
+        return max(best, 4 * peaks.get("float32", 0.0), 2 * half if self.device == "cuda" else 0)
 
     def at_best(self, *, bandwidth: bool = True, flops: bool = True) -> Hardware:
         """The same machine with peaks as high as they could be undisturbed; itself if nothing disturbed them."""

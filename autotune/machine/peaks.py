@@ -7,8 +7,8 @@ differ much, even the better one may be too low.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,13 +50,15 @@ class Peaks:
 def measure(device: Device, turn: Turn = nullcontext) -> Peaks:
     """Measure a device's peaks, in two to three seconds on a CPU.
 
-    For a dtype that the machine only emulates, the figure is that of a tiny matmul. On a GPU "float32" is IEEE float32
-    and "tf32" is float32 on tensor cores. Dtypes that a device cannot multiply are absent.
+    For a dtype that the machine only emulates, the figure is that of a tiny matmul. On a GPU, FP32 is measured as the
+    process computes it: "tf32" (on tensor cores) or "float32" (IEEE). The other one is absent, because torch's setting
+    is the whole process's, and the user's threads would compute in it meanwhile. Dtypes that a device cannot multiply
+    are absent, too.
 
     Args:
         device: the device.
-        turn: makes a context that keeps live requests out. Each reading is taken inside one: requests would disturb
-            it, and the precision of float32, which a GPU's readings set for the whole process, would change theirs.
+        turn: makes a context that keeps live requests out. Each reading is taken inside one, because requests would
+            disturb it.
     """
     reads, matmuls = _reads(device), _matmuls(device)
     _raise_clocks(device, reads, turn)
@@ -116,9 +118,7 @@ def _seconds(device: Device, work: Multiply, turn: Turn) -> float:
 
 
 def _matmuls(device: Device) -> Mapping[str, Prepare]:
-    found: dict[str, Prepare] = {"float32": _plain(torch.float32)}
-    if device.asynchronous:
-        found = {"float32": _with_precision("ieee"), "tf32": _with_precision("tf32")}
+    found = {"tf32" if device.asynchronous and uses_tf32() else "float32": _plain(torch.float32)}
     found |= {"bfloat16": _plain(torch.bfloat16), "float16": _plain(torch.float16)}
     if device.asynchronous:
         found["int8"] = _int8
@@ -167,19 +167,6 @@ def _plain(dtype: torch.dtype) -> Prepare:
     return prepare
 
 
-def _with_precision(precision: str) -> Prepare:
-    def prepare(device: Device, side: int) -> Multiply:
-        a = _operand(device, side)
-
-        def multiply() -> torch.Tensor:
-            with float32_precision(precision):
-                return a @ a
-
-        return multiply
-
-    return prepare
-
-
 def _int8(device: Device, side: int) -> Multiply:
     a = _operand(device, side).mul(40).clamp(-127, 127).to(torch.int8)
     b = a.t()  # the layout that tensor cores read
@@ -190,18 +177,6 @@ def _float8(device: Device, side: int) -> Multiply:
     a, one = _operand(device, side).to(torch.float8_e4m3fn), torch.ones((), dtype=torch.float32, device=device.where)
     b = a.t()  # the layout that the operator demands
     return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-
-@contextmanager
-def float32_precision(precision: str) -> Iterator[None]:
-    """Inside the block, run float32 matmuls on a GPU in "ieee" or "tf32", regardless of the process's setting."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = precision
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def uses_tf32() -> bool:

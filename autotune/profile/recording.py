@@ -98,8 +98,14 @@ class _Event:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def number(self, *names: str) -> int | None:
-        """Return the first of these arguments that is a number other than 0; in this schema, 0 means "none"."""
+        """Return the first of these arguments that is a number other than 0; as an id or a size, 0 means "none"."""
         return next((int(v) for n in names if isinstance(v := self.arguments.get(n), int | float) and v), None)
+
+    @property
+    def occupancy(self) -> float | None:
+        """Estimated share of the warps that fit, 0 to 1; None if unknown (the profiler writes -99 %)."""
+        found = self.arguments.get("est. achieved occupancy %")
+        return found / 100 if isinstance(found, int | float) and found >= 0 else None
 
 
 def read(text: str | bytes) -> Recording:
@@ -177,7 +183,6 @@ def _work(events: Sequence[_Event], calls: Mapping[_Event, HostCall]) -> tuple[D
         correlation, external = event.number("correlation"), event.number("External id", "external id")
         launch = launches.get(correlation) if correlation is not None else None
         operator = launch.operator if launch is not None else operators.get(external) if external is not None else None
-        occupancy = event.number("est. achieved occupancy %")
         found.append(
             DeviceEvent(
                 event.name,
@@ -188,7 +193,7 @@ def _work(events: Sequence[_Event], calls: Mapping[_Event, HostCall]) -> tuple[D
                 operator,
                 correlation,
                 event.number("bytes") or 0,
-                occupancy / 100 if occupancy is not None else None,
+                event.occupancy,
             )
         )
     return tuple(found)

@@ -15,10 +15,10 @@ Role = Literal["linear", "attention", "cache"]
 Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
 
 _LINEAR = re.compile(
-    r"linear|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|"
+    r"linear|[dD]equantize|(^|_)(mm|addmm|matmul|int_mm|scaled_mm|grouped_mm)(_|$)|[a-z\d]pack_mm|gemm|gemv|"
     r"Gemm|nvjet|splitKreduce|[mM]arlin|triton_\w*(mul_sum|_mm)"  # names of kernels whose operator is unknown
 )
-_ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash_|fmha|sdpa")
+_ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash(_|::)|fmha|sdpa")
 _CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|index_copy_kernel|kv_cache|cache_update")
 GENERATED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
 DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
@@ -79,14 +79,14 @@ def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:
         seconds: the operator's own time.
     """
     name, group, outermost = event.name.rpartition("::")[2], None, True
-    role, compiled, caller = _role(name), bool(GENERATED.search(event.name)), _caller(event)
+    role, compiled, caller = _operator_role(event), bool(GENERATED.search(event.name)), _caller(event)
     while caller is not None and group is None:
         if caller.name.startswith(RANGE):
             group = caller.name.removeprefix(RANGE)
         elif GENERATED.search(caller.name):
             compiled = True
         elif not DISPATCH.search(caller.name):
-            outermost, role = False, role or _role(caller.name.rpartition("::")[2])
+            outermost, role = False, role or _operator_role(caller)
         caller = _caller(caller)
     if role == "attention" and group in (FFN, HEAD):
         role = "linear" if "bmm" in name else None  # in an FFN, a batched matmul is over experts
@@ -144,6 +144,10 @@ def _role(name: str) -> Role | None:
     if _ATTENTION.search(name):
         return "attention"
     return "linear" if _LINEAR.search(name) else None
+
+
+def _operator_role(event: Any) -> Role | None:
+    return _role(event.name.rpartition("::")[2]) or _role(event.name)  # FlashAttention 3 is "flash_attn_3::fwd"
 
 
 def kernel_span(work: DeviceEvent, seconds: float) -> Span:

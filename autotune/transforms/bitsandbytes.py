@@ -31,6 +31,7 @@ BITS = {"int8": 8, "int8_vectorwise": 8, "nf4": 4, "fp4": 4}  # scheme -> bits o
 INT8_TENSOR_CORES = (7, 5)  # lowest compute capability with INT8 tensor cores (Turing)
 OUTLIER = 6.0  # absolute value of an input above which LLM.int8 multiplies its column in floating point
 BLOCK = 64  # 4-bit weights that share a scale
+SCALE_BITS = 32  # of a scale: FP32, because scales are not quantised in turn (`compress_statistics`)
 PACKED_ROWS = 32  # the packed 4-bit layout needs a multiple of this many output rows
 
 
@@ -126,6 +127,11 @@ class Bitsandbytes(LinearTransform):
     def capability(self) -> Capability | None:
         return INT8_TENSOR_CORES if BITS[self.scheme] == 8 else None
 
+    @property
+    def weight_bits(self) -> float:
+        bits = BITS[self.scheme]
+        return bits + SCALE_BITS / BLOCK if bits == 4 else bits  # in 8 bits, a scale is a whole row's
+
     def missing(self, where: torch.device = CPU) -> str | None:
         return _missing(self.scheme, where)
 
@@ -133,9 +139,8 @@ class Bitsandbytes(LinearTransform):
         return _layer(linear, self.scheme)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        bits = BITS[self.scheme]
-        read = weight_bytes(phase, bits)
-        return ceilings.faster_weights(phase, hardware, read, compute_dtype="int8" if bits == 8 else None)
+        read, multiplied = weight_bytes(phase, self.weight_bits), "int8" if BITS[self.scheme] == 8 else None
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype=multiplied)
 
 
 def library() -> Any:

@@ -92,6 +92,7 @@ class CudaGraph(Transform):
         for batch in sorted({_bucket(rows, batch) for batch in variant.batch_sizes if batch <= rows[-1]}):
             with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:
                 if inner is not None:
+                    steps.look(cache)  # before the compilations, which take minutes
                     for read in reads:
                         inner.prepare(cache.first(read))
                 with variant.turn():  # no request meanwhile: one that runs out of memory could not free this cache

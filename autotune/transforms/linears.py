@@ -91,6 +91,11 @@ class LinearTransform(Transform):
         """The class of the new layers."""
         raise NotImplementedError
 
+    @property
+    def weight_bits(self) -> float | None:
+        """Bits of a weight in the new layers, with the scales and zeros of groups; None: as many as before."""
+        return None
+
     def exchange(self, linear: nn.Linear) -> nn.Module | None:
         """Make the layer that replaces `linear`; None leaves `linear` in place. `linear` is only read."""
         raise NotImplementedError
@@ -241,12 +246,14 @@ class MixedTransform(LinearTransform):
         return narrow
 
 
-def weight_bytes(phase: PhaseProfile, bits: float) -> float:
-    """Bytes that a phase's weights would take with `bits` bits per weight.
+def weight_bytes(phase: PhaseProfile, bits: float | None) -> float:
+    """Bytes that a phase's weights would take with `bits` bits per weight; None: as many as now.
 
     The number of weights follows from their bytes, because layers that were not exchanged yet multiply in the dtype in
     which they are stored.
     """
+    if bits is None:
+        return phase.weight_bytes
     element: torch.dtype = getattr(torch, phase.compute_dtype)
     return phase.weight_bytes * bits / (8 * element.itemsize)
 

@@ -123,6 +123,10 @@ class Torchao(LinearTransform):
     def capability(self) -> Capability:
         return SCHEMES[self.scheme].capability
 
+    @property
+    def weight_bits(self) -> float:
+        return SCHEMES[self.scheme].bits
+
     def missing(self, where: torch.device = CPU) -> str | None:
         return _missing(self.scheme, where)
 
@@ -133,10 +137,8 @@ class Torchao(LinearTransform):
         return TorchaoLinear(linear, self.scheme, self.compile)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        scheme = SCHEMES[self.scheme]
-        return ceilings.faster_weights(
-            phase, hardware, weight_bytes(phase, scheme.bits), compute_dtype=scheme.multiplied
-        )
+        read, multiplied = weight_bytes(phase, self.weight_bits), SCHEMES[self.scheme].multiplied
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype=multiplied)
 
 
 def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:

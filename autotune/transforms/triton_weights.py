@@ -67,6 +67,10 @@ class TritonWeights(MixedTransform):
     def wider_form(self) -> str:
         return "at 8 bits" if self.bits == 4 else "as it was"
 
+    @property
+    def weight_bits(self) -> float:
+        return self.bits + (1 if self.bits == 8 else 2) * FACTOR_BITS / self.group
+
     def missing(self, where: torch.device = CPU) -> str | None:
         return _missing(self.bits, where)
 
@@ -77,8 +81,7 @@ class TritonWeights(MixedTransform):
         return self.kind(linear, self.group)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        factors = (1 if self.bits == 8 else 2) * FACTOR_BITS / self.group
-        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, self.bits + factors))
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, self.weight_bits))
 
 
 @functools.cache

@@ -56,6 +56,11 @@ class WeightOnly(MixedTransform):
     def wider_form(self) -> str:
         return "at 8 bits" if self.bits == 4 else "in FP16"
 
+    @property
+    def weight_bits(self) -> float:
+        factors = 1 if self.bits == 8 else 2
+        return self.bits + factors * SCALE_BITS / self.group if self.group else float(self.bits)
+
     def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available()
 
@@ -63,6 +68,4 @@ class WeightOnly(MixedTransform):
         return self.kind.from_linear(linear, group=self.group)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        factors = (1 if self.bits == 8 else 2) * SCALE_BITS / self.group if self.group else 0.0
-        read = weight_bytes(phase, self.bits + factors)
-        return ceilings.faster_weights(phase, hardware, read, compute_dtype="int16")
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, self.weight_bits), compute_dtype="int16")

@@ -109,8 +109,15 @@ def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obst
 
 
 def expect(transform: Transform, phase: Phase, state: SearchState, hardware: Hardware) -> float:
-    """Predicted best-case speed-up of `phase`, assuming that the transform is available."""
-    return transform.predict(state.profile, hardware).get(phase, 1.0)
+    """Predicted best-case speed-up of `phase`, assuming that the transform is available.
+
+    Raises:
+        ValueError: it predicts no speed-up that could be compared.
+    """
+    gain = float(transform.predict(state.profile, hardware).get(phase, 1.0))
+    if not gain >= 0:
+        raise ValueError(f"predicted {gain} times as fast for {phase}")
+    return gain
 
 
 def exchange(own: float, replaced: float, phase: Phase, before: SearchState, now: SearchState) -> float:

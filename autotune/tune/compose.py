@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ..errors import BudgetSpentError, DeviceError, TransformError
 from ..machine import outside
@@ -104,13 +105,13 @@ class _Drafting:
     def take(self, step: PolicyStep) -> None:
         """Add the most promising of a step's choices that are available and keep the quality within the tier."""
         least = 1 + self.trier.policy.limits.min_gain
-        choices = [make(choice) for choice in step.choices]
-        promised = {t: expect(t, step.phase, self.state, self.trier.hardware) for t in choices if self.is_candidate(t)}
+        choices = [transform for choice in step.choices if self.is_candidate(transform := make(choice))]
+        promised = {t: gain for t in choices if (gain := self.promise(t, step)) is not None}
         while promised:
             best = max(promised.values())  # of what promises about as much, the policy's first
             transform = next(t for t, gain in promised.items() if gain * ALIKE >= best)
             gain = promised.pop(transform)
-            if gain < least or not self.fits(transform):
+            if gain < least or not self.trier.ask(transform, partial(self.fits, transform)):
                 continue
             if (candidate := self.extended(transform)) is None:
                 self.trier.bench.free_memory()
@@ -119,6 +120,10 @@ class _Drafting:
             self.parts.append(DraftPart(step, transform, gain))
             self.taken |= {(phase, transform.stage) for phase in transform.phases}
             return
+
+    def promise(self, transform: Transform, step: PolicyStep) -> float | None:
+        """Speed-up of the step's phase that a transform promises alone, or None if it raises; its step reports that."""
+        return self.trier.ask(transform, lambda: expect(transform, step.phase, self.state, self.trier.hardware))
 
     def extended(self, transform: Transform) -> Variant | None:
         """The draft's variant with one more transform, or None if that refuses, is too large or loses too much."""

@@ -91,9 +91,10 @@ class _Search:
             choices.remove(transform)
             trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted[transform])
             base = self.state
-            if (replaced := self.chosen.get(step.name)) is not None:
+            replaced = self.chosen.get(step.name)
+            if replaced is not None and transform not in self.trier.faults:
                 trial, base = replace(trial, instead_of=(replaced,)), self.without(replaced)
-            if ruled_out := rule_out(trial, step.phase, base, self.trier.policy.limits, self.trier.hardware):
+            if ruled_out := self.rule_out(trial, step, base):
                 self.trials.append(ruled_out)
                 continue
             others, before = max((predicted[other] or 0.0 for other in choices), default=0.0), self.state
@@ -107,8 +108,20 @@ class _Search:
     def promise(self, transform: Transform, step: PolicyStep) -> float | None:
         """Predicted best-case speed-up of the step's phase over the current variant, or None if unavailable."""
         replaced = self.chosen.get(step.name)
-        before = None if replaced is None else self.without(replaced)
-        return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=before)
+
+        def promised() -> float | None:
+            before = None if replaced is None else self.without(replaced)
+            return promise(transform, step.phase, self.state, self.trier.hardware, replaced=replaced, before=before)
+
+        return self.trier.ask(transform, promised)
+
+    def rule_out(self, trial: Trial, step: PolicyStep, base: SearchState) -> Trial | None:
+        """Settle a trial without a run. Returns None if it has to be tried. A transform that raises is an error."""
+        transform, limits, settled = trial.transform, self.trier.policy.limits, None
+        if transform not in self.trier.faults:  # else it raised when it was asked what it promises
+            settled = self.trier.ask(transform, lambda: rule_out(trial, step.phase, base, limits, self.trier.hardware))
+        fault = self.trier.faults.get(transform)
+        return settled if fault is None else replace(trial, outcome=TrialOutcome.ERROR, reason=fault)
 
     def without(self, replaced: Transform) -> SearchState:
         """The original with the other weights of the current variant, which a replacement may share."""

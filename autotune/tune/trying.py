@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from ..diagnose.costs import Profile
 from ..diagnose.diagnosis import Diagnosis
@@ -24,6 +24,8 @@ from .refine import Probe, Promises, Refinement, refine
 from .verdict import UNTRIED
 
 log = logging.getLogger("autotune")
+
+T = TypeVar("T")
 
 MIN_FIRST_SPEEDUP = 0.1  # a candidate slower than this in its first run is dropped before the costly quality exam
 REFINING_SHARE = 0.15  # share of the budget for finding out which layers of one transform to leave wider
@@ -102,6 +104,7 @@ class Trier:
 
     Args:
         deadline: value of `clock` at which the budget is spent.
+        faults: transform -> what it raised when it was last asked something.
     """
 
     policy: Policy
@@ -110,6 +113,24 @@ class Trier:
     notify: Callable[[str], None]
     clock: Callable[[], float]
     deadline: float
+    faults: dict[Transform, str] = field(default_factory=dict)
+
+    def ask(self, transform: Transform, question: Callable[[], T]) -> T | None:
+        """Return the answer to a question that a transform is asked; None if it raises, which `faults` then says.
+
+        Raises:
+            DeviceError: the device is dead.
+        """
+        self.faults.pop(transform, None)
+        try:
+            return question()
+        except DeviceError:
+            raise
+        except Exception as error:  # a transform is foreign code, before its trial, too
+            outside.pass_on(error)
+            log.debug("%s could not be considered", transform, exc_info=True)
+            self.faults[transform] = f"it could not be considered: {self.bench.describe_error(error)}"
+            return None
 
     def examine(self, variant: Variant, obstacle: str | None = None) -> SearchState:
         """Profile and diagnose a variant, before anything is tried on it."""

@@ -386,4 +386,4 @@ def test_doctor_tells_what_the_gpu_counts(monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "lowered (1500 of 1980 MHz): thermal (hardware)" in said
     assert "GPU counters 19 of 20 figures; Not Supported" in said
-    assert "tf32 matmul" in said
+    assert "float32 matmul" in said

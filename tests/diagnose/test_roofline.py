@@ -92,6 +92,23 @@ def test_a_peak_that_was_not_measured_is_a_generous_one(capability: str, dtype: 
     assert replace(CPU, capability=capability).peak_flops_per_s(dtype) == pytest.approx(peak)
 
 
+@pytest.mark.parametrize(
+    ("measured", "dtype", "peak"),
+    [
+        ({"float32": 50e12, "bfloat16": 700e12, "float16": 650e12}, "tf32", 350e12),  # half of the 16-bit peak
+        ({"float32": 50e12, "bfloat16": 60e12}, "tf32", 50e12),  # without tensor cores
+        ({"float32": 50e12}, "tf32", 50e12),
+        ({"tf32": 400e12, "bfloat16": 700e12}, "float32", 400e12),  # at most as fast as on tensor cores
+        ({"tf32": 400e12, "bfloat16": 700e12}, "tf32", 400e12),
+        ({"tf32": 400e12, "bfloat16": 700e12}, "int8", 1400e12),
+    ],
+)
+def test_the_precision_that_a_gpu_s_process_does_not_compute_in_is_bounded(
+    measured: dict[str, float], dtype: str, peak: float
+) -> None:
+    assert replace(CPU, device="cuda", capability="9.0", flops_per_s=measured).peak_flops_per_s(dtype) == peak
+
+
 def test_nothing_moves_nothing_limits() -> None:
     assert roofline.intensity(1.0, 0.0) == float("inf")
 

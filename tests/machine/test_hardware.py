@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -77,47 +76,28 @@ GPUS = [("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("10.0", T
 def test_a_gpus_peaks_are_measured_for_the_dtypes_it_has(capability: str, float8: bool) -> None:
     fake = FakeCuda(Identity("a GPU", capability, 2**34))
     found = peaks.measure(fake).flops_per_s
-    assert {"float32", "tf32", "bfloat16", "float16", "int8"} <= set(found)
+    assert {"float32", "bfloat16", "float16", "int8"} <= set(found)
     assert ("float8_e4m3fn" in found) == float8
     assert all(peak > 0 for peak in found.values())
 
 
-@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_measuring_leaves_the_precision_of_float32_as_it_was(before: str) -> None:
-    setting, was = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+@pytest.mark.parametrize(("own", "measured"), [("none", "float32"), ("ieee", "float32"), ("tf32", "tf32")])
+def test_fp32_is_measured_as_the_process_computes_it_and_no_setting_is_touched(
+    own: str, measured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's settings are the whole process's: threads that compute meanwhile would meet another precision."""
+    setting, before, written = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision, list[str]()
     try:
-        setting.fp32_precision = before
-        peaks.measure(FakeCuda())
-        with peaks.float32_precision("tf32"):
-            assert peaks.uses_tf32()
-        assert setting.fp32_precision == before
-        assert peaks.uses_tf32() == (before == "tf32")
+        setting.fp32_precision = own
+        with monkeypatch.context() as patch:
+            patch.setattr(type(setting), "__setattr__", lambda _, name, value: written.append(name))
+            patch.setattr(torch, "set_float32_matmul_precision", lambda precision: written.append(precision))
+            found = peaks.measure(FakeCuda()).flops_per_s
+        assert {"float32", "tf32"} & set(found) == {measured}
+        assert not written
+        assert peaks.uses_tf32() == (own == "tf32")
     finally:
-        setting.fp32_precision = was
-
-
-@pytest.mark.parametrize("live", [False, True])
-def test_a_live_request_never_meets_the_precision_that_is_measured(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that comes during a reading waits, if requests are live, and sees the process's own setting alone."""
-    fake, traffic, setting = FakeCuda(), Traffic(), torch.backends.cuda.matmul
-    own, seen, requests = setting.fp32_precision, list[str](), list[threading.Thread]()
-    multiply = torch.Tensor.__matmul__
-
-    def request() -> None:
-        with traffic.request():
-            seen.append(setting.fp32_precision)
-
-    def during(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if setting.fp32_precision != own and not requests:
-            requests.append(threading.Thread(target=request))
-            requests[0].start()
-            requests[0].join(timeout=0.1)
-        return multiply(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", during)
-    peaks.measure(fake, traffic.step) if live else peaks.measure(fake)
-    requests[0].join()
-    assert (seen == [own]) is live
+        setting.fp32_precision = before
 
 
 def test_every_reading_of_a_peak_is_a_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,5 +228,5 @@ def test_a_real_gpu_is_measured(index: int) -> None:
     assert gpu.scratch_bytes() > 8 * cache, "too little memory is free: its cache would answer"
     assert 5e10 < found.bandwidth_bytes_per_s < 2e13
     assert found.flops_per_s["float16"] > found.flops_per_s["float32"]
-    assert found.flops_per_s["tf32"] > found.flops_per_s["float32"]
+    assert found.peak_flops_per_s("tf32") > found.flops_per_s["float32"]
     assert ("float8_e4m3fn" in found.flops_per_s) == (torch.cuda.get_device_capability(index) >= (8, 9))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import autotune
 from autotune import profile
 from autotune.diagnose.costs import PhaseProfile, Profile, ScalePoint
 from autotune.diagnose.diagnosis import diagnose
@@ -20,12 +23,13 @@ from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.profile.operators import device_use, share
 from autotune.profile.phases import on_device
-from autotune.profile.recording import DeviceEvent, read
+from autotune.profile.recording import DeviceEvent, HostCall, read
 from autotune.profile.scaling import growth_s
-from autotune.profile.spans import Span, Trace, kernel_span
+from autotune.profile.spans import Span, Trace, kernel_span, span_of
 from autotune.profile.timeline import Timeline, timeline
 from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
+from autotune.runtime import narrow
 from autotune.runtime.variant import Variant, serving
 from autotune.workload import PHASES, Workload
 from tests import models
@@ -215,8 +219,21 @@ def test_a_loop_that_runs_ahead_is_measured_by_where_work_runs() -> None:
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>(int)", "linear"),
         ("void at::native::(anonymous namespace)::tinygemm_m16n8k16_chunk_kernel<ALayout_RM<>, 8>(void*)", "linear"),
         ("triton_red_fused_mul_sum_unsqueeze_3", "linear"),
+        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*, float*, int)", "linear"),
+        ("void gemm_4bit_simt<__nv_bfloat16, 1>(__nv_bfloat16 const*, unsigned char const*, float const*)", "linear"),
+        ("void kgemm_4bit_inference_naive<__nv_bfloat16, 128, 16>(int, int, int, __nv_bfloat16*)", "linear"),
+        ("kdequant_mm_int32_fp16<4, 512>(int*, float*, float*, __half*, __half*, int, int, int)", "linear"),
         ("cudnn_generated_fort_native_sdpa_sm80_flash_fprop_wmma_f16_knob_35_16x128x64_kernel0_0", "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel<pytorch_flash::Flash_fwd_kernel_traits<128> >(P)", "attention"),
+        (
+            "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<"
+            "flash::CollectiveMainloopFwdSm90<2, cute::tuple<cute::C<1> >, 128, cutlass::bfloat16_t> > > >(Params)",
+            "attention",
+        ),
+        (
+            "void cutlass::device_kernel<flash::enable_sm80_or_later<flash::FlashAttnFwdCombine<float> > >(Params)",
+            "attention",
+        ),
         (
             "void at::native::index_elementwise_kernel<128, 4, at::native::index_copy_kernel_impl<Op> >(int)",
             "cache",
@@ -229,6 +246,37 @@ def test_a_loop_that_runs_ahead_is_measured_by_where_work_runs() -> None:
 def test_what_a_kernel_does_is_in_its_name(kernel: str, role: str | None) -> None:
     work = DeviceEvent(kernel, "kernel", 0.0, 1e-5)
     assert kernel_span(work, 1e-5).role == role
+
+
+def test_every_kernel_of_autotune_s_own_has_a_role() -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux on x86-64")
+    from triton.runtime import JITFunction
+
+    found, folder = set[str](), Path(narrow.__file__).parent
+    for path in folder.glob("*.py"):
+        module = importlib.import_module(f"{narrow.__name__}.{path.stem}".removesuffix(".__init__"))
+        found |= {kernel.fn.__name__ for kernel in vars(module).values() if isinstance(kernel, JITFunction)}
+    elsewhere = [p for p in Path(autotune.__file__).parent.rglob("*.py") if "triton.jit" in p.read_text()]
+    assert {path.parent for path in elsewhere} == {folder}
+    assert {name: kernel_span(DeviceEvent(name, "kernel", 0.0, 1e-5), 1e-5).role for name in found} == dict.fromkeys(
+        found, "linear"
+    )
+    assert found
+
+
+@pytest.mark.parametrize(
+    ("operator", "role"),
+    [
+        ("aten::mm", "linear"),
+        ("bitsandbytes::gemm_4bit", "linear"),
+        ("bitsandbytes::dequantize_4bit", "linear"),
+        ("aten::_flash_attention_forward", "attention"),
+        ("flash_attn_3::fwd", "attention"),
+        ("aten::add", None),
+    ],
+)
+def test_what_an_operator_does_is_in_its_name(operator: str, role: str | None) -> None:
+    assert span_of(HostCall(operator, "cpu_op", 0.0, 1e-5), {}, 1e-5).role == role
 
 
 def test_kernels_of_generated_code_are_known_by_their_own_names() -> None:

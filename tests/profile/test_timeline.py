@@ -124,6 +124,17 @@ def test_a_kernel_belongs_to_its_operator_and_its_part_of_the_model() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "share"),
+    [("0", 0.0), ("1", 0.01), ("37.5", 0.375), ("100", 1.0), ("-99", None), ("null", None), ('"50"', None)],
+)
+def test_the_occupancy_of_a_kernel(written: str, share: float | None) -> None:
+    """A block on 132 multiprocessors fills 0 % of them. What the profiler cannot compute is -1, rounded as a share."""
+    text = (TRACES / "eager.json").read_text().replace('occupancy %": 50', f'occupancy %": {written}')
+    (mm,) = (kernel for kernel in timeline(read(text)).kernels if kernel.operator == "aten::mm")
+    assert mm.occupancy == share
+
+
 def test_kernels_of_a_graph_have_no_operator_and_one_launch() -> None:
     recording = recorded("graph")
     inside = [work for work in recording.work if work.launch is not None and work.launch.name == "cudaGraphLaunch"]

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from autotune.machine.hardware import Hardware
 from autotune.model import seam
 from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.steps import compiled
 from autotune.runtime.steps.graphs import Captured, GraphSteps, agree, buckets, lengths
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.steps.waiting import require_no_wait
@@ -367,20 +369,94 @@ def test_the_device_s_last_error_is_one_clear_exception(fake: FakeCuda, monkeypa
             ask(serving(variant))
 
 
-def test_a_step_that_waits_is_refused_before_a_capture(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
+def do_in_every_step(act: Callable[[torch.Tensor], object], model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the model's forward do something with its logits."""
     forward = type(model).forward
 
     @functools.wraps(forward)
-    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = forward(self, *args, **kwargs)
-        out.logits.max().item()
+        act(out.logits)
         return out
 
-    monkeypatch.setattr(type(model), "forward", waiting)
-    with pytest.raises(TransformError, match=r"cannot be captured: it waits for the device \(aten::.*\)"):
+    monkeypatch.setattr(type(model), "forward", acting)
+
+
+def wait(logits: torch.Tensor) -> None:
+    logits.max().item()
+
+
+def test_a_step_that_waits_is_refused_before_a_capture(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    do_in_every_step(wait, model, monkeypatch)
+    with pytest.raises(TransformError, match=r"cannot be captured: the step waits for the device \(aten::.*\)"):
         graphed(model)
     assert fake.captures == 0
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Arguments of each compilation, none of which compiles: the code that would be compiled runs."""
+    made = list[Any]()
+
+    def compile_ahead(arguments: Any, *given: Any) -> Any:
+        made.append(arguments)
+        return SimpleNamespace(disable_guard_check=lambda: None, fn=cache.run)
+
+    monkeypatch.setattr(compiled, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(compiled, "artifact", lambda *given: None)
+    return made
+
+
+def test_a_compiled_step_that_waits_is_refused_before_it_is_compiled_for_graphs(
+    fake: FakeCuda, compilations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    do_in_every_step(wait, model, monkeypatch)
+    variant = Variant(model, workload=Workload(((1, 2, 3),), 12, (1,))).with_transform(CompileStep(phase="decode"))
+    before = len(compilations)
+    with pytest.raises(TransformError, match="the step waits for the device"):
+        variant.with_transform(GRAPH)
+    assert (len(compilations), fake.captures, fake.lost_bytes) == (before, 0, 0)
+
+
+def test_a_shape_that_is_not_compiled_is_looked_at_too(
+    fake: FakeCuda, compilations: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    work = Workload(tuple(map(tuple, token_prompts(4))), 12, (1, 3))
+    variant = Variant(model, workload=work).with_transforms([CompileStep(phase="decode"), GRAPH])
+    two, before = torch.tensor(token_prompts(2)), fake.captures
+    do_in_every_step(wait, model, monkeypatch)
+    ask(serving(variant), two)
+    assert (fake.captures, fake.lost_bytes) == (before, 0)
+    (reason,) = steps_of(variant).fallbacks
+    assert "the step waits for the device" in reason
+
+
+@pytest.mark.parametrize(("release", "most"), [("2.13.0", 1), ("2.13.1+cu130", 1), ("2.14.0", 3), ("3.0.0+cpu", 3)])
+def test_captures_that_keep_their_memory_may_fail_once(
+    release: str, most: int, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy from the host, which no operator shows, ends every capture from now on; each loses a pool of its own."""
+    monkeypatch.setattr(torch, "__version__", release)
+    model = tiny("llama")
+    variant, lost = graphed(model), list[int]()
+    before = fake.captures
+    do_in_every_step(lambda logits: torch.tensor([1.0], device=logits.device), model, monkeypatch)
+    for batch, tokens in ((1, 40), (2, 40), (1, 100)):
+        ask(serving(variant), torch.tensor(token_prompts(batch)), max_new_tokens=tokens)
+        lost.append(fake.lost_bytes)
+    assert fake.captures - before == most
+    assert 0 < lost[0] <= lost[-1]
+    assert (lost[0] < lost[-1]) == (most > 1)
+    assert f"no further captures after {most} failed: {COPY}" in steps_of(variant).fallbacks
+    steps_of(variant).forget()
+    ask(serving(variant))
+    assert fake.captures - before > most, "what was forgotten is tried anew"
+
+
+COPY = "Misuse: tensor copies between host and device while a graph is captured"
 
 
 def test_a_graph_that_does_not_follow_its_inputs_is_refused(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

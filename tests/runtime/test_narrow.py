@@ -96,10 +96,12 @@ def test_it_compiles_for_gpus_that_are_not_here(bits: int, rows: int, units: boo
     constants = {"K": 4096, "GROUP": 32} | shape
     types = {"x": "*bf16", "scales": "*fp16", "out": "*fp32", "M": "i32", "N": "i32", "KX": "i32"}
     types |= {"numbers": "*i8"} if bits == 8 else {"words": "*i32", "zeros": "*fp16", "one": "i32"}
-    kernel: Any = narrow._few_rows if bits == 8 else narrow._few_rows_int4
+    kernel: Any = narrow._linear_few_rows if bits == 8 else narrow._linear_few_rows_int4
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types if name != "M"}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    code = compiled.asm["ptx"]
+    assert compiled.metadata.name == kernel.fn.__name__, "a profile knows it by another name"
     assert f".target sm_{capability}" in code
     assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", code)) is units
     assert units or "ld.global.v4.b32" in code
@@ -165,7 +167,7 @@ def on_a_cpu() -> Iterator[None]:
 GPU = Hardware("cuda", "a GPU", "9.0", 2, 80 << 30, 2e12, {"float32": 60e12, "bfloat16": 700e12}, None, {})
 
 
-@pytest.mark.parametrize(("bits", "kernel"), [(8, "_few_rows"), (4, "_few_rows_int4")])
+@pytest.mark.parametrize(("bits", "kernel"), [(8, "_linear_few_rows"), (4, "_linear_few_rows_int4")])
 def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(
     bits: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

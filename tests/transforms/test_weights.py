@@ -267,7 +267,8 @@ H100 = Hardware(
         ("triton_weights", {}, NARROW, FAST, 0.020 / (0.010 + 0.0053125)),
         ("triton_weights", {"bits": 4}, NARROW, FAST, 0.020 / (0.010 + 0.003125)),
         ("triton_weights", {"bits": 4, "group": 128}, NARROW, FAST, 0.020 / (0.010 + 0.00265625)),
-        ("bitsandbytes", {"scheme": "nf4"}, NARROW, FAST, 0.020 / (0.010 + 0.0025)),
+        ("bitsandbytes", {"scheme": "nf4"}, NARROW, FAST, 0.020 / (0.010 + 0.0028125)),  # 4.5 bits a weight
+        ("bitsandbytes", {"scheme": "fp4"}, NARROW, FAST, 0.020 / (0.010 + 0.0028125)),
         ("weight_storage", {}, NARROW, FAST, 1.0),
         ("weight_only", {"group": 0}, EMULATED, AVX2, 1.680 / (0.010 + 0.005)),
         ("weight_storage", {"dtype": "bfloat16"}, EMULATED, AVX2, 1.680 / (0.010 + 0.010)),
@@ -277,6 +278,38 @@ H100 = Hardware(
 def test_prediction(name: str, params: dict[str, Any], profile: Profile, hardware: Hardware, speedup: float) -> None:
     assert make(name, params).predict(profile, hardware) == pytest.approx({"prefill": speedup, "decode": speedup})
     assert make(name, params, "decode").predict(profile, hardware) == pytest.approx({"decode": speedup})
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "bits"),
+    [
+        ("weight_only", {"bits": 8}, 8 + 16 / 32),
+        ("weight_only", {"bits": 8, "group": 0}, 8),
+        ("weight_only", {"bits": 4, "group": 64}, 4 + 2 * 16 / 64),
+        ("triton_weights", {}, 8 + 16 / 32),
+        ("triton_weights", {"group": 128}, 8 + 16 / 128),
+        ("triton_weights", {"bits": 4, "group": 64}, 4 + 2 * 16 / 64),
+        ("torchao", {"scheme": "int8_weight_only"}, 8),
+        ("torchao", {"scheme": "float8_weight_only"}, 8),
+        ("bitsandbytes", {"scheme": "nf4"}, 4 + 32 / 64),
+        ("bitsandbytes", {"scheme": "fp4"}, 4 + 32 / 64),
+        ("bitsandbytes", {"scheme": "int8"}, 8),
+        ("linear_dtype", {}, None),
+    ],
+    ids=str,
+)
+def test_a_layer_holds_the_bits_that_are_promised(
+    name: str, params: dict[str, Any], bits: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if name == "triton_weights":
+        pytest.importorskip("triton")  # without it there is no layer; a GPU only multiplies by it
+    transform: Any = make(name, params) if name == "triton_weights" else linear_transform(name, params)
+    assert transform.weight_bits == bits
+    if bits is None:
+        return
+    layer = transform.exchange(nn.Linear(2048, 64, bias=False).requires_grad_(False))
+    assert 8 * layer.weight_bytes / (2048 * 64) == pytest.approx(bits, rel=0.003)  # and a scale a row
 
 
 @pytest.mark.skipif(kernels.available() is not None or kernels.no_bf16_unit() is not None, reason="needs a BF16 unit")

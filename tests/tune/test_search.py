@@ -43,6 +43,7 @@ class Scripted(Transform):
     blocker: str = ""
     refuses: str = ""
     breaks: str = ""
+    raises: str = ""  # the question that it answers by an exception
     idle: str = ""
     takes: float = 0.0
     needs: str = ""  # label of a transform whose layers it shares
@@ -56,7 +57,12 @@ class Scripted(Transform):
     def stage(self) -> Stage:  # type: ignore[override]
         return Stage(self.at)
 
+    def asked(self, question: str) -> None:
+        if self.raises == question:
+            raise ZeroDivisionError(f"oops in {question}")
+
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        self.asked("unavailable")
         if self.needs and self.needs not in labels(variant):
             return f"there is no {self.needs}"
         return Blocker(self.blocker) if self.blocker else self.missing or None
@@ -65,9 +71,11 @@ class Scripted(Transform):
         return f"not after {self.excluded}" if self.excluded == other.params["label"] else None
 
     def predict(self, profile: Any, hardware: Hardware) -> Mapping[Any, float]:
+        self.asked("predict")
         return dict.fromkeys(self.phases, self.promises)
 
     def extra_bytes(self, variant: Variant) -> float:
+        self.asked("extra_bytes")
         return self.takes
 
     def apply(self, variant: Variant) -> None:
@@ -257,6 +265,32 @@ def test_one_candidate(choice: dict[str, Any], bench: ScriptedBench, outcome: st
     (trial,) = found.trials
     assert (trial.outcome, reason in trial.reason) == (TrialOutcome(outcome), True), trial.reason
     assert bool(found.after.variant.transforms) == (outcome == "accepted")
+
+
+QUESTIONS = ("unavailable", "predict", "extra_bytes")
+
+
+@pytest.mark.fault("A1")
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_transform_that_raises_when_it_is_asked_is_an_error_and_the_search_goes_on(question: str) -> None:
+    found = run(ScriptedBench(), policy(step({"label": "bad", "raises": question, "promises": 9.0}, {"label": "good"})))
+    assert outcomes(found) == {"bad": "error", "good": "accepted"}
+    reasons = {trial.transform.params["label"]: trial.reason for trial in found.trials}
+    assert reasons["bad"] == f"it could not be considered: ZeroDivisionError: oops in {question}"
+
+
+def test_a_prediction_that_is_no_number_is_an_error() -> None:
+    found = run(ScriptedBench(), policy(step({"label": "bad", "promises": float("nan")}, {"label": "good"})))
+    assert outcomes(found) == {"bad": "error", "good": "accepted"}
+
+
+def test_a_device_that_dies_when_a_transform_is_asked_ends_the_search() -> None:
+    class Dead(ScriptedBench):
+        def describe_error(self, error: Exception) -> str:
+            raise DeviceError("restart the process")
+
+    with pytest.raises(DeviceError):
+        run(Dead(), policy(step({"raises": "extra_bytes"})))
 
 
 def test_a_failed_quality_is_never_timed() -> None:
@@ -614,6 +648,17 @@ def test_what_cannot_be_had_is_not_in_the_draft(hindrance: dict[str, Any]) -> No
 
 def prefill(*choices: dict[str, Any]) -> PolicyStep:
     return PolicyStep("prefill", "prefill", tuple(Choice("scripted", params, "prefill") for params in choices))
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_transform_that_raises_is_left_out_of_a_draft_and_of_replacements(question: str) -> None:
+    """The draft has one transform for each step; the step's other choices are asked what they gain over it."""
+    bad = {"label": "bad", "raises": question, "promises": 9.0}
+    steps = step(bad, {"label": "a"}, name="one"), step({"label": "b", "at": 2}, name="two")
+    found = run(ScriptedBench(), policy(*steps))
+    assert candidates(found)["a+b"] == "accepted"
+    assert [str(t.outcome) for t in found.trials if t.transform.params["label"] == "bad"] == ["error"]
 
 
 @pytest.mark.usefixtures("own")

@@ -22,7 +22,7 @@ NARROW = 4096  # outputs up to which tiles are too few for all multiprocessors, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _few_rows(  # type: ignore[no-untyped-def]
+def _linear_few_rows(  # type: ignore[no-untyped-def]
     x,  # [M, KX]
     numbers,  # int8 [N, K]
     scales,  # [N, K / GROUP]
@@ -68,7 +68,7 @@ def _few_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _few_rows_int4(  # type: ignore[no-untyped-def]
+def _linear_few_rows_int4(  # type: ignore[no-untyped-def]
     x,  # [M, KX]
     words,  # int32 [N, K / 8]; nibble j of a group's word w is the number of its input j * GROUP / 8 + w
     scales,  # [N, K / GROUP]
@@ -85,7 +85,7 @@ def _few_rows_int4(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr,  # noqa: N803
     SPLIT: tl.constexpr,  # noqa: N803
 ):
-    """`_few_rows` for numbers 0 to 15, eight in a word.
+    """`_linear_few_rows` for numbers 0 to 15, eight in a word.
 
     Converting them to FP32 would take an A100 longer than reading them. Instead a number q becomes bits of 1 + q / 16,
     so that the weight, scale * (q - 8) + zero, is 16 * scale * (1 + q / 16) + (zero - 24 * scale).
@@ -159,7 +159,7 @@ def product_int8(x: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
     Returns:
         [M, N] FP32.
     """
-    return _multiplied(_few_rows, x, (numbers, scales), numbers.shape[1], 8)
+    return _multiplied(_linear_few_rows, x, (numbers, scales), numbers.shape[1], 8)
 
 
 def product_int4(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -167,13 +167,13 @@ def product_int4(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Ten
 
     Args:
         x: [M, K'] in BF16, FP16 or FP32, contiguous; K' is at most K.
-        words: INT32 [N, K / 8], in the order of `_few_rows_int4`.
+        words: INT32 [N, K / 8], in the order of `_linear_few_rows_int4`.
         scales, zeros: [N, K / group].
 
     Returns:
         [M, N] FP32.
     """
-    return _multiplied(_few_rows_int4, x, (words, scales, zeros), 8 * words.shape[1], 4, one=ONE)
+    return _multiplied(_linear_few_rows_int4, x, (words, scales, zeros), 8 * words.shape[1], 4, one=ONE)
 
 
 def _multiplied(kernel: Any, x: Tensor, weights: tuple[Tensor, ...], inputs: int, bits: int, **more: int) -> Tensor:

@@ -12,6 +12,7 @@ capture failed.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.torch_version import TorchVersion
 
 from ...errors import DeviceError, TransformError, first_line
 from ...machine import outside
@@ -36,8 +38,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("autotune")
 
 MOST_GRAPHS = 64  # largest number of graphs of one step; a graph of an 8B model takes about 10 MB of device memory
-MOST_FAILURES = 3  # after this many shapes that cannot be captured, no further shape is tried
 AGREEMENT = 0.02  # largest difference relative to the largest logit; replays run the same kernels, in BF16 at worst
+
+
+@functools.cache
+def most_failures(torch_version: str) -> int:
+    """How many captures of a step may fail before no further shape is tried.
+
+    Before torch 2.14 each of them keeps its memory for as long as the process lives (pytorch#190308).
+    """
+    return 3 if TorchVersion(torch_version) >= "2.14" else 1
 
 
 def lengths(capacity: int, shortest: int) -> tuple[int, ...]:
@@ -122,6 +132,7 @@ class GraphSteps(DecodeSteps):
         self.fallbacks: Counter[str] = Counter()
         self._graphs: WeakKeyDictionary[slots.SlotCache, dict[int, Captured]] = WeakKeyDictionary()
         self._failed: dict[tuple[int, int], str] = {}  # (rows, slots) -> why its capture failed
+        self._failures = 0  # captures that failed; a shape whose graph ran out of memory at a replay is none
         self._pool: object = None
 
     @property
@@ -137,6 +148,17 @@ class GraphSteps(DecodeSteps):
     def covering(self, tokens: int) -> int:
         """The number of slots to read for `tokens` tokens."""
         return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
+
+    @torch.no_grad()
+    def look(self, cache: slots.SlotCache) -> None:
+        """Run the step once over a cache, uncompiled: what is compiled has no operators to look at.
+
+        Raises:
+            TransformError: the step waits for the device, so that no capture can succeed.
+        """
+        shape = cache.shape[0], self.tokens
+        token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
+        require_no_wait(lambda: self._uncompiled(token, position, cache))
 
     @torch.no_grad()
     def prepare(self, cache: slots.SlotCache, tokens: int) -> None:
@@ -190,6 +212,7 @@ class GraphSteps(DecodeSteps):
             self._pool = None  # a pool ends with its last graph
 
         self._failed.clear()
+        self._failures = 0
         self.device.owner.run(drop)
 
     def _outside(self, cache: slots.SlotCache) -> str | None:
@@ -202,13 +225,13 @@ class GraphSteps(DecodeSteps):
 
     def _refusal(self, rows: int, read: int) -> str:
         known = self._failed.get((rows, read))
-        return known or f"{len(self._failed)} captures failed, the last one: {list(self._failed.values())[-1]}"
+        return known or f"no further captures after {self._failures} failed: {list(self._failed.values())[-1]}"
 
     def _captured(self, cache: slots.SlotCache, read: int) -> Captured | None:
         """The graph that reads `read` slots of a cache, captured now if it is missing; None if the capture failed."""
         if (found := self._graphs.get(cache, {}).get(read)) is not None:
             return found
-        if (cache.shape[0], read) in self._failed or len(self._failed) >= MOST_FAILURES:
+        if (cache.shape[0], read) in self._failed or self._failures >= most_failures(torch.__version__):
             return None
         try:
             return self.device.owner.run(lambda: self._capture(cache, read))
@@ -216,6 +239,7 @@ class GraphSteps(DecodeSteps):
             raise
         except Exception as error:  # the model, a library or the driver may refuse a capture with any error
             outside.pass_on(error)
+            self._failures += 1
             self._give_up(error, cache, read)
             return None
 
@@ -228,10 +252,9 @@ class GraphSteps(DecodeSteps):
         self._make_room()
         part, shape = cache.first(read), (cache.shape[0], self.tokens)
         with torch.inference_mode(False), torch.no_grad():
+            self.look(part)
             token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
             step = self._inner(part)
-            if self.inner is None:  # what is compiled has no operators to look at
-                require_no_wait(lambda: step(token, position, part))
             self._pool = self._pool or self.device.pool()
             graph, logits = self.device.capture(lambda: step(token, position, part), self._pool)
         captured = Captured(graph, token, position, logits, self.replays)
@@ -284,5 +307,8 @@ class GraphSteps(DecodeSteps):
 
     def _inner(self, part: slots.SlotCache) -> Step:
         compiled = self.inner.fitting(part) if self.inner is not None else None
-        eager = slots.step if self.tokens == 1 else slots.steps
-        return compiled or (lambda token, position, part: eager(self.module, token, position, part))
+        return compiled or self._uncompiled
+
+    def _uncompiled(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
+        step = slots.step if self.tokens == 1 else slots.steps
+        return step(self.module, token, position, part)

@@ -33,7 +33,9 @@ def require_no_wait(step: Callable[[], object]) -> None:
     with _Watch() as watch:
         step()
     if watch.found:
-        raise TransformError(f"it waits for the device ({', '.join(dict.fromkeys(watch.found))}), which no graph can")
+        raise TransformError(
+            f"the step waits for the device ({', '.join(dict.fromkeys(watch.found))}), which no graph can"
+        )
 
 
 class _Watch(TorchDispatchMode):
