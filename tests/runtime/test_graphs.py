@@ -34,7 +34,7 @@ from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
 from autotune.workload import Workload
-from tests.fakes.cuda import FakeCuda
+from tests.fakes.cuda import FakeCuda, Misuse
 from tests.models import left_padded, tiny, token_prompts
 
 IDS = torch.tensor([token_prompts(1)[0]])  # [1, 12]
@@ -244,6 +244,39 @@ def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
     assert variant.caches is not None
     assert len(variant.caches._idle[1]) <= 2, "threads multiply caches"
     assert fake.captures <= 2 * len(steps_of(variant).lengths) * 2, "threads multiply graphs"
+
+
+def test_threads_do_not_replay_at_once(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has copied its inputs in and not yet its result out; the other waits, and must."""
+    assert not overlapping(monkeypatch, 0.2)
+    monkeypatch.setattr(GraphSteps, "_replayed", _replays("stream", "before", "after"))
+    assert any("two threads queue into the device's stream" in each for each in overlapping(monkeypatch, 60.0))
+
+
+def overlapping(monkeypatch: pytest.MonkeyPatch, wait_s: float) -> list[str]:
+    """What goes wrong with two calls, of which one has so long to begin in the middle of the other's first replay."""
+    variant, replay, wrong = graphed(tiny("llama")), Captured.replay, list[str]()
+    served = serving(variant)
+
+    def call(ids: torch.Tensor) -> None:
+        try:
+            ask(served, ids)
+        except VariantError as error:
+            wrong.append(str(error))
+
+    other = threading.Thread(target=call, args=(IDS.flip(1),))
+
+    def interrupted(*given: Any) -> None:
+        if not other.ident:
+            other.start()
+            other.join(wait_s)
+        replay(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Captured, "replay", interrupted)
+        call(IDS)
+        other.join()
+    return [*wrong, *steps_of(variant).fallbacks]
 
 
 def test_many_caches_do_not_multiply_graphs_without_limit(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,17 +542,23 @@ def _stays_at_a_position(self: Captured, token: torch.Tensor, position: torch.Te
     out.copy_(self.logits)
 
 
-def _replays_here(self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(captured.logits)
-    captured.replay(token, position, out)
-    return out
+def _replays(*steps: str) -> Callable[..., torch.Tensor]:
+    """`GraphSteps._replayed` out of these: what each is for must be seen where it is missing."""
 
+    def replayed(self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        gpu, out = self.device, torch.empty_like(captured.logits)
+        with gpu.queueing if "lock" in steps else nullcontext():
+            before = gpu.mark()
+            with gpu.stream() if "stream" in steps else nullcontext():
+                if "before" in steps:
+                    gpu.wait(before)
+                captured.replay(token, position, out)
+                after = gpu.mark()
+        if "after" in steps:
+            gpu.wait(after)
+        return captured.logits if "buffer" in steps else out
 
-def _returns_the_buffer(
-    self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    self.device.owner.run(lambda: captured.replay(token, position, torch.empty_like(captured.logits)))
-    return captured.logits
+    return replayed
 
 
 def _reads_the_first_slots_alone(self: GraphSteps, tokens: int) -> int:
@@ -535,8 +574,13 @@ FILL = SlotCache.fill
 MISTAKES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {  # and who notices it
     "a new tensor instead of the static buffer": (Captured, "replay", _passes_a_new_tensor, "freed"),
     "a buffer that is not written": (Captured, "replay", _stays_at_a_position, "other logits"),
-    "a replay on the caller's thread": (GraphSteps, "_replayed", _replays_here, "another thread"),
-    "the static buffer as the result": (GraphSteps, "_replayed", _returns_the_buffer, "other logits"),
+    "a replay in the caller's stream": (GraphSteps, "_replayed", _replays("lock"), "outside the device's stream"),
+    "inputs that may not be there": (GraphSteps, "_replayed", _replays("lock", "stream", "after"), "queued before"),
+    "a result that may not be there": (GraphSteps, "_replayed", _replays("lock", "stream", "before"), "was replayed"),
+    "the static buffer as the result": (
+        *(GraphSteps, "_replayed"),
+        *(_replays("lock", "stream", "before", "after", "buffer"), "other logits"),
+    ),
     "too few slots": (GraphSteps, "covering", _reads_the_first_slots_alone, "out of bounds"),
     "another slot tensor": (SlotCache, "fill", _forgets_the_slot, "freed"),
 }
@@ -551,7 +595,7 @@ def test_a_classic_mistake_is_caught(mistake: str, fake: FakeCuda, monkeypatch: 
     require_same(right, expected)
     where, name, wrong, noticed = MISTAKES[mistake]
     monkeypatch.setattr(where, name, wrong)
-    with pytest.raises((VariantError, AssertionError), match=noticed):
+    with pytest.raises((VariantError, AssertionError, Misuse), match=noticed):
         require_same(ask(served, max_new_tokens=30, **options), expected)
 
 

@@ -3,7 +3,7 @@
 A graph replays kernels on the same memory addresses with which it was captured. So each graph belongs to one slot cache
 and has its own buffers for token and position. It reads a fixed number of slots: the first 256, 512, 1024, ... that
 cover the filled slots, so that short contexts do not pay for empty slots. Graphs of one step share a memory pool. This
-is safe because the device's owner thread runs them one after another, and copies out a step's result before the next
+is safe because one thread at a time replays (`Device.replaying`), and a step's result is copied out before the next
 step begins.
 
 The step runs uncaptured for a batch larger than the buckets, for a cache that is lent only once, and for a shape whose
@@ -77,7 +77,10 @@ class Captured:
     used: int = 0
 
     def replay(self, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
-        """Replay on the owner thread: token, position [B, K] in, logits out. Rows beyond B repeat the last one."""
+        """Replay, within `Device.replaying`: token, position [B, K] in, logits out.
+
+        Rows beyond B repeat the last one.
+        """
         batch = token.shape[0]
         for buffer, given in ((self.token, token), (self.position, position)):
             buffer[:batch].copy_(given)
@@ -268,11 +271,11 @@ class GraphSteps(DecodeSteps):
 
     def _replayed(self, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         logits = captured.logits
-        with torch.inference_mode(False):  # the owner thread, which writes it, is not in the caller's inference mode
-            out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
-        self.device.owner.run(lambda: captured.replay(token, position, out))
-        self.replays += 1
-        captured.used = self.replays
+        out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
+        with self.device.replaying():
+            captured.replay(token, position, out)
+            self.replays += 1
+            captured.used = self.replays
         return out
 
     def _uncaptured(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
