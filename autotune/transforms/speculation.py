@@ -43,8 +43,9 @@ class Speculation(Transform):
 
     It serves one sequence at a time; larger batches are decoded token by token. Where nothing is guessed, the plain
     step runs, recorded or compiled if it was. The decode module itself checks the guesses. This check is captured as a
-    graph if the plain step is, and timed against the plain step when the transform is applied. The number of guesses
-    follows from that time and from the share of right guesses, so text that cannot be guessed costs almost nothing.
+    graph if the plain step is, compiled if that is, and timed against the plain step when the transform is applied. The
+    number of guesses follows from that time and from the share of right guesses, so text that cannot be guessed costs
+    almost nothing.
 
     Args:
         draft: "prompt" guesses what followed the same tokens earlier in prompt and answer; "model" lets the model given
@@ -166,16 +167,22 @@ def _lengths(variant: Variant) -> tuple[int, ...] | None:
 def _captured(
     variant: Variant, model: PreTrainedModel, caches: CachePool, prompt: Any, reads: tuple[int, ...], tokens: int
 ) -> GraphSteps:
-    """Graphs of `tokens` tokens of one sequence.
+    """Graphs of `tokens` tokens of one sequence, over the module that the plain step's graphs were captured from.
 
     Args:
         prompt: keys and values of one token, as of `Variant.example`.
         reads: the numbers of slots that graphs read.
     """
+    from ..runtime.cache.slots import SlotCache
     from ..runtime.steps.graphs import GraphSteps, capture_all
 
-    steps = GraphSteps(model, devices.of(variant.original), (1,), reads, tokens=tokens)
+    plain = variant.step.inner if isinstance(variant.step, GraphSteps) else None
+    inner = plain if plain is not None and plain.module is model else None
+    steps = GraphSteps(model, devices.of(variant.original), (1,), reads, inner, tokens)
     with variant.running("decode"):
+        if inner is not None:
+            for read in steps.lengths:
+                inner.prepare(SlotCache(prompt, caches.slots, 1, caches.dtype).first(read), tokens)
         capture_all(steps, caches, {1: prompt}, min(variant.context_tokens, caches.slots), variant.turn)
     return steps
 

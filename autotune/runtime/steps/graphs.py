@@ -333,6 +333,6 @@ class GraphSteps(DecodeSteps):
         return self._inner(part)(token, position, part)[:batch]
 
     def _inner(self, part: slots.SlotCache) -> Step:
-        compiled = self.inner.fitting(part) if self.inner is not None else None
+        compiled = self.inner.fitting(part, self.tokens) if self.inner is not None else None
         eager = slots.step if self.tokens == 1 else slots.steps
         return compiled or (lambda token, position, part: eager(self.module, token, position, part))
