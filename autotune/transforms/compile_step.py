@@ -115,7 +115,7 @@ class CompileStep(Transform):
         variant.loop = decode
         step = InductorGraphStep(variant.modules["decode"], devices.of(variant.original), self.layers == "once")
         for batch in variant.batch_sizes:
-            with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:
+            with variant.running("decode"), variant.caches.keep(variant.example(batch), 1) as (cache,):
                 step.prepare(cache)
         variant.step = step
 

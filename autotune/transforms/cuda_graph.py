@@ -19,18 +19,18 @@ from .static_cache import automatic_slots, over_few_slots, slot_bytes, slotless
 if TYPE_CHECKING:
     from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..runtime.steps.graphs import GraphSteps
     from ..runtime.variant import Variant
     from ..workload import Phase
 
-LASTING = 2  # caches with graphs for each batch size; a third generation at the same time runs uncaptured
+LASTING = 2  # caches with graphs for each batch size, if memory allows; further calls at once run uncaptured
 
 
 @dataclass(frozen=True)
 class CudaGraph(Transform):
-    """Capture a decode step over static slots, compiled or not, for batches of 1, 2, 4, ... and replay it.
+    """Capture a decode step over static slots, compiled or not, for the workload's batch sizes, and replay it.
 
-    A batch in between is padded to the next size. A batch larger than all of them runs uncaptured.
+    They are rounded up to powers of two. A batch in between is padded to the next size. A batch larger than all of them
+    runs uncaptured.
 
     Args:
         largest: the largest batch to capture for; 0 means the workload's largest.
@@ -69,19 +69,22 @@ class CudaGraph(Transform):
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
-        return slot_bytes(variant, self.slots)
+        from ..runtime.steps.graphs import buckets
+
+        return slot_bytes(variant, self.slots, sum(buckets(variant.batch_sizes, self.largest)))
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
+        from ..runtime.cache.slots import SlotCache
         from ..runtime.steps.compiled import CompiledStep
-        from ..runtime.steps.graphs import GraphSteps, buckets, lengths
+        from ..runtime.steps.graphs import GraphSteps, buckets, capture_all, lengths
 
         device = devices.of(variant.original)
         if reason := device.without_graphs() or uncapturable(variant):
             raise TransformError(reason)
         config = text_config(variant.original)
         slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant)
-        rows, reads = buckets(self.largest or max(variant.batch_sizes)), lengths(slots, self.shortest)
+        rows, reads = buckets(variant.batch_sizes, self.largest), lengths(slots, self.shortest)
         tokens = min(variant.context_tokens, slots)
         inner = variant.step if isinstance(variant.step, CompiledStep) else None
         if inner is not None:  # each length costs a compilation, so two are enough: the workload's and the longest
@@ -89,14 +92,15 @@ class CudaGraph(Transform):
         variant.caches = CachePool(config, slots, rows, LASTING)
         variant.loop = decode
         steps = GraphSteps(variant.modules["decode"], device, rows, reads, inner)
-        for batch in sorted({_bucket(rows, batch) for batch in variant.batch_sizes if batch <= rows[-1]}):
-            with variant.running("decode"), variant.caches.lend(variant.example(batch), None) as cache:
-                if inner is not None:
+        prompts = {batch: variant.example(batch) for batch in rows}
+        with variant.running("decode"):
+            if inner is not None:
+                for prompt in prompts.values():
+                    cache = SlotCache(prompt, slots)
                     steps.look(cache)  # before the compilations, which take minutes
                     for read in reads:
                         inner.prepare(cache.first(read))
-                with variant.turn():  # no request meanwhile: one that runs out of memory could not free this cache
-                    steps.prepare(cache, tokens)
+            capture_all(steps, variant.caches, prompts, tokens, variant.turn)
         variant.step = steps
 
     def took_effect(self, variant: Variant) -> str | None:
@@ -104,7 +108,9 @@ class CudaGraph(Transform):
 
         if not isinstance(variant.step, GraphSteps):
             return "the decode step was not captured"
-        return _missing(variant.step, variant.batch_sizes)
+        if missing := sorted(set(variant.step.rows) - {rows for rows, _ in variant.step.shapes}):
+            return f"no graph was captured for batches of {', '.join(map(str, missing))}"
+        return None if variant.step.replays else "no graph was replayed"
 
 
 def uncapturable(variant: Variant) -> str | None:
@@ -126,15 +132,3 @@ def uncapturable(variant: Variant) -> str | None:
     if waiting := linear_layers.waiting(model):
         return waiting
     return slotless(variant)
-
-
-def _bucket(rows: tuple[int, ...], batch: int) -> int:
-    return next(size for size in rows if size >= batch)
-
-
-def _missing(steps: GraphSteps, batch_sizes: tuple[int, ...]) -> str | None:
-    captured = {rows for rows, _ in steps.shapes}
-    wanted = {_bucket(steps.rows, batch) for batch in batch_sizes if batch <= steps.rows[-1]}
-    if missing := sorted(wanted - captured):
-        return f"no graph was captured for batches of {', '.join(map(str, missing))}"
-    return None if steps.replays else "no graph was replayed"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -18,7 +18,7 @@ from ..model.seam import Sampling
 from ..runtime.speculation import speculate
 from ..runtime.speculation.drafts import DraftModel, Proposer
 from ..runtime.speculation.pace import evenly, pays
-from ..runtime.variant import Stage, Transform
+from ..runtime.variant import Stage, Transform, Variant
 from . import require
 from .static_cache import slotless, use_slots
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from ..diagnose.costs import Profile
     from ..machine.hardware import Hardware
-    from ..runtime.variant import Variant
+    from ..runtime.cache.pool import CachePool
+    from ..runtime.speculation.strides import MultiTokenStep
+    from ..runtime.steps.graphs import GraphSteps
     from ..workload import Phase
 
 SHORTEST = 256  # slots that the shortest graph reads, unless the plain step's graphs define it
@@ -41,8 +43,9 @@ class Speculation(Transform):
 
     It serves one sequence at a time; larger batches are decoded token by token. Where nothing is guessed, the plain
     step runs, recorded or compiled if it was. The decode module itself checks the guesses. This check is captured as a
-    graph if the plain step is, and timed against the plain step when the transform is applied. The number of guesses
-    follows from that time and from the share of right guesses, so text that cannot be guessed costs almost nothing.
+    graph if the plain step is, compiled if that is, and timed against the plain step when the transform is applied. The
+    number of guesses follows from that time and from the share of right guesses, so text that cannot be guessed costs
+    almost nothing.
 
     Args:
         draft: "prompt" guesses what followed the same tokens earlier in prompt and answer; "model" lets the model given
@@ -92,37 +95,18 @@ class Speculation(Transform):
         return {"decode": tokens * phase.seconds / max(phase.seconds, computing_s)}
 
     def apply(self, variant: Variant) -> None:
-        from ..runtime.batching.rows import sizes
         from ..runtime.cache.pool import CachePool
-        from ..runtime.cache.rows import RowCache
-        from ..runtime.speculation.strides import MultiTokenStep, captured
-        from ..runtime.steps.graphs import GraphSteps, lengths
-        from ..runtime.steps.inductor_graphs import InductorGraphStep
-        from ..runtime.steps.program import StepPrograms
 
         if self.draft == "model" and variant.draft is None:
             raise TransformError("no draft model was given; pass it to autotune.wrap(model, draft=...)")
         use_slots(variant)
-        step, device, pool = variant.step, devices.of(variant.original), variant.caches
+        pool = variant.caches
         assert pool is not None  # noqa: S101 - use_slots made it; for the type checker
-        reads = lengths(pool.slots, SHORTEST)
-        if isinstance(step, GraphSteps):
-            reads = step.lengths
-
-        def stride(model: PreTrainedModel) -> MultiTokenStep:
-            if isinstance(step, StepPrograms) and model is variant.modules["decode"]:
-                for rows in sizes(self.tokens + 1)[1:]:
-                    step.prepare_several(partial(RowCache, variant.example(1), pool.slots, rows, pool.dtype))
-                return MultiTokenStep(model, recorded=step)
-            if isinstance(step, GraphSteps | InductorGraphStep):
-                return captured(model, device, reads, self.tokens + 1)
-            return MultiTokenStep(model)
-
         draft = None
         if self.draft == "model" and variant.draft is not None:
-            config = text_config(variant.draft)
-            draft = stride(variant.draft), CachePool(config, pool.slots, lasting=pool.lasting)
-        variant.speculation = speculate.SpeculationSetup(self.tokens, stride(variant.modules["decode"]), draft)
+            caches = CachePool(text_config(variant.draft), pool.slots, lasting=pool.lasting)
+            draft = _guessing(variant, caches, self.tokens + 1), caches
+        variant.speculation = speculate.SpeculationSetup(self.tokens, _checking(variant, self.tokens + 1), draft)
         variant.speculation.costs = measure_costs(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
@@ -135,6 +119,72 @@ class Speculation(Transform):
                 f"{speculation.costs[-1]:.1f}x as long as a plain one"
             )
         return None
+
+
+def _checking(variant: Variant, tokens: int) -> MultiTokenStep:
+    """The decode module's steps of up to `tokens` tokens, recorded or captured as the plain step is."""
+    from ..runtime.batching.rows import sizes
+    from ..runtime.cache.rows import RowCache
+    from ..runtime.speculation.strides import MultiTokenStep
+    from ..runtime.steps.program import StepPrograms
+
+    step, pool, model, prompt = variant.step, variant.caches, variant.modules["decode"], variant.example(1)
+    assert pool is not None  # noqa: S101 - the caller made it; for the type checker
+    if isinstance(step, StepPrograms):
+        for rows in sizes(tokens)[1:]:
+            step.prepare_several(partial(RowCache, prompt, pool.slots, rows, pool.dtype))
+        return MultiTokenStep(model, recorded=step)
+    if (reads := _lengths(variant)) is None:
+        return MultiTokenStep(model)
+    return MultiTokenStep(model, several=_captured(variant, model, pool, prompt, reads, tokens))
+
+
+def _guessing(variant: Variant, caches: CachePool, tokens: int) -> MultiTokenStep:
+    """The draft model's steps of one and of up to `tokens` tokens, captured if the plain step of the model is."""
+    from ..runtime.speculation.strides import MultiTokenStep
+
+    model = variant.draft
+    assert model is not None  # noqa: S101 - the caller checked; for the type checker
+    if (reads := _lengths(variant)) is None:
+        return MultiTokenStep(model)
+    prompt = Variant(model, variant.traffic).example(1)
+    one, several = (_captured(variant, model, caches, prompt, reads, count) for count in (1, tokens))
+    return MultiTokenStep(model, one, several)
+
+
+def _lengths(variant: Variant) -> tuple[int, ...] | None:
+    """The numbers of slots that graphs read; None if the plain step is not captured."""
+    from ..runtime.steps.graphs import GraphSteps, lengths
+    from ..runtime.steps.inductor_graphs import InductorGraphStep
+
+    if isinstance(variant.step, GraphSteps):
+        return variant.step.lengths
+    if variant.caches is None or not isinstance(variant.step, InductorGraphStep):
+        return None
+    return lengths(variant.caches.slots, SHORTEST)
+
+
+def _captured(
+    variant: Variant, model: PreTrainedModel, caches: CachePool, prompt: Any, reads: tuple[int, ...], tokens: int
+) -> GraphSteps:
+    """Graphs of `tokens` tokens of one sequence, over the module that the plain step's graphs were captured from.
+
+    Args:
+        prompt: keys and values of one token, as of `Variant.example`.
+        reads: the numbers of slots that graphs read.
+    """
+    from ..runtime.cache.slots import SlotCache
+    from ..runtime.steps.graphs import GraphSteps, capture_all
+
+    plain = variant.step.inner if isinstance(variant.step, GraphSteps) else None
+    inner = plain if plain is not None and plain.module is model else None
+    steps = GraphSteps(model, devices.of(variant.original), (1,), reads, inner, tokens)
+    with variant.running("decode"):
+        if inner is not None:
+            for read in steps.lengths:
+                inner.prepare(SlotCache(prompt, caches.slots, 1, caches.dtype).first(read), tokens)
+        capture_all(steps, caches, {1: prompt}, min(variant.context_tokens, caches.slots), variant.turn)
+    return steps
 
 
 def measure_costs(variant: Variant) -> tuple[float, ...]:

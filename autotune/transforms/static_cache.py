@@ -112,14 +112,19 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     variant.loop = decode
 
 
-def slot_bytes(variant: Variant, slots: int = 0) -> float:
-    """Bytes of a static cache for the workload's largest batch; 0 on a CPU, where empty slots take no memory."""
+def slot_bytes(variant: Variant, slots: int = 0, rows: int = 0) -> float:
+    """Bytes of a static cache; 0 on a CPU, where empty slots take no memory.
+
+    Args:
+        slots: slots of each row; 0: automatic.
+        rows: sequences in all; 0: the workload's largest batch.
+    """
     from ..diagnose.work import cache_size
 
     if variant.caches is not None or variant.device.kind == "cpu":
         return 0.0
     slots = slots or automatic_slots(variant)
-    return cache_size(variant.original, max(variant.batch_sizes), slots, variant.original.dtype.itemsize)
+    return cache_size(variant.original, rows or max(variant.batch_sizes), slots, variant.original.dtype.itemsize)
 
 
 def roomy_slots(variant: Variant, dtype: torch.dtype | None = None) -> int:

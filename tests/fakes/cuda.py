@@ -10,7 +10,10 @@ rule                                                                            
 a graph replays operators, not Python: what the host decided is frozen           CUDA programming guide, graphs
 it reads and writes the buffers it was captured with: none is freed or resized   torch.cuda.CUDAGraph
 the result of a replay is in one buffer, overwritten by the next                 torch.cuda.CUDAGraph
-capture and replay happen on one thread, inside the device's own stream          pytorch#123177, machine/device/owner.py
+capture and replay happen inside the device's own stream, into which one thread  CUDA driver API, graphs are not
+  queues at a time; a replay may come from any thread                             thread-safe; torch.cuda.CUDAGraph
+a replay waits for what the caller queued before, and what the caller queues     CUDA programming guide, streams
+  next waits for it (mark, wait)
 nothing may wait during a capture, nor copy between host and device:             cudaErrorStreamCaptureUnsupported
   synchronize, fetch, .item(), .cpu(), .tolist(), .numpy(), torch.tensor(device=)
 no thread releases memory during a capture                                       CUDACachingAllocator, empty_cache
@@ -32,7 +35,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
@@ -85,6 +88,7 @@ class FakeCuda(Device):
         self.ranges = list[str]()
         self._owner = GraphThread(self)
         self._local = threading.local()
+        self._inside: int | None = None  # identifier of the thread that queues into the device's stream
         self._marks = 0
         self._recording = False
         self.lost_bytes = 0
@@ -127,25 +131,52 @@ class FakeCuda(Device):
             raise Misuse("memory released while a graph is captured")
         self.trims += 1
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> _Mark:
+        self._require_seen()
         self._marks += 1
-        return threading.get_ident(), self._marks
+        return _Mark(self._marks, self._is_inside)
 
-    def wait(self, mark: tuple[int, int]) -> None:
-        if mark[1] > self._marks:
+    def wait(self, mark: _Mark) -> None:
+        if mark.number > self._marks:
             raise Misuse("waits for a mark that was never made")
+        if self._is_inside:
+            self._local.ordered |= not mark.inside
+        elif mark.inside and mark.number > getattr(self._local, "unseen", 0):
+            self._local.unseen = 0
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        before, self._local.inside = getattr(self._local, "inside", False), True
+        before = self._inside
+        if before not in (None, threading.get_ident()):
+            raise Misuse("two threads queue into the device's stream at once")
+        self._inside = threading.get_ident()
+        if before is None:
+            self._local.ordered = False
         try:
             with self.kernels():
                 yield
         finally:
-            self._local.inside = before
+            self._inside = before
+
+    @property
+    def _is_inside(self) -> bool:
+        return self._inside == threading.get_ident()
+
+    def replayed(self) -> None:
+        """A graph is queued now, into the stream that this thread is in."""
+        self.require_stream("replay")
+        if not self._local.ordered:
+            raise Misuse("replayed without a wait for what the caller queued before")
+        self._local.unseen = self._marks  # until a wait for a later mark
+        self.replays += 1
+
+    def _require_seen(self) -> None:
+        if not self._is_inside and getattr(self._local, "unseen", 0):
+            raise Misuse("goes on without a wait for what was replayed")
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         self.forbid_waiting("copy to the host")
+        self._require_seen()
         copy = tensor.clone()  # as it was when the copy was queued
 
         def arrived() -> torch.Tensor:
@@ -193,7 +224,7 @@ class FakeCuda(Device):
         return None
 
     def require_stream(self, what: str) -> None:
-        if not getattr(self._local, "inside", False):
+        if not self._is_inside:
             raise Misuse(f"{what} outside the device's stream")
 
     def forbid_waiting(self, what: str) -> None:
@@ -209,6 +240,13 @@ class FakeCuda(Device):
             yield
         finally:
             self._local.capturing = self._recording = False
+
+
+class _Mark(NamedTuple):
+    """The end of what was queued when it was made; `inside`: into the device's stream."""
+
+    number: int
+    inside: bool
 
 
 class _Workspace:
@@ -246,22 +284,18 @@ def _give_back(device: FakeCuda, sizes: list[int]) -> None:
 
 
 class _Graph:
-    """What both kinds have in common: whose they are, and which workspace and memory they write to."""
+    """What both kinds have in common: which workspace and memory they write to."""
 
     workspace: _Workspace
     pool: _Pool
 
     def __init__(self, device: FakeCuda) -> None:
         self.device = device
-        self.thread = threading.get_ident()
 
     def ready(self) -> None:
-        if threading.get_ident() != self.thread:
-            raise Misuse("replayed from another thread than the one that captured it")
-        self.device.require_stream("replay")
         if self.workspace.freed:
             raise Misuse("replayed after the libraries' workspace that it was captured with was freed")
-        self.device.replays += 1
+        self.device.replayed()
 
 
 class Recorded(_Graph):

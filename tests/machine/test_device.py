@@ -171,10 +171,61 @@ def test_a_replay_overwrites_the_last_result() -> None:
 
 
 @pytest.mark.parametrize("opaque", [False, True])
-def test_another_thread_may_not_replay(opaque: bool) -> None:
+def test_any_thread_may_replay_in_order(opaque: bool) -> None:
     captured = Captured(opaque)
-    with captured.fake.stream(), pytest.raises(Misuse, match="another thread"):
+    with captured.fake.replaying():
         captured.graph.replay()
+    captured.fake.fetch(captured.y)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_replay_out_of_order_is_noticed(opaque: bool) -> None:
+    captured = Captured(opaque)
+    fake = captured.fake
+    with fake.stream():
+        fake.wait(fake.mark())  # of this very stream
+        with pytest.raises(Misuse, match="without a wait for what the caller queued before"):
+            captured.graph.replay()
+    before = fake.mark()
+    with fake.stream():
+        fake.wait(before)
+        early = fake.mark()
+        captured.graph.replay()
+        after = fake.mark()
+    for go_on in (fake.mark, lambda: fake.fetch(captured.y)):
+        fake.wait(early)
+        with pytest.raises(Misuse, match="without a wait for what was replayed"):
+            go_on()
+    fake.wait(after)
+    fake.fetch(captured.y)
+
+
+def test_one_thread_at_a_time_is_in_the_stream() -> None:
+    fake, raised = FakeCuda(), list[str]()
+
+    def enter() -> None:
+        with pytest.raises(Misuse) as error, fake.stream():
+            pass
+        raised.append(str(error.value))
+
+    with fake.stream(), fake.stream():
+        other = threading.Thread(target=enter)
+        other.start()
+        other.join()
+    assert raised == ["two threads queue into the device's stream at once"]
+    with fake.stream():
+        pass
+
+
+def test_a_replay_waits_for_the_end_of_a_capture() -> None:
+    """What it queued would be captured, too."""
+    captured = Captured()
+
+    def replay() -> None:
+        with captured.fake.replaying():
+            captured.graph.replay()
+
+    assert during_a_capture(captured.fake, replay) == [None]
 
 
 def test_a_freed_or_resized_buffer_is_noticed() -> None:
@@ -219,7 +270,7 @@ def test_nothing_may_wait_or_release_memory_during_a_capture(wait: Callable[[tor
 
 def during_a_capture(fake: FakeCuda, act: Callable[[], object]) -> list[BaseException | None]:
     """Capture a graph, during which another thread begins `act`. Returns what that raised, once the capture ended."""
-    raised, threads = list[BaseException | None](), list[threading.Thread]()
+    raised, threads, earlier = list[BaseException | None](), list[threading.Thread](), fake.captures
 
     def attempt() -> None:
         try:
@@ -229,7 +280,7 @@ def during_a_capture(fake: FakeCuda, act: Callable[[], object]) -> list[BaseExce
             raised.append(error)
 
     def work() -> torch.Tensor:
-        if fake.captures:
+        if fake.captures > earlier:
             threads.append(threading.Thread(target=attempt))
             threads[0].start()
             threads[0].join(timeout=0.2)

@@ -9,16 +9,17 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count, product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from autotune.errors import ChoiceError, DeviceError, TransformError, VariantError
+from autotune.errors import ChoiceError, DeviceError, TransformError, UnreadyError, VariantError
 from autotune.live.original import Original
 from autotune.machine import device
 from autotune.machine.device import Graph
@@ -30,13 +31,12 @@ from autotune.runtime.steps import compiled
 from autotune.runtime.steps.graphs import Captured, GraphSteps, agree, buckets, lengths
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.steps.waiting import require_no_wait
-from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
 from autotune.workload import Workload
-from tests.fakes.cuda import FakeCuda
+from tests.fakes.cuda import FakeCuda, Misuse
 from tests.models import left_padded, tiny, token_prompts
 
 IDS = torch.tensor([token_prompts(1)[0]])  # [1, 12]
@@ -80,9 +80,19 @@ def test_lengths_double_until_they_cover_all(capacity: int, shortest: int, expec
     assert lengths(capacity, shortest) == expected
 
 
-@pytest.mark.parametrize(("largest", "expected"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 4)), (8, (1, 2, 4, 8))])
-def test_buckets_are_powers_of_two(largest: int, expected: tuple[int, ...]) -> None:
-    assert buckets(largest) == expected
+@pytest.mark.parametrize(
+    ("batches", "largest", "expected"),
+    [
+        ((1,), 0, (1,)),
+        ((1, 3), 0, (1, 4)),
+        ((3, 4, 1), 0, (1, 4)),
+        ((1, 3, 8), 4, (1, 4)),
+        ((1, 3, 8), 2, (1, 2)),
+        ((1,), 8, (1, 8)),
+    ],
+)
+def test_buckets_hold_the_workload(batches: tuple[int, ...], largest: int, expected: tuple[int, ...]) -> None:
+    assert buckets(batches, largest) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,9 +133,9 @@ def test_every_architecture_decodes_the_same_tokens(arch: str, fake: FakeCuda) -
     assert torch.equal(ask(served, max_new_tokens=60), ask(model, max_new_tokens=60))
     assert torch.equal(ask_padded(served), ask_padded(model))
     steps = steps_of(variant)
-    assert {(1, 16), (1, 32), (1, 64), (1, 128), (4, 32)} <= set(steps.shapes)
+    assert set(steps.shapes) == set(product((1, 4), (16, 32, 64, 128)))
     assert not steps.fallbacks
-    assert steps.captures == len(steps.shapes) == fake.captures
+    assert steps.captures == fake.captures == 2 * len(steps.shapes), "for two callers"
     assert GRAPH.took_effect(variant) is None
 
 
@@ -161,7 +171,6 @@ def test_generations_in_turn_see_nothing_of_each_other(fake: FakeCuda) -> None:
         ]:
             assert torch.equal(ask(served, ids, **options), ask(model, ids, **options))
     assert not steps_of(variant).fallbacks
-    assert len(steps_of(variant).shapes) == fake.captures, "a cache that was there was captured again"
 
 
 def test_a_cache_is_lent_in_the_order_of_what_was_queued(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,27 +178,13 @@ def test_a_cache_is_lent_in_the_order_of_what_was_queued(fake: FakeCuda, monkeyp
     variant, waits = graphed(tiny("llama")), list[Any]()
     ask(serving(variant))
     assert variant.caches is not None
-    (idle,) = variant.caches._idle[1]
+    idle = variant.caches._idle[1][-1]
     left, wait = idle.left, fake.wait
     monkeypatch.setattr(fake, "wait", lambda mark: (waits.append(mark), wait(mark)))
     ask(serving(variant))
     assert left is not None
     assert left in waits
     assert idle.left > left
-
-
-def test_graphs_are_captured_in_a_turn_of_their_own(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among live requests: none of them is under way during a capture."""
-    traffic, capture, turns = Traffic(), fake.capture, list[bool]()
-
-    def noted(*args: Any) -> Any:
-        turns.append(traffic._measuring is not None)
-        return capture(*args)
-
-    monkeypatch.setattr(fake, "capture", noted)
-    Variant(tiny("llama"), traffic).with_transform(GRAPH)
-    assert turns
-    assert all(turns)
 
 
 def test_a_dropped_variant_leaves_no_graph_behind(fake: FakeCuda) -> None:
@@ -209,9 +204,9 @@ def test_a_nan_left_in_any_row_or_slot_reaches_nobody(fake: FakeCuda) -> None:
     served = serving(variant)
     before = ask_padded(served)
     assert variant.caches is not None
-    (idle,) = variant.caches._idle[4]
-    for tensor in (*idle.keys, *idle.values):
-        tensor[:, :, : idle.length + 1] = torch.nan  # one more than counts: a step may have been launched ahead
+    for idle in variant.caches._idle[4]:
+        for tensor in (*idle.keys, *idle.values):
+            tensor[:, :, : idle.length + 1] = torch.nan  # one more than counts: a step may have been launched ahead
     assert torch.equal(ask_padded(served), before)
 
 
@@ -244,19 +239,40 @@ def test_two_threads_at_once_get_their_own_answers(fake: FakeCuda) -> None:
     assert all(torch.equal(answer, expected[n]) for n, answers in given.items() for answer in answers)
     assert len(given) == len(prompts)
     assert variant.caches is not None
-    assert len(variant.caches._idle[1]) <= 2, "threads multiply caches"
-    assert fake.captures <= 2 * len(steps_of(variant).lengths) * 2, "threads multiply graphs"
+    assert len(variant.caches._idle[1]) == 2, "threads multiply caches"
 
 
-def test_many_caches_do_not_multiply_graphs_without_limit(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autotune.runtime.steps.graphs.MOST_GRAPHS", 3)
-    model = tiny("llama")
-    variant = graphed(model)
+def test_threads_do_not_replay_at_once(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has copied its inputs in and not yet its result out; the other waits, and must."""
+    assert not overlapping(monkeypatch, 0.2)
+    monkeypatch.setattr(GraphSteps, "_replayed", _replays("stream", "before", "after"))
+    assert any("two threads queue into the device's stream" in each for each in overlapping(monkeypatch, 60.0))
+
+
+def overlapping(monkeypatch: pytest.MonkeyPatch, wait_s: float) -> list[str]:
+    """What goes wrong with two calls, of which one has so long to begin in the middle of the other's first replay."""
+    variant, replay, wrong = graphed(tiny("llama")), Captured.replay, list[str]()
     served = serving(variant)
-    for tokens in (60, 5, 60):
-        assert torch.equal(ask(served, max_new_tokens=tokens), ask(model, max_new_tokens=tokens))
-    assert len(steps_of(variant).shapes) <= 3
-    assert not steps_of(variant).fallbacks
+
+    def call(ids: torch.Tensor) -> None:
+        try:
+            ask(served, ids)
+        except VariantError as error:
+            wrong.append(str(error))
+
+    other = threading.Thread(target=call, args=(IDS.flip(1),))
+
+    def interrupted(*given: Any) -> None:
+        if not other.ident:
+            other.start()
+            other.join(wait_s)
+        replay(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Captured, "replay", interrupted)
+        call(IDS)
+        other.join()
+    return [*wrong, *steps_of(variant).fallbacks]
 
 
 @pytest.mark.fault("A20")
@@ -278,17 +294,26 @@ def test_results_belong_to_the_caller(fake: FakeCuda) -> None:
 def test_a_failed_capture_is_told_once_and_counted(
     fake: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.14.0")  # where more than one may fail
     model = tiny("llama")
-    variant = graphed(model)
     error = RuntimeError("operation failed due to a previous error during capture")
     error.__context__ = RuntimeError("operation not permitted when stream is capturing")
-    monkeypatch.setattr(fake, "capture", _raise(error))
+    monkeypatch.setattr(fake, "capture", refusing(fake, error, (2, 3)))
+    variant = graphed(model, batches=(1,))
     assert torch.equal(ask(serving(variant), max_new_tokens=30), ask(model, max_new_tokens=30))
     told = [r for r in caplog.records if "not permitted" in r.getMessage()]
-    assert len(told) == 1
+    assert len(told) == 2, "64 slots and 128, each told once"
     (reason,) = steps_of(variant).fallbacks
     assert "not permitted" in reason
-    assert steps_of(variant).fallbacks[reason] == 30 - 1 - 20, "steps beyond the 32 slots that were captured before"
+    assert steps_of(variant).fallbacks[reason] == 30 - 1 - 20, "steps beyond the 32 slots that were captured"
+
+
+def test_a_step_of_the_workload_that_cannot_be_captured_is_refused(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "capture", refusing(fake, RuntimeError("not now"), (1,)))
+    with pytest.raises(TransformError, match="cannot be captured: RuntimeError: not now"):
+        graphed(tiny("llama"))
 
 
 def test_dynamic_rope_is_refused_before_a_capture(fake: FakeCuda) -> None:
@@ -315,13 +340,13 @@ def test_what_waits_for_the_device_is_seen(step: Callable[[torch.Tensor], object
 
 
 def test_memory_that_runs_out_during_a_capture_is_given_back(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    variant = graphed(model)
-    capture, trims = fake.capture, fake.trims
-    monkeypatch.setattr(fake, "capture", _raise(torch.OutOfMemoryError("CUDA out of memory.")))
+    monkeypatch.setattr(torch, "__version__", "2.14.0")  # where more than one may fail
+    model, capture = tiny("llama"), fake.capture
+    monkeypatch.setattr(fake, "capture", refusing(fake, torch.OutOfMemoryError("CUDA out of memory."), (2, 3)))
+    variant = graphed(model, batches=(1,))
     assert torch.equal(ask(serving(variant), max_new_tokens=30), ask(model, max_new_tokens=30))
     assert dict(steps_of(variant).fallbacks) == {"out of memory": 9}
-    assert fake.trims == trims + 1
+    assert fake.trims == 2
     monkeypatch.setattr(fake, "capture", capture)
     steps_of(variant).forget()
     ask(serving(variant), max_new_tokens=30)
@@ -339,25 +364,37 @@ def test_memory_that_runs_out_at_a_replay_costs_the_graph_alone(
             ask(serving(variant), IDS[:, :3], max_new_tokens=8), ask(model, IDS[:, :3], max_new_tokens=8)
         )
     assert dict(steps_of(variant).fallbacks) == {"out of memory": 7}
-    assert (1, 16) not in steps_of(variant).shapes
+    assert [16 in graphs for cache, graphs in steps_of(variant)._graphs.items() if cache.shape[0] == 1].count(True) == 1
     assert torch.equal(ask(serving(variant)), ask(model)), "the other lengths are replayed as before"
 
 
-def test_idle_caches_make_room_for_a_larger_one(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_idle_caches_make_room_for_a_larger_one(
+    captured: bool, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those with graphs, which only a turn could capture anew: then the larger call is refused."""
     model = tiny("llama")
-    variant = graphed(model)
+    variant = graphed(model) if captured else Variant(model).with_transform(StaticCache())
+    ask(serving(variant))
     room, trims = cache._room, fake.trims
 
     def limited(sample: torch.Tensor, rows: int, *given: Any) -> torch.Tensor:
-        if rows == 2 and fake.trims == trims:
+        if rows == 5 and fake.trims == trims:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return room(sample, rows, *given)
 
     monkeypatch.setattr(cache, "_room", limited)
-    two = torch.tensor(token_prompts(2))
-    assert torch.equal(ask(serving(variant), two), ask(model, two))
-    assert {rows for rows, _ in steps_of(variant).shapes} == {2}, "graphs outlived their caches"
+    five = torch.tensor(token_prompts(5))
+    if captured:
+        with pytest.raises(UnreadyError, match="CUDA out of memory"):
+            ask(serving(variant), five)
+        assert not steps_of(variant).fallbacks
+    else:
+        assert torch.equal(ask(serving(variant), five), ask(model, five))
+        assert variant.caches is not None
+        assert {rows for rows, idle in variant.caches._idle.items() if idle} == {5}
     assert torch.equal(ask(serving(variant)), ask(model))
+    assert not captured or not steps_of(variant).fallbacks
 
 
 def test_the_device_s_last_error_is_one_clear_exception(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,40 +457,23 @@ def test_a_compiled_step_that_waits_is_refused_before_it_is_compiled_for_graphs(
     assert (len(compilations), fake.captures, fake.lost_bytes) == (before, 0, 0)
 
 
-def test_a_shape_that_is_not_compiled_is_looked_at_too(
-    fake: FakeCuda, compilations: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny("llama")
-    work = Workload(tuple(map(tuple, token_prompts(4))), 12, (1, 3))
-    variant = Variant(model, workload=work).with_transforms([CompileStep(phase="decode"), GRAPH])
-    two, before = torch.tensor(token_prompts(2)), fake.captures
-    do_in_every_step(wait, model, monkeypatch)
-    ask(serving(variant), two)
-    assert (fake.captures, fake.lost_bytes) == (before, 0)
-    (reason,) = steps_of(variant).fallbacks
-    assert "the step waits for the device" in reason
-
-
 @pytest.mark.parametrize(("release", "most"), [("2.13.0", 1), ("2.13.1+cu130", 1), ("2.14.0", 3), ("3.0.0+cpu", 3)])
 def test_captures_that_keep_their_memory_may_fail_once(
     release: str, most: int, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy from the host, which no operator shows, ends every capture from now on; each loses a pool of its own."""
+    """A copy from the host, which no operator shows, ends every capture after those of the workload; each loses a pool."""
     monkeypatch.setattr(torch, "__version__", release)
-    model = tiny("llama")
-    variant, lost = graphed(model), list[int]()
-    before = fake.captures
-    do_in_every_step(lambda logits: torch.tensor([1.0], device=logits.device), model, monkeypatch)
-    for batch, tokens in ((1, 40), (2, 40), (1, 100)):
-        ask(serving(variant), torch.tensor(token_prompts(batch)), max_new_tokens=tokens)
-        lost.append(fake.lost_bytes)
-    assert fake.captures - before == most
-    assert 0 < lost[0] <= lost[-1]
-    assert (lost[0] < lost[-1]) == (most > 1)
-    assert f"no further captures after {most} failed: {COPY}" in steps_of(variant).fallbacks
-    steps_of(variant).forget()
-    ask(serving(variant))
-    assert fake.captures - before > most, "what was forgotten is tried anew"
+    model, first = tiny("llama"), fake.captures + 2  # what the workload needs
+
+    def copy(logits: torch.Tensor) -> None:
+        if fake.captures > first:
+            torch.tensor([1.0], device=logits.device)
+
+    do_in_every_step(copy, model, monkeypatch)
+    steps = steps_of(graphed(model, batches=(1,)))
+    assert fake.captures - first == most
+    assert set(steps.failed.values()) == {COPY}
+    assert (fake.lost_bytes > 0, steps.captures) == (True, 2)
 
 
 COPY = "Misuse: tensor copies between host and device while a graph is captured"
@@ -488,9 +508,13 @@ def test_weights_that_move_are_captured_anew(fake: FakeCuda) -> None:
     del held
     with pytest.raises(VariantError, match="freed"):
         ask(served)
+    shapes, captures = steps_of(variant).shapes, fake.captures
     steps_of(variant).forget()
-    assert not steps_of(variant).shapes
+    assert set(steps_of(variant).shapes) == set(shapes)
+    assert fake.captures == 2 * captures
     assert torch.equal(ask(served), before)
+    assert fake.captures == 2 * captures
+    assert not steps_of(variant).fallbacks
 
 
 def test_a_released_original_is_captured_anew(fake: FakeCuda) -> None:
@@ -498,8 +522,8 @@ def test_a_released_original_is_captured_anew(fake: FakeCuda) -> None:
     variant = graphed(model)
     served, before, captures = serving(variant), ask(model), fake.captures
     Original(model).release(variant)
-    assert torch.equal(ask(served), before)
     assert fake.captures > captures
+    assert torch.equal(ask(served), before)
     assert not steps_of(variant).fallbacks
 
 
@@ -585,17 +609,23 @@ def _stays_at_a_position(self: Captured, token: torch.Tensor, position: torch.Te
     out.copy_(self.logits)
 
 
-def _replays_here(self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(captured.logits)
-    captured.replay(token, position, out)
-    return out
+def _replays(*steps: str) -> Callable[..., torch.Tensor]:
+    """`GraphSteps._replayed` out of these: what each is for must be seen where it is missing."""
 
+    def replayed(self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        gpu, out = self.device, torch.empty_like(captured.logits)
+        with gpu.queueing if "lock" in steps else nullcontext():
+            before = gpu.mark()
+            with gpu.stream() if "stream" in steps else nullcontext():
+                if "before" in steps:
+                    gpu.wait(before)
+                captured.replay(token, position, out)
+                after = gpu.mark()
+        if "after" in steps:
+            gpu.wait(after)
+        return captured.logits if "buffer" in steps else out
 
-def _returns_the_buffer(
-    self: GraphSteps, captured: Captured, token: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    self.device.owner.run(lambda: captured.replay(token, position, torch.empty_like(captured.logits)))
-    return captured.logits
+    return replayed
 
 
 def _reads_the_first_slots_alone(self: GraphSteps, tokens: int) -> int:
@@ -611,8 +641,13 @@ FILL = SlotCache.fill
 MISTAKES: dict[str, tuple[Any, str, Callable[..., Any], str]] = {  # and who notices it
     "a new tensor instead of the static buffer": (Captured, "replay", _passes_a_new_tensor, "freed"),
     "a buffer that is not written": (Captured, "replay", _stays_at_a_position, "other logits"),
-    "a replay on the caller's thread": (GraphSteps, "_replayed", _replays_here, "another thread"),
-    "the static buffer as the result": (GraphSteps, "_replayed", _returns_the_buffer, "other logits"),
+    "a replay in the caller's stream": (GraphSteps, "_replayed", _replays("lock"), "outside the device's stream"),
+    "inputs that may not be there": (GraphSteps, "_replayed", _replays("lock", "stream", "after"), "queued before"),
+    "a result that may not be there": (GraphSteps, "_replayed", _replays("lock", "stream", "before"), "was replayed"),
+    "the static buffer as the result": (
+        *(GraphSteps, "_replayed"),
+        *(_replays("lock", "stream", "before", "after", "buffer"), "other logits"),
+    ),
     "too few slots": (GraphSteps, "covering", _reads_the_first_slots_alone, "out of bounds"),
     "another slot tensor": (SlotCache, "fill", _forgets_the_slot, "freed"),
 }
@@ -627,7 +662,7 @@ def test_a_classic_mistake_is_caught(mistake: str, fake: FakeCuda, monkeypatch: 
     require_same(right, expected)
     where, name, wrong, noticed = MISTAKES[mistake]
     monkeypatch.setattr(where, name, wrong)
-    with pytest.raises((VariantError, AssertionError), match=noticed):
+    with pytest.raises((VariantError, AssertionError, Misuse), match=noticed):
         require_same(ask(served, max_new_tokens=30, **options), expected)
 
 
@@ -635,6 +670,12 @@ def require_same(mine: Any, theirs: Any) -> None:
     for given, expected in zip(mine.logits, theirs.logits, strict=False):
         assert torch.allclose(given, expected, atol=1e-4, rtol=1e-4), "other logits"
     assert torch.equal(mine.sequences, theirs.sequences)
+
+
+def refusing(fake: FakeCuda, error: Exception, numbers: Sequence[int]) -> Callable[..., Any]:
+    """`fake.capture`, of which calls with these numbers fail."""
+    capture, number = fake.capture, count()
+    return lambda *given: _raise(error)() if next(number) in numbers else capture(*given)
 
 
 def _raise(error: Exception) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from autotune.runtime.cache import slots
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, evenly, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import GuessCounts
+from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.variant import Transform, Variant, build, serving
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
@@ -155,6 +156,29 @@ def test_several_steps_can_be_captured() -> None:
         slots.steps(model, IDS[:, :4], torch.arange(12, 16)[None], eager)
         eager.advance(2)
         torch.testing.assert_close(result, slots.steps(model, IDS[:, 5:9], torch.arange(14, 18)[None], eager))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "mistral-window"])
+def test_several_steps_can_be_compiled(arch: str) -> None:
+    model = tiny(arch)
+    with torch.no_grad():
+        prompt = seam.growing_cache()
+        model(IDS, **seam.over(model, prompt))
+        compiled, eager = (slots.SlotCache(prompt, 32) for _ in range(2))
+        for cache in (compiled, eager):
+            cache.fill(prompt, None)
+        steps = CompiledStep(model)
+        steps.prepare(compiled, 4)
+        assert steps.fitting(compiled) is None
+        assert not steps.shapes, "no step of one token"
+        step = steps.fitting(compiled, 4)
+        assert step is not None
+        for start in (12, 14):  # two of four tokens were right
+            given = IDS[:, start - 12 : start - 8], torch.arange(start, start + 4)[None]
+            torch.testing.assert_close(step(*given, compiled), slots.steps(model, *given, eager), atol=1e-4, rtol=1e-4)
+            for cache in (compiled, eager):
+                cache.advance(2)
 
 
 # What is guessed

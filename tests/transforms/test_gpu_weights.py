@@ -213,7 +213,7 @@ def test_products_compiled_for_a_gpu_are_tuned_for_one_row(
     assert given["options"].get("coordinate_descent_tuning") is descent
     given.clear()
     model = models.tiny("llama")
-    token: Any = SimpleNamespace(device=torch.device(on))
+    token: Any = SimpleNamespace(device=torch.device(on), shape=(1, 1))
     with pytest.raises(TransformError, match="does not compile"):
         compiled.compile_ahead((model, token), regions=False)  # the function that is not compiled cannot be kept
     assert given["options"].get("coordinate_descent_tuning") is descent

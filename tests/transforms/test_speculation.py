@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,14 @@ from autotune.diagnose.costs import PhaseProfile, Profile
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
 from autotune.runtime import kernels
+from autotune.runtime.cache import slots
 from autotune.runtime.speculation import speculate
 from autotune.runtime.speculation.pace import evenly
+from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.variant import Stage, Transform, Variant, build, serving
 from autotune.transforms import make
+from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.quantised_cache import QuantisedCache
 from autotune.transforms.speculation import Speculation
@@ -176,9 +180,36 @@ def test_where_the_step_is_captured_so_are_guesses_and_their_check(arch: str, dr
             assert one.replays > 0
             assert several is not None
             assert several.replays > 0
-        assert fake.captures - captures <= 9  # each kind of step by slots read, 64 and 128 and all; once
+        assert fake.captures == captures
         variant.speculation.forget()
         same(ask(serving(variant), REPEATING), ask(model, REPEATING))
+
+
+def test_where_the_step_is_compiled_and_captured_so_is_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is noted instead, and runs as it is; a replay on this fake calls it again."""
+    prepared, called = set[tuple[int, int]](), Counter[int]()
+
+    def prepare(self: CompiledStep, cache: slots.SlotCache, tokens: int = 1) -> None:
+        def compiled(*given: Any) -> torch.Tensor:
+            called[tokens] += 1
+            return (slots.run if tokens == 1 else slots.forward)(*given)
+
+        prepared.add((cache.shape[1], tokens))
+        self._steps[cache.layout, tokens] = compiled
+
+    monkeypatch.setattr(CompiledStep, "prepare", prepare)
+    with device.stand_in(FakeCuda(opaque=True)):
+        plan = [CompileStep(phase="decode"), CudaGraph(phase="decode", shortest=32), PROMPT]
+        variant = Variant(tiny(), workload=Workload(((1, 2, 3),), 100, (1,))).with_transforms(plan)
+        assert prepared >= {(slots, tokens) for slots in (128, 256) for tokens in (1, 6)}
+        assert variant.speculation is not None
+        variant.speculation.costs, several = evenly(variant.speculation.tokens, 1.1), variant.speculation.stride.several
+        assert several is not None
+        called.clear()
+        options = {"logits_processor": [Copying()], "max_new_tokens": 60}
+        same(ask(serving(variant), REPEATING, **options), ask(variant.original, REPEATING, **options))
+        assert called[6] == variant.speculation.tally.steps > 0
+        assert not several.fallbacks
 
 
 def test_beside_inductors_graphs_the_check_is_captured_too() -> None:

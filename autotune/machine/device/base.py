@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -81,6 +81,8 @@ class Device(ABC):
         kind: "cpu" or "cuda".
         asynchronous: whether the host's calls only queue work.
         where: torch's name for it.
+        queueing: held by the one thread that is inside `stream`. A capture records whatever is queued there meanwhile,
+            and a graph's buffers are written, replayed and read in one piece.
     """
 
     kind: ClassVar[Kind]
@@ -88,6 +90,7 @@ class Device(ABC):
 
     def __init__(self, where: torch.device) -> None:
         self.where = where
+        self.queueing = forking.free(threading.RLock())
         self._dead: str | None = None
 
     @property
@@ -156,7 +159,30 @@ class Device(ABC):
 
     @abstractmethod
     def stream(self) -> AbstractContextManager[None]:
-        """Inside the block, queue this thread's work into the stream on which graphs are captured and replayed."""
+        """Inside the block, queue this thread's work into the stream on which graphs are captured and replayed.
+
+        The caller holds `queueing`.
+        """
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Inside the block, replay graphs from this thread, and read and write their buffers.
+
+        All of it runs after what this thread queued before, and ahead of what it queues later. Tensors used besides the
+        graphs' must belong to this thread's stream: their memory is then freed in its order.
+
+        Raises:
+            DeviceError: the device is dead.
+        """
+        self.check()
+        with self.queueing, ExitStack() as ends:
+            before = self.mark()
+            with self.stream():
+                self.wait(before)
+                try:
+                    yield
+                finally:  # after an error, too: what was queued before it reads the caller's memory
+                    ends.callback(self.wait, self.mark())
 
     def random_state(self) -> Any:
         """The state of the generators that sampling on this device draws from, for `set_random_state`."""
@@ -210,7 +236,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def owner(self) -> GraphThread:
-        """The one thread that captures and replays this device's graphs."""
+        """The one thread that captures this device's graphs, and runs those that inductor captures."""
 
     def without_graphs(self) -> str | None:
         """Why nothing can be captured here, or None."""

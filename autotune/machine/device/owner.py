@@ -1,7 +1,8 @@
-"""The one thread that captures and replays graphs for all other threads.
+"""The one thread that captures graphs for all other threads, and runs those that inductor captures.
 
-A graph's state belongs to the thread that captured it. Replays from another thread have corrupted results without an
-exception (pytorch#123177, #143931). Graphs that share memory must not overlap, which one stream guarantees.
+Inductor keeps the state of its graphs in the thread that made them, and refuses calls from others (pytorch#123177). The
+handles and workspaces of libraries belong to a thread, too, so that captures on one thread take them once. A graph that
+autotune captured has no thread: `Device.replaying` replays it from any, without the two switches of threads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ class Queue(Protocol):
     """The part of a device that a `GraphThread` needs; see `base.Device`."""
 
     where: Any
+
+    @property
+    def queueing(self) -> AbstractContextManager[Any]: ...
 
     def check(self) -> None: ...
 
@@ -62,7 +66,7 @@ class GraphThread:
         before, done = self.device.mark(), Future[tuple[T, Any]]()
 
         def ordered() -> tuple[T, Any]:
-            with self.device.stream():
+            with self.device.queueing, self.device.stream():
                 self.device.wait(before)
                 return work(), self.device.mark()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
     from ...machine.device import Device
+
+
+SPARE = 0.25  # share of the free memory that a cache may take which only calls at the same time need
 
 
 class CachePool:
@@ -45,6 +48,7 @@ class CachePool:
         self.dtype = dtype
         self._idle: dict[int, list[SlotCache]] = {}
         self._made: dict[int, int] = {}
+        self._kept: dict[int, int] = {}  # rows -> number of caches whose addresses are recorded
         self._lock = forking.lock()
 
     def unsupported(self, config: GenerationConfig) -> str | None:
@@ -56,8 +60,7 @@ class CachePool:
     @contextmanager
     def lend(self, prompt: Any, mask: torch.Tensor | None) -> Iterator[SlotCache]:
         """Lend a slot cache, filled from a prefilled cache ([B, Hk, P, D] per layer; mask [B, P] or None)."""
-        batch = keys_and_values(prompt)[0][0].shape[0]
-        cache = self._take(prompt, next((rows for rows in self.rows if rows >= batch), batch))
+        cache = self._take(prompt, self._rows(prompt))
         device = devices.of(cache.slot.device)
         if cache.left is not None:
             device.wait(cache.left)
@@ -69,6 +72,31 @@ class CachePool:
                 cache.left = device.mark()
                 with self._lock:
                     self._idle[cache.shape[0]].append(cache)
+
+    @contextmanager
+    def keep(self, prompt: Any, most: int) -> Iterator[list[SlotCache]]:
+        """Lend up to `most` caches for the prompt's number of rows, whose addresses are recorded meanwhile.
+
+        They are kept for good, even if memory runs out, and later ones of their size are lent only once. One that only
+        calls at the same time need is not made if it takes more than `SPARE` of the free memory.
+        """
+        rows, caches = self._rows(prompt), list[SlotCache]()
+        with ExitStack() as lent:
+            while len(caches) < most and self._is_spare(caches):
+                self._kept[rows] = max(self._kept.get(rows, 0), len(caches) + 1)
+                caches.append(lent.enter_context(self.lend(prompt, None)))
+            yield caches
+
+    def _is_spare(self, caches: list[SlotCache]) -> bool:
+        """Whether there is another cache like these, or room for one."""
+        if not caches or self._idle[caches[0].shape[0]]:
+            return True
+        held = sum(tensor.nbytes for tensor in (*caches[0].keys, *caches[0].values))
+        return held <= SPARE * devices.of(caches[0].slot.device).memory().free
+
+    def _rows(self, prompt: Any) -> int:
+        batch: int = keys_and_values(prompt)[0][0].shape[0]
+        return next((rows for rows in self.rows if rows >= batch), batch)
 
     def _take(self, prompt: Any, rows: int) -> SlotCache:
         with self._lock:
@@ -83,15 +111,15 @@ class CachePool:
             cache = SlotCache(prompt, self.slots, rows, self.dtype)
         with self._lock:
             planned = not self.rows or rows in self.rows
-            cache.lasting = planned and self._made.get(rows, 0) < self.lasting
+            cache.lasting = planned and self._made.get(rows, 0) < self._kept.get(rows, self.lasting)
             self._made[rows] = self._made.get(rows, 0) + cache.lasting
         return cache
 
     def _drop_idle(self, device: Device) -> bool:
-        """Free the caches that are not lent. Returns whether there were any."""
+        """Free the caches that are neither lent nor recorded. Returns whether there were any."""
         device.synchronize()  # graphs that use them may still be running
         with self._lock:
-            sizes = {rows: len(idle) for rows, idle in self._idle.items() if idle}
+            sizes = {rows: len(idle) for rows, idle in self._idle.items() if idle and rows not in self._kept}
             for rows, count in sizes.items():
                 self._idle[rows].clear()
                 self._made[rows] -= count

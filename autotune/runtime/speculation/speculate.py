@@ -120,7 +120,7 @@ class SpeculationSetup:
         log.debug("speculation: %s", tally)
 
     def forget(self) -> None:
-        """Drop graphs, because addresses have changed. They are captured again when needed."""
+        """Capture graphs anew, because addresses have changed. No request is under way."""
         for stride in (self.stride, self.draft[0] if self.draft else None):
             if stride is not None:
                 stride.forget()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...machine.device import Device
     from ..cache.slots import SlotCache
     from ..steps.graphs import GraphSteps
     from ..steps.program import StepPrograms
@@ -71,15 +69,7 @@ class MultiTokenStep:
         return graphs if fits else None
 
     def forget(self) -> None:
-        """Drop graphs. They are captured again when needed."""
+        """Capture graphs anew, because addresses have changed. No request is under way."""
         for graphs in (self.one, self.several):
             if graphs is not None:
                 graphs.forget()
-
-
-def captured(module: PreTrainedModel, device: Device, reads: Sequence[int], tokens: int) -> MultiTokenStep:
-    """Graphs of one and of `tokens` tokens for single sequences; `reads` are the lengths of `graphs.GraphSteps`."""
-    from ..steps.graphs import GraphSteps
-
-    one, several = (GraphSteps(module, device, (1,), reads, tokens=n) for n in (1, tokens))
-    return MultiTokenStep(module, one, several)

@@ -1,8 +1,9 @@
 """One decode step compiled ahead of time: no Python, no guards, decoder layers generated once.
 
-A step is compiled for exactly one batch size and number of slots. It has no guards, so the caller checks shapes by
-looking it up in `CompiledStep.fitting`. For other shapes, the same module runs uncompiled. Compiled code is kept in the
-user's cache directory under a key of everything that shaped it: modules, libraries, processor, threads.
+A step is compiled for exactly one batch size, number of slots and number of tokens. It has no guards, so the caller
+checks shapes by looking it up in `CompiledStep.fitting`. For other shapes, the same module runs uncompiled. Compiled
+code is kept in the user's cache directory under a key of everything that shaped it: modules, libraries, processor,
+threads.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
 from ...model import seam
 from ...model.configured import text_config
-from ..cache.slots import SlotCache, run
+from ..cache.slots import SlotCache, forward, run
 from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
@@ -59,39 +60,42 @@ class CompiledStep(DecodeSteps):
         self.module = module
         self.regions = regions
         self.mode = mode
-        self._steps: dict[tuple[int, int, int], Callable[..., torch.Tensor]] = {}
+        self._steps: dict[tuple[tuple[int, int, int], int], Callable[..., torch.Tensor]] = {}  # by layout and tokens
         self._lock = forking.lock()  # compiled code runs one step at a time
 
-    def prepare(self, cache: SlotCache) -> None:
+    def prepare(self, cache: SlotCache, tokens: int = 1) -> None:
         """Compile for this cache's layout, or load code that was compiled before.
+
+        Args:
+            tokens: K, tokens of a sequence that the step takes at once; logits are [B, K, V] if K is more than one.
 
         Raises:
             TransformError: the module cannot be compiled; the message says why.
         """
-        if cache.layout in self._steps:
+        if (cache.layout, tokens) in self._steps:
             return
-        token = torch.zeros(cache.valid.shape[0], 1, dtype=torch.int64, device=cache.slot.device)
+        token = torch.zeros(cache.valid.shape[0], tokens, dtype=torch.int64, device=cache.slot.device)
         arguments = (self.module, token, token.clone(), cache.slot, cache.valid, cache.keys, cache.values)
-        path = artifact(self.module, cache.layout, self.regions, self.mode)
+        path = artifact(self.module, (*cache.layout, tokens), self.regions, self.mode)
         compiled = load(path) if path is not None else None
         if compiled is None:
             compiled = compile_ahead(arguments, self.regions, self.mode)
             if path is not None:
                 keep(compiled, path)
         compiled.disable_guard_check()
-        self._steps[cache.layout] = compiled.fn
+        self._steps[cache.layout, tokens] = compiled.fn
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(batch, slots) of every compiled step."""
-        return tuple((batch, slots) for batch, slots, _ in self._steps)
+        """(batch, slots) of every compiled step of one token."""
+        return tuple((batch, slots) for (batch, slots, _), tokens in self._steps if tokens == 1)
 
     def forget(self) -> None:
         """Do nothing: compiled code receives every address when it is called."""
 
-    def fitting(self, cache: SlotCache) -> Step | None:
-        """The step compiled for this cache's layout, or None."""
-        compiled = self._steps.get(cache.layout)
+    def fitting(self, cache: SlotCache, tokens: int = 1) -> Step | None:
+        """The step compiled for this cache's layout and so many tokens, or None."""
+        compiled = self._steps.get((cache.layout, tokens))
         if compiled is None:
             return None
 
@@ -103,7 +107,7 @@ class CompiledStep(DecodeSteps):
 
 
 def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "default") -> Any:
-    """Compile `cache.run` for these arguments, as one graph.
+    """Compile `slots.run` for these arguments, or `slots.forward` if they are several tokens, as one graph.
 
     Raises:
         TransformError: the step cannot be traced as one graph, the compiler failed, or others can write to its cache.
@@ -113,7 +117,8 @@ def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "defaul
     require_private_cache()
     try:
         with torch.no_grad(), layers_as_regions(arguments[0], regions):
-            function: Any = torch.compile(run, fullgraph=True, dynamic=False, options=options)
+            work = run if arguments[1].shape[1] == 1 else forward
+            function: Any = torch.compile(work, fullgraph=True, dynamic=False, options=options)
             return function.aot_compile((arguments, {}))
     except Exception as error:  # dynamo, inductor and the C++ compiler may raise anything
         outside.pass_on(error)
@@ -161,7 +166,11 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 
 def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
-    """The path of this step's compiled code, or None without a private cache directory."""
+    """The path of this step's compiled code, or None without a private cache directory.
+
+    Args:
+        layout: of the cache, and the number of tokens.
+    """
     folder = cache_dir.cache("steps")
     if folder is None:
         return None

@@ -3,11 +3,14 @@
 A graph replays kernels on the same memory addresses with which it was captured. So each graph belongs to one slot cache
 and has its own buffers for token and position. It reads a fixed number of slots: the first 256, 512, 1024, ... that
 cover the filled slots, so that short contexts do not pay for empty slots. Graphs of one step share a memory pool. This
-is safe because the device's owner thread runs them one after another, and copies out a step's result before the next
+is safe because one thread at a time replays (`Device.replaying`), and a step's result is copied out before the next
 step begins.
 
-The step runs uncaptured for a batch larger than the buckets, for a cache that is lent only once, and for a shape whose
-capture failed.
+Graphs are captured when the transform is applied, never while a request is under way: a capture waits for the device,
+releases memory, and drops the workspaces that other threads' operators may be about to use. What is not captured then
+runs uncaptured: a batch larger than the buckets, more calls at once than caches are kept, a shape whose capture failed,
+and what is beyond `MOST_GRAPHS`. It is not captured later either: what was missing then, memory or a limit, is missing
+later, and on a busy server no moment without requests may come.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,11 +38,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...machine.device import Device, Graph
+    from ..cache.pool import CachePool
     from .compiled import CompiledStep
 
 log = logging.getLogger("autotune")
 
-MOST_GRAPHS = 64  # largest number of graphs of one step; a graph of an 8B model takes about 10 MB of device memory
+# Largest number of graphs of one step. For a model of 8 billion parameters a graph takes about 10 MB of device memory,
+# and the time of 7 steps that are launched operator by operator: warm-ups, the capture, a replay and what it is
+# compared with.
+MOST_GRAPHS = 64
 AGREEMENT = 0.02  # largest difference relative to the largest logit; replays run the same kernels, in BF16 at worst
 
 
@@ -59,9 +68,54 @@ def lengths(capacity: int, shortest: int) -> tuple[int, ...]:
     return (*found, capacity)
 
 
-def buckets(largest: int) -> tuple[int, ...]:
-    """The batch sizes to capture for: powers of two, the last of which holds `largest` sequences."""
-    return tuple(2**k for k in range((largest - 1).bit_length() + 1))
+def buckets(batches: Sequence[int], largest: int = 0) -> tuple[int, ...]:
+    """The batch sizes to capture for, ascending: the workload's, rounded up to powers of two.
+
+    Args:
+        batches: the workload's batch sizes.
+        largest: the largest one to capture for; 0: the workload's.
+    """
+    largest = largest or max(batches)
+    return tuple(sorted({2 ** (batch - 1).bit_length() for batch in (*batches, largest) if batch <= largest}))
+
+
+def wanted(rows: Sequence[int], lengths: Sequence[int], longest: int, caches: int) -> list[tuple[int, int, int]]:
+    """What to capture, in this order: (caches so far, rows, slots to read).
+
+    The workload comes first, then longer contexts, then calls at the same time.
+
+    Args:
+        longest: slots that the workload's longest context reads.
+        caches: caches that are kept for each number of rows.
+    """
+    every = product(range(1, caches + 1), rows, lengths)
+    return sorted(every, key=lambda each: (each[0], each[2] > longest, *each[1:]))[:MOST_GRAPHS]
+
+
+def capture_all(
+    steps: GraphSteps,
+    pool: CachePool,
+    prompts: Mapping[int, Any],
+    needed: int,
+    turn: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """Capture for the caches that the pool keeps, each length in a turn: no request waits for more than that.
+
+    Args:
+        prompts: number of rows -> keys and values of one token, as of `Variant.example`.
+        needed: tokens of the workload's longest context.
+        turn: a context without requests (`Variant.turn`).
+
+    Raises:
+        TransformError: what the workload needs cannot be captured, or a replay gives other logits than the step itself.
+    """
+    longest = steps.covering(needed)
+    for caches, rows, read in wanted(tuple(prompts), steps.lengths, longest, pool.lasting):
+        with turn(), pool.keep(prompts[rows], caches) as kept:
+            for cache in kept:
+                steps.prepare(cache, read)
+        if read <= longest and (rows, read) not in steps.shapes and (reason := steps.failed.get((rows, read))):
+            raise TransformError(f"the decode step cannot be captured: {reason}")
 
 
 def agree(given: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -77,17 +131,18 @@ class Captured:
     Args:
         token, position: [rows, K] int64, read by the graph.
         logits: [rows, V], or [rows, K, V] of a step of several tokens, written by the graph.
-        used: number of the step's replays when this graph was last replayed.
     """
 
     graph: Graph
     token: torch.Tensor
     position: torch.Tensor
     logits: torch.Tensor
-    used: int = 0
 
     def replay(self, token: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
-        """Replay on the owner thread: token, position [B, K] in, logits out. Rows beyond B repeat the last one."""
+        """Replay, within `Device.replaying`: token, position [B, K] in, logits out.
+
+        Rows beyond B repeat the last one.
+        """
         batch = token.shape[0]
         for buffer, given in ((self.token, token), (self.position, position)):
             buffer[:batch].copy_(given)
@@ -104,13 +159,15 @@ class GraphSteps(DecodeSteps):
         module: the decode module.
         device: the device of its weights.
         rows: batch sizes that are captured; a smaller batch uses the next larger size.
-        lengths: numbers of slots that are captured, ascending; the last is the number of all slots.
+        lengths: numbers of slots that are captured, ascending; the last is the number of all slots. Those without room
+            for a token and a step after it are left out.
         inner: compiled steps to capture; None to capture the module itself.
         tokens: K, tokens of a sequence that a step takes at once; logits are [B, K, V] if K is more than one.
 
     Attributes:
         captures, replays: numbers of captures and replays so far.
         fallbacks: number of steps that ran uncaptured, by reason.
+        failed: (rows, slots read) -> why the capture failed.
     """
 
     def __init__(
@@ -127,12 +184,12 @@ class GraphSteps(DecodeSteps):
         self.inner = inner
         self.tokens = tokens
         self.rows = tuple(rows)
-        self.lengths = tuple(lengths)
+        self.lengths = tuple(read for read in lengths if read > tokens + 1) or tuple(lengths[-1:])
         self.captures = self.replays = 0
         self.fallbacks: Counter[str] = Counter()
         self._graphs: WeakKeyDictionary[slots.SlotCache, dict[int, Captured]] = WeakKeyDictionary()
-        self._failed: dict[tuple[int, int], str] = {}  # (rows, slots) -> why its capture failed
-        self._failures = 0  # captures that failed; a shape whose graph ran out of memory at a replay is none
+        self.failed: dict[tuple[int, int], str] = {}
+        self._failed_captures = 0  # a shape whose graph ran out of memory at a replay is none
         self._pool: object = None
 
     @property
@@ -161,22 +218,25 @@ class GraphSteps(DecodeSteps):
         require_no_wait(lambda: self._uncompiled(token, position, cache))
 
     @torch.no_grad()
-    def prepare(self, cache: slots.SlotCache, tokens: int) -> None:
-        """Capture for a cache of up to `tokens` tokens, and check that each graph reacts to its inputs.
+    def prepare(self, cache: slots.SlotCache, read: int) -> None:
+        """Capture what reads `read` slots of a cache, unless it is captured or failed to be. No request is under way.
+
+        Args:
+            cache: filled with one token.
 
         Raises:
-            TransformError: the step cannot be captured, or a replay gives other logits than the step itself.
+            TransformError: a replay gives other logits than the step itself.
         """
-        start = torch.zeros(cache.batch, self.tokens, dtype=torch.int64, device=cache.slot.device)
-        for read in [n for n in self.lengths if n <= self.covering(tokens)]:
-            if (captured := self._captured(cache, read)) is None:
-                raise TransformError(f"the decode step cannot be captured: {self._refusal(cache.shape[0], read)}")
-            cache.advance()  # slot, token and position differ from the capture, which froze every value of the host
-            token, position = start + 1, start + cache.length
-            expected = self._uncaptured(token, position, cache.first(read))
-            given = self._replayed(captured, token, position)
-            if not agree(given, expected):
-                raise TransformError("a replay of the decode step gives other logits than the step that was captured")
+        fits = cache.length + self.tokens < read  # one step more than the capture
+        if read in self._graphs.get(cache, {}) or not fits or (captured := self._captured(cache, read)) is None:
+            return
+        cache.advance()  # slot, token and position differ from the capture, which froze every value of the host
+        token = torch.ones(cache.batch, self.tokens, dtype=torch.int64, device=cache.slot.device)
+        position = token * cache.length
+        expected = self._uncaptured(token, position, cache.first(read))
+        if not agree(self._replayed(captured, token, position), expected):
+            raise TransformError("a replay of the decode step gives other logits than the step that was captured")
+        cache.advance(-1)
 
     def fitting(self, cache: slots.SlotCache) -> Step:
         """The step, which serves every cache."""
@@ -189,10 +249,7 @@ class GraphSteps(DecodeSteps):
             DeviceError: the device failed permanently.
         """
         read = self.covering(cache.length + self.tokens)
-        if reason := self._outside(cache):
-            self.fallbacks[reason] += 1
-            return self._uncaptured(token, position, cache.first(read))
-        if (captured := self._captured(cache, read)) is not None:
+        if (captured := self._graphs.get(cache, {}).get(read)) is not None:
             try:
                 return self._replayed(captured, token, position)
             except Exception as error:
@@ -200,38 +257,40 @@ class GraphSteps(DecodeSteps):
                 if self.device.failure(error) is None:
                     raise
                 self._give_up(error, cache, read)
-        self.fallbacks[self._refusal(cache.shape[0], read)] += 1
+        self.fallbacks[self._refusal(cache, read)] += 1
         return self._uncaptured(token, position, cache.first(read))
 
     def forget(self) -> None:
-        """Drop every graph, because addresses have changed. They are captured again when needed."""
+        """Capture everything anew, because addresses have changed. No request is under way."""
+        held = {cache: {*graphs, *self._failures(cache)} for cache, graphs in self._graphs.items()}
 
         def drop() -> None:
             self.device.synchronize()
             self._graphs.clear()
             self._pool = None  # a pool ends with its last graph
 
-        self._failed.clear()
-        self._failures = 0
         self.device.owner.run(drop)
+        self.failed.clear()
+        self._failed_captures = 0
+        for cache, reads in held.items():
+            cache.slot.zero_()  # any slot that every graph reads; the next sequence begins with setting it
+            for read in sorted(reads):
+                self._captured(cache, read)
 
-    def _outside(self, cache: slots.SlotCache) -> str | None:
+    def _failures(self, cache: slots.SlotCache) -> set[int]:
+        return {read for rows, read in self.failed if rows == cache.shape[0]}
+
+    def _refusal(self, cache: slots.SlotCache, read: int) -> str:
         rows = cache.shape[0]
         if rows not in self.rows:
             return f"a batch of {rows}, beyond the largest bucket of {self.rows[-1]}"
         if not cache.lasting:
             return "more generations at once than caches are kept"
-        return None
-
-    def _refusal(self, rows: int, read: int) -> str:
-        known = self._failed.get((rows, read))
-        return known or f"no further captures after {self._failures} failed: {list(self._failed.values())[-1]}"
+        return self.failed.get((rows, read), f"no graph reads {read} slots")
 
     def _captured(self, cache: slots.SlotCache, read: int) -> Captured | None:
-        """The graph that reads `read` slots of a cache, captured now if it is missing; None if the capture failed."""
-        if (found := self._graphs.get(cache, {}).get(read)) is not None:
-            return found
-        if (cache.shape[0], read) in self._failed or self._failures >= most_failures(torch.__version__):
+        """Capture what reads `read` slots of a cache; None if that fails, or failed before."""
+        if (cache.shape[0], read) in self.failed or self._failed_captures >= most_failures(torch.__version__):
             return None
         try:
             return self.device.owner.run(lambda: self._capture(cache, read))
@@ -239,17 +298,16 @@ class GraphSteps(DecodeSteps):
             raise
         except Exception as error:  # the model, a library or the driver may refuse a capture with any error
             outside.pass_on(error)
-            self._failures += 1
+            self._failed_captures += 1
             self._give_up(error, cache, read)
             return None
 
     def _capture(self, cache: slots.SlotCache, read: int) -> Captured:
-        """Capture on the owner thread. The warm-ups write the next slot, which the first replay overwrites.
+        """Capture on the owner thread. The warm-ups write the next slots, which the first replay overwrites.
 
         Raises:
             TransformError: the step waits for the device; nothing was captured.
         """
-        self._make_room()
         part, shape = cache.first(read), (cache.shape[0], self.tokens)
         with torch.inference_mode(False), torch.no_grad():
             self.look(part)
@@ -257,17 +315,10 @@ class GraphSteps(DecodeSteps):
             step = self._inner(part)
             self._pool = self._pool or self.device.pool()
             graph, logits = self.device.capture(lambda: step(token, position, part), self._pool)
-        captured = Captured(graph, token, position, logits, self.replays)
+        captured = Captured(graph, token, position, logits)
         self._graphs.setdefault(cache, {})[read] = captured
         self.captures += 1
         return captured
-
-    def _make_room(self) -> None:
-        held = [(graph.used, graphs, read) for graphs in self._graphs.values() for read, graph in graphs.items()]
-        if len(held) >= MOST_GRAPHS:
-            _, graphs, read = min(held, key=lambda entry: entry[0])
-            self.device.synchronize()  # the graph may still be running
-            del graphs[read]
 
     def _give_up(self, error: Exception, cache: slots.SlotCache, read: int) -> None:
         """Record why a shape has no graph from now on.
@@ -282,7 +333,7 @@ class GraphSteps(DecodeSteps):
         while root.__context__ is not None:  # ending a failed capture raises a second, less precise error
             root = root.__context__
         reason = first_line(root, typed=not isinstance(root, TransformError)) if failure is None else "out of memory"
-        self._failed[cache.shape[0], read] = reason
+        self.failed[cache.shape[0], read] = reason
         self._graphs.get(cache, {}).pop(read, None)
         self._pool = None  # later graphs do not share the pool of a failed capture
         if failure == "memory":
@@ -291,11 +342,10 @@ class GraphSteps(DecodeSteps):
 
     def _replayed(self, captured: Captured, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         logits = captured.logits
-        with torch.inference_mode(False):  # the owner thread, which writes it, is not in the caller's inference mode
-            out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
-        self.device.owner.run(lambda: captured.replay(token, position, out))
-        self.replays += 1
-        captured.used = self.replays
+        out = torch.empty(token.shape[0], *logits.shape[1:], dtype=logits.dtype, device=logits.device)
+        with self.device.replaying():
+            captured.replay(token, position, out)
+            self.replays += 1
         return out
 
     def _uncaptured(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
@@ -306,7 +356,7 @@ class GraphSteps(DecodeSteps):
         return self._inner(part)(token, position, part)[:batch]
 
     def _inner(self, part: slots.SlotCache) -> Step:
-        compiled = self.inner.fitting(part) if self.inner is not None else None
+        compiled = self.inner.fitting(part, self.tokens) if self.inner is not None else None
         return compiled or self._uncompiled
 
     def _uncompiled(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:

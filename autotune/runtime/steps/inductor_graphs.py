@@ -2,7 +2,8 @@
 
 Inductor keeps the state of its graphs ("CUDA graph trees") per thread, so every step runs on the device's owner thread.
 The next step overwrites the memory of a result, so results are copied out. Inductor copies an input at every step
-unless its address is marked as constant. Keys and values are marked.
+unless its address is marked as constant. Keys and values are marked. Compiling and capturing are one call, which takes
+too long to keep live requests waiting, so it runs beside them.
 """
 
 from __future__ import annotations

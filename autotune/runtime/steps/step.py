@@ -30,4 +30,7 @@ class DecodeSteps(ABC):
 
     @abstractmethod
     def forget(self) -> None:
-        """Drop everything that holds addresses of the model's memory, because they have changed."""
+        """Drop or make anew what holds addresses of the model's memory, because they have changed.
+
+        No request is under way.
+        """
