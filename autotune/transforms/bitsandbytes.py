@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from ..machine.gpus import Capability
     from ..machine.hardware import Hardware
 
-BITS = {"int8": 8, "int8_vectorwise": 8, "nf4": 4, "fp4": 4}  # scheme -> bits of a weight
 INT8_TENSOR_CORES = (7, 5)  # lowest compute capability with INT8 tensor cores (Turing)
 OUTLIER = 6.0  # absolute value of an input above which LLM.int8 multiplies its column in floating point
 BLOCK = 64  # 4-bit weights that share a scale
+# scheme -> bits of a weight, with the FP32 scales of blocks
+BITS = {"int8": 8.0, "int8_vectorwise": 8.0, "nf4": 4 + 32 / BLOCK, "fp4": 4 + 32 / BLOCK}
 PACKED_ROWS = 32  # the packed 4-bit layout needs a multiple of this many output rows
 
 
