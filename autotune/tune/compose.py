@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ..errors import BudgetSpentError, DeviceError, TransformError
 from ..machine import outside
-from ..machine.hardware import Hardware
 from ..runtime.variant import Stage, Transform, Variant
 from ..transforms import is_foreign
 from ..transforms.linears import reusing
@@ -29,7 +28,6 @@ NAME = "the first draft"  # the step under which its trial is reported
 # 8 bits.
 # So the policy's order decides between INT8 in groups and coarser INT8, whose loss takes long to read.
 ALIKE = 1.1
-ALIKE_ON_GPU = 1.15  # INT4 with a scale and a zero for each group of 32 takes 5 bits, NF4 4.5
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,6 @@ class Draft:
         if len(self.parts) > 1:
             yield self.parts
         yield from (half for half in halves if 1 < len(half) < len(self.parts))
-
-
-def alike(hardware: Hardware) -> float:
-    """The factor within which predictions are alike on a machine."""
-    return ALIKE if hardware.device == "cpu" else ALIKE_ON_GPU
 
 
 def trial(parts: tuple[DraftPart, ...]) -> Trial:
@@ -115,7 +108,7 @@ class _Drafting:
         promised = {t: expect(t, step.phase, self.state, self.trier.hardware) for t in choices if self.is_candidate(t)}
         while promised:
             best = max(promised.values())  # of what promises about as much, the policy's first
-            transform = next(t for t, gain in promised.items() if gain * alike(self.trier.hardware) >= best)
+            transform = next(t for t, gain in promised.items() if gain * ALIKE >= best)
             gain = promised.pop(transform)
             if gain < least or not self.fits(transform):
                 continue

@@ -120,9 +120,9 @@ class _Search:
 
         If the draft in use has a transform for the step, the other choices are tried as its replacement.
         """
-        trials, alike = self.candidates(step), compose.alike(self.trier.hardware)
+        trials = self.candidates(step)
         most = max(trial.predicted or 0.0 for trial in trials)
-        place = next(n for n, trial in enumerate(trials) if (trial.predicted or 0.0) * alike >= most)
+        place = next(n for n, trial in enumerate(trials) if (trial.predicted or 0.0) * compose.ALIKE >= most)
         others = max((t.predicted or 0.0 for n, t in enumerate(trials) if n != place), default=0.0)
         paired, kept = bool(trials[place].others), self.takes(trials[place], step, others)
         if paired and not kept:
