@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..machine.hardware import Hardware
     from ..runtime.variant import Transform
-    from ..tune.budget import Budget
+    from ..tune.budget import GrowingBudget
 
 OPTIONAL = {
     "gguf": "GGUF files and the demo",
@@ -170,11 +170,11 @@ def policies() -> int:
     return 0
 
 
-def _budget(given: float | Budget) -> str:
+def _budget(given: float | GrowingBudget) -> str:
     """A policy's budget, in words."""
-    from ..tune.budget import Budget, least
+    from ..tune.budget import GrowingBudget, least
 
-    return f"{n.duration(least(given))}{', more on a GPU' if isinstance(given, Budget) else ''}"
+    return f"{n.duration(least(given))}{', more on a GPU' if isinstance(given, GrowingBudget) else ''}"
 
 
 def check_policy(file: Path) -> int:

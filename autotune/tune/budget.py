@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Budget:
+class GrowingBudget:
     """A budget that grows with the model on a GPU. On a CPU it is `base_s`.
 
     A trial copies and compiles, which takes time by the model's size, and decodes with the original, which takes time
@@ -37,25 +37,25 @@ class Budget:
         return f"{self.base_s:.0f} s; {more}, at most {self.most_s:.0f} s"
 
 
-def seconds_of(budget: float | Budget, device: str, parameters: int, decode_s: float) -> float:
+def seconds_of(budget: float | GrowingBudget, device: str, parameters: int, decode_s: float) -> float:
     """Return a budget's seconds for a model on a device. Exact ones are returned as they are."""
-    if not isinstance(budget, Budget):
+    if not isinstance(budget, GrowingBudget):
         return budget
     return budget.base_s if device == "cpu" else budget.on_gpu(parameters, decode_s)
 
 
-def least(budget: float | Budget) -> float:
+def least(budget: float | GrowingBudget) -> float:
     """Return the fewest seconds that a budget allows any model."""
-    return budget.base_s if isinstance(budget, Budget) else budget
+    return budget.base_s if isinstance(budget, GrowingBudget) else budget
 
 
-def known(budget: float | Budget, device: str) -> float | None:
+def known(budget: float | GrowingBudget, device: str) -> float | None:
     """Return a budget's seconds if they are known before the model was measured, else None."""
-    return None if isinstance(budget, Budget) and device != "cpu" else least(budget)
+    return None if isinstance(budget, GrowingBudget) and device != "cpu" else least(budget)
 
 
-def longest(budget: float | Budget, device: str) -> float:
+def longest(budget: float | GrowingBudget, device: str) -> float:
     """Return the most seconds that a budget allows any model on a device."""
-    if not isinstance(budget, Budget):
+    if not isinstance(budget, GrowingBudget):
         return budget
     return budget.base_s if device == "cpu" else budget.most_s

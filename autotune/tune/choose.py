@@ -16,7 +16,7 @@ from ..runtime.variant import Transform, Variant, divided
 from ..validate.limits import Limits
 from ..workload import Phase
 from . import rehearsal
-from .budget import Budget
+from .budget import GrowingBudget
 from .plan import Trial, TrialOutcome
 from .policy import Choice, Policy, PolicyStep
 
@@ -45,7 +45,7 @@ def make(choice: Choice) -> Transform:
 
 def parameter_count(original: Variant, policy: Policy) -> int | None:
     """Number of a model's parameters, or None if neither the budget nor a step of the policy depends on it."""
-    if not isinstance(policy.budget_s, Budget) and all(step.parameters is None for step in policy.steps):
+    if not isinstance(policy.budget_s, GrowingBudget) and all(step.parameters is None for step in policy.steps):
         return None
     return sum(parameter.numel() for parameter in original.original.parameters())
 

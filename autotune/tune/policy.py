@@ -26,7 +26,7 @@ from ..validate.limits import Limits
 from ..validate.tiers import TIERS
 from ..workload import PHASES, Phase
 from . import conditions
-from .budget import Budget
+from .budget import GrowingBudget
 from .conditions import Range
 
 logger = logging.getLogger("autotune")
@@ -110,7 +110,7 @@ class Policy:
     objective: Literal["latency", "throughput", "memory"]
     tier: str
     limits: Limits
-    budget_s: float | Budget
+    budget_s: float | GrowingBudget
     steps: tuple[PolicyStep, ...]
     batching: Batching = Batching()
     source: str = ""
@@ -188,12 +188,12 @@ def check(path: str | Path) -> Policy:
     )
 
 
-def _budget(table: Mapping[str, Any], where: str) -> float | Budget:
+def _budget(table: Mapping[str, Any], where: str) -> float | GrowingBudget:
     if not isinstance(given := table.get("budget_s"), dict):
         return _number(table, "budget_s", where)
-    names, where = [f.name for f in fields(Budget)], f"{where}, budget_s"
+    names, where = [f.name for f in fields(GrowingBudget)], f"{where}, budget_s"
     _known_keys(given, names, where)
-    return Budget(**{name: _number(given, name, where) for name in names})
+    return GrowingBudget(**{name: _number(given, name, where) for name in names})
 
 
 def _batching(table: Any, where: str) -> Batching:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from autotune.tune import policy as policies
-from autotune.tune.budget import Budget, known, least, longest, seconds_of
+from autotune.tune.budget import GrowingBudget, known, least, longest, seconds_of
 from tests.tune.test_policy import NAMES
 
-GROWS = Budget(base_s=240, per_billion_s=20, decode_steps=5000, most_s=1800)
+GROWS = GrowingBudget(base_s=240, per_billion_s=20, decode_steps=5000, most_s=1800)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ GROWS = Budget(base_s=240, per_billion_s=20, decode_steps=5000, most_s=1800)
     ],
 )
 def test_a_budget_grows_on_a_gpu_unless_it_is_exact(
-    budget: float | Budget, device: str, parameters: float, decode_s: float, seconds: float
+    budget: float | GrowingBudget, device: str, parameters: float, decode_s: float, seconds: float
 ) -> None:
     found = seconds_of(budget, device, int(parameters), decode_s)
     assert found == pytest.approx(seconds)
@@ -35,7 +35,7 @@ def test_a_budget_grows_on_a_gpu_unless_it_is_exact(
 @pytest.mark.parametrize("name", NAMES)
 def test_built_in_policies_grow_and_a_users_seconds_are_exact(name: str) -> None:
     loaded = policies.load(name)
-    assert isinstance(loaded.budget_s, Budget)
+    assert isinstance(loaded.budget_s, GrowingBudget)
     assert seconds_of(loaded.budget_s, "cuda", 10**10, 0.1) > least(loaded.budget_s)
     assert seconds_of(replace(loaded, budget_s=61.0).budget_s, "cuda", 10**10, 0.1) == 61.0
 

@@ -12,7 +12,7 @@ from autotune import transforms
 from autotune.errors import PolicyError
 from autotune.machine import gpus
 from autotune.tune import conditions, policy
-from autotune.tune.budget import Budget, least
+from autotune.tune.budget import GrowingBudget, least
 from autotune.tune.policy import BUILT_IN, Batching, Choice, PolicyStep
 from autotune.validate.limits import Limits
 
@@ -122,7 +122,7 @@ def test_a_file_becomes_a_policy(write: Callable[..., Path]) -> None:
 
 def test_a_budget_may_grow_with_the_model(write: Callable[..., Path]) -> None:
     grows = "budget_s = { base_s = 60, per_billion_s = 20, decode_steps = 5000.5, most_s = 600 }"
-    assert policy.check(write(MINE.replace("budget_s = 60", grows))).budget_s == Budget(60, 20, 5000.5, 600)
+    assert policy.check(write(MINE.replace("budget_s = 60", grows))).budget_s == GrowingBudget(60, 20, 5000.5, 600)
 
 
 def test_callers_may_be_decoded_together(write: Callable[..., Path]) -> None:
