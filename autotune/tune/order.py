@@ -23,7 +23,7 @@ COMPILING_S = 0.05  # seconds for each operator of a phase that is compiled: an 
 
 
 @dataclass(frozen=True)
-class Offer:
+class CalledStep:
     """A step that is called for.
 
     Args:
@@ -76,14 +76,14 @@ class Pace:
         compiling_s = COMPILING_S * sum(self.original[phase].operator_count for phase in compiled)
         return (self.usual_s or 1.0) + self.making_s + compilations * compiling_s
 
-    def worth(self, trial: Trial, offer: Offer, compilations: int) -> float:
+    def worth(self, trial: Trial, offer: CalledStep, compilations: int) -> float:
         """Expected log speed-up of a request for each second of a trial. Each failure of the step halves it."""
         promised = 1 / (1 - offer.share + offer.share / (trial.predicted or 1.0))
         seconds = self.seconds(trial, compilations) * 2**offer.failures
         return min(worth(transform, promised, seconds) for transform in trial.transforms)
 
 
-def first_of(offers: list[Offer], pace: Pace, min_gain: float) -> PolicyStep:
+def first_of(offers: list[CalledStep], pace: Pace, min_gain: float) -> PolicyStep:
     """Return the step to take.
 
     On a GPU, every later change compiles anew what is compiled. So compiling counts once more for each other step that
@@ -94,7 +94,7 @@ def first_of(offers: list[Offer], pace: Pace, min_gain: float) -> PolicyStep:
     """
     promising = [offer.is_early and offer.promised >= 1 + min_gain for offer in offers]
 
-    def rank(offer: Offer) -> tuple[bool, float]:
+    def rank(offer: CalledStep) -> tuple[bool, float]:
         compilations = 1 + sum(wanted for other, wanted in zip(offers, promising, strict=True) if other is not offer)
         return offer.is_early, max(pace.worth(trial, offer, compilations) for trial in offer.trials)
 

@@ -29,7 +29,7 @@ from .choose import (
     rule_out,
     why_not,
 )
-from .order import Offer, Pace, first_of, gained_nothing, only_compiles, request_s, share, slow_prefill_of
+from .order import CalledStep, Pace, first_of, gained_nothing, only_compiles, request_s, share, slow_prefill_of
 from .plan import Confirmation, Trial, TrialOutcome
 from .policy import Choice, Policy, PolicyStep
 from .trying import Bench, Trier, examine
@@ -199,7 +199,7 @@ class _Search:
         """The step to take now. On a CPU, without a draft in use, it is the policy's first."""
         if not self.chosen and not self.on_gpu:
             return called[0]
-        offers = [Offer(s, self.candidates(s), share(self.state, s.phase), self.failures[s.name]) for s in called]
+        offers = [CalledStep(s, self.candidates(s), share(self.state, s.phase), self.failures[s.name]) for s in called]
         return first_of(offers, self.pace, self.trier.policy.limits.min_gain)
 
     @property

@@ -9,7 +9,7 @@ import pytest
 
 from autotune import transforms
 from autotune.runtime.variant import Stage, Transform
-from autotune.tune.order import Offer, Pace, first_of, slow_prefill_of
+from autotune.tune.order import CalledStep, Pace, first_of, slow_prefill_of
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.policy import Choice, PolicyStep
 from autotune.validate import Latency, Quality, Speedup, Verdict
@@ -47,10 +47,12 @@ class Costs:
     operator_count = 1400  # 70 s to compile
 
 
-def offer(name: str, promised: float, share: float = 1.0, failures: int = 0) -> Offer:
+def offer(name: str, promised: float, share: float = 1.0, failures: int = 0) -> CalledStep:
     step = PolicyStep(name, "decode", (Choice(name, {}, "decode"),))
     made = MADE[name](phase="decode")
-    return Offer(step, [Trial(made, name, "decode", TrialOutcome.SKIPPED, "", predicted=promised)], share, failures)
+    return CalledStep(
+        step, [Trial(made, name, "decode", TrialOutcome.SKIPPED, "", predicted=promised)], share, failures
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def offer(name: str, promised: float, share: float = 1.0, failures: int = 0) -> 
     ],
 )
 def test_what_gains_most_for_its_time_comes_first(
-    offers: list[Offer], making_s: float, expected: str, monkeypatch: pytest.MonkeyPatch
+    offers: list[CalledStep], making_s: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transforms, "make", lambda name, params, phase: MADE[name](phase=phase))
     costs: Any = {"decode": Costs()}
