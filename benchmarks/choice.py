@@ -103,7 +103,7 @@ def diagnosed(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
 def everything(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
     """Every choice that any built-in policy has for this device, the best first, until nothing more passes."""
     start = time.monotonic()
-    trier = Trier(side.policy, side.hardware, side, notify, time.monotonic, math.inf)
+    trier = Trier(side.policy, side.hardware, side, notify, time.monotonic, math.inf, math.inf)
     variant, trials = side.original, list[Trial]()
     for step in catalogue(side.hardware.device):
         variant = exhaust(trier, step, variant, trials)

@@ -28,7 +28,7 @@ def main() -> None:
     policy = policies.load(options.policy)  # a PolicyError names file, step and the nearest spelling
     if options.budget is not None:
         policy = replace(policy, budget_s=options.budget)  # a policy is a value: change what you like
-    print(f"{policy.name}: {policy.description} (tier {policy.tier}, {policy.budget_s:.0f} s)")
+    print(f"{policy.name}: {policy.description} (tier {policy.tier}, budget {policy.budget_s} s)")
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)

@@ -16,7 +16,7 @@ import torch
 import autotune
 from autotune.machine import hardware
 from autotune.runtime import kernels
-from autotune.tune import bench, races
+from autotune.tune import allowance, bench
 from autotune.tune.bench import LiveBench
 from autotune.validate import Latency, Speedup, Verdict, latency
 from autotune.validate.tiers import SIZES
@@ -56,7 +56,7 @@ def policy(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AUTOTUNE_POLICY_DIR", str(tmp_path))
     monkeypatch.setattr(bench, "PROFILE_S", 4.0)
     monkeypatch.setattr(bench, "BRIEF_PROFILE_S", 1.0)
-    monkeypatch.setattr(races, "RACE_S", 4.0)
+    monkeypatch.setattr(allowance, "RACE_S", 4.0)
     monkeypatch.setattr(latency, "noise_floor", functools.partial(latency.noise_floor, budget_s=2.0))
     monkeypatch.setitem(SIZES, "quick", replace(SIZES["quick"], natural=8, own=8, padded=8, lengths=()))
     (tmp_path / "quick.toml").write_text(STEPS)

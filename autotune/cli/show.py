@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..machine.hardware import Hardware
     from ..runtime.variant import Transform
+    from ..tune.budget import GrowingBudget
 
 OPTIONAL = {
     "gguf": "GGUF files and the demo",
@@ -164,9 +165,16 @@ def policies() -> int:
         except PolicyError as error:  # one broken file must not hide the others
             table.add_row(name, "", "", "", str(error), str(path))
             continue
-        table.add_row(name, found.objective, found.tier, n.duration(found.budget_s), found.description, str(path))
+        table.add_row(name, found.objective, found.tier, _budget(found.budget_s), found.description, str(path))
     _print(table)
     return 0
+
+
+def _budget(given: float | GrowingBudget) -> str:
+    """A policy's budget, in words."""
+    from ..tune.budget import GrowingBudget, least
+
+    return f"{n.duration(least(given))}{', more on a GPU' if isinstance(given, GrowingBudget) else ''}"
 
 
 def check_policy(file: Path) -> int:

@@ -77,7 +77,7 @@ def _tuned(
 
     policy = _policy(args)
     out = _folder(args.out, name)
-    with shown(policy.budget_s) as progress:
+    with shown(_known_budget_s(policy)) as progress:
         with _kernels_being_built():
             model, tokenizer = _load(args, name, prompts, progress)
         model = wrap(
@@ -259,6 +259,15 @@ def draw_answers(console: Console, question: str, *answers: Any) -> None:
 def _policy(args: Namespace) -> Policy:
     policy = load_policy(args.policy)
     return replace(policy, budget_s=args.budget) if args.budget else policy
+
+
+def _known_budget_s(policy: Policy) -> float | None:
+    """Seconds of a policy's budget if they are known before the model is loaded and measured, else None."""
+    import torch
+
+    from ..tune.budget import known
+
+    return known(policy.budget_s, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load(

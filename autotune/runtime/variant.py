@@ -195,8 +195,11 @@ class Variant:
         Raises:
             TransformError: one of them refuses.
         """
-        variant = self
-        for transform in sorted(transforms, key=lambda t: t.stage):
+        variant, added = self, sorted(transforms, key=lambda t: t.stage)
+        if len(added) > 1 and any(done.stage > added[0].stage for done in self.transforms):
+            variant = Variant(self.original, self.traffic, self.workload, self.draft)  # what is there is made anew once
+            added = sorted((*self.transforms, *added), key=lambda t: t.stage)
+        for transform in added:
             variant = variant.with_transform(transform)
         return variant
 

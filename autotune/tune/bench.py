@@ -26,6 +26,7 @@ from ..validate.timing import request, time_request
 from ..workload import METRIC_OF, PHASES, Bucket, Phase, Target, Workload
 from . import probation
 from .allowance import Allowance
+from .budget import least
 from .choose import tier_for
 from .exams import Exams, Texts
 from .plan import Confirmation
@@ -74,7 +75,7 @@ class LiveBench:
         self.workload = workload
         self.cached_as = cached_as
         self.device = devices.of(original.original)
-        self.allowance = Allowance(policy.budget_s, notify)
+        self.allowance = Allowance(least(policy.budget_s), notify)
         self.exams = Exams(original, workload, texts, self.allowance, references)
         self.races = Races(original, workload, self.exams.tuning.prompts, policy, self.allowance)
         self.tuning, self.held_out = self.exams.tuning, self.exams.held_out
@@ -89,6 +90,9 @@ class LiveBench:
     def race_s(self) -> float:
         """Least seconds of a race, from the original's profile."""
         return self.allowance.race_s
+
+    def begin(self, budget_s: float, deadline: float) -> None:
+        self.allowance.begin(budget_s, deadline)
 
     def profile(self, variant: Variant) -> Profile:
         """Profile a variant. On a GPU, also measure how the original grows with the context, for decode's diagnosis."""
@@ -207,9 +211,8 @@ class LiveBench:
         """
         if (failure := self.stress(variant)) is not None:
             return Confirmation(failure)
-        left_s, needed_s = self.allowance.left_s, sum(self.allowance.took_s.values())
-        if brief and needed_s > left_s + self.allowance.grace_s:
-            self.notify(f"confirming in brief: in full takes about {needed_s:.0f} s, {max(left_s, 0):.0f} s are left")
+        if brief and (shortage := self.allowance.shortage) is not None:
+            self.notify(f"confirming in brief: {shortage}")
             return Confirmation(None, *self._spot(variant, 1, self.races.buckets), brief=True)
         doing = self.allowance.in_time("comparing answers to held-out prompts with the original's")
         verdict = quality.judge(self.exams.to_confirm, variant, tier_for(variant, self.policy), doing)

@@ -13,10 +13,10 @@ from ..errors import Blocker
 from ..machine import gpus
 from ..machine.hardware import Hardware
 from ..runtime.variant import Transform, Variant, divided
-from ..transforms import is_foreign
 from ..validate.limits import Limits
 from ..workload import Phase
 from . import rehearsal
+from .budget import GrowingBudget
 from .plan import Trial, TrialOutcome
 from .policy import Choice, Policy, PolicyStep
 
@@ -44,8 +44,8 @@ def make(choice: Choice) -> Transform:
 
 
 def parameter_count(original: Variant, policy: Policy) -> int | None:
-    """Number of a model's parameters, or None if no step of the policy depends on it."""
-    if all(step.parameters is None for step in policy.steps):
+    """Number of a model's parameters, or None if neither the budget nor a step of the policy depends on it."""
+    if not isinstance(policy.budget_s, GrowingBudget) and all(step.parameters is None for step in policy.steps):
         return None
     return sum(parameter.numel() for parameter in original.original.parameters())
 
@@ -68,6 +68,8 @@ def why_not(
         return f"for models of {step.parameters} parameters, this has {parameters:.3g}"
     found = diagnoses[step.phase].bottleneck
     if step.bottlenecks and step.bottlenecks.isdisjoint((found, *diagnoses[step.phase].perhaps)):
+        if found == "capacity":
+            return f"there is no memory for it: {diagnoses[step.phase].evidence}"
         return f"{step.phase} is {found}-bound; this helps where it is {' or '.join(sorted(step.bottlenecks))}-bound"
     return None
 
@@ -136,15 +138,23 @@ def exchange(own: float, replaced: float, phase: Phase, before: SearchState, now
     return now_s / max(now_s - saved_s, LEAST_LEFT * now_s)
 
 
-def worth(transform: Transform, promised: float | None) -> float:
-    """The worth of trying a transform: expected log speed-up per trial of the usual length.
+def worth(transform: Transform, promised: float, cost: float) -> float:
+    """The worth of trying a transform: expected log speed-up for what the trial costs.
 
     A lossless transform passes the quality gate unless something is wrong; of those with narrower numbers about half
-    pass. One that another compiler or library runs takes longer, because it is compiled and first tried in a child
-    process.
+    pass.
+
+    Args:
+        promised: speed-up of a whole request.
+        cost: time of the trial, in the same unit for all that are compared.
     """
-    chance, trials = (0.9 if transform.lossless else 0.5), (3.0 if is_foreign(transform) else 1.0)
-    return chance * math.log(max(promised or 1.0, 1.0)) / trials
+    chance = 0.9 if transform.lossless else 0.5
+    return chance * math.log(max(promised, 1.0)) / cost
+
+
+def jointly(first: float, second: float) -> float:
+    """Predicted best-case speed-up of two transforms that save different parts of a phase's time."""
+    return 1 / max(1 / first + 1 / second - 1, LEAST_LEFT)
 
 
 def rule_out(trial: Trial, phase: Phase, state: SearchState, limits: Limits, hardware: Hardware) -> Trial | None:
@@ -178,8 +188,9 @@ def outgrows(transform: Transform, variant: Variant, free_bytes: float) -> str |
     if needed <= free:
         return None
     return (
-        f"it takes {needed / 1e9:.3g} GB beside what serves now, and {free / 1e9:.3g} GB of memory are free; "
-        "a shorter workload, or keep_original=False once something smaller is committed, makes room"
+        f"it takes {needed / 1e9:.3g} GB beside what serves now, and {free / 1e9:.3g} GB of memory are free (the "
+        "original stays, since each trial is compared with it); a shorter workload makes room, or "
+        "keep_original=False once something smaller is committed"
     )
 
 

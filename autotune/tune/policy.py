@@ -26,6 +26,7 @@ from ..validate.limits import Limits
 from ..validate.tiers import TIERS
 from ..workload import PHASES, Phase
 from . import conditions
+from .budget import GrowingBudget
 from .conditions import Range
 
 logger = logging.getLogger("autotune")
@@ -98,7 +99,7 @@ class Policy:
         objective: "latency" (end to end of a request), "throughput" (tokens/s over batch sizes) or "memory".
         tier: quality tier, "lossless", "strict", "relaxed" or "aggressive".
         limits: what must not get worse, and by how much.
-        budget_s: tuning time in seconds.
+        budget_s: tuning time in seconds, exactly, or a budget that grows with the model on a GPU.
         steps: the steps, in the order in which they are considered.
         batching: whether and how requests of several callers are decoded together.
         source: the policy's file.
@@ -109,7 +110,7 @@ class Policy:
     objective: Literal["latency", "throughput", "memory"]
     tier: str
     limits: Limits
-    budget_s: float
+    budget_s: float | GrowingBudget
     steps: tuple[PolicyStep, ...]
     batching: Batching = Batching()
     source: str = ""
@@ -180,11 +181,19 @@ def check(path: str | Path) -> Policy:
         objective=_one_of(table, "objective", OBJECTIVES, where),  # type: ignore[arg-type]  # checked
         tier=_one_of(table, "tier", TIERS, where),
         limits=_limits(table.get("limits", {}), f"{where}, [limits]"),
-        budget_s=_number(table, "budget_s", where),
+        budget_s=_budget(table, where),
         steps=tuple(_step(step, i, where) for i, step in enumerate(steps, 1)),
         batching=_batching(table.get("batching", {}), f"{where}, [batching]"),
         source=where,
     )
+
+
+def _budget(table: Mapping[str, Any], where: str) -> float | GrowingBudget:
+    if not isinstance(given := table.get("budget_s"), dict):
+        return _number(table, "budget_s", where)
+    names, where = [f.name for f in fields(GrowingBudget)], f"{where}, budget_s"
+    _known_keys(given, names, where)
+    return GrowingBudget(**{name: _number(given, name, where) for name in names})
 
 
 def _batching(table: Any, where: str) -> Batching:

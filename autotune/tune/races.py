@@ -17,8 +17,6 @@ from .allowance import Allowance
 from .policy import Policy
 
 SPOT_TOKENS = 8  # new tokens of a request that times a kept plan again, or the machine's noise
-RACE_S, LEAST_RACE_S = 60.0, 5.0  # seconds of a race if all pairs are needed, and the least if little budget is left
-RACE_SHARE = 0.25  # of the budget that is left: what a race may take beyond RACE_S, if its answer is not clear
 
 
 class Races:
@@ -79,8 +77,6 @@ class Races:
             kept_s: seconds of the budget that are left to what follows.
         """
         limits = limits or self.limits(reference, candidate)
-        left_s = self.allowance.left_s
-        most_s = max(RACE_S, RACE_SHARE * min(left_s, self.policy.budget_s))
         race = partial(
             latency.compare,
             reference,
@@ -91,7 +87,7 @@ class Races:
             limits=limits,
             clock=self.clock,
             max_pairs=pairs,
-            budget_s=max(LEAST_RACE_S, min(most_s, left_s - kept_s)),
+            budget_s=self.allowance.longest_race_s(kept_s),
             seed=seed,
             progress=self.allowance.doing("timing requests in pairs"),
         )

@@ -24,6 +24,7 @@ from ..validate import Latency, Verdict
 from ..workload import Workload, built_in
 from . import callers, contributions, fingerprint, store, together, turns
 from .bench import LiveBench
+from .budget import longest
 from .findings import Findings
 from .fingerprint import Fingerprint
 from .packed import PackedWeights
@@ -97,7 +98,7 @@ def tune(
             return tuned
     with turns.turn(identity if cache and obstacle is None else None) as mine:
         rest = (traffic or Traffic()).rest
-        found = turns.awaited(mine, identity, turns.PATIENCE * policy.budget_s, notify, rest)
+        found = turns.awaited(mine, identity, turns.PATIENCE * longest(policy.budget_s, here.device), notify, rest)
         if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
             return tuned
         return _searched(bench, identity, obstacle, cache, notify, serve)
@@ -149,9 +150,7 @@ def _searched(
     original, policy, model = bench.original, bench.policy, bench.original.original
     notify("measuring the hardware")
     machine = bench.hardware = hardware.probe(model, again=True, turn=original.turn)  # a replay needs no peaks
-    deadline = start + policy.budget_s
-    bench.allowance.deadline = deadline
-    found = search(original, policy, machine, bench, notify=notify, deadline=deadline, obstacle=obstacle, kept=serve)
+    found = search(original, policy, machine, bench, notify=notify, start=start, obstacle=obstacle, kept=serve)
     tuned = conclude(found, bench, identity, start, meter)
     if fingerprint.of_model(model) != identity.model:
         culprits = ", ".join(sorted({t.name for trial in found.trials if trial.compile_s for t in trial.transforms}))
@@ -219,7 +218,7 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
         policy=bench.policy.name,
         tier=bench.policy.tier,
         objective=bench.policy.objective,
-        budget_s=bench.policy.budget_s,
+        budget_s=found.budget_s,
         seconds=seconds,
         elsewhere=elsewhere,
         break_even_tokens=break_even(found, latency, seconds) if kept else None,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -17,12 +18,21 @@ from ..machine.hardware import Hardware
 from ..runtime.variant import Stage, Transform, Variant
 from ..transforms.linears import reusing
 from ..validate import Verdict
-from ..workload import Phase
 from . import compose
-from .choose import SearchState, make, parameter_count, promise, rule_out, why_not, worth
+from .budget import least, seconds_of
+from .choose import (
+    SearchState,
+    jointly,
+    make,
+    parameter_count,
+    promise,
+    rule_out,
+    why_not,
+)
+from .order import CalledStep, Pace, first_of, gained_nothing, only_compiles, request_s, share, slow_prefill_of
 from .plan import Confirmation, Trial, TrialOutcome
-from .policy import Policy, PolicyStep
-from .trying import Bench, Trier
+from .policy import Choice, Policy, PolicyStep
+from .trying import Bench, Trier, examine
 
 log = logging.getLogger("autotune")
 
@@ -37,6 +47,7 @@ class Found:
         trials: every candidate that was considered.
         confirmation: of the best variant, or of the last one that was accepted but not confirmed.
         refuted: transforms of the variant that was not confirmed, if none was kept.
+        budget_s: seconds that the search was allowed.
     """
 
     before: SearchState
@@ -44,6 +55,7 @@ class Found:
     trials: tuple[Trial, ...]
     confirmation: Confirmation | None = None
     refuted: tuple[Transform, ...] = ()
+    budget_s: float | None = None
 
 
 @dataclass
@@ -51,12 +63,17 @@ class _Search:
     trier: Trier
     before: SearchState
     state: SearchState
+    pending: list[PolicyStep]
+    parameters: int | None
     trials: list[Trial] = field(default_factory=list)
     confirmation: Confirmation | None = None
     refuted: tuple[Transform, ...] = ()
     chosen: dict[str, Transform] = field(default_factory=dict)  # step -> its transform in the draft in use
     shortfalls: dict[Transform, str] = field(default_factory=dict)  # transform -> why its quality is too low
     usual_s: float = 0.0  # seconds of a trial: the least at first, then the latest full trial's without compiling
+    making_s: float = 0.0  # seconds in which the current variant was made; most changes make all of it anew
+    slow_prefill: Transform | None = None  # weights for prefill that are good enough and gained no time; on a GPU
+    failures: Counter[str] = field(default_factory=Counter)  # step -> its choices that gained no time; on a GPU
     too_short: str = ""  # why the budget is too short for any trial
     kept: Callable[[Variant], None] = lambda variant: None
     bases: dict[object, SearchState] = field(default_factory=dict)  # the latest result of `without`
@@ -75,35 +92,90 @@ class _Search:
             self.settle(*self.attempt(compose.trial(parts), made, held_out=whole), held_out=whole)
             if self.state is not before:
                 self.chosen |= {part.step.name: part.transform for part in parts}
+                left = [replace(step, choices=self.unchosen(step)) for step in self.pending]
+                self.pending = [step for step in left if step.choices]
 
-    def take(self, step: PolicyStep) -> None:
-        """Try a step's choices, the most promising first. Each one kept changes what the rest can promise.
+    def unchosen(self, step: PolicyStep) -> tuple[Choice, ...]:
+        """The choices of a step that are not in the draft in use."""
+        return tuple(choice for choice in step.choices if make(choice) != self.chosen.get(step.name))
+
+    def proceed(self) -> None:
+        """Take steps until none is called for.
+
+        On a CPU, all choices of a step are tried in turn. On a GPU, where trials differ more in what they take, one is,
+        and then the steps are ranked anew.
+        """
+        while called := [step for step in self.pending if self.is_called(step)]:
+            step = self.next_of(called)
+            self.pending.remove(step)
+            rest: PolicyStep | None = self.take(step)
+            while rest is not None and not self.on_gpu:
+                rest = self.take(rest)
+            self.pending += [rest] if rest is not None else []
+
+    def take(self, step: PolicyStep) -> PolicyStep | None:
+        """Try the most promising of a step's choices. Returns the step with those that are left, or None.
 
         Of choices that promise about as much, the policy's first is tried first.
 
         If the draft in use has a transform for the step, the other choices are tried as its replacement.
         """
-        choices = [t for choice in step.choices if (t := make(choice)) != self.chosen.get(step.name)]
-        while choices:
-            predicted = {t: self.promise(t, step) for t in choices}
-            most = max(gain or 0.0 for gain in predicted.values())
-            transform = next(t for t in choices if (predicted[t] or 0.0) * compose.ALIKE >= most)
-            choices.remove(transform)
-            trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted[transform])
-            base = self.state
-            replaced = self.chosen.get(step.name)
-            if replaced is not None and transform not in self.trier.faults:
-                trial, base = replace(trial, instead_of=(replaced,)), self.without(replaced)
-            if ruled_out := self.rule_out(trial, step, base):
-                self.trials.append(ruled_out)
-                continue
-            others, before = max((predicted[other] or 0.0 for other in choices), default=0.0), self.state
-            with reusing(self.state.variant):
-                (*failed, last), candidate = self.find(trial, base, others)
-                self.trials += failed
-                self.settle(last, candidate)
-            if replaced is not None and self.state is not before:
-                self.chosen[step.name] = last.transform
+        trials = self.candidates(step)
+        most = max(trial.predicted or 0.0 for trial in trials)
+        place = next(n for n, trial in enumerate(trials) if (trial.predicted or 0.0) * compose.ALIKE >= most)
+        others = max((t.predicted or 0.0 for n, t in enumerate(trials) if n != place), default=0.0)
+        paired, kept = bool(trials[place].others), self.takes(trials[place], step, others)
+        if paired and not kept:
+            self.slow_prefill = None
+            return step  # what compiles is still to be tried alone
+        choices = step.choices[:place] + step.choices[place + 1 :]
+        return replace(step, choices=choices) if choices else None
+
+    def takes(self, trial: Trial, step: PolicyStep, others: float) -> bool:
+        """Try a candidate of a step unless it can be ruled out. Returns whether it was kept."""
+        before = base = self.state
+        replaced = self.chosen.get(step.name)
+        if replaced is not None and trial.transform not in self.trier.faults:
+            trial, base = replace(trial, instead_of=(replaced,)), self.without(replaced)
+        if ruled_out := self.rule_out(trial, step, base):
+            self.trials.append(ruled_out)
+            return False
+        with reusing(before.variant):
+            (*failed, last), candidate = self.find(trial, base, others)
+            self.trials += failed
+            self.settle(last, candidate)
+        kept = self.state is not before
+        if kept and replaced is not None:
+            self.chosen[step.name] = last.transform
+        return kept
+
+    def candidates(self, step: PolicyStep) -> list[Trial]:
+        """A trial for each choice of a step, in its order."""
+        return [self.candidate(make(choice), step) for choice in step.choices]
+
+    def candidate(self, transform: Transform, step: PolicyStep) -> Trial:
+        """The trial of a transform: alone, or compiled prefill together with weights that gained no time without it.
+
+        A library that multiplies 8-bit numbers launches more kernels, which cost the host what the device saves.
+        Compiled, it launches few of them.
+        """
+        predicted = self.promise(transform, step)
+        trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted)
+        weights = self.slow_prefill if step.phase == "prefill" and transform.stage is Stage.COMPILE else None
+        alone = None if weights is None else self.promise(weights, step)
+        if weights is None or alone is None or predicted is None:
+            return trial
+        return replace(trial, transform=weights, others=(transform,), predicted=jointly(alone, predicted))
+
+    def why_not(self, step: PolicyStep) -> str | None:
+        """Why a step is not called for, or None."""
+        return why_not(step, self.state.diagnoses, self.trier.hardware, self.parameters)
+
+    def is_called(self, step: PolicyStep) -> bool:
+        """Whether to take a step: its bottleneck was found, or it may help weights that gained no time without it."""
+        if self.slow_prefill is not None and step.phase == "prefill" and only_compiles(step):
+            step = replace(step, bottlenecks=frozenset())
+        return self.why_not(step) is None
 
     def promise(self, transform: Transform, step: PolicyStep) -> float | None:
         """Predicted best-case speed-up of the step's phase over the current variant, or None if unavailable."""
@@ -136,27 +208,21 @@ class _Search:
                 self.bases = {key: self.before}
         return self.bases[key]
 
-    def rank(self, step: PolicyStep) -> tuple[bool, float]:
-        """What comes first: the step whose best choice is worth the most for a whole request.
+    def next_of(self, called: list[PolicyStep]) -> PolicyStep:
+        """The step to take now. On a CPU, without a draft in use, it is the policy's first."""
+        if not self.chosen and not self.on_gpu:
+            return called[0]
+        offers = [CalledStep(s, self.candidates(s), share(self.state, s.phase), self.failures[s.name]) for s in called]
+        return first_of(offers, self.pace, self.trier.policy.limits.min_gain)
 
-        Guessing ahead comes last. It promises as if every guess were right, and gains less over a step made faster.
-        """
-        choices, share = [make(choice) for choice in step.choices], self.share(step.phase)
-        early = any(transform.stage < Stage.SPECULATION for transform in choices)
-        promised = [(transform, self.promise(transform, step) or 1.0) for transform in choices]
-        return early, max(worth(transform, 1 / (1 - share + share / gain)) for transform, gain in promised)
+    @property
+    def pace(self) -> Pace:
+        """What trials take now."""
+        return Pace(self.trier.hardware.device, self.usual_s, self.making_s, self.before.profile.phases)
 
-    def share(self, phase: Phase) -> float:
-        """Share of a request's time that the current variant spends in a phase; 1 if the workload is unknown."""
-        spent_s = self.request_s()
-        return spent_s[phase] / sum(spent_s.values()) if spent_s else 1.0
-
-    def request_s(self) -> Mapping[Phase, float]:
-        """Seconds of a request of the workload in each phase, by the current variant; empty if it is unknown."""
-        if (work := self.state.variant.workload) is None:
-            return {}
-        phases = self.state.profile.phases
-        return {"prefill": phases["prefill"].seconds, "decode": (work.new_tokens - 1) * phases["decode"].seconds}
+    @property
+    def on_gpu(self) -> bool:
+        return self.trier.hardware.device != "cpu"
 
     def find(self, trial: Trial, base: SearchState, others: float) -> tuple[list[Trial], Variant | None]:
         """Try a candidate. If it loses too much quality, try it without some layers.
@@ -168,7 +234,7 @@ class _Search:
         Returns:
             The trials to record, of which the last decides, and the last one's variant.
         """
-        if (reason := self.shortfalls.get(trial.transform)) is not None and not self.lateness():
+        if (reason := self.shortfalls.get(trial.transform)) is not None and not self.lateness(trial):
             trial = replace(trial, outcome=TrialOutcome.REJECTED, reason=f"on the exam's texts, read at once, {reason}")
             return self.trier.refine(trial, self.state, base, others)
         trial, candidate = self.attempt(trial)
@@ -185,15 +251,15 @@ class _Search:
             made: holds the candidate if it is built already; emptied.
             held_out: whether it is proven on held-out prompts directly.
         """
-        if late := self.lateness():
+        if late := self.lateness(trial):
             return replace(trial, outcome=TrialOutcome.UNREACHED, reason=late), None
         promised = f": predicted up to {trial.predicted:.2f}x for {trial.target}" if trial.predicted else ""
         self.trier.notify(f"trying {trial.candidate}{promised}")
         return self.trier.attempt(trial, self.state.variant, made, held_out=held_out)
 
-    def lateness(self) -> str | None:
-        """Why no further trial may begin, or None."""
-        return self.too_short or self.trier.lateness(self.usual_s)
+    def lateness(self, trial: Trial) -> str | None:
+        """Why a trial may not begin any more, or None. On a CPU, each is taken to last as long as the latest one."""
+        return self.too_short or self.trier.lateness(self.pace.seconds(trial) if self.on_gpu else self.usual_s)
 
     def settle(self, trial: Trial, candidate: Variant | None, *, held_out: bool = False) -> None:
         """Record a trial. An accepted candidate is used from now on if held-out prompts confirm it.
@@ -201,14 +267,20 @@ class _Search:
         Args:
             held_out: whether they confirmed it already.
         """
-        start, before_s = self.trier.clock(), sum(self.request_s().values())
+        before, start, before_s = self.state, self.trier.clock(), sum(request_s(self.state).values())
         if trial.outcome is TrialOutcome.ACCEPTED and candidate is not None:
             if held_out:
                 self.keep(candidate, Confirmation(None, trial.quality, trial.latency))
             else:
                 trial = self.confirm(trial, candidate)
+        if self.state is not before:
+            self.making_s = trial.compile_s
+            self.slow_prefill = self.slow_prefill if trial.target == "decode" else None
+        elif self.on_gpu and gained_nothing(trial):
+            self.failures[trial.step] += 1
+            self.slow_prefill = self.slow_prefill or slow_prefill_of(trial)
         if trial.latency is not None:
-            faster = before_s / sum(self.request_s().values()) if before_s else 1.0
+            faster = before_s / sum(request_s(self.state).values()) if before_s else 1.0
             # half of a trial's requests are the original's, half are those of variants about as fast as the current one
             self.usual_s = (trial.seconds - trial.compile_s + self.trier.clock() - start) * (1 + 1 / faster) / 2
         self.trials.append(trial)
@@ -233,7 +305,7 @@ class _Search:
     def keep(self, candidate: Variant, confirmation: Confirmation) -> None:
         """Make a proven variant the current one."""
         self.kept(candidate)
-        self.state = self.trier.examine(candidate, self.before.obstacle)
+        self.state = examine(self.trier.bench, candidate, self.before.obstacle)
         self.confirmation = confirmation
 
 
@@ -245,29 +317,33 @@ def search(
     *,
     notify: Callable[[str], None] = log.info,
     clock: Callable[[], float] = time.monotonic,
-    deadline: float | None = None,
+    start: float | None = None,
     obstacle: str | None = None,
     kept: Callable[[Variant], None] = lambda variant: None,
 ) -> Found:
     """Try what the diagnosis calls for, and keep each change that is proven.
 
     The draft comes first: the most promising transforms for both phases together. Then come single changes to the
-    current variant, ordered by worth for their cost, or, without a draft, in the policy's order. After every change the
-    variant is profiled and diagnosed again, because removing one bottleneck shows the next.
+    current variant, ordered by worth for their cost, or, on a CPU without a draft, in the policy's order. After every
+    change the variant is profiled and diagnosed again, because removing one bottleneck shows the next.
 
     Args:
         original: a variant without transforms.
-        deadline: value of `clock` after which nothing new is tried; default: the policy's budget from now.
+        start: value of `clock` at which the budget began; default: now.
         obstacle: why nothing can be tried, or None; recorded as the reason of every candidate.
         kept: called with each confirmed variant while the search goes on.
     """
-    start = clock()
-    deadline = start + policy.budget_s if deadline is None else deadline
-    trier = Trier(policy, hardware, bench, notify, clock, deadline)
+    start = clock() if start is None else start
     notify("profiling the original")
-    before = trier.examine(original, obstacle)
-    run = _Search(trier, before, before, kept=kept)
+    before = examine(bench, original, obstacle)
     parameters = parameter_count(original, policy)
+    decode_s = before.profile.phases["decode"].seconds
+    budget_s = seconds_of(policy.budget_s, hardware.device, parameters or 0, decode_s)
+    if budget_s != least(policy.budget_s):
+        notify(f"the budget is {budget_s:.0f} s, for {parameters:.3g} parameters at {1e3 * decode_s:.3g} ms a token")
+    bench.begin(budget_s, start + budget_s)
+    trier = Trier(policy, hardware, bench, notify, clock, budget_s, start + budget_s)
+    run = _Search(trier, before, before, list(policy.steps), parameters, kept=kept)
     if late := trier.lateness(least_s := bench.least_s(before.profile)):
         whole_s = clock() - start + least_s
         run.too_short = (
@@ -277,12 +353,8 @@ def search(
         run.usual_s = least_s / 2  # without a confirmation
         with suppress(BudgetSpentError):  # then every step below is recorded as not reached
             run.begin(compose.compose(before, trier, parameters))
-    pending = list(policy.steps)
-    while called := [s for s in pending if why_not(s, run.state.diagnoses, hardware, parameters) is None]:
-        step = max(called, key=run.rank) if run.chosen else called[0]
-        pending.remove(step)
-        run.take(step)
-    for step in pending:
-        reason = why_not(step, run.state.diagnoses, hardware, parameters) or ""
+    run.proceed()
+    for step in run.pending:
+        reason = run.why_not(step) or ""
         run.trials += [Trial(make(c), step.name, step.phase, TrialOutcome.SKIPPED, reason) for c in step.choices]
-    return Found(before, run.state, tuple(run.trials), run.confirmation, run.refuted)
+    return Found(before, run.state, tuple(run.trials), run.confirmation, run.refuted, budget_s)

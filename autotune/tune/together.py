@@ -21,6 +21,7 @@ from ..runtime.ranks.line import Line
 from ..runtime.ranks.messages import Done
 from ..runtime.variant import Variant
 from . import bench, fingerprint, plan, turns
+from .budget import longest
 from .tuned import Tuned
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def tune(model: PreTrainedModel, workload: Workload, policy: Policy, alone: Call
     """
     members = sharding.group(model)
     assert members is not None  # noqa: S101 - the caller checked; for the type checker
-    line = Line(members, (turns.PATIENCE + 2) * policy.budget_s + SLACK_S)
+    line = Line(members, (turns.PATIENCE + 2) * longest(policy.budget_s, model.device.type) + SLACK_S)
     try:
         tasks = line.gather((workload, policy))
         if any(task != tasks[0] for task in tasks):

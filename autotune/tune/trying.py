@@ -41,6 +41,9 @@ OUTCOMES = {
 class Bench(Protocol):
     """Everything the search has to measure."""
 
+    def begin(self, budget_s: float, deadline: float) -> None:
+        """Take note of the budget, seconds, and of the clock's value at which it is spent."""
+
     def profile(self, variant: Variant) -> Profile: ...
 
     def diagnose(self, profile: Profile) -> Mapping[Phase, Diagnosis]: ...
@@ -94,6 +97,12 @@ class Bench(Protocol):
         """Free the memory of a candidate that was not kept."""
 
 
+def examine(bench: Bench, variant: Variant, obstacle: str | None = None) -> SearchState:
+    """Profile and diagnose a variant, before anything is tried on it."""
+    profile = bench.profile(variant)
+    return SearchState(variant, profile, bench.diagnose(profile), bench.free_bytes(), obstacle)
+
+
 class _NeededError(TransformError):
     """Another transform of the plan needs the one that was to be replaced."""
 
@@ -103,7 +112,8 @@ class Trier:
     """Tries candidates against an incumbent.
 
     Args:
-        deadline: value of `clock` at which the budget is spent.
+        budget_s: the budget, seconds.
+        deadline: value of `clock` at which it is spent.
         faults: transform -> what it raised when it was last asked something.
     """
 
@@ -112,6 +122,7 @@ class Trier:
     bench: Bench
     notify: Callable[[str], None]
     clock: Callable[[], float]
+    budget_s: float
     deadline: float
     faults: dict[Transform, str] = field(default_factory=dict)
 
@@ -132,14 +143,9 @@ class Trier:
             self.faults[transform] = f"it could not be considered: {self.bench.describe_error(error)}"
             return None
 
-    def examine(self, variant: Variant, obstacle: str | None = None) -> SearchState:
-        """Profile and diagnose a variant, before anything is tried on it."""
-        profile = self.bench.profile(variant)
-        return SearchState(variant, profile, self.bench.diagnose(profile), self.bench.free_bytes(), obstacle)
-
     def lateness(self, needed_s: float = 0.0) -> str | None:
         """Why there is too little time left to begin work of `needed_s` seconds, or None."""
-        left_s, budget = self.deadline - self.clock(), f"the budget of {self.policy.budget_s:.0f} s"
+        left_s, budget = self.deadline - self.clock(), f"the budget of {self.budget_s:.0f} s"
         if left_s <= 0:
             return f"{budget} was spent"
         return None if needed_s <= left_s else f"it takes about {needed_s:.0f} s, {left_s:.0f} s of {budget} were left"
@@ -212,7 +218,7 @@ class Trier:
         elif replaced is not None:
             wide = exchange(1.0, expect(replaced, failed.target, base, self.hardware), failed.target, base, state)
         promises = Promises(failed.predicted or 1.0, wide, max(1 + self.policy.limits.min_gain, others))
-        end = min(self.deadline, self.clock() + REFINING_SHARE * self.policy.budget_s)
+        end = min(self.deadline, self.clock() + REFINING_SHARE * self.budget_s)
         return refine(probe, promises, spent=lambda: self.clock() >= end)
 
     def _judge(

@@ -461,7 +461,7 @@ def test_a_compiled_step_that_waits_is_refused_before_it_is_compiled_for_graphs(
 def test_captures_that_keep_their_memory_may_fail_once(
     release: str, most: int, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy from the host, which no operator shows, ends every capture after those of the workload; each loses a pool."""
+    """A copy from the host, which no operator shows, ends captures after the workload's; each loses a pool."""
     monkeypatch.setattr(torch, "__version__", release)
     model, first = tiny("llama"), fake.captures + 2  # what the workload needs
 

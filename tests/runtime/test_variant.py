@@ -249,6 +249,16 @@ def test_transforms_are_applied_in_order_of_their_stages(llama: PreTrainedModel,
     assert build(llama, given).transforms == one_by_one.transforms == transforms
 
 
+def test_what_precedes_the_variants_own_transforms_makes_them_anew_once(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, made, apply = build(llama, (SetThreads("decode", 1),)), list[str](), SetThreads.apply
+    monkeypatch.setattr(SetThreads, "apply", lambda self, variant: (made.append(self.name), apply(self, variant))[1])
+    added = LaterEdit("decode"), Edit("both")
+    assert served.with_transforms(added).transforms == (Edit("both"), LaterEdit("decode"), SetThreads("decode", 1))
+    assert made == ["set-threads"]
+
+
 def test_dropping_a_variant_frees_its_modules(llama: PreTrainedModel) -> None:
     variant = build(llama, (Edit("both", "weights"),))
     serving(variant).generate(PROMPT, max_new_tokens=2)

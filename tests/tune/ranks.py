@@ -34,7 +34,7 @@ from autotune.runtime.ranks.line import Line
 from autotune.runtime.ranks.messages import Done
 from autotune.runtime.variant import Variant, serving
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import bench, races
+from autotune.tune import allowance, bench
 from autotune.tune import plan as plans
 from autotune.tune import policy as policies
 from autotune.tune.policy import Choice, Policy, PolicyStep
@@ -245,7 +245,7 @@ class Rank:
 
 def shorten() -> None:
     """Measure and examine less, so that a tune takes seconds, and accept noise: what is timed here is not the point."""
-    bench.PROFILE_S, bench.BRIEF_PROFILE_S, bench.GROWTH_S, races.RACE_S = 1.0, 0.5, 0.5, 3.0
+    bench.PROFILE_S, bench.BRIEF_PROFILE_S, bench.GROWTH_S, allowance.RACE_S = 1.0, 0.5, 0.5, 3.0
     ratios.TOO_NOISY = timing.STOLEN = math.inf
     SIZES["quick"] = replace(SIZES["quick"], prompts=8, natural=4, own=4, padded=4, lengths=())
 

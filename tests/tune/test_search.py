@@ -16,7 +16,7 @@ from autotune.diagnose.diagnosis import Diagnosis
 from autotune.errors import Blocker, BudgetSpentError, DeviceError, TransformError
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Stage, Transform, Variant
-from autotune.tune import choose, compose, trying
+from autotune.tune import choose, compose, order, trying
 from autotune.tune.plan import Confirmation, TrialOutcome
 from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.search import Found, search
@@ -123,6 +123,7 @@ class ScriptedBench:
     examined: bool = True
     drowned: bool = False
     calls: list[str] = field(default_factory=list)
+    budget: tuple[float, float] = (0.0, 0.0)
 
     @staticmethod
     def label(variant: Variant) -> str:
@@ -132,6 +133,9 @@ class ScriptedBench:
     def profile(self, variant: Variant) -> Any:
         label = self.label(variant)
         return Profiled(label, dict.fromkeys(("prefill", "decode"), Phase(self.seconds.get(label, 0.1))))
+
+    def begin(self, budget_s: float, deadline: float) -> None:
+        self.budget = budget_s, deadline
 
     def diagnose(self, profile: Any) -> Any:
         kind = self.bottlenecks.get(profile.label, "memory")
@@ -491,7 +495,7 @@ def test_an_interruption_is_not_taken_for_a_failed_trial(stop: type[BaseExceptio
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripted transforms count as autotune's own, as those of a draft have to."""
-    for module in (compose, choose, trying):
+    for module in (compose, order, trying):
         monkeypatch.setattr(module, "is_foreign", lambda transform: False)
 
 
@@ -865,7 +869,7 @@ def test_a_judgement_that_the_budget_does_not_wait_for_leaves_its_candidate_untr
     bench = ScriptedBench()
     monkeypatch.setattr(bench, "confirm" if held_out else "judge", spent)
     if held_out:
-        for module in (compose, choose, trying):
+        for module in (compose, order, trying):
             monkeypatch.setattr(module, "is_foreign", lambda transform: False)
     found = run(bench, policy(WEIGHTS, PROGRAM) if held_out else policy(step({})))
     assert str(found.trials[0].outcome) == "unreached"
