@@ -16,7 +16,8 @@ SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 class Shape(BaseModel):
@@ -139,15 +140,29 @@ def errors(*statuses: int) -> dict[int | str, Any]:
 
 
 def describe(app: FastAPI, keys: Sequence[str]) -> None:
-    """Have the app's description say which routes ask for a key, if there are keys."""
+    """Have the app's description say that errors are JSON everywhere, and which routes ask for a key.
+
+    Args:
+        keys: if there are none, no route asks for one.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            _as_json(found)
             app.openapi_schema = _with_keys(found) if keys else found
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _as_json(found: dict[str, Any]) -> None:
+    """FastAPI describes errors in the media type of the route's answer."""
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                if not status.startswith("2"):
+                    response["content"] = {"application/json": next(iter(response["content"].values()))}
 
 
 def _with_keys(found: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
-from .fields import encodable
 from .refusal import Refusal
 from .tools import ToolUse, conversation
 
@@ -73,7 +72,7 @@ class Prompts:
             use: the tools that the answer may call.
 
         Raises:
-            Refusal: the template does not take them, or what it writes is no text or too long.
+            Refusal: the template does not take them, or what it writes is too long.
         """
         variables = self._variables(by.chat_template_kwargs)
         if use is not None and use.style.told:
@@ -94,7 +93,7 @@ class Prompts:
             special: whether the tokenizer adds its special tokens.
 
         Raises:
-            Refusal: it cannot fit into the context, or is no text.
+            Refusal: it cannot fit into the context.
         """
         tokens = min(self.longest, self.context - 1)
         if len(text) > tokens * self._widest:
@@ -105,10 +104,6 @@ class Prompts:
                 param,
                 "context_length_exceeded",
             )
-        try:
-            encodable(text)
-        except ValueError as error:
-            raise Refusal(400, f"{param}: {error}", param) from error
         return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
     def check_known(self, ids: Sequence[int], param: str) -> None:

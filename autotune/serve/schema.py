@@ -57,6 +57,13 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def ids(tokens: list[Any]) -> None:
+    """Raise ValueError for the first of some tokens that is no token id."""
+    for token in tokens:
+        if type(token) is not int or token < 0:
+            raise ValueError(f"{token!r:.40} is no token id; expected an integer from 0")
+
+
 def prompts(value: Any) -> list[str] | list[list[int]]:
     """The prompts in any of their four forms: a text, token ids, or a list of either.
 
@@ -76,8 +83,8 @@ def prompts(value: Any) -> list[str] | list[list[int]]:
             encodable(each)
         elif texts or not isinstance(each, list):
             raise ValueError(f"number {number} is {each!r:.40}; {expected}")
-        elif (bad := next((token for token in each if type(token) is not int or token < 0), 0)) != 0:
-            raise ValueError(f"{bad!r:.40} is no token id; expected an integer from 0")
+        else:
+            ids(each)
     return value
 
 
