@@ -105,6 +105,7 @@ class TextAnswers:
         *,
         alternatives: int | None,
         number: int = 0,
+        rank: int = 0,
         grammar: Grammar | None = None,
     ) -> AsyncGenerator[Piece]:
         """The pieces of one answer; the last one has a reason. Closing the iterator frees the model's row.
@@ -115,6 +116,8 @@ class TextAnswers:
             room: most new tokens.
             alternatives: at each token, or None for no log-probabilities.
             number: of the answer among those to one prompt; each has a seed of its own.
+            rank: answers of the same request before this one. Each puts it a step of priority behind, so that a request
+                of many answers lets others begin.
             grammar: of the form that the answer keeps to; None: any text.
 
         Raises:
@@ -123,7 +126,7 @@ class TextAnswers:
         witness = None if alternatives is None else Witness()
         options = self.sampling.options(body, len(prompt), room, witness, grammar)
         seed = None if body.seed is None else (body.seed + number) % 2**63
-        text, stops = Detokeniser(self.tokenizer), Stops(body.stops)
+        text, stops = Detokeniser(self.tokenizer), Stops(body.stop)
         began, first, last = time.monotonic(), cast("float | None", None), cast("float | None", None)
         tokens, chosen, reason = 0, list[Chosen](), cast("Reason | None", None)
         outcome = "abort"  # unless it comes to an end
@@ -131,7 +134,7 @@ class TextAnswers:
         span = self.traces.answer()
         try:
             asked = self.model.autotune.submit(
-                list(prompt), priority=body.priority, deadline_s=self.deadline_s, seed=seed, **options
+                list(prompt), priority=body.priority - rank, deadline_s=self.deadline_s, seed=seed, **options
             )
             async with asked:
                 async for token in asked:

@@ -18,37 +18,60 @@ from . import page
 from .completions import Chat, Completion, Reply
 from .events import EventStream
 from .gate import Gate
+from .openapi import (
+    STREAM,
+    ChatAnswer,
+    CompletionAnswer,
+    ErrorAnswer,
+    ModelCard,
+    ModelList,
+    TextAnswer,
+    TokensAnswer,
+    describe,
+    errors,
+)
 from .refusal import Refusal
 from .rollout import routes as rollout_routes
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from .service import Service
 from .tools import ToolUse
+from .validation import refusal_of
 
 Result = TypeVar("Result")
-TYPES = ("str", "int", "float")  # in the path of an error, they say which type of several was tried
+OF_BODIES = (400, 404, 408, 413)  # what may be wrong with a body
+OF_ANSWERS = (*OF_BODIES, 429, 503)
 GONE = 499  # nginx's status for a client that closed the connection
 
 
 def create_app(served: Service) -> Gate:
     """The ASGI app that serves a model."""
-    app = FastAPI(title="autotune", description="OpenAI's interface over a model that autotune serves", version="1")
+    app = FastAPI(
+        title="autotune",
+        description="OpenAI's interface over a model that autotune serves",
+        version="1",
+        docs_url=None,  # these pages load their scripts from elsewhere
+        redoc_url=None,
+        responses={"default": {"model": ErrorAnswer, "description": "an error"}},  # instead of FastAPI's own 422
+    )
+    describe(app, served.keys)
     _handle_errors(app)
     _operate(app, served)
     page.add_routes(app, served)
     rollout_routes.add_routes(app, served)
+    _decline(app)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList, responses=errors(503))
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [_card(served)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(404, 503))
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         _known(served, name)
         return _card(served)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM | errors(*OF_ANSWERS))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on from one prompt or several."""
         _known(served, body.model)
@@ -61,7 +84,7 @@ def create_app(served: Service) -> Gate:
 
         return await _reply(await _in_thread(prepare), body.stream, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=STREAM | errors(*OF_ANSWERS))
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a chat."""
         _known(served, body.model)
@@ -69,56 +92,73 @@ def create_app(served: Service) -> Gate:
         def prepare() -> Chat:
             use = ToolUse.of(body, served.prompts.template)
             prompt = served.prompts.of_chat(body, use)
-            asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-            room = served.prompts.room(prompt, asked, chat=True)
+            param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+            room = served.prompts.room(prompt, getattr(body, param), chat=True, param=param)
             form = body.response_format if use is None else use.form
             grammar = served.grammars.of(form, body.ignore_eos, "response_format" if use is None else "tools")
             return Chat(served.answers, body, [prompt], [room], served.name, grammar, use)
 
         return await _reply(await _in_thread(prepare), body.stream, request)
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=TokensAnswer, responses=errors(*OF_BODIES))
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """A text, or a chat through the model's template, as token ids."""
         _known(served, body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise Refusal(400, "expected either prompt or messages", "prompt")
 
         def work() -> list[int]:
-            if body.messages is not None:
-                return served.prompts.templated(body.messages, {})
-            return served.prompts.encode(body.prompt or "", body.add_special_tokens)
+            if body.messages is None:
+                return served.prompts.encode(body.prompt or "", "prompt", body.add_special_tokens)
+            return served.prompts.templated(body.messages, body, ToolUse.of(body, served.prompts.template))
 
         ids = await _in_thread(work)
         return {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=TextAnswer, responses=errors(*OF_BODIES))
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """Token ids as text."""
         _known(served, body.model)
-        served.prompts.check_known(body.tokens, "tokens")
-        return {"prompt": await _in_thread(lambda: served.prompts.tokenizer.decode(body.tokens))}
+
+        def work() -> str:
+            served.prompts.check_known(body.tokens, "tokens")
+            return str(served.prompts.tokenizer.decode(body.tokens))
+
+        return {"prompt": await _in_thread(work)}
 
     routes = [getattr(route, "path", "") for route in app.routes]
     return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces)
 
 
+def _decline(app: FastAPI) -> None:
+    """Routes of OpenAI's that this server does not have say why."""
+
+    async def embeddings() -> None:
+        raise Refusal(404, "no embeddings here: this server's model writes text; use /v1/completions")
+
+    async def responses() -> None:
+        raise Refusal(404, "no responses here: this server keeps no state; use /v1/chat/completions")
+
+    for path, declined in (("/v1/embeddings", embeddings), ("/v1/responses", responses)):
+        app.add_api_route(path, declined, methods=["POST"], include_in_schema=False)
+
+
 def _operate(app: FastAPI, served: Service) -> None:
-    @app.get("/livez")
+    @app.get("/livez", response_class=PlainTextResponse)
     async def livez() -> PlainTextResponse:
         """Whether the process answers."""
         return PlainTextResponse("ok")
 
-    @app.get("/readyz")
+    unready: dict[int | str, Any] = {503: {"model": dict[str, Any], "description": "not ready, and why"}}
+
+    @app.get("/readyz", response_model=dict[str, Any], responses=unready)
     async def readyz() -> JSONResponse:
         """Whether requests should be sent here."""
         reason = served.unready()
         body = {"ready": reason is None, "reason": reason, **served.state()}
         return JSONResponse(body, 200 if reason is None else 503)
 
-    app.add_api_route("/health", readyz, methods=["GET"])
+    app.add_api_route("/health", readyz, methods=["GET"], response_model=dict[str, Any], responses=unready)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         state = served.state()
@@ -135,7 +175,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - the same
-        return _of_validation(error).response()
+        return refusal_of(error).response()
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - the same
@@ -148,21 +188,6 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
-
-
-def _of_validation(error: RequestValidationError) -> Refusal:
-    """The first thing that is wrong with a body, with the field's name.
-
-    A field that may have several types has errors for each; the one that got furthest into the body says most.
-    """
-    first = max(error.errors(), key=lambda each: len(each["loc"]))
-    names = [str(part) for part in first["loc"] if part not in ("body", *TYPES)]
-    field = ".".join(part for part in names if part.isidentifier() or part.isdecimal()) or None
-    if first["type"] == "extra_forbidden":
-        return Refusal(400, f"unknown field {field}: this server does not know it; leave it out", field)
-    if first["type"] == "json_invalid":
-        return Refusal(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    return Refusal(400, f"{field or 'the body'}: {first['msg']}", field)
 
 
 def _known(served: Service, name: str | None) -> None:

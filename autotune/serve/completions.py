@@ -141,6 +141,7 @@ class Reply(ABC):
                 self.rooms[prompt],
                 alternatives=self.body.alternatives,
                 number=number,
+                rank=index,
                 grammar=self.grammar,
             )
             try:

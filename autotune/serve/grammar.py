@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from llguidance._lib import JsonCompileOptions
 
-    from .schema import Form
+    from .forms import Form
 
 MOST_CHARACTERS = 65_536  # of a form, as JSON
 KEPT = 32  # compiled forms that are kept
@@ -42,7 +42,7 @@ SPACED: JsonCompileOptions = {
 
 
 class GrammarError(AutotuneError):
-    """A form that became too complex while an answer was written."""
+    """A form by which an answer cannot go on."""
 
 
 class Grammar:
@@ -75,6 +75,12 @@ class Constraint:
         self._length = input_ids.shape[1]
         if fresh:
             self._matcher.consume_tokens(fresh)
+        if self._matcher.is_error():  # a vocabulary without a token for a byte that must come next
+            raise GrammarError(
+                "the answer cannot go on by its form: llguidance refused a token that it had allowed, as it does where "
+                "the model's vocabulary lacks a byte that the form needs; ask for a form of fewer characters, such as "
+                f"[a-z] instead of \\w: {_first(self._matcher.get_error())}"
+            )
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise GrammarError(f"the answer's form is too complex to go on: {_first(self._matcher.get_error())}")

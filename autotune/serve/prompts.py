@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment
 
 from .refusal import Refusal
 from .tools import ToolUse, conversation
@@ -10,7 +14,7 @@ from .tools import ToolUse, conversation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .schema import ChatBody, CompletionBody, Message
+    from .schema import ChatBody, CompletionBody, Message, Templated
 
 DEFAULT_TOKENS = 16  # of a completion that does not say, as OpenAI's
 
@@ -33,9 +37,10 @@ class Prompts:
 
     def of_completion(self, body: CompletionBody) -> list[list[int]]:
         """The prompts of a completion request."""
-        given: Any = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        parts = [given] if isinstance(given[0], int) else given
-        return [self._checked(self.encode(part) if isinstance(part, str) else list(part), "prompt") for part in parts]
+        return [
+            self._checked(self.encode(each, "prompt") if isinstance(each, str) else each, "prompt")
+            for each in body.prompt
+        ]
 
     @property
     def template(self) -> str:
@@ -57,19 +62,48 @@ class Prompts:
         Args:
             use: the tools that it may call.
         """
-        return self._checked(self.templated(body.messages, body.chat_template_kwargs or {}, use), "messages")
+        return self._checked(self.templated(body.messages, body, use), "messages")
 
-    def templated(self, messages: Sequence[Message], more: dict[str, Any], use: ToolUse | None = None) -> list[int]:
-        said = conversation(messages, use, self.template)
+    def templated(self, messages: Sequence[Message], by: Templated, use: ToolUse | None = None) -> list[int]:
+        """Messages through the model's own template, with the beginning of an answer.
+
+        Args:
+            by: has the template's variables.
+            use: the tools that the answer may call.
+
+        Raises:
+            Refusal: the template does not take them, or what it writes is too long.
+        """
+        variables = self._variables(by.chat_template_kwargs)
         if use is not None and use.style.told:
-            more = {"tools": use.signatures, **more}
-        try:
-            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **more)
-        except Exception as error:  # templates raise what they like, and arguments reach them
-            raise Refusal(400, f"the model's chat template refuses these messages: {error}", "messages") from error
-        return self.encode(text, special=False)  # the template writes them
+            variables["tools"] = use.signatures
+        said = conversation(messages, use, self.template)
+        text = self._rendered(said, variables)
+        named = [number for number, each in enumerate(messages) if each.name is not None and each.role != "tool"]
+        if named and text == self._rendered([{**each, "name": None} for each in said], variables):
+            param = f"messages.{named[0]}.name"
+            raise Refusal(400, f"{param}: this model's chat template writes no names; leave it out", param)
+        return self.encode(text, "messages", special=False)  # the template writes them
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
+    def encode(self, text: str, param: str, special: bool = True) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            param: the field that it comes from.
+            special: whether the tokenizer adds its special tokens.
+
+        Raises:
+            Refusal: it cannot fit into the context.
+        """
+        tokens = min(self.longest, self.context - 1)
+        if len(text) > tokens * self._widest:
+            raise Refusal(
+                400,
+                f"{param} has {len(text)} characters; a prompt has at most {tokens} tokens (the model's context is "
+                f"{self.context}) of {self._widest} characters or fewer, so it cannot fit",
+                param,
+                "context_length_exceeded",
+            )
         return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
     def check_known(self, ids: Sequence[int], param: str) -> None:
@@ -78,8 +112,14 @@ class Prompts:
         if wrong is not None:
             raise Refusal(400, f"{param} has token {wrong}; the model knows 0 to {self.vocabulary - 1}", param)
 
-    def room(self, prompt: Sequence[int], asked: int | None, *, chat: bool) -> int:
+    def room(self, prompt: Sequence[int], asked: int | None, *, chat: bool, param: str = "max_tokens") -> int:
         """Tokens that the answer may have.
+
+        Args:
+            prompt: token ids.
+            asked: most that the request wants; None: it does not say.
+            chat: whether an answer that does not say may fill the context.
+            param: the field that says it.
 
         Raises:
             Refusal: more were asked for than fit into the context.
@@ -88,12 +128,44 @@ class Prompts:
         if asked is not None and asked > left:
             raise Refusal(
                 400,
-                f"max_tokens is {asked}, but the prompt has {len(prompt)} tokens and the model's context "
+                f"{param} is {asked}, but the prompt has {len(prompt)} tokens and the model's context "
                 f"{self.context}, which leaves {left}",
-                "max_tokens",
+                param,
                 "context_length_exceeded",
             )
         return asked or (left if chat else min(DEFAULT_TOKENS, left))
+
+    @cached_property
+    def _widest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def _rendered(self, said: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=True, **variables
+            )
+        except Exception as error:  # templates raise what they like
+            raise Refusal(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+        return text
+
+    def _variables(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Variables of the template, none of which is an argument of the method that renders it.
+
+        Raises:
+            Refusal: one is, or the template does not know it.
+        """
+        if not given:
+            return {}
+        rendering = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "conversations", "messages"}
+        known = {value for _, kind, value in Environment(autoescape=True).lex(self.template) if kind == "name"}
+        for name in given:
+            param = f"chat_template_kwargs.{name}"
+            if name in rendering:
+                raise Refusal(400, f"{param} is the server's to set, not a variable of the template", param)
+            if name not in known:
+                raise Refusal(400, f"{param}: the model's chat template has no such variable; leave it out", param)
+        return dict(given)
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .detokenise import doubtful
+from .fields import bounded
+from .forms import Lark
 from .grammar import SPACED
 from .refusal import Refusal
-from .schema import Lark, NamedChoice
+from .schema import NamedChoice
 
 if TYPE_CHECKING:
-    from .schema import ChatBody, Function, Message
+    from .schema import Function, Message, Templated
 
 PARAM = "tools"
 NONE: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}  # parameters left out
@@ -78,7 +80,7 @@ class ToolUse:
     several: bool
 
     @classmethod
-    def of(cls, body: ChatBody, template: str) -> ToolUse | None:
+    def of(cls, body: Templated, template: str) -> ToolUse | None:
         """The tools that a chat asks for; None if there are none to call.
 
         Raises:
@@ -94,8 +96,6 @@ class ToolUse:
             raise Refusal(400, f"tools has two functions that are called {twice}; names must differ", PARAM)
         if choice == "none":
             return None
-        if body.response_format is not None and body.response_format.type != "text":
-            raise Refusal(400, "response_format and tools exclude each other; use tool_choice none", "response_format")
         if isinstance(choice, NamedChoice):
             functions = tuple(each for each in functions if each.name == choice.function.name)
             if not functions:
@@ -140,11 +140,14 @@ class ToolUse:
 def conversation(messages: Sequence[Message], use: ToolUse | None, template: str) -> list[dict[str, Any]]:
     """The messages as a template takes them, with calls and results, and with the tools if the template has no place.
 
+    A developer's message is the system's to a template that does not know developers.
+
     Raises:
         Refusal: a call's arguments are not a JSON object.
     """
     style = use.style if use is not None else style_of(template)
-    said = [_said(message, style) for message in messages]
+    developer = "developer" if "developer" in template else "system"
+    said = [_said(message, style, developer) for message in messages]
     if use is not None and not style.told:
         told = TOLD.format(signatures="\n".join(json.dumps(each, ensure_ascii=False) for each in use.signatures))
         if said[0]["role"] == "system":
@@ -154,13 +157,16 @@ def conversation(messages: Sequence[Message], use: ToolUse | None, template: str
     return said
 
 
-def _said(message: Message, style: Style) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": message.role, "content": message.text}
+def _said(message: Message, style: Style, developer: str) -> dict[str, Any]:
+    role = developer if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": message.text}
+    if message.name is not None:
+        found["name"] = message.name
     calls = []
     for call in message.tool_calls or ():
         try:
-            arguments = json.loads(call.function.arguments or "{}")
-        except ValueError:
+            arguments = bounded(json.loads(call.function.arguments or "{}"))
+        except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             raise Refusal(400, f"the arguments of a call to {call.function.name} are not a JSON object", "messages")

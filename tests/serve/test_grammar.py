@@ -97,7 +97,7 @@ def test_any_json_object_begins_as_one_and_a_short_answer_says_so(server: Runnin
 
 
 def test_no_bias_gets_past_a_form(server: Running) -> None:
-    wanted = server.served.prompts.encode("z")[0]
+    wanted = server.served.prompts.encode("z", "prompt")[0]
     form = {"type": "regex", "regex": "[ab]{5}"}
     got = post(server, response_format=form, logit_bias={str(wanted): 100}, temperature=0).json()["choices"][0]
     assert re.fullmatch("[ab]{5}", got["message"]["content"])
@@ -122,7 +122,7 @@ def test_log_probabilities_are_the_models_own(server: Running) -> None:
         ({"type": "regex", "regex": "a" * 70_000}, "has 70000 characters; the most are 65536"),
         ({"type": "yaml"}, "response_format"),
         ({"type": "json_schema"}, "json_schema"),
-        ({"type": "json_object", "shape": 1}, "unknown field response_format.json_object.shape"),
+        ({"type": "json_object", "shape": 1}, "unknown field response_format.shape"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -151,6 +151,16 @@ def test_a_form_that_becomes_too_complex_ends_its_answer_alone(
     assert got.status_code == (200 if stream else 400)
     assert "too complex to go on: lexer error" in got.text
     assert got.text.count('"content":"') == (4 if stream else 0)  # the role's, and a, b, c
+    assert post(server).status_code == 200
+
+
+def test_a_form_that_the_vocabulary_cannot_write_ends_its_answer_with_the_reason(server: Running) -> None:
+    """The tiny vocabulary has no token for the byte that must follow 0xf3 here."""
+    form = {"type": "regex", "regex": "\\w{1,60}"}
+    biases = {str(token): 100 for token in server.served.prompts.tokenizer.convert_tokens_to_ids(["\u00f3"])}
+    got = post(server, response_format=form, logit_bias=biases, temperature=0)
+    assert got.status_code == 400
+    assert "the model's vocabulary lacks a byte that the form needs" in got.json()["error"]["message"]
     assert post(server).status_code == 200
 
 

@@ -207,9 +207,17 @@ def test_a_bad_request_is_told_what_is_wrong(server: Running, change: dict[str, 
         assert error["param"] == param
 
 
+def test_a_limit_is_blamed_on_the_name_that_it_was_sent_under(server: Running) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        body = {"messages": [{"role": "user", "content": "x"}], name: 999}
+        error = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == name
+        assert f"{name} is 999" in error["message"]
+
+
 def test_clients_get_their_own_classes_of_errors(server: Running, client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="unknown field"):
-        client.completions.create(model="tiny", prompt="x", extra_body={"best_of": 3})
+        client.completions.create(model="tiny", prompt="x", extra_body={"best": 3})
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
     assert [m.id for m in client.models.list()] == ["tiny"]

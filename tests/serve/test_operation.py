@@ -173,6 +173,23 @@ def test_a_full_queue_says_when_to_come_again(server: Running, monkeypatch: pyte
     assert figure(server, 'autotune:admission_rejections_total{model_name="tiny"}') == before + 2
 
 
+def test_a_request_of_many_answers_lets_others_begin(slow: Running) -> None:
+    """The model decodes one sequence at a time here."""
+    many = LONG | {"max_tokens": 10, "n": 16}
+    ended = list[str]()
+
+    def ask(name: str, body: dict[str, Any]) -> None:
+        httpx.post(f"{slow.url}/v1/completions", json=body, headers=KEY, timeout=60).raise_for_status()
+        ended.append(name)
+
+    large = threading.Thread(target=ask, args=("large", many))
+    large.start()
+    until(lambda: slow.served.answers.running == 16)
+    ask("small", LONG | {"max_tokens": 2})
+    large.join()
+    assert ended == ["small", "large"]
+
+
 def test_a_deadline_gives_an_answer_up(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow.served.answers, "deadline_s", 0.5)
     answer = httpx.post(f"{slow.url}/v1/completions", json=LONG, headers=KEY, timeout=30)

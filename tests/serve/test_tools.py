@@ -131,6 +131,12 @@ def test_calls_and_results_of_before_are_told_as_the_template_takes_them() -> No
     assert unknown[2] == {"role": "user", "content": "<tool_response>\nrain\n</tool_response>"}
 
 
+@pytest.mark.parametrize(("template", "role"), [(PLAIN, "system"), (PLAIN + "{# developer #}", "developer")])
+def test_a_developer_is_the_system_to_a_template_that_does_not_know_him(template: str, role: str) -> None:
+    messages = body(messages=[{"role": "developer", "content": "be brief"}, USER]).messages
+    assert conversation(messages, None, template)[0] == {"role": role, "content": "be brief"}
+
+
 @pytest.fixture(scope="module", params=[TOLD, LLAMAS, PLAIN], ids=["told", "llama", "untold"])
 def server(request: pytest.FixtureRequest) -> Iterator[Running]:
     with running(tiny("llama", max_position_embeddings=2048), template=request.param) as found:

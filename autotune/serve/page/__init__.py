@@ -22,6 +22,7 @@ from ...errors import PackageError, StateError
 from ...report.html.page import style_sheet
 from .. import switching
 from ..events import EventStream
+from ..openapi import STREAM, errors
 from ..refusal import Refusal
 from .chapters import chapters
 from .view import view
@@ -58,23 +59,23 @@ def add_routes(app: FastAPI, served: Service) -> None:
     def shown() -> JSONResponse:
         return JSONResponse(view(served.name, handle.status, handle.plan, _record(served), served.progress), 200, FRESH)
 
-    @app.get("/autotune")
+    @app.get("/autotune", response_model=dict[str, Any])
     async def overview() -> JSONResponse:
         """What serves and why, what limits each phase, and the lines of tuning."""
         return shown()
 
-    @app.get("/autotune/events", response_class=StreamingResponse)
+    @app.get("/autotune/events", response_class=StreamingResponse, responses=STREAM)
     async def events() -> Response:
         """Figures once a second as server-sent events: one `history` of the last two minutes, then each as it comes."""
         samples = served.feed.events()
         return EventStream(await anext(samples), samples, FRESH)
 
-    @app.get("/autotune/chapters")
+    @app.get("/autotune/chapters", response_model=list[dict[str, str]])
     async def report_chapters() -> JSONResponse:
         """The report's chapters on what limits the model and on what was tried, as HTML; none before tuning is over."""
         return JSONResponse(await drawn.get(handle.plan, _record(served)), 200, FRESH)
 
-    @app.get("/autotune/report", response_class=HTMLResponse)
+    @app.get("/autotune/report", response_class=HTMLResponse, responses=errors(409, 501))
     async def report() -> Response:
         """The whole report as one HTML page to download."""
         try:
@@ -85,7 +86,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
             raise Refusal(501, str(error)) from error
         return HTMLResponse(text, 200, FRESH | {"Content-Disposition": 'attachment; filename="report.html"'})
 
-    @app.post("/autotune/rollback")
+    @app.post("/autotune/rollback", response_model=dict[str, Any], responses=errors(403, 409, 415))
     async def roll_back(request: Request) -> JSONResponse:
         """Serve with the original from the next request on. Requests under way end as they began."""
         switching.check_own(request.headers)
@@ -93,7 +94,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
             await anyio.to_thread.run_sync(switching.roll_back, handle)
         return shown()
 
-    @app.post("/autotune/commit")
+    @app.post("/autotune/commit", response_model=dict[str, Any], responses=errors(403, 409, 415))
     async def commit(request: Request) -> JSONResponse:
         """Serve with the plan again from the next request on."""
         switching.check_own(request.headers)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from ...errors import PlanError
 from ...tune import codec
+from ..openapi import errors
 from ..refusal import Refusal
 from ..switching import check_own
 
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
 def add_routes(app: FastAPI, served: Service) -> None:
     """Add the routes. They answer 409 if the server takes part in no rollouts."""
 
-    @app.get("/autotune/rollout")
+    @app.get("/autotune/rollout", response_model=dict[str, Any], responses=errors(409))
     async def rollout() -> JSONResponse:
         """The latest rollout, and this replica's part in it."""
         return JSONResponse(await anyio.to_thread.run_sync(_described, _part(served)))
 
-    @app.post("/autotune/rollout")
+    @app.post(
+        "/autotune/rollout",
+        status_code=202,
+        response_model=dict[str, Any],
+        responses=errors(400, 403, 409, 413, 415, 503),
+    )
     async def offer(request: Request) -> JSONResponse:
         """Offer a plan.json, the body, to all replicas, also one that was rolled back before. One takes it first."""
         check_own(request.headers)

@@ -1,0 +1,115 @@
+"""The interface in OpenAPI: it says what the server does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from autotune.serve.openapi import ChatAnswer, CompletionAnswer, ErrorAnswer, ModelList, TextAnswer, TokensAnswer
+from tests.models import tiny
+from tests.serve.servers import Running, running
+from tests.serve.test_tools import CHAT
+
+KEY = {"X-API-Key": "k"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(keys=["k"]) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def schema(server: Running) -> Any:
+    return httpx.get(f"{server.url}/openapi.json", headers=KEY).json()
+
+
+def operations(schema: Any) -> list[tuple[str, str, Any]]:
+    return [(path, method, each) for path, found in schema["paths"].items() for method, each in found.items()]
+
+
+def test_every_response_has_a_form_and_none_is_a_422(schema: Any) -> None:
+    for path, method, operation in operations(schema):
+        assert "422" not in operation["responses"], path
+        for status, response in operation["responses"].items():
+            forms = [each["schema"] for each in response["content"].values()]
+            assert all(forms), (path, method, status)
+            assert status.startswith("2") or set(response["content"]) == {"application/json"}, (path, method, status)
+    assert len(operations(schema)) > 15
+
+
+def test_every_reference_leads_somewhere(schema: Any) -> None:
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from (each for key, each in value.items() if key == "$ref")
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from references(each)
+
+    found = set(references(schema))
+    names = {f"#/components/schemas/{name}" for name in schema["components"]["schemas"]}
+    assert found == names  # and none is left over
+
+
+def test_routes_that_ask_for_a_key_say_so(server: Running, schema: Any) -> None:
+    assert set(schema["components"]["securitySchemes"]) == {"bearer", "header"}
+    assert schema["security"] == [{"bearer": []}, {"header": []}]
+    for path, _, operation in operations(schema):
+        is_open = operation.get("security") == []
+        assert is_open == ("401" not in operation["responses"]) == (path == "/livez")
+    with running() as without:
+        plain = httpx.get(f"{without.url}/openapi.json").json()
+    assert "security" not in plain
+    assert all("401" not in operation["responses"] for _, _, operation in operations(plain))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "form", "statuses"),
+    [
+        ("get", "/v1/models", None, ModelList, {"503"}),
+        ("post", "/v1/completions", {"prompt": "x", "max_tokens": 3, "logprobs": 2}, CompletionAnswer, {"429", "503"}),
+        (
+            "post",
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 1},
+            ChatAnswer,
+            {"429", "503"},
+        ),
+        ("post", "/tokenize", {"prompt": "x"}, TokensAnswer, set()),
+        ("post", "/detokenize", {"tokens": [70]}, TextAnswer, set()),
+    ],
+)
+def test_answers_and_errors_are_as_described(
+    method: str, path: str, body: Any, form: Any, statuses: set[str], server: Running, schema: Any
+) -> None:
+    answer = httpx.request(method, server.url + path, json=body, headers=KEY, timeout=60)
+    assert answer.status_code == 200
+    form.model_validate(answer.json())
+    declared = schema["paths"][path][method]["responses"]
+    reference = declared["200"]["content"]["application/json"]["schema"]["$ref"]
+    assert reference.endswith(f"/{form.__name__}")
+    assert statuses | {"401"} <= set(declared)
+    if body is None:
+        return
+    assert {"400", "404", "408", "413"} <= set(declared)
+    for status, sent in ((400, {"foo": 1}), (404, body | {"model": "other"})):
+        refused = httpx.request(method, server.url + path, json=sent, headers=KEY)
+        assert refused.status_code == status
+        ErrorAnswer.model_validate(refused.json())
+
+
+def test_a_call_is_as_described() -> None:
+    with running(tiny("llama", max_position_embeddings=2048)) as server:
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json=CHAT | {"tool_choice": "required", "temperature": 0, "parallel_tool_calls": False},
+            timeout=60,
+        ).json()
+    assert ChatAnswer.model_validate(answer).choices[0].message.tool_calls
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_no_page_loads_anything_from_elsewhere(path: str, server: Running) -> None:
+    assert httpx.get(server.url + path, headers=KEY).status_code == 404
