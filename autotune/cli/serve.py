@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MeasurementError, PackageError, PlanError
+from ..serve.keys import VARIABLE as KEY
+from ..serve.keys import given
 from .arguments import plan_of, threads, whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-KEY = "AUTOTUNE_API_KEY"
 MOST_PORT = 65535
 MOST = 10**9 - 1  # far beyond any sense
 
@@ -35,6 +36,7 @@ def arguments(command: ArgumentParser) -> None:
         metavar="KEY",
         help=f"asked for on every route but /livez and the bare page; may be repeated; default ${KEY}",
     )
+    command.add_argument("--api-key-file", type=Path, metavar="FILE", help="API keys, one a line")
     command.add_argument("--max-prompt", type=positive, metavar="N", help="most tokens of a prompt")
     command.add_argument("--deadline", type=positive, metavar="S", help="seconds after which an answer is given up")
     command.add_argument("--drain", type=positive, default=30, metavar="S", help="seconds for answers at the end: 30")
@@ -46,6 +48,7 @@ def serve(args: Namespace) -> int:
 
     Raises:
         PackageError: the extra `serve` is not installed.
+        SettingsError: an option cannot be used.
     """
     try:
         from ..serve import run
@@ -60,11 +63,11 @@ def serve(args: Namespace) -> int:
     plan = plan_of(args.plan)
     if plan is not None and args.untuned:
         raise PlanError("--plan and --untuned exclude each other: a plan is verified, which tries something")
+    keys = given(args.api_key or (), args.api_key_file, os.environ)
     if args.threads:
         torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("autotune.serve").setLevel(logging.INFO)
-    own = os.environ.get(KEY)
     settings = run.Settings(
         model=args.model,
         name=args.name,
@@ -72,7 +75,7 @@ def serve(args: Namespace) -> int:
         port=args.port,
         policy=None if args.untuned else load(args.policy),
         plan=plan,
-        keys=args.api_key or ([own] if own else []),
+        keys=keys,
         longest=args.max_prompt,
         deadline_s=args.deadline,
         drain_s=args.drain,

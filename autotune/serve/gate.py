@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .keys import checked
 from .refusal import Refusal
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Gate:
         traces: Traces,
     ) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = [key.encode() for key in checked(keys, "a server")]
         self._limits = limits
         self._metrics = metrics
         self._routes = frozenset(routes)

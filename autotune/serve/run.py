@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import signal
@@ -27,6 +28,7 @@ from . import traces
 from .app import create_app
 from .connection import TimedConnection
 from .gate import Gate
+from .keys import VARIABLE as KEY
 from .rollout.folder import Folder, Offer
 from .rollout.replica import Replica
 from .schema import CompletionBody
@@ -57,6 +59,7 @@ class Settings:
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
         drain_s: seconds that answers under way get when the server is asked to end.
+        log_level: the least that is logged: one of `logs.LEVELS`.
         rollout: limits of a canary, if this is one of several replicas that share a cache directory.
     """
 
@@ -70,6 +73,7 @@ class Settings:
     longest: int | None = None
     deadline_s: float | None = None
     drain_s: int = 30
+    log_level: str = "info"
     rollout: CanaryRules | None = None
 
 
@@ -81,6 +85,7 @@ def serve(settings: Settings) -> int:
         PlanError: the plan was made for another model.
     """
     listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
+    warn_if_open(listening.getsockname()[0], settings.keys)
     served = prepared(settings)
     asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
     return 0
@@ -171,6 +176,16 @@ def listen(host: str, port: int) -> socket.socket:
         said = error.strerror or str(error)
         said = f"cannot listen on {host}:{port}: {said}; choose another --host or --port"
         raise OSError(error.errno, said) from error
+
+
+def warn_if_open(address: str, keys: Sequence[str]) -> None:
+    """Log a warning if other machines reach a server that asks for no key.
+
+    Args:
+        address: where it listens, an IP address.
+    """
+    if not keys and not ipaddress.ip_address(address).is_loopback:
+        log.warning("other machines reach %s, and no API key is asked for: set $%s or --api-key-file", address, KEY)
 
 
 class Server(uvicorn.Server):
