@@ -24,7 +24,13 @@ MOST = 10**9 - 1  # far beyond any sense
 def arguments(command: ArgumentParser) -> None:
     """Add the command's arguments."""
     command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")
-    command.add_argument("--name", help="name that clients use; default: the model's own")
+    command.add_argument(
+        "--name",
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="name that clients use; further ones are aliases; default: the model's own",
+    )
     command.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: only this machine")
     command.add_argument("--port", type=port, default=8000, help="default 8000")
     command.add_argument("--policy", default="throughput", metavar="P", help="name or .toml file; default throughput")
@@ -70,7 +76,8 @@ def serve(args: Namespace) -> int:
     logging.getLogger("autotune.serve").setLevel(logging.INFO)
     settings = run.Settings(
         model=args.model,
-        name=args.name,
+        name=args.name[0] if args.name else None,
+        aliases=args.name[1:] if args.name else (),
         host=args.host,
         port=args.port,
         policy=None if args.untuned else load(args.policy),
@@ -140,7 +147,7 @@ def rates(text: str) -> list[float]:
 
 
 def _missing(error: ImportError) -> PackageError:
-    return PackageError(f'serving needs more packages ({error}): pip install "autotune[serve]"')
+    return PackageError(f'serving needs more packages ({error}): pip install "autotune-inference[serve]"')
 
 
 def port(text: str) -> int:

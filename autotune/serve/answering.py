@@ -96,6 +96,7 @@ class TextAnswers:
     traces: Traces = field(default_factory=Traces)
     tell: Callable[[Answered], None] = lambda answered: None
     running: int = field(default=0, init=False)  # answers under way
+    finished: int = field(default=0, init=False)  # answers that came to an end
 
     async def pieces(
         self,
@@ -173,6 +174,7 @@ class TextAnswers:
             raise
         else:
             outcome = reason
+            self.finished += 1
         finally:
             self.running -= 1
             ttft_s = first - began if first is not None else None

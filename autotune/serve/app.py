@@ -40,13 +40,13 @@ def create_app(served: Service) -> Gate:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model that is served."""
-        return {"object": "list", "data": [_card(served)]}
+        return {"object": "list", "data": [_card(served, name) for name in (served.name, *served.aliases)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         _known(served, name)
-        return _card(served)
+        return _card(served, name)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -166,13 +166,13 @@ def _of_validation(error: RequestValidationError) -> Refusal:
 
 
 def _known(served: Service, name: str | None) -> None:
-    if name not in (None, "", served.name):
+    if not served.knows(name):
         raise Refusal(404, f"no model {name!r} here; this server has {served.name!r}", "model", "model_not_found")
 
 
-def _card(served: Service) -> dict[str, Any]:
+def _card(served: Service, name: str) -> dict[str, Any]:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "autotune",

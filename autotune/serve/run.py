@@ -6,19 +6,19 @@ import asyncio
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from ..compare.experiment.store import Store
-from ..errors import ExperimentError, PlanError, UnsupportedModelError
+from ..errors import ExperimentError, PlanError, UnsupportedModelError, in_words
 from ..live.wrap import wrap
 from ..model.load import load
 from ..report.progress import Elapsed, Lines
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from ..tune.policy import Policy
     from .rollout.decision import CanaryRules
 
+AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries of the server's own request
+
 log = logging.getLogger("autotune.serve")
 
 
@@ -52,6 +54,7 @@ class Settings:
     Args:
         model: a local directory, a GGUF file or a hub name.
         name: that clients name; None: the model's own name, without its folder.
+        aliases: further names by which clients may call it. `model`, as it is given, is one anyway.
         host, port: where to listen.
         policy: how to tune; None: the model is served as it is.
         plan: verified first; nothing is tuned if it holds.
@@ -65,6 +68,7 @@ class Settings:
 
     model: str
     name: str | None = None
+    aliases: Sequence[str] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     policy: Policy | None = None
@@ -101,7 +105,7 @@ def prepared(settings: Settings) -> Service:
     model, tokenizer = load(settings.model)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
-    name = settings.name or Path(settings.model).stem or settings.model
+    name = settings.name or name_of(settings.model)
     folder = Folder.of(name) if settings.rollout is not None else None
     promoted = _promoted(folder, model)
     tuning = TuningLog()
@@ -127,6 +131,8 @@ def prepared(settings: Settings) -> Service:
         wrapped,
         tokenizer,
         name,
+        aliases=settings.aliases,
+        given=settings.model,
         keys=settings.keys,
         longest=settings.longest,
         deadline_s=settings.deadline_s,
@@ -139,6 +145,11 @@ def prepared(settings: Settings) -> Service:
         served.answers.tell = served.rollout.tally.hear
         served.rollout.start()
     return served
+
+
+def name_of(model: str) -> str:
+    """Return a model's own name: without its folder, and without `.gguf`."""
+    return os.path.basename(os.path.abspath(model)).removesuffix(".gguf") or model
 
 
 def _promoted(folder: Folder | None, model: PreTrainedModel) -> tuple[Offer, Plan] | None:
@@ -220,7 +231,7 @@ class Server(uvicorn.Server):
 
     async def run(self, served: Service, listening: socket.socket) -> None:  # type: ignore[override]  # in a loop
         self._served = served
-        first = asyncio.create_task(answer_once(served))
+        first = asyncio.create_task(become_ready(served))
         host, port, *_ = listening.getsockname()
         log.info(json.dumps({"serving": served.name, "url": f"http://{host}:{port}"}))
         try:
@@ -234,4 +245,20 @@ async def answer_once(served: Service) -> None:
     body = CompletionBody.model_validate({"prompt": [0], "max_tokens": 2, "temperature": 0, "ignore_eos": True})
     async for _ in served.answers.pieces([0], body, 2, alternatives=None):
         pass
-    served.has_answered = True
+
+
+async def become_ready(served: Service, again_s: Iterable[float] = AGAIN_S) -> None:
+    """Answer a request of the server's own, again and again until it or a client's is answered.
+
+    Args:
+        again_s: seconds to wait after each failure; the last of them is waited for ever after.
+    """
+    waits, wait_s = iter(again_s), 0.0
+    while not served.has_answered:
+        try:
+            await answer_once(served)
+        except Exception as error:
+            log.exception("the server's own request failed")
+            served.failure = in_words(error)
+            wait_s = next(waits, wait_s)
+            await asyncio.sleep(wait_s)

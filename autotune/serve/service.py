@@ -35,12 +35,15 @@ class Service:
     Args:
         model: wrapped by autotune.
         name: that clients name.
+        aliases: further names by which clients may call it.
+        given: the model as on the command line, which clients may call it by, too. It is not listed: it may be a path.
         prompts, answers, grammars, metrics: of this model.
         keys: API keys, any of which opens every route; none: no key is asked for.
         limits: of a request's size and time.
         untuned: whether it is ready without a plan.
         progress: the lines of tuning.
         rollout: its part in rollouts, if it is one of several replicas.
+        failure: why the server's own first request failed.
     """
 
     model: Any
@@ -49,13 +52,15 @@ class Service:
     answers: TextAnswers
     grammars: Grammars
     metrics: Metrics
+    aliases: Sequence[str] = ()
+    given: str | None = None
     keys: Sequence[str] = ()
     limits: HttpLimits = field(default_factory=HttpLimits)
     untuned: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     progress: TuningLog = field(default_factory=TuningLog)
-    has_answered: bool = False  # one request was served
     rollout: Replica | None = None
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         self.feed = Feed(lambda before: figures(self.reading(), before))
@@ -67,6 +72,8 @@ class Service:
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         *,
+        aliases: Sequence[str] = (),
+        given: str | None = None,
         keys: Sequence[str] = (),
         limits: HttpLimits | None = None,
         longest: int | None = None,
@@ -99,16 +106,28 @@ class Service:
             answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s, traces or Traces()),
             grammars=Grammars(tokenizer, known, ends),
             metrics=metrics,
+            aliases=tuple(aliases),
+            given=given,
             keys=tuple(keys),
             limits=limits or HttpLimits(),
             untuned=untuned,
             progress=progress or TuningLog(),
         )
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether an answer was finished, the server's own or a client's."""
+        return self.answers.finished > 0
+
+    def knows(self, name: str | None) -> bool:
+        """Whether a request that names this model, or none, is meant for this server."""
+        return not name or name in (self.name, *self.aliases, self.given)
+
     def unready(self) -> str | None:
         """Why requests should not be sent here yet, or None."""
         if not self.has_answered:
-            return "no request was answered yet"
+            failure = f"; the server's own failed: {self.failure}" if self.failure else ""
+            return f"no request was answered yet{failure}"
         status = self.model.autotune.status
         if self.untuned or status.state not in UNSETTLED:
             return None

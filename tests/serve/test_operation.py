@@ -23,7 +23,7 @@ from autotune.errors import QueueFullError, UnsupportedModelError
 from autotune.live.status import State
 from autotune.serve import connection
 from autotune.serve.gate import HttpLimits
-from autotune.serve.run import listen
+from autotune.serve.run import become_ready, listen
 from autotune.serve.service import Service
 from tests.models import tiny_tokenizer, token_prompts
 from tests.serve.servers import Running, running, until
@@ -216,8 +216,40 @@ def test_ready_is_tuned_or_declared_untuned_and_tried_once(
     status = SimpleNamespace(state=state, detail="")
     model: Any = SimpleNamespace(autotune=SimpleNamespace(status=status))
     unused: Any = None
-    served = Service(model, "tiny", unused, unused, unused, unused, untuned=untuned, has_answered=answered)
+    answers: Any = SimpleNamespace(finished=int(answered))
+    served = Service(model, "tiny", unused, answers, unused, unused, untuned=untuned)
     assert served.unready() == said
+
+
+@pytest.mark.parametrize("rescue", ["its own request", "a client's"])
+def test_a_first_request_that_fails_is_told_and_tried_again(
+    rescue: str, server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, body = server.served, LONG | {"max_tokens": 1}
+    monkeypatch.setattr(served.answers, "finished", 0)
+    monkeypatch.setattr(served, "failure", None)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    def waits() -> Iterator[float]:
+        for tries in (1, 2, 3):
+            assert served.unready() == "no request was answered yet; the server's own failed: RuntimeError: no memory"
+            if tries == 3:
+                broken.undo()
+            if tries == 3 and rescue == "a client's":
+                assert httpx.post(f"{server.url}/v1/completions", json=body, headers=KEY).status_code == 200
+                broken.setattr(served.answers, "model", None)  # a further try would fail
+            yield 0.0
+        yield pytest.fail("it went on")
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(served.answers, "model", SimpleNamespace(autotune=SimpleNamespace(submit=fail)))
+        asyncio.run(become_ready(served, waits()))
+    assert served.unready() is None
+    assert served.answers.finished == 1
+    assert "the server's own request failed" in caplog.text
+    assert "no memory" in caplog.text
 
 
 def test_a_server_that_is_not_ready_says_why(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
