@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MeasurementError, PackageError, PlanError
+from ..serve import logs
 from ..serve.keys import VARIABLE as KEY
 from ..serve.keys import given
 from .arguments import plan_of, threads, whole
@@ -46,6 +47,7 @@ def arguments(command: ArgumentParser) -> None:
     command.add_argument("--max-prompt", type=positive, metavar="N", help="most tokens of a prompt")
     command.add_argument("--deadline", type=positive, metavar="S", help="seconds after which an answer is given up")
     command.add_argument("--drain", type=positive, default=30, metavar="S", help="seconds for answers at the end: 30")
+    command.add_argument("--log-level", choices=logs.LEVELS, default="info", help="default info: a line a request")
     command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
 
 
@@ -60,8 +62,6 @@ def serve(args: Namespace) -> int:
         from ..serve import run
     except ImportError as error:
         raise _missing(error) from error
-    import logging
-
     import torch
 
     from ..tune.policy import load
@@ -72,8 +72,6 @@ def serve(args: Namespace) -> int:
     keys = given(args.api_key or (), args.api_key_file, os.environ)
     if args.threads:
         torch.set_num_threads(args.threads)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("autotune.serve").setLevel(logging.INFO)
     settings = run.Settings(
         model=args.model,
         name=args.name[0] if args.name else None,
@@ -86,8 +84,13 @@ def serve(args: Namespace) -> int:
         longest=args.max_prompt,
         deadline_s=args.deadline,
         drain_s=args.drain,
+        log_level=args.log_level,
     )
-    return run.serve(settings)
+    undo = logs.install(settings.log_level)
+    try:
+        return run.serve(settings)
+    finally:
+        undo()
 
 
 def bench_arguments(command: ArgumentParser) -> None:

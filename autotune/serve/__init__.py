@@ -7,6 +7,9 @@
     answering   one request to the model: pieces of its answer as they come
     completions answers in OpenAI's forms, whole and streamed
     metrics     counters and histograms in Prometheus' text format
+    exposition  what of them is read when Prometheus asks
+    timing      when the parts of an answer happened
+    logs        the log: a JSON object a line, with the request's id
     watching    lines of tuning, and figures once a second for all who watch
     switching   back to the original and to the plan again, on the word of the page or of an operator
     page        the page at `/`: the plan and why, phases, trials, figures as they change

@@ -121,11 +121,7 @@ def _operate(app: FastAPI, served: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        state = served.state()
-        ready, transforms = served.unready() is None, ", ".join(state["transforms"])
-        served.metrics.reused(state["reused"])
-        text = served.metrics.text(state["running"], state["waiting"], ready, state["state"], transforms)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        return Response(served.metrics.text(served.snapshot()), media_type=CONTENT_TYPE_LATEST)
 
 
 def _handle_errors(app: FastAPI) -> None:

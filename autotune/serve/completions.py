@@ -142,6 +142,7 @@ class Reply(ABC):
                 alternatives=self.body.alternatives,
                 number=number,
                 grammar=self.grammar,
+                answer_id=self.id,
             )
             try:
                 async with aclosing(parts):

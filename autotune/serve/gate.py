@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 import time
@@ -13,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import logs
 from .keys import checked
 from .refusal import Refusal
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .traces import Traces
 
-log = logging.getLogger("autotune.serve")
-
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+FAILED = 400  # the least status of an error
+PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 OPEN = frozenset({"/livez", "/", "/page.css", "/page.js", "/icon.svg"})  # need no key: they hold no data
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # ids of callers that are taken over
 
@@ -70,7 +70,8 @@ class Gate:
         self._keys = [key.encode() for key in checked(keys, "a server")]
         self._limits = limits
         self._metrics = metrics
-        self._routes = frozenset(routes)
+        self._routes = {route for route in routes if "{" not in route}
+        self._families = [route for route in routes if "{" in route]
         self._traces = traces
         self.is_ending = False  # no further request is taken
 
@@ -81,6 +82,7 @@ class Gate:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         request_id = given if ID.fullmatch(given) else uuid.uuid4().hex
+        logs.CURRENT.set(logs.RequestContext(request_id, began))  # until the task ends: uvicorn logs what is raised
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -89,7 +91,7 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        path = scope["path"] if scope["path"] in self._routes else "other"
+        path = self._label(scope["path"])
         try:
             with self._traces.request(scope["method"], path, headers, request_id) as noted:
                 try:
@@ -101,8 +103,15 @@ class Gate:
         finally:
             seconds = time.monotonic() - began
             self._metrics.answered(path, status)
-            record = {"id": request_id, "method": scope["method"], "path": path, "status": status}
-            log.info(json.dumps({**record, "seconds": round(seconds, 4)}))
+            is_plain = path in PROBES and status < FAILED  # asked for every few seconds
+            record = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            logs.event("request", logging.DEBUG if is_plain else logging.INFO, **record)
+
+    def _label(self, path: str) -> str:
+        """The route of a path, for figures and the log; "other" if there is none."""
+        if path in self._routes:
+            return path
+        return next((each for each in self._families if path.startswith(each[: each.index("{")])), "other")
 
     async def _served(self, scope: Scope, headers: MutableMapping[str, str], receive: Receive, answer: Send) -> None:
         try:

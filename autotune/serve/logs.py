@@ -56,7 +56,7 @@ def event(message: str, level: int = logging.INFO, **fields: Any) -> None:
     log.log(level, message, extra={"fields": fields})
 
 
-class Steps(io.TextIOBase):
+class Steps(io.StringIO):
     """A stream whose lines are logged as steps of tuning."""
 
     def write(self, text: str) -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -29,6 +27,7 @@ from .app import create_app
 from .connection import TimedConnection
 from .gate import Gate
 from .keys import VARIABLE as KEY
+from .logs import Steps, event
 from .rollout.folder import Folder, Offer
 from .rollout.replica import Replica
 from .schema import CompletionBody
@@ -113,7 +112,7 @@ def prepared(settings: Settings) -> Service:
         wrapped = wrap(model, tokenizer=tokenizer, when="manual")
     else:  # beside the requests that the original answers meanwhile
         chats = built_in.chats(tokenizer)
-        lines = Lines(sys.stderr, Elapsed())
+        lines = Lines(Steps(), Elapsed())
 
         def notify(step: str) -> None:
             lines.update(step)
@@ -222,7 +221,7 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self._gate.is_ending = True
         self.should_exit = True
-        log.info(json.dumps({"ending": signal.Signals(sig).name}))
+        event("ending", ending=signal.Signals(sig).name)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._served is not None:
@@ -233,7 +232,7 @@ class Server(uvicorn.Server):
         self._served = served
         first = asyncio.create_task(become_ready(served))
         host, port, *_ = listening.getsockname()
-        log.info(json.dumps({"serving": served.name, "url": f"http://{host}:{port}"}))
+        event("serving", serving=served.name, url=f"http://{host}:{port}")
         try:
             await self.serve(sockets=[listening])
         finally:

@@ -11,6 +11,7 @@ from ..errors import UnsupportedModelError
 from ..live.status import State
 from ..model import configured
 from .answering import TextAnswers
+from .exposition import Snapshot
 from .gate import HttpLimits
 from .grammar import Grammars
 from .metrics import Metrics
@@ -143,10 +144,24 @@ class Service:
             "batching": status.batching,
             "running": self._running(status),
             "waiting": status.waiting,
-            "reused": status.reused,
+            "reused": status.load.reused,
             "served": status.served,
             "bypassed": dict(status.bypassed),
         }
+
+    def snapshot(self) -> Snapshot:
+        """What Prometheus reads of this moment."""
+        status = self.model.autotune.status
+        return Snapshot(
+            running=self._running(status),
+            waiting=status.waiting,
+            ready=self.unready() is None,
+            state=str(status.state),
+            transforms=", ".join(status.transforms),
+            resting=status.resting,
+            bypassed=status.bypassed,
+            load=status.load,
+        )
 
     def reading(self) -> Reading:
         """What a page shows of this moment."""

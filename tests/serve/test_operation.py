@@ -145,7 +145,7 @@ def test_thousands_that_hang_send_half_or_vanish_hurt_nobody(server: Running, mo
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> None:
-    aborted = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
+    aborted = figure(slow, 'autotune:request_unfinished_total{model_name="tiny",reason="abort"}')
     body = json.dumps(LONG | {"stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(address(slow)) as client:
@@ -154,7 +154,7 @@ def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> Non
         if stream:
             assert client.recv(10)
     until(lambda: slow.served.answers.running == 0, within_s=5)
-    now = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
+    now = figure(slow, 'autotune:request_unfinished_total{model_name="tiny",reason="abort"}')
     assert now == aborted + 1
 
 
