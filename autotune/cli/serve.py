@@ -47,6 +47,9 @@ def arguments(command: ArgumentParser) -> None:
     command.add_argument("--max-prompt", type=positive, metavar="N", help="most tokens of a prompt")
     command.add_argument("--deadline", type=positive, metavar="S", help="seconds after which an answer is given up")
     command.add_argument("--drain", type=positive, default=30, metavar="S", help="seconds for answers at the end: 30")
+    command.add_argument(
+        "--keep-alive", type=positive, default=75, metavar="S", help="seconds that a connection may be idle: 75"
+    )
     command.add_argument("--log-level", choices=logs.LEVELS, default="info", help="default info: a line a request")
     command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
 
@@ -84,6 +87,7 @@ def serve(args: Namespace) -> int:
         longest=args.max_prompt,
         deadline_s=args.deadline,
         drain_s=args.drain,
+        keep_alive_s=args.keep_alive,
         log_level=args.log_level,
     )
     undo = logs.install(settings.log_level)

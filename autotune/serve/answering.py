@@ -101,6 +101,7 @@ class TextAnswers:
     tell: Callable[[Answered], None] = lambda answered: None
     running: int = field(default=0, init=False)  # answers under way
     finished: int = field(default=0, init=False)  # answers that came to an end
+    _asked: set[Any] = field(default_factory=set, init=False)  # requests to the model under way
 
     async def pieces(
         self,
@@ -135,12 +136,13 @@ class TextAnswers:
         times = AnswerTimes(request.arrived_s if request is not None else time.monotonic())
         chosen, reason = list[Chosen](), cast("Reason | None", None)
         outcome = "abort"  # unless it comes to an end
-        self.running += 1
+        self.running, asked = self.running + 1, cast("Any", None)
         span = self.traces.answer()
         try:
             asked = self.model.autotune.submit(
                 list(prompt), priority=body.priority, deadline_s=self.deadline_s, seed=seed, **options
             )
+            self._asked.add(asked)
             async with asked:
                 async for token in asked:
                     if is_first := not times.tokens:
@@ -183,8 +185,14 @@ class TextAnswers:
             outcome = reason
         finally:
             self.running -= 1
+            self._asked.discard(asked)
             span.ended(outcome, len(prompt), times.tokens)
             self._ended(answer_id, outcome, len(prompt), times)
+
+    def cut(self) -> None:
+        """End all answers under way. Their clients are told that the server is ending."""
+        for asked in self._asked:
+            asked.cancel()
 
     def _ended(self, answer_id: str, outcome: str, prompt: int, times: AnswerTimes) -> None:
         """Count and log an answer that ended."""

@@ -100,7 +100,7 @@ def create_app(served: Service) -> Gate:
         return {"prompt": await _in_thread(lambda: served.prompts.tokenizer.decode(body.tokens))}
 
     routes = [getattr(route, "path", "") for route in app.routes]
-    return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces)
+    return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces, served.ending)
 
 
 def _operate(app: FastAPI, served: Service) -> None:
@@ -117,6 +117,8 @@ def _operate(app: FastAPI, served: Service) -> None:
         return JSONResponse(body, 200 if reason is None else 503)
 
     app.add_api_route("/health", readyz, methods=["GET"])
+    for path, answer in (("/livez", livez), ("/readyz", readyz), ("/health", readyz)):  # balancers ask so
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from . import logs
@@ -26,6 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+WORK = ("/v1/", "/tokenize", "/detokenize")  # requests for the model
 FAILED = 400  # the least status of an error
 PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 OPEN = frozenset({"/livez", "/", "/page.css", "/page.js", "/icon.svg"})  # need no key: they hold no data
@@ -55,6 +57,10 @@ class Gate:
         metrics: counts answers.
         routes: known paths; the others are counted as one.
         traces: makes spans of requests.
+        ending: set once no further request is taken.
+
+    Attributes:
+        under_way: requests for the model that are being answered.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Gate:
         metrics: Metrics,
         routes: Sequence[str],
         traces: Traces,
+        ending: Event,
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in checked(keys, "a server")]
@@ -73,7 +80,8 @@ class Gate:
         self._routes = {route for route in routes if "{" not in route}
         self._families = [route for route in routes if "{" in route]
         self._traces = traces
-        self.is_ending = False  # no further request is taken
+        self.ending = ending
+        self.under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,11 +102,13 @@ class Gate:
         path = self._label(scope["path"])
         try:
             with self._traces.request(scope["method"], path, headers, request_id) as noted:
+                self.under_way += scope["path"].startswith(WORK)
                 try:
                     await self._served(scope, headers, receive, answer)
                 except ClientGone:
                     status = 499
                 finally:
+                    self.under_way -= scope["path"].startswith(WORK)
                     noted["http.response.status_code"] = status
         finally:
             seconds = time.monotonic() - began
@@ -127,7 +137,7 @@ class Gate:
             return
         if self._keys and not self._is_known(headers):
             raise Refusal(401, "no valid API key; send it as `Authorization: Bearer KEY`", code="invalid_api_key")
-        if self.is_ending and path.startswith("/v1/"):
+        if self.ending.is_set() and path.startswith(WORK):
             raise Refusal(503, "the server is ending; ask another one", code="ending")
 
     def _is_known(self, headers: MutableMapping[str, str]) -> bool:

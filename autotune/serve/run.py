@@ -8,8 +8,11 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
     from ..tune.policy import Policy
     from .rollout.decision import CanaryRules
 
+KEEP_ALIVE_S = 75  # more than the 60 s of common balancers, so that it is they who close a connection
+CUT_S = 2  # seconds in which answers that are cut tell their clients
+LOOK_S = 0.05  # seconds between two looks at whether they have
 AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries of the server's own request
 
 log = logging.getLogger("autotune.serve")
@@ -61,6 +67,7 @@ class Settings:
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
         drain_s: seconds that answers under way get when the server is asked to end.
+        keep_alive_s: seconds that a connection may be silent between two requests.
         log_level: the least that is logged: one of `logs.LEVELS`.
         rollout: limits of a canary, if this is one of several replicas that share a cache directory.
     """
@@ -75,7 +82,8 @@ class Settings:
     keys: Sequence[str] = ()
     longest: int | None = None
     deadline_s: float | None = None
-    drain_s: int = 30
+    drain_s: float = 30
+    keep_alive_s: int = KEEP_ALIVE_S
     log_level: str = "info"
     rollout: CanaryRules | None = None
 
@@ -90,7 +98,8 @@ def serve(settings: Settings) -> int:
     listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
     warn_if_open(listening.getsockname()[0], settings.keys)
     served = prepared(settings)
-    asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
+    server = Server(create_app(served), settings.drain_s, settings.keep_alive_s)
+    asyncio.run(server.run(served, listening))
     return 0
 
 
@@ -199,11 +208,29 @@ def warn_if_open(address: str, keys: Sequence[str]) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that finishes answers under way when it is asked to end. A second signal ends it at once."""
+    """uvicorn that finishes answers under way when it is asked to end. Until then it says that it ends.
 
-    def __init__(self, gate: Gate, drain_s: int) -> None:
+    A second signal, or the end of the time that answers get, cuts them: their clients get an error in their streams.
+
+    Args:
+        gate: the app.
+        drain_s: seconds that answers under way get.
+        keep_alive_s: seconds that a connection may be silent between two requests.
+        tls: files of the certificate and, unless that has it, of its private key; None: plain HTTP.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        drain_s: float,
+        keep_alive_s: int = KEEP_ALIVE_S,
+        tls: tuple[Path, Path | None] | None = None,
+    ) -> None:
         self._gate = gate
+        self._drain_s = drain_s
+        self._until_s: float | None = None  # when answers under way are cut, monotonic seconds
         self._served: Service | None = None
+        certificate, key = tls or (None, None)
         super().__init__(
             uvicorn.Config(
                 gate,
@@ -212,27 +239,45 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                timeout_graceful_shutdown=drain_s,
+                timeout_keep_alive=keep_alive_s,
+                timeout_graceful_shutdown=CUT_S,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
             )
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
-        self._gate.is_ending = True
+        self.force_exit |= self.should_exit
         self.should_exit = True
+        self._gate.ending.set()
         event("ending", ending=signal.Signals(sig).name)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) and self._has_drained()
+
+    def _has_drained(self) -> bool:
+        """Whether no answer is under way, or those that are get no more time."""
+        self._gate.ending.set()
+        now_s = time.monotonic()
+        self._until_s = self._until_s or now_s + self._drain_s
+        return self.force_exit or not self._gate.under_way or now_s >= self._until_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._served is not None:
             self._served.feed.end()  # these streams have no end that could be waited for
+            self._served.answers.cut()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CUT_S):
+                    while self._gate.under_way:
+                        await asyncio.sleep(LOOK_S)
         await super().shutdown(sockets)
 
     async def run(self, served: Service, listening: socket.socket) -> None:  # type: ignore[override]  # in a loop
         self._served = served
         first = asyncio.create_task(become_ready(served))
         host, port, *_ = listening.getsockname()
-        event("serving", serving=served.name, url=f"http://{host}:{port}")
+        scheme = "https" if self.config.is_ssl else "http"
+        event("serving", serving=served.name, url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
         try:
             await self.serve(sockets=[listening])
         finally:

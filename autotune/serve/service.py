@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
@@ -45,6 +46,7 @@ class Service:
         progress: the lines of tuning.
         rollout: its part in rollouts, if it is one of several replicas.
         failure: why the server's own first request failed.
+        ending: set once no further request is taken.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class Service:
     progress: TuningLog = field(default_factory=TuningLog)
     rollout: Replica | None = None
     failure: str | None = None
+    ending: Event = field(default_factory=Event)
 
     def __post_init__(self) -> None:
         self.feed = Feed(lambda before: figures(self.reading(), before))
@@ -125,7 +128,9 @@ class Service:
         return not name or name in (self.name, *self.aliases, self.given)
 
     def unready(self) -> str | None:
-        """Why requests should not be sent here yet, or None."""
+        """Why requests should not be sent here yet, or any longer; or None."""
+        if self.ending.is_set():
+            return "draining: answers under way end, and no further request is taken"
         if not self.has_answered:
             failure = f"; the server's own failed: {self.failure}" if self.failure else ""
             return f"no request was answered yet{failure}"

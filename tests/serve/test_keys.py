@@ -23,7 +23,7 @@ def test_a_key_that_no_header_carries_is_refused_wherever_it_comes_from(key: str
         lambda: keys.given([key], None, {}),
         lambda: keys.given(["good", key], None, {}),
         lambda: keys.given((), None, {keys.VARIABLE: key}),
-        lambda: Gate(unused, [key], unused, unused, (), unused),
+        lambda: Gate(unused, [key], unused, unused, (), unused, unused),
     ):
         with pytest.raises(SettingsError) as raised:
             give()

@@ -25,7 +25,7 @@ from autotune.serve import connection
 from autotune.serve.gate import HttpLimits
 from autotune.serve.run import become_ready, listen
 from autotune.serve.service import Service
-from tests.models import tiny_tokenizer, token_prompts
+from tests.models import tiny, tiny_tokenizer, token_prompts
 from tests.serve.servers import Running, running, until
 
 PROMPT = token_prompts(1, length=12)[0]
@@ -91,6 +91,7 @@ def test_a_connection_that_says_nothing_more_is_closed(
     server: Running, sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "HEADERS_S", 0.3)
+    monkeypatch.setattr(server.server.config, "timeout_keep_alive", 0.3)
     with socket.create_connection(address(server)) as silent:
         silent.sendall(sent)
         silent.settimeout(20)
@@ -98,6 +99,25 @@ def test_a_connection_that_says_nothing_more_is_closed(
         while part := silent.recv(1000):
             got += part
     assert got.endswith(b"ok") == sent.endswith(b"\r\n\r\n")
+
+
+def test_a_connection_may_rest_between_requests_but_not_within_headers(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.server.config.timeout_keep_alive == 75
+    monkeypatch.setattr(connection, "HEADERS_S", 0.3)
+    with socket.create_connection(address(server)) as own:
+        own.settimeout(20)
+        for _ in range(2):
+            own.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            got = b""
+            while not got.endswith(b"ok"):
+                got += own.recv(1000)
+            (held,) = (each for each in server.server.server_state.connections if each.client == own.getsockname())
+            until(lambda held=held: held.timeout_keep_alive_task is not None)
+            assert held._deadline is None
+        own.sendall(b"GET /li")
+        assert own.recv(1000) == b""
 
 
 def test_an_answer_that_takes_long_is_not_cut(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,11 +310,58 @@ def test_the_end_waits_for_answers_under_way() -> None:
 
 
 def test_what_comes_while_it_ends_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.server._gate, "is_ending", True)
-    answer = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY)
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "ending"
+    ending = threading.Event()
+    ending.set()
+    monkeypatch.setattr(server.server._gate, "ending", ending)
+    monkeypatch.setattr(server.served, "ending", ending)
+    for route in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        answer = httpx.post(server.url + route, json=LONG, headers=KEY)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "ending"
     assert httpx.get(f"{server.url}/livez").status_code == 200
+    for route in ("/readyz", "/health"):
+        answer = httpx.get(server.url + route, headers=KEY)
+        assert (answer.status_code, answer.json()["ready"]) == (503, False)
+        assert answer.json()["reason"].startswith("draining: ")
+
+
+@pytest.mark.parametrize("route", ["/livez", "/readyz", "/health"])
+def test_a_probe_may_ask_for_the_head_alone(route: str, server: Running) -> None:
+    answer = httpx.head(server.url + route, headers=KEY)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("why", ["the time is up", "a second signal"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_is_cut_says_so(why: str, stream: bool) -> None:
+    """Until then, probes are answered, and further requests are refused."""
+    body, got = LONG | {"max_tokens": 90_000, "stream": stream}, list[httpx.Response]()
+    endless = tiny("llama", max_position_embeddings=100_000)
+    with running(endless) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        asking = threading.Thread(target=lambda: got.append(client.post("/v1/completions", json=body)))
+        asking.start()
+        until(lambda: server.served.answers.running == 1)
+        until(lambda: not stream or server.served.metrics.first.percentiles())
+        server.server.handle_exit(15, None)
+        for _ in range(3):  # uvicorn looks every 0.1 s
+            assert client.get("/readyz").json()["reason"].startswith("draining: ")
+            assert client.post("/v1/completions", json=body).status_code == 503
+            time.sleep(0.1)
+        if why == "a second signal":
+            server.server.handle_exit(15, None)
+        else:
+            server.server._until_s = 1e-9
+        asking.join(60)
+        until(lambda: refuses(server.url))
+    (answer,) = got
+    assert answer.status_code == (200 if stream else 503)
+    if stream:
+        *_, error, done = [line for line in answer.text.splitlines() if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "ending"
+        assert done == "data: [DONE]"
+    else:
+        assert answer.json()["error"]["code"] == "ending"
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
