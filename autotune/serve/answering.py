@@ -11,7 +11,7 @@ from ..errors import CancelledRequestError, DeadlineError, QueueFullError
 from . import logs
 from .detokenise import Detokeniser, Stops
 from .grammar import Grammar, GrammarError
-from .refusal import Refusal
+from .refusal import NO_RETRY, Refusal, retry_after
 from .sampling import Witness
 from .timing import AnswerTimes
 from .traces import Traces
@@ -88,6 +88,7 @@ class TextAnswers:
         sampling: how answers are drawn.
         metrics: counts what happens.
         deadline_s: seconds after which an answer is given up; None: never.
+        most_waiting: requests that may wait; None: as many as the model admits.
         traces: makes spans of answers.
         tell: called with each answer that ended, in the event loop.
     """
@@ -97,6 +98,7 @@ class TextAnswers:
     sampling: SamplingDefaults
     metrics: Metrics
     deadline_s: float | None = None
+    most_waiting: int | None = None
     traces: Traces = field(default_factory=Traces)
     tell: Callable[[Answered], None] = lambda answered: None
     running: int = field(default=0, init=False)  # answers under way
@@ -139,6 +141,7 @@ class TextAnswers:
         self.running, asked = self.running + 1, cast("Any", None)
         span = self.traces.answer()
         try:
+            self._admit()
             asked = self.model.autotune.submit(
                 list(prompt), priority=body.priority, deadline_s=self.deadline_s, seed=seed, **options
             )
@@ -168,10 +171,11 @@ class TextAnswers:
         except QueueFullError as error:
             self.metrics.rejections.inc()
             outcome = "rejected"
-            raise Refusal(429, str(error), code="queue_full") from error
+            headers = retry_after(self._waiting(), self.metrics.whole.per_s())
+            raise Refusal(429, str(error), code="queue_full", headers=headers) from error
         except DeadlineError as error:
             outcome = "deadline"
-            raise Refusal(408, str(error), code="deadline") from error
+            raise Refusal(408, str(error), code="deadline", headers=NO_RETRY) from error
         except GrammarError as error:
             outcome = "form"
             raise Refusal(400, str(error), "response_format") from error
@@ -188,6 +192,14 @@ class TextAnswers:
             self._asked.discard(asked)
             span.ended(outcome, len(prompt), times.tokens)
             self._ended(answer_id, outcome, len(prompt), times)
+
+    def _waiting(self) -> int:
+        waiting: int = self.model.autotune.status.waiting
+        return waiting
+
+    def _admit(self) -> None:
+        if self.most_waiting is not None and self._waiting() >= self.most_waiting:
+            raise QueueFullError(f"{self._waiting()} requests wait, and no more may; ask again later")
 
     def cut(self) -> None:
         """End all answers under way. Their clients are told that the server is ending."""

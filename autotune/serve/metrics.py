@@ -57,15 +57,23 @@ class Recent:
     def add(self, value_s: float) -> None:
         self._values.append((self._clock(), value_s))
 
+    def per_s(self) -> float:
+        """Return how many came per second since the oldest that is kept; 0 without one."""
+        self._forget()
+        return len(self._values) / max(self._clock() - self._values[0][0], 1.0) if self._values else 0.0
+
     def percentiles(self) -> Percentiles | None:
         """Return the percentiles by nearest rank; None without a recent value."""
-        since = self._clock() - RECENT_S
-        while self._values and self._values[0][0] < since:
-            self._values.popleft()
+        self._forget()
         if not self._values:
             return None
         found = sorted(value for _, value in self._values)
         return Percentiles(*(found[math.ceil(share * len(found)) - 1] for share in (0.5, 0.99)))
+
+    def _forget(self) -> None:
+        since = self._clock() - RECENT_S
+        while self._values and self._values[0][0] < since:
+            self._values.popleft()
 
 
 class Metrics:
@@ -124,6 +132,7 @@ class Metrics:
         self._on_request.register(self._exposition)
         ProcessCollector(registry=self._on_request)
         self.first, self.next = Recent(), Recent()  # what the histograms of the same tokens count
+        self.whole = Recent()  # the same of finished answers
 
     def token(self, seconds: float, *, first: bool) -> None:
         """A token came, so long after the one before it or, the first, after the request."""
@@ -150,6 +159,7 @@ class Metrics:
                 histogram.observe(seconds)
         if times.last_s is not None:
             self._whole.observe(times.last_s - times.arrived_s)
+            self.whole.add(times.last_s - times.arrived_s)
         self._prompts.observe(prompt)
         self._answers.observe(times.tokens)
         self._read.inc(prompt)

@@ -8,10 +8,11 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ..compare.experiment.store import Store
-from ..errors import ExperimentError, PlanError, UnsupportedModelError, in_words
+from ..errors import ExperimentError, PlanError, SettingsError, UnsupportedModelError, in_words
 from ..live.wrap import wrap
 from ..model.load import load
 from ..report.progress import Elapsed, Lines
@@ -28,7 +29,7 @@ from ..workload import built_in
 from . import traces
 from .app import create_app
 from .connection import TimedConnection
-from .gate import Gate
+from .gate import Gate, HttpLimits
 from .keys import VARIABLE as KEY
 from .logs import Steps, event
 from .rollout.folder import Folder, Offer
@@ -38,7 +39,8 @@ from .service import Service
 from .watching import TuningLog
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..tune.plan import Plan
     from ..tune.policy import Policy
@@ -67,6 +69,12 @@ class Settings:
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
         drain_s: seconds that answers under way get when the server is asked to end.
+        most_waiting: requests that may wait; None: as many as the model admits.
+        limits: of a request's size and time.
+        dtype: of the weights; None: as stored.
+        revision: of a model on the hub; None: its main branch.
+        template: chat template in place of the model's own.
+        tls: files of the certificate and, unless that has it, of its private key; None: plain HTTP.
         keep_alive_s: seconds that a connection may be silent between two requests.
         log_level: the least that is logged: one of `logs.LEVELS`.
         rollout: limits of a canary, if this is one of several replicas that share a cache directory.
@@ -83,6 +91,12 @@ class Settings:
     longest: int | None = None
     deadline_s: float | None = None
     drain_s: float = 30
+    most_waiting: int | None = None
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    dtype: torch.dtype | None = None
+    revision: str | None = None
+    template: str | None = None
+    tls: tuple[Path, Path | None] | None = None
     keep_alive_s: int = KEEP_ALIVE_S
     log_level: str = "info"
     rollout: CanaryRules | None = None
@@ -95,10 +109,12 @@ def serve(settings: Settings) -> int:
         UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
         PlanError: the plan was made for another model.
     """
+    if settings.tls is not None:
+        check_certificate(*settings.tls)
     listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
     warn_if_open(listening.getsockname()[0], settings.keys)
     served = prepared(settings)
-    server = Server(create_app(served), settings.drain_s, settings.keep_alive_s)
+    server = Server(create_app(served), settings.drain_s, settings.keep_alive_s, settings.tls)
     asyncio.run(server.run(served, listening))
     return 0
 
@@ -110,9 +126,11 @@ def prepared(settings: Settings) -> Service:
         UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
         PlanError: the plan was made for another model.
     """
-    model, tokenizer = load(settings.model)
+    model, tokenizer = load(settings.model, dtype=settings.dtype, revision=settings.revision)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
+    if settings.template is not None:
+        use_template(tokenizer, settings.template)
     name = settings.name or name_of(settings.model)
     folder = Folder.of(name) if settings.rollout is not None else None
     promoted = _promoted(folder, model)
@@ -143,7 +161,9 @@ def prepared(settings: Settings) -> Service:
         given=settings.model,
         keys=settings.keys,
         longest=settings.longest,
+        limits=settings.limits,
         deadline_s=settings.deadline_s,
+        most_waiting=settings.most_waiting,
         untuned=settings.policy is None,
         traces=traces.configured(name),
         progress=tuning,
@@ -153,6 +173,27 @@ def prepared(settings: Settings) -> Service:
         served.answers.tell = served.rollout.tally.hear
         served.rollout.start()
     return served
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Use a chat template in place of the tokenizer's own.
+
+    Raises:
+        SettingsError: it cannot render a chat of one message.
+    """
+    tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        raise SettingsError(f"the chat template cannot render a message: {in_words(error)}") from error
+
+
+def check_certificate(certificate: Path, key: Path | None) -> None:
+    """Raise SettingsError if a server cannot use a certificate with its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=str)
+    except OSError as error:  # ssl's own errors are such, too
+        raise SettingsError(f"the certificate {certificate} cannot be used: {error}") from error
 
 
 def name_of(model: str) -> str:

@@ -82,6 +82,7 @@ class Service:
         limits: HttpLimits | None = None,
         longest: int | None = None,
         deadline_s: float | None = None,
+        most_waiting: int | None = None,
         untuned: bool = False,
         traces: Traces | None = None,
         progress: TuningLog | None = None,
@@ -91,6 +92,7 @@ class Service:
         Args:
             longest: most tokens of a prompt; None: as many as the context holds.
             deadline_s: seconds after which an answer is given up; None: never.
+            most_waiting: requests that may wait; None: as many as the model admits.
             traces: makes spans of requests and answers; None: nothing is traced.
             progress: what the model was wrapped with, if its tuning is to be shown.
 
@@ -107,7 +109,7 @@ class Service:
             model=model,
             name=name,
             prompts=Prompts(tokenizer, known, context, longest),
-            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s, traces or Traces()),
+            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s, most_waiting, traces or Traces()),
             grammars=Grammars(tokenizer, known, ends),
             metrics=metrics,
             aliases=tuple(aliases),

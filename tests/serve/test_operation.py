@@ -184,11 +184,13 @@ def test_a_full_queue_says_when_to_come_again(server: Running, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise QueueFullError("256 submitted requests wait, and no more may")
 
-    monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=SimpleNamespace(submit=full)))
+    handle = SimpleNamespace(submit=full, status=SimpleNamespace(waiting=256))
+    monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=handle))
+    monkeypatch.setattr(server.served.metrics.whole, "per_s", lambda: 10.0)
     for stream in (True, False):
         answer = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream}, headers=KEY)
         assert answer.status_code == 429
-        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["retry-after"] == "26"
         assert answer.json()["error"]["code"] == "queue_full"
     assert figure(server, 'autotune:admission_rejections_total{model_name="tiny"}') == before + 2
 
@@ -198,6 +200,7 @@ def test_a_deadline_gives_an_answer_up(slow: Running, monkeypatch: pytest.Monkey
     answer = httpx.post(f"{slow.url}/v1/completions", json=LONG, headers=KEY, timeout=30)
     assert answer.status_code == 408
     assert "the deadline of 0.5 s passed" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
     with httpx.stream("POST", f"{slow.url}/v1/completions", json=LONG | {"stream": True}, headers=KEY) as late:
         events = [line for line in late.iter_lines() if line]
     assert late.status_code == 200  # it had begun

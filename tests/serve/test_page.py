@@ -281,6 +281,7 @@ def test_percentiles_are_of_the_last_minute() -> None:
     for k in range(1, 101):
         recent.add(k / 1000)
     assert recent.percentiles() == Percentiles(0.051, 0.1)
+    assert recent.per_s() == 101 / 30.0
     now[0] = 61.0
     assert recent.percentiles() == Percentiles(0.05, 0.099)
     now[0] = 91.0
