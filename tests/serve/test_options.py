@@ -91,7 +91,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_loaded(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     try:
-        code = main(["serve", "some/model", "--port", "0", *arguments])
+        code: Any = main(["serve", "some/model", "--port", "0", *arguments])
     except SystemExit as end:
         code = end.code
     assert code == USAGE
