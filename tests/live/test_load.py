@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from autotune.runtime import kernels
 from autotune.runtime.batching.load import EngineLoad
 from tests.live.test_submit import LONG, TOKENS, Held, served_together
 from tests.models import tiny, token_prompts
+from tests.serve.servers import until
 
 pytestmark = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 ROWS, SLOTS, PART = 4, 192, 128  # of the plan, and of prompts that are looked up
@@ -37,13 +39,18 @@ def test_the_load_is_counted(model: Any) -> None:
     assert (after.waiting, after.usage) == (0, 0.0)
 
 
-def test_the_cache_s_usage_is_that_of_the_rows_under_way(model: Any) -> None:
+def test_rows_under_way_use_the_cache_and_a_request_begins_when_the_engine_takes_it(model: Any) -> None:
     hold = Held(after=1)
     request = model.autotune.submit(token_prompts(1, length=40)[0], **LONG, logits_processor=[hold])
     assert hold.started.wait(60)
     assert model.autotune.status.load.usage == 41 / (ROWS * SLOTS)  # the prompt and the token before the one held
+    other = model.autotune.submit(token_prompts(1, length=10)[0], max_new_tokens=2, **TOKENS)
+    until(lambda: model.autotune.status.load.waiting == 1)  # for the engine, whose thread is held
+    released_s = time.monotonic()
     request.cancel()
     hold.go_on.set()
+    other.result()
+    assert other.terms.begun_s > released_s
     with pytest.raises(RuntimeError, match="cancelled"):
         request.result()
 
