@@ -212,9 +212,7 @@ def _weights_read(cls: type) -> frozenset[str]:
         for name, method in vars(owner).items():
             if not inspect.isfunction(method) or name in _SETUP:
                 continue
-            if not {"weight", "bias"}.isdisjoint(
-                _names(inspect.unwrap(method).__code__)
-            ):  # finding a source takes 1 ms
+            if not {"weight", "bias"}.isdisjoint(_names(inspect.unwrap(method).__code__)):  # finding a source takes 1 ms
                 try:
                     read |= set(_WEIGHT_READ.findall(inspect.getsource(method)))
                 except (OSError, TypeError):  # no source: built at run time
