@@ -7,6 +7,7 @@
     ├── PlanError               a plan file that is corrupt, foreign or refused
     ├── BaselineError           a recorded baseline that is foreign, of a later schema, or not of this model's kind
     ├── ExperimentError         an experiment's arms, file or store cannot be used; names the nearest spelling
+    ├── SettingsError           a server's options cannot be used: an empty key, options that exclude each other
     ├── TransformError          a transform cannot do what it was asked to (expected: the candidate is set aside)
     │   └── ChoiceError         no such transform, parameter, value or phase; names the nearest spelling
     ├── VariantError            a variant's own module or kernel failed while it ran (the original takes over)
@@ -60,6 +61,10 @@ class BaselineError(AutotuneError, ValueError):
 
 class ExperimentError(AutotuneError, ValueError):
     """An experiment's arms or file are malformed, or its store cannot be used."""
+
+
+class SettingsError(AutotuneError, ValueError):
+    """The options of a server cannot be used, or exclude each other."""
 
 
 class TransformError(AutotuneError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,3 +172,20 @@ def test_every_page_is_in_the_menu() -> None:
     assert sorted(menu) == [page.name for page in documents.PAGES]
     linked = {link.partition("#")[0] for link in documents.links(documents.read("docs/index.md"))}
     assert {*menu} - linked == {"index.md", "architectures.md"}  # the latter is a page of versions.md
+
+
+def test_pip_installs_this_package_and_none_that_only_sounds_like_it() -> None:
+    """The name `autotune` is another project's on PyPI."""
+    own = tomllib.loads(documents.read("pyproject.toml"))["project"]["name"]
+    kinds = ("*.py", "*.md", "*.html", "*.js", "*.yaml", "*.yml", "*.toml", "Makefile", "Containerfile")
+    folders = ("autotune", "autotune_pytest", "benchmarks", "docs", "examples", "policies", "tests", ".ci", ".github")
+    files = [file for folder in folders for kind in kinds for file in (documents.ROOT / folder).rglob(kind)]
+    found = {
+        (str(file.relative_to(documents.ROOT)), name)
+        for file in [*files, *documents.ALL, documents.ROOT / "Makefile"]
+        for line in file.read_text(encoding="utf-8").splitlines()
+        for name in re.findall(r"(?<![\w./-])(autotune[\w-]*)(?=\[\w)", line)
+        + re.findall(r"pip install (?:-\S+ )*[\"']?(autotune[\w-]*)", line)
+    }
+    assert len(found) >= 4
+    assert {(file, name) for file, name in found if name != own} == set()

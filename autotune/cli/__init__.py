@@ -20,6 +20,7 @@ from ..errors import (
     PackageError,
     PlanError,
     PolicyError,
+    SettingsError,
     UnsupportedModelError,
     WorkloadError,
 )
@@ -42,6 +43,7 @@ USERS_OWN = (
     BaselineError,
     ExperimentError,
     PackageError,
+    SettingsError,
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TRACEBACK = "AUTOTUNE_TRACEBACK"

@@ -9,13 +9,21 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MeasurementError, PackageError, PlanError
+from ..errors import MeasurementError, PackageError, SettingsError
+from ..runtime.batching.terms import MOST_WAITING
+from ..serve import logs
+from ..serve.keys import VARIABLE as KEY
+from ..serve.keys import given
 from .arguments import plan_of, threads, whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections.abc import Mapping
 
-KEY = "AUTOTUNE_API_KEY"
+    from ..serve.run import Settings
+
+POLICY = "throughput"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_PORT = 65535
 MOST = 10**9 - 1  # far beyond any sense
 
@@ -23,21 +31,43 @@ MOST = 10**9 - 1  # far beyond any sense
 def arguments(command: ArgumentParser) -> None:
     """Add the command's arguments."""
     command.add_argument("model", metavar="MODEL", help="a local directory, a GGUF file or a hub name")
-    command.add_argument("--name", help="name that clients use; default: the model's own")
+    command.add_argument(
+        "--name",
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="name that clients use; further ones are aliases; default: the model's own",
+    )
     command.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: only this machine")
     command.add_argument("--port", type=port, default=8000, help="default 8000")
-    command.add_argument("--policy", default="throughput", metavar="P", help="name or .toml file; default throughput")
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; default auto: as stored")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model; default main")
+    command.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template; default the model's own")
+    command.add_argument("--policy", metavar="P", help=f"name or .toml file; default {POLICY}")
     command.add_argument("--plan", type=Path, metavar="FILE", help="a plan.json: verified, then served")
-    command.add_argument("--untuned", action="store_true", help="serve the model as it is; nothing is tried")
+    tuned = command.add_mutually_exclusive_group()
+    tuned.add_argument("--tune", action="store_true", help="tune beside the requests: the default, said explicitly")
+    tuned.add_argument("--untuned", action="store_true", help="serve the model as it is; nothing is tried")
     command.add_argument(
         "--api-key",
         action="append",
         metavar="KEY",
         help=f"asked for on every route but /livez and the bare page; may be repeated; default ${KEY}",
     )
+    command.add_argument("--api-key-file", type=Path, metavar="FILE", help="API keys, one a line")
     command.add_argument("--max-prompt", type=positive, metavar="N", help="most tokens of a prompt")
-    command.add_argument("--deadline", type=positive, metavar="S", help="seconds after which an answer is given up")
+    command.add_argument("--queue", type=queue, metavar="N", help=f"most requests that wait; default {MOST_WAITING}")
+    command.add_argument(
+        "--max-body", type=positive, default=4 * 2**20, metavar="BYTES", help="of a request; default 4 MiB"
+    )
+    command.add_argument("--deadline", type=seconds, metavar="S", help="seconds after which an answer is given up")
     command.add_argument("--drain", type=positive, default=30, metavar="S", help="seconds for answers at the end: 30")
+    command.add_argument(
+        "--keep-alive", type=positive, default=75, metavar="S", help="seconds that a connection may be idle: 75"
+    )
+    command.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="certificate (PEM): serve HTTPS")
+    command.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key; default in the same file")
+    command.add_argument("--log-level", choices=logs.LEVELS, default="info", help="default info: a line a request")
     command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
 
 
@@ -46,38 +76,84 @@ def serve(args: Namespace) -> int:
 
     Raises:
         PackageError: the extra `serve` is not installed.
+        SettingsError: an option cannot be used.
     """
     try:
         from ..serve import run
     except ImportError as error:
         raise _missing(error) from error
-    import logging
-
     import torch
 
+    settings = settings_of(args, os.environ)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    undo = logs.install(settings.log_level)
+    try:
+        return run.serve(settings)
+    finally:
+        undo()
+
+
+def settings_of(args: Namespace, environment: Mapping[str, str]) -> Settings:
+    """Return how to serve.
+
+    Raises:
+        SettingsError: an option cannot be used, or not beside another.
+        PlanError, PolicyError: the plan or the policy cannot be used.
+    """
+    import torch
+
+    from ..serve.gate import HttpLimits
+    from ..serve.run import Settings
     from ..tune.policy import load
 
     plan = plan_of(args.plan)
-    if plan is not None and args.untuned:
-        raise PlanError("--plan and --untuned exclude each other: a plan is verified, which tries something")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("autotune.serve").setLevel(logging.INFO)
-    own = os.environ.get(KEY)
-    settings = run.Settings(
+    _refuse(args, environment)
+    name, *aliases = args.name or [None]
+    return Settings(
         model=args.model,
-        name=args.name,
+        name=name,
+        aliases=aliases,
         host=args.host,
         port=args.port,
-        policy=None if args.untuned else load(args.policy),
+        policy=None if args.untuned else load(args.policy or POLICY),
         plan=plan,
-        keys=args.api_key or ([own] if own else []),
+        keys=given(args.api_key or (), args.api_key_file, environment),
         longest=args.max_prompt,
         deadline_s=args.deadline,
         drain_s=args.drain,
+        most_waiting=args.queue,
+        limits=HttpLimits(body_bytes=args.max_body),
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        revision=args.revision,
+        template=_text(args.chat_template) if args.chat_template else None,
+        tls=(args.ssl_certfile, args.ssl_keyfile) if args.ssl_certfile else None,
+        keep_alive_s=args.keep_alive,
+        log_level=args.log_level,
     )
-    return run.serve(settings)
+
+
+def _refuse(args: Namespace, environment: Mapping[str, str]) -> None:
+    """Raise SettingsError where options contradict each other or the environment."""
+    ranks = environment.get("WORLD_SIZE", "1")
+    if args.untuned and args.plan:
+        raise SettingsError("--plan and --untuned exclude each other: a plan is verified, which tries something")
+    if args.untuned and args.policy:
+        raise SettingsError("--policy and --untuned exclude each other: a policy says what is tried")
+    if args.ssl_keyfile and not args.ssl_certfile:
+        raise SettingsError("--ssl-keyfile needs --ssl-certfile")
+    if ranks.isdecimal() and int(ranks) > 1:
+        raise SettingsError(
+            f"WORLD_SIZE is {ranks}: a server is one process, and serves no model that is sharded over ranks; start it "
+            "without torchrun"
+        )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--chat-template {file} cannot be read: {error}") from error
 
 
 def bench_arguments(command: ArgumentParser) -> None:
@@ -137,12 +213,28 @@ def rates(text: str) -> list[float]:
 
 
 def _missing(error: ImportError) -> PackageError:
-    return PackageError(f'serving needs more packages ({error}): pip install "autotune[serve]"')
+    return PackageError(f'serving needs more packages ({error}): pip install "autotune-inference[serve]"')
 
 
 def port(text: str) -> int:
     """Parse a port."""
     return whole(text, 0, MOST_PORT, f"a port: 0 (any free one) to {MOST_PORT}")
+
+
+def queue(text: str) -> int:
+    """Parse how many requests may wait."""
+    return whole(text, 1, MOST_WAITING, f"a whole number of 1 to {MOST_WAITING}")
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, such as 30 or 0.5")
+    return found
 
 
 def positive(text: str) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError
 from ..model import route, seam, sharding
+from ..runtime.batching.load import EngineLoad
 from ..runtime.batching.terms import RequestTerms
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
@@ -58,6 +59,7 @@ class Handle(Wrapped):
         """The model's state: what serves, which calls the plan served, which it did not, and why."""
         serving = self._serving
         active, detail = serving.active, serving.detail
+        load = active.load if active else EngineLoad()
         return Status(
             serving.state,
             self._tuning.again.said(detail) if serving.state is State.ORIGINAL else detail,
@@ -68,8 +70,9 @@ class Handle(Wrapped):
             active.speculation.tally if active and active.speculation else None,
             serving.watch.summary() if active else "",
             active.batching if active and serving.serves else "",
-            self._submissions.waiting + (active.waiting if active else 0),
-            active.reused if active else 0,
+            self._submissions.waiting + load.waiting,
+            load,
+            active is not None and serving.watch.open(),
         )
 
     @property

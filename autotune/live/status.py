@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..runtime.batching.load import EngineLoad
 from .original import Residence
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Status:
         watch: what is watched about the committed plan and what was seen, in a sentence.
         batching: how many callers' sequences are decoded together and wait, in a sentence; empty if none are.
         waiting: number of requests that wait for a row or for their turn.
-        reused: number of tokens of prompts that the plan did not compute, because earlier prompts began alike.
+        load: what decodes callers' sequences together has to do and has done, as numbers.
+        resting: whether the circuit breaker has taken the plan out of service.
     """
 
     state: State
@@ -56,4 +58,5 @@ class Status:
     watch: str = ""
     batching: str = ""
     waiting: int = 0
-    reused: int = 0
+    load: EngineLoad = field(default_factory=EngineLoad)
+    resting: bool = False

@@ -253,6 +253,7 @@ class Submissions:
                         raise error
                     self._changed.wait(WAKE_S)
                 self._running += 1
+                request.terms.begun_s = time.monotonic()  # an engine that has it wait once more says so
         finally:
             with self._changed:
                 if request in self._waiting:

@@ -25,7 +25,11 @@ EXPECTED = "expected a directory saved by save_pretrained, a .gguf file, or a mo
 
 
 def load(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal LM in evaluation mode. Code shipped with a model is never run.
 
@@ -33,6 +37,7 @@ def load(
         name: a local directory, a GGUF file or a hub name.
         dtype: of the weights; default as stored (float32 for GGUF).
         device: default the GPU if there is one.
+        revision: branch, tag or commit of a model on the hub; default its main branch.
 
     Returns:
         The model, and its tokenizer or None if it has none.
@@ -41,11 +46,15 @@ def load(
         UnsupportedModelError: there is no such model, or it is not a causal LM that transformers itself implements.
     """
     source = locate(name)
+    if revision is not None and source.exists():
+        raise UnsupportedModelError(f"{source} is on this machine, and has no revisions; name a hub model")
     if source.suffix == ".gguf" and source.is_file():
         from .gguf import checkpoint
 
         source = checkpoint(source, dtype or torch.float32)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": source.is_dir() or _offline()}
+    if revision is not None:
+        options["revision"] = revision
     where = str(source)
     config = _config(where, options)
     refuse(config, where)

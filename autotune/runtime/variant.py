@@ -19,6 +19,7 @@ from ..machine import intraop, outside
 from ..model import route, seam, sharding, stateful
 from ..model.twins import fork
 from ..workload import PHASES, Phase, Workload
+from .batching.load import EngineLoad
 from .ranks.leading import LEADER, Leading
 
 if TYPE_CHECKING:
@@ -348,16 +349,10 @@ class Variant:
         return summary()
 
     @property
-    def waiting(self) -> int:
-        """How many requests wait for a row; 0 if each is served by itself."""
-        waiting: int = getattr(self.loop, "waiting", 0)
-        return waiting
-
-    @property
-    def reused(self) -> int:
-        """How many tokens of prompts were not computed, because earlier prompts began alike."""
-        reused: int = getattr(self.loop, "reused", 0)
-        return reused
+    def load(self) -> EngineLoad:
+        """What decodes callers' sequences together has to do and has done; nothing if each is served by itself."""
+        load: EngineLoad = getattr(self.loop, "load", EngineLoad())
+        return load
 
     @property
     def device(self) -> Device:

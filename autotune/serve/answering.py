@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import CancelledRequestError, DeadlineError, QueueFullError
+from . import logs
 from .detokenise import Detokeniser, Stops
 from .grammar import Grammar, GrammarError
-from .refusal import Refusal
+from .refusal import NO_RETRY, Refusal, retry_after
 from .sampling import Witness
+from .timing import AnswerTimes
 from .traces import Traces
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 LEAST = -9999.0  # stands for the logarithm of 0, as in vLLM
 Reason = Literal["stop", "length"]
+FINISHED = ("stop", "length")  # outcomes of an answer that came to its end
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Answered:
     """How one answer went.
 
     Args:
-        began_s: when it was asked for, monotonic seconds.
-        outcome: "stop", "length", "abort" (its client went), "rejected" (too many waited), "deadline" or "error".
+        began_s: when its request arrived, monotonic seconds.
+        outcome: "stop", "length", "abort" (its client went), "rejected" (too many waited), "deadline", "form" (its
+            grammar became too complex), "ending" (the server ended) or "error".
         ttft_s: seconds to the first token; None without one.
         tpot_s: seconds per token after the first; None with fewer than two.
     """
@@ -84,6 +88,7 @@ class TextAnswers:
         sampling: how answers are drawn.
         metrics: counts what happens.
         deadline_s: seconds after which an answer is given up; None: never.
+        most_waiting: requests that may wait; None: as many as the model admits.
         traces: makes spans of answers.
         tell: called with each answer that ended, in the event loop.
     """
@@ -93,9 +98,12 @@ class TextAnswers:
     sampling: SamplingDefaults
     metrics: Metrics
     deadline_s: float | None = None
+    most_waiting: int | None = None
     traces: Traces = field(default_factory=Traces)
     tell: Callable[[Answered], None] = lambda answered: None
     running: int = field(default=0, init=False)  # answers under way
+    finished: int = field(default=0, init=False)  # answers that came to an end
+    _asked: set[Any] = field(default_factory=set, init=False)  # requests to the model under way
 
     async def pieces(
         self,
@@ -107,6 +115,7 @@ class TextAnswers:
         number: int = 0,
         rank: int = 0,
         grammar: Grammar | None = None,
+        answer_id: str = "",
     ) -> AsyncGenerator[Piece]:
         """The pieces of one answer; the last one has a reason. Closing the iterator frees the model's row.
 
@@ -119,6 +128,7 @@ class TextAnswers:
             rank: answers of the same request before this one. Each puts it a step of priority behind, so that a request
                 of many answers lets others begin.
             grammar: of the form that the answer keeps to; None: any text.
+            answer_id: of the response, for the log.
 
         Raises:
             Refusal: the queue is full, the deadline passed, or the form became too complex.
@@ -127,49 +137,53 @@ class TextAnswers:
         options = self.sampling.options(body, len(prompt), room, witness, grammar)
         seed = None if body.seed is None else (body.seed + number) % 2**63
         text, stops = Detokeniser(self.tokenizer), Stops(body.stop)
-        began, first, last = time.monotonic(), cast("float | None", None), cast("float | None", None)
-        tokens, chosen, reason = 0, list[Chosen](), cast("Reason | None", None)
+        request = logs.CURRENT.get()
+        times = AnswerTimes(request.arrived_s if request is not None else time.monotonic())
+        chosen, reason = list[Chosen](), cast("Reason | None", None)
         outcome = "abort"  # unless it comes to an end
-        self.running += 1
+        self.running, asked = self.running + 1, cast("Any", None)
         span = self.traces.answer()
         try:
+            self._admit()
             asked = self.model.autotune.submit(
                 list(prompt), priority=body.priority - rank, deadline_s=self.deadline_s, seed=seed, **options
             )
+            self._asked.add(asked)
             async with asked:
                 async for token in asked:
-                    now = time.monotonic()
-                    if first is None:
+                    if is_first := not times.tokens:
                         span.first_token()
-                        first = now
-                    self.metrics.token(now - (last or began), first=last is None)
-                    tokens, last = tokens + 1, now
+                        times.begun_s = asked.terms.begun_s
+                    self.metrics.token(times.token(time.monotonic()), first=is_first)
                     ended = token in self.sampling.eos and not body.ignore_eos
                     if witness is not None:
-                        chosen.append(_chosen(witness, len(prompt) + tokens - 1, token, alternatives or 0))
+                        chosen.append(_chosen(witness, len(prompt) + times.tokens - 1, token, alternatives or 0))
                     shown = "" if ended else stops.add(text.add(token))
-                    reason = "stop" if ended or stops.found else "length" if tokens == room else None
+                    reason = "stop" if ended or stops.found else "length" if times.tokens == room else None
                     if reason and not stops.found:
                         shown += stops.add(text.rest())
                         shown += stops.rest()
                     if shown or reason or chosen:
-                        yield Piece(shown, tokens, tuple(chosen), reason)
+                        yield Piece(shown, times.tokens, tuple(chosen), reason)
                         chosen.clear()
                     if reason:
                         break
                 if reason is None:  # generate stopped by itself, as a model's own criteria may make it
                     reason = "stop"
-                    yield Piece(stops.add(text.rest()) + stops.rest(), tokens, (), reason)
+                    yield Piece(stops.add(text.rest()) + stops.rest(), times.tokens, (), reason)
         except QueueFullError as error:
             self.metrics.rejections.inc()
             outcome = "rejected"
-            raise Refusal(429, str(error), code="queue_full") from error
+            headers = retry_after(self._waiting(), self.metrics.whole.per_s())
+            raise Refusal(429, str(error), code="queue_full", headers=headers) from error
         except DeadlineError as error:
             outcome = "deadline"
-            raise Refusal(408, str(error), code="deadline") from error
+            raise Refusal(408, str(error), code="deadline", headers=NO_RETRY) from error
         except GrammarError as error:
+            outcome = "form"
             raise Refusal(400, str(error), "response_format") from error
         except CancelledRequestError as error:
+            outcome = "ending"
             raise Refusal(503, f"the server is ending: {error}", code="ending") from error
         except Exception:
             outcome = "error"
@@ -178,11 +192,40 @@ class TextAnswers:
             outcome = reason
         finally:
             self.running -= 1
-            ttft_s = first - began if first is not None else None
-            tpot_s = (last - first) / (tokens - 1) if first is not None and last is not None and tokens > 1 else None
-            self.metrics.finished(outcome, len(prompt), tokens, time.monotonic() - began, tpot_s)
-            self.tell(Answered(began, outcome, ttft_s, tpot_s))
-            span.ended(outcome, len(prompt), tokens)
+            self._asked.discard(asked)
+            span.ended(outcome, len(prompt), times.tokens)
+            self._ended(answer_id, outcome, len(prompt), times)
+
+    def _waiting(self) -> int:
+        waiting: int = self.model.autotune.status.waiting
+        return waiting
+
+    def _admit(self) -> None:
+        if self.most_waiting is not None and self._waiting() >= self.most_waiting:
+            raise QueueFullError(f"{self._waiting()} requests wait, and no more may; ask again later")
+
+    def cut(self) -> None:
+        """End all answers under way. Their clients are told that the server is ending."""
+        for asked in self._asked:
+            asked.cancel()
+
+    def _ended(self, answer_id: str, outcome: str, prompt: int, times: AnswerTimes) -> None:
+        """Count and log an answer that ended."""
+        if outcome in FINISHED:
+            self.finished += 1
+            self.metrics.finished(outcome, prompt, times)
+        else:
+            self.metrics.unfinished(outcome)
+        self.tell(Answered(times.arrived_s, outcome, times.ttft_s, times.tpot_s))
+        logs.event(
+            "answer",
+            response=answer_id,
+            prompt_tokens=prompt,
+            completion_tokens=times.tokens,
+            ttft_s=times.ttft_s and round(times.ttft_s, 4),
+            finish_reason=outcome,
+            seconds=round(time.monotonic() - times.arrived_s, 4),
+        )
 
 
 def _chosen(witness: Witness, length: int, token: int, alternatives: int) -> Chosen:

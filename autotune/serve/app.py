@@ -63,13 +63,13 @@ def create_app(served: Service) -> Gate:
     @app.get("/v1/models", response_model=ModelList, responses=errors(503))
     async def models() -> dict[str, Any]:
         """The model that is served."""
-        return {"object": "list", "data": [_card(served)]}
+        return {"object": "list", "data": [_card(served, name) for name in (served.name, *served.aliases)]}
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(404, 503))
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         _known(served, name)
-        return _card(served)
+        return _card(served, name)
 
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=STREAM | errors(*OF_ANSWERS))
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -125,7 +125,7 @@ def create_app(served: Service) -> Gate:
         return {"prompt": await _in_thread(work)}
 
     routes = [getattr(route, "path", "") for route in app.routes]
-    return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces)
+    return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces, served.ending)
 
 
 def _decline(app: FastAPI) -> None:
@@ -157,15 +157,13 @@ def _operate(app: FastAPI, served: Service) -> None:
         return JSONResponse(body, 200 if reason is None else 503)
 
     app.add_api_route("/health", readyz, methods=["GET"], response_model=dict[str, Any], responses=unready)
+    for path, answer in (("/livez", livez), ("/readyz", readyz), ("/health", readyz)):  # balancers ask so
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        state = served.state()
-        ready, transforms = served.unready() is None, ", ".join(state["transforms"])
-        served.metrics.reused(state["reused"])
-        text = served.metrics.text(state["running"], state["waiting"], ready, state["state"], transforms)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        return Response(served.metrics.text(served.snapshot()), media_type=CONTENT_TYPE_LATEST)
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -191,13 +189,13 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _known(served: Service, name: str | None) -> None:
-    if name not in (None, "", served.name):
+    if not served.knows(name):
         raise Refusal(404, f"no model {name!r} here; this server has {served.name!r}", "model", "model_not_found")
 
 
-def _card(served: Service) -> dict[str, Any]:
+def _card(served: Service, name: str) -> dict[str, Any]:
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "autotune",

@@ -143,6 +143,7 @@ class Reply(ABC):
                 number=number,
                 rank=index,
                 grammar=self.grammar,
+                answer_id=self.id,
             )
             try:
                 async with aclosing(parts):

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from . import logs
+from .keys import checked
 from .refusal import Refusal
 
 if TYPE_CHECKING:
     from .metrics import Metrics
     from .traces import Traces
-
-log = logging.getLogger("autotune.serve")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,6 +27,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+WORK = ("/v1/", "/tokenize", "/detokenize")  # requests for the model
+FAILED = 400  # the least status of an error
+PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 OPEN = frozenset({"/livez", "/", "/page.css", "/page.js", "/icon.svg"})  # need no key: they hold no data
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # ids of callers that are taken over
 
@@ -54,6 +57,10 @@ class Gate:
         metrics: counts answers.
         routes: known paths; the others are counted as one.
         traces: makes spans of requests.
+        ending: set once no further request is taken.
+
+    Attributes:
+        under_way: requests for the model that are being answered.
     """
 
     def __init__(
@@ -64,14 +71,17 @@ class Gate:
         metrics: Metrics,
         routes: Sequence[str],
         traces: Traces,
+        ending: Event,
     ) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = [key.encode() for key in checked(keys, "a server")]
         self._limits = limits
         self._metrics = metrics
-        self._routes = frozenset(routes)
+        self._routes = {route for route in routes if "{" not in route}
+        self._families = [route for route in routes if "{" in route]
         self._traces = traces
-        self.is_ending = False  # no further request is taken
+        self.ending = ending
+        self.under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,6 +90,7 @@ class Gate:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         request_id = given if ID.fullmatch(given) else uuid.uuid4().hex
+        logs.CURRENT.set(logs.RequestContext(request_id, began))  # until the task ends: uvicorn logs what is raised
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -88,20 +99,29 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        path = scope["path"] if scope["path"] in self._routes else "other"
+        path = self._label(scope["path"])
         try:
             with self._traces.request(scope["method"], path, headers, request_id) as noted:
+                self.under_way += scope["path"].startswith(WORK)
                 try:
                     await self._served(scope, headers, receive, answer)
                 except ClientGone:
                     status = 499
                 finally:
+                    self.under_way -= scope["path"].startswith(WORK)
                     noted["http.response.status_code"] = status
         finally:
             seconds = time.monotonic() - began
             self._metrics.answered(path, status)
-            record = {"id": request_id, "method": scope["method"], "path": path, "status": status}
-            log.info(json.dumps({**record, "seconds": round(seconds, 4)}))
+            is_plain = path in PROBES and status < FAILED  # asked for every few seconds
+            record = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 4)}
+            logs.event("request", logging.DEBUG if is_plain else logging.INFO, **record)
+
+    def _label(self, path: str) -> str:
+        """The route of a path, for figures and the log; "other" if there is none."""
+        if path in self._routes:
+            return path
+        return next((each for each in self._families if path.startswith(each[: each.index("{")])), "other")
 
     async def _served(self, scope: Scope, headers: MutableMapping[str, str], receive: Receive, answer: Send) -> None:
         try:
@@ -117,7 +137,7 @@ class Gate:
             return
         if self._keys and not self._is_known(headers):
             raise Refusal(401, "no valid API key; send it as `Authorization: Bearer KEY`", code="invalid_api_key")
-        if self.is_ending and path.startswith("/v1/"):
+        if self.ending.is_set() and path.startswith(WORK):
             raise Refusal(503, "the server is ending; ask another one", code="ending")
 
     def _is_known(self, headers: MutableMapping[str, str]) -> bool:

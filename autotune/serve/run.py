@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import ipaddress
 import logging
+import os
 import signal
 import socket
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ssl
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ..compare.experiment.store import Store
-from ..errors import ExperimentError, PlanError, UnsupportedModelError
+from ..errors import ExperimentError, PlanError, SettingsError, UnsupportedModelError, in_words
 from ..live.wrap import wrap
 from ..model.load import load
 from ..report.progress import Elapsed, Lines
@@ -26,7 +29,9 @@ from ..workload import built_in
 from . import traces
 from .app import create_app
 from .connection import TimedConnection
-from .gate import Gate
+from .gate import Gate, HttpLimits
+from .keys import VARIABLE as KEY
+from .logs import Steps, event
 from .rollout.folder import Folder, Offer
 from .rollout.replica import Replica
 from .schema import CompletionBody
@@ -34,11 +39,17 @@ from .service import Service
 from .watching import TuningLog
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..tune.plan import Plan
     from ..tune.policy import Policy
     from .rollout.decision import CanaryRules
+
+KEEP_ALIVE_S = 75  # more than the 60 s of common balancers, so that it is they who close a connection
+CUT_S = 2  # seconds in which answers that are cut tell their clients
+LOOK_S = 0.05  # seconds between two looks at whether they have
+AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries of the server's own request
 
 log = logging.getLogger("autotune.serve")
 
@@ -50,6 +61,7 @@ class Settings:
     Args:
         model: a local directory, a GGUF file or a hub name.
         name: that clients name; None: the model's own name, without its folder.
+        aliases: further names by which clients may call it. `model`, as it is given, is one anyway.
         host, port: where to listen.
         policy: how to tune; None: the model is served as it is.
         plan: verified first; nothing is tuned if it holds.
@@ -57,11 +69,20 @@ class Settings:
         longest: most tokens of a prompt.
         deadline_s: seconds after which an answer is given up.
         drain_s: seconds that answers under way get when the server is asked to end.
+        most_waiting: requests that may wait; None: as many as the model admits.
+        limits: of a request's size and time.
+        dtype: of the weights; None: as stored.
+        revision: of a model on the hub; None: its main branch.
+        template: chat template in place of the model's own.
+        tls: files of the certificate and, unless that has it, of its private key; None: plain HTTP.
+        keep_alive_s: seconds that a connection may be silent between two requests.
+        log_level: the least that is logged: one of `logs.LEVELS`.
         rollout: limits of a canary, if this is one of several replicas that share a cache directory.
     """
 
     model: str
     name: str | None = None
+    aliases: Sequence[str] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     policy: Policy | None = None
@@ -69,7 +90,15 @@ class Settings:
     keys: Sequence[str] = ()
     longest: int | None = None
     deadline_s: float | None = None
-    drain_s: int = 30
+    drain_s: float = 30
+    most_waiting: int | None = None
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    dtype: torch.dtype | None = None
+    revision: str | None = None
+    template: str | None = None
+    tls: tuple[Path, Path | None] | None = None
+    keep_alive_s: int = KEEP_ALIVE_S
+    log_level: str = "info"
     rollout: CanaryRules | None = None
 
 
@@ -80,9 +109,13 @@ def serve(settings: Settings) -> int:
         UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
         PlanError: the plan was made for another model.
     """
+    if settings.tls is not None:
+        check_certificate(*settings.tls)
     listening = listen(settings.host, settings.port)  # first: a port that is taken is told at once
+    warn_if_open(listening.getsockname()[0], settings.keys)
     served = prepared(settings)
-    asyncio.run(Server(create_app(served), settings.drain_s).run(served, listening))
+    server = Server(create_app(served), settings.drain_s, settings.keep_alive_s, settings.tls)
+    asyncio.run(server.run(served, listening))
     return 0
 
 
@@ -93,10 +126,12 @@ def prepared(settings: Settings) -> Service:
         UnsupportedModelError: the model cannot be loaded, or has no tokenizer.
         PlanError: the plan was made for another model.
     """
-    model, tokenizer = load(settings.model)
+    model, tokenizer = load(settings.model, dtype=settings.dtype, revision=settings.revision)
     if tokenizer is None:
         raise UnsupportedModelError(f"{settings.model} has no tokenizer; a server needs one")
-    name = settings.name or Path(settings.model).stem or settings.model
+    if settings.template is not None:
+        use_template(tokenizer, settings.template)
+    name = settings.name or name_of(settings.model)
     folder = Folder.of(name) if settings.rollout is not None else None
     promoted = _promoted(folder, model)
     tuning = TuningLog()
@@ -104,7 +139,7 @@ def prepared(settings: Settings) -> Service:
         wrapped = wrap(model, tokenizer=tokenizer, when="manual")
     else:  # beside the requests that the original answers meanwhile
         chats = built_in.chats(tokenizer)
-        lines = Lines(sys.stderr, Elapsed())
+        lines = Lines(Steps(), Elapsed())
 
         def notify(step: str) -> None:
             lines.update(step)
@@ -122,9 +157,13 @@ def prepared(settings: Settings) -> Service:
         wrapped,
         tokenizer,
         name,
+        aliases=settings.aliases,
+        given=settings.model,
         keys=settings.keys,
         longest=settings.longest,
+        limits=settings.limits,
         deadline_s=settings.deadline_s,
+        most_waiting=settings.most_waiting,
         untuned=settings.policy is None,
         traces=traces.configured(name),
         progress=tuning,
@@ -134,6 +173,32 @@ def prepared(settings: Settings) -> Service:
         served.answers.tell = served.rollout.tally.hear
         served.rollout.start()
     return served
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Use a chat template in place of the tokenizer's own.
+
+    Raises:
+        SettingsError: it cannot render a chat of one message.
+    """
+    tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        raise SettingsError(f"the chat template cannot render a message: {in_words(error)}") from error
+
+
+def check_certificate(certificate: Path, key: Path | None) -> None:
+    """Raise SettingsError if a server cannot use a certificate with its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=str)
+    except OSError as error:  # ssl's own errors are such, too
+        raise SettingsError(f"the certificate {certificate} cannot be used: {error}") from error
+
+
+def name_of(model: str) -> str:
+    """Return a model's own name: without its folder, and without `.gguf`."""
+    return os.path.basename(os.path.abspath(model)).removesuffix(".gguf") or model
 
 
 def _promoted(folder: Folder | None, model: PreTrainedModel) -> tuple[Offer, Plan] | None:
@@ -173,12 +238,40 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(error.errno, said) from error
 
 
-class Server(uvicorn.Server):
-    """uvicorn that finishes answers under way when it is asked to end. A second signal ends it at once."""
+def warn_if_open(address: str, keys: Sequence[str]) -> None:
+    """Log a warning if other machines reach a server that asks for no key.
 
-    def __init__(self, gate: Gate, drain_s: int) -> None:
+    Args:
+        address: where it listens, an IP address.
+    """
+    if not keys and not ipaddress.ip_address(address).is_loopback:
+        log.warning("other machines reach %s, and no API key is asked for: set $%s or --api-key-file", address, KEY)
+
+
+class Server(uvicorn.Server):
+    """uvicorn that finishes answers under way when it is asked to end. Until then it says that it ends.
+
+    A second signal, or the end of the time that answers get, cuts them: their clients get an error in their streams.
+
+    Args:
+        gate: the app.
+        drain_s: seconds that answers under way get.
+        keep_alive_s: seconds that a connection may be silent between two requests.
+        tls: files of the certificate and, unless that has it, of its private key; None: plain HTTP.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        drain_s: float,
+        keep_alive_s: int = KEEP_ALIVE_S,
+        tls: tuple[Path, Path | None] | None = None,
+    ) -> None:
         self._gate = gate
+        self._drain_s = drain_s
+        self._until_s: float | None = None  # when answers under way are cut, monotonic seconds
         self._served: Service | None = None
+        certificate, key = tls or (None, None)
         super().__init__(
             uvicorn.Config(
                 gate,
@@ -187,27 +280,45 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                timeout_graceful_shutdown=drain_s,
+                timeout_keep_alive=keep_alive_s,
+                timeout_graceful_shutdown=CUT_S,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
             )
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
-        self._gate.is_ending = True
+        self.force_exit |= self.should_exit
         self.should_exit = True
-        log.info(json.dumps({"ending": signal.Signals(sig).name}))
+        self._gate.ending.set()
+        event("ending", ending=signal.Signals(sig).name)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) and self._has_drained()
+
+    def _has_drained(self) -> bool:
+        """Whether no answer is under way, or those that are get no more time."""
+        self._gate.ending.set()
+        now_s = time.monotonic()
+        self._until_s = self._until_s or now_s + self._drain_s
+        return self.force_exit or not self._gate.under_way or now_s >= self._until_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._served is not None:
             self._served.feed.end()  # these streams have no end that could be waited for
+            self._served.answers.cut()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CUT_S):
+                    while self._gate.under_way:
+                        await asyncio.sleep(LOOK_S)
         await super().shutdown(sockets)
 
     async def run(self, served: Service, listening: socket.socket) -> None:  # type: ignore[override]  # in a loop
         self._served = served
-        first = asyncio.create_task(answer_once(served))
+        first = asyncio.create_task(become_ready(served))
         host, port, *_ = listening.getsockname()
-        log.info(json.dumps({"serving": served.name, "url": f"http://{host}:{port}"}))
+        scheme = "https" if self.config.is_ssl else "http"
+        event("serving", serving=served.name, url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
         try:
             await self.serve(sockets=[listening])
         finally:
@@ -219,4 +330,20 @@ async def answer_once(served: Service) -> None:
     body = CompletionBody.model_validate({"prompt": [0], "max_tokens": 2, "temperature": 0, "ignore_eos": True})
     async for _ in served.answers.pieces([0], body, 2, alternatives=None):
         pass
-    served.has_answered = True
+
+
+async def become_ready(served: Service, again_s: Iterable[float] = AGAIN_S) -> None:
+    """Answer a request of the server's own, again and again until it or a client's is answered.
+
+    Args:
+        again_s: seconds to wait after each failure; the last of them is waited for ever after.
+    """
+    waits, wait_s = iter(again_s), 0.0
+    while not served.has_answered:
+        try:
+            await answer_once(served)
+        except Exception as error:
+            log.exception("the server's own request failed")
+            served.failure = in_words(error)
+            wait_s = next(waits, wait_s)
+            await asyncio.sleep(wait_s)

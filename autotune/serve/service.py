@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..live.status import State
 from ..model import configured
 from .answering import TextAnswers
+from .exposition import Snapshot
 from .gate import HttpLimits
 from .grammar import Grammars
 from .metrics import Metrics
@@ -35,12 +37,16 @@ class Service:
     Args:
         model: wrapped by autotune.
         name: that clients name.
+        aliases: further names by which clients may call it.
+        given: the model as on the command line, which clients may call it by, too. It is not listed: it may be a path.
         prompts, answers, grammars, metrics: of this model.
         keys: API keys, any of which opens every route; none: no key is asked for.
         limits: of a request's size and time.
         untuned: whether it is ready without a plan.
         progress: the lines of tuning.
         rollout: its part in rollouts, if it is one of several replicas.
+        failure: why the server's own first request failed.
+        ending: set once no further request is taken.
     """
 
     model: Any
@@ -49,13 +55,16 @@ class Service:
     answers: TextAnswers
     grammars: Grammars
     metrics: Metrics
+    aliases: Sequence[str] = ()
+    given: str | None = None
     keys: Sequence[str] = ()
     limits: HttpLimits = field(default_factory=HttpLimits)
     untuned: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     progress: TuningLog = field(default_factory=TuningLog)
-    has_answered: bool = False  # one request was served
     rollout: Replica | None = None
+    failure: str | None = None
+    ending: Event = field(default_factory=Event)
 
     def __post_init__(self) -> None:
         self.feed = Feed(lambda before: figures(self.reading(), before))
@@ -67,10 +76,13 @@ class Service:
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         *,
+        aliases: Sequence[str] = (),
+        given: str | None = None,
         keys: Sequence[str] = (),
         limits: HttpLimits | None = None,
         longest: int | None = None,
         deadline_s: float | None = None,
+        most_waiting: int | None = None,
         untuned: bool = False,
         traces: Traces | None = None,
         progress: TuningLog | None = None,
@@ -80,6 +92,7 @@ class Service:
         Args:
             longest: most tokens of a prompt; None: as many as the context holds.
             deadline_s: seconds after which an answer is given up; None: never.
+            most_waiting: requests that may wait; None: as many as the model admits.
             traces: makes spans of requests and answers; None: nothing is traced.
             progress: what the model was wrapped with, if its tuning is to be shown.
 
@@ -96,19 +109,33 @@ class Service:
             model=model,
             name=name,
             prompts=Prompts(tokenizer, known, context, longest),
-            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s, traces or Traces()),
+            answers=TextAnswers(model, tokenizer, sampling, metrics, deadline_s, most_waiting, traces or Traces()),
             grammars=Grammars(tokenizer, known, ends),
             metrics=metrics,
+            aliases=tuple(aliases),
+            given=given,
             keys=tuple(keys),
             limits=limits or HttpLimits(),
             untuned=untuned,
             progress=progress or TuningLog(),
         )
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether an answer was finished, the server's own or a client's."""
+        return self.answers.finished > 0
+
+    def knows(self, name: str | None) -> bool:
+        """Whether a request that names this model, or none, is meant for this server."""
+        return not name or name in (self.name, *self.aliases, self.given)
+
     def unready(self) -> str | None:
-        """Why requests should not be sent here yet, or None."""
+        """Why requests should not be sent here yet, or any longer; or None."""
+        if self.ending.is_set():
+            return "draining: answers under way end, and no further request is taken"
         if not self.has_answered:
-            return "no request was answered yet"
+            failure = f"; the server's own failed: {self.failure}" if self.failure else ""
+            return f"no request was answered yet{failure}"
         status = self.model.autotune.status
         if self.untuned or status.state not in UNSETTLED:
             return None
@@ -124,10 +151,24 @@ class Service:
             "batching": status.batching,
             "running": self._running(status),
             "waiting": status.waiting,
-            "reused": status.reused,
+            "reused": status.load.reused,
             "served": status.served,
             "bypassed": dict(status.bypassed),
         }
+
+    def snapshot(self) -> Snapshot:
+        """What Prometheus reads of this moment."""
+        status = self.model.autotune.status
+        return Snapshot(
+            running=self._running(status),
+            waiting=status.waiting,
+            ready=self.unready() is None,
+            state=str(status.state),
+            transforms=", ".join(status.transforms),
+            resting=status.resting,
+            bypassed=status.bypassed,
+            load=status.load,
+        )
 
     def reading(self) -> Reading:
         """What a page shows of this moment."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ChoiceError, TransformError
 from ..model.seam import keys_and_values
+from ..runtime.batching.load import EngineLoad
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
@@ -44,14 +45,9 @@ class Together:
         return self.engine.summary()
 
     @property
-    def waiting(self) -> int:
-        """How many requests wait for a row."""
-        return self.engine.waiting
-
-    @property
-    def reused(self) -> int:
-        """How many tokens of prompts were known from earlier ones."""
-        return self.engine.prefixes.tokens_found
+    def load(self) -> EngineLoad:
+        """What the engine has to do now, and what it has done so far."""
+        return self.engine.load
 
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""

@@ -1,27 +1,26 @@
 """Replicas of `autotune serve` on Ray Serve.
 
     pip install 'autotune-inference[serve,ray]'
+    export AUTOTUNE_API_KEY=$(openssl rand -hex 32)
     AUTOTUNE_MODEL=path/to/model AUTOTUNE_CACHE_DIR=/shared/autotune serve run examples.ray_serve.app:app
 
-    app       the deployments
-    front     takes a request, has a replica answer it, asks another one if that dies before it has begun
-    affinity  which replica a request goes to: those that begin alike to one
-    router    that, as Ray Serve asks for it
+    environment  what the environment says: the model, the key, limits, the log
+    app          the deployments
+    front        takes a request, has a replica answer it, asks another one if that dies before it has begun
+    affinity     which replica a request goes to: those that begin alike to one
+    router       that, as Ray Serve asks for it
 
 Every replica is the whole server, with its own cores. The cache directory is shared: the first replica tunes, the
 others serve the model as it is, wait for its plan, verify it on their own machine and serve it. A plan that is offered
 later (`POST /autotune/rollout`) goes to one replica first, and by its verdict to all or none. Ray starts a replica
 again that died; the front asks another one meanwhile.
 
-The environment says the rest: AUTOTUNE_POLICY (`throughput`; `none` to serve untuned), AUTOTUNE_CPUS of a replica (2),
-AUTOTUNE_REPLICAS, the fewest and the most ("1:4"), AUTOTUNE_CANARY, limits of a canary as JSON: the fields of
-`CanaryRules` (`{"slower": 0.1}`).
+The environment says the rest: see `environment`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -30,14 +29,11 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from . import front
+from . import environment, front
 from .router import PrefixRouter
 
-MODEL = os.environ.get("AUTOTUNE_MODEL", "")
-POLICY = os.environ.get("AUTOTUNE_POLICY", "throughput")
-CPUS = int(os.environ.get("AUTOTUNE_CPUS", "2"))
-FEWEST, MOST = (int(number) for number in os.environ.get("AUTOTUNE_REPLICAS", "1:4").split(":"))
-CANARY = json.loads(os.environ.get("AUTOTUNE_CANARY", "{}"))
+CPUS = environment.cpus(os.environ)
+FEWEST, MOST = environment.replicas(os.environ)
 ANSWERS = 16  # that a replica decodes together; beyond it, Ray starts another one
 FRONTS = 2  # one that dies takes the streams that it relays with it
 
@@ -56,14 +52,15 @@ class Model:
     async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
         import torch
 
+        from autotune.serve import logs
         from autotune.serve.app import create_app
-        from autotune.serve.rollout.decision import CanaryRules
-        from autotune.serve.run import Settings, answer_once, prepared
-        from autotune.tune import policy
+        from autotune.serve.run import answer_once, prepared, warn_if_open
 
         torch.set_num_threads(CPUS)
-        chosen = None if POLICY == "none" else policy.load(POLICY)
-        self.served = prepared(Settings(MODEL, policy=chosen, rollout=CanaryRules(**CANARY)))
+        settings = environment.settings(os.environ)
+        logs.install(settings.log_level, "autotune")
+        warn_if_open("0.0.0.0", settings.keys)  # noqa: S104 - where Ray's proxy listens by the manifest
+        self.served = prepared(settings)
         self.app: Any = create_app(self.served)
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
         await answer_once(self.served)

@@ -42,7 +42,7 @@ class Running:
 
 @contextmanager
 def running(
-    model: Any = None, template: str | None = TEMPLATE, name: str = "tiny", **options: Any
+    model: Any = None, template: str | None = TEMPLATE, name: str = "tiny", tls: Any = None, **options: Any
 ) -> Iterator[Running]:
     """Serve a tiny model untuned; options of `Service.of`."""
     tokenizer = tiny_tokenizer()
@@ -52,7 +52,7 @@ def running(
         model or tiny("llama"), tokenizer=tokenizer, when="manual", cache=False, progress=log.update
     )
     served = Service.of(wrapped, tokenizer, name, untuned=True, progress=log, **options)
-    server, listening = Server(create_app(served), drain_s=10), listen("127.0.0.1", 0)
+    server, listening = Server(create_app(served), drain_s=10, tls=tls), listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.run(served, listening)), daemon=True)
     thread.start()

@@ -23,9 +23,9 @@ from autotune.errors import QueueFullError, UnsupportedModelError
 from autotune.live.status import State
 from autotune.serve import connection
 from autotune.serve.gate import HttpLimits
-from autotune.serve.run import listen
+from autotune.serve.run import become_ready, listen
 from autotune.serve.service import Service
-from tests.models import tiny_tokenizer, token_prompts
+from tests.models import tiny, tiny_tokenizer, token_prompts
 from tests.serve.servers import Running, running, until
 
 PROMPT = token_prompts(1, length=12)[0]
@@ -91,6 +91,7 @@ def test_a_connection_that_says_nothing_more_is_closed(
     server: Running, sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "HEADERS_S", 0.3)
+    monkeypatch.setattr(server.server.config, "timeout_keep_alive", 0.3)
     with socket.create_connection(address(server)) as silent:
         silent.sendall(sent)
         silent.settimeout(20)
@@ -98,6 +99,25 @@ def test_a_connection_that_says_nothing_more_is_closed(
         while part := silent.recv(1000):
             got += part
     assert got.endswith(b"ok") == sent.endswith(b"\r\n\r\n")
+
+
+def test_a_connection_may_rest_between_requests_but_not_within_headers(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.server.config.timeout_keep_alive == 75
+    monkeypatch.setattr(connection, "HEADERS_S", 0.3)
+    with socket.create_connection(address(server)) as own:
+        own.settimeout(20)
+        for _ in range(2):
+            own.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            got = b""
+            while not got.endswith(b"ok"):
+                got += own.recv(1000)
+            (held,) = (each for each in server.server.server_state.connections if each.client == own.getsockname())
+            until(lambda held=held: held.timeout_keep_alive_task is not None)
+            assert held._deadline is None
+        own.sendall(b"GET /li")
+        assert own.recv(1000) == b""
 
 
 def test_an_answer_that_takes_long_is_not_cut(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +165,7 @@ def test_thousands_that_hang_send_half_or_vanish_hurt_nobody(server: Running, mo
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> None:
-    aborted = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
+    aborted = figure(slow, 'autotune:request_unfinished_total{model_name="tiny",reason="abort"}')
     body = json.dumps(LONG | {"stream": stream}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(address(slow)) as client:
@@ -154,7 +174,7 @@ def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> Non
         if stream:
             assert client.recv(10)
     until(lambda: slow.served.answers.running == 0, within_s=5)
-    now = figure(slow, 'autotune:request_success_total{finished_reason="abort",model_name="tiny"}')
+    now = figure(slow, 'autotune:request_unfinished_total{model_name="tiny",reason="abort"}')
     assert now == aborted + 1
 
 
@@ -164,11 +184,13 @@ def test_a_full_queue_says_when_to_come_again(server: Running, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise QueueFullError("256 submitted requests wait, and no more may")
 
-    monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=SimpleNamespace(submit=full)))
+    handle = SimpleNamespace(submit=full, status=SimpleNamespace(waiting=256))
+    monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=handle))
+    monkeypatch.setattr(server.served.metrics.whole, "per_s", lambda: 10.0)
     for stream in (True, False):
         answer = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream}, headers=KEY)
         assert answer.status_code == 429
-        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["retry-after"] == "26"
         assert answer.json()["error"]["code"] == "queue_full"
     assert figure(server, 'autotune:admission_rejections_total{model_name="tiny"}') == before + 2
 
@@ -195,6 +217,7 @@ def test_a_deadline_gives_an_answer_up(slow: Running, monkeypatch: pytest.Monkey
     answer = httpx.post(f"{slow.url}/v1/completions", json=LONG, headers=KEY, timeout=30)
     assert answer.status_code == 408
     assert "the deadline of 0.5 s passed" in answer.json()["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
     with httpx.stream("POST", f"{slow.url}/v1/completions", json=LONG | {"stream": True}, headers=KEY) as late:
         events = [line for line in late.iter_lines() if line]
     assert late.status_code == 200  # it had begun
@@ -233,8 +256,40 @@ def test_ready_is_tuned_or_declared_untuned_and_tried_once(
     status = SimpleNamespace(state=state, detail="")
     model: Any = SimpleNamespace(autotune=SimpleNamespace(status=status))
     unused: Any = None
-    served = Service(model, "tiny", unused, unused, unused, unused, untuned=untuned, has_answered=answered)
+    answers: Any = SimpleNamespace(finished=int(answered))
+    served = Service(model, "tiny", unused, answers, unused, unused, untuned=untuned)
     assert served.unready() == said
+
+
+@pytest.mark.parametrize("rescue", ["its own request", "a client's"])
+def test_a_first_request_that_fails_is_told_and_tried_again(
+    rescue: str, server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served, body = server.served, LONG | {"max_tokens": 1}
+    monkeypatch.setattr(served.answers, "finished", 0)
+    monkeypatch.setattr(served, "failure", None)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    def waits() -> Iterator[float]:
+        for tries in (1, 2, 3):
+            assert served.unready() == "no request was answered yet; the server's own failed: RuntimeError: no memory"
+            if tries == 3:
+                broken.undo()
+            if tries == 3 and rescue == "a client's":
+                assert httpx.post(f"{server.url}/v1/completions", json=body, headers=KEY).status_code == 200
+                broken.setattr(served.answers, "model", None)  # a further try would fail
+            yield 0.0
+        yield pytest.fail("it went on")
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(served.answers, "model", SimpleNamespace(autotune=SimpleNamespace(submit=fail)))
+        asyncio.run(become_ready(served, waits()))
+    assert served.unready() is None
+    assert served.answers.finished == 1
+    assert "the server's own request failed" in caplog.text
+    assert "no memory" in caplog.text
 
 
 def test_a_server_that_is_not_ready_says_why(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,11 +330,58 @@ def test_the_end_waits_for_answers_under_way() -> None:
 
 
 def test_what_comes_while_it_ends_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.server._gate, "is_ending", True)
-    answer = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY)
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "ending"
+    ending = threading.Event()
+    ending.set()
+    monkeypatch.setattr(server.server._gate, "ending", ending)
+    monkeypatch.setattr(server.served, "ending", ending)
+    for route in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        answer = httpx.post(server.url + route, json=LONG, headers=KEY)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "ending"
     assert httpx.get(f"{server.url}/livez").status_code == 200
+    for route in ("/readyz", "/health"):
+        answer = httpx.get(server.url + route, headers=KEY)
+        assert (answer.status_code, answer.json()["ready"]) == (503, False)
+        assert answer.json()["reason"].startswith("draining: ")
+
+
+@pytest.mark.parametrize("route", ["/livez", "/readyz", "/health"])
+def test_a_probe_may_ask_for_the_head_alone(route: str, server: Running) -> None:
+    answer = httpx.head(server.url + route, headers=KEY)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("why", ["the time is up", "a second signal"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_is_cut_says_so(why: str, stream: bool) -> None:
+    """Until then, probes are answered, and further requests are refused."""
+    body, got = LONG | {"max_tokens": 90_000, "stream": stream}, list[httpx.Response]()
+    endless = tiny("llama", max_position_embeddings=100_000)
+    with running(endless) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        asking = threading.Thread(target=lambda: got.append(client.post("/v1/completions", json=body)))
+        asking.start()
+        until(lambda: server.served.answers.running == 1)
+        until(lambda: not stream or server.served.metrics.first.percentiles())
+        server.server.handle_exit(15, None)
+        for _ in range(3):  # uvicorn looks every 0.1 s
+            assert client.get("/readyz").json()["reason"].startswith("draining: ")
+            assert client.post("/v1/completions", json=body).status_code == 503
+            time.sleep(0.1)
+        if why == "a second signal":
+            server.server.handle_exit(15, None)
+        else:
+            server.server._until_s = 1e-9
+        asking.join(60)
+        until(lambda: refuses(server.url))
+    (answer,) = got
+    assert answer.status_code == (200 if stream else 503)
+    if stream:
+        *_, error, done = [line for line in answer.text.splitlines() if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "ending"
+        assert done == "data: [DONE]"
+    else:
+        assert answer.json()["error"]["code"] == "ending"
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

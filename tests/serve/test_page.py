@@ -27,6 +27,7 @@ from autotune.serve.metrics import MOST_RECENT, Metrics, Percentiles, Recent
 from autotune.serve.page.chapters import chapters
 from autotune.serve.page.view import reasons
 from autotune.serve.refusal import Refusal
+from autotune.serve.timing import AnswerTimes
 from autotune.serve.watching import MOST_LINES, Feed, Reading, TuningLine, TuningLog, figures, may
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import plan as plans
@@ -280,6 +281,7 @@ def test_percentiles_are_of_the_last_minute() -> None:
     for k in range(1, 101):
         recent.add(k / 1000)
     assert recent.percentiles() == Percentiles(0.051, 0.1)
+    assert recent.per_s() == 101 / 30.0
     now[0] = 61.0
     assert recent.percentiles() == Percentiles(0.05, 0.099)
     now[0] = 91.0
@@ -293,15 +295,13 @@ def test_the_page_counts_what_prometheus_counts() -> None:
     metrics = Metrics("tiny")
     metrics.token(0.2, first=True)
     metrics.token(0.01, first=False)
-    metrics.finished("stop", 5, 2, 0.3, 0.1)
-    for tokens in (128, 256, 128):  # the last one by another plan
-        metrics.reused(tokens)
-    assert b'autotune:prefix_cache_hits_total{model_name="tiny"} 384.0' in metrics.text(0, 0, True, "tuned", "")
+    metrics.finished("stop", 5, AnswerTimes(0.0, 0.1, 0.2, 0.3, 2))
+    metrics.unfinished("abort")
     metrics.rejections.inc()
     for route, status in (("/v1/completions", 200), ("/v1/completions", 429), ("/metrics", 401), ("/v1/models", 500)):
         metrics.answered(route, status)
     found = metrics.counts()
-    assert (found.tokens, found.answers, found.refused) == (2, {"stop": 1}, 1)
+    assert (found.tokens, found.answers, found.refused) == (2, {"stop": 1, "abort": 1}, 1)
     assert found.failed == {"4xx": 1, "5xx": 1}
     assert metrics.first.percentiles() == Percentiles(0.2, 0.2)
     assert metrics.next.percentiles() == Percentiles(0.01, 0.01)

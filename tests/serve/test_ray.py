@@ -19,6 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
+from autotune.errors import SettingsError
+from autotune.serve.rollout.decision import CanaryRules
+from examples.ray_serve import environment
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "ray_serve"
 
@@ -90,7 +94,8 @@ def test_a_canary_that_is_killed_under_load_loses_nothing_and_is_rolled_back(fou
 
 def variables() -> set[str]:
     """Names of the environment that the example reads."""
-    return set(re.findall(r'"(AUTOTUNE_[A-Z_]+)"', (EXAMPLE / "app.py").read_text())) | {"AUTOTUNE_CACHE_DIR"}
+    found = set(re.findall(r'"(AUTOTUNE_[A-Z_]+)"', (EXAMPLE / "environment.py").read_text()))
+    return found | {"AUTOTUNE_API_KEY", "AUTOTUNE_CACHE_DIR"}  # which autotune itself reads
 
 
 def test_the_manifest_names_what_is_there() -> None:
@@ -112,8 +117,50 @@ def test_the_manifest_names_what_is_there() -> None:
             assert {each["name"] for each in container.get("env", ())} <= variables()
             assert container["resources"]["requests"] == container["resources"]["limits"]
     worker = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
-    told = {each["name"]: each["value"] for each in worker["env"]}
+    told = {each["name"]: each.get("value") for each in worker["env"]}
     assert int(worker["resources"]["limits"]["cpu"]) % int(told["AUTOTUNE_CPUS"]) == 0
+    key = next(each for each in worker["env"] if each["name"] == "AUTOTUNE_API_KEY")
+    assert "value" not in key
+    assert set(key["valueFrom"]["secretKeyRef"]) == {"name", "key"}  # not optional: without it no pod begins
+
+
+def test_a_replica_is_set_up_by_its_environment() -> None:
+    given = {
+        "AUTOTUNE_MODEL": "some/model",
+        "AUTOTUNE_NAME": "chat",
+        "AUTOTUNE_POLICY": "none",
+        "AUTOTUNE_API_KEY": "key-1",
+        "AUTOTUNE_DEADLINE": "2.5",
+        "AUTOTUNE_MAX_PROMPT": "100",
+        "AUTOTUNE_LOG_LEVEL": "warning",
+        "AUTOTUNE_CANARY": '{"slower": 0.3}',
+        "AUTOTUNE_CPUS": "3",
+        "AUTOTUNE_REPLICAS": "2:8",
+    }
+    assert set(given) | {"AUTOTUNE_CACHE_DIR"} == variables()
+    found = environment.settings(given)
+    assert (found.model, found.name, found.policy, found.keys) == ("some/model", "chat", None, ("key-1",))
+    assert (found.deadline_s, found.longest, found.log_level) == (2.5, 100, "warning")
+    assert found.rollout == CanaryRules(slower=0.3)
+    assert (environment.cpus(given), environment.replicas(given)) == (3, (2, 8))
+    plain = environment.settings({"AUTOTUNE_MODEL": "some/model"})
+    assert (plain.keys, plain.log_level, plain.deadline_s, plain.rollout) == ((), "info", None, CanaryRules())
+    assert plain.policy is not None
+
+
+@pytest.mark.parametrize(("name", "value"), [("AUTOTUNE_API_KEY", ""), ("AUTOTUNE_LOG_LEVEL", "loud")])
+def test_a_replica_with_an_odd_environment_does_not_begin(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        environment.settings({"AUTOTUNE_MODEL": "some/model", name: value})
+
+
+def test_the_app_takes_all_its_settings_from_there() -> None:
+    tree = ast.parse((EXAMPLE / "app.py").read_text())
+    calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert "environment.settings(os.environ)" in calls
+    assert "prepared(settings)" in calls
+    assert "logs.install(settings.log_level, 'autotune')" in calls
+    assert not re.findall(r"environ\.get|Settings\(", (EXAMPLE / "app.py").read_text())
 
 
 def test_the_container_file_copies_and_installs_what_is_there() -> None:

@@ -22,6 +22,7 @@ from ...errors import CancelledRequestError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from .joined import Joined, Prefilled, count, is_exact
+from .load import EngineLoad
 from .prefill import Prefill
 from .prefixes import Prefixes
 from .request import Request
@@ -103,9 +104,12 @@ class Engine:
         return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}{shared}{again}"
 
     @property
-    def waiting(self) -> int:
-        """How many requests wait for a row."""
-        return len(self._waiting)
+    def load(self) -> EngineLoad:
+        """What it has to do now, and what it has done so far."""
+        found, sequences = self.prefixes, self.sequences
+        return EngineLoad(
+            len(self._waiting), sequences.usage, found.tokens_queried, found.tokens_found, dict(sequences.together)
+        )
 
     # In the callers' threads
 
@@ -304,6 +308,7 @@ class Engine:
             chosen = order[:several]
             for request in chosen:
                 self._waiting.remove(request)
+                request.terms.begun_s = time.monotonic()
         self.counts["requests"] += len(chosen)
         return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
 

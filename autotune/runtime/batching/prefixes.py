@@ -26,12 +26,14 @@ class Prefixes:
         most_bytes: keys and values that are kept at most.
 
     Attributes:
-        tokens_found: tokens of prompts that were found and not computed.
+        tokens_queried: tokens of prompts that were looked up.
+        tokens_found: those of them that were found and not computed.
     """
 
     def __init__(self, part: int, most_bytes: float = MOST_BYTES) -> None:
         self.part = part
         self.most_bytes = most_bytes
+        self.tokens_queried = 0
         self.tokens_found = 0
         self._kept: OrderedDict[Beginning, list[Any]] = OrderedDict()  # the keys and values of the last part alone
         self._bytes = 0
@@ -52,6 +54,7 @@ class Prefixes:
         for pairs in found:
             for layer, (keys, values) in enumerate(pairs):
                 cache.update(keys, values, layer)
+        self.tokens_queried += len(prompt)
         self.tokens_found += len(found) * self.part
         return len(found) * self.part
 

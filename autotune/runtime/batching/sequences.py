@@ -44,11 +44,13 @@ class Sequences:
 
     Attributes:
         rows: the request of each row; None where a row is free.
+        together: number of sequences -> steps that decoded so many.
     """
 
     def __init__(self, variant: Variant, most: int, counts: Counter[str]) -> None:
         self.variant = variant
         self.counts = counts
+        self.together: Counter[int] = Counter()
         self.rows: list[Request | None] = [None] * most
         self._evicted = list[_Evicted]()
         self._cache: RowCache | None = None
@@ -66,6 +68,12 @@ class Sequences:
     def used(self) -> int:
         """Number of sequences that a step decodes."""
         return len(self.rows) - self.free
+
+    @property
+    def usage(self) -> float:
+        """Share of the slots of all rows that hold tokens."""
+        cache = self._cache
+        return sum(cache.lengths) / cache.valid.numel() if cache is not None else 0.0
 
     def requests(self) -> list[Request]:
         """All requests under way."""
@@ -176,6 +184,7 @@ class Sequences:
             logits = self._plain(self._token[:size], cache.slot[:size, None])
             cache.step_done()
         self.counts["tokens"] += self.used
+        self.together[self.used] += 1
         return logits
 
     def _plain(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

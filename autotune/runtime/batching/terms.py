@@ -23,6 +23,7 @@ class RequestTerms:
         seed: draws its tokens where they are sampled; None means that the process's random numbers do.
         arrived_s: when it came, by `time.monotonic`.
         cancelled: whether the caller has cancelled it.
+        begun_s: when its prompt began to be computed, by `time.monotonic`; None: not yet.
     """
 
     priority: int = 0
@@ -30,6 +31,7 @@ class RequestTerms:
     seed: int | None = None
     arrived_s: float = field(default_factory=time.monotonic)
     cancelled: bool = False
+    begun_s: float | None = None
 
     @property
     def order(self) -> float:

@@ -1,0 +1,190 @@
+"""The options of `autotune serve`: what they come to, and which exclude each other."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+
+from autotune.cli import main, parser
+from autotune.cli.serve import settings_of
+from autotune.errors import SettingsError, UnsupportedModelError
+from autotune.model import load as loading
+from autotune.serve import run
+from autotune.serve.refusal import retry_after
+from autotune.serve.run import Settings, check_certificate, use_template
+from tests.models import tiny, tiny_tokenizer
+from tests.serve.servers import running
+
+USAGE = 4
+
+
+def found(*arguments: str, **environment: str) -> Settings:
+    return settings_of(parser().parse_args(["serve", "some/model", *arguments]), environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        ([], "name", None),
+        (["--name", "a"], "name", "a"),
+        (["--served-model-name", "a", "--served-model-name", "b"], "aliases", ["b"]),
+        (["--queue", "3"], "most_waiting", 3),
+        ([], "most_waiting", None),
+        (["--deadline", "0.5"], "deadline_s", 0.5),
+        (["--deadline", "30"], "deadline_s", 30.0),
+        (["--dtype", "bfloat16"], "dtype", torch.bfloat16),
+        ([], "dtype", None),
+        (["--revision", "v2"], "revision", "v2"),
+        ([], "keep_alive_s", 75),
+        (["--keep-alive", "5"], "keep_alive_s", 5),
+        (["--log-level", "error"], "log_level", "error"),
+        (["--untuned"], "policy", None),
+        (["--ssl-certfile", "c", "--ssl-keyfile", "k"], "tls", (Path("c"), Path("k"))),
+        (["--ssl-certfile", "c"], "tls", (Path("c"), None)),
+        ([], "tls", None),
+    ],
+)
+def test_what_an_option_comes_to(arguments: list[str], name: str, value: Any) -> None:
+    assert getattr(found(*arguments), name) == value
+
+
+def test_a_policy_is_chosen_unless_nothing_is_tried() -> None:
+    assert found().policy.name == found("--tune").policy.name == "throughput"
+    assert found("--tune", "--policy", "latency").policy.name == "latency"
+    assert found("--max-body", "1000").limits.body_bytes == 1000
+    assert found().limits.body_bytes == 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--untuned", "--policy", "latency"], {}, "--policy and --untuned exclude each other"),
+        (["--untuned", "--tune"], {}, "not allowed with argument"),
+        (["--ssl-keyfile", "k"], {}, "--ssl-keyfile needs --ssl-certfile"),
+        (["--ssl-certfile", "no/such/file"], {}, "the certificate no/such/file cannot be used"),
+        (["--chat-template", "no/such/file"], {}, "--chat-template no/such/file cannot be read"),
+        (["--deadline", "0"], {}, "seconds above 0"),
+        (["--deadline", "nan"], {}, "seconds above 0"),
+        (["--queue", "0"], {}, "1 to 256"),
+        (["--queue", "257"], {}, "1 to 256"),
+        (["--dtype", "int8"], {}, "invalid choice"),
+        (["--log-level", "loud"], {}, "invalid choice"),
+        ([], {"WORLD_SIZE": "2"}, "WORLD_SIZE is 2"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_anything_is_loaded(
+    arguments: list[str],
+    environment: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        code: Any = main(["serve", "some/model", "--port", "0", *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_one_rank_serves() -> None:
+    assert found(WORLD_SIZE="1").model == "some/model"
+
+
+def test_a_revision_reaches_the_hub_and_only_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[dict[str, Any]]()
+
+    def config(where: str, options: dict[str, Any]) -> Any:
+        asked.append(options)
+        raise UnsupportedModelError("enough")
+
+    monkeypatch.setattr(loading, "_config", config)
+    monkeypatch.setattr(loading, "_offline", lambda: True)
+    for revision in ("v2", None):
+        with pytest.raises(UnsupportedModelError, match="enough"):
+            loading.load("some/model", revision=revision)
+    assert [options.get("revision") for options in asked] == ["v2", None]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="has no revisions"):
+        loading.load(tmp_path, revision="v2")
+
+
+def test_a_chat_template_is_tried_before_it_is_used() -> None:
+    tokenizer = tiny_tokenizer()
+    use_template(tokenizer, "{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "y"}], tokenize=False) == "<y>"
+    for wrong in ("{% for %}", "{{ raise_exception('no') }}", "{{ messages.nothing.at.all }}"):
+        with pytest.raises(SettingsError, match="the chat template cannot render a message"):
+            use_template(tiny_tokenizer(), wrong)
+
+
+def test_options_reach_the_model_and_the_server(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "tiny-0.5B")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny-0.5B")
+    (tmp_path / "template").write_text("{% for m in messages %}({{ m.content }}){% endfor %}")
+    arguments = ["--untuned", "--dtype", "float16", "--chat-template", str(tmp_path / "template"), "--queue", "3"]
+    args = parser().parse_args(["serve", str(tmp_path / "tiny-0.5B"), *arguments, "--max-body", "99", "--name", "a"])
+    served = run.prepared(settings_of(args, {}))
+    assert served.model.dtype == torch.float16
+    assert served.prompts.tokenizer.chat_template.startswith("{% for m in messages %}(")
+    assert (served.answers.most_waiting, served.limits.body_bytes, served.name) == (3, 99, "a")
+    assert served.knows(str(tmp_path / "tiny-0.5B"))
+    served.model.autotune.unwrap()
+
+
+def test_a_queue_that_is_full_is_a_429() -> None:
+    with running(most_waiting=1) as server:
+        body = {"prompt": "hi", "max_tokens": 1}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+        server.served.answers.most_waiting = 0
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+
+
+@pytest.mark.parametrize(
+    ("waiting", "per_s", "expected"), [(0, 0.0, 60), (0, 2.0, 1), (9, 2.0, 5), (256, 10.0, 26), (256, 0.1, 60)]
+)
+def test_a_refused_request_may_come_again_when_those_before_it_are_answered(
+    waiting: int, per_s: float, expected: int
+) -> None:
+    assert retry_after(waiting, per_s) == {"Retry-After": str(expected)}
+
+
+def test_openai_s_client_does_not_repeat_what_missed_its_deadline() -> None:
+    with running() as server:
+        server.served.answers.deadline_s = 1e-6
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client,
+            pytest.raises(openai.APIStatusError) as raised,
+        ):
+            client.completions.create(model="tiny", prompt="hi", max_tokens=20)
+        assert raised.value.status_code == 408
+        line = 'autotune:http_requests_total{route="/v1/completions",status="408"} 1.0'
+        assert line in httpx.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    check_certificate(certificate, key)
+    with pytest.raises(SettingsError, match=str(certificate)):
+        check_certificate(certificate, None)
+    known = ssl.create_default_context(cafile=str(certificate))
+    known.check_hostname = False
+    with running(tls=(certificate, key)) as server:
+        assert httpx.get(server.url.replace("http", "https") + "/livez", verify=known).text == "ok"
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{server.url}/livez")
