@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ALL = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+SERVER = "http://127.0.0.1:8000"  # code that names it is run beside a server: tests/serve/test_documents.py
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model of the documents' code
 
 QUICK = """
@@ -78,6 +79,6 @@ def run(path: str, monkeypatch: pytest.MonkeyPatch, folder: Path, tokenizer: Pre
     monkeypatch.setenv("AUTOTUNE_POLICY_DIR", str(folder / "policies"))
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": "readme"}  # whose warnings are errors; see pyproject.toml
-    for number, block in enumerate(blocks(read(path))):
+    for number, block in enumerate(each for each in blocks(read(path)) if SERVER not in each):
         exec(compile(block, f"{path}, python block {number}", "exec"), names)
     return names

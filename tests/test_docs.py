@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SLOW = {"guide"}  # it tunes
-ELSEWHERE = {"serving"}  # its code needs a server: tests/serve/test_openai.py
+ELSEWHERE = {"serving"}  # its code needs a server: tests/serve/test_documents.py
 WITH_CODE = [
     page.stem
     for page in documents.PAGES

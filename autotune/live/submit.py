@@ -248,10 +248,10 @@ class Submissions:
         """Enclose the generation of a request: wait until it is the next one, and one may begin."""
         try:
             with self._changed:
-                while not self._is_next(request):
-                    if error := request.violated():
-                        raise error
+                while (error := request.violated()) is None and not self._is_next(request):
                     self._changed.wait(WAKE_S)
+                if error is not None:
+                    raise error
                 self._running += 1
                 request.terms.begun_s = time.monotonic()  # an engine that has it wait once more says so
         finally:

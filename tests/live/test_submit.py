@@ -201,6 +201,28 @@ def test_what_is_no_prompt_is_refused(given: Any, options: dict[str, Any], said:
         submissions.submit(given, RequestTerms(), options)
 
 
+def test_a_request_that_is_cancelled_while_it_waits_is_not_computed() -> None:
+    held, computed = Held(), list[int]()
+    submissions = submit.Submissions(tiny("llama"), lambda: 1)
+    options = {"max_new_tokens": 2, "pad_token_id": PAD}
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        computed.append(ids.shape[1])
+        return scores
+
+    first = submissions.submit(PROMPTS[0], RequestTerms(), {**options, "logits_processor": [held]})
+    assert held.started.wait(60)
+    others = [submissions.submit(PROMPTS[1], RequestTerms(), {**options, "logits_processor": [note]}) for _ in range(3)]
+    for request in others:
+        request.cancel()
+    held.go_on.set()
+    first.result(60)
+    for request in others:
+        with pytest.raises(CancelledRequestError):
+            request.result(60)
+    assert not computed
+
+
 def test_what_generate_raises_comes_out(model: Any) -> None:
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.autotune.submit(PROMPTS[0], max_new_tokens=-1).result(30)

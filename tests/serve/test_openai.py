@@ -12,7 +12,6 @@ import openai
 import pytest
 import torch
 
-from tests import documents
 from tests.models import token_prompts
 from tests.serve.servers import Running, running, until
 
@@ -235,12 +234,6 @@ def test_texts_and_tokens_there_and_back(server: Running) -> None:
     assert httpx.post(f"{server.url}/tokenize", json=chat).json()["count"] == len("[user]x>")
     assert httpx.post(f"{server.url}/tokenize", json={}).status_code == 400
     assert httpx.post(f"{server.url}/detokenize", json={"tokens": [300]}).status_code == 400
-
-
-def test_the_code_of_the_documents_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = documents.blocks(documents.read("docs/serving.md"))
-    exec(code.replace("http://127.0.0.1:8000", server.url), {})
-    assert capsys.readouterr().out
 
 
 def test_many_asynchronous_clients_get_their_own_answers(server: Running) -> None:

@@ -1,0 +1,117 @@
+"""Thousands of connections that hang, send half a request or never read, beside clients who are served."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from autotune.serve import connection
+from autotune.serve.gate import HttpLimits
+from tests.serve.engines import PROMPTS, address, ask, busy, counted, needs_kernels, post, text, together
+from tests.serve.servers import Running, until
+
+MOST = 9000
+SPARE = 1000  # files that this process needs beside both ends of the connections
+EACH_BYTES = 64 * 2**10  # of memory for a connection that hangs, generously; a half body takes 4 MiB at most
+AT_ONCE = 500
+ANSWER = 2000  # tokens; as events they are more than what small sockets hold
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+HALVES = (b"", HEAD, HEAD + b"Content-Length: 100\r\n\r\n{", b"GET /livez HT")
+RESET = struct.pack("ii", 1, 0)  # closing sends a reset
+
+
+@pytest.fixture
+def files() -> Iterator[int]:
+    """As many files as this process may have; returns how many connections those are, both ends of them here."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    allowed = before[1] if before[1] != resource.RLIM_INFINITY else 2 * MOST + SPARE
+    yield min(MOST, (allowed - SPARE) // 2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def memory() -> int:
+    """Bytes of this process in memory."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def deaf(server: Running, prompt: list[int]) -> socket.socket:
+    """A client that asks for a long stream and never reads it."""
+    for listening in server.server.servers[0].sockets:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # which connections inherit
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(address(server))
+    body = json.dumps(ask(prompt, ANSWER, stream=True, logprobs=5)).encode()
+    kind = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    client.sendall(HEAD + kind + body)
+    return client
+
+
+@contextmanager
+def hanging(server: Running, count: int, stream: Iterator[None]) -> Iterator[None]:
+    """So many connections at once, in each of `HALVES`; every tenth has vanished. `stream` advances between them."""
+    with ExitStack() as held:
+        for number in range(count):
+            client = held.enter_context(socket.create_connection(address(server)))
+            client.sendall(HALVES[number % len(HALVES)])
+            if number % 10 == 9:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                client.close()
+            if number % AT_ONCE == AT_ONCE - 1:
+                next(stream)
+        yield
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_up_to_9000_connections_held_at_once_stop_no_stream_and_take_little_memory(
+    files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 900.0)  # nothing is closed while it is held
+    with together(limits=HttpLimits(body_s=900.0)) as server, ExitStack() as closing:
+        connections = server.server.server_state.connections
+        expected = text(post(server, PROMPTS[0], ANSWER))
+        before, peaks = memory(), list[int]()
+        with counted(server) as turns:
+            stream = turns.client(PROMPTS[0], ANSWER)
+            silent = [closing.enter_context(deaf(server, prompt)) for prompt in PROMPTS[1:3]]
+            until(lambda: server.served.answers.running == 3)
+            turns.take(5)
+
+            def advance() -> Iterator[None]:
+                while True:
+                    turns.take(5)
+                    stream.read(5)
+                    yield
+
+            going = advance()
+            for _ in range(2):
+                with hanging(server, files, going):
+                    until(lambda: len(connections) >= 0.9 * files)
+                    peaks.append(memory())
+                    next(going)
+                    assert httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200
+                until(lambda: len(connections) <= 1 + len(silent))
+            turns.open()
+            assert stream.rest() == expected
+            until(lambda: not busy(server) and not server.served.answers.running)  # who does not read holds no row,
+            unread = [each for each in connections if each.cycle and not each.cycle.response_complete]
+            assert len(unread) == len(silent)  # though its answer still waits to be sent, and nobody up
+            assert text(post(server, PROMPTS[0], ANSWER)) == expected
+            for client in silent:
+                client.close()
+        until(lambda: not connections)
+        assert files >= 1000, "the limit of open files is too low to show anything"
+        assert peaks[0] - before < files * EACH_BYTES
+        assert peaks[1] - peaks[0] < 60 * 2**20
