@@ -46,7 +46,7 @@ def engine_of(server: Running) -> Engine:
 def busy(server: Running) -> int:
     """How many sequences have a row or wait for one."""
     variant = server.model.autotune.active
-    return variant.loop.engine.sequences.used + variant.loop.waiting if variant else 0
+    return variant.loop.engine.sequences.used + variant.loop.engine.load.waiting if variant else 0
 
 
 class Turns:

@@ -52,7 +52,7 @@ def used(server: Running) -> int:
 
 
 def waiting(server: Running) -> int:
-    return engine_of(server).waiting
+    return engine_of(server).load.waiting
 
 
 def running(server: Running) -> int:

@@ -30,7 +30,7 @@ from autotune.serve.prompts import Prompts
 whole = Prompts.of_completion
 
 def broken(prompts, body):
-    if body.prompt != "break":
+    if body.prompt != ["break"]:
         return whole(prompts, body)
     warnings.warn("autotune: something odd", RuntimeWarning)
     thread = threading.Thread(target=lambda: 1 / 0)

@@ -28,18 +28,18 @@ NAMED = {str(dtype): dtype for dtype in DTYPES}
 Inputs = list[list[Any]]  # shape, strides and dtype of each input, as JSON gives them back
 
 
-class Steps(Protocol):
+class KeptSteps(Protocol):
     """Lowered steps that are kept."""
 
     def find(self, module: nn.Module, inputs: Inputs) -> Lowered | None:
         """The step of a module for such inputs, or None."""
 
 
-KEPT: ContextVar[Steps | None] = ContextVar("kept", default=None)
+KEPT: ContextVar[KeptSteps | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
-def reusing(steps: Steps | None) -> Iterator[None]:
+def reusing(steps: KeptSteps | None) -> Iterator[None]:
     """Within this context, `StepPrograms` are made that look here before they record a step."""
     token = KEPT.set(steps)
     try:

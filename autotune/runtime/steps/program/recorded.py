@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ...cache.rows import RowCache
     from ...cache.slots import SlotCache
     from ..step import Step
-    from .kept import Steps
+    from .kept import KeptSteps
 
 
 class _Bound(NamedTuple):
@@ -52,7 +52,7 @@ class RecordedStep:
     """
 
     def __init__(
-        self, module: PreTrainedModel, cache: SlotCache, kept: Steps | None = None, *, is_shared: bool = False
+        self, module: PreTrainedModel, cache: SlotCache, kept: KeptSteps | None = None, *, is_shared: bool = False
     ) -> None:
         rows = cache.shape[0]
         shared = range(INPUTS, INPUTS + len(cache.keys) + len(cache.values)) if is_shared else ()
@@ -117,7 +117,7 @@ class TokensOfOne(RecordedStep):
         kept: where the step may be found instead of being recorded, or None.
     """
 
-    def __init__(self, module: PreTrainedModel, cache: RowCache, kept: Steps | None = None) -> None:
+    def __init__(self, module: PreTrainedModel, cache: RowCache, kept: KeptSteps | None = None) -> None:
         super().__init__(module, cache, kept, is_shared=True)
         with torch.inference_mode(False):
             self.slot, self.valid = torch.zeros_like(cache.slot), torch.zeros_like(cache.valid)
