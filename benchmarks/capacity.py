@@ -74,7 +74,7 @@ def main() -> int:
         found = simulate(costs, USAGE, callers)
         expected_s = found.percentile("tpot_s", 50)
         off, tpot_off = found.tokens_per_s / rate - 1, expected_s / tpot_s - 1
-        worst = max(worst, abs(off))
+        worst = max(worst, abs(off), abs(tpot_off))
         cells = [f"{callers}", f"{found.tokens_per_s:.0f}", f"{rate:.0f}", f"{off:+.0%}", f"{1e3 * expected_s:.1f}"]
         print("| " + " | ".join([*cells, f"{1e3 * tpot_s:.1f}", f"{tpot_off:+.0%}"]) + " |", flush=True)
     return 0 if worst <= ALLOWED else 1

@@ -10,7 +10,7 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,33 +94,25 @@ class Experience:
 
 
 def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
-    """The costs of a replica, from the record of its report.
-
-    Reading costs what the engine took for new prompts. The callers that were measured asked for the same prompts again,
-    which are read faster: so many of them who ask without a pause take, for one request of each, the reading of all
-    their prompts, as a caller who was alone waited for it, and as many steps as an answer has tokens.
+    """The costs of a replica, from the record of its report: what the engine took for new prompts, and for its steps.
 
     Raises:
-        CapacityError: callers were not measured, or by a version that did not time new prompts.
+        CapacityError: callers were not measured, or by a version that did not time new prompts or steps.
     """
     found = record.get("callers") or {}
-    points: Sequence[Mapping[str, Any]] = found.get("points") or ()
-    reads = found.get("reads_ms") or {}
-    if not points or not found.get("new_tokens") or len(reads) < 2:
+    reads, steps = (_seconds(found.get(name) or {}) for name in ("reads_ms", "steps_ms"))
+    if len(reads) < 2 or 1 not in steps:
         raise CapacityError(
             "the report does not say what several callers cost: tune with a policy that decodes callers together "
             "(--policy throughput), with this version of autotune"
         )
-    if not found["accepted"]:
-        points = points[:1]  # the plan serves one caller at a time
-    alone, tokens = points[0], found["new_tokens"]
-    again_s = alone["ttft_ms"] / 1e3 / alone["prompt_tokens"]
-    steps = {}
-    for point in points:
-        callers = point["callers"]
-        round_s = callers * tokens / point["tokens_per_s"]
-        steps[callers] = max(1e-6, (round_s - callers * point["prompt_tokens"] * again_s) / tokens)
-    return ReplicaCosts({int(tokens): ms / 1e3 for tokens, ms in reads.items()}, steps)
+    most = found["rows"] if found["accepted"] else 1  # else the plan serves one caller at a time
+    return ReplicaCosts(reads, {rows: step_s for rows, step_s in steps.items() if rows <= most})
+
+
+def _seconds(found: Mapping[str, float]) -> dict[int, float]:
+    """Milliseconds by numbers as texts -> seconds by the numbers, ascending."""
+    return {number: found[str(number)] / 1e3 for number in sorted(map(int, found))}
 
 
 def elsewhere(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

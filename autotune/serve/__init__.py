@@ -1,6 +1,9 @@
 """An HTTP server with OpenAI's interface over one wrapped model: `autotune serve MODEL`.
 
-    schema      the bodies of requests; an unknown field is refused by name
+    fields      what bodies are made of: null is left out, an unknown field is refused by name
+    forms       the forms that an answer may be held to
+    schema      the bodies of requests
+    validation  what is wrong with a body, in a sentence with the field's name
     prompts     a body's prompt as token ids, and the room that is left for an answer
     sampling    a body's sampling parameters as options of generate
     detokenise  tokens to text, piece by piece: no half characters, no stop strings
@@ -16,6 +19,7 @@
     rollout     a new plan on many replicas: one serves its share with it, then all do, or none
     keys        API keys: where they come from, and which can be used
     gate        what every request passes: keys, limits of size and time, ids, counting
+    openapi     the interface as a schema, with answers and errors
     app         the routes
     connection  one client's connection, which has to say what it wants in time
     run         loads and tunes the model, serves, drains

@@ -18,6 +18,7 @@ import torch
 from ..errors import AutotuneError
 from ..machine import intraop, outside
 from ..model import route
+from ..runtime.batching.load import EngineLoad
 from ..runtime.batching.rows import sizes
 from ..runtime.variant import Variant, divided, serving
 from ..transforms.continuous_batching import ContinuousBatching, bytes_per_row
@@ -86,6 +87,7 @@ class Sharing:
         long_prompt: tokens of that prompt.
         new_tokens: of each answer; 0: unknown.
         reads_s: tokens of a prompt that shares nothing with an earlier one -> seconds to its first token, alone.
+        steps_s: number of sequences -> mean seconds of a step that decodes so many.
     """
 
     reason: str
@@ -97,6 +99,7 @@ class Sharing:
     long_prompt: int = 0
     new_tokens: int = 0
     reads_s: Mapping[int, float] = field(default_factory=dict)
+    steps_s: Mapping[int, float] = field(default_factory=dict)
 
     def ratios(self, point: CallersPoint) -> list[float]:
         """Tokens per second of a point, divided by those of one caller at a time, by round."""
@@ -166,6 +169,17 @@ def measure(
     return (shared if found.rows else winner), found
 
 
+def step_times(before: EngineLoad, after: EngineLoad, numbers: Sequence[int]) -> dict[int, float]:
+    """Mean seconds of the steps between two moments, by how many sequences they decoded.
+
+    Args:
+        numbers: of sequences that are asked for. One that no step decoded is left out.
+    """
+    counts = {n: after.steps.get(n, 0) - before.steps.get(n, 0) for n in numbers}
+    spent_s = {n: after.stepped_s.get(n, 0.0) - before.stepped_s.get(n, 0.0) for n in numbers}
+    return {n: spent_s[n] / count for n, count in counts.items() if count}
+
+
 @contextmanager
 def _unqueued(variant: Variant) -> Iterator[None]:
     """Let calls of a variant run at once. The thread that measures holds live requests back for all of them."""
@@ -209,6 +223,7 @@ class _Clock:
 class _Measurement:
     def __init__(self, winner: Variant, shared: Variant, bench: CallersBench, clock: Callable[[], float]) -> None:
         self.alone, self.together = (route.greedy(serving(v), bench.pad) for v in (winner, shared))
+        self.shared = shared
         self.bench = bench
         self.clock = clock
         self.prompts = bench.workload.prompts
@@ -230,7 +245,7 @@ class _Measurement:
             )
         for number in numbers[1:]:
             self._rate(self.together, number, number)  # the first calls make slots
-        alone = list[float]()
+        alone, before = list[float](), self.shared.load
         rates: dict[int, list[float]] = {number: [] for number in numbers}
         answered: dict[int, list[_Answer]] = {number: [] for number in numbers}
         for _ in range(ROUNDS):
@@ -239,6 +254,7 @@ class _Measurement:
                 rate, answers = self._rate(self.together, number, max(number, ALONE))
                 rates[number].append(rate)
                 answered[number] += answers
+        after = self.shared.load
         points = tuple(
             CallersPoint(
                 n,
@@ -251,7 +267,18 @@ class _Measurement:
         )
         gap_s, long_prompt = self._longest_gap(min(4, most - 1))
         reads_s = {tokens: self._read_s(tokens) for tokens in READS if tokens < self.slots}
-        measured = Sharing("", 0, tuple(alone), points, self.differing, gap_s, long_prompt, self.tokens, reads_s)
+        measured = Sharing(
+            "",
+            0,
+            tuple(alone),
+            points,
+            self.differing,
+            gap_s,
+            long_prompt,
+            self.tokens,
+            reads_s,
+            step_times(before, after, numbers),
+        )
         rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)
         way = "decoded together" if rows else "served one at a time"
         return replace(measured, reason=f"callers are {way}: {reason}", rows=rows)

@@ -310,6 +310,7 @@ def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
         "long_prompt": sharing.long_prompt,
         "new_tokens": sharing.new_tokens,
         "reads_ms": {str(tokens): 1e3 * seconds for tokens, seconds in sharing.reads_s.items()},
+        "steps_ms": {str(rows): 1e3 * seconds for rows, seconds in sharing.steps_s.items()},
     }
 
 

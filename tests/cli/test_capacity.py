@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autotune.cli import main
-from tests.report.test_capacity import COSTS, measured, record
+from tests.report.test_capacity import STEPS, record
 from tests.report.test_report import ORIGINAL
 
 SLOWER = {"change": "shorter prompts", "speedups": {"ttft": 0.5}, "because": "it is", "assumes": "nothing"}
@@ -20,13 +20,22 @@ FASTER = {"change": "ACME T9", "speedups": {"ttft": 4.0, "tpot": 2.0}, "because"
 def file(tmp_path: Path) -> Path:
     from autotune.tune.record import report_of
 
-    given = record(*(measured(COSTS, n) for n in (1, 4, 16)))
+    given = record(STEPS)
     told: dict[str, Any] = report_of(ORIGINAL).to_dict()
     told |= {"callers": given["callers"], "advice": [SLOWER, FASTER]}
-    told["callers"] |= {"reason": "decoded together", "rows": 16, "differing": 0, "gap_ms": None, "long_prompt": 0}
-    told["callers"]["alone_tokens_per_s"] = 100.0
-    for point in told["callers"]["points"]:
-        point |= {"ratio": 2.0, "ratio_low": 1.9, "ratio_high": 2.1, "tpot_ms": 9.0}
+    told["callers"] |= {
+        "reason": "decoded together",
+        "differing": 0,
+        "gap_ms": None,
+        "long_prompt": 0,
+        "new_tokens": 24,
+    }
+    figures = {"tokens_per_s": 80.0, "ttft_ms": 9.0, "tpot_ms": 9.0, "ratio": 2.0, "ratio_low": 1.9, "ratio_high": 2.1}
+    told["callers"] |= {
+        "new_tokens": 24,
+        "alone_tokens_per_s": 40.0,
+        "points": [{"callers": n} | figures for n in (1, 4, 16)],
+    }
     path = tmp_path / "report.json"
     path.write_text(json.dumps(told))
     return path

@@ -12,27 +12,21 @@ from autotune.report.capacity import ReplicaCosts, Usage, costs_of, most_users, 
 COSTS = ReplicaCosts({32: 0.032, 128: 0.128}, {1: 0.010, 4: 0.016, 16: 0.040})
 
 
-def record(*points: tuple[int, float, float], accepted: bool = True, tokens: int = 24) -> dict[str, Any]:
-    """A report's record with (callers, tokens per second, TTFT in ms), all with prompts of 100 tokens."""
-    told = [{"callers": n, "tokens_per_s": rate, "ttft_ms": ttft, "prompt_tokens": 100.0} for n, rate, ttft in points]
-    reads = {"32": 70.0, "128": 262.0}  # of new prompts
-    return {"callers": {"points": told, "accepted": accepted, "new_tokens": tokens, "reads_ms": reads}}
+def record(steps: dict[str, float], accepted: bool = True) -> dict[str, Any]:
+    """A report's record with milliseconds of steps by the answers that they decode."""
+    reads = {"128": 262.0, "32": 70.0}  # of new prompts
+    return {"callers": {"accepted": accepted, "rows": 16, "reads_ms": reads, "steps_ms": steps}}
 
 
-def measured(costs: ReplicaCosts, callers: int, prompt: int = 100, tokens: int = 24) -> tuple[int, float, float]:
-    """What so many callers who ask without a pause would be measured at."""
-    round_s = callers * costs.read_s(prompt) + tokens * costs.step_s(callers)
-    return callers, callers * tokens / round_s, 1e3 * costs.read_s(prompt)
-
-
-UNREAD = record((1, 9.0, 9.0))
-UNREAD["callers"]["reads_ms"] = {}  # written by an earlier version
+STEPS = {"16": 40.0, "1": 10.0, "4": 16.0}
+UNREAD, UNSTEPPED = record(STEPS), record({})  # written by earlier versions
+UNREAD["callers"]["reads_ms"] = {}
 
 
 def test_costs_are_those_that_were_measured() -> None:
-    found = costs_of(record(*(measured(COSTS, callers) for callers in (1, 4, 16))))
+    found = costs_of(record(STEPS))
     assert [found.read_s(tokens) for tokens in (1, 32, 80, 128)] == pytest.approx([0.008, 0.070, 0.166, 0.262])
-    assert dict(found.steps_s) == pytest.approx(COSTS.steps_s)
+    assert (list(found.steps_s), list(found.steps_s.values())) == ([1, 4, 16], pytest.approx([0.01, 0.016, 0.04]))
     assert (found.rows, found.step_s(10)) == (16, pytest.approx(0.028))
 
 
@@ -42,13 +36,12 @@ def test_another_machine_is_so_many_times_as_fast() -> None:
 
 
 def test_a_plan_that_serves_one_at_a_time_has_one_row() -> None:
-    found = costs_of(record(*(measured(COSTS, callers) for callers in (1, 4)), accepted=False))
-    assert found.rows == 1
+    assert costs_of(record(STEPS, accepted=False)).rows == 1
 
 
 @pytest.mark.parametrize(
     "told",
-    [{}, {"callers": None}, {"callers": {"points": [], "new_tokens": 24}}, record((1, 9.0, 9.0), tokens=0), UNREAD],
+    [{}, {"callers": None}, {"callers": {"points": []}}, UNREAD, UNSTEPPED],
 )
 def test_a_report_without_callers_says_what_to_do(told: dict[str, Any]) -> None:
     with pytest.raises(capacity.CapacityError, match="--policy throughput"):

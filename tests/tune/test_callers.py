@@ -10,6 +10,7 @@ import pytest
 
 from autotune.machine.hardware import Hardware
 from autotune.runtime import kernels
+from autotune.runtime.batching.load import EngineLoad
 from autotune.runtime.batching.rows import sizes
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
@@ -17,7 +18,7 @@ from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import callers, policy
-from autotune.tune.callers import CallersPoint, Sharing, decide
+from autotune.tune.callers import CallersPoint, Sharing, decide, step_times
 from autotune.workload import Workload
 from tests.models import PAD, tiny, token_prompts
 
@@ -156,8 +157,16 @@ def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.long_prompt == 128 - 12
     assert found.gap_s is not None
     assert found.gap_s > 0
+    assert {1, 4} <= found.steps_s.keys() <= {1, 2, 4}
+    assert all(step_s > 0 for step_s in found.steps_s.values())
     assert kept.traffic is winner.traffic is made.original.traffic is not None
     assert kept.loop.engine.counts["requests"] > 3 * 12
+
+
+def test_a_step_s_time_is_the_mean_between_two_moments() -> None:
+    before = EngineLoad(steps={1: 10, 2: 4}, stepped_s={1: 1.0, 2: 3.0})
+    after = EngineLoad(steps={1: 20, 2: 4, 3: 1, 4: 2}, stepped_s={1: 1.5, 2: 3.0, 3: 7.0, 4: 0.5})
+    assert step_times(before, after, (1, 2, 4)) == pytest.approx({1: 0.05, 4: 0.25})
 
 
 @needs_kernels

@@ -108,7 +108,12 @@ class Engine:
         """What it has to do now, and what it has done so far."""
         found, sequences = self.prefixes, self.sequences
         return EngineLoad(
-            len(self._waiting), sequences.usage, found.tokens_queried, found.tokens_found, dict(sequences.together)
+            len(self._waiting),
+            sequences.usage,
+            found.tokens_queried,
+            found.tokens_found,
+            dict(sequences.together),
+            dict(sequences.stepped_s),
         )
 
     # In the callers' threads

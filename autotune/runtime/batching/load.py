@@ -16,6 +16,8 @@ class EngineLoad:
         queried: tokens of prompts that were looked up among the beginnings of earlier ones.
         reused: those of them that were found, and not computed.
         steps: number of sequences -> decode steps that decoded so many together.
+        stepped_s: number of sequences -> seconds that those steps took in all, from the first row's move to the last
+            row's choice.
     """
 
     waiting: int = 0
@@ -23,3 +25,4 @@ class EngineLoad:
     queried: int = 0
     reused: int = 0
     steps: Mapping[int, int] = field(default_factory=dict)
+    stepped_s: Mapping[int, float] = field(default_factory=dict)
