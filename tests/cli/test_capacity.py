@@ -28,7 +28,6 @@ def file(tmp_path: Path) -> Path:
         "differing": 0,
         "gap_ms": None,
         "long_prompt": 0,
-        "new_tokens": 24,
     }
     figures = {"tokens_per_s": 80.0, "ttft_ms": 9.0, "tpot_ms": 9.0, "ratio": 2.0, "ratio_low": 1.9, "ratio_high": 2.1}
     told["callers"] |= {
