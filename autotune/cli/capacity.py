@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import PlanError
+from ..errors import MeasurementError, PlanError, UnsupportedModelError
 from .arguments import whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections.abc import Mapping
 
 MOST = 10**6
 
 
 def arguments(command: ArgumentParser) -> None:
     """Add the command's arguments."""
-    command.add_argument("file", metavar="FILE", type=Path, help="report.json or plan.json of a replica's machine")
+    command.add_argument(
+        "given",
+        metavar="MODEL",
+        help="a model, for this machine: its kept plan counts, or it is tuned; or a replica's report.json or plan.json",
+    )
+    command.add_argument("--policy", default="throughput", metavar="P", help="of a model; default throughput")
     command.add_argument("--users", type=positive, required=True, metavar="N", help="who ask again and again")
     command.add_argument("--ttft", type=positive, default=1000, metavar="MS", help="to the first token; default 1000")
     command.add_argument("--tpot", type=positive, default=100, metavar="MS", help="per further token; default 100")
@@ -34,19 +40,20 @@ def plan_capacity(args: Namespace) -> int:
     """Print how many replicas are needed, and what was assumed.
 
     Raises:
-        PlanError: the file does not say what several callers cost.
+        PlanError: the file, or the model's plan, does not say what several callers cost.
     """
     from ..report import capacity
     from ..report.exit_codes import Code
     from .report import load
     from .screen import screen
 
-    record = load(args.file).record
+    is_file = Path(args.given).suffix == ".json"
+    record = load(Path(args.given)).record if is_file else _of_model(args.given, args.policy)
     try:
         costs = capacity.costs_of(record)
         there = None if args.machine is None else capacity.elsewhere(record, args.machine)
     except capacity.CapacityError as error:
-        raise PlanError(f"{args.file}: {error}") from error
+        raise PlanError(f"{args.given}: {error}") from error
     if there is not None:
         costs = costs.sped_up(there["speedups"]["ttft"], there["speedups"]["tpot"])
     usage = capacity.Usage(args.prompt_tokens, args.new_tokens, args.pause)
@@ -92,6 +99,38 @@ def plan_capacity(args: Namespace) -> int:
 
 def _ms(found: object, name: str) -> str:
     return f"{1e3 * found.percentile(name, 99):.0f} ms"  # type: ignore[attr-defined]
+
+
+def _of_model(name: str, policy: str) -> Mapping[str, Any]:
+    """The record of a model's report: of the plan that is kept for it, verified again, or of one that is found now.
+
+    Raises:
+        UnsupportedModelError: it cannot be loaded, or has no tokenizer.
+        MeasurementError: it is not tuned at all.
+    """
+    from ..live.wrap import wrap
+    from ..model.load import load
+    from ..report.progress import shown
+    from ..tune.policy import load as load_policy
+    from ..workload import built_in
+    from .tune import known_budget_s
+
+    chosen = load_policy(policy)
+    with shown(known_budget_s(chosen)) as progress:
+        progress.update(f"loading {name}")
+        model, tokenizer = load(name)
+        if tokenizer is None:
+            raise UnsupportedModelError(
+                f"{name} has no tokenizer; tune it with prompts of your own, and give its report"
+            )
+        chats = built_in.chats(tokenizer)  # as of `serve`, whose plan is found
+        wrapped: Any = wrap(
+            model, tokenizer=tokenizer, workload=chats, policy=chosen, when="blocking", progress=progress.update
+        )
+    if wrapped.autotune.status.state == "passed through":
+        raise MeasurementError(wrapped.autotune.status.detail)
+    record: Mapping[str, Any] = wrapped.autotune.report().record
+    return record
 
 
 def positive(text: str) -> int:

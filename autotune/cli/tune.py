@@ -77,7 +77,7 @@ def _tuned(
 
     policy = _policy(args)
     out = _folder(args.out, name)
-    with shown(_known_budget_s(policy)) as progress:
+    with shown(known_budget_s(policy)) as progress:
         with _kernels_being_built():
             model, tokenizer = _load(args, name, prompts, progress)
         model = wrap(
@@ -261,7 +261,7 @@ def _policy(args: Namespace) -> Policy:
     return replace(policy, budget_s=args.budget) if args.budget else policy
 
 
-def _known_budget_s(policy: Policy) -> float | None:
+def known_budget_s(policy: Policy) -> float | None:
     """Seconds of a policy's budget if they are known before the model is loaded and measured, else None."""
     import torch
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from autotune import workload
 from autotune.cli import main
+from autotune.machine import hardware
+from autotune.tune import fingerprint, policy, run, store
+from autotune.workload import built_in
+from tests.models import tiny, tiny_tokenizer
 from tests.report.test_capacity import STEPS, record
 from tests.report.test_report import ORIGINAL
+from tests.runtime.test_program import needs_kernels
+from tests.tune.test_tune import KEPT
 
 SLOWER = {"change": "shorter prompts", "speedups": {"ttft": 0.5}, "because": "it is", "assumes": "nothing"}
 FASTER = {"change": "ACME T9", "speedups": {"ttft": 4.0, "tpot": 2.0}, "because": "9 TB/s", "assumes": "the same share"}
@@ -68,6 +76,22 @@ def test_replicas_users_and_assumptions_are_told(
 def test_what_no_replica_can_do_is_said(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan-capacity", str(file), "--users", "4", "--tpot", "5"]) == 1
     assert "No replica is fast enough: one user alone would wait" in capsys.readouterr().out
+
+
+@needs_kernels
+@pytest.mark.usefixtures("own_cache")
+def test_of_a_model_the_plan_that_is_kept_counts(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = tiny("llama", max_position_embeddings=4096), tiny_tokenizer()
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "tiny")
+    work = workload.read(built_in.chats(tokenizer), tokenizer=tokenizer, model=model)
+    identity = fingerprint.of(model, hardware.identify(model), work, policy.load("throughput"))
+    store.save(replace(KEPT, fingerprint=identity, transforms=(), summary=json.loads(file.read_text())))
+    monkeypatch.setattr(run, "_searched", lambda *_: pytest.fail("it is tuned again"))
+    assert main(["plan-capacity", str(tmp_path / "tiny"), *LOAD]) == 0
+    assert "10.0 for 1, 16.0 for 4, 40.0 for 16" in capsys.readouterr().out
 
 
 def test_a_report_that_does_not_say_it_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
