@@ -112,6 +112,7 @@ def _code(part: Part, limit_s: float, output: IO[str]) -> int | None:
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=_heed,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     try:
@@ -120,6 +121,11 @@ def _code(part: Part, limit_s: float, output: IO[str]) -> int | None:
         return None
     finally:
         _end(process)
+
+
+def _heed() -> None:
+    """Heed the first signal, which jobs in the background of a shell ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -102,7 +102,7 @@ class Metrics:
         self._queued = histogram(
             "autotune:request_queue_time_seconds", "From arrival to the beginning of the prompt.", SECONDS
         )
-        self._prefill = histogram(
+        self._reading = histogram(
             "autotune:request_prefill_time_seconds", "From the beginning of the prompt to the first token.", SECONDS
         )
         self._decode = histogram("autotune:request_decode_time_seconds", "From the first token to the last.", SECONDS)
@@ -151,7 +151,7 @@ class Metrics:
         self._finished.labels(self._model, reason).inc()
         for histogram, seconds in (
             (self._queued, times.queue_s),
-            (self._prefill, times.prefill_s),
+            (self._reading, times.prefill_s),
             (self._decode, times.decode_s),
             (self._pace, times.tpot_s),
         ):

@@ -11,6 +11,7 @@ import inspect
 import json
 import types
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ import torch
 
 from ..machine import cache_dir
 from ..model import seam
-from ..runtime.steps.program import StepPrograms, kept
 from . import tensor_file
 from .fingerprint import Fingerprint
 
@@ -53,8 +53,18 @@ class PlanPrograms:
         folder = cache_dir.cache("programs", lasting=True)
         return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Within this context, steps that are kept are not recorded."""
+        from ..runtime.steps.program import kept
+
+        with kept.reusing(self):
+            yield
+
     def find(self, module: nn.Module, inputs: Inputs) -> Lowered | None:
         """The step of a module for such inputs, or None."""
+        from ..runtime.steps.program import kept
+
         if (path := self.path(module, inputs)) is None:
             return None
 
@@ -68,6 +78,8 @@ class PlanPrograms:
 
     def save(self, variant: Variant) -> None:
         """Save the steps that a variant has recorded, unless they are kept already."""
+        from ..runtime.steps.program import StepPrograms, kept
+
         if not isinstance(variant.step, StepPrograms):
             return
         for program in variant.step.programs:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from ..model import modes, placement, sharding
 from ..model.revision import hooked
 from ..report import read
 from ..runtime.ranks.leading import LEADER
-from ..runtime.steps.program import kept as kept_steps
 from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..transforms.linears import reusing
@@ -38,6 +38,7 @@ from .tuned import Tuned
 from .verdict import Conclusion, doubts
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("autotune")
@@ -293,11 +294,12 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
         CandidateError: the variant cannot answer.
     """
     variant = bench.original
-    layers = steps = None
+    layers: Mapping[object, nn.Module] = {}
+    recorded: AbstractContextManager[None] = nullcontext()
     if bench.cached_as is not None:
         layers = PackedWeights(bench.cached_as).restore(variant, plan.transforms)
-        steps = PlanPrograms(bench.cached_as, plan.transforms)
-    with reusing(layers=layers), kept_steps.reusing(steps):
+        recorded = PlanPrograms(bench.cached_as, plan.transforms).reused()
+    with reusing(layers=layers), recorded:
         for transform in plan.transforms:
             if reason := transform.unavailable(variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")
