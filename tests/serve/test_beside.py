@@ -165,7 +165,7 @@ def test_a_burst_of_72_is_answered_or_refused(
             if client.answer.status == 200:
                 assert client.rest() == alone[n]
             else:
-                assert client.answer.headers["Retry-After"] == "1"
+                assert 1 <= int(client.answer.headers["Retry-After"]) <= 60  # by the queue and its pace
     assert [Client(server, PROMPTS[n], NEW).rest() for n in range(ROWS)] == alone[:ROWS]  # it serves on
 
 

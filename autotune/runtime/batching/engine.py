@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -78,6 +78,8 @@ class Engine:
 
     def _forget(self) -> None:
         self._waiting = list[Request]()
+        self._stepped_s = defaultdict[int, float](float)  # sequences -> seconds of steps that decoded so many
+        self._step: tuple[int, float] | None = None  # sequences of the latest step, and when it began
         self._prompt: Prefill | Joined | None = None
         self.sequences = Sequences(self.variant, self.most_rows, self.counts)
         self._worker: ending.Worker | None = None
@@ -113,7 +115,7 @@ class Engine:
             found.tokens_queried,
             found.tokens_found,
             dict(sequences.together),
-            dict(sequences.stepped_s),
+            dict(self._stepped_s),
         )
 
     # In the callers' threads
@@ -210,6 +212,8 @@ class Engine:
     def _has_turn(self) -> bool:
         """Wait for the engine's turn. Returns False when nothing is left to do; then the thread has ended."""
         with self._changed:
+            if not self._is_busy():
+                self._end_step()  # the next turn may be long in coming
             if not (self._waiting or self._is_busy()):
                 self._worker = None
                 return False
@@ -243,10 +247,19 @@ class Engine:
             order = self._first_waiting()
             self.sequences.evict_for(order)
             self.sequences.resume_before(order)
+        self._end_step()
         self._admit()
         if under_way := self.sequences.used:
             self._at_once = max(self._at_once, under_way)
+            self._step = under_way, time.perf_counter()
             self.sequences.step()
+
+    def _end_step(self) -> None:
+        """Count the time of the latest step. Handing its tokens to callers' threads is part of it."""
+        if self._step is not None:
+            together, began_s = self._step
+            self._stepped_s[together] += time.perf_counter() - began_s
+            self._step = None
 
     def _drop_violated(self) -> None:
         """End the requests that were cancelled or are late."""

@@ -16,8 +16,7 @@ class EngineLoad:
         queried: tokens of prompts that were looked up among the beginnings of earlier ones.
         reused: those of them that were found, and not computed.
         steps: number of sequences -> decode steps that decoded so many together.
-        stepped_s: number of sequences -> seconds that those steps took in all, from the first row's move to the last
-            row's choice.
+        stepped_s: number of sequences -> seconds from the beginning of those steps to what the engine did next, in all.
     """
 
     waiting: int = 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from math import isnan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,14 +45,12 @@ class Sequences:
     Attributes:
         rows: the request of each row; None where a row is free.
         together: number of sequences -> steps that decoded so many.
-        stepped_s: number of sequences -> seconds that those steps took in all.
     """
 
     def __init__(self, variant: Variant, most: int, counts: Counter[str]) -> None:
         self.variant = variant
         self.counts = counts
         self.together: Counter[int] = Counter()
-        self.stepped_s = defaultdict[int, float](float)
         self.rows: list[Request | None] = [None] * most
         self._evicted = list[_Evicted]()
         self._cache: RowCache | None = None
@@ -142,7 +139,7 @@ class Sequences:
 
     def step(self) -> None:
         """Decode one token of every sequence that has a row."""
-        began_s, together = time.perf_counter(), self.used
+        together = self.used
         try:
             logits = self.logits()
         except Exception as error:
@@ -169,7 +166,6 @@ class Sequences:
                 self._leave(row)
                 request.finish()
         self.together[together] += 1
-        self.stepped_s[together] += time.perf_counter() - began_s
 
     def logits(self) -> torch.Tensor:
         """Run a step. Returns logits [rows, V] of as many rows as were computed."""
