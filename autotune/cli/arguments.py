@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PlanError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..tune.plan import Plan
 
 MOST_THREADS = 1024  # largest number accepted; OpenMP ends the process if it cannot start its threads
@@ -25,6 +28,17 @@ def whole(text: str, least: int, most: int, what: str) -> int:
     if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return int(text)
+
+
+def number(text: str, fits: Callable[[float], bool], what: str) -> float:
+    """Parse a number that fits; `what` says in an error what was expected."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan  # fits nowhere
+    if not fits(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return found
 
 
 def plan_of(file: Path | None) -> Plan | None:

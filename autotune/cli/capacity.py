@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MeasurementError, PlanError, UnsupportedModelError
-from .arguments import whole
+from .arguments import number, whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -140,10 +139,4 @@ def positive(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Parse seconds, 0 or more."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < MOST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
-    return found
+    return number(text, lambda found: 0 <= found < MOST, "a number of seconds, 0 or more")

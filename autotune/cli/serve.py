@@ -14,7 +14,7 @@ from ..runtime.batching.terms import MOST_WAITING
 from ..serve import logs
 from ..serve.keys import VARIABLE as KEY
 from ..serve.keys import given
-from .arguments import plan_of, threads, whole
+from .arguments import number, plan_of, threads, whole
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
@@ -228,13 +228,7 @@ def queue(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Parse a number of seconds above 0."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, such as 30 or 0.5")
-    return found
+    return number(text, lambda found: 0 < found < math.inf, "a number of seconds above 0, such as 30 or 0.5")
 
 
 def positive(text: str) -> int:

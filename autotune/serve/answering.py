@@ -201,8 +201,8 @@ class TextAnswers:
         return waiting
 
     def _admit(self) -> None:
-        if self.most_waiting is not None and self._waiting() >= self.most_waiting:
-            raise QueueFullError(f"{self._waiting()} requests wait, and no more may; ask again later")
+        if self.most_waiting is not None and (waiting := self._waiting()) >= self.most_waiting:
+            raise QueueFullError(f"{waiting} requests wait, and no more may; ask again later")
 
     def cut(self) -> None:
         """End all answers under way. Their clients are told that the server is ending."""

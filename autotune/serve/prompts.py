@@ -33,7 +33,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.context = context
-        self.longest = min(longest or context, context)
+        self.most = min(longest or context, context - 1)  # tokens of a prompt: one more must fit
 
     def of_completion(self, body: CompletionBody) -> list[list[int]]:
         """The prompts of a completion request."""
@@ -95,11 +95,10 @@ class Prompts:
         Raises:
             Refusal: it cannot fit into the context.
         """
-        tokens = min(self.longest, self.context - 1)
-        if len(text) > tokens * self._widest:
+        if len(text) > self.most * self._widest:
             raise Refusal(
                 400,
-                f"{param} has {len(text)} characters; a prompt has at most {tokens} tokens (the model's context is "
+                f"{param} has {len(text)} characters; a prompt has at most {self.most} tokens (the model's context is "
                 f"{self.context}) of {self._widest} characters or fewer, so it cannot fit",
                 param,
                 "context_length_exceeded",
@@ -170,11 +169,10 @@ class Prompts:
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
             raise Refusal(400, f"{param} is empty; expected one token or more", param)
-        if len(ids) >= self.context or len(ids) > self.longest:
-            most = min(self.longest, self.context - 1)
+        if len(ids) > self.most:
             raise Refusal(
                 400,
-                f"the prompt has {len(ids)} tokens; the most are {most} (the model's context is {self.context})",
+                f"the prompt has {len(ids)} tokens; the most are {self.most} (the model's context is {self.context})",
                 param,
                 "context_length_exceeded",
             )

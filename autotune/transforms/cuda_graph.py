@@ -69,15 +69,16 @@ class CudaGraph(Transform):
         return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
-        from ..runtime.steps.graphs import buckets
+        from ..runtime.steps.captures import buckets
 
         return slot_bytes(variant, self.slots, sum(buckets(variant.batch_sizes, self.largest)))
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
         from ..runtime.cache.slots import SlotCache
+        from ..runtime.steps.captures import buckets, capture_all, lengths
         from ..runtime.steps.compiled import CompiledStep
-        from ..runtime.steps.graphs import GraphSteps, buckets, capture_all, lengths
+        from ..runtime.steps.graphs import GraphSteps
 
         device = devices.of(variant.original)
         if reason := device.without_graphs() or uncapturable(variant):

@@ -154,7 +154,8 @@ def _guessing(variant: Variant, caches: CachePool, tokens: int) -> MultiTokenSte
 
 def _lengths(variant: Variant) -> tuple[int, ...] | None:
     """The numbers of slots that graphs read; None if the plain step is not captured."""
-    from ..runtime.steps.graphs import GraphSteps, lengths
+    from ..runtime.steps.captures import lengths
+    from ..runtime.steps.graphs import GraphSteps
     from ..runtime.steps.inductor_graphs import InductorGraphStep
 
     if isinstance(variant.step, GraphSteps):
@@ -174,7 +175,8 @@ def _captured(
         reads: the numbers of slots that graphs read.
     """
     from ..runtime.cache.slots import SlotCache
-    from ..runtime.steps.graphs import GraphSteps, capture_all
+    from ..runtime.steps.captures import capture_all
+    from ..runtime.steps.graphs import GraphSteps
 
     plain = variant.step.inner if isinstance(variant.step, GraphSteps) else None
     inner = plain if plain is not None and plain.module is model else None

@@ -7,8 +7,6 @@ than mapped from the file, because a decode step reads them faster there; see `r
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterable
@@ -50,8 +48,7 @@ class PackedWeights:
         """Path of the file for a plan's transforms, existing or not; None if they pack nothing or no cache lasts."""
         packing = [str(each) for each in _forms(transforms)]
         folder = cache_dir.cache("packed", lasting=True) if packing else None
-        key = json.dumps([SCHEMA, self._made_of, packing], sort_keys=True)
-        return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+        return tensor_file.path_in(folder, [SCHEMA, self._made_of, packing])
 
     def restore(self, original: Variant, transforms: Iterable[Transform]) -> dict[object, nn.Module]:
         """Read the layers that the transforms would make.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,9 +48,8 @@ class PlanPrograms:
 
     def path(self, module: nn.Module, inputs: Inputs) -> Path | None:
         """Path of the file for a step with such inputs, existing or not; None if there is no lasting cache."""
-        key = json.dumps([SCHEMA, self._made_of, seam.experts(module), _code(module), inputs], sort_keys=True)
-        folder = cache_dir.cache("programs", lasting=True)
-        return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+        made_of = [SCHEMA, self._made_of, seam.experts(module), _code(module), inputs]
+        return tensor_file.path_in(cache_dir.cache("programs", lasting=True), made_of)
 
     @contextmanager
     def reused(self) -> Iterator[None]:

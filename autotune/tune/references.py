@@ -8,8 +8,6 @@ one stays.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,9 +53,8 @@ class References:
     def path(self, exam: Exam) -> Path | None:
         """Path of the file for an exam's answers, existing or not; None if there is no lasting cache."""
         asked = [asdict(exam.size), exam.prompts, exam.pad_token_id, exam.eos_token_ids, exam.seed]
-        key = json.dumps([SCHEMA, self._said_by, seam.experts(exam.original), _precision(), asked], sort_keys=True)
-        folder = cache_dir.cache("references", lasting=True)
-        return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+        made_of = [SCHEMA, self._said_by, seam.experts(exam.original), _precision(), asked]
+        return tensor_file.path_in(cache_dir.cache("references", lasting=True), made_of)
 
     def restore(self, exam: Exam) -> bool:
         """Give the kept answers to `exam.take`. Returns whether there were answers that fit."""

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,16 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER = 1 << 20  # bytes of the longest header; one for 500 tensors has 60 kB
 
 Room = Callable[..., torch.Tensor]  # (shape, dtype=, device=) -> an empty tensor, as `torch.empty` makes it
+
+
+def path_in(folder: Path | None, made_of: Sequence[Any]) -> Path | None:
+    """Path of a file in a folder, existing or not; None without a folder.
+
+    Args:
+        made_of: everything that its content depends on, as JSON.
+    """
+    key = json.dumps(made_of, sort_keys=True)
+    return folder and folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
 
 
 def head(about: str, tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -14,7 +14,8 @@ import torch
 from autotune.live.original import Original
 from autotune.machine import device
 from autotune.runtime.cache.pool import CachePool
-from autotune.runtime.steps.graphs import GraphSteps, wanted
+from autotune.runtime.steps.captures import wanted
+from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Transform, Variant, serving
 from autotune.transforms.cuda_graph import CudaGraph
@@ -110,7 +111,7 @@ def test_the_workload_is_captured_first(
 
 def test_graphs_are_limited(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is beyond is not captured, and runs uncaptured."""
-    monkeypatch.setattr("autotune.runtime.steps.graphs.MOST_GRAPHS", 5)
+    monkeypatch.setattr("autotune.runtime.steps.captures.MOST_GRAPHS", 5)
     variant = made("graphs")
     assert isinstance(variant.step, GraphSteps)
     assert fake.captures == len(variant.step.shapes) == 5

@@ -28,7 +28,8 @@ from autotune.model import seam
 from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.steps import compiled
-from autotune.runtime.steps.graphs import Captured, GraphSteps, agree, buckets, lengths
+from autotune.runtime.steps.captures import buckets, lengths
+from autotune.runtime.steps.graphs import Captured, GraphSteps, agree
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.steps.waiting import require_no_wait
 from autotune.runtime.variant import Variant, serving

@@ -9,8 +9,8 @@ step begins.
 Graphs are captured when the transform is applied, never while a request is under way: a capture waits for the device,
 releases memory, and drops the workspaces that other threads' operators may be about to use. What is not captured then
 runs uncaptured: a batch larger than the buckets, more calls at once than caches are kept, a shape whose capture failed,
-and what is beyond `MOST_GRAPHS`. It is not captured later either: what was missing then, memory or a limit, is missing
-later, and on a busy server no moment without requests may come.
+and what is beyond `captures.MOST_GRAPHS`. It is not captured later either: what was missing then, memory or a limit, is
+missing later, and on a busy server no moment without requests may come.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,15 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...machine.device import Device, Graph
-    from ..cache.pool import CachePool
     from .compiled import CompiledStep
 
 log = logging.getLogger("autotune")
 
-# Largest number of graphs of one step. For a model of 8 billion parameters a graph takes about 10 MB of device memory,
-# and the time of 7 steps that are launched operator by operator: warm-ups, the capture, a replay and what it is
-# compared with.
-MOST_GRAPHS = 64
 AGREEMENT = 0.02  # largest difference relative to the largest logit; replays run the same kernels, in BF16 at worst
 
 
@@ -57,65 +50,6 @@ def most_failures(torch_version: str) -> int:
     Before torch 2.14 each of them keeps its memory for as long as the process lives (pytorch#190308).
     """
     return 3 if TorchVersion(torch_version) >= "2.14" else 1
-
-
-def lengths(capacity: int, shortest: int) -> tuple[int, ...]:
-    """The numbers of slots to read: `shortest`, doubled until all `capacity` slots are read."""
-    found = []
-    while shortest < capacity:
-        found.append(shortest)
-        shortest *= 2
-    return (*found, capacity)
-
-
-def buckets(batches: Sequence[int], largest: int = 0) -> tuple[int, ...]:
-    """The batch sizes to capture for, ascending: the workload's, rounded up to powers of two.
-
-    Args:
-        batches: the workload's batch sizes.
-        largest: the largest one to capture for; 0: the workload's.
-    """
-    largest = largest or max(batches)
-    return tuple(sorted({2 ** (batch - 1).bit_length() for batch in (*batches, largest) if batch <= largest}))
-
-
-def wanted(rows: Sequence[int], lengths: Sequence[int], longest: int, caches: int) -> list[tuple[int, int, int]]:
-    """What to capture, in this order: (caches so far, rows, slots to read).
-
-    The workload comes first, then longer contexts, then calls at the same time.
-
-    Args:
-        longest: slots that the workload's longest context reads.
-        caches: caches that are kept for each number of rows.
-    """
-    every = product(range(1, caches + 1), rows, lengths)
-    return sorted(every, key=lambda each: (each[0], each[2] > longest, *each[1:]))[:MOST_GRAPHS]
-
-
-def capture_all(
-    steps: GraphSteps,
-    pool: CachePool,
-    prompts: Mapping[int, Any],
-    needed: int,
-    turn: Callable[[], AbstractContextManager[object]],
-) -> None:
-    """Capture for the caches that the pool keeps, each length in a turn: no request waits for more than that.
-
-    Args:
-        prompts: number of rows -> keys and values of one token, as of `Variant.example`.
-        needed: tokens of the workload's longest context.
-        turn: a context without requests (`Variant.turn`).
-
-    Raises:
-        TransformError: what the workload needs cannot be captured, or a replay gives other logits than the step itself.
-    """
-    longest = steps.covering(needed)
-    for caches, rows, read in wanted(tuple(prompts), steps.lengths, longest, pool.lasting):
-        with turn(), pool.keep(prompts[rows], caches) as kept:
-            for cache in kept:
-                steps.prepare(cache, read)
-        if read <= longest and (rows, read) not in steps.shapes and (reason := steps.failed.get((rows, read))):
-            raise TransformError(f"the decode step cannot be captured: {reason}")
 
 
 def agree(given: torch.Tensor, expected: torch.Tensor) -> bool:
