@@ -4,9 +4,9 @@
 // rate. A pair is inputs j and j + 4 of eight, for both formats: four bits of an INT4 word each begin a lane of 16 bits
 // there. A product of two pairs is at most 2 * 32639 * 128, and a span's sum 16 of these, less than 2^31.
 //
-// Inputs of 8 bits are multiplied in fours: four weights of INT4 as unsigned bytes, which an offset makes them, by four
-// inputs: first the even ones of eight, then the odd ones. A lane of 16 bits holds a span's sum, eight times two products
-// of at most 15 * 127. INT8's products would not fit.
+// Inputs of 8 bits are multiplied in fours: four weights of INT4 as unsigned bytes, which an offset of 8 makes them, by
+// four inputs: first the even ones of eight, then the odd ones. A lane of 16 bits holds a span's sum, eight times two
+// products of at most 15 * 127. INT8's products would not fit. The offset is made up for in the zeros.
 #pragma once
 
 #include "rounded.h"
@@ -85,11 +85,11 @@ struct Unit;
 
 // Pairs of 16 bits.
 struct Pair {
-  static constexpr int kUnits = kStep / 2;
+  static constexpr int kUnits = kStep / 2, kOffset = 0;  // what is added to each weight
   static __m256i add(__m256i sum, __m256i number, __m256i inputs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(number, inputs));
   }
-  static __m256i whole(__m256i sum, int32_t) { return sum; }
+  static __m256i whole(__m256i sum) { return sum; }
 };
 
 template <>
@@ -115,19 +115,17 @@ struct Unit<Int4, 2> : Pair {
 template <>
 struct Unit<Int4, 1> {
   static constexpr bool kZeros = true;
-  static constexpr int kUnits = kStep / 4;
+  static constexpr int kUnits = kStep / 4, kOffset = 8;
   static void decode(const uint8_t* at, int j, __m256i* use) {
     for (int v = 0; v < kStrips; ++v) {
-      const __m256i word = _mm256_xor_si256(load<__m256i>(at + v * 32), _mm256_set1_epi8(-120));  // adds 8 to each
+      const __m256i word = _mm256_xor_si256(load<__m256i>(at + v * 32), _mm256_set1_epi8(-120));
       use[v] = _mm256_and_si256(_mm256_srli_epi32(word, 4 * j), _mm256_set1_epi8(15));
     }
   }
   static __m256i add(__m256i sum, __m256i number, __m256i inputs) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(number, inputs));
   }
-  static __m256i whole(__m256i sum, int32_t count) {  // `count` is negative
-    return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), _mm256_set1_epi32(count * 8));
-  }
+  static __m256i whole(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 
 // One span of a block: its scales and zeros, and of the first token that is computed its inputs and their factors.
@@ -135,7 +133,6 @@ struct Slice {
   Floats scale[kStrips], zero[kStrips];
   const int8_t* inputs;  // [tokens, span * digits]
   const float *steps, *sums;
-  const int32_t* counts;
 };
 
 // Calls use(0) to use(kCount - 1) with constants. GCC keeps arrays in memory if it sees their loops unrolled too late.
@@ -147,10 +144,9 @@ inline __attribute__((always_inline)) void each(Use use) {
   }
 }
 
-// Adds a span's products for kTokens tokens from t on to their totals. Its weights are as stored, or decoded already. It is
-// not inlined: its sums need all registers.
+// Adds a span's products for kTokens tokens from t on to their totals. Its weights are as stored, or decoded already.
 template <class Format, int kDigits, int kSpan, int kTokens, bool kDecoded>
-__attribute__((noinline)) void add_span(const Slice& span, const uint8_t* weights, int t, Floats* total) {
+inline __attribute__((always_inline)) void add_tile(const Slice& span, const uint8_t* weights, int64_t t, Floats* total) {
   using U = Unit<Format, kDigits>;
   constexpr int kBytes = kSpan * kDigits;  // of a token's inputs
   __m256i sum[kTokens][kStrips];
@@ -178,12 +174,22 @@ __attribute__((noinline)) void add_span(const Slice& span, const uint8_t* weight
   each<kTokens>([&](auto r) __attribute__((always_inline)) {
     each<kStrips>([&](auto v) __attribute__((always_inline)) {
       Floats& here = total[(t + r) * kStrips + v];
-      const __m256i whole = U::whole(sum[r][v], span.counts[t + r]);
+      const __m256i whole = U::whole(sum[r][v]);
       Floats more = here + span.scale[v] * span.steps[t + r] * bits<Floats>(_mm256_cvtepi32_ps(whole));
       if constexpr (U::kZeros) more += span.zero[v] * span.sums[t + r];
       here = more;
     });
   });
+}
+
+// The same for all whole tiles of the tokens from t on. Returns the first token that is left. It is not inlined: a tile's
+// sums need all registers.
+template <class Format, int kDigits, int kSpan, int kTokens, bool kDecoded>
+__attribute__((noinline)) int64_t add_tiles(const Slice& span, const uint8_t* weights, int64_t t, int64_t tokens,
+                                            Floats* total) {
+  for (; t + kTokens <= tokens; t += kTokens)
+    add_tile<Format, kDigits, kSpan, kTokens, kDecoded>(span, weights, t, total);
+  return t;
 }
 
 // Computes one block for some tokens. For more than a tile of them, each span's weights are decoded once, to memory.
@@ -201,7 +207,7 @@ void multiply_rounded(const Weights& w, const Rounded& x, int64_t first, int tok
     if (!left) {
       for (int v = 0; v < kStrips; ++v) {
         span.scale[v] = w.scales.load(factor + v * kWidth);
-        if constexpr (U::kZeros) span.zero[v] = w.zeros.load(factor + v * kWidth);
+        if constexpr (U::kZeros) span.zero[v] = w.zeros.load(factor + v * kWidth) - U::kOffset * span.scale[v];
       }
       factor += kRows;
       left = per_group;
@@ -210,20 +216,18 @@ void multiply_rounded(const Weights& w, const Rounded& x, int64_t first, int tok
     span.inputs = x.bytes + index * kSpan * kDigits;
     span.steps = x.steps + index;
     span.sums = x.sums + index;
-    span.counts = x.counts + index;
-    int t = 0;
+    int64_t t = 0;
     if (tokens > kTile) {
       __m256i decoded[kSpan / kStep * U::kUnits][kStrips];
       for (int k = 0; k < kSpan / kStep * U::kUnits; ++k)
         U::decode(at + k / U::kUnits * Format::kStepBytes, k % U::kUnits, decoded[k]);
-      for (; t + kTile <= tokens; t += kTile)
-        add_span<Format, kDigits, kSpan, kTile, true>(span, reinterpret_cast<const uint8_t*>(decoded), t, total);
+      t = add_tiles<Format, kDigits, kSpan, kTile, true>(span, reinterpret_cast<const uint8_t*>(decoded), t, tokens, total);
     }
     switch (tokens - t) {
-      case 4: add_span<Format, kDigits, kSpan, 4, false>(span, at, t, total); break;
-      case 3: add_span<Format, kDigits, kSpan, 3, false>(span, at, t, total); break;
-      case 2: add_span<Format, kDigits, kSpan, 2, false>(span, at, t, total); break;
-      case 1: add_span<Format, kDigits, kSpan, 1, false>(span, at, t, total); break;
+      case 4: add_tiles<Format, kDigits, kSpan, 4, false>(span, at, t, tokens, total); break;
+      case 3: add_tiles<Format, kDigits, kSpan, 3, false>(span, at, t, tokens, total); break;
+      case 2: add_tiles<Format, kDigits, kSpan, 2, false>(span, at, t, tokens, total); break;
+      case 1: add_tiles<Format, kDigits, kSpan, 1, false>(span, at, t, tokens, total); break;
     }
   }
 }
