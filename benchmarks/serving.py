@@ -5,9 +5,9 @@
 
 SmolLM2-135M-Instruct with INT8 weights and what tuning finds for prefill, put on by hand. Every caller is a thread that
 asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those, which the other
-runtimes have, too, where the processor multiplies bytes by bytes; "one at a time" is the plan behind a lock; "the
-original" is the model as it is, behind a lock and without one; "a closed batch" is one call with as many prompts as
-there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer the same
+runtimes have, too, with INT4 weights (lm_head at 8 bits) where the processor does not multiply INT8 by bytes; "one at a
+time" is the plan behind a lock; "the original" is the model as it is, behind a lock and without one; "a closed batch" is
+one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer the same
 requests, each in a process of its own that is idle while others are timed. Every round runs all of them in an order
 drawn anew. Ratios are within a round. At the end the divergence of each from the original on held-out text is printed.
 """
@@ -69,11 +69,12 @@ Ask = Callable[[list[int]], None]
 Rates = dict[tuple[str, int], float]  # tokens per second by (way, callers)
 
 
-def plan() -> Parts:
-    """What tuning finds for this processor, with INT8 weights."""
+def plan(bits: int = 8) -> Parts:
+    """What tuning finds for this processor, with INT8 weights, or INT4 but for lm_head."""
+    weights = {"bits": 8} if bits == 8 else {"bits": 4, "wide": "lm_head"}
     bf16 = multiplies_bf16()
     return (
-        ("weight_only", "decode", {"bits": 8}),
+        ("weight_only", "decode", weights),
         ("linear_bf16", "prefill", {"weights": "decode"}) if bf16 else ("packed_prefill", "prefill", {}),
         ("fused_layers", "prefill", {}),
         ("prefill_attention", "prefill", {"precision": "bfloat16"} if bf16 else {}),
@@ -87,8 +88,8 @@ def plans(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows
     work = Workload(tuple(map(tuple, prompts)), tokens)
     batching = transforms.make("continuous_batching", {"rows": rows, "wait_ms": WAIT_MS}, "decode")
     chains = {TOGETHER: plan(), ALONE: plan()}
-    if kernels.no_byte_unit(8) is None:
-        chains[ROUNDED] = (*plan(), *SHORT)
+    if able := [bits for bits in (8, 4) if kernels.no_byte_unit(bits) is None]:
+        chains[ROUNDED] = (*plan(able[0]), *SHORT)
     found = {}
     for name, parts in chains.items():
         chain = [transforms.make(each, params, phase) for each, phase, params in parts]
