@@ -109,9 +109,9 @@ def serving(model: str, *options: str, key: str = "") -> Iterator[str]:
 
 
 def tell(lines: Iterable[str]) -> None:
-    """Print what a server says, but for its line for each request."""
+    """Print what a server says, but for its lines for each request."""
     for line in lines:
-        if not line.startswith('{"id"'):
+        if not any(f'"message": "{each}"' in line for each in ("request", "answer")):
             print(f"  {line.rstrip()}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import subprocess
 import threading
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.prove import LEAST_CASES, Stats, generated, liveness, load, row, schemathesis, statistics, totals
+from autotune.serve.logs import JsonLines
+from tests.serve.prove import LEAST_CASES, Stats, generated, liveness, load, row, schemathesis, statistics, tell, totals
 
 HEAD = "Type,Name,Request Count,Failure Count,50%,99%"
 LOCUST = [
@@ -116,6 +118,15 @@ def test_figures_of_one_name_count_together() -> None:
         'autotune:generation_tokens_created{model_name="x y"} 1.7e9',
     ]
     assert totals(lines) == SERVED
+
+
+def test_what_a_server_says_is_shown_but_for_its_lines_for_each_request(capsys: pytest.CaptureFixture[str]) -> None:
+    form = JsonLines().format
+    said = [
+        form(logging.makeLogRecord({"msg": each, "fields": {"id": "x"}})) for each in ("request", "answer", "fault")
+    ]
+    tell([*said, "no JSON\n"])
+    assert capsys.readouterr().out == f"  {said[2]}\n  no JSON\n"
 
 
 @pytest.mark.parametrize("status", [200, 400])
