@@ -45,7 +45,7 @@ test-matrix: $(READY)  ## the compatibility suite on other versions of transform
 test-latest: $(READY)  ## the same on the newest of everything but torch
 	$(BIN)/python -m tests.matrix --latest $(MATRIX_ARGS)
 
-test-serve: $(READY) $(SERVE_VENV)/.ready  ## the server against schemathesis, and locust with 1, 4, 16 and 64 clients
+test-serve: $(READY) $(SERVE_VENV)/.ready  ## the server against schemathesis, and locust and aiperf with 1, 4, 16 and 64 clients
 	$(PYTEST) tests/serve
 	$(BIN)/python -m tests.serve.prove --tools $(SERVE_VENV)/bin $(SERVE_ARGS)
 
@@ -135,9 +135,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # Tools that test the server from outside, apart from its own packages.
-$(SERVE_VENV)/.ready:
+$(SERVE_VENV)/.ready: Makefile
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
-	$(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis locust
+	$(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis locust aiperf
 	touch $@
 
 # A runtime that cannot be installed is missing in the table; it does not keep the others from being compared.

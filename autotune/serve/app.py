@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from . import page
 from .completions import Chat, Completion, Reply
@@ -38,8 +39,9 @@ from .tools import ToolUse
 from .validation import refusal_of
 
 Result = TypeVar("Result")
-OF_BODIES = (400, 404, 408, 413)  # what may be wrong with a body
+OF_BODIES = (400, 404)  # what may be wrong with a body
 OF_ANSWERS = (*OF_BODIES, 429, 503)
+NO_METHOD = 405  # a path that has no such method
 GONE = 499  # nginx's status for a client that closed the connection
 
 
@@ -51,7 +53,7 @@ def create_app(served: Service) -> Gate:
         version="1",
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
-        responses={"default": {"model": ErrorAnswer, "description": "an error"}},  # instead of FastAPI's own 422
+        responses={"default": {"model": ErrorAnswer, "description": "an error"}},  # no 422 of FastAPI's; see `describe`
     )
     describe(app, served.keys)
     _handle_errors(app)
@@ -100,7 +102,7 @@ def create_app(served: Service) -> Gate:
 
         return await _reply(await _in_thread(prepare), body.stream, request)
 
-    @app.post("/tokenize", response_model=TokensAnswer, responses=errors(*OF_BODIES))
+    @app.post("/tokenize", response_model=TokensAnswer, responses=errors(*OF_BODIES, 503))
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """A text, or a chat through the model's template, as token ids."""
         _known(served, body.model)
@@ -113,7 +115,7 @@ def create_app(served: Service) -> Gate:
         ids = await _in_thread(work)
         return {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}
 
-    @app.post("/detokenize", response_model=TextAnswer, responses=errors(*OF_BODIES))
+    @app.post("/detokenize", response_model=TextAnswer, responses=errors(*OF_BODIES, 503))
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """Token ids as text."""
         _known(served, body.model)
@@ -177,7 +179,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - the same
-        return Refusal(error.status_code, str(error.detail)).response(error.headers)
+        headers = {"Allow": _methods(app, request)} if error.status_code == NO_METHOD else error.headers
+        return Refusal(error.status_code, str(error.detail)).response(headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         return Refusal(500, f"the server failed: {type(error).__name__}").response()
@@ -186,6 +189,12 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _methods(app: FastAPI, request: Request) -> str:
+    """The methods of a path. Starlette names those of the first of its routes."""
+    routes = (route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
 def _known(served: Service, name: str | None) -> None:

@@ -16,6 +16,11 @@ SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
+OF_GATE = (408, 413, 500)  # what any route may answer: a body that is late or too large, and a fault of the server
+ID = {"X-Request-ID": {"description": "the request's id", "required": True, "schema": {"type": "string"}}}
+LATER = {"Retry-After": {"description": "seconds to wait", "required": True, "schema": {"type": "integer"}}}
+CHALLENGE = {"WWW-Authenticate": {"description": "how to send a key", "required": True, "schema": {"type": "string"}}}
+OF_STATUS = {"401": CHALLENGE, "429": LATER, "503": LATER}  # headers of errors
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
@@ -139,43 +144,53 @@ def errors(*statuses: int) -> dict[int | str, Any]:
     return {status: {"model": ErrorAnswer, "description": _described(status)} for status in statuses}
 
 
+def json_body(schema: dict[str, Any], text: str) -> dict[str, Any]:
+    """The description of a body that a route reads by itself."""
+    return {"requestBody": {"description": text, "required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def describe(app: FastAPI, keys: Sequence[str]) -> None:
-    """Have the app's description say that errors are JSON everywhere, and which routes ask for a key.
+    """Have the app's description say that errors are JSON everywhere, what the gate answers, and who needs a key.
 
     Args:
+        app: each of its routes has a response `default`, the form of errors.
         keys: if there are none, no route asks for one.
     """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            _as_json(found)
-            app.openapi_schema = _with_keys(found) if keys else found
+            for path, operations in found["paths"].items():
+                for operation in operations.values():
+                    asks = bool(keys) and path not in OPEN
+                    operation["responses"] = _responses(operation["responses"], asks)
+                    if keys and not asks:
+                        operation["security"] = []
+            if keys:
+                found["components"]["securitySchemes"] = SCHEMES
+                found["security"] = [{name: []} for name in SCHEMES]
+            app.openapi_schema = found
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _as_json(found: dict[str, Any]) -> None:
-    """FastAPI describes errors in the media type of the route's answer."""
-    for operations in found["paths"].values():
-        for operation in operations.values():
-            for status, response in operation["responses"].items():
-                if not status.startswith("2"):
-                    response["content"] = {"application/json": next(iter(response["content"].values()))}
+def _responses(found: dict[str, Any], asks_for_key: bool) -> dict[str, Any]:
+    """All responses of a route by status, from FastAPI's and their `default`, which would allow any status."""
+    error = found["default"]
+    of_gate = (401, *OF_GATE) if asks_for_key else OF_GATE
+    every = {str(status): error | {"description": _described(status)} for status in of_gate} | found
+    return {
+        status: _response(status, response, error) for status, response in sorted(every.items()) if status != "default"
+    }
 
 
-def _with_keys(found: dict[str, Any]) -> dict[str, Any]:
-    found["components"]["securitySchemes"] = SCHEMES
-    found["security"] = [{name: []} for name in SCHEMES]
-    for path, operations in found["paths"].items():
-        for operation in operations.values():
-            if path in OPEN:
-                operation["security"] = []
-            else:
-                default = operation["responses"]["default"]
-                operation["responses"]["401"] = {**default, "description": _described(401)}
-    return found
+def _response(status: str, response: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """One response with its headers. FastAPI describes errors in the media type of the route's answer."""
+    (form, *_) = response["content"].values()
+    of_refusal = OF_STATUS.get(status, {}) if form == next(iter(error["content"].values())) else {}
+    content = response["content"] if status.startswith("2") else {"application/json": form}
+    return response | {"content": content, "headers": ID | of_refusal}
 
 
 def _described(status: int) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from autotune.model import route
 from autotune.runtime.batching.prefill import Prefill
 from tests.serve.engines import (
     PROMPTS,
@@ -45,6 +47,15 @@ def server() -> Iterator[Running]:
 def alone(server: Running) -> list[str]:
     """The answer to each prompt with nothing beside it."""
     return [text(post(server, prompt, NEW)) for prompt in PROMPTS]
+
+
+def test_an_answer_of_the_engine_is_what_the_original_generates(server: Running) -> None:
+    model, tokenizer = route.bare(server.model), server.served.prompts.tokenizer
+    clients = [Client(server, prompt, NEW, ignore_eos=False) for prompt in PROMPTS]
+    for prompt, client in zip(PROMPTS, clients, strict=True):
+        ids = torch.tensor([prompt])
+        (found,) = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+        assert client.rest() == tokenizer.decode(found[len(prompt) :], skip_special_tokens=True)
 
 
 def used(server: Running) -> int:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
+from autotune.serve.gate import WORK, HttpLimits
 from autotune.serve.openapi import ChatAnswer, CompletionAnswer, ErrorAnswer, ModelList, TextAnswer, TokensAnswer
 from tests.models import tiny
 from tests.serve.servers import Running, running
 from tests.serve.test_tools import CHAT
 
 KEY = {"X-API-Key": "k"}
+MOST = 1000  # bytes of a body
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with running(keys=["k"]) as found:
+    with running(keys=["k"], limits=HttpLimits(body_bytes=MOST)) as found:
         yield found
 
 
@@ -31,9 +35,17 @@ def operations(schema: Any) -> list[tuple[str, str, Any]]:
     return [(path, method, each) for path, found in schema["paths"].items() for method, each in found.items()]
 
 
-def test_every_response_has_a_form_and_none_is_a_422(schema: Any) -> None:
+def check_described(answer: httpx.Response, operation: Any) -> None:
+    """An answer has a status, a media type and headers that its operation is described with."""
+    described = operation["responses"][str(answer.status_code)]
+    assert answer.headers["content-type"].split(";")[0] in described["content"]
+    for name, header in described["headers"].items():
+        TypeAdapter({"string": str, "integer": int}[header["schema"]["type"]]).validate_python(answer.headers[name])
+
+
+def test_every_response_has_a_form_and_a_status_of_its_own(schema: Any) -> None:
     for path, method, operation in operations(schema):
-        assert "422" not in operation["responses"], path
+        assert not {"422", "default"} & set(operation["responses"]), path
         for status, response in operation["responses"].items():
             forms = [each["schema"] for each in response["content"].values()]
             assert all(forms), (path, method, status)
@@ -63,6 +75,59 @@ def test_routes_that_ask_for_a_key_say_so(server: Running, schema: Any) -> None:
         plain = httpx.get(f"{without.url}/openapi.json").json()
     assert "security" not in plain
     assert all("401" not in operation["responses"] for _, _, operation in operations(plain))
+
+
+def test_what_every_route_may_answer_is_described(
+    server: Running, schema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusals of the gate, and an answer where an empty request gets one."""
+    ending = threading.Event()
+    monkeypatch.setattr(server.server._gate, "ending", ending)
+    for path, method, operation in operations(schema):
+        found = set()
+        for headers, sent, ends in (({}, b"", False), (KEY, b"x" * (MOST + 1), False), (KEY, b"", True)):
+            if path == "/autotune/events" and ends:
+                continue  # a stream without an end
+            ending.set() if ends else ending.clear()
+            answer = httpx.request(method, server.url + path, headers=headers, content=sent, timeout=60)
+            check_described(answer, operation)
+            found.add(answer.status_code)
+        is_work = path.startswith(WORK)
+        assert (401 in found, 503 in found) == (path != "/livez", is_work), path
+        assert 413 in found, path
+
+
+def test_a_full_queue_and_too_many_pages_are_described(server: Running, schema: Any) -> None:
+    for path, method in (("/v1/completions", "post"), ("/v1/chat/completions", "post"), ("/autotune/events", "get")):
+        described = schema["paths"][path][method]["responses"]["429"]
+        assert described["headers"]["Retry-After"]["required"], path
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/autotune/rollout", "GET, POST"),
+        ("/livez", "GET, HEAD"),
+        ("/v1/completions", "POST"),
+        ("/v1/models/x", "GET"),
+        ("/page.css", "GET, HEAD"),
+    ],
+)
+def test_a_path_without_a_method_names_those_that_it_has(path: str, methods: str, server: Running) -> None:
+    for method in ("OPTIONS", "DELETE"):
+        answer = httpx.request(method, server.url + path, headers=KEY)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+
+
+def test_a_body_that_must_be_declared_as_json_is_described_so(server: Running, schema: Any) -> None:
+    for path, method, operation in operations(schema):
+        assert ("requestBody" in operation) == (method == "post"), path
+        if method == "post":
+            assert set(operation["requestBody"]["content"]) == {"application/json"}
+            assert operation["requestBody"]["required"]
+            undeclared = httpx.post(server.url + path, headers=KEY, content=b"{}")
+            assert undeclared.status_code in {400, 415}
+            check_described(undeclared, operation)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +162,7 @@ def test_answers_and_errors_are_as_described(
     for status, sent in ((400, {"foo": 1}), (404, body | {"model": "other"})):
         refused = httpx.request(method, server.url + path, json=sent, headers=KEY)
         assert refused.status_code == status
+        check_described(refused, schema["paths"][path][method])
         ErrorAnswer.model_validate(refused.json())
 
 

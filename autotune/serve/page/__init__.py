@@ -22,7 +22,7 @@ from ...errors import PackageError, StateError
 from ...report.html.page import style_sheet
 from .. import switching
 from ..events import EventStream
-from ..openapi import STREAM, errors
+from ..openapi import STREAM, errors, json_body
 from ..refusal import Refusal
 from .chapters import chapters
 from .view import view
@@ -42,6 +42,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 FRESH = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+ANY = json_body({}, "not read; that it is declared as JSON keeps other sites' pages out")
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -64,7 +65,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
         """What serves and why, what limits each phase, and the lines of tuning."""
         return shown()
 
-    @app.get("/autotune/events", response_class=StreamingResponse, responses=STREAM)
+    @app.get("/autotune/events", response_class=StreamingResponse, responses=STREAM | errors(429, 503))
     async def events() -> Response:
         """Figures once a second as server-sent events: one `history` of the last two minutes, then each as it comes."""
         samples = served.feed.events()
@@ -86,7 +87,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
             raise Refusal(501, str(error)) from error
         return HTMLResponse(text, 200, FRESH | {"Content-Disposition": 'attachment; filename="report.html"'})
 
-    @app.post("/autotune/rollback", response_model=dict[str, Any], responses=errors(403, 409, 415))
+    @app.post("/autotune/rollback", response_model=dict[str, Any], responses=errors(403, 409, 415), openapi_extra=ANY)
     async def roll_back(request: Request) -> JSONResponse:
         """Serve with the original from the next request on. Requests under way end as they began."""
         switching.check_own(request.headers)
@@ -94,7 +95,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
             await anyio.to_thread.run_sync(switching.roll_back, handle)
         return shown()
 
-    @app.post("/autotune/commit", response_model=dict[str, Any], responses=errors(403, 409, 415))
+    @app.post("/autotune/commit", response_model=dict[str, Any], responses=errors(403, 409, 415), openapi_extra=ANY)
     async def commit(request: Request) -> JSONResponse:
         """Serve with the plan again from the next request on."""
         switching.check_own(request.headers)

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from ...errors import PlanError
 from ...tune import codec
-from ..openapi import errors
+from ..openapi import errors, json_body
 from ..refusal import Refusal
 from ..switching import check_own
 
@@ -31,7 +31,8 @@ def add_routes(app: FastAPI, served: Service) -> None:
         "/autotune/rollout",
         status_code=202,
         response_model=dict[str, Any],
-        responses=errors(400, 403, 409, 413, 415, 503),
+        responses=errors(400, 403, 409, 415, 503),
+        openapi_extra=json_body({"type": "object"}, "a plan.json"),
     )
     async def offer(request: Request) -> JSONResponse:
         """Offer a plan.json, the body, to all replicas, also one that was rolled back before. One takes it first."""
