@@ -55,19 +55,23 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
 
 
 def over_slots(variant: Variant, call: Sampling) -> Any:
-    """Decode over a static cache. Prefill fills a growing cache, as the original does; slots get a copy of it."""
+    """Decode over a static cache. On the host prefill fills it, too; else slots get a copy of what grew in prefill."""
     from .cache import slots
 
     pool = variant.caches
     assert pool is not None  # noqa: S101 - the caller checked; for the type checker
-    prompt = seam.growing_cache()  # no configuration: every layer at full length
-    with variant.running("prefill") as module:
-        logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
+    batch = call.input_ids.shape[0]
     with ExitStack() as lent:
+        prompt = seam.growing_cache()  # no configuration: every layer at full length
+        if "forward" not in vars(variant.modules["prefill"]):  # else compiled, and again for another kind of cache
+            with variant.preparing(batch):
+                prompt = lent.enter_context(pool.read(batch))
+        with variant.running("prefill") as module:
+            logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
 
         @cache
         def decoder() -> tuple[slots.SlotCache, Step | None]:  # called after the first token, which needs no slots
-            with variant.preparing(call.input_ids.shape[0]):
+            with variant.preparing(batch):
                 held = lent.enter_context(pool.lend(prompt, call.mask))
                 return held, variant.step.fitting(held) if variant.step is not None else None
 

@@ -100,7 +100,9 @@ class StepProgram(Transform):
         variant.loop = decode
         programs = StepPrograms(variant.modules["decode"])
         for batch in variant.batch_sizes:
-            programs.prepare(SlotCache(variant.example(batch), slots, dtype=dtype))
+            example = variant.example(batch)
+            programs.prepare(SlotCache(example, slots, dtype=dtype))
+            variant.caches.know(example)
         variant.step = programs
 
     def took_effect(self, variant: Variant) -> str | None:

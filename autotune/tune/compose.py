@@ -1,7 +1,8 @@
 """Composes the first draft of a plan: the most promising transforms for both phases, by diagnosis and roofline.
 
 All predictions are from the original's profile, so a draft takes at most one transform per phase and stage. Two
-transforms that save the same time would count it twice. Threads and guessing come later, for the remaining time.
+transforms that save the same time would count it twice. One that saves none, but memory, comes on top where the policy
+asks for no gain. Threads and guessing come later, for the remaining time.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class _Drafting:
         """Add the most promising of a step's choices that are available and keep the quality within the tier."""
         least = 1 + self.trier.policy.limits.min_gain
         choices = [transform for choice in step.choices if self.is_candidate(transform := make(choice))]
-        promised = {t: gain for t in choices if (gain := self.promise(t, step)) is not None}
+        asked = {t: gain for t in choices if (gain := self.promise(t, step)) is not None}
+        promised = {t: gain for t, gain in asked.items() if self.adds_up(t, gain)}
         while promised:
             best = max(promised.values())  # of what promises about as much, the policy's first
             transform = next(t for t, gain in promised.items() if gain * ALIKE >= best)
@@ -144,9 +146,11 @@ class _Drafting:
             return None
 
     def is_candidate(self, transform: Transform) -> bool:
-        if is_foreign(transform) or transform.stage >= Stage.THREADS:
-            return False
-        return self.taken.isdisjoint((phase, transform.stage) for phase in transform.phases)
+        return not is_foreign(transform) and transform.stage < Stage.THREADS
+
+    def adds_up(self, transform: Transform, gain: float) -> bool:
+        """Whether no part of the draft saves the same time already."""
+        return gain <= 1 or self.taken.isdisjoint((phase, transform.stage) for phase in transform.phases)
 
     def fits(self, transform: Transform) -> bool:
         return (

@@ -209,8 +209,12 @@ class _Search:
         return self.bases[key]
 
     def next_of(self, called: list[PolicyStep]) -> PolicyStep:
-        """The step to take now. On a CPU, without a draft in use, it is the policy's first."""
-        if not self.chosen and not self.on_gpu:
+        """The step to take now.
+
+        It is the policy's first where memory is the objective, because what a step promises is time, and on a CPU
+        without a draft in use.
+        """
+        if self.trier.policy.objective == "memory" or not (self.chosen or self.on_gpu):
             return called[0]
         offers = [CalledStep(s, self.candidates(s), share(self.state, s.phase), self.failures[s.name]) for s in called]
         return first_of(offers, self.pace, self.trier.policy.limits.min_gain)

@@ -641,6 +641,16 @@ def test_a_draft_has_one_transform_of_a_stage_and_no_threads() -> None:
 
 
 @pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("promises", "min_gain", "drafted"), [(1.0, 0.0, True), (1.0, 0.03, False), (1.1, 0.0, False)])
+def test_what_saves_memory_and_no_time_is_in_the_draft_beside_others_of_its_stage(
+    promises: float, min_gain: float, drafted: bool
+) -> None:
+    table = step({"label": "table", "promises": promises}, name="one table")
+    found = run(ScriptedBench(), policy(WEIGHTS, table, PROGRAM, limits=Limits(min_gain=min_gain)))
+    assert candidates(found)["int4+table+program" if drafted else "int4+program"] == "accepted"
+
+
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize(
     "hindrance", [{"missing": "no"}, {"takes": 1e12}, {"refuses": "no"}, {"breaks": "no"}, {"idle": "no"}]
 )
@@ -743,6 +753,16 @@ def test_after_a_draft_what_is_worth_the_most_comes_first() -> None:
         "race large small",
         "confirm small",
     ]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("objective", "first"), [("latency", "faster"), ("memory", "smaller")])
+def test_for_memory_steps_come_in_the_policys_order_because_they_promise_time(objective: Any, first: str) -> None:
+    smaller = step({"label": "smaller", "promises": 1.1, "at": 7}, bottlenecks=("overhead",), name="smaller")
+    faster = step({"label": "faster", "promises": 1.8, "at": 7}, bottlenecks=("overhead",), name="faster")
+    bench = ScriptedBench(bottlenecks={"": "memory"} | dict.fromkeys(("program", "smaller", "faster"), "overhead"))
+    run(bench, policy(WEIGHTS, smaller, faster, PROGRAM, objective=objective))
+    assert tried(bench)[1] == f"race program {first}"
 
 
 @pytest.mark.usefixtures("own")

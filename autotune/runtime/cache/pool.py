@@ -10,7 +10,8 @@ import torch
 
 from ...machine import device as devices
 from ...machine import forking
-from ...model.seam import keys_and_values
+from ...model.seam import growing_cache, keys_and_values
+from . import prompt as prompts
 from .slots import SlotCache
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class CachePool:
         self._idle: dict[int, list[SlotCache]] = {}
         self._made: dict[int, int] = {}
         self._kept: dict[int, int] = {}  # rows -> number of caches whose addresses are recorded
+        self._example: Any = None  # keys and values of a token, which tell the shapes of new caches
         self._lock = forking.lock()
 
     def unsupported(self, config: GenerationConfig) -> str | None:
@@ -57,15 +59,48 @@ class CachePool:
             return f"a context beyond the static cache's {self.slots} tokens"
         return None
 
+    def know(self, example: Any) -> None:
+        """Take the shapes of new caches from keys and values of a token ([1, Hk, 1, D] per layer) on the host."""
+        self._example = example
+
+    @contextmanager
+    def read(self, batch: int) -> Iterator[Any]:
+        """Lend a cache for prefill to fill: slots, which `lend` then begins with, or one that grows.
+
+        The one that grows is for devices whose work goes on after a call, and as long as no shapes are known.
+
+        Args:
+            batch: sequences of the prompt.
+        """
+        if self._example is None:
+            yield growing_cache()  # no configuration: every layer at full length
+            return
+        with self._taken(self._example, self._rows(batch)) as cache:
+            yield prompts.into(cache, batch)
+
     @contextmanager
     def lend(self, prompt: Any, mask: torch.Tensor | None) -> Iterator[SlotCache]:
-        """Lend a slot cache, filled from a prefilled cache ([B, Hk, P, D] per layer; mask [B, P] or None)."""
-        cache = self._take(prompt, self._rows(prompt))
+        """Lend a slot cache with a prompt in it.
+
+        Args:
+            prompt: from `read`, or any cache with keys and values [B, Hk, P, D] per layer.
+            mask: [B, P], 0 on left padding; None if there is no padding.
+        """
+        if (cache := prompts.begun(prompt, mask)) is not None:
+            yield cache
+            return
+        with self._taken(prompt, self._rows(batch_of(prompt))) as cache:
+            cache.fill(prompt, mask)
+            yield cache
+
+    @contextmanager
+    def _taken(self, prompt: Any, rows: int) -> Iterator[SlotCache]:
+        """A cache with the shapes of a prefilled one, which nothing else uses meanwhile."""
+        cache = self._take(prompt, rows)
         device = devices.of(cache.slot.device)
         if cache.left is not None:
             device.wait(cache.left)
         try:
-            cache.fill(prompt, mask)
             yield cache
         finally:
             if cache.lasting:
@@ -80,7 +115,7 @@ class CachePool:
         They are kept for good, even if memory runs out, and later ones of their size are lent only once. One that only
         calls at the same time need is not made if it takes more than `SPARE` of the free memory.
         """
-        rows, caches = self._rows(prompt), list[SlotCache]()
+        rows, caches = self._rows(batch_of(prompt)), list[SlotCache]()
         with ExitStack() as lent:
             while len(caches) < most and self._is_spare(caches):
                 self._kept[rows] = max(self._kept.get(rows, 0), len(caches) + 1)
@@ -94,8 +129,7 @@ class CachePool:
         held = sum(tensor.nbytes for tensor in (*caches[0].keys, *caches[0].values))
         return held <= SPARE * devices.of(caches[0].slot.device).memory().free
 
-    def _rows(self, prompt: Any) -> int:
-        batch: int = keys_and_values(prompt)[0][0].shape[0]
+    def _rows(self, batch: int) -> int:
         return next((rows for rows in self.rows if rows >= batch), batch)
 
     def _take(self, prompt: Any, rows: int) -> SlotCache:
@@ -125,3 +159,9 @@ class CachePool:
                 self._made[rows] -= count
         device.trim()
         return bool(sizes)
+
+
+def batch_of(prompt: Any) -> int:
+    """Sequences of a prefilled cache."""
+    batch: int = keys_and_values(prompt)[0][0].shape[0]
+    return batch

@@ -52,7 +52,7 @@ class RowCache(SlotCache):
         """
         filled = keys_and_values(prompt)
         length = filled[0][0].shape[2]
-        self._write(slice(row, row + 1), filled, slice(length, self._written[row]))
+        self._write(slice(row, row + 1), filled)
         self._begin(row, length)
 
     def copy_of(self, row: int) -> Any:
@@ -75,9 +75,8 @@ class RowCache(SlotCache):
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to a free row."""
-        length = self.lengths[source]
-        self._write(slice(target, target + 1), self._held(source), slice(length, self._written[target]))
-        self._begin(target, length)
+        self._write(slice(target, target + 1), self._held(source))
+        self._begin(target, self.lengths[source])
         self.leave(source)
 
     def step_done(self, discarded: int = 0) -> None:
@@ -93,6 +92,7 @@ class RowCache(SlotCache):
                 self._written[row] = max(self._written[row], length + 2 + discarded)
 
     def _begin(self, row: int, length: int) -> None:
+        self._clear(slice(row, row + 1), slice(length, self._written[row]))
         self.valid[row] = True
         self.slot[row] = length
         self.lengths[row] = length

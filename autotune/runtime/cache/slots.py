@@ -115,29 +115,46 @@ class SlotCache:
         """
         filled = seam.keys_and_values(prompt)
         batch, _, length, _ = filled[0][0].shape
-        stale = slice(length, self.length + MAX_DISCARDED)
-        self._write(slice(batch), filled, stale)
+        self._write(slice(batch), filled)
         if batch < len(self.valid):
-            self._write(slice(batch, None), [(keys[-1:], values[-1:]) for keys, values in filled], stale)
+            self._write(slice(batch, None), [(keys[-1:], values[-1:]) for keys, values in filled])
+        self.given = filled[0][0].dtype
+        self.begin(batch, length, mask)
+
+    def wrote(self, length: int, given: torch.dtype) -> None:
+        """Note that the first `length` slots hold numbers now, which were `given` in this dtype."""
+        self.length = max(self.length, length)
+        self.given = given
+
+    def begin(self, batch: int, length: int, mask: torch.Tensor | None) -> None:
+        """Start a sequence whose keys and values are in the first `length` slots.
+
+        Args:
+            batch: sequences, B; further rows repeat the last one.
+            length: tokens of each, P.
+            mask: [B, P], 0 on left padding; None if there is no padding.
+        """
+        self._clear(slice(None), slice(length, self.length + MAX_DISCARDED))
         self.valid[:, length:] = True
         self.valid[:batch, :length] = True if mask is None else mask.bool()
         self.valid[batch:, :length] = self.valid[batch - 1, :length]
         self.slot.fill_(length)
         self.batch = batch
         self.length = length
-        self.given = filled[0][0].dtype
 
-    def _write(self, rows: slice, filled: Iterable[tuple[torch.Tensor, torch.Tensor]], stale: slice) -> None:
+    def _write(self, rows: slice, filled: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Write keys and values into rows from slot 0 on, in few operators.
 
         Args:
             filled: [B, Hk, P, D] per layer, of as many sequences as rows, or of one for all.
-            stale: slots to clear, because a NaN that an earlier sequence left stays NaN at attention weight 0.
         """
         rooms = [held[rows] for pair in zip(self.keys, self.values, strict=True) for held in pair]
         given = [new for pair in filled for new in pair]
         torch._foreach_copy_([room[:, :, : new.shape[2]] for room, new in zip(rooms, given, strict=True)], given)
-        torch._foreach_zero_([room[:, :, stale] for room in rooms])
+
+    def _clear(self, rows: slice, stale: slice) -> None:
+        """Write zeros into slots, because a NaN that an earlier sequence left stays NaN at attention weight 0."""
+        torch._foreach_zero_([held[rows, :, stale] for held in (*self.keys, *self.values)])
 
     def advance(self, count: int = 1) -> None:
         """Make the next `count` tokens valid; their slots are written already."""
