@@ -65,6 +65,13 @@ def arguments(command: ArgumentParser) -> None:
     command.add_argument(
         "--keep-alive", type=positive, default=75, metavar="S", help="seconds that a connection may be idle: 75"
     )
+    command.add_argument(
+        "--write-timeout",
+        type=seconds,
+        default=60.0,
+        metavar="S",
+        help="seconds after which a client that takes nothing of its answer is dropped: 60",
+    )
     command.add_argument("--ssl-certfile", type=Path, metavar="FILE", help="certificate (PEM): serve HTTPS")
     command.add_argument("--ssl-keyfile", type=Path, metavar="FILE", help="its private key; default in the same file")
     command.add_argument("--log-level", choices=logs.LEVELS, default="info", help="default info: a line a request")
@@ -123,7 +130,7 @@ def settings_of(args: Namespace, environment: Mapping[str, str]) -> Settings:
         deadline_s=args.deadline,
         drain_s=args.drain,
         most_waiting=args.queue,
-        limits=HttpLimits(body_bytes=args.max_body),
+        limits=HttpLimits(body_bytes=args.max_body, write_s=args.write_timeout),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         revision=args.revision,
         template=_text(args.chat_template) if args.chat_template else None,

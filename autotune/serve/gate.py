@@ -41,10 +41,12 @@ class HttpLimits:
     Args:
         body_bytes: most bytes of a body.
         body_s: seconds within which a body must have arrived.
+        write_s: seconds after which a client is dropped that took nothing of its answer.
     """
 
     body_bytes: int = 4 * 2**20
     body_s: float = 20.0
+    write_s: float = 60.0
 
 
 class Gate:
@@ -60,6 +62,7 @@ class Gate:
         ending: set once no further request is taken.
 
     Attributes:
+        limits: of size and time.
         under_way: requests for the model that are being answered.
     """
 
@@ -75,7 +78,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in checked(keys, "a server")]
-        self._limits = limits
+        self.limits = limits
         self._metrics = metrics
         self._routes = {route for route in routes if "{" not in route}
         self._families = [route for route in routes if "{" in route]
@@ -147,13 +150,13 @@ class Gate:
         return any(fits)
 
     async def _body(self, headers: MutableMapping[str, str], receive: Receive) -> bytes:
-        most = self._limits.body_bytes
+        most = self.limits.body_bytes
         said = headers.get("content-length", "0")
         if said.isdecimal() and int(said) > most:
             raise Refusal(413, f"the body has {said} bytes; the most are {most}")
         parts, size = list[bytes](), 0
         try:
-            async with asyncio.timeout(self._limits.body_s):
+            async with asyncio.timeout(self.limits.body_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -165,7 +168,7 @@ class Gate:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive within {self._limits.body_s:g} s") from None
+            raise Refusal(408, f"the body did not arrive within {self.limits.body_s:g} s") from None
 
 
 class ClientGone(Exception):  # noqa: N818 - nothing went wrong

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -275,7 +276,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 gate,
-                http=TimedConnection,
+                http=partial(TimedConnection, write_s=gate.limits.write_s),  # type: ignore[arg-type]  # called as a class
                 log_config=None,
                 access_log=False,
                 server_header=False,

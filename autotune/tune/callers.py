@@ -19,9 +19,10 @@ from ..errors import AutotuneError
 from ..machine import intraop, outside
 from ..model import route
 from ..runtime.batching.load import EngineLoad
+from ..runtime.batching.prefixes import Prefixes
 from ..runtime.batching.rows import sizes
 from ..runtime.variant import Variant, divided, serving
-from ..transforms.continuous_batching import ContinuousBatching, bytes_per_row
+from ..transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
 from .choose import outgrows
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def measure(
     bench.notify(f"measuring up to {transform.rows} callers at once")
     try:
         shared = winner.with_transform(transform)
-        with _unqueued(winner), _unqueued(shared):
+        with _unqueued(winner), _unqueued(shared), _forgetting(shared):
             found = _Measurement(winner, shared, bench, clock).run(transform.rows)
         bench.notify(found.reason)
         if 0 < found.rows < transform.rows:
@@ -188,6 +189,18 @@ def _unqueued(variant: Variant) -> Iterator[None]:
         yield
     finally:
         variant.traffic = traffic
+
+
+@contextmanager
+def _forgetting(variant: Variant) -> Iterator[None]:
+    """Have an engine compute every prompt: the measurement asks the same ones again and again, as callers do not."""
+    assert isinstance(variant.loop, Together)  # noqa: S101 - the transform was applied; for the type checker
+    engine = variant.loop.engine
+    kept, engine.prefixes = engine.prefixes, Prefixes(engine.prefixes.part, most_bytes=0, most_last_bytes=0)
+    try:
+        yield
+    finally:
+        engine.prefixes = kept
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import time
 import types
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ from autotune.transforms.weight_storage import WeightStorage
 from tests.models import PAD, VOCABULARY, tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 SLOTS, ROWS = 96, 4
@@ -605,7 +606,7 @@ def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
 
     prefixes, ids = Prefixes(8), prompt(30)
     request: Any = types.SimpleNamespace(
-        call=types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
+        prompt=tuple(ids), call=types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
     )
 
     def computed() -> tuple[int, Any, torch.Tensor]:
@@ -614,14 +615,81 @@ def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
         with torch.no_grad():
             while read is None:
                 read = prefill.advance(variant)
-        return found, seam.keys_and_values(read[0].cache), read[0].logits
+        return found, read[0].cache, read[0].logits
 
-    (cold, first, logits), (warm, second, again) = computed(), computed()
-    assert (cold, warm) == (0, 24)
-    assert torch.equal(logits, again)
-    for one, other in zip(first, second, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+    (cold, first, logits), *others = computed(), computed()
+    prefixes.keep_last(first, tuple(ids), logits)
+    others.append(computed())
+    assert [cold, *(found for found, _, _ in others)] == [0, 24, 30]
+    for _, cache, again in others:
+        assert torch.equal(logits, again)
+        for one, other in zip(seam.keys_and_values(first), seam.keys_and_values(cache), strict=True):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+
+
+def spied(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens of forwards over prompts from now on."""
+    computed, running = list[int](), variant.running
+
+    @contextmanager
+    def spying(phase: Any) -> Iterator[Any]:
+        with running(phase) as module:
+
+            def forward(**given: Any) -> Any:
+                computed.append(given["input_ids"].shape[1])
+                return module(**given)
+
+            yield forward if phase == "prefill" else module
+
+    monkeypatch.setattr(variant, "running", spying)
+    return computed
+
+
+@needs_kernels
+@pytest.mark.parametrize("joins", [True, False], ids=["joined", "one by one"])
+@pytest.mark.parametrize("length", [3, 7, 8, 9, 16, 30])
+def test_a_prompt_of_several_answers_is_computed_once(
+    variant: Variant, alone: Variant, length: int, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ids = engine_of(variant), prompt(length, seed=3)
+    monkeypatch.setattr(engine, "joins", joins)
+    monkeypatch.setattr(joined, "SHORTEST", 3)
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    drawn = ({"do_sample": True, "logits_processor": LogitsProcessorList([ByPosition(n)])} for n in range(3))
+    options: list[dict[str, Any]] = [{}, *drawn]
+    expected = [answer(serving(alone), ids, 12, **each) for each in options]
+    before, computed = engine.counts.copy(), spied(variant, monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        with engine.alone():
+            asked = [pool.submit(answer, serving(variant), ids, 12, **each) for each in options]
+            until_waiting(engine, 4)
+        assert [each.result() for each in asked] == expected
+    assert len({tuple(each) for each in expected}) == 4
+    assert sum(computed) == length
+    assert engine.counts["prefills"] - before["prefills"] == len(computed) == -(-length // 8)
+    assert engine.counts["requests"] - before["requests"] == 4
+
+
+@needs_kernels
+def test_prompts_that_are_known_come_between_two_steps_by_the_rows(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ids = engine_of(variant), prompt(20, seed=8)
+    expected, taken, admit = answer(serving(variant), ids, 1), list[int](), engine._admit
+    before = engine.counts["requests"]
+
+    def admitting() -> None:
+        taken.append(engine.counts["requests"] - before)
+        admit()
+
+    monkeypatch.setattr(engine, "_admit", admitting)
+    with ThreadPoolExecutor(10) as pool:
+        with engine.alone():
+            asked = [pool.submit(answer, serving(variant), ids, 1) for _ in range(10)]
+            until_waiting(engine, 10)
+        assert [each.result() for each in asked] == [expected] * 10
+    assert taken == [0, ROWS, 2 * ROWS]
 
 
 # Several short prompts in one forward
@@ -646,6 +714,22 @@ def test_short_prompts_that_wait_are_computed_together(lengths: list[int], room:
     assert joined.count(lengths, room, longest=128) == together
 
 
+@pytest.mark.parametrize(
+    ("waiting", "known", "chosen"),
+    [
+        ("ABC", "", "ABC"),
+        ("AABB", "", "AB"),  # the others find what these compute
+        ("ABAC", "B", "AC"),
+        ("AB", "A", "A"),  # which takes no time
+        ("ABC", "BC", "A"),
+    ],
+)
+def test_only_prompts_that_nobody_computes_are_computed_together(waiting: str, known: str, chosen: str) -> None:
+    order: list[Any] = [types.SimpleNamespace(prompt=(ord(name),) * 40) for name in waiting]
+    found = joined.together(order, 512, 128, lambda prompt: chr(prompt[0]) in known)
+    assert found == [order[waiting.index(name)] for name in chosen]
+
+
 def read_alone(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
     from autotune.model import seam
 
@@ -653,7 +737,7 @@ def read_alone(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seam.over(variant.original, cache)}
 
     call = types.SimpleNamespace(input_ids=ids, positions=torch.arange(ids.shape[1])[None], prompt=whole)
-    request: Any = types.SimpleNamespace(call=call)
+    request: Any = types.SimpleNamespace(prompt=tuple(ids[0].tolist()), call=call)
     (found,) = Prefill(request, Prefixes(128)).advance(variant) or ()
     return found.logits, found.cache
 
@@ -727,6 +811,7 @@ def test_a_forward_that_fails_fails_its_prompts_and_no_later_one(
 ) -> None:
     engine = engine_of(variant)
     monkeypatch.setattr(engine, "joins", True)
+    monkeypatch.setattr(engine, "prefixes", Prefixes(128))
     with ThreadPoolExecutor(2) as pool, monkeypatch.context() as broken:
         broken.setattr(joined, "read", lambda *given: 1 / 0)
         with engine.alone():
@@ -742,18 +827,21 @@ def test_prefixes_keep_to_their_bytes() -> None:
     from autotune.model import seam
 
     one_part = 2 * 2 * 3 * 4 * 5 * 4  # layers x (keys, values) x heads x tokens x depth x bytes
-    prefixes = Prefixes(4, most_bytes=3 * one_part)
+    prefixes = Prefixes(4, most_bytes=3 * one_part, most_last_bytes=2 * (one_part + 40))
     for n in range(6):
         cache = seam.growing_cache()
         for layer in range(2):
             cache.update(torch.full((1, 3, 4, 5), float(n)), torch.full((1, 3, 4, 5), float(n)), layer)
-        prefixes.keep(cache, [n] * 9, 4)
-        prefixes.keep(cache, [n] * 9, 3)  # no whole part
-    assert prefixes._bytes == 3 * one_part
-    assert [prefixes.fill(seam.growing_cache(), [n] * 9) for n in range(6)] == [0, 0, 0, 4, 4, 4]
-    assert prefixes.fill(seam.growing_cache(), [5] * 4) == 0  # its last token gives the logits
-    cache = seam.growing_cache()
-    prefixes.fill(cache, [5] * 5)
+        prefixes.keep(cache, (n,) * 9, 4)
+        prefixes.keep(cache, (n,) * 9, 3)  # no whole part
+        prefixes.keep_last(cache, (n,) * 4, torch.full((1, 10), float(n)))
+    assert prefixes._beginnings.nbytes == 3 * one_part
+    assert prefixes._last.nbytes == 2 * (one_part + 40)
+    assert [prefixes.fill(seam.growing_cache(), (n,) * 9) for n in range(6)] == [(k, None) for k in (0, 0, 0, 4, 4, 4)]
+    assert prefixes.fill(seam.growing_cache(), (3,) * 4) == (0, None)  # as a beginning it is known, without logits
+    found, cache = prefixes.fill(seam.growing_cache(), (4,) * 4), seam.growing_cache()
+    assert (found[0], found[1] is not None and found[1].tolist()) == (4, [[4.0] * 10])
+    prefixes.fill(cache, (5,) * 5)
     assert all(bool((held == 5).all()) for pair in seam.keys_and_values(cache) for held in pair)
 
 

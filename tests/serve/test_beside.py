@@ -17,6 +17,7 @@ import torch
 
 from autotune.model import route
 from autotune.runtime.batching.prefill import Prefill
+from autotune.runtime.batching.prefixes import Prefixes
 from tests.serve.engines import (
     PROMPTS,
     ROWS,
@@ -155,6 +156,26 @@ def test_a_seed_draws_the_same_beside_others_and_no_seed_draws_anew(server: Runn
     found = [client.rest() for client in clients]
     assert [found[n] == expected for n in range(len(asked))] == [one == (0, 5) for one in asked]
     assert found[4] != found[5]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 5}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("length", [9, 128, 300])
+def test_four_answers_to_a_prompt_are_the_lonely_ones_and_its_tokens_are_computed_once(
+    server: Running, length: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked = engine_of(server), LONG[:length]
+
+    def ask(n: int, seed: dict[str, int]) -> list[Any]:
+        monkeypatch.setattr(engine, "prefixes", Prefixes(engine.prefixes.part))
+        found = post(server, asked, NEW, n=n, logprobs=1, **options | seed).raise_for_status().json()
+        return [(choice["text"], choice["logprobs"]) for choice in found["choices"]]
+
+    seeds: list[dict[str, int]] = [{"seed": options["seed"] + number} if options else {} for number in range(4)]
+    lonely = [ask(1, seed)[0] for seed in seeds]
+    before = engine.counts["prefills"]
+    assert ask(4, seeds[0]) == lonely
+    assert engine.counts["prefills"] - before == math.ceil(length / engine.prefixes.part)
+    assert engine.prefixes.tokens_found == 3 * length
 
 
 @pytest.mark.parametrize(("room", "answered"), [(None, 72), (16, 16)], ids=["all wait", "16 may wait"])

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -18,7 +20,7 @@ import pytest
 from autotune.serve import connection
 from autotune.serve.gate import HttpLimits
 from tests.serve import hanging
-from tests.serve.engines import PROMPTS, address, ask, busy, counted, needs_kernels, post, text, together
+from tests.serve.engines import PROMPTS, address, ask, busy, counted, engine_of, needs_kernels, post, text, together
 from tests.serve.servers import Running, until
 
 MOST = 10_000
@@ -58,6 +60,60 @@ def deaf(server: Running, prompt: list[int]) -> socket.socket:
     return client
 
 
+@needs_kernels
+def test_a_client_that_takes_nothing_is_dropped_and_its_row_is_free_long_before_its_answer_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "autotune.serve")
+    with together(limits=HttpLimits(write_s=0.01)) as server, counted(server) as turns:
+        engine, connections = engine_of(server), server.server.server_state.connections
+        beside = turns.client(PROMPTS[0], ANSWER)
+        until(lambda: busy(server) == 1)
+        with deaf(server, PROMPTS[1]):
+            until(lambda: busy(server) == 2)
+            steps, fullest = engine.counts["steps"], 0
+            while server.served.answers.running == 2:
+                turns.take(10)
+                turns.settle()
+                fullest = max(fullest, *(each.transport.get_write_buffer_size() for each in tuple(connections)))
+                assert engine.counts["steps"] - steps < ANSWER / 2
+            turns.take(2)
+            turns.settle()
+            assert busy(server) == 1
+            assert len(beside.read(100)) == 100
+            assert 0 < fullest < 2 * 64 * 2**10  # bytes: asyncio's limit, and an event more
+            until(lambda: len(connections) == 1)
+    (dropped,) = [record.fields for record in caplog.records if record.message == "dropped"]  # type: ignore[attr-defined]
+    assert dropped["reason"] == "its client took nothing for 0.01 s"
+
+
+@pytest.mark.parametrize(
+    ("waits", "looks", "is_dropped"),
+    [
+        ([100, 100], 1, True),
+        ([100, 101], 1, True),
+        ([100, 99, 50, 50], 3, True),
+        ([100, 90, 80, 70], 3, False),
+    ],
+)
+def test_a_client_that_takes_something_now_and_then_is_kept(waits: list[int], looks: int, is_dropped: bool) -> None:
+    later, sizes = list[Any](), iter(waits)
+    held: Any = connection.TimedConnection.__new__(connection.TimedConnection)
+    held._write_s, held.flow = 60.0, mock.Mock()
+    held.transport = mock.Mock(get_write_buffer_size=lambda: next(sizes))
+    held.loop = mock.Mock(call_later=lambda seconds, look, *given: later.append((seconds, look, given)) or mock.Mock())
+    held.pause_writing()
+    for number in range(looks):
+        assert not held.transport.abort.called
+        seconds, look, given = later[number]
+        assert seconds == 60.0
+        look(*given)
+    assert held.transport.abort.called == is_dropped
+    pending = held._unread
+    held.resume_writing()
+    assert pending.cancel.called
+
+
 @contextmanager
 def held(server: Running, count: int, stream: Iterator[None]) -> Iterator[None]:
     """So many connections at once that hang, until they all vanish. `stream` advances between them."""
@@ -84,7 +140,7 @@ def test_up_to_10000_connections_held_at_once_stop_no_stream_and_take_little_mem
     files: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "HEADERS_S", 900.0)  # nothing is closed while it is held
-    with together(limits=HttpLimits(body_s=900.0)) as server, ExitStack() as closing:
+    with together(limits=HttpLimits(body_s=900.0, write_s=900.0)) as server, ExitStack() as closing:
         connections = server.server.server_state.connections
         expected = text(post(server, PROMPTS[0], ANSWER))
         before, peaks = memory(), list[int]()

@@ -60,7 +60,8 @@ def test_a_policy_is_chosen_unless_nothing_is_tried() -> None:
     assert found().policy.name == found("--tune").policy.name == "throughput"
     assert found("--tune", "--policy", "latency").policy.name == "latency"
     assert found("--max-body", "1000").limits.body_bytes == 1000
-    assert found().limits.body_bytes == 4 * 2**20
+    assert found("--write-timeout", "0.5").limits.write_s == 0.5
+    assert (found().limits.body_bytes, found().limits.write_s) == (4 * 2**20, 60.0)
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,13 @@ def test_why_callers_are_served_one_at_a_time(changes: dict[str, Any], plan: Any
 def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured on a real model; only the decision is not left to this machine's clock."""
     monkeypatch.setattr(callers, "decide", lambda found, limit: (4 * (found.differing == 0), "as they say"))
+    loads = list[EngineLoad]()
+    monkeypatch.setattr(callers, "step_times", lambda *given: loads.extend(given[:2]) or step_times(*given))
     made = bench()
     winner = recorded(made)
     kept, found = callers.measure(winner, made)
     assert found is not None
+    assert loads[-1].queried > loads[-1].reused == 0  # the same prompts came again, and each was computed
     assert found.reason == "callers are decoded together: as they say"
     assert isinstance(kept.loop, Together)
     assert [point.callers for point in found.points] == [1, 2, 4]

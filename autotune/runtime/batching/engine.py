@@ -21,7 +21,7 @@ import torch
 from ...errors import CancelledRequestError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
-from .joined import Joined, Prefilled, count, is_exact
+from .joined import Joined, Prefilled, is_exact, together
 from .load import EngineLoad
 from .prefill import Prefill
 from .prefixes import Prefixes
@@ -281,11 +281,17 @@ class Engine:
             return min((request.terms.order for request in self._waiting), default=math.inf)
 
     def _admit(self) -> None:
-        """Compute one part of a prompt, or several short prompts. After its last part, a sequence takes a row."""
-        if self._prompt is None:
-            self._prompt = self._next_prompt()
-        if (prompt := self._prompt) is None:
-            return
+        """Compute one part of a prompt, or several short prompts; before that, take those that need not be computed."""
+        for _ in range(self.most_rows):
+            if (prompt := self._prompt or self._next_prompt()) is None:
+                return
+            self._advance(prompt)
+            if not prompt.is_known:
+                return
+
+    def _advance(self, prompt: Prefill | Joined) -> None:
+        """Compute the next part of a prompt. After its last part, its sequence takes a row."""
+        self._prompt = prompt
         try:
             found = prompt.advance(self.variant)
         except Exception as error:
@@ -294,10 +300,11 @@ class Engine:
             for request in prompt.requests:
                 request.fail(error) if len(prompt.requests) == 1 else request.fail_with_others(error)
             return
-        self.counts["prefills"] += 1
+        self.counts["prefills"] += not prompt.is_known
         if found is not None:
             self._prompt = None
             for each in found:
+                self.prefixes.keep_last(each.cache, each.request.prompt, each.logits)
                 self._begin(each)
 
     def _begin(self, prompt: Prefilled) -> None:
@@ -322,8 +329,7 @@ class Engine:
             if not free or not self._waiting:
                 return None
             order = sorted(self._waiting, key=lambda each: each.terms.order)[:free]
-            several = count([each.tokens for each in order], room, self.prefixes.part) if self.joins else 1
-            chosen = order[:several]
+            chosen = together(order, room, self.prefixes.part, self.prefixes.knows_last) if self.joins else order[:1]
             for request in chosen:
                 self._waiting.remove(request)
                 request.terms.begun_s = time.monotonic()

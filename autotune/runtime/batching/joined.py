@@ -8,8 +8,8 @@ before it is relied on (`is_exact`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -46,6 +46,27 @@ def count(lengths: Sequence[int], room: int, longest: int) -> int:
     return max(1, fitting)
 
 
+def together(
+    order: Sequence[Request], room: int, longest: int, is_known: Callable[[tuple[int, ...]], bool]
+) -> list[Request]:
+    """The requests whose prompts are computed together. A prompt like an earlier one is found once that is computed.
+
+    Args:
+        order: the requests that wait, in the order in which they are served.
+        room, longest: as for `count`.
+        is_known: whether a prompt need not be computed.
+    """
+    first, *others = order
+    if is_known(first.prompt):
+        return [first]
+    unlike = {first.prompt: first}
+    for request in others:
+        if not is_known(request.prompt):
+            unlike.setdefault(request.prompt, request)
+    found = list(unlike.values())
+    return found[: count([len(each.prompt) for each in found], room, longest)]
+
+
 class Prefilled(NamedTuple):
     """A prompt that was computed.
 
@@ -61,6 +82,8 @@ class Prefilled(NamedTuple):
 
 class Joined:
     """Requests whose prompts are computed in one forward."""
+
+    is_known: ClassVar[bool] = False
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = list(requests)

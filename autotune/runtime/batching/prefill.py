@@ -14,19 +14,30 @@ if TYPE_CHECKING:
 
 
 class Prefill:
-    """A prompt under way, part by part. The parts do not depend on what else runs, so neither does the result."""
+    """A prompt under way, part by part. The parts do not depend on what else runs, so neither does the result.
+
+    Attributes:
+        done: tokens that were found or computed.
+        is_known: whether all of them were found, so that nothing is computed.
+    """
 
     def __init__(self, request: Request, prefixes: Prefixes) -> None:
         self.request = request
         self.requests = [request]
         self.cache = seam.growing_cache()  # no configuration: every layer at full length
         self.prefixes = prefixes
-        self.prompt: list[int] = request.call.input_ids[0].tolist()
-        self.done = prefixes.fill(self.cache, self.prompt)
+        self.done, self._logits = prefixes.fill(self.cache, request.prompt)
+
+    @property
+    def is_known(self) -> bool:
+        return self._logits is not None
 
     def advance(self, variant: Variant) -> list[Prefilled] | None:
         """Compute the next part. Returns the prompt when it was the last part, else None."""
-        call, tokens = self.request.call, len(self.prompt)
+        call, prompt = self.request.call, self.request.prompt
+        if self._logits is not None:
+            return [Prefilled(self.request, self._logits, self.cache)]
+        tokens = len(prompt)
         with variant.running("prefill") as module:
             if tokens <= self.prefixes.part:
                 found = module(**call.prompt(self.cache))
@@ -37,6 +48,6 @@ class Prefill:
             found = module(**given, **seam.over(variant.original, self.cache))
         self.done = part.stop
         if self.done < tokens:
-            self.prefixes.keep(self.cache, self.prompt, self.done)
+            self.prefixes.keep(self.cache, prompt, self.done)
             return None
         return [Prefilled(self.request, seam.logits(found)[:, -1], self.cache)]

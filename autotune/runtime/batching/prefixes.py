@@ -1,77 +1,135 @@
-"""Keys and values of prompts' beginnings, which the next prompt that begins alike need not compute again."""
+"""Keys and values of prompts and their beginnings, which the next prompt that is or begins alike need not compute."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...model import seam
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
 MOST_BYTES = 256 * 2**20
+MOST_LAST_BYTES = 64 * 2**20  # of last parts, apart: prompts that are asked once must not displace beginnings
 
 Beginning = tuple[int, ...]  # tokens from the start of a prompt
 
 
-class Prefixes:
-    """Beginnings of whole parts of a prompt, the latest used ones.
-
-    A part is computed from the tokens before it and its own, whatever comes after. So a prompt gets the same numbers,
-    to the bit, whether its first parts are computed or found.
+class Part(NamedTuple):
+    """A part of a prompt.
 
     Args:
-        part: tokens of a part.
-        most_bytes: keys and values that are kept at most.
+        pairs: its keys and values [1, Hk, T, D] per layer.
+        logits: of its last token, [1, V], if that is the prompt's last one.
+    """
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    logits: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        last = 0 if self.logits is None else self.logits.nbytes
+        return last + sum(held.nbytes for pair in self.pairs for held in pair)
+
+
+class LatestParts:
+    """The latest used parts, each by all tokens from the start of its prompt to its end.
+
+    Args:
+        most_bytes: that they have at most.
+
+    Attributes:
+        nbytes: that they have.
+    """
+
+    def __init__(self, most_bytes: float) -> None:
+        self.most_bytes = most_bytes
+        self.nbytes = 0
+        self._kept: OrderedDict[Beginning, Part] = OrderedDict()
+
+    def __contains__(self, beginning: Beginning) -> bool:
+        return beginning in self._kept
+
+    def get(self, beginning: Beginning) -> Part | None:
+        if (part := self._kept.get(beginning)) is not None:
+            self._kept.move_to_end(beginning)
+        return part
+
+    def put(self, beginning: Beginning, part: Part) -> None:
+        self._kept[beginning] = part
+        self.nbytes += part.nbytes
+        while self.nbytes > self.most_bytes:
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+class Prefixes:
+    """Prompts and their beginnings of whole parts, the latest used ones.
+
+    A part is computed from the tokens before it and its own, whatever comes after. So a prompt gets the same numbers,
+    to the bit, whether its parts are computed or found.
+
+    Args:
+        part: tokens of a part. The last one of a prompt may be shorter.
+        most_bytes: keys and values of beginnings that are kept at most.
+        most_last_bytes: keys, values and logits of prompts' last parts that are kept at most.
 
     Attributes:
         tokens_queried: tokens of prompts that were looked up.
         tokens_found: those of them that were found and not computed.
     """
 
-    def __init__(self, part: int, most_bytes: float = MOST_BYTES) -> None:
+    def __init__(self, part: int, most_bytes: float = MOST_BYTES, most_last_bytes: float = MOST_LAST_BYTES) -> None:
         self.part = part
-        self.most_bytes = most_bytes
         self.tokens_queried = 0
         self.tokens_found = 0
-        self._kept: OrderedDict[Beginning, list[Any]] = OrderedDict()  # the keys and values of the last part alone
-        self._bytes = 0
+        self._beginnings = LatestParts(most_bytes)
+        self._last = LatestParts(most_last_bytes)
 
-    def fill(self, cache: Any, prompt: Sequence[int]) -> int:
-        """Fill an empty cache with as many parts of a prompt as are known, except the last token's.
+    def fill(self, cache: Any, prompt: Beginning) -> tuple[int, torch.Tensor | None]:
+        """Fill an empty cache with as many parts of a prompt as are known.
 
         Returns:
-            The number of tokens that need not be computed.
+            The number of tokens that need not be computed, and the last one's logits [1, V] if these are all.
         """
-        found = list[list[Any]]()
+        found = list[Part]()
         for end in range(self.part, len(prompt), self.part):
-            beginning = tuple(prompt[:end])
-            if beginning not in self._kept:
+            if (part := self._beginnings.get(prompt[:end])) is None:
                 break
-            self._kept.move_to_end(beginning)
-            found.append(self._kept[beginning])
-        for pairs in found:
-            for layer, (keys, values) in enumerate(pairs):
+            found.append(part)
+        done, logits = len(found) * self.part, None
+        if done == self._before_last(prompt) and (last := self._last.get(prompt)) is not None:
+            found.append(last)
+            done, logits = len(prompt), last.logits
+        for part in found:
+            for layer, (keys, values) in enumerate(part.pairs):
                 cache.update(keys, values, layer)
         self.tokens_queried += len(prompt)
-        self.tokens_found += len(found) * self.part
-        return len(found) * self.part
+        self.tokens_found += done
+        return done, logits
 
-    def keep(self, cache: Any, prompt: Sequence[int], end: int) -> None:
+    def keep(self, cache: Any, prompt: Beginning, end: int) -> None:
         """Keep the part of a prompt that ends before token `end`, from a cache that has just that many tokens."""
-        beginning = tuple(prompt[:end])
-        if end % self.part or beginning in self._kept:
-            return
-        pairs = [
-            tuple(held[:, :, end - self.part : end].clone() for held in layer) for layer in seam.keys_and_values(cache)
-        ]
-        self._kept[beginning] = pairs
-        self._bytes += _bytes(pairs)
-        while self._bytes > self.most_bytes and self._kept:
-            _, dropped = self._kept.popitem(last=False)
-            self._bytes -= _bytes(dropped)
+        beginning = prompt[:end]
+        if not end % self.part and beginning not in self._beginnings:
+            self._beginnings.put(beginning, Part(_copied(cache, end - self.part)))
+
+    def keep_last(self, cache: Any, prompt: Beginning, logits: torch.Tensor) -> None:
+        """Keep the last part of a prompt from its cache, with the last token's logits [1, V]."""
+        if prompt not in self._last:
+            self._last.put(prompt, Part(_copied(cache, self._before_last(prompt)), logits.clone()))
+
+    def knows_last(self, prompt: Beginning) -> bool:
+        """Whether the last part of a prompt is known."""
+        return prompt in self._last
+
+    def _before_last(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt before its last part."""
+        return (len(prompt) - 1) // self.part * self.part
 
 
-def _bytes(pairs: list[Any]) -> int:
-    return sum(held.nbytes for pair in pairs for held in pair)
+def _copied(cache: Any, begin: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of a cache's tokens from `begin`."""
+    return [(keys[:, :, begin:].clone(), values[:, :, begin:].clone()) for keys, values in seam.keys_and_values(cache)]

@@ -48,12 +48,14 @@ class Request:
     the engine's thread, within a copy of the caller's context variables.
 
     Attributes:
+        prompt: its tokens.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
     """
 
     def __init__(self, call: Sampling) -> None:
         self.call = call
+        self.prompt: tuple[int, ...] = tuple(call.input_ids[0].tolist())
         self._room = Room(call.input_ids)
         self.terms = CURRENT.get() or RequestTerms()
         self.is_ours = isinstance(threading.current_thread(), ending.Worker)
