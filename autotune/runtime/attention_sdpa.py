@@ -32,6 +32,8 @@ class SdpaKernel:
         masks: whether it takes an attention mask.
         grouped: whether it takes fewer key heads than query heads.
         compute: query, key, value, mask, causal, scale -> [B, H, Q, D].
+        multiple: a head's bytes must be a multiple of this.
+        fewest_keys: how many keys it takes at least.
     """
 
     name: str
@@ -39,6 +41,18 @@ class SdpaKernel:
     masks: bool
     grouped: bool
     compute: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor]
+    multiple: int = 1
+    fewest_keys: int = 1
+
+    def takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        """Whether it takes these shapes and the mask. Source: torch's sdp_utils.cpp."""
+        size = query.shape[-1]
+        return (
+            size == value.shape[-1]
+            and size * query.element_size() % self.multiple == 0
+            and key.shape[2] >= self.fewest_keys
+            and (mask is None or self.masks)
+        )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -79,9 +93,11 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 KERNELS = {
     "flash": SdpaKernel("autotune_sdpa_fa", "_scaled_dot_product_flash_attention", False, True, _flash),
-    "cudnn": SdpaKernel("autotune_sdpa_cudnn", "_scaled_dot_product_cudnn_attention", True, True, _cudnn),
+    "cudnn": SdpaKernel(
+        "autotune_sdpa_cudnn", "_scaled_dot_product_cudnn_attention", True, True, _cudnn, multiple=16, fewest_keys=2
+    ),
     "efficient": SdpaKernel(
-        "autotune_sdpa_efficient", "_scaled_dot_product_efficient_attention", True, False, _efficient
+        "autotune_sdpa_efficient", "_scaled_dot_product_efficient_attention", True, False, _efficient, multiple=16
     ),
     "math": SdpaKernel("autotune_sdpa_math", "_safe_softmax", True, True, _math),
 }
@@ -121,8 +137,7 @@ def attend(
     """
     chosen = kernel(backend, query.device)
     usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in seam.UNUSUAL)
-    fits = query.shape[-1] == value.shape[-1] and chosen is not None and (attention_mask is None or chosen.masks)
-    if chosen is None or not usual or not fits:
+    if chosen is None or not usual or not chosen.takes(query, key, value, attention_mask):
         return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     queries, causal = query.shape[2], kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal

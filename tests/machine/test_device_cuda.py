@@ -13,6 +13,7 @@ import torch
 from autotune.machine import peaks
 from autotune.machine.device.cuda import Cuda
 from tests.fakes.cuda import FakeCuda
+from tests.fakes.lazy import Queue
 
 SECOND = torch.device("cuda", 1)
 OWN, CURRENT = "the device's own stream", "the current stream"
@@ -112,6 +113,34 @@ def test_a_tensor_is_fetched_through_memory_pinned_for_its_device(log: Log) -> N
     log.clear()
     assert hasattr(arrived(), "copy_")
     assert log == ["synchronize"]
+
+
+def test_a_fetched_tensor_is_garbage_until_its_copy_was_waited_for(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies run when somebody waits for them, and one does not wait for those that were queued later."""
+    stream, pinned, copy = Queue(), list[torch.Tensor](), torch.Tensor.copy_
+
+    class Event:
+        def record(self, _: object) -> None:
+            self.end = stream.last
+
+        def synchronize(self) -> None:
+            stream.run(self.end)
+
+    def empty(shape: Any, dtype: torch.dtype, device: str, pin_memory: bool) -> torch.Tensor:
+        pinned.append(torch.full(shape, torch.nan, dtype=dtype, device=device))
+        return pinned[-1]
+
+    def queued(to: torch.Tensor, given: torch.Tensor, non_blocking: bool) -> None:
+        stream.put(lambda: copy(to, given), frozenset())
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "copy_", queued)
+    arrived, later = (Cuda(SECOND).fetch(torch.full((2,), number)) for number in (1.0, 2.0))
+    assert all(host.isnan().all() for host in pinned)
+    assert arrived().tolist() == [1.0, 1.0]
+    assert pinned[1].isnan().all()
+    assert later().tolist() == [2.0, 2.0]
 
 
 def test_work_is_timed_on_its_device_between_two_events(log: Log) -> None:

@@ -37,7 +37,8 @@ from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
 from autotune.workload import Workload
-from tests.fakes.cuda import FakeCuda, Misuse
+from tests.fakes.cuda import FakeCuda
+from tests.fakes.rules import Misuse
 from tests.models import left_padded, tiny, token_prompts
 
 IDS = torch.tensor([token_prompts(1)[0]])  # [1, 12]

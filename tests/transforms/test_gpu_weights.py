@@ -25,7 +25,7 @@ from autotune.transforms import bitsandbytes, make, torchao
 from autotune.transforms.cuda_graph import uncapturable
 from tests import models
 from tests.fakes.cuda import FakeCuda
-from tests.machine.test_device import during_a_capture
+from tests.machine.test_fake_cuda import during_a_capture
 from tests.transforms.test_contract import COMPILER
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ failed capture keeps its memory for as long as the process lives (pytorch#190308
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,18 @@ from torch.utils._pytree import tree_leaves
 
 from ...errors import TransformError
 
-WAITS = frozenset(  # operators that read a value, or the number of values, back from the device
+# Operators that read a value, a size or the outcome of a check back from the device. `_Watch` sees the operators that a
+# step calls, not those that they call in turn.
+WAITS = frozenset(
     {
-        *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"),
-        *("aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::multinomial"),  # its checks are read
+        *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::allclose"),
+        *("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive"),
+        *("aten::bincount", "aten::multinomial", "aten::_linalg_check_errors"),
     }
 )
 COPIES = frozenset({"aten::_to_copy", "aten::copy_"})
+INDEXING = frozenset({"aten::index", "aten::index_put", "aten::index_put_"})
+MASKS = (torch.bool, torch.uint8)
 
 
 def require_no_wait(step: Callable[[], object]) -> None:
@@ -47,6 +52,17 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         result, name = func(*args, **kwargs), func._schema.name
         places = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
-        if name in WAITS or (name in COPIES and len(places) > 1 and not kwargs.get("non_blocking")):
+        copied = name in COPIES and len(places) > 1 and not kwargs.get("non_blocking")
+        if name in WAITS or copied or _sized_by_values(name, args, kwargs):
             self.found.append(name)
         return result
+
+
+def _sized_by_values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the values of an argument decide how many elements an operator, which usually does not wait, works on."""
+    if name in INDEXING:  # a mask becomes the numbers of what it selects, unless one value fills all of it
+        masks = [t for t in tree_leaves(args[1]) if t is not None and t.dtype in MASKS]
+        return bool(masks) and not (len(args) > 2 and args[2].dim() == 0)
+    if name == "bitsandbytes::int8_vectorwise_quant":  # the outliers' columns
+        return bool(kwargs.get("threshold") or args[1:])
+    return name == "aten::repeat_interleave" and kwargs.get("output_size") is None
