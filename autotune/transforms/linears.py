@@ -55,6 +55,17 @@ def reusing(*variants: Variant, layers: Mapping[object, nn.Module] | None = None
         _made.reset(token)
 
 
+def is_made(key: object) -> bool:
+    """Whether the layer with this `LinearTransform.key` would be reused here."""
+    return key in (_made.get() or ())
+
+
+def reuse(layers: Mapping[object, nn.Module]) -> None:
+    """Let layers, by `LinearTransform.key`, be reused until the current `reusing` ends."""
+    if (made := _made.get()) is not None:
+        made.update(layers)
+
+
 def exchanged(variant: Variant) -> Iterator[tuple[str, LinearTransform, nn.Linear, nn.Module]]:
     """Yield each layer that a variant's transforms made: its name, the transform, what it was made from, and it."""
     layers = linear_layers.linears(variant.original)

@@ -9,8 +9,8 @@ import torch
 
 from ..diagnose import ceilings
 from ..runtime import kernels
-from . import require
-from .linears import CPU, LinearTransform, MixedTransform, weight_bytes
+from . import compensation, require
+from .linears import CPU, LinearTransform, MixedTransform, is_made, joined, reuse, reusing, weight_bytes
 from .weight_storage import WeightStorage
 
 if TYPE_CHECKING:
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from ..diagnose.costs import PhaseProfile
     from ..machine.hardware import Hardware
+    from ..runtime.variant import Variant
 
 SCALE_BITS = 16
+COMPENSATED = "compensated"
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,14 @@ class WeightOnly(MixedTransform):
         bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
         wide: layers that get the next wider form, 8 bits instead of 4 or FP16 instead of 8.
+        rounding: "" for the nearest numbers, or for 4 bits "compensated" (GPTQ): each weight's error is made up for by
+            others of its row, as far as that is possible for what the layer reads when the model reads texts that it
+            wrote itself. So the numbers follow from the model alone. Layers of more than 8192 inputs get the nearest.
     """
 
     bits: int = 8
     group: int = 32
+    rounding: str = ""
 
     name: ClassVar[str] = "weight_only"
     summary: ClassVar[str] = "INT8 or INT4 weights in groups; FP32 arithmetic, or with 16-bit activations; C++ kernels"
@@ -43,6 +49,7 @@ class WeightOnly(MixedTransform):
     def __post_init__(self) -> None:
         require(self.bits, (8, 4), "weight_only: bits")
         require(self.group, (0, 32, 64, 128), "weight_only: group")
+        require(self.rounding, ("", COMPENSATED) if self.bits == 4 else ("",), "weight_only: rounding")
 
     @property
     def kind(self) -> type[kernels.Int8Linear | kernels.Int4Linear]:
@@ -50,7 +57,7 @@ class WeightOnly(MixedTransform):
 
     @property
     def wider(self) -> LinearTransform:
-        return replace(self.recipe, bits=8) if self.bits == 4 else WeightStorage(phase=self.phase)
+        return replace(self.recipe, bits=8, rounding="") if self.bits == 4 else WeightStorage(phase=self.phase)
 
     @property
     def wider_form(self) -> str:
@@ -63,6 +70,34 @@ class WeightOnly(MixedTransform):
 
     def missing(self, where: torch.device = CPU) -> str | None:
         return kernels.available()
+
+    def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
+        reason = super().unavailable(variant, hardware)
+        if reason is not None or not self.rounding:
+            return reason
+        return compensation.delay(self._compensated(variant.modules[self.phases[-1]]), hardware)
+
+    def extra_bytes(self, variant: Variant) -> float:
+        if not self.rounding:
+            return super().extra_bytes(variant)
+        nearest = replace(self, rounding="").extra_bytes(variant)
+        return nearest + compensation.room_bytes(self._compensated(variant.modules[self.phases[-1]]))
+
+    def apply(self, variant: Variant) -> None:
+        if not self.rounding or self.missing() is not None:
+            super().apply(variant)
+            return
+        with reusing():
+            for twin in variant.edit(self.phase):
+                layers = self._compensated(twin)
+                new = {name: layer for name, layer in layers.items() if not is_made(self.key(layer))}
+                made = compensation.compensated(variant, twin, new, self.group)
+                reuse({self.key(layers[name]): layer for name, layer in made.items()})
+            super().apply(variant)
+
+    def _compensated(self, module: nn.Module) -> dict[str, nn.Linear]:
+        """The layers whose rounding is compensated. Of the others, those that are not wide get the nearest numbers."""
+        return compensation.layers(module, joined(self.skip, self.wide))
 
     def exchange(self, linear: nn.Linear) -> nn.Module:
         return self.kind.from_linear(linear, group=self.group)

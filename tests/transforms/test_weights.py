@@ -46,6 +46,7 @@ ACCURACY = [
     ("weight_only", {"bits": 8, "group": 32}, 8e-3, 2e-3),
     ("weight_only", {"bits": 8, "group": 0}, 1.2e-2, 5e-3),
     ("weight_only", {"bits": 4, "group": 32}, 0.1, 0.2),
+    ("weight_only", {"bits": 4, "group": 32, "rounding": "compensated"}, 0.1, 0.15),
     ("linear_dtype", {"dtype": "bfloat16"}, 6e-3, 1e-3),
     ("linear_dtype", {"dtype": "float16"}, 1e-3, 5e-5),
     ("dynamic_int8", {}, 3e-2, 5e-2),

@@ -37,6 +37,7 @@ PLANS: dict[str, tuple[Transform, ...]] = {
     "INT8": (INT8,),
     "INT4, some wider": (WeightOnly("decode", bits=4, wide="lm_head,layers.1"),),
     "INT8, some wider": (WeightOnly("decode", bits=8, wide="down_proj"),),
+    "INT4, compensated": (WeightOnly("decode", bits=4, rounding="compensated", wide="lm_head"),),
     "FP16": (WeightStorage("decode"),),
     "beside others": (WeightOnly("decode", bits=4), PackedPrefill("prefill"), LeanLoop(phase="decode")),
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autotune.model.linear_layers import share
-from autotune.runtime.kernels import pack
+from autotune.runtime.kernels import compensated, pack
 
 
 class PackedLinear(nn.Module, ABC):
@@ -194,6 +194,16 @@ class Int4Linear(QuantisedLinear):
     zeros: Tensor  # [ceil(N / 16), groups, 16]
 
     quantize = staticmethod(pack.quantize_i4)
+
+    @classmethod
+    def for_inputs(cls, linear: nn.Linear, moments: Tensor, group: int = pack.GROUP) -> Self:
+        """Pack an `nn.Linear` so that its outputs for such inputs change little; see `compensated.quantize_i4`.
+
+        Raises:
+            ValueError: the weight or the moments are not finite.
+        """
+        words, scales, zeros = compensated.quantize_i4(linear.weight, moments, group)
+        return cls.of(linear, {"weight": words, "scales": scales, "zeros": zeros})
 
     def dequantize(self) -> Tensor:
         return pack.dequantize_i4(self.weight, self.scales, self.zeros, self.out_features, self.in_features)

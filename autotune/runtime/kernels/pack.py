@@ -7,7 +7,7 @@ with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -22,6 +22,10 @@ GROUP = 32  # default number of inputs that share a scale
 # times as many freed bytes between the blocks.
 PART = 2**19
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that 4-bit quantisation tries
+
+# Chooses INT4 for some rows: (weights FP32 [n, groups, group], dtype of scales and zeros) -> numbers
+# [n, groups, group], scales and zeros [n, groups], all FP32.
+Rounding = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 
 
 def interleave(parts: Iterable[Tensor], rows: int, inputs: int) -> Tensor:
@@ -97,22 +101,60 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
         first = 0
         for part in parts:
             rows = slice(first, first := first + len(part))
-            yield (_grouped(part, group) / _divisor(scales[rows])).round_().clamp_(-127, 127).to(torch.int8).flatten(1)
+            yield (
+                (_grouped(part, group) / _divisor(scales[rows])[..., None])
+                .round_()
+                .clamp_(-127, 127)
+                .to(torch.int8)
+                .flatten(1)
+            )
 
     rows, groups = scales.shape
     return interleave(numbers(), rows, _padded(weight.shape[1], group)), interleave([scales], rows, groups)
 
 
-def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_i4(grouped: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each weight to the nearest number of its group: the `Rounding` by default.
+
+    The range of a group begins as its minimum and maximum and is shrunk step by step; the range with the least squared
+    error is kept. At four bits, clipping the rarest weights often costs less than coarser steps for all others.
+
+    Args:
+        importance: [groups, group], factors on the squared errors; None: all count alike.
+    """
+    low, high = grouped.aminmax(dim=-1)
+    least = torch.full_like(low, torch.inf)
+    numbers, scales, zeros = torch.empty_like(grouped), torch.empty_like(low), torch.empty_like(low)
+    for share in SHRINK:
+        scale = ((high - low) * (share / 15)).to(dtype).float()
+        zero = ((high + low) / 2 + scale / 2).to(dtype).float()  # + scale / 2, because the middle of -8..7 is -1/2
+        number = to_i4(grouped, scale[..., None], zero[..., None])
+        error = torch.addcmul(zero[..., None] - grouped, number, scale[..., None]).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        numbers = torch.where(better[..., None], number, numbers)
+    return numbers, scales, zeros
+
+
+def to_i4(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The nearest number in -8..7 of each weight."""
+    return ((weights - zeros) / _divisor(scales)).round_().clamp_(-8, 7)
+
+
+def quantize_i4(
+    weight: Tensor, group: int = GROUP, rounding: Rounding = nearest_i4, at_once: int = PART
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise to asymmetric INT4 with a scale and a zero per group of inputs.
 
-    weight = scale * number + zero, with number in -8..7. The range of a group begins as its minimum and maximum and is
-    shrunk step by step; the range with the least squared error is kept. At four bits, clipping the rarest weights often
-    costs less than coarser steps for all others.
+    weight = scale * number + zero, with number in -8..7.
 
     Args:
         weight: [N, K], floating point.
         group: inputs that share a scale and a zero, a multiple of 8; 0 for one of each per output row.
+        rounding: chooses the numbers, scales and zeros of some rows.
+        at_once: weights that it gets at a time, about.
 
     Returns:
         Words INT32 [ceil(N / 16), K padded / 8, 16], with input 8i + j in the signed nibble j of word i. Scales and
@@ -122,7 +164,7 @@ def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Ten
         ValueError: the weight is not a finite floating-point matrix, or the group is not a multiple of 8.
     """
     check(weight)
-    parts = _parts(weight)
+    parts = _parts(weight, at_once)
     ranges = [_grouped(part, group).aminmax(dim=-1) for part in parts]
     low, high = (_finite(torch.cat(ends)) for ends in zip(*ranges, strict=True))
     dtype = _factor_dtype((high - low) * (min(SHRINK) / 15), torch.maximum(-low, high))
@@ -132,30 +174,13 @@ def quantize_i4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Ten
         first = 0
         for part in parts:
             rows = slice(first, first := first + len(part))
-            fitted, scales[rows], zeros[rows] = _fit_i4(_grouped(part, group), low[rows], high[rows], dtype)
-            yield fitted
+            numbers, scales[rows], zeros[rows] = rounding(_grouped(part, group), dtype)
+            nibbles = numbers.to(torch.int32).view(len(part), -1, STEP) & 15  # [n, K / 8, 8]
+            yield (nibbles << _shifts(nibbles.device)).sum(-1, dtype=torch.int32)
 
     rows, groups = low.shape
     packed = interleave(words(), rows, _padded(weight.shape[1], group) // STEP)
     return packed, interleave([scales], rows, groups), interleave([zeros], rows, groups)
-
-
-def _fit_i4(grouped: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Words [N, K / 8], scales and zeros [N, groups] for the best of the shrunken ranges."""
-    least = torch.full_like(low, torch.inf)
-    numbers, scales, zeros = torch.empty_like(grouped), torch.empty_like(low), torch.empty_like(low)
-    for share in SHRINK:
-        scale = ((high - low) * (share / 15)).to(dtype).float()
-        zero = ((high + low) / 2 + scale / 2).to(dtype).float()  # + scale / 2, because the middle of -8..7 is -1/2
-        number = ((grouped - zero[..., None]) / _divisor(scale)).round_().clamp_(-8, 7)
-        error = torch.addcmul(zero[..., None] - grouped, number, scale[..., None]).square_().sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-        numbers = torch.where(better[..., None], number, numbers)
-    nibbles = numbers.to(torch.int32).view(len(numbers), -1, STEP) & 15  # [N, K / 8, 8]
-    words = (nibbles << _shifts(nibbles.device)).sum(-1, dtype=torch.int32)
-    return words, scales.to(dtype), zeros.to(dtype)
 
 
 def dequantize_i8(numbers: Tensor, scales: Tensor, rows: int, inputs: int) -> Tensor:
@@ -181,9 +206,9 @@ def check(weight: Tensor) -> None:
         )
 
 
-def _parts(weight: Tensor) -> list[Tensor]:
-    """Split a weight [N, K] into views of whole blocks of rows, about PART weights each."""
-    rows = max(1, PART // (ROWS * weight.shape[1])) * ROWS
+def _parts(weight: Tensor, at_once: int = PART) -> list[Tensor]:
+    """Split a weight [N, K] into views of whole blocks of rows, about `at_once` weights each."""
+    rows = max(1, at_once // (ROWS * weight.shape[1])) * ROWS
     return [weight[first : first + rows] for first in range(0, len(weight), rows)]
 
 
@@ -224,8 +249,8 @@ def _factor_dtype(steps: Tensor, sizes: Tensor) -> torch.dtype:
 
 
 def _divisor(scales: Tensor) -> Tensor:
-    """Turn scales [N, groups] into divisors [N, groups, 1]. A group of equal weights has scale 0; any divisor works."""
-    return torch.where(scales == 0, 1.0, scales.float())[..., None]
+    """Turn scales into divisors. A group of equal weights has scale 0; any divisor works."""
+    return torch.where(scales == 0, 1.0, scales.float())
 
 
 def _shifts(device: torch.device) -> Tensor:
