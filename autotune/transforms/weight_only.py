@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -32,32 +32,45 @@ class WeightOnly(MixedTransform):
     Args:
         bits: 8 or 6 (symmetric, a scale per group), or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
-        wide: layers that get the next wider form: 6 bits instead of 4, 8 instead of 6, or FP16 instead of 8.
+        wide: layers that get a wider form: 8 bits instead of 4 or 6, FP16 instead of 8.
+        wide_as: "int6" if these layers get 6 bits instead of 4, else "".
     """
 
     bits: int = 8
     group: int = 32
+    wide_as: str = ""
 
     name: ClassVar[str] = "weight_only"
-    summary: ClassVar[str] = "INT8, INT6 or INT4 weights in groups; FP32 arithmetic, or with 16-bit activations; C++ kernels"
+    summary: ClassVar[str] = "INT8, INT6 or INT4 weights in groups; FP32 arithmetic or 16-bit activations; C++ kernels"
 
     def __post_init__(self) -> None:
         require(self.bits, KINDS, "weight_only: bits")
         require(self.group, (0, 32, 64, 128), "weight_only: group")
+        require(self.wide_as, ("", "int6") if self.bits == 4 else ("",), "weight_only: wide_as")
 
     @property
     def kind(self) -> type[kernels.QuantisedLinear]:
         return KINDS[self.bits]
 
     @property
+    def recipe(self) -> Self:
+        return replace(super().recipe, wide_as="")
+
+    @property
     def wider(self) -> LinearTransform:
-        wider = min((bits for bits in KINDS if bits > self.bits), default=None)
-        return WeightStorage(phase=self.phase) if wider is None else replace(self.recipe, bits=wider)
+        if self.bits == 8:
+            return WeightStorage(phase=self.phase)
+        return replace(self.recipe, bits=6 if self.wide_as else 8)
 
     @property
     def wider_form(self) -> str:
-        wider = self.wider
-        return f"at {wider.bits} bits" if isinstance(wider, WeightOnly) else "in FP16"
+        if self.bits == 8:
+            return "in FP16"
+        return "at 6 bits" if self.wide_as else "at 8 bits"
+
+    @property
+    def widenings(self) -> tuple[Self, ...]:
+        return (self,) if self.wide or self.bits != 4 else (replace(self, wide_as="int6"), self)
 
     @property
     def weight_bits(self) -> float:
