@@ -27,7 +27,7 @@ NOT_PACKED = "it has no packed weights that this processor multiplies by bytes; 
 
 @dataclass(frozen=True)
 class Int8Activations(LinearTransform):
-    """Round the inputs of a phase's packed INT8 and INT4 layers to INT8, in groups of 32, token by token.
+    """Round the inputs of a phase's packed INT8, INT6 and INT4 layers to INT8, in groups of 32, token by token.
 
     Packed layers take inputs of 16 bits where the processor multiplies in integers, which is as good as FP32. With 8
     bits, products take about half the time (AVX2: INT4's alone), which pays where they are the limit: in prefill, and
@@ -35,7 +35,7 @@ class Int8Activations(LinearTransform):
     """
 
     name: ClassVar[str] = "int8_activations"
-    summary: ClassVar[str] = "INT8 activations in groups of 32 for packed INT8 and INT4 weights; C++ kernels"
+    summary: ClassVar[str] = "INT8 activations in groups of 32 for packed INT8, INT6 and INT4 weights; C++ kernels"
 
     def __post_init__(self) -> None:
         if self.phase == "both":
@@ -88,5 +88,5 @@ def _precise(module: nn.Module, skip: str) -> dict[str, kernels.GroupedLinear]:
         held = layer.packed[0] if isinstance(layer, kernels.Bf16Linear) and layer.packed else layer
         if isinstance(held, kernels.GroupedLinear) and not isinstance(held, kernels.RoundedLinear):
             found[name] = held
-    able = {bits: kernels.no_byte_unit(bits) is None for bits in (4, 8)}
+    able = {bits: kernels.no_byte_unit(bits) is None for bits in (4, 6, 8)}
     return {name: held for name, held in found.items() if able[held.bits] and not linear_layers.is_named(name, skip)}

@@ -130,6 +130,11 @@ class LinearTransform(Transform):
         """The form of a sensitive layer, in words."""
         return "as it was"
 
+    @property
+    def widenings(self) -> tuple[Self, ...]:
+        """This transform with each wider form that its sensitive layers may get, the narrowest first."""
+        return (self,)
+
     def widened(self, names: str) -> Self:
         """This transform, but the layers of these names keep a wider form, besides those that already do."""
         return replace(self, skip=joined(self.skip, names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCALE_BITS = 16
 COMPENSATED = "compensated"
+KINDS: dict[int, type[kernels.QuantisedLinear]] = {8: kernels.Int8Linear, 6: kernels.Int6Linear, 4: kernels.Int4Linear}
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class WeightOnly(MixedTransform):
     Products are in integers over activations of 16 bits where the processor has AVX2 or VNNI, else in FP32.
 
     Args:
-        bits: 8 (symmetric, a scale per group) or 4 (asymmetric, a scale and a zero per group).
+        bits: 8 or 6 (symmetric, a scale per group), or 4 (asymmetric, a scale and a zero per group).
         group: inputs that share a scale: 32, 64 or 128; 0 for one scale per output row.
-        wide: layers that get the next wider form, 8 bits instead of 4 or FP16 instead of 8.
+        wide: layers that get a wider form: 8 bits instead of 4 or 6, FP16 instead of 8.
+        wide_as: "int6" if these layers get 6 bits instead of 4, else "".
         rounding: "" for the nearest numbers, or for 4 bits "compensated" (GPTQ): each weight's error is made up for by
             others of its row, as far as that is possible for what the layer reads when the model reads texts that it
             wrote itself. So the numbers follow from the model alone. Layers of more than 8192 inputs get the nearest.
@@ -42,30 +44,44 @@ class WeightOnly(MixedTransform):
     bits: int = 8
     group: int = 32
     rounding: str = ""
+    wide_as: str = ""
 
     name: ClassVar[str] = "weight_only"
-    summary: ClassVar[str] = "INT8 or INT4 weights in groups; FP32 arithmetic, or with 16-bit activations; C++ kernels"
+    summary: ClassVar[str] = "INT8, INT6 or INT4 weights in groups; FP32 arithmetic or 16-bit activations; C++ kernels"
 
     def __post_init__(self) -> None:
-        require(self.bits, (8, 4), "weight_only: bits")
+        require(self.bits, KINDS, "weight_only: bits")
         require(self.group, (0, 32, 64, 128), "weight_only: group")
         require(self.rounding, ("", COMPENSATED) if self.bits == 4 else ("",), "weight_only: rounding")
+        require(self.wide_as, ("", "int6") if self.bits == 4 else ("",), "weight_only: wide_as")
 
     @property
-    def kind(self) -> type[kernels.Int8Linear | kernels.Int4Linear]:
-        return kernels.Int8Linear if self.bits == 8 else kernels.Int4Linear
+    def kind(self) -> type[kernels.QuantisedLinear]:
+        return KINDS[self.bits]
+
+    @property
+    def recipe(self) -> Self:
+        return replace(super().recipe, wide_as="")
 
     @property
     def wider(self) -> LinearTransform:
-        return replace(self.recipe, bits=8, rounding="") if self.bits == 4 else WeightStorage(phase=self.phase)
+        if self.bits == 8:
+            return WeightStorage(phase=self.phase)
+        return replace(self.recipe, bits=6 if self.wide_as else 8, rounding="")
 
     @property
     def wider_form(self) -> str:
-        return "at 8 bits" if self.bits == 4 else "in FP16"
+        if self.bits == 8:
+            return "in FP16"
+        return "at 6 bits" if self.wide_as else "at 8 bits"
+
+    @property
+    def widenings(self) -> tuple[Self, ...]:
+        return (self,) if self.wide or self.bits != 4 else (replace(self, wide_as="int6"), self)
 
     @property
     def weight_bits(self) -> float:
-        factors = 1 if self.bits == 8 else 2
+        factors = 2 if self.bits == 4 else 1
         return self.bits + factors * SCALE_BITS / self.group if self.group else float(self.bits)
 
     def missing(self, where: torch.device = CPU) -> str | None:

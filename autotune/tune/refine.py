@@ -16,6 +16,7 @@ from typing import Protocol
 
 from ..model.linear_layers import is_named
 from ..runtime.variant import Transform
+from ..transforms.linears import LinearTransform
 
 SPLIT_SHARE = 0.1  # share of the divergence below which a part is not worth splitting
 MOST_MEASURED = 40  # most parts that are measured; each takes one forward over a few prompts
@@ -104,6 +105,25 @@ class Refinement:
 
     proposals: tuple[Proposal, ...]
     finding: str
+
+
+def narrowest(transform: Transform, probe: Callable[[Transform], Probe | None]) -> Probe | None:
+    """The probe of a transform whose sensitive layers get the narrowest wider form that keeps the tier for all layers.
+
+    If none does, they get the widest. A mix of two forms that both lose too much is not looked for.
+
+    Args:
+        probe: makes the probe of a transform; None if it cannot leave out layers.
+    """
+
+    def keeps_tier(form: LinearTransform) -> bool:
+        whole = None if form.wider is None else probe(form.wider)
+        return whole is not None and whole.shortfall("") is None
+
+    if not isinstance(transform, LinearTransform):
+        return probe(transform)
+    *narrower, widest = transform.widenings
+    return probe(next(filter(keeps_tier, narrower), widest))
 
 
 def refine(probe: Probe, promises: Promises, spent: Callable[[], bool]) -> Refinement:

@@ -20,7 +20,7 @@ from ..workload import PHASES, Phase, Target
 from .choose import SearchState, exchange, expect, promise, tier_for
 from .plan import Confirmation, Trial, TrialOutcome
 from .policy import Policy
-from .refine import Probe, Promises, Refinement, refine
+from .refine import Probe, Promises, Refinement, narrowest, refine
 from .verdict import UNTRIED
 
 log = logging.getLogger("autotune")
@@ -209,7 +209,9 @@ class Trier:
     def _look_into(self, failed: Trial, state: SearchState, base: SearchState, others: float) -> Refinement | None:
         """Find the layers that made a transform fail, and what to try without them; None if that is not possible."""
         tier = failed.quality.tier if failed.quality else self.policy.tier
-        if failed.target == "both" or (probe := self.bench.probe(base.variant, failed.transform, tier)) is None:
+        if failed.target == "both":
+            return None
+        if (probe := narrowest(failed.transform, lambda form: self.bench.probe(base.variant, form, tier))) is None:
             return None
         self.notify(f"looking for the layers that make {failed.transform} fail")
         replaced, wide = next(iter(failed.instead_of), None), 1.0  # by default, a wider layer is the original's

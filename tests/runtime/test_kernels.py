@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from autotune.runtime.kernels import (
     HalfLinear,
     Int4Linear,
+    Int6Linear,
     Int8Linear,
     PackedLinear,
     arena,
@@ -26,7 +27,7 @@ from autotune.runtime.kernels import (
     build,
     pack,
 )
-from autotune.runtime.kernels.modules import GroupedLinear
+from autotune.runtime.kernels.modules import GroupedLinear, QuantisedLinear
 
 SENTENCE = available()
 needs_operators = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
@@ -39,6 +40,9 @@ FORMATS = [
     pytest.param(Int8Linear, {"group": 64}, 9e-3, id="i8-64"),
     pytest.param(Int8Linear, {"group": 128}, 1e-2, id="i8-128"),
     pytest.param(Int8Linear, {"group": 0}, 1.2e-2, id="i8-row"),
+    pytest.param(Int6Linear, {}, 0.025, id="i6-32"),
+    pytest.param(Int6Linear, {"group": 64}, 0.028, id="i6-64"),
+    pytest.param(Int6Linear, {"group": 0}, 0.04, id="i6-row"),
     pytest.param(Int4Linear, {}, 0.09, id="i4-32"),
     pytest.param(Int4Linear, {"group": 64}, 0.1, id="i4-64"),
     pytest.param(Int4Linear, {"group": 128}, 0.12, id="i4-128"),
@@ -57,7 +61,7 @@ def digits_of(bits: int) -> list[int]:
 
 IN_INTEGERS = [
     pytest.param(kind, digits, id=f"{kind.__name__}-{digits}")
-    for kind, bits in ((Int8Linear, 8), (Int4Linear, 4))
+    for kind, bits in ((Int8Linear, 8), (Int6Linear, 6), (Int4Linear, 4))
     for digits in digits_of(bits)
 ]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 48, 49, 130]  # M
@@ -69,7 +73,7 @@ def close(actual: Tensor, exact: Tensor, tolerance: float = 3e-6) -> bool:
 
 
 def packed(
-    kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, object], rows: int, inputs: int, bias: bool
+    kind: type[HalfLinear | QuantisedLinear], options: dict[str, object], rows: int, inputs: int, bias: bool
 ) -> PackedLinear:
     torch.manual_seed(rows * 1000 + inputs)
     return kind.from_weight(torch.randn(rows, inputs) / 8, torch.randn(rows) if bias else None, **options)
@@ -227,6 +231,7 @@ def test_linear_takes_linear_and_conv1d() -> None:
     [
         (HalfLinear, {}, 64 * 96 * 2),
         (Int8Linear, {}, 64 * 96 + 64 * 3 * 2),
+        (Int6Linear, {}, 64 * 96 * 3 // 4 + 64 * 3 * 2),
         (Int4Linear, {}, 64 * 96 // 2 + 2 * 64 * 3 * 2),
         (Int4Linear, {"group": 0}, 64 * 96 // 2 + 2 * 64 * 2),
     ],
@@ -236,7 +241,7 @@ def test_weight_bytes_count_weights_scales_and_bias(kind, options, expected) -> 
     assert kind.from_weight(torch.randn(64, 96), torch.randn(64), **options).weight_bytes == expected + 256
 
 
-@pytest.mark.parametrize("kind", [HalfLinear, Int8Linear, Int4Linear])
+@pytest.mark.parametrize("kind", [HalfLinear, Int8Linear, Int6Linear, Int4Linear])
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -253,14 +258,14 @@ def test_packing_refuses_what_it_cannot_hold(kind, weight, message) -> None:
 
 
 @pytest.mark.parametrize("group", [-8, 12, 33])
-@pytest.mark.parametrize("quantize", [pack.quantize_i8, pack.quantize_i4])
+@pytest.mark.parametrize("quantize", [pack.quantize_i8, pack.quantize_i6, pack.quantize_i4])
 def test_packing_refuses_odd_groups(quantize, group) -> None:
     with pytest.raises(ValueError, match="multiple of 8"):
         quantize(torch.randn(4, 64), group)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-7, 1e-30, 1.0, 1e6])
-@pytest.mark.parametrize(("kind", "error"), [(Int8Linear, 8e-3), (Int4Linear, 0.09)])
+@pytest.mark.parametrize(("kind", "error"), [(Int8Linear, 8e-3), (Int6Linear, 0.035), (Int4Linear, 0.09)])
 def test_quantizing_keeps_its_precision_at_any_magnitude(kind, error, size) -> None:
     torch.manual_seed(0)
     weight = torch.randn(32, 64) * size
@@ -268,7 +273,7 @@ def test_quantizing_keeps_its_precision_at_any_magnitude(kind, error, size) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("quantize", [pack.quantize_i8, pack.quantize_i4])
+@pytest.mark.parametrize("quantize", [pack.quantize_i8, pack.quantize_i6, pack.quantize_i4])
 def test_a_large_table_is_widened_and_quantised_in_parts(quantize, dtype, monkeypatch) -> None:
     """The embedding of a vocabulary of 150 000 in FP32 is larger than the rest of a small model."""
     torch.manual_seed(0)
@@ -281,6 +286,22 @@ def test_a_large_table_is_widened_and_quantised_in_parts(quantize, dtype, monkey
         assert torch.equal(got, expected)
     assert set(rows) == {16, 4}
     assert torch.equal(pack.pack_half(weight), halves)
+
+
+def test_six_bits_are_packed_in_order() -> None:
+    numbers = torch.randint(-32, 32, (48, 200), generator=torch.Generator().manual_seed(0)).float()
+    numbers[:, ::8] = -32.0
+    blocks = pack.interleave([numbers.to(torch.int8)], 48, 200)
+    packed = pack.narrow_i6(blocks)
+    assert packed.dtype is torch.int16
+    assert packed.shape == (3, 75, 16)
+    ones = torch.ones(3, 1, 16)
+    assert torch.equal(pack.dequantize_i6(packed, ones, 48, 200), numbers)
+    if SENTENCE is None:
+        x = torch.eye(200)
+        for digits in (0, *digits_of(6)):
+            y = torch.ops.autotune.linear_i6(x, packed, ones, None, 48, digits)
+            assert torch.allclose(y, numbers.T, rtol=1e-4), digits
 
 
 def test_constant_groups_are_exact() -> None:
@@ -407,13 +428,13 @@ class Block(nn.Module):
         torch.manual_seed(0)
         weight = torch.randn(64, 64) / 8
         self.layers = nn.ModuleList(
-            [HalfLinear.from_weight(weight), Int8Linear.from_weight(weight), Int4Linear.from_weight(weight)]
+            [kind.from_weight(weight) for kind in (HalfLinear, Int8Linear, Int6Linear, Int4Linear)]
         )
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
-        q, gate, up = (layer(x) for layer in self.layers)
+        q, gate, up, shift = (layer(x) for layer in self.layers)
         y = attend_one(q.view(1, 1, 4, 16).transpose(1, 2), keys, values, length, None, 0.25)
-        return y.reshape(1, 1, 64) + torch.nn.functional.silu(gate) * up
+        return y.reshape(1, 1, 64) + torch.nn.functional.silu(gate) * up + shift
 
 
 @needs_operators
@@ -433,12 +454,16 @@ def test_operators_trace_into_one_graph_that_serves_every_length() -> None:
 
 
 @needs_operators
-def test_fake_shapes_agree_with_real_ones() -> None:
-    layer = Int8Linear.from_weight(torch.randn(24, 64), torch.randn(24))
-    arguments = (torch.randn(2, 64), layer.weight, layer.scales, layer.bias, 24)
-    torch.library.opcheck(
-        torch.ops.autotune.linear_i8.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+@pytest.mark.parametrize("kind", [Int8Linear, Int6Linear, Int4Linear])
+def test_fake_shapes_agree_with_real_ones(kind) -> None:
+    layer = kind.from_weight(torch.randn(24, 64), torch.randn(24))
+    operator = getattr(torch.ops.autotune, layer.operator).default
+    arguments = (torch.randn(2, 64), *layer.stored, layer.bias, 24)
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_operators
+def test_attention_s_fake_shapes_agree_with_real_ones() -> None:
     cache = torch.randn(1, 2, 8, 16)
     attended = (torch.randn(1, 4, 1, 16), cache, cache.clone(), torch.tensor(8), None, 1.0)
     torch.library.opcheck(
@@ -541,6 +566,7 @@ for kind, options in [
     (kernels.HalfLinear, {"dtype": torch.float32}),
     (kernels.Int8Linear, {}),
     (kernels.Int8Linear, {"group": 0}),
+    (kernels.Int6Linear, {}),
     (kernels.Int4Linear, {}),
 ]:
     for rows, inputs in [(37, 100), (192, 576)]:

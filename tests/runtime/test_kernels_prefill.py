@@ -11,6 +11,7 @@ from autotune.runtime.kernels import (
     Bf16Linear,
     HalfLinear,
     Int4Linear,
+    Int6Linear,
     Int8Linear,
     attend_many,
     available,
@@ -32,6 +33,7 @@ PACKED = [
     pytest.param(HalfLinear, {"dtype": torch.float32}, id="f32"),
     pytest.param(Int8Linear, {}, id="i8-32"),
     pytest.param(Int8Linear, {"group": 0}, id="i8-row"),
+    pytest.param(Int6Linear, {}, id="i6-32"),
     pytest.param(Int4Linear, {}, id="i4-32"),
     pytest.param(Int4Linear, {"group": 128}, id="i4-128"),
 ]

@@ -66,6 +66,17 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         "groups of a multiple",
     ),
     "i8: cut": ("linear_i8", lambda: (ones(3, 64), int8(1, 64, 16), cut(half(1, 2, 16)), None, 16), GONE),
+    "i6: bytes": ("linear_i6", lambda: (ones(3, 64), int8(1, 24, 16), half(1, 2, 16), None, 16), "in each three INT16"),
+    "i6: not whole": (
+        "linear_i6",
+        lambda: (ones(3, 64), ints(1, 25, 16, dtype=torch.int16), half(1, 2, 16), None, 16),
+        "multiple of 8",
+    ),
+    "i6: cut": (
+        "linear_i6",
+        lambda: (ones(3, 64), cut(ints(1, 24, 16, dtype=torch.int16)), half(1, 2, 16), None, 16),
+        GONE,
+    ),
     "i4: bytes": (
         "linear_i4",
         lambda: (ones(3, 64), int8(1, 8, 16), half(1, 2, 16), half(1, 2, 16), None, 16),
@@ -106,7 +117,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "rounded mlp: plain weights": (
         "linear_mlp_rounded",
         lambda: (ones(40, 64), [ones(32, 64)], [ones(32, 64)], [ones(64, 32)], None, None, None, 32, 64, 0, 2),
-        "for INT8 and INT4 weights|no instructions",
+        "INT8, INT6 and INT4 weights|no instructions",
     ),
     "rounded mlp: in FP32": (
         "linear_mlp_rounded",

@@ -43,6 +43,7 @@ WEIGHTS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "float16": ("weight_storage", {"dtype": "float16"}),
     "bfloat16": ("weight_storage", {"dtype": "bfloat16"}),
     "int8": ("weight_only", {"bits": 8}),
+    "int6": ("weight_only", {"bits": 6}),
     "int4": ("weight_only", {"bits": 4}),
     "int4, whole rows": ("weight_only", {"bits": 4, "group": 0}),
 }

@@ -51,6 +51,8 @@ PARAMS: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, "skip": "lm_head"},
         {"bits": 4, "wide": "lm_head"},
         {"bits": 4, "rounding": "compensated"},
+        {"bits": 4, "wide": "lm_head", "wide_as": "int6"},
+        {"bits": 6},
     ],
     "weight_storage": [{"dtype": "float16"}, {"dtype": "bfloat16"}],
 }

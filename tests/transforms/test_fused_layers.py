@@ -99,7 +99,7 @@ def test_gated_blocks(module: Mlp, known: bool) -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize("stored", ["plain", "i8", "i4"])
+@pytest.mark.parametrize("stored", ["plain", "i8", "i6", "i4"])
 @pytest.mark.parametrize(("parts", "tolerance"), [(1, 1.5e-2), (2, 1e-4)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("inputs", "hidden"), [(33, 50), (64, 96), (20, 16), (40, 72)])
@@ -109,7 +109,7 @@ def test_gated_blocks_in_bf16(
     torch.manual_seed(inputs)
     layers = [nn.Linear(*s).requires_grad_(False) for s in ((inputs, hidden), (inputs, hidden), (hidden, inputs))]
     if stored != "plain":
-        kind = kernels.Int8Linear if stored == "i8" else kernels.Int4Linear
+        kind = {"i8": kernels.Int8Linear, "i6": kernels.Int6Linear, "i4": kernels.Int4Linear}[stored]
         layers = [kind.from_linear(layer) for layer in layers]
     new = GatedMlp(*(kernels.Bf16Linear(layer, parts) for layer in layers), activation=activation)
     for tokens in (1, 30, 48, 77, 400):
@@ -120,7 +120,14 @@ def test_gated_blocks_in_bf16(
 
 
 @needs_operators
-@pytest.mark.parametrize("kind", [kernels.Int8Linear, kernels.Int4Linear])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        *((kind,) * 3 for kind in (kernels.Int8Linear, kernels.Int6Linear, kernels.Int4Linear)),
+        (kernels.Int4Linear, kernels.Int6Linear, kernels.Int8Linear),
+    ],
+    ids=lambda kinds: "-".join(kind.__name__ for kind in kinds),
+)
 @pytest.mark.parametrize(("rounds", "tolerance"), [(False, 1e-4), (True, 3e-2)], ids=["16 bits", "8 bits"])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("inputs", "hidden"), [(33, 50), (64, 96), (20, 16), (40, 72)])
@@ -130,14 +137,14 @@ def test_gated_blocks_in_integers(
     activation: str,
     rounds: bool,
     tolerance: float,
-    kind: type[kernels.Int8Linear | kernels.Int4Linear],
+    kinds: tuple[type[kernels.QuantisedLinear], ...],
 ) -> None:
-    bits = 8 if kind is kernels.Int8Linear else 4
-    if not torch.ops.autotune.least_digits(bits) or (rounds and kernels.no_byte_unit(bits)):
-        pytest.skip("this processor has no such products in integers")
     torch.manual_seed(inputs)
     sizes = ((inputs, hidden), (inputs, hidden), (hidden, inputs))
-    layers = [kind.from_linear(nn.Linear(*size).requires_grad_(False)) for size in sizes]
+    linears = [nn.Linear(*size).requires_grad_(False) for size in sizes]
+    layers = [kind.from_linear(linear) for kind, linear in zip(kinds, linears, strict=True)]
+    if not layers[0].in_integers or (rounds and any(kernels.no_byte_unit(layer.bits) for layer in layers)):
+        pytest.skip("this processor has no such products in integers")
     new = GatedMlp(*(map(kernels.RoundedLinear, layers) if rounds else layers), activation=activation)
     for tokens in (1, 2, 31, 33, 77, 400):
         x = torch.randn(tokens, inputs)

@@ -27,7 +27,7 @@ REASON = kernels.available() or kernels.no_byte_unit()
 needs_integers = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 pytestmark = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 
-INT8, INT4 = make("weight_only", {"bits": 8}, "decode"), make("weight_only", {"bits": 4}, "decode")
+INT8, INT6, INT4 = (make("weight_only", {"bits": bits}, "decode") for bits in (8, 6, 4))
 PACKED, FUSED = make("packed_prefill", {}, "prefill"), make("fused_layers", {}, "prefill")
 DECODE, PREFILL = make("int8_activations", {}, "decode"), make("int8_activations", {}, "prefill")
 
@@ -38,10 +38,10 @@ def rounded(model: torch.nn.Module) -> list[str]:
 
 
 @needs_integers
-@pytest.mark.parametrize("weights", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("weights", [INT8, INT6, INT4], ids=str)
 def test_decode_keeps_its_weights_and_rounds_its_inputs(weights: Transform, llama: PreTrainedModel) -> None:
     packed = Variant(llama).with_transform(weights)
-    if weights is INT8 and (reason := kernels.no_byte_unit(8)):
+    if reason := kernels.no_byte_unit(weights.params["bits"]):
         assert "no packed weights that this processor" in str(DECODE.unavailable(packed, CPU)), reason
         return
     candidate = packed.with_transform(DECODE)

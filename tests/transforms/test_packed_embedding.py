@@ -10,7 +10,16 @@ import torch
 
 from autotune.errors import TransformError
 from autotune.model.linear_layers import stored_bytes
-from autotune.runtime.kernels import HalfLinear, Int4Linear, Int8Linear, PackedLinear, PackedTable, available
+from autotune.runtime.kernels import (
+    HalfLinear,
+    Int4Linear,
+    Int6Linear,
+    Int8Linear,
+    PackedLinear,
+    PackedTable,
+    QuantisedLinear,
+    available,
+)
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.packed_embedding import PackedEmbedding as Packed
 from autotune.transforms.weight_only import WeightOnly
@@ -25,14 +34,14 @@ FORMATS = [
     pytest.param(HalfLinear, {"dtype": torch.float32}, id="f32"),
     pytest.param(Int8Linear, {}, id="i8-32"),
     pytest.param(Int8Linear, {"group": 0}, id="i8-row"),
+    pytest.param(Int6Linear, {}, id="i6-32"),
+    pytest.param(Int6Linear, {"group": 0}, id="i6-row"),
     pytest.param(Int4Linear, {}, id="i4-32"),
     pytest.param(Int4Linear, {"group": 128}, id="i4-128"),
 ]
 
 
-def packed(
-    kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, Any], rows: int, width: int
-) -> PackedLinear:
+def packed(kind: type[HalfLinear | QuantisedLinear], options: dict[str, Any], rows: int, width: int) -> PackedLinear:
     torch.manual_seed(rows * 1000 + width)
     return kind.from_weight(torch.randn(rows, width), **options)
 
@@ -40,7 +49,7 @@ def packed(
 @pytest.mark.parametrize(("kind", "options"), FORMATS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 8), (37, 100), (50, 33), (129, 260)])
 def test_every_row_is_that_of_the_dequantised_table(
-    kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, Any], rows: int, width: int
+    kind: type[HalfLinear | QuantisedLinear], options: dict[str, Any], rows: int, width: int
 ) -> None:
     table = packed(kind, options, rows, width)
     found = PackedTable(table)(torch.arange(rows))
@@ -87,7 +96,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "options"), FORMATS)
-def test_it_traces(kind: type[HalfLinear | Int4Linear | Int8Linear], options: dict[str, Any]) -> None:
+def test_it_traces(kind: type[HalfLinear | QuantisedLinear], options: dict[str, Any]) -> None:
     table = packed(kind, options, 37, 72)
     arguments = (torch.tensor([[3, 5]]), table.weight, getattr(table, "scales", None), getattr(table, "zeros", None))
     torch.library.opcheck(torch.ops.autotune.packed_rows.default, (*arguments, 37, 72))

@@ -88,7 +88,7 @@ def test_override_names_both(plugins: dict[str, object], caplog: pytest.LogCaptu
         ("magic", {}, "both", "expected one of attention"),
         ("weight_only", {"bist": 8}, "both", "did you mean 'bits'?"),
         ("weight_only", {"phase": "decode"}, "both", "no parameter 'phase'"),
-        ("weight_only", {"bits": 3}, "both", "bits is 3; expected one of 4, 8"),
+        ("weight_only", {"bits": 3}, "both", "bits is 3; expected one of 4, 6, 8"),
         ("weight_only", {"bits": "8"}, "both", "bits must be int, not '8'"),
         ("weight_only", {"bits": True}, "both", "bits must be int, not True"),
         ("weight_only", {}, "decoding", "did you mean 'decode'?"),

@@ -45,6 +45,7 @@ ACCURACY = [
     ("weight_storage", {"dtype": "bfloat16"}, 3e-3, 5e-4),
     ("weight_only", {"bits": 8, "group": 32}, 8e-3, 2e-3),
     ("weight_only", {"bits": 8, "group": 0}, 1.2e-2, 5e-3),
+    ("weight_only", {"bits": 6, "group": 32}, 0.025, 1e-2),
     ("weight_only", {"bits": 4, "group": 32}, 0.1, 0.2),
     ("weight_only", {"bits": 4, "group": 32, "rounding": "compensated"}, 0.1, 0.15),
     ("linear_dtype", {"dtype": "bfloat16"}, 6e-3, 1e-3),
@@ -253,6 +254,7 @@ H100 = Hardware(
     [
         ("weight_storage", {}, DECODE, AVX2, 0.030 / (0.010 + 0.010)),
         ("weight_only", {}, DECODE, AVX2, 0.030 / (0.010 + 0.020 * 8.5 / 32)),
+        ("weight_only", {"bits": 6}, DECODE, AVX2, 0.030 / (0.010 + 0.020 * 6.5 / 32)),
         ("weight_only", {"bits": 4, "group": 64}, DECODE, AVX2, 0.030 / (0.010 + 0.020 * 4.5 / 32)),
         ("weight_only", {"group": 0}, DECODE, AVX2, 0.030 / (0.010 + 0.005)),
         ("weight_only", {}, PREFILL, AVX2, 0.600 / (0.100 + 70 / 210)),
@@ -286,6 +288,8 @@ def test_prediction(name: str, params: dict[str, Any], profile: Profile, hardwar
     [
         ("weight_only", {"bits": 8}, 8 + 16 / 32),
         ("weight_only", {"bits": 8, "group": 0}, 8),
+        ("weight_only", {"bits": 6}, 6 + 16 / 32),
+        ("weight_only", {"bits": 6, "group": 0}, 6),
         ("weight_only", {"bits": 4, "group": 64}, 4 + 2 * 16 / 64),
         ("triton_weights", {}, 8 + 16 / 32),
         ("triton_weights", {"group": 128}, 8 + 16 / 128),

@@ -36,6 +36,8 @@ INT8 = WeightOnly("decode", bits=8)
 PLANS: dict[str, tuple[Transform, ...]] = {
     "INT8": (INT8,),
     "INT4, some wider": (WeightOnly("decode", bits=4, wide="lm_head,layers.1"),),
+    "INT4, some at 6 bits": (WeightOnly("decode", bits=4, wide="lm_head,layers.1", wide_as="int6"),),
+    "INT6": (WeightOnly("decode", bits=6),),
     "INT8, some wider": (WeightOnly("decode", bits=8, wide="down_proj"),),
     "INT4, compensated": (WeightOnly("decode", bits=4, rounding="compensated", wide="lm_head"),),
     "FP16": (WeightStorage("decode"),),

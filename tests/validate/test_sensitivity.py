@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,11 +11,11 @@ import torch
 
 from autotune.model.linear_layers import is_named
 from autotune.runtime import kernels
-from autotune.runtime.variant import Variant
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.linears import LinearTransform, reusing
 from autotune.transforms.weight_only import WeightOnly
-from autotune.tune.refine import LayerGroup, Promises, fewest, kinds, rank, refine, spell
+from autotune.tune.refine import LayerGroup, Promises, fewest, kinds, narrowest, rank, refine, spell
 from autotune.validate.exam import Exam
 from autotune.validate.sensitivity import LayerProbe
 from tests import models
@@ -239,11 +239,45 @@ def test_left_wider_a_model_is_closer(llama: Any) -> None:
     assert eight.shortfall("lm_head,layers.1,mlp,k_proj,v_proj,o_proj") is None  # all but one layer in FP16
 
 
+FOUR, SIX = WeightOnly("decode", bits=4), WeightOnly("decode", bits=6)
+
+
+@pytest.mark.parametrize(
+    ("transform", "keep_tier", "asked", "form"),
+    [
+        (FOUR, {SIX}, [SIX], replace(FOUR, wide_as="int6")),
+        (FOUR, set(), [SIX], FOUR),
+        (replace(FOUR, wide="lm_head"), {SIX}, [], replace(FOUR, wide="lm_head")),  # those layers have 8 bits
+        (SIX, set(), [], SIX),
+        (WeightOnly("decode"), set(), [], WeightOnly("decode")),
+    ],
+    ids=str,
+)
+def test_sensitive_layers_get_the_narrowest_form_that_keeps_the_tier(
+    transform: Transform, keep_tier: set[Transform], asked: list[Transform], form: Transform
+) -> None:
+    probed = list[Transform]()
+
+    def probe(each: Transform) -> Any:
+        probed.append(each)
+        return ScriptedProbe({} if each in keep_tier else {"lm_head": 0.06}, wider=each)
+
+    chosen: Any = narrowest(transform, probe)
+    assert chosen.wider == form
+    assert probed == [*asked, form]
+
+
+def test_layers_that_cannot_be_left_out_have_no_probe() -> None:
+    assert narrowest(FOUR, lambda each: None) is None
+
+
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize(
     ("transform", "forms"),
     [
         (WeightOnly(bits=4, wide="lm_head"), (kernels.Int8Linear, kernels.Int4Linear)),
+        (WeightOnly(bits=4, wide="lm_head", wide_as="int6"), (kernels.Int6Linear, kernels.Int4Linear)),
+        (WeightOnly(bits=6).widened("lm_head"), (kernels.Int8Linear, kernels.Int6Linear)),
         (WeightOnly(bits=8, wide="lm_head"), (kernels.HalfLinear, kernels.Int8Linear)),
         (WeightOnly(bits=8, wide="lm_head", skip="lm_head"), (torch.nn.Linear, kernels.Int8Linear)),
         (WeightOnly(bits=8).widened("lm_head"), (kernels.HalfLinear, kernels.Int8Linear)),

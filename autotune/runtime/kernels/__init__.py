@@ -2,7 +2,8 @@
 
     available()              None once the operators are loaded, otherwise a sentence that says why not
     HalfLinear               FP16 or BF16 weights, FP32 arithmetic
-    Int8Linear, Int4Linear   quantised weights in groups; inputs of 16 bits on AVX2 and VNNI, else FP32
+    Int8Linear, Int6Linear, Int4Linear
+                             quantised weights in groups; inputs of 16 bits on AVX2 and VNNI, else FP32
     RoundedLinear            the same weights with inputs of 8 bits
     Bf16Linear               BF16 products for many tokens over the weights of any of these, or of an `nn.Linear`
     PackedTable              rows of a packed table, looked up one by one
@@ -24,8 +25,10 @@ from autotune.runtime.kernels.modules import (
     GroupedLinear,
     HalfLinear,
     Int4Linear,
+    Int6Linear,
     Int8Linear,
     PackedLinear,
+    QuantisedLinear,
     RoundedLinear,
 )
 
@@ -34,9 +37,11 @@ __all__ = [
     "GroupedLinear",
     "HalfLinear",
     "Int4Linear",
+    "Int6Linear",
     "Int8Linear",
     "PackedLinear",
     "PackedTable",
+    "QuantisedLinear",
     "RoundedLinear",
     "attend_many",
     "attend_one",
@@ -78,7 +83,7 @@ def no_bf16_unit() -> str | None:
 
 
 def no_byte_unit(bits: int = 4) -> str | None:
-    """Why `RoundedLinear` cannot run on this processor over weights of so many bits, 4 or 8, or None.
+    """Why `RoundedLinear` cannot run on this processor over weights of 4, 6 or 8 bits, or None.
 
     The operators must be loaded (`available`).
     """

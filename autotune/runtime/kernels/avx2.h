@@ -1,12 +1,12 @@
 // Products in integers with AVX2.
 //
 // Inputs of 16 bits are multiplied in pairs: two weights of 16 bits by two inputs in each lane of 32 bits, twice FP32's
-// rate. A pair is inputs j and j + 4 of eight, for both formats: four bits of an INT4 word each begin a lane of 16 bits
-// there. A product of two pairs is at most 2 * 32639 * 128, and a span's sum 16 of these, less than 2^31.
+// rate. A pair is inputs j and j + 4 of eight, for all formats: those of INT4's and INT6's words lie in the two lanes of
+// 16 bits there. A product of two pairs is at most 2 * 32639 * 128, and a span's sum 16 of these, less than 2^31.
 //
 // Inputs of 8 bits are multiplied in fours: four weights of INT4 as unsigned bytes, which an offset of 8 makes them, by
 // four inputs: first the even ones of eight, then the odd ones. A lane of 16 bits holds a span's sum, eight times two
-// products of at most 15 * 127. INT8's products would not fit. The offset is made up for in the zeros.
+// products of at most 15 * 127. The products of wider weights would not fit. The offset is made up for in the zeros.
 #pragma once
 
 #include "rounded.h"
@@ -14,7 +14,7 @@
 namespace autotune {
 namespace {
 
-constexpr int least_digits_of(bool words) { return words ? 1 : 2; }
+constexpr int least_digits_of(int bits) { return bits == 4 ? 1 : 2; }
 constexpr int kMostBlocks = 1;  // computed at once
 constexpr int kTile = 4;  // tokens whose sums stay in registers
 
@@ -108,6 +108,26 @@ struct Unit<Int4, 2> : Pair {
   static void decode(const uint8_t* at, int j, __m256i* use) {
     for (int v = 0; v < kStrips; ++v)
       use[v] = _mm256_srai_epi16(_mm256_slli_epi16(load<__m256i>(at + v * 32), 12 - 4 * j), 12);
+  }
+};
+
+template <>
+struct Unit<Int6, 2> : Pair {
+  static constexpr bool kZeros = false;
+  static void decode(const uint8_t* at, int j, __m256i* use) {
+    for (int v = 0; v < kStrips; ++v) {
+      const __m256i half = load<__m256i>(at + v * 32);
+      const __m256i byte = _mm256_cvtepi8_epi16(load<__m128i>(at + Int6::kWordBytes + v * 16));
+      switch (j) {
+        case 0: use[v] = _mm256_srai_epi16(byte, 2); break;
+        case 1:
+          use[v] = _mm256_or_si256(_mm256_srai_epi16(_mm256_slli_epi16(half, 12), 10),
+                                   _mm256_and_si256(byte, _mm256_set1_epi16(3)));
+          break;
+        case 2: use[v] = _mm256_srai_epi16(half, 10); break;
+        default: use[v] = _mm256_srai_epi16(_mm256_slli_epi16(half, 6), 10);
+      }
+    }
   }
 };
 
@@ -219,8 +239,10 @@ void multiply_rounded(const Weights& w, const Rounded& x, int64_t first, int tok
     int64_t t = 0;
     if (tokens > kTile) {
       __m256i decoded[kSpan / kStep * U::kUnits][kStrips];
-      for (int k = 0; k < kSpan / kStep * U::kUnits; ++k)
-        U::decode(at + k / U::kUnits * Format::kStepBytes, k % U::kUnits, decoded[k]);
+      for (int i = 0; i < kSpan / kStep; ++i)
+        each<U::kUnits>([&](auto j) __attribute__((always_inline)) {
+          U::decode(at + i * Format::kStepBytes, j, decoded[i * U::kUnits + j]);
+        });
       t = add_tiles<Format, kDigits, kSpan, kTile, true>(span, reinterpret_cast<const uint8_t*>(decoded), t, tokens, total);
     }
     switch (tokens - t) {
@@ -234,8 +256,7 @@ void multiply_rounded(const Weights& w, const Rounded& x, int64_t first, int tok
 
 template <class Format>
 MultiplyRounded rounded_kernel(const Rounded& x, bool) {
-  constexpr bool kWords = std::is_same_v<Format, Int4>;
-  if constexpr (kWords)
+  if constexpr (least_digits_of(Format::kBits) == 1)
     if (x.digits == 1)
       return x.span == kSpans[0] ? multiply_rounded<Format, 1, kSpans[0]> : multiply_rounded<Format, 1, kSpans[1]>;
   return x.span == kSpans[0] ? multiply_rounded<Format, 2, kSpans[0]> : multiply_rounded<Format, 2, kSpans[1]>;

@@ -9,12 +9,13 @@ namespace {
 
 LookUp look_up_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Half: return look_up<Half>;
-    case ScalarType::BFloat16: return look_up<Bf16>;
-    case ScalarType::Float: return look_up<float>;
-    case ScalarType::Char: return look_up<int8_t>;
-    case ScalarType::Int: return look_up<int32_t>;
-    default: STD_TORCH_CHECK(false, "packed_rows takes tables in FP16, BF16, FP32, INT8 or words of eight INT4");
+    case ScalarType::Half: return look_up<Plain<Half>>;
+    case ScalarType::BFloat16: return look_up<Plain<Bf16>>;
+    case ScalarType::Float: return look_up<Plain<float>>;
+    case ScalarType::Char: return look_up<Plain<int8_t>>;
+    case ScalarType::Short: return look_up<Int6>;
+    case ScalarType::Int: return look_up<Int4>;
+    default: STD_TORCH_CHECK(false, "packed_rows takes tables in FP16, BF16, FP32, INT8, INT6 in INT16 or INT4 in INT32");
   }
 }
 
@@ -37,7 +38,7 @@ Tensor packed_rows(const Tensor& ids, const Tensor& packed, const std::optional<
                   "a packed table of ", rows, " rows must be contiguous [", blocks, ", K, 16]");
   Table table{};
   table.numbers = static_cast<const uint8_t*>(present(packed).data_ptr());
-  table.inputs = packed.size(1) * (packed.scalar_type() == ScalarType::Int ? kWord : 1);
+  table.inputs = inputs_of(packed);
   table.block_bytes = packed.size(1) * kRows * packed.element_size();
   table.width = width;
   table.groups = scales && scales->dim() == 3 ? scales->size(1) : 1;

@@ -8,19 +8,6 @@
 namespace autotune {
 namespace {
 
-constexpr int kWord = 8;   // four-bit numbers in a word
-
-template <class Number>
-float number_at(const uint8_t* block, int64_t k, int64_t lane) {
-  return widen_one(reinterpret_cast<const Number*>(block) + k * kRows + lane);
-}
-
-template <>
-float number_at<int32_t>(const uint8_t* block, int64_t k, int64_t lane) {  // a signed nibble of a word with eight
-  const uint32_t word = reinterpret_cast<const uint32_t*>(block)[k / kWord * kRows + lane];
-  return static_cast<float>(static_cast<int32_t>(word << (28 - k % kWord * 4)) >> 28);
-}
-
 struct Table {
   const uint8_t* numbers;
   Numbers scales, zeros;  // may be absent
@@ -35,14 +22,19 @@ struct Table {
   }
 };
 
-template <class Number>
+template <class Format>
 void look_up(const Table& table, int64_t row, float* out) {
   const int64_t block = row / kRows, lane = row % kRows, group = table.inputs / table.groups;
   const uint8_t* numbers = table.numbers + block * table.block_bytes;
   for (int64_t g = 0; g * group < table.width; ++g) {
     const int64_t at = (block * table.groups + g) * kRows + lane, end = std::min((g + 1) * group, table.width);
     const float scale = table.scales ? table.factor(table.scales, at) : 1, zero = table.zeros ? table.factor(table.zeros, at) : 0;
-    for (int64_t k = g * group; k < end; ++k) out[k] = number_at<Number>(numbers, k, lane) * scale + zero;
+    for (int64_t k = g * group; k < end; k += kStep, numbers += Format::kStepBytes) {
+      float step[kStep];
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; ++j) step[j] = Format::number(numbers, lane / kWidth, j)[lane % kWidth] * scale + zero;
+      std::copy_n(step, std::min<int64_t>(kStep, end - k), out + k);
+    }
   }
 }
 

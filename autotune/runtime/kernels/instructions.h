@@ -135,7 +135,8 @@ bool run_embed(Reader& in, const Member& m, int64_t share) {
   return true;
 }
 
-const LookUp kLookUps[] = {look_up<float>, look_up<Half>, look_up<Bf16>, look_up<int8_t>, look_up<int32_t>};
+const LookUp kLookUps[] = {look_up<Plain<float>>,  look_up<Plain<Half>>, look_up<Plain<Bf16>>,
+                           look_up<Plain<int8_t>>, look_up<Int4>, look_up<Int6>};  // in the order of FORMATS
 
 bool run_embed_packed(Reader& in, const Member& m, int64_t share) {
   const LookUp use = kLookUps[in.next()];
@@ -209,7 +210,7 @@ void run_arrange(Reader& in, const Member& m) {
 }
 
 const Kernel* const kKernels[] = {&kernel<Plain<float>>, &kernel<Plain<Half>>, &kernel<Plain<Bf16>>,
-                                  &kernel<Plain<int8_t>>, &kernel<Int4>};  // in the order of FORMATS, like kLookUps
+                                  &kernel<Plain<int8_t>>, &kernel<Int4>, &kernel<Int6>};  // in the same order
 
 void run_linear(Reader& in, const Member& m) {
   const Kernel& format = *kKernels[in.next()];
@@ -237,7 +238,7 @@ void run_round(Reader& in, const Member& m) {
 
 // A product in integers. Each thread rounds the inputs of one token itself: that takes less time than to meet.
 void run_linear_rounded(Reader& in, const Member& m) {
-  const MultiplyBlocks multiply = in_integers(kKernels[in.next()] == &kernel<Int4>);
+  const MultiplyBlocks multiply = in_integers(kKernels[in.next()]->bits);
   Weights w = shape_of(in);
   w.block_bytes = in.next();
   const int digits = static_cast<int>(in.next());

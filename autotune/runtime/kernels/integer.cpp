@@ -11,7 +11,7 @@
 #else
 namespace autotune {
 namespace {
-constexpr int least_digits_of(bool) { return 0; }
+constexpr int least_digits_of(int) { return 0; }
 constexpr int kMostBlocks = 1;
 void round(const Rounded&, int64_t, const float*, int64_t) {}
 template <class Format>
@@ -28,9 +28,13 @@ namespace {
 constexpr int kFewest = 6;  // for fewer tokens, memory is the limit, which one stream of weights reads faster
 constexpr int64_t kNearBytes = 128 << 10;  // weights that stay in the L2 cache while all tokens use them
 
-// The kernel for a format's weights, INT4 in words or INT8, and so many blocks at once.
-MultiplyRounded kernel_for(bool words, const Rounded& x, int blocks) {
-  return words ? rounded_kernel<Int4>(x, blocks == 2) : rounded_kernel<Plain<int8_t>>(x, blocks == 2);
+// The kernel for weights of so many bits, and so many blocks at once.
+MultiplyRounded kernel_for(int bits, const Rounded& x, int blocks) {
+  switch (bits) {
+    case 4: return rounded_kernel<Int4>(x, blocks == 2);
+    case 6: return rounded_kernel<Int6>(x, blocks == 2);
+    default: return rounded_kernel<Plain<int8_t>>(x, blocks == 2);
+  }
 }
 
 // Calls use(first, tokens, block, blocks) for parts of the blocks [begin, end) and of the tokens, in an order in which
@@ -46,12 +50,12 @@ void for_parts(const Rounded& x, int64_t block_bytes, int64_t begin, int64_t end
 }
 
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
-template <bool kWords>
+template <int kBits>
 void multiply_blocks_rounded(const Weights& w, const Rounded& x, const float* bias, float* y, int64_t begin,
                              int64_t end) {
   Floats out[kTogether * kMostBlocks * kStrips];
   for_parts(x, w.block_bytes, begin, end, [&](int64_t first, int tokens, int64_t block, int blocks) {
-    kernel_for(kWords, x, blocks)(w, x, first, tokens, block, out);
+    kernel_for(kBits, x, blocks)(w, x, first, tokens, block, out);
     for (int t = 0; t < tokens; ++t)
       for (int v = 0; v < blocks * kStrips; ++v)
         put(w, block * kRows + v * kWidth, out[t * blocks * kStrips + v], bias, y + (first + t) * w.rows);
@@ -61,7 +65,7 @@ void multiply_blocks_rounded(const Weights& w, const Rounded& x, const float* bi
 // One factor of a gated product.
 struct Factor {
   Weights w;
-  bool words;
+  int bits;
   const float* bias;
 
   Floats biased(Floats v, int64_t row) const {  // the outputs from `row` on, as many as there are
@@ -77,8 +81,8 @@ void multiply_gated(const Factor& gate, const Factor& up, Curve activation, cons
                     int64_t end) {
   Floats one[kTogether * kMostBlocks * kStrips], two[kTogether * kMostBlocks * kStrips];
   for_parts(x, gate.w.block_bytes + up.w.block_bytes, begin, end, [&](int64_t first, int tokens, int64_t block, int blocks) {
-    kernel_for(gate.words, x, blocks)(gate.w, x, first, tokens, block, one);
-    kernel_for(up.words, x, blocks)(up.w, x, first, tokens, block, two);
+    kernel_for(gate.bits, x, blocks)(gate.w, x, first, tokens, block, one);
+    kernel_for(up.bits, x, blocks)(up.w, x, first, tokens, block, two);
     for (int t = 0; t < tokens; ++t)
       for (int v = 0; v < blocks * kStrips; ++v) {
         const int64_t row = block * kRows + v * kWidth, at = t * blocks * kStrips + v;
@@ -90,23 +94,23 @@ void multiply_gated(const Factor& gate, const Factor& up, Curve activation, cons
 
 }  // namespace
 
-int least_digits(bool words) { return least_digits_of(words); }
+int least_digits(int bits) { return least_digits_of(bits); }
 
 void round_token(const Rounded& to, int64_t t, const float* x, int64_t inputs) { round(to, t, x, inputs); }
 
-MultiplyBlocks in_integers(bool words) {
-  return words ? multiply_blocks_rounded<true> : multiply_blocks_rounded<false>;
+MultiplyBlocks in_integers(int bits) {
+  return bits == 4 ? multiply_blocks_rounded<4> : bits == 6 ? multiply_blocks_rounded<6> : multiply_blocks_rounded<8>;
 }
 
 namespace {
 
-// Whether weights are INT4 in words; else they are INT8.
-bool in_words(const Tensor& numbers, const Weights& w, int64_t digits) {
-  const bool words = numbers.scalar_type() == ScalarType::Int;
-  STD_TORCH_CHECK(words || numbers.scalar_type() == ScalarType::Char, "products in integers are for INT8 and INT4 weights");
-  STD_TORCH_CHECK(w.scales && (w.zeros || !words), "INT8 weights need scales, and INT4 weights scales and zeros");
-  STD_TORCH_CHECK(digits_here(digits, words), "this processor has no instructions for products in integers");
-  return words;
+// The bits of weights that can be multiplied in integers: 8, 6 or 4.
+int integer_bits(const Tensor& numbers, const Weights& w, int64_t digits) {
+  const int bits = bits_of(numbers.scalar_type());
+  STD_TORCH_CHECK(bits <= 8, "products in integers are for INT8, INT6 and INT4 weights");
+  STD_TORCH_CHECK(w.scales && (w.zeros || bits != 4), "INT8 and INT6 weights need scales, INT4 weights scales and zeros");
+  STD_TORCH_CHECK(digits_here(digits, bits), "this processor has no instructions for products in integers");
+  return bits;
 }
 
 Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, const std::vector<Tensor>& up,
@@ -119,7 +123,7 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
   const auto factor = [digits](const std::vector<Tensor>& weight, int64_t rows, int64_t columns, const Bias& bias) {
     const Weights w = stored(weight, rows, columns).packed;
-    return Factor{w, in_words(weight[0], w, digits), bias.at};
+    return Factor{w, integer_bits(weight[0], w, digits), bias.at};
   };
   const Factor first = factor(gate, hidden, inputs, a), second = factor(up, hidden, inputs, b),
                third = factor(down, outputs, hidden, c);
@@ -132,12 +136,12 @@ Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, 
   torch::stable::parallel_for(0, first.w.blocks(), 1, [&](int64_t begin, int64_t end) {
     multiply_gated(first, second, activate, rounded, gated, begin, end);
   });
-  multiply_in_integers(in_integers(third.words), third.w, round_all(third.w, gated, tokens, hidden, digits), c.at,
+  multiply_in_integers(in_integers(third.bits), third.w, round_all(third.w, gated, tokens, hidden, digits), c.at,
                        floats(y));
   return as_dtype_of(y, input);
 }
 
-int64_t fewest(int64_t bits) { return least_digits(bits == 4); }
+int64_t fewest(int64_t bits) { return least_digits(static_cast<int>(bits)); }
 
 }  // namespace
 }  // namespace autotune

@@ -1,4 +1,4 @@
-// The product x W^T + b with INT8 or INT4 weights in integer arithmetic, where the processor has it.
+// The product x W^T + b with INT8, INT6 or INT4 weights in integer arithmetic, where the processor has it.
 //
 //   rounded.h  the inputs
 //   vnni.h     AVX-512 with VNNI: inputs of 16 bits at 1.4 times FP32's rate, or of 8 bits at twice that
@@ -11,9 +11,9 @@
 
 namespace autotune {
 
-// The fewest digits of inputs for which there are products over a format's weights, INT4 in words or INT8: 1 or 2; 0 if
-// there are none in integers here.
-int least_digits(bool words);
+// The fewest digits of inputs for which there are products over weights of 8, 6 or 4 bits: 1 or 2; 0 if there are none in
+// integers here.
+int least_digits(int bits);
 
 // Rounds token t, x [inputs], which zeros fill up to K.
 void round_token(const Rounded& to, int64_t t, const float* x, int64_t inputs);
@@ -21,17 +21,17 @@ void round_token(const Rounded& to, int64_t t, const float* x, int64_t inputs);
 // Computes the blocks [begin, end) of outputs y [tokens, rows] for all tokens.
 using MultiplyBlocks = void (*)(const Weights&, const Rounded&, const float* bias, float* y, int64_t begin, int64_t end);
 
-// The products over a format's weights: INT4 in words, or INT8.
-MultiplyBlocks in_integers(bool words);
+// The products over weights of 8, 6 or 4 bits.
+MultiplyBlocks in_integers(int bits);
 
 constexpr int64_t kLeastTokens = 8;  // with fewer to round, a further thread does not pay
 
 // The digits to multiply with: those wanted, or none (FP32) where the processor has no products in integers.
-inline int digits_here(int64_t wanted, bool words) {
+inline int digits_here(int64_t wanted, int bits) {
   STD_TORCH_CHECK(wanted >= 0 && wanted <= 2, "digits is 0 (FP32), 1 (inputs of 8 bits) or 2 (of 16 bits), not ", wanted);
-  STD_TORCH_CHECK(wanted != 1 || least_digits(words) == 1,
+  STD_TORCH_CHECK(wanted != 1 || least_digits(bits) == 1,
                   "this processor has no instructions for products in INT8 over these weights");
-  return least_digits(words) ? static_cast<int>(wanted) : 0;
+  return least_digits(bits) ? static_cast<int>(wanted) : 0;
 }
 
 // Rounds x [tokens, inputs] for a layer, in memory that the calling thread keeps from call to call.

@@ -76,7 +76,7 @@ Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const
   return as_dtype_of(y, input);
 }
 
-Weights packed(const Tensor& numbers, int inputs_per_number, int64_t rows) {
+Weights packed(const Tensor& numbers, int64_t rows) {
   Weights w{};
   w.numbers = static_cast<const uint8_t*>(present(numbers).data_ptr());
   w.rows = rows;
@@ -84,10 +84,9 @@ Weights packed(const Tensor& numbers, int inputs_per_number, int64_t rows) {
   STD_TORCH_CHECK(numbers.is_contiguous() && numbers.dim() == 3 && numbers.size(0) == w.blocks() &&
                       numbers.size(2) == kRows,
                   "packed weights for ", rows, " outputs must be contiguous [", w.blocks(), ", K, 16]");
-  w.group = w.inputs = numbers.size(1) * inputs_per_number;
+  w.group = w.inputs = inputs_of(numbers);
   w.pad = kStep;
   w.block_bytes = numbers.size(1) * kRows * numbers.element_size();
-  STD_TORCH_CHECK(w.inputs > 0 && w.inputs % kStep == 0, "packed weights need a multiple of 8 inputs, not ", w.inputs);
   return w;
 }
 
@@ -101,7 +100,7 @@ Numbers per_group(Weights& w, const Tensor& factors) {
 }
 
 Tensor linear_f16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t rows) {
-  const Weights w = packed(weight, 1, rows);
+  const Weights w = packed(weight, rows);
   switch (weight.scalar_type()) {
     case ScalarType::Half: return linear(kernel<Plain<Half>>, w, x, bias);
     case ScalarType::BFloat16: return linear(kernel<Plain<Bf16>>, w, x, bias);
@@ -110,12 +109,24 @@ Tensor linear_f16(const Tensor& x, const Tensor& weight, const std::optional<Ten
   }
 }
 
+template <class Format>
+Tensor linear_symmetric(const Tensor& x, const Tensor& numbers, const Tensor& scales, const std::optional<Tensor>& bias,
+                        int64_t rows, int64_t digits) {
+  Weights w = packed(numbers, rows);
+  w.scales = per_group(w, scales);
+  return linear(kernel<Format>, w, x, bias, in_integers(Format::kBits), digits_here(digits, Format::kBits));
+}
+
 Tensor linear_i8(const Tensor& x, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
                  int64_t rows, int64_t digits) {
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "linear_i8 takes INT8 weights");
-  Weights w = packed(weight, 1, rows);
-  w.scales = per_group(w, scales);
-  return linear(kernel<Plain<int8_t>>, w, x, bias, in_integers(false), digits_here(digits, false));
+  return linear_symmetric<Plain<int8_t>>(x, weight, scales, bias, rows, digits);
+}
+
+Tensor linear_i6(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
+                 int64_t rows, int64_t digits) {
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Short, "linear_i6 takes eight weights in each three INT16");
+  return linear_symmetric<Int6>(x, packed, scales, bias, rows, digits);
 }
 
 Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, const Tensor& zeros,
@@ -123,10 +134,10 @@ Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, con
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int, "linear_i4 takes eight weights in each INT32");
   STD_TORCH_CHECK(scales.dim() == 3 && zeros.dim() == 3 && scales.size(1) == zeros.size(1),
                   "linear_i4 takes as many zeros as scales");
-  Weights w = packed(words, kStep, rows);
+  Weights w = packed(words, rows);
   w.scales = per_group(w, scales);
   w.zeros = per_group(w, zeros);
-  return linear(kernel<Int4>, w, x, bias, in_integers(true), digits_here(digits, true));
+  return linear(kernel<Int4>, w, x, bias, in_integers(Int4::kBits), digits_here(digits, Int4::kBits));
 }
 
 }  // namespace
@@ -137,6 +148,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def(
       "linear_i8(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int out_features, int digits=2) -> Tensor");
   library.def(
+      "linear_i6(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, int digits=2) -> Tensor");
+  library.def(
       "linear_i4(Tensor x, Tensor packed, Tensor scales, Tensor zeros, Tensor? bias, int out_features, int digits=2) -> "
       "Tensor");
 }
@@ -144,5 +157,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_f16", TORCH_BOX(&autotune::linear_f16));
   library.impl("linear_i8", TORCH_BOX(&autotune::linear_i8));
+  library.impl("linear_i6", TORCH_BOX(&autotune::linear_i6));
   library.impl("linear_i4", TORCH_BOX(&autotune::linear_i4));
 }

@@ -5,6 +5,7 @@
 //
 //   one number per weight   [blocks, K, 16]
 //   INT4                    [blocks, K/8, 16] words of 32 bits: input 8i + j of a row is the signed nibble j of its word i
+//   INT6                    [blocks, K/8, 16] words of 32 bits, and after each 16 of them as many of 16: see Int6
 //   scales, zeros           [blocks, K/group, 16]: weight = scale * number + zero
 #pragma once
 
@@ -24,16 +25,61 @@ constexpr int64_t kAheadBytes = 2048;  // prefetch distance; 1 to 4 KiB are equa
 
 template <class Number>
 struct Plain {
-  static constexpr int kLaneBytes = sizeof(Number);
-  static constexpr int kStepBytes = kStep * kRows * kLaneBytes;
-  static inline Floats number(const uint8_t* at, int j) { return widen(reinterpret_cast<const Number*>(at) + j * kRows); }
+  static constexpr int kBits = 8 * sizeof(Number);
+  static constexpr int kStepBytes = kStep * kRows * kBits / 8;
+  static inline Floats number(const uint8_t* at, int strip, int j) {  // of input j of eight, for a strip's rows
+    return widen(reinterpret_cast<const Number*>(at) + j * kRows + strip * kWidth);
+  }
 };
 
 struct Int4 {
-  static constexpr int kLaneBytes = 4;
-  static constexpr int kStepBytes = kRows * kLaneBytes;
-  static inline Floats number(const uint8_t* at, int j) { return nibble(load<Ints>(at), 4 * j); }
+  static constexpr int kBits = 4;
+  static constexpr int kStepBytes = kStep * kRows * kBits / 8;
+  static inline Floats number(const uint8_t* at, int strip, int j) {
+    return nibble(load<Ints>(at + strip * kWidth * 4), 4 * j);
+  }
 };
+
+// Four inputs of a row take a half of its word and a byte, where shifts bring most of them into place:
+//
+//   half   number 2 (six bits), number 3 (six), number 1's upper four
+//   byte   number 0 (six), number 1's lower two
+struct Int6 {
+  static constexpr int kBits = 6;
+  static constexpr int kStepBytes = kStep * kRows * kBits / 8;
+  static constexpr int kWordBytes = 4 * kRows;  // of a step, in front of its bytes
+  static inline Floats number(const uint8_t* at, int strip, int j) {
+    const Ints word = load<Ints>(at + strip * kWidth * 4) << (j < 4 ? 16 : 0);  // the half is the upper one
+    const Ints byte = upper(reinterpret_cast<const uint16_t*>(at + kWordBytes) + strip * kWidth) << (j < 4 ? 8 : 0);
+    switch (j % 4) {
+      case 0: return __builtin_convertvector(byte >> 26, Floats);
+      case 1: return __builtin_convertvector((word << 12) >> 28 << 2 | (byte >> 24 & 3), Floats);
+      case 2: return __builtin_convertvector(word >> 26, Floats);
+      default: return __builtin_convertvector((word << 6) >> 26, Floats);
+    }
+  }
+};
+
+// The bits of a packed weight, by the dtype that its numbers are stored in.
+inline int bits_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Int: return Int4::kBits;
+    case ScalarType::Short: return Int6::kBits;
+    case ScalarType::Char: return 8;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 16;
+    case ScalarType::Float: return 32;
+    default: STD_TORCH_CHECK(false, "packed weights are INT4 in INT32, INT6 in INT16, INT8, FP16, BF16 or FP32");
+  }
+}
+
+// The inputs, with padding, of packed numbers [blocks, length, 16].
+inline int64_t inputs_of(const Tensor& numbers) {
+  const int64_t bytes = numbers.size(1) * static_cast<int64_t>(numbers.element_size());
+  const int64_t step_bytes = bits_of(numbers.scalar_type());  // bits of a weight, and bytes of eight
+  STD_TORCH_CHECK(bytes > 0 && bytes % step_bytes == 0, "packed weights need a multiple of 8 inputs");
+  return bytes / step_bytes * kStep;
+}
 
 struct Weights {
   const uint8_t* numbers;
@@ -125,7 +171,7 @@ inline __attribute__((always_inline)) void add_group(const uint8_t* at, const fl
         const int c = j % kChains - chain;
         if (c < 0 || c >= kAtOnce) continue;
         Floats number[kStrips];
-        for (int s = 0; s < kStrips; ++s) number[s] = Format::number(from + s * kWidth * Format::kLaneBytes, j);
+        for (int s = 0; s < kStrips; ++s) number[s] = Format::number(from, s, j);
 #pragma GCC unroll 8
         for (int t = 0; t < kCount; ++t)
           for (int s = 0; s < kStrips; ++s) part[s][c][t] += number[s] * input[j * kTokens + t];
@@ -179,7 +225,7 @@ void multiply(const Weights& w, Tile tile, int64_t block, Floats* out) {
 template <class Format>
 void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
   for (int strip = 0; strip < kStrips; ++strip) {
-    const uint8_t* at = w.numbers + block * w.block_bytes + strip * kWidth * Format::kLaneBytes;
+    const uint8_t* at = w.numbers + block * w.block_bytes;
     float* column = panel + strip * kWidth;
     for (int64_t g = 0; g < w.groups(); ++g) {
       const int64_t factor = (block * w.groups() + g) * kRows + strip * kWidth;
@@ -187,7 +233,7 @@ void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
       Floats zero = w.zeros ? w.zeros.load(factor) : spread(0);
       for (int64_t k = 0; k < w.group; k += kStep) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kStep; ++j) store(column + j * width, Format::number(at, j) * scale + zero);
+        for (int j = 0; j < kStep; ++j) store(column + j * width, Format::number(at, strip, j) * scale + zero);
         at += Format::kStepBytes;
         column += kStep * width;
       }
@@ -196,12 +242,14 @@ void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
 }
 
 struct Kernel {
+  int bits;  // of a weight
   void (*multiply[kMostTokens + 1])(const Weights&, Tile tile, int64_t block, Floats* out);
   void (*expand)(const Weights&, int64_t block, float* panel, int64_t width);
 };
 
 template <class Format>
-constexpr Kernel kernel = {{nullptr, multiply<Format, 1>, multiply<Format, 2>, multiply<Format, 3>, multiply<Format, 4>,
+constexpr Kernel kernel = {Format::kBits,
+                           {nullptr, multiply<Format, 1>, multiply<Format, 2>, multiply<Format, 3>, multiply<Format, 4>,
                             multiply<Format, 5>, multiply<Format, 6>, multiply<Format, 7>, multiply<Format, 8>},
                            expand<Format>};
 

@@ -149,11 +149,12 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
   }
   switch (weight.scalar_type()) {
     case ScalarType::Int: set_format<Int4>(m); break;
+    case ScalarType::Short: set_format<Int6>(m); break;
     case ScalarType::Char: set_format<Plain<int8_t>>(m); break;
     case ScalarType::Half: set_format<Plain<Half>>(m); break;
     case ScalarType::BFloat16: set_format<Plain<Bf16>>(m); break;
     default:
-      STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "packed weights are INT4 in INT32, INT8, FP16, BF16 or FP32");
+      STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "packed weights are INT4 in INT32, INT6 in INT16, INT8, FP16, BF16 or FP32");
       set_format<Plain<float>>(m);
   }
   Weights& w = m.packed;
@@ -161,14 +162,14 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
   STD_TORCH_CHECK(weight.is_contiguous() && weight.dim() == 3 && weight.size(0) == w.blocks() && weight.size(2) == kRows,
                   "packed weights for ", outputs, " outputs must be contiguous [", w.blocks(), ", K, 16]");
   w.numbers = static_cast<const uint8_t*>(weight.data_ptr());
-  w.group = w.inputs = weight.size(1) * (weight.scalar_type() == ScalarType::Int ? kStep : 1);
+  w.group = w.inputs = inputs_of(weight);
   w.pad = kStep;
   w.block_bytes = weight.size(1) * kRows * weight.element_size();
   STD_TORCH_CHECK(!scales || !zeros || (scales->dim() == 3 && zeros->dim() == 3 && scales->size(1) == zeros->size(1)),
                   "there must be as many zeros as scales");
   if (scales) w.scales = factors(w, *scales);
   if (zeros) w.zeros = factors(w, *zeros);
-  STD_TORCH_CHECK(w.inputs % kStep == 0 && inputs <= w.inputs && inputs > w.inputs - w.pad,
+  STD_TORCH_CHECK(inputs <= w.inputs && inputs > w.inputs - w.pad,
                   "x does not have the number of inputs that the weights were packed for (", w.inputs, " after padding)");
   return m;
 }

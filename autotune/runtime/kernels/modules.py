@@ -131,14 +131,13 @@ class GroupedLinear(PackedLinear):
 
     @property
     def bits(self) -> int:
-        """Of a weight: 8 or 4."""
-        return 8 if self.weight.dtype is torch.int8 else 4
+        """Of a weight: 8, 6 or 4."""
+        return pack.BITS[self.weight.dtype]
 
     @property
     def group(self) -> int:
         """Inputs that share a scale; all of them, after padding, if there is one for a row."""
-        inputs = self.weight.shape[1] * (1 if self.bits == 8 else pack.STEP)
-        return inputs // self.scales.shape[1]
+        return pack.padded_inputs(self.weight) // self.scales.shape[1]
 
     def product(self, x: Tensor) -> Tensor:
         operator = getattr(torch.ops.autotune, self.operator)
@@ -185,6 +184,19 @@ class Int8Linear(QuantisedLinear):
         return pack.dequantize_i8(self.weight, self.scales, self.out_features, self.in_features)
 
 
+class Int6Linear(QuantisedLinear):
+    """Symmetric INT6 weights with a scale per group of inputs."""
+
+    operator = "linear_i6"
+    tensors = ("weight", "scales")
+    weight: Tensor  # [ceil(N / 16), 3 K padded / 8, 16]
+
+    quantize = staticmethod(pack.quantize_i6)
+
+    def dequantize(self) -> Tensor:
+        return pack.dequantize_i6(self.weight, self.scales, self.out_features, self.in_features)
+
+
 class Int4Linear(QuantisedLinear):
     """Asymmetric INT4 weights with a scale and a zero per group of inputs."""
 
@@ -213,7 +225,7 @@ class RoundedLinear(GroupedLinear):
     """A packed layer with inputs of 8 bits: its products take half the time.
 
     Args:
-        layer: an `Int8Linear` or `Int4Linear`; its tensors are shared.
+        layer: an `Int8Linear`, `Int6Linear` or `Int4Linear`; its tensors are shared.
     """
 
     digits = 1

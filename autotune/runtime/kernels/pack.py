@@ -21,6 +21,8 @@ GROUP = 32  # default number of inputs that share a scale
 # Weights converted at a time: 2 MB in FP32. On two cores, parts of 16 MB took 1.5 times as long, and malloc kept four
 # times as many freed bytes between the blocks.
 PART = 2**19
+# Bits of a weight by the dtype that its numbers are stored in. Three words of INT16 hold eight numbers of six bits.
+BITS = {torch.int32: 4, torch.int16: 6, torch.int8: 8, torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that 4-bit quantisation tries
 
 # Chooses INT4 for some rows: (weights FP32 [n, groups, group], dtype of scales and zeros) -> numbers
@@ -28,31 +30,35 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # fractions of a group's range that 4-bit 
 Rounding = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 
 
-def interleave(parts: Iterable[Tensor], rows: int, inputs: int) -> Tensor:
+def interleave(
+    parts: Iterable[Tensor], rows: int, inputs: int, narrow: Callable[[Tensor], Tensor] = lambda blocks: blocks
+) -> Tensor:
     """Reorder a weight into blocks of sixteen rows.
 
     Args:
         parts: [n, K] each, one after another; all but the last hold whole blocks.
         rows: N, of all parts together.
         inputs: K after padding.
+        narrow: packs the numbers of blocks [n, inputs, 16] into fewer bytes; it keeps the first and the last size.
 
     Returns:
-        [ceil(N / 16), inputs, 16], contiguous, with zeros as padding.
+        [ceil(N / 16), inputs, 16], or what `narrow` makes of it, contiguous, with zeros as padding.
     """
-    parts = iter(parts)
-    first = next(parts)
-    blocks, filled = arena.empty((-(-rows // ROWS), inputs, ROWS), first.dtype, first.device), 0
-    for part in chain([first], parts):
+    packed, filled = None, 0
+    for part in parts:
         count, width = part.shape
         whole = _round_up(count, ROWS)
         if (count, width) != (whole, inputs):
             padded = part.new_zeros(whole, inputs)
             padded[:count, :width] = part
             part = padded
-        end = filled + whole // ROWS
-        blocks[filled:end] = part.view(-1, ROWS, inputs).transpose(1, 2)
-        filled = end
-    return blocks
+        blocks = narrow(part.view(-1, ROWS, inputs).transpose(1, 2))
+        if packed is None:
+            packed = arena.empty((-(-rows // ROWS), *blocks.shape[1:]), blocks.dtype, blocks.device)
+        packed[filled : (filled := filled + len(blocks))] = blocks
+    if packed is None:
+        raise ValueError("there are no parts to reorder")
+    return packed
 
 
 def deinterleave(blocks: Tensor, rows: int, inputs: int) -> Tensor:
@@ -92,25 +98,63 @@ def quantize_i8(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the weight is not a finite floating-point matrix, or the group is not a multiple of 8.
     """
+    return _quantize_symmetric(weight, group, -127, 127)
+
+
+def quantize_i6(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """Quantise to symmetric INT6 with one scale per group of inputs: weight = scale * number, number in -32..31.
+
+    Arguments and errors are those of `quantize_i8`. The largest weight of a group is -32 steps, so that all numbers are
+    used: a scale has the other sign.
+
+    Returns:
+        Numbers INT16 [ceil(N / 16), 3 K padded / 8, 16], in the order of Int6 in linear.h, and scales as
+        of `quantize_i8`.
+    """
+    return _quantize_symmetric(weight, group, -32, 31, narrow_i6)
+
+
+def _quantize_symmetric(
+    weight: Tensor, group: int, least: int, most: int, narrow: Callable[[Tensor], Tensor] = lambda blocks: blocks
+) -> tuple[Tensor, Tensor]:
     check(weight)
     parts = _parts(weight)
-    scales = _finite(torch.cat([_grouped(part, group).abs().amax(-1) for part in parts])) / 127
-    scales = scales.to(_factor_dtype(scales, scales))
+    ranges = [_grouped(part, group).aminmax(dim=-1) for part in parts]
+    low, high = (_finite(torch.cat(ends)) for ends in zip(*ranges, strict=True))
+    scales = torch.where(high > -low, high, low) / least
+    sizes = scales.abs()
+    scales = scales.to(_factor_dtype(sizes, sizes))
 
     def numbers() -> Iterator[Tensor]:
         first = 0
         for part in parts:
             rows = slice(first, first := first + len(part))
-            yield (
-                (_grouped(part, group) / _divisor(scales[rows])[..., None])
-                .round_()
-                .clamp_(-127, 127)
-                .to(torch.int8)
-                .flatten(1)
-            )
+            scaled = _grouped(part, group) / _divisor(scales[rows])
+            yield scaled.round_().clamp_(least, most).to(torch.int8).flatten(1)
 
     rows, groups = scales.shape
-    return interleave(numbers(), rows, _padded(weight.shape[1], group)), interleave([scales], rows, groups)
+    return interleave(numbers(), rows, _padded(weight.shape[1], group), narrow), interleave([scales], rows, groups)
+
+
+def narrow_i6(blocks: Tensor) -> Tensor:
+    """INT16 [n, 3 K / 8, 16] from numbers of six bits [n, K, 16]."""
+    count, inputs, rows = blocks.shape
+    number = blocks.reshape(count, inputs // STEP, 2, 4, rows).to(torch.int16).unbind(3)  # each [n, K / 8, 2, 16]
+    halves = number[2] << 10 | (number[3] & 63) << 4 | (number[1] >> 2 & 15)
+    low, high = (number[0] << 2 | number[1] & 3).unbind(2)
+    words = halves.transpose(2, 3).flatten(2)  # the two halves of a row's word are neighbours
+    return torch.cat([words, low & 255 | high << 8], 2).view(count, -1, rows)
+
+
+def widen_i6(packed: Tensor) -> Tensor:
+    """The inverse of `narrow_i6`."""
+    count, _, rows = packed.shape
+    steps = packed.view(count, -1, 3 * rows)
+    words, ends = steps[..., : 2 * rows], steps[..., 2 * rows :]
+    halves = words.reshape(count, -1, rows, 2).transpose(2, 3)  # [n, K / 8, 2, 16]
+    upper = torch.stack([ends << 8, ends], 2)  # the byte of each half as the upper one
+    number = (upper >> 10, halves << 12 >> 10 | upper >> 8 & 3, halves >> 10, halves << 6 >> 10)
+    return torch.stack(number, 3).view(count, -1, rows)
 
 
 def nearest_i4(grouped: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,6 +233,11 @@ def dequantize_i8(numbers: Tensor, scales: Tensor, rows: int, inputs: int) -> Te
     return deinterleave(numbers.float() * scales.float().repeat_interleave(group, 1), rows, inputs)
 
 
+def dequantize_i6(packed: Tensor, scales: Tensor, rows: int, inputs: int) -> Tensor:
+    """The FP32 weight [rows, inputs] that `linear_i6` computes with."""
+    return dequantize_i8(widen_i6(packed), scales, rows, inputs)
+
+
 def dequantize_i4(words: Tensor, scales: Tensor, zeros: Tensor, rows: int, inputs: int) -> Tensor:
     """The FP32 weight [rows, inputs] that `linear_i4` computes with."""
     upper = words[:, :, None, :] << _shifts(words.device).flip(0)[:, None]  # [blocks, K / 8, 8, 16]
@@ -196,6 +245,11 @@ def dequantize_i4(words: Tensor, scales: Tensor, zeros: Tensor, rows: int, input
     group = numbers.shape[1] // scales.shape[1]
     weight = numbers * scales.float().repeat_interleave(group, 1) + zeros.float().repeat_interleave(group, 1)
     return deinterleave(weight, rows, inputs)
+
+
+def padded_inputs(packed: Tensor) -> int:
+    """K after padding of a packed weight's numbers."""
+    return packed.shape[1] * packed.element_size() * 8 // BITS[packed.dtype]
 
 
 def check(weight: Tensor) -> None:

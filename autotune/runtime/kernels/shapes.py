@@ -10,6 +10,7 @@ def register() -> None:
     """Register the operators' shapes for torch.compile and fake tensors. The library must be loaded."""
     torch.library.register_fake("autotune::linear_f16", _linear_f16)
     torch.library.register_fake("autotune::linear_i8", _linear_i8)
+    torch.library.register_fake("autotune::linear_i6", _linear_i6)
     torch.library.register_fake("autotune::linear_i4", _linear_i4)
     torch.library.register_fake("autotune::linear_bf16", _linear_bf16)
     torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
@@ -28,6 +29,12 @@ def _linear_f16(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: in
 
 def _linear_i8(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, digits: int = 2
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_i6(
+    x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, digits: int = 2
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 

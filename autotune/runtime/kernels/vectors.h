@@ -80,15 +80,17 @@ inline Floats widen(const Half* at) {
 #endif
 }
 
-inline Floats widen(const Bf16* at) {
+inline Ints upper(const uint16_t* at) {  // puts kWidth numbers into the upper halves of lanes
 #if defined(__AVX512F__)
-  return bits<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16));
+  return bits<Ints>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(at)), 16));
 #elif defined(__AVX2__)
-  return bits<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(at)), 16));
+  return bits<Ints>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(at)), 16));
 #else
-  return bits<Floats>(widen_ints(reinterpret_cast<const uint16_t*>(at)) << 16);
+  return widen_ints(at) << 16;
 #endif
 }
+
+inline Floats widen(const Bf16* at) { return bits<Floats>(upper(&at->raw)); }
 
 inline Half narrow_one(float x) {  // to the nearest, ties to even
 #if defined(__F16C__)

@@ -10,7 +10,7 @@
 namespace autotune {
 namespace {
 
-constexpr int least_digits_of(bool) { return 1; }
+constexpr int least_digits_of(int) { return 1; }
 constexpr int kMostBlocks = 2;  // computed at once
 
 // Rounds token t, x [inputs], which zeros fill up to K.
@@ -78,6 +78,22 @@ struct Bytes<Int4> {
     const __m512i nibbles = _mm512_set1_epi8(15);
     use[0] = _mm512_and_si512(word, nibbles);
     use[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), nibbles);
+  }
+};
+
+template <>
+struct Bytes<Int6> {
+  static constexpr int kOffsetBits = 5;  // 32 is added
+  static constexpr bool kZeros = false;
+  static inline void decode(const uint8_t* at, __m512i* use) {
+    const __m512i half = load<__m512i>(at), byte = _mm512_cvtepu8_epi16(load<__m256i>(at + Int6::kWordBytes));
+    const __m512i upper = _mm512_set1_epi16(0x3f00), sign = _mm512_set1_epi8(32);
+    const __m512i second = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(half, 2), _mm512_set1_epi16(0x3c)),
+                                           _mm512_and_si512(byte, _mm512_set1_epi16(3)));
+    const __m512i even = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(half, 2), upper), _mm512_srli_epi16(byte, 2));
+    const __m512i odd = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(half, 4), upper), second);
+    use[0] = _mm512_xor_si512(even, sign);
+    use[1] = _mm512_xor_si512(odd, sign);
   }
 };
 

@@ -33,7 +33,10 @@ ELEMENTS = {  # dtypes that elementwise instructions write and read; the others 
 }
 MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
 SPANS = (32, 8)  # inputs that are rounded together for products in integers: kSpans in kernels/integer.h
-FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # the order of kKernels in kernels/instructions.h
+FORMATS = (  # dtypes of packed numbers, in the order of kKernels in kernels/instructions.h
+    *(torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.int32, torch.int16),  # of 8, 4 and 6 bits
+)
 TYPES = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}  # torch's ScalarType
 
 

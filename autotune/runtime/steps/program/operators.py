@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ....errors import TransformError
+from ...kernels.pack import BITS
 from .building import Building, ref
 from .instruction import FORMATS, NOWHERE, TYPES, Place, Ref, Share, dense
 
@@ -145,9 +146,8 @@ def packed_rows(
 def packing(packed: Place) -> tuple[int, int, int]:
     """The number of the format, the inputs and the bytes of a block, for weights [blocks, K or words, 16]."""
     _, length, lanes = packed.shape
-    words = packed.dtype == torch.int32
-    form = "int4" if words else str(packed.dtype).removeprefix("torch.")
-    return FORMATS.index(form), length * (8 if words else 1), length * lanes * packed.dtype.itemsize
+    block_bytes = length * lanes * packed.dtype.itemsize
+    return FORMATS.index(packed.dtype), block_bytes * 8 // (BITS[packed.dtype] * lanes), block_bytes
 
 
 def factor(place: Place | None) -> tuple[Ref, int]:
@@ -182,7 +182,7 @@ def _product(
     y = build.new(out.shape)
     weights = (rows, padded, group)
     sums = None
-    if digits and torch.ops.autotune.least_digits(4 if packed.dtype == torch.int32 else 8):
+    if digits and torch.ops.autotune.least_digits(BITS[packed.dtype]):
         code, arranged = "linear_rounded", build.round(given, weights, digits)
         words = [form, *weights, block_bytes, digits, inputs, tokens, arranged.ref]
     else:
@@ -261,6 +261,7 @@ OPERATORS: dict[Any, Callable[..., Any]] = {
 KERNELS: dict[str, Callable[..., Any]] = {  # autotune's operators, which exist only once loaded
     "autotune.linear_f16": linear,
     "autotune.linear_i8": linear_in_integers,
+    "autotune.linear_i6": linear_in_integers,
     "autotune.linear_i4": linear_in_integers,
     "autotune.packed_rows": packed_rows,
     "autotune.attend_one": attend,
