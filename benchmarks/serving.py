@@ -6,10 +6,11 @@
 SmolLM2-135M-Instruct with INT8 weights and what tuning finds for prefill, put on by hand. Every caller is a thread that
 asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those, which the other
 runtimes have, too, with INT4 weights (lm_head at 8 bits) where the processor does not multiply INT8 by bytes; "one at a
-time" is the plan behind a lock; "the original" is the model as it is, behind a lock and without one; "a closed batch" is
-one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's continuous batching answer the same
-requests, each in a process of its own that is idle while others are timed. Every round runs all of them in an order
-drawn anew. Ratios are within a round. At the end the divergence of each from the original on held-out text is printed.
+time" is the plan behind a lock; "the original" is the model as it is, behind a lock and without one; "a closed batch"
+is one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
+continuous batching answer the same requests, each in a process of its own that is idle while others are timed. Every
+round runs all of them in an order drawn anew. Ratios are within a round. At the end the divergence of each from the
+original on held-out text is printed.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import nn
 from autotune.errors import ChoiceError
 from autotune.model import linear_layers
 from autotune.runtime import kernels, reading
+from autotune.runtime.kernels import compensated as rounding
 from autotune.runtime.variant import Transform, Variant, build
 from autotune.transforms import compensation
 from autotune.transforms.linears import exchanged, reusing
@@ -95,7 +96,7 @@ def test_layers_that_cannot_be_compensated_get_the_nearest_numbers(monkeypatch: 
 
 
 def test_inputs_that_are_not_finite_leave_the_nearest_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensation.rounding, "moments", lambda inputs: torch.full((inputs.shape[-1],) * 2, torch.nan))
+    monkeypatch.setattr(rounding, "moments", lambda inputs: torch.full((inputs.shape[-1],) * 2, torch.nan))
     made, nearest = (packed(Variant(tiny()).with_transform(form)) for form in (FORM, NEAREST))
     assert all(same(made[name], nearest[name]) for name in made)
 

@@ -8,7 +8,6 @@ with zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 
 import torch
 from torch import Tensor
