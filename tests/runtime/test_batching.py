@@ -114,7 +114,7 @@ def test_a_row_computes_what_it_would_alone(arch: str) -> None:
     with torch.no_grad():
         for _ in range(6):
             got = slots.step(model, token, together.slot[:, None], together)
-            together.step_done()
+            together.advance()
             for row, cache in enumerate(caches):
                 from autotune.model import seam
 
@@ -604,9 +604,8 @@ def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
     from autotune.model import seam
 
     prefixes, ids = Prefixes(8), prompt(30)
-    request: Any = types.SimpleNamespace(
-        call=types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
-    )
+    call = types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
+    request: Any = types.SimpleNamespace(call=call, ids=call.input_ids)
 
     def computed() -> tuple[int, Any, torch.Tensor]:
         prefill = Prefill(request, prefixes)
@@ -653,7 +652,7 @@ def read_alone(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seam.over(variant.original, cache)}
 
     call = types.SimpleNamespace(input_ids=ids, positions=torch.arange(ids.shape[1])[None], prompt=whole)
-    request: Any = types.SimpleNamespace(call=call)
+    request: Any = types.SimpleNamespace(call=call, ids=ids)
     (found,) = Prefill(request, Prefixes(128)).advance(variant) or ()
     return found.logits, found.cache
 

@@ -21,7 +21,7 @@ class Prefill:
         self.requests = [request]
         self.cache = seam.growing_cache()  # no configuration: every layer at full length
         self.prefixes = prefixes
-        self.prompt: list[int] = request.call.input_ids[0].tolist()
+        self.prompt: list[int] = request.ids[0].tolist()
         self.done = prefixes.fill(self.cache, self.prompt)
 
     def advance(self, variant: Variant) -> list[Prefilled] | None:
