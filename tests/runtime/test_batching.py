@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from autotune.errors import QueueFullError, TransformError, VariantError
+from autotune.live.original import Original
 from autotune.runtime import kernels
 from autotune.runtime.batching import joined, rows
 from autotune.runtime.batching.engine import Engine
@@ -768,6 +769,21 @@ def test_an_engine_keeps_no_unused_model_alive() -> None:
     del worker
     gc.collect()
     assert gone() is None
+
+
+@needs_kernels
+def test_steps_are_recorded_anew_once_weights_have_moved(alone: Variant) -> None:
+    model = tiny("llama")
+    made = Variant(model).with_transforms((*STEP, ContinuousBatching("decode", rows=2)))
+    assert isinstance(made.step, StepPrograms)
+    expected = answer(serving(alone), prompt(9), 8)
+    assert answer(serving(made), prompt(9), 8) == expected
+    if (worker := engine_of(made)._worker) is not None:  # it delivers the answer before it ends
+        worker.join(20)
+    Original(model).release(made)
+    assert not made.step.programs
+    assert answer(serving(made), prompt(9), 8) == expected
+    assert made.step.programs, "it ran over the old addresses"
 
 
 def test_without_a_recorded_step_it_says_why() -> None:

@@ -194,6 +194,7 @@ class Engine:
         try:
             device = self.variant.device
             with torch.no_grad(), intraop.computing_with(threads), device.current(), device.guard():
+                self.sequences.renew()
                 while self._has_turn():
                     try:
                         self._turn()

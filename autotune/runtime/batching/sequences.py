@@ -65,6 +65,10 @@ class Sequences:
         for row in range(most):
             self._cache.leave(row)
 
+    def renew(self) -> None:
+        """Look up steps anew: weights may have moved while no sequence was under way, and steps hold their addresses."""
+        self._steps.clear()
+
     @property
     def free(self) -> int:
         """Number of free rows."""
