@@ -66,7 +66,7 @@ class Sequences:
             self._cache.leave(row)
 
     def renew(self) -> None:
-        """Look up steps anew: weights may have moved while no sequence was under way, and steps hold their addresses."""
+        """Look up steps anew: they hold weights' addresses, which may change while no sequence is under way."""
         self._steps.clear()
 
     @property
