@@ -22,10 +22,12 @@ from autotune.machine import device
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.steps.waiting import _Watch
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Transform, Variant, serving
+from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.speculation import Speculation
@@ -48,6 +50,7 @@ from tests.runtime.test_batching import (
 from tests.runtime.test_captures import turns_of
 
 GRAPH = CudaGraph("decode", shortest=32, slots=128)
+COMPILED = CompileStep("decode", slots=64)
 TOGETHER = ContinuousBatching("decode", rows=ROWS)
 PLANS: dict[str, list[Transform]] = {"graphs": [GRAPH], "eager": [StaticCache("decode", slots=128)]}
 
@@ -412,6 +415,23 @@ def test_why_callers_are_served_one_at_a_time(plan: str, fake: FakeCuda) -> None
     transforms, said = REFUSED[plan]
     with pytest.raises(TransformError, match=said):
         Variant(tiny("llama")).with_transforms(transforms).with_transform(TOGETHER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chain", [[CompileStep("decode", slots=64)], [CompileStep("decode", slots=64), GRAPH]], ids=str
+)
+def test_a_compiled_step_is_compiled_for_rows_too(chain: list[Transform], alone: Variant) -> None:
+    """The one that was compiled for a caller's batch writes a slot for all of it."""
+    with device.stand_in(FakeCuda(opaque=True)):
+        work = Workload(tuple(map(tuple, token_prompts(4))), 12, (2,))
+        shared = Variant(tiny("llama"), workload=work).with_transforms([*chain, ContinuousBatching("decode", rows=2)])
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(lambda n: answer(serving(shared), prompt(7 + 9 * n, n), 12), range(2)))
+    assert got == [answer(serving(alone), prompt(7 + 9 * n, n), 12) for n in range(2)]
+    compiled = shared.step.inner if isinstance(shared.step, GraphSteps) else shared.step
+    assert isinstance(compiled, CompiledStep)
+    assert all(compiled.fitting(cache) for cache in engine_of(shared).caches.values())
 
 
 def test_prompts_in_parts_and_together_give_the_same(
