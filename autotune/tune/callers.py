@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..errors import AutotuneError
+from ..errors import AutotuneError, first_line
 from ..machine import intraop, outside
 from ..model import route
 from ..runtime.batching.load import EngineLoad
@@ -171,9 +171,11 @@ def measure(
         bench.notify(found.reason)
         if 0 < found.rows < transform.rows:
             shared = winner.with_transform(replace(transform, rows=found.rows))
-    except AutotuneError as error:
+    except Exception as error:
         outside.pass_on(error)
-        return winner, Sharing(f"callers are served one at a time: {error}")
+        if not isinstance(error, AutotuneError) and winner.device.failure(error) != "memory":
+            raise
+        return winner, Sharing(f"callers are served one at a time: {first_line(error, typed=False)}")
     return (shared if found.rows else winner), found
 
 

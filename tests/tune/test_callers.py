@@ -151,6 +151,20 @@ def test_why_callers_are_served_one_at_a_time(changes: dict[str, Any], plan: Any
     assert re.search(f"^callers are served one at a time: .*{said}", found.reason), found.reason
 
 
+def test_memory_that_runs_out_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr("autotune.runtime.cache.rows.RowCache.__init__", no_room)
+    with on_a_gpu():
+        made = bench()
+        winner = made.original.with_transform(PLANS["cuda"])
+        kept, found = callers.measure(winner, made)
+    assert kept is winner
+    assert found is not None
+    assert found.reason == "callers are served one at a time: CUDA out of memory. Tried to allocate 20 GiB."
+
+
 @needs_kernels
 def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is measured on a real model; only the decision is not left to this machine's clock."""

@@ -300,7 +300,7 @@ class Engine:
         """Drop the prompt under way. What was queued for it on a GPU reads tensors that its caller frees."""
         self._prompt = None
         with suppress(Exception):  # if the device is dead, the next step says so
-            self.variant.device.synchronize()
+            self.variant.device.fetch(self.sequences.tokens.first(1))()
 
     def _begin(self, prompt: Prefilled) -> None:
         """Give a sequence its first token, and a row unless that was its last."""

@@ -106,5 +106,6 @@ def capture_rows(
     for _, rows, read in wanted(tuple(caches), steps.lengths, longest, 1):
         with turn():
             steps.prepare(caches[rows], read)
-        if read <= longest and read not in steps.reads(caches[rows]) and (reason := steps.failed.get((rows, read))):
+        if read <= longest and read not in steps.reads(caches[rows]):
+            reason = steps.failed.get((rows, read), "no capture is tried after one that failed")
             raise TransformError(f"the decode step of {rows} rows cannot be captured: {reason}")
