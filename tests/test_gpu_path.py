@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import autotune
 from autotune.machine import device
 from autotune.runtime.steps.graphs import GraphSteps
-from autotune.tune import bench, policy
+from autotune.tune import bench, callers, policy
 from autotune.validate import Latency, Speedup, Verdict, latency
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
@@ -41,13 +42,52 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         yield fake
 
 
-def short(name: str) -> policy.Policy:
-    """A built-in policy with the steps of `STEPS`, each tried whatever the diagnosis."""
+def test_callers_are_decoded_together_by_captured_steps(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `throughput` to an engine that serves, and the report's table of callers; then back to the original."""
+    monkeypatch.setattr(callers, "decide", lambda found, limit: (4 * (found.differing == 0), "as scripted"))
+    model, asked = tiny("llama"), short("throughput", ["cuda_graph"])
+    assert asked.batching.max_batch > 4
+    asked = replace(asked, batching=replace(asked.batching, max_batch=4))
+    prompts = [torch.tensor([prompt]) for prompt in PROMPTS[:6]]
+    ask = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompts[0])}
+    expected = [model.generate(ids, **ask).tolist() for ids in prompts]
+    work = autotune.Workload(tuple(map(tuple, PROMPTS)), new_tokens=12)
+    autotune.wrap(model, workload=work, policy=asked, when="blocking", cache=False)
+    handle: Any = model.autotune
+    names = [transform.name for transform in handle.plan.transforms]
+    assert names[-1] == "continuous_batching", handle.report().to_dict()["callers"]
+    assert "cuda_graph" in names
+    step, captures, replays = handle._serving.active.step, gpu.captures, gpu.replays
+    assert isinstance(step, GraphSteps)
+    fallbacks = step.fallbacks.copy()  # the exam's batches of 8 are larger than what is captured
+
+    def answers() -> list[list[list[int]]]:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda ids: model.generate(ids, **ask).tolist(), prompts))
+
+    assert answers() == expected
+    assert gpu.captures == captures
+    assert 11 <= gpu.replays - replays < 6 * 11, "hardly anything was decoded together"
+    assert step.fallbacks == fallbacks
+    assert handle.status.bypassed == {}
+    assert "of 4 rows in use" in handle.status.batching
+    table = handle.report().to_dict()["callers"]
+    assert [point["callers"] for point in table["points"]] == [1, 2, 4]
+    assert (table["rows"], table["differing"]) == (4, 0)
+    assert "| callers | tokens/s together |" in handle.report().to_markdown()
+    handle.rollback()
+    assert answers() == expected
+    assert gpu.captures == captures
+    handle.unwrap()
+
+
+def short(name: str, transforms: Sequence[str] = STEPS) -> policy.Policy:
+    """A built-in policy with the steps that choose these transforms, each tried whatever the diagnosis."""
     whole = policy.load(name)
     chosen = [replace(s, bottlenecks=frozenset()) for s in whole.steps if "cuda" in s.devices]
     steps = [
         replace(step, choices=tuple(c for c in step.choices if c.transform == wanted)[:1])
-        for wanted in STEPS
+        for wanted in transforms
         for step in chosen
         if any(c.transform == wanted for c in step.choices)
     ]

@@ -176,8 +176,8 @@ class DeviceState(LoopState):
 
         def look() -> tuple[torch.Tensor, bool]:
             shown, going, *checked = arrived()
-            if checked and not checked[0].numpy().all():
-                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+            if checked:
+                require_sound(checked[0].numpy().all())
             return shown, not going.numpy().any()
 
         return look
@@ -207,6 +207,12 @@ def drawn_unwaiting(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     waits = torch.empty_like(odds).exponential_()
     sound = (odds.amax(dim=-1) < torch.inf) & (odds.amin(dim=-1) >= 0)
     return (odds / waits).argmax(dim=-1), sound
+
+
+def require_sound(sound: Any) -> None:
+    """Raise torch.multinomial's RuntimeError if scores that a token was drawn from give no probabilities."""
+    if not sound:
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
 
 def largest(scores: torch.Tensor) -> Tokens:

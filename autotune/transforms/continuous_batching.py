@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from ..model.seam import Sampling
     from ..runtime.batching.engine import Engine
+    from ..runtime.cache.rows import RowCache
     from ..runtime.variant import Variant
     from ..workload import Phase
 
@@ -58,11 +59,14 @@ class Together:
 class ContinuousBatching(Transform):
     """One thread decodes the sequences of all callers together, over slots of their own.
 
+    On a CPU steps are recorded programs. On a GPU they are captured as the plan's own step is, or else run as it does.
+
     Calls for one sequence go through it. Other calls (batches that the caller made, `return_dict_in_generate`) run
     alone between two steps.
 
     Args:
-        rows: sequences that are decoded together, 2 to 64. Steps of 1, 2, 4, ... rows are recorded when it is applied.
+        rows: sequences that are decoded together, 2 to 64. Steps of 1, 2, 4, ... rows are recorded, compiled
+            or captured when it is applied.
         queue: requests that may wait for a row.
         wait_ms: how long a request may wait for others while no sequence is under way; see `Engine`.
     """
@@ -97,31 +101,59 @@ class ContinuousBatching(Transform):
         from ..runtime.batching.engine import Engine
         from ..runtime.batching.rows import sizes
         from ..runtime.cache.rows import RowCache
-        from ..runtime.steps.program import StepPrograms
 
         if reason := self._obstacle(variant):
             raise TransformError(reason)
-        programs, pool = variant.step, variant.caches
-        assert isinstance(programs, StepPrograms)  # noqa: S101 - checked above; for the type checker
-        assert pool is not None  # noqa: S101 - the same
-        whole = RowCache(variant.example(1), pool.slots, self.rows, pool.dtype)
-        for count in sizes(self.rows):
-            programs.prepare(whole.upper(count))
-        variant.loop = Together(Engine(variant, self.rows, most_waiting=self.queue, wait_s=self.wait_ms / 1e3))
+        pool, prompt = variant.caches, variant.example(1)
+        assert pool is not None  # noqa: S101 - checked above; for the type checker
+        whole = RowCache(prompt, pool.slots, self.rows, pool.dtype)
+        caches = {rows: whole.upper(rows) for rows in sizes(self.rows)}
+        prepare(variant, caches, prompt)
+        variant.loop = Together(Engine(variant, caches, most_waiting=self.queue, wait_s=self.wait_ms / 1e3))
 
     def took_effect(self, variant: Variant) -> str | None:
         return None if isinstance(variant.loop, Together) else "calls are served one by one"
 
     def _obstacle(self, variant: Variant) -> str | None:
+        from ..runtime.steps.inductor_graphs import InductorGraphStep
         from ..runtime.steps.program import StepPrograms
 
         if isinstance(variant.loop, Together):
             return "calls are decoded together already"
-        if not isinstance(variant.step, StepPrograms) or variant.caches is None:
-            return "it needs a recorded decode step (step_program)"
+        if variant.device.is_host:
+            if not isinstance(variant.step, StepPrograms) or variant.caches is None:
+                return "it needs a recorded decode step (step_program)"
+        elif variant.caches is None:
+            return "it needs a captured decode step (cuda_graph), or a static cache (static_cache)"
+        elif isinstance(variant.step, InductorGraphStep):
+            return "inductor's graphs (compile_step with mode='reduce-overhead') have no slots for each row"
         if variant.speculation is not None and variant.speculation.stride.recorded is None:
             return "guesses are checked for one sequence at a time"
         return None
+
+
+def prepare(variant: Variant, caches: Mapping[int, RowCache], prompt: Any) -> None:
+    """Record, compile or capture the step of a variant for rows, as its step for one caller is.
+
+    Args:
+        caches: number of rows -> empty cache for a step of so many.
+        prompt: keys and values of one token, as of `Variant.example`.
+
+    Raises:
+        TransformError: a step that the workload needs cannot be.
+    """
+    from ..runtime.steps.captures import capture_rows
+    from ..runtime.steps.compiled import CompiledStep
+    from ..runtime.steps.graphs import GraphSteps
+    from ..runtime.steps.program import StepPrograms
+
+    step = variant.step
+    with variant.running("decode"):
+        for cache in caches.values():
+            if isinstance(step, StepPrograms | CompiledStep):
+                step.prepare(cache)
+        if isinstance(step, GraphSteps):
+            capture_rows(step, caches, prompt, variant.context_tokens, variant.turn)
 
 
 def bytes_per_row(variant: Variant) -> float:

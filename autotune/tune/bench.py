@@ -91,6 +91,11 @@ class LiveBench:
         """Least seconds of a race, from the original's profile."""
         return self.allowance.race_s
 
+    @property
+    def tie_nats(self) -> float:
+        """Two tokens whose log-probabilities differ by no more are as good as each other; measured by the exam."""
+        return self.exams.to_choose.tie_nats
+
     def begin(self, budget_s: float, deadline: float) -> None:
         self.allowance.begin(budget_s, deadline)
 

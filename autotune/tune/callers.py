@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ..errors import AutotuneError
+from ..errors import AutotuneError, first_line
 from ..machine import intraop, outside
 from ..model import route
 from ..runtime.batching.load import EngineLoad
@@ -23,6 +23,7 @@ from ..runtime.batching.prefixes import Prefixes
 from ..runtime.batching.rows import sizes
 from ..runtime.variant import Variant, divided, serving
 from ..transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
+from . import ties
 from .choose import outgrows
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class CallersBench(Protocol):
 
     @property
     def deadline(self) -> float: ...
+
+    @property
+    def tie_nats(self) -> float: ...
 
     def free_bytes(self) -> float: ...
 
@@ -84,6 +88,7 @@ class Sharing:
         alone_tokens_per_s: one caller at a time, without it, by round.
         points: with it, by number of callers.
         differing: answers that were not those of a request alone.
+        tied: further ones that parted from those where two tokens are as good, which only a GPU is allowed.
         gap_s: longest time between two tokens of running answers while a long prompt arrives; None: not measured.
         long_prompt: tokens of that prompt.
         new_tokens: of each answer; 0: unknown.
@@ -101,6 +106,7 @@ class Sharing:
     new_tokens: int = 0
     reads_s: Mapping[int, float] = field(default_factory=dict)
     steps_s: Mapping[int, float] = field(default_factory=dict)
+    tied: int = 0
 
     def ratios(self, point: CallersPoint) -> list[float]:
         """Tokens per second of a point, divided by those of one caller at a time, by round."""
@@ -132,6 +138,8 @@ def decide(measured: Sharing, most_tpot_s: float = math.inf) -> tuple[int, str]:
     )
     if slow := [point for point in many if point not in quick]:
         figures += f"; {slow[0].callers} would get a token every {1e3 * median(slow[0].tpot_s):.3g} ms each, {limit}"
+    if measured.tied:
+        figures += f"; {measured.tied} answers parted from those of a request alone where two tokens are as good"
     accepted = min(gains) > 1 and median(gains) >= LEAST_GAIN
     return (max(point.callers for point in quick) if accepted else 0), figures
 
@@ -164,9 +172,11 @@ def measure(
         bench.notify(found.reason)
         if 0 < found.rows < transform.rows:
             shared = winner.with_transform(replace(transform, rows=found.rows))
-    except AutotuneError as error:
+    except Exception as error:
         outside.pass_on(error)
-        return winner, Sharing(f"callers are served one at a time: {error}")
+        if not isinstance(error, AutotuneError) and winner.device.failure(error) != "memory":
+            raise
+        return winner, Sharing(f"callers are served one at a time: {first_line(error, typed=False)}")
     return (shared if found.rows else winner), found
 
 
@@ -236,7 +246,7 @@ class _Clock:
 class _Measurement:
     def __init__(self, winner: Variant, shared: Variant, bench: CallersBench, clock: Callable[[], float]) -> None:
         self.alone, self.together = (route.greedy(serving(v), bench.pad) for v in (winner, shared))
-        self.shared = shared
+        self.winner, self.shared = winner, shared
         self.bench = bench
         self.clock = clock
         self.prompts = bench.workload.prompts
@@ -244,7 +254,7 @@ class _Measurement:
         self.slots = winner.caches.slots if winner.caches is not None else 0
         self.threads = torch.get_num_threads()  # a new thread may begin with another number
         self.answers: dict[int, tuple[int, ...]] = {}  # prompt -> its answer by the plan, alone
-        self.differing = 0
+        self.differing = self.tied = 0
         self.draw = random.Random(0)  # noqa: S311 - no secret
 
     def run(self, most: int) -> Sharing:
@@ -291,6 +301,7 @@ class _Measurement:
             self.tokens,
             reads_s,
             step_times(before, after, numbers),
+            self.tied,
         )
         rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)
         way = "decoded together" if rows else "served one at a time"
@@ -305,8 +316,19 @@ class _Measurement:
                 answers = list(pool.map(lambda n: self._ask(model, self.prompts[n], self.tokens), prompts))
             seconds = time.perf_counter() - start
         for number, answer in zip(prompts, answers, strict=True):
-            self.differing += self.answers.setdefault(number, answer.tokens) != answer.tokens
+            self._compare(number, answer.tokens)
         return requests * self.tokens / seconds, answers
+
+    def _compare(self, number: int, tokens: tuple[int, ...]) -> None:
+        """Compare an answer with the plan's, alone."""
+        if (expected := self.answers.setdefault(number, tokens)) == tokens:
+            return
+        with self.bench.original.turn():
+            is_tie = not self.winner.device.is_host and ties.is_tie(
+                self.winner, self.prompts[number], expected, tokens, self.bench.tie_nats
+            )
+        self.tied += is_tie
+        self.differing += not is_tie
 
     def _longest_gap(self, callers: int) -> tuple[float | None, int]:
         """The longest time between two tokens of running answers while a long prompt arrives, and the prompt's length.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,25 +17,39 @@ from autotune import transforms
 from autotune.live import winner
 from autotune.live.original import Original
 from autotune.live.watch.watch import Watch
+from autotune.machine import device
 from autotune.model import revision
 from autotune.runtime import kernels
 from autotune.runtime.variant import Transform
 from autotune.transforms.continuous_batching import ContinuousBatching
+from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import run as tuning
+from tests.fakes.cuda import FakeCuda
 from tests.live.test_wrap import greedy, scripted, wrapped  # noqa: F401 - a fixture
 from tests.models import tiny, token_prompts
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 TOGETHER = [StepProgram("decode", slots=64), ContinuousBatching("decode", rows=4)]
+ON_A_GPU = [CudaGraph("decode", shortest=32, slots=64), ContinuousBatching("decode", rows=4)]
 PROMPTS = [torch.tensor([prompt]) for prompt in token_prompts(6)]
 CALLS, SWITCHES = 12, 40
 
 
+@pytest.fixture
+def place(plan: list[Transform]) -> Iterator[None]:
+    """Where a plan runs."""
+    with device.stand_in(FakeCuda()) if plan is ON_A_GPU else nullcontext():
+        yield
+
+
 @pytest.mark.fault("D57")
-@pytest.mark.parametrize("plan", [[LeanLoop()], [StaticCache()], pytest.param(TOGETHER, marks=needs_kernels)], ids=str)
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    "plan", [[LeanLoop()], [StaticCache()], pytest.param(TOGETHER, marks=needs_kernels), ON_A_GPU], ids=str
+)
 def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform], plan: list[Transform]) -> None:  # noqa: F811
     scripted[:] = plan
     model = wrapped(tiny("llama"))
@@ -63,15 +78,17 @@ def test_threads_are_answered_while_plans_are_switched(scripted: list[Transform]
     assert 0 < model.autotune.status.served <= CALLS * len(PROMPTS)
 
 
-@needs_kernels
 @pytest.mark.fault("D57")
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("plan", [pytest.param(TOGETHER, marks=needs_kernels), ON_A_GPU], ids=str)
 @pytest.mark.parametrize("submitted", [False, True])
 def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once(
     scripted: list[Transform],  # noqa: F811
     submitted: bool,
+    plan: list[Transform],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scripted[:] = TOGETHER
+    scripted[:] = plan
     model = wrapped(tiny("llama"))
     expected = [greedy(tiny("llama"), ids, 30) for ids in PROMPTS]
     engine = model.autotune._winner.tuned.variant.loop.engine

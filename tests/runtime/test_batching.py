@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from autotune.errors import QueueFullError, TransformError, VariantError
+from autotune.live.original import Original
 from autotune.runtime import kernels
 from autotune.runtime.batching import joined, rows
 from autotune.runtime.batching.engine import Engine
@@ -115,7 +116,7 @@ def test_a_row_computes_what_it_would_alone(arch: str) -> None:
     with torch.no_grad():
         for _ in range(6):
             got = slots.step(model, token, together.slot[:, None], together)
-            together.step_done()
+            together.advance()
             for row, cache in enumerate(caches):
                 from autotune.model import seam
 
@@ -605,9 +606,8 @@ def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
     from autotune.model import seam
 
     prefixes, ids = Prefixes(8), prompt(30)
-    request: Any = types.SimpleNamespace(
-        prompt=tuple(ids), call=types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
-    )
+    call = types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
+    request: Any = types.SimpleNamespace(prompt=tuple(ids), call=call)
 
     def computed() -> tuple[int, Any, torch.Tensor]:
         prefill = Prefill(request, prefixes)
@@ -857,6 +857,21 @@ def test_an_engine_keeps_no_unused_model_alive() -> None:
     del worker
     gc.collect()
     assert gone() is None
+
+
+@needs_kernels
+def test_steps_are_recorded_anew_once_weights_have_moved(alone: Variant) -> None:
+    model = tiny("llama")
+    made = Variant(model).with_transforms((*STEP, ContinuousBatching("decode", rows=2)))
+    assert isinstance(made.step, StepPrograms)
+    expected = answer(serving(alone), prompt(9), 8)
+    assert answer(serving(made), prompt(9), 8) == expected
+    if (worker := engine_of(made)._worker) is not None:  # it delivers the answer before it ends
+        worker.join(20)
+    Original(model).release(made)
+    assert not made.step.programs
+    assert answer(serving(made), prompt(9), 8) == expected
+    assert made.step.programs, "it ran over the old addresses"
 
 
 def test_without_a_recorded_step_it_says_why() -> None:

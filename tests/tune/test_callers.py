@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 
+from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.runtime import kernels
 from autotune.runtime.batching.load import EngineLoad
@@ -16,14 +19,17 @@ from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
 from autotune.transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
 from autotune.transforms.lean_loop import LeanLoop
+from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
-from autotune.tune import callers, policy
+from autotune.tune import callers, policy, ties
 from autotune.tune.callers import CallersPoint, Sharing, decide, step_times
 from autotune.workload import Workload
+from tests.fakes.cuda import FakeCuda
 from tests.models import PAD, tiny, token_prompts
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 CPU = Hardware("cpu", "a CPU", "AVX2", 1, 8 * 10**9, 20e9, {"float32": 1e11}, "g++", {})
+PLANS = {"cpu": StepProgram("decode", slots=128), "cuda": StaticCache("decode", slots=128)}
 WORK = Workload(tuple(map(tuple, token_prompts(5))), new_tokens=12)
 
 
@@ -88,6 +94,7 @@ class Bench:
     workload: Workload = WORK
     deadline: float = math.inf
     pad: int = PAD
+    tie_nats: float = 0.05
     free: float = 1e12
     said: list[str] = field(default_factory=list)
 
@@ -102,6 +109,10 @@ def bench(**changes: Any) -> Bench:
     asked = policy.Batching(**{"max_batch": 4} | changes.pop("batching", {}))
     tuned = replace(policy.load("balanced"), batching=asked)
     return Bench(Variant(tiny("llama"), Traffic(), WORK), tuned, **changes)
+
+
+def on_a_gpu() -> Any:
+    return device.stand_in(FakeCuda())
 
 
 def recorded(made: Bench) -> Variant:
@@ -138,6 +149,20 @@ def test_why_callers_are_served_one_at_a_time(changes: dict[str, Any], plan: Any
     assert found is not None
     assert not found.rows
     assert re.search(f"^callers are served one at a time: .*{said}", found.reason), found.reason
+
+
+def test_memory_that_runs_out_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr("autotune.runtime.cache.rows.RowCache.__init__", no_room)
+    with on_a_gpu():
+        made = bench()
+        winner = made.original.with_transform(PLANS["cuda"])
+        kept, found = callers.measure(winner, made)
+    assert kept is winner
+    assert found is not None
+    assert found.reason == "callers are served one at a time: CUDA out of memory. Tried to allocate 20 GiB."
 
 
 @needs_kernels
@@ -188,9 +213,19 @@ def test_fewer_rows_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (engine.most_rows, engine.most_waiting, engine.wait_s) == (2, 7, 0.002)
 
 
-@needs_kernels
-def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = bench()
+@pytest.mark.parametrize(
+    ("where", "tie_nats", "kept"),
+    [
+        pytest.param(nullcontext, math.inf, False, marks=needs_kernels, id="to the bit on a CPU"),
+        pytest.param(on_a_gpu, 0.05, False, id="by more than rounding on a GPU"),
+        pytest.param(on_a_gpu, math.inf, True, id="by less"),
+    ],
+)
+def test_answers_that_differ_are_counted(
+    where: Any, tie_nats: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callers, "decide", lambda found, limit: decide(at_twice(found)))
+    made = bench(tie_nats=tie_nats)
     choose = ContinuousBatching.apply
 
     def spoilt(self: ContinuousBatching, variant: Variant) -> None:
@@ -208,9 +243,39 @@ def test_answers_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(engine.sequences, "logits", wrong)
 
     monkeypatch.setattr(ContinuousBatching, "apply", spoilt)
-    winner = recorded(made)
-    kept, found = callers.measure(winner, made)
-    assert kept is winner
+    with where():
+        winner = made.original.with_transform(PLANS[made.original.device.kind])
+        serves, found = callers.measure(winner, made)
     assert found is not None
-    assert found.differing > 0
-    assert "answers were not those of the same requests alone" in found.reason
+    assert (serves is not winner) is kept
+    assert (found.tied > 0, found.differing > 0) == (kept, not kept)
+    if kept:
+        assert f"{found.tied} answers parted from those of a request alone where two tokens are as good" in found.reason
+    else:
+        assert f"{found.differing} answers were not those of the same requests alone" in found.reason
+
+
+def at_twice(found: Sharing) -> Sharing:
+    """What was measured, with the rates of a machine that gains from several callers."""
+    rates = {1: 100.0, 2: 150.0, 4: 200.0}
+    points = (replace(point, tokens_per_s=(rates[point.callers],) * callers.ROUNDS) for point in found.points)
+    return replace(found, alone_tokens_per_s=(100.0,) * callers.ROUNDS, points=tuple(points))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "after"),
+    [([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 4, 3], 1), ([], [], None), ([1, 2], [1, 2, 3], None), ([5], [6], 0)],
+)
+def test_where_answers_part(one: list[int], other: list[int], after: int | None) -> None:
+    assert ties.parted(one, other) == after
+
+
+def test_two_tokens_are_a_tie_within_so_many_nats() -> None:
+    variant, prompt = Variant(tiny("llama")), token_prompts(1)[0]
+    with torch.no_grad():
+        logits = variant.original(torch.tensor([[*prompt, 9]])).logits[0, -1]
+    first, second = logits.topk(2).indices.tolist()
+    apart = float(logits[first] - logits[second])
+    for nats, is_tie in ((1.01 * apart, True), (0.99 * apart, False)):
+        assert ties.is_tie(variant, prompt, [9, first, 5], [9, second, 6], nats) is is_tie
+    assert not ties.is_tie(variant, prompt, [9], [9, first], math.inf), "one ends where the other goes on"

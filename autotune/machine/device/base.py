@@ -157,6 +157,10 @@ class Device(ABC):
     def wait(self, mark: Any) -> None:
         """Make what this thread queues from now on run after everything before `mark`. The host does not wait."""
 
+    def current(self) -> AbstractContextManager[object]:
+        """Inside the block, what this thread does without naming a device is done on this one."""
+        return nullcontext()
+
     @abstractmethod
     def stream(self) -> AbstractContextManager[None]:
         """Inside the block, queue this thread's work into the stream on which graphs are captured and replayed.

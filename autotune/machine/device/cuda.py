@@ -71,6 +71,9 @@ class Cuda(Device):
     def wait(self, mark: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.where).wait_event(mark)
 
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.where)
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         with torch.cuda.device(self.where), torch.cuda.stream(self._stream):

@@ -6,5 +6,6 @@ load      what the engine has to do and has done, as numbers
 terms     how urgent a request is, until when, and whether it is still wanted
 prefill   a prompt under way, part by part
 prefixes  what prompts begin with alike is computed once
+tokens    the latest token of every row, and the choice of the next ones
 rows      which row a sequence takes, and how many rows a step computes (pure)
 """

@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from ...errors import CancelledRequestError, QueueFullError
+from ...errors import CancelledRequestError, DeviceError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from .joined import Joined, Prefilled, is_exact, together
-from .load import EngineLoad
+from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill
 from .prefixes import Prefixes
 from .request import Request
@@ -31,6 +31,7 @@ from .terms import MOST_WAITING
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
+    from ..cache.rows import RowCache
     from ..variant import Variant
 
 CHUNK = 128  # tokens of prompts that are computed between two steps
@@ -43,8 +44,9 @@ class Engine:
     Its thread ends when nothing is left to do, so it keeps no unused model alive.
 
     Args:
-        variant: decodes over slots with recorded steps.
-        most_rows: sequences that are decoded together.
+        variant: decodes over slots.
+        caches: number of rows -> cache for a step of so many; all are views of the one with the most, which is as many
+            sequences as are decoded together.
         chunk: tokens of a prompt that are computed between two steps.
         most_waiting: requests that may wait for a row.
         wait_s: how long a request may wait for others while no sequence is under way. Callers of a burst ask one after
@@ -59,29 +61,29 @@ class Engine:
     def __init__(
         self,
         variant: Variant,
-        most_rows: int,
+        caches: Mapping[int, RowCache],
         *,
         chunk: int = CHUNK,
         most_waiting: int = MOST_WAITING,
         wait_s: float = 0.0,
     ) -> None:
         self.variant = variant
-        self.most_rows = most_rows
+        self.caches = caches
+        self.most_rows = max(caches)
         self.prefixes = Prefixes(chunk)
         self.joins = is_exact(variant, chunk)
         self.most_waiting = most_waiting
         self.wait_s = wait_s
         self.counts: Counter[str] = Counter()
+        self.sequences = Sequences(variant, caches, self.counts)
         self._changed = forking.free(threading.Condition())
         self._forget()
         forking.tell(self)
 
     def _forget(self) -> None:
         self._waiting = list[Request]()
-        self._stepped_s = defaultdict[int, float](float)  # sequences -> seconds of steps that decoded so many
-        self._step: tuple[int, float] | None = None  # sequences of the latest step, and when it began
+        self._times = StepTimes()
         self._prompt: Prefill | Joined | None = None
-        self.sequences = Sequences(self.variant, self.most_rows, self.counts)
         self._worker: ending.Worker | None = None
         self._stopped = False
         self._at_once = 0  # most sequences that were under way together since none was
@@ -91,19 +93,17 @@ class Engine:
         self._owns_next = False  # whether the next turn is the engine's even if such calls wait
 
     def after_fork(self) -> None:
-        """Forget all requests in a forked child: their callers are threads of the parent."""
+        """Forget all requests in a forked child: their callers are threads of the parent, and its GPU is."""
         self._forget()
+        if self.variant.device.is_host:
+            self.sequences = Sequences(self.variant, self.caches, self.counts)
 
     def summary(self) -> str:
         """How many sequences are decoded together and wait, in a sentence."""
         with self._changed:
             used, waiting = self.sequences.used, len(self._waiting)
-        steps = self.counts["steps"]
-        mean = f", {self.counts['tokens'] / steps:.1f} tokens a step" if steps else ""
-        found = self.prefixes.tokens_found
-        shared = f"; {found} tokens of prompts were known from earlier ones" if found else ""
-        again = f", {self.counts['evicted']} sequences made room for more urgent ones" if self.counts["evicted"] else ""
-        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {steps} steps{mean}{shared}{again}"
+        did = summary(self.counts, self.prefixes.tokens_found)
+        return f"{used} of {self.most_rows} rows in use, {waiting} requests wait; {did}"
 
     @property
     def load(self) -> EngineLoad:
@@ -115,7 +115,7 @@ class Engine:
             found.tokens_queried,
             found.tokens_found,
             dict(sequences.together),
-            dict(self._stepped_s),
+            dict(self._times.spent_s),
         )
 
     # In the callers' threads
@@ -192,7 +192,9 @@ class Engine:
 
     def _run(self, threads: int) -> None:
         try:
-            with torch.no_grad(), intraop.computing_with(threads), self.variant.device.guard():
+            device = self.variant.device
+            with torch.no_grad(), intraop.computing_with(threads), device.current(), device.guard():
+                self.sequences.renew()
                 while self._has_turn():
                     try:
                         self._turn()
@@ -207,13 +209,14 @@ class Engine:
                     self._end_ours()
                 else:
                     self._fail_all(error)
-            raise
+            if not isinstance(error, DeviceError):  # which every caller was told
+                raise
 
     def _has_turn(self) -> bool:
         """Wait for the engine's turn. Returns False when nothing is left to do; then the thread has ended."""
         with self._changed:
             if not self._is_busy():
-                self._end_step()  # the next turn may be long in coming
+                self._times.end()  # the next turn may be long in coming
             if not (self._waiting or self._is_busy()):
                 self._worker = None
                 return False
@@ -247,19 +250,12 @@ class Engine:
             order = self._first_waiting()
             self.sequences.evict_for(order)
             self.sequences.resume_before(order)
-        self._end_step()
+        self._times.end()
         self._admit()
         if under_way := self.sequences.used:
             self._at_once = max(self._at_once, under_way)
-            self._step = under_way, time.perf_counter()
+            self._times.begin(under_way)
             self.sequences.step()
-
-    def _end_step(self) -> None:
-        """Count the time of the latest step. Handing its tokens to callers' threads is part of it."""
-        if self._step is not None:
-            together, began_s = self._step
-            self._stepped_s[together] += time.perf_counter() - began_s
-            self._step = None
 
     def _drop_violated(self) -> None:
         """End the requests that were cancelled or are late."""
@@ -267,8 +263,8 @@ class Engine:
         self.sequences.drop_violated(now_s)
         for request in self._prompt.requests if self._prompt else ():
             if error := request.violated(now_s):
+                self._end_prompt()
                 request.fail(error)
-                self._prompt = None
         with self._changed:
             for request in tuple(self._waiting):
                 if error := request.violated(now_s):
@@ -296,7 +292,7 @@ class Engine:
             found = prompt.advance(self.variant)
         except Exception as error:
             outside.pass_on(error)
-            self._prompt = None
+            self._end_prompt()
             for request in prompt.requests:
                 request.fail(error) if len(prompt.requests) == 1 else request.fail_with_others(error)
             return
@@ -307,11 +303,17 @@ class Engine:
                 self.prefixes.keep_last(each.cache, each.request.prompt, each.logits)
                 self._begin(each)
 
+    def _end_prompt(self) -> None:
+        """Drop the prompt under way. What was queued for it on a GPU reads tensors that its caller frees."""
+        self._prompt = None
+        with suppress(Exception):  # if the device is dead, the next step says so
+            self.variant.device.fetch(self.sequences.tokens.first(1))()
+
     def _begin(self, prompt: Prefilled) -> None:
         """Give a sequence its first token, and a row unless that was its last."""
         request = prompt.request
         try:
-            token = request.choose(prompt.logits)
+            token = self.sequences.tokens.after_prompt(request, prompt.logits)
             if request.take(token):
                 request.finish()
                 return
@@ -333,6 +335,7 @@ class Engine:
             for request in chosen:
                 self._waiting.remove(request)
                 request.terms.begun_s = time.monotonic()
+                self.variant.device.wait(request.queued)
         self.counts["requests"] += len(chosen)
         return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import AutotuneError, CancelledRequestError, RequestError, VariantError, first_line
+from ...machine import device as devices
 from ...machine import ending
 from ...model import seam
-from ..loop_state import Room, drawn, largest
+from ..loop_state import Room, drawn, drawn_unwaiting, largest
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
@@ -51,12 +52,16 @@ class Request:
         prompt: its tokens.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
+        queued: the end of what the caller's thread had queued on the device, which made the prompt.
     """
 
     def __init__(self, call: Sampling) -> None:
+        device = devices.of(call.input_ids.device)
         self.call = call
-        self.prompt: tuple[int, ...] = tuple(call.input_ids[0].tolist())
-        self._room = Room(call.input_ids)
+        self.queued = device.mark()
+        self._room = Room(call.input_ids.cpu())
+        self._on_device = None if device.is_host else call.input_ids
+        self.prompt: tuple[int, ...] = tuple(self._room.ids[0].tolist())
         self.terms = CURRENT.get() or RequestTerms()
         self.is_ours = isinstance(threading.current_thread(), ending.Worker)
         self._is_abandoned = False  # the terms live on: the original may answer after the engine failed
@@ -68,7 +73,7 @@ class Request:
 
     @property
     def ids(self) -> torch.Tensor:
-        """Prompt and tokens so far, [1, T] int64. Later tokens do not change it."""
+        """Prompt and tokens so far, [1, T] int64 on the host. Later tokens do not change it."""
         return self._room.ids
 
     @property
@@ -96,7 +101,7 @@ class Request:
                     case Finished(ids):
                         if streamer is not None:
                             streamer.end()
-                        return ids
+                        return ids.to(self.call.input_ids.device)
                     case Failed(error):
                         raise error
         except BaseException:
@@ -117,22 +122,43 @@ class Request:
         return not (self.call.settings.do_sample or self._processes)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token from logits [1, V], by the caller's processors. Raises what these raise."""
-        return self._context.run(self._choose, logits.float())
-
-    def _choose(self, logits: torch.Tensor) -> int:
-        given = logits.clone() if self._processes else logits  # a processor may keep it beyond the next step
-        score: torch.Tensor = self.call.processors(self.ids, given)
+        """The next token from logits [1, V] on the host, by the caller's processors. Raises what these raise."""
+        score = self._scores(logits)
         return int(drawn(score) if self.call.settings.do_sample else largest(score)[0])
+
+    def chosen_unwaiting(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token from logits [1, V] on a device, which the host does not wait for.
+
+        Returns:
+            The token [1], and whether it could be drawn [1].
+        """
+        score = self._scores(logits)
+        if self.call.settings.do_sample:
+            return drawn_unwaiting(score)
+        token = score.argmax(dim=-1)
+        return token, torch.ones_like(token, dtype=torch.bool)
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        given = logits.clone() if self._processes else logits  # a processor may keep it beyond the next step
+        score: torch.Tensor = self._context.run(self.call.processors, self._callers_ids, given)
+        return score
+
+    @property
+    def _callers_ids(self) -> torch.Tensor:
+        """Prompt and tokens so far, [1, T], where the caller's processors and criteria expect them."""
+        return self.ids if self._on_device is None else self._on_device
 
     def take(self, token: int) -> bool:
         """Append a token. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
         self._room.append(token)
+        if self._on_device is not None and (self._processes or self._stops is None):
+            self._on_device = torch.cat([self._on_device, self._on_device.new_full((1, 1), token)], dim=1)
         if self._streams:
             self._events.put(Token(torch.tensor([token], dtype=torch.int64, device="cpu")))
         if self._stops is not None:
             return self._stops.after(self.tokens, token)
-        stopped: Any = self._context.run(self.call.criteria, self.ids, None)
+        stopped: Any = self._context.run(self.call.criteria, self._callers_ids, None)
         return bool(stopped.all())
 
     def finish(self) -> None:

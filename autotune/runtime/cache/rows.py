@@ -20,6 +20,9 @@ class RowCache(SlotCache):
     A row without a sequence admits no slot, so its attention is zero. A step writes its token into slot 0, which the
     next sequence overwrites.
 
+    On a GPU nothing here makes the host wait: slots and validity are written in place, and a step that is captured over
+    a view (`upper`) reads them where they are.
+
     Attributes:
         slot: [rows] int64, the slot of each row's next token.
         valid: [rows, slots] bool, False for a row without a sequence.
@@ -38,8 +41,11 @@ class RowCache(SlotCache):
         super().__init__(prompt, slots, rows, dtype)
         with torch.inference_mode(False):
             self.slot = torch.zeros(rows, dtype=torch.int64, device=self.valid.device)
+            self._taken = torch.zeros_like(self.slot)  # 1 for a row with a sequence
         self._look_at_slot()
         self.valid.zero_()
+        self.batch = rows
+        self.lasting = True
         self.lengths = [0] * rows
         self._written = [0] * rows  # slots of each row that may hold numbers of an earlier sequence
         self._singles: dict[int, SlotCache] = {}
@@ -69,9 +75,18 @@ class RowCache(SlotCache):
 
     def leave(self, row: int) -> None:
         """Free a row."""
-        self.valid[row] = False
-        self.slot[row] = 0
+        self._place(row, 0)
         self.lengths[row] = 0
+
+    def begin_all(self, prompt: Any) -> None:
+        """Begin a sequence in every row, of one token or two in turn, so that a step can be tried.
+
+        Args:
+            prompt: keys and values of one token, [1, Hk, 1, D] per layer.
+        """
+        for row in range(len(self.lengths)):
+            self.join(row, prompt)
+            self._begin(row, 1 + row % 2)
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to a free row."""
@@ -79,24 +94,38 @@ class RowCache(SlotCache):
         self._begin(target, self.lengths[source])
         self.leave(source)
 
-    def step_done(self, discarded: int = 0) -> None:
-        """Make the next token valid, in every row that has a sequence. A step has written it.
+    def advance(self, count: int = 1, discarded: int = 0) -> None:
+        """Make the next tokens valid, in every row that has a sequence. Steps have written them.
 
         Args:
-            discarded: slots after it that the step may have written, too.
+            count: tokens of each row.
+            discarded: slots after them that the steps may have written, too.
         """
-        assert self._slot is not None  # noqa: S101 - only steps on the host have rows; for the type checker
-        for row, length in enumerate(self.lengths):
+        if self._slot is None:
+            self.slot.add_(self._taken, alpha=count)
+        for row, length in enumerate(self.lengths[: self.shape[0]]):
             if length:
-                self._slot[row] = self.lengths[row] = length + 1
-                self._written[row] = max(self._written[row], length + 2 + discarded)
+                self.lengths[row] = length + count
+                self._written[row] = max(self._written[row], length + count + 1 + discarded)
+                if self._slot is not None:
+                    self._slot[row] = length + count
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths[: self.shape[0]])
 
     def _begin(self, row: int, length: int) -> None:
         self._clear(slice(row, row + 1), slice(length, self._written[row]))
-        self.valid[row] = True
-        self.slot[row] = length
+        self._place(row, length)
         self.lengths[row] = length
         self._written[row] = length + 1  # a step writes the slot after the last valid one
+
+    def _place(self, row: int, length: int) -> None:
+        """Set a row's next slot; 0: it has no sequence."""
+        self.valid[row].fill_(length > 0)
+        self.slot[row].fill_(length)
+        if self._slot is None:
+            self._taken[row].fill_(int(length > 0))
 
     def single(self, row: int) -> SlotCache:
         """A view of one row's sequence, which has as many valid tokens as now."""
@@ -119,4 +148,6 @@ class RowCache(SlotCache):
         part.values = [values[:rows] for values in self.values]
         part.valid = self.valid[:rows]
         part.slot = self.slot[:rows]
+        part._taken = self._taken[:rows]
+        part.batch = rows
         return part

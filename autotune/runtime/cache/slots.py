@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 # Implementations that add a mask of four dimensions to the scores. Made here, the mask is made once for all layers.
 ADDING = {"eager", "flex_attention", *(KERNELS[name].name for name in ("cudnn", "efficient"))}
+Layout = tuple[int, int, int, int]  # rows, slots, slots that a row takes in memory, slots written at once: 1, or rows
 MAX_DISCARDED = 64  # largest number of slots past `length` that discarded steps may have written
 
 
@@ -193,9 +194,14 @@ class SlotCache:
         return rows, slots
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        """(rows, slots, slots that a row takes in memory): everything in which caches of one model differ."""
-        return *self.shape, self._capacity
+    def longest(self) -> int:
+        """Valid tokens of the longest sequence."""
+        return self.length
+
+    @property
+    def layout(self) -> Layout:
+        """Everything in which caches of one model differ."""
+        return *self.shape, self._capacity, self.slot.shape[0]
 
 
 def unsupported(config: PretrainedConfig) -> str | None:

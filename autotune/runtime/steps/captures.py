@@ -11,6 +11,7 @@ from ...errors import TransformError
 
 if TYPE_CHECKING:
     from ..cache.pool import CachePool
+    from ..cache.rows import RowCache
     from .graphs import GraphSteps
 
 # Largest number of graphs of one step. For a model of 8 billion parameters a graph takes about 10 MB of device memory,
@@ -76,3 +77,35 @@ def capture_all(
                 steps.prepare(cache, read)
         if read <= longest and (rows, read) not in steps.shapes and (reason := steps.failed.get((rows, read))):
             raise TransformError(f"the decode step cannot be captured: {reason}")
+
+
+def capture_rows(
+    steps: GraphSteps,
+    caches: Mapping[int, RowCache],
+    prompt: Any,
+    needed: int,
+    turn: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """Capture for rows that are independent, in turns as `capture_all`.
+
+    Args:
+        caches: number of rows -> cache for a step of so many; all are views of the one with the most. They are left
+            with a sequence in every row.
+        prompt: keys and values of one token, as of `Variant.example`.
+        needed: tokens of the workload's longest context.
+
+    Raises:
+        TransformError: what the workload needs cannot be captured, or a replay gives other logits than the step itself.
+    """
+    caches[max(caches)].begin_all(prompt)
+    steps.look(caches[max(caches)])  # before the compilations, which take minutes
+    if steps.inner is not None:
+        for cache, read in product(caches.values(), steps.lengths):
+            steps.inner.prepare(cache.first(read), steps.tokens)
+    longest = steps.covering(needed)
+    for _, rows, read in wanted(tuple(caches), steps.lengths, longest, 1):
+        with turn():
+            steps.prepare(caches[rows], read)
+        if read <= longest and read not in steps.reads(caches[rows]):
+            reason = steps.failed.get((rows, read), "no capture is tried after one that failed")
+            raise TransformError(f"the decode step of {rows} rows cannot be captured: {reason}")

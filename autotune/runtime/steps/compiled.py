@@ -26,7 +26,7 @@ from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
 from ...model import seam
 from ...model.configured import text_config
-from ..cache.slots import SlotCache, forward, run
+from ..cache.slots import Layout, SlotCache, forward, run
 from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class CompiledStep(DecodeSteps):
         self.module = module
         self.regions = regions
         self.mode = mode
-        self._steps: dict[tuple[tuple[int, int, int], int], Callable[..., torch.Tensor]] = {}  # by layout and tokens
+        self._steps: dict[tuple[Layout, int], Callable[..., torch.Tensor]] = {}  # by layout and tokens
         self._lock = forking.lock()  # compiled code runs one step at a time
 
     def prepare(self, cache: SlotCache, tokens: int = 1) -> None:
@@ -88,7 +88,7 @@ class CompiledStep(DecodeSteps):
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(batch, slots) of every compiled step of one token."""
-        return tuple((batch, slots) for (batch, slots, _), tokens in self._steps if tokens == 1)
+        return tuple(dict.fromkeys((batch, slots) for (batch, slots, *_), tokens in self._steps if tokens == 1))
 
     def forget(self) -> None:
         """Do nothing: compiled code receives every address when it is called."""

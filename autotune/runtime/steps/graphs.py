@@ -136,6 +136,10 @@ class GraphSteps(DecodeSteps):
         why = f", {uncaptured} steps uncaptured ({'; '.join(self.fallbacks)})" if uncaptured else ""
         return f"{self.captures} graphs captured, {self.replays} steps replayed{why}"
 
+    def reads(self, cache: slots.SlotCache) -> tuple[int, ...]:
+        """The numbers of slots that graphs over this cache read."""
+        return tuple(self._graphs.get(cache, ()))
+
     def covering(self, tokens: int) -> int:
         """The number of slots to read for `tokens` tokens."""
         return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
@@ -156,17 +160,17 @@ class GraphSteps(DecodeSteps):
         """Capture what reads `read` slots of a cache, unless it is captured or failed to be. No request is under way.
 
         Args:
-            cache: filled with one token.
+            cache: filled with one token; rows of their own with one or two.
 
         Raises:
             TransformError: a replay gives other logits than the step itself.
         """
-        fits = cache.length + self.tokens < read  # one step more than the capture
+        fits = cache.longest + self.tokens < read  # one step more than the capture
         if read in self._graphs.get(cache, {}) or not fits or (captured := self._captured(cache, read)) is None:
             return
         cache.advance()  # slot, token and position differ from the capture, which froze every value of the host
         token = torch.ones(cache.batch, self.tokens, dtype=torch.int64, device=cache.slot.device)
-        position = token * cache.length
+        position = cache.slot[:, None].expand_as(token)
         expected = self._uncaptured(token, position, cache.first(read))
         if not agree(self._replayed(captured, token, position), expected):
             raise TransformError("a replay of the decode step gives other logits than the step that was captured")
@@ -182,7 +186,7 @@ class GraphSteps(DecodeSteps):
         Raises:
             DeviceError: the device failed permanently.
         """
-        read = self.covering(cache.length + self.tokens)
+        read = self.covering(cache.longest + self.tokens)
         if (captured := self._graphs.get(cache, {}).get(read)) is not None:
             try:
                 return self._replayed(captured, token, position)
@@ -216,7 +220,7 @@ class GraphSteps(DecodeSteps):
 
     def _refusal(self, cache: slots.SlotCache, read: int) -> str:
         rows = cache.shape[0]
-        if rows not in self.rows:
+        if rows not in self.rows and cache not in self._graphs:
             return f"a batch of {rows}, beyond the largest bucket of {self.rows[-1]}"
         if not cache.lasting:
             return "more generations at once than caches are kept"

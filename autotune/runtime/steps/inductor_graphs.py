@@ -16,7 +16,7 @@ import torch
 
 from ...errors import AutotuneError, TransformError, first_line
 from ...machine import outside
-from ..cache.slots import SlotCache, run
+from ..cache.slots import Layout, SlotCache, run
 from .compiled import LEAN, MODES, OPTIONS, layers_as_regions, require_private_cache
 from .step import DecodeSteps, Step
 
@@ -52,12 +52,12 @@ class InductorGraphStep(DecodeSteps):
         self.device = device
         self.regions = regions
         self.replays = 0
-        self._steps: dict[tuple[int, int, int], _Compiled] = {}
+        self._steps: dict[Layout, _Compiled] = {}
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(batch, slots) of every compiled step."""
-        return tuple((batch, slots) for batch, slots, _ in self._steps)
+        return tuple((batch, slots) for batch, slots, *_ in self._steps)
 
     def prepare(self, cache: SlotCache) -> None:
         """Compile for this cache's layout, and record its graph.
