@@ -6,6 +6,7 @@ Predictions, diagnoses, policies and search are the real ones. Times, bytes and 
 * matmuls over a format's bytes reach the share of the bandwidth in FORMATS; 40 small kernels a layer take 2 us each
 * a prompt's matmuls reach 70 % of the peak of the numbers that they multiply; where an 8-bit library quantises
   activations, the host takes HOST_8_BIT_S more for each layer of a prompt
+* making a format takes what the transform says of a vocabulary's layer
 * compiling a step takes 1.1 s a layer for each length (35 s for 32 layers) and prefill 2.5 times that, quantising 2 GB
   a second, whenever a transform is applied
 * an exam reads 688 tokens step by step; the original's steps are read once; a race takes 5 to 25 pairs of requests
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from autotune import transforms
 from autotune.diagnose.costs import DeviceUse, MemoryUse, PhaseProfile, Profile
@@ -29,6 +31,7 @@ from autotune.machine import gpus
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
+from autotune.transforms.linears import LinearTransform
 from autotune.tune import compose, order, search, trying
 from autotune.tune import policy as policies
 from autotune.tune.allowance import Allowance
@@ -55,6 +58,7 @@ RTX, L4, B200 = (
     gpu("B200", "10.0", 180, 6.8, 1500),
 )
 LAYERS = {1: 16, 8: 32, 32: 64}  # by billions of parameters
+HEADS = {1: 2**28, 8: 2**29, 32: 2**29 + 2**28}  # weights of the largest layer
 HOST_S, HOST_8_BIT_S, SMALL_S, COMPILE_S = 1.44e-3, 0.4e-3, 80e-6, 1.1  # a layer
 EXAM, BRIEF_EXAM, FAILED = 688, 72, 150  # tokens that an exam reads step by step, a brief one, and one that fails early
 DYNAMIC = {"float8_dynamic": "float8_e4m3fn", "int8_dynamic": "int8"}  # formats that a prompt's matmuls multiply in
@@ -118,7 +122,10 @@ class StandIn(Transform):
         return None
 
     def extra_bytes(self, variant: Variant) -> float:
-        return self.world.copied(self)
+        real: Any = self.real
+        head = nn.Linear(4096, HEADS[self.world.billions] // 4096, device="meta", dtype=torch.bfloat16)
+        working = real.working_bytes(head) if self.format and isinstance(real, LinearTransform) else 0.0
+        return self.world.copied(self) + working
 
     def apply(self, variant: Variant) -> None:
         self.world.now += self.world.making_s(self, variant)
