@@ -55,20 +55,28 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
 
 
 def over_slots(variant: Variant, call: Sampling) -> Any:
-    """Decode over a static cache. Prefill fills a growing cache, as the original does; slots get a copy of it."""
+    """Decode over a static cache.
+
+    A prompt that is captured is computed in the slots. Else prefill fills a growing cache, as the original does, and
+    slots get a copy of it.
+    """
     from .cache import slots
 
     pool = variant.caches
     assert pool is not None  # noqa: S101 - the caller checked; for the type checker
     prompt = seam.growing_cache()  # no configuration: every layer at full length
-    with variant.running("prefill") as module:
-        logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
     with ExitStack() as lent:
+        filled = variant.prompts.room(call, pool, lent) if variant.prompts is not None else None
+        with variant.running("prefill") as module:
+            if variant.prompts is not None and filled is not None:
+                logits = variant.prompts.compute(call, filled)
+            else:
+                logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
 
         @cache
         def decoder() -> tuple[slots.SlotCache, Step | None]:  # called after the first token, which needs no slots
             with variant.preparing(call.input_ids.shape[0]):
-                held = lent.enter_context(pool.lend(prompt, call.mask))
+                held = filled or lent.enter_context(pool.lend(prompt, call.mask))
                 return held, variant.step.fitting(held) if variant.step is not None else None
 
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,7 @@ def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
     rows = max(TILE, SLAB // weight.shape[1] // TILE * TILE)
     if not scheme.startswith("int4") or rows >= weight.shape[0]:
         return _quantized(weight, scheme)
-    slabs: list[Any] = [_quantized(slab, scheme) for slab in weight.split(rows)]
+    slabs: list[Any] = [_quantized(slab, scheme) for slab in weight.split(rows)]  # type: ignore[no-untyped-call]
     numbers, factors = torch.cat([s.qdata for s in slabs]), torch.cat([s.scale_and_zero for s in slabs], 1)
     return type(slabs[0])(numbers, factors, slabs[0].block_size, weight.shape)  # type: ignore[no-any-return]
 

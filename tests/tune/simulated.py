@@ -7,6 +7,7 @@ Predictions, diagnoses, policies and search are the real ones. Times, bytes and 
 * a prompt's matmuls reach 70 % of the peak of the numbers that they multiply; where an 8-bit library quantises
   activations, the host takes HOST_8_BIT_S more for each layer of a prompt
 * making a format takes what the transform says of a vocabulary's layer
+* capturing prefill takes 7 runs of 10 prompts
 * compiling a step takes 1.1 s a layer for each length (35 s for 32 layers) and prefill 2.5 times that, quantising 2 GB
   a second, whenever a transform is applied
 * an exam reads 688 tokens step by step; the original's steps are read once; a race takes 5 to 25 pairs of requests
@@ -111,6 +112,8 @@ class StandIn(Transform):
             return self.real.unavailable(variant, hardware)
         if self.format and any(t.format and set(t.phases) & set(self.phases) for t in applied(variant)):
             return "exchanged already"
+        if self.real.name == "capture_prefill" and "cuda_graph" not in {t.real.name for t in applied(variant)}:
+            return "there are no slots"
         if self.real.name in named or (self.real.name in ("static_cache", "lean_loop") and "cuda_graph" in named):
             return "there already"
         if "reduce-overhead" in str(self.real) and "cuda_graph" in named:
@@ -195,7 +198,7 @@ class World:
         compiled = "compile_step" in names if phase == "decode" else "compile_prefill" in names
         small_s, attention_s = layers * SMALL_S * (0.4 if compiled else 1.0), layers * 12e-6
         busy_s = linear_s + small_s + attention_s
-        captured = phase == "decode" and "cuda_graph" in names
+        captured = ("cuda_graph" if phase == "decode" else "capture_prefill") in names
         host_s = 0.0 if captured else layers * HOST_S * (0.7 if names & {"lean_loop", "static_cache"} else 1.0)
         host_s += layers * HOST_8_BIT_S if dynamic and phase == "prefill" else 0.0
         seconds = max(host_s * (0.4 if compiled else 1.0), 1.02 * busy_s)
@@ -261,6 +264,8 @@ class World:
                 return 4.0 + (COMPILE_S * layers if "compile_step" in self.names(variant) else 0.0)
             case "compile_prefill":
                 return 2.5 * COMPILE_S * layers
+            case "capture_prefill":
+                return 7 * 10 * HOST_S * layers
         if not self.copied(made) or str(made) in self.seen:
             return 0.0
         self.seen.add(str(made))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +60,26 @@ class CachePool:
     @contextmanager
     def lend(self, prompt: Any, mask: torch.Tensor | None) -> Iterator[SlotCache]:
         """Lend a slot cache, filled from a prefilled cache ([B, Hk, P, D] per layer; mask [B, P] or None)."""
-        cache = self._take(prompt, self._rows(prompt))
+        with self._lent(self._take(prompt, self._rows(prompt))) as cache:
+            cache.fill(prompt, mask)
+            yield cache
+
+    @contextmanager
+    def lend_idle(self, rows: int) -> Iterator[SlotCache | None]:
+        """Lend a cache of exactly `rows` rows for `SlotCache.begin`; None if all that there are serve others."""
+        with self._lock:
+            idle = self._idle.get(rows)
+            cache = idle.pop() if idle else None
+        with nullcontext() if cache is None else self._lent(cache):
+            yield cache
+
+    @contextmanager
+    def _lent(self, cache: SlotCache) -> Iterator[SlotCache]:
+        """Enclose one generation over a cache that was taken out of the pool."""
         device = devices.of(cache.slot.device)
         if cache.left is not None:
             device.wait(cache.left)
         try:
-            cache.fill(prompt, mask)
             yield cache
         finally:
             if cache.lasting:
