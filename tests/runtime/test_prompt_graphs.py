@@ -130,9 +130,9 @@ def test_numbers_that_are_not_finite_stay_behind(fake: FakeCuda) -> None:
     ask(served, ids_of(33))
     with pool.lend_idle(1) as cache:
         assert cache is not None
-        cache.begin(3, 64)
+        cache.begin(3, 128)
         for held in (*cache.keys, *cache.values):
-            held[:, :, 3:64] = torch.nan  # all that a prompt of 3 tokens and its filling may leave
+            held[:, :, 3:128] = torch.nan  # all that a prompt of 3 tokens and its filling may leave
     assert torch.equal(ask(served, ids_of(5)), ask(model, ids_of(5)))
     assert not any(torch.isnan(held).any() for held in (*cache.keys, *cache.values))
 
