@@ -22,9 +22,10 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = token_prompts(40, length=24)
 FASTER = Speedup(2.0, 1.9, 2.1, 8)
-STEPS = [  # of the policy's, by what they choose: enough to come to a captured step and to guess ahead of it
+STEPS = [  # of the policy, by what they choose: enough to come to captured steps and prompts, and to guess ahead
     "merged_linears",
     "cuda_graph",
+    "capture_prefill",
     "speculation",
 ]
 

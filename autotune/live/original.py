@@ -180,6 +180,8 @@ def _move(variant: Variant, theirs: set[int]) -> None:
         relocate([t for t in left.values() if t.device == home], home)
     if variant.step is not None:
         variant.step.forget()  # recorded steps hold the old addresses
+    if variant.prompts is not None:
+        variant.prompts.forget()
     if variant.speculation is not None:
         variant.speculation.forget()
 

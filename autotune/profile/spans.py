@@ -29,6 +29,7 @@ _RELABELLING = (  # operators that only make or relabel tensors
     "unbind unflatten unsqueeze view view_as"
 )
 _NO_WORK = frozenset(_RELABELLING.split())
+TINYGEMM_INPUTS = 1024  # torchao fills the inputs of tinygemm's INT4 up to a multiple of this
 _KERNEL = re.compile(r"^(?:void )?([\w:]+)")  # a kernel's name without template and arguments
 
 
@@ -104,7 +105,8 @@ def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
 
     Args:
         inputs: shapes of an operator's arguments; the activations [..., K] come before the weight, which is
-            [K, N], [N, K], or packed in rows of blocks [N / block, ..., block].
+            [K, N], [N, K], numbers or packed words [N, ...] before their scales [N, groups], packed in rows of blocks
+            [N / block, ..., block], or tinygemm's tiles [N / 8, K / 128, 32, 4], where K and N are padded.
         shapes: (K, N) -> group.
     """
     operands = [shape for shape in inputs or () if len(shape) > 1]
@@ -112,10 +114,14 @@ def by_shape(inputs: Sequence[Any], shapes: Shapes) -> str | None:
         return None
     (*_, k), weight = operands[0], operands[1]
     if len(weight) == 2:
-        n = weight[0] if weight[1] == k else weight[1]
-        return shapes.get((k, n))
+        has_scales = len(operands) > 2 and operands[2][0] == weight[0]
+        return shapes.get((k, weight[1] if weight[0] == k and not has_scales else weight[0]))
     rows, block = weight[0] * weight[-1], weight[-1]  # the last block may be padded
-    found = {group for (inner, n), group in shapes.items() if inner == k and rows - block < n <= rows}
+    padding = 1
+    if len(weight) == 4:
+        rows, block, padding = 8 * weight[0], 8, TINYGEMM_INPUTS
+    near = {(inner, n) for inner, n in shapes if k - padding < inner <= k and rows - block < n <= rows}
+    found = {shapes[shape] for shape in near}
     return found.pop() if len(found) == 1 else None
 
 

@@ -55,24 +55,32 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
 
 
 def over_slots(variant: Variant, call: Sampling) -> Any:
-    """Decode over a static cache. On the host prefill fills it, too; else slots get a copy of what grew in prefill."""
+    """Decode over a static cache.
+
+    A prompt that is captured is computed in the slots, and on the host prefill fills them. Else they get a copy of what
+    grew in prefill.
+    """
     from .cache import slots
 
     pool = variant.caches
     assert pool is not None  # noqa: S101 - the caller checked; for the type checker
     batch = call.input_ids.shape[0]
     with ExitStack() as lent:
+        filled = variant.prompts.room(call, pool, lent) if variant.prompts is not None else None
         prompt = seam.growing_cache()  # no configuration: every layer at full length
-        if "forward" not in vars(variant.modules["prefill"]):  # else compiled, and again for another kind of cache
+        if filled is None and "forward" not in vars(variant.modules["prefill"]):  # else compiled, and again for slots
             with variant.preparing(batch):
                 prompt = lent.enter_context(pool.read(batch))
         with variant.running("prefill") as module:
-            logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
+            if variant.prompts is not None and filled is not None:
+                logits = variant.prompts.compute(call, filled)
+            else:
+                logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
 
         @cache
         def decoder() -> tuple[slots.SlotCache, Step | None]:  # called after the first token, which needs no slots
             with variant.preparing(batch):
-                held = lent.enter_context(pool.lend(prompt, call.mask))
+                held = filled or lent.enter_context(pool.lend(prompt, call.mask))
                 return held, variant.step.fitting(held) if variant.step is not None else None
 
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

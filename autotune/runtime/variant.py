@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .cache.narrow import KvCache
     from .cache.pool import CachePool
     from .speculation.speculate import SpeculationSetup
+    from .steps.prompts import PromptGraphs
     from .steps.step import DecodeSteps
     from .traffic import Pause, Traffic
 
@@ -137,6 +138,7 @@ class Variant:
         caches: pool of static KV caches, or None for the cache that generate prepares.
         loop: serves a call of generate's decoding loop (`runtime.loop.decode`); None for transformers' own loop.
         step: decode steps, recorded, compiled or captured; None to call the decode module.
+        prompts: short prompts that are captured, or None to call the prefill module.
         draft: a smaller model with the same vocabulary that may guess tokens, or None.
         speculation: how tokens are guessed ahead, or None to decode them one by one.
         kv: makes the growing KV cache; None for the one that generate prepares.
@@ -159,6 +161,7 @@ class Variant:
         self.caches: CachePool | None = None
         self.loop: Loop | None = None
         self.step: DecodeSteps | None = None
+        self.prompts: PromptGraphs | None = None
         self.speculation: SpeculationSetup | None = None
         self.kv: KvCache | None = None
         self._editable: set[int] = set()  # ids of the modules that this variant made itself
@@ -212,6 +215,7 @@ class Variant:
         other.caches = self.caches
         other.loop = self.loop
         other.step = self.step
+        other.prompts = self.prompts
         other.speculation = self.speculation
         other.kv = self.kv
         return other

@@ -120,11 +120,18 @@ def uncapturable(variant: Variant) -> str | None:
 
     if variant.step is not None and not isinstance(variant.step, CompiledStep):
         return "the decode step is captured or recorded already"
+    if variant.prompts is not None:
+        return "prefill is captured already, into the slots that decode has now"
+    return immovable(variant, "decode")
+
+
+def immovable(variant: Variant, phase: Phase) -> str | None:
+    """Why what computes a phase over slots cannot be captured, or None."""
     if variant.kv is not None:
         return f"the KV cache is {variant.kv}, which does not stay at one address"
-    if reason := variant.state.unseen("a captured step") or placement.unrecordable(variant.original):
+    if reason := variant.state.unseen("what is captured") or placement.unrecordable(variant.original):
         return reason
-    model = variant.modules["decode"]
+    model = variant.modules[phase]
     places = {str(tensor.device) for tensor in chain(model.parameters(), model.buffers())}
     if len(places) > 1:
         return f"the model is on several devices ({', '.join(sorted(places))}); a graph belongs to one"
@@ -132,4 +139,4 @@ def uncapturable(variant: Variant) -> str | None:
         return "accelerate's hooks move tensors at every call, which a graph does not repeat"
     if waiting := linear_layers.waiting(model):
         return waiting
-    return slotless(variant)
+    return slotless(variant, phase)

@@ -145,6 +145,10 @@ class LinearTransform(Transform):
             return None
         return f"it replaces weights in {' or '.join(map(str, self.dtypes))}; these are {dtype}"
 
+    def working_bytes(self, linear: nn.Linear) -> float:
+        """Bytes that making one new layer takes for a moment, with the layer; 0: hardly more than the layer."""
+        return 0.0
+
     def missing(self, where: torch.device = CPU) -> str | None:
         """What this process lacks to run the new layers on a device, or None."""
         return None
@@ -173,13 +177,17 @@ class LinearTransform(Transform):
         return {phase: self.speedup(profile.phases[phase], hardware) for phase in self.phases}
 
     def extra_bytes(self, variant: Variant) -> float:
-        """Estimate the bytes of all new layers. The smallest layer is exchanged to measure its ratio of bytes."""
+        """Estimate the bytes of all new layers, and of making the largest one.
+
+        The smallest layer is exchanged to measure its ratio of bytes.
+        """
         modules = {id(variant.modules[phase]): variant.modules[phase] for phase in self.phases}
         total = 0.0
         for module in modules.values():
             layers = {id(layer.weight): layer for layer in linear_layers.linears(module, self.skip).values()}.values()
             if (made := self._sample(min(layers, key=lambda layer: layer.weight.nbytes, default=None))) is not None:
                 total += made * sum(layer.weight.nbytes for layer in layers)
+                total += max(self.working_bytes(layer) for layer in layers)
         return total
 
     def _sample(self, linear: nn.Linear | None) -> float | None:

@@ -86,15 +86,15 @@ def no_slots(model: PreTrainedModel) -> str | None:
     return placement.one_device(model) or seam.cannot_step(model) or unsupported(text_config(model))
 
 
-def slotless(variant: Variant) -> str | None:
-    """Why decode of a variant cannot go over slots, or None: its attention must mask those that are empty."""
+def slotless(variant: Variant, phase: Phase = "decode") -> str | None:
+    """Why a phase of a variant cannot go over slots, or None: its attention must mask those that are empty."""
     from .attention import without_mask
 
     if reason := no_slots(variant.original):
         return reason
-    if (name := without_mask(variant.modules["decode"], variant.original.device)) is None:
+    if (name := without_mask(variant.modules[phase], variant.original.device)) is None:
         return None
-    return f"decode's attention is {name}, which takes no mask, and slots need one for those that are empty"
+    return f"{phase}'s attention is {name}, which takes no mask, and slots need one for those that are empty"
 
 
 def use_slots(variant: Variant, slots: int = 0) -> None:

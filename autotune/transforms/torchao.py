@@ -30,6 +30,7 @@ class Scheme:
     Args:
         bits: bits per weight, with scales and zero points where groups have them.
         multiplied: dtype of the product's factors ("int8"), or None for the weights' own.
+        working: bytes a weight that quantising a layer takes for a moment, with the result.
         capability: the lowest compute capability of a GPU that runs it.
         weights: dtype that weights must have before quantisation, and activations at the input; None: any.
         inputs, outputs: features of a layer on a GPU must be multiples of these; other layers are left unchanged.
@@ -38,6 +39,7 @@ class Scheme:
 
     bits: float
     multiplied: str | None
+    working: float
     capability: Capability
     weights: torch.dtype | None = None
     inputs: int = 1
@@ -45,20 +47,23 @@ class Scheme:
     rows: int = 1
 
 
+# Working memory is counted in tests/transforms/test_working_memory.py.
 # Capabilities: INT8 through cuBLASLt and the tinygemm INT4 kernel need Ampere (8.0). FP8 conversions and products need
 # Ada (8.9). Features: cuBLASLt's INT8 needs multiples of 8 (torchao would otherwise multiply on the host without a
 # warning), FP8 needs multiples of 16, and INT4 shares a scale and a zero point of 2 bytes each among 32. Rows:
 # torch._int_mm takes more than 16; for fewer, torchao multiplies in FP32 without a warning, or does not compile.
 SCHEMES = {
-    "int8_weight_only": Scheme(8, None, (7, 0)),
-    "int8_dynamic": Scheme(8, "int8", (8, 0), inputs=8, outputs=8, rows=17),
-    "int4_weight_only": Scheme(5, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
-    "int4_hqq": Scheme(5, "bfloat16", (8, 0), torch.bfloat16, inputs=32),
-    "float8_weight_only": Scheme(8, None, (8, 9)),
-    "float8_dynamic": Scheme(8, "float8", (8, 9), torch.bfloat16, inputs=16, outputs=16),
+    "int8_weight_only": Scheme(8, None, 8, (7, 0)),
+    "int8_dynamic": Scheme(8, "int8", 8, (8, 0), inputs=8, outputs=8, rows=17),
+    "int4_weight_only": Scheme(5, "bfloat16", 10.2, (8, 0), torch.bfloat16, inputs=32),
+    "int4_hqq": Scheme(5, "bfloat16", 24.7, (8, 0), torch.bfloat16, inputs=32),
+    "float8_weight_only": Scheme(8, None, 13, (8, 9)),
+    "float8_dynamic": Scheme(8, "float8", 13, (8, 9), torch.bfloat16, inputs=16, outputs=16),
 }
 
 
+TILE = 8  # rows of a tile in tinygemm's layout
+SLAB = 2**25  # weights that are quantised to INT4 at once; with HQQ, that takes 0.8 GB
 ALMOST_ZERO = 2**-13  # replaces a zero; its scale, a 448th of it (FP8's largest number), is still above zero in FP16
 
 
@@ -136,13 +141,33 @@ class Torchao(LinearTransform):
             return None
         return TorchaoLinear(linear, self.scheme, self.compile)
 
+    def working_bytes(self, linear: nn.Linear) -> float:
+        scheme, weights = SCHEMES[self.scheme], linear.weight.numel()
+        at_once = min(weights, SLAB) if self.scheme.startswith("int4") else weights
+        joined = scheme.bits / 8 * weights if at_once < weights else 0.0
+        converted = 0.0 if scheme.weights in (None, linear.weight.dtype) else 2.0 * weights
+        return scheme.working * at_once + joined + converted
+
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         read, multiplied = weight_bytes(phase, self.weight_bits), SCHEMES[self.scheme].multiplied
         return ceilings.faster_weights(phase, hardware, read, compute_dtype=multiplied)
 
 
 def quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
-    """Quantise a weight [out, in] into torchao's tensor. The weight is only read."""
+    """Quantise a weight [out, in] into torchao's tensor. The weight is only read.
+
+    A large one becomes INT4 in slabs of rows, which have nothing in common: HQQ takes forty times the result's memory,
+    13 GB for a vocabulary of 128 000 and 4096 features.
+    """
+    rows = max(TILE, SLAB // weight.shape[1] // TILE * TILE)
+    if not scheme.startswith("int4") or rows >= weight.shape[0]:
+        return _quantized(weight, scheme)
+    slabs: list[Any] = [_quantized(slab, scheme) for slab in weight.split(rows)]  # type: ignore[no-untyped-call]
+    numbers, factors = torch.cat([s.qdata for s in slabs]), torch.cat([s.scale_and_zero for s in slabs], 1)
+    return type(slabs[0])(numbers, factors, slabs[0].block_size, weight.shape)  # type: ignore[no-any-return]
+
+
+def _quantized(weight: torch.Tensor, scheme: str) -> torch.Tensor:
     from torchao.quantization import quantize_
 
     holder = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -377,6 +377,11 @@ def test_matmuls_that_a_compiler_fused_are_all_of_its_step() -> None:
         ([[1, 1, 64], [96, 64]], FFN),  # linear: x, weight
         ([[1, 1, 96], [4, 96, 16], [4, 3, 16]], FFN),  # down, packed in blocks of 16 rows
         ([[1, 1, 64], [2, 8, 16], [2, 2, 16], [], []], ATTENTION),  # key, packed and 4 bits in 32
+        ([[1, 64], [96, 8], [96, 2], [96, 2]], FFN),  # Triton's INT4: words, scales and zeros of groups
+        ([[1, 64], [64, 8], [64, 2], [64, 2]], ATTENTION),  # as many outputs as inputs
+        ([[1, 64], [96, 128], [96, 1]], FFN),  # Triton's INT8, inputs padded to a group
+        ([[1, 64], [64, 96], [1, 1], [1, 96]], FFN),  # _scaled_mm: scales of rows and columns
+        ([[1, 1024], [12, 8, 32, 4], [], [32, 96, 2]], FFN),  # tinygemm's INT4, inputs padded to 1024
         ([[1, 64], [64, 256]], HEAD),
         ([[1, 64], [64, 100]], None),
         ([[1, 64], []], None),

@@ -6,6 +6,8 @@ Predictions, diagnoses, policies and search are the real ones. Times, bytes and 
 * matmuls over a format's bytes reach the share of the bandwidth in FORMATS; 40 small kernels a layer take 2 us each
 * a prompt's matmuls reach 70 % of the peak of the numbers that they multiply; where an 8-bit library quantises
   activations, the host takes HOST_8_BIT_S more for each layer of a prompt
+* making a format takes what the transform says of a vocabulary's layer
+* capturing prefill takes 7 runs of 10 prompts
 * compiling a step takes 1.1 s a layer for each length (35 s for 32 layers) and prefill 2.5 times that, quantising 2 GB
   a second, whenever a transform is applied
 * an exam reads 688 tokens step by step; the original's steps are read once; a race takes 5 to 25 pairs of requests
@@ -20,6 +22,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 from autotune import transforms
 from autotune.diagnose.costs import DeviceUse, MemoryUse, PhaseProfile, Profile
@@ -29,6 +32,7 @@ from autotune.machine import gpus
 from autotune.machine.hardware import Hardware
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
+from autotune.transforms.linears import LinearTransform
 from autotune.tune import compose, order, search, trying
 from autotune.tune import policy as policies
 from autotune.tune.allowance import Allowance
@@ -55,6 +59,7 @@ RTX, L4, B200 = (
     gpu("B200", "10.0", 180, 6.8, 1500),
 )
 LAYERS = {1: 16, 8: 32, 32: 64}  # by billions of parameters
+HEADS = {1: 2**28, 8: 2**29, 32: 2**29 + 2**28}  # weights of the largest layer
 HOST_S, HOST_8_BIT_S, SMALL_S, COMPILE_S = 1.44e-3, 0.4e-3, 80e-6, 1.1  # a layer
 EXAM, BRIEF_EXAM, FAILED = 688, 72, 150  # tokens that an exam reads step by step, a brief one, and one that fails early
 DYNAMIC = {"float8_dynamic": "float8_e4m3fn", "int8_dynamic": "int8"}  # formats that a prompt's matmuls multiply in
@@ -107,6 +112,8 @@ class StandIn(Transform):
             return self.real.unavailable(variant, hardware)
         if self.format and any(t.format and set(t.phases) & set(self.phases) for t in applied(variant)):
             return "exchanged already"
+        if self.real.name == "capture_prefill" and "cuda_graph" not in {t.real.name for t in applied(variant)}:
+            return "there are no slots"
         if self.real.name in named or (self.real.name in ("static_cache", "lean_loop") and "cuda_graph" in named):
             return "there already"
         if "reduce-overhead" in str(self.real) and "cuda_graph" in named:
@@ -118,7 +125,10 @@ class StandIn(Transform):
         return None
 
     def extra_bytes(self, variant: Variant) -> float:
-        return self.world.copied(self)
+        real: Any = self.real
+        head = nn.Linear(4096, HEADS[self.world.billions] // 4096, device="meta", dtype=torch.bfloat16)
+        working = real.working_bytes(head) if self.format and isinstance(real, LinearTransform) else 0.0
+        return self.world.copied(self) + working
 
     def apply(self, variant: Variant) -> None:
         self.world.now += self.world.making_s(self, variant)
@@ -188,7 +198,7 @@ class World:
         compiled = "compile_step" in names if phase == "decode" else "compile_prefill" in names
         small_s, attention_s = layers * SMALL_S * (0.4 if compiled else 1.0), layers * 12e-6
         busy_s = linear_s + small_s + attention_s
-        captured = phase == "decode" and "cuda_graph" in names
+        captured = ("cuda_graph" if phase == "decode" else "capture_prefill") in names
         host_s = 0.0 if captured else layers * HOST_S * (0.7 if names & {"lean_loop", "static_cache"} else 1.0)
         host_s += layers * HOST_8_BIT_S if dynamic and phase == "prefill" else 0.0
         seconds = max(host_s * (0.4 if compiled else 1.0), 1.02 * busy_s)
@@ -254,6 +264,8 @@ class World:
                 return 4.0 + (COMPILE_S * layers if "compile_step" in self.names(variant) else 0.0)
             case "compile_prefill":
                 return 2.5 * COMPILE_S * layers
+            case "capture_prefill":
+                return 7 * 10 * HOST_S * layers
         if not self.copied(made) or str(made) in self.seen:
             return 0.0
         self.seen.add(str(made))

@@ -21,33 +21,35 @@ def ending(world: World, variant: Variant) -> str:
     names = world.names(variant)
     phases: tuple[Phase, ...] = ("decode", "prefill")
     decode, prefill = (BITS.get(world.format(variant, phase), "8 bits") for phase in phases)
-    graph, step, whole = (name in names for name in ("cuda_graph", "compile_step", "compile_prefill"))
-    return f"{decode}{', graph' * graph}{', compiled' * step}; {prefill}{', compiled' * whole}"
+    graph, step, whole, once = (
+        name in names for name in ("cuda_graph", "compile_step", "compile_prefill", "capture_prefill")
+    )
+    return f"{decode}{', graph' * graph}{', compiled' * step}; {prefill}{', graph' * once}{', compiled' * whole}"
 
 
 BESIDE = "it takes {} GB beside what serves now, and {} GB of memory are free"
 TOO_LARGE = "decode needs 64.3 GB, more than 90 % of the 25.8 GB there are"
-ALONE, GRAPH, BOTH = "16 bits; 16 bits", "16 bits, graph, compiled; 16 bits", "{}, graph, compiled; 16 bits, compiled"
+ALONE, GRAPH = "16 bits; 16 bits", "16 bits, graph, compiled; 16 bits"
+GRAPHS, BOTH = "{}, graph, compiled; {}, graph", "{}, graph, compiled; {}, graph, compiled"
 # GPU, billions of parameters -> what the policies `balanced` and `latency` end with, what is refused for lack of memory
 ENDINGS: list[tuple[Hardware, int, str, str, str | None]] = [
-    (A100, 1, BOTH.format("8 bits"), BOTH.format("INT4"), None),
-    (H100, 1, BOTH.format("8 bits"), BOTH.format("INT4"), None),
-    (RTX, 1, BOTH.format("8 bits"), BOTH.format("INT4"), None),
+    (A100, 1, GRAPHS.format("8 bits", "16 bits"), BOTH.format("INT4", "8 bits"), None),
+    (H100, 1, GRAPHS.format("8 bits", "16 bits"), BOTH.format("INT4", "8 bits"), None),
+    (RTX, 1, GRAPHS.format("8 bits", "16 bits"), GRAPHS.format("INT4", "8 bits"), None),
     # its prefill computes: 8-bit arithmetic, which `strict` does not allow, gains time only together with compiling
     (L4, 1, "8 bits, graph, compiled; 16 bits", "INT4, graph, compiled; 8 bits, compiled", None),
-    # its weights are read in less time than its small kernels take, so 8 bits come last, after the budget
-    (B200, 1, BOTH.format("16 bits"), BOTH.format("INT4"), None),
+    (B200, 1, GRAPHS.format("8 bits", "16 bits"), BOTH.format("INT4", "16 bits"), None),
     (A100, 8, "8 bits, graph, compiled; 16 bits", "INT4, graph, compiled; 8 bits, compiled", None),
-    (H100, 8, BOTH.format("8 bits"), BOTH.format("INT4"), None),
-    (B200, 8, BOTH.format("8 bits"), BOTH.format("INT4"), None),
+    (H100, 8, GRAPHS.format("8 bits", "16 bits"), GRAPHS.format("INT4", "8 bits"), None),
+    (B200, 8, GRAPHS.format("8 bits", "16 bits"), BOTH.format("INT4", "8 bits"), None),
     # 8 bits do not fit beside the original; INT4 does, which `strict` does not allow
-    (RTX, 8, GRAPH, "INT4, graph, compiled; 16 bits", BESIDE.format("8", "6.73")),
+    (RTX, 8, GRAPH, "INT4, graph, compiled; 16 bits", BESIDE.format("12.3", "6.73")),
     # it reads its 16-bit weights for longer than the host launches
-    (L4, 8, ALONE, "INT4, graph, compiled; 16 bits", BESIDE.format("8", "6.73")),
+    (L4, 8, ALONE, "INT4, graph, compiled; 16 bits", BESIDE.format("12.3", "6.73")),
     # nor does INT4
     (A100, 32, GRAPH, GRAPH, BESIDE.format("20", "14.9")),
     (H100, 32, GRAPH, GRAPH, BESIDE.format("20", "14.9")),
-    (B200, 32, BOTH.format("8 bits"), BOTH.format("INT4"), None),
+    (B200, 32, GRAPHS.format("8 bits", "16 bits"), GRAPHS.format("INT4", "8 bits"), None),
     # the model itself does not
     (RTX, 32, ALONE, ALONE, TOO_LARGE),
     (L4, 32, ALONE, ALONE, TOO_LARGE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +75,7 @@ class CachePool:
         if self._example is None:
             yield growing_cache()  # no configuration: every layer at full length
             return
-        with self._taken(self._example, self._rows(batch)) as cache:
+        with self._lent(self._take(self._example, self._rows(batch))) as cache:
             yield prompts.into(cache, batch)
 
     @contextmanager
@@ -89,14 +89,22 @@ class CachePool:
         if (cache := prompts.begun(prompt, mask)) is not None:
             yield cache
             return
-        with self._taken(prompt, self._rows(batch_of(prompt))) as cache:
+        with self._lent(self._take(prompt, self._rows(batch_of(prompt)))) as cache:
             cache.fill(prompt, mask)
             yield cache
 
     @contextmanager
-    def _taken(self, prompt: Any, rows: int) -> Iterator[SlotCache]:
-        """A cache with the shapes of a prefilled one, which nothing else uses meanwhile."""
-        cache = self._take(prompt, rows)
+    def lend_idle(self, rows: int) -> Iterator[SlotCache | None]:
+        """Lend a cache of exactly `rows` rows for `SlotCache.begin_padded`; None if all that there are serve others."""
+        with self._lock:
+            idle = self._idle.get(rows)
+            cache = idle.pop() if idle else None
+        with nullcontext() if cache is None else self._lent(cache):
+            yield cache
+
+    @contextmanager
+    def _lent(self, cache: SlotCache) -> Iterator[SlotCache]:
+        """Enclose one generation over a cache that was taken out of the pool."""
         device = devices.of(cache.slot.device)
         if cache.left is not None:
             device.wait(cache.left)

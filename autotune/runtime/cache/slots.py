@@ -95,6 +95,7 @@ class SlotCache:
         filled = seam.keys_and_values(prompt)
         self.batch = filled[0][0].shape[0]
         self.length = 0
+        self._padded = 0  # slots that a padded prompt wrote
         self.lasting = False
         self._capacity = slots
         self.given = filled[0][0].dtype
@@ -135,13 +136,32 @@ class SlotCache:
             length: tokens of each, P.
             mask: [B, P], 0 on left padding; None if there is no padding.
         """
-        self._clear(slice(None), slice(length, self.length + MAX_DISCARDED))
+        self._clear(slice(None), self._stale(length))
         self.valid[:, length:] = True
         self.valid[:batch, :length] = True if mask is None else mask.bool()
         self.valid[batch:, :length] = self.valid[batch - 1, :length]
         self.slot.fill_(length)
         self.batch = batch
         self.length = length
+
+    def begin_padded(self, length: int, padded: int) -> None:
+        """Start a sequence whose prompt is computed in these slots by `prompt`; then call `advance`.
+
+        Args:
+            length: tokens of the prompt.
+            padded: tokens that are computed, the prompt's and others after it, which no later step sees.
+        """
+        self._clear(slice(None), self._stale(length))
+        self.valid.fill_(True)
+        self.slot.fill_(length - 1)
+        self.batch = len(self.valid)
+        self.length = length - 1
+        self._padded = padded
+
+    def _stale(self, length: int) -> slice:
+        """The slots after `length` tokens that the last sequence may have written."""
+        end, self._padded = max(self.length + MAX_DISCARDED, self._padded), 0
+        return slice(length, end)
 
     def _write(self, rows: slice, filled: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Write keys and values into rows from slot 0 on, in few operators.
@@ -241,6 +261,22 @@ def steps(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: Slot
     return forward(model, tokens, positions, cache.slot, cache.valid, cache.keys, cache.values)
 
 
+def prompt(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    """Compute a prompt. It writes keys and values from slot 0 on, as many as there are tokens.
+
+    Tokens after `cache.slot` fill the prompt up: those before do not see them, and steps overwrite their slots.
+
+    Args:
+        model: the prefill module.
+        tokens, positions: [B, P] int64.
+
+    Returns:
+        logits [B, V] of the token at `cache.slot`.
+    """
+    first = torch.zeros(1, dtype=torch.int64, device=cache.slot.device)
+    return forward(model, tokens, positions, first, cache.valid, cache.keys, cache.values, cache.slot)[:, 0]
+
+
 def run(
     model: Any,
     token: torch.Tensor,
@@ -262,11 +298,13 @@ def forward(
     valid: torch.Tensor,
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`steps` over bare tensors. It reads nothing back from the device, so that it can be compiled and captured.
 
     Args:
         slot: [1], the slot of the first token of every sequence; or [B], that of each sequence's only token.
+        kept: [N] int64, the tokens whose logits are returned; None: all.
     """
     count, by_row = tokens.shape[1], slot.shape[0] > 1
     if count > 1:
@@ -285,7 +323,9 @@ def forward(
     mask: Any = masks if mixed else list(masks.values())[-1]
     cache = seam.cache_over(SlotLayer(k, v, slot, by_row=by_row) for k, v in zip(keys, values, strict=True))
     at = slot[:1] if by_row else slot  # of a batch whose rows differ, the library is told the first row's
-    return seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **seam.over(model, cache, at)))
+    given: dict[str, Any] = seam.over(model, cache, at) | (seam.logits_at(model, kept) if kept is not None else {})
+    found = seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **given))
+    return found if kept is None or found.shape[1] == len(kept) else found.index_select(1, kept)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

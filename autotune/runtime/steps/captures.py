@@ -76,7 +76,7 @@ def capture_all(
             for cache in kept:
                 steps.prepare(cache, read)
         if read <= longest and (rows, read) not in steps.shapes and (reason := steps.failed.get((rows, read))):
-            raise TransformError(f"the decode step cannot be captured: {reason}")
+            raise TransformError(f"{steps.subject} cannot be captured: {reason}")
 
 
 def capture_rows(

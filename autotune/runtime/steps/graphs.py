@@ -102,7 +102,10 @@ class GraphSteps(DecodeSteps):
         captures, replays: numbers of captures and replays so far.
         fallbacks: number of steps that ran uncaptured, by reason.
         failed: (rows, slots read) -> why the capture failed.
+        subject: what is captured, in words.
     """
+
+    subject = "the decode step"
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class GraphSteps(DecodeSteps):
         Raises:
             TransformError: the step waits for the device, so that no capture can succeed.
         """
-        shape = cache.shape[0], self.tokens
+        shape = cache.shape[0], self.width(cache)
         token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
         require_no_wait(lambda: self._uncompiled(token, position, cache))
 
@@ -171,10 +174,19 @@ class GraphSteps(DecodeSteps):
         cache.advance()  # slot, token and position differ from the capture, which froze every value of the host
         token = torch.ones(cache.batch, self.tokens, dtype=torch.int64, device=cache.slot.device)
         position = cache.slot[:, None].expand_as(token)
-        expected = self._uncaptured(token, position, cache.first(read))
-        if not agree(self._replayed(captured, token, position), expected):
-            raise TransformError("a replay of the decode step gives other logits than the step that was captured")
+        self._require_same(captured, token, position, cache.first(read))
         cache.advance(-1)
+
+    def _require_same(
+        self, captured: Captured, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache
+    ) -> None:
+        expected = self._uncaptured(token, position, part)
+        if not agree(self._replayed(captured, token, position), expected):
+            raise TransformError(f"a replay of {self.subject} gives other logits than what was captured")
+
+    def width(self, part: slots.SlotCache) -> int:
+        """Tokens of a sequence that a step over these slots takes at once."""
+        return self.tokens
 
     def fitting(self, cache: slots.SlotCache) -> Step:
         """The step, which serves every cache."""
@@ -246,7 +258,8 @@ class GraphSteps(DecodeSteps):
         Raises:
             TransformError: the step waits for the device; nothing was captured.
         """
-        part, shape = cache.first(read), (cache.shape[0], self.tokens)
+        part = cache.first(read)
+        shape = cache.shape[0], self.width(part)
         with torch.inference_mode(False), torch.no_grad():
             self.look(part)
             token, position = (torch.zeros(shape, dtype=torch.int64, device=cache.slot.device) for _ in range(2))
