@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from . import page
+from .bodies import BodyRoute
 from .completions import Chat, Completion, Reply
 from .events import EventStream
 from .gate import Gate
@@ -53,6 +54,7 @@ def create_app(served: Service) -> Gate:
         redoc_url=None,
         responses={"default": {"model": ErrorAnswer, "description": "an error"}},  # instead of FastAPI's own 422
     )
+    app.router.route_class = BodyRoute
     describe(app, served.keys)
     _handle_errors(app)
     _operate(app, served)
