@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from . import page
+from .bodies import BodyRoute
 from .completions import Chat, Completion, Reply
 from .events import EventStream
 from .gate import Gate
@@ -55,6 +56,7 @@ def create_app(served: Service) -> Gate:
         redoc_url=None,
         responses={"default": {"model": ErrorAnswer, "description": "an error"}},  # no 422 of FastAPI's; see `describe`
     )
+    app.router.route_class = BodyRoute
     describe(app, served.keys)
     _handle_errors(app)
     _operate(app, served)

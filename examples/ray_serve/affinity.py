@@ -25,7 +25,7 @@ def beginning(body: bytes) -> str | None:
         body: JSON, as a client sent it. Anything else has no beginning.
     """
     try:
-        found = json.loads(body)
+        found = json.loads(body, parse_int=_integer)
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict):
@@ -37,6 +37,11 @@ def beginning(body: bytes) -> str | None:
         text = prompt if isinstance(prompt, str) else json.dumps([found.get("tools"), prompt])
         first = text[:CHARACTERS] if len(text) > CHARACTERS else None
     return None if first is None else _hash(json.dumps(first))
+
+
+def _integer(text: str) -> int:
+    """Read an integer. While the scanner calls Python, other threads get their turns; by itself it holds the GIL."""
+    return int(text)
 
 
 def ranked(key: str | None, busy: Mapping[str, int], spare: int) -> list[str]:

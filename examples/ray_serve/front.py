@@ -6,6 +6,7 @@ model and imports neither torch nor autotune.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from typing import Any
@@ -17,8 +18,17 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from .affinity import beginning
 
 MOST_BYTES = 4 * 2**20  # of a body; a replica's own limit
+INLINE = 16 * 2**10  # bytes of a body that is read in the event loop
 TRIES = 5  # replicas that may die under one request
 KEPT = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers")
+
+# What a stream ends with whose replica died, in the form that OpenAI's clients read.
+LOST = b"""data: {"error":{"message":"the replica that answered has died; ask again",\
+"type":"server_error","param":null,"code":"replica_lost"}}
+
+data: [DONE]
+
+"""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -55,23 +65,40 @@ async def _body(receive: Receive) -> bytes | None:
 async def _relay(models: Any, scope: Message, body: bytes, send: Send) -> None:
     """Send a replica's answer on. One that dies before it has sent anything is replaced by another.
 
+    If it dies in the middle of a stream, that ends with an error event.
+
     Raises:
-        RayActorError: it died in the middle of its answer, or too many died.
+        RayActorError: it died in the middle of another answer, or too many died.
     """
-    key = beginning(body) if scope["method"] == "POST" else None
+    key = await _beginning(body) if scope["method"] == "POST" else None
     for left in reversed(range(TRIES)):
-        has_begun = False
+        has_begun = is_stream = is_whole = False
         answer = models.remote(scope, body, key=key)
         try:
             async with aclosing(_messages(answer)) as messages:
                 async for message in messages:
-                    has_begun = True
+                    has_begun, is_stream = True, is_stream or _begins_stream(message)
+                    is_whole = message["type"] == "http.response.body" and not message.get("more_body")
                     await send(message)
         except (RayActorError, ReplicaUnavailableError):
+            if is_whole:
+                return
+            if is_stream:
+                await send({"type": "http.response.body", "body": LOST, "more_body": False})
+                return
             if has_begun or not left:
                 raise
         else:
             return
+
+
+async def _beginning(body: bytes) -> str | None:
+    return beginning(body) if len(body) <= INLINE else await asyncio.to_thread(beginning, body)
+
+
+def _begins_stream(message: Message) -> bool:
+    """Whether a message is the head of server-sent events."""
+    return any(name == b"content-type" and b"text/event-stream" in kind for name, kind in message.get("headers", ()))
 
 
 async def _messages(answer: Any) -> Any:

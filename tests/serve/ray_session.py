@@ -36,6 +36,7 @@ from tests.models import tiny, tiny_tokenizer, token_prompts
 
 TOGETHER = (StepProgram("decode", slots=256), ContinuousBatching("decode", rows=4))
 TOKENS = 12
+LONG = 120  # of a stream
 REPLICA = "ray::ServeReplica:autotune:Model"
 WITHIN_S = 300.0  # for what takes seconds on an idle machine
 
@@ -45,23 +46,33 @@ class Load:
     """Clients that ask one request after the other and compare every answer. They never retry.
 
     Attributes:
-        wrong: answers that are not the model's, and errors.
+        wrong: answers that are not the model's, and errors; streams that are cut off without an error, too.
         answered: when each answer came, monotonic seconds.
+        broken: streams that broke off with an error: how many of their parts came.
+        errors: these errors.
+        streamed: number of streams that were whole.
         by: number of answers by replica.
     """
 
     url: str
     wrong: list[str] = field(default_factory=list)
     answered: list[float] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+    errors: set[str] = field(default_factory=set)
+    streamed: int = 0
     by: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         model, tokenizer = tiny("llama"), tiny_tokenizer()
-        self._right = []
-        for prompt in token_prompts(6):
+
+        def right(prompt: list[int], tokens: int) -> tuple[list[int], str]:
             ids = torch.tensor([prompt])
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
-            self._right.append((prompt, tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)))
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+            return prompt, str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+
+        self._right = [right(prompt, TOKENS) for prompt in token_prompts(6)]
+        model.generation_config.eos_token_id = None  # streams ignore it
+        self._long = [right(prompt, LONG) for prompt in token_prompts(6)]
 
     def _ask(self, over: threading.Event) -> None:
         with httpx.Client(base_url=self.url, timeout=60) as client:
@@ -78,11 +89,32 @@ class Load:
                     if text != right:
                         self.wrong.append(text)
 
+    def _stream(self, over: threading.Event) -> None:
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            while not over.is_set():
+                for prompt, right in self._long:
+                    texts, error = list[str](), ""
+                    try:
+                        for event in events(client, prompt, LONG):
+                            texts += [choice["text"] for choice in event.get("choices", ())]
+                            error = event.get("error", {}).get("code", error)
+                    except Exception as failure:
+                        error = repr(failure)
+                    text = "".join(texts)
+                    if error and texts and right.startswith(text):
+                        self.broken.append(len(texts))
+                        self.errors.add(error)
+                    elif error or text != right:
+                        self.wrong.append(f"a stream of {len(texts)} parts: {error or text[-50:]}"[:300])
+                    else:
+                        self.streamed += 1
+
     @contextmanager
-    def on(self, clients: int = 3) -> Iterator[None]:
+    def on(self, clients: int = 3, streams: int = 0) -> Iterator[None]:
         """Ask as long as the context is held."""
         over = threading.Event()
         threads = [threading.Thread(target=self._ask, args=(over,)) for _ in range(clients)]
+        threads += [threading.Thread(target=self._stream, args=(over,)) for _ in range(streams)]
         for thread in threads:
             thread.start()
         try:
@@ -96,6 +128,19 @@ class Load:
 def completion(client: httpx.Client, prompt: list[int], tokens: int = TOKENS) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
     return client.post("/v1/completions", json=body).raise_for_status()
+
+
+def events(client: httpx.Client, prompt: list[int], tokens: int) -> Iterator[dict[str, Any]]:
+    """The events of a stream as they come, but the last. Raises EOFError if it ends without that."""
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line == "data: [DONE]":
+                return
+            if line:
+                yield json.loads(line.removeprefix("data: "))
+    raise EOFError("the stream ended in silence")
 
 
 def replicas() -> set[int]:
@@ -198,8 +243,10 @@ def main(port: int) -> None:
         found["met"] = met(client, url)
         before = replicas()
         until(lambda: served_by_a_canary(client, made_for(model, LeanLoop())))
-        with load.on():
+        with load.on(streams=6):
+            until(lambda: load.streamed > 20)
             victim = holder(lock)
+            assert victim, "no replica is the canary"  # 0 would be this process's own group
             os.kill(victim, signal.SIGKILL)
             killed = time.monotonic()
             found["second"] = until(lambda: rollout(client, state="rolled back"))
@@ -208,6 +255,7 @@ def main(port: int) -> None:
         found["serving"] = list(until(lambda: two(serving(client))).values())
         found["promoted"] = first
         found |= {"before": len(before), "was_replica": victim in before, "new": len(replicas() - before)}
+        found |= {"broken": load.broken, "errors": sorted(load.errors), "streamed": load.streamed}
         found |= {"wrong": load.wrong[:5], "since": sum(at > killed for at in load.answered)}
     sys.stdout.write(f"{json.dumps(found)}\n")
     serve.shutdown()

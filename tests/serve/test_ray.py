@@ -6,14 +6,17 @@ The container file and the manifest are read where nothing can build or apply th
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +93,80 @@ def test_a_canary_that_is_killed_under_load_loses_nothing_and_is_rolled_back(fou
     assert found["second"]["reason"] == "the canary's process ended"
     assert found["promoted"] in found["serving"]
     assert set(found["serving"]) <= {found["promoted"], None}  # the new replica has yet to verify it
+
+
+@pytest.mark.slow
+def test_a_stream_of_a_replica_that_is_killed_breaks_off_with_an_error(found: dict[str, Any]) -> None:
+    """The others are whole and the model's own, as `wrong` says, to which streams that end in silence count, too."""
+    assert found["wrong"] == []
+    assert found["streamed"] > 20
+    assert 1 <= len(found["broken"]) <= 6  # of as many clients
+    assert found["errors"] == ["replica_lost"]
+
+
+HEAD = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
+STREAM = HEAD | {"headers": [(b"content-type", b"text/event-stream; charset=utf-8")]}
+PART = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
+END = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "sent"),
+    [
+        ([[[STREAM, PART], [PART, END]]], [STREAM, PART, PART, END]),
+        ([[[HEAD, END]]], [HEAD, END]),
+        ([["dies"], ["dies"], [[STREAM, PART], [END]]], [STREAM, PART, END]),
+        ([["dies"], [[HEAD, END]]], [HEAD, END]),
+        ([[[STREAM, PART], [PART], "dies"], [[STREAM, END]]], [STREAM, PART, PART, "lost"]),  # nobody begins it again
+        ([["dies"], [[STREAM, PART], "dies"], [[STREAM, END]]], [STREAM, PART, "lost"]),
+        ([[[STREAM, PART], [END], "dies"]], [STREAM, PART, END]),
+        ([[[HEAD], "dies"], [[HEAD, END]]], [HEAD, "raises"]),
+        ([["dies"]] * 6, ["raises"]),
+    ],
+)
+def test_the_front_asks_another_replica_or_says_that_a_stream_broke_off(replicas: list[Any], sent: list[Any]) -> None:
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    from ray.exceptions import RayActorError
+
+    from examples.ray_serve import front
+
+    class Answer:
+        def __init__(self, batches: list[Any]) -> None:
+            self.batches = batches
+
+        async def __aiter__(self) -> Any:
+            for batch in self.batches:
+                if batch == "dies":
+                    raise RayActorError
+                yield batch
+
+        def cancel(self) -> None: ...
+
+    to_come = iter(replicas)
+    models = SimpleNamespace(remote=lambda *given, key: Answer(next(to_come)))
+    found = list[Any]()
+
+    async def send(message: Any) -> None:
+        found.append("lost" if message.get("body") == front.LOST else message)
+
+    try:
+        asyncio.run(front._relay(models, {"method": "GET"}, b"", send))
+    except RayActorError:
+        found.append("raises")
+    assert found == sent
+    assert b'"code":"replica_lost"' in front.LOST
+    assert [json.loads(line[6:]) for line in front.LOST.split(b"\n") if line.startswith(b"data: {")]
+
+
+@pytest.mark.parametrize(("size", "in_loop"), [(16 * 2**10, True), (16 * 2**10 + 1, False)])
+def test_the_front_reads_a_large_body_in_a_thread(size: int, in_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    from examples.ray_serve import front
+
+    threads = list[int]()
+    monkeypatch.setattr(front, "beginning", lambda body: threads.append(threading.get_ident()) or f"{len(body)} bytes")
+    assert asyncio.run(front._beginning(b" " * size)) == f"{size} bytes"
+    assert (threads == [threading.get_ident()]) == in_loop
 
 
 def variables() -> set[str]:
