@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.fakes.cuda import FakeCuda
 
 OVERWRITE = {"copy_", "fill_", "zero_"}  # queued; nothing of what they overwrite is read
+PRODUCTS = {"linear", "matmul", "mm", "addmm"}  # of tensors that compute them by operators of their own
 LOOK = {"__get__", "size", "stride", "dim", "numel", "expand", "view", "unsqueeze", "squeeze", "__getitem__", "__len__"}
 
 
@@ -89,13 +90,13 @@ class Stream(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # the compiler follows this very function, and chooses kernels by itself
             return func(*args, **kwargs)
-        if any(t not in (torch.Tensor, torch.nn.Parameter) for t in types):
-            return NotImplemented  # its own operators come here
+        name = getattr(func, "__name__", "")
+        if name in PRODUCTS and any(t not in (torch.Tensor, torch.nn.Parameter) for t in types):
+            return NotImplemented  # a quantised weight's own operators come here, then
         if (refused := refusal(func, args, kwargs, self.device.capability)) and self.device.keeps(refused[0]):
             raise RuntimeError(refused[1])
         if self.queue is None or self.device.is_recording:
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         if name in OVERWRITE and self.device.keeps("lazy"):
             return self._queued(func, args, kwargs)
         if name not in LOOK or any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(args[1:])):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autotune.errors import TransformError
 from autotune.machine.device import Identity
 from autotune.runtime.steps.waiting import require_no_wait
+from autotune.transforms import torchao
 from autotune.transforms.bitsandbytes import library
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.refusals import REFUSALS, WAITS, waits
@@ -156,6 +157,14 @@ def test_a_kernel_takes_or_refuses(
         work(**given)
     with FakeCuda(gpu, without={rule}).kernels():  # nothing else refuses it
         work(**given)
+
+
+@pytest.mark.parametrize("rows", [16, 17])
+def test_operators_of_quantised_weights_are_refused(rows: int) -> None:
+    """torchao calls them below its own tensors."""
+    weight = torchao.quantized(torch.ones(16, 32), "int8_dynamic")
+    with FakeCuda().kernels(), pytest.raises(RuntimeError, match="greater than 16") if rows == 16 else nullcontext():
+        F.linear(torch.ones(rows, 32), weight)
 
 
 def test_every_refusal_is_tested_with_what_is_taken() -> None:
