@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
 
 MOST_INPUTS = 8192  # of a layer; its time for each weight and its memory grow with them
-MOST_S = 60.0  # seconds that the arithmetic may take at the peak; a search, of 240 s or more, does it about twice
+MOST_S = 30.0  # seconds that the arithmetic may take at the peak: a tenth of a search, which does it about twice
 TOKENS = reading.ROWS * reading.LENGTH
 MATRICES = 6  # [K, K] in FP32 that are alive at once
 
