@@ -69,7 +69,7 @@ def delay(found: Mapping[str, nn.Linear], hardware: Hardware) -> str | None:
     peak = hardware.flops_per_s.get("float32")
     if not peak or (seconds := flops(found.values()) / peak) <= MOST_S:
         return None
-    return f"compensating its rounding takes {seconds:.0f} s or more, and may take {MOST_S:.0f} s"
+    return f"compensating its rounding takes about {seconds:.0f} s, {MOST_S:.0f} s are the most"
 
 
 def flops(found: Collection[nn.Linear]) -> float:
