@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.variant import Variant
 
 MOST_INPUTS = 8192  # of a layer; its time for each weight and its memory grow with them
-MOST_S = 60.0  # seconds that the arithmetic may take at the peak; a search, of 240 s or more, does it about twice
+MOST_S = 30.0  # seconds that the arithmetic may take at the peak: a tenth of a search, which does it about twice
 TOKENS = reading.ROWS * reading.LENGTH
 MATRICES = 6  # [K, K] in FP32 that are alive at once
 
@@ -69,7 +69,7 @@ def delay(found: Mapping[str, nn.Linear], hardware: Hardware) -> str | None:
     peak = hardware.flops_per_s.get("float32")
     if not peak or (seconds := flops(found.values()) / peak) <= MOST_S:
         return None
-    return f"compensating its rounding takes {seconds:.0f} s or more, and may take {MOST_S:.0f} s"
+    return f"compensating its rounding takes about {seconds:.0f} s, {MOST_S:.0f} s are the most"
 
 
 def flops(found: Collection[nn.Linear]) -> float:

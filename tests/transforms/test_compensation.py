@@ -14,7 +14,7 @@ from torch import nn
 from autotune.errors import ChoiceError
 from autotune.model import linear_layers
 from autotune.runtime import kernels, reading
-from autotune.runtime.kernels import compensated as rounding
+from autotune.runtime.kernels import compensated
 from autotune.runtime.variant import Transform, Variant, build
 from autotune.transforms import compensation
 from autotune.transforms.linears import exchanged, reusing
@@ -96,9 +96,29 @@ def test_layers_that_cannot_be_compensated_get_the_nearest_numbers(monkeypatch: 
 
 
 def test_inputs_that_are_not_finite_leave_the_nearest_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "moments", lambda inputs: torch.full((inputs.shape[-1],) * 2, torch.nan))
+    monkeypatch.setattr(compensated, "moments", lambda inputs: torch.full((inputs.shape[-1],) * 2, torch.nan))
     made, nearest = (packed(Variant(tiny()).with_transform(form)) for form in (FORM, NEAREST))
     assert all(same(made[name], nearest[name]) for name in made)
+
+
+@pytest.mark.fault("A2")
+def test_a_failure_half_way_leaves_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    variant, before, make = Variant(model), fingerprint.of_model(model), kernels.Int4Linear.for_inputs
+    done: list[nn.Linear] = []
+
+    def fail_third(linear: nn.Linear, *given: Any) -> kernels.Int4Linear:
+        if len(done) == 2:
+            raise MemoryError("half-way")
+        done.append(linear)
+        return make(linear, *given)
+
+    monkeypatch.setattr(kernels.Int4Linear, "for_inputs", fail_third)
+    with pytest.raises(MemoryError, match="half-way"):
+        variant.with_transform(FORM)
+    assert fingerprint.of_model(model) == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert set(variant.modules.values()) == {model}
 
 
 def test_only_four_bits_are_compensated() -> None:

@@ -193,8 +193,8 @@ def test_a_failure_half_way_leaves_the_original(
     transform: LinearTransform, original: PreTrainedModel, prompts: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant = Variant(original)
-    if transform.unavailable(variant, COMPILER) is not None:
-        return
+    if transform.unavailable(variant, COMPILER) is not None or transform.params.get("rounding"):
+        return  # compensated layers are made elsewhere: test_compensation
     before, expected, exchange = contents(original), logits(original, prompts), type(transform).exchange
     done: list[torch.nn.Linear] = []
 

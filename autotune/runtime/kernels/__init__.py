@@ -10,7 +10,7 @@
     attend_one               one query over a preallocated key-value cache; reads only its filled slots
     attend_many              many queries, each over an unbroken span of keys
 
-Read in this order: modules, pack (the layout), arena, build, then linear.cpp and attention.cpp.
+Read in this order: modules, pack (the layout), compensated, arena, build, then linear.cpp and attention.cpp.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def to_i4(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def quantize_i4(
-    weight: Tensor, group: int = GROUP, rounding: Rounding = nearest_i4, at_once: int = PART
+    weight: Tensor, group: int = GROUP, rounding: Rounding = nearest_i4, at_once: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise to asymmetric INT4 with a scale and a zero per group of inputs.
 
@@ -197,7 +197,7 @@ def quantize_i4(
         weight: [N, K], floating point.
         group: inputs that share a scale and a zero, a multiple of 8; 0 for one of each per output row.
         rounding: chooses the numbers, scales and zeros of some rows.
-        at_once: weights that it gets at a time, about.
+        at_once: weights that it gets at a time, about; default PART.
 
     Returns:
         Words INT32 [ceil(N / 16), K padded / 8, 16], with input 8i + j in the signed nibble j of word i. Scales and
@@ -259,9 +259,9 @@ def check(weight: Tensor) -> None:
         )
 
 
-def _parts(weight: Tensor, at_once: int = PART) -> list[Tensor]:
-    """Split a weight [N, K] into views of whole blocks of rows, about `at_once` weights each."""
-    rows = max(1, at_once // (ROWS * weight.shape[1])) * ROWS
+def _parts(weight: Tensor, at_once: int | None = None) -> list[Tensor]:
+    """Split a weight [N, K] into views of whole blocks of rows, about `at_once` or PART weights each."""
+    rows = max(1, (at_once or PART) // (ROWS * weight.shape[1])) * ROWS
     return [weight[first : first + rows] for first in range(0, len(weight), rows)]
 
 
