@@ -30,13 +30,14 @@ def ways(weight: Tensor) -> Mapping[str, Callable[[Tensor], Tensor]]:
     """The ways to multiply with a weight [N, K] here, the platform's own first."""
     plain = weight.T.contiguous()
     found: dict[str, Callable[[Tensor], Tensor]] = {"FP32": lambda x: x @ plain}
-    for kind in (kernels.Int8Linear, kernels.Int4Linear):
+    for kind in (kernels.Int8Linear, kernels.Int6Linear, kernels.Int4Linear):
         layer = kind.from_weight(weight)
-        bits = "INT8" if kind is kernels.Int8Linear else "INT4"
         for digits in (0, 2, 1):
             if digits and (not layer.in_integers or (digits == 1 and kernels.no_byte_unit(layer.bits))):
                 continue
-            found[f"{bits}, inputs of {(32, 8, 16)[digits]} bits"] = with_digits(kind.from_weight(weight), digits)
+            found[f"INT{layer.bits}, inputs of {(32, 8, 16)[digits]} bits"] = with_digits(
+                kind.from_weight(weight), digits
+            )
     return found
 
 
