@@ -1,7 +1,7 @@
 """What tests/serve/test_ray.py runs in a process of its own: `python -m tests.serve.ray_session PORT`.
 
 Two replicas over a tiny model on one machine: a plan is rolled out, requests that begin alike meet, the canary of
-another plan is killed under load. Prints what was found as a line of JSON.
+another plan is killed under load, with streams under way. Prints what was found as a line of JSON.
 """
 
 from __future__ import annotations
