@@ -25,6 +25,7 @@ from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.request import Request
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.steps.waiting import _Watch
@@ -112,6 +113,14 @@ def test_a_step_is_captured_for_every_number_of_rows_and_length(fake: FakeCuda) 
         product((1, 2, 4), (32, 64, 128))
     )
     assert TOGETHER.took_effect(shared) is None
+
+
+def test_a_cache_of_rows_has_a_layout_of_its_own(alone: Variant) -> None:
+    """Compiled steps are found by layout, and check nothing: that of a batch writes one slot for all of it."""
+    example = alone.example(2)
+    caches = SlotCache(example, 64), RowCache(example, 64, 2), RowCache(example, 64, 4).upper(2)
+    layouts = [cache.layout for cache in caches]
+    assert layouts == [(2, 64, 64, 1), (2, 64, 64, 2), (2, 64, 64, 2)]
 
 
 @settings(max_examples=15, deadline=None)
