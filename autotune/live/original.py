@@ -8,13 +8,14 @@ and handle.
 from __future__ import annotations
 
 import enum
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import StateError
+from ..errors import StateError, TransformError
 from ..machine import device as devices
 from ..model.linear_layers import stored_bytes
 
@@ -179,11 +180,25 @@ def _move(variant: Variant, theirs: set[int]) -> None:
     for home in {t.device for t in left.values()}:
         relocate([t for t in left.values() if t.device == home], home)
     if variant.step is not None:
+        shapes = variant.step.shapes
         variant.step.forget()  # recorded steps hold the old addresses
+        _record_again(variant, shapes)
     if variant.prompts is not None:
         variant.prompts.forget()
     if variant.speculation is not None:
         variant.speculation.forget()
+
+
+def _record_again(variant: Variant, shapes: Iterable[tuple[int, int]]) -> None:
+    """Record the host's steps for caches of these shapes (rows, slots) now, before what recording frees is given back.
+
+    The first request would wait for it, and its memory would stay with the process.
+    """
+    pool, step = variant.caches, variant.step
+    for rows, slots in shapes:
+        if pool is not None and step is not None and pool.slots == slots and (cache := pool.empty(rows)) is not None:
+            with suppress(TransformError):  # the first request records it, or says why not
+                step.fitting(cache)
 
 
 def _replace(held: dict[str, Any], new: dict[str, Any]) -> None:

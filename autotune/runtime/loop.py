@@ -17,6 +17,7 @@ from ..machine import device as devices
 from ..model import seam
 from ..model.configured import text_config
 from .loop_state import DeviceState, HostState
+from .reading import read
 
 if TYPE_CHECKING:
     from ..model.seam import Sampling
@@ -38,8 +39,7 @@ def over_growing_cache(variant: Variant, call: Sampling) -> Any:
     config, kv = text_config(variant.original), variant.kv
     cache, mask = call.cache if kv is None else kv.make(config), call.mask
     cache = seam.growing_cache(config) if cache is None else cache
-    with variant.running("prefill") as module:
-        logits = seam.logits(module(**call.prompt(cache)))[:, -1]
+    logits = read(variant, call, cache)
 
     def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         nonlocal mask
@@ -71,11 +71,11 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
         if filled is None and "forward" not in vars(variant.modules["prefill"]):  # else compiled, and again for slots
             with variant.preparing(batch):
                 prompt = lent.enter_context(pool.read(batch))
-        with variant.running("prefill") as module:
-            if variant.prompts is not None and filled is not None:
+        if variant.prompts is not None and filled is not None:
+            with variant.running("prefill"):
                 logits = variant.prompts.compute(call, filled)
-            else:
-                logits = seam.logits(module(**call.prompt(prompt)))[:, -1]
+        else:
+            logits = read(variant, call, prompt)
 
         @cache
         def decoder() -> tuple[slots.SlotCache, Step | None]:  # called after the first token, which needs no slots

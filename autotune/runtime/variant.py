@@ -142,6 +142,7 @@ class Variant:
         draft: a smaller model with the same vocabulary that may guess tokens, or None.
         speculation: how tokens are guessed ahead, or None to decode them one by one.
         kv: makes the growing KV cache; None for the one that generate prepares.
+        part_tokens: most tokens of a prompt that are computed at once, of all sequences together; None: all.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Variant:
         self.prompts: PromptGraphs | None = None
         self.speculation: SpeculationSetup | None = None
         self.kv: KvCache | None = None
+        self.part_tokens: int | None = None
         self._editable: set[int] = set()  # ids of the modules that this variant made itself
         self._front: PreTrainedModel | None = None
 
@@ -218,6 +220,7 @@ class Variant:
         other.prompts = self.prompts
         other.speculation = self.speculation
         other.kv = self.kv
+        other.part_tokens = self.part_tokens
         return other
 
     def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:

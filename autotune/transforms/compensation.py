@@ -6,7 +6,7 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from ..model import linear_layers
-from ..runtime import kernels, reading
+from ..runtime import kernels, own_texts
 from ..runtime.kernels import compensated as rounding
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MOST_INPUTS = 8192  # of a layer; its time for each weight and its memory grow with them
 MOST_S = 30.0  # seconds that the arithmetic may take at the peak: a tenth of a search, which does it about twice
-TOKENS = reading.ROWS * reading.LENGTH
+TOKENS = own_texts.ROWS * own_texts.LENGTH
 MATRICES = 6  # [K, K] in FP32 that are alive at once
 
 
@@ -58,8 +58,8 @@ def compensated(
 
     if found:
         with variant.turn() if variant.state.modules else nullcontext():
-            reading.read(
-                twin, reading.own_texts(variant.original), {name: twin.get_submodule(name) for name in found}, make
+            own_texts.read(
+                twin, own_texts.written(variant.original), {name: twin.get_submodule(name) for name in found}, make
             )
     return made
 

@@ -126,7 +126,11 @@ def test_recorded_steps_follow_their_weights(scripted: list[Transform]) -> None:
     scripted[:] = [WeightOnly(bits=8), PackedEmbedding(), StepProgram(phase="decode")]
     model, padded = wrapped(tiny("llama")), left_padded()
     before = greedy(model), greedy(model, padded["input_ids"], attention_mask=padded["attention_mask"])
+    step = model.autotune._winner.tuned.variant.step
+    shapes, programs = step.shapes, step.programs
     model.autotune.commit(keep_original=False)
+    assert step.shapes == shapes, "at once, not while the first request waits"
+    assert not set(map(id, step.programs)) & set(map(id, programs))
     gc.collect()
     torch.empty(1 << 20).fill_(torch.nan)  # what is read where weights were freed would show
     assert (greedy(model), greedy(model, padded["input_ids"], attention_mask=padded["attention_mask"])) == before

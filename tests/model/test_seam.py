@@ -85,7 +85,7 @@ OWN = {  # names of ours that read the same, by file
     ("transforms/linears.py", "_sample"),
     ("transforms/prefill_attention.py", "_prefill"),  # the end of a name
     ("tune/selfcheck.py", "StaticCache"),
-    ("runtime/reading.py", "logits_processor"),  # a caller's argument of generate, which is public
+    ("runtime/own_texts.py", "logits_processor"),  # a caller's argument of generate, which is public
     ("validate/score.py", "logits_processor"),
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from autotune.errors import ChoiceError
 from autotune.model import linear_layers
-from autotune.runtime import kernels, reading
+from autotune.runtime import kernels, own_texts
 from autotune.runtime.kernels import compensated
 from autotune.runtime.variant import Transform, Variant, build
 from autotune.transforms import compensation
@@ -83,7 +83,7 @@ def test_made_layers_are_reused_and_nothing_is_read_again(monkeypatch: pytest.Mo
     original = Variant(tiny())
     with reusing():
         first = dict(packed(original.with_transform(FORM)))
-        monkeypatch.setattr(reading, "own_texts", lambda model: pytest.fail("it is read again"))
+        monkeypatch.setattr(own_texts, "written", lambda model: pytest.fail("it is read again"))
         second = packed(original.with_transform(replace(FORM, wide="lm_head")))
         assert all(second[name]["weight"] is first[name]["weight"] for name in first.keys() - {"lm_head"})
 
@@ -143,13 +143,13 @@ def test_what_it_takes_is_said_and_limited() -> None:
 
 
 def test_texts_are_the_models_own_and_always_the_same() -> None:
-    texts = reading.own_texts(tiny())
-    assert texts.shape == (reading.ROWS, reading.LENGTH)
-    assert torch.equal(texts, reading.own_texts(tiny()))
-    assert not torch.equal(texts, reading.own_texts(tiny(seed=1)))
-    assert len({tuple(row.tolist()) for row in texts}) == reading.ROWS
-    assert reading.own_texts(tiny(max_position_embeddings=16)).shape == (reading.ROWS, 16)
-    assert reading.LENGTH < CONTEXT
+    texts = own_texts.written(tiny())
+    assert texts.shape == (own_texts.ROWS, own_texts.LENGTH)
+    assert torch.equal(texts, own_texts.written(tiny()))
+    assert not torch.equal(texts, own_texts.written(tiny(seed=1)))
+    assert len({tuple(row.tolist()) for row in texts}) == own_texts.ROWS
+    assert own_texts.written(tiny(max_position_embeddings=16)).shape == (own_texts.ROWS, 16)
+    assert own_texts.LENGTH < CONTEXT
 
 
 def test_every_layer_is_read_once_and_logits_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +157,6 @@ def test_every_layer_is_read_once_and_logits_are_not_computed(monkeypatch: pytes
     layers: dict[str, Any] = {name: twin.get_submodule(name) for name in linear_layers.linears(twin)}
     monkeypatch.setattr(layers["lm_head"], "forward", lambda x: pytest.fail("logits are computed"))
     seen: list[tuple[str, tuple[int, ...]]] = []
-    reading.read(twin, torch.ones(3, 5, dtype=torch.int64), layers, lambda name, x: seen.append((name, tuple(x.shape))))
+    own_texts.read(twin, torch.ones(3, 5, dtype=torch.int64), layers, lambda name, x: seen.append((name, tuple(x.shape))))
     assert sorted(name for name, _ in seen) == sorted(layers)
     assert {shape for _, shape in seen} == {(3, 5, 64), (3, 5, 96)}

@@ -60,6 +60,7 @@ ON_CPU = {
         "smaller weights",
         "narrower keys and values",
         "one table",
+        "prompts in parts",
         "less overhead in decode",
         "cheaper arithmetic in prefill",
         "fewer passes in prefill",

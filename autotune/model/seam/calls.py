@@ -107,13 +107,19 @@ class Sampling:
         """Whether the caller passed the prompt's embeddings in place of its tokens."""
         return self.model_kwargs.get("inputs_embeds") is not None
 
-    def prompt(self, cache: Any) -> dict[str, Any]:
-        """Keyword arguments for a forward over the whole prompt that fills `cache`."""
+    def prompt(self, cache: Any, part: slice = slice(None)) -> dict[str, Any]:
+        """Keyword arguments for a forward over the prompt that fills `cache`.
+
+        Args:
+            part: tokens to compute; the cache holds those before them.
+        """
         given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}
+        if self.mask is not None:
+            given["attention_mask"] = self.mask[..., : part.stop]
         return {
-            "input_ids": self.input_ids,
+            "input_ids": self.input_ids[..., part],
             **given,
-            "position_ids": self.positions,
+            "position_ids": self.positions[..., part],
             **over(self.model, cache),
             "return_dict": True,
         }

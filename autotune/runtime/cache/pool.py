@@ -63,6 +63,10 @@ class CachePool:
         """Take the shapes of new caches from keys and values of a token ([1, Hk, 1, D] per layer) on the host."""
         self._example = example
 
+    def empty(self, rows: int) -> SlotCache | None:
+        """An empty cache that is not lent, to record a step with; None as long as no shapes are known."""
+        return None if self._example is None else SlotCache(self._example, self.slots, rows, self.dtype)
+
     @contextmanager
     def read(self, batch: int) -> Iterator[Any]:
         """Lend a cache for prefill to fill: slots, which `lend` then begins with, or one that grows.
