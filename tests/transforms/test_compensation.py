@@ -157,6 +157,8 @@ def test_every_layer_is_read_once_and_logits_are_not_computed(monkeypatch: pytes
     layers: dict[str, Any] = {name: twin.get_submodule(name) for name in linear_layers.linears(twin)}
     monkeypatch.setattr(layers["lm_head"], "forward", lambda x: pytest.fail("logits are computed"))
     seen: list[tuple[str, tuple[int, ...]]] = []
-    own_texts.read(twin, torch.ones(3, 5, dtype=torch.int64), layers, lambda name, x: seen.append((name, tuple(x.shape))))
+    own_texts.read(
+        twin, torch.ones(3, 5, dtype=torch.int64), layers, lambda name, x: seen.append((name, tuple(x.shape)))
+    )
     assert sorted(name for name, _ in seen) == sorted(layers)
     assert {shape for _, shape in seen} == {(3, 5, 64), (3, 5, 96)}
