@@ -2,32 +2,37 @@
 
     python -m benchmarks.bits MODEL
 
-For each number of bits, in all linear layers or in all but lm_head, it prints mean KL divergence from the model's own
-weights and how often the same token is on top, on text that nothing was tuned on. Products are in FP32, so that only
-the weights differ.
+For each form of `weight_only`, with lm_head in the same or a wider one, it prints mean KL divergence from the model's
+own weights and how often the same token is on top, on text that nothing was tuned on. Products are in FP32, so that
+only the weights differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autotune.model import linear_layers
 from autotune.runtime import kernels
+from autotune.runtime.variant import Variant
+from autotune.transforms.weight_only import COMPENSATED, WeightOnly
 from benchmarks.quality import TEXT_TOKENS, diverge, paragraphs, summary
 
-KINDS: Mapping[int, type[kernels.QuantisedLinear]] = {
-    4: kernels.Int4Linear,
-    6: kernels.Int6Linear,
-    8: kernels.Int8Linear,
-}
-MIXES = [(bits, head) for bits in KINDS for head in KINDS if bits <= head]  # bits, and those of lm_head
+HEAD = "lm_head"
+FORMS = {
+    ("4", "4"): WeightOnly("decode", bits=4),
+    ("4", "6"): WeightOnly("decode", bits=4, wide=HEAD, wide_as="int6"),
+    ("4", "8"): WeightOnly("decode", bits=4, wide=HEAD),
+    ("4, compensated", "8"): WeightOnly("decode", bits=4, wide=HEAD, rounding=COMPENSATED),
+    ("6", "6"): WeightOnly("decode", bits=6),
+    ("6", "8"): WeightOnly("decode", bits=6, wide=HEAD),
+    ("8", "8"): WeightOnly("decode", bits=8),
+}  # bits, and those of lm_head -> weights
 
 
 def logits(model: nn.Module, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
@@ -37,14 +42,16 @@ def logits(model: nn.Module, texts: Sequence[Sequence[int]]) -> Iterator[np.ndar
             yield model(torch.tensor([ids])).logits[0, :-1].numpy()
 
 
-def quantise(layers: Mapping[str, nn.Linear], weights: Mapping[str, torch.Tensor], bits: int, head_bits: int) -> int:
-    """Round the layers' weights in place. Returns the bytes that they take packed."""
-    packed_bytes = 0
-    for name, layer in layers.items():
-        packed = KINDS[head_bits if name == "lm_head" else bits].from_weight(weights[name])
-        packed_bytes += packed.weight_bytes
-        layer.weight = nn.Parameter(packed.dequantize(), requires_grad=False)
-    return packed_bytes
+def round_weights(variant: Variant, form: WeightOnly) -> tuple[nn.Module, int]:
+    """A twin whose layers have the rounded weights in FP32, and the bytes that these take packed."""
+    twin, packed_bytes = variant.with_transform(form).modules["decode"], 0
+    packed = {name: each for name, each in twin.named_modules() if isinstance(each, kernels.PackedLinear)}
+    for name, layer in packed.items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        twin.set_submodule(name, plain)
+        packed_bytes += layer.weight_bytes
+    return twin, packed_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     texts = [tokenizer(text).input_ids[:TEXT_TOKENS] for text in paragraphs()]
-    layers = linear_layers.linears(model)
-    weights = {layer: linear.weight.detach() for layer, linear in layers.items()}
     right = list(logits(model, texts))
+    original = Variant(model)
     print("| bits | of lm_head | MB a token | mean KLD | same top |\n|---|---|---|---|---|")
-    for bits, head_bits in MIXES:
-        packed_bytes = quantise(layers, weights, bits, head_bits)
-        found = zip(right, logits(model, texts), texts, strict=True)
+    for (bits, head_bits), form in FORMS.items():
+        rounded, packed_bytes = round_weights(original, form)
+        found = zip(right, logits(rounded, texts), texts, strict=True)
         quality = summary([diverge(reference, rows, ids) for reference, rows, ids in found])
         shares = f"{quality.mean_kld:.2g} | {quality.same_top:.1%}"
         print(f"| {bits} | {head_bits} | {packed_bytes / 1e6:.0f} | {shares} |", flush=True)

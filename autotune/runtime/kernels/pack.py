@@ -128,7 +128,7 @@ def _quantize_symmetric(
         first = 0
         for part in parts:
             rows = slice(first, first := first + len(part))
-            scaled = _grouped(part, group) / _divisor(scales[rows])
+            scaled = _grouped(part, group) / _divisor(scales[rows])[..., None]
             yield scaled.round_().clamp_(least, most).to(torch.int8).flatten(1)
 
     rows, groups = scales.shape
