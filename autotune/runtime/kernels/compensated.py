@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from autotune.runtime.kernels import pack
+from . import pack
 
 # Share of the mean diagonal that is added to the diagonal. The paper adds 0.01, with 262 000 tokens. With 3000 tokens
 # that fits them and no others: layers with 1536 inputs lost more on other texts than with the nearest numbers.
