@@ -47,8 +47,10 @@ def round_weights(variant: Variant, form: WeightOnly) -> tuple[nn.Module, int]:
     twin, packed_bytes = variant.with_transform(form).modules["decode"], 0
     packed = {name: each for name, each in twin.named_modules() if isinstance(each, kernels.PackedLinear)}
     for name, layer in packed.items():
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight, plain.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(layer.dequantize(), requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias, requires_grad=False)
         twin.set_submodule(name, plain)
         packed_bytes += layer.weight_bytes
     return twin, packed_bytes

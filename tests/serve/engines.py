@@ -26,7 +26,7 @@ ROWS = 4
 SLOTS = 2304  # tokens of a sequence: a prompt of 2,000 and its answer
 TOGETHER = (StepProgram("decode", slots=SLOTS), ContinuousBatching("decode", rows=ROWS))
 WAIT_S = 60.0
-PROMPTS = token_prompts(8, length=9)
+PROMPTS = token_prompts(9, length=9)
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 
 

@@ -180,7 +180,7 @@ def test_urgent_requests_are_answered_first_and_others_as_they_came(server: Runn
     order, status = list[int](), lambda: server.model.autotune.status
 
     def one(number: int, priority: int) -> None:
-        text(post(server, PROMPTS[number], 1, priority=priority))
+        text(post(server, PROMPTS[ROWS + number], 1, priority=priority))  # one that nobody has computed
         order.append(number)
 
     with counted(server) as turns:
