@@ -13,7 +13,7 @@ import torch
 import autotune
 from autotune.machine import device
 from autotune.runtime.steps.graphs import GraphSteps
-from autotune.tune import bench, callers, policy
+from autotune.tune import bench, callers, policy, trying
 from autotune.validate import Latency, Speedup, Verdict, latency
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
@@ -36,6 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     won = Latency(Verdict.PASS, "as scripted", FASTER, FASTER, FASTER, 0.01)
     monkeypatch.setattr(latency, "compare", lambda *_, **__: won)
     monkeypatch.setattr(latency, "noise_floor", lambda *_, **__: 0.01)
+    monkeypatch.setattr(trying, "MIN_FIRST_SPEEDUP", 0.0)
     monkeypatch.setattr(bench, "PROFILE_S", 2.0)
     monkeypatch.setattr(bench, "BRIEF_PROFILE_S", 1.0)
     fake = FakeCuda()
