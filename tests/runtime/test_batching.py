@@ -862,6 +862,25 @@ def test_an_engine_keeps_no_unused_model_alive() -> None:
 
 
 @needs_kernels
+def test_a_thread_serves_requests_one_after_the_other_until_none_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Variant(tiny("llama")).with_transforms((*STEP, ContinuousBatching("decode", rows=2)))
+    engine, expected = engine_of(made), answer(serving(made), prompt(9), 4)
+    if (first := engine._worker) is not None:
+        first.join(20)
+    monkeypatch.setattr("autotune.runtime.batching.engine.LINGER_S", 60.0)
+    workers = []
+    for _ in range(2):
+        assert answer(serving(made), prompt(9), 4) == expected
+        workers.append(engine._worker)
+    assert workers[0] is workers[1] is not first
+    assert workers[0] is not None
+    engine._stop()
+    workers[0].join(20)
+    assert not workers[0].is_alive()
+    assert engine._worker is None
+
+
+@needs_kernels
 def test_steps_are_recorded_anew_once_weights_have_moved(alone: Variant) -> None:
     model = tiny("llama")
     made = Variant(model).with_transforms((*STEP, ContinuousBatching("decode", rows=2)))
