@@ -203,10 +203,10 @@ def _unqueued(variant: Variant) -> Iterator[None]:
 
 @contextmanager
 def _forgetting(variant: Variant) -> Iterator[None]:
-    """Have an engine compute every prompt: the measurement asks the same ones again and again, as callers do not."""
+    """Have an engine compute the end of every prompt: the measurement asks the same ones again, as callers do not."""
     assert isinstance(variant.loop, Together)  # noqa: S101 - the transform was applied; for the type checker
     engine = variant.loop.engine
-    kept, engine.prefixes = engine.prefixes, Prefixes(engine.prefixes.part, most_bytes=0, most_last_bytes=0)
+    kept, engine.prefixes = engine.prefixes, Prefixes(engine.prefixes.part, most_last_bytes=0)
     try:
         yield
     finally:
