@@ -97,7 +97,8 @@ class StepPrograms(DecodeSteps):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        return tuple(dict.fromkeys((rows, slots) for rows, slots, _ in self._steps))
+        """(batch, slots) of every step for a batch. Independent rows, which have slots of their own, are none."""
+        return tuple((rows, slots) for rows, slots, written in self._steps if written == 1)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
