@@ -12,11 +12,7 @@ import torch
 
 from ..model import seam
 from ..runtime.variant import Variant
-
-
-def parted(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The number of tokens after which two answers have different ones; None if they have none."""
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+from ..validate.quality import parted
 
 
 @torch.no_grad()

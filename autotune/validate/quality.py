@@ -199,8 +199,7 @@ def require_alike(exam: Exam, wrote: Sequence[Sequence[int]], limits: Tier) -> N
 
 def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
     """Require the same text up to the first near-tie, which is what lossless means (vLLM's check_logprobs_close)."""
-    first = next((k for k, (a, b) in enumerate(zip(mine, text.own, strict=False)) if a != b), None)
-    if first is None:
+    if (first := parted(mine, text.own)) is None:
         return
     row = exam.reference((text,))[0, len(text.natural) + first].float().log_softmax(-1)
     gap = float(row.max() - row[mine[first]])
@@ -208,6 +207,11 @@ def _require_greedy(exam: Exam, text: Text, mine: Sequence[int]) -> None:
         raise OutputError(
             f"greedy output differs at token {first} of prompt {text.prompt}, where the original is {gap:.2g} nats sure"
         )
+
+
+def parted(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The number of tokens after which two texts have different ones; None if they have none."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
 
 
 def repetition(texts: Sequence[Sequence[int]]) -> float:

@@ -23,6 +23,7 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import callers, policy, ties
 from autotune.tune.callers import CallersPoint, Sharing, decide, step_times
+from autotune.validate import quality
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import PAD, tiny, token_prompts
@@ -267,7 +268,7 @@ def at_twice(found: Sharing) -> Sharing:
     [([1, 2, 3], [1, 2, 3], None), ([1, 2, 3], [1, 4, 3], 1), ([], [], None), ([1, 2], [1, 2, 3], None), ([5], [6], 0)],
 )
 def test_where_answers_part(one: list[int], other: list[int], after: int | None) -> None:
-    assert ties.parted(one, other) == after
+    assert quality.parted(one, other) == after
 
 
 def test_two_tokens_are_a_tie_within_so_many_nats() -> None:
