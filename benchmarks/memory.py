@@ -34,12 +34,10 @@ from autotune.model.load import load
 from autotune.profile.survey import cache_bytes
 from autotune.runtime.variant import Variant, serving
 from autotune.workload import Workload
-from benchmarks.serving import answer
+from benchmarks.serving import Parts, answer
 from benchmarks.size_row import forget_peak
 from benchmarks.table import grid
 from benchmarks.worker import memory
-
-Parts = tuple[tuple[str, str, dict[str, Any]], ...]  # transforms: name, phase, parameters
 
 COMMON: Parts = (
     ("packed_embedding", "both", {}),
