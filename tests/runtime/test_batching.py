@@ -407,11 +407,16 @@ def broken_after(calls: int) -> LogitsProcessorList:
     ids=["processor", "criterion"],
 )
 def test_a_caller_with_a_fault_hurts_itself_alone(variant: Variant, alone: Variant, options: dict[str, Any]) -> None:
+    require_others_unhurt(variant, alone, options, ZeroDivisionError)
+
+
+def require_others_unhurt(variant: Variant, alone: Variant, options: dict[str, Any], error: type[Exception]) -> None:
+    """A caller with these options fails with the error, and those beside it get their answers."""
     served = serving(variant)
     with ThreadPoolExecutor(3) as pool:
         good = [pool.submit(answer, served, prompt(8, seed), 30) for seed in range(2)]
         bad = pool.submit(answer, served, prompt(5), 30, **options)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(error):
             bad.result()
         assert [g.result() for g in good] == [answer(serving(alone), prompt(8, seed), 30) for seed in range(2)]
 
@@ -459,17 +464,22 @@ def test_a_step_that_fails_fails_its_sequences_and_no_later_one(
 
 @needs_kernels
 def test_rows_with_nan_fail_alone(variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(variant)
-    logits = engine.sequences.logits
+    require_nan_hurts_alone(variant, alone, monkeypatch)
+
+
+def require_nan_hurts_alone(variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence whose logits are NaN fails, and one beside it gets its answer."""
+    sequences = engine_of(variant).sequences
+    logits = sequences.logits
 
     def spoilt() -> torch.Tensor:
         found = logits()
-        for row, request in enumerate(engine.sequences.rows[: len(found)]):
+        for row, request in enumerate(sequences.rows[: len(found)]):
             if request is not None and request.ids[0, 0] == 3:
                 found[row] = torch.nan
         return found
 
-    monkeypatch.setattr(engine.sequences, "logits", spoilt)
+    monkeypatch.setattr(sequences, "logits", spoilt)
     with ThreadPoolExecutor(2) as pool:
         good = pool.submit(answer, serving(variant), [4, *prompt(7)], 25)
         with pytest.raises(VariantError, match="NaN logits"):
@@ -478,27 +488,27 @@ def test_rows_with_nan_fail_alone(variant: Variant, alone: Variant, monkeypatch:
 
 
 Arrival = tuple[int, int, int, int, int | None]  # tokens of the prompt, new ones, pause before it, priority, seed
+ARRIVAL = st.tuples(
+    st.integers(1, 70),
+    st.integers(1, 25),
+    st.integers(0, 3),
+    st.sampled_from([0, 0, 0, 5, 3600]),
+    st.sampled_from([None, None, 1, 2]),
+)
 
 
 @needs_kernels
 @settings(max_examples=20, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 70),
-            st.integers(1, 25),
-            st.integers(0, 3),
-            st.sampled_from([0, 0, 0, 5, 3600]),
-            st.sampled_from([None, None, 1, 2]),
-        ),
-        min_size=2,
-        max_size=14,
-    )
-)
+@given(st.lists(ARRIVAL, min_size=2, max_size=14))
 def test_whenever_requests_come_each_gets_the_answer_it_would_get_alone(
     variant: Variant, alone: Variant, arrivals: list[Arrival]
 ) -> None:
     """More requests than rows, long and short, greedy and sampled by a seed, patient and urgent."""
+    require_own_answers(variant, alone, arrivals)
+
+
+def require_own_answers(variant: Variant, alone: Variant, arrivals: list[Arrival]) -> None:
+    """Each request gets the answer that it would get alone, and nothing is left of it."""
 
     def ask(served: Any, length: int, tokens: int, priority: int, seed: int | None) -> list[int]:
         CURRENT.set(RequestTerms(priority))

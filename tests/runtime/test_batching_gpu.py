@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from autotune.errors import CancelledRequestError, DeviceError, TransformError, VariantError
 from autotune.live.original import Original
@@ -40,15 +39,18 @@ from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
 from tests.runtime.test_batching import (
+    ARRIVAL,
     ROWS,
     SHAPES,
     Arrival,
-    ByPosition,
     Streamer,
     answer,
     broken_after,
     engine_of,
     prompt,
+    require_nan_hurts_alone,
+    require_others_unhurt,
+    require_own_answers,
     until_waiting,
 )
 from tests.runtime.test_captures import turns_of
@@ -124,37 +126,12 @@ def test_a_cache_of_rows_has_a_layout_of_its_own(alone: Variant) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 70),
-            st.integers(1, 25),
-            st.integers(0, 3),
-            st.sampled_from([0, 0, 0, 5, 3600]),
-            st.sampled_from([None, None, 1, 2]),
-        ),
-        min_size=2,
-        max_size=12,
-    )
-)
+@given(st.lists(ARRIVAL, min_size=2, max_size=12))
 def test_whenever_requests_come_each_gets_the_answer_it_would_get_alone(
     variant: Variant, alone: Variant, arrivals: list[Arrival]
 ) -> None:
     """Join and leave between steps, greedy and sampled by a seed; urgent ones take rows from others."""
-
-    def ask(served: Any, length: int, tokens: int, priority: int, seed: int | None) -> list[int]:
-        CURRENT.set(RequestTerms(priority))
-        drawn: dict[str, Any] = {"do_sample": True, "logits_processor": LogitsProcessorList([ByPosition(seed or 0)])}
-        return answer(served, prompt(length, length), tokens, **({} if seed is None else drawn))
-
-    with ThreadPoolExecutor(len(arrivals)) as pool:
-        asked = []
-        for length, tokens, pause, priority, seed in arrivals:
-            time.sleep(0.001 * pause)
-            asked.append(pool.submit(ask, serving(variant), length, tokens, priority, seed))
-        got = [each.result() for each in asked]
-    assert got == [ask(serving(alone), length, tokens, 0, seed) for length, tokens, _, _, seed in arrivals]
-    assert not engine_of(variant)._is_busy()
+    require_own_answers(variant, alone, arrivals)
     assert not steps_of(variant).fallbacks
 
 
@@ -178,32 +155,11 @@ def test_sampling_uses_the_callers_settings_and_numbers(variant: Variant, alone:
 def test_a_row_that_fails_fails_alone(
     variant: Variant, alone: Variant, options: dict[str, Any], error: type[Exception]
 ) -> None:
-    served = serving(variant)
-    with ThreadPoolExecutor(3) as pool:
-        good = [pool.submit(answer, served, prompt(8, seed), 30) for seed in range(2)]
-        bad = pool.submit(answer, served, prompt(5), 30, **options)
-        with pytest.raises(error):
-            bad.result()
-        assert [g.result() for g in good] == [answer(serving(alone), prompt(8, seed), 30) for seed in range(2)]
+    require_others_unhurt(variant, alone, options, error)
 
 
 def test_rows_with_nan_fail_alone(variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequences = engine_of(variant).sequences
-    logits = sequences.logits
-
-    def spoilt() -> torch.Tensor:
-        found = logits()
-        for row, request in enumerate(sequences.rows[: len(found)]):
-            if request is not None and request.ids[0, 0] == 3:
-                found[row] = torch.nan
-        return found
-
-    monkeypatch.setattr(sequences, "logits", spoilt)
-    with ThreadPoolExecutor(2) as pool:
-        good = pool.submit(answer, serving(variant), [4, *prompt(7)], 25)
-        with pytest.raises(VariantError, match="NaN logits"):
-            answer(serving(variant), [3, *prompt(5)], 25)
-        assert good.result() == answer(serving(alone), [4, *prompt(7)], 25)
+    require_nan_hurts_alone(variant, alone, monkeypatch)
 
 
 def test_a_caller_that_goes_frees_its_row(variant: Variant, alone: Variant) -> None:
