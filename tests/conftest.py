@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from autotune.machine import device
 from tests import models
+from tests.fakes.cuda import FakeCuda
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -154,6 +156,14 @@ def unhindered() -> Iterator[None]:
 def llama() -> PreTrainedModel:
     """A tiny random Llama with tied embeddings, of this test's own."""
     return models.tiny("llama")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCuda]:
+    """A fake CUDA device in place of the one that a model is on."""
+    gpu = FakeCuda()
+    with device.stand_in(gpu):
+        yield gpu
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,6 @@ from tests.profile.test_timeline import TRACES
 
 GPU = Hardware("cuda", "a GPU", "9.0", 1, 80 * 10**9, 3350e9, {"float32": 60e12, "tf32": 400e12}, None, {})
 WORKLOAD = Workload(tuple(map(tuple, models.token_prompts(3, 12))), new_tokens=8)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeCuda]:
-    fake = FakeCuda()
-    with device.stand_in(fake):
-        yield fake
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from autotune.live.original import Original
-from autotune.machine import device
 from autotune.runtime.cache.pool import CachePool
 from autotune.runtime.steps.captures import wanted
 from autotune.runtime.steps.graphs import GraphSteps
@@ -30,13 +29,6 @@ PLANS: dict[str, list[Transform]] = {
     "guesses from the prompt": [GRAPH, Speculation("decode", "prompt", 3)],
     "guesses of a draft": [GRAPH, Speculation("decode", "model", 3)],
 }
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeCuda]:
-    fake = FakeCuda()
-    with device.stand_in(fake):
-        yield fake
 
 
 def made(plan: str, traffic: Traffic | None = None) -> Variant:

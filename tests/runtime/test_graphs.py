@@ -9,7 +9,7 @@ import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, product
@@ -45,13 +45,6 @@ IDS = torch.tensor([token_prompts(1)[0]])  # [1, 12]
 GRAPH = CudaGraph(phase="decode", shortest=16)
 CUDA = Hardware("cuda", "test", "9.0", 1, 2**36, 3e12, {"float32": 6e13, "bfloat16": 9e14}, None, {})
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt-neox", "mistral-window"]
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeCuda]:
-    fake = FakeCuda()
-    with device.stand_in(fake):
-        yield fake
 
 
 def graphed(model: Any, transform: CudaGraph = GRAPH, batches: tuple[int, ...] = (1, 3)) -> Variant:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -247,13 +246,6 @@ AHEAD_PLANS: dict[str, list[Transform]] = {
     "slots": [StaticCache()],
     "graphs": [CudaGraph(phase="decode", shortest=16)],
 }
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeCuda]:
-    gpu = FakeCuda()
-    with device.stand_in(gpu):
-        yield gpu
 
 
 @pytest.mark.parametrize("plan", AHEAD_PLANS)

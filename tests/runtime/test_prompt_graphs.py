@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 
 from autotune.errors import ChoiceError, TransformError, VariantError
 from autotune.live.original import Original
-from autotune.machine import device
-from autotune.machine.hardware import Hardware
 from autotune.model import seam
 from autotune.runtime.steps import graphs
 from autotune.runtime.steps.prompts import PromptGraphs
@@ -27,17 +24,9 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
+from tests.runtime.test_graphs import ARCHITECTURES, CUDA
 
 GRAPH, PROMPTS = CudaGraph(phase="decode", shortest=32), CapturePrefill(phase="prefill", longest=64)
-CUDA = Hardware("cuda", "test", "9.0", 1, 2**36, 3e12, {"float32": 6e13, "bfloat16": 9e14}, None, {})
-ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt-neox", "mistral-window"]
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeCuda]:
-    fake = FakeCuda()
-    with device.stand_in(fake):
-        yield fake
 
 
 def variant_of(model: Any, *transforms: Any, batches: tuple[int, ...] = (1,)) -> Variant:
