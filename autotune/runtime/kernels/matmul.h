@@ -153,9 +153,7 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
     case ScalarType::Char: set_format<Plain<int8_t>>(m); break;
     case ScalarType::Half: set_format<Plain<Half>>(m); break;
     case ScalarType::BFloat16: set_format<Plain<Bf16>>(m); break;
-    default:
-      STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float, "packed weights are INT4 in INT32, INT6 in INT16, INT8, FP16, BF16 or FP32");
-      set_format<Plain<float>>(m);
+    default: set_format<Plain<float>>(m);  // `inputs_of` refuses other dtypes
   }
   Weights& w = m.packed;
   w.rows = outputs;
