@@ -8,7 +8,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 WORK = ("/v1/", "/tokenize", "/detokenize")  # requests for the model
 FAILED = 400  # the least status of an error
+LINGER_S = 2.0  # seconds that the client of a refused request gets to send what is left of its body
 PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 OPEN = frozenset({"/livez", "/", "/page.css", "/page.js", "/icon.svg"})  # need no key: they hold no data
 ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # ids of callers that are taken over
@@ -105,13 +107,11 @@ class Gate:
         path = self._label(scope["path"])
         try:
             with self._traces.request(scope["method"], path, headers, request_id) as noted:
-                self.under_way += scope["path"].startswith(WORK)
                 try:
                     await self._served(scope, headers, receive, answer)
                 except ClientGone:
                     status = 499
                 finally:
-                    self.under_way -= scope["path"].startswith(WORK)
                     noted["http.response.status_code"] = status
         finally:
             seconds = time.monotonic() - began
@@ -128,20 +128,25 @@ class Gate:
 
     async def _served(self, scope: Scope, headers: MutableMapping[str, str], receive: Receive, answer: Send) -> None:
         try:
-            self._admit(scope["path"], headers)
-            body = await self._body(headers, receive)
-        except Refusal as refusal:
-            await refusal.response({"connection": "close"})(scope, receive, answer)
-        else:
-            await self._app(scope, replayed(body, receive), answer)
+            with self._admitted(scope["path"], headers):
+                body = await self._body(headers, receive)
+                await self._app(scope, replayed(body, receive), answer)
+        except Refusal as refusal:  # the app answers its own
+            await refusal.response({"connection": "close"})(scope, receive, after_body(receive, answer))
 
-    def _admit(self, path: str, headers: MutableMapping[str, str]) -> None:
-        if path in OPEN:
-            return
-        if self._keys and not self._is_known(headers):
+    @contextmanager
+    def _admitted(self, path: str, headers: MutableMapping[str, str]) -> Iterator[None]:
+        """Refuse a request, or count it as under way if it is one for the model."""
+        if path not in OPEN and self._keys and not self._is_known(headers):
             raise Refusal(401, "no valid API key; send it as `Authorization: Bearer KEY`", code="invalid_api_key")
-        if self.ending.is_set() and path.startswith(WORK):
+        is_work = path.startswith(WORK)
+        if self.ending.is_set() and is_work:
             raise Refusal(503, "the server is ending; ask another one", code="ending")
+        self.under_way += is_work
+        try:
+            yield
+        finally:
+            self.under_way -= is_work
 
     def _is_known(self, headers: MutableMapping[str, str]) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -173,6 +178,25 @@ class Gate:
 
 class ClientGone(Exception):  # noqa: N818 - nothing went wrong
     """The client closed the connection before it had sent its body."""
+
+
+def after_body(receive: Receive, send: Send) -> Send:
+    """A `send` that ends a response once the body of its request was read, and thrown away, or `LINGER_S` are over.
+
+    A connection that is closed over bytes that nobody read is reset, and its client may lose the response.
+    """
+
+    async def last(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await send({**message, "more_body": True})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    while (await receive()).get("more_body"):
+                        pass
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    return last
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

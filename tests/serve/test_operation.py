@@ -83,6 +83,27 @@ def test_a_body_has_a_size_and_a_time(server: Running) -> None:
     assert "101 tokens; the most are 100" in prompt.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("size", "key", "ends", "status"), [(9, 0, 0, 401), (9, 1, 1, 503), (10_001, 1, 0, 413)])
+def test_who_sends_a_body_after_the_refusal_still_gets_it(
+    server: Running, size: int, key: int, ends: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = threading.Event()
+    monkeypatch.setattr(server.server._gate, "ending", ending)
+    if ends:
+        ending.set()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: {'key-1' * key}\r\nContent-Length: {size}\r\n\r\n"
+    with socket.create_connection(address(server)) as client:
+        client.sendall(head.encode())
+        got = b""
+        while not got.endswith(b"}}"):
+            got += client.recv(1000)
+        assert f" {status} ".encode() in got.split(b"\r\n")[0]
+        assert server.server._gate.under_way == 0  # a server that ends does not wait for it
+        for _ in range(size):
+            client.sendall(b"x")
+        assert client.recv(1000) == b""  # closed, not reset
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
 def test_a_connection_that_says_nothing_more_is_closed(
     server: Running, sent: bytes, monkeypatch: pytest.MonkeyPatch
@@ -274,7 +295,7 @@ def test_the_figures_add_up(server: Running) -> None:
 
 
 def test_the_end_waits_for_answers_under_way() -> None:
-    with running() as server:
+    with running(drain_s=600) as server:
         got: list[httpx.Response] = []
         asking = threading.Thread(
             target=lambda: got.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))
@@ -319,7 +340,7 @@ def test_an_answer_that_is_cut_says_so(why: str, stream: bool) -> None:
     """Until then, probes are answered, and further requests are refused."""
     body, got = LONG | {"max_tokens": 90_000, "stream": stream}, list[httpx.Response]()
     endless = tiny("llama", max_position_embeddings=100_000)
-    with running(endless) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running(endless, drain_s=600) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         asking = threading.Thread(target=lambda: got.append(client.post("/v1/completions", json=body)))
         asking.start()
         until(lambda: server.served.answers.running == 1)
