@@ -12,7 +12,7 @@ from torch import nn
 from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.runtime import attention_sdpa
-from autotune.runtime.cache import slots
+from autotune.runtime.cache import slot_forward
 from autotune.runtime.steps import compiled
 from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.variant import Variant, serving
@@ -45,7 +45,7 @@ def on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchao, "_compiled", lambda *shape: nn.functional.linear)
     monkeypatch.setattr(torchao, "quantized", lambda weight, scheme: weight)
     monkeypatch.setattr(compiled, "artifact", lambda *given: None)
-    step = SimpleNamespace(disable_guard_check=lambda: None, fn=slots.run)
+    step = SimpleNamespace(disable_guard_check=lambda: None, fn=slot_forward.run)
     monkeypatch.setattr(compiled, "compile_ahead", lambda *given: step)
     layers = pytest.importorskip("autotune.runtime.narrow.layers", reason="needs Triton")
     for kind in (layers.NarrowInt8Linear, layers.NarrowInt4Linear):

@@ -25,6 +25,7 @@ from autotune.machine import device
 from autotune.machine.device import Graph
 from autotune.machine.hardware import Hardware
 from autotune.model import seam
+from autotune.runtime.cache import slot_forward
 from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.steps import compiled
@@ -433,7 +434,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def compile_ahead(arguments: Any, *given: Any) -> Any:
         made.append(arguments)
-        return SimpleNamespace(disable_guard_check=lambda: None, fn=cache.run)
+        return SimpleNamespace(disable_guard_check=lambda: None, fn=slot_forward.run)
 
     monkeypatch.setattr(compiled, "compile_ahead", compile_ahead)
     monkeypatch.setattr(compiled, "artifact", lambda *given: None)
