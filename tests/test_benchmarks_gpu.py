@@ -13,9 +13,10 @@ from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.runtime import attention_sdpa
 from autotune.runtime.cache import slot_forward
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled
 from autotune.runtime.steps.graphs import GraphSteps
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import torchao, triton_weights
 from autotune.workload import Workload
 from benchmarks import gpu, gpu_shapes, gpu_steps, graph_soak

@@ -1,6 +1,6 @@
 """A lean decoding loop: generate's greedy search and sampling, token for token, without its work between the steps.
 
-It serves the calls that `Variant.unsupported` accepts: inputs are ids, the cache is generate's own, and neither
+It serves the calls that `dispatch.unsupported` accepts: inputs are ids, the cache is generate's own, and neither
 attentions nor hidden states are returned.
 """
 

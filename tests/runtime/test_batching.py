@@ -30,12 +30,13 @@ from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.speculation.strides import MultiTokenStep
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.steps.program.program import Program
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.fused_layers import FusedLayers
 from autotune.transforms.half_cache import HalfCache

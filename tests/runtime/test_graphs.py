@@ -28,12 +28,13 @@ from autotune.model import seam
 from autotune.runtime.cache import slot_forward
 from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled
 from autotune.runtime.steps.captures import buckets, lengths
 from autotune.runtime.steps.graphs import Captured, GraphSteps, agree
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.steps.waiting import require_no_wait
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache

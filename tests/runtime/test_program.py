@@ -24,6 +24,7 @@ from autotune.model import seam
 from autotune.runtime import kernels
 from autotune.runtime.cache import slot_forward, slots
 from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.kernels.modules import GroupedLinear
 from autotune.runtime.steps.program import Program, StepPrograms, layout
 from autotune.runtime.steps.program.building import collapse
@@ -31,7 +32,7 @@ from autotune.runtime.steps.program.given import ModuleCalls
 from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
 from autotune.runtime.steps.program.lower import lower
 from autotune.runtime.steps.program.trace import trace
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU
 from tests.transforms.test_weights import profile_of

@@ -19,11 +19,12 @@ from autotune.errors import UnsupportedModelError, VariantError
 from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime.cache import slot_forward, slots
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, evenly, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import GuessCounts
 from autotune.runtime.steps.compiled import CompiledStep
-from autotune.runtime.variant import Transform, Variant, build, serving
+from autotune.runtime.variant import Transform, Variant, build
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache

@@ -16,7 +16,8 @@ from autotune.profile.survey import memory_use
 from autotune.runtime import kernels
 from autotune.runtime.cache import slot_forward, slots
 from autotune.runtime.cache.rows import RowCache
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms import make
 from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.quantised_cache import QuantisedCache

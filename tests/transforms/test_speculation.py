@@ -15,11 +15,12 @@ from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
 from autotune.runtime import kernels
 from autotune.runtime.cache import slot_forward, slots
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation import speculate
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
-from autotune.runtime.variant import Stage, Transform, Variant, build, serving
+from autotune.runtime.variant import Stage, Transform, Variant, build
 from autotune.transforms import make
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
