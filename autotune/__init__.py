@@ -18,7 +18,7 @@ The folders are floors: each imports only from floors below it, and folders on o
     errors            everything that is raised on purpose
 
 Each folder's docstring says what lives in it. To understand the loop read tune/run, tune/search and tune/trying; to
-understand a call read live/serving, runtime/variant and runtime/loop.
+understand a call read live/serving, runtime/dispatch and runtime/loop.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from autotune.errors import AutotuneError
 from autotune.machine import device as devices
 from autotune.model import linear_layers
 from autotune.profile.timing import time_request
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.linears import LinearTransform
 from autotune.workload import Workload
 from benchmarks.gpu_shapes import SHAPES, random_model, random_prompts

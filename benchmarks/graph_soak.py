@@ -21,7 +21,8 @@ import torch
 from autotune import transforms
 from autotune.machine import device as devices
 from autotune.model import route
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.workload import Workload
 from benchmarks.gpu_shapes import random_model, random_prompts
 

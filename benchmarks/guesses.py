@@ -26,8 +26,9 @@ from autotune.machine import processor
 from autotune.model import route
 from autotune.model.load import load
 from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps.program import StepPrograms
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.speculation import Speculation
 from autotune.workload import Workload, built_in
 from autotune.workload.texts import TEXTS

@@ -28,7 +28,8 @@ import torch
 from autotune import transforms
 from autotune.machine import busy
 from autotune.profile.timing import time_request
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.threads import usable_cores
 
 if TYPE_CHECKING:

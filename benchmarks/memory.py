@@ -32,7 +32,8 @@ from autotune.model import route, shrink
 from autotune.model.linear_layers import stored_bytes
 from autotune.model.load import load
 from autotune.profile.survey import cache_bytes
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.workload import Workload
 from benchmarks.serving import Parts, answer
 from benchmarks.size_row import forget_peak

@@ -39,7 +39,8 @@ from autotune.model.gguf import checkpoint
 from autotune.model.load import load
 from autotune.runtime import kernels
 from autotune.runtime.batching.prefixes import Prefixes
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.continuous_batching import Together
 from autotune.validate.divergence import Divergence
 from autotune.workload import Workload, built_in

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from autotune import transforms
 from autotune.machine.device.trace import silent_kineto
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps.program import StepPrograms
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 
 LAYERS, HIDDEN, FFN, VOCABULARY = 4, 256, 512, 1024
 PROMPT, FEW, MANY = 16, 8, 24  # tokens: of the prompt, and of the two answers whose difference is counted

@@ -40,6 +40,7 @@ import torch
 from autotune.errors import AutotuneError, ChoiceError, TransformError
 from autotune.machine import hardware, processor
 from autotune.model import route, seam, shrink
+from autotune.runtime import dispatch
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms import make, registry, speculation
@@ -135,13 +136,13 @@ class Fallback:
         self.served = 0
 
     def sample(self, call: seam.Sampling) -> Any:
-        if self.variant.unsupported(call):
+        if dispatch.unsupported(self.variant, call):
             return call.original()
         self.served += 1
-        return self.variant.sample(call)
+        return dispatch.sample(self.variant, call)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.variant.forward(model, args, kwargs)
+        return dispatch.forward(self.variant, model, args, kwargs)
 
     def other_loop(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()

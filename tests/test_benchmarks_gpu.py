@@ -12,10 +12,11 @@ from torch import nn
 from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.runtime import attention_sdpa
-from autotune.runtime.cache import slots
+from autotune.runtime.cache import slot_forward
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled
 from autotune.runtime.steps.graphs import GraphSteps
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import torchao, triton_weights
 from autotune.workload import Workload
 from benchmarks import gpu, gpu_shapes, gpu_steps, graph_soak
@@ -45,7 +46,7 @@ def on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchao, "_compiled", lambda *shape: nn.functional.linear)
     monkeypatch.setattr(torchao, "quantized", lambda weight, scheme: weight)
     monkeypatch.setattr(compiled, "artifact", lambda *given: None)
-    step = SimpleNamespace(disable_guard_check=lambda: None, fn=slots.run)
+    step = SimpleNamespace(disable_guard_check=lambda: None, fn=slot_forward.run)
     monkeypatch.setattr(compiled, "compile_ahead", lambda *given: step)
     layers = pytest.importorskip("autotune.runtime.narrow.layers", reason="needs Triton")
     for kind in (layers.NarrowInt8Linear, layers.NarrowInt4Linear):

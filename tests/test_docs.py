@@ -17,7 +17,8 @@ from autotune.machine import versions
 from autotune.machine.versions import TESTED
 from autotune.model import route
 from autotune.report import exit_codes as codes
-from autotune.runtime.variant import build, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import build
 from autotune.transforms import registry
 from autotune.tune import policy as policies
 from autotune.validate.tiers import TIERS

@@ -12,7 +12,8 @@ import torch
 from autotune.cli import demo
 from autotune.model.load import load
 from autotune.runtime import kernels
-from autotune.runtime.variant import build, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import build
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.one_query_attention import OneQueryAttention

@@ -17,9 +17,9 @@ from ..errors import DeviceError, RequestError, UnreadyError, VariantError, in_w
 from ..machine import device as devices
 from ..machine import intraop, outside
 from ..model import modes, seam, sharding
+from ..runtime import dispatch
 from ..runtime.attempt import Attempt
 from ..runtime.batching.terms import CURRENT
-from ..runtime.variant import serves_forward
 from .original import RELOAD, Original, Residence
 from .status import State
 from .watch.breaker import BreakerState, Rules
@@ -164,7 +164,7 @@ class Serving:
                 return call.original()
             variant = self._fresh()
             if variant is not None:
-                reason = variant.unsupported(call)
+                reason = dispatch.unsupported(variant, call)
                 reason = reason or (None if self.watch.admits(call.input_ids.shape[0]) else RESTING)
                 if reason is None:
                     return self._serve(variant, call, visit)
@@ -182,7 +182,7 @@ class Serving:
             variant = self._fresh()
             if variant is None or self.watch.open():
                 return original()
-            if not serves_forward(args, kwargs):
+            if not dispatch.serves_forward(args, kwargs):
                 self.bypassed["forward with a cache of the caller's, gradients or extra arguments"] += 1
                 return original()
             return self._serve_forward(variant, args, kwargs, original)
@@ -247,7 +247,7 @@ class Serving:
         self, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any], original: Callable[[], Any]
     ) -> Any:
         try:
-            result = variant.forward(self._model, args, kwargs)
+            result = dispatch.forward(variant, self._model, args, kwargs)
         except DeviceError as dead:
             self.fail(str(dead))  # nothing can be retried on this device
             raise

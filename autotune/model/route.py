@@ -88,8 +88,8 @@ def _settle(model: PreTrainedModel) -> None:
             model.__class__ = bare_class(model)
 
 
-class _Plain:
-    """Router for a model that has none: calls the model itself."""
+class Plain:
+    """Router for a model that has none: calls the model itself. Other routers override what they serve differently."""
 
     def sample(self, call: Sampling) -> Any:
         return call.original()
@@ -101,7 +101,7 @@ class _Plain:
         return nullcontext()
 
 
-_PLAIN = _Plain()
+_PLAIN = Plain()
 
 
 def bare(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from ..diagnose.work import (
 from ..machine import device as devices
 from ..machine.peaks import uses_tf32
 from ..machine.roofline import ridge
-from ..runtime.variant import serving
+from ..runtime.dispatch import serving
 from ..workload import PHASES, Phase, Workload
 from .budget import Budget
 from .observing import DevicePhase, observe

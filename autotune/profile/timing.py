@@ -83,7 +83,7 @@ def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) ->
     """Generate exactly `new_tokens` tokens greedily for `ids` [B, P], and time them with `timed`.
 
     Args:
-        served: the model as it will serve (`autotune.runtime.variant.serving`).
+        served: the model as it will serve (`autotune.runtime.dispatch.serving`).
         ids: prompts of one length, [B, P] int64, without padding.
         new_tokens: tokens per sequence; no token ends it earlier.
     """

@@ -1,6 +1,6 @@
 """A lean decoding loop: generate's greedy search and sampling, token for token, without its work between the steps.
 
-It serves the calls that `Variant.unsupported` accepts: inputs are ids, the cache is generate's own, and neither
+It serves the calls that `dispatch.unsupported` accepts: inputs are ids, the cache is generate's own, and neither
 attentions nor hidden states are returned.
 """
 
@@ -21,6 +21,7 @@ from .reading import read
 
 if TYPE_CHECKING:
     from ..model.seam import Sampling
+    from .cache.slots import SlotCache
     from .steps.step import NextLogits, Step
     from .variant import Variant
 
@@ -60,7 +61,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
     A prompt that is captured is computed in the slots, and on the host prefill fills them. Else they get a copy of what
     grew in prefill.
     """
-    from .cache import slots
+    from .cache import slot_forward
 
     pool = variant.caches
     assert pool is not None  # noqa: S101 - the caller checked; for the type checker
@@ -78,7 +79,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
             logits = read(variant, call, prompt)
 
         @cache
-        def decoder() -> tuple[slots.SlotCache, Step | None]:  # called after the first token, which needs no slots
+        def decoder() -> tuple[SlotCache, Step | None]:  # called after the first token, which needs no slots
             with variant.preparing(batch):
                 held = filled or lent.enter_context(pool.lend(prompt, call.mask))
                 return held, variant.step.fitting(held) if variant.step is not None else None
@@ -86,7 +87,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
         def following(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
             held, step = decoder()
             with variant.running("decode") as module:
-                return slots.step(module, token, position, held) if step is None else step(token, position, held)
+                return slot_forward.step(module, token, position, held) if step is None else step(token, position, held)
 
         def final_cache() -> Any:
             return decoder()[0].to_dynamic(variant.original.config)

@@ -5,22 +5,23 @@ The original is never edited. `Variant.edit` gives structural copies (twins), so
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ..errors import AutotuneError, DeviceError, MeasurementError, TransformError, UnreadyError, VariantError
+from ..errors import AutotuneError, DeviceError, TransformError, UnreadyError, VariantError
 from ..machine import device as devices
 from ..machine import intraop, outside
-from ..model import route, seam, sharding, stateful
+from ..model import seam, sharding, stateful
 from ..model.twins import fork
 from ..workload import PHASES, Phase, Workload
 from .batching.load import EngineLoad
-from .ranks.leading import LEADER, Leading
+from .phase_switch import by_phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,15 +186,14 @@ class Variant:
                 raise TransformError(reason)
             if (reason := divided(transform, self.original)) is not None:
                 raise TransformError(reason)
-            variant = self._copy()
+            variant = self.copy()
             with sharding.alone(self.original):
                 transform.apply(variant)
             if variant.kv is not None and variant.caches is not None:
                 raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
             variant.transforms = (*self.transforms, transform)
             return variant
-        fresh = Variant(self.original, self.traffic, self.workload, self.draft)
-        return fresh.with_transforms((*self.transforms, transform))
+        return self.bare().with_transforms((*self.transforms, transform))
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
         """Make a new variant: this one plus `transforms`, with all transforms in stage order.
@@ -203,24 +203,21 @@ class Variant:
         """
         variant, added = self, sorted(transforms, key=lambda t: t.stage)
         if len(added) > 1 and any(done.stage > added[0].stage for done in self.transforms):
-            variant = Variant(self.original, self.traffic, self.workload, self.draft)  # what is there is made anew once
+            variant = self.bare()  # what is there is made anew once
             added = sorted((*self.transforms, *added), key=lambda t: t.stage)
         for transform in added:
             variant = variant.with_transform(transform)
         return variant
 
-    def _copy(self) -> Variant:
-        other = Variant(self.original, self.traffic, self.workload, self.draft)
-        other.modules = dict(self.modules)
-        other.transforms = self.transforms
-        other.threads = dict(self.threads)
-        other.caches = self.caches
-        other.loop = self.loop
-        other.step = self.step
-        other.prompts = self.prompts
-        other.speculation = self.speculation
-        other.kv = self.kv
-        other.part_tokens = self.part_tokens
+    def bare(self) -> Variant:
+        """Make a variant for the same model and workload, without transforms."""
+        return Variant(self.original, self.traffic, self.workload, self.draft)
+
+    def copy(self) -> Variant:
+        """Make a variant of the same modules and settings, whose modules are not its own to edit."""
+        other = copy.copy(self)
+        other.modules, other.threads = dict(self.modules), dict(self.threads)
+        other._editable, other._front = set(), None
         return other
 
     def edit(self, phase: Literal["prefill", "decode", "both"]) -> tuple[PreTrainedModel, ...]:
@@ -305,45 +302,6 @@ class Variant:
             outside.pass_on(error)
             raise UnreadyError(f"a batch of {batch} cannot be decoded: {type(error).__name__}: {error}") from error
 
-    def unsupported(self, call: seam.Sampling) -> str | None:
-        """Why this variant cannot serve a call of generate's loop, or None."""
-        if not self.transforms:
-            return None
-        if reason := call.unusual():
-            return reason
-        if self.loop is not None and call.starts_over():
-            return "a length at which the model reads everything before it anew"
-        return None if self.caches is None else self.caches.unsupported(call.settings)
-
-    def sample(self, call: seam.Sampling) -> Any:
-        """Serve one call of generate's loop, on all ranks; `unsupported` must have said None."""
-        leader = self._leader
-        return self._serve(call) if leader is None else leader.sample(self, call)
-
-    @property
-    def _leader(self) -> Leading | None:
-        """Has all ranks run this variant's calls, if this rank tunes a sharded model."""
-        return LEADER.get() if sharding.ranks(self.original) > 1 else None
-
-    def _serve(self, call: seam.Sampling) -> Any:
-        if not self.transforms:
-            return call.original()
-        with self.device.guard():
-            if self.loop is not None:
-                return self.loop(self, call)
-            return call.run_on(self.front)
-
-    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve one direct forward call without a cache from the caller, on all ranks."""
-        leader = self._leader
-        return self._serve_forward(model, args, kwargs) if leader is None else leader.forward(self, model, args, kwargs)
-
-    def _serve_forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not serves_forward(args, kwargs):
-            return seam.bare_class(model).forward(model, *args, **kwargs)
-        with self.device.guard(), self.running("prefill") as module:
-            return module(*args, **kwargs)
-
     @property
     def pause(self) -> Pause | None:
         """Pauses what several callers share while its context is held; None if each is served by itself."""
@@ -371,65 +329,13 @@ class Variant:
         """A model for transformers' own loop; its forward calls the module of the phase."""
         if self._front is None:
             stateful.of(self.original)
-            front = fork(self.modules["decode"])
-            front.__dict__.pop("forward", None)  # an instance's forward would hide the route
-            self._front = route.routed(front, _PhaseSwitch(self))
+            self._front = by_phase(self.modules["decode"], self.running)
         return self._front
-
-
-class _Quiet:
-    """Base of the internal routers, which count and report nothing."""
-
-    def __init__(self, variant: Variant) -> None:
-        self.variant = variant
-
-    def other_loop(self, name: str) -> AbstractContextManager[object]:
-        return nullcontext()
-
-
-class _PhaseSwitch(_Quiet):
-    """Router of `Variant.front`: one token after a filled cache is decode, everything else is prefill."""
-
-    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.variant.running("decode" if seam.is_decoding(kwargs) else "prefill") as module:
-            return module(*args, **kwargs)
-
-    def sample(self, call: seam.Sampling) -> Any:
-        return call.original()
-
-
-class _Measured(_Quiet):
-    """Router of `serving`: runs the variant, with each call as one step between live requests."""
-
-    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.variant.turn():
-            return self.variant.forward(model, args, kwargs)
-
-    def sample(self, call: seam.Sampling) -> Any:
-        if reason := self.variant.unsupported(call):
-            raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
-        with self.variant.turn():
-            return self.variant.sample(call)
 
 
 def divided(transform: Transform, model: PreTrainedModel) -> str | None:
     """Why a transform does not work on the parts of a model that ranks hold, or None."""
     return None if transform.sharded else sharding.reason(model)
-
-
-def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the prefill module may serve a direct forward call: inference on ids, without unusual arguments."""
-    plain = {
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "use_cache",
-        "logits_to_keep",
-        "return_dict",
-        "labels",
-    }
-    asked = {k for k, v in kwargs.items() if v is not None}
-    return len(args) <= 1 and asked <= plain and not torch.is_grad_enabled()
 
 
 def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant:
@@ -439,8 +345,3 @@ def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant
         TransformError: one of them refuses.
     """
     return Variant(original).with_transforms(transforms)
-
-
-def serving(variant: Variant) -> PreTrainedModel:
-    """A model object whose `generate` and `forward` run `variant`, so that it is measured and judged as it serves."""
-    return route.routed(variant.original, _Measured(variant))

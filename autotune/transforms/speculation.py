@@ -199,7 +199,7 @@ def measure_costs(variant: Variant) -> tuple[float, ...]:
     Args:
         variant: with `caches` and `speculation`.
     """
-    from ..runtime.cache import slots
+    from ..runtime.cache import slot_forward
 
     speculation, pool = variant.speculation, variant.caches
     assert speculation is not None and pool is not None  # noqa: S101, PT018 - the caller made them; for the type checker
@@ -217,7 +217,7 @@ def measure_costs(variant: Variant) -> tuple[float, ...]:
 
         def plain() -> None:
             if step is None:
-                slots.step(module, tokens[:, :1], positions[:, :1], held)
+                slot_forward.step(module, tokens[:, :1], positions[:, :1], held)
             else:
                 step(tokens[:, :1], positions[:, :1], held)
 

@@ -81,7 +81,7 @@ def over_few_slots() -> Transform:
 
 def no_slots(model: PreTrainedModel) -> str | None:
     """Why a model cannot decode over slots, or None."""
-    from ..runtime.cache.slots import unsupported
+    from ..runtime.cache.slot_forward import unsupported
 
     return placement.one_device(model) or seam.cannot_step(model) or unsupported(text_config(model))
 

@@ -21,7 +21,8 @@ from ..model import route
 from ..runtime.batching.load import EngineLoad
 from ..runtime.batching.prefixes import Prefixes
 from ..runtime.batching.rows import sizes
-from ..runtime.variant import Variant, divided, serving
+from ..runtime.dispatch import serving
+from ..runtime.variant import Variant, divided
 from ..transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
 from . import ties
 from .choose import outgrows

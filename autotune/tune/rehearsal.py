@@ -17,7 +17,8 @@ import torch
 from ..errors import AutotuneError, Blocker, MeasurementError, TransformError
 from ..machine import outside, versions
 from ..model import route, seam, shrink
-from ..runtime.variant import Variant, serving
+from ..runtime.dispatch import serving
+from ..runtime.variant import Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

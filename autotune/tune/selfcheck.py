@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,8 @@ from ..errors import AutotuneError
 from ..machine import cache_dir, outside, versions
 from ..machine.hardware import library_versions
 from ..model import route, seam, shrink
-from ..runtime.variant import Variant, serving
+from ..runtime.dispatch import serving
+from ..runtime.variant import Variant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,7 +148,7 @@ def _answers(model: Any) -> list[torch.Tensor]:
     return [seam.sequences(batch), read.argmax(-1)]
 
 
-class _Seen:
+class _Seen(route.Plain):
     """A router that serves with the original and records the calls."""
 
     def __init__(self) -> None:
@@ -157,15 +157,11 @@ class _Seen:
 
     def sample(self, call: seam.Sampling) -> Any:
         self.calls.append(call)
-        return call.original()
+        return super().sample(call)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.forwards += 1
-        cls: Any = seam.bare_class(model)
-        return cls.forward(model, *args, **kwargs)
-
-    def other_loop(self, name: str) -> AbstractContextManager[object]:
-        return nullcontext()
+        return super().forward(model, args, kwargs)
 
 
 class _OnFront(_Seen):

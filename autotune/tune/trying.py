@@ -332,7 +332,7 @@ def assemble(trial: Trial, incumbent: Variant) -> Variant:
     for transform in sorted(kept, key=lambda t: t.stage):
         if error := next(filter(None, map(transform.excludes, trial.transforms)), None):
             raise _NeededError(f"the plan's {transform} needs what it would replace: {error}")
-    variant = Variant(incumbent.original, incumbent.traffic, incumbent.workload, incumbent.draft)
+    variant = incumbent.bare()
     for transform in sorted(kept, key=lambda t: t.stage):
         try:
             variant = variant.with_transform(transform)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from ..errors import DeviceError, MeasurementError, in_words
 from ..machine import outside
 from ..model import route, seam
+from ..runtime import dispatch
 from ..runtime.variant import Variant
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class BypassedError(CandidateError):
     """The variant leaves this kind of call to the original, so there is nothing to judge."""
 
 
-class Served:
+class Served(dispatch.Measured):
     """A variant as a wrapped model serves it.
 
     Args:
@@ -48,26 +48,16 @@ class Served:
     def __init__(
         self, variant: Variant, pad_token_id: int, eos_token_ids: Sequence[int] = (), fall_back: bool = True
     ) -> None:
-        self.variant = variant
+        super().__init__(variant)
         self.fall_back = fall_back
         self.left: Counter[str] = Counter()
         self.model: PreTrainedModel = route.greedy(route.routed(variant.original, self), pad_token_id, eos_token_ids)
         self.pad_token_id = pad_token_id
 
-    def sample(self, call: seam.Sampling) -> Any:
-        if reason := self.variant.unsupported(call):
-            if not self.fall_back:
-                raise BypassedError(reason)
-            return Variant(self.variant.original).sample(call)
-        with self.variant.turn():
-            return self.variant.sample(call)
-
-    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.variant.turn():
-            return self.variant.forward(model, args, kwargs)
-
-    def other_loop(self, name: str) -> AbstractContextManager[object]:
-        return nullcontext()
+    def bypass(self, call: seam.Sampling, reason: str) -> Any:
+        if not self.fall_back:
+            raise BypassedError(reason)
+        return dispatch.sample(Variant(self.variant.original), call)
 
     def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
         """Generate tokens [B, P + new_tokens] from left-padded `prompts`.
@@ -142,7 +132,7 @@ def _attempted(run: Callable[[], torch.Tensor]) -> torch.Tensor:
     raise CandidateError(failure)  # outside the handler: its traceback would keep the candidate's tensors alive
 
 
-class _Reader:
+class _Reader(route.Plain):
     """A router that keeps the logits of a prompt's last tokens."""
 
     logits: torch.Tensor  # [B, last, V]
@@ -163,9 +153,6 @@ class _Reader:
                 out = module(*args, **asked)
         self.logits = seam.logits(out)[:, -self.last :]
         return out
-
-    def other_loop(self, name: str) -> AbstractContextManager[object]:
-        return nullcontext()
 
 
 class _Teacher:

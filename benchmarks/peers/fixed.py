@@ -10,7 +10,8 @@ import torch
 from autotune import transforms
 from autotune.diagnose.work import stored_weights
 from autotune.runtime import kernels
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from benchmarks.peers import Setup, Weights
 from benchmarks.peers.hugging_face import bytes_per_token, load
 from benchmarks.peers.tuned import Tuned

@@ -15,8 +15,8 @@ import torch
 from autotune import cli
 from autotune.cli import demo
 from autotune.errors import MeasurementError, TransformError, UnsupportedModelError
+from autotune.runtime import dispatch
 from autotune.runtime.loop import decode
-from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import policy as policies
 from autotune.tune.plan import Trial, TrialOutcome
@@ -198,7 +198,7 @@ def refuse(patch):
 
 def bypass(patch):
     """The only candidate leaves every call to the original, as with a transformers release that renamed an argument."""
-    patch.setattr(Variant, "unsupported", lambda self, call: "argument cache" if self.transforms else None)
+    patch.setattr(dispatch, "unsupported", lambda variant, call: "argument cache" if variant.transforms else None)
 
 
 def ruin(patch):

@@ -22,7 +22,7 @@ from autotune.live import serving
 from autotune.live.watch import watch
 from autotune.machine import device, outside
 from autotune.model import modes, revision, route, seam
-from autotune.runtime import attempt, variant
+from autotune.runtime import attempt, dispatch, variant
 from autotune.runtime.cache import slots as cache
 
 EXAMPLES = 15  # in a round
@@ -61,7 +61,7 @@ def over_the_same_cache(self: Any, model: Any) -> Any:
 
 def blamed_forward(self: Any, plan: Any, args: Any, kwargs: Any, original: Any) -> Any:
     try:
-        result = plan.forward(self._model, args, kwargs)
+        result = dispatch.forward(plan, self._model, args, kwargs)
     except Exception as error:
         raise VariantError(f"forward failed: {error}") from error
     self.served += 1
@@ -138,7 +138,7 @@ def called_again(self: Any, model: Any, args: Any, kwargs: Any) -> Any:
     """The original by calling the module, hooks and all."""
     with self._traffic.request():
         plan = self._fresh()
-        if plan is None or self.watch.open() or not variant.serves_forward(args, kwargs):
+        if plan is None or self.watch.open() or not dispatch.serves_forward(args, kwargs):
             return route.bare(model)(*args, **kwargs)
         return self._serve_forward(plan, args, kwargs, lambda: route.bare(model)(*args, **kwargs))
 

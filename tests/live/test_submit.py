@@ -28,7 +28,8 @@ from autotune.report import Report
 from autotune.runtime import kernels
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.terms import RequestTerms
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly

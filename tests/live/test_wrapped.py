@@ -10,7 +10,8 @@ import pytest
 from autotune.live.wrap import wrap
 from autotune.model import route
 from autotune.model.revision import Revision
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.runtime.wrapped import serving_variant, tuned_on
 from autotune.transforms import make
 from tests.models import tiny, token_prompts

@@ -15,8 +15,9 @@ from autotune import transforms
 from autotune.errors import VariantError
 from autotune.model.twins import fork
 from autotune.runtime import kernels
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps.program import StepPrograms
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.variant import Transform, Variant
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.models import tiny, token_prompts
 

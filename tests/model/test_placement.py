@@ -19,7 +19,8 @@ import autotune
 from autotune.errors import UnsupportedModelError
 from autotune.model import linear_layers, placement
 from autotune.model.twins import fork
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from autotune.transforms.cuda_graph import uncapturable
 from tests import models

@@ -23,7 +23,9 @@ from transformers import (
 
 from autotune.errors import MeasurementError
 from autotune.model import route, seam
-from autotune.runtime.variant import Stage, Transform, Variant, build, serving
+from autotune.runtime import dispatch
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Stage, Transform, Variant, build
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 
 if TYPE_CHECKING:
@@ -61,13 +63,13 @@ class Door:
         self.bypassed: list[str] = []
 
     def sample(self, call: seam.Sampling) -> Any:
-        if reason := self.variant.unsupported(call):
+        if reason := dispatch.unsupported(self.variant, call):
             self.bypassed.append(reason)
             return call.original()
-        return self.variant.sample(call)
+        return dispatch.sample(self.variant, call)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.variant.forward(model, args, kwargs)
+        return dispatch.forward(self.variant, model, args, kwargs)
 
     def other_loop(self, name: str) -> Any:
         self.bypassed.append(name)

@@ -16,7 +16,8 @@ from autotune.model.revision import Revision
 from autotune.model.route import routed
 from autotune.model.seam.preparation import drops_cache
 from autotune.model.twins import fork
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.tune import choose, fingerprint
 from tests.architectures import Fallback
 from tests.models import tiny, token_prompts

@@ -15,7 +15,8 @@ from torch import nn
 
 from autotune.model import route
 from autotune.model.twins import fork
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from tests.models import ARCHITECTURES, tiny, token_prompts
 
 IDS = torch.tensor(token_prompts(1))

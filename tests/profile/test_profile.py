@@ -39,7 +39,8 @@ from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes
 from autotune.profile.survey import median_prompts
 from autotune.profile.tracing import trace, watched
 from autotune.runtime import kernels
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.workload import PHASES, Workload
 from tests import models

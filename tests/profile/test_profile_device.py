@@ -29,7 +29,8 @@ from autotune.profile.timeline import Timeline, timeline
 from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
 from autotune.runtime import narrow
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.workload import PHASES, Workload
 from tests import models
 from tests.fakes.cuda import FakeCuda

@@ -30,12 +30,13 @@ from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.speculation.strides import MultiTokenStep
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.steps.program.program import Program
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.fused_layers import FusedLayers
 from autotune.transforms.half_cache import HalfCache
@@ -105,7 +106,7 @@ def filled(model: Any, ids: list[int]) -> Any:
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "mistral-window", "gpt2"])
 def test_a_row_computes_what_it_would_alone(arch: str) -> None:
-    from autotune.runtime.cache import slots
+    from autotune.runtime.cache import slot_forward
 
     model = tiny(arch)
     prompts = [prompt(length, seed=length) for length in (3, 20, 11)]
@@ -117,7 +118,7 @@ def test_a_row_computes_what_it_would_alone(arch: str) -> None:
     token = torch.tensor([[ids[-1]] for ids in prompts] + [[0]])
     with torch.no_grad():
         for _ in range(6):
-            got = slots.step(model, token, together.slot[:, None], together)
+            got = slot_forward.step(model, token, together.slot[:, None], together)
             together.advance()
             for row, cache in enumerate(caches):
                 from autotune.model import seam
@@ -130,7 +131,7 @@ def test_a_row_computes_what_it_would_alone(arch: str) -> None:
 
 
 def test_what_a_sequence_left_behind_does_not_harm_the_next() -> None:
-    from autotune.runtime.cache import slots
+    from autotune.runtime.cache import slot_forward
 
     model = tiny("llama")
     short, long = filled(model, prompt(4)), filled(model, prompt(40))
@@ -141,7 +142,7 @@ def test_what_a_sequence_left_behind_does_not_harm_the_next() -> None:
     cache.leave(0)
     cache.join(0, short)
     with torch.no_grad():
-        logits = slots.step(model, torch.tensor([[5], [0]]), cache.slot[:, None], cache)
+        logits = slot_forward.step(model, torch.tensor([[5], [0]]), cache.slot[:, None], cache)
     assert torch.isfinite(logits[0]).all()
 
 

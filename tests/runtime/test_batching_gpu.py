@@ -25,11 +25,12 @@ from autotune.runtime.batching.request import Request
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.steps.waiting import _Watch
 from autotune.runtime.traffic import Traffic
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.cuda_graph import CudaGraph

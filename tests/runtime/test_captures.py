@@ -13,10 +13,11 @@ import torch
 
 from autotune.live.original import Original
 from autotune.runtime.cache.pool import CachePool
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps.captures import wanted
 from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.traffic import Traffic
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.speculation import Speculation
 from autotune.workload import Workload

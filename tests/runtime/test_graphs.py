@@ -25,14 +25,16 @@ from autotune.machine import device
 from autotune.machine.device import Graph
 from autotune.machine.hardware import Hardware
 from autotune.model import seam
+from autotune.runtime.cache import slot_forward
 from autotune.runtime.cache import slots as cache
 from autotune.runtime.cache.slots import SlotCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled
 from autotune.runtime.steps.captures import buckets, lengths
 from autotune.runtime.steps.graphs import Captured, GraphSteps, agree
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
 from autotune.runtime.steps.waiting import require_no_wait
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph, uncapturable
 from autotune.transforms.static_cache import StaticCache
@@ -433,7 +435,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def compile_ahead(arguments: Any, *given: Any) -> Any:
         made.append(arguments)
-        return SimpleNamespace(disable_guard_check=lambda: None, fn=cache.run)
+        return SimpleNamespace(disable_guard_check=lambda: None, fn=slot_forward.run)
 
     monkeypatch.setattr(compiled, "compile_ahead", compile_ahead)
     monkeypatch.setattr(compiled, "artifact", lambda *given: None)

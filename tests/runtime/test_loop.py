@@ -13,10 +13,11 @@ from autotune.errors import TransformError
 from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime import kernels, loop
+from autotune.runtime.dispatch import serving
 from autotune.runtime.loop_state import drawn_unwaiting, largest
 from autotune.runtime.steps.compiled import artifact
 from autotune.runtime.steps.waiting import WAITS
-from autotune.runtime.variant import Transform, Variant, build, serving
+from autotune.runtime.variant import Transform, Variant, build
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop

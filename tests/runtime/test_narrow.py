@@ -20,7 +20,8 @@ from torch._subclasses import FakeTensorMode
 
 from autotune.machine import device as devices
 from autotune.machine.hardware import Hardware
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import make, triton_weights
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts

@@ -22,8 +22,9 @@ from autotune import transforms
 from autotune.errors import TransformError
 from autotune.model import seam
 from autotune.runtime import kernels
-from autotune.runtime.cache import slots
+from autotune.runtime.cache import slot_forward, slots
 from autotune.runtime.cache.rows import RowCache
+from autotune.runtime.dispatch import serving
 from autotune.runtime.kernels.modules import GroupedLinear
 from autotune.runtime.steps.program import Program, StepPrograms, layout
 from autotune.runtime.steps.program.building import collapse
@@ -31,7 +32,7 @@ from autotune.runtime.steps.program.given import ModuleCalls
 from autotune.runtime.steps.program.instruction import CODES, Instruction, Place, Root, Share, dense
 from autotune.runtime.steps.program.lower import lower
 from autotune.runtime.steps.program.trace import trace
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from tests.models import VOCABULARY, left_padded, tiny, token_prompts
 from tests.transforms.test_packed_prefill import CPU
 from tests.transforms.test_weights import profile_of
@@ -269,7 +270,7 @@ def test_a_recorded_step_gives_the_modules_logits(name: str, batch: int, weights
     for i in range(12):  # past the sliding windows of 8
         token = torch.tensor(token_prompts(batch, length=1, seed=i))
         position = torch.full((batch, 1), 11 + i)
-        expected = slots.step(module, token, position, caches[1])
+        expected = slot_forward.step(module, token, position, caches[1])
         torch.testing.assert_close(recorded(token, position, caches[0]), expected, atol=tolerance, rtol=tolerance / 2)
         for cache in caches:
             cache.advance()
@@ -293,7 +294,7 @@ def by_make_fx(module: Any, cache: slots.SlotCache, given: Any) -> Any:
     def step(*inputs: Any) -> torch.Tensor:
         *known, extra = inputs
         with given.returning(extra):
-            return slots.run(module, *known)
+            return slot_forward.run(module, *known)
 
     with torch.no_grad(), mode:
         fake = mode.from_tensor

@@ -13,7 +13,8 @@ from autotune.model import seam
 from autotune.runtime import kernels
 from autotune.runtime.cache.pool import CachePool
 from autotune.runtime.cache.slots import MAX_DISCARDED, SlotCache
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly

@@ -14,9 +14,10 @@ import torch
 from autotune.errors import ChoiceError, TransformError, VariantError
 from autotune.live.original import Original
 from autotune.model import seam
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import graphs
 from autotune.runtime.steps.prompts import PromptGraphs
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from autotune.transforms.capture_prefill import CapturePrefill
 from autotune.transforms.cuda_graph import CudaGraph

@@ -18,12 +18,13 @@ from autotune import profile
 from autotune.errors import UnsupportedModelError, VariantError
 from autotune.machine import device
 from autotune.model import seam
-from autotune.runtime.cache import slots
+from autotune.runtime.cache import slot_forward, slots
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, evenly, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import GuessCounts
 from autotune.runtime.steps.compiled import CompiledStep
-from autotune.runtime.variant import Transform, Variant, build, serving
+from autotune.runtime.variant import Transform, Variant, build
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
@@ -109,9 +110,9 @@ def test_several_steps_at_once_give_the_logits_of_one_after_the_other(arch: str,
             cache.fill(prompt, mask)
         tokens = torch.tensor([token_prompts(2, length=12)[i] for i in range(2)])  # [2, 12], beyond the windows
         after = positions[:, -1:] + torch.arange(1, 13)
-        together = slots.steps(model, tokens, after, caches[0])
+        together = slot_forward.steps(model, tokens, after, caches[0])
         for k in range(12):
-            alone = slots.step(model, tokens[:, k : k + 1], after[:, k : k + 1], caches[1])
+            alone = slot_forward.step(model, tokens[:, k : k + 1], after[:, k : k + 1], caches[1])
             caches[1].advance()
             torch.testing.assert_close(together[:, k], alone, atol=2e-4, rtol=1e-4)
     caches[0].advance(12)
@@ -129,8 +130,10 @@ def test_tokens_that_do_not_count_leave_no_trace() -> None:
         for cache in (clean, used):
             cache.fill(prompt, None)
         token, position = IDS[:, :1], torch.tensor([[12]])
-        slots.steps(model, IDS[:, 3:9], position + torch.arange(6), used)
-        assert torch.equal(slots.step(model, token, position, used), slots.step(model, token, position, clean))
+        slot_forward.steps(model, IDS[:, 3:9], position + torch.arange(6), used)
+        assert torch.equal(
+            slot_forward.step(model, token, position, used), slot_forward.step(model, token, position, clean)
+        )
 
 
 def test_several_steps_can_be_captured() -> None:
@@ -142,7 +145,7 @@ def test_several_steps_can_be_captured() -> None:
         for cache in (captured, eager):
             cache.fill(prompt, None)
         tokens, positions = IDS[:, :4].clone(), torch.arange(12, 16)[None]
-        work = lambda: slots.steps(model, tokens, positions, captured)  # noqa: E731
+        work = lambda: slot_forward.steps(model, tokens, positions, captured)  # noqa: E731
 
         def replayed() -> torch.Tensor:
             graph, result = fake.capture(work)
@@ -153,9 +156,9 @@ def test_several_steps_can_be_captured() -> None:
             return result.clone()
 
         result = fake.owner.run(replayed)
-        slots.steps(model, IDS[:, :4], torch.arange(12, 16)[None], eager)
+        slot_forward.steps(model, IDS[:, :4], torch.arange(12, 16)[None], eager)
         eager.advance(2)
-        torch.testing.assert_close(result, slots.steps(model, IDS[:, 5:9], torch.arange(14, 18)[None], eager))
+        torch.testing.assert_close(result, slot_forward.steps(model, IDS[:, 5:9], torch.arange(14, 18)[None], eager))
 
 
 @pytest.mark.slow
@@ -176,7 +179,9 @@ def test_several_steps_can_be_compiled(arch: str) -> None:
         assert step is not None
         for start in (12, 14):  # two of four tokens were right
             given = IDS[:, start - 12 : start - 8], torch.arange(start, start + 4)[None]
-            torch.testing.assert_close(step(*given, compiled), slots.steps(model, *given, eager), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                step(*given, compiled), slot_forward.steps(model, *given, eager), atol=1e-4, rtol=1e-4
+            )
             for cache in (compiled, eager):
                 cache.advance(2)
 

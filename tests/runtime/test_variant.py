@@ -14,7 +14,8 @@ from torch import nn
 
 from autotune.errors import TransformError, VariantError
 from autotune.model.twins import fork
-from autotune.runtime.variant import Stage, Transform, Variant, build, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Stage, Transform, Variant, build
 from autotune.workload import PHASES
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 from tests.surroundings import surroundings

@@ -16,7 +16,8 @@ from autotune.errors import TransformError
 from autotune.machine import device
 from autotune.model.seam import attentions_of as in_use
 from autotune.runtime import attention_sdpa
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import attention, make
 from autotune.transforms.attention import IMPLEMENTATIONS, Attention, operators
 from tests import models

@@ -9,9 +9,10 @@ import torch
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled_prefill
 from autotune.runtime.steps.compiled_prefill import Recompiling
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.compile_prefill import CompilePrefill
 from autotune.transforms.static_cache import StaticCache
 from tests.models import left_padded, tiny, token_prompts

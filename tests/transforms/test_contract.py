@@ -14,8 +14,9 @@ import torch._inductor.config
 
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine.hardware import Hardware
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation.pace import evenly
-from autotune.runtime.variant import Stage, Transform, Variant, serving
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms import make, registry
 from autotune.transforms.linears import LinearTransform
 from tests import models

@@ -19,8 +19,9 @@ from torch._subclasses import FakeTensorMode
 
 from autotune.errors import TransformError
 from autotune.machine import device as devices
+from autotune.runtime.dispatch import serving
 from autotune.runtime.steps import compiled
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import bitsandbytes, make, torchao
 from autotune.transforms.cuda_graph import uncapturable
 from tests import models

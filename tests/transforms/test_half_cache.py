@@ -14,9 +14,10 @@ from autotune.errors import ChoiceError
 from autotune.model import seam
 from autotune.profile.survey import memory_use
 from autotune.runtime import kernels
-from autotune.runtime.cache import slots
+from autotune.runtime.cache import slot_forward, slots
 from autotune.runtime.cache.rows import RowCache
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms import make
 from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.quantised_cache import QuantisedCache
@@ -52,7 +53,7 @@ def test_a_recorded_step_reads_what_the_modules_stored(arch: str, batch: int) ->
     recorded: Any = variant.step.fitting(held[0]) if variant.step is not None else None
     for i in range(12):  # past the sliding windows of 8
         token, position = torch.tensor(token_prompts(batch, length=1, seed=i)), torch.full((batch, 1), 11 + i)
-        expected = slots.step(module, token, position, held[1])
+        expected = slot_forward.step(module, token, position, held[1])
         torch.testing.assert_close(recorded(token, position, held[0]), expected, atol=2e-4, rtol=1e-4)
         for each in held:
             each.advance()

@@ -107,7 +107,7 @@ def test_a_recorded_step_is_the_modules(llama: PreTrainedModel) -> None:
     ids = torch.tensor(token_prompts(1, length=12))
 
     def answer(variant: Variant) -> Any:
-        from autotune.runtime.variant import serving
+        from autotune.runtime.dispatch import serving
 
         return serving(variant).generate(ids, max_new_tokens=12, do_sample=False)
 

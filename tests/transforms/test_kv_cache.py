@@ -16,7 +16,8 @@ from autotune.machine import device
 from autotune.model import seam
 from autotune.profile.survey import memory_use
 from autotune.runtime.cache import narrow as kv
-from autotune.runtime.variant import Variant, build, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant, build
 from autotune.transforms import make
 from autotune.transforms.offloaded_cache import OffloadedCache
 from autotune.transforms.quantised_cache import QuantisedCache

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from autotune.model import linear_layers
+from autotune.runtime.dispatch import serving
 from autotune.runtime.merged_blocks import MergedAttention, MergedMlp, stand_in
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from tests import models
 from tests.transforms.test_contract import COMPILER

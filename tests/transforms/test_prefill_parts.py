@@ -11,7 +11,8 @@ import torch
 
 from autotune.errors import ChoiceError
 from autotune.runtime import kernels
-from autotune.runtime.variant import Transform, Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.prefill_parts import PrefillParts
 from autotune.transforms.static_cache import StaticCache

@@ -14,12 +14,13 @@ from autotune.diagnose.costs import PhaseProfile, Profile
 from autotune.errors import ChoiceError, TransformError
 from autotune.machine import device
 from autotune.runtime import kernels
-from autotune.runtime.cache import slots
+from autotune.runtime.cache import slot_forward, slots
+from autotune.runtime.dispatch import serving
 from autotune.runtime.speculation import speculate
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
-from autotune.runtime.variant import Stage, Transform, Variant, build, serving
+from autotune.runtime.variant import Stage, Transform, Variant, build
 from autotune.transforms import make
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
@@ -192,7 +193,7 @@ def test_where_the_step_is_compiled_and_captured_so_is_the_check(monkeypatch: py
     def prepare(self: CompiledStep, cache: slots.SlotCache, tokens: int = 1) -> None:
         def compiled(*given: Any) -> torch.Tensor:
             called[tokens] += 1
-            return (slots.run if tokens == 1 else slots.forward)(*given)
+            return (slot_forward.run if tokens == 1 else slot_forward.forward)(*given)
 
         prepared.add((cache.shape[1], tokens))
         self._steps[cache.layout, tokens] = compiled

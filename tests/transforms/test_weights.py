@@ -14,7 +14,8 @@ from autotune.errors import TransformError
 from autotune.machine.hardware import Hardware
 from autotune.model import linear_layers
 from autotune.runtime import kernels
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from autotune.transforms.linear_dtype import CastLinear
 from autotune.transforms.linears import LinearTransform

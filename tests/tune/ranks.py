@@ -27,12 +27,13 @@ from autotune import transforms
 from autotune.errors import AutotuneError, VariantError
 from autotune.machine import hardware
 from autotune.model import route, sharding
+from autotune.runtime.dispatch import serving
 from autotune.runtime.ranks import step
 from autotune.runtime.ranks.follower import follow
 from autotune.runtime.ranks.leader import Leader
 from autotune.runtime.ranks.line import Line
 from autotune.runtime.ranks.messages import Done
-from autotune.runtime.variant import Variant, serving
+from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import allowance, bench
 from autotune.tune import plan as plans

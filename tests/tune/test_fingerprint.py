@@ -16,7 +16,8 @@ from autotune.errors import UnsupportedModelError
 from autotune.machine.hardware import Hardware
 from autotune.model import route
 from autotune.model.twins import fork
-from autotune.runtime import variant
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.tune import fingerprint
 from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.validate.limits import Limits
@@ -53,9 +54,9 @@ def test_the_same_model_has_the_same_fingerprint(name: str, tmp_path: Path) -> N
 
 
 def test_a_routed_model_has_the_fingerprint_of_the_bare_one(llama: PreTrainedModel) -> None:
-    serving = variant.serving(variant.Variant(llama))
-    assert route.is_routed(serving)
-    assert fingerprint.of_model(serving) == fingerprint.of_model(llama)
+    routed = serving(Variant(llama))
+    assert route.is_routed(routed)
+    assert fingerprint.of_model(routed) == fingerprint.of_model(llama)
 
 
 def test_the_model_is_only_read(llama: PreTrainedModel) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from autotune import transforms
 from autotune.errors import ChoiceError, PlanError
-from autotune.runtime import variant
+from autotune.runtime.dispatch import serving
+from autotune.runtime.variant import Variant
 from autotune.tune import fingerprint, plan
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan, Trial, TrialOutcome
@@ -210,12 +211,12 @@ def test_apply_makes_the_variant_and_leaves_the_model_alone(llama: PreTrainedMod
     ids = torch.tensor(models.token_prompts(2))
     before, implementation = llama(ids).logits, llama.config._attn_implementation
     made = _made_for(llama, THREADS, EAGER)
-    for model in (llama, variant.serving(variant.Variant(llama))):
+    for model in (llama, serving(Variant(llama))):
         applied = made.apply(model)
         assert set(applied.transforms) == {EAGER, THREADS}
         assert applied.transforms[0] == EAGER  # in order of their stages
         assert applied.threads == {"decode": 1}
-        assert torch.allclose(variant.serving(applied)(ids).logits, before, atol=1e-4)
+        assert torch.allclose(serving(applied)(ids).logits, before, atol=1e-4)
     assert llama.config._attn_implementation == implementation
     assert torch.equal(llama(ids).logits, before)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MeasurementError, WorkloadError, nearest
-from ...runtime.variant import serving
+from ...runtime.dispatch import serving
 from .tasks import Suite
 
 if TYPE_CHECKING:

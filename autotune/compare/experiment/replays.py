@@ -11,6 +11,7 @@ import torch
 
 from ...errors import MeasurementError
 from ...model import seam
+from ...runtime import dispatch
 from ...validate.divergence import compare_logits, find_defect
 from ...validate.score import BypassedError, CandidateError, OutputError, Served, Tokens
 from ...validate.timing import TIMED_TOKENS, Clock, Pair, Timing, time_request
@@ -73,12 +74,14 @@ class Rerun(Served):
         self._turns = turns
 
     def sample(self, call: seam.Sampling) -> Any:
-        if reason := self.variant.unsupported(call):
+        if reason := dispatch.unsupported(self.variant, call):
             raise BypassedError(reason)
-        return self.variant.sample(call)  # without `turn`: a candidate that hangs must not hold up live requests
+        return dispatch.sample(
+            self.variant, call
+        )  # without `turn`: a candidate that hangs must not hold up live requests
 
     def forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.variant.forward(model, args, kwargs)
+        return dispatch.forward(self.variant, model, args, kwargs)
 
     def generate(self, prompts: Sequence[Tokens], new_tokens: int, **options: Any) -> torch.Tensor:
         return super().generate(prompts, new_tokens, **{"streamer": self._turns, **options})

@@ -15,6 +15,7 @@ import torch
 from ...errors import DeviceError, ExperimentError, StateError, VariantError, in_words
 from ...machine import forking
 from ...model import route, seam
+from ...runtime import dispatch
 from ...runtime.attempt import Attempt
 from ...runtime.token_clock import TokenClock
 from ...tune import codec
@@ -228,7 +229,7 @@ class Split(Layer):
         own = call.with_fresh_cache(variant.original).with_processor_before(_refuse_nan)
         with variant.device.guard():
             # transformers' loop runs over `front`, which tells failures of the model from those of caller's callbacks
-            return variant.sample(own) if variant.transforms else own.run_on(variant.front)
+            return dispatch.sample(variant, own) if variant.transforms else own.run_on(variant.front)
 
     # How it works
 
@@ -248,7 +249,7 @@ class Split(Layer):
             return "argument inputs_embeds"
         if (kind := call.settings.cache_implementation) is not None:
             return f"cache_implementation={kind!r}"
-        return self._variant.unsupported(call)
+        return dispatch.unsupported(self._variant, call)
 
     def _measured(
         self, call: seam.Sampling, tokens: TokenClock, start_s: float, result: Any

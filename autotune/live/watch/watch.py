@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from ...machine import ending, forking
 from ...machine.ending import Cancelled
 from ...model import twins
+from ...runtime import dispatch
 from ...runtime.token_clock import TokenClock
+from ...runtime.variant import Variant
 from ...tune import store
 from ...validate.tiers import TIERS
 from .breaker import Breaker, BreakerEvent, BreakerState, Rules
@@ -31,7 +33,6 @@ from .drift import Compilations, DivergenceCusum, LatencyCusum, describe, expect
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
-    from ...runtime.variant import Variant
     from ...tune.plan import Plan
 
 log = logging.getLogger("autotune")
@@ -167,7 +168,7 @@ class Watch:
         return self.open() and self.cause is Cause.LATENCY
 
     def serve(self, variant: Variant, call: Sampling, is_crowded: Callable[[], bool] = lambda: False) -> Any:
-        """Run `variant.sample(call)`, time it and perhaps keep it to be scored again.
+        """Run a call with the plan's variant, time it and perhaps keep it to be scored again.
 
         Args:
             is_crowded: whether other calls were under way meanwhile; then its time says nothing about the plan.
@@ -176,7 +177,7 @@ class Watch:
         """
         tokens = TokenClock(call.streamer, self.clock)
         before = graphs()
-        result = variant.sample(call.with_streamer(tokens))
+        result = dispatch.sample(variant, call.with_streamer(tokens))
         with self._lock:
             self.served += 1
             self._note_batch(call, BreakerEvent.SERVED)
@@ -249,8 +250,6 @@ class Watch:
         Raises:
             Cancelled: the model was unwrapped.
         """
-        from ...runtime.variant import Variant
-
         with self._lock:
             variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause is Cause.DRIFT
             sample = self._samples.popleft() if self._samples else self._latest if retry else None

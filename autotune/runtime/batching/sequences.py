@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ...machine import outside
-from ..cache import slots
+from ..cache import slot_forward
 from . import rows as plan
 from .guessing import Guessing
 from .tokens import DeviceTokens, HostTokens, RowTokens
@@ -211,7 +211,7 @@ class Sequences:
                 self._steps[size] = None if steps is None else steps.fitting(self._caches[size])
         view, step = self._caches[size], self._steps[size]
         with self.variant.running("decode") as module:
-            logits = slots.step(module, token, position, view) if step is None else step(token, position, view)
+            logits = slot_forward.step(module, token, position, view) if step is None else step(token, position, view)
         self.counts["steps"] += 1
         self.counts["rows"] += size
         return logits

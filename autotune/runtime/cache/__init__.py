@@ -1,1 +1,4 @@
-"""KV caches: slots that are allocated once (`slots`), lent one generation each (`pool`); narrow numbers (`narrow`)."""
+"""KV caches: slots that are allocated once (`slots`), lent one generation each (`pool`); narrow numbers (`narrow`).
+
+`slot_forward` computes the model over slots.
+"""

@@ -13,6 +13,7 @@ import torch
 from ...errors import TransformError, in_words
 from ...machine import outside
 from ...model import sharding
+from .. import dispatch
 from . import step
 from .line import Line, unpacked
 from .messages import Done, Job, Question
@@ -58,9 +59,9 @@ def perform(variant: Variant, job: Job) -> None:
         given = unpacked(job.arguments, model.device)
         if job.kind == "sample":
             call = replace(given, model=model)
-            variant.sample(call) if job.alone else step.sample(variant, call)
+            (dispatch if job.alone else step).sample(variant, call)
         else:
-            variant.forward(model, *given) if job.alone else step.forward(variant, model, *given)
+            (dispatch if job.alone else step).forward(variant, model, *given)
 
 
 def _failure(job: Job, original: Variant, built: dict[tuple[Transform, ...], Variant]) -> str | None:

@@ -13,7 +13,7 @@ class Job:
     """A call that every rank runs.
 
     Args:
-        kind: of `Variant.sample`, or of `Variant.forward`.
+        kind: of `dispatch.sample`, or of `dispatch.forward`.
         transforms: of the variant that runs it; none: the original.
         arguments: of the call, `packed`.
         alone: whether each rank runs it by itself, without collectives, to find out whether it can.

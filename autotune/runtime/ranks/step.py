@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...model import seam, sharding
+from .. import dispatch
 from ..attempt import Attempt
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ def sample(variant: Variant, call: seam.Sampling) -> Any:
     """Serve a call of generate's loop. Raises what the variant raises, after the other ranks are at the end of it."""
     attempt = Attempt(call, variant.device)
     finish = partial(attempt.again, seam.Sampling.original, always=True)
-    return _finished(variant, lambda: variant.sample(attempt.call), finish)
+    return _finished(variant, lambda: dispatch.sample(variant, attempt.call), finish)
 
 
 def forward(variant: Variant, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Serve a direct forward call. Raises what the variant raises, after the other ranks are at the end of it."""
     finish = partial(seam.bare_class(model).forward, variant.original, *args, **kwargs)
-    return _finished(variant, lambda: variant.forward(model, args, kwargs), finish)
+    return _finished(variant, lambda: dispatch.forward(variant, model, args, kwargs), finish)
 
 
 def _finished(variant: Variant, run: Callable[[], Any], finish: Callable[[], Any]) -> Any:

@@ -33,11 +33,11 @@ class MultiTokenStep:
 
     def step(self, token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
         """token, position [1, 1] -> logits [1, V]."""
-        from ..cache import slots
+        from ..cache import slot_forward
 
         if self.one is not None:
             return self.one.step(token, position, cache)
-        return slots.step(self.module, token, position, cache)
+        return slot_forward.step(self.module, token, position, cache)
 
     def width(self, tokens: int, cache: SlotCache) -> int | None:
         """How many tokens a step computes that is asked for so many; None: just as many, by the module itself."""
@@ -45,17 +45,17 @@ class MultiTokenStep:
         return None if fixed is None else fixed.tokens
 
     def steps(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-        """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.runtime.cache.slots.steps`.
+        """tokens, positions [1, N] -> logits [1, N, V]; see `autotune.runtime.cache.slot_forward.steps`.
 
         Graphs and programs take fixed numbers of tokens. Missing ones are filled up with the last token. The filling is
         written into slots after the valid tokens, which do not count. It takes no time in a step bound by reading
         weights.
         """
-        from ..cache import slots
+        from ..cache import slot_forward
 
         wanted = tokens.shape[1]
         if (fixed := self._fixed(wanted, cache)) is None:
-            return slots.steps(self.module, tokens, positions, cache)
+            return slot_forward.steps(self.module, tokens, positions, cache)
         if missing := fixed.tokens - wanted:
             tokens, positions = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (tokens, positions))
         return fixed.step(tokens, positions, cache)[:, :wanted]

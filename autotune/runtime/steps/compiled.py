@@ -26,7 +26,8 @@ from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
 from ...model import seam
 from ...model.configured import text_config
-from ..cache.slots import Layout, SlotCache, forward, run
+from ..cache.slot_forward import forward, run
+from ..cache.slots import Layout, SlotCache
 from .step import DecodeSteps, Step
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class CompiledStep(DecodeSteps):
 
 
 def compile_ahead(arguments: tuple[Any, ...], regions: bool, mode: str = "default") -> Any:
-    """Compile `slots.run` for these arguments, or `slots.forward` if they are several tokens, as one graph.
+    """Compile `run` for these arguments, or `forward` if they are several tokens, as one graph.
 
     Raises:
         TransformError: the step cannot be traced as one graph, the compiler failed, or others can write to its cache.

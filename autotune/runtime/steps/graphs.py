@@ -28,7 +28,7 @@ from torch.torch_version import TorchVersion
 
 from ...errors import DeviceError, TransformError, first_line
 from ...machine import outside
-from ..cache import slots
+from ..cache import slot_forward
 from .step import DecodeSteps, Step
 from .waiting import require_no_wait
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...machine.device import Device, Graph
+    from ..cache.slots import SlotCache
     from .compiled import CompiledStep
 
 log = logging.getLogger("autotune")
@@ -124,7 +125,7 @@ class GraphSteps(DecodeSteps):
         self.lengths = tuple(read for read in lengths if read > tokens + 1) or tuple(lengths[-1:])
         self.captures = self.replays = 0
         self.fallbacks: Counter[str] = Counter()
-        self._graphs: WeakKeyDictionary[slots.SlotCache, dict[int, Captured]] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[SlotCache, dict[int, Captured]] = WeakKeyDictionary()
         self.failed: dict[tuple[int, int], str] = {}
         self._failed_captures = 0  # a shape whose graph ran out of memory at a replay is none
         self._pool: object = None
@@ -139,7 +140,7 @@ class GraphSteps(DecodeSteps):
         why = f", {uncaptured} steps uncaptured ({'; '.join(self.fallbacks)})" if uncaptured else ""
         return f"{self.captures} graphs captured, {self.replays} steps replayed{why}"
 
-    def reads(self, cache: slots.SlotCache) -> tuple[int, ...]:
+    def reads(self, cache: SlotCache) -> tuple[int, ...]:
         """The numbers of slots that graphs over this cache read."""
         return tuple(self._graphs.get(cache, ()))
 
@@ -148,7 +149,7 @@ class GraphSteps(DecodeSteps):
         return next((read for read in self.lengths if read >= tokens), self.lengths[-1])
 
     @torch.no_grad()
-    def look(self, cache: slots.SlotCache) -> None:
+    def look(self, cache: SlotCache) -> None:
         """Run the step once over a cache, uncompiled: what is compiled has no operators to look at.
 
         Raises:
@@ -159,7 +160,7 @@ class GraphSteps(DecodeSteps):
         require_no_wait(lambda: self._uncompiled(token, position, cache))
 
     @torch.no_grad()
-    def prepare(self, cache: slots.SlotCache, read: int) -> None:
+    def prepare(self, cache: SlotCache, read: int) -> None:
         """Capture what reads `read` slots of a cache, unless it is captured or failed to be. No request is under way.
 
         Args:
@@ -177,22 +178,20 @@ class GraphSteps(DecodeSteps):
         self._require_same(captured, token, position, cache.first(read))
         cache.advance(-1)
 
-    def _require_same(
-        self, captured: Captured, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache
-    ) -> None:
+    def _require_same(self, captured: Captured, token: torch.Tensor, position: torch.Tensor, part: SlotCache) -> None:
         expected = self._uncaptured(token, position, part)
         if not agree(self._replayed(captured, token, position), expected):
             raise TransformError(f"a replay of {self.subject} gives other logits than what was captured")
 
-    def width(self, part: slots.SlotCache) -> int:
+    def width(self, part: SlotCache) -> int:
         """Tokens of a sequence that a step over these slots takes at once."""
         return self.tokens
 
-    def fitting(self, cache: slots.SlotCache) -> Step:
+    def fitting(self, cache: SlotCache) -> Step:
         """The step, which serves every cache."""
         return self.step
 
-    def step(self, token: torch.Tensor, position: torch.Tensor, cache: slots.SlotCache) -> torch.Tensor:
+    def step(self, token: torch.Tensor, position: torch.Tensor, cache: SlotCache) -> torch.Tensor:
         """token, position [B, K] -> logits [B, V] or [B, K, V], a new tensor.
 
         Raises:
@@ -227,10 +226,10 @@ class GraphSteps(DecodeSteps):
             for read in sorted(reads):
                 self._captured(cache, read)
 
-    def _failures(self, cache: slots.SlotCache) -> set[int]:
+    def _failures(self, cache: SlotCache) -> set[int]:
         return {read for rows, read in self.failed if rows == cache.shape[0]}
 
-    def _refusal(self, cache: slots.SlotCache, read: int) -> str:
+    def _refusal(self, cache: SlotCache, read: int) -> str:
         rows = cache.shape[0]
         if rows not in self.rows and cache not in self._graphs:
             return f"a batch of {rows}, beyond the largest bucket of {self.rows[-1]}"
@@ -238,7 +237,7 @@ class GraphSteps(DecodeSteps):
             return "more generations at once than caches are kept"
         return self.failed.get((rows, read), f"no graph reads {read} slots")
 
-    def _captured(self, cache: slots.SlotCache, read: int) -> Captured | None:
+    def _captured(self, cache: SlotCache, read: int) -> Captured | None:
         """Capture what reads `read` slots of a cache; None if that fails, or failed before."""
         if (cache.shape[0], read) in self.failed or self._failed_captures >= most_failures(torch.__version__):
             return None
@@ -252,7 +251,7 @@ class GraphSteps(DecodeSteps):
             self._give_up(error, cache, read)
             return None
 
-    def _capture(self, cache: slots.SlotCache, read: int) -> Captured:
+    def _capture(self, cache: SlotCache, read: int) -> Captured:
         """Capture on the owner thread. The warm-ups write the next slots, which the first replay overwrites.
 
         Raises:
@@ -271,7 +270,7 @@ class GraphSteps(DecodeSteps):
         self.captures += 1
         return captured
 
-    def _give_up(self, error: Exception, cache: slots.SlotCache, read: int) -> None:
+    def _give_up(self, error: Exception, cache: SlotCache, read: int) -> None:
         """Record why a shape has no graph from now on.
 
         Raises:
@@ -299,17 +298,17 @@ class GraphSteps(DecodeSteps):
             self.replays += 1
         return out
 
-    def _uncaptured(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
+    def _uncaptured(self, token: torch.Tensor, position: torch.Tensor, part: SlotCache) -> torch.Tensor:
         """Run the step that would be captured. Rows beyond the batch repeat the last one."""
         rows, batch = part.shape[0], token.shape[0]
         if batch < rows:
             token, position = (torch.cat([x, x[-1:].expand(rows - batch, -1)]) for x in (token, position))
         return self._inner(part)(token, position, part)[:batch]
 
-    def _inner(self, part: slots.SlotCache) -> Step:
+    def _inner(self, part: SlotCache) -> Step:
         compiled = self.inner.fitting(part, self.tokens) if self.inner is not None else None
         return compiled or self._uncompiled
 
-    def _uncompiled(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
-        step = slots.step if self.tokens == 1 else slots.steps
+    def _uncompiled(self, token: torch.Tensor, position: torch.Tensor, part: SlotCache) -> torch.Tensor:
+        step = slot_forward.step if self.tokens == 1 else slot_forward.steps
         return step(self.module, token, position, part)

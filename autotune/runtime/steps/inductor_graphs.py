@@ -16,7 +16,8 @@ import torch
 
 from ...errors import AutotuneError, TransformError, first_line
 from ...machine import outside
-from ..cache.slots import Layout, SlotCache, run
+from ..cache.slot_forward import run
+from ..cache.slots import Layout, SlotCache
 from .compiled import LEAN, MODES, OPTIONS, layers_as_regions, require_private_cache
 from .step import DecodeSteps, Step
 

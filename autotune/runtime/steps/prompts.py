@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..cache import slots
+from ..cache import slot_forward
 from .graphs import GraphSteps
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
     from ..cache.pool import CachePool
+    from ..cache.slots import SlotCache
 
 
 class PromptGraphs(GraphSteps):
@@ -25,7 +26,7 @@ class PromptGraphs(GraphSteps):
 
     subject = "prefill"
 
-    def room(self, call: Sampling, pool: CachePool, lent: ExitStack) -> slots.SlotCache | None:
+    def room(self, call: Sampling, pool: CachePool, lent: ExitStack) -> SlotCache | None:
         """Lend a cache in whose slots `compute` may compute a call's prompt; None if it is to be computed elsewhere."""
         (batch, length), mask = call.input_ids.shape, call.mask
         if batch > 1 or length > self.lengths[-1] or not (mask is None or bool(mask.all())):
@@ -35,7 +36,7 @@ class PromptGraphs(GraphSteps):
             cache.begin_padded(length, self.covering(length))
         return cache
 
-    def compute(self, call: Sampling, cache: slots.SlotCache) -> torch.Tensor:
+    def compute(self, call: Sampling, cache: SlotCache) -> torch.Tensor:
         """Compute a call's prompt in a cache from `room`. Returns its last logits, [1, V]."""
         missing = self.covering(cache.length + 1) - call.input_ids.shape[1]
         tokens, positions = (
@@ -46,15 +47,15 @@ class PromptGraphs(GraphSteps):
         return logits
 
     @torch.no_grad()
-    def prepare(self, cache: slots.SlotCache, read: int) -> None:
+    def prepare(self, cache: SlotCache, read: int) -> None:
         if read in self._graphs.get(cache, {}) or (captured := self._captured(cache, read)) is None:
             return
         cache.begin_padded(read, read)  # slot, tokens and positions differ from the capture
         token = torch.ones(1, read, dtype=torch.int64, device=cache.slot.device)
         self._require_same(captured, token, token.cumsum(1) - 1, cache.first(read))
 
-    def width(self, part: slots.SlotCache) -> int:
+    def width(self, part: SlotCache) -> int:
         return part.shape[1]
 
-    def _uncompiled(self, token: torch.Tensor, position: torch.Tensor, part: slots.SlotCache) -> torch.Tensor:
-        return slots.prompt(self.module, token, position, part)
+    def _uncompiled(self, token: torch.Tensor, position: torch.Tensor, part: SlotCache) -> torch.Tensor:
+        return slot_forward.prompt(self.module, token, position, part)

@@ -20,7 +20,8 @@ from torch import nn
 
 from ....errors import TransformError
 from ....model import stateful, twins
-from ...cache.slots import SlotCache, run
+from ...cache.slot_forward import run
+from ...cache.slots import SlotCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

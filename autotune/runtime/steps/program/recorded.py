@@ -129,7 +129,7 @@ class TokensOfOne(RecordedStep):
         return len(self.slot)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-        """tokens, positions [1, K] -> logits [1, K, V], as `cache.slots.steps` gives them."""
+        """tokens, positions [1, K] -> logits [1, K, V], as `cache.slot_forward.steps` gives them."""
         with self.lock:
             if (bound := self._bound.get(cache)) is None:
                 whole = [[held.expand(self.tokens, -1, -1, -1) for held in each] for each in (cache.keys, cache.values)]

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ....errors import TransformError, first_line
 from ....machine import outside
-from ...cache.slots import SlotCache, run
+from ...cache.slot_forward import run
+from ...cache.slots import SlotCache
 
 if TYPE_CHECKING:
     from .given import ModuleCalls
