@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from . import page
-from .bodies import BodyRoute
+from .bodies import BodyRoute, respond
 from .completions import Chat, Completion, Reply
 from .events import EventStream
 from .gate import Gate
@@ -105,7 +105,7 @@ def create_app(served: Service) -> Gate:
         return await _reply(await _in_thread(prepare), body.stream, request)
 
     @app.post("/tokenize", response_model=TokensAnswer, responses=errors(*OF_BODIES, 503))
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> Response:
         """A text, or a chat through the model's template, as token ids."""
         _known(served, body.model)
 
@@ -115,18 +115,15 @@ def create_app(served: Service) -> Gate:
             return served.prompts.templated(body.messages, body, ToolUse.of(body, served.prompts.template))
 
         ids = await _in_thread(work)
-        return {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}
+        return await respond(
+            lambda: {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}, len(ids)
+        )
 
     @app.post("/detokenize", response_model=TextAnswer, responses=errors(*OF_BODIES, 503))
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeBody) -> Response:
         """Token ids as text."""
         _known(served, body.model)
-
-        def work() -> str:
-            served.prompts.check_known(body.tokens, "tokens")
-            return str(served.prompts.tokenizer.decode(body.tokens))
-
-        return {"prompt": await _in_thread(work)}
+        return await respond(lambda: {"prompt": served.prompts.decode(body.tokens, "tokens")}, len(body.tokens))
 
     routes = [getattr(route, "path", "") for route in app.routes]
     return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces, served.ending)
@@ -221,7 +218,7 @@ async def _in_thread(work: Callable[[], Result]) -> Result:
 async def _reply(reply: Reply, stream: bool, request: Request) -> Response:
     if not stream:
         whole = await _unless_gone(reply.all(), request)
-        return Response(status_code=GONE) if whole is None else JSONResponse(whole)
+        return Response(status_code=GONE) if whole is None else whole
     events = reply.events()
     first = await _unless_gone(anext(events), request)  # an error before it is an HTTP status
     if first is None:
