@@ -42,6 +42,7 @@ from .validation import refusal_of
 Result = TypeVar("Result")
 OF_BODIES = (400, 404)  # what may be wrong with a body
 OF_ANSWERS = (*OF_BODIES, 429, 503)
+NOWHERE = 404
 NO_METHOD = 405  # a path that has no such method
 GONE = 499  # nginx's status for a client that closed the connection
 
@@ -178,8 +179,13 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - the same
-        headers = {"Allow": _methods(app, request)} if error.status_code == NO_METHOD else error.headers
-        return Refusal(error.status_code, str(error.detail)).response(headers)
+        path = request.url.path
+        if error.status_code == NO_METHOD:
+            allowed = _methods(app, request)
+            return Refusal(NO_METHOD, f"{path} takes {allowed}, not {request.method}").response({"Allow": allowed})
+        if error.status_code == NOWHERE:
+            return Refusal(NOWHERE, f"nothing at {path}; {_near(app, path)}").response()
+        return Refusal(error.status_code, str(error.detail)).response(error.headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         return Refusal(500, f"the server failed: {type(error).__name__}").response()
@@ -196,9 +202,17 @@ def _methods(app: FastAPI, request: Request) -> str:
     return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
+def _near(app: FastAPI, path: str) -> str:
+    """What a path may mean that leads nowhere: clients are often set up without /v1, or with it twice."""
+    there = {found for route in app.routes if "{" not in (found := getattr(route, "path", "{"))}
+    meant = next((each for each in (f"/v1{path}", path.removeprefix("/v1")) if each in there), None)
+    return f"{f'did you mean {meant}? ' if meant else ''}/openapi.json lists what is there"
+
+
 def _known(served: Service, name: str | None) -> None:
     if not served.knows(name):
-        raise Refusal(404, f"no model {name!r} here; this server has {served.name!r}", "model", "model_not_found")
+        names = ", ".join(map(repr, (served.name, *served.aliases)))
+        raise Refusal(404, f"no model {name!r} here; this server has {names}", "model", "model_not_found")
 
 
 def _card(served: Service, name: str) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class StreamOptions(Body):
 
 def listed(value: Any) -> Any:
     """A list of one for a text."""
+    if not isinstance(value, str | list):
+        raise ValueError(f"expected a text or a list of texts, and it is {value!r:.40}")
     return [value] if isinstance(value, str) else value
 
 
