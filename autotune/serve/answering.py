@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import CancelledRequestError, DeadlineError, QueueFullError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .sampling import SamplingDefaults
     from .schema import Generation
 
+MOST_TEXTS = 65_536  # texts of single tokens that are kept; 100 bytes each
 LEAST = -9999.0  # stands for the logarithm of 0, as in vLLM
 Reason = Literal["stop", "length"]
 FINISHED = ("stop", "length")  # outcomes of an answer that came to its end
@@ -101,9 +103,14 @@ class TextAnswers:
     most_waiting: int | None = None
     traces: Traces = field(default_factory=Traces)
     tell: Callable[[Answered], None] = lambda answered: None
+    text_of: Callable[[int], str] = field(init=False)  # a single token's text
     running: int = field(default=0, init=False)  # answers under way
     finished: int = field(default=0, init=False)  # answers that came to an end
     _asked: set[Any] = field(default_factory=set, init=False)  # requests to the model under way
+
+    def __post_init__(self) -> None:
+        # The tokenizer takes 40 us for a token, and log-probabilities are asked of the same ones again and again.
+        self.text_of = lru_cache(MOST_TEXTS)(lambda token: str(self.tokenizer.decode([token])))
 
     async def pieces(
         self,

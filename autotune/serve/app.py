@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from . import page
-from .bodies import BodyRoute
+from .bodies import BodyRoute, respond
 from .completions import Chat, Completion, Reply
 from .events import EventStream
 from .gate import Gate
@@ -42,6 +42,7 @@ from .validation import refusal_of
 Result = TypeVar("Result")
 OF_BODIES = (400, 404)  # what may be wrong with a body
 OF_ANSWERS = (*OF_BODIES, 429, 503)
+NOWHERE = 404
 NO_METHOD = 405  # a path that has no such method
 GONE = 499  # nginx's status for a client that closed the connection
 
@@ -105,7 +106,7 @@ def create_app(served: Service) -> Gate:
         return await _reply(await _in_thread(prepare), body.stream, request)
 
     @app.post("/tokenize", response_model=TokensAnswer, responses=errors(*OF_BODIES, 503))
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> Response:
         """A text, or a chat through the model's template, as token ids."""
         _known(served, body.model)
 
@@ -115,18 +116,15 @@ def create_app(served: Service) -> Gate:
             return served.prompts.templated(body.messages, body, ToolUse.of(body, served.prompts.template))
 
         ids = await _in_thread(work)
-        return {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}
+        return await respond(
+            lambda: {"count": len(ids), "max_model_len": served.prompts.context, "tokens": ids}, len(ids)
+        )
 
     @app.post("/detokenize", response_model=TextAnswer, responses=errors(*OF_BODIES, 503))
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeBody) -> Response:
         """Token ids as text."""
         _known(served, body.model)
-
-        def work() -> str:
-            served.prompts.check_known(body.tokens, "tokens")
-            return str(served.prompts.tokenizer.decode(body.tokens))
-
-        return {"prompt": await _in_thread(work)}
+        return await respond(lambda: {"prompt": served.prompts.decode(body.tokens, "tokens")}, len(body.tokens))
 
     routes = [getattr(route, "path", "") for route in app.routes]
     return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces, served.ending)
@@ -181,8 +179,13 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - the same
-        headers = {"Allow": _methods(app, request)} if error.status_code == NO_METHOD else error.headers
-        return Refusal(error.status_code, str(error.detail)).response(headers)
+        path = request.url.path
+        if error.status_code == NO_METHOD:
+            allowed = _methods(app, request)
+            return Refusal(NO_METHOD, f"{path} takes {allowed}, not {request.method}").response({"Allow": allowed})
+        if error.status_code == NOWHERE:
+            return Refusal(NOWHERE, f"nothing at {path}; {_near(app, path)}").response()
+        return Refusal(error.status_code, str(error.detail)).response(error.headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         return Refusal(500, f"the server failed: {type(error).__name__}").response()
@@ -199,9 +202,17 @@ def _methods(app: FastAPI, request: Request) -> str:
     return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
+def _near(app: FastAPI, path: str) -> str:
+    """What a path may mean that leads nowhere: clients are often set up without /v1, or with it twice."""
+    there = {found for route in app.routes if "{" not in (found := getattr(route, "path", "{"))}
+    meant = next((each for each in (f"/v1{path}", path.removeprefix("/v1")) if each in there), None)
+    return f"{f'did you mean {meant}? ' if meant else ''}/openapi.json lists what is there"
+
+
 def _known(served: Service, name: str | None) -> None:
     if not served.knows(name):
-        raise Refusal(404, f"no model {name!r} here; this server has {served.name!r}", "model", "model_not_found")
+        names = ", ".join(map(repr, (served.name, *served.aliases)))
+        raise Refusal(404, f"no model {name!r} here; this server has {names}", "model", "model_not_found")
 
 
 def _card(served: Service, name: str) -> dict[str, Any]:
@@ -221,7 +232,7 @@ async def _in_thread(work: Callable[[], Result]) -> Result:
 async def _reply(reply: Reply, stream: bool, request: Request) -> Response:
     if not stream:
         whole = await _unless_gone(reply.all(), request)
-        return Response(status_code=GONE) if whole is None else JSONResponse(whole)
+        return Response(status_code=GONE) if whole is None else whole
     events = reply.events()
     first = await _unless_gone(anext(events), request)  # an error before it is an HTTP status
     if first is None:

@@ -12,10 +12,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .bodies import respond
 from .detokenise import UNFINISHED
 from .refusal import Refusal
 
 if TYPE_CHECKING:
+    from fastapi import Response
+
     from .answering import Chosen, Piece, TextAnswers
     from .grammar import Grammar
     from .schema import ChatBody, CompletionBody
@@ -86,11 +89,15 @@ class Reply(ABC):
         """Choices that a stream begins with."""
         return ()
 
-    async def all(self) -> dict[str, Any]:
-        """Wait for all answers."""
+    async def all(self) -> Response:
+        """Wait for all answers, and respond with them."""
         async with aclosing(self._pieces()) as pieces:
             async for index, piece in pieces:
                 self.choices[index].take(piece)
+        chosen = sum(len(choice.chosen) for choice in self.choices)
+        return await respond(self._whole, chosen * (1 + (self.body.alternatives or 0)))
+
+    def _whole(self) -> dict[str, Any]:
         choices = [self.whole(index, choice) for index, choice in enumerate(self.choices)]
         return {**self._header(self.kind), "choices": choices, "usage": self.usage()}
 
@@ -173,10 +180,6 @@ class Reply(ABC):
         more = {} if usage is None else {"usage": usage}
         return _encoded({**self._header(self.part), "choices": choices, **more})
 
-    def _decode(self, token: int) -> str:
-        text: str = self.answers.tokenizer.decode([token])
-        return text
-
 
 class Completion(Reply):
     """`/v1/completions`."""
@@ -195,14 +198,14 @@ class Completion(Reply):
     def _chances(self, chosen: Sequence[Chosen], offset: int) -> dict[str, Any] | None:
         if self.body.alternatives is None:
             return None
-        texts, offsets = [self._decode(each.token) for each in chosen], list[int]()
+        texts, offsets = [self.answers.text_of(each.token) for each in chosen], list[int]()
         for text in texts:
             offsets.append(offset)
             offset += len(text)
         return {
             "tokens": texts,
             "token_logprobs": [each.logprob for each in chosen],
-            "top_logprobs": [{self._decode(c.token): c.logprob for c in each.alternatives} for each in chosen],
+            "top_logprobs": [{self.answers.text_of(c.token): c.logprob for c in each.alternatives} for each in chosen],
             "text_offset": offsets,
         }
 
@@ -286,7 +289,7 @@ class Chat(Reply):
         }
 
     def _chance(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._decode(token)
+        text = self.answers.text_of(token)
         whole = UNFINISHED not in text  # else the token is a part of a character
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -12,6 +13,8 @@ from pydantic_core import PydanticCustomError
 
 Neutral = Mapping[str, tuple[Any, ...]]  # field -> values that ask for nothing
 
+MOST_NAME = 40  # characters of an unknown field that are compared with the known ones
+ALIKE = 0.7  # share of characters that it has in common with one that may be meant
 MOST_DEPTH = 32  # levels of an object whose form is the client's own
 
 
@@ -47,7 +50,8 @@ class Body(BaseModel):
                 if value is not None:
                     asked[name] = value
             elif name not in cls.neutral:
-                raise PydanticCustomError("unknown", "unknown", {"field": _printable(str(name))})
+                near = difflib.get_close_matches(name[:MOST_NAME], known, 1, ALIKE)
+                raise PydanticCustomError("unknown", "unknown", {"field": _printable(name), "near": "".join(near)})
             elif value is not None and not any(_same(value, each) for each in cls.neutral[name]):
                 takes = "".join(f", or send {json.dumps(each)}" for each in cls.neutral[name])
                 raise wrong(name, f"this server does not support it; leave it out{takes}")

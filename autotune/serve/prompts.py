@@ -105,6 +105,25 @@ class Prompts:
             )
         return [int(token) for token in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
+    def decode(self, ids: Sequence[int], param: str) -> str:
+        """The text of some tokens.
+
+        Args:
+            param: the field that they come from.
+
+        Raises:
+            Refusal: they are more than the context holds (4 MiB of ids take a second), or one is no token.
+        """
+        if len(ids) > self.context:
+            raise Refusal(
+                400,
+                f"{param} has {len(ids)} tokens; the most are {self.context}, the model's context; send them in parts",
+                param,
+                "context_length_exceeded",
+            )
+        self.check_known(ids, param)
+        return str(self.tokenizer.decode(ids))
+
     def check_known(self, ids: Sequence[int], param: str) -> None:
         """Raise Refusal for the first id that is not a token."""
         wrong = next((token for token in ids if not 0 <= token < self.vocabulary), None)

@@ -54,14 +54,23 @@ class StreamOptions(Body):
 
 def listed(value: Any) -> Any:
     """A list of one for a text."""
+    if not isinstance(value, str | list):
+        raise ValueError(f"expected a text or a list of texts, and it is {value!r:.40}")
     return [value] if isinstance(value, str) else value
 
 
-def ids(tokens: list[Any]) -> None:
-    """Raise ValueError for the first of some tokens that is no token id."""
-    for token in tokens:
+def ids(tokens: Any) -> list[int]:
+    """Token ids. They are looked at in Python, so that other threads get their turns.
+
+    Raises:
+        ValueError: it is no list, or one of them is no token id. It stops at the first fault.
+    """
+    if not isinstance(tokens, list):
+        raise ValueError("expected a list of token ids")
+    for number, token in enumerate(tokens):
         if type(token) is not int or token < 0:
-            raise ValueError(f"{token!r:.40} is no token id; expected an integer from 0")
+            raise ValueError(f"number {number} is {token!r:.40}; expected a token id, an integer from 0")
+    return tokens
 
 
 def prompts(value: Any) -> list[str] | list[list[int]]:
@@ -337,4 +346,4 @@ class DetokenizeBody(Body):
     """`POST /detokenize`."""
 
     model: Text | None = None
-    tokens: list[Token] = Field(fail_fast=True)
+    tokens: Annotated[list[int], PlainValidator(ids, json_schema_input_type=list[Token])]

@@ -10,6 +10,8 @@ from .refusal import Refusal
 if TYPE_CHECKING:
     from fastapi.exceptions import RequestValidationError
 
+OWN = ("value_error", "wrong", "missing")  # errors that say themselves what was found
+
 
 def refusal_of(error: RequestValidationError) -> Refusal:
     """The refusal of a body.
@@ -24,11 +26,20 @@ def refusal_of(error: RequestValidationError) -> Refusal:
     if field is None:
         return Refusal(400, _of_body(error.body))
     if kind == "unknown":
-        return Refusal(400, f"unknown field {field}: this server does not know it; leave it out", field)
+        advice = f"did you mean {near}?" if (near := context.get("near")) else "leave it out"
+        return Refusal(400, f"unknown field {field}: this server does not know it; {advice}", field)
     if kind == "string_unicode":
         return Refusal(400, f"{field}: it has half a surrogate pair, which is no text; send whole characters", field)
-    message = context["error"] if kind == "value_error" else first["msg"]
-    return Refusal(400, f"{field}: {message}", field)
+    if kind in OWN:
+        return Refusal(400, f"{field}: {context.get('error', first['msg'])}", field)
+    return Refusal(400, f"{field}: {first['msg']}{_seen(first.get('input'))}", field)
+
+
+def _seen(value: Any) -> str:
+    """What was found in a field, if it is short enough to be told."""
+    if isinstance(value, dict | list) and value:
+        return ""
+    return ", and it is " + f"{value!r:.40}".encode(errors="backslashreplace").decode()
 
 
 def path(where: Sequence[int | str], body: Any, missing: bool, last: str | None = None) -> list[str]:

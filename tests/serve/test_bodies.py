@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from autotune.serve import bodies
 from autotune.serve.fields import MOST_DEPTH
 from autotune.serve.prompts import Prompts
 from autotune.serve.refusal import Refusal
@@ -31,9 +29,6 @@ for _ in range(MOST_DEPTH):
     DEEP = {"a": DEEP}
 HALF = "a\ud83d"
 KNOWING = "{{ '!' * (shouts or 0) }}" + TEMPLATE
-
-
-JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +96,16 @@ def test_a_field_that_asks_for_nothing_is_taken(kind: Any, base: dict[str, Any],
             "does not support it",
         ),
         # unknown ones
-        (CompletionBody, {"foo": None}, "foo", "unknown field foo"),
+        (CompletionBody, {"foo": None}, "foo", "unknown field foo: this server does not know it; leave it out"),
+        (CompletionBody, {"max_token": 1}, "max_token", "does not know it; did you mean max_tokens?"),
+        (ChatBody, {"max_output_tokens": 1}, "max_output_tokens", "did you mean max_tokens?"),
+        (ChatBody, {"stop_sequences": 1}, "stop_sequences", "leave it out"),
+        (CompletionBody, {"max_tokens": -186}, "max_tokens", "greater than or equal to 1, and it is -186"),
+        (CompletionBody, {"max_tokens": "abc"}, "max_tokens", "unable to parse string as an integer, and it is 'abc'"),
+        (CompletionBody, {"temperature": "x" * 99}, "temperature", f"and it is '{'x' * 39}"),
+        (CompletionBody, {"stop": {}}, "stop", "expected a text or a list of texts, and it is {}"),
+        (ChatBody, {"messages": []}, "messages", "at least 1 item"),
+        (ChatBody, {"messages": "hello"}, "messages", "a valid list, and it is 'hello'"),
         (ChatBody, {"messages": [USER | {"foo": 1}]}, "messages.0.foo", "unknown field messages.0.foo"),
         (ChatBody, {"\ud800": 1}, "\\ud800", "unknown field"),
         # limits, rather than the types that something could have had instead
@@ -109,10 +113,10 @@ def test_a_field_that_asks_for_nothing_is_taken(kind: Any, base: dict[str, Any],
         (CompletionBody, {"prompt": [[5]] * 65}, "prompt", "there are 65; a request has at most 64"),
         (CompletionBody, {"prompt": ["x"] * 64, "n": 16}, "n", "are 1024 answers; a request has at most 128"),
         (CompletionBody, {"prompt": ["x"] * 64, "n": 3}, "n", "64 prompts with 3 answers each are 192"),
-        (CompletionBody, {"prompt": [-1]}, "prompt", "-1 is no token id"),
-        (CompletionBody, {"prompt": [5, True]}, "prompt", "True is no token id"),
-        (CompletionBody, {"prompt": [[False]]}, "prompt", "False is no token id"),
-        (CompletionBody, {"prompt": [[5], [6, "a"]]}, "prompt", "'a' is no token id"),
+        (CompletionBody, {"prompt": [-1]}, "prompt", "number 0 is -1; expected a token id"),
+        (CompletionBody, {"prompt": [5, True]}, "prompt", "number 1 is True"),
+        (CompletionBody, {"prompt": [[False]]}, "prompt", "number 0 is False"),
+        (CompletionBody, {"prompt": [[5], [6, "a"]]}, "prompt", "number 1 is 'a'"),
         (CompletionBody, {"prompt": ["x", 5]}, "prompt", "number 1 is 5; expected a text"),
         (CompletionBody, {"prompt": []}, "prompt", "it is empty; expected a text"),
         (CompletionBody, {"prompt": 5}, "prompt", "of another type; expected a text"),
@@ -161,7 +165,9 @@ def test_a_field_that_asks_for_nothing_is_taken(kind: Any, base: dict[str, Any],
         (ChatBody, {"chat_template_kwargs": {"a": "x" * 70_000}}, "chat_template_kwargs", "the most are 65536"),
         (ChatBody, {"chat_template_kwargs": {"a": [HALF]}}, "chat_template_kwargs", "half a surrogate pair"),
         (ChatBody, {"chat_template_kwargs": {HALF: 1}}, "chat_template_kwargs", "half a surrogate pair"),
-        (DetokenizeBody, {"tokens": [5, -1]}, "tokens.1", "greater than or equal to 0"),
+        (DetokenizeBody, {"tokens": [5, -1]}, "tokens", "number 1 is -1; expected a token id"),
+        (DetokenizeBody, {"tokens": [5, "6"]}, "tokens", "number 1 is '6'"),
+        (DetokenizeBody, {"tokens": "5"}, "tokens", "expected a list of token ids"),
     ],
     ids=lambda value: str(value)[:60].encode(errors="replace").decode(),
 )
@@ -377,75 +383,3 @@ def test_routes_of_openai_that_are_not_here_say_why(route: str, server: Running)
     answer = httpx.post(f"{server.url}/v1/{route}", json={"input": "x"})
     assert answer.status_code == 404
     assert f"no {route} here: this server" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("route", "body", "headers"),
-    [
-        ("/tokenize", {"prompt": "xyz"}, JSON),
-        ("/tokenize", {"messages": [USER] * 3}, {"Content-Type": "application/vnd.x+json; charset=utf-8"}),
-        ("/tokenize", {"messages": [USER, {"role": "user"}]}, JSON),
-        ("/tokenize", {"prompt": "x", "unknown": 1}, JSON),
-        ("/tokenize", {"prompt": HALF}, JSON),
-        ("/tokenize", {}, JSON),
-        ("/tokenize", [1, 2], JSON),
-        ("/tokenize", {"prompt": "x"}, {}),
-        ("/tokenize", {"prompt": "x"}, {"Content-Type": "text/plain"}),
-        ("/tokenize", b'{"prompt": "x"', JSON),
-        ("/tokenize", b'{"prompt": "\xff"}', JSON),
-        ("/tokenize", b"[" * 100_000, JSON),
-        ("/detokenize", {"tokens": [3, 4, 5]}, JSON),
-        ("/detokenize", {"tokens": [3, -4, "5"]}, JSON),
-        ("/v1/completions", {"prompt": [[3, 4], [5, True]]}, JSON),
-        ("/v1/completions", {"prompt": [3, 4], "max_tokens": 1, "stream_options": {}}, JSON),
-        ("/v1/chat/completions", {"messages": [USER], "temperature": 3}, JSON),
-    ],
-)
-def test_a_body_that_a_thread_reads_is_answered_as_any_other(
-    route: str, body: Any, headers: dict[str, str], server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    found, read = [], list[bytes]()
-    read_body = bodies.read_body
-    monkeypatch.setattr(bodies, "read_body", lambda body, kind: read.append(body) or read_body(body, kind))
-    for most in (10**9, 0):
-        monkeypatch.setattr(bodies, "INLINE", most)
-        answer = httpx.post(server.url + route, content=content, headers=headers, timeout=60)
-        found.append((answer.status_code, answer.json()))
-    assert found[0] == found[1]
-    assert read == ([content] if "json" in headers.get("Content-Type", "") else [])
-
-
-@pytest.mark.parametrize(
-    ("name", "body"),
-    [
-        ("_integer", {"tokens": [3] * bodies.INLINE}),
-        ("_same", {"messages": [USER] * 1000}),
-    ],
-)
-def test_the_server_answers_while_a_large_body_is_read(
-    name: str, body: dict[str, Any], server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which is in the midst of it, where the scanner calls Python."""
-    begun, go_on = threading.Event(), threading.Event()
-    hook, answers = getattr(bodies, name), list[int]()
-
-    def held(value: Any) -> Any:
-        begun.set()
-        assert go_on.wait(60)
-        return hook(value)
-
-    def ask() -> None:
-        route = "/detokenize" if "tokens" in body else "/tokenize"
-        answers.append(httpx.post(server.url + route, json=body, timeout=60).status_code)
-
-    monkeypatch.setattr(bodies, name, held)
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert begun.wait(60)
-    assert httpx.get(f"{server.url}/livez", timeout=60).text == "ok"
-    assert httpx.post(f"{server.url}/tokenize", json={"prompt": "x"}, timeout=60).status_code == 200
-    assert not answers
-    go_on.set()
-    asking.join(60)
-    assert answers == [200 if "tokens" in body else 400]  # the chat is longer than the context

@@ -49,3 +49,5 @@ def test_aliases_and_the_name_as_given_are_known_and_only_aliases_listed() -> No
             found = httpx.get(f"{server.url}/v1/models/{name}")
             assert found.status_code == status
             assert status == 404 or found.json()["id"] == name
+        error = found.json()["error"]["message"]
+        assert error == "no model 'small-1.5' here; this server has 'small', 'chat', 'default'"

@@ -119,6 +119,25 @@ def test_a_path_without_a_method_names_those_that_it_has(path: str, methods: str
         assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("POST", "/chat/completions", 404, "nothing at /chat/completions; did you mean /v1/chat/completions? "),
+        ("POST", "/v1/v1/completions", 404, "nothing at /v1/v1/completions; did you mean /v1/completions? "),
+        ("GET", "/models", 404, "nothing at /models; did you mean /v1/models? "),
+        ("GET", "/xyz", 404, "nothing at /xyz; /openapi.json lists what is there"),
+        ("GET", "/v1/completions", 405, "/v1/completions takes POST, not GET"),
+        ("POST", "/livez", 405, "/livez takes GET, HEAD, not POST"),
+    ],
+)
+def test_a_path_or_a_method_that_is_not_there_is_told_which_is(
+    method: str, path: str, status: int, says: str, server: Running
+) -> None:
+    answer = httpx.request(method, server.url + path, headers=KEY, timeout=60)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"].startswith(says)
+
+
 def test_a_body_that_must_be_declared_as_json_is_described_so(server: Running, schema: Any) -> None:
     for path, method, operation in operations(schema):
         assert ("requestBody" in operation) == (method == "post"), path

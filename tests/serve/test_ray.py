@@ -194,8 +194,15 @@ def test_the_manifest_names_what_is_there() -> None:
             assert {each["name"] for each in container.get("env", ())} <= variables()
             assert container["resources"]["requests"] == container["resources"]["limits"]
     worker = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
-    told = {each["name"]: each.get("value") for each in worker["env"]}
-    assert int(worker["resources"]["limits"]["cpu"]) % int(told["AUTOTUNE_CPUS"]) == 0
+    told = config["applications"][0]["runtime_env"]["env_vars"]  # also where Ray imports the app, perhaps on the head
+    assert {"AUTOTUNE_MODEL", "AUTOTUNE_CPUS", "AUTOTUNE_REPLICAS"} <= set(told) <= variables()
+    assert all(isinstance(value, str) for value in told.values())
+    assert int(worker["resources"]["limits"]["cpu"]) % environment.cpus(told) == 0
+    fewest, most = environment.replicas(told)
+    (group,) = cluster["workerGroupSpecs"]
+    each_holds = int(worker["resources"]["limits"]["cpu"]) // environment.cpus(told)
+    assert (fewest, most) == (each_holds * group["minReplicas"], each_holds * group["maxReplicas"])
+    assert "AUTOTUNE_API_KEY" not in told  # everybody reads a configuration
     key = next(each for each in worker["env"] if each["name"] == "AUTOTUNE_API_KEY")
     assert "value" not in key
     assert set(key["valueFrom"]["secretKeyRef"]) == {"name", "key"}  # not optional: without it no pod begins
