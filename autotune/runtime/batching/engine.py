@@ -324,6 +324,7 @@ class Engine:
             if request.take(token):
                 request.finish()
                 return
+            request.hand_on()
             with self.variant.preparing(1):
                 self.sequences.join(request, prompt.cache, token)
         except Exception as error:  # of the caller's processors or criteria: it concerns this request alone

@@ -165,22 +165,30 @@ class Sequences:
             outside.pass_on(error)
             self._fail_rows(error)
             return
-        for row, choice in enumerate(choices):
-            if (request := self.rows[row]) is None or choice is None:
-                continue
-            try:
-                if isinstance(choice, Exception):
-                    raise choice
-                finished = request.take(choice)
-            except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
-                outside.pass_on(error)
-                self._leave(row)
-                request.fail(error)
-                continue
-            if finished:
-                self._leave(row)
-                request.finish()
         self.together[together] += 1
+        grown: list[tuple[Request, bool]] = []
+        try:
+            for row, choice in enumerate(choices):
+                if (request := self.rows[row]) is not None and choice is not None:
+                    grown.append((request, self._grow(row, request, choice)))
+        finally:  # all at last: a caller that wakes takes the interpreter's lock at the next operator
+            for request, is_finished in grown:
+                request.finish() if is_finished else request.hand_on()
+
+    def _grow(self, row: int, request: Request, choice: int | Exception) -> bool:
+        """Append a token to a row's sequence. Returns whether that is finished; then the row is free."""
+        try:
+            if isinstance(choice, Exception):
+                raise choice
+            finished = request.take(choice)
+        except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
+            outside.pass_on(error)
+            self._leave(row)
+            request.fail(error)
+            return False
+        if finished:
+            self._leave(row)
+        return finished
 
     def logits(self) -> torch.Tensor:
         """Run a step. Returns logits [rows, V] of as many rows as were computed."""
