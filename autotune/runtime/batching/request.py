@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from ...model.seam import Sampling
 
 
+def refusal(call: Sampling) -> str | None:
+    """Why a call cannot be a request, so that it runs alone between two steps; or None."""
+    if call.input_ids.shape[0] != 1:
+        return "a batch that the caller made"
+    if call.settings.return_dict_in_generate:
+        return "return_dict_in_generate"
+    mask = call.mask
+    return None if mask is None or bool(mask.all()) else "padding in a single sequence"
+
+
 class Request:
     """A call of generate's loop for one sequence.
 
@@ -30,6 +40,7 @@ class Request:
         prompt: its tokens.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
+        is_greedy: whether its token is the largest logit, which the engine finds for all such rows at once.
         queued: the end of what the caller's thread had queued on the device, which made the prompt.
     """
 
@@ -49,6 +60,7 @@ class Request:
         self._kept_back = list[int]()  # tokens that are not handed on yet
         self._streams = call.streamer is not None
         self._processes = call.processes()
+        self.is_greedy = not (call.settings.do_sample or self._processes)
         self._stops = seam.stops(call.criteria, self._room)
 
     @property
@@ -94,12 +106,7 @@ class Request:
         """Why it must not be served any longer, or None."""
         if self._is_abandoned:
             return CancelledRequestError("the caller no longer waits")
-        return self.terms.violated(now_s, self.tokens - self.call.input_ids.shape[1])
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether its token is the largest logit, which the engine finds for all such rows at once."""
-        return not (self.call.settings.do_sample or self._processes)
+        return self.terms.violated(now_s, self._room.length - len(self.prompt))
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from logits [1, V] on the host, by the caller's processors. Raises what these raise."""
