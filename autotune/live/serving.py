@@ -7,8 +7,8 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,8 @@ class Serving:
                 if reason is None:
                     return self._serve(variant, call, visit)
                 self.bypassed[reason] += 1
-            result = call.original() if variant is None else self.watch.serve_other(call)
+            with self._alone():
+                result = call.original() if variant is None else self.watch.serve_other(call)
         self._observe(call)
         return result
 
@@ -184,15 +185,23 @@ class Serving:
                 return original()
             if not dispatch.serves_forward(args, kwargs):
                 self.bypassed["forward with a cache of the caller's, gradients or extra arguments"] += 1
-                return original()
+                with self._alone():
+                    return original()
             return self._serve_forward(variant, args, kwargs, original)
 
-    def other_loop(self, name: str) -> AbstractContextManager[object]:
+    @contextmanager
+    def other_loop(self, name: str) -> Iterator[None]:
         if self.active is not None:
             self.bypassed[name.strip("_").replace("_", " ")] += 1
-        return self._traffic.request()
+        with self._traffic.request(), self._alone():
+            yield
 
     # How it works
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Enclose what the original computes, so that it runs between two steps of calls that are decoded together."""
+        pause = self.pause
+        return nullcontext() if pause is None else pause()
 
     def _is_unserved(self) -> bool:
         """Whether a torch mode is on in which no plan serves."""

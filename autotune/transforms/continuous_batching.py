@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import ChoiceError, TransformError
 from ..model.seam import keys_and_values
 from ..runtime.batching.load import EngineLoad
+from ..runtime.batching.request import refusal
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
@@ -34,9 +35,9 @@ class Together:
 
     def __call__(self, variant: Variant, call: Sampling) -> Any:
         copied = variant is not self.engine.variant  # and another transform is added to the copy
-        if copied or self.engine.is_lent_here():
+        if copied or self.engine.turns.is_here():
             return decode(variant, call)
-        if self.engine.refusal(call) is None:
+        if refusal(call) is None:
             return self.engine.generate(call)
         with self.engine.alone():
             return decode(variant, call)

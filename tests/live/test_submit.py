@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -321,6 +322,63 @@ def test_a_measured_step_has_its_turn_between_the_steps_of_a_busy_engine(
         assert engine_of(model).counts["steps"] == steps
     for request in busy:
         assert request.result(60).shape[1] > 150
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"return_dict_in_generate": True, "output_scores": True}, None),  # the plan serves it, alone
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_decoded_together_runs_alone_between_two_steps(
+    scripted: list[Transform],  # noqa: F811
+    options: dict[str, Any],
+    reason: str | None,
+) -> None:
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    steps, given = list[int](), torch.tensor([PROMPTS[1]])
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)  # in which an engine that went on would make a step
+        steps.append(engine_of(model).counts["steps"])
+        return scores
+
+    busy = [model.autotune.submit(ids, **LONG) for ids in PROMPTS[:3]]
+    next(iter(busy[0]))
+    found = model.generate(given, logits_processor=[note], max_new_tokens=8, **TOKENS | {"do_sample": False}, **options)
+    for request in busy:
+        assert request.result(60).shape[1] > 150
+    assert len(steps) == 8
+    assert len(set(steps)) == 1, steps
+    assert steps[0] < engine_of(model).counts["steps"], "nobody was under way"
+    plain = tiny("llama").generate(given, max_new_tokens=8, **TOKENS | {"do_sample": False}, **options)
+    ids, expected = (each if isinstance(each, torch.Tensor) else each.sequences for each in (found, plain))
+    assert torch.equal(ids, expected)
+    assert model.autotune.status.bypassed == ({} if reason is None else {reason: 1})
+
+
+@needs_kernels
+def test_a_processor_in_the_engines_thread_may_call_the_model(scripted: list[Transform]) -> None:  # noqa: F811
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    asked = list[list[int]]()
+
+    def ask(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        asked.append(called(model, PROMPTS[2], max_new_tokens=3))
+        model(ids, output_hidden_states=True)
+        return scores
+
+    expected = called(model, PROMPTS[1], max_new_tokens=3)
+    assert model.autotune.submit(PROMPTS[1], logits_processor=[ask], max_new_tokens=3, **TOKENS).result(
+        60
+    ).tolist() == [expected]
+    assert asked == [called(tiny("llama"), PROMPTS[2], max_new_tokens=3)] * 3
 
 
 @needs_kernels

@@ -27,6 +27,7 @@ from autotune.runtime.batching import joined, rows
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
+from autotune.runtime.batching.request import Request
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
@@ -376,6 +377,46 @@ def test_tokens_come_in_the_callers_thread(variant: Variant, alone: Variant) -> 
     assert streamer.tokens == got
     assert streamer.threads == {threading.get_ident()}
     assert streamer.ended
+
+
+@needs_kernels
+def test_tokens_of_a_step_are_handed_on_together_after_it(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows' tokens are all taken before any caller wakes, and all callers have theirs before the next computation."""
+    engine, log = engine_of(variant), list[str]()
+    take, hand_on, logits, advance = Request.take, Request.hand_on, engine.sequences.logits, engine._advance
+    monkeypatch.setattr(Request, "take", lambda self, token: (log.append("take"), take(self, token))[1])
+    monkeypatch.setattr(Request, "hand_on", lambda self: (log.append("hand on"), hand_on(self))[1])
+    monkeypatch.setattr(engine.sequences, "logits", lambda: (log.append("compute"), logits())[1])
+    monkeypatch.setattr(engine, "_advance", lambda prompt: (log.append("compute"), advance(prompt))[1])
+    with ThreadPoolExecutor(ROWS) as pool:
+        with engine.alone():
+            asked = [
+                pool.submit(answer, serving(variant), prompt(9, n), 6 + n, streamer=Streamer()) for n in range(ROWS)
+            ]
+            until_waiting(engine, ROWS)
+        assert [len(each.result()) for each in asked] == [15 + n for n in range(ROWS)]
+    turns = [" ".join(turn.split()) for turn in " ".join(log).split("compute")]
+    kept = {" ".join(["take"] * n + ["hand on"] * n) for n in range(1, ROWS + 1)}
+    assert set(turns[1:]) <= kept, turns
+    assert " ".join(["take"] * ROWS + ["hand on"] * ROWS) in turns
+
+
+@needs_kernels
+def test_a_caller_that_streams_nothing_wakes_once(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, init = list[Request](), Request.__init__
+
+    def noted(self: Request, call: Any) -> None:
+        init(self, call)
+        self._events = mock.Mock(wraps=self._events)
+        made.append(self)
+
+    monkeypatch.setattr(Request, "__init__", noted)
+    answer(serving(variant), prompt(9), 12)
+    answer(serving(variant), prompt(9), 12, streamer=Streamer())
+    assert [[type(call.args[0]) for call in each._events.put.call_args_list] for each in made] == [
+        [type(None)],
+        [int] * 12 + [type(None)],
+    ]
 
 
 @needs_kernels

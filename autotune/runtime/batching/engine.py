@@ -11,8 +11,8 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from .prefixes import Prefixes
 from .request import Request
 from .sequences import Sequences
 from .terms import MOST_WAITING
+from .turns import Turns
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -55,6 +56,7 @@ class Engine:
 
     Attributes:
         joins: whether several short prompts are computed together, because each then gets the numbers it has alone.
+        turns: who has the model, the engine or a caller.
         counts: requests, forwards over prompts, evicted sequences, steps, and in all steps the rows that were computed
             and the tokens that came of them.
     """
@@ -88,10 +90,7 @@ class Engine:
         self._worker: ending.Worker | None = None
         self._stopped = False
         self._at_once = 0  # most sequences that were under way together since none was
-        self._is_stepping = False
-        self._lent_to: int | None = None  # identifier of the thread that has the model alone
-        self._borrowers = 0  # such calls that wait
-        self._owns_next = False  # whether the next turn is the engine's even if such calls wait
+        self.turns = Turns(self._changed)
 
     def after_fork(self) -> None:
         """Forget all requests in a forked child: their callers are threads of the parent, and its GPU is."""
@@ -120,15 +119,6 @@ class Engine:
         )
 
     # In the callers' threads
-
-    def refusal(self, call: Sampling) -> str | None:
-        """Why a call is not taken, so that it runs alone between two steps; or None."""
-        if call.input_ids.shape[0] != 1:
-            return "a batch that the caller made"
-        if call.settings.return_dict_in_generate:
-            return "return_dict_in_generate"
-        mask = call.mask
-        return None if mask is None or bool(mask.all()) else "padding in a single sequence"
 
     def generate(self, call: Sampling) -> torch.Tensor:
         """Serve a call of one sequence.
@@ -162,27 +152,9 @@ class Engine:
         intraop.rest()  # while the engine's thread computes
         return request.wait()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Enclose a call that the engine does not take: no step runs meanwhile. It takes turns with the steps."""
-        with self._changed:
-            self._borrowers += 1
-            try:
-                self._changed.wait_for(lambda: not self._is_stepping and self._lent_to is None)
-            finally:
-                self._borrowers -= 1
-            self._lent_to = threading.get_ident()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._lent_to = None
-                self._owns_next = True
-                self._changed.notify_all()
-
-    def is_lent_here(self) -> bool:
-        """Whether the calling thread has the model alone."""
-        return self._lent_to == threading.get_ident()
+        return self.turns.alone()
 
     def _stop(self) -> None:
         with self._changed:
@@ -200,9 +172,7 @@ class Engine:
                     try:
                         self._turn()
                     finally:
-                        with self._changed:
-                            self._is_stepping = False
-                            self._changed.notify_all()
+                        self.turns.end()
         except BaseException as error:
             with self._changed:
                 self._worker = None
@@ -222,13 +192,7 @@ class Engine:
                 self._worker = None
                 return False
             self._gather()
-            self._changed.wait_for(
-                lambda: self._stopped or (self._lent_to is None and (self._owns_next or not self._borrowers))
-            )
-            if self._stopped:
-                raise Cancelled
-            self._owns_next = False
-            self._is_stepping = True
+            self.turns.begin(lambda: self._stopped)
             return True
 
     def _lingers(self) -> bool:
@@ -324,6 +288,7 @@ class Engine:
             if request.take(token):
                 request.finish()
                 return
+            request.hand_on()
             with self.variant.preparing(1):
                 self.sequences.join(request, prompt.cache, token)
         except Exception as error:  # of the caller's processors or criteria: it concerns this request alone

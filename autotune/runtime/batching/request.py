@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,25 +20,14 @@ if TYPE_CHECKING:
     from ...model.seam import Sampling
 
 
-@dataclass(frozen=True)
-class Token:
-    """A new token [1], for the caller's streamer."""
-
-    token: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The whole sequence [1, P + new]."""
-
-    ids: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Failed:
-    """What the engine raised for this request."""
-
-    error: BaseException
+def refusal(call: Sampling) -> str | None:
+    """Why a call cannot be a request, so that it runs alone between two steps; or None."""
+    if call.input_ids.shape[0] != 1:
+        return "a batch that the caller made"
+    if call.settings.return_dict_in_generate:
+        return "return_dict_in_generate"
+    mask = call.mask
+    return None if mask is None or bool(mask.all()) else "padding in a single sequence"
 
 
 class Request:
@@ -52,6 +40,7 @@ class Request:
         prompt: its tokens.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
+        is_greedy: whether its token is the largest logit, which the engine finds for all such rows at once.
         queued: the end of what the caller's thread had queued on the device, which made the prompt.
     """
 
@@ -66,9 +55,12 @@ class Request:
         self.is_ours = isinstance(threading.current_thread(), ending.Worker)
         self._is_abandoned = False  # the terms live on: the original may answer after the engine failed
         self._context = contextvars.copy_context()
-        self._events: queue.SimpleQueue[Token | Finished | Failed] = queue.SimpleQueue()
+        # What the caller's thread gets: tokens if it streams, then None for the end, or what the engine raised.
+        self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._kept_back = list[int]()  # tokens that are not handed on yet
         self._streams = call.streamer is not None
         self._processes = call.processes()
+        self.is_greedy = not (call.settings.do_sample or self._processes)
         self._stops = seam.stops(call.criteria, self._room)
 
     @property
@@ -96,13 +88,13 @@ class Request:
         try:
             while True:
                 match self._events.get():
-                    case Token(token):
-                        streamer.put(token)
-                    case Finished(ids):
+                    case int(token):
+                        streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
+                    case None:
                         if streamer is not None:
                             streamer.end()
-                        return ids.to(self.call.input_ids.device)
-                    case Failed(error):
+                        return self.ids.clone().to(self.call.input_ids.device)
+                    case error:
                         raise error
         except BaseException:
             self._is_abandoned = True
@@ -114,12 +106,7 @@ class Request:
         """Why it must not be served any longer, or None."""
         if self._is_abandoned:
             return CancelledRequestError("the caller no longer waits")
-        return self.terms.violated(now_s, self.tokens - self.call.input_ids.shape[1])
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether its token is the largest logit, which the engine finds for all such rows at once."""
-        return not (self.call.settings.do_sample or self._processes)
+        return self.terms.violated(now_s, self._room.length - len(self.prompt))
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from logits [1, V] on the host, by the caller's processors. Raises what these raise."""
@@ -150,22 +137,34 @@ class Request:
         return self.ids if self._on_device is None else self._on_device
 
     def take(self, token: int) -> bool:
-        """Append a token. Returns whether the sequence is finished. Raises what a stopping criterion raises."""
+        """Append a token, which `hand_on` gives to the caller.
+
+        Returns:
+            Whether the sequence is finished. Raises what a stopping criterion raises.
+        """
         self._room.append(token)
         if self._on_device is not None and (self._processes or self._stops is None):
             self._on_device = torch.cat([self._on_device, self._on_device.new_full((1, 1), token)], dim=1)
         if self._streams:
-            self._events.put(Token(torch.tensor([token], dtype=torch.int64, device="cpu")))
+            self._kept_back.append(token)
         if self._stops is not None:
             return self._stops.after(self.tokens, token)
         stopped: Any = self._context.run(self.call.criteria, self._callers_ids, None)
         return bool(stopped.all())
 
+    def hand_on(self) -> None:
+        """Give the caller the tokens since the last time. Its thread wakes and wants the interpreter's lock."""
+        for token in self._kept_back:
+            self._events.put(token)
+        self._kept_back.clear()
+
     def finish(self) -> None:
-        self._events.put(Finished(self.ids.clone()))
+        self.hand_on()
+        self._events.put(None)
 
     def fail(self, error: BaseException) -> None:
-        self._events.put(Failed(error))
+        self.hand_on()
+        self._events.put(error)
 
     def fail_with_others(self, error: BaseException) -> None:
         """Fail with an error of its own: threads that raised the same object would all extend its traceback."""

@@ -61,6 +61,8 @@ class Sequences:
         self.tokens: RowTokens = (
             HostTokens(most) if device.is_host else DeviceTokens(most, device, self._cache.slot.device)
         )
+        self._inputs = {size: (self.tokens.first(size), self._cache.slot[:size, None]) for size in caches}
+        self._size: int | None = None  # rows of the next step; None: sequences have joined or left since the last one
         self._guessing = Guessing(variant)
         for row in range(most):
             self._cache.leave(row)
@@ -97,6 +99,7 @@ class Sequences:
         """
         row = self.rows.index(None)
         self._cache.join(row, cache)
+        self._size = None
         self.rows[row] = request
         self.tokens[row] = token
 
@@ -150,6 +153,7 @@ class Sequences:
         failed = [(row, request) for row, request in enumerate(self.rows) if request is not None]
         for row, request in failed:
             self.rows[row] = None
+            self._size = None
             request.fail_with_others(error)
         self._guessing.end()
         for row, _ in failed:
@@ -165,31 +169,36 @@ class Sequences:
             outside.pass_on(error)
             self._fail_rows(error)
             return
-        for row, choice in enumerate(choices):
-            if (request := self.rows[row]) is None or choice is None:
-                continue
-            try:
-                if isinstance(choice, Exception):
-                    raise choice
-                finished = request.take(choice)
-            except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
-                outside.pass_on(error)
-                self._leave(row)
-                request.fail(error)
-                continue
-            if finished:
-                self._leave(row)
-                request.finish()
         self.together[together] += 1
+        grown: list[tuple[Request, bool]] = []
+        try:
+            for row, choice in enumerate(choices):
+                if (request := self.rows[row]) is not None and choice is not None:
+                    grown.append((request, self._grow(row, request, choice)))
+        finally:  # all at last: a caller that wakes takes the interpreter's lock at the next operator
+            for request, is_finished in grown:
+                request.finish() if is_finished else request.hand_on()
+
+    def _grow(self, row: int, request: Request, choice: int | Exception) -> bool:
+        """Append a token to a row's sequence. Returns whether that is finished; then the row is free."""
+        try:
+            if isinstance(choice, Exception):
+                raise choice
+            finished = request.take(choice)
+        except Exception as error:  # of the caller's processors or criteria, or NaN: it concerns this row alone
+            outside.pass_on(error)
+            self._leave(row)
+            request.fail(error)
+            return False
+        if finished:
+            self._leave(row)
+        return finished
 
     def logits(self) -> torch.Tensor:
         """Run a step. Returns logits [rows, V] of as many rows as were computed."""
         cache = self._cache
-        for source, target in plan.moves([r is not None for r in self.rows], len(self.rows)):
-            cache.move(source, target)
-            self.rows[target], self.rows[source] = self.rows[source], None
-            self.tokens[target] = self.tokens[source]
-        size = plan.size_for([r is not None for r in self.rows], len(self.rows))
+        if self._size is None:
+            self._size = self._compact()
         speculation, first = self.variant.speculation, self.rows[0]
         if speculation is not None and first is not None and self.used == 1:
             guessing = self._guessing.of(first, cache.single(0), self._plain)
@@ -197,10 +206,18 @@ class Sequences:
             cache.advance(discarded=speculation.tokens)
         else:
             self._guessing.end()
-            logits = self._plain(self.tokens.first(size), cache.slot[:size, None])
+            logits = self._plain(*self._inputs[self._size])
             cache.advance()
         self.counts["tokens"] += self.used
         return logits
+
+    def _compact(self) -> int:
+        """Move sequences so that the next step has few rows. Returns its rows."""
+        for source, target in plan.moves([r is not None for r in self.rows], len(self.rows)):
+            self._cache.move(source, target)
+            self.rows[target], self.rows[source] = self.rows[source], None
+            self.tokens[target] = self.tokens[source]
+        return plan.size_for([r is not None for r in self.rows], len(self.rows))
 
     def _plain(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """token, position [rows, 1] -> logits [rows, V], by the step of so many rows."""
@@ -219,6 +236,7 @@ class Sequences:
     def _leave(self, row: int) -> None:
         if self.rows[row] is self._guessing.request:
             self._guessing.end()
+        self._size = None
         self.tokens[row] = 0
         self._cache.leave(row)
         self.rows[row] = None  # last: a request whose row cannot be freed can still be failed

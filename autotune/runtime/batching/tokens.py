@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from math import isnan
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from ...errors import VariantError
@@ -65,6 +66,7 @@ class HostTokens(RowTokens):
     def __init__(self, rows: int) -> None:
         super().__init__(rows, torch.device("cpu"))
         self._numbers = self._held.numpy()  # the same memory
+        self._rows = numpy.arange(rows)
 
     def __getitem__(self, row: int) -> int:
         return int(self._numbers[row, 0])
@@ -77,15 +79,15 @@ class HostTokens(RowTokens):
 
     def choose(self, requests: Sequence[Request | None], logits: torch.Tensor) -> list[Choice]:
         best = largest(logits)
-        most = logits.numpy()[range(len(best)), best]  # NaN if any logit is
-        found = list[Choice]()
+        most = logits.numpy()[self._rows[: len(best)], best].tolist()  # NaN if any logit is
+        greedy, found = best.tolist(), list[Choice]()
         for row, request in enumerate(requests):
             try:
                 if request is None:
                     found.append(None)
                     continue
                 require_number(request, is_number=not isnan(most[row]))
-                token = int(best[row]) if request.is_greedy else request.choose(logits[row : row + 1])
+                token = greedy[row] if request.is_greedy else request.choose(logits[row : row + 1])
                 self[row] = token
                 found.append(token)
             except Exception as error:  # of the caller's processors, or NaN: it concerns this row alone

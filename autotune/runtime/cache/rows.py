@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,12 +44,14 @@ class RowCache(SlotCache):
             self.slot = torch.zeros(rows, dtype=torch.int64, device=self.valid.device)
             self._taken = torch.zeros_like(self.slot)  # 1 for a row with a sequence
         self._look_at_slot()
+        self._valid = None if self._slot is None else self.valid.numpy()
         self.valid.zero_()
         self.batch = rows
         self.lasting = True
         self.lengths = [0] * rows
         self._written = [0] * rows  # slots of each row that may hold numbers of an earlier sequence
         self._singles: dict[int, SlotCache] = {}
+        self._rooms: dict[int, list[torch.Tensor]] = {}  # of each row: its keys and values [1, Hk, slots, D]
 
     def join(self, row: int, prompt: Any) -> None:
         """Begin a sequence in a free row: copy a prefilled cache.
@@ -58,7 +61,7 @@ class RowCache(SlotCache):
         """
         filled = keys_and_values(prompt)
         length = filled[0][0].shape[2]
-        self._write(slice(row, row + 1), filled)
+        self._copy(filled, row)
         self._begin(row, length)
 
     def copy_of(self, row: int) -> Any:
@@ -90,7 +93,7 @@ class RowCache(SlotCache):
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to a free row."""
-        self._write(slice(target, target + 1), self._held(source))
+        self._copy(self._held(source), target)
         self._begin(target, self.lengths[source])
         self.leave(source)
 
@@ -114,18 +117,31 @@ class RowCache(SlotCache):
     def longest(self) -> int:
         return max(self.lengths[: self.shape[0]])
 
+    def _copy(self, filled: Iterable[tuple[torch.Tensor, torch.Tensor]], row: int) -> None:
+        """Write keys and values [1, Hk, P, D] per layer into a row."""
+        if row not in self._rooms:  # a slice takes as long as a copy of a short prompt
+            here = slice(row, row + 1)
+            self._rooms[row] = [held[here] for pair in zip(self.keys, self.values, strict=True) for held in pair]
+        given = [new for pair in filled for new in pair]
+        rooms = zip(self._rooms[row], given, strict=True)
+        torch._foreach_copy_([room.narrow(2, 0, new.shape[2]) for room, new in rooms], given)
+
     def _begin(self, row: int, length: int) -> None:
-        self._clear(slice(row, row + 1), slice(length, self._written[row]))
+        if length < self._written[row]:
+            self._clear(slice(row, row + 1), slice(length, self._written[row]))
         self._place(row, length)
         self.lengths[row] = length
         self._written[row] = length + 1  # a step writes the slot after the last valid one
 
     def _place(self, row: int, length: int) -> None:
         """Set a row's next slot; 0: it has no sequence."""
+        if self._slot is not None and self._valid is not None:
+            self._valid[row] = length > 0  # as for `SlotCache.advance`
+            self._slot[row] = length
+            return
         self.valid[row].fill_(length > 0)
         self.slot[row].fill_(length)
-        if self._slot is None:
-            self._taken[row].fill_(int(length > 0))
+        self._taken[row].fill_(int(length > 0))
 
     def single(self, row: int) -> SlotCache:
         """A view of one row's sequence, which has as many valid tokens as now."""

@@ -1,0 +1,68 @@
+"""Whose turn the model is: the engine's, for a step, or that of one caller whom the engine does not serve."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ...machine.ending import Cancelled
+
+
+class Turns:
+    """Gives the model to the engine and to callers who need it alone, in turn: neither waits for two of the other's.
+
+    Args:
+        changed: is notified of all changes.
+    """
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        self._holder: int | None = None  # identifier of the thread whose turn it is: the engine's, or a caller's
+        self._borrowers = 0  # such callers that wait
+        self._owns_next = False  # whether the next turn is the engine's even if such callers wait
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Enclose a call that the engine does not take: no step runs meanwhile. Calls within it have the same turn."""
+        if self.is_here():
+            yield
+            return
+        with self._changed:
+            self._borrowers += 1
+            try:
+                self._changed.wait_for(lambda: self._holder is None)
+            finally:
+                self._borrowers -= 1
+            self._holder = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holder = None
+                self._owns_next = True
+                self._changed.notify_all()
+
+    def is_here(self) -> bool:
+        """Whether it is the calling thread's turn. In the engine's, a caller's logits processor may call the model."""
+        return self._holder == threading.get_ident()
+
+    def begin(self, is_stopped: Callable[[], bool]) -> None:
+        """Begin the engine's turn, or wait for it. The lock is held.
+
+        Raises:
+            Cancelled: the engine was stopped.
+        """
+        self._changed.wait_for(
+            lambda: is_stopped() or (self._holder is None and (self._owns_next or not self._borrowers))
+        )
+        if is_stopped():
+            raise Cancelled
+        self._owns_next = False
+        self._holder = threading.get_ident()
+
+    def end(self) -> None:
+        """End the engine's turn."""
+        with self._changed:
+            self._holder = None
+            self._changed.notify_all()
