@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..machine import forking
 from ..machine.device import cpu
 from ..model import seam
+from . import kernels
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ def read(variant: Variant, call: Sampling, prompt: Any) -> torch.Tensor:
     with _in_turn() if part < tokens else nullcontext(), variant.running("prefill") as module:
         for start in range(0, tokens, part):
             found = module(**call.prompt(prompt, slice(start, min(start + part, tokens))))
+        if part < tokens:
+            kernels.free_kept()  # here, where as many threads compute as did for the prompt
         return seam.logits(found)[:, -1]
 
 

@@ -30,7 +30,7 @@ class PrefillParts(Transform):
         tokens: most tokens of a part, of all sequences of a batch together.
     """
 
-    tokens: int = 256
+    tokens: int = 64
 
     name: ClassVar[str] = "prefill_parts"
     stage: ClassVar[Stage] = Stage.LOOP

@@ -15,6 +15,7 @@ from autotune.runtime.kernels import (
     Int8Linear,
     attend_many,
     available,
+    free_kept,
     no_bf16_unit,
 )
 from autotune.runtime.kernels.bf16 import FEW
@@ -233,3 +234,20 @@ def test_spans_of_masks() -> None:
 def test_attention_refuses(keys: Tensor, spans: Tensor | None, parts: int, says: str) -> None:
     with pytest.raises(RuntimeError, match=says):
         attend_many(torch.randn(1, 4, 8, 16), keys, keys, spans, 1.0, parts)
+
+
+@needs_operators
+def test_memory_that_threads_keep_from_call_to_call_is_freed() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(70, 96), Int8Linear.from_weight(torch.randn(32, 96))
+    q, keys = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
+    calls = {  # each with the least that it lays out: a digit an input; keys and values in FP32, filled up to 32
+        "linear": (lambda: layer(x), 70 * 96),
+        "attend": (lambda: attend_many(q, keys, keys, None, 1.0), 2 * (2 * 96 * 32 * 4)),
+    }
+    free_kept()
+    for name, (call, least) in calls.items():
+        y = call()
+        assert free_kept() >= least, name
+        assert free_kept() == 0, name
+        assert torch.equal(call(), y), name

@@ -17,6 +17,7 @@ from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.prefill_parts import PrefillParts
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
+from autotune.transforms.weight_only import WeightOnly
 from autotune.transforms.weight_storage import WeightStorage
 from tests.models import left_padded, tiny, token_prompts
 
@@ -82,6 +83,16 @@ def test_prompts_of_several_callers_are_read_one_after_the_other() -> None:
         list(pool.map(lambda row: serving(variant).generate(row[None], max_new_tokens=2), ids))
     assert len(readers) == 4
     assert readers[0] == readers[1] != readers[2] == readers[3]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("chain", "keeps"), [([], True), ([PARTS], False)])
+def test_kernels_keep_nothing_of_a_prompt_in_parts(chain: list[Transform], keeps: bool) -> None:
+    plan = [WeightOnly("both", bits=8), *chain, StepProgram("decode")]
+    served = serving(Variant(tiny()).with_transforms(plan))
+    kernels.free_kept()
+    served.generate(torch.tensor(token_prompts(1, length=23)), max_new_tokens=3)
+    assert (kernels.free_kept() > 0) == keeps
 
 
 def test_what_it_refuses() -> None:

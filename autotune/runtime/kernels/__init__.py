@@ -46,6 +46,7 @@ __all__ = [
     "attend_many",
     "attend_one",
     "available",
+    "free_kept",
     "no_bf16_unit",
     "no_byte_unit",
 ]
@@ -71,6 +72,17 @@ def available() -> str | None:
             except build.BuildError as reason:
                 _outcome.append(Blocker(reason))
         return _outcome[0]
+
+
+def free_kept() -> int:
+    """Free the memory that operators for prompts keep from call to call, in this thread and those that compute with it.
+
+    Returns:
+        Bytes; 0 if the operators are not loaded.
+    """
+    import torch
+
+    return int(torch.ops.autotune.free_kept()) if _outcome == [None] else 0
 
 
 def no_bf16_unit() -> str | None:

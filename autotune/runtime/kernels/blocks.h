@@ -16,9 +16,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "scratch.h"
 #include "vectors.h"
 
 namespace autotune {
@@ -28,26 +27,6 @@ constexpr int kSide = 32;  // rows, columns and depth of a block
 constexpr int kHalf = 16;
 
 inline int64_t blocks_of(int64_t count) { return (count + kSide - 1) / kSide; }
-
-// Memory that a thread keeps from call to call. It is aligned to cache lines and never shrinks.
-template <class Number>
-class Scratch {
- public:
-  Number* room(int64_t count) {
-    if (count > count_) {
-      held_.reset(static_cast<Number*>(::operator new(count * sizeof(Number), std::align_val_t(64))));
-      count_ = count;
-    }
-    return held_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(Number* at) const { ::operator delete(at, std::align_val_t(64)); }
-  };
-  std::unique_ptr<Number, Free> held_;
-  int64_t count_ = 0;
-};
 
 // Lays out rows of A from at[row * stride + k], times a factor. Zeros fill up the last chunk, and the rows to 32 (or to
 // 16, if there are no more).

@@ -34,10 +34,12 @@ SOURCES = (  # the file that takes longest to compile comes first
     "integer.cpp",
     "embedding.cpp",
     "matmul.cpp",
+    "scratch.cpp",
 )
 HEADERS = (
     "vectors.h",
     "tensors.h",
+    "scratch.h",
     "linear.h",
     "rounded.h",
     "vnni.h",

@@ -5,9 +5,8 @@
 //   avx2.h     AVX2: inputs of 16 bits at 1.4 times FP32's rate, for INT4 also of 8 bits
 #pragma once
 
-#include <vector>
-
 #include "rounded.h"
+#include "scratch.h"
 
 namespace autotune {
 
@@ -36,9 +35,8 @@ inline int digits_here(int64_t wanted, int bits) {
 
 // Rounds x [tokens, inputs] for a layer, in memory that the calling thread keeps from call to call.
 inline Rounded round_all(const Weights& w, const float* x, int64_t tokens, int64_t inputs, int digits) {
-  static thread_local std::vector<float> scratch;
-  if (const size_t needed = Rounded::floats(w, tokens, digits); scratch.size() < needed) scratch.resize(needed);
-  const Rounded rounded = Rounded::over(scratch.data(), w, tokens, digits);
+  static thread_local Scratch<float> scratch;
+  const Rounded rounded = Rounded::over(scratch.room(Rounded::floats(w, tokens, digits)), w, tokens, digits);
   torch::stable::parallel_for(0, tokens, kLeastTokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) round_token(rounded, t, x + t * inputs, inputs);
   });

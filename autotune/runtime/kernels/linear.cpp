@@ -12,14 +12,14 @@ constexpr int64_t kPanelFloats = 1 << 18;      // the FP32 panel for many tokens
 
 void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_t tokens, int64_t inputs,
                   const float* bias, float* y) {
-  static thread_local std::vector<float> scratch;
+  static thread_local Scratch<float> scratch;
   const bool copied = !in_place(w, tokens, inputs);
   const int64_t numbers = copied ? tokens * w.inputs : 0;
-  scratch.resize(numbers + (w.zeros ? tokens * w.groups() : 0));
-  float* sums = w.zeros ? scratch.data() + numbers : nullptr;
-  const Tiles tiles{tokens, copied ? scratch.data() : x, sums};
+  float* target = scratch.room(numbers + (w.zeros ? tokens * w.groups() : 0));
+  float* sums = w.zeros ? target + numbers : nullptr;
+  const Tiles tiles{tokens, copied ? target : x, sums};
   if (copied)
-    torch::stable::parallel_for(0, tiles.count(), 1, [&, target = scratch.data()](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) arrange(w, x, tokens, inputs, i, target, sums);
     });
   if (!copied && sums) add_up(w, 1, x, sums);
