@@ -614,6 +614,21 @@ def test_what_prompts_begin_with_alike_is_computed_once(
     assert f"{24 * (len(prompts) - 1)} tokens of prompts were known" in engine.summary()
 
 
+@needs_kernels
+def test_an_engine_that_is_told_to_forget_computes_every_prompt(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, loop, found = engine_of(variant), variant.loop, list[int]()
+    assert isinstance(loop, Together)
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    for remembers in (False, True):
+        loop.remember(remembers)
+        for ids in (prompt(30), prompt(30), [*prompt(30)[:20], 5]):
+            answer(serving(variant), ids, 2)
+        found.append(engine.prefixes.tokens_found)
+    assert found == [0, 30 + 16]
+
+
 def request_of(variant: Variant, ids: Sequence[int]) -> Any:
     """The parts of a request that reading its prompt needs."""
     from autotune.model import seam
