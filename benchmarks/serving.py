@@ -38,7 +38,6 @@ from autotune.model import route
 from autotune.model.gguf import checkpoint
 from autotune.model.load import load
 from autotune.runtime import kernels
-from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.dispatch import serving
 from autotune.runtime.variant import Variant
 from autotune.transforms.continuous_batching import Together
@@ -100,7 +99,7 @@ def plans(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows
         chain += [] if name == ALONE else [batching]
         found[name] = Variant(original, workload=work).with_transforms(chain)
         if isinstance(loop := found[name].loop, Together):  # prompts come again here; each is to be computed
-            loop.engine.prefixes = Prefixes(loop.engine.prefixes.part, most_bytes=0, most_last_bytes=0)
+            loop.remember(False)
     return found
 
 

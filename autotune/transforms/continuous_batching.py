@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import ChoiceError, TransformError
 from ..model.seam import keys_and_values
 from ..runtime.batching.load import EngineLoad
+from ..runtime.batching.prefixes import Prefixes
 from ..runtime.batching.request import refusal
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
@@ -50,6 +51,11 @@ class Together:
     def load(self) -> EngineLoad:
         """What the engine has to do now, and what it has done so far."""
         return self.engine.load
+
+    def remember(self, prompts: bool) -> None:
+        """Keep prompts for later ones that begin alike, as from the start, or forget them and compute every prompt."""
+        part = self.engine.prefixes.part
+        self.engine.prefixes = Prefixes(part) if prompts else Prefixes(part, most_bytes=0, most_last_bytes=0)
 
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""

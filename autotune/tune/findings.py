@@ -12,9 +12,9 @@ from ..profile.ncu import NcuExport
 from ..runtime.variant import Transform
 from ..validate import Latency, Quality
 from ..workload import Phase
-from .callers import Sharing
 from .contributions import Contribution
 from .plan import Trial
+from .sharing import Sharing
 
 
 @dataclass(frozen=True, kw_only=True)

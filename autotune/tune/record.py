@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..diagnose.diagnosis import Diagnosis
     from ..machine.hardware import Hardware
     from ..validate import Latency, Quality, Speedup
-    from .callers import Sharing
     from .contributions import Contribution
     from .findings import Findings
     from .plan import Trial
+    from .sharing import Sharing
 
 SCHEMA = 1
 

@@ -19,11 +19,11 @@ from autotune.report.candidates import contributions, not_tried
 from autotune.report.markdown import escape
 from autotune.report.sections import result
 from autotune.runtime.variant import Stage, Transform
-from autotune.tune.callers import CallersPoint, Sharing
 from autotune.tune.contributions import Contribution
 from autotune.tune.findings import Findings
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.record import report_of, reverified
+from autotune.tune.sharing import CallersPoint, Sharing
 from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict
 from autotune.workload import Phase
 

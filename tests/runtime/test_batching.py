@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.live.original import Original
 from autotune.runtime import kernels
-from autotune.runtime.batching import joined, rows
+from autotune.runtime.batching import joined, prefill, rows
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
@@ -42,6 +42,7 @@ from autotune.transforms.continuous_batching import ContinuousBatching, Together
 from autotune.transforms.fused_layers import FusedLayers
 from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.linear_bf16 import LinearBf16
+from autotune.transforms.packed_prefill import PackedPrefill
 from autotune.transforms.prefill_attention import PrefillAttention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.step_program import StepProgram
@@ -656,19 +657,42 @@ def test_what_prompts_begin_with_alike_is_computed_once(
 
 
 @needs_kernels
+def test_an_engine_that_is_told_to_forget_computes_every_prompt(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, loop, found = engine_of(variant), variant.loop, list[int]()
+    assert isinstance(loop, Together)
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    for remembers in (False, True):
+        loop.remember(remembers)
+        for ids in (prompt(30), prompt(30), [*prompt(30)[:20], 5]):
+            answer(serving(variant), ids, 2)
+        found.append(engine.prefixes.tokens_found)
+    assert found == [0, 30 + 16]
+
+
+def request_of(variant: Variant, ids: Sequence[int]) -> Any:
+    """The parts of a request that reading its prompt needs."""
+    from autotune.model import seam
+
+    given = torch.tensor([list(ids)])
+    call = seam.Sampling(variant.original, given, {}, {"attention_mask": torch.ones_like(given)})
+    return types.SimpleNamespace(prompt=tuple(ids), call=call)
+
+
+@needs_kernels
 def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
     from autotune.model import seam
 
     prefixes, ids = Prefixes(8), prompt(30)
-    call = types.SimpleNamespace(input_ids=torch.tensor([ids]), positions=torch.arange(30)[None])
-    request: Any = types.SimpleNamespace(prompt=tuple(ids), call=call)
+    request = request_of(variant, ids)
 
     def computed() -> tuple[int, Any, torch.Tensor]:
-        prefill = Prefill(request, prefixes)
-        found, read = prefill.done, None
+        reading = Prefill(request, prefixes)
+        found, read = reading.done, None
         with torch.no_grad():
             while read is None:
-                read = prefill.advance(variant)
+                read = reading.advance(variant, 8)
         return found, read[0].cache, read[0].logits
 
     (cold, first, logits), *others = computed(), computed()
@@ -708,6 +732,7 @@ def test_a_prompt_of_several_answers_is_computed_once(
 ) -> None:
     engine, ids = engine_of(variant), prompt(length, seed=3)
     monkeypatch.setattr(engine, "joins", joins)
+    monkeypatch.setattr(engine, "merges", False)
     monkeypatch.setattr(joined, "SHORTEST", 3)
     monkeypatch.setattr(engine, "prefixes", Prefixes(8))
     drawn = ({"do_sample": True, "logits_processor": LogitsProcessorList([ByPosition(n)])} for n in range(3))
@@ -744,6 +769,82 @@ def test_prompts_that_are_known_come_between_two_steps_by_the_rows(
             until_waiting(engine, 10)
         assert [each.result() for each in asked] == [expected] * 10
     assert taken == [0, ROWS, 2 * ROWS]
+
+
+# Several parts of a prompt in one forward
+
+
+@pytest.mark.parametrize(
+    ("begin", "tokens", "most", "end"),
+    [
+        (0, 100, 128, 100),
+        (0, 128, 512, 128),
+        (0, 300, 128, 128),
+        (256, 300, 128, 300),
+        (0, 300, 512, 300),
+        (128, 300, 512, 300),  # the beginning was known
+        (0, 288, 512, 288),
+        (0, 287, 512, 256),  # then 31 tokens, as after parts of 128
+        (256, 287, 512, 287),
+        (0, 129, 512, 128),
+        (0, 2000, 512, 512),
+        (0, 520, 512, 512),
+        (1536, 2000, 512, 2000),
+    ],
+)
+def test_where_a_forward_over_a_prompt_ends(begin: int, tokens: int, most: int, end: int) -> None:
+    assert prefill.end_of(begin, tokens, 128, most) == end
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "mistral-window", "gpt2", "mixtral"])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_parts_are_computed_in_one_forward_only_if_the_prompt_gets_the_same_numbers(
+    arch: str, bits: int | None
+) -> None:
+    """To the bit, and whatever the engine computes at once from one turn to the next."""
+    kernel = (WeightOnly("decode", bits=bits), PackedPrefill("prefill"), PrefillAttention("prefill")) if bits else ()
+    variant, part = Variant(tiny(arch)).with_transforms(kernel), 64
+    if not (joined.is_exact(variant, part) and prefill.parts_agree(variant, part)):
+        assert arch != "llama" or not bits, "the usual plan"
+        return
+    for length in (65, 95, 96, 128, 161, 200):
+        request, found = request_of(variant, prompt(length, seed=7)), []
+        for most in ((part,), (4 * part,), (2 * part, part, 4 * part)):
+            reading, read, turns = Prefill(request, Prefixes(part)), None, iter([*most, *most, *most, *most])
+            with torch.no_grad():
+                while read is None:
+                    read = reading.advance(variant, next(turns))
+            found.append((read[0].logits, read[0].cache))
+        assert joined.is_same(found[0], found[1]), length
+        assert joined.is_same(found[0], found[2]), length
+
+
+@needs_kernels
+@pytest.mark.parametrize("merges", [True, False])
+def test_a_prompt_is_computed_in_one_forward_while_nobody_waits_for_a_step(
+    variant: Variant, alone: Variant, merges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ids = engine_of(variant), prompt(30, seed=4)
+    monkeypatch.setattr(engine, "merges", merges)
+    monkeypatch.setattr(prefill, "SHORTEST", 3)
+    expected, computed = answer(serving(alone), ids, 12), spied(variant, monkeypatch)
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    assert answer(serving(variant), ids, 12) == expected
+    assert computed == ([30] if merges else [8, 8, 8, 6])
+    assert answer(serving(variant), [*ids[:24], 5], 1)[:24] == ids[:24]
+    assert engine.prefixes.tokens_found == 24, "its parts are kept one by one"
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    computed.clear()
+    with ThreadPoolExecutor(2) as pool:
+        with engine.alone():
+            first = pool.submit(answer, serving(variant), prompt(7), 40)
+            until_waiting(engine, 1)
+            asked = pool.submit(answer, serving(variant), ids, 12)
+            until_waiting(engine, 2)
+        assert asked.result() == expected
+        first.result()
+    assert computed == [7, 8, 8, 8, 6], "a sequence under way waits for one part at most"
 
 
 # Several short prompts in one forward
@@ -785,14 +886,8 @@ def test_only_prompts_that_nobody_computes_are_computed_together(waiting: str, k
 
 
 def read_alone(variant: Variant, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    from autotune.model import seam
-
-    def whole(cache: Any) -> dict[str, Any]:
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seam.over(variant.original, cache)}
-
-    call = types.SimpleNamespace(input_ids=ids, positions=torch.arange(ids.shape[1])[None], prompt=whole)
-    request: Any = types.SimpleNamespace(prompt=tuple(ids[0].tolist()), call=call)
-    (found,) = Prefill(request, Prefixes(128)).advance(variant) or ()
+    request = request_of(variant, ids[0].tolist())
+    (found,) = Prefill(request, Prefixes(128)).advance(variant, 128) or ()
     return found.logits, found.cache
 
 
@@ -808,7 +903,7 @@ def test_prompts_are_computed_together_only_if_each_gets_its_own_numbers(arch: s
     prompts = [torch.tensor([prompt(length, seed=7)]) for length in (32, 61, 47, 64, 33)]
     with torch.no_grad():
         together = joined.read(variant, [(ids, torch.arange(ids.shape[1])[None]) for ids in prompts])
-        assert all(joined._is_same(one, read_alone(variant, ids)) for one, ids in zip(together, prompts, strict=True))
+        assert all(joined.is_same(one, read_alone(variant, ids)) for one, ids in zip(together, prompts, strict=True))
 
 
 @needs_kernels
@@ -886,8 +981,8 @@ def test_prefixes_keep_to_their_bytes() -> None:
         cache = seam.growing_cache()
         for layer in range(2):
             cache.update(torch.full((1, 3, 4, 5), float(n)), torch.full((1, 3, 4, 5), float(n)), layer)
-        prefixes.keep(cache, (n,) * 9, 4)
-        prefixes.keep(cache, (n,) * 9, 3)  # no whole part
+        prefixes.keep(cache, (n,) * 9, 0, 4)
+        prefixes.keep(cache, (n,) * 4, 0, 4)  # the last part
         prefixes.keep_last(cache, (n,) * 4, torch.full((1, 10), float(n)))
     assert prefixes._beginnings.nbytes == 3 * one_part
     assert prefixes._last.nbytes == 2 * (one_part + 40)

@@ -164,6 +164,7 @@ def test_four_answers_to_a_prompt_are_the_lonely_ones_and_its_tokens_are_compute
     server: Running, length: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, asked = engine_of(server), LONG[:length]
+    monkeypatch.setattr(engine, "merges", False)  # a forward for each part
 
     def ask(n: int, seed: dict[str, int]) -> list[Any]:
         monkeypatch.setattr(engine, "prefixes", Prefixes(engine.prefixes.part))
@@ -204,10 +205,10 @@ def test_a_burst_of_72_is_answered_or_refused(
 def test_probes_and_figures_answer_while_a_prompt_is_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on, advance = threading.Event(), threading.Event(), Prefill.advance
 
-    def held(self: Prefill, variant: Any) -> Any:
+    def held(self: Prefill, variant: Any, most: int) -> Any:
         begun.set()
         assert go_on.wait(WAIT_S)
-        return advance(self, variant)
+        return advance(self, variant, most)
 
     monkeypatch.setattr(Prefill, "advance", held)
     client = Client(server, LONG, 1)

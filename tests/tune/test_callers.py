@@ -22,7 +22,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import callers, policy, ties
-from autotune.tune.callers import CallersPoint, Sharing, decide, step_times
+from autotune.tune.sharing import CallersPoint, Sharing, decide, step_times
 from autotune.validate import quality
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda

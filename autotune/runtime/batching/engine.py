@@ -23,7 +23,7 @@ from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from .joined import Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
-from .prefill import Prefill
+from .prefill import Prefill, parts_agree
 from .prefixes import Prefixes
 from .request import Request
 from .sequences import Sequences
@@ -57,6 +57,8 @@ class Engine:
     Attributes:
         joins: whether several short prompts are computed together, because each then gets the numbers it has alone.
         turns: who has the model, the engine or a caller.
+        merges: whether several parts of a prompt are computed in one forward while no sequence waits for its next
+            token, because the prompt then gets the numbers it has part by part.
         counts: requests, forwards over prompts, evicted sequences, steps, and in all steps the rows that were computed
             and the tokens that came of them.
     """
@@ -75,6 +77,7 @@ class Engine:
         self.most_rows = max(caches)
         self.prefixes = Prefixes(chunk)
         self.joins = is_exact(variant, chunk)
+        self.merges = self.joins and parts_agree(variant, chunk)
         self.most_waiting = most_waiting
         self.wait_s = wait_s
         self.counts: Counter[str] = Counter()
@@ -260,7 +263,7 @@ class Engine:
         """Compute the next part of a prompt. After its last part, its sequence takes a row."""
         self._prompt = prompt
         try:
-            found = prompt.advance(self.variant)
+            found = prompt.advance(self.variant, self._most() if self.merges else self.prefixes.part)
         except Exception as error:
             outside.pass_on(error)
             self._end_prompt()
@@ -297,8 +300,7 @@ class Engine:
 
     def _next_prompt(self) -> Prefill | Joined | None:
         """What is computed next for the requests that are served next; None if none waits or no row is free."""
-        free = self.sequences.free
-        room = self.prefixes.part * (1 if free < self.most_rows else CHUNKS_AT_REST)
+        free, room = self.sequences.free, self._most()
         with self._changed:
             if not free or not self._waiting:
                 return None
@@ -310,6 +312,10 @@ class Engine:
                 self.variant.device.wait(request.queued)
         self.counts["requests"] += len(chosen)
         return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
+
+    def _most(self) -> int:
+        """Tokens of prompts that are computed now at most: a sequence under way waits for no more than one chunk."""
+        return self.prefixes.part * (1 if self.sequences.used else CHUNKS_AT_REST)
 
     def _without_rows(self) -> list[Request]:
         """The requests whose prompts are not computed yet."""

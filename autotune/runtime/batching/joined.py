@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -88,7 +89,8 @@ class Joined:
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = list(requests)
 
-    def advance(self, variant: Variant) -> list[Prefilled]:
+    def advance(self, variant: Variant, most: int) -> list[Prefilled]:
+        """Compute all of them, however many tokens they are: `together` chose them."""
         calls = [request.call for request in self.requests]
         found = read(variant, [(call.input_ids, call.positions) for call in calls])
         return [Prefilled(request, *result) for request, result in zip(self.requests, found, strict=True)]
@@ -143,22 +145,29 @@ def _part(held: list[tuple[torch.Tensor, torch.Tensor]], tokens: slice) -> Any:
     return cache
 
 
+def tried(trial: Callable[[Variant, int], bool]) -> Callable[[Variant, int], bool]:
+    """A trial of a variant that has no gradients, and fails if it raises: a model's own code may refuse a mask."""
+
+    @wraps(trial)
+    @torch.no_grad()
+    def trying(variant: Variant, tokens: int) -> bool:
+        try:
+            return trial(variant, tokens)
+        except Exception as error:
+            outside.pass_on(error)
+            log.debug("%s failed", trial.__name__, exc_info=True)
+            return False
+
+    return trying
+
+
+@tried
 def is_exact(variant: Variant, longest: int) -> bool:
     """Whether prompts that are computed together get the same numbers, to the bit, as each alone.
 
     Args:
         longest: tokens of the longest prompt that is computed together with others.
     """
-    try:
-        return _is_exact(variant, longest)
-    except Exception as error:  # a model's own code may refuse such a mask
-        outside.pass_on(error)
-        log.debug("prompts are computed one by one", exc_info=True)
-        return False
-
-
-@torch.no_grad()
-def _is_exact(variant: Variant, longest: int) -> bool:
     vocabulary = configured.vocabulary(variant.original)
     draw = torch.Generator(device="cpu").manual_seed(0)
     prompts = []
@@ -177,12 +186,12 @@ def _is_exact(variant: Variant, longest: int) -> bool:
                 **seam.last_logits(variant.original, 1),
                 **seam.over(variant.original, cache),
             )
-        if not _is_same(together, (seam.logits(output)[:, -1], cache)):
+        if not is_same(together, (seam.logits(output)[:, -1], cache)):
             return False
     return True
 
 
-def _is_same(one: tuple[torch.Tensor, Any], other: tuple[torch.Tensor, Any]) -> bool:
+def is_same(one: tuple[torch.Tensor, Any], other: tuple[torch.Tensor, Any]) -> bool:
     pairs = zip(seam.keys_and_values(one[1]), seam.keys_and_values(other[1]), strict=True)
     return torch.equal(one[0], other[0]) and all(
         torch.equal(a, b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)

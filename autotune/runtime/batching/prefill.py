@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...model import seam
-from .joined import Prefilled
+import torch
+
+from ...model import configured, seam
+from .joined import SHORTEST, Prefilled, is_same, tried
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from ..variant import Variant
     from .prefixes import Prefixes
     from .request import Request
 
 
 class Prefill:
-    """A prompt under way, part by part. The parts do not depend on what else runs, so neither does the result.
+    """A prompt under way, part by part. Its numbers do not depend on what else runs.
 
     Attributes:
         done: tokens that were found or computed.
@@ -32,22 +36,55 @@ class Prefill:
     def is_known(self) -> bool:
         return self._logits is not None
 
-    def advance(self, variant: Variant) -> list[Prefilled] | None:
-        """Compute the next part. Returns the prompt when it was the last part, else None."""
-        call, prompt = self.request.call, self.request.prompt
+    def advance(self, variant: Variant, most: int) -> list[Prefilled] | None:
+        """Compute the next part, or several in one forward. Returns the prompt when it is complete, else None.
+
+        Args:
+            most: tokens to compute at most, a multiple of a part. The result does not depend on it if the engine
+                passes more than one part only where `parts_agree`.
+        """
+        prompt = self.request.prompt
         if self._logits is not None:
             return [Prefilled(self.request, self._logits, self.cache)]
-        tokens = len(prompt)
-        with variant.running("prefill") as module:
-            if tokens <= self.prefixes.part:
-                found = module(**call.prompt(self.cache))
-                return [Prefilled(self.request, seam.logits(found)[:, -1], self.cache)]
-            part = slice(self.done, min(self.done + self.prefixes.part, tokens))
-            given: dict[str, Any] = {"input_ids": call.input_ids[:, part], "position_ids": call.positions[:, part]}
-            given |= seam.last_logits(variant.original, 1)
-            found = module(**given, **seam.over(variant.original, self.cache))
-        self.done = part.stop
-        if self.done < tokens:
-            self.prefixes.keep(self.cache, prompt, self.done)
-            return None
-        return [Prefilled(self.request, seam.logits(found)[:, -1], self.cache)]
+        begin, self.done = self.done, end_of(self.done, len(prompt), self.prefixes.part, most)
+        logits = read(variant, self.request.call, self.cache, slice(begin, self.done))
+        self.prefixes.keep(self.cache, prompt, begin, self.done)
+        return [Prefilled(self.request, logits, self.cache)] if self.done == len(prompt) else None
+
+
+def end_of(begin: int, tokens: int, part: int, most: int) -> int:
+    """Where the forward ends that computes the next parts of a prompt. Pure.
+
+    A last part of few tokens is computed by itself: kernels for few rows sum in another order.
+
+    Args:
+        begin: where it begins, at a part.
+        tokens: of the prompt.
+        part: tokens of a part.
+        most: tokens to compute at most, a multiple of `part`.
+    """
+    end, last = min(begin + most, tokens), (tokens - 1) // part * part
+    return last if begin < last < end < last + SHORTEST else end
+
+
+def read(variant: Variant, call: seam.Sampling, cache: Any, part: slice) -> torch.Tensor:
+    """Compute some tokens of a prompt; the cache holds those before them. Returns the last one's logits [1, V]."""
+    with variant.running("prefill") as module:
+        return seam.logits(module(**call.prompt(cache, part)))[:, -1]
+
+
+@tried
+def parts_agree(variant: Variant, part: int) -> bool:
+    """Whether a prompt gets the same numbers, to the bit, in parts of so many tokens as in one forward."""
+    tokens = 2 * part + SHORTEST
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    size = (1, tokens)
+    ids = torch.randint(configured.vocabulary(variant.original), size, generator=draw, dtype=torch.int64, device="cpu")
+    ids = ids.to(variant.original.device)
+    given = {"attention_mask": torch.ones_like(ids), **seam.last_logits(variant.original, 1)}
+    call = seam.Sampling(variant.original, ids, {}, given)
+    whole, parts = seam.growing_cache(), seam.growing_cache()
+    at_once = read(variant, call, whole, slice(0, tokens))
+    for begin in range(0, tokens, part):
+        logits = read(variant, call, parts, slice(begin, min(begin + part, tokens)))
+    return is_same((at_once, whole), (logits, parts))

@@ -110,16 +110,17 @@ class Prefixes:
         self.tokens_found += done
         return done, logits
 
-    def keep(self, cache: Any, prompt: Beginning, end: int) -> None:
-        """Keep the part of a prompt that ends before token `end`, from a cache that has just that many tokens."""
-        beginning = prompt[:end]
-        if not end % self.part and beginning not in self._beginnings:
-            self._beginnings.put(beginning, Part(_copied(cache, end - self.part)))
+    def keep(self, cache: Any, prompt: Beginning, begin: int, end: int) -> None:
+        """Keep the parts of a prompt but the last one from its cache, of those that begin at token `begin` to `end`."""
+        for start in range(begin, min(end, self._before_last(prompt)), self.part):
+            part = slice(start, start + self.part)
+            if (beginning := prompt[: part.stop]) not in self._beginnings:
+                self._beginnings.put(beginning, Part(_copied(cache, part)))
 
     def keep_last(self, cache: Any, prompt: Beginning, logits: torch.Tensor) -> None:
         """Keep the last part of a prompt from its cache, with the last token's logits [1, V]."""
         if prompt not in self._last:
-            self._last.put(prompt, Part(_copied(cache, self._before_last(prompt)), logits.clone()))
+            self._last.put(prompt, Part(_copied(cache, slice(self._before_last(prompt), None)), logits.clone()))
 
     def knows_last(self, prompt: Beginning) -> bool:
         """Whether the last part of a prompt is known."""
@@ -130,6 +131,6 @@ class Prefixes:
         return (len(prompt) - 1) // self.part * self.part
 
 
-def _copied(cache: Any, begin: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of a cache's tokens from `begin`."""
-    return [(keys[:, :, begin:].clone(), values[:, :, begin:].clone()) for keys, values in seam.keys_and_values(cache)]
+def _copied(cache: Any, tokens: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of some of a cache's tokens."""
+    return [(keys[:, :, tokens].clone(), values[:, :, tokens].clone()) for keys, values in seam.keys_and_values(cache)]
