@@ -11,7 +11,13 @@ from ..runtime.variant import Transform, Variant
 from .choose import SearchState
 from .order import Pace, gained_nothing, request_s, slow_prefill_of
 from .plan import Confirmation, Trial, TrialOutcome
-from .trying import Trier, examine
+from .trying import Bench, Trier
+
+
+def examine(bench: Bench, variant: Variant, obstacle: str | None = None) -> SearchState:
+    """Profile and diagnose a variant, before anything is tried on it."""
+    profile = bench.profile(variant)
+    return SearchState(variant, profile, bench.diagnose(profile), bench.free_bytes(), obstacle)
 
 
 @dataclass

@@ -28,11 +28,11 @@ from .choose import (
     rule_out,
     why_not,
 )
-from .incumbent import Incumbent
+from .incumbent import Incumbent, examine
 from .order import CalledStep, first_of, only_compiles, share
 from .plan import Confirmation, Trial, TrialOutcome
 from .policy import Choice, Policy, PolicyStep
-from .trying import Bench, Trier, examine
+from .trying import Bench, Trier
 
 log = logging.getLogger("autotune")
 
