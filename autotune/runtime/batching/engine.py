@@ -21,6 +21,7 @@ import torch
 from ...errors import CancelledRequestError, DeviceError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
+from ..steps.step import preparing
 from .joined import Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill
@@ -324,7 +325,7 @@ class Engine:
             if request.take(token):
                 request.finish()
                 return
-            with self.variant.preparing(1):
+            with preparing(1):
                 self.sequences.join(request, prompt.cache, token)
         except Exception as error:  # of the caller's processors or criteria: it concerns this request alone
             outside.pass_on(error)
