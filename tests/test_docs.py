@@ -18,7 +18,7 @@ from autotune.machine.versions import TESTED
 from autotune.model import route
 from autotune.report import exit_codes as codes
 from autotune.runtime.dispatch import serving
-from autotune.runtime.variant import build
+from autotune.runtime.variant import Variant
 from autotune.transforms import registry
 from autotune.tune import policy as policies
 from autotune.validate.tiers import TIERS
@@ -67,7 +67,7 @@ def test_the_transform_computes_the_same(
 ) -> None:
     names = documents.run("docs/extending.md", monkeypatch, tmp_path, tokenizer)
     model, prompt = tiny("gpt2"), torch.tensor(token_prompts(1))
-    variant = build(model, (names["WithoutDropout"](),))
+    variant = Variant(model).with_transforms((names["WithoutDropout"](),))
     assert variant.transforms[0].took_effect(variant) is None
     options = {"max_new_tokens": 8}
     assert torch.equal(serving(variant).generate(prompt, **options), model.generate(prompt, **options))

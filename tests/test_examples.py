@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from autotune.runtime.variant import build
+from autotune.runtime.variant import Variant
 from autotune.tune import policy as policies
 from tests.models import ONE_QUESTION, tiny, token_prompts
 
@@ -88,7 +88,7 @@ def test_custom_transform(folder: Path, tmp_path: Path) -> None:
 def test_the_custom_transform_computes_the_same(phase: Any) -> None:
     model, prompt = tiny(), torch.tensor(token_prompts(1))
     merged = module(EXAMPLES / "custom_transform" / "merged_mlp.py")
-    variant = build(model, (merged.MergedMLP(phase),))
+    variant = Variant(model).with_transforms((merged.MergedMLP(phase),))
     assert variant.transforms[0].took_effect(variant) is None
     assert merged.mergeable(model)
     with torch.no_grad():

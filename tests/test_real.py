@@ -13,7 +13,7 @@ from autotune.cli import demo
 from autotune.model.load import load
 from autotune.runtime import kernels
 from autotune.runtime.dispatch import serving
-from autotune.runtime.variant import build
+from autotune.runtime.variant import Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.dynamic_int8 import DynamicInt8
 from autotune.transforms.one_query_attention import OneQueryAttention
@@ -59,7 +59,7 @@ def built() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["decode", "both"])
 def test_dynamic_int8_is_rejected_by_the_gate_with_its_figures(model: PreTrainedModel, exam: Exam, phase: Any) -> None:
-    found = quality.judge(exam, build(model, [DynamicInt8(phase=phase)]), "strict")
+    found = quality.judge(exam, Variant(model).with_transforms([DynamicInt8(phase=phase)]), "strict")
     assert found.verdict is Verdict.FAIL
     assert found.mean_kld > 0.02  # perplexity suffers only where the processor's sums of products saturate (AVX2)
     assert "mean KLD" in found.reason
@@ -68,7 +68,7 @@ def test_dynamic_int8_is_rejected_by_the_gate_with_its_figures(model: PreTrained
 
 @pytest.mark.slow
 def test_weights_in_eight_bits_pass_strict(model: PreTrainedModel, exam: Exam) -> None:
-    found = quality.judge(exam, build(model, [WeightOnly(phase="decode")]), "strict")
+    found = quality.judge(exam, Variant(model).with_transforms([WeightOnly(phase="decode")]), "strict")
     assert found.verdict is Verdict.PASS, found.reason
     assert found.mean_kld < 0.005
 
@@ -76,8 +76,8 @@ def test_weights_in_eight_bits_pass_strict(model: PreTrainedModel, exam: Exam) -
 def test_lossless_transforms_answer_token_for_token(
     model: PreTrainedModel, loaded: tuple[PreTrainedModel, Any]
 ) -> None:
-    variant = build(
-        model, [WeightStorage(phase="decode"), OneQueryAttention(phase="decode"), CompileStep(phase="decode")]
+    variant = Variant(model).with_transforms(
+        [WeightStorage(phase="decode"), OneQueryAttention(phase="decode"), CompileStep(phase="decode")]
     )
     assert [t.took_effect(variant) for t in variant.transforms] == [None, None, None]
     for question in ("The tide comes in because", "A recipe for bread:"):

@@ -20,7 +20,7 @@ from .serving import Serving
 from .status import State, Status
 from .submit import Submissions, Submitted
 from .tuning import Tuning
-from .watch.watch import Event
+from .watch.breaker import Event
 from .winner import Winner
 
 if TYPE_CHECKING:

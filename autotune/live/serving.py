@@ -22,8 +22,8 @@ from ..runtime.attempt import Attempt
 from ..runtime.batching.terms import CURRENT
 from .original import RELOAD, Original, Residence
 from .status import State
-from .watch.breaker import BreakerState, Rules
-from .watch.watch import Event, Watch
+from .watch.breaker import BreakerState, Event, Rules
+from .watch.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

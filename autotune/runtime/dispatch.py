@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from .variant import Variant
 
-PLAIN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "labels"}
+# arguments of a direct forward that the prefill module computes with as the original does
+SERVED = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "labels"}
 
 
 def unsupported(variant: Variant, call: seam.Sampling) -> str | None:
@@ -42,7 +43,7 @@ def sample(variant: Variant, call: seam.Sampling) -> Any:
 def serves_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the prefill module may serve a direct forward call: inference on ids, without unusual arguments."""
     asked = {k for k, v in kwargs.items() if v is not None}
-    return len(args) <= 1 and asked <= PLAIN and not torch.is_grad_enabled()
+    return len(args) <= 1 and asked <= SERVED and not torch.is_grad_enabled()
 
 
 def forward(variant: Variant, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,10 +78,10 @@ class Measured(route.Plain):
             return sample(self.variant, call)
 
     def bypass(self, call: seam.Sampling, reason: str) -> Any:
-        """Answer a call that the variant cannot serve.
+        """Answer a call that the variant cannot serve; a subclass may have the original do so.
 
         Raises:
-            MeasurementError: always, here; who may let the original answer overrides it.
+            MeasurementError: always.
         """
         raise MeasurementError(f"this variant cannot serve the measured call: {reason}")
 

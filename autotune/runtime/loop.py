@@ -18,6 +18,7 @@ from ..model import seam
 from ..model.configured import text_config
 from .loop_state import DeviceState, HostState
 from .reading import read
+from .steps.step import preparing
 
 if TYPE_CHECKING:
     from ..model.seam import Sampling
@@ -70,7 +71,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
         filled = variant.prompts.room(call, pool, lent) if variant.prompts is not None else None
         prompt = seam.growing_cache()  # no configuration: every layer at full length
         if filled is None and "forward" not in vars(variant.modules["prefill"]):  # else compiled, and again for slots
-            with variant.preparing(batch):
+            with preparing(batch):
                 prompt = lent.enter_context(pool.read(batch))
         if variant.prompts is not None and filled is not None:
             with variant.running("prefill"):
@@ -80,7 +81,7 @@ def over_slots(variant: Variant, call: Sampling) -> Any:
 
         @cache
         def decoder() -> tuple[SlotCache, Step | None]:  # called after the first token, which needs no slots
-            with variant.preparing(batch):
+            with preparing(batch):
                 held = filled or lent.enter_context(pool.lend(prompt, call.mask))
                 return held, variant.step.fitting(held) if variant.step is not None else None
 

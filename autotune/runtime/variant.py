@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from ..errors import AutotuneError, DeviceError, TransformError, UnreadyError, VariantError
+from ..errors import AutotuneError, TransformError, VariantError
 from ..machine import device as devices
 from ..machine import intraop, outside
 from ..model import seam, sharding, stateful
@@ -181,19 +181,17 @@ class Variant:
         Raises:
             TransformError: the transform refuses.
         """
-        if all(done.stage <= transform.stage for done in self.transforms):
-            if (reason := self.state.obstacle()) is not None:
-                raise TransformError(reason)
-            if (reason := divided(transform, self.original)) is not None:
-                raise TransformError(reason)
-            variant = self.copy()
-            with sharding.alone(self.original):
-                transform.apply(variant)
-            if variant.kv is not None and variant.caches is not None:
-                raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
-            variant.transforms = (*self.transforms, transform)
-            return variant
-        return self.bare().with_transforms((*self.transforms, transform))
+        if any(done.stage > transform.stage for done in self.transforms):
+            return self.bare().with_transforms((*self.transforms, transform))
+        if reason := self.state.obstacle() or divided(transform, self.original):
+            raise TransformError(reason)
+        variant = self.copy()
+        with sharding.alone(self.original):
+            transform.apply(variant)
+        if variant.kv is not None and variant.caches is not None:
+            raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
+        variant.transforms = (*self.transforms, transform)
+        return variant
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
         """Make a new variant: this one plus `transforms`, with all transforms in stage order.
@@ -224,18 +222,12 @@ class Variant:
         """The modules that a transform may edit for `phase`: twins made on demand, one twin if both phases share it."""
         phases = PHASES if phase == "both" else (phase,)
         stateful.of(self.original)  # finds the stateful modules, which twins share
-        twins: dict[int, PreTrainedModel] = {}
-        for p in phases:
-            module = self.modules[p]
+        for module in {id(self.modules[p]): self.modules[p] for p in phases}.values():
             shared_outside = any(self.modules[q] is module for q in PHASES if q not in phases)
-            if id(module) in self._editable and not shared_outside:
-                twins[id(module)] = module
-            elif id(module) not in twins:
+            if id(module) not in self._editable or shared_outside:
                 twin = fork(module)
                 self._editable.add(id(twin))
-                twins[id(module)] = twin
-            self.modules[p] = twins[id(module)]
-            twins[id(self.modules[p])] = self.modules[p]
+                self.modules |= {p: twin for p in phases if self.modules[p] is module}
         return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
 
     @contextmanager
@@ -287,21 +279,6 @@ class Variant:
             outside.pass_on(error)
             raise VariantError(f"{phase} failed: {type(error).__name__}: {error}") from error
 
-    @contextmanager
-    def preparing(self, batch: int) -> Iterator[None]:
-        """Enclose the preparation of what decoding needs.
-
-        Raises:
-            UnreadyError: the body raised an error, and the device is not dead.
-        """
-        try:
-            yield
-        except DeviceError:
-            raise
-        except Exception as error:
-            outside.pass_on(error)
-            raise UnreadyError(f"a batch of {batch} cannot be decoded: {type(error).__name__}: {error}") from error
-
     @property
     def pause(self) -> Pause | None:
         """Pauses what several callers share while its context is held; None if each is served by itself."""
@@ -336,12 +313,3 @@ class Variant:
 def divided(transform: Transform, model: PreTrainedModel) -> str | None:
     """Why a transform does not work on the parts of a model that ranks hold, or None."""
     return None if transform.sharded else sharding.reason(model)
-
-
-def build(original: PreTrainedModel, transforms: Iterable[Transform]) -> Variant:
-    """Build the variant that a plan's transforms make from an unrouted model.
-
-    Raises:
-        TransformError: one of them refuses.
-    """
-    return Variant(original).with_transforms(transforms)

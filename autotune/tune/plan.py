@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..model import route
-from ..runtime.variant import Transform
+from ..runtime.variant import Transform, Variant
 from ..validate import Latency, Quality, Verdict
 from ..workload import Target
 from . import codec
@@ -18,7 +18,6 @@ from .fingerprint import Fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..runtime.variant import Variant
 
 SCHEMA = 1  # raised whenever the meaning of a stored field changes; other schemas are a miss
 
@@ -139,13 +138,12 @@ class Plan:
             PlanError: the plan was made for another model.
             TransformError: a transform refuses.
         """
-        from ..runtime import variant
         from . import fingerprint
 
         original = route.bare(model) if route.is_routed(model) else model
         if check:
             self.require(fingerprint.of_model(original))
-        return variant.build(original, self.transforms)
+        return Variant(original).with_transforms(self.transforms)
 
     def require(self, model: str) -> None:
         """Raise PlanError if the plan was made for another model than that with this fingerprint."""

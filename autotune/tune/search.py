@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,10 +28,11 @@ from .choose import (
     rule_out,
     why_not,
 )
-from .order import CalledStep, Pace, first_of, gained_nothing, only_compiles, request_s, share, slow_prefill_of
+from .incumbent import Incumbent, examine
+from .order import CalledStep, first_of, only_compiles, share
 from .plan import Confirmation, Trial, TrialOutcome
 from .policy import Choice, Policy, PolicyStep
-from .trying import Bench, Trier, examine
+from .trying import Bench, Trier
 
 log = logging.getLogger("autotune")
 
@@ -61,22 +61,18 @@ class Found:
 @dataclass
 class _Search:
     trier: Trier
-    before: SearchState
-    state: SearchState
+    best: Incumbent
     pending: list[PolicyStep]
     parameters: int | None
-    trials: list[Trial] = field(default_factory=list)
-    confirmation: Confirmation | None = None
-    refuted: tuple[Transform, ...] = ()
     chosen: dict[str, Transform] = field(default_factory=dict)  # step -> its transform in the draft in use
     shortfalls: dict[Transform, str] = field(default_factory=dict)  # transform -> why its quality is too low
-    usual_s: float = 0.0  # seconds of a trial: the least at first, then the latest full trial's without compiling
-    making_s: float = 0.0  # seconds in which the current variant was made; most changes make all of it anew
-    slow_prefill: Transform | None = None  # weights for prefill that are good enough and gained no time; on a GPU
-    failures: Counter[str] = field(default_factory=Counter)  # step -> its choices that gained no time; on a GPU
     too_short: str = ""  # why the budget is too short for any trial
-    kept: Callable[[Variant], None] = lambda variant: None
     bases: dict[object, SearchState] = field(default_factory=dict)  # the latest result of `without`
+
+    @property
+    def state(self) -> SearchState:
+        """The variant that candidates are compared with now."""
+        return self.best.state
 
     def begin(self, draft: compose.Draft) -> None:
         """Try the draft. If it fails, try its transforms for each phase.
@@ -89,7 +85,7 @@ class _Search:
                 continue
             before, whole = self.state, parts is draft.parts
             made = draft.made if whole else None
-            self.settle(*self.attempt(compose.trial(parts), made, held_out=whole), held_out=whole)
+            self.best.settle(*self.attempt(compose.trial(parts), made, held_out=whole), held_out=whole)
             if self.state is not before:
                 self.chosen |= {part.step.name: part.transform for part in parts}
                 left = [replace(step, choices=self.unchosen(step)) for step in self.pending]
@@ -109,7 +105,7 @@ class _Search:
             step = self.next_of(called)
             self.pending.remove(step)
             rest: PolicyStep | None = self.take(step)
-            while rest is not None and not self.on_gpu:
+            while rest is not None and not self.best.on_gpu:
                 rest = self.take(rest)
             self.pending += [rest] if rest is not None else []
 
@@ -126,7 +122,7 @@ class _Search:
         others = max((t.predicted or 0.0 for n, t in enumerate(trials) if n != place), default=0.0)
         paired, kept = bool(trials[place].others), self.takes(trials[place], step, others)
         if paired and not kept:
-            self.slow_prefill = None
+            self.best.slow_prefill = None
             return step  # what compiles is still to be tried alone
         choices = step.choices[:place] + step.choices[place + 1 :]
         return replace(step, choices=choices) if choices else None
@@ -138,12 +134,12 @@ class _Search:
         if replaced is not None and trial.transform not in self.trier.faults:
             trial, base = replace(trial, instead_of=(replaced,)), self.without(replaced)
         if ruled_out := self.rule_out(trial, step, base):
-            self.trials.append(ruled_out)
+            self.best.trials.append(ruled_out)
             return False
         with reusing(before.variant):
             (*failed, last), candidate = self.find(trial, base, others)
-            self.trials += failed
-            self.settle(last, candidate)
+            self.best.trials += failed
+            self.best.settle(last, candidate)
         kept = self.state is not before
         if kept and replaced is not None:
             self.chosen[step.name] = last.transform
@@ -161,7 +157,7 @@ class _Search:
         """
         predicted = self.promise(transform, step)
         trial = Trial(transform, step.name, step.phase, TrialOutcome.SKIPPED, "", predicted=predicted)
-        weights = self.slow_prefill if step.phase == "prefill" and transform.stage is Stage.COMPILE else None
+        weights = self.best.slow_prefill if step.phase == "prefill" and transform.stage is Stage.COMPILE else None
         alone = None if weights is None else self.promise(weights, step)
         if weights is None or alone is None or predicted is None:
             return trial
@@ -173,7 +169,7 @@ class _Search:
 
     def is_called(self, step: PolicyStep) -> bool:
         """Whether to take a step: its bottleneck was found, or it may help weights that gained no time without it."""
-        if self.slow_prefill is not None and step.phase == "prefill" and only_compiles(step):
+        if self.best.slow_prefill is not None and step.phase == "prefill" and only_compiles(step):
             step = replace(step, bottlenecks=frozenset())
         return self.why_not(step) is None
 
@@ -197,15 +193,15 @@ class _Search:
 
     def without(self, replaced: Transform) -> SearchState:
         """The original with the other weights of the current variant, which a replacement may share."""
-        current = self.state.variant
+        original, current = self.best.before, self.state.variant
         others = [t for t in current.transforms if t != replaced and t.stage is Stage.WEIGHTS]
         key = current, replaced
         if key not in self.bases:
             try:
                 with reusing(current):
-                    self.bases = {key: replace(self.before, variant=self.before.variant.with_transforms(others))}
+                    self.bases = {key: replace(original, variant=original.variant.with_transforms(others))}
             except TransformError:  # one of them needs the replaced one
-                self.bases = {key: self.before}
+                self.bases = {key: original}
         return self.bases[key]
 
     def next_of(self, called: list[PolicyStep]) -> PolicyStep:
@@ -214,19 +210,11 @@ class _Search:
         It is the policy's first where memory is the objective, because what a step promises is time, and on a CPU
         without a draft in use.
         """
-        if self.trier.policy.objective == "memory" or not (self.chosen or self.on_gpu):
+        if self.trier.policy.objective == "memory" or not (self.chosen or self.best.on_gpu):
             return called[0]
-        offers = [CalledStep(s, self.candidates(s), share(self.state, s.phase), self.failures[s.name]) for s in called]
-        return first_of(offers, self.pace, self.trier.policy.limits.min_gain)
-
-    @property
-    def pace(self) -> Pace:
-        """What trials take now."""
-        return Pace(self.trier.hardware.device, self.usual_s, self.making_s, self.before.profile.phases)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.trier.hardware.device != "cpu"
+        failures = self.best.failures
+        offers = [CalledStep(s, self.candidates(s), share(self.state, s.phase), failures[s.name]) for s in called]
+        return first_of(offers, self.best.pace, self.trier.policy.limits.min_gain)
 
     def find(self, trial: Trial, base: SearchState, others: float) -> tuple[list[Trial], Variant | None]:
         """Try a candidate. If it loses too much quality, try it without some layers.
@@ -262,55 +250,8 @@ class _Search:
         return self.trier.attempt(trial, self.state.variant, made, held_out=held_out)
 
     def lateness(self, trial: Trial) -> str | None:
-        """Why a trial may not begin any more, or None. On a CPU, each is taken to last as long as the latest one."""
-        return self.too_short or self.trier.lateness(self.pace.seconds(trial) if self.on_gpu else self.usual_s)
-
-    def settle(self, trial: Trial, candidate: Variant | None, *, held_out: bool = False) -> None:
-        """Record a trial. An accepted candidate is used from now on if held-out prompts confirm it.
-
-        Args:
-            held_out: whether they confirmed it already.
-        """
-        before, start, before_s = self.state, self.trier.clock(), sum(request_s(self.state).values())
-        if trial.outcome is TrialOutcome.ACCEPTED and candidate is not None:
-            if held_out:
-                self.keep(candidate, Confirmation(None, trial.quality, trial.latency))
-            else:
-                trial = self.confirm(trial, candidate)
-        if self.state is not before:
-            self.making_s = trial.compile_s
-            self.slow_prefill = self.slow_prefill if trial.target == "decode" else None
-        elif self.on_gpu and gained_nothing(trial):
-            self.failures[trial.step] += 1
-            self.slow_prefill = self.slow_prefill or slow_prefill_of(trial)
-        if trial.latency is not None:
-            faster = before_s / sum(request_s(self.state).values()) if before_s else 1.0
-            # half of a trial's requests are the original's, half are those of variants about as fast as the current one
-            self.usual_s = (trial.seconds - trial.compile_s + self.trier.clock() - start) * (1 + 1 / faster) / 2
-        self.trials.append(trial)
-
-    def confirm(self, trial: Trial, candidate: Variant) -> Trial:
-        self.trier.notify(f"confirming {trial.candidate} on held-out prompts")
-        try:
-            found = self.trier.bench.confirm(candidate)
-        except BudgetSpentError as error:
-            return replace(trial, outcome=TrialOutcome.UNREACHED, reason=f"{trial.reason}; not confirmed: {error}")
-        if found.holds:
-            self.keep(candidate, replace(found, quality=trial.quality) if found.brief else found)
-            short = "; confirmed on a few held-out prompts: the budget had no room for more"
-            return replace(trial, reason=f"{trial.reason}{short}") if found.brief else trial
-        if self.state is self.before:  # a confirmed variant keeps its confirmation
-            self.confirmation = found
-            self.refuted = candidate.transforms
-        outcome = TrialOutcome.REJECTED if found.is_disproof else TrialOutcome.INCONCLUSIVE
-        self.trier.bench.free_memory()
-        return replace(trial, outcome=outcome, reason=f"{trial.reason}; on held-out prompts, {found.reason}")
-
-    def keep(self, candidate: Variant, confirmation: Confirmation) -> None:
-        """Make a proven variant the current one."""
-        self.kept(candidate)
-        self.state = examine(self.trier.bench, candidate, self.before.obstacle)
-        self.confirmation = confirmation
+        """Why a trial may not begin any more, or None."""
+        return self.too_short or self.trier.lateness(self.best.seconds_of(trial))
 
 
 def search(
@@ -347,18 +288,19 @@ def search(
         notify(f"the budget is {budget_s:.0f} s, for {parameters:.3g} parameters at {1e3 * decode_s:.3g} ms a token")
     bench.begin(budget_s, start + budget_s)
     trier = Trier(policy, hardware, bench, notify, clock, budget_s, start + budget_s)
-    run = _Search(trier, before, before, list(policy.steps), parameters, kept=kept)
+    best = Incumbent(trier, before, before, kept)
+    run = _Search(trier, best, list(policy.steps), parameters)
     if late := trier.lateness(least_s := bench.least_s(before.profile)):
         whole_s = clock() - start + least_s
         run.too_short = (
             f"judging and timing a candidate: {late}; give a budget of {math.ceil(whole_s / 10) * 10} s or more"
         )
     else:
-        run.usual_s = least_s / 2  # without a confirmation
+        best.usual_s = least_s / 2  # without a confirmation
         with suppress(BudgetSpentError):  # then every step below is recorded as not reached
             run.begin(compose.compose(before, trier, parameters))
     run.proceed()
     for step in run.pending:
         reason = run.why_not(step) or ""
-        run.trials += [Trial(make(c), step.name, step.phase, TrialOutcome.SKIPPED, reason) for c in step.choices]
-    return Found(before, run.state, tuple(run.trials), run.confirmation, run.refuted, budget_s)
+        best.trials += [Trial(make(c), step.name, step.phase, TrialOutcome.SKIPPED, reason) for c in step.choices]
+    return Found(before, best.state, tuple(best.trials), best.confirmation, best.refuted, budget_s)

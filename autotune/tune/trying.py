@@ -17,6 +17,7 @@ from ..runtime.variant import Transform, Variant
 from ..transforms import is_foreign
 from ..validate import Latency, Quality, Verdict
 from ..workload import PHASES, Phase, Target
+from .assembly import NeededError, assemble
 from .choose import SearchState, exchange, expect, promise, tier_for
 from .plan import Confirmation, Trial, TrialOutcome
 from .policy import Policy
@@ -95,16 +96,6 @@ class Bench(Protocol):
 
     def free_memory(self) -> None:
         """Free the memory of a candidate that was not kept."""
-
-
-def examine(bench: Bench, variant: Variant, obstacle: str | None = None) -> SearchState:
-    """Profile and diagnose a variant, before anything is tried on it."""
-    profile = bench.profile(variant)
-    return SearchState(variant, profile, bench.diagnose(profile), bench.free_bytes(), obstacle)
-
-
-class _NeededError(TransformError):
-    """Another transform of the plan needs the one that was to be replaced."""
 
 
 @dataclass(frozen=True)
@@ -253,39 +244,15 @@ class Trier:
         The candidate is yielded only with the verdict that keeps it; before that, None is. Raises what the candidate
         raises.
         """
-        start, bench = self.clock(), self.bench
-        for foreign in filter(is_foreign, trial.transforms):
-            if death := bench.risk(foreign, lambda: assemble(trial, incumbent), max(LEAST_S, self.deadline - start)):
-                yield replace(trial, outcome=TrialOutcome.ERROR, reason=death), None
-                return
-        try:
-            candidate = made.pop() if made else assemble(trial, incumbent)
-            with sharding.alone(candidate.original):
-                missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
-        except TransformError as error:
-            outcome = TrialOutcome.UNAVAILABLE if isinstance(error, _NeededError) else TrialOutcome.BLOCKED
-            yield replace(trial, outcome=outcome, reason=str(error)), None
+        trial, candidate = self._applied(trial, incumbent, made)
+        yield trial, None
+        if candidate is None:
             return
-        yield (trial := replace(trial, compile_s=self.clock() - start)), None
-        if missing is not None:
-            yield replace(trial, outcome=TrialOutcome.BLOCKED, reason=f"it had no effect: {missing}"), None
-            return
-        memory = bench.memory_ratio(candidate)
-        if memory > self.policy.limits.max_memory_ratio:
-            limit = self.policy.limits.max_memory_ratio
-            reason = f"weights would take {memory:.2f}x the original's memory, {limit:.2f}x is allowed"
+        if (reason := self._hopeless(trial, incumbent, candidate)) is not None:
             yield replace(trial, outcome=TrialOutcome.REJECTED, reason=reason), None
             return
-        for phase in PHASES if trial.target == "both" else (trial.target,):
-            if (first := bench.first_speedup(incumbent, candidate, phase)) < MIN_FIRST_SPEEDUP:
-                reason = f"the first run of {phase} took {1 / first:.1f}x as long"
-                yield replace(trial, outcome=TrialOutcome.REJECTED, reason=reason), None
-                return
         try:
-            if held_out:
-                found = bench.confirm(candidate, brief=False)
-            else:
-                found = Confirmation(quality=bench.judge(candidate, tier_for(candidate, self.policy)))
+            found = self._examined(candidate, held_out)
         except BudgetSpentError as error:
             yield replace(trial, outcome=TrialOutcome.UNREACHED, reason=str(error)), None
             return
@@ -293,14 +260,46 @@ class Trier:
         quality = found.quality
         if held_out or quality is None or quality.verdict is not Verdict.PASS:
             return
-        if late := self.lateness(2 * bench.race_s):  # and one to confirm
-            yield (
-                replace(trial, outcome=TrialOutcome.UNREACHED, reason=f"it is no worse, and was not timed: {late}"),
-                None,
-            )
+        if late := self.lateness(2 * self.bench.race_s):  # and one to confirm
+            reason = f"it is no worse, and was not timed: {late}"
+            yield replace(trial, outcome=TrialOutcome.UNREACHED, reason=reason), None
             return
-        latency = bench.race(incumbent, candidate, trial.target)
+        latency = self.bench.race(incumbent, candidate, trial.target)
         yield _decided(trial, Confirmation(quality=quality, latency=latency)), candidate
+
+    def _applied(self, trial: Trial, incumbent: Variant, made: list[Variant] | None) -> tuple[Trial, Variant | None]:
+        """Build the candidate. Returns the trial as known then, and no candidate if it cannot be tried."""
+        start = self.clock()
+        for foreign in filter(is_foreign, trial.transforms):
+            most_s = max(LEAST_S, self.deadline - start)
+            if death := self.bench.risk(foreign, lambda: assemble(trial, incumbent), most_s):
+                return replace(trial, outcome=TrialOutcome.ERROR, reason=death), None
+        try:
+            candidate = made.pop() if made else assemble(trial, incumbent)
+            with sharding.alone(candidate.original):
+                missing = next(filter(None, (t.took_effect(candidate) for t in trial.transforms)), None)
+        except TransformError as error:
+            outcome = TrialOutcome.UNAVAILABLE if isinstance(error, NeededError) else TrialOutcome.BLOCKED
+            return replace(trial, outcome=outcome, reason=str(error)), None
+        trial = replace(trial, compile_s=self.clock() - start)
+        if missing is not None:
+            return replace(trial, outcome=TrialOutcome.BLOCKED, reason=f"it had no effect: {missing}"), None
+        return trial, candidate
+
+    def _hopeless(self, trial: Trial, incumbent: Variant, candidate: Variant) -> str | None:
+        """Why a candidate is rejected before the costly quality exam, or None: its memory, or its first run."""
+        memory, limit = self.bench.memory_ratio(candidate), self.policy.limits.max_memory_ratio
+        if memory > limit:
+            return f"weights would take {memory:.2f}x the original's memory, {limit:.2f}x is allowed"
+        for phase in PHASES if trial.target == "both" else (trial.target,):
+            if (first := self.bench.first_speedup(incumbent, candidate, phase)) < MIN_FIRST_SPEEDUP:
+                return f"the first run of {phase} took {1 / first:.1f}x as long"
+        return None
+
+    def _examined(self, candidate: Variant, held_out: bool) -> Confirmation:
+        if held_out:
+            return self.bench.confirm(candidate, brief=False)
+        return Confirmation(quality=self.bench.judge(candidate, tier_for(candidate, self.policy)))
 
 
 def _decided(trial: Trial, found: Confirmation) -> Trial:
@@ -313,31 +312,3 @@ def _decided(trial: Trial, found: Confirmation) -> Trial:
     else:
         outcome = TrialOutcome.ERROR
     return replace(trial, quality=quality, latency=latency, outcome=outcome, reason=found.reason)
-
-
-def assemble(trial: Trial, incumbent: Variant) -> Variant:
-    """Build the variant that a trial is about.
-
-    Replacements take the place of the first that they replace, so they come before what shares its layers.
-
-    Raises:
-        TransformError: one of the trial's transforms refuses, or another one, which needs what is replaced.
-    """
-    if not trial.instead_of:
-        return incumbent.with_transforms(trial.transforms)
-    chain = list(incumbent.transforms)
-    place = next((n for n, transform in enumerate(chain) if transform in trial.instead_of), len(chain))
-    chain[place:place] = trial.transforms
-    kept = [transform for transform in chain if transform not in trial.instead_of]
-    for transform in sorted(kept, key=lambda t: t.stage):
-        if error := next(filter(None, map(transform.excludes, trial.transforms)), None):
-            raise _NeededError(f"the plan's {transform} needs what it would replace: {error}")
-    variant = incumbent.bare()
-    for transform in sorted(kept, key=lambda t: t.stage):
-        try:
-            variant = variant.with_transform(transform)
-        except TransformError as error:
-            if transform in trial.transforms:
-                raise
-            raise _NeededError(f"the plan's {transform} needs what it would replace: {error}") from error
-    return variant

@@ -278,7 +278,7 @@ def test_nan_after_commit_is_found_at_once(watched: Any) -> None:
 def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Clock) -> None:
     watch = watched.autotune._serving.watch
     watch.share = 0.0
-    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     clock.tick = 0.0101
     serve(watched, 10, tokens=9)
     assert phases(watched) == []
@@ -291,7 +291,7 @@ def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Cl
 def test_calls_that_overlap_are_not_timed(watched: Any, clock: Clock) -> None:
     watch = watched.autotune._serving.watch
     watch.share = 0.0
-    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     clock.tick = 0.0135
     with watched.autotune._tuning._traffic.request():  # another call is in flight all the time
         serve(watched, 30, tokens=9)
@@ -305,7 +305,7 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
     watched: Any, clock: Clock, original_s: float, seen: list[str]
 ) -> None:
     watch = watched.autotune._serving.watch
-    watch._paces[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
     watch.share = 0.0
     watch.rules = Rules(pause_s=1e6)
     clock.tick = 0.0135

@@ -25,7 +25,7 @@ from autotune.errors import MeasurementError
 from autotune.model import route, seam
 from autotune.runtime import dispatch
 from autotune.runtime.dispatch import serving
-from autotune.runtime.variant import Stage, Transform, Variant, build
+from autotune.runtime.variant import Stage, Transform, Variant
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Door:
 
 
 def served(model: PreTrainedModel, variant: str) -> PreTrainedModel:
-    return route.routed(model, Door(build(model, VARIANTS[variant])))
+    return route.routed(model, Door(Variant(model).with_transforms(VARIANTS[variant])))
 
 
 class BanToken(LogitsProcessor):
@@ -187,14 +187,14 @@ BYPASSED = {
 
 @pytest.mark.parametrize("name", GENERATE)
 def test_only_what_a_variant_cannot_serve_is_bypassed(llama: PreTrainedModel, name: str) -> None:
-    door = Door(build(llama, (Fork("both"),)))
+    door = Door(Variant(llama).with_transforms((Fork("both"),)))
     generate(route.routed(llama, door), **GENERATE[name])
     assert door.bypassed == ([BYPASSED[name]] if name in BYPASSED else [])
 
 
 def test_measuring_refuses_what_would_be_bypassed(llama: PreTrainedModel) -> None:
     with pytest.raises(MeasurementError, match="use_cache=False"):
-        generate(serving(build(llama, (Fork("both"),))), use_cache=False)
+        generate(serving(Variant(llama).with_transforms((Fork("both"),))), use_cache=False)
 
 
 FORWARD: dict[str, dict[str, Any]] = {

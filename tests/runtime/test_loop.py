@@ -17,7 +17,7 @@ from autotune.runtime.dispatch import serving
 from autotune.runtime.loop_state import drawn_unwaiting, largest
 from autotune.runtime.steps.compiled import artifact
 from autotune.runtime.steps.waiting import WAITS
-from autotune.runtime.variant import Transform, Variant, build
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
 from autotune.transforms.lean_loop import LeanLoop
@@ -93,7 +93,7 @@ def built() -> None:
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_every_request_is_answered_as_by_transformers(plan: str, request_: str) -> None:
     model = tiny("llama")
-    served = serving(build(model, PLANS[plan]))
+    served = serving(Variant(model).with_transforms(PLANS[plan]))
     options = REQUESTS[request_]
     same(ask(served, **options), ask(model, **options))
     same(ask(served, IDS[:, :3], **options), ask(model, IDS[:, :3], **options))  # a second, shorter prompt
@@ -103,7 +103,7 @@ def test_every_request_is_answered_as_by_transformers(plan: str, request_: str) 
 @pytest.mark.parametrize("arch", DECODERS)
 def test_every_architecture_decodes_the_same_tokens(arch: str, plan: str) -> None:
     model, padded = tiny(arch), left_padded()
-    served = serving(build(model, PLANS[plan]))
+    served = serving(Variant(model).with_transforms(PLANS[plan]))
     same(ask(served, max_new_tokens=40), ask(model, max_new_tokens=40))  # beyond the sliding windows
     ids, mask = padded["input_ids"], padded["attention_mask"]
     same(ask(served, ids, attention_mask=mask), ask(model, ids, attention_mask=mask))
@@ -116,7 +116,7 @@ def test_a_model_without_slots_says_why() -> None:
 
 def test_a_returned_cache_is_the_callers_own() -> None:
     model = tiny("llama")
-    served = serving(build(model, [StaticCache()]))
+    served = serving(Variant(model).with_transforms([StaticCache()]))
     first = ask(served, return_dict_in_generate=True)
     keys = seam.keys_and_values(seam.cache_in(first))[0][0].clone()
     ask(served, IDS.flip(1))
@@ -126,7 +126,7 @@ def test_a_returned_cache_is_the_callers_own() -> None:
 
 
 def test_a_nan_left_by_one_sequence_does_not_reach_the_next() -> None:
-    variant = build(tiny("llama"), [StaticCache()])
+    variant = Variant(tiny("llama")).with_transforms([StaticCache()])
     served = serving(variant)
     before = ask(served, IDS[:, :4])
     assert variant.caches is not None
@@ -186,18 +186,18 @@ def test_compiled_code_is_kept_apart_by_all_that_shapes_it(change: Any) -> None:
 
 def test_a_damaged_artifact_costs_a_compilation_and_nothing_else() -> None:
     model = tiny("llama")
-    first = build(model, [CompileStep(phase="decode")])
+    first = Variant(model).with_transforms([CompileStep(phase="decode")])
     assert first.step is not None
     ((batch, room),) = first.step.shapes
     kept = artifact(model, (batch, room, room, 1), True)
     assert kept is not None
     kept.write_bytes(b"not code")
-    same(ask(serving(build(model, [CompileStep(phase="decode")]))), ask(model))
+    same(ask(serving(Variant(model).with_transforms([CompileStep(phase="decode")]))), ask(model))
 
 
 def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
     model = tiny("llama")
-    served = serving(build(model, [StaticCache()]))
+    served = serving(Variant(model).with_transforms([StaticCache()]))
     with torch.inference_mode():
         first = ask(served)
     same(ask(served), first)
@@ -206,7 +206,7 @@ def test_a_cache_made_in_inference_mode_serves_outside_of_it() -> None:
 
 @pytest.mark.parametrize("ends", [{}, {"eos_token_id": list(range(40))}], ids=["length", "end of sequence"])
 def test_on_a_cpu_no_step_is_made_in_vain(ends: dict[str, Any]) -> None:
-    served, counted = serving(build(tiny("llama"), [StaticCache()])), Order()
+    served, counted = serving(Variant(tiny("llama")).with_transforms([StaticCache()])), Order()
     options = {"max_new_tokens": 30, "attention_mask": torch.ones_like(IDS), **ends}
     tokens = ask(served, **options).shape[1] - IDS.shape[1]
     assert tokens < 30 or not ends
@@ -253,7 +253,7 @@ AHEAD_PLANS: dict[str, list[Transform]] = {
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_one_step_ahead_every_request_is_answered_as_by_transformers(plan: str, request_: str, fake: FakeCuda) -> None:
     model = tiny("llama")
-    served, options = serving(build(model, AHEAD_PLANS[plan])), REQUESTS[request_]
+    served, options = serving(Variant(model).with_transforms(AHEAD_PLANS[plan])), REQUESTS[request_]
     padded = left_padded()
     for ids, more in ((IDS, {}), (padded["input_ids"], {"attention_mask": padded["attention_mask"]}), (IDS[:, :3], {})):
         same(ask(served, ids, **options, **more), ask(model, ids, **options, **more))
@@ -269,7 +269,7 @@ def test_one_step_ahead_the_cache_holds_what_transformers_would_return(
 ) -> None:
     """A step that was launched and not kept is not in it, and the next answer goes on from there as it should."""
     model = tiny("llama")
-    served = serving(build(model, AHEAD_PLANS[plan]))
+    served = serving(Variant(model).with_transforms(AHEAD_PLANS[plan]))
     mine, theirs = (ask(m, max_new_tokens=30, return_dict_in_generate=True, **ends) for m in (served, model))
     assert torch.equal(mine.sequences, theirs.sequences)
     for given, expected in zip(
@@ -281,7 +281,7 @@ def test_one_step_ahead_the_cache_holds_what_transformers_would_return(
 @pytest.mark.parametrize("plan", AHEAD_PLANS)
 def test_one_step_ahead_a_streamer_is_given_the_same(plan: str, fake: FakeCuda) -> None:
     model = tiny("llama")
-    served = serving(build(model, AHEAD_PLANS[plan]))
+    served = serving(Variant(model).with_transforms(AHEAD_PLANS[plan]))
     mine, theirs = Shown(), Shown()
     for streamer, asked in ((mine, served), (theirs, model)):
         ask(asked, streamer=streamer, eos_token_id=list(range(40)), max_new_tokens=30)
@@ -300,7 +300,7 @@ def test_one_step_ahead_a_callback_that_fails_poisons_nothing(
     plan: str, options: dict[str, Any], error: type[Exception], fake: FakeCuda
 ) -> None:
     model = tiny("llama")
-    served = serving(build(model, AHEAD_PLANS[plan]))
+    served = serving(Variant(model).with_transforms(AHEAD_PLANS[plan]))
     expected = ask(model)
     same(ask(served), expected)
     with pytest.raises(error):
@@ -337,7 +337,7 @@ class Order(TorchDispatchMode):
 @pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
 def test_the_next_step_is_launched_before_the_host_looks(sampling: bool, fake: FakeCuda) -> None:
     """And nothing else makes the host wait; no step is launched in vain where the length tells the end."""
-    served = serving(build(tiny("llama"), [StaticCache()]))
+    served = serving(Variant(tiny("llama")).with_transforms([StaticCache()]))
     options = {"max_new_tokens": 5, "do_sample": sampling, "attention_mask": torch.ones_like(IDS)}
     ask(served, **options)
     order = Order(fake)
@@ -353,7 +353,7 @@ def test_scores_that_are_no_probabilities_are_refused_as_by_transformers(fake: F
             return scores if input_ids.shape[1] < 15 else scores * torch.nan  # type: ignore[return-value]
 
     model = tiny("llama")
-    for asked in (model, serving(build(model, [StaticCache()]))):
+    for asked in (model, serving(Variant(model).with_transforms([StaticCache()]))):
         with pytest.raises(RuntimeError, match="probability tensor contains either `inf`, `nan` or element < 0"):
             ask(asked, do_sample=True, logits_processor=[Broken()])
 
@@ -371,7 +371,7 @@ class Remembering(LogitsProcessor):
 
 @pytest.mark.skipif(bool(kernels.available()), reason=str(kernels.available()))
 def test_scores_that_a_processor_keeps_are_not_those_of_a_later_step() -> None:
-    served, remembering = serving(build(tiny("llama"), [StepProgram("decode")])), Remembering()
+    served, remembering = serving(Variant(tiny("llama")).with_transforms([StepProgram("decode")])), Remembering()
     ask(served, logits_processor=[remembering])
     assert len(remembering.seen) == 12
     assert all(torch.equal(kept, copy) for kept, copy in remembering.seen)
@@ -404,7 +404,7 @@ def test_tokens_are_drawn_as_by_multinomial() -> None:
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_on_a_gpu_every_request_is_answered_as_by_transformers(plan: str, request_: str) -> None:
     model, options = tiny("llama").to("cuda"), REQUESTS[request_]
-    served = serving(build(model, AHEAD_PLANS[plan]))
+    served = serving(Variant(model).with_transforms(AHEAD_PLANS[plan]))
     for ids in (IDS.to("cuda"), IDS[:, :3].to("cuda")):
         same(ask(served, ids, **options), ask(model, ids, **options))
 
@@ -413,7 +413,7 @@ def test_on_a_gpu_every_request_is_answered_as_by_transformers(plan: str, reques
 def test_on_a_gpu_the_loop_never_makes_the_host_wait() -> None:
     """But for the copies it asked for: torch tells of every other wait."""
     ids = IDS.to("cuda")
-    served = serving(build(tiny("llama").to("cuda"), [CudaGraph(phase="decode", shortest=16)]))
+    served = serving(Variant(tiny("llama").to("cuda")).with_transforms([CudaGraph(phase="decode", shortest=16)]))
     options = {"do_sample": True, "attention_mask": torch.ones_like(ids)}
     ask(served, ids, **options)
     sample = loop.sample

@@ -24,7 +24,7 @@ from autotune.runtime.speculation.drafts import PromptLookup
 from autotune.runtime.speculation.pace import LONGEST_REST, GuessBudget, evenly, expected_tokens, pays, worthwhile
 from autotune.runtime.speculation.speculate import GuessCounts
 from autotune.runtime.steps.compiled import CompiledStep
-from autotune.runtime.variant import Transform, Variant, build
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.attention import Attention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
@@ -491,7 +491,7 @@ def test_the_host_waits_for_nothing_while_guessing_rests() -> None:
 def test_a_profile_counts_what_moves_for_a_token_on_average() -> None:
     _, variant = guessing(draft="right")
     work = Workload(tuple(map(tuple, token_prompts(4))), 26, (1,))
-    plain = build(variant.original, [StaticCache()])
+    plain = Variant(variant.original).with_transforms([StaticCache()])
     guessed, alone = (
         profile.measure(v, work, COMPILER, budget_s=0.2, scaling=False).phases["decode"] for v in (variant, plain)
     )
@@ -535,7 +535,7 @@ def test_a_draft_that_cannot_guess_is_refused(draft: Any, says: str) -> None:
 def test_slots_under_another_attention(plan: list[Transform]) -> None:
     """Eager attention adds its mask to the scores, where others take a mask of truth values."""
     model = tiny("gemma3")
-    same(ask(serving(build(model, plan)), max_new_tokens=40), ask(model, max_new_tokens=40))
+    same(ask(serving(Variant(model).with_transforms(plan)), max_new_tokens=40), ask(model, max_new_tokens=40))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,7 @@ from torch import nn
 from autotune.errors import TransformError, VariantError
 from autotune.model.twins import fork
 from autotune.runtime.dispatch import serving
-from autotune.runtime.variant import Stage, Transform, Variant, build
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.workload import PHASES
 from tests.models import ARCHITECTURES, left_padded, tiny, token_prompts
 from tests.surroundings import surroundings
@@ -139,7 +139,7 @@ RAISES = {"refusal half-way": TransformError, "crash half-way": ZeroDivisionErro
 @pytest.mark.parametrize("what", EDITS)
 def test_the_original_keeps_every_bit(llama: PreTrainedModel, what: str, phase: Any) -> None:
     before, around = fingerprint(llama), surroundings()
-    variant = build(llama, (Edit(phase),))
+    variant = Variant(llama).with_transforms((Edit(phase),))
     if what in RAISES:
         with pytest.raises(RAISES[what]):
             variant.with_transform(LaterEdit(phase, what))
@@ -155,7 +155,7 @@ def test_the_original_keeps_every_bit(llama: PreTrainedModel, what: str, phase: 
 @pytest.mark.parametrize("what", ["weights", "modules", "forward"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_an_edit_shows_in_its_own_phase_alone(llama: PreTrainedModel, what: str, phase: Any) -> None:
-    model = serving(build(llama, (Edit(phase, what),)))
+    model = serving(Variant(llama).with_transforms((Edit(phase, what),)))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
     expected = llama.generate(PROMPT, **options).logits
     got = model.generate(PROMPT, **options).logits
@@ -180,7 +180,7 @@ def test_a_fork_shares_every_tensor_and_computes_the_same(name: str) -> None:
 
 
 def test_ties_stay_ties(llama: PreTrainedModel) -> None:
-    (twin,) = build(llama, ()).edit("both")
+    (twin,) = Variant(llama).with_transforms(()).edit("both")
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
 
 
@@ -209,7 +209,7 @@ def test_modules_fork_only_where_a_phase_is_edited_alone(
     llama: PreTrainedModel, edits: tuple[Any, ...], expected: tuple[bool, bool, bool], rebuilt: bool
 ) -> None:
     if rebuilt:  # every edit in a variant of its own
-        variant = build(llama, tuple(Edit(phase) for phase in edits))
+        variant = Variant(llama).with_transforms(tuple(Edit(phase) for phase in edits))
     else:
         variant = Variant(llama)
         for phase in edits:
@@ -247,13 +247,13 @@ def test_transforms_are_applied_in_order_of_their_stages(llama: PreTrainedModel,
     one_by_one = Variant(llama)
     for transform in given:
         one_by_one = one_by_one.with_transform(transform)
-    assert build(llama, given).transforms == one_by_one.transforms == transforms
+    assert Variant(llama).with_transforms(given).transforms == one_by_one.transforms == transforms
 
 
 def test_what_precedes_the_variants_own_transforms_makes_them_anew_once(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served, made, apply = build(llama, (SetThreads("decode", 1),)), list[str](), SetThreads.apply
+    served, made, apply = Variant(llama).with_transforms((SetThreads("decode", 1),)), list[str](), SetThreads.apply
     monkeypatch.setattr(SetThreads, "apply", lambda self, variant: (made.append(self.name), apply(self, variant))[1])
     added = LaterEdit("decode"), Edit("both")
     assert served.with_transforms(added).transforms == (Edit("both"), LaterEdit("decode"), SetThreads("decode", 1))
@@ -261,7 +261,7 @@ def test_what_precedes_the_variants_own_transforms_makes_them_anew_once(
 
 
 def test_dropping_a_variant_frees_its_modules(llama: PreTrainedModel) -> None:
-    variant = build(llama, (Edit("both", "weights"),))
+    variant = Variant(llama).with_transforms((Edit("both", "weights"),))
     serving(variant).generate(PROMPT, max_new_tokens=2)
     twin = weakref.ref(variant.modules["decode"])
     del variant
@@ -271,7 +271,7 @@ def test_dropping_a_variant_frees_its_modules(llama: PreTrainedModel) -> None:
 
 def test_threads_are_set_for_the_phase_and_put_back(llama: PreTrainedModel) -> None:
     before, seen = torch.get_num_threads(), {}
-    variant = build(llama, (SetThreads("decode", before + 1),))
+    variant = Variant(llama).with_transforms((SetThreads("decode", before + 1),))
     for phase in PHASES:
         with variant.running(phase):
             seen[phase] = torch.get_num_threads()
@@ -286,7 +286,7 @@ def test_a_variant_that_fails_says_in_which_phase(llama: PreTrainedModel) -> Non
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    variant = build(llama, (Edit("decode"),))
+    variant = Variant(llama).with_transforms((Edit("decode"),))
     variant.modules["decode"].forward = broken
     with pytest.raises(VariantError, match="decode failed: RuntimeError: no such kernel"):
         serving(variant).generate(PROMPT, max_new_tokens=4)

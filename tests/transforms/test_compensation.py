@@ -15,7 +15,7 @@ from autotune.errors import ChoiceError
 from autotune.model import linear_layers
 from autotune.runtime import kernels, own_texts
 from autotune.runtime.kernels import compensated
-from autotune.runtime.variant import Transform, Variant, build
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms import compensation
 from autotune.transforms.linears import exchanged, reusing
 from autotune.transforms.weight_only import WeightOnly
@@ -63,13 +63,13 @@ def test_a_model_loses_less_and_the_original_nothing(architecture: str) -> None:
 
 
 def test_a_plan_makes_the_same_weights_again() -> None:
-    one = packed(build(tiny(), [FORM]))
+    one = packed(Variant(tiny()).with_transforms([FORM]))
     kept = codec.decode(Transform, codec.loads(codec.dumps(FORM)), "plan")
     assert kept == FORM
-    other = packed(build(tiny(), [kept]))
+    other = packed(Variant(tiny()).with_transforms([kept]))
     assert one.keys() == other.keys()
     assert all(same(one[name], other[name]) for name in one)
-    assert not all(same(one[name], layer) for name, layer in packed(build(tiny(), [NEAREST])).items())
+    assert not all(same(one[name], layer) for name, layer in packed(Variant(tiny()).with_transforms([NEAREST])).items())
 
 
 def test_a_layer_does_not_depend_on_which_others_are_made() -> None:

@@ -17,7 +17,7 @@ from autotune.model import seam
 from autotune.profile.survey import memory_use
 from autotune.runtime.cache import narrow as kv
 from autotune.runtime.dispatch import serving
-from autotune.runtime.variant import Variant, build
+from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from autotune.transforms.offloaded_cache import OffloadedCache
 from autotune.transforms.quantised_cache import QuantisedCache
@@ -38,7 +38,7 @@ WIDE = {"head_dim": 32}  # INT4 stores groups of 32
 
 def held(arch: str, scheme: str, **changes: Any) -> tuple[Any, Variant]:
     model = tiny(arch, **changes)
-    return model, build(model, [QuantisedCache("decode", scheme)])
+    return model, Variant(model).with_transforms([QuantisedCache("decode", scheme)])
 
 
 # Numbers
@@ -177,7 +177,10 @@ def exam() -> tuple[Any, Any]:
 
 def test_the_gate_admits_int8(exam: tuple[Any, Any]) -> None:
     model, questions = exam
-    assert judge(questions, build(model, [QuantisedCache("decode", "int8")]), "strict").verdict is Verdict.PASS
+    assert (
+        judge(questions, Variant(model).with_transforms([QuantisedCache("decode", "int8")]), "strict").verdict
+        is Verdict.PASS
+    )
 
 
 def test_the_gate_sees_an_error_that_grows_with_the_context(
@@ -186,7 +189,7 @@ def test_the_gate_sees_an_error_that_grows_with_the_context(
     """Scored up to 80 tokens the cache is as good as INT8 is; after 256 and 512 it is not."""
     model, questions = exam
     monkeypatch.setattr(kv, "NarrowStore", Fading)
-    found = judge(questions, build(model, [QuantisedCache("decode", "int8")]), "strict")
+    found = judge(questions, Variant(model).with_transforms([QuantisedCache("decode", "int8")]), "strict")
     assert found.verdict is Verdict.FAIL
     assert "long" in found.reason, found.reason
 
@@ -217,14 +220,14 @@ def test_libraries_take_full_attention_alone(monkeypatch: pytest.MonkeyPatch) ->
         transform = QuantisedCache("decode", "int4", backend)
         assert transform.unavailable(Variant(tiny("llama")), COMPILER) is None
         assert "sliding_attention" in (transform.unavailable(Variant(tiny("gemma3")), COMPILER) or "")
-        assert transform.took_effect(build(tiny("llama"), [transform])) is None
+        assert transform.took_effect(Variant(tiny("llama")).with_transforms([transform])) is None
 
 
 def test_only_a_gpu_has_something_to_offload() -> None:
     variant = Variant(tiny())
     assert "host's own memory" in (OffloadedCache("decode").unavailable(variant, COMPILER) or "")
     assert OffloadedCache("decode").unavailable(variant, GPU) is None
-    assert OffloadedCache("decode").took_effect(build(tiny(), [OffloadedCache("decode")])) is None
+    assert OffloadedCache("decode").took_effect(Variant(tiny()).with_transforms([OffloadedCache("decode")])) is None
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,10 @@ def test_parameters_that_make_no_sense(params: dict[str, Any]) -> None:
 
 def test_a_cache_is_of_one_kind() -> None:
     model = tiny("llama")
-    narrow, static = build(model, [QuantisedCache("decode")]), build(model, [StaticCache()])
+    narrow, static = (
+        Variant(model).with_transforms([QuantisedCache("decode")]),
+        Variant(model).with_transforms([StaticCache()]),
+    )
     assert "stored in int8 already" in (OffloadedCache("decode").unavailable(narrow, GPU) or "")
     assert "static" in (QuantisedCache("decode").unavailable(static, COMPILER) or "")
     with pytest.raises(TransformError, match="stored in int8"):
@@ -270,5 +276,5 @@ def test_narrow_caches_on_a_gpu_hold_what_they_hold_on_a_cpu(scheme: Any) -> Non
 def test_an_offloaded_cache_answers_as_a_resident_one_does() -> None:
     model = tiny("llama").to("cuda")
     ids = LONG.cuda()
-    served = serving(build(model, [OffloadedCache("decode")]))
+    served = serving(Variant(model).with_transforms([OffloadedCache("decode")]))
     same(ask(served, ids), ask(model, ids))

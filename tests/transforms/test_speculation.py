@@ -20,7 +20,7 @@ from autotune.runtime.speculation import speculate
 from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.inductor_graphs import InductorGraphStep
-from autotune.runtime.variant import Stage, Transform, Variant, build
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.transforms import make
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.cuda_graph import CudaGraph
@@ -63,7 +63,7 @@ def test_unavailable(
 
 def test_a_draft_is_needed_to_apply() -> None:
     with pytest.raises(TransformError, match="no draft model"):
-        build(tiny(), [MODEL])
+        Variant(tiny()).with_transforms([MODEL])
     variant = Variant(tiny(), draft=tiny(seed=1))
     assert MODEL.unavailable(variant, COMPILER) is None
     made = variant.with_transform(MODEL).speculation
@@ -103,7 +103,7 @@ def test_at_best_as_many_tokens_as_their_flops_take_time_for(flops: float, batch
 
 
 def test_a_step_that_cannot_pay_has_no_effect() -> None:
-    variant = build(tiny(), [PROMPT])
+    variant = Variant(tiny()).with_transforms([PROMPT])
     assert PROMPT.took_effect(variant) is None
     assert variant.speculation is not None
     variant.speculation.costs = evenly(variant.speculation.tokens, 7.5)
@@ -115,7 +115,7 @@ def test_a_step_that_cannot_pay_has_no_effect() -> None:
 
 @pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 def test_fewer_guesses_than_a_recorded_step_takes_cost_as_much_as_all_of_them() -> None:
-    variant = build(tiny(), [StepProgram("decode", slots=64), Speculation("decode", tokens=5)])
+    variant = Variant(tiny()).with_transforms([StepProgram("decode", slots=64), Speculation("decode", tokens=5)])
     assert variant.speculation is not None
     one, two, *more = variant.speculation.costs
     assert one == 1.0
@@ -127,7 +127,7 @@ def test_fewer_guesses_than_a_recorded_step_takes_cost_as_much_as_all_of_them() 
 def test_it_comes_last() -> None:
     """Its cost is measured against the step that serves, with the threads it serves with; batching has no guesses."""
     assert max(set(Stage) - {Stage.BATCHING}) is Stage.SPECULATION
-    plan = build(tiny(), [Threads("decode", 1), PROMPT, StaticCache()]).transforms
+    plan = Variant(tiny()).with_transforms([Threads("decode", 1), PROMPT, StaticCache()]).transforms
     assert [t.name for t in plan] == ["static_cache", "threads", "speculation"]
 
 
@@ -216,7 +216,7 @@ def test_where_the_step_is_compiled_and_captured_so_is_the_check(monkeypatch: py
 def test_beside_inductors_graphs_the_check_is_captured_too() -> None:
     model = tiny()
     with device.stand_in(FakeCuda()) as fake:
-        variant = build(model, [StaticCache()])
+        variant = Variant(model).with_transforms([StaticCache()])
         variant.step = InductorGraphStep(model, fake)  # nothing prepared: plain tokens run the module
         PROMPT.apply(variant)
         assert variant.speculation is not None

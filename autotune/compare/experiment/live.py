@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ... import workload
 from ...errors import ExperimentError
@@ -21,6 +22,9 @@ from .guardrails import Figures, Finding
 from .sequential import Moments
 
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
     from transformers import PreTrainedModel
 
     from .setup import Setup
@@ -111,11 +115,28 @@ def describe(body: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-class Layer:
-    """A router on top of a live model that passes on everything; see `route.below`."""
+class Layer(ABC):
+    """A router on top of a live model that passes on everything; see `route.below`. It runs as a context, too."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+
+    @abstractmethod
+    def start(self) -> Self:
+        """Begin to route the model's calls."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End, and save the measurements."""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self.stop()
+        return False
 
     def sample(self, call: seam.Sampling) -> Any:
         return self.control(call)

@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ...errors import DeviceError, ExperimentError, MeasurementError
 from ...machine import ending, forking
@@ -37,7 +37,7 @@ from .replays import LateError, Replay, ReplayedRequest, Rerun, Turns, replay
 from .sequential import Moments
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from typing import Self
 
     from transformers import PreTrainedModel
 
@@ -136,7 +136,7 @@ class Shadow(Layer):
 
     # What users call
 
-    def start(self) -> Shadow:
+    def start(self) -> Self:
         """Begin to sample live calls."""
         if self._thread is not None:
             raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
@@ -170,14 +170,6 @@ class Shadow(Layer):
         """Stop sampling in a forked child: the replaying thread exists only in the parent."""
         route.remove_layer(self._model, self)
         self._call_off()
-
-    __enter__ = start
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> Literal[False]:
-        self.stop()
-        return False
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until all sampled calls were replayed or dropped. Returns whether that took less than `timeout_s`."""

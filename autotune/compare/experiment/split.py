@@ -25,7 +25,7 @@ from .live import Layer, LiveState, LiveStatus, Record, Standing, arms_of, log, 
 from .ramp import Ramp, RampProgress, RampState
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from typing import Self
 
     from transformers import PreTrainedModel
 
@@ -102,7 +102,7 @@ class Split(Layer):
 
     # What users call
 
-    def start(self) -> Split:
+    def start(self) -> Self:
         """Begin at the share that an earlier process reached."""
         route.add_layer(self._model, self)
         self._running = True
@@ -114,14 +114,6 @@ class Split(Layer):
         route.remove_layer(self._model, self)
         self._running = False
         self._save()
-
-    __enter__ = start
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> Literal[False]:
-        self.stop()
-        return False
 
     @contextmanager
     def key(self, value: str) -> Iterator[None]:

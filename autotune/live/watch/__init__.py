@@ -1,1 +1,1 @@
-"""Watches a committed plan: `canary` keeps and scores calls, `drift` detects change, `breaker` opens and closes."""
+"""Watches a committed plan: `canary` keeps and scores calls, `drift` and `paces` detect change, `breaker` opens."""

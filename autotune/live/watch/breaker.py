@@ -11,7 +11,8 @@ that keeps failing costs fewer and fewer calls and is disabled in the end.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 class BreakerState(enum.StrEnum):
@@ -31,6 +32,23 @@ class BreakerEvent(enum.StrEnum):
     FAILED = "failed"  # the plan failed, while closed or in the trial call
     ABANDONED = "abandoned"  # the caller ended the trial call
     CLEARED = "cleared"  # the failure was not the plan's fault
+
+
+@dataclass(frozen=True)
+class Event:
+    """One transition of the circuit breaker.
+
+    Args:
+        time: ISO 8601, UTC.
+        phase: the breaker's new phase.
+        reason: why, in a sentence.
+        numbers: the numbers that decided, by name.
+    """
+
+    time: str
+    phase: BreakerState
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ...machine import ending, forking
@@ -27,9 +25,10 @@ from ...runtime.token_clock import TokenClock
 from ...runtime.variant import Variant
 from ...tune import store
 from ...validate.tiers import TIERS
-from .breaker import Breaker, BreakerEvent, BreakerState, Rules
+from .breaker import Breaker, BreakerEvent, BreakerState, Event, Rules
 from .canary import Sample, graphs, score
-from .drift import Compilations, DivergenceCusum, LatencyCusum, describe, expected_paces, shape_of
+from .drift import Compilations, DivergenceCusum, describe
+from .paces import Paces
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("autotune")
 
 IDLE_SHARE = 0.05  # largest share of time spent on scoring calls again
-FEWEST_TOKENS = 8  # least tokens of a call for its time per token to count
-OTHERS = 3  # calls of the original needed to see whether it is faster than a plan that became slow
 KEPT_EVENTS = 100  # latest events that are kept
 
 
@@ -50,23 +47,6 @@ class Cause(enum.Enum):
     DRIFT = enum.auto()  # its answers differ from the original's
     LATENCY = enum.auto()  # it became slower
     RECOMPILING = enum.auto()
-
-
-@dataclass(frozen=True)
-class Event:
-    """One transition of the circuit breaker.
-
-    Args:
-        time: ISO 8601, UTC.
-        phase: the breaker's new phase.
-        reason: why, in a sentence.
-        numbers: the numbers that decided, by name.
-    """
-
-    time: str
-    phase: BreakerState
-    reason: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 class Watch:
@@ -125,9 +105,7 @@ class Watch:
         self.cause = Cause.FAILURE
         tier = plan.fingerprint.tier if plan else "strict"
         self.divergence = DivergenceCusum(TIERS[tier].mean_kld if tier in TIERS else TIERS["strict"].mean_kld)
-        self._paces = expected_paces(plan.latency if plan else None)
-        self._slow = ((0, 0), 0.0)  # shape and time per token that took the plan out
-        self._others_s: list[float] = []
+        self._paces = Paces(plan.latency if plan else None)
         self._compilations = Compilations()
         self._batches: dict[int, Breaker] = {}  # batch size -> breaker of a size that could not be prepared
         self._samples: deque[Sample] = deque(maxlen=1)
@@ -183,7 +161,7 @@ class Watch:
             self._note_batch(call, BreakerEvent.SERVED)
             if self.breaker.phase is BreakerState.HALF_OPEN:
                 self._step(BreakerEvent.SERVED, "the trial call was served")
-                self._paces = {shape: LatencyCusum(pace.expected_s) for shape, pace in self._paces.items()}
+                self._paces.begin_again()
             if self._plan is not None and not is_crowded():
                 self._note_pace(call, tokens)
             if self._compilations.note(before, graphs()):
@@ -195,18 +173,14 @@ class Watch:
 
     def serve_other(self, call: Sampling) -> Any:
         """Run `call.original()`. While the plan is out for being slow, also time whether the original is faster."""
-        shape, slow_s = self._slow
         was_slow = self.breaker.phase is BreakerState.OPEN and self.cause is Cause.LATENCY
-        if not was_slow or shape != shape_of(*call.input_ids.shape):
+        paces = self._paces
+        if not was_slow or not paces.is_like_slow(call.input_ids.shape):
             return call.original()
         tokens = TokenClock(call.streamer, self.clock)
         result = call.with_streamer(tokens).original()
         with self._lock:
-            if tokens.tokens >= FEWEST_TOKENS:
-                self._others_s.append(tokens.tpot_s)
-            if len(self._others_s) >= OTHERS and median(self._others_s) >= slow_s:
-                numbers = {"ms per token": 1e3 * slow_s, "original": 1e3 * median(self._others_s)}
-                self._paces[shape] = LatencyCusum(slow_s)
+            if numbers := paces.acquitted(tokens):
                 reason = "the original is no faster: it is the machine that became slower"
                 self._step(BreakerEvent.CLEARED, reason, numbers)
         return result
@@ -312,16 +286,9 @@ class Watch:
     # What follows
 
     def _note_pace(self, call: Sampling, tokens: TokenClock) -> None:
-        if tokens.tokens < FEWEST_TOKENS or tokens.tpot_s <= 0:
-            return
-        shape = shape_of(*call.input_ids.shape)
-        pace = self._paces[shape] = self._paces.get(shape, LatencyCusum()).after(tokens.tpot_s)
-        if pace.alarmed and pace.expected_s is not None:
-            self._paces[shape] = LatencyCusum(pace.expected_s)
-            self._slow = (shape, tokens.tpot_s)
-            self._others_s = []
-            numbers = {"ms per token": 1e3 * tokens.tpot_s, "expected": 1e3 * pace.expected_s}
-            self.failed(f"tokens take longer than at commit, at batch {shape[0]}", Cause.LATENCY, numbers)
+        if numbers := self._paces.slowed(call.input_ids.shape, tokens):
+            reason = f"tokens take longer than at commit, at batch {call.input_ids.shape[0]}"
+            self.failed(reason, Cause.LATENCY, numbers)
 
     def _note_batch(self, call: Sampling, event: BreakerEvent) -> None:
         batch = call.input_ids.shape[0]

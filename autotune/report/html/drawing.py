@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -18,6 +18,7 @@ from .elements import Html, joined, printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Draw = Callable[["Figure", bool], None]  # fills a figure; the flag says whether it is narrow
@@ -85,6 +86,13 @@ def chart(draw: Draw, description: str, *, height: float, narrow_height: float |
     """
     heights = {"wide": height, "narrow": narrow_height or height}
     return joined(_svg(draw, description, name, heights[name]) for name in WIDTHS)
+
+
+def panels(sheet: Figure, rows: Collection[Sequence[Any]], narrow: bool) -> list[Axes]:
+    """Make a panel for each list of rows: side by side or, if `narrow`, one above the other, as high as its rows."""
+    if narrow:
+        return list(sheet.subplots(len(rows), 1, squeeze=False, height_ratios=list(map(len, rows))).flat)
+    return list(sheet.subplots(1, len(rows), squeeze=False).flat)
 
 
 def tip(artist: Artist, text: str) -> None:

@@ -50,12 +50,8 @@ def _described(found: Mapping[str, Sequence[Mapping[str, Any]]], tuned: bool) ->
 
 
 def _draw(sheet: Figure, narrow: bool, found: Mapping[str, Sequence[Mapping[str, Any]]], tuned: bool) -> None:
-    if narrow:
-        panels = sheet.subplots(len(found), 1, squeeze=False, height_ratios=[len(rows) for rows in found.values()])
-    else:
-        panels = sheet.subplots(1, len(found), squeeze=False)
     tallest = max(map(len, found.values()))
-    for axes, (phase, rows) in zip(panels.flat, found.items(), strict=True):
+    for axes, (phase, rows) in zip(d.panels(sheet, found.values(), narrow), found.items(), strict=True):
         states = TUNED if tuned else AS_IT_IS
         longest = max(max(row["before_ms"], row["after_ms"]) for row in rows) or 1.0
         for place, row in enumerate(rows):

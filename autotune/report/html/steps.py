@@ -86,12 +86,8 @@ def _described(found: Mapping[Phase, Sequence[Bar]]) -> str:
 
 
 def _draw(sheet: Figure, narrow: bool, found: Mapping[Phase, Sequence[Bar]]) -> None:
-    if narrow:
-        panels = sheet.subplots(len(found), 1, squeeze=False, height_ratios=[len(steps) for steps in found.values()])
-    else:
-        panels = sheet.subplots(1, len(found), squeeze=False)
     tallest = max(map(len, found.values()))
-    for axes, (phase, steps) in zip(panels.flat, found.items(), strict=True):
+    for axes, (phase, steps) in zip(d.panels(sheet, found.values(), narrow), found.items(), strict=True):
         _bars(axes, steps, NAME_WIDTH[narrow])
         axes.set_title(TITLE[phase])
         axes.set_ylim((len(steps) if narrow else tallest) - 0.4, -0.75)

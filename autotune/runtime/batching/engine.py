@@ -21,6 +21,7 @@ import torch
 from ...errors import CancelledRequestError, DeviceError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
+from ..steps.step import preparing
 from .joined import Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill, parts_agree
@@ -292,7 +293,7 @@ class Engine:
                 request.finish()
                 return
             request.hand_on()
-            with self.variant.preparing(1):
+            with preparing(1):
                 self.sequences.join(request, prompt.cache, token)
         except Exception as error:  # of the caller's processors or criteria: it concerns this request alone
             outside.pass_on(error)

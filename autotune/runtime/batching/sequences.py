@@ -10,6 +10,7 @@ import torch
 
 from ...machine import outside
 from ..cache import slot_forward
+from ..steps.step import preparing
 from . import rows as plan
 from .guessing import Guessing
 from .tokens import DeviceTokens, HostTokens, RowTokens
@@ -223,7 +224,7 @@ class Sequences:
         """token, position [rows, 1] -> logits [rows, V], by the step of so many rows."""
         size = len(token)
         if size not in self._steps:
-            with self.variant.preparing(size):
+            with preparing(size):
                 steps = self.variant.step
                 self._steps[size] = None if steps is None else steps.fitting(self._caches[size])
         view, step = self._caches[size], self._steps[size]

@@ -1,12 +1,16 @@
-"""The common type of recorded, compiled and captured steps, which decode a token over slots."""
+"""The common type of recorded, compiled and captured steps, which decode a token over slots; how making one fails."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+
+from ...errors import DeviceError, UnreadyError
+from ...machine import outside
 
 if TYPE_CHECKING:
     from ..cache.slots import SlotCache
@@ -14,6 +18,22 @@ if TYPE_CHECKING:
 # Logits are read before the next step over the same cache, which may overwrite them.
 NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # token [B, 1], position [B, 1] -> logits [B, V]
 Step = Callable[[torch.Tensor, torch.Tensor, "SlotCache"], torch.Tensor]  # the same, but it also writes a cache
+
+
+@contextmanager
+def preparing(batch: int) -> Iterator[None]:
+    """Enclose the preparation of what decoding a batch needs: a cache and a step.
+
+    Raises:
+        UnreadyError: the body raised an error, and the device is not dead.
+    """
+    try:
+        yield
+    except DeviceError:
+        raise
+    except Exception as error:
+        outside.pass_on(error)
+        raise UnreadyError(f"a batch of {batch} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 class DecodeSteps(ABC):
