@@ -66,7 +66,7 @@ def running(
     if plan:
         put_on(wrapped, plan)
     served = Service.of(wrapped, tokenizer, name, untuned=True, progress=log, **options)
-    server, listening = Server(create_app(served), drain_s=10, tls=tls), listen("127.0.0.1", 0)
+    server, listening = Server(create_app(served), drain_s=READY_S, tls=tls), listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.run(served, listening)), daemon=True)
     thread.start()
@@ -75,7 +75,8 @@ def running(
         yield Running(f"http://127.0.0.1:{port}", served, server)
     finally:
         server.should_exit = True
-        thread.join(READY_S)
+        thread.join(2 * READY_S)
+        assert not thread.is_alive(), "it does not end"
         wrapped.autotune.unwrap()
 
 
