@@ -192,6 +192,8 @@ def bench(args: Namespace) -> int:
     url = args.url.rstrip("/").removesuffix("/v1")
     try:
         name = asyncio.run(load.model_of(url, key))
+    except httpx.HTTPStatusError as error:
+        raise MeasurementError(f"{url} refuses: {load.refusal(error.response)}") from error
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
         raise MeasurementError(f"{url} does not answer as a server of models does: {error}") from error
     asked = load.Load(url, name, args.words, args.tokens, key)

@@ -109,7 +109,7 @@ class TextAnswers:
     _asked: set[Any] = field(default_factory=set, init=False)  # requests to the model under way
 
     def __post_init__(self) -> None:
-        # The tokenizer takes 40 us for a token, and log-probabilities are asked of the same ones again and again.
+        # The tokenizer takes 10 us for a token, and log-probabilities are asked of the same ones again and again.
         self.text_of = lru_cache(MOST_TEXTS)(lambda token: str(self.tokenizer.decode([token])))
 
     async def pieces(

@@ -126,6 +126,7 @@ def create_app(served: Service) -> Gate:
         _known(served, body.model)
         return await respond(lambda: {"prompt": served.prompts.decode(body.tokens, "tokens")}, len(body.tokens))
 
+    app.openapi()  # made now: at its first request it would hold the event loop for 0.13 s
     routes = [getattr(route, "path", "") for route in app.routes]
     return Gate(app, served.keys, served.limits, served.metrics, routes, served.answers.traces, served.ending)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING
 
 from starlette.responses import StreamingResponse
@@ -10,7 +10,11 @@ from starlette.responses import StreamingResponse
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-FRESH = {"Cache-Control": "no-store"}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx holds events back otherwise
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 class EventStream(StreamingResponse):
@@ -19,12 +23,11 @@ class EventStream(StreamingResponse):
     Args:
         first: the first event; whoever waited for it could still answer with an error.
         rest: the source of the others.
-        headers: of the response.
     """
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], headers: Mapping[str, str] = FRESH) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
         self._rest = rest
-        super().__init__(_chained(first, rest), media_type="text/event-stream", headers=headers)
+        super().__init__(_chained(first, rest), media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -123,6 +123,14 @@ async def model_of(url: str, key: str | None) -> str:
         return str(answer.json()["data"][0]["id"])
 
 
+def refusal(answer: httpx.Response) -> str:
+    """The status of an error, with what the server says about it if it says so as OpenAI's do."""
+    try:
+        return f"HTTP {answer.status_code}: {answer.json()['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {answer.status_code}"
+
+
 async def steady(load: Load, clients: int, each: int) -> Row:
     """So many clients that ask one request after the other (a closed loop)."""
 

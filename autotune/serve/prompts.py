@@ -112,7 +112,7 @@ class Prompts:
             param: the field that they come from.
 
         Raises:
-            Refusal: they are more than the context holds (4 MiB of ids take a second), or one is no token.
+            Refusal: they are more than the context holds, or one is no token.
         """
         if len(ids) > self.context:
             raise Refusal(

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
+import httpx
 import openai
 import pytest
 
+from tests.serve.engines import WAIT_S
 from tests.serve.servers import Running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """Have httpx wait for longer than 5 s, which a busy machine may take for any answer."""
+    default = inspect.signature(httpx.get).parameters["timeout"].default
+    with pytest.MonkeyPatch.context() as waiting:
+        for step in ("connect", "read", "write", "pool"):
+            waiting.setattr(default, step, WAIT_S)
+        assert httpx.Client().timeout.read == WAIT_S
+        yield
 
 
 @pytest.fixture(scope="module")

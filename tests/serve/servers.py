@@ -54,7 +54,6 @@ def running(
     name: str = "tiny",
     tls: Any = None,
     plan: Sequence[Transform] = (),
-    drain_s: float = 10.0,
     **options: Any,
 ) -> Iterator[Running]:
     """Serve a tiny model, untuned or by a plan that was not searched for; options of `Service.of`."""
@@ -67,7 +66,7 @@ def running(
     if plan:
         put_on(wrapped, plan)
     served = Service.of(wrapped, tokenizer, name, untuned=True, progress=log, **options)
-    server, listening = Server(create_app(served), drain_s=drain_s, tls=tls), listen("127.0.0.1", 0)
+    server, listening = Server(create_app(served), drain_s=READY_S, tls=tls), listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.run(served, listening)), daemon=True)
     thread.start()
@@ -76,7 +75,8 @@ def running(
         yield Running(f"http://127.0.0.1:{port}", served, server)
     finally:
         server.should_exit = True
-        thread.join(READY_S)
+        thread.join(2 * READY_S)
+        assert not thread.is_alive(), "it does not end"
         wrapped.autotune.unwrap()
 
 

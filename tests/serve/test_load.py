@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from autotune.cli import main, parser
 from autotune.serve.load import HEADER, Load, Row, Waited, arriving, model_of, percentile, steady, table
-from tests.serve.servers import Running, running
+from tests.serve.engines import counted
+from tests.serve.servers import Running, running, until
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,15 @@ def test_steady_clients_get_all_their_answers(server: Running) -> None:
 
 
 def test_arriving_clients_do_not_wait_for_one_another(server: Running) -> None:
-    row = asyncio.run(arriving(load(server), 20.0, 0.5))
-    assert len(row.waited) >= 1
-    assert {each.error for each in row.waited} == {None}
+    rows = list[Row]()
+    coming = threading.Thread(target=lambda: rows.append(asyncio.run(arriving(load(server), 20.0, 0.5))))
+    with counted(server) as turns:
+        coming.start()
+        until(lambda: server.served.answers.running >= 3)  # none of them has its answer
+        turns.open()
+        coming.join()
+    assert len(rows[0].waited) >= 3
+    assert {each.error for each in rows[0].waited} == {None}
 
 
 def test_refusals_are_counted(server: Running) -> None:
@@ -63,8 +71,9 @@ def test_the_command_prints_the_table(server: Running, capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny at ")
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["1", "2"]
-    assert main(["bench-serve", "http://127.0.0.1:9"]) == 3
-    assert "does not answer" in capsys.readouterr().err
+    for url, said in (("http://127.0.0.1:9", "does not answer"), (server.url, "refuses: HTTP 401: no valid API key; ")):
+        assert main(["bench-serve", url]) == 3
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--rates", "0"], ["--rates", "x"], ["--clients", "0"], ["--seconds", "-1"]])

@@ -78,6 +78,7 @@ def test_a_stream_ends_as_servers_of_events_do(server: Running) -> None:
     body = {"prompt": PROMPT, "max_tokens": 3, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-store", "no")
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     assert all(line.startswith("data: ") for line in lines)

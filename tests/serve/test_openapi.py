@@ -10,6 +10,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from autotune.serve.app import create_app
 from autotune.serve.gate import WORK, HttpLimits
 from autotune.serve.openapi import ChatAnswer, CompletionAnswer, ErrorAnswer, ModelList, TextAnswer, TokensAnswer
 from tests.models import tiny
@@ -51,6 +52,11 @@ def test_every_response_has_a_form_and_a_status_of_its_own(schema: Any) -> None:
             assert all(forms), (path, method, status)
             assert status.startswith("2") or set(response["content"]) == {"application/json"}, (path, method, status)
     assert len(operations(schema)) > 15
+
+
+def test_the_schema_is_made_before_anybody_asks_for_it(server: Running) -> None:
+    app: Any = create_app(server.served)._app
+    assert app.openapi_schema["paths"]
 
 
 def test_every_reference_leads_somewhere(schema: Any) -> None:

@@ -23,6 +23,7 @@ from autotune.serve.gate import HttpLimits
 from autotune.serve.run import become_ready, listen
 from autotune.serve.service import Service
 from tests.models import tiny, tiny_tokenizer, token_prompts
+from tests.serve.engines import WAIT_S, counted
 from tests.serve.servers import Running, running, until
 
 PROMPT = token_prompts(1, length=12)[0]
@@ -32,8 +33,7 @@ KEY = {"Authorization": "Bearer key-1"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    limits = HttpLimits(body_bytes=10_000, body_s=0.5)
-    with running(keys=["key-1", "key-2"], limits=limits, longest=100) as found:
+    with running(keys=["key-1", "key-2"], limits=HttpLimits(body_bytes=10_000), longest=100) as found:
         yield found
 
 
@@ -70,17 +70,18 @@ def test_a_request_keeps_the_id_that_it_came_with(server: Running) -> None:
         assert re.fullmatch("[0-9a-f]{32}", given)
 
 
-def test_a_body_has_a_size_and_a_time(server: Running) -> None:
+def test_a_body_has_a_size_and_a_time(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     large = httpx.post(f"{server.url}/v1/completions", content=b"x" * 10_001, headers=KEY)
     assert large.status_code == 413
     assert "10001 bytes; the most are 10000" in large.json()["error"]["message"]
     unsaid = httpx.post(f"{server.url}/v1/completions", content=iter([b"x" * 6000] * 2), headers=KEY)
     assert unsaid.status_code == 413
+    prompt = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5] * 101}, headers=KEY)
+    assert "101 tokens; the most are 100" in prompt.json()["error"]["message"]
+    monkeypatch.setattr(server.server._gate, "limits", HttpLimits(body_s=0.1))
     with socket.create_connection(address(server)) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-API-Key: key-1\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
-    prompt = httpx.post(f"{server.url}/v1/completions", json={"prompt": [5] * 101}, headers=KEY)
-    assert "101 tokens; the most are 100" in prompt.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(("size", "key", "ends", "status"), [(9, 0, 0, 401), (9, 1, 1, 503), (10_001, 1, 0, 413)])
@@ -108,32 +109,35 @@ def test_who_sends_a_body_after_the_refusal_still_gets_it(
 def test_a_connection_that_says_nothing_more_is_closed(
     server: Running, sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "HEADERS_S", 0.3)
-    monkeypatch.setattr(server.server.config, "timeout_keep_alive", 0.3)
+    if is_whole := sent.endswith(b"\r\n\r\n"):
+        monkeypatch.setattr(server.server.config, "timeout_keep_alive", 0.3)
+    else:
+        monkeypatch.setattr(connection, "HEADERS_S", 0.3)
     with socket.create_connection(address(server)) as silent:
         silent.sendall(sent)
-        silent.settimeout(20)
+        silent.settimeout(WAIT_S)
         got = b""
         while part := silent.recv(1000):
             got += part
-    assert got.endswith(b"ok") == sent.endswith(b"\r\n\r\n")
+    assert got.endswith(b"ok") == is_whole
 
 
 def test_a_connection_may_rest_between_requests_but_not_within_headers(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert server.server.config.timeout_keep_alive == 75
-    monkeypatch.setattr(connection, "HEADERS_S", 0.3)
     with socket.create_connection(address(server)) as own:
-        own.settimeout(20)
+        own.settimeout(WAIT_S)
         for _ in range(2):
             own.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
             got = b""
             while not got.endswith(b"ok"):
-                got += own.recv(1000)
+                got += (part := own.recv(1000))
+                assert part, "it was closed"
             (held,) = (each for each in server.server.server_state.connections if each.client == own.getsockname())
             until(lambda held=held: held.timeout_keep_alive_task is not None)
             assert held._deadline is None
+        monkeypatch.setattr(connection, "HEADERS_S", 0.3)
         own.sendall(b"GET /li")
         assert own.recv(1000) == b""
 
@@ -141,7 +145,7 @@ def test_a_connection_may_rest_between_requests_but_not_within_headers(
 def test_an_answer_that_takes_long_is_not_cut(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEADERS_S", 0.3)
     body = LONG | {"max_tokens": 12}
-    answer = httpx.post(f"{slow.url}/v1/completions", json=body, headers=KEY, timeout=30)
+    answer = httpx.post(f"{slow.url}/v1/completions", json=body, headers=KEY)
     assert answer.json()["usage"]["completion_tokens"] == 12
 
 
@@ -155,7 +159,7 @@ def test_an_answer_ends_when_its_client_goes(slow: Running, stream: bool) -> Non
         until(lambda: slow.served.answers.running == 1)
         if stream:
             assert client.recv(10)
-    until(lambda: slow.served.answers.running == 0, within_s=5)
+    until(lambda: slow.served.answers.running == 0)
     now = figure(slow, 'autotune:request_unfinished_total{model_name="tiny",reason="abort"}')
     assert now == aborted + 1
 
@@ -177,32 +181,40 @@ def test_a_full_queue_says_when_to_come_again(server: Running, monkeypatch: pyte
     assert figure(server, 'autotune:admission_rejections_total{model_name="tiny"}') == before + 2
 
 
-def test_a_request_of_many_answers_lets_others_begin(slow: Running) -> None:
+def test_a_request_of_many_answers_lets_others_begin(server: Running) -> None:
     """The model decodes one sequence at a time here."""
     many = LONG | {"max_tokens": 10, "n": 16}
     ended = list[str]()
 
     def ask(name: str, body: dict[str, Any]) -> None:
-        httpx.post(f"{slow.url}/v1/completions", json=body, headers=KEY, timeout=60).raise_for_status()
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=KEY, timeout=60).raise_for_status()
         ended.append(name)
 
     large = threading.Thread(target=ask, args=("large", many))
-    large.start()
-    until(lambda: slow.served.answers.running == 16)
-    ask("small", LONG | {"max_tokens": 2})
-    large.join()
+    small = threading.Thread(target=ask, args=("small", LONG | {"max_tokens": 2}))
+    with counted(server) as turns:
+        for asking, answers in ((large, 16), (small, 17)):
+            asking.start()
+            until(lambda: server.served.answers.running == answers)  # noqa: B023
+        turns.open()
+        large.join()
+        small.join()
     assert ended == ["small", "large"]
 
 
 def test_a_deadline_gives_an_answer_up(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slow.served.answers, "deadline_s", 0.5)
-    answer = httpx.post(f"{slow.url}/v1/completions", json=LONG, headers=KEY, timeout=30)
+    answers = slow.served.answers
+    with monkeypatch.context() as short:
+        short.setattr(answers, "deadline_s", 0.25)
+        answer = httpx.post(f"{slow.url}/v1/completions", json=LONG, headers=KEY)
     assert answer.status_code == 408
-    assert "the deadline of 0.5 s passed" in answer.json()["error"]["message"]
+    assert "the deadline of 0.25 s passed" in answer.json()["error"]["message"]
     assert answer.headers["x-should-retry"] == "false"
     with httpx.stream("POST", f"{slow.url}/v1/completions", json=LONG | {"stream": True}, headers=KEY) as late:
+        assert late.status_code == 200  # it has begun
+        (asked,) = answers._asked
+        asked.terms.deadline_s = 1e-9
         events = [line for line in late.iter_lines() if line]
-    assert late.status_code == 200  # it had begun
     assert "deadline" in json.loads(events[-2][6:])["error"]["message"]
     assert events[-1] == "data: [DONE]"
 
@@ -217,7 +229,7 @@ def test_a_model_that_fails_is_a_500_and_the_server_goes_on(server: Running, mon
         answer = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY)
         assert answer.status_code == 500
         assert "secret" not in answer.text
-    assert httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY, timeout=30).status_code == 200
+    assert httpx.post(f"{server.url}/v1/completions", json=LONG, headers=KEY).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -295,15 +307,15 @@ def test_the_figures_add_up(server: Running) -> None:
 
 
 def test_the_end_waits_for_answers_under_way() -> None:
-    with running(drain_s=600) as server:
+    with running() as server:
         got: list[httpx.Response] = []
-        asking = threading.Thread(
-            target=lambda: got.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))
-        )
-        asking.start()
-        until(lambda: server.served.answers.running == 1)
-        server.server.handle_exit(15, None)
-        asking.join()
+        asking = threading.Thread(target=lambda: got.append(httpx.post(f"{server.url}/v1/completions", json=LONG)))
+        with counted(server) as turns:
+            asking.start()
+            until(lambda: server.served.answers.running == 1)
+            server.server.handle_exit(15, None)
+            turns.open()
+            asking.join()
         assert got[0].json()["usage"]["completion_tokens"] == 200
         until(lambda: refuses(server.url))
         assert not server.server.force_exit
@@ -340,21 +352,29 @@ def test_an_answer_that_is_cut_says_so(why: str, stream: bool) -> None:
     """Until then, probes are answered, and further requests are refused."""
     body, got = LONG | {"max_tokens": 90_000, "stream": stream}, list[httpx.Response]()
     endless = tiny("llama", max_position_embeddings=100_000)
-    with running(endless, drain_s=600) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running(endless) as server, httpx.Client(base_url=server.url) as client:
+        looks, on_tick = list[int](), server.server.on_tick
+
+        async def look(counter: int) -> bool:
+            looks.append(counter)
+            return await on_tick(counter)
+
+        server.server.on_tick = look  # type: ignore[method-assign]
         asking = threading.Thread(target=lambda: got.append(client.post("/v1/completions", json=body)))
         asking.start()
         until(lambda: server.served.answers.running == 1)
         until(lambda: not stream or server.served.metrics.first.percentiles())
         server.server.handle_exit(15, None)
-        for _ in range(3):  # uvicorn looks every 0.1 s
+        for _ in range(3):  # uvicorn looks whether it is to end
+            before = len(looks)
             assert client.get("/readyz").json()["reason"].startswith("draining: ")
             assert client.post("/v1/completions", json=body).status_code == 503
-            time.sleep(0.1)
+            until(lambda: len(looks) > before + 1)  # noqa: B023
         if why == "a second signal":
             server.server.handle_exit(15, None)
         else:
             server.server._until_s = 1e-9
-        asking.join(60)
+        asking.join()
         until(lambda: refuses(server.url))
     (answer,) = got
     assert answer.status_code == (200 if stream else 503)
@@ -380,8 +400,8 @@ def test_many_who_vanish_leave_nothing_behind(slow: Running) -> None:
             await asyncio.gather(*asked, return_exceptions=True)
 
     asyncio.run(vanish())
-    until(lambda: slow.served.answers.running == 0, within_s=20)
-    until(lambda: not [t for t in threading.enumerate() if t.name == "autotune-request"], within_s=20)
+    until(lambda: slow.served.answers.running == 0)
+    until(lambda: not [t for t in threading.enumerate() if t.name == "autotune-request"])
     assert httpx.get(f"{slow.url}/livez").status_code == 200
 
 

@@ -69,7 +69,7 @@ def add_routes(app: FastAPI, served: Service) -> None:
     async def events() -> Response:
         """Figures once a second as server-sent events: one `history` of the last two minutes, then each as it comes."""
         samples = served.feed.events()
-        return EventStream(await anext(samples), samples, FRESH)
+        return EventStream(await anext(samples), samples)
 
     @app.get("/autotune/chapters", response_model=list[dict[str, str]])
     async def report_chapters() -> JSONResponse:
