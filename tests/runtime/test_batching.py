@@ -404,7 +404,7 @@ def test_tokens_of_a_step_are_handed_on_together_after_it(variant: Variant, monk
 
 @needs_kernels
 def test_a_caller_that_streams_nothing_wakes_once(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, init = list[Request](), Request.__init__
+    made, init = list[Any](), Request.__init__
 
     def noted(self: Request, call: Any) -> None:
         init(self, call)
@@ -634,6 +634,27 @@ def test_a_prompt_in_parts_gives_the_same(
 ) -> None:
     monkeypatch.setattr(engine_of(variant), "prefixes", Prefixes(8))
     assert answer(serving(variant), prompt(length), 12) == answer(serving(alone), prompt(length), 12)
+
+
+@needs_kernels
+def test_between_two_parts_of_a_prompt_every_running_sequence_gets_a_token(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, log = engine_of(variant), list[str]()
+    logits, advance = engine.sequences.logits, engine._advance
+    monkeypatch.setattr(engine, "joins", False)
+    monkeypatch.setattr(engine, "prefixes", Prefixes(8))
+    monkeypatch.setattr(engine.sequences, "logits", lambda: (log.append("step"), logits())[1])
+    monkeypatch.setattr(engine, "_advance", lambda prompt: (log.append("part"), advance(prompt))[1])
+    with ThreadPoolExecutor(3) as pool:
+        with engine.alone():
+            asked = [pool.submit(answer, serving(variant), prompt(5, n), 30) for n in range(2)]
+            until_waiting(engine, 2)
+            asked.append(pool.submit(answer, serving(variant), prompt(60), 5))  # eight parts
+            until_waiting(engine, 3)
+        for each in asked:
+            each.result()
+    assert log[:20] == ["part", "step"] * 10
 
 
 @needs_kernels

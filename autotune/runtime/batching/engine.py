@@ -29,7 +29,7 @@ from .prefixes import Prefixes
 from .request import Request
 from .sequences import Sequences
 from .terms import MOST_WAITING
-from .turns import Turns
+from .turns import ModelTurns
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -94,7 +94,7 @@ class Engine:
         self._worker: ending.Worker | None = None
         self._stopped = False
         self._at_once = 0  # most sequences that were under way together since none was
-        self.turns = Turns(self._changed)
+        self.turns = ModelTurns(self._changed)
 
     def after_fork(self) -> None:
         """Forget all requests in a forked child: their callers are threads of the parent, and its GPU is."""
@@ -207,7 +207,7 @@ class Engine:
 
     def _is_busy(self) -> bool:
         """Whether sequences are under way."""
-        return bool(self._prompt or self.sequences.requests())
+        return self._prompt is not None or self.sequences.are_under_way
 
     def _gather(self) -> None:
         """While no sequence is under way, wait for as many requests as there were before. The lock is held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,6 +84,11 @@ class Sequences:
         return len(self.rows) - self.free
 
     @property
+    def are_under_way(self) -> bool:
+        """Whether there is any, with a row or without."""
+        return self.used > 0 or bool(self._evicted)
+
+    @property
     def usage(self) -> float:
         """Share of the slots of all rows that hold tokens."""
         return sum(self._cache.lengths) / self._cache.valid.numel()
@@ -109,7 +115,7 @@ class Sequences:
 
         Its keys and values are copied. If memory has no room for them, it keeps its row.
         """
-        if self.free or len(self._evicted) == len(self.rows):
+        if order == math.inf or self.free or len(self._evicted) == len(self.rows):
             return
         last, row = max((request.terms.order, row) for row, request in enumerate(self.rows) if request is not None)
         if order < last and (request := self.rows[row]) is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from ...machine.ending import Cancelled
 
 
-class Turns:
+class ModelTurns:
     """Gives the model to the engine and to callers who need it alone, in turn: neither waits for two of the other's.
 
     Args:

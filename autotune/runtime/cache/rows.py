@@ -104,14 +104,15 @@ class RowCache(SlotCache):
             count: tokens of each row.
             discarded: slots after them that the steps may have written, too.
         """
+        rows = self.shape[0]
+        self.lengths[:rows] = [length + count if length else 0 for length in self.lengths[:rows]]
+        for row, length in enumerate(self.lengths[:rows]):
+            if length:
+                self._written[row] = max(self._written[row], length + 1 + discarded)
         if self._slot is None:
             self.slot.add_(self._taken, alpha=count)
-        for row, length in enumerate(self.lengths[: self.shape[0]]):
-            if length:
-                self.lengths[row] = length + count
-                self._written[row] = max(self._written[row], length + count + 1 + discarded)
-                if self._slot is not None:
-                    self._slot[row] = length + count
+        else:
+            self._slot[:rows] = self.lengths[:rows]
 
     @property
     def longest(self) -> int:
