@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from autotune import transforms
 from autotune.errors import TransformError
 from autotune.model.linear_layers import stored_bytes
 from autotune.runtime.kernels import (
@@ -25,6 +26,15 @@ from autotune.transforms.packed_embedding import PackedEmbedding as Packed
 from autotune.transforms.weight_only import WeightOnly
 from tests.models import tiny, token_prompts
 
+MEMORY = (  # a draft of policy `memory` for SmolLM2: name, phase, parameters
+    ("weight_only", "both", {"bits": 8}),
+    ("packed_embedding", "both", {}),
+    ("prefill_attention", "prefill", {"precision": "float32"}),
+    ("fused_layers", "prefill", {}),
+    ("half_cache", "decode", {}),
+    ("prefill_parts", "prefill", {}),
+    ("step_program", "decode", {}),
+)
 SENTENCE = available()
 pytestmark = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
 
@@ -184,3 +194,14 @@ def test_a_table_that_cannot_be_quantised_is_an_expected_refusal() -> None:
     model.get_input_embeddings().weight[3, 3] = torch.nan
     with pytest.raises(TransformError, match="NaN"):
         Variant(model).with_transform(Packed())
+
+
+def test_both_phases_compute_with_the_same_weights_of_about_a_third_of_the_originals_bytes() -> None:
+    model = tiny()
+    variant = Variant(model).with_transforms(transforms.make(name, given, phase) for name, phase, given in MEMORY)
+    held = stored_bytes(*variant.modules.values())
+    assert {phase: stored_bytes(module) for phase, module in variant.modules.items()} == {
+        "prefill": held,
+        "decode": held,
+    }
+    assert held <= 0.35 * stored_bytes(model)
