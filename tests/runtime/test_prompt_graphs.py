@@ -126,6 +126,27 @@ def test_numbers_that_are_not_finite_stay_behind(fake: FakeCuda) -> None:
     assert not any(torch.isnan(held).any() for held in (*cache.keys, *cache.values))
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_filling_overflows_only_where_the_prompt_does(arch: str, fake: FakeCuda) -> None:
+    """It repeats the last token, whose numbers it gets: a NaN of others would reach the prompt through 0 x NaN."""
+    length, model = 33, tiny(arch).half()
+    expected = ask(serving(variant_of(model)), ids_of(length))
+
+    def overflowing(_: Any, given: Any, out: Any) -> None:
+        hidden = (out[0] if isinstance(out, tuple) else out)[0]  # [P, H]
+        if len(hidden) > length:
+            differs = (hidden - hidden[length - 1]).abs().amax(1) > 0.002 * hidden.abs().amax()
+            filling = torch.arange(len(hidden), device="cpu") >= length
+            hidden.masked_fill_((differs & filling)[:, None], torch.inf)
+
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    layers[0].register_forward_hook(overflowing)
+    variant = variant_of(model)
+    before = prompts_of(variant).replays
+    assert torch.equal(ask(serving(variant), ids_of(length)), expected)
+    assert prompts_of(variant).replays == before + 1
+
+
 def test_more_callers_than_caches(fake: FakeCuda) -> None:
     """A prompt for which no cache is idle is computed as before; none is lent to two."""
     model = tiny("llama")

@@ -264,7 +264,8 @@ def steps(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: Slot
 def prompt(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> torch.Tensor:
     """Compute a prompt. It writes keys and values from slot 0 on, as many as there are tokens.
 
-    Tokens after `cache.slot` fill the prompt up: those before do not see them, and steps overwrite their slots.
+    Tokens after `cache.slot` fill the prompt up: no token sees them, and steps overwrite their slots. They repeat the
+    token at `cache.slot` and its position, so that they get its numbers, which are finite where the prompt's are.
 
     Args:
         model: the prefill module.
@@ -304,12 +305,14 @@ def forward(
 
     Args:
         slot: [1], the slot of the first token of every sequence; or [B], that of each sequence's only token.
-        kept: [N] int64, the tokens whose logits are returned; None: all.
+        kept: [1] int64, the token of a prompt from slot 0 on whose logits are returned; those after it see what it
+            sees. None: the logits of all are returned.
     """
     count, by_row = tokens.shape[1], slot.shape[0] > 1
     if count > 1:
         slot = slot + torch.arange(count, dtype=slot.dtype, device=slot.device)  # [K], the slot of each token
-    last = slot[:, None, None] if by_row else slot[:, None]  # [B, 1, 1] or [K, 1]
+    seen = slot if kept is None else torch.minimum(slot, kept)  # the last slot that each token sees
+    last = seen[:, None, None] if by_row else seen[:, None]  # [B, 1, 1] or [K, 1]
     index = torch.arange(valid.shape[1], dtype=slot.dtype, device=slot.device)
     full = (valid[:, None] & (index <= last))[:, None]  # [B, 1, K, slots]; models use a 4-D mask unchanged
     masks = {"full_attention": full}
