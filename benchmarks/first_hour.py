@@ -2,9 +2,10 @@
 
 Runs doctor, the tests that need a GPU, a soak of graphs, and the benchmarks for 1 and 8 billion parameters, each in a
 process of its own with a limit of its own. A part that fails or takes too long ends, and the next one begins. The tests
-are several parts: one that hangs, or breaks the device for its process, hides only the rest of its part. All output
-goes into one file, which is written anew after every part, to read or to send. Nothing on the GPU is reset or set:
-clocks, modes and partitions stay as they are.
+are several parts: one that hangs, or breaks the device for its process, hides only the rest of its part. Tests that
+are all skipped fail: then the GPU is gone. All output goes into one file, which is written anew after every part, to
+read or to send. Nothing on the GPU is reset or set: clocks, modes and partitions stay as they are. Where torch sees no
+GPU from the start, the first part says why, and no other runs.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def tests(marks: str, *paths: str) -> tuple[str, ...]:
     return module("pytest", "-m", marks, *shown, *paths)
 
 
+DEVICE = "device"  # the part without which no other runs
 PARTS: Mapping[str, Part] = {
+    DEVICE: Part(module("benchmarks.gpu_seen"), 60),
     "doctor": Part(module("autotune", "doctor"), 90),
     "tests-device": Part(tests("gpu and not slow", "tests/machine", "tests/model", "tests/profile"), 90),
     "tests-runtime": Part(tests("gpu and not slow", "tests/runtime"), 210),
@@ -68,7 +71,7 @@ PARTS: Mapping[str, Part] = {
     "steps-8b": Part(module("benchmarks.gpu_steps", "--shape", "8b", "--seconds", "250"), 330),
     "tests-compiled": Part(tests("gpu and slow", "tests"), 240),
     "tune-1b": Part(module("benchmarks.gpu", "--shape", "1b", "--policy", "balanced", "--budget", "240"), 390),
-    "tune-8b": Part(module("benchmarks.gpu", "--shape", "8b", "--policy", "latency", "--budget", "540"), 720),
+    "tune-8b": Part(module("benchmarks.gpu", "--shape", "8b", "--policy", "latency", "--budget", "540"), 660),
 }
 
 
@@ -173,6 +176,9 @@ def main(
         outcomes[name] = run(parts[name], min(left_s, parts[name].seconds))
         print(f"{name}: {outcomes[name]} after {outcomes[name].seconds:.0f} s", flush=True)
         asked.out.write_text(report(outcomes, {name: parts[name] for name in chosen}), encoding="utf-8")
+        if name == DEVICE and outcomes[name].code:
+            print(outcomes[name].output.rstrip())
+            break
     print(f"everything is in {asked.out}")
     return 0 if len(outcomes) == len(chosen) and all(found.code == 0 for found in outcomes.values()) else 1
 

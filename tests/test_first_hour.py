@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import first_hour
+from benchmarks import first_hour, gpu_seen
 
 ROOT = Path(__file__).parents[1]
 HANGS = """
@@ -56,6 +57,47 @@ def test_the_first_hour_goes_on_when_a_part_fails(tmp_path: Path) -> None:
     assert first_hour.main(["--parts", "last,good", "--out", str(file)], parts) == 0
     with pytest.raises(SystemExit):
         first_hour.main(["--parts", "nothing"], parts)
+
+
+@pytest.mark.parametrize(
+    ("built", "available", "says"),
+    [(None, False, "is built without CUDA"), ("13.0", False, "sees no GPU"), ("13.0", True, None)],
+)
+def test_why_torch_sees_no_gpu(
+    built: str | None, available: bool, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = gpu_seen.obstacle()
+    assert found is None if says is None else says in (found or "")
+
+
+def test_without_a_gpu_the_first_part_says_why_and_no_other_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert next(iter(first_hour.PARTS)) == first_hour.DEVICE
+    parts = {
+        first_hour.DEVICE: first_hour.Part((sys.executable, "-c", "import sys; sys.exit('torch sees none')"), 60.0),
+        "next": first_hour.Part((sys.executable, "-c", ""), 60.0),
+    }
+    file = tmp_path / "report.md"
+    assert first_hour.main(["--out", str(file)], parts) == 1
+    for told in (capsys.readouterr().out, file.read_text()):
+        assert "torch sees none" in told
+    assert "| next | not run | - |" in file.read_text()
+
+
+@pytest.mark.parametrize(("body", "code"), [("pytest.skip('no GPU')", 5), ("pass", 0), ("assert False", 1)])
+def test_a_part_whose_tests_are_all_skipped_fails(
+    body: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that fell off the bus is one that the tests do not see."""
+    script = tmp_path / "test_it.py"
+    script.write_text(f"import pytest\npytestmark = pytest.mark.gpu\ndef test_one():\n    {body}\n")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = first_hour.run(first_hour.Part(first_hour.tests("gpu", str(script)), 600.0), 600.0)
+    assert found.code == code
+    assert ("all were skipped" in found.output) is (code == 5)
 
 
 def test_the_first_hour_ends_in_time(tmp_path: Path) -> None:
