@@ -12,9 +12,7 @@ def obstacle() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install the CUDA build of this release"
     if not torch.cuda.is_available():
-        return (
-            f"torch {torch.__version__} sees no GPU: does nvidia-smi list one that CUDA_VISIBLE_DEVICES hides?"
-        )
+        return f"torch {torch.__version__} sees no GPU: does nvidia-smi list one? Does CUDA_VISIBLE_DEVICES hide it?"
     return None
 
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -150,20 +151,22 @@ def paper(model: PreTrainedModel, batches: Sequence[int], context: int) -> Itera
         batches: numbers of sequences.
         context: tokens in the cache of each sequence.
     """
-    yield "| variant | sequences | bytes a token | " + " | ".join(DATASHEET) + " |"
-    yield "|---" * (3 + len(DATASHEET)) + "|"
-    for name, plan in {"as it is": list[Transform](), **{name: chain(name) for name in PLANS}}.items():
-        for batch in batches:
-            moved = paper_bytes(model, plan, batch, context)
-            floors_ms = [moved / rate * 1e3 for rate in DATASHEET.values()]
-            times = [f"{floor:.2f} / {floor / GPT_FAST:.2f} ms" for floor in floors_ms]
-            yield f"| {name} | {batch} | {moved / 1e9:.2f} GB | " + " | ".join(times) + " |"
-    yield ""
-    share = f"{100 * GPT_FAST:.0f} %"
+    share, dtype = f"{100 * GPT_FAST:.0f} %", str(model.dtype).removeprefix("torch.")
+    yield f"{model.num_parameters() / 1e9:.2f}e9 parameters in {dtype}, {context} tokens in the cache of each sequence."
     yield (
-        f"Bytes are of a step, in which each sequence gets a token. Times are TPOT at 100 % / {share} of the "
-        "datasheet's bandwidth: the least possible, and the line to pass. Arithmetic and launches are not in them."
+        f"Bytes are of a step, in which each sequence gets a token. Times are of a step at 100 % / {share} of the "
+        "datasheet's bandwidth: the least possible, and the line to pass (what gpt-fast reaches). Arithmetic, small "
+        "kernels and launches are not in them: graphs, compiling, attention and merging change those, not the bytes."
     )
+    yield ""
+    yield "| variant | sequences | bytes a step | " + " | ".join(DATASHEET) + " |"
+    yield "|---" * (3 + len(DATASHEET)) + "|"
+    plans = {"as it is": list[Transform](), **{name: chain(name) for name in PLANS}}
+    for batch, (name, plan) in product(batches, plans.items()):
+        moved = paper_bytes(model, plan, batch, context)
+        floors_ms = [moved / rate * 1e3 for rate in DATASHEET.values()]
+        times = [f"{floor:.2f} / {floor / GPT_FAST:.2f} ms" for floor in floors_ms]
+        yield f"| {name} | {batch} | {moved / 1e9:.2f} GB | " + " | ".join(times) + " |"
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

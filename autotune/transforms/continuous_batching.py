@@ -134,13 +134,13 @@ class ContinuousBatching(Transform):
             return "it needs a captured decode step (cuda_graph), or a static cache (static_cache)"
         elif isinstance(variant.step, InductorGraphStep):
             return "inductor's graphs (compile_step with mode='reduce-overhead') have no slots for each row"
-        if variant.speculation is not None and variant.speculation.stride.recorded is None:
-            return "guesses are checked for one sequence at a time"
         return None
 
 
 def prepare(variant: Variant, caches: Mapping[int, RowCache], prompt: Any) -> None:
     """Record, compile or capture the step of a variant for rows, as its step for one caller is.
+
+    Guesses are for a sequence that is alone. It is in the first row, for which their check is captured.
 
     Args:
         caches: number of rows -> empty cache for a step of so many.
@@ -149,7 +149,7 @@ def prepare(variant: Variant, caches: Mapping[int, RowCache], prompt: Any) -> No
     Raises:
         TransformError: a step that the workload needs cannot be.
     """
-    from ..runtime.steps.captures import capture_rows
+    from ..runtime.steps.captures import capture_checks, capture_rows
     from ..runtime.steps.compiled import CompiledStep
     from ..runtime.steps.graphs import GraphSteps
     from ..runtime.steps.program import StepPrograms
@@ -161,6 +161,8 @@ def prepare(variant: Variant, caches: Mapping[int, RowCache], prompt: Any) -> No
                 step.prepare(cache)
         if isinstance(step, GraphSteps):
             capture_rows(step, caches, prompt, variant.context_tokens, variant.turn)
+            if variant.speculation is not None and (checks := variant.speculation.stride.several) is not None:
+                capture_checks(checks, caches[max(caches)].single(0), variant.context_tokens, variant.turn)
 
 
 def bytes_per_row(variant: Variant) -> float:

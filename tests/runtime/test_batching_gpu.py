@@ -26,6 +26,7 @@ from autotune.runtime.batching.terms import CURRENT, RequestTerms
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.dispatch import serving
+from autotune.runtime.speculation.pace import evenly
 from autotune.runtime.steps.compiled import CompiledStep
 from autotune.runtime.steps.graphs import GraphSteps
 from autotune.runtime.steps.waiting import _Watch
@@ -44,6 +45,7 @@ from tests.runtime.test_batching import (
     ROWS,
     SHAPES,
     Arrival,
+    Round,
     Streamer,
     answer,
     broken_after,
@@ -407,9 +409,48 @@ def test_a_replay_that_takes_one_position_for_all_rows_is_found(
         made(arch="gpt-neox")
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_sequence_alone_is_guessed_ahead_and_one_beside_others_is_not(
+    plan: str, fake: FakeCuda, alone: Variant
+) -> None:
+    """Its checks are replayed over its row, and what wrong guesses leave there hurts neither it nor the next one."""
+    single = Variant(tiny("llama")).with_transforms([*PLANS[plan], Speculation("decode", tokens=3)])
+    speculation = single.speculation
+    assert speculation is not None
+    speculation.costs = evenly(speculation.tokens, 1.1)
+    shared = single.with_transform(TOGETHER)
+    options: dict[str, Any] = {"logits_processor": [Round()]}
+    work = [(prompt(20), 60), (prompt(11, 1), 9), (prompt(33, 2), 20)]
+    expected = [answer(serving(alone), *item, **options) for item in work]
+    counts, checks, captures, replays = (
+        engine_of(shared).counts,
+        speculation.stride.several,
+        fake.captures,
+        fake.replays,
+    )
+    assert (checks is not None) is (plan == "graphs")
+    for _ in range(2):
+        assert answer(serving(shared), *work[0], **options) == expected[0]
+    assert speculation.tally.right > 60
+    assert counts["steps"] < 40
+    if checks is not None:
+        assert fake.replays - replays == counts["steps"] + speculation.tally.steps
+        assert not checks.fallbacks
+    before = counts["steps"]
+    with ThreadPoolExecutor(3) as pool:
+        with engine_of(shared).alone():
+            asked = [pool.submit(answer, serving(shared), *item, **options) for item in work]
+            until_waiting(engine_of(shared), 3)
+        assert [each.result() for each in asked] == expected
+    assert counts["steps"] - before >= 19, "beside others, tokens come one by one"
+    assert fake.captures == captures, "a request captured"
+    Original(shared.original).release(shared)
+    assert answer(serving(shared), *work[0], **options) == expected[0]
+    assert checks is None or not checks.fallbacks
+
+
 REFUSED: dict[str, tuple[list[Transform], str]] = {
     "no slots": ([], r"needs a captured decode step \(cuda_graph\), or a static cache"),
-    "guesses": ([GRAPH, Speculation("decode", tokens=2)], "guesses are checked for one sequence at a time"),
 }
 
 

@@ -12,6 +12,7 @@ from ...errors import TransformError
 if TYPE_CHECKING:
     from ..cache.pool import CachePool
     from ..cache.rows import RowCache
+    from ..cache.slots import SlotCache
     from .graphs import GraphSteps
 
 # Largest number of graphs of one step. For a model of 8 billion parameters a graph takes about 10 MB of device memory,
@@ -109,3 +110,24 @@ def capture_rows(
         if read <= longest and read not in steps.reads(caches[rows]):
             reason = steps.failed.get((rows, read), "no capture is tried after one that failed")
             raise TransformError(f"the decode step of {rows} rows cannot be captured: {reason}")
+
+
+def capture_checks(
+    steps: GraphSteps, row: SlotCache, needed: int, turn: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """Capture a step of several tokens for one of several independent rows, in turns as `capture_all`.
+
+    Args:
+        row: filled with one token.
+        needed: tokens of the workload's longest context.
+
+    Raises:
+        TransformError: what the workload needs cannot be captured, or a replay gives other logits than the step itself.
+    """
+    longest = steps.covering(needed)
+    for read in steps.lengths:
+        with turn():
+            steps.prepare(row, read)
+        if read <= longest and read not in steps.reads(row):
+            reason = steps.failed.get((1, read), "no capture is tried after one that failed")
+            raise TransformError(f"the step that checks guesses cannot be captured for a row: {reason}")
