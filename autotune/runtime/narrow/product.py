@@ -19,6 +19,7 @@ MOST_ROWS = 64  # beyond, widened weights times many rows are faster by the libr
 TENSOR_ROWS = 16  # the fewest rows of a tile that tensor cores multiply
 ONE = 0x3F800000  # the bits of 1.0
 NARROW = 4096  # outputs up to which tiles are too few for all multiprocessors, so that inputs are split, too
+FUSED = {"enable_fp_fusion": True}  # multiply and add in one instruction: off by default from Triton 3.10
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -134,18 +135,18 @@ def _linear_few_rows_int4(  # type: ignore[no-untyped-def]
 
 
 def tile(rows: int, outputs: int, bits: int) -> dict[str, int]:
-    """The shape of a tile, as the kernels name it, and the warps that compute it.
+    """The shape of a tile, as the kernels name it, and the options that they are compiled with.
 
     For 8 bits the fastest of ten (one row) and of eight (several) on an H100, over layers of models with 1 and 8
     billion parameters. For 4 bits and one row a thread has eight outputs, which share what an input costs: 4.1
     instructions a weight for an H100, which has time for 5.3 while it reads one. No tile of 4 bits has been timed.
     """
     if rows == 1 and bits == 4:
-        return {"BM": 1, "BN": 8, "BLOCKS": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 2}
+        return {"BM": 1, "BN": 8, "BLOCKS": 64, "SPLIT": 1, "num_warps": 2, "num_stages": 2, **FUSED}
     if rows == 1:
-        return {"BM": 1, "BN": 4, "BLOCKS": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2}
+        return {"BM": 1, "BN": 4, "BLOCKS": 64, "SPLIT": 1, "num_warps": 4, "num_stages": 2, **FUSED}
     split = 4 if outputs <= NARROW else 1
-    return {"BM": TENSOR_ROWS, "BN": 32, "BLOCKS": 8, "SPLIT": split, "num_warps": 4, "num_stages": 3}
+    return {"BM": TENSOR_ROWS, "BN": 32, "BLOCKS": 8, "SPLIT": split, "num_warps": 4, "num_stages": 3, **FUSED}
 
 
 def product_int8(x: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
