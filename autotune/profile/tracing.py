@@ -68,7 +68,7 @@ def watched(variant: Variant) -> Watched:
     if not variant.transforms:
         twin = fork(original)
         return Watched(Variant(twin, variant.traffic, variant.workload), (twin,), ())
-    copy = variant._copy()
+    copy = variant.copy()
     copy.speculation = None  # every traced token must be one step; tokens guessed right share a step
     copy.modules = {phase: fork(m) if m is original else m for phase, m in variant.modules.items()}
     stepped = {id(copy.modules["decode"])} if variant.step is not None else set()

@@ -180,20 +180,7 @@ class Variant:
         Raises:
             TransformError: the transform refuses.
         """
-        if all(done.stage <= transform.stage for done in self.transforms):
-            if (reason := self.state.obstacle()) is not None:
-                raise TransformError(reason)
-            if (reason := divided(transform, self.original)) is not None:
-                raise TransformError(reason)
-            variant = self._copy()
-            with sharding.alone(self.original):
-                transform.apply(variant)
-            if variant.kv is not None and variant.caches is not None:
-                raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
-            variant.transforms = (*self.transforms, transform)
-            return variant
-        fresh = Variant(self.original, self.traffic, self.workload, self.draft)
-        return fresh.with_transforms((*self.transforms, transform))
+        return self.with_transforms((transform,))
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
         """Make a new variant: this one plus `transforms`, with all transforms in stage order.
@@ -202,14 +189,37 @@ class Variant:
             TransformError: one of them refuses.
         """
         variant, added = self, sorted(transforms, key=lambda t: t.stage)
-        if len(added) > 1 and any(done.stage > added[0].stage for done in self.transforms):
+        if added and any(done.stage > added[0].stage for done in self.transforms):
             variant = Variant(self.original, self.traffic, self.workload, self.draft)  # what is there is made anew once
             added = sorted((*self.transforms, *added), key=lambda t: t.stage)
+        if added:
+            variant = variant.copy()
         for transform in added:
-            variant = variant.with_transform(transform)
+            variant.add(transform)
         return variant
 
-    def _copy(self) -> Variant:
+    def add(self, transform: Transform) -> None:
+        """Apply a transform to this variant itself, a `copy` that nothing runs yet. Its twins are edited further.
+
+        Args:
+            transform: of no earlier stage than those that are there.
+
+        Raises:
+            TransformError: the transform refuses, and this variant is of no use any more.
+        """
+        if (reason := self.state.obstacle()) is not None:
+            raise TransformError(reason)
+        if (reason := divided(transform, self.original)) is not None:
+            raise TransformError(reason)
+        with sharding.alone(self.original):
+            transform.apply(self)
+        if self.kv is not None and self.caches is not None:
+            raise TransformError(f"the KV cache is {self.kv}; slots and what decodes over them are another kind")
+        self.transforms = (*self.transforms, transform)
+        self._front = None  # it was made of the modules before
+
+    def copy(self) -> Variant:
+        """Make a variant like this one, for `add`. It edits twins of its own."""
         other = Variant(self.original, self.traffic, self.workload, self.draft)
         other.modules = dict(self.modules)
         other.transforms = self.transforms

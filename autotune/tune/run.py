@@ -300,10 +300,11 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
         layers = PackedWeights(bench.cached_as).restore(variant, plan.transforms)
         recorded = PlanPrograms(bench.cached_as, plan.transforms).reused()
     with reusing(layers=layers), recorded:
-        for transform in plan.transforms:
+        variant = variant.copy()
+        for transform in sorted(plan.transforms, key=lambda each: each.stage):
             if reason := transform.unavailable(variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")
-            variant = variant.with_transform(transform)
+            variant.add(transform)
             with sharding.alone(bench.original.original):
                 missing = transform.took_effect(variant)
             if missing:
