@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules, of all models, that twins share
 
+PLAIN = frozenset({bool, int, float, str, type(None)})  # types that cannot be changed
 COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # attributes that torch.compile sets on a module
 
 
@@ -76,6 +77,8 @@ class _Copier:
         twin.__dict__.update({key: self.copy(value) for key, value in held.items()})
 
     def copy(self, value: Any) -> Any:
+        if type(value) in PLAIN:  # most attributes of modules
+            return value
         if id(value) in self.known:
             return self.known[id(value)]
         if isinstance(value, nn.Module):
@@ -85,7 +88,8 @@ class _Copier:
         kind = type(value)
         if kind in (dict, OrderedDict):
             new: Any = self.keep(value, kind())
-            new.update((key, self.copy(each)) for key, each in value.items())
+            for key, each in value.items():  # mostly none: a module has a dictionary for each kind of hook
+                new[key] = self.copy(each)
             return new
         if kind is list:
             new = self.keep(value, [])

@@ -181,17 +181,7 @@ class Variant:
         Raises:
             TransformError: the transform refuses.
         """
-        if any(done.stage > transform.stage for done in self.transforms):
-            return self.bare().with_transforms((*self.transforms, transform))
-        if reason := self.state.obstacle() or divided(transform, self.original):
-            raise TransformError(reason)
-        variant = self.copy()
-        with sharding.alone(self.original):
-            transform.apply(variant)
-        if variant.kv is not None and variant.caches is not None:
-            raise TransformError(f"the KV cache is {variant.kv}; slots and what decodes over them are another kind")
-        variant.transforms = (*self.transforms, transform)
-        return variant
+        return self.with_transforms((transform,))
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Variant:
         """Make a new variant: this one plus `transforms`, with all transforms in stage order.
@@ -200,19 +190,39 @@ class Variant:
             TransformError: one of them refuses.
         """
         variant, added = self, sorted(transforms, key=lambda t: t.stage)
-        if len(added) > 1 and any(done.stage > added[0].stage for done in self.transforms):
+        if added and any(done.stage > added[0].stage for done in self.transforms):
             variant = self.bare()  # what is there is made anew once
             added = sorted((*self.transforms, *added), key=lambda t: t.stage)
+        if added:
+            variant = variant.copy()
         for transform in added:
-            variant = variant.with_transform(transform)
+            variant.add(transform)
         return variant
+
+    def add(self, transform: Transform) -> None:
+        """Apply a transform to this variant itself, a `copy` that nothing runs yet. Its twins are edited further.
+
+        Args:
+            transform: of no earlier stage than those that are there.
+
+        Raises:
+            TransformError: the transform refuses, and this variant is of no use any more.
+        """
+        if reason := self.state.obstacle() or divided(transform, self.original):
+            raise TransformError(reason)
+        with sharding.alone(self.original):
+            transform.apply(self)
+        if self.kv is not None and self.caches is not None:
+            raise TransformError(f"the KV cache is {self.kv}; slots and what decodes over them are another kind")
+        self.transforms = (*self.transforms, transform)
+        self._front = None  # it was made of the modules before
 
     def bare(self) -> Variant:
         """Make a variant for the same model and workload, without transforms."""
         return Variant(self.original, self.traffic, self.workload, self.draft)
 
     def copy(self) -> Variant:
-        """Make a variant of the same modules and settings, whose modules are not its own to edit."""
+        """Make a variant of the same modules and settings, for `add`: it edits twins of its own."""
         other = copy.copy(self)
         other.modules, other.threads = dict(self.modules), dict(self.threads)
         other._editable, other._front = set(), None

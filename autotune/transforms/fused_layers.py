@@ -113,11 +113,13 @@ def _observed(module: nn.Module) -> bool:
 
 def norm(module: nn.Module) -> RmsNorm | None:
     """The replacement of an RMS norm, which is scaled by its weight or, as in Gemma, by its weight plus one."""
-    if len(inspect.signature(seam.forward_function(module)).parameters) != 2:  # self and the input
+    eps = next((value for key in EPSILONS if isinstance(value := getattr(module, key, None), float)), None)
+    if eps is None or any(True for _ in module.children()):
         return None
     own = dict(module.named_parameters())
-    eps = next((value for key in EPSILONS if isinstance(value := getattr(module, key, None), float)), None)
-    if set(own) != {"weight"} or own["weight"].dim() != 1 or eps is None or any(True for _ in module.children()):
+    if set(own) != {"weight"} or own["weight"].dim() != 1:
+        return None
+    if len(inspect.signature(seam.forward_function(module)).parameters) != 2:  # self and the input
         return None
     weight = own["weight"]
     sizes = torch.tensor([3.0, eps**0.5], dtype=torch.float32, device="cpu")  # eps matters only for the second

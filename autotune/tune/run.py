@@ -259,17 +259,17 @@ def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], 
     Raises:
         PlanError: it cannot be applied, or does not hold.
     """
-    report = read(plan.summary)
     if not plan.transforms and (doubt := doubts(plan.trials)):  # an earlier version saved every outcome
         raise PlanError(doubt)
     if not plan.transforms:
         seconds = time.monotonic() - start
         verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
-        return Tuned(bench.original, plan, reverified(report, verdict=verdict, seconds=seconds), verdict)
+        return Tuned(bench.original, plan, reverified(read(plan.summary), verdict=verdict, seconds=seconds), verdict)
     try:
         variant = restored(plan, bench)
         serve(variant)
         quality, latency = bench.reverify(variant)
+        report = read(plan.summary)  # shows all of it, for which nobody should wait
     except Exception as error:  # any error of an old plan leads to a fresh search
         outside.pass_on(error)
         serve(bench.original)
@@ -300,10 +300,11 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
         layers = PackedWeights(bench.cached_as).restore(variant, plan.transforms)
         recorded = PlanPrograms(bench.cached_as, plan.transforms).reused()
     with reusing(layers=layers), recorded:
-        for transform in plan.transforms:
+        variant = variant.copy()
+        for transform in sorted(plan.transforms, key=lambda each: each.stage):
             if reason := transform.unavailable(variant, bench.hardware):
                 raise TransformError(f"{transform}: {reason}")
-            variant = variant.with_transform(transform)
+            variant.add(transform)
             with sharding.alone(bench.original.original):
                 missing = transform.took_effect(variant)
             if missing:

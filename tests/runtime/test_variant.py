@@ -209,13 +209,31 @@ def test_modules_fork_only_where_a_phase_is_edited_alone(
     llama: PreTrainedModel, edits: tuple[Any, ...], expected: tuple[bool, bool, bool], rebuilt: bool
 ) -> None:
     if rebuilt:  # every edit in a variant of its own
-        variant = Variant(llama).with_transforms(tuple(Edit(phase) for phase in edits))
+        variant = Variant(llama)
+        for phase in edits:
+            variant = variant.with_transform(Edit(phase))
     else:
         variant = Variant(llama)
         for phase in edits:
             variant.edit(phase)
     prefill, decode = (variant.modules[phase] for phase in PHASES)
     assert (prefill is llama, decode is llama, prefill is decode) == expected
+
+
+def test_transforms_added_together_edit_the_same_twins(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = list[Any]()
+
+    def counted(model: Any) -> Any:
+        forked.append(model)
+        return fork(model)
+
+    monkeypatch.setattr("autotune.runtime.variant.fork", counted)
+    first = Variant(llama).with_transforms((Edit("decode"), LaterEdit("decode"), Edit("prefill"), LaterEdit("both")))
+    assert forked == [llama, llama]
+    modules = dict(first.modules)
+    second = first.with_transforms((LaterEdit("decode"), LaterEdit("prefill")))
+    assert first.modules == modules
+    assert not set(map(id, second.modules.values())) & set(map(id, modules.values()))
 
 
 def test_edit_returns_what_it_made_and_reuses_it(llama: PreTrainedModel) -> None:

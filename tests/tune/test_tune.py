@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from autotune import workload
 from autotune.errors import MeasurementError, PlanError, TransformError
 from autotune.machine import hardware
 from autotune.machine.hardware import Hardware
+from autotune.report import Report
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
@@ -102,6 +103,23 @@ def test_a_kept_plan_serves_from_its_first_answer_until_it_is_disproved(
     if tuned is not None:
         assert tuned.variant.transforms == KEPT.transforms
         assert "replayed and re-verified" in tuned.verdict
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_nobody_waits_for_the_report_of_a_kept_plan(shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = ScriptedBench(Variant(tiny("llama")))
+
+    def read(record: Mapping[str, Any]) -> Report:
+        bench.log.append("shown")
+        if not shown:
+            raise PlanError("the report in it cannot be shown")
+        return Report(record)
+
+    monkeypatch.setattr(run, "read", read)
+    tuned = replay(KEPT, bench, 0.0, bench.serve, Meter(None))
+    end = [] if shown else ["the original serves"]
+    assert bench.log == ["answered", "the plan serves", "verified", "shown", *end]
+    assert (tuned is not None) == shown
 
 
 def test_the_machine_is_measured_between_requests(monkeypatch: pytest.MonkeyPatch) -> None:
