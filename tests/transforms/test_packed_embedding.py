@@ -26,7 +26,8 @@ from autotune.transforms.packed_embedding import PackedEmbedding as Packed
 from autotune.transforms.weight_only import WeightOnly
 from tests.models import tiny, token_prompts
 
-MEMORY: tuple[tuple[str, str, dict[str, Any]], ...] = (  # a draft of policy `memory` for SmolLM2: name, phase, parameters
+# A draft of policy `memory` for SmolLM2: name, phase, parameters.
+MEMORY: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("weight_only", "both", {"bits": 8}),
     ("packed_embedding", "both", {}),
     ("prefill_attention", "prefill", {"precision": "float32"}),
