@@ -25,6 +25,7 @@ from autotune.validate.score import OutputError, Served
 from autotune.validate.timing import Disturbance, Pair, Timing, request, time_request, timing
 from autotune.workload import Bucket
 from tests.fakes.cuda import FakeCuda
+from tests.validate.loops import looping
 
 BUCKET = Bucket(batch=1, prompt_tokens=12, new_tokens=8)
 PROMPTS = [list(range(3, 3 + n)) for n in (5, 20, 9)]
@@ -273,12 +274,9 @@ def test_what_a_device_still_works_on_is_waited_for(model, queue):
 
 @pytest.mark.fault("B41")
 def test_where_no_token_comes_out_there_is_nothing_to_time(model, queue):
-    class Mute(Variant):
-        def sample(self, call):
-            return call.input_ids
-
+    mute = looping(model, lambda variant, call: call.input_ids)
     with pytest.raises(OutputError, match="0 tokens reached the streamer, expected 1"):
-        time_request(Served(Mute(model), pad_token_id=0), [PROMPTS[0]], 1, queue.clock)
+        time_request(Served(mute, pad_token_id=0), [PROMPTS[0]], 1, queue.clock)
 
 
 @pytest.mark.fault("B41")
@@ -296,23 +294,21 @@ def test_launching_faster_or_answering_early_is_no_gain(model, queue):
             **how,
         )
 
-    class Hasty(Variant):
+    def hasty(variant, call):
         """Hands over tokens that the device has not computed yet."""
+        queue.queue(8 * 0.03)
+        ids = call.input_ids
+        for _ in range(8):
+            ids = torch.cat([ids, torch.full((ids.shape[0], 1), 3)], dim=1)
+            queue.clock.now_s += 1e-5
+            call.streamer.put(ids[:, -1])
+        call.streamer.end()
+        return ids
 
-        def sample(self, call):
-            queue.queue(8 * 0.03)
-            ids = call.input_ids
-            for _ in range(8):
-                ids = torch.cat([ids, torch.full((ids.shape[0], 1), 3)], dim=1)
-                queue.clock.now_s += 1e-5
-                call.streamer.put(ids[:, -1])
-            call.streamer.end()
-            return ids
-
-    eager, hasty = against(queued(model, queue, launch_s=0.0)), against(Hasty(model))
-    assert (eager.verdict, hasty.verdict) == (Verdict.FAIL, Verdict.FAIL)
+    eager, early = against(queued(model, queue, launch_s=0.0)), against(looping(model, hasty))
+    assert (eager.verdict, early.verdict) == (Verdict.FAIL, Verdict.FAIL)
     assert eager.end_to_end.ratio == pytest.approx(1.0, abs=0.01)
-    assert hasty.end_to_end.ratio == pytest.approx(1.0, abs=0.01)
+    assert early.end_to_end.ratio == pytest.approx(1.0, abs=0.01)
     assert against(queued(model, queue, takes_s=0.015)).verdict is Verdict.PASS
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autotune.model import shrink, stateful
+from autotune.runtime import dispatch
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.validate import Quality, Verdict, texts
@@ -24,7 +25,6 @@ from autotune.validate.texts import Text
 from autotune.validate.tiers import SIZES, TIERS
 from benchmarks.prove.corruptions import (
     CORRUPTIONS,
-    Edit,
     edited,
     replace_weight,
     rewrap,
@@ -33,6 +33,7 @@ from benchmarks.prove.corruptions import (
     zeroed_head,
 )
 from tests import architectures
+from tests.validate.loops import looping
 
 VOCABULARY = 200
 
@@ -149,20 +150,6 @@ def test_an_interrupt_is_not_swallowed(model, exam):
         judge(exam, edited(model, do), "strict")
 
 
-class FastLane(Variant):
-    """Serves calls without logits processors by a shortcut of its own."""
-
-    def __init__(self, original, shortcut):
-        super().__init__(original)
-        self.transforms = (Edit(),)
-        self.shortcut = shortcut
-
-    def sample(self, call):
-        if call.options["logits_processor"]:
-            return call.original()
-        return torch.cat([call.input_ids, torch.tensor([self.shortcut])], dim=1)
-
-
 @pytest.mark.fault("A6", "A7")
 @pytest.mark.parametrize(
     ("shortcut", "tier", "words"),
@@ -173,50 +160,55 @@ class FastLane(Variant):
     ],
 )
 def test_what_is_served_without_processors_is_judged_too(model, exam, shortcut, tier, words):
-    found = judge(exam, FastLane(model, shortcut), tier)
+    def without_processors(variant, call):
+        if call.options["logits_processor"]:
+            return call.original()
+        return torch.cat([call.input_ids, torch.tensor([shortcut])], dim=1)
+
+    found = judge(exam, looping(model, without_processors), tier)
     assert found.verdict is Verdict.FAIL
     assert words in found.reason
 
 
-class Deaf(Variant):
-    """Ignores logits processors."""
-
-    def sample(self, call):
+def test_ignoring_logits_processors_fails(model, exam):
+    def deaf(variant, call):
         return torch.cat([call.input_ids, torch.full((call.input_ids.shape[0], 32), 5)], dim=1)
 
-
-def test_ignoring_logits_processors_fails(model, exam):
-    found = judge(exam, Deaf(model), "strict")
+    found = judge(exam, looping(model, deaf), "strict")
     assert found.verdict is Verdict.FAIL
     assert "0 of 32 tokens" in found.reason
 
 
-class Reluctant(Variant):
-    def __init__(self, original, refuses):
-        super().__init__(original)
-        self.transforms = (Edit(),)
-        self.refuses = refuses
+@pytest.fixture
+def reluctant(model, monkeypatch):
+    """Makes variants that leave some calls to the original."""
 
-    def unsupported(self, call):
-        return "not this" if self.refuses(call) else None
+    def refusing(refuses):
+        def unsupported(variant, call):
+            return "not this" if variant.transforms and refuses(call) else None
+
+        monkeypatch.setattr(dispatch, "unsupported", unsupported)
+        return edited(model, lambda module: None)
+
+    return refusing
 
 
-def test_what_the_original_serves_proves_nothing(model, exam):
-    found = judge(exam, Reluctant(model, lambda call: True), "strict")
+def test_what_the_original_serves_proves_nothing(exam, reluctant):
+    found = judge(exam, reluctant(lambda call: True), "strict")
     assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
     assert found.reason == "it leaves 16 of 16 prompts to the original: not this"
 
 
-def test_a_few_prompts_that_are_served_do_not_stand_for_the_others(model, exam):
+def test_a_few_prompts_that_are_served_do_not_stand_for_the_others(exam, reluctant):
     longest = max(len(text.context) for text in exam.texts[1:])
-    found = judge(exam, Reluctant(model, lambda call: call.input_ids.shape == (1, longest)), "strict")
+    found = judge(exam, reluctant(lambda call: call.input_ids.shape == (1, longest)), "strict")
     assert (found.verdict, found.examined) == (Verdict.INCONCLUSIVE, False)
     assert re.fullmatch(r"it leaves \d{1,2} of 16 prompts to the original: not this", found.reason)
     assert found.tokens > 0
 
 
-def test_a_variant_for_single_requests_is_judged_on_those(model, exam):
-    found = judge(exam, Reluctant(model, lambda call: call.input_ids.shape[0] > 1), "lossless")
+def test_a_variant_for_single_requests_is_judged_on_those(exam, reluctant):
+    found = judge(exam, reluctant(lambda call: call.input_ids.shape[0] > 1), "lossless")
     assert (found.verdict, found.examined) == (Verdict.PASS, True)
     assert "padded-batch" not in found.strata
 
