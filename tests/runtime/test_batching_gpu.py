@@ -437,10 +437,12 @@ def test_a_sequence_alone_is_guessed_ahead_and_one_beside_others_is_not(
         assert fake.replays - replays == counts["steps"] + speculation.tally.steps
         assert not checks.fallbacks
     before = counts["steps"]
+    asked = list[Future[Any]]()
     with ThreadPoolExecutor(3) as pool:
         with engine_of(shared).alone():
-            asked = [pool.submit(answer, serving(shared), *item, **options) for item in work]
-            until_waiting(engine_of(shared), 3)
+            for item in work:  # the first is the longest: it is never alone again before the others are done
+                asked.append(pool.submit(answer, serving(shared), *item, **options))
+                until_waiting(engine_of(shared), len(asked))
         assert [each.result() for each in asked] == expected
     assert counts["steps"] - before >= 19, "beside others, tokens come one by one"
     assert fake.captures == captures, "a request captured"

@@ -11,10 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 
+from autotune.live.watch.paces import Paces
 from autotune.runtime import kernels
 from autotune.runtime.batching.engine import Engine
 from autotune.transforms.continuous_batching import ContinuousBatching
@@ -32,8 +34,12 @@ needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(k
 
 @contextmanager
 def together(**options: Any) -> Iterator[Running]:
-    """Serve a tiny model with the engine; options of `running`."""
-    with running(tiny("llama", max_position_embeddings=SLOTS), plan=TOGETHER, **options) as found:
+    """Serve a tiny model with the engine; options of `running`.
+
+    Its watch hears of no times: turns are held up here, and a plan that became slow would rest.
+    """
+    model = tiny("llama", max_position_embeddings=SLOTS)
+    with mock.patch.object(Paces, "slowed", return_value={}), running(model, plan=TOGETHER, **options) as found:
         assert found.model.autotune.status.batching
         yield found
 
