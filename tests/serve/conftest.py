@@ -9,8 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.engines import WAIT_S
-from tests.serve.servers import Running
+from tests.serve.servers import READY_S, Running
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,8 +18,8 @@ def patience() -> Iterator[None]:
     default = inspect.signature(httpx.get).parameters["timeout"].default
     with pytest.MonkeyPatch.context() as waiting:
         for step in ("connect", "read", "write", "pool"):
-            waiting.setattr(default, step, WAIT_S)
-        assert httpx.Client().timeout.read == WAIT_S
+            waiting.setattr(default, step, READY_S)
+        assert httpx.Client().timeout.read == READY_S
         yield
 
 
