@@ -316,7 +316,7 @@ class Variant:
         """A model for transformers' own loop; its forward calls the module of the phase."""
         if self._front is None:
             stateful.of(self.original)
-            self._front = by_phase(self.modules["decode"], self.running)
+            self._front = by_phase(self.modules["decode"], lambda phase: self.running(phase))  # looked up at each call
         return self._front
 
 
