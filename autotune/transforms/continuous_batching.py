@@ -54,8 +54,9 @@ class Together:
 
     def remember(self, prompts: bool) -> None:
         """Keep prompts for later ones that begin alike, as from the start, or forget them and compute every prompt."""
-        part = self.engine.prefixes.part
-        self.engine.prefixes = Prefixes(part) if prompts else Prefixes(part, most_bytes=0, most_last_bytes=0)
+        part, least = self.engine.prefixes.part, self.engine.prefixes.least
+        kept = Prefixes(part, least) if prompts else Prefixes(part, least, most_bytes=0, most_last_bytes=0)
+        self.engine.prefixes = kept
 
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""

@@ -23,7 +23,7 @@ from ..runtime.variant import Variant, divided
 from ..transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
 from . import ties
 from .choose import outgrows
-from .sharing import CallersPoint, Sharing, decide, step_times
+from .sharing import LOOKS, CallersPoint, Sharing, decide, is_clear, step_times
 
 if TYPE_CHECKING:
     from ..machine.hardware import Hardware
@@ -120,6 +120,11 @@ class _Answer:
     times_s: tuple[float, ...]  # when the request began, and when each token came
 
     @property
+    def rate(self) -> float:
+        """Tokens per second, the time to read the prompt included."""
+        return len(self.tokens) / (self.times_s[-1] - self.times_s[0])
+
+    @property
     def ttft_s(self) -> float:
         return self.times_s[1] - self.times_s[0]
 
@@ -160,7 +165,7 @@ class _Measurement:
     def run(self, most: int) -> Sharing:
         numbers, start = sizes(most), self.clock()
         self._rate(self.alone, 1, ALONE)
-        needed_s = ROUNDS * (sum(numbers) + ALONE) * (self.clock() - start) / ALONE
+        needed_s = (2 * LOOKS[0] + ROUNDS * (sum(numbers[1:]) + ALONE)) * (self.clock() - start) / ALONE
         if self.clock() + needed_s > self.bench.deadline:
             return Sharing(
                 f"callers are served one at a time: measuring {most} of them takes about {needed_s:.0f} s, more than "
@@ -168,20 +173,24 @@ class _Measurement:
             )
         for number in numbers[1:]:
             self._rate(self.together, number, number)  # the first calls make slots
-        alone, before = list[float](), self.shared.load
-        rates: dict[int, list[float]] = {number: [] for number in numbers}
-        answered: dict[int, list[_Answer]] = {number: [] for number in numbers}
+        before = self.shared.load
+        alone, single = self._single()
+        rates = {1: [answer.rate for answer in single]}
+        ratios = {1: [answer.rate / without.rate for without, answer in zip(alone, single, strict=True)]}
+        answered = {1: single}
         for _ in range(ROUNDS):
-            alone.append(self._rate(self.alone, 1, ALONE)[0])
-            for number in numbers:
+            without = self._rate(self.alone, 1, ALONE)[0]
+            for number in numbers[1:]:
                 rate, answers = self._rate(self.together, number, max(number, ALONE))
-                rates[number].append(rate)
-                answered[number] += answers
+                rates.setdefault(number, []).append(rate)
+                ratios.setdefault(number, []).append(rate / without)
+                answered.setdefault(number, []).extend(answers)
         after = self.shared.load
         points = tuple(
             CallersPoint(
                 n,
                 tuple(rates[n]),
+                tuple(ratios[n]),
                 tuple(a.ttft_s for a in found),
                 tuple(a.tpot_s for a in found),
                 mean(a.prompt_tokens for a in found),
@@ -193,7 +202,7 @@ class _Measurement:
         measured = Sharing(
             "",
             0,
-            tuple(alone),
+            tuple(answer.rate for answer in alone),
             points,
             self.differing,
             gap_s,
@@ -206,6 +215,25 @@ class _Measurement:
         rows, reason = decide(measured, self.bench.policy.batching.max_tpot_ms / 1e3)
         way = "decoded together" if rows else "served one at a time"
         return replace(measured, reason=f"callers are {way}: {reason}", rows=rows)
+
+    def _single(self) -> tuple[list[_Answer], list[_Answer]]:
+        """Answers to the same requests of a single caller without and with the engine: pairs, in alternate order."""
+        with self.bench.original.turn():
+            self._ask(self.together, self.prompts[0], 1)  # after a burst, one request waits for others
+        pairs = list[tuple[_Answer, _Answer]]()
+        for look in LOOKS:
+            while len(pairs) < look:
+                number = len(pairs) % min(ALONE, len(self.prompts))
+                models, order = [self.alone, self.together], 1 if len(pairs) % 2 else -1
+                with self.bench.original.turn():
+                    answers = [self._ask(model, self.prompts[number], self.tokens) for model in models[::order]]
+                answers = answers[::order]
+                for answer in answers:
+                    self._compare(number, answer.tokens)
+                pairs.append((answers[0], answers[1]))
+            if is_clear([answer.rate / alone.rate for alone, answer in pairs]) or self.clock() > self.bench.deadline:
+                break
+        return [alone for alone, _ in pairs], [answer for _, answer in pairs]
 
     def _rate(self, model: Any, callers: int, requests: int) -> tuple[float, list[_Answer]]:
         """Tokens per second of so many callers with so many requests in all, and the answers."""

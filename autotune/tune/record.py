@@ -286,19 +286,19 @@ def _scaling(before: Sequence[ScalePoint], after: Sequence[ScalePoint]) -> list[
 def _callers(sharing: Sharing | None) -> dict[str, Any] | None:
     if sharing is None:
         return None
-    points = []
-    for point in sharing.points:
-        ratios = sharing.ratios(point)
-        points.append({
+    points = [
+        {
             "callers": point.callers,
             "tokens_per_s": median(point.tokens_per_s),
-            "ratio": median(ratios),
-            "ratio_low": min(ratios),
-            "ratio_high": max(ratios),
+            "ratio": median(point.ratios),
+            "ratio_low": min(point.ratios),
+            "ratio_high": max(point.ratios),
             "ttft_ms": 1e3 * median(point.ttft_s),
             "tpot_ms": 1e3 * median(point.tpot_s) if point.tpot_s else None,
             "prompt_tokens": point.prompt_tokens,
-        })  # fmt: skip
+        }
+        for point in sharing.points
+    ]
     return {
         "reason": sharing.reason,
         "accepted": sharing.rows > 0,

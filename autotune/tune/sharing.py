@@ -8,11 +8,17 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ..validate.statistics import median_bounds
+
 if TYPE_CHECKING:
     from ..runtime.batching.load import EngineLoad
 
 LEAST_GAIN = 1.1  # times the tokens per second that the best number of callers must bring
 MOST_LOST = 0.03  # share of its tokens per second that a single caller may lose
+LOOKS = (12, 24, 48)  # requests of a single caller, served both ways, after which a clear result ends its measurement
+DOUBT = 0.025 / len(LOOKS)  # in each tail of the interval: together, looks are wrong in one of 20 cases (Bonferroni)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class CallersPoint:
 
     Args:
         callers: their number.
-        tokens_per_s: of all of them, by round.
+        tokens_per_s: of all of them, by round; for a single caller by request.
+        ratios: the same, divided by those of one caller at a time without it, measured beside them.
         ttft_s: time to the first token, by request.
         tpot_s: time per further token, by request.
         prompt_tokens: of a request, on average; 0: unknown.
@@ -29,6 +36,7 @@ class CallersPoint:
 
     callers: int
     tokens_per_s: tuple[float, ...]
+    ratios: tuple[float, ...]
     ttft_s: tuple[float, ...]
     tpot_s: tuple[float, ...] = ()
     prompt_tokens: float = 0.0
@@ -41,7 +49,7 @@ class Sharing:
     Args:
         reason: the decision in a sentence with numbers.
         rows: how many callers are decoded together at most; 0: they are served one at a time.
-        alone_tokens_per_s: one caller at a time, without it, by round.
+        alone_tokens_per_s: one caller at a time, without it, by request.
         points: with it, by number of callers.
         differing: answers that were not those of a request alone.
         tied: further ones that parted from those where two tokens are as good, which only a GPU is allowed.
@@ -64,9 +72,11 @@ class Sharing:
     steps_s: Mapping[int, float] = field(default_factory=dict)
     tied: int = 0
 
-    def ratios(self, point: CallersPoint) -> list[float]:
-        """Tokens per second of a point, divided by those of one caller at a time, by round."""
-        return [rate / alone for rate, alone in zip(point.tokens_per_s, self.alone_tokens_per_s, strict=True)]
+
+def is_clear(ratios: Sequence[float]) -> bool:
+    """Whether what a single caller gets, by request, is surely on one side of the most it may lose."""
+    low, high = median_bounds(np.asarray(ratios), DOUBT)
+    return low >= 1 - MOST_LOST or high < 1 - MOST_LOST
 
 
 def decide(measured: Sharing, most_tpot_s: float = math.inf) -> tuple[int, str]:
@@ -78,7 +88,7 @@ def decide(measured: Sharing, most_tpot_s: float = math.inf) -> tuple[int, str]:
     if measured.differing:
         return 0, f"{measured.differing} answers were not those of the same requests alone"
     single, *many = measured.points
-    kept = median(measured.ratios(single))
+    kept = median(single.ratios)
     if kept < 1 - MOST_LOST:
         return 0, f"a single caller would get {kept:.2f}x the tokens per second, below {1 - MOST_LOST:.2f}x"
     quick = [point for point in many if median(point.tpot_s) <= most_tpot_s]
@@ -86,8 +96,8 @@ def decide(measured: Sharing, most_tpot_s: float = math.inf) -> tuple[int, str]:
     if not quick:
         took_s = median(many[0].tpot_s)
         return 0, f"{many[0].callers} callers would get a token every {1e3 * took_s:.3g} ms each, {limit}"
-    best = max(quick, key=lambda point: median(measured.ratios(point)))
-    gains = measured.ratios(best)
+    best = max(quick, key=lambda point: median(point.ratios))
+    gains = best.ratios
     figures = (
         f"{best.callers} callers get {median(gains):.2f}x ({min(gains):.2f} to {max(gains):.2f}) the tokens per second "
         f"of one at a time, and a single caller {kept:.2f}x"

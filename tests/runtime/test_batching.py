@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 
 from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.live.original import Original
+from autotune.model import seam
 from autotune.runtime import kernels
 from autotune.runtime.batching import joined, prefill, rows
 from autotune.runtime.batching.engine import Engine
@@ -98,8 +99,6 @@ def test_moves_make_the_step_as_small_as_can_be(taken: list[bool]) -> None:
 
 
 def filled(model: Any, ids: list[int]) -> Any:
-    from autotune.model import seam
-
     cache = seam.growing_cache()
     with torch.no_grad():
         model(torch.tensor([ids]), **seam.over(model, cache))
@@ -123,8 +122,6 @@ def test_a_row_computes_what_it_would_alone(arch: str) -> None:
             got = slot_forward.step(model, token, together.slot[:, None], together)
             together.advance()
             for row, cache in enumerate(caches):
-                from autotune.model import seam
-
                 expected = seam.logits(model(token[row : row + 1], **seam.over(model, cache)))[:, -1]
                 torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-4, atol=1e-4)
             token[:3] = got[:3].argmax(-1, keepdim=True)
@@ -694,8 +691,6 @@ def test_an_engine_that_is_told_to_forget_computes_every_prompt(
 
 def request_of(variant: Variant, ids: Sequence[int]) -> Any:
     """The parts of a request that reading its prompt needs."""
-    from autotune.model import seam
-
     given = torch.tensor([list(ids)])
     call = seam.Sampling(variant.original, given, {}, {"attention_mask": torch.ones_like(given)})
     return types.SimpleNamespace(prompt=tuple(ids), call=call)
@@ -703,8 +698,6 @@ def request_of(variant: Variant, ids: Sequence[int]) -> Any:
 
 @needs_kernels
 def test_found_parts_are_the_computed_ones_to_the_bit(variant: Variant) -> None:
-    from autotune.model import seam
-
     prefixes, ids = Prefixes(8), prompt(30)
     request = request_of(variant, ids)
 
@@ -800,21 +793,35 @@ def test_prompts_that_are_known_come_between_two_steps_by_the_rows(
     [
         (0, 100, 128, 100),
         (0, 128, 512, 128),
+        (0, 159, 128, 159),  # a last part of 31 tokens is computed with the one before
+        (0, 160, 128, 128),
         (0, 300, 128, 128),
+        (128, 287, 128, 287),
+        (128, 288, 128, 256),
         (256, 300, 128, 300),
         (0, 300, 512, 300),
         (128, 300, 512, 300),  # the beginning was known
-        (0, 288, 512, 288),
-        (0, 287, 512, 256),  # then 31 tokens, as after parts of 128
-        (256, 287, 512, 287),
-        (0, 129, 512, 128),
+        (0, 520, 512, 520),
+        (0, 544, 512, 512),
         (0, 2000, 512, 512),
-        (0, 520, 512, 512),
         (1536, 2000, 512, 2000),
     ],
 )
 def test_where_a_forward_over_a_prompt_ends(begin: int, tokens: int, most: int, end: int) -> None:
-    assert prefill.end_of(begin, tokens, 128, most) == end
+    assert Prefixes(128, 32).end_of(begin, tokens, most) == end
+
+
+@pytest.mark.parametrize(
+    ("tokens", "least", "found"),
+    [(129, 1, 128), (129, 2, 0), (160, 32, 128), (159, 32, 0), (287, 32, 128), (288, 32, 256), (31, 32, 0)],
+)
+def test_the_beginning_that_a_prompt_may_be_found_to_share_ends_before_its_last_part(
+    tokens: int, least: int, found: int
+) -> None:
+    prefixes, ids, cache = Prefixes(128, least), tuple(prompt(600, seed=5)), seam.growing_cache()
+    cache.update(torch.zeros(1, 1, 600, 2), torch.zeros(1, 1, 600, 2), 0)
+    prefixes.keep(cache, ids, 0, 600)
+    assert prefixes.fill(seam.growing_cache(), ids[:tokens]) == (found, None)
 
 
 @needs_kernels
@@ -829,10 +836,11 @@ def test_parts_are_computed_in_one_forward_only_if_the_prompt_gets_the_same_numb
     if not (joined.is_exact(variant, part) and prefill.parts_agree(variant, part)):
         assert arch != "llama" or not bits, "the usual plan"
         return
-    for length in (65, 95, 96, 128, 161, 200):
+    for length in (65, 95, 96, 128, 159, 161, 200, 250):
         request, found = request_of(variant, prompt(length, seed=7)), []
         for most in ((part,), (4 * part,), (2 * part, part, 4 * part)):
-            reading, read, turns = Prefill(request, Prefixes(part)), None, iter([*most, *most, *most, *most])
+            reading, read = Prefill(request, Prefixes(part, joined.SHORTEST)), None
+            turns = iter([*most, *most, *most, *most])
             with torch.no_grad():
                 while read is None:
                     read = reading.advance(variant, next(turns))
@@ -848,7 +856,6 @@ def test_a_prompt_is_computed_in_one_forward_while_nobody_waits_for_a_step(
 ) -> None:
     engine, ids = engine_of(variant), prompt(30, seed=4)
     monkeypatch.setattr(engine, "merges", merges)
-    monkeypatch.setattr(prefill, "SHORTEST", 3)
     expected, computed = answer(serving(alone), ids, 12), spied(variant, monkeypatch)
     monkeypatch.setattr(engine, "prefixes", Prefixes(8))
     assert answer(serving(variant), ids, 12) == expected
@@ -880,6 +887,7 @@ def test_a_prompt_is_computed_in_one_forward_while_nobody_waits_for_a_step(
         ([100, 40], 128, 1),
         ([64] * 9, 512, 8),
         ([128] * 4, 512, 4),
+        ([159] * 4, 512, 3),
         ([200, 64], 512, 1),  # a long prompt goes part by part, alone
         ([64, 200, 64], 512, 1),  # and nobody overtakes it
         ([64, 31, 64], 512, 1),
@@ -887,7 +895,7 @@ def test_a_prompt_is_computed_in_one_forward_while_nobody_waits_for_a_step(
     ],
 )
 def test_short_prompts_that_wait_are_computed_together(lengths: list[int], room: int, together: int) -> None:
-    assert joined.count(lengths, room, longest=128) == together
+    assert joined.count(lengths, room, longest=159) == together
 
 
 @pytest.mark.parametrize(
@@ -994,8 +1002,6 @@ def test_a_forward_that_fails_fails_its_prompts_and_no_later_one(
 
 
 def test_prefixes_keep_to_their_bytes() -> None:
-    from autotune.model import seam
-
     one_part = 2 * 2 * 3 * 4 * 5 * 4  # layers x (keys, values) x heads x tokens x depth x bytes
     prefixes = Prefixes(4, most_bytes=3 * one_part, most_last_bytes=2 * (one_part + 40))
     for n in range(6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import callers, policy, ties
-from autotune.tune.sharing import CallersPoint, Sharing, decide, step_times
+from autotune.tune.sharing import LOOKS, CallersPoint, Sharing, decide, is_clear, step_times
 from autotune.validate import quality
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
@@ -41,10 +42,15 @@ def test_numbers_of_callers(most: int, numbers: tuple[int, ...]) -> None:
 
 def measured(*points: tuple[int, tuple[float, ...]], differing: int = 0) -> Sharing:
     """Rates where one caller at a time gets 100, 100 and 50 tokens per second in three rounds."""
+    alone = (100.0, 100.0, 50.0)
+    ratios = [tuple(rate / without for rate, without in zip(rates, alone, strict=True)) for _, rates in points]
     return Sharing(
         "",
-        alone_tokens_per_s=(100.0, 100.0, 50.0),
-        points=tuple(CallersPoint(callers, rates, (0.1,), (0.01 * callers,)) for callers, rates in points),
+        alone_tokens_per_s=alone,
+        points=tuple(
+            CallersPoint(callers, rates, found, (0.1,), (0.01 * callers,))
+            for (callers, rates), found in zip(points, ratios, strict=True)
+        ),
         differing=differing,
     )
 
@@ -180,8 +186,12 @@ def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.reason == "callers are decoded together: as they say"
     assert isinstance(kept.loop, Together)
     assert [point.callers for point in found.points] == [1, 2, 4]
-    assert all(len(point.tokens_per_s) == callers.ROUNDS == len(found.alone_tokens_per_s) for point in found.points)
-    assert [len(point.ttft_s) for point in found.points] == [4 * callers.ROUNDS] * 3
+    single, *many = found.points
+    assert len(found.alone_tokens_per_s) == len(single.tokens_per_s) == len(single.ttft_s)
+    assert len(single.ttft_s) in LOOKS
+    assert all(len(point.tokens_per_s) == callers.ROUNDS for point in many)
+    assert [len(point.ttft_s) for point in many] == [4 * callers.ROUNDS] * 2
+    assert all(len(point.ratios) == len(point.tokens_per_s) for point in found.points)
     assert all(pace > 0 for point in found.points for pace in point.tpot_s)
     assert found.long_prompt == 128 - 12
     assert found.gap_s is not None
@@ -258,9 +268,42 @@ def test_answers_that_differ_are_counted(
 
 def at_twice(found: Sharing) -> Sharing:
     """What was measured, with the rates of a machine that gains from several callers."""
-    rates = {1: 100.0, 2: 150.0, 4: 200.0}
-    points = (replace(point, tokens_per_s=(rates[point.callers],) * callers.ROUNDS) for point in found.points)
-    return replace(found, alone_tokens_per_s=(100.0,) * callers.ROUNDS, points=tuple(points))
+    ratios = {1: 1.0, 2: 1.5, 4: 2.0}
+    return replace(found, points=tuple(replace(point, ratios=(ratios[point.callers],)) for point in found.points))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "clear"),
+    [
+        ([0.99] * 12, True),
+        ([0.9] * 12, True),
+        ([0.94, 1.0] * 6, False),
+        ([0.96, 0.97, 0.98, 0.99] * 3, False),
+        ([0.96, *[0.98, 0.99, 1.0] * 5], True),
+        ([1.02, *[0.92, 0.93, 0.94] * 5], True),
+    ],
+)
+def test_what_a_single_caller_gets_is_measured_until_it_is_clear(ratios: list[float], clear: bool) -> None:
+    assert is_clear(ratios) is clear
+
+
+@pytest.mark.parametrize(("clear_at", "requests"), [(1, 12), (2, 24), (3, 48), (9, 48)])
+def test_a_single_caller_s_requests_are_served_both_ways_in_alternate_order(
+    clear_at: int, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench()
+    asked, looked = list[str](), list[int]()
+
+    def ask(self: Any, model: Any, prompt: Any, tokens: int) -> Any:
+        asked.append("together" if model is self.together else "alone")
+        return callers._Answer(len(prompt), (1,) * tokens, (0.0, *(float(n + 1) for n in range(tokens))))
+
+    monkeypatch.setattr(callers._Measurement, "_ask", ask)
+    monkeypatch.setattr(callers, "is_clear", lambda ratios: (looked.append(len(ratios)), len(looked) == clear_at)[1])
+    alone, single = callers._Measurement(made.original, made.original, made, time.monotonic)._single()
+    assert len(alone) == len(single) == requests
+    assert asked == ["together", *["together", "alone", "alone", "together"] * (requests // 2)]
+    assert looked == [12, 24, 48][: min(clear_at, 3)]
 
 
 @pytest.mark.parametrize(

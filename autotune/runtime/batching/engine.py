@@ -22,7 +22,7 @@ from ...errors import CancelledRequestError, DeviceError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from ..steps.step import preparing
-from .joined import Joined, Prefilled, is_exact, together
+from .joined import SHORTEST, Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill, parts_agree
 from .prefixes import Prefixes
@@ -50,7 +50,7 @@ class Engine:
         variant: decodes over slots.
         caches: number of rows -> cache for a step of so many; all are views of the one with the most, which is as many
             sequences as are decoded together.
-        chunk: tokens of a prompt that are computed between two steps.
+        chunk: tokens of a prompt that are computed between two steps; up to `SHORTEST` - 1 more at its end.
         most_waiting: requests that may wait for a row.
         wait_s: how long a request may wait for others while no sequence is under way. Callers of a burst ask one after
             the other; those who wait begin together. A request after a time with one sequence alone does not wait.
@@ -76,8 +76,8 @@ class Engine:
         self.variant = variant
         self.caches = caches
         self.most_rows = max(caches)
-        self.prefixes = Prefixes(chunk)
-        self.joins = is_exact(variant, chunk)
+        self.prefixes = Prefixes(chunk, SHORTEST)
+        self.joins = is_exact(variant, self._longest)
         self.merges = self.joins and parts_agree(variant, chunk)
         self.most_waiting = most_waiting
         self.wait_s = wait_s
@@ -306,13 +306,18 @@ class Engine:
             if not free or not self._waiting:
                 return None
             order = sorted(self._waiting, key=lambda each: each.terms.order)[:free]
-            chosen = together(order, room, self.prefixes.part, self.prefixes.knows_last) if self.joins else order[:1]
+            chosen = together(order, room, self._longest, self.prefixes.knows_last) if self.joins else order[:1]
             for request in chosen:
                 self._waiting.remove(request)
                 request.terms.begun_s = time.monotonic()
                 self.variant.device.wait(request.queued)
         self.counts["requests"] += len(chosen)
         return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest prompt that is one part."""
+        return self.prefixes.part + self.prefixes.least - 1
 
     def _most(self) -> int:
         """Tokens of prompts that are computed now at most: a sequence under way waits for no more than one chunk."""

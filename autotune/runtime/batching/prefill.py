@@ -40,31 +40,16 @@ class Prefill:
         """Compute the next part, or several in one forward. Returns the prompt when it is complete, else None.
 
         Args:
-            most: tokens to compute at most, a multiple of a part. The result does not depend on it if the engine
-                passes more than one part only where `parts_agree`.
+            most: as for `Prefixes.end_of`. The result does not depend on it if the engine passes more than one part
+                only where `parts_agree`.
         """
         prompt = self.request.prompt
         if self._logits is not None:
             return [Prefilled(self.request, self._logits, self.cache)]
-        begin, self.done = self.done, end_of(self.done, len(prompt), self.prefixes.part, most)
+        begin, self.done = self.done, self.prefixes.end_of(self.done, len(prompt), most)
         logits = read(variant, self.request.call, self.cache, slice(begin, self.done))
         self.prefixes.keep(self.cache, prompt, begin, self.done)
         return [Prefilled(self.request, logits, self.cache)] if self.done == len(prompt) else None
-
-
-def end_of(begin: int, tokens: int, part: int, most: int) -> int:
-    """Where the forward ends that computes the next parts of a prompt. Pure.
-
-    A last part of few tokens is computed by itself: kernels for few rows sum in another order.
-
-    Args:
-        begin: where it begins, at a part.
-        tokens: of the prompt.
-        part: tokens of a part.
-        most: tokens to compute at most, a multiple of `part`.
-    """
-    end, last = min(begin + most, tokens), (tokens - 1) // part * part
-    return last if begin < last < end < last + SHORTEST else end
 
 
 def read(variant: Variant, call: seam.Sampling, cache: Any, part: slice) -> torch.Tensor:

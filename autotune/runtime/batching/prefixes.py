@@ -72,7 +72,8 @@ class Prefixes:
     to the bit, whether its parts are computed or found.
 
     Args:
-        part: tokens of a part. The last one of a prompt may be shorter.
+        part: tokens of a part. A prompt of fewer tokens is one.
+        least: tokens that a last part has at least where others are before it; fewer are added to the one before.
         most_bytes: keys and values of beginnings that are kept at most.
         most_last_bytes: keys, values and logits of prompts' last parts that are kept at most.
 
@@ -81,8 +82,11 @@ class Prefixes:
         tokens_found: those of them that were found and not computed.
     """
 
-    def __init__(self, part: int, most_bytes: float = MOST_BYTES, most_last_bytes: float = MOST_LAST_BYTES) -> None:
+    def __init__(
+        self, part: int, least: int = 1, *, most_bytes: float = MOST_BYTES, most_last_bytes: float = MOST_LAST_BYTES
+    ) -> None:
         self.part = part
+        self.least = least
         self.tokens_queried = 0
         self.tokens_found = 0
         self._beginnings = LatestParts(most_bytes)
@@ -94,13 +98,13 @@ class Prefixes:
         Returns:
             The number of tokens that need not be computed, and the last one's logits [1, V] if these are all.
         """
-        found = list[Part]()
-        for end in range(self.part, len(prompt), self.part):
+        found, before_last = list[Part](), self._before_last(prompt)
+        for end in range(self.part, before_last + 1, self.part):
             if (part := self._beginnings.get(prompt[:end])) is None:
                 break
             found.append(part)
         done, logits = len(found) * self.part, None
-        if done == self._before_last(prompt) and (last := self._last.get(prompt)) is not None:
+        if done == before_last and (last := self._last.get(prompt)) is not None:
             found.append(last)
             done, logits = len(prompt), last.logits
         for part in found:
@@ -109,6 +113,16 @@ class Prefixes:
         self.tokens_queried += len(prompt)
         self.tokens_found += done
         return done, logits
+
+    def end_of(self, begin: int, tokens: int, most: int) -> int:
+        """Where a forward ends that computes the next parts of a prompt. Pure.
+
+        Args:
+            begin: where it begins, at a part.
+            tokens: of the prompt.
+            most: tokens of parts to compute at most, a multiple of `part`; a last part has up to `least` - 1 more.
+        """
+        return tokens if tokens - begin < most + self.least else begin + most
 
     def keep(self, cache: Any, prompt: Beginning, begin: int, end: int) -> None:
         """Keep the parts of a prompt but the last one from its cache, of those that begin at token `begin` to `end`."""
@@ -128,7 +142,7 @@ class Prefixes:
 
     def _before_last(self, prompt: Sequence[int]) -> int:
         """Tokens of a prompt before its last part."""
-        return (len(prompt) - 1) // self.part * self.part
+        return max(0, len(prompt) - self.least) // self.part * self.part
 
 
 def _copied(cache: Any, tokens: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
