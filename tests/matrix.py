@@ -145,11 +145,12 @@ def selected(only: str, torch: Iterable[str], latest: bool, with_torch: bool, in
 
 
 def direct() -> set[str]:
-    """Everything that pyproject.toml asks for to run autotune and its tests."""
+    """Everything that pyproject.toml asks for to run autotune and its tests on this platform."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = ("demo", "torchao", "bitsandbytes", "dev")
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    return {canonicalize_name(Requirement(line).name) for line in asked}
+    needed = [each for each in map(Requirement, asked) if each.marker is None or each.marker.evaluate()]
+    return {canonicalize_name(each.name) for each in needed}
 
 
 # ---- installing
