@@ -41,7 +41,8 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, OUT = ROOT / ".matrix", ROOT / "out"
 
-# All ways to call generate and forward, each transform's contract, a whole search, a plan kept and replayed.
+# All ways to call generate and forward, each transform's contract, a whole search, a plan kept and replayed, and
+# Triton's kernels.
 SUITE = [  # arguments of pytest
     "tests/live/test_wrap.py",
     "tests/test_inputs.py",
@@ -49,6 +50,7 @@ SUITE = [  # arguments of pytest
     "tests/model/test_route.py",
     "tests/transforms/test_contract.py",
     "tests/test_compat.py",
+    "tests/runtime/test_narrow.py",  # Triton's interpreter and its compiler, neither of which needs a GPU
     # a quarter of a minute and more each, of compiling what each transform's contract compiles, too
     *("--deselect", "tests/runtime/test_loop.py::test_a_compiled_step_decodes_the_same_tokens[gpt2]"),
     *("--deselect", "tests/runtime/test_loop.py::test_a_compiled_step_decodes_the_same_tokens[mixtral]"),
@@ -65,7 +67,7 @@ VERSIONS: dict[str, list[str]] = {
     "bitsandbytes": ["0.49.2", "0.50.2"],
     "accelerate": ["1.14.0", "1.15.0"],
 }
-SHOWN = ("torch", *VERSIONS)
+SHOWN = ("torch", *VERSIONS, "triton")
 INSTALL_S = 1800.0  # the largest torch is a download of gigabytes
 LIMIT_S = 1200.0  # for the suite, which takes a quarter of that on two quiet cores
 JOBS = 2  # rows at a time; each computes with one thread
@@ -143,11 +145,12 @@ def selected(only: str, torch: Iterable[str], latest: bool, with_torch: bool, in
 
 
 def direct() -> set[str]:
-    """Everything that pyproject.toml asks for to run autotune and its tests."""
+    """Everything that pyproject.toml asks for to run autotune and its tests on this platform."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = ("demo", "torchao", "bitsandbytes", "dev")
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    return {canonicalize_name(Requirement(line).name) for line in asked}
+    needed = [each for each in map(Requirement, asked) if each.marker is None or each.marker.evaluate()]
+    return {canonicalize_name(each.name) for each in needed}
 
 
 # ---- installing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_rows_on_request() -> None:
     (newest,) = selected("", [], True, False, INSTALLED)
     assert {"transformers", "peft", "pytest", "torchao", "gguf"} <= set(newest.newest)
     assert "torch" not in newest.newest
+    assert ("triton" in newest.newest) is (find_spec("triton") is not None), "it is for Linux on x86-64"
     assert "torch" in selected("", [], True, True, INSTALLED)[0].newest
     with pytest.raises(ValueError, match="expected NAME==VERSION"):
         selected("transformers>5", [], False, False, INSTALLED)

@@ -20,7 +20,15 @@ OURS = [
     "examples.serving",
     "readme",
 ]
-OTHERS = ["transformers.generation.utils", "torchao.utils", "testsuite", "autotuner", "torch.nn.modules.linear"]
+OTHERS = [
+    "transformers.generation.utils",
+    "torchao.utils",
+    "testsuite",
+    "autotuner",
+    "torch.nn.modules.linear",
+    # on a GPU: set_sync_debug_mode, and compiling where TF32 is off
+    *("torch.cuda", "torch._inductor.compile_fx"),
+]
 
 
 def attributed(to: str, category: type[Warning] = FutureWarning, said: str = "this is old") -> list[str]:

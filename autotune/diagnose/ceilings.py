@@ -16,16 +16,28 @@ if TYPE_CHECKING:
     from .costs import PhaseProfile
 
 
+def matmul_s(phase: PhaseProfile, hardware: Hardware) -> float:
+    """Return the seconds of a phase in matmuls over weights; on a GPU at least what reading the weights takes.
+
+    A GPU's caches hold little of a model's weights. If matmuls seem faster than its memory, some of their kernels were
+    not recognised by name, and the time of reading is nearer to the truth.
+    """
+    if hardware.device == "cpu":
+        return phase.linear_s
+    working_s = phase.busy * phase.seconds - phase.attention_s
+    return max(phase.linear_s, min(phase.weight_bytes / hardware.bandwidth_bytes_per_s, working_s))
+
+
 def attainable_bandwidth(phase: PhaseProfile, hardware: Hardware) -> float:
     """Return the bytes/s to predict with: the measured bandwidth, or the phase's own rate if caches make it higher."""
-    return max(hardware.bandwidth_bytes_per_s, _rate(phase.weight_bytes, phase.linear_s))
+    return max(hardware.bandwidth_bytes_per_s, _rate(phase.weight_bytes, matmul_s(phase, hardware)))
 
 
 def attainable_peak(phase: PhaseProfile, hardware: Hardware, dtype: str | None = None) -> float:
     """Return the FLOP/s to predict with in `dtype`; in the phase's own dtype, at least what its matmuls reach now."""
     peak = hardware.peak_flops_per_s(dtype or phase.compute_dtype)
     if dtype in (None, phase.compute_dtype):
-        return max(peak, _rate(phase.flops - phase.attention_flops, phase.linear_s))
+        return max(peak, _rate(phase.flops - phase.attention_flops, matmul_s(phase, hardware)))
     return peak
 
 
@@ -51,8 +63,9 @@ def faster_weights(
             this dtype's peak makes the matmuls longer than they are now.
     """
     flops_s = (phase.flops - phase.attention_flops) / attainable_peak(phase, hardware, compute_dtype)
-    bytes_s = min(new_weight_bytes / attainable_bandwidth(phase, hardware), phase.linear_s)
-    return _speedup(phase.seconds, phase.seconds - phase.linear_s + max(flops_s, bytes_s))
+    now_s = matmul_s(phase, hardware)
+    bytes_s = min(new_weight_bytes / attainable_bandwidth(phase, hardware), now_s)
+    return _speedup(phase.seconds, phase.seconds - now_s + max(flops_s, bytes_s))
 
 
 def less_overhead(
@@ -67,7 +80,7 @@ def less_overhead(
         compute_dtype: dtype that the new kernels compute in; None keeps the present one.
     """
     floor = min(roofline_s(phase, hardware, compute_dtype), phase.seconds)
-    kept = 0.0 if new_kernels else phase.linear_s + phase.attention_s
+    kept = 0.0 if new_kernels else matmul_s(phase, hardware) + phase.attention_s
     return _speedup(phase.seconds, max(kept, floor))
 
 

@@ -136,6 +136,42 @@ def test_a_phase_that_lives_in_the_cpu_cache_may_beat_the_memory() -> None:
     assert ceilings.faster_weights(cached, CPU, 250e6) == pytest.approx(0.040 / 0.035)
 
 
+GPU = Hardware("cuda", "a GPU", "9.0", 2, 80 * GIB, 2e12, {"bfloat16": 400e12}, None, {})
+# 13 ms a token, in 12 of which the GPU works. 16 GB of weights take at least 8 of them.
+ON_GPU = replace(
+    DECODE,
+    samples_s=(0.013,),
+    flops=16e9,
+    attention_flops=0.0,
+    weight_bytes=16e9,
+    cache_bytes=0.0,
+    busy=12 / 13,
+    compute_dtype="bfloat16",
+    linear_s=0.010,
+    attention_s=0.001,
+    small_s=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("phase", "recognised_s", "taken_s"),
+    [
+        (ON_GPU, 0.010, 0.010),
+        (ON_GPU, 0.003, 0.008),  # as if the memory were read at 5.3 TB/s
+        (ON_GPU, 0.0, 0.008),
+        (replace(ON_GPU, busy=7 / 13), 0.003, 0.006),  # it cannot be more than the GPU worked beside attention
+    ],
+)
+def test_matmuls_on_a_gpu_that_were_not_recognised_count(
+    phase: PhaseProfile, recognised_s: float, taken_s: float
+) -> None:
+    phase = replace(phase, linear_s=recognised_s)
+    assert ceilings.matmul_s(phase, GPU) == pytest.approx(taken_s)
+    left_s = min(0.002, taken_s / 4)  # of a quarter of the bytes
+    assert ceilings.faster_weights(phase, GPU, 4e9) == pytest.approx(0.013 / (0.013 - taken_s + left_s))
+    assert ceilings.less_overhead(phase, GPU) == pytest.approx(0.013 / (taken_s + 0.001))
+
+
 @pytest.mark.parametrize(
     ("new_kernels", "after_s"),
     [

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -79,6 +79,7 @@ class FakeCuda(Device):
         self.lost_bytes = 0
         self._workspace: Workspace | None = None
         self._queue = Queue()
+        self.loaded = set[Any]()  # operators that ran before a capture
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -215,7 +216,14 @@ class FakeCuda(Device):
     def capture(self, work: Callable[[], torch.Tensor], pool: Any = None) -> tuple[Graph, torch.Tensor]:
         self.require_stream("capture")
         self._workspace = self._workspace or Workspace()  # the warm-ups take it
-        return super().capture(work, pool)
+        return super().capture(work if self.opaque else self._loading(work), pool)
+
+    def _loading(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            with nullcontext() if self.is_recording else _Loading(self.loaded):
+                return work()
+
+        return run
 
     def record_graph(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
         self.captures += 1
@@ -282,4 +290,14 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Loading(TorchDispatchMode):
+    def __init__(self, loaded: set[Any]) -> None:
+        super().__init__()
+        self.loaded = loaded
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.loaded.add(func)
         return func(*args, **(kwargs or {}))

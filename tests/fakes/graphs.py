@@ -156,6 +156,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if waits(func, args, kwargs):
             self.device.punish("values", f"{func._schema.name} waits for the device while a graph is captured")
+        if func not in self.device.loaded and not func.is_view:  # a view has no kernel
+            self.device.punish("first", f"{func._schema.name} runs for the first time while a graph is captured")
         given = tree_map(self._slot, (args, kwargs))
         results = func(*args, **kwargs)
         several = results if isinstance(results, tuple | list) else (results,)

@@ -60,6 +60,10 @@ RULES: Mapping[str, Rule] = {
         "what the caller queues after a replay waits for it (mark, wait)",
         "CUDA programming guide, streams",
     ),
+    "first": Rule(
+        "the first run of an operator loads its kernels and sets up its library, which a capture does not allow",
+        "CUDA programming guide, lazy loading; torch's notes on CUDA graphs: warm up before a capture",
+    ),
     "synchronize": Rule(
         "nothing waits for the device during a capture",
         "cudaErrorStreamCaptureUnsupported",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +91,31 @@ def test_a_graph_is_recorded_on_that_stream_and_other_threads_may_allocate(log: 
     recorded = ("graph", "a graph", ("capture_error_mode", "thread_local"), ("pool", "a pool"), ("stream", OWN))
     assert log == [STREAM, recorded, "work", "end of graph"]
     assert (graph, result.tolist()) == ("a graph", [1.0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_has_workspaces_of_its_own(log: Log, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries allocate theirs inside the capture, in the graph's memory, and again outside it after that."""
+    drop = lambda: log.append("drop")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", drop, raising=False)  # a build for CPUs lacks it
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda where: log.append(("synchronize", where)))
+
+    def work() -> torch.Tensor:
+        log.append("work")
+        return torch.ones(1) if not fails or log.count("work") <= 3 else torch.ones(1 // 0)
+
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        Cuda(SECOND).capture(work, pool="a pool")
+    started = log.index("drop")
+    assert log[:started] == ["work", "work", "work", ("synchronize", SECOND)]
+    assert [entry if isinstance(entry, str) else entry[0] for entry in log[started:]] == [
+        "drop",
+        "Stream",
+        "graph",
+        "work",
+        *([] if fails else ["end of graph"]),
+        "drop",
+    ]
 
 
 def test_a_mark_is_on_the_current_stream_of_the_device_and_waits_keep_the_host_going(log: Log) -> None:

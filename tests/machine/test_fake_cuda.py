@@ -139,8 +139,9 @@ def test_a_failed_capture_keeps_its_memory() -> None:
 
     def work() -> torch.Tensor:
         y = x * 2
+        total = y.sum()
         if fake.captures:
-            y.sum().item()
+            total.item()
         return y
 
     with pytest.raises(Misuse, match="waits for the device"):
@@ -278,20 +279,32 @@ def goes_on_unordered(fake: FakeCuda) -> None:
 
 
 def capturing(act: Callable[[torch.Tensor, FakeCuda], object]) -> Callable[[FakeCuda], None]:
-    """Captures a graph, in whose capture `act` runs."""
+    """Captures what does `act`, as its warm-ups may."""
 
     def work(fake: FakeCuda) -> None:
-        x, calls = torch.ones(4), list[int]()
+        x = torch.ones(4)
 
         def step() -> torch.Tensor:
-            calls.append(1)
-            if len(calls) > 3:  # the warm-ups may
-                act(x, fake)
+            act(x, fake)
             return x * 2
 
         fake.owner.run(lambda: fake.capture(step))
 
     return work
+
+
+def runs_first_in_a_capture(fake: FakeCuda) -> None:
+    x = torch.ones(4)
+    fake.owner.run(lambda: fake.capture(lambda: x.mul(2).exp() if fake.captures else x.mul(2)))
+
+
+def captures_without_warm_ups(fake: FakeCuda) -> None:
+    x = torch.ones(4)
+
+    def record() -> None:
+        fake.record_graph(lambda: x.mul(2), None)
+
+    fake.owner.run(record)
 
 
 def ends_another_graph(fake: FakeCuda) -> None:
@@ -344,6 +357,8 @@ BREAKS: list[tuple[str, Callable[[FakeCuda], None]]] = [
     ("fetch", reads_a_fetched_tensor_early),
     ("before", replays_unordered),
     ("after", goes_on_unordered),
+    ("first", runs_first_in_a_capture),
+    ("first", captures_without_warm_ups),
     ("synchronize", capturing(lambda x, fake: fake.synchronize())),
     ("synchronize", capturing(lambda x, fake: fake.fetch(x))),
     ("values", capturing(lambda x, fake: bool(x.any()))),

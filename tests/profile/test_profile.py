@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from math import inf
 from statistics import median
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from autotune import profile, transforms
@@ -37,6 +40,7 @@ from autotune.profile.operators import share, table
 from autotune.profile.scaling import batch_scaling, context_growth, room
 from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes
 from autotune.profile.survey import median_prompts
+from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
 from autotune.runtime import kernels
 from autotune.runtime.dispatch import serving
@@ -303,6 +307,53 @@ def test_no_scaling_without_time() -> None:
     served, prompt = serving(Variant(models.tiny("llama"))), torch.tensor([[5, 6, 7]])
     assert batch_scaling(served, prompt, (1,), 10**9, Budget(0.0)) == ()
     assert context_growth(served, prompt, 10**9, Budget(0.0)) == ()
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("plan", [None, "lean_loop", "static_cache"])
+def test_a_token_that_is_timed_costs_what_a_token_that_is_served_does(plan: str | None) -> None:
+    """No text ends early, because no token is one that ends texts: a least number of tokens would mask those each time.
+
+    Without them the loop does not look for the end, either.
+    """
+    model, ids = models.tiny("llama"), torch.tensor(models.token_prompts(2, 12))
+    model.generation_config.eos_token_id = [models.EOS]
+    served = serving(Variant(model).with_transforms([transforms.make(plan, {}, "decode")] if plan else []))
+
+    def four_tokens(ask: Callable[[int], object]) -> Counter[str]:
+        counts = list[Counter[str]]()
+        for tokens in (10, 6):
+            with Operators() as seen:
+                ask(tokens)
+            counts.append(seen.counts)
+        more, fewer = counts
+        more.subtract(fewer)
+        return more
+
+    def ask(tokens: int, **options: Any) -> None:
+        out = served.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, streamer=Stopwatch(), **options
+        )
+        assert out.shape[1] == 12 + tokens, "it ended early, so this shows nothing"
+
+    time_request(served, ids, 10)  # allocates what stays
+    timed = four_tokens(lambda tokens: time_request(served, ids, tokens))
+    forced = four_tokens(lambda tokens: ask(tokens, min_new_tokens=tokens))
+    assert timed["aten::mm"] == 4 * (2 * 7 + 1), "of every layer, and lm_head"
+    assert timed <= four_tokens(ask)
+    assert forced["aten::isin"] > timed["aten::isin"] == 0
+    assert forced["aten::clone"] > timed["aten::clone"]
 
 
 def test_progress_names_every_step() -> None:

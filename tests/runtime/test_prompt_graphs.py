@@ -84,6 +84,26 @@ def test_every_request_is_answered_as_by_transformers(transforms: Any, options: 
     assert prompts_of(variant).replays == before + 1
 
 
+@pytest.mark.parametrize(
+    ("transforms", "copies"), [((GRAPH, PROMPTS), []), ((GRAPH,), [2 * 3])], ids=["captured", "uncaptured"]
+)
+def test_a_prompts_numbers_are_written_where_steps_read_them_or_copied_there_at_once(
+    transforms: Any, copies: list[int], fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of each layer's keys and values would be launched by itself."""
+    model = tiny("llama", num_hidden_layers=3)
+    served, expected = serving(variant_of(model, *transforms)), ask(model, ids_of(40))
+    copied, copy = list[int](), torch._foreach_copy_
+
+    def noted(rooms: Any, given: Any) -> Any:
+        copied.append(len(rooms))
+        return copy(rooms, given)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    assert torch.equal(ask(served, ids_of(40)), expected)
+    assert copied == copies
+
+
 def test_the_cache_that_is_returned_has_the_prompt(fake: FakeCuda) -> None:
     model = tiny("llama")
     variant = variant_of(model)

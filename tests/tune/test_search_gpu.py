@@ -15,17 +15,17 @@ import pytest
 from autotune import transforms
 from autotune.diagnose.diagnosis import Diagnosis
 from autotune.machine.hardware import Hardware
-from autotune.runtime.variant import Transform, Variant
+from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import policy as policies
 from autotune.tune.choose import parameter_count, why_not
 from autotune.tune.plan import Trial
-from autotune.tune.policy import Policy
+from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.search import Found, search
-from autotune.validate import Latency, latency
+from autotune.validate import Latency, Verdict, latency
 from autotune.validate.timing import Timing
 from autotune.workload import Bucket
 from tests.models import tiny
-from tests.tune.test_search import Scripted, ScriptedBench
+from tests.tune.test_search import Phase, Profiled, Scripted, ScriptedBench
 
 H100 = Hardware("cuda", "NVIDIA H100", "9.0", 2, 80 << 30, 2.9e12, {"bfloat16": 700e12}, None, {})
 A100 = replace(H100, name="NVIDIA A100", capability="8.0")
@@ -121,6 +121,53 @@ def test_what_gains_in_every_bucket_is_kept_beside_what_does_not(monkeypatch: py
     outcomes = {label: str(trial(found, label).outcome) for label in ("int4_hqq", "int8", "float8_weight_only")}
     assert outcomes == {"int4_hqq": "rejected", "int8": "rejected", "float8_weight_only": "accepted"}
     assert [t.label for t in found.after.variant.transforms] == ["float8_weight_only"]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Costs(Phase):
+    operator_count: int = 100
+
+
+@dataclass
+class SteadyBench(ScriptedBench):
+    """A bench on which both phases take as long whatever serves."""
+
+    def profile(self, variant: Variant) -> Any:
+        return Profiled(self.label(variant), {"prefill": Costs(0.1), "decode": Costs(0.1)})
+
+
+@pytest.mark.parametrize(("changed", "outcome"), [("decode", "accepted"), ("prefill", "skipped")])
+def test_weights_that_were_too_slow_are_compiled_together_unless_prefill_changed_since(
+    changed: Any, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling alone is for prefill that launches limit; this one is bound by memory."""
+    weights, attention, compiling = (
+        {"label": "weights", "promises": 9.0},
+        {"label": "attention", "promises": 4.0, "at": Stage.ATTENTION.value},
+        {"label": "compiling", "promises": 1.5, "at": Stage.COMPILE.value},
+    )
+    steps = (
+        PolicyStep("weights", "prefill", (Choice("scripted", weights, "prefill"),)),
+        PolicyStep("attention", changed, (Choice("scripted", attention, changed),)),
+        PolicyStep("compiling", "prefill", (Choice("scripted", compiling, "prefill"),), frozenset({"overhead"})),
+    )
+    make = transforms.make
+
+    def scripted(name: str, params: Mapping[str, Any], phase: Any = "both") -> Transform:
+        return Scripted(phase=phase, **params) if name == "scripted" else make(name, params, phase)
+
+    monkeypatch.setattr(transforms, "make", scripted)
+    bench = SteadyBench(speed={"weights": Verdict.FAIL})
+    chosen = replace(policies.load("balanced"), steps=steps, budget_s=1e6)
+    trials = search(Variant(tiny("llama")), chosen, H100, bench).trials
+    assert [(trial.step, str(trial.outcome)) for trial in trials] == [
+        ("weights", "rejected"),
+        ("attention", "accepted"),
+        ("compiling", outcome),
+    ]
+    named = [transform.params["label"] for transform in trials[-1].transforms]
+    assert named == (["weights", "compiling"] if outcome == "accepted" else ["compiling"])
+    assert outcome == "accepted" or "prefill is memory-bound" in trials[-1].reason
 
 
 def test_the_model_is_counted_only_where_a_policy_asks() -> None:
