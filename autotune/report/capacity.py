@@ -1,7 +1,8 @@
 """How many users a replica holds: what its steps cost, from its report, and a simulation of its engine. Pure.
 
-The engine decodes all running answers in steps and reads waiting prompts in chunks between them, one at a time. So two
-figures say what a load does: seconds to read a chunk, by its tokens, and seconds of a step, by the answers it decodes.
+The engine decodes all running answers in steps and reads waiting prompts between them: a chunk of one, or several short
+ones. So two figures say what a load does: seconds to read so many tokens, and seconds of a step, by the answers that it
+decodes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 128  # tokens of a prompt that are read between two steps; as in `continuous_batching`
+CHUNK, SHORTEST, CHUNKS_AT_REST = 128, 32, 4  # as in runtime.batching, which reads so where numbers stay the same
 ANSWERS = 30  # of each user in a simulation, the first third of which does not count: all users begin at once
 MOST_USERS = 4096  # of one replica
 
@@ -43,7 +44,7 @@ class ReplicaCosts:
         return max(self.steps_s)
 
     def read_s(self, tokens: int) -> float:
-        """Seconds to read a chunk of so many tokens, by the straight line through those measured."""
+        """Seconds to read so many tokens at once, by the straight line through those measured."""
         (few, few_s), (many, many_s) = self.reads_s.items()
         slope = max(0.0, many_s - few_s) / (many - few)
         return max(1e-6, few_s + slope * (tokens - few))
@@ -146,16 +147,27 @@ class _Engine:
     waiting: deque[_Answer] = field(default_factory=deque)
     running: list[_Answer] = field(default_factory=list)
 
+    def read(self) -> None:
+        """One chunk of the first prompt that waits, or several short prompts, if rows are free; more if all are."""
+        room, free = CHUNK * (1 if self.running else CHUNKS_AT_REST), self.costs.rows - len(self.running)
+        if not self.waiting or not free:
+            return
+        first, prompt = self.waiting[0], self.usage.prompt_tokens
+        if SHORTEST <= prompt < CHUNK + SHORTEST:  # all are of one length
+            together = max(1, min(len(self.waiting), free, room // prompt))
+            tokens = together * prompt
+        else:
+            together, tokens = 1, first.unread if first.unread < room + SHORTEST else room
+        self.now_s += self.costs.read_s(tokens)
+        first.unread -= tokens // together
+        for _ in range(0 if first.unread else together):
+            answer = self.waiting.popleft()
+            answer.first_s, answer.left = self.now_s, answer.left - 1
+            self.running.append(answer)
+
     def turn(self) -> list[_Answer]:
-        """One chunk of a prompt, if one waits and a row is free, then one step. Returns the answers that ended."""
-        if self.waiting and len(self.running) < self.costs.rows:
-            first = self.waiting[0]
-            chunk = min(CHUNK, first.unread)
-            self.now_s += self.costs.read_s(chunk)
-            first.unread -= chunk
-            if not first.unread:
-                first.first_s, first.left = self.now_s, first.left - 1
-                self.running.append(self.waiting.popleft())
+        """What is read between two steps, then one step. Returns the answers that ended."""
+        self.read()
         if not self.running:
             return []
         decoding = [answer for answer in self.running if answer.left]

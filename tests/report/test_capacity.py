@@ -8,6 +8,7 @@ import pytest
 
 from autotune.report import capacity
 from autotune.report.capacity import ReplicaCosts, Usage, costs_of, most_users, simulate
+from autotune.runtime.batching import engine, joined
 
 COSTS = ReplicaCosts({32: 0.032, 128: 0.128}, {1: 0.010, 4: 0.016, 16: 0.040})
 
@@ -62,6 +63,35 @@ def test_users_without_a_pause_get_what_the_engine_makes(users: int) -> None:
     found = simulate(COSTS, Usage(100, 200), users)
     round_s = users * COSTS.read_s(100) + 200 * COSTS.step_s(users)
     assert found.tokens_per_s == pytest.approx(users * 200 / round_s, rel=0.1)
+
+
+READS = ReplicaCosts({32: 0.132, 128: 0.228}, {1: 0.010, 16: 0.010})  # 0.1 s, and 1 ms a token
+
+
+@pytest.mark.parametrize(
+    ("tokens", "users", "first_s"),
+    [
+        (540, 1, [0.64]),
+        (544, 1, [0.612 + 0.132]),
+        (64, 8, [0.612] * 8),
+        (64, 10, [0.612] * 8 + [0.612 + 0.01 + 0.228] * 2),
+        (159, 3, [0.577] * 3),
+        (160, 2, [0.26, 0.26 + 0.01 + 0.228 + 0.01 + 0.132]),  # no longer a short one
+        (31, 2, [0.131, 0.131 + 0.01 + 0.131]),  # kernels for few rows sum in another order
+    ],
+)
+def test_what_is_read_at_once(tokens: int, users: int, first_s: list[float]) -> None:
+    simulated = capacity._Engine(READS, Usage(tokens, 50))
+    answers = [capacity._Answer(0.0, tokens, 50, user=user) for user in range(users)]
+    simulated.waiting.extend(answers)
+    while simulated.waiting:
+        simulated.turn()
+    assert [answer.first_s for answer in answers] == pytest.approx(first_s)
+
+
+def test_the_simulated_engine_reads_as_the_real_one_does() -> None:
+    assert (capacity.CHUNK, capacity.CHUNKS_AT_REST) == (engine.CHUNK, engine.CHUNKS_AT_REST)
+    assert capacity.SHORTEST == joined.SHORTEST
 
 
 def test_more_users_than_rows_wait_for_one() -> None:
