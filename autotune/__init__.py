@@ -23,6 +23,9 @@ understand a call read live/serving, runtime/dispatch and runtime/loop.
 
 from __future__ import annotations
 
+from .machine import spinning  # noqa: F401  # before anything imports torch
+
+# isort: split
 from .compare.experiment import Experiment
 from .errors import (
     AutotuneError,

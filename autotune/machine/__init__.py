@@ -8,7 +8,7 @@
     cache_dir                     where results are kept on disk, for this user alone
     versions                      library releases that autotune was tested with
     ending, forking, outside      process exit, forked children, exceptions that come from outside
-    intraop                       intra-op threads of the calling thread
+    intraop, spinning             intra-op threads of the calling thread; how long threads wait for each other
 
 Nothing here depends on models or on tuning.
 """

@@ -20,7 +20,7 @@ from autotune.live.watch.drift import (
     Compilations,
     DivergenceCusum,
     LatencyCusum,
-    expected_paces,
+    paces_at_commit,
     shape_of,
 )
 from autotune.live.watch.watch import Watch
@@ -166,11 +166,12 @@ def test_a_shape_that_was_not_measured_shows_its_pace_itself() -> None:
 def test_what_was_measured_at_commit_is_expected_bucket_by_bucket() -> None:
     one = Speedup(1, 1, 1, 2)
     by = {
-        "b1/p64/n32": BucketTimes({"tpot": one}, candidate_s={"tpot": (0.01, 0.03, 0.05)}),
-        "b8/p64/n32": BucketTimes({"tpot": one}, candidate_s={"tpot": (0.08, 0.1, 0.12)}),
+        "b1/p64/n32": BucketTimes({"tpot": one}, {"tpot": (0.3, 0.2)}, {"tpot": (0.01, 0.03, 0.05)}),
+        "b8/p64/n32": BucketTimes({"tpot": one}, {"tpot": (math.nan,)}, {"tpot": (0.08, 0.1, 0.12)}),
     }
-    found = expected_paces(Latency(Verdict.PASS, "", one, one, one, 0.0, by))
-    assert {shape: pace.expected_s for shape, pace in found.items()} == {(1, 6): 0.03, (8, 6): 0.1}
+    plan, original = paces_at_commit(Latency(Verdict.PASS, "", one, one, one, 0.0, by))
+    assert (plan, original) == ({(1, 6): 0.03, (8, 6): 0.1}, {(1, 6): 0.25})
+    assert paces_at_commit(None) == ({}, {})
     assert shape_of(1, 60) == shape_of(1, 64) != shape_of(1, 65)
 
 
@@ -313,6 +314,32 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
     clock.tick = original_s
     serve(watched, 3, tokens=9)
     assert phases(watched) == seen
+
+
+@pytest.mark.parametrize(("original_s", "seen"), [(0.0136, ["closed"]), (0.0134, ["open"])])
+def test_a_plan_that_is_still_faster_than_the_original_was_goes_on(
+    watched: Any, clock: Clock, original_s: float, seen: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No user gets the slower original for it, and it is told once."""
+    watch = watched.autotune._serving.watch
+    watch.share = 0.0
+    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.originals_s[shape_of(1, IDS.shape[1])] = original_s
+    clock.tick = 0.0135
+    serve(watched, 9, tokens=9)
+    assert phases(watched) == seen
+    if seen == ["open"]:
+        return
+    serve(watched, 30, tokens=9)
+    assert phases(watched) == seen
+    assert watched.autotune.status.state == "tuned"
+    assert watched.autotune.status.bypassed == {}
+    (event,) = watched.autotune.events
+    assert event.numbers == pytest.approx({"ms per token": 13.5, "expected": 10, "original": 13.6})
+    assert "tokens take longer than at commit, at batch 1, but less than the original's did" in caplog.text
+    clock.tick = 0.0135 * 1.35  # slower than the original was
+    serve(watched, 9, tokens=9)
+    assert phases(watched) == ["closed", "open"]
 
 
 @pytest.mark.fault("E67", "E70")

@@ -96,14 +96,15 @@ def shape_of(batch: int, prompt_tokens: int) -> Shape:
     return batch, max(0, prompt_tokens - 1).bit_length()
 
 
-def expected_paces(latency: Latency | None) -> dict[Shape, LatencyCusum]:
-    """Expected pace of each bucket: its median time per token, as measured at commit."""
-    found = dict[Shape, LatencyCusum]()
+def paces_at_commit(latency: Latency | None) -> tuple[dict[Shape, float], dict[Shape, float]]:
+    """Median times per token of each bucket as measured at commit, seconds: the plan's, and the original's."""
+    plan, original = dict[Shape, float](), dict[Shape, float]()
     for label, times in latency.buckets.items() if latency else ():
         bucket = Bucket.of(label)
-        if known := [t for t in times.candidate_s.get("tpot", ()) if math.isfinite(t)]:
-            found[shape_of(bucket.batch, bucket.prompt_tokens)] = LatencyCusum(median(known))
-    return found
+        for found, seconds in ((plan, times.candidate_s), (original, times.reference_s)):
+            if known := [t for t in seconds.get("tpot", ()) if math.isfinite(t)]:
+                found[shape_of(bucket.batch, bucket.prompt_tokens)] = median(known)
+    return plan, original
 
 
 @dataclass

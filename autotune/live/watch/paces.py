@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING
 
-from .drift import LatencyCusum, Shape, expected_paces, shape_of
+from .drift import LatencyCusum, Shape, paces_at_commit, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,8 @@ class Paces:
     """
 
     def __init__(self, latency: Latency | None) -> None:
-        self.plan: dict[Shape, LatencyCusum] = expected_paces(latency)
+        expected_s, self.originals_s = paces_at_commit(latency)
+        self.plan = {shape: LatencyCusum(seconds) for shape, seconds in expected_s.items()}
         self._slow: tuple[Shape, float] = ((0, 0), 0.0)  # shape and time per token that took the plan out
         self._others_s: list[float] = []  # of the original's calls of that shape since
 
@@ -35,6 +36,9 @@ class Paces:
 
     def slowed(self, size: Sequence[int], tokens: TokenClock) -> dict[str, float]:
         """Note a call of the plan. Returns the numbers that show that calls became slower, or none.
+
+        The numbers have what the original took at commit, if it is known and was longer: then the original would be no
+        better, and from now on calls are expected to take as long as they do.
 
         Args:
             size: batch and tokens of the prompt.
@@ -46,10 +50,14 @@ class Paces:
         pace = self.plan[shape] = self.plan.get(shape, LatencyCusum()).after(tokens.tpot_s)
         if not pace.alarmed or pace.expected_s is None:
             return {}
+        numbers = {"ms per token": 1e3 * tokens.tpot_s, "expected": 1e3 * pace.expected_s}
+        if tokens.tpot_s < self.originals_s.get(shape, 0.0):
+            self.plan[shape] = LatencyCusum(tokens.tpot_s)
+            return numbers | {"original": 1e3 * self.originals_s[shape]}
         self.plan[shape] = LatencyCusum(pace.expected_s)
         self._slow = (shape, tokens.tpot_s)
         self._others_s = []
-        return {"ms per token": 1e3 * tokens.tpot_s, "expected": 1e3 * pace.expected_s}
+        return numbers
 
     def is_like_slow(self, size: Sequence[int]) -> bool:
         """Whether a call has the shape of those that became slow.

@@ -2,7 +2,8 @@
 
 Every call's time per token is compared with what was measured at commit. A small share of calls is scored again: a few
 served tokens are kept, and when no request is in flight, the plan's logits for them are compared with the original's.
-A problem opens a circuit breaker. Every transition of the breaker is an event.
+A problem opens a circuit breaker. Every transition of the breaker is an event, as is a plan that became slower but is
+faster than the original was.
 """
 
 from __future__ import annotations
@@ -288,7 +289,11 @@ class Watch:
     def _note_pace(self, call: Sampling, tokens: TokenClock) -> None:
         if numbers := self._paces.slowed(call.input_ids.shape, tokens):
             reason = f"tokens take longer than at commit, at batch {call.input_ids.shape[0]}"
-            self.failed(reason, Cause.LATENCY, numbers)
+            if "original" in numbers:
+                said = self._record(f"{reason}, but less than the original's did", numbers).reason
+                log.warning("%s; the plan serves on", said)
+            else:
+                self.failed(reason, Cause.LATENCY, numbers)
 
     def _note_batch(self, call: Sampling, event: BreakerEvent) -> None:
         batch = call.input_ids.shape[0]
@@ -303,10 +308,15 @@ class Watch:
         if after.phase == before.phase:
             return
         self._trial = thread if after.phase is BreakerState.HALF_OPEN else None
+        event = self._record(reason, numbers)
+        log.warning("the plan's circuit breaker is %s: %s", after.phase, event.reason)
+        if self._plan is not None and self._stored and after.phase is not BreakerState.HALF_OPEN:
+            store.trust(self._plan.fingerprint, None if after.phase is BreakerState.CLOSED else event.reason)
+        self.changed(event)
+
+    def _record(self, reason: str, numbers: Mapping[str, float] | None) -> Event:
+        """Add an event to those that are kept, with the breaker's state since."""
         said = f"{reason} ({describe(numbers)})" if numbers else reason
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self.events.append(noted := Event(moment, after.phase, said, dict(numbers or {})))
-        log.warning("the plan's circuit breaker is %s: %s", after.phase, said)
-        if self._plan is not None and self._stored and after.phase is not BreakerState.HALF_OPEN:
-            store.trust(self._plan.fingerprint, None if after.phase is BreakerState.CLOSED else said)
-        self.changed(noted)
+        self.events.append(event := Event(moment, self.breaker.phase, said, dict(numbers or {})))
+        return event
