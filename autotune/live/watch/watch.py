@@ -308,11 +308,11 @@ class Watch:
         if after.phase == before.phase:
             return
         self._trial = thread if after.phase is BreakerState.HALF_OPEN else None
-        event = self._record(reason, numbers)
-        log.warning("the plan's circuit breaker is %s: %s", after.phase, event.reason)
+        noted = self._record(reason, numbers)
+        log.warning("the plan's circuit breaker is %s: %s", after.phase, noted.reason)
         if self._plan is not None and self._stored and after.phase is not BreakerState.HALF_OPEN:
-            store.trust(self._plan.fingerprint, None if after.phase is BreakerState.CLOSED else event.reason)
-        self.changed(event)
+            store.trust(self._plan.fingerprint, None if after.phase is BreakerState.CLOSED else noted.reason)
+        self.changed(noted)
 
     def _record(self, reason: str, numbers: Mapping[str, float] | None) -> Event:
         """Add an event to those that are kept, with the breaker's state since."""
