@@ -50,9 +50,11 @@ class Model:
     """A replica: the whole server over one model."""
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
+        from autotune.serve import logs  # before torch: see autotune.machine.spinning
+
+        # isort: split
         import torch
 
-        from autotune.serve import logs
         from autotune.serve.app import create_app
         from autotune.serve.run import answer_once, prepared, warn_if_open
 
