@@ -75,7 +75,7 @@ def timed(model: Any, prompt: list[int], new_tokens: int) -> tuple[float, float]
 def main() -> int:
     model, tokenizer = load(str(demo.model_file()))
     assert tokenizer is not None
-    # No token ends an answer early. A least length would do that with a processor, which costs a tenth of a token's time.
+    # No token ends an answer. A least length would do so with a processor, which takes a tenth of a token's time.
     model.generation_config.eos_token_id = None
     chats = built_in.chats(tokenizer)
     wrapped: Any = autotune.wrap(
