@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import ChoiceError, TransformError
 from ..model.seam import keys_and_values
 from ..runtime.batching.load import EngineLoad
-from ..runtime.batching.prefixes import Prefixes
 from ..runtime.batching.request import refusal
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
@@ -54,9 +53,7 @@ class Together:
 
     def remember(self, prompts: bool) -> None:
         """Keep prompts for later ones that begin alike, as from the start, or forget them and compute every prompt."""
-        part, least = self.engine.prefixes.part, self.engine.prefixes.least
-        kept = Prefixes(part, least) if prompts else Prefixes(part, least, most_bytes=0, most_last_bytes=0)
-        self.engine.prefixes = kept
+        self.engine.prefixes = self.engine.prefixes.emptied(keeps=prompts)
 
     def pause(self) -> AbstractContextManager[object]:
         """Hold this context to have the model alone, between two steps."""

@@ -812,16 +812,37 @@ def test_where_a_forward_over_a_prompt_ends(begin: int, tokens: int, most: int, 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "least", "found"),
-    [(129, 1, 128), (129, 2, 0), (160, 32, 128), (159, 32, 0), (287, 32, 128), (288, 32, 256), (31, 32, 0)],
+    ("tokens", "least", "side", "found"),
+    [
+        (129, 1, 0, 128),
+        (129, 2, 0, 0),
+        (160, 32, 0, 128),
+        (159, 32, 0, 0),
+        (287, 32, 0, 128),
+        (288, 32, 0, 256),
+        (31, 32, 0, 0),
+        (159, 32, 16, 112),
+        (160, 32, 16, 128),
+        (287, 32, 16, 240),
+        (288, 32, 16, 256),
+        (31, 32, 16, 0),
+        (47, 32, 16, 0),
+        (128, 32, 16, 96),
+    ],
 )
-def test_the_beginning_that_a_prompt_may_be_found_to_share_ends_before_its_last_part(
-    tokens: int, least: int, found: int
-) -> None:
-    prefixes, ids, cache = Prefixes(128, least), tuple(prompt(600, seed=5)), seam.growing_cache()
-    cache.update(torch.zeros(1, 1, 600, 2), torch.zeros(1, 1, 600, 2), 0)
+def test_how_much_of_a_prompt_may_be_found(tokens: int, least: int, side: int, found: int) -> None:
+    prefixes, ids, cache = Prefixes(128, least, side), tuple(prompt(600, seed=5)), seam.growing_cache()
+    numbers = torch.arange(600.0)[None, None, :, None]
+    cache.update(numbers, -numbers, 0)
     prefixes.keep(cache, ids, 0, 600)
-    assert prefixes.fill(seam.growing_cache(), ids[:tokens]) == (found, None)
+    filled = seam.growing_cache()
+    assert prefixes.fill(filled, ids[:tokens]) == (found, None)
+    for keys, values in seam.keys_and_values(filled) if found else ():
+        assert torch.equal(keys, numbers[:, :, :found])
+        assert torch.equal(values, -keys)
+    prefixes.keep_last(cache, ids[:tokens], torch.ones(1, 3))
+    again = seam.growing_cache()
+    assert prefixes.fill(again, ids[:tokens])[0] == tokens
 
 
 @needs_kernels
@@ -839,12 +860,19 @@ def test_parts_are_computed_in_one_forward_only_if_the_prompt_gets_the_same_numb
     for length in (65, 95, 96, 128, 159, 161, 200, 250):
         request, found = request_of(variant, prompt(length, seed=7)), []
         for most in ((part,), (4 * part,), (2 * part, part, 4 * part)):
-            reading, read = Prefill(request, Prefixes(part, joined.SHORTEST)), None
+            reading, read = Prefill(request, Prefixes(part, joined.SHORTEST, joined.SIDE)), None
             turns = iter([*most, *most, *most, *most])
             with torch.no_grad():
                 while read is None:
                     read = reading.advance(variant, next(turns))
             found.append((read[0].logits, read[0].cache))
+            kept = reading.prefixes
+        again = Prefill(request, kept)
+        assert again.done >= length - 2 * joined.SHORTEST
+        with torch.no_grad():
+            (rest,) = again.advance(variant, part) or ()
+        found.append((rest.logits, rest.cache))
+        assert joined.is_same(found[0], found[3]), f"{length}, found up to {again.done}"
         assert joined.is_same(found[0], found[1]), length
         assert joined.is_same(found[0], found[2]), length
 

@@ -22,7 +22,7 @@ from ...errors import CancelledRequestError, DeviceError, QueueFullError
 from ...machine import ending, forking, intraop, outside
 from ...machine.ending import Cancelled
 from ..steps.step import preparing
-from .joined import SHORTEST, Joined, Prefilled, is_exact, together
+from .joined import SHORTEST, SIDE, Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill, parts_agree
 from .prefixes import Prefixes
@@ -79,6 +79,7 @@ class Engine:
         self.prefixes = Prefixes(chunk, SHORTEST)
         self.joins = is_exact(variant, self._longest)
         self.merges = self.joins and parts_agree(variant, chunk)
+        self.prefixes.side = SIDE if self.merges else 0
         self.most_waiting = most_waiting
         self.wait_s = wait_s
         self.counts: Counter[str] = Counter()

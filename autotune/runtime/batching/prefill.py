@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...model import configured, seam
-from .joined import SHORTEST, Prefilled, is_same, tried
+from .joined import SHORTEST, SIDE, Prefilled, is_same, tried
 
 if TYPE_CHECKING:
     from typing import Any
@@ -60,8 +61,9 @@ def read(variant: Variant, call: seam.Sampling, cache: Any, part: slice) -> torc
 
 @tried
 def parts_agree(variant: Variant, part: int) -> bool:
-    """Whether a prompt gets the same numbers, to the bit, in parts of so many tokens as in one forward."""
+    """Whether a prompt gets the same numbers, to the bit, in parts of so many tokens or less as in one forward."""
     tokens = 2 * part + SHORTEST
+    ends = (part, 2 * part - SIDE, tokens)
     draw = torch.Generator(device="cpu").manual_seed(0)
     size = (1, tokens)
     ids = torch.randint(configured.vocabulary(variant.original), size, generator=draw, dtype=torch.int64, device="cpu")
@@ -70,6 +72,6 @@ def parts_agree(variant: Variant, part: int) -> bool:
     call = seam.Sampling(variant.original, ids, {}, given)
     whole, parts = seam.growing_cache(), seam.growing_cache()
     at_once = read(variant, call, whole, slice(0, tokens))
-    for begin in range(0, tokens, part):
-        logits = read(variant, call, parts, slice(begin, min(begin + part, tokens)))
+    for begin, end in pairwise((0, *ends)):
+        logits = read(variant, call, parts, slice(begin, end))
     return is_same((at_once, whole), (logits, parts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ...model import seam
 
@@ -74,6 +74,8 @@ class Prefixes:
     Args:
         part: tokens of a part. A prompt of fewer tokens is one.
         least: tokens that a last part has at least where others are before it; fewer are added to the one before.
+        side: a beginning that was found may end at each multiple of so many tokens, within a last part, too, because
+            numbers are the same to the bit; 0: only where a part ends.
         most_bytes: keys and values of beginnings that are kept at most.
         most_last_bytes: keys, values and logits of prompts' last parts that are kept at most.
 
@@ -83,10 +85,17 @@ class Prefixes:
     """
 
     def __init__(
-        self, part: int, least: int = 1, *, most_bytes: float = MOST_BYTES, most_last_bytes: float = MOST_LAST_BYTES
+        self,
+        part: int,
+        least: int = 1,
+        side: int = 0,
+        *,
+        most_bytes: float = MOST_BYTES,
+        most_last_bytes: float = MOST_LAST_BYTES,
     ) -> None:
         self.part = part
         self.least = least
+        self.side = side
         self.tokens_queried = 0
         self.tokens_found = 0
         self._beginnings = LatestParts(most_bytes)
@@ -98,35 +107,47 @@ class Prefixes:
         Returns:
             The number of tokens that need not be computed, and the last one's logits [1, V] if these are all.
         """
-        found, before_last = list[Part](), self._before_last(prompt)
-        for end in range(self.part, before_last + 1, self.part):
-            if (part := self._beginnings.get(prompt[:end])) is None:
+        found, before_last, logits = list[Part](), self._before_last(prompt), None
+        most = max(0, len(prompt) - self.least) // self.side * self.side if self.side else before_last
+        while len(found) * self.part < most:
+            part = self._beginnings.get(prompt[: (len(found) + 1) * self.part])
+            if part is None:
                 break
             found.append(part)
-        done, logits = len(found) * self.part, None
-        if done == before_last and (last := self._last.get(prompt)) is not None:
-            found.append(last)
+        done = min(len(found) * self.part, most)
+        if done >= before_last and (last := self._last.get(prompt)) is not None:
+            found = [*found[: before_last // self.part], last]
             done, logits = len(prompt), last.logits
-        for part in found:
+        for number, part in enumerate(found):
+            here = slice(done - number * self.part)
             for layer, (keys, values) in enumerate(part.pairs):
-                cache.update(keys, values, layer)
+                cache.update(keys[:, :, here], values[:, :, here], layer)
         self.tokens_queried += len(prompt)
         self.tokens_found += done
         return done, logits
+
+    def emptied(self, keeps: bool) -> Self:
+        """As many tokens a part, and no prompts yet; nothing is ever kept unless `keeps`."""
+        limits = {} if keeps else {"most_bytes": 0, "most_last_bytes": 0}
+        return type(self)(self.part, self.least, self.side, **limits)
 
     def end_of(self, begin: int, tokens: int, most: int) -> int:
         """Where a forward ends that computes the next parts of a prompt. Pure.
 
         Args:
-            begin: where it begins, at a part.
+            begin: where it begins: at a part, or where what was found ends.
             tokens: of the prompt.
             most: tokens of parts to compute at most, a multiple of `part`; a last part has up to `least` - 1 more.
         """
         return tokens if tokens - begin < most + self.least else begin + most
 
     def keep(self, cache: Any, prompt: Beginning, begin: int, end: int) -> None:
-        """Keep the parts of a prompt but the last one from its cache, of those that begin at token `begin` to `end`."""
-        for start in range(begin, min(end, self._before_last(prompt)), self.part):
+        """Keep the whole parts that begin at token `begin` or later and end by `end`, from the prompt's cache.
+
+        Those within a last part that is longer are kept only if a beginning may end there.
+        """
+        end = end if self.side else min(end, self._before_last(prompt))
+        for start in range(-(-begin // self.part) * self.part, end - self.part + 1, self.part):
             part = slice(start, start + self.part)
             if (beginning := prompt[: part.stop]) not in self._beginnings:
                 self._beginnings.put(beginning, Part(_copied(cache, part)))
