@@ -50,7 +50,8 @@ class Engine:
         variant: decodes over slots.
         caches: number of rows -> cache for a step of so many; all are views of the one with the most, which is as many
             sequences as are decoded together.
-        chunk: tokens of a prompt that are computed between two steps; up to `SHORTEST` - 1 more at its end.
+        chunk: tokens of a prompt that are computed between two steps; up to `SHORTEST` - 1 more at its end if the
+            engine merges parts.
         most_waiting: requests that may wait for a row.
         wait_s: how long a request may wait for others while no sequence is under way. Callers of a burst ask one after
             the other; those who wait begin together. A request after a time with one sequence alone does not wait.
@@ -76,10 +77,11 @@ class Engine:
         self.variant = variant
         self.caches = caches
         self.most_rows = max(caches)
-        self.prefixes = Prefixes(chunk, SHORTEST)
+        self.prefixes = Prefixes(chunk, SHORTEST, SIDE)
         self.joins = is_exact(variant, self._longest)
         self.merges = self.joins and parts_agree(variant, chunk)
-        self.prefixes.side = SIDE if self.merges else 0
+        if not self.merges:
+            self.prefixes = Prefixes(chunk)
         self.most_waiting = most_waiting
         self.wait_s = wait_s
         self.counts: Counter[str] = Counter()
