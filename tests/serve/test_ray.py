@@ -247,6 +247,20 @@ def test_the_app_takes_all_its_settings_from_there() -> None:
     assert not re.findall(r"environ\.get|Settings\(", (EXAMPLE / "app.py").read_text())
 
 
+def test_replicas_scale_have_their_own_cores_and_are_looked_after() -> None:
+    tree = ast.parse((EXAMPLE / "app.py").read_text())
+    (replica,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    (deployment,) = (each for each in replica.decorator_list if isinstance(each, ast.Call))
+    said = {each.arg: ast.unparse(each.value) for each in deployment.keywords}
+    assert said["ray_actor_options"] == "{'num_cpus': CPUS}"
+    assert "'min_replicas': FEWEST, 'max_replicas': MOST" in said["autoscaling_config"]
+    assert "request_router_class=PrefixRouter" in said["request_router_config"]
+    assert int(said["health_check_period_s"]) > 0
+    calls = [ast.unparse(node) for node in ast.walk(replica) if isinstance(node, ast.Call)]
+    assert {"torch.set_num_threads(CPUS)", "device.of(self.served.model).check()"} <= set(calls)
+    assert "check_health" in {each.name for each in replica.body if isinstance(each, ast.AsyncFunctionDef)}
+
+
 def test_the_container_file_copies_and_installs_what_is_there() -> None:
     text = (EXAMPLE / "Containerfile").read_text()
     copied = [path for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for path in line.split()[:-1]]
