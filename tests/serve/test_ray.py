@@ -18,11 +18,12 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
-from autotune.errors import SettingsError
+from autotune.errors import DeviceError, SettingsError
 from autotune.serve.rollout.decision import CanaryRules
 from examples.ray_serve import environment
 
@@ -167,6 +168,51 @@ def test_the_front_reads_a_large_body_in_a_thread(size: int, in_loop: bool, monk
     monkeypatch.setattr(front, "beginning", lambda body: threads.append(threading.get_ident()) or f"{len(body)} bytes")
     assert asyncio.run(front._beginning(b" " * size)) == f"{size} bytes"
     assert (threads == [threading.get_ident()]) == in_loop
+
+
+def test_a_replica_whose_device_is_dead_fails_its_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    from autotune.machine import device
+    from examples.ray_serve.app import Model
+
+    replica, found = SimpleNamespace(served=SimpleNamespace(model="a model")), mock.Mock()
+    monkeypatch.setattr(device, "of", found)
+    asyncio.run(Model.func_or_class.check_health(replica))  # type: ignore[attr-defined]
+    found.assert_called_once_with("a model")
+    found.return_value.check.side_effect = DeviceError("the device is dead")
+    with pytest.raises(DeviceError):
+        asyncio.run(Model.func_or_class.check_health(replica))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("key", "canary", "busy", "goes_home"),
+    [
+        ("key", False, 8, True),
+        ("key", False, 9, False),
+        ("key", True, 8, False),  # the canary and the others are to get the same kinds
+        (None, False, 8, False),
+    ],
+)
+def test_the_router_sends_a_beginning_home_unless_there_is_a_canary(
+    key: str | None, canary: bool, busy: int, goes_home: bool
+) -> None:
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    from examples.ray_serve.affinity import ranked
+    from examples.ray_serve.router import SPARE, PrefixRouter
+
+    home, other = ranked("key", {"one": 0, "two": 0}, SPARE)
+    lengths = {home: busy, other: 0}
+    replicas: Any = [
+        SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats={"canary": canary and name == other})
+        for name in (home, other)
+    ]
+    cache = SimpleNamespace(get=lambda replica: lengths[replica.unique_id])
+    router: Any = SimpleNamespace(replica_queue_len_cache=cache, _spare=SPARE)
+    asked: Any = SimpleNamespace(kwargs={"key": key}, routing_context=SimpleNamespace(should_backoff=False))
+    order = asyncio.run(PrefixRouter.choose_replicas(router, replicas, asked))
+    names = [replica.replica_id.unique_id for (replica,) in order]
+    assert names == ([home, other] if goes_home else [other, home])
+    assert asked.routing_context.should_backoff
 
 
 def variables() -> set[str]:
