@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +162,8 @@ def test_options_reach_the_model_and_the_server(tmp_path: Path, monkeypatch: pyt
     tiny_tokenizer().save_pretrained(tmp_path / "tiny-0.5B")
     (tmp_path / "template").write_text("{% for m in messages %}({{ m.content }}){% endfor %}")
     arguments = ["--untuned", "--dtype", "float16", "--chat-template", str(tmp_path / "template"), "--queue", "3"]
-    arguments += [
-        "--max-body",
-        "99",
-        "--name",
-        "a",
-        "--name",
-        "b",
-        "--max-prompt",
-        "50",
-        "--deadline",
-        "3",
-        "--api-key",
-        "k",
-    ]
+    arguments += ["--max-body", "99", "--name", "a", "--name", "b"]
+    arguments += ["--max-prompt", "50", "--deadline", "3", "--api-key", "k"]
     args = parser().parse_args(["serve", str(tmp_path / "tiny-0.5B"), *arguments])
     served = run.prepared(settings_of(args, {}))
     assert served.model.dtype == torch.float16
@@ -201,6 +191,20 @@ def test_the_server_gets_what_the_command_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(run, "Server", Recorded)
     assert main(["serve", "some/model", "--port", "0", "--drain", "7", "--keep-alive", "9"]) == 0
     assert made == [("the app of some/model", 7, 9, None), ("some/model", "127.0.0.1")]
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [("autotune.serve.run", ["serve", "some/model"]), ("autotune.serve.load", ["bench-serve", "http://127.0.0.1:9"])],
+)
+def test_without_the_extra_the_command_says_what_to_install(
+    missing: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module(missing)
+    monkeypatch.delattr(missing)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(command) != 0
+    assert 'pip install "autotune-inference[serve]"' in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("own_cache", "verdicts")
