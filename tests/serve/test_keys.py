@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from autotune.cli import main
 from autotune.errors import SettingsError
-from autotune.serve import keys
+from autotune.serve import gate, keys
 from autotune.serve.gate import Gate
 from autotune.serve.run import warn_if_open
 
@@ -72,6 +74,22 @@ def test_the_command_ends_as_for_other_bad_arguments(
         monkeypatch.setenv(keys.VARIABLE, variable)
     assert main(["serve", "no/such/model", *arguments]) == 4
     assert "API key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("offered", "fits"), [("key-1", True), ("key-2", True), ("key", False), ("schlüssel", False)])
+def test_every_key_is_compared_in_a_time_that_tells_nothing(
+    offered: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, unused = list[tuple[bytes, bytes]](), cast("Any", None)
+
+    def compare_digest(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(gate, "hmac", SimpleNamespace(compare_digest=compare_digest))
+    found = Gate(unused, ["key-1", "key-2"], unused, unused, (), unused, unused)
+    assert found._is_known({"x-api-key": offered}) is fits
+    assert compared == [(offered.encode(), b"key-1"), (offered.encode(), b"key-2")]
 
 
 @pytest.mark.parametrize(

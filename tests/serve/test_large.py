@@ -101,6 +101,46 @@ def test_the_server_answers_while_a_large_body_is_read(
     assert answers == [400]  # both are longer than the context
 
 
+FORM = {"type": "regex", "regex": "a"}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "route", "body"),
+    [
+        ("prompts", "encode", "/tokenize", {"prompt": "x"}),
+        ("prompts", "of_completion", "/v1/completions", {"prompt": "x"}),
+        ("prompts", "of_chat", "/v1/chat/completions", {"messages": [USER]}),
+        ("grammars", "of", "/v1/completions", {"prompt": "x", "response_format": FORM}),
+        ("grammars", "of", "/v1/chat/completions", {"messages": [USER], "response_format": FORM}),
+    ],
+)
+def test_the_server_answers_while_a_prompt_is_tokenised_or_a_form_compiled(
+    part: str, name: str, route: str, body: dict[str, Any], server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, answers = threading.Event(), threading.Event(), list[int]()
+    owner = getattr(server.served, part)
+    prepare = getattr(owner, name)
+
+    def held(*given: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return prepare(*given)
+
+    monkeypatch.setattr(owner, name, held)
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(server.url + route, json=body, timeout=60).status_code)
+    )
+    asking.start()
+    assert begun.wait(60)
+    try:
+        assert httpx.get(f"{server.url}/livez", timeout=60).text == "ok"
+        assert not answers
+    finally:
+        go_on.set()
+    asking.join()
+    assert answers == [200]
+
+
 class Told(list[Any]):
     """A list that notes each of its items when Python comes to it. C takes them without asking, or all at once."""
 

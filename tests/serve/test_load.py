@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from autotune.cli import main, parser
+from autotune.serve import load as loads
 from autotune.serve.load import HEADER, Load, Row, Waited, arriving, model_of, percentile, steady, table
 from tests.serve.engines import counted
 from tests.serve.servers import Running, running, until
@@ -74,6 +75,24 @@ def test_the_command_prints_the_table(server: Running, capsys: pytest.CaptureFix
     for url, said in (("http://127.0.0.1:9", "does not answer"), (server.url, "refuses: HTTP 401: no valid API key; ")):
         assert main(["bench-serve", url]) == 3
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "rates", "seconds"),
+    [([], [1.0, 2.0, 4.0], 20), (["--rates", "0.5,8", "--seconds", "3"], [0.5, 8.0], 3), (["--clients", "1"], [], 0)],
+)
+def test_clients_come_at_rates_unless_their_number_is_given(
+    given: list[str], rates: list[float], seconds: int, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[float, int]]()
+
+    async def come(load: Load, rate: float, seconds: int) -> Row:
+        asked.append((rate, seconds))
+        return Row(f"{rate:g} a second", [], 1.0)
+
+    monkeypatch.setattr(loads, "arriving", come)
+    assert main(["bench-serve", server.url, "--each", "1", "--tokens", "2", "--api-key", "key", *given]) == 0
+    assert asked == [(rate, seconds) for rate in rates]
 
 
 @pytest.mark.parametrize("given", [["--rates", "0"], ["--rates", "x"], ["--clients", "0"], ["--seconds", "-1"]])

@@ -74,6 +74,35 @@ def test_a_stream_has_the_whole_answer_in_order(server: Running, client: Any, us
     assert len({p.id for p in parts}) == 1
 
 
+def test_a_chat_streams_several_answers_as_they_are_whole(client: Any) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "go"}], "max_tokens": 12, "n": 3}
+    asked |= {"temperature": 1.0, "seed": 7, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked).choices
+    parts = [part for chunk in client.chat.completions.create(**asked, stream=True) for part in chunk.choices]
+    assert [part.delta.role for part in parts] == ["assistant"] * 3 + [None] * (len(parts) - 3)
+    for choice in whole:
+        own = [part for part in parts if part.index == choice.index]
+        assert "".join(part.delta.content or "" for part in own) == choice.message.content
+        chances = [chance for part in own if part.logprobs for chance in part.logprobs.content]
+        assert chances == choice.logprobs.content
+        assert [part.finish_reason for part in own] == [None] * (len(own) - 1) + [choice.finish_reason]
+
+
+def test_completions_stream_several_answers_as_they_are_whole(client: Any) -> None:
+    asked = {"model": "tiny", "prompt": token_prompts(2, length=8), "max_tokens": 9, "n": 2}
+    asked |= {"temperature": 1.0, "seed": 7, "logprobs": 2}
+    whole = client.completions.create(**asked).choices
+    parts = [part for chunk in client.completions.create(**asked, stream=True) for part in chunk.choices]
+    assert len(whole) == 4
+    for choice in whole:
+        own = [part for part in parts if part.index == choice.index]
+        assert "".join(part.text for part in own) == choice.text
+        for name in ("tokens", "token_logprobs", "top_logprobs"):
+            found = [each for part in own for each in getattr(part.logprobs, name)]
+            assert found == getattr(choice.logprobs, name)
+        assert [part.finish_reason for part in own] == [None] * (len(own) - 1) + [choice.finish_reason]
+
+
 def test_a_stream_ends_as_servers_of_events_do(server: Running) -> None:
     body = {"prompt": PROMPT, "max_tokens": 3, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
@@ -237,13 +266,18 @@ def test_texts_and_tokens_there_and_back(server: Running) -> None:
     assert httpx.post(f"{server.url}/detokenize", json={"tokens": [300]}).status_code == 400
 
 
-def test_many_asynchronous_clients_get_their_own_answers(server: Running) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_asynchronous_clients_get_their_own_answers(server: Running, stream: bool) -> None:
     prompts = token_prompts(12, length=10)
 
+    async def ask(client: openai.AsyncOpenAI, prompt: list[int]) -> str:
+        asked: Any = {"model": "tiny", "prompt": prompt, "max_tokens": 10, "temperature": 0}
+        got: Any = await client.completions.create(**asked, stream=stream)
+        return "".join([part.choices[0].text async for part in got]) if stream else got.choices[0].text
+
     async def ask_all() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as asking:
-            asked = (asking.completions.create(model="tiny", prompt=p, max_tokens=10, temperature=0) for p in prompts)
-            return [got.choices[0].text for got in await asyncio.gather(*asked)]
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
 
     expected = [text_of(server, generated(server, prompt, 10, do_sample=False)) for prompt in prompts]
     assert asyncio.run(ask_all()) == expected

@@ -18,7 +18,7 @@ import pytest
 from autotune.cli import main
 from autotune.errors import QueueFullError, UnsupportedModelError
 from autotune.live.status import State
-from autotune.serve import connection
+from autotune.serve import connection, run
 from autotune.serve.gate import HttpLimits
 from autotune.serve.run import become_ready, listen
 from autotune.serve.service import Service
@@ -321,6 +321,23 @@ def test_the_end_waits_for_answers_under_way() -> None:
         assert not server.server.force_exit
         server.server.handle_exit(15, None)
         assert server.server.force_exit
+
+
+@pytest.mark.parametrize(
+    ("under_way", "is_forced", "passed_s", "has_drained"),
+    [(1, False, 29.0, False), (1, False, 30.0, True), (1, True, 1.0, True), (0, False, 1.0, True)],
+)
+def test_answers_under_way_get_so_much_time(
+    under_way: int, is_forced: bool, passed_s: float, has_drained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([100.0, 100.0 + passed_s])
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    gate: Any = SimpleNamespace(ending=threading.Event(), under_way=1, limits=HttpLimits())
+    ending = run.Server(gate, drain_s=30)
+    assert not ending._has_drained()
+    assert gate.ending.is_set()
+    gate.under_way, ending.force_exit = under_way, is_forced
+    assert ending._has_drained() is has_drained
 
 
 def test_what_comes_while_it_ends_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import socket
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,16 @@ from autotune.cli import main, parser
 from autotune.cli.serve import settings_of
 from autotune.errors import SettingsError, UnsupportedModelError
 from autotune.model import load as loading
-from autotune.serve import run
+from autotune.serve import run, traces
 from autotune.serve.refusal import retry_after
 from autotune.serve.run import Settings, check_certificate, use_template
+from autotune.serve.service import UNSETTLED
+from autotune.transforms.lean_loop import LeanLoop
+from autotune.tune import run as tuning
+from autotune.tune.plan import dumps
+from tests.live.test_adopt import made_for, verdicts  # noqa: F401 - a fixture
 from tests.models import tiny, tiny_tokenizer
-from tests.serve.servers import running
+from tests.serve.servers import running, until
 
 USAGE = 4
 
@@ -33,6 +41,18 @@ def found(*arguments: str, **environment: str) -> Settings:
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [
+        ([], "host", "127.0.0.1"),
+        (["--host", "0.0.0.0"], "host", "0.0.0.0"),
+        ([], "port", 8000),
+        (["--port", "0"], "port", 0),
+        ([], "keys", ()),
+        (["--api-key", "a", "--api-key", "b"], "keys", ("a", "b")),
+        ([], "longest", None),
+        (["--max-prompt", "9"], "longest", 9),
+        ([], "deadline_s", None),
+        ([], "drain_s", 30),
+        (["--drain", "5"], "drain_s", 5),
+        ([], "plan", None),
         ([], "name", None),
         (["--name", "a"], "name", "a"),
         (["--served-model-name", "a", "--served-model-name", "b"], "aliases", ["b"]),
@@ -54,6 +74,12 @@ def found(*arguments: str, **environment: str) -> Settings:
 )
 def test_what_an_option_comes_to(arguments: list[str], name: str, value: Any) -> None:
     assert getattr(found(*arguments), name) == value
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("a\nb\n")
+    assert found("--api-key-file", str(tmp_path / "keys"), AUTOTUNE_API_KEY="c").keys == ("a", "b")
+    assert found(AUTOTUNE_API_KEY="c").keys == ("c",)
 
 
 def test_a_policy_is_chosen_unless_nothing_is_tried() -> None:
@@ -130,17 +156,70 @@ def test_a_chat_template_is_tried_before_it_is_used() -> None:
             use_template(tiny_tokenizer(), wrong)
 
 
-def test_options_reach_the_model_and_the_server(tmp_path: Path) -> None:
+def test_options_reach_the_model_and_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "configured", lambda name: f"traces of {name}")
     tiny("llama").save_pretrained(tmp_path / "tiny-0.5B")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny-0.5B")
     (tmp_path / "template").write_text("{% for m in messages %}({{ m.content }}){% endfor %}")
     arguments = ["--untuned", "--dtype", "float16", "--chat-template", str(tmp_path / "template"), "--queue", "3"]
-    args = parser().parse_args(["serve", str(tmp_path / "tiny-0.5B"), *arguments, "--max-body", "99", "--name", "a"])
+    arguments += ["--max-body", "99", "--name", "a", "--name", "b"]
+    arguments += ["--max-prompt", "50", "--deadline", "3", "--api-key", "k"]
+    args = parser().parse_args(["serve", str(tmp_path / "tiny-0.5B"), *arguments])
     served = run.prepared(settings_of(args, {}))
     assert served.model.dtype == torch.float16
     assert served.prompts.tokenizer.chat_template.startswith("{% for m in messages %}(")
     assert (served.answers.most_waiting, served.limits.body_bytes, served.name) == (3, 99, "a")
+    assert (served.prompts.most, served.answers.deadline_s, served.keys, served.aliases) == (50, 3.0, ("k",), ("b",))
+    assert (served.untuned, served.answers.traces) == (True, "traces of a")
     assert served.knows(str(tmp_path / "tiny-0.5B"))
+    served.model.autotune.unwrap()
+
+
+def test_the_server_gets_what_the_command_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[Any]()
+
+    class Recorded:
+        def __init__(self, *given: Any) -> None:
+            made.append(given)
+
+        async def run(self, served: Any, listening: socket.socket) -> None:
+            with listening:
+                made.append((served, listening.getsockname()[0]))
+
+    monkeypatch.setattr(run, "prepared", lambda settings: settings.model)
+    monkeypatch.setattr(run, "create_app", lambda served: f"the app of {served}")
+    monkeypatch.setattr(run, "Server", Recorded)
+    assert main(["serve", "some/model", "--port", "0", "--drain", "7", "--keep-alive", "9"]) == 0
+    assert made == [("the app of some/model", 7, 9, None), ("some/model", "127.0.0.1")]
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [("autotune.serve.run", ["serve", "some/model"]), ("autotune.serve.load", ["bench-serve", "http://127.0.0.1:9"])],
+)
+def test_without_the_extra_the_command_says_what_to_install(
+    missing: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module(missing)
+    monkeypatch.delattr(missing)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(command) != 0
+    assert 'pip install "autotune-inference[serve]"' in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_cache", "verdicts")
+def test_a_plan_that_is_given_serves_once_it_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_searched", lambda *_: pytest.fail("it is tuned"))
+    tiny("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    plan = made_for(loading.load(tmp_path / "tiny")[0], LeanLoop())
+    (tmp_path / "plan.json").write_text(dumps(plan))
+    args = parser().parse_args(["serve", str(tmp_path / "tiny"), "--plan", str(tmp_path / "plan.json")])
+    served = run.prepared(settings_of(args, {}))
+    until(lambda: served.model.autotune.status.state not in UNSETTLED)
+    assert served.model.autotune.status.transforms == (str(LeanLoop()),)
+    assert served.model.autotune.options.policy.name == "throughput"
+    assert "re-verifying the plan that was given" in [line.text for line in served.progress.lines()]
     served.model.autotune.unwrap()
 
 

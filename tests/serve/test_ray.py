@@ -18,11 +18,12 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
-from autotune.errors import SettingsError
+from autotune.errors import DeviceError, SettingsError
 from autotune.serve.rollout.decision import CanaryRules
 from examples.ray_serve import environment
 
@@ -169,6 +170,51 @@ def test_the_front_reads_a_large_body_in_a_thread(size: int, in_loop: bool, monk
     assert (threads == [threading.get_ident()]) == in_loop
 
 
+def test_a_replica_whose_device_is_dead_fails_its_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    from autotune.machine import device
+    from examples.ray_serve.app import Model
+
+    replica, found = SimpleNamespace(served=SimpleNamespace(model="a model")), mock.Mock()
+    monkeypatch.setattr(device, "of", found)
+    asyncio.run(Model.func_or_class.check_health(replica))  # type: ignore[attr-defined]
+    found.assert_called_once_with("a model")
+    found.return_value.check.side_effect = DeviceError("the device is dead")
+    with pytest.raises(DeviceError):
+        asyncio.run(Model.func_or_class.check_health(replica))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("key", "canary", "busy", "goes_home"),
+    [
+        ("key", False, 8, True),
+        ("key", False, 9, False),
+        ("key", True, 8, False),  # the canary and the others are to get the same kinds
+        (None, False, 8, False),
+    ],
+)
+def test_the_router_sends_a_beginning_home_unless_there_is_a_canary(
+    key: str | None, canary: bool, busy: int, goes_home: bool
+) -> None:
+    pytest.importorskip("ray", reason="make test-ray installs it")
+    from examples.ray_serve.affinity import ranked
+    from examples.ray_serve.router import SPARE, PrefixRouter
+
+    home, other = ranked("key", {"one": 0, "two": 0}, SPARE)
+    lengths = {home: busy, other: 0}
+    replicas: Any = [
+        SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats={"canary": canary and name == other})
+        for name in (home, other)
+    ]
+    cache = SimpleNamespace(get=lambda replica: lengths[replica.unique_id])
+    router: Any = SimpleNamespace(replica_queue_len_cache=cache, _spare=SPARE)
+    asked: Any = SimpleNamespace(kwargs={"key": key}, routing_context=SimpleNamespace(should_backoff=False))
+    order = asyncio.run(PrefixRouter.choose_replicas(router, replicas, asked))
+    names = [replica.replica_id.unique_id for (replica,) in order]
+    assert names == ([home, other] if goes_home else [other, home])
+    assert asked.routing_context.should_backoff
+
+
 def variables() -> set[str]:
     """Names of the environment that the example reads."""
     found = set(re.findall(r'"(AUTOTUNE_[A-Z_]+)"', (EXAMPLE / "environment.py").read_text()))
@@ -245,6 +291,20 @@ def test_the_app_takes_all_its_settings_from_there() -> None:
     assert "prepared(settings)" in calls
     assert "logs.install(settings.log_level, 'autotune')" in calls
     assert not re.findall(r"environ\.get|Settings\(", (EXAMPLE / "app.py").read_text())
+
+
+def test_replicas_scale_have_their_own_cores_and_are_looked_after() -> None:
+    tree = ast.parse((EXAMPLE / "app.py").read_text())
+    (replica,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    (deployment,) = (each for each in replica.decorator_list if isinstance(each, ast.Call))
+    said = {each.arg: ast.unparse(each.value) for each in deployment.keywords}
+    assert said["ray_actor_options"] == "{'num_cpus': CPUS}"
+    assert "'min_replicas': FEWEST, 'max_replicas': MOST" in said["autoscaling_config"]
+    assert "request_router_class=PrefixRouter" in said["request_router_config"]
+    assert int(said["health_check_period_s"]) > 0
+    calls = [ast.unparse(node) for node in ast.walk(replica) if isinstance(node, ast.Call)]
+    assert {"torch.set_num_threads(CPUS)", "device.of(self.served.model).check()"} <= set(calls)
+    assert "check_health" in {each.name for each in replica.body if isinstance(each, ast.AsyncFunctionDef)}
 
 
 def test_the_container_file_copies_and_installs_what_is_there() -> None:

@@ -17,19 +17,25 @@ from autotune.errors import PlanError
 from autotune.live.status import State
 from autotune.live.watch.watch import Cause
 from autotune.machine import cache_dir
+from autotune.model.load import load
+from autotune.serve import run
 from autotune.serve.answering import Answered
 from autotune.serve.rollout.decision import CanaryRules, Rollout, RolloutState
 from autotune.serve.rollout.folder import Folder, Offer
 from autotune.serve.rollout.replica import Replica
+from autotune.serve.run import Settings, prepared
+from autotune.serve.service import UNSETTLED
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.tune import plan as plans
+from autotune.tune import policy as policies
+from autotune.tune import run as tuning
 from autotune.tune.plan import Plan
 from autotune.validate import Verdict
 from tests.live.test_adopt import made_for, verdicts  # noqa: F401 - a fixture
 from tests.live.test_wrap import greedy
-from tests.models import tiny, token_prompts
-from tests.serve.servers import running
+from tests.models import tiny, tiny_tokenizer, token_prompts
+from tests.serve.servers import running, until
 from tests.serve.test_rollout import figures
 
 RULES = CanaryRules()
@@ -146,6 +152,33 @@ def test_a_promoted_plan_that_does_not_hold_here_is_verified_again_later(
     now = RULES.again_s
     peers.replica.step()
     assert peers.model.autotune.plan == plan
+
+
+def test_a_replica_that_starts_later_begins_with_the_promoted_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_searched", lambda *_: pytest.fail("it is tuned"))
+    tiny("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    plan = made_for(load(tmp_path / "tiny")[0], LeanLoop())
+    folder, offer = Folder.of("tiny"), Offer.of(plans.dumps(plan).encode())
+    assert folder is not None
+    folder.promote(offer)
+    folder.lock.close()
+    served = prepared(Settings(str(tmp_path / "tiny"), policy=policies.load("throughput"), rollout=RULES))
+    assert served.rollout is not None
+    assert served.answers.tell == served.rollout.tally.hear
+    until(lambda: served.model.autotune.status.state not in UNSETTLED)
+    assert served.model.autotune.status.transforms == (str(LeanLoop()),)
+    assert served.rollout.serves == offer.hash
+    served.rollout.stop()
+    served.model.autotune.unwrap()
+
+
+def test_a_promoted_plan_of_another_model_is_not_used(peers: Peers, caplog: pytest.LogCaptureFixture) -> None:
+    peers.folder.promote(Offer.of(plans.dumps(made_for(tiny("gpt2"), LeanLoop())).encode()))
+    assert run._promoted(peers.folder, tiny("llama")) is None
+    assert "the promoted plan is not used: the plan was made for model" in caplog.text
 
 
 def test_a_plan_that_is_slower_in_service_is_rolled_back(peers: Peers) -> None:

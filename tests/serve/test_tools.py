@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
+import torch
 
 from autotune.serve.schema import ChatBody
 from autotune.serve.tools import HERMES, LLAMA, UNTOLD, Call, CallReader, ToolUse, conversation, style_of
-from tests.models import tiny
+from tests.models import EOS, tiny
 from tests.serve.servers import Running, running
 
 TOLD = (
@@ -143,6 +145,17 @@ def server(request: pytest.FixtureRequest) -> Iterator[Running]:
         yield found
 
 
+def answered(got: Any) -> tuple[str, list[Any], str]:
+    """The text, the calls and the reason of an answer, whole or streamed."""
+    if isinstance(got, openai.Stream):
+        chunks = [chunk.choices[0] for chunk in got]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert [call.index for call in calls] == list(range(len(calls)))
+        return "".join(chunk.delta.content or "" for chunk in chunks).strip(), calls, chunks[-1].finish_reason
+    (choice,) = got.choices
+    return (choice.message.content or "").strip(), choice.message.tool_calls or [], choice.finish_reason
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
 def test_a_call_that_must_be_made_is_made(choice: Any, stream: bool, client: Any) -> None:
@@ -150,15 +163,8 @@ def test_a_call_that_must_be_made_is_made(choice: Any, stream: bool, client: Any
     got = client.chat.completions.create(
         **CHAT, tool_choice=choice, temperature=0, parallel_tool_calls=False, stream=stream
     )
-    if stream:
-        chunks = [chunk.choices[0] for chunk in got]
-        made = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
-        assert [call.index for call in made] == list(range(len(made)))
-        content, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
-    else:
-        made, reason = got.choices[0].message.tool_calls, got.choices[0].finish_reason
-        content = got.choices[0].message.content or ""
-    assert (content.strip(), reason, len(made)) == ("", "tool_calls", 1)
+    content, made, reason = answered(got)
+    assert (content, reason, len(made)) == ("", "tool_calls", 1)
     assert made[0].id.startswith("call_")
     assert made[0].function.name in ("weather", "clock")
     if made[0].function.name == "weather":
@@ -177,6 +183,32 @@ def test_a_model_that_is_free_to_answer_answers_with_text(client: Any) -> None:
     assert not got.choices[0].message.tool_calls
     again = client.chat.completions.create(**CHAT | {"max_tokens": 8, "messages": EARLIER}, temperature=0)
     assert again.choices[0].message.content is not None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", [None, "auto", "none"])
+def test_calls_of_a_model_that_is_free_to_answer_are_found(
+    choice: str | None, stream: bool, server: Running, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, forward = server.served.prompts.tokenizer, server.model.lm_head.forward
+    style = style_of(server.served.prompts.template)
+    before = "Let me see." if style.begin else ""
+    text = before + (ONE if style.begin else '{"name": "weather", "parameters": {"town": "Ulm"}}')
+    to_come = iter([*tokenizer(text, add_special_tokens=False)["input_ids"], EOS])
+
+    def written(*args: Any) -> torch.Tensor:
+        logits = torch.zeros_like(forward(*args))
+        logits[..., next(to_come)] = 1.0
+        return logits
+
+    monkeypatch.setattr(server.model.lm_head, "forward", written)
+    more = {} if choice is None else {"tool_choice": choice}
+    content, made, reason = answered(client.chat.completions.create(**CHAT, **more, temperature=0, stream=stream))
+    if choice == "none":
+        assert (content, made, reason) == (text, [], "stop")
+        return
+    assert (content, reason, [call.function.name for call in made]) == (before, "tool_calls", ["weather"])
+    assert json.loads(made[0].function.arguments) == {"town": "Ulm"}
 
 
 BAD = {"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}
