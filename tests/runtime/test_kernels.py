@@ -531,6 +531,16 @@ def test_no_compiler_is_a_sentence(monkeypatch, environment, message) -> None:
         build.load()
 
 
+def test_another_cache_directory_in_the_same_process_is_no_second_registration(tmp_path) -> None:
+    """Which aborts the process."""
+    code = (
+        "import os, pathlib, shutil; from autotune.runtime.kernels import build; first = build.load();"
+        f"other = pathlib.Path({str(tmp_path)!r}, 'kernels'); other.mkdir(0o700); shutil.copy(first, other);"
+        f"os.environ['AUTOTUNE_CACHE_DIR'] = {str(tmp_path)!r}; print(build.load() == other / first.name != first)"
+    )
+    assert python(code).stdout.strip() == "True"
+
+
 def test_available_says_why_not() -> None:
     done = python(
         "from autotune.runtime import kernels; print(kernels.available()); print(kernels.available())", CXX="nonesuch"

@@ -60,6 +60,9 @@ TIMEOUT_S = 300.0
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the first whose stable interface has parallel_for
 
 
+_registered = set[str]()  # keys of the libraries that this process has loaded
+
+
 class BuildError(AutotuneError):
     """The operators could not be built or loaded; the message is one sentence for the user."""
 
@@ -166,10 +169,15 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
 
 
 def _register(library: Path) -> Path:
+    """Load a library unless this process has loaded such a one, from another folder: who registers twice aborts."""
+    key = library.name.rpartition("-")[0]
+    if key in _registered:
+        return library
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as reason:
         raise BuildError(f"the compiled operators do not load: {_gist(str(reason))}") from reason
+    _registered.add(key)
     return library
 
 
