@@ -21,7 +21,7 @@ from typing import Any
 import autotune
 from autotune.cli import demo
 from autotune.model.load import load
-from autotune.report.capacity import Experience, ReplicaCosts, Usage, costs_of, simulate
+from autotune.report.capacity import ReplicaCosts, Usage, costs_of, simulate
 from autotune.workload import built_in
 
 CALLERS = (1, 4, 16)
@@ -95,8 +95,9 @@ def main() -> int:
         for callers, found in rows.items():
             now = pace(wrapped, costs, draw)
             rate, tpot_s = measure(wrapped, draw, callers)
-            expected = [(each.tokens_per_s, each.percentile("tpot_s", 50)) for each in expect(callers, costs, now)]
-            found.append((*(e[0] for e in expected), rate, *(e[1] for e in expected), tpot_s))
+            expected = [simulate(each, USAGE, callers) for each in (costs, now)]
+            paces_s = [each.percentile("tpot_s", 50) for each in expected]
+            found.append((*(each.tokens_per_s for each in expected), rate, *paces_s, tpot_s))
     columns = ("expected", "at the pace of its minute", "measured", "off by")
     heads = ["callers", *(f"{unit} {column}" for unit in ("tokens/s", "TPOT, ms,") for column in columns)]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
@@ -109,10 +110,6 @@ def main() -> int:
             cells += [f"{scale * median(row[first + k] for row in found):{form}}" for k in range(3)] + [f"{off:+.0%}"]
         print("| " + " | ".join(cells) + " |", flush=True)
     return 0 if worst <= ALLOWED else 1
-
-
-def expect(callers: int, *costs: ReplicaCosts) -> list[Experience]:
-    return [simulate(each, USAGE, callers) for each in costs]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import asyncio
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -27,6 +29,27 @@ JSON = {"Content-Type": "application/json"}
 def server() -> Iterator[Running]:
     with running() as found:
         yield found
+
+
+@contextmanager
+def held_up(owner: Any, name: str, ask: Callable[[], Any]) -> Iterator[list[Any]]:
+    """In the block, a function that `ask` leads to waits; then the list that it gets has what `ask` returned."""
+    begun, go_on, function, found = threading.Event(), threading.Event(), getattr(owner, name), list[Any]()
+
+    def held(*given: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return function(*given)
+
+    with mock.patch.object(owner, name, held):
+        asking = threading.Thread(target=lambda: found.append(ask()))
+        asking.start()
+        try:
+            assert begun.wait(60)
+            yield found
+        finally:
+            go_on.set()
+            asking.join()
 
 
 @pytest.mark.parametrize(
@@ -73,31 +96,17 @@ def test_a_body_that_a_thread_reads_is_answered_as_any_other(
         ("_same", {"messages": [USER] * 1000}),
     ],
 )
-def test_the_server_answers_while_a_large_body_is_read(
-    name: str, body: dict[str, Any], server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_answers_while_a_large_body_is_read(name: str, body: dict[str, Any], server: Running) -> None:
     """Which is in the midst of it, where the scanner calls Python."""
-    begun, go_on = threading.Event(), threading.Event()
-    hook, answers = getattr(bodies, name), list[int]()
 
-    def held(value: Any) -> Any:
-        begun.set()
-        assert go_on.wait(60)
-        return hook(value)
-
-    def ask() -> None:
+    def ask() -> int:
         route = "/detokenize" if "tokens" in body else "/tokenize"
-        answers.append(httpx.post(server.url + route, json=body, timeout=60).status_code)
+        return httpx.post(server.url + route, json=body, timeout=60).status_code
 
-    monkeypatch.setattr(bodies, name, held)
-    asking = threading.Thread(target=ask)
-    asking.start()
-    assert begun.wait(60)
-    assert httpx.get(f"{server.url}/livez", timeout=60).text == "ok"
-    assert httpx.post(f"{server.url}/tokenize", json={"prompt": "x"}, timeout=60).status_code == 200
-    assert not answers
-    go_on.set()
-    asking.join()
+    with held_up(bodies, name, ask) as answers:
+        assert httpx.get(f"{server.url}/livez", timeout=60).text == "ok"
+        assert httpx.post(f"{server.url}/tokenize", json={"prompt": "x"}, timeout=60).status_code == 200
+        assert not answers
     assert answers == [400]  # both are longer than the context
 
 
@@ -115,29 +124,14 @@ FORM = {"type": "regex", "regex": "a"}
     ],
 )
 def test_the_server_answers_while_a_prompt_is_tokenised_or_a_form_compiled(
-    part: str, name: str, route: str, body: dict[str, Any], server: Running, monkeypatch: pytest.MonkeyPatch
+    part: str, name: str, route: str, body: dict[str, Any], server: Running
 ) -> None:
-    begun, go_on, answers = threading.Event(), threading.Event(), list[int]()
-    owner = getattr(server.served, part)
-    prepare = getattr(owner, name)
+    def ask() -> int:
+        return httpx.post(server.url + route, json=body, timeout=60).status_code
 
-    def held(*given: Any) -> Any:
-        begun.set()
-        assert go_on.wait(60)
-        return prepare(*given)
-
-    monkeypatch.setattr(owner, name, held)
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(server.url + route, json=body, timeout=60).status_code)
-    )
-    asking.start()
-    assert begun.wait(60)
-    try:
+    with held_up(getattr(server.served, part), name, ask) as answers:
         assert httpx.get(f"{server.url}/livez", timeout=60).text == "ok"
         assert not answers
-    finally:
-        go_on.set()
-    asking.join()
     assert answers == [200]
 
 
@@ -201,30 +195,15 @@ MANY = {"logprobs": 2, "max_tokens": 9, "temperature": 0, "ignore_eos": True}
 def test_the_server_answers_while_a_large_answer_is_written(
     route: str, body: dict[str, Any], server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on, write_body = threading.Event(), threading.Event(), bodies.write_body
-    found = list[Any]()
-
-    def held(answer: dict[str, Any]) -> bytes:
-        begun.set()
-        assert go_on.wait(60)
-        return write_body(answer)
-
     def ask() -> Any:
         answer = httpx.post(server.url + route, json=body, timeout=60).json()
         return {name: value for name, value in answer.items() if name not in ("id", "created")}
 
     small = ask()
     monkeypatch.setattr(bodies, "FEW", 8)
-    monkeypatch.setattr(bodies, "write_body", held)
-    asking = threading.Thread(target=lambda: found.append(ask()))
-    asking.start()
-    assert begun.wait(60)
-    try:
+    with held_up(bodies, "write_body", ask) as found:
         assert httpx.get(f"{server.url}/livez", timeout=60).text == "ok"
         assert not found
-    finally:
-        go_on.set()
-    asking.join()
     assert found == [small]
 
 

@@ -77,11 +77,9 @@ class Engine:
         self.variant = variant
         self.caches = caches
         self.most_rows = max(caches)
-        self.prefixes = Prefixes(chunk, SHORTEST, SIDE)
-        self.joins = is_exact(variant, self._longest)
+        self.joins = is_exact(variant, chunk + SHORTEST - 1)
         self.merges = self.joins and parts_agree(variant, chunk)
-        if not self.merges:
-            self.prefixes = Prefixes(chunk)
+        self.prefixes = Prefixes(chunk, SHORTEST, SIDE) if self.merges else Prefixes(chunk)
         self.most_waiting = most_waiting
         self.wait_s = wait_s
         self.counts: Counter[str] = Counter()
