@@ -134,6 +134,16 @@ inline float sum(Floats v) {
 #endif
 }
 
+inline float largest(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(bits<__m512>(v));
+#else
+  float most = v[0];
+  for (int i = 1; i < kWidth; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
+
 // Takes one half of every 2 * kSpan lanes: from a into the first half of the result, from b into the second.
 template <int kSpan, bool kUpper>
 inline Floats fold_half(Floats a, Floats b) {
