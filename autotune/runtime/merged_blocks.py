@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -137,9 +138,9 @@ class BlockCall:
 
 
 def _proven_mlp(block: Any) -> MergedMlp | None:
-    new, x = MergedMlp(block), _random(block.gate_proj.weight, 1, 3, block.gate_proj.in_features)
+    new, x = MergedMlp(block), random_like(block.gate_proj.weight, 1, 3, block.gate_proj.in_features)
     try:
-        return new if _same(block(x), new(x)) else None
+        return new if is_close(block(x), new(x)) else None
     except (RuntimeError, TypeError, ValueError):
         return None
 
@@ -154,31 +155,39 @@ def _proven_attention(block: Any) -> MergedAttention | None:
     ):
         return None
     weight = block.q_proj.weight
-    x = _random(weight, 1, 3, block.q_proj.in_features)
+    x = random_like(weight, 1, 3, block.q_proj.in_features)
     try:
-        expected = _record(block, x, cache_name)
+        expected = recorded(block, x, cache_name)
         if any(type(value) not in CONSTANT for value in expected.constants.values()):
             return None
         new = MergedAttention(block, names, expected.constants)
-        got = _record(new, x, cache_name)
+        got = recorded(new, x, cache_name)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # it does not take the inputs of an attention block
     alike = expected.constants == got.constants and expected.cached == got.cached == [block.layer_idx]
     pairs = itertools.zip_longest(expected.tensors, got.tensors)
-    return new if alike and all(_same(a, b) for a, b in pairs) else None
+    return new if alike and all(is_close(a, b) for a, b in pairs) else None
 
 
-def _record(block: Any, x: Tensor, cache_name: str) -> BlockCall:
-    """Record one call of a block over a cache, as its attention function sees it. The block itself is unchanged."""
+def recorded(block: Any, x: Tensor, cache_name: str, around: Callable[..., Tensor] | None = None) -> BlockCall:
+    """Record one call of an attention block over a cache, as its attention function sees it. The block is unchanged.
+
+    Args:
+        around: calls, instead of the block, what encloses it: takes a block to use instead of this one and the
+            arguments by name, and returns the output. None: the block is called.
+    """
     seam.register_attention(SPY, _spy, masks=False)
     probe = copy.copy(block)
     probe.__dict__["config"] = seam.with_attention(block.config, SPY)
+    if isinstance(forward := probe.__dict__.get("forward"), types.MethodType):
+        probe.__dict__["forward"] = types.MethodType(forward.__func__, probe)
     size = block.head_dim
-    positions = (_random(x, 1, x.shape[1], size), _random(x, 1, x.shape[1], size).flip(-1))
+    positions = (random_like(x, 1, x.shape[1], size), random_like(x, 1, x.shape[1], size).flip(-1))
     call, calls = BlockCall(), list[BlockCall]()
+    given = {"hidden_states": x, "position_embeddings": positions, "attention_mask": None, cache_name: call}
     token = _calls.set(calls)
     try:
-        out, _ = probe(x, position_embeddings=positions, attention_mask=None, **{cache_name: call})
+        out = probe(**given)[0] if around is None else around(probe, **given)
     finally:
         _calls.reset(token)
     (seen,) = calls
@@ -196,14 +205,14 @@ def _spy(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _same(expected: Tensor | None, got: Tensor | None) -> bool:
+def is_close(expected: Tensor | None, got: Tensor | None) -> bool:
     if expected is None or got is None or expected.shape != got.shape or expected.dtype != got.dtype:
         return False
     a, b = expected.float(), got.float()
     return bool((a - b).norm() <= CLOSE[expected.dtype] * a.norm())
 
 
-def _random(like: Tensor, *shape: int) -> Tensor:
+def random_like(like: Tensor, *shape: int) -> Tensor:
     draw = torch.Generator(device="cpu").manual_seed(len(shape))
     numbers = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
     return numbers.to(like.device, like.dtype)

@@ -46,6 +46,26 @@ def words(*numbers: int) -> torch.Tensor:
 
 
 GONE = "beyond its memory"
+
+
+def heads(**changes: Any) -> tuple[Any, ...]:
+    """Arguments of a layer's operator before attention: two heads of 32 numbers."""
+    weight = [int8(4, 64, 16), half(4, 2, 16)]
+    given = {"x": ones(1, 40, 64), "norm": ones(64), "eps": 1e-6, "q": weight, "k": weight, "v": weight}
+    given |= dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")) | {"head_eps": 0.0}
+    given |= {"outputs": 64, "key_outputs": 64, "cosines": ones(1, 40, 32), "sines": ones(1, 40, 32), "digits": 2}
+    return tuple((given | changes).values())
+
+
+def layer_end(**changes: Any) -> tuple[Any, ...]:
+    """Arguments of a layer's operator after attention."""
+    weight = [int8(4, 64, 16), half(4, 2, 16)]
+    given = {"x": ones(1, 40, 64), "attended": ones(1, 40, 2, 32), "o": weight, "o_bias": None, "norm": ones(64)}
+    given |= {"eps": 1e-6, "gate": weight, "up": weight, "down": weight}
+    given |= dict.fromkeys(("gate_bias", "up_bias", "down_bias")) | {"hidden": 64, "activation": 0, "digits": 2}
+    return tuple((given | changes).values())
+
+
 CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
     "f16: weights of integers": ("linear_f16", lambda: (ones(3, 64), ints(1, 64, 16), None, 16), "FP16, BF16 or FP32"),
     "f16: a matrix": ("linear_f16", lambda: (ones(3, 64), half(16, 64), None, 16), "packed weights"),
@@ -145,6 +165,36 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         ),
         "round their inputs alike|no instructions",
     ),
+    "heads: FP16": ("layer_heads_rounded", lambda: heads(x=half(1, 40, 64)), "FP32 numbers of one token or more"),
+    "heads: no tokens": ("layer_heads_rounded", lambda: heads(x=ones(1, 0, 64)), "FP32 numbers of one token or more"),
+    "heads: norm": ("layer_heads_rounded", lambda: heads(norm=ones(63)), "63 weights for 64 numbers"),
+    "heads: norm is freed": ("layer_heads_rounded", lambda: heads(norm=freed(ones(64))), GONE),
+    "heads: angles": ("layer_heads_rounded", lambda: heads(cosines=ones(1, 39, 32)), "cosines and sines must be"),
+    "heads: sines": ("layer_heads_rounded", lambda: heads(sines=ones(1, 40, 16)), "cosines and sines must be"),
+    "heads: odd depth": (
+        "layer_heads_rounded",
+        lambda: heads(cosines=ones(1, 40, 1), sines=ones(1, 40, 1)),
+        "D even and a divisor",
+    ),
+    "heads: plain weights": (
+        "layer_heads_rounded",
+        lambda: heads(q=[ones(64, 64)]),
+        "INT8, INT6 and INT4 weights|no instructions",
+    ),
+    "heads: groups": (
+        "layer_heads_rounded",
+        lambda: heads(k=[int8(4, 64, 16), half(4, 8, 16)]),
+        "queries, keys and values|no instructions",
+    ),
+    "heads: no weight": ("layer_heads_rounded", lambda: heads(v=[]), "a weight is its numbers"),
+    "end: another sequence": (
+        "layer_end_rounded",
+        lambda: layer_end(attended=ones(1, 39, 2, 32)),
+        r"attention must be \[B, S, H, D\]",
+    ),
+    "end: width": ("layer_end_rounded", lambda: layer_end(attended=ones(1, 40, 3, 32)), "does not have the number of"),
+    "end: activation": ("layer_end_rounded", lambda: layer_end(activation=2), "activation is 0"),
+    "end: bias": ("layer_end_rounded", lambda: layer_end(down_bias=ones(63)), "63 numbers for 64 outputs"),
     "i8: digits": ("linear_i8", lambda: (ones(3, 64), int8(1, 64, 16), half(1, 2, 16), None, 16, 3), "digits is 0"),
     "rms_norm: width": ("rms_norm", lambda: (ones(3, 64), ones(63), 1e-6), "one number for each"),
     "rms_norm: freed": ("rms_norm", lambda: (ones(3, 64), freed(ones(64)), 1e-6), GONE),

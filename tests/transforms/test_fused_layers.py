@@ -11,8 +11,9 @@ from torch import nn
 
 from autotune.errors import ChoiceError
 from autotune.machine.hardware import Hardware
-from autotune.model import linear_layers
+from autotune.model import linear_layers, seam
 from autotune.runtime import kernels
+from autotune.runtime.fused_decoder import FUSED
 from autotune.runtime.kernels.fused import GatedMlp, RmsNorm
 from autotune.runtime.variant import Variant
 from autotune.transforms import fused_layers, make
@@ -181,20 +182,25 @@ def test_gate_operator(activation: int) -> None:
     torch.testing.assert_close(got, curve(edges), atol=1e-7, rtol=1e-6, equal_nan=True)
 
 
-# architecture, norms, gated blocks, layers whose rotary embedding is exchanged
+# architecture, norms, gated blocks, layers whose rotary embedding is exchanged, decoder layers
 KNOWN = [
-    ("llama", 5, 2, 2),
-    ("qwen3", 9, 2, 2),
-    ("gemma3", None, 2, 2),
-    ("mistral-window", 5, 2, 2),
-    ("phi3", 5, 0, None),
-    ("mixtral", 5, 0, 2),
+    ("llama", 5, 2, 2, 2),
+    ("qwen3", 9, 2, 2, 2),
+    ("gemma3", None, 2, 2, 0),
+    ("mistral-window", 5, 2, 2, 2),
+    ("phi3", 5, 0, None, 0),
+    ("mixtral", 5, 0, 2, 0),
 ]
 
 
+def forwards(model: nn.Module, kind: str) -> int:
+    """The number of modules whose forward was exchanged for one of a kind."""
+    return sum(hasattr(module.__dict__.get("forward"), kind) for module in model.modules())
+
+
 @needs_operators
-@pytest.mark.parametrize(("architecture", "norms", "blocks", "rotated"), KNOWN)
-def test_whole_models(architecture: str, norms: int | None, blocks: int, rotated: int | None) -> None:
+@pytest.mark.parametrize(("architecture", "norms", "blocks", "rotated", "layers"), KNOWN)
+def test_whole_models(architecture: str, norms: int | None, blocks: int, rotated: int | None, layers: int) -> None:
     model = models.tiny(architecture, initializer_range=0.1)
     transform = make("fused_layers", {}, "prefill")
     assert transform.unavailable(Variant(model), COMPILER) is None
@@ -204,7 +210,8 @@ def test_whole_models(architecture: str, norms: int | None, blocks: int, rotated
     if norms is not None:
         assert linear_layers.count(prefill, RmsNorm) == norms
     if rotated is not None:
-        assert sum("forward" in module.__dict__ for module in prefill.modules()) == rotated
+        assert forwards(prefill, seam.ROTARY) == rotated
+    assert forwards(prefill, FUSED) == layers
     assert transform.unavailable(candidate, COMPILER) is not None
     batch = models.left_padded()
     real = batch["attention_mask"].bool()

@@ -73,7 +73,7 @@ def test_prefill_takes_over_whatever_multiplied_packed_weights(before: str, llam
 
 
 @needs_integers
-def test_feed_forward_blocks_are_one_operator(llama: PreTrainedModel) -> None:
+def test_layers_are_two_operators_around_attention(llama: PreTrainedModel) -> None:
     plain = Variant(llama).with_transforms([INT4, PACKED, PREFILL])
     fused = plain.with_transform(FUSED)
     blocks = [m for m in fused.modules["prefill"].modules() if isinstance(m, GatedMlp)]
@@ -82,7 +82,8 @@ def test_feed_forward_blocks_are_one_operator(llama: PreTrainedModel) -> None:
     with torch.no_grad(), torch.profiler.profile() as watched:
         got = fused.modules["prefill"](ids).logits
     counts = {each.key: each.count for each in watched.key_averages()}
-    assert counts["autotune::linear_mlp_rounded"] == len(blocks)
+    assert counts["autotune::layer_heads_rounded"] == counts["autotune::layer_end_rounded"] == len(blocks)
+    assert counts["autotune::rms_norm"] == counts["autotune::linear_i4"] == 1  # after the last layer, and lm_head
     assert "autotune::gate_up" not in counts
     with torch.no_grad():
         expected = plain.modules["prefill"](ids).logits

@@ -31,7 +31,12 @@ def growing_cache(config: PretrainedConfig | None = None, offloading: bool = Fal
     """
     from transformers import DynamicCache
 
-    return DynamicCache(config=config, offloading=offloading)
+    cache = DynamicCache(config=config, offloading=offloading)
+    if config is None and hasattr(cache, "layer_class_to_replicate"):
+        from .layers import GrowingLayer
+
+        cache.layer_class_to_replicate = GrowingLayer
+    return cache
 
 
 def narrow_cache(backend: str, config: PretrainedConfig, bits: int) -> Any:

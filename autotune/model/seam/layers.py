@@ -1,11 +1,11 @@
-"""Base class of our cache layers. It has its own module because it must import transformers."""
+"""Base classes of our cache layers. They have their own module because it must import transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -51,3 +51,21 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_max_cache_shape(self) -> int:
         return self.capacity()
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Transformers' layer that grows, without the copy that it makes of the first keys and values.
+
+    On a GPU they are copied: they may be in a graph's memory, which the next replay overwrites.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_initialized or key_states.device.type != "cpu":
+            found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        self.keys, self.values = key_states, value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+        return key_states, value_states

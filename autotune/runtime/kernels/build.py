@@ -54,6 +54,8 @@ HEADERS = (
     "bf16.h",
     "singles.h",
     "matmul.h",
+    "token_rows.h",
+    "layer.h",
     "curves.h",
 )
 TIMEOUT_S = 300.0

@@ -62,7 +62,7 @@ class GatedMlp(nn.Module):
             if tokens >= gate.few and gate.parts == up.parts == down.parts:
                 return self._together(torch.ops.autotune.linear_mlp, x, (gate, up, down), gate.parts)
         elif isinstance(gate, GroupedLinear) and isinstance(up, GroupedLinear) and isinstance(down, GroupedLinear):
-            alike = gate.digits == up.digits == down.digits and gate.group == up.group
+            alike = gate.rounds_like(up) and gate.digits == down.digits
             if alike and gate.in_integers:
                 return self._together(torch.ops.autotune.linear_mlp_rounded, x, (gate, up, down), gate.digits)
         y: Tensor = down(torch.ops.autotune.gate_up(gate(x), up(x), self.activation))

@@ -1,8 +1,7 @@
 // Products in integers, and a gated feed-forward block of them: down(activation(gate(x)) * up(x)).
 #include "integer.h"
 
-#include "curves.h"
-#include "matmul.h"
+#include "layer.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #include "vnni.h"
@@ -104,41 +103,85 @@ MultiplyBlocks in_integers(int bits) {
 
 namespace {
 
-// The bits of weights that can be multiplied in integers: 8, 6 or 4.
-int integer_bits(const Tensor& numbers, const Weights& w, int64_t digits) {
-  const int bits = bits_of(numbers.scalar_type());
-  STD_TORCH_CHECK(bits <= 8, "products in integers are for INT8, INT6 and INT4 weights");
-  STD_TORCH_CHECK(w.scales && (w.zeros || bits != 4), "INT8 and INT6 weights need scales, INT4 weights scales and zeros");
-  STD_TORCH_CHECK(digits_here(digits, bits), "this processor has no instructions for products in integers");
-  return bits;
-}
+// Products in integers, of inputs with so many digits.
+class InIntegers {
+ public:
+  using Unit = float;
+  using Laid = Rounded;
+  static constexpr int64_t kRows = kLeastTokens;
 
-Tensor linear_mlp_rounded(const Tensor& input, const std::vector<Tensor>& gate, const std::vector<Tensor>& up,
-                          const std::vector<Tensor>& down, const std::optional<Tensor>& gate_bias,
-                          const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
+  InIntegers(int64_t digits, Curve activation) : digits_(static_cast<int>(digits)), activation_(activation) {}
+
+  Rounded reserve(const Linear& like, int64_t rows, Scratch<float>& scratch) const {
+    const Weights& w = like.w.packed;
+    return Rounded::over(scratch.room(Rounded::floats(w, rows, digits_)), w, rows, digits_);
+  }
+  static void lay(const Rounded& to, int64_t first, int64_t count, const float* rows, int64_t width) {
+    for (int64_t i = 0; i < count; ++i) round_token(to, first + i, rows + i * width, width);
+  }
+  void require(const Linear& linear) const {
+    const Weights& w = linear.w.packed;
+    STD_TORCH_CHECK(w.numbers && linear.bits <= 8, "products in integers are for INT8, INT6 and INT4 weights");
+    STD_TORCH_CHECK(w.scales && (w.zeros || linear.bits != 4),
+                    "INT8 and INT6 weights need scales, INT4 weights scales and zeros");
+    STD_TORCH_CHECK(digits_here(digits_, linear.bits), "this processor has no instructions for products in integers");
+  }
+  Factor factor(const Rounded& x, const Linear& linear) const {
+    const Weights& w = linear.w.packed;
+    STD_TORCH_CHECK(w.inputs == x.width && span_of(w.group) == x.span, "gate and up must round their inputs alike, and so must queries, keys and values");
+    return {w, linear.bits, linear.bias.at};
+  }
+  void multiply(const Rounded& x, const Linear& linear, float* y) const {
+    const Factor f = factor(x, linear);
+    multiply_in_integers(in_integers(f.bits), f.w, x, f.bias, y);
+  }
+  void mlp(const Rounded& x, const Linear& gate, const Linear& up, const Linear& down, float* y) const {
+    const Factor first = factor(x, gate), second = factor(x, up);
+    const int64_t hidden = gate.w.outputs;
+    static thread_local Scratch<float> scratch;
+    float* gated = scratch.room(x.tokens * hidden);
+    torch::stable::parallel_for(0, first.w.blocks(), 1, [&](int64_t begin, int64_t end) {
+      multiply_gated(first, second, activation_, x, gated, begin, end);
+    });
+    multiply(round_all(down.w.packed, gated, x.tokens, hidden, digits_), down, y);
+  }
+
+ private:
+  int digits_;
+  Curve activation_;
+};
+
+Tensor linear_mlp_rounded(const Tensor& input, const Parts& gate, const Parts& up, const Parts& down,
+                          const Maybe& gate_bias, const Maybe& up_bias, const Maybe& down_bias, int64_t hidden,
                           int64_t outputs, int64_t activation, int64_t digits) {
-  const Curve activate = curve_of(activation);
+  const InIntegers kind(digits, curve_of(activation));
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), tokens = input.numel() / inputs;
-  const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
-  const auto factor = [digits](const std::vector<Tensor>& weight, int64_t rows, int64_t columns, const Bias& bias) {
-    const Weights w = stored(weight, rows, columns).packed;
-    return Factor{w, integer_bits(weight[0], w, digits), bias.at};
-  };
-  const Factor first = factor(gate, hidden, inputs, a), second = factor(up, hidden, inputs, b),
-               third = factor(down, outputs, hidden, c);
-  STD_TORCH_CHECK(first.w.inputs == second.w.inputs && span_of(first.w.group) == span_of(second.w.group),
-                  "gate and up must round their inputs alike");
+  const Linear first(gate, gate_bias, hidden, inputs), second(up, up_bias, hidden, inputs),
+      third(down, down_bias, outputs, hidden);
+  for (const Linear* each : {&first, &second, &third}) kind.require(*each);
   if (!tokens) return as_dtype_of(y, input);
   static thread_local Scratch<float> scratch;
-  float* gated = scratch.room(tokens * hidden);
-  const Rounded rounded = round_all(first.w, floats(x), tokens, inputs, digits);
-  torch::stable::parallel_for(0, first.w.blocks(), 1, [&](int64_t begin, int64_t end) {
-    multiply_gated(first, second, activate, rounded, gated, begin, end);
-  });
-  multiply_in_integers(in_integers(third.bits), third.w, round_all(third.w, gated, tokens, hidden, digits), c.at,
-                       floats(y));
+  const Rounded laid = kind.reserve(first, tokens, scratch);
+  lay_all<InIntegers>(laid, floats(x), tokens, inputs);
+  kind.mlp(laid, first, second, third, floats(y));
   return as_dtype_of(y, input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_heads_rounded(
+    const Tensor& x, const Tensor& norm, double eps, const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
+    const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm, double head_eps, int64_t outputs,
+    int64_t key_outputs, const Tensor& cosines, const Tensor& sines, int64_t digits) {
+  return layer_heads_of(InIntegers(digits, silu), x, norm, eps, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm,
+                        head_eps, outputs, key_outputs, cosines, sines);
+}
+
+Tensor layer_end_rounded(const Tensor& x, const Tensor& attended, const Parts& o, const Maybe& o_bias, const Tensor& norm,
+                         double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
+                         const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation,
+                         int64_t digits) {
+  return layer_end_of(InIntegers(digits, curve_of(activation)), x, attended, o, o_bias, norm, eps, gate, up, down,
+                      gate_bias, up_bias, down_bias, hidden);
 }
 
 int64_t fewest(int64_t bits) { return least_digits(static_cast<int>(bits)); }
@@ -151,6 +194,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def(
       "linear_mlp_rounded(Tensor x, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor? gate_bias, Tensor? up_bias, "
       "Tensor? down_bias, int hidden, int out_features, int activation, int digits) -> Tensor");
+  library.def((std::string("layer_heads_rounded") + autotune::kLayerHeads).c_str());
+  library.def((std::string("layer_end_rounded") + autotune::kLayerEnd).c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
@@ -159,4 +204,6 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_mlp_rounded", TORCH_BOX(&autotune::linear_mlp_rounded));
+  library.impl("layer_heads_rounded", TORCH_BOX(&autotune::layer_heads_rounded));
+  library.impl("layer_end_rounded", TORCH_BOX(&autotune::layer_end_rounded));
 }

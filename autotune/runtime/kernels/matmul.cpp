@@ -1,8 +1,8 @@
 // y = x W^T + b for many rows of x, in BF16 arithmetic with FP32 sums, over weights of any storage. And a gated
 // feed-forward block, down(activation(gate(x)) * up(x)), whose hidden numbers are written in the layout of the next
-// product.
-#include "curves.h"
-#include "matmul.h"
+// product. And a decoder layer of such products.
+#include "layer.h"
+#include "singles.h"
 
 namespace autotune {
 namespace {
@@ -13,41 +13,72 @@ void linear(const float* x, int64_t rows, const Matrix& w, const float* bias, fl
   multiply_into<Engine>(lay_all<Engine>(scratch, x, rows, w.inputs), w, bias, y);
 }
 
-// A panel consists of 16 columns of gate and the same columns of up, so that one thread has both factors.
-template <class Engine, Curve activate>
-void mlp(const float* x, int64_t rows, const Matrix& gate, const Matrix& up, const Matrix& down, const float* gate_bias,
-         const float* up_bias, const float* down_bias, float* y) {
+// Products in BF16.
+template <class Engine>
+class InPanels {
+ public:
   using Unit = typename Engine::Unit;
-  static thread_local Scratch<Unit> outer, inner;
-  static thread_local Scratch<float> starts;
-  const Panels<Engine> a = lay_all<Engine>(outer, x, rows, gate.inputs);
-  const Panels<Engine> hidden = reserve<Engine>(inner, rows, gate.outputs);
-  const int64_t columns = 2 * hidden.chunks;
-  float* start = starts.room(columns * kSide);
-  std::fill(start, start + columns * kSide, 0.0f);
-  for (int64_t n = 0; n < gate.outputs; ++n) {
-    float* at = start + n / kHalf * kSide + n % kHalf;
-    if (gate_bias) at[0] = gate_bias[n];
-    if (up_bias) at[kHalf] = up_bias[n];
+  using Laid = Panels<Engine>;
+  static constexpr int64_t kRows = kSide;
+
+  explicit InPanels(Curve activation) : activation_(activation) {}
+
+  Laid reserve(const Linear& like, int64_t rows, Scratch<Unit>& scratch) const {
+    return autotune::reserve<Engine>(scratch, rows, like.w.inputs);
   }
-  multiply_all<Engine>(
-      a, columns,
-      [&](int64_t n, Unit* panel) {
-        gate.lay<Engine>(panel, 0, n * kHalf);
-        up.lay<Engine>(panel, 1, n * kHalf);
-      },
-      [=](int64_t n) { return start + n * kSide; },
-      [&](int64_t m, int64_t n, const Unit* from, const Unit* panel, const float* first) {
-        const int whole = a.rows_of(m) > kHalf ? kSide : kHalf;
-        alignas(64) float block[kSide * kSide];
-        Engine::multiply(from, panel, a.chunks, whole, first, 0, block, kSide);
-        for (int r = 0; r < whole; ++r)
-          for (int k = 0; k < kHalf; k += kWidth) {
-            const float* at = block + r * kSide + k;
-            Engine::put(hidden.panel(m), r, n * kHalf + k, activate(load<Floats>(at)) * load<Floats>(at + kHalf));
-          }
-      });
-  multiply_into<Engine>(hidden, down, down_bias, y);
+  static void lay(const Laid& to, int64_t first, int64_t count, const float* rows, int64_t width) {
+    lay_rows<Engine>(to.panel(first / kSide), rows, width, static_cast<int>(count), width, 1.0f);
+  }
+  void require(const Linear&) const {}  // it multiplies all
+  void multiply(const Laid& x, const Linear& linear, float* y) const { multiply_into<Engine>(x, linear.w, linear.bias.at, y); }
+
+  // A panel consists of 16 columns of gate and the same columns of up, so that one thread has both factors.
+  void mlp(const Laid& x, const Linear& gate, const Linear& up, const Linear& down, float* y) const {
+    static thread_local Scratch<Unit> inner;
+    static thread_local Scratch<float> starts;
+    const Laid hidden = autotune::reserve<Engine>(inner, x.rows, gate.w.outputs);
+    const int64_t columns = 2 * hidden.chunks;
+    float* start = starts.room(columns * kSide);
+    std::fill(start, start + columns * kSide, 0.0f);
+    for (int64_t n = 0; n < gate.w.outputs; ++n) {
+      float* at = start + n / kHalf * kSide + n % kHalf;
+      if (gate.bias.at) at[0] = gate.bias.at[n];
+      if (up.bias.at) at[kHalf] = up.bias.at[n];
+    }
+    multiply_all<Engine>(
+        x, columns,
+        [&](int64_t n, Unit* panel) {
+          gate.w.template lay<Engine>(panel, 0, n * kHalf);
+          up.w.template lay<Engine>(panel, 1, n * kHalf);
+        },
+        [=](int64_t n) { return start + n * kSide; },
+        [&](int64_t m, int64_t n, const Unit* from, const Unit* panel, const float* first) {
+          const int whole = x.rows_of(m) > kHalf ? kSide : kHalf;
+          alignas(64) float block[kSide * kSide];
+          Engine::multiply(from, panel, x.chunks, whole, first, 0, block, kSide);
+          for (int r = 0; r < whole; ++r)
+            for (int k = 0; k < kHalf; k += kWidth) {
+              const float* at = block + r * kSide + k;
+              Engine::put(hidden.panel(m), r, n * kHalf + k, activation_(load<Floats>(at)) * load<Floats>(at + kHalf));
+            }
+        });
+    multiply(hidden, down, y);
+  }
+
+ private:
+  Curve activation_;
+};
+
+// Calls use(kind) with products in so many BF16 parts.
+template <class Use>
+auto in_bf16(int64_t parts, Curve activation, Use use) {
+  STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
+#if defined(AUTOTUNE_BF16)
+  return parts == 1 ? use(InPanels<Bf16Parts<1>>(activation)) : use(InPanels<Bf16Parts<2>>(activation));
+#else
+  STD_TORCH_CHECK(false, "this processor has no instructions for products in BF16");
+  return use(InPanels<Singles>(activation));
+#endif
 }
 
 Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scales,
@@ -71,20 +102,38 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
                   const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
                   int64_t outputs, int64_t activation, int64_t parts) {
   STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
-  curve_of(activation);  // refuses others
+  const Curve curve = curve_of(activation);
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
-  const Matrix first = stored(gate, hidden, inputs), second = stored(up, hidden, inputs),
-               third = stored(down, outputs, hidden);
-  const Bias a(gate_bias, hidden), b(up_bias, hidden), c(down_bias, outputs);
-#if defined(AUTOTUNE_BF16)
-  const auto run = parts == 1 ? (activation ? mlp<Bf16Parts<1>, gelu> : mlp<Bf16Parts<1>, silu>)
-                              : (activation ? mlp<Bf16Parts<2>, gelu> : mlp<Bf16Parts<2>, silu>);
-  if (rows) run(floats(x), rows, first, second, third, a.at, b.at, c.at, floats(y));
-#else
-  STD_TORCH_CHECK(!rows, "this processor has no instructions for products in BF16");
-#endif
+  const Linear first(gate, gate_bias, hidden, inputs), second(up, up_bias, hidden, inputs),
+      third(down, down_bias, outputs, hidden);
+  if (!rows) return as_dtype_of(y, input);
+  in_bf16(parts, curve, [&](const auto& kind) {
+    using Kind = std::decay_t<decltype(kind)>;
+    static thread_local Scratch<typename Kind::Unit> scratch;
+    const auto laid = kind.reserve(first, rows, scratch);
+    lay_all<Kind>(laid, floats(x), rows, inputs);
+    kind.mlp(laid, first, second, third, floats(y));
+  });
   return as_dtype_of(y, input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_heads(
+    const Tensor& x, const Tensor& norm, double eps, const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
+    const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm, double head_eps, int64_t outputs,
+    int64_t key_outputs, const Tensor& cosines, const Tensor& sines, int64_t parts) {
+  return in_bf16(parts, silu, [&](const auto& kind) {
+    return layer_heads_of(kind, x, norm, eps, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, head_eps, outputs,
+                          key_outputs, cosines, sines);
+  });
+}
+
+Tensor layer_end(const Tensor& x, const Tensor& attended, const Parts& o, const Maybe& o_bias, const Tensor& norm,
+                 double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
+                 const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation, int64_t parts) {
+  return in_bf16(parts, curve_of(activation), [&](const auto& kind) {
+    return layer_end_of(kind, x, attended, o, o_bias, norm, eps, gate, up, down, gate_bias, up_bias, down_bias, hidden);
+  });
 }
 
 }  // namespace
@@ -98,6 +147,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def(
       "linear_mlp(Tensor x, Tensor[] gate, Tensor[] up, Tensor[] down, Tensor? gate_bias, Tensor? up_bias, "
       "Tensor? down_bias, int hidden, int out_features, int activation, int parts) -> Tensor");
+  library.def((std::string("layer_heads") + autotune::kLayerHeads).c_str());
+  library.def((std::string("layer_end") + autotune::kLayerEnd).c_str());
 }
 
 namespace {
@@ -109,4 +160,6 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) { librar
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_bf16", TORCH_BOX(&autotune::linear_bf16));
   library.impl("linear_mlp", TORCH_BOX(&autotune::linear_mlp));
+  library.impl("layer_heads", TORCH_BOX(&autotune::layer_heads));
+  library.impl("layer_end", TORCH_BOX(&autotune::layer_end));
 }

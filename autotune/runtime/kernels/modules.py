@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Self
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 
 from autotune.model.linear_layers import share
 from autotune.runtime.kernels import compensated, pack
+
+
+@functools.cache
+def _least_digits(stored: torch.dtype) -> int:
+    """The fewest digits of inputs for products in integers over numbers that are stored so; 0: there are none here."""
+    return int(torch.ops.autotune.least_digits(pack.BITS[stored]))
 
 
 class PackedLinear(nn.Module, ABC):
@@ -122,12 +129,13 @@ class GroupedLinear(PackedLinear):
     @property
     def stored(self) -> list[Tensor]:
         """The weight as stored: its numbers, then what restores it."""
-        return list(self.packed.values())
+        held = self._buffers  # an attribute of a module takes ten times as long
+        return [held[name] for name in self.tensors]  # type: ignore[misc]
 
     @property
     def in_integers(self) -> bool:
         """Whether products are in integers here."""
-        return self.digits > 0 and bool(torch.ops.autotune.least_digits(self.bits))
+        return self.digits > 0 and _least_digits(self.weight.dtype) > 0
 
     @property
     def bits(self) -> int:
@@ -138,6 +146,16 @@ class GroupedLinear(PackedLinear):
     def group(self) -> int:
         """Inputs that share a scale; all of them, after padding, if there is one for a row."""
         return pack.padded_inputs(self.weight) // self.scales.shape[1]
+
+    def rounds_like(self, other: GroupedLinear) -> bool:
+        """Whether both round the same input alike, so that it can be rounded once for both."""
+        if self.digits != other.digits:
+            return False
+        held, others = self._buffers, other._buffers
+        if held["weight"].dtype == others["weight"].dtype:  # type: ignore[union-attr]
+            names = ("weight", "scales")
+            return all(held[name].shape[1] == others[name].shape[1] for name in names)  # type: ignore[union-attr]
+        return self.group == other.group
 
     def product(self, x: Tensor) -> Tensor:
         operator = getattr(torch.ops.autotune, self.operator)

@@ -15,6 +15,9 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_bf16", _linear_bf16)
     torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
     torch.library.register_fake("autotune::linear_mlp_rounded", _linear_mlp)
+    for suffix in ("", "_rounded"):
+        torch.library.register_fake(f"autotune::layer_heads{suffix}", _layer_heads)
+        torch.library.register_fake(f"autotune::layer_end{suffix}", lambda x, *args: torch.empty_like(x))
     torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))
     torch.library.register_fake("autotune::gate_up", lambda gate, up, activation: torch.empty_like(gate))
     torch.library.register_fake("autotune::rotary", lambda q, k, cosines, sines: (_by_token(q), _by_token(k)))
@@ -77,6 +80,31 @@ def _linear_mlp(
     precision: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _layer_heads(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    v_bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    head_eps: float,
+    out_features: int,
+    key_features: int,
+    cosines: Tensor,
+    sines: Tensor,
+    precision: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    depth = cosines.shape[-1]
+    shapes = ((*x.shape[:2], features // depth, depth) for features in (out_features, key_features, key_features))
+    queries, keys, values = (x.new_empty(shape).transpose(1, 2) for shape in shapes)
+    return queries, keys, values
 
 
 def _by_token(t: Tensor) -> Tensor:

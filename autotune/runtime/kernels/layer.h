@@ -1,0 +1,181 @@
+// A decoder layer of prefill in two operators, with the cache and attention between them. Each gives, to the bit, what
+// the operators for its parts give; it lays a token's numbers out once for all the products that use them.
+//
+//   layer_heads   x -> norm -> queries, keys and values, rotated
+//   layer_end     x, attention -> x + o(attention) -> that + mlp(norm(that))
+//
+// A kind of products is a class with
+//
+//   Laid, reserve(linear, scratch)       rows laid out for products
+//   kRows, lay(laid, first, rows, ...)   lays out so many rows at once, or the last ones
+//   require(linear)                      refuses weights that it does not multiply
+//   multiply(laid, linear, y)            y = x W^T + b
+//   mlp(laid, gate, up, down, y)         y = down(activation(gate(x)) * up(x))
+#pragma once
+
+#include <tuple>
+
+#include "curves.h"
+#include "matmul.h"
+#include "token_rows.h"
+
+namespace autotune {
+namespace {
+
+using Parts = std::vector<Tensor>;  // a weight as stored: its numbers, its scales and its zeros
+using Maybe = std::optional<Tensor>;
+
+// A linear layer.
+struct Linear {
+  Matrix w;
+  int bits;
+  Bias bias;
+
+  Linear(const Parts& weight, const Maybe& added, int64_t outputs, int64_t inputs)
+      : w(stored(weight, outputs, inputs)), bits(bits_of(weight[0].scalar_type())), bias(added, outputs) {}
+};
+
+// An RMS norm, or none.
+struct Norm {
+  std::optional<Tensor> held;
+  float eps;
+
+  Norm(const Maybe& weight, double eps, int64_t width) : eps(static_cast<float>(eps)) {
+    if (!weight) return;
+    STD_TORCH_CHECK(weight->numel() == width, "the norm has ", weight->numel(), " weights for ", width, " numbers");
+    held = contiguous_floats(*weight);
+  }
+  explicit operator bool() const { return held.has_value(); }
+  void row(const float* from, int64_t width, float* to) const { rms_row(from, floats(*held), eps, width, to); }
+};
+
+// Lays out rows of `width` numbers, each written by make(row, to), on all threads.
+template <class Kind, class Make>
+void lay_made(const typename Kind::Laid& to, int64_t rows, int64_t width, Make make) {
+  torch::stable::parallel_for(0, (rows + Kind::kRows - 1) / Kind::kRows, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch<float> scratch;
+    float* made = scratch.room(Kind::kRows * width);
+    for (int64_t first = begin * Kind::kRows; first < std::min(rows, end * Kind::kRows); first += Kind::kRows) {
+      const int64_t count = std::min(Kind::kRows, rows - first);
+      for (int64_t i = 0; i < count; ++i) make(first + i, made + i * width);
+      Kind::lay(to, first, count, made, width);
+    }
+  });
+}
+
+// Lays out rows that lie one after the other.
+template <class Kind>
+void lay_all(const typename Kind::Laid& to, const float* x, int64_t rows, int64_t width) {
+  torch::stable::parallel_for(0, (rows + Kind::kRows - 1) / Kind::kRows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * Kind::kRows; at < std::min(rows, end * Kind::kRows); at += Kind::kRows)
+      Kind::lay(to, at, std::min(Kind::kRows, rows - at), x + at * width, width);
+  });
+}
+
+template <class Kind>
+std::tuple<Tensor, Tensor, Tensor> heads(const Kind& kind, const Tensor& x, const Norm& norm, const Linear& q,
+                                         const Linear& k, const Linear& v, const Norm& q_norm, const Norm& k_norm,
+                                         const Tensor& cosines, const Tensor& sines) {
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), depth = cosines.size(2);
+  static thread_local Scratch<typename Kind::Unit> scratch;
+  const auto laid = kind.reserve(q, batch * tokens, scratch);
+  lay_made<Kind>(laid, batch * tokens, width,
+                 [&](int64_t row, float* to) { norm.row(floats(x) + row * width, width, to); });
+  const auto product = [&](const Linear& linear) {
+    const Tensor y = empty_by_token(batch, linear.w.outputs / depth, tokens, depth);
+    kind.multiply(laid, linear, floats(y));
+    return y;
+  };
+  const Tensor queries = product(q), keys = product(k), values = product(v);
+  const int64_t shared = cosines.size(0) == 1 ? 0 : tokens * depth;  // one set of angles for all sequences, or one each
+  for_rows(batch * tokens, q.w.outputs + k.w.outputs, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t angle = row / tokens * shared + row % tokens * depth;
+      const auto turn = [&](const Tensor& y, const Norm& own, int64_t outputs) {
+        float* from = floats(y) + row * outputs;
+        for (float* at = from; at < from + outputs; at += depth) {
+          if (own) own.row(at, depth, at);
+          rotate(at, floats(cosines) + angle, floats(sines) + angle, depth, at);
+        }
+      };
+      turn(queries, q_norm, q.w.outputs);
+      turn(keys, k_norm, k.w.outputs);
+    }
+  });
+  return {queries, keys, values};
+}
+
+template <class Kind>
+Tensor finish(const Kind& kind, const Tensor& x, const Tensor& attended, const Linear& o, const Norm& norm,
+                 const Linear& gate, const Linear& up, const Linear& down) {
+  const int64_t width = x.size(2), rows = x.size(0) * x.size(1), inner = o.w.inputs;
+  static thread_local Scratch<typename Kind::Unit> first, second;
+  const Tensor y = empty_floats({x.size(0), x.size(1), width}), h = empty_floats({rows, width});
+  const auto read = kind.reserve(o, rows, first);
+  lay_all<Kind>(read, floats(attended), rows, inner);
+  kind.multiply(read, o, floats(h));
+  const auto add = [width](const float* a, float* to) {
+    int64_t i = 0;
+    for (; i + kWidth <= width; i += kWidth) store(to + i, load<Floats>(a + i) + load<Floats>(to + i));
+    for (; i < width; ++i) to[i] = a[i] + to[i];
+  };
+  const auto laid = kind.reserve(gate, rows, second);
+  lay_made<Kind>(laid, rows, width, [&](int64_t row, float* to) {
+    add(floats(x) + row * width, floats(h) + row * width);
+    norm.row(floats(h) + row * width, width, to);
+  });
+  kind.mlp(laid, gate, up, down, floats(y));
+  for_rows(rows, width, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) add(floats(h) + row * width, floats(y) + row * width);
+  });
+  return y;
+}
+
+// Checks the numbers that a layer is given, [B, S, N], and returns them contiguous.
+inline Tensor tokens_of(const Tensor& x, int64_t dims) {
+  STD_TORCH_CHECK(x.dim() == dims && x.scalar_type() == ScalarType::Float && x.numel() > 0,
+                  "expected FP32 numbers of one token or more");
+  return contiguous_floats(x);
+}
+
+template <class Kind>
+std::tuple<Tensor, Tensor, Tensor> layer_heads_of(const Kind& kind, const Tensor& given, const Tensor& norm, double eps,
+                                                  const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
+                                                  const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm,
+                                                  const Maybe& k_norm, double head_eps, int64_t outputs,
+                                                  int64_t key_outputs, const Tensor& cosines, const Tensor& sines) {
+  const Tensor x = tokens_of(given, 3), cosine = tokens_of(cosines, 3), sine = tokens_of(sines, 3);
+  const int64_t width = x.size(2), depth = cosine.size(2);
+  STD_TORCH_CHECK((cosine.size(0) == 1 || cosine.size(0) == x.size(0)) && cosine.size(1) == x.size(1) && depth % 2 == 0 &&
+                      sine.numel() == cosine.numel() && outputs % depth == 0 && key_outputs % depth == 0,
+                  "cosines and sines must be [B or 1, S, D], D even and a divisor of the outputs");
+  const Linear one(q, q_bias, outputs, width), two(k, k_bias, key_outputs, width), three(v, v_bias, key_outputs, width);
+  for (const Linear* each : {&one, &two, &three}) kind.require(*each);
+  return heads(kind, x, Norm(norm, eps, width), one, two, three, Norm(q_norm, head_eps, depth),
+               Norm(k_norm, head_eps, depth), cosine, sine);
+}
+
+template <class Kind>
+Tensor layer_end_of(const Kind& kind, const Tensor& given, const Tensor& attention, const Parts& o, const Maybe& o_bias,
+                    const Tensor& norm, double eps, const Parts& gate, const Parts& up, const Parts& down,
+                    const Maybe& gate_bias, const Maybe& up_bias, const Maybe& down_bias, int64_t hidden) {
+  const Tensor x = tokens_of(given, 3), attended = tokens_of(attention, 4);
+  const int64_t width = x.size(2), inner = attended.numel() / (x.size(0) * x.size(1));
+  STD_TORCH_CHECK(attended.size(0) == x.size(0) && attended.size(1) == x.size(1), "attention must be [B, S, H, D]");
+  const Linear first(o, o_bias, width, inner), second(gate, gate_bias, hidden, width), third(up, up_bias, hidden, width),
+      last(down, down_bias, width, hidden);
+  for (const Linear* each : {&first, &second, &third, &last}) kind.require(*each);
+  return finish(kind, x, attended, first, Norm(norm, eps, width), second, third, last);
+}
+
+constexpr const char* kLayerHeads =
+    "(Tensor x, Tensor norm, float eps, Tensor[] q, Tensor[] k, Tensor[] v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+    "Tensor? q_norm, Tensor? k_norm, float head_eps, int out_features, int key_features, Tensor cosines, Tensor sines, "
+    "int precision) -> (Tensor, Tensor, Tensor)";
+constexpr const char* kLayerEnd =
+    "(Tensor x, Tensor attended, Tensor[] o, Tensor? o_bias, Tensor norm, float eps, Tensor[] gate, Tensor[] up, "
+    "Tensor[] down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, int hidden, int activation, int precision) -> "
+    "Tensor";
+
+}  // namespace
+}  // namespace autotune
