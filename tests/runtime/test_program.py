@@ -74,6 +74,21 @@ def floats(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _norm(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
+    """As transformers' modules compute it."""
+    return (ROW if weight is None else weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _rotation(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """As transformers' modules compute it."""
+    return x * cosine + _turned(x) * sine
+
+
 X, Y, ROW = floats(3, 5, 37), floats(3, 5, 37, seed=1), floats(37, seed=2)
 IDS = torch.tensor([[3], [0], [6]])
 TABLE, WEIGHT, BIAS = floats(7, 20, seed=3), floats(24, 37, seed=4), floats(24, seed=5)
@@ -106,6 +121,17 @@ FUNCTIONS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]
     "transposed and not": (lambda x, y: x.transpose(1, 2).contiguous() * y.reshape(3, 37, 5), (X, Y)),
     "broadcast": (lambda x, y: x[:, :, :1] * y[:, :1], (X, Y)),
     "sliced": (lambda x: torch.cat((-x[..., 18:], x[..., :18]), -1), (X,)),
+    "norm": (lambda x: _norm(x), (X,)),
+    "norm of a transposed": (lambda x: _norm(x.transpose(1, 2), ROW[:5] + 1), (X,)),
+    "norm, its parts in other orders": (lambda x: torch.rsqrt(x.pow(2).mean(2, True) + 1e-3) * x * ROW, (X,)),
+    "rotation": (lambda x, y: _rotation(x[..., :36], y[..., :36].cos(), y[..., 1:].sin()), (X, Y)),
+    "rotation, its parts in other orders": (
+        lambda x, y: y[:, :1, :36] * _turned(x[..., :36]) + y[..., 1:] * x[..., :36],
+        (X, Y),
+    ),
+    "gated by SiLU": (lambda x, y: F.silu(x) * y, (X * 30, Y)),
+    "gated by GELU": (lambda x, y: y * F.gelu(x, approximate="tanh"), (X, Y)),
+    "gated, transposed": (lambda x, y: F.silu(x.transpose(1, 2)) * y.transpose(1, 2), (X, Y)),
     "mean": (lambda x: x.mean(-1, keepdim=True) * x, (X,)),
     "mean of a transposed": (lambda x: x.transpose(1, 2).mean(-1), (X,)),
     "layer norm": (lambda x, y: F.layer_norm(x, (37,), y, y * 2, 1e-5), (X, ROW)),
@@ -146,6 +172,63 @@ def test_a_program_computes_what_torch_computes(name: str, count: int, threads: 
     for scale in (1, 2):  # other numbers through the same program
         given = [t * scale if t.is_floating_point() else t for t in inputs]
         torch.testing.assert_close(run(program, *given), function(*given), atol=2e-6, rtol=2e-5)
+
+
+def _norm_read_twice(x: torch.Tensor) -> torch.Tensor:
+    scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return ROW * scaled + scaled
+
+
+def _gate_read_twice(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    gate = F.silu(x)
+    return gate * y + gate
+
+
+EVEN = X[..., :36].contiguous(), Y[..., :36].contiguous()
+PATTERNS: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...], str | None]] = {
+    "norm": (lambda x: _norm(x), (X,), "rms"),
+    "norm, weight and one": (lambda x: _norm(x, 1 + ROW), (X,), "rms"),
+    "norm, weight given": (lambda x, y: _norm(x, y[0, 0]), (X, Y), None),
+    "norm, weight for each row": (lambda x: _norm(x, X[0]), (X,), None),
+    "norm, the scaled read twice": (_norm_read_twice, (X,), None),
+    "norm of another's mean": (lambda x, y: ROW * (x * torch.rsqrt(y.pow(2).mean(-1, True) + 1e-5)), (X, Y), None),
+    "norm of means that are given": (lambda x: ROW * (x * torch.rsqrt(x.pow(2).mean(-1, True))), (X,), None),
+    "norm of cubes": (lambda x: ROW * (x * torch.rsqrt(x.pow(3).mean(-1, True) + 9.0)), (X,), None),
+    "rotation": (lambda x, y: _rotation(x, y.cos(), y.sin()), EVEN, "rotate"),
+    "rotation, the second half first": (
+        lambda x, y: x * y + torch.cat((x[..., 18:], -x[..., :18]), -1) * y.cos(),
+        EVEN,
+        None,
+    ),
+    "rotation, halves exchanged": (
+        lambda x, y: x * y + torch.cat((-x[..., :18], x[..., 18:]), -1) * y.cos(),
+        EVEN,
+        None,
+    ),
+    "rotation of something else": (lambda x, y: x * y.cos() + _turned(y) * y.sin(), EVEN, None),
+    "rotation of other parts": (
+        lambda x, y: x * y + torch.cat((-x[..., 18:], x[..., 1:19]), -1) * y.cos(),
+        EVEN,
+        None,
+    ),
+    "gate": (lambda x, y: F.silu(x) * y, (X, Y), "gate_silu"),
+    "gate, GELU": (lambda x, y: F.gelu(x, approximate="tanh") * y, (X, Y), "gate_gelu_tanh"),
+    "gate, GELU without tanh": (lambda x, y: F.gelu(x) * y, (X, Y), None),
+    "gate, read twice": (_gate_read_twice, (X, Y), None),
+    "gate of one row": (lambda x, y: F.silu(x) * y[:1], (X, Y), None),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_one_instruction_and_others_are_not(name: str) -> None:
+    function, inputs, code = PATTERNS[name]
+    program = record(function, *inputs)
+    codes = [instruction.code for instruction in program.instructions]
+    together = {"rms", "rotate", "gate_silu", "gate_gelu_tanh"}
+    assert together & set(codes) == ({code} if code else set())
+    assert code is None or not {"inverse_root", "negative", "silu", "gelu_tanh"} & set(codes)
+    torch.testing.assert_close(run(program, *inputs), function(*inputs), atol=1e-5, rtol=1e-5)
 
 
 @needs_kernels

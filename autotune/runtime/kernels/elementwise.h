@@ -96,6 +96,31 @@ void unary_vectors(const Space& space, const Operand* operands, F f) {
   });
 }
 
+// The same for functions of two.
+template <class F>
+void binary_vectors(const Space& space, const Operand* operands, F f) {
+  static const int sizes[] = {sizeof(float), sizeof(float), sizeof(float)};
+  const int64_t last = space.dims - 1;
+  const int64_t so = operands[0].strides[last], sa = operands[1].strides[last], sb = operands[2].strides[last];
+  each_run<3>(space, operands, sizes, [&](int64_t n, char** at) {
+    float* o = reinterpret_cast<float*>(at[0]);
+    const float *a = reinterpret_cast<const float*>(at[1]), *b = reinterpret_cast<const float*>(at[2]);
+    int64_t i = 0;
+    if (so == 1 && sa == 1 && sb == 1)
+      for (; i + kWidth <= n; i += kWidth) store(o + i, f(load<Floats>(a + i), load<Floats>(b + i)));
+    for (; i < n; i += kWidth) {
+      Floats one = {}, two = {};
+      const int64_t here = n - i < kWidth ? n - i : kWidth;
+      for (int64_t j = 0; j < here; ++j) {
+        one[j] = a[(i + j) * sa];
+        two[j] = b[(i + j) * sb];
+      }
+      one = f(one, two);
+      for (int64_t j = 0; j < here; ++j) o[(i + j) * so] = one[j];
+    }
+  });
+}
+
 inline Floats magnitude(Floats x) { return x < 0.0f ? -x : x; }
 
 inline Floats sigmoid(Floats x) {  // uses e^-|x|, which cannot overflow

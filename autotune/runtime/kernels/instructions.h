@@ -9,6 +9,7 @@
 #include "embedding.h"
 #include "integer.h"
 #include "team.h"
+#include "token_rows.h"
 
 namespace autotune {
 namespace {
@@ -18,7 +19,7 @@ enum Code : int64_t {  // the order of CODES in autotune/runtime/steps/program/i
   kSigmoid, kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
-  kMean, kNormalize, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kRound, kLinearRounded, kDot, kAttend,
+  kMean, kNormalize, kRms, kRotate, kGateSilu, kGateGeluTanh, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kRound, kLinearRounded, kDot, kAttend,
 };
 
 enum Share : int64_t { kSolo, kShared, kTeam };
@@ -120,6 +121,39 @@ void run_normalize(Reader& in, const Member& m, int64_t share) {
     each_run<2>(space, operands, sizes, [&](int64_t n, char** at) {
       normalize(reinterpret_cast<const float*>(at[1]), weight, bias, eps, n, reinterpret_cast<float*>(at[0]));
     });
+}
+
+void run_rms(Reader& in, const Member& m, int64_t share) {
+  static const int sizes[] = {sizeof(float), sizeof(float)};
+  Space space;
+  Operand operands[2];
+  const bool any = narrow<2>(in, m, share, space, operands, sizes);
+  const float* weight = in.floats();
+  const float eps = static_cast<float>(in.number());
+  if (any)
+    each_run<2>(space, operands, sizes, [&](int64_t n, char** at) {
+      rms_row(reinterpret_cast<const float*>(at[1]), weight, eps, n, reinterpret_cast<float*>(at[0]));
+    });
+}
+
+void run_rotate(Reader& in, const Member& m, int64_t share) {
+  static const int sizes[] = {sizeof(float), sizeof(float), sizeof(float), sizeof(float)};
+  Space space;
+  Operand operands[4];
+  if (!narrow<4>(in, m, share, space, operands, sizes)) return;
+  each_run<4>(space, operands, sizes, [&](int64_t n, char** at) {
+    const auto row = [at](int i) { return reinterpret_cast<const float*>(at[i]); };
+    rotate(row(1), row(2), row(3), n, reinterpret_cast<float*>(at[0]));
+  });
+}
+
+template <class F>
+void run_gate(Reader& in, const Member& m, int64_t share, F curve) {
+  static const int sizes[] = {sizeof(float), sizeof(float), sizeof(float)};
+  Space space;
+  Operand operands[3];
+  if (narrow<3>(in, m, share, space, operands, sizes))
+    binary_vectors(space, operands, [curve](Floats gate, Floats up) { return curve(gate) * up; });
 }
 
 bool run_embed(Reader& in, const Member& m, int64_t share) {

@@ -58,6 +58,10 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
     case kOr: run_binary<uint8_t, uint8_t>(in, m, share, [](uint8_t a, uint8_t b) -> uint8_t { return a | b; }); break;
     case kMean: run_mean(in, m, share); break;
     case kNormalize: run_normalize(in, m, share); break;
+    case kRms: run_rms(in, m, share); break;
+    case kRotate: run_rotate(in, m, share); break;
+    case kGateSilu: run_gate(in, m, share, silu); break;
+    case kGateGeluTanh: run_gate(in, m, share, gelu_tanh); break;
     case kEmbed: return run_embed(in, m, share);
     case kEmbedPacked: return run_embed_packed(in, m, share);
     case kIndexCopy: return run_index_copy(in, m, share);

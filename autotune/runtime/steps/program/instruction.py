@@ -18,7 +18,7 @@ CODES = (  # the order of Code in kernels/instructions.h
     *("silu", "relu", "gelu", "gelu_tanh", "cos", "sin", "square", "cube", "reciprocal", "not"),
     *("add", "subtract", "multiply", "divide", "larger", "smaller", "add_int", "subtract_int", "multiply_int"),
     *("less_int", "less_equal_int", "equal_int", "and", "or"),
-    *("mean", "normalize", "embed", "embed_packed", "index_copy"),
+    *("mean", "normalize", "rms", "rotate", "gate_silu", "gate_gelu_tanh", "embed", "embed_packed", "index_copy"),
     *("arrange", "linear", "round", "linear_rounded", "dot", "attend"),
 )
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool

@@ -1,4 +1,5 @@
-"""Lower a graph of ATen operators to instructions: views vanish, constants are folded, the rest maps one to one."""
+"""Lower a graph of ATen operators to instructions: views vanish, constants are folded, and the rest maps one to one but
+for operators that one instruction computes together (`fusions`)."""
 
 from __future__ import annotations
 
@@ -9,14 +10,16 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 from ....errors import TransformError
 from .building import Building
+from .fusions import fusions
 from .instruction import Instruction, Place, Root
 from .operators import KERNELS, OPERATORS
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
 aten = torch.ops.aten
 
@@ -96,10 +99,14 @@ class Lowering(Building):
         super().__init__(rows)
         self.graph = graph
         self.shared = shared
+        self._fusions = fusions(graph)
+        self._inner = frozenset[Node]().union(*(fusion.inner for fusion in self._fusions.values()))
         self.inputs: list[Place] = []
         self.output: Place | None = None
 
     def visit(self, node: Node) -> None:
+        if node in self._inner:
+            return
         if node.op == "placeholder":
             self.values[node] = self.input(node.meta["val"])
         elif node.op == "get_attr":
@@ -112,6 +119,9 @@ class Lowering(Building):
         elif node.target is operator.getitem:
             whole, index = node.args
             self.values[node] = self.values[whole][index]  # type: ignore[index]
+        elif node in self._fusions:
+            emit, operands, _ = self._fusions[node]
+            self.values[node] = emit(self, node.meta["val"], *operands)
         elif (folded := self.folded(node)) is not None:
             self.values[node] = folded
         elif (view := self.view(node)) is not None:
