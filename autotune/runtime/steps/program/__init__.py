@@ -3,11 +3,11 @@
     given -> trace -> fusions -> lower -> layout -> program -> kernels/program.cpp
                                    |-> kept
 
-`given` runs the modules that cannot be part of a program. `trace` records the step's operators on fake tensors. `fusions`
-finds those that one instruction computes together, and `lower` turns all into instructions over named memory. `layout`
-decides where values are stored and when threads meet. The operator `run_program` runs the words that result. `kept`
-writes and reads what was lowered, so that a later process need not record it. `recorded` puts these together for a token
-of every row, and for several tokens of one sequence.
+`given` runs the modules that cannot be part of a program. `trace` records the step's operators on fake tensors.
+`fusions` finds those that one instruction computes together, and `lower` turns all into instructions over named
+memory. `layout` decides where values are stored and when threads meet. The operator `run_program` runs the words that
+result. `kept` writes and reads what was lowered, so that a later process need not record it. `recorded` puts these
+together for a token of every row, and for several tokens of one sequence.
 """
 
 from __future__ import annotations
