@@ -125,8 +125,11 @@ def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str
         precision = parts.precision(hidden_states.shape[0] * hidden_states.shape[1])
         if precision is None:
             return own(self, hidden_states, **kwargs)
-        del kwargs["position_embeddings"]
-        attention, mask, cache = parts.attention, kwargs.pop("attention_mask", None), seam.pop_cache(kwargs)
+        attention, given = parts.attention, dict(kwargs)
+        del given["position_embeddings"]
+        mask, cache = given.pop("attention_mask", None), seam.pop_cache(given)
+        if cache is not None and not seam.appends(cache, attention.layer_idx):
+            return own(self, hidden_states, **kwargs)
         q_norm, k_norm = parts.q_norm, parts.k_norm
         q, k, v = precision.heads(
             hidden_states,
@@ -145,7 +148,7 @@ def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str
         if cache is not None:
             k, v = cache.update(k, v, attention.layer_idx)
         attend = seam.attention_function(seam.attention_of(attention.config), eager)
-        attended, _ = attend(attention, q, k, v, mask, **{**constants, **kwargs})
+        attended, _ = attend(attention, q, k, v, mask, **{**constants, **given})
         return precision.end(
             hidden_states,
             attended,
@@ -205,14 +208,12 @@ def _composed(eager: seam.Attend, constants: Mapping[str, Any]) -> Callable[...,
 def _recorded(layer: Any, forward: Callable[..., Any], x: Tensor, cache_name: str) -> BlockCall:
     """Record one call of a layer's forward over a cache: keys and values, attention's inputs, and the output."""
     probe = copy.copy(layer)
-    probe.__dict__["_modules"] = dict(layer._modules)
-    return recorded(
-        layer.self_attn, x, cache_name, around=lambda attention, **given: _call(probe, attention, forward, given)
-    )
 
+    def call(attention: nn.Module, hidden_states: Tensor, **given: Any) -> Tensor:
+        probe.__dict__["_modules"] = {**layer._modules, "self_attn": attention}
+        output = forward(probe, hidden_states, **given)
+        if not isinstance(output, Tensor):
+            raise TypeError("a decoder layer returns more than its numbers")
+        return output
 
-def _call(probe: Any, attention: nn.Module, forward: Callable[..., Any], given: dict[str, Any]) -> Tensor:
-    probe._modules["self_attn"] = attention
-    output = forward(probe, given.pop("hidden_states"), **given)
-    y: Tensor = output[0] if isinstance(output, tuple) else output
-    return y
+    return recorded(layer.self_attn, x, cache_name, around=call)

@@ -186,6 +186,42 @@ def test_attentions_and_hidden_states_are_given(monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
+def test_caches_that_ask_for_more_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer passes positions or its own arguments to caches that are not plain growing ones."""
+    model = models.tiny()
+    module = prefill(model)
+    given = BATCHES["a prompt"]
+
+    def answer() -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=96)
+        with torch.no_grad():
+            logits: torch.Tensor = module(**given, **seam.over(module, cache)).logits
+        return logits
+
+    assert "layer_end_rounded" not in operators(answer)
+    assert torch.equal(answer(), by_modules(answer, monkeypatch))
+
+
+class Pair(torch.nn.Module):
+    """A decoder layer's forward that returns a tuple, as many did in older releases."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(vars(layer))
+        self.own = (type(layer).forward,)
+
+    def forward(self, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor]:
+        return (self.own[0](self, hidden_states, **given),)
+
+
+def test_a_layer_that_returns_a_tuple_is_left() -> None:
+    module = prefill(models.tiny())
+    layer = module.model.layers[0]
+    del layer.__dict__["forward"]
+    assert fused_decoder.fused_forward(layer) is not None
+    assert fused_decoder.fused_forward(Pair(layer)) is None
+
+
 def test_a_layer_that_computes_something_else_is_left() -> None:
     sizes = models.ARCHITECTURES["llama"][1] | {"residual_multiplier": 0.5}
     config = transformers.GraniteConfig(**sizes)

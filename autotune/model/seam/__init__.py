@@ -54,7 +54,16 @@ from .attention import (
     use_attention,
     with_attention,
 )
-from .caches import cache_over, counts_tokens, growing_cache, is_decoding, keys_and_values, narrow_cache, replace_layers
+from .caches import (
+    appends,
+    cache_over,
+    counts_tokens,
+    growing_cache,
+    is_decoding,
+    keys_and_values,
+    narrow_cache,
+    replace_layers,
+)
 from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable, streamed
 from .models import (
     COMPILED,
@@ -92,6 +101,7 @@ __all__ = [
     "Sampling",
     "SequenceEnd",
     "accepts_package",
+    "appends",
     "attention_function",
     "attention_of",
     "attentions_of",

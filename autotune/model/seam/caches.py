@@ -59,6 +59,16 @@ def keys_and_values(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def appends(cache: Any, layer: int) -> bool:
+    """Whether a cache's layer stores keys and values after those that it holds, and asks for nothing besides them."""
+    from transformers.cache_utils import DynamicLayer
+
+    from .layers import CacheLayer
+
+    layers = getattr(cache, "layers", None)
+    return layers is not None and (layer >= len(layers) or isinstance(layers[layer], DynamicLayer | CacheLayer))
+
+
 def counts_tokens(cache: Any) -> bool:
     """Whether a cache has layers that keep keys and values per token. Those of state-space models do not."""
     return any(hasattr(layer, "get_seq_length") for layer in getattr(cache, "layers", ()))
