@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model import seam
-from .kernels.bf16 import Bf16Linear
+from .kernels.bf16 import FEW, Bf16Linear
 from .kernels.fused import GatedMlp, RmsNorm
-from .kernels.modules import GroupedLinear
+from .kernels.modules import GroupedLinear, HalfLinear
 from .merged_blocks import ATTENTION, CONSTANT, NORMED, BlockCall, is_close, random_like, recorded
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -30,7 +30,7 @@ class Precision(NamedTuple):
 
     Args:
         heads, end: the operators before and after attention.
-        number: digits of the inputs in integers, or their parts in BF16.
+        number: digits of the inputs in integers, or their parts in BF16; 0 for FP32.
     """
 
     heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -72,12 +72,14 @@ class _Layer:
         self.q, self.k, self.v, self.o, self.gate, self.up, self.down = linear
         first, ops = linear[0], torch.ops.autotune
         if isinstance(first, Bf16Linear):
-            if all(isinstance(m, Bf16Linear) and m.parts == first.parts and tokens >= m.few for m in linear):
+            if all(isinstance(m, Bf16Linear) and m.parts == first.parts and tokens >= FEW for m in linear):
                 return Precision(ops.layer_heads.default, ops.layer_end.default, first.parts)
         elif isinstance(first, GroupedLinear) and first.in_integers:
             alike = all(isinstance(m, GroupedLinear) and m.digits == first.digits for m in linear)
             if alike and first.rounds_like(self.k) and first.rounds_like(self.v) and self.gate.rounds_like(self.up):
                 return Precision(ops.layer_heads_rounded.default, ops.layer_end_rounded.default, first.digits)
+        elif all(isinstance(m, HalfLinear) for m in linear):
+            return Precision(ops.layer_heads_floats.default, ops.layer_end_floats.default, 0)
         return None
 
 

@@ -35,18 +35,25 @@ def multiplies_bf16() -> bool:
     return (kernels.available() or kernels.no_bf16_unit()) is None
 
 
+def multiplies_tiles() -> bool:
+    """Whether it has tiles for BF16 (AMX), which are many times as fast as its vectors."""
+    return multiplies_bf16() and torch.ops.autotune.bf16_unit() == 2
+
+
 def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str) -> Fixed:
     """The plan with these weights.
 
     Args:
-        prefill: arithmetic of prefill in BF16. A processor without instructions for it prefills over decode's weights.
+        prefill: arithmetic of prefill where the processor multiplies tiles of BF16. Others take BF16 products for
+            rounded weights, and FP32 for those in FP16, over decode's weights.
     """
-    if not multiplies_bf16():
-        prefill = "packed_prefill"
+    narrow = weights == "weight_only" and multiplies_bf16()
+    if not multiplies_tiles():
+        prefill = "linear_bf16" if narrow else "packed_prefill"
     plan = [
         transforms.make(weights, dict(params), "decode"),
-        transforms.make(prefill, {}, "prefill"),
-        transforms.make("prefill_attention", {}, "prefill"),
+        transforms.make(prefill, {"weights": "decode"} if prefill == "linear_bf16" else {}, "prefill"),
+        transforms.make("prefill_attention", {"precision": "bfloat16"} if narrow else {}, "prefill"),
         transforms.make("fused_layers", {}, "prefill"),
         transforms.make("step_program", {}, "decode"),
     ]

@@ -12,6 +12,7 @@ import transformers
 from autotune.model import seam
 from autotune.runtime import fused_decoder, kernels
 from autotune.runtime.fused_decoder import FUSED
+from autotune.runtime.kernels.bf16 import FEW
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from tests import models
@@ -33,6 +34,8 @@ WEIGHTS = {  # the transforms of prefill's weights, before and after the layers 
     "INT4, some INT8": ([make("weight_only", {"bits": 4, "wide": "v_proj,up_proj,o_proj"}, "decode"), PACKED], []),
     "INT8, 8 bits": ([INT8, PACKED], [NARROW]),
     "INT4, 8 bits": ([INT4, PACKED], [NARROW]),
+    "FP16": ([make("weight_storage", {"dtype": "float16"}, "decode"), PACKED], []),
+    "FP32 of BF16": ([make("weight_storage", {"dtype": "bfloat16"}, "decode"), PACKED], []),
     "BF16": ([INT8, make("linear_bf16", {"weights": "decode"}, "prefill")], []),
     "BF16, plain": ([make("linear_bf16", {}, "prefill")], []),
     "BF16 in two parts": ([make("linear_bf16x3", {}, "prefill")], []),
@@ -41,6 +44,8 @@ WEIGHTS = {  # the transforms of prefill's weights, before and after the layers 
 
 def missing(weights: str) -> str | None:
     """Why this processor does not multiply so."""
+    if weights.startswith("FP"):
+        return None
     if weights.startswith("BF16"):
         return kernels.no_bf16_unit()
     if not torch.ops.autotune.least_digits(8):
@@ -85,7 +90,8 @@ def by_modules(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
 BATCHES = {
     "one token": {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, 1, dtype=torch.int64)},
     "a prompt": models.left_padded((70,)),
-    "a batch with padding": models.left_padded((9, 33, 40)),
+    "a batch with padding": models.left_padded((9, 33, 30)),
+    "many": models.left_padded((40, 33, 40)),
 }
 
 
@@ -99,8 +105,8 @@ def test_numbers_are_those_of_the_modules(
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine, theirs)
     tokens, bf16 = given["input_ids"].numel(), weights.startswith("BF16")
-    few = tokens < (24 if weights == "BF16 in two parts" else 8)  # too few for products in BF16
-    suffix = "" if bf16 and not few else "_rounded"
+    few = tokens < FEW  # for products in BF16
+    suffix = "_floats" if weights.startswith("FP") else "" if bf16 and not few else "_rounded"
     expected_runs = 0 if bf16 and few and weights != "BF16" else LAYERS  # plain weights are not multiplied in integers
     counts = operators(lambda: run(module, given))
     assert [counts.get(f"layer_{name}{suffix}", 0) for name in ("heads", "end")] == [expected_runs] * 2
@@ -116,7 +122,7 @@ def test_numbers_are_those_of_the_modules(
         ("mistral-window", {}),
     ],
 )
-@pytest.mark.parametrize("weights", ["INT8", "BF16"])
+@pytest.mark.parametrize("weights", ["INT8", "BF16", "FP16"])
 def test_architectures(
     architecture: str, changes: dict[str, Any], weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +132,8 @@ def test_architectures(
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     module = prefill(model, weights)
     given = models.left_padded((50, 37))
-    assert operators(lambda: run(module, given))["layer_end" if weights == "BF16" else "layer_end_rounded"] == LAYERS
+    name = {"BF16": "layer_end", "INT8": "layer_end_rounded", "FP16": "layer_end_floats"}[weights]
+    assert operators(lambda: run(module, given))[name] == LAYERS
     got, expected = run(module, given), by_modules(lambda: run(module, given), monkeypatch)
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine, theirs)

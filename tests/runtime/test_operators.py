@@ -187,6 +187,9 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         "queries, keys and values|no instructions",
     ),
     "heads: no weight": ("layer_heads_rounded", lambda: heads(v=[]), "a weight is its numbers"),
+    "heads: rounded weights in FP32": ("layer_heads_floats", lambda: heads(), "packed weights in FP16, BF16 or FP32"),
+    "end: rounded weights in FP32": ("layer_end_floats", lambda: layer_end(), "packed weights in FP16, BF16 or FP32"),
+    "end: activation in FP32": ("layer_end_floats", lambda: layer_end(activation=2), "activation is 0"),
     "end: another sequence": (
         "layer_end_rounded",
         lambda: layer_end(attended=ones(1, 39, 2, 32)),

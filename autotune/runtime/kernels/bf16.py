@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from autotune.model.linear_layers import share
 from autotune.runtime.kernels.modules import PackedLinear
 
-# parts -> tokens; fewer tokens are multiplied by the layer that was given, which is more exact and as fast for so few.
-# Integers are as fast for up to 32, but a prompt's last part has to be multiplied like the whole: see batching.joined.
-FEW = {1: 8, 2: 24}
+# Tokens; fewer are multiplied by the layer that was given, which is more exact and faster for so few: in integers by
+# 1.2 at 32 tokens and by 2 at 8, in FP32 over FP16 weights as fast at 32 and by 2 at 8 (AVX512-BF16). A prompt's last
+# part has to be multiplied like the whole: `batching.joined` gives it as many.
+FEW = 32
+PARTS = (1, 2)
 
 
 class Bf16Linear(nn.Module):
@@ -34,14 +36,13 @@ class Bf16Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear | PackedLinear, parts: int = 1) -> None:
         super().__init__()
-        if parts not in FEW:
+        if parts not in PARTS:
             raise ValueError(f"parts must be 1 or 2, not {parts}")
         if isinstance(layer, nn.Linear) and layer.weight.dtype != torch.float32:
             raise ValueError(f"expected a weight in FP32, got {layer.weight.dtype}")
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.parts = parts
-        self.few = FEW[parts]  # tokens; fewer are multiplied by the given layer
         share(layer, self, ("weight", "scales", "zeros", "bias"))
         # in a tuple, so that the layer does not become a submodule
         self.packed = (layer,) if isinstance(layer, PackedLinear) else ()
@@ -59,10 +60,10 @@ class Bf16Linear(nn.Module):
 
     def serving(self, tokens: int) -> Bf16Linear | PackedLinear:
         """The layer that multiplies this many tokens: this one, or the packed one that it was made from."""
-        return self.packed[0] if self.packed and tokens < self.few else self
+        return self.packed[0] if self.packed and tokens < FEW else self
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < self.few * self.in_features:
+        if x.numel() < FEW * self.in_features:
             return self.packed[0](x) if self.packed else F.linear(x, self.weight, self.bias)
         y: Tensor = torch.ops.autotune.linear_bf16(
             x, self.weight, self.scales, self.zeros, self.bias, self.out_features, self.parts

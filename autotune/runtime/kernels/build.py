@@ -55,6 +55,7 @@ HEADERS = (
     "singles.h",
     "matmul.h",
     "token_rows.h",
+    "gates.h",
     "layer.h",
     "curves.h",
 )

@@ -1,6 +1,5 @@
 // The operators between the matrix products of prefill. Each makes one pass over memory, on all threads.
-#include "curves.h"
-#include "token_rows.h"
+#include "gates.h"
 
 #include <tuple>
 
@@ -29,19 +28,8 @@ Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
 // activation(gate) * up, number by number.
 Tensor gate_up(const Tensor& gates, const Tensor& ups, int64_t activation) {
   STD_TORCH_CHECK(sizes_of(gates) == sizes_of(ups), "gate and up must have one shape");
-  const Curve curve = curve_of(activation);
   const Tensor gate = contiguous_floats(gates), up = contiguous_floats(ups), y = empty_floats(sizes_of(gates));
-  const int64_t count = gate.numel();
-  for_rows((count + kWidth - 1) / kWidth, kWidth, [&](int64_t begin, int64_t end) {
-    const float *g = floats(gate), *u = floats(up);
-    const int64_t last = std::min(end * kWidth, count), whole = last / kWidth * kWidth;
-    int64_t k = begin * kWidth;
-    if (activation)
-      for (; k < whole; k += kWidth) store(floats(y) + k, gelu(load<Floats>(g + k)) * load<Floats>(u + k));
-    else
-      for (; k < whole; k += kWidth) store(floats(y) + k, silu(load<Floats>(g + k)) * load<Floats>(u + k));
-    for (; k < last; ++k) floats(y)[k] = curve(spread(g[k]))[0] * u[k];
-  });
+  gate_all(floats(gate), floats(up), gate.numel(), activation, floats(y));
   return as_dtype_of(y, gates);
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotune.runtime.kernels.bf16 import Bf16Linear
+from autotune.runtime.kernels.bf16 import FEW, Bf16Linear
 from autotune.runtime.kernels.modules import GroupedLinear
 
 ACTIVATIONS = ("silu", "gelu_tanh")  # in the order of the operators' numbers for them
@@ -59,7 +59,7 @@ class GatedMlp(nn.Module):
         given = (self.gate_proj, self.up_proj, self.down_proj)
         gate, up, down = (m.serving(tokens) if isinstance(m, Bf16Linear) else m for m in given)
         if isinstance(gate, Bf16Linear) and isinstance(up, Bf16Linear) and isinstance(down, Bf16Linear):
-            if tokens >= gate.few and gate.parts == up.parts == down.parts:
+            if tokens >= FEW and gate.parts == up.parts == down.parts:
                 return self._together(torch.ops.autotune.linear_mlp, x, (gate, up, down), gate.parts)
         elif isinstance(gate, GroupedLinear) and isinstance(up, GroupedLinear) and isinstance(down, GroupedLinear):
             alike = gate.rounds_like(up) and gate.digits == down.digits

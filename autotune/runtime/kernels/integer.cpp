@@ -119,6 +119,7 @@ class InIntegers {
   static void lay(const Rounded& to, int64_t first, int64_t count, const float* rows, int64_t width) {
     for (int64_t i = 0; i < count; ++i) round_token(to, first + i, rows + i * width, width);
   }
+  static void close(const Rounded&) {}
   void require(const Linear& linear) const {
     const Weights& w = linear.w.packed;
     STD_TORCH_CHECK(w.numbers && linear.bits <= 8, "products in integers are for INT8, INT6 and INT4 weights");
@@ -131,11 +132,11 @@ class InIntegers {
     STD_TORCH_CHECK(w.inputs == x.width && span_of(w.group) == x.span, "gate and up must round their inputs alike, and so must queries, keys and values");
     return {w, linear.bits, linear.bias.at};
   }
-  void multiply(const Rounded& x, const Linear& linear, float* y) const {
+  void multiply(const Rounded& x, const Linear& linear, const Tensor& y) const {
     const Factor f = factor(x, linear);
-    multiply_in_integers(in_integers(f.bits), f.w, x, f.bias, y);
+    multiply_in_integers(in_integers(f.bits), f.w, x, f.bias, floats(y));
   }
-  void mlp(const Rounded& x, const Linear& gate, const Linear& up, const Linear& down, float* y) const {
+  void mlp(const Rounded& x, const Linear& gate, const Linear& up, const Linear& down, const Tensor& y) const {
     const Factor first = factor(x, gate), second = factor(x, up);
     const int64_t hidden = gate.w.outputs;
     static thread_local Scratch<float> scratch;
@@ -164,7 +165,7 @@ Tensor linear_mlp_rounded(const Tensor& input, const Parts& gate, const Parts& u
   static thread_local Scratch<float> scratch;
   const Rounded laid = kind.reserve(first, tokens, scratch);
   lay_all<InIntegers>(laid, floats(x), tokens, inputs);
-  kind.mlp(laid, first, second, third, floats(y));
+  kind.mlp(laid, first, second, third, y);
   return as_dtype_of(y, input);
 }
 

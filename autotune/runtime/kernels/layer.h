@@ -9,6 +9,7 @@
 //   Laid, reserve(linear, scratch)       rows laid out for products
 //   kRows, lay(laid, first, rows, ...)   lays out so many rows at once, or the last ones
 //   require(linear)                      refuses weights that it does not multiply
+//   close(laid)                          what remains to be done once all rows are laid out
 //   multiply(laid, linear, y)            y = x W^T + b
 //   mlp(laid, gate, up, down, y)         y = down(activation(gate(x)) * up(x))
 #pragma once
@@ -29,10 +30,12 @@ using Maybe = std::optional<Tensor>;
 struct Linear {
   Matrix w;
   int bits;
+  ScalarType type;  // that its numbers are stored in
   Bias bias;
 
   Linear(const Parts& weight, const Maybe& added, int64_t outputs, int64_t inputs)
-      : w(stored(weight, outputs, inputs)), bits(bits_of(weight[0].scalar_type())), bias(added, outputs) {}
+      : w(stored(weight, outputs, inputs)), bits(bits_of(weight[0].scalar_type())),
+        type(weight[0].scalar_type()), bias(added, outputs) {}
 };
 
 // An RMS norm, or none.
@@ -61,6 +64,7 @@ void lay_made(const typename Kind::Laid& to, int64_t rows, int64_t width, Make m
       Kind::lay(to, first, count, made, width);
     }
   });
+  Kind::close(to);
 }
 
 // Lays out rows that lie one after the other.
@@ -70,6 +74,7 @@ void lay_all(const typename Kind::Laid& to, const float* x, int64_t rows, int64_
     for (int64_t at = begin * Kind::kRows; at < std::min(rows, end * Kind::kRows); at += Kind::kRows)
       Kind::lay(to, at, std::min(Kind::kRows, rows - at), x + at * width, width);
   });
+  Kind::close(to);
 }
 
 template <class Kind>
@@ -83,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> heads(const Kind& kind, const Tensor& x, cons
                  [&](int64_t row, float* to) { norm.row(floats(x) + row * width, width, to); });
   const auto product = [&](const Linear& linear) {
     const Tensor y = empty_by_token(batch, linear.w.outputs / depth, tokens, depth);
-    kind.multiply(laid, linear, floats(y));
+    kind.multiply(laid, linear, y);
     return y;
   };
   const Tensor queries = product(q), keys = product(k), values = product(v);
@@ -113,7 +118,7 @@ Tensor finish(const Kind& kind, const Tensor& x, const Tensor& attended, const L
   const Tensor y = empty_floats({x.size(0), x.size(1), width}), h = empty_floats({rows, width});
   const auto read = kind.reserve(o, rows, first);
   lay_all<Kind>(read, floats(attended), rows, inner);
-  kind.multiply(read, o, floats(h));
+  kind.multiply(read, o, h);
   const auto add = [width](const float* a, float* to) {
     int64_t i = 0;
     for (; i + kWidth <= width; i += kWidth) store(to + i, load<Floats>(a + i) + load<Floats>(to + i));
@@ -124,7 +129,7 @@ Tensor finish(const Kind& kind, const Tensor& x, const Tensor& attended, const L
     add(floats(x) + row * width, floats(h) + row * width);
     norm.row(floats(h) + row * width, width, to);
   });
-  kind.mlp(laid, gate, up, down, floats(y));
+  kind.mlp(laid, gate, up, down, y);
   for_rows(rows, width, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) add(floats(h) + row * width, floats(y) + row * width);
   });

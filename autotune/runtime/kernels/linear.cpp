@@ -1,6 +1,8 @@
 // Operators for y = x W^T + b over narrow weights. In FP32 arithmetic, one pass over the weights serves few tokens, and a
 // matrix product many.
+#include "gates.h"
 #include "integer.h"
+#include "layer.h"
 
 #include <vector>
 
@@ -41,7 +43,7 @@ void multiply_many(const Kernel& kernel, const Weights& w, const Tensor& x, cons
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) kernel.expand(w, row / kRows + i, columns + i * kRows, width);
     });
-    multiply_into(x, view(panel, {inputs, here}, width, 0), view(y, {tokens, here}, w.rows, row));
+    autotune::multiply_into(x, view(panel, {inputs, here}, width, 0), view(y, {tokens, here}, w.rows, row));
   }
   if (!bias) return;
   torch::stable::parallel_for(0, tokens, 16, [&, out = floats(y)](int64_t begin, int64_t end) {
@@ -140,10 +142,90 @@ Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, con
   return linear(kernel<Int4>, w, x, bias, in_integers(Int4::kBits), digits_here(digits, Int4::kBits));
 }
 
+// Products in FP32 over weights stored as plain numbers.
+class InFloats {
+ public:
+  using Unit = float;
+  struct Laid {
+    Tensor x;     // [rows, inputs]
+    Tiles tiles;  // the same for a product of few tokens; without memory if there are many
+    const Weights* w;
+  };
+  static constexpr int64_t kRows = kLeastTokens;
+
+  explicit InFloats(int64_t activation) : activation_(activation) {}
+
+  Laid reserve(const Linear& like, int64_t rows, Scratch<float>& scratch) const {
+    const Weights& w = like.w.packed;
+    float* target = rows <= kMostFew ? scratch.room(rows * w.inputs) : nullptr;
+    return {empty_floats({rows, like.w.inputs}), Tiles{rows, target, nullptr}, &w};
+  }
+  static void lay(const Laid& to, int64_t first, int64_t count, const float* rows, int64_t width) {
+    std::copy(rows, rows + count * width, floats(to.x) + first * width);
+  }
+  static void close(const Laid& to) {
+    if (!to.tiles.x) return;
+    torch::stable::parallel_for(0, to.tiles.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        arrange(*to.w, floats(to.x), to.tiles.tokens, to.x.size(1), i, const_cast<float*>(to.tiles.x), nullptr);
+    });
+  }
+  void require(const Linear& linear) const {
+    STD_TORCH_CHECK(linear.w.packed.numbers && !linear.w.packed.scales && linear.bits >= 16,
+                    "products in FP32 are for packed weights in FP16, BF16 or FP32");
+  }
+  void multiply(const Laid& x, const Linear& linear, const Tensor& y) const {
+    const Weights& w = linear.w.packed;
+    if (!x.tiles.x) return multiply_many(kernel_of(linear.type), w, x.x, linear.bias.at, y);
+    const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes);
+    torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
+      multiply_blocks(kernel_of(linear.type), w, x.tiles, linear.bias.at, floats(y), begin, end);
+    });
+  }
+  void mlp(const Laid& x, const Linear& gate, const Linear& up, const Linear& down, const Tensor& y) const {
+    const int64_t rows = x.x.size(0), hidden = gate.w.outputs;
+    static thread_local Scratch<float> scratch;
+    const Tensor gates = empty_floats({rows, hidden}), ups = empty_floats({rows, hidden});
+    multiply(x, gate, gates);
+    multiply(x, up, ups);
+    const Laid gated = reserve(down, rows, scratch);
+    gate_all(floats(gates), floats(ups), rows * hidden, activation_, floats(gated.x));
+    close(gated);
+    multiply(gated, down, y);
+  }
+
+ private:
+  static const Kernel& kernel_of(ScalarType type) {
+    return type == ScalarType::Half       ? kernel<Plain<Half>>
+           : type == ScalarType::BFloat16 ? kernel<Plain<Bf16>>
+                                          : kernel<Plain<float>>;
+  }
+
+  int64_t activation_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> layer_heads_floats(
+    const Tensor& x, const Tensor& norm, double eps, const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
+    const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm, double head_eps, int64_t outputs,
+    int64_t key_outputs, const Tensor& cosines, const Tensor& sines, int64_t) {
+  return layer_heads_of(InFloats(0), x, norm, eps, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, head_eps, outputs,
+                        key_outputs, cosines, sines);
+}
+
+Tensor layer_end_floats(const Tensor& x, const Tensor& attended, const Parts& o, const Maybe& o_bias, const Tensor& norm,
+                        double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
+                        const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation, int64_t) {
+  curve_of(activation);  // refuses others
+  return layer_end_of(InFloats(activation), x, attended, o, o_bias, norm, eps, gate, up, down, gate_bias, up_bias,
+                      down_bias, hidden);
+}
+
 }  // namespace
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
+  library.def((std::string("layer_heads_floats") + autotune::kLayerHeads).c_str());
+  library.def((std::string("layer_end_floats") + autotune::kLayerEnd).c_str());
   library.def("linear_f16(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
   library.def(
       "linear_i8(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int out_features, int digits=2) -> Tensor");
@@ -159,4 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_i8", TORCH_BOX(&autotune::linear_i8));
   library.impl("linear_i6", TORCH_BOX(&autotune::linear_i6));
   library.impl("linear_i4", TORCH_BOX(&autotune::linear_i4));
+  library.impl("layer_heads_floats", TORCH_BOX(&autotune::layer_heads_floats));
+  library.impl("layer_end_floats", TORCH_BOX(&autotune::layer_end_floats));
 }

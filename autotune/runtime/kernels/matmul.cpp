@@ -29,11 +29,14 @@ class InPanels {
   static void lay(const Laid& to, int64_t first, int64_t count, const float* rows, int64_t width) {
     lay_rows<Engine>(to.panel(first / kSide), rows, width, static_cast<int>(count), width, 1.0f);
   }
+  static void close(const Laid&) {}
   void require(const Linear&) const {}  // it multiplies all
-  void multiply(const Laid& x, const Linear& linear, float* y) const { multiply_into<Engine>(x, linear.w, linear.bias.at, y); }
+  void multiply(const Laid& x, const Linear& linear, const Tensor& y) const {
+    multiply_into<Engine>(x, linear.w, linear.bias.at, floats(y));
+  }
 
   // A panel consists of 16 columns of gate and the same columns of up, so that one thread has both factors.
-  void mlp(const Laid& x, const Linear& gate, const Linear& up, const Linear& down, float* y) const {
+  void mlp(const Laid& x, const Linear& gate, const Linear& up, const Linear& down, const Tensor& y) const {
     static thread_local Scratch<Unit> inner;
     static thread_local Scratch<float> starts;
     const Laid hidden = autotune::reserve<Engine>(inner, x.rows, gate.w.outputs);
@@ -113,7 +116,7 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
     static thread_local Scratch<typename Kind::Unit> scratch;
     const auto laid = kind.reserve(first, rows, scratch);
     lay_all<Kind>(laid, floats(x), rows, inputs);
-    kind.mlp(laid, first, second, third, floats(y));
+    kind.mlp(laid, first, second, third, y);
   });
   return as_dtype_of(y, input);
 }

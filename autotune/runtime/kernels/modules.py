@@ -73,6 +73,12 @@ class PackedLinear(nn.Module, ABC):
         return {name: getattr(self, name) for name in self.tensors}
 
     @property
+    def stored(self) -> list[Tensor]:
+        """The weight as stored: its numbers, then what restores it."""
+        held = self._buffers  # an attribute of a module takes ten times as long
+        return [held[name] for name in self.tensors]  # type: ignore[misc]
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes read for each token at batch 1."""
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -125,12 +131,6 @@ class GroupedLinear(PackedLinear):
     operator: ClassVar[str]
     weight: Tensor
     scales: Tensor  # [ceil(N / 16), groups, 16]
-
-    @property
-    def stored(self) -> list[Tensor]:
-        """The weight as stored: its numbers, then what restores it."""
-        held = self._buffers  # an attribute of a module takes ten times as long
-        return [held[name] for name in self.tensors]  # type: ignore[misc]
 
     @property
     def in_integers(self) -> bool:

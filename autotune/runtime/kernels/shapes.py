@@ -15,7 +15,7 @@ def register() -> None:
     torch.library.register_fake("autotune::linear_bf16", _linear_bf16)
     torch.library.register_fake("autotune::linear_mlp", _linear_mlp)
     torch.library.register_fake("autotune::linear_mlp_rounded", _linear_mlp)
-    for suffix in ("", "_rounded"):
+    for suffix in ("", "_rounded", "_floats"):
         torch.library.register_fake(f"autotune::layer_heads{suffix}", _layer_heads)
         torch.library.register_fake(f"autotune::layer_end{suffix}", lambda x, *args: torch.empty_like(x))
     torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))
