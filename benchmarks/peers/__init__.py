@@ -116,10 +116,12 @@ def _autotune(tier: str, policy: str, *rivals: str) -> Peer:
     return Peer(f"autotune-{tier}", f"autotune, {tier}", "tuned", {"policy": policy}, rivals=rivals)
 
 
-def _fixed(name: str, form: str, weights: str, params: Mapping[str, Any], prefill: str, rival: str) -> Peer:
-    options = {"weights": weights, "params": params, "prefill": prefill}
+def _fixed(
+    name: str, form: str, weights: str, params: Mapping[str, Any], prefill: str, *rivals: str, rounds: bool = False
+) -> Peer:
+    options = {"weights": weights, "params": params, "prefill": prefill, "rounds": rounds}
     label = f"autotune's kernels, {form}, no search"
-    return Peer(f"autotune-{name}", label, "fixed", options, rivals=(REFERENCE, rival))
+    return Peer(f"autotune-{name}", label, "fixed", options, rivals=(REFERENCE, *rivals))
 
 
 def _llama(file_type: str) -> Peer:
@@ -139,6 +141,11 @@ PEERS = (
     Peer(VLLM, "vLLM, FP32", "vllm_", {"dtype": "float32"}, "vllm"),
     _fixed("float16", "F16", "weight_storage", {}, "linear_bf16x3", "llama.cpp-f16"),
     _fixed("int8", "INT8", "weight_only", {"bits": 8}, "linear_bf16", "llama.cpp-q8_0"),
+    _fixed(
+        *("int8-rounded", "INT8, 8-bit activations", "weight_only", {"bits": 8}, "packed_prefill"),
+        *("llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32"),
+        rounds=True,
+    ),
     _autotune("lossless", "lossless", REFERENCE, "llama.cpp-f16"),
     _autotune("strict", "balanced", REFERENCE, "llama.cpp-q8_0", "openvino-q8_0", "openvino-q8_0-f32"),
     _autotune("relaxed", "latency", REFERENCE, "llama.cpp-q4_1"),

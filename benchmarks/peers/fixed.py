@@ -40,15 +40,16 @@ def multiplies_tiles() -> bool:
     return multiplies_bf16() and torch.ops.autotune.bf16_unit() == 2
 
 
-def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str) -> Fixed:
+def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str, rounds: bool) -> Fixed:
     """The plan with these weights.
 
     Args:
         prefill: arithmetic of prefill where the processor multiplies tiles of BF16. Others take BF16 products for
             rounded weights, and FP32 for those in FP16, over decode's weights.
+        rounds: whether activations are rounded to 8 bits, as llama.cpp and OpenVINO round them.
     """
     narrow = weights == "weight_only" and multiplies_bf16()
-    if not multiplies_tiles():
+    if not multiplies_tiles() and not rounds:
         prefill = "linear_bf16" if narrow else "packed_prefill"
     plan = [
         transforms.make(weights, dict(params), "decode"),
@@ -57,5 +58,6 @@ def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str) 
         transforms.make("fused_layers", {}, "prefill"),
         transforms.make("step_program", {}, "decode"),
     ]
+    plan += [transforms.make("int8_activations", {}, phase) for phase in ("prefill", "decode") if rounds]
     with torch.no_grad():
         return Fixed(Variant(load(setup)).with_transforms(plan))
