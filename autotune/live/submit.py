@@ -131,9 +131,13 @@ class Submitted:
 
     # In the thread that serves it
 
-    def violated(self) -> RequestError | None:
-        """Why it must not be served any longer, or None."""
-        return self.terms.violated(time.monotonic(), len(self._tokens))
+    def violated(self, tokens: int = 0) -> RequestError | None:
+        """Why it must not be served any longer, or None.
+
+        Args:
+            tokens: new ones so far, for the message; the last of them may not have come here yet.
+        """
+        return self.terms.violated(time.monotonic(), tokens)
 
     def put(self, value: torch.Tensor) -> None:
         """Take a token [1], as a streamer. The prompt, which comes first, is not passed on to the caller."""
@@ -163,14 +167,19 @@ class Submitted:
 
 
 class _Cut:
-    """A stopping criterion that ends a request whose terms are violated, where no engine does it."""
+    """A stopping criterion that ends a request whose terms are violated, where no engine does it.
 
-    def __init__(self, request: Submitted) -> None:
+    Args:
+        tokens: of the prompt.
+    """
+
+    def __init__(self, request: Submitted, tokens: int) -> None:
         self._request = request
+        self._prompt_tokens = tokens
         self.error: RequestError | None = None  # why it was ended
 
     def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.error = self._request.violated()
+        self.error = self._request.violated(ids.shape[1] - self._prompt_tokens)
         return torch.full((ids.shape[0],), self.error is not None, dtype=torch.bool, device=ids.device)
 
 
@@ -231,7 +240,7 @@ class Submissions:
             with self._turn(request):
                 CURRENT.set(request.terms)
                 ids = ids.to(self._model.device)
-                cut = _Cut(request)
+                cut = _Cut(request, ids.shape[1])
                 mask = torch.ones_like(ids)
                 found = self._model.generate(ids, **seam.streamed({"attention_mask": mask, **options}, request, cut))
             if cut.error is not None:

@@ -178,6 +178,14 @@ def test_a_late_request_ends_and_keeps_its_tokens(model: Any) -> None:
     assert not model.autotune.events
 
 
+def test_tokens_that_have_not_come_yet_are_counted() -> None:
+    """The engine hands tokens on after it has looked at the deadline, and the thread that takes them may be late."""
+    request = submit.Submitted(RequestTerms(deadline_s=0.0))
+    cut = submit._Cut(request, tokens=2)
+    assert cut(torch.zeros(1, 5, dtype=torch.int64), None).all()
+    assert "after 3 new tokens" in str(cut.error)
+
+
 def test_a_request_that_was_late_from_the_start_is_not_computed(model: Any) -> None:
     request = model.autotune.submit(PROMPTS[0], deadline_s=0.0, **LONG)
     with pytest.raises(DeadlineError, match="passed before its first token"):
