@@ -7,7 +7,7 @@ pattern has no instruction of its own, so nothing else may read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +36,12 @@ class Fusion(NamedTuple):
 def fusions(graph: GraphModule) -> dict[Node, Fusion]:
     """The patterns of a graph, each by the node of its result."""
     found: dict[Node, Fusion] = {}
-    for node in graph.graph.nodes:
-        for pattern in (norm, rotation, gated):
-            fusion = next(pattern(node), None)
-            if fusion is not None and all(set(n.users) <= fusion.inner | {node} for n in fusion.inner):
+    inner = set[Node]()
+    for node in reversed(graph.graph.nodes):  # results come before what they are made of, which no other may claim
+        for fusion in () if node in inner else chain(norm(node), rotation(node), gated(node)):
+            if all(set(n.users) <= fusion.inner | {node} for n in fusion.inner):
                 found[node] = fusion
+                inner |= fusion.inner
                 break
     return found
 
