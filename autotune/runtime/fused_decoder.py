@@ -19,67 +19,73 @@ from ..model import seam
 from .kernels.bf16 import FEW, Bf16Linear
 from .kernels.fused import GatedMlp, RmsNorm
 from .kernels.modules import GroupedLinear, HalfLinear
-from .merged_blocks import ATTENTION, CONSTANT, NORMED, BlockCall, is_close, random_like, recorded
+from .merged_blocks import ATTENTION, CONSTANT, NORMED, BlockCall, random_like, recorded
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 FUSED = "autotune_fused_layer"  # an attribute of the forwards that are made here
 
 
-class Precision(NamedTuple):
+class Products(NamedTuple):
     """How all of a layer's products are computed.
 
     Args:
         heads, end: the operators before and after attention.
         number: digits of the inputs in integers, or their parts in BF16; 0 for FP32.
+        layers: that multiply, for q, k, v, o, gate, up and down.
     """
 
     heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
     end: Callable[..., Tensor]
     number: int
+    layers: list[Any]
 
 
 class _Layer:
-    """The modules of a decoder layer."""
+    """The modules of a decoder layer whose parts have been exchanged."""
 
     def __init__(self, layer: Any) -> None:
         held = layer._modules  # an attribute of a module takes ten times as long
         self.before, self.after = held["input_layernorm"], held["post_attention_layernorm"]
         self.attention, self.mlp = held["self_attn"], held["mlp"]
         inner, gated = self.attention._modules, self.mlp._modules
-        self.q, self.k, self.v, self.o = (inner[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        self.linear = [inner[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        self.linear += [gated[name] for name in ("gate_proj", "up_proj", "down_proj")]
         self.q_norm, self.k_norm = inner.get("q_norm"), inner.get("k_norm")
-        self.gate, self.up, self.down = (gated[name] for name in ("gate_proj", "up_proj", "down_proj"))
 
-    def are_as_exchanged(self) -> bool:
-        """Whether calling the modules one by one would do no more than the operators do."""
-        held = (self.before, self.after, self.attention, self.mlp, self.q_norm, self.k_norm)
-        linear = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
-        if any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in (*held, *linear)):
-            return False
-        kinds = (self.before, self.after, *(m for m in (self.q_norm, self.k_norm) if m is not None))
+    @classmethod
+    def of(cls, layer: Any) -> _Layer | None:
+        """The layer's modules if calling them one by one would do no more than the operators do, else None."""
+        try:
+            found = cls(layer)
+        except KeyError:  # one of its parts is of another kind by now
+            return None
+        return found if found._are_as_exchanged() else None
+
+    def _are_as_exchanged(self) -> bool:
+        norms = [norm for norm in (self.before, self.after, self.q_norm, self.k_norm) if norm is not None]
+        called = [self.mlp, *norms, *self.linear]
         return (
-            all(type(norm) is RmsNorm for norm in kinds)
+            not any(m._forward_hooks or m._forward_pre_hooks for m in (self.attention, *called))
+            and all(type(norm) is RmsNorm for norm in norms)
             and type(self.mlp) is GatedMlp
             and not self.attention.training
             and hasattr(self.attention.__dict__.get("forward"), seam.ROTARY)
-            and not any("forward" in m.__dict__ for m in (self.mlp, *kinds, *linear))
+            and not any("forward" in m.__dict__ for m in called)
         )
 
-    def precision(self, tokens: int) -> Precision | None:
+    def products(self, tokens: int) -> Products | None:
         """How the operators multiply so many tokens by this layer's weights; None if they cannot."""
-        given = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
-        linear = [m.serving(tokens) if isinstance(m, Bf16Linear) else m for m in given]
-        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = linear
-        first, ops = linear[0], torch.ops.autotune
-        if isinstance(first, Bf16Linear):
-            if all(isinstance(m, Bf16Linear) and m.parts == first.parts and tokens >= FEW for m in linear):
-                return Precision(ops.layer_heads.default, ops.layer_end.default, first.parts)
-        elif isinstance(first, GroupedLinear) and first.in_integers:
-            alike = all(isinstance(m, GroupedLinear) and m.digits == first.digits for m in linear)
-            if alike and first.rounds_like(self.k) and first.rounds_like(self.v) and self.gate.rounds_like(self.up):
-                return Precision(ops.layer_heads_rounded.default, ops.layer_end_rounded.default, first.digits)
-        elif all(isinstance(m, HalfLinear) for m in linear):
-            return Precision(ops.layer_heads_floats.default, ops.layer_end_floats.default, 0)
+        layers: list[Any] = [m.serving(tokens) if isinstance(m, Bf16Linear) else m for m in self.linear]
+        (q, k, v, _, gate, up, _), ops = layers, torch.ops.autotune
+        if isinstance(q, Bf16Linear):
+            if all(isinstance(m, Bf16Linear) and m.parts == q.parts for m in layers) and tokens >= FEW:
+                return Products(ops.layer_heads.default, ops.layer_end.default, q.parts, layers)
+        elif isinstance(q, GroupedLinear) and q.in_integers:
+            alike = all(isinstance(m, GroupedLinear) and m.digits == q.digits for m in layers)
+            if alike and q.rounds_like(k) and q.rounds_like(v) and gate.rounds_like(up):
+                return Products(ops.layer_heads_rounded.default, ops.layer_end_rounded.default, q.digits, layers)
+        elif all(isinstance(m, HalfLinear) for m in layers):
+            return Products(ops.layer_heads_floats.default, ops.layer_end_floats.default, 0, layers)
         return None
 
 
@@ -88,81 +94,69 @@ def fused_forward(layer: nn.Module) -> types.FunctionType | None:
     if {name for name, _ in layer.named_children()} != LAYER or "forward" in vars(layer):
         return None
     attention: Any = layer.self_attn
-    rotated = attention.__dict__.get("forward")
-    children = {name for name, _ in attention.named_children()}
-    if children not in (ATTENTION, ATTENTION | NORMED) or not hasattr(rotated, seam.ROTARY):
+    if {name for name, _ in attention.named_children()} not in (ATTENTION, ATTENTION | NORMED):
         return None
-    if type(layer.mlp) is not GatedMlp:
+    parts, cache_name = _Layer.of(layer), seam.cache_argument(seam.forward_function(attention))
+    if parts is None or parts.linear[1].out_features != parts.linear[2].out_features:  # of k and v
         return None
-    parts = _Layer(layer)
-    if not parts.are_as_exchanged() or parts.k.out_features != parts.v.out_features:
-        return None
-    cache_name = seam.cache_argument(seam.forward_function(attention))
     if cache_name is None or not all(hasattr(attention, name) for name in ("config", "layer_idx", "head_dim")):
         return None
-    eager = rotated.__func__.__globals__.get(seam.EAGER)
+    eager, own = attention.forward.__func__.__globals__.get(seam.EAGER), type(layer).forward
     x = random_like(parts.before.weight, 1, 3, len(parts.before.weight))
     try:
-        block = recorded(attention, x, cache_name)
-        constants = block.constants
-        if eager is None or any(type(value) not in CONSTANT for value in constants.values()):
+        expected = _recorded(layer, own, x, cache_name)
+        if eager is None or any(type(value) not in CONSTANT for value in expected.constants.values()):
             return None
-        expected = _recorded(layer, type(layer).forward, x, cache_name)
-        got = _recorded(layer, _composed(eager, constants), x, cache_name)
+        got = _recorded(layer, _composed(eager, expected.constants), x, cache_name)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # it does not take the inputs of a decoder layer
-    alike = expected.cached == got.cached == [attention.layer_idx] and len(expected.tensors) == len(got.tensors)
-    if not alike or not all(map(is_close, expected.tensors, got.tensors)):
-        return None
-    return _forward(type(layer).forward, eager, constants)
+    return _forward(own, eager, expected.constants) if expected.is_like(got, attention.layer_idx) else None
 
 
 def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str, Any]) -> types.FunctionType:
     """The layer's forward by the operators, and its class's `own` one where they cannot be used."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        parts, angles = _Layer(self), kwargs.get("position_embeddings")
-        if args or angles is None or not _fits(parts, hidden_states, angles) or not parts.are_as_exchanged():
+        parts, angles = _Layer.of(self), kwargs.get("position_embeddings")
+        if args or parts is None or angles is None or not _fits(parts, hidden_states, angles):
             return own(self, hidden_states, *args, **kwargs)
-        precision = parts.precision(hidden_states.shape[0] * hidden_states.shape[1])
-        if precision is None:
+        products = parts.products(hidden_states.shape[0] * hidden_states.shape[1])
+        if products is None:
             return own(self, hidden_states, **kwargs)
         attention, given = parts.attention, dict(kwargs)
         del given["position_embeddings"]
         mask, cache = given.pop("attention_mask", None), seam.pop_cache(given)
         if cache is not None and not seam.appends(cache, attention.layer_idx):
             return own(self, hidden_states, **kwargs)
-        q_norm, k_norm = parts.q_norm, parts.k_norm
-        q, k, v = precision.heads(
+        before, (o, *gated) = products.layers[:3], products.layers[3:]
+        q, k, v = products.heads(
             hidden_states,
             parts.before.weight,
             parts.before.eps,
-            *(m.stored for m in (parts.q, parts.k, parts.v)),
-            *(m.bias for m in (parts.q, parts.k, parts.v)),
-            *(None if m is None else m.weight for m in (q_norm, k_norm)),
-            0.0 if q_norm is None else q_norm.eps,
-            parts.q.out_features,
-            parts.k.out_features,
-            angles[0],
-            angles[1],
-            precision.number,
+            *(m.stored for m in before),
+            *(m.bias for m in before),
+            *(None if m is None else m.weight for m in (parts.q_norm, parts.k_norm)),
+            0.0 if parts.q_norm is None else parts.q_norm.eps,
+            *(m.out_features for m in before[:2]),
+            *angles,
+            products.number,
         )
         if cache is not None:
             k, v = cache.update(k, v, attention.layer_idx)
         attend = seam.attention_function(seam.attention_of(attention.config), eager)
         attended, _ = attend(attention, q, k, v, mask, **{**constants, **given})
-        return precision.end(
+        return products.end(
             hidden_states,
             attended,
-            parts.o.stored,
-            parts.o.bias,
+            o.stored,
+            o.bias,
             parts.after.weight,
             parts.after.eps,
-            *(m.stored for m in (parts.gate, parts.up, parts.down)),
-            *(m.bias for m in (parts.gate, parts.up, parts.down)),
-            parts.gate.out_features,
+            *(m.stored for m in gated),
+            *(m.bias for m in gated),
+            gated[0].out_features,
             parts.mlp.activation,
-            precision.number,
+            products.number,
         )
 
     setattr(forward, FUSED, True)
@@ -193,14 +187,14 @@ def _composed(eager: seam.Attend, constants: Mapping[str, Any]) -> Callable[...,
         parts, cache = _Layer(self), seam.pop_cache(kwargs)
         attention = parts.attention
         normed = parts.before(x)
-        q, k, v = (m(normed).view(*x.shape[:2], -1, attention.head_dim) for m in (parts.q, parts.k, parts.v))
+        q, k, v = (m(normed).view(*x.shape[:2], -1, attention.head_dim) for m in parts.linear[:3])
         if parts.q_norm is not None:
             q, k = parts.q_norm(q), parts.k_norm(k)
         q, k = torch.ops.autotune.rotary(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
         k, v = cache.update(k, v.transpose(1, 2), attention.layer_idx)
         attend = seam.attention_function(seam.attention_of(attention.config), eager)
         attended, _ = attend(attention, q, k, v, attention_mask, **constants)
-        x = x + parts.o(attended.reshape(*x.shape[:2], -1))
+        x = x + parts.linear[3](attended.reshape(*x.shape[:2], -1))
         y: Tensor = x + parts.mlp(parts.after(x))
         return y
 

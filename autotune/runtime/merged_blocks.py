@@ -136,6 +136,11 @@ class BlockCall:
         self.cached = seam.update_layer(args, kwargs)
         return key, value
 
+    def is_like(self, other: BlockCall, layer: int) -> bool:
+        """Whether both calls stored under this layer, passed on the same and gave the same."""
+        alike = self.constants == other.constants and self.cached == other.cached == [layer]
+        return alike and all(is_close(a, b) for a, b in itertools.zip_longest(self.tensors, other.tensors))
+
 
 def _proven_mlp(block: Any) -> MergedMlp | None:
     new, x = MergedMlp(block), random_like(block.gate_proj.weight, 1, 3, block.gate_proj.in_features)
@@ -164,9 +169,7 @@ def _proven_attention(block: Any) -> MergedAttention | None:
         got = recorded(new, x, cache_name)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return None  # it does not take the inputs of an attention block
-    alike = expected.constants == got.constants and expected.cached == got.cached == [block.layer_idx]
-    pairs = itertools.zip_longest(expected.tensors, got.tensors)
-    return new if alike and all(is_close(a, b) for a, b in pairs) else None
+    return new if expected.is_like(got, block.layer_idx) else None
 
 
 def recorded(block: Any, x: Tensor, cache_name: str, around: Callable[..., Tensor] | None = None) -> BlockCall:

@@ -83,7 +83,7 @@ def operators(call: Callable[[], Any]) -> dict[str, int]:
 def by_modules(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The result of a call whose layers are computed by their modules."""
     with monkeypatch.context() as patch:
-        patch.setattr(fused_decoder._Layer, "precision", lambda self, tokens: None)
+        patch.setattr(fused_decoder._Layer, "products", lambda self, tokens: None)
         return call()
 
 
@@ -169,7 +169,11 @@ def other_norm(module: PreTrainedModel) -> None:
     module.model.layers[0].input_layernorm = torch.nn.RMSNorm(64)
 
 
-@pytest.mark.parametrize("change", [hooked, exchanged, in_training, other_norm])
+def other_block(module: PreTrainedModel) -> None:
+    module.model.layers[0].mlp = torch.nn.Linear(64, 64)
+
+
+@pytest.mark.parametrize("change", [hooked, exchanged, in_training, other_norm, other_block])
 def test_layers_that_changed_are_computed_by_their_modules(
     change: Callable[[PreTrainedModel], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
