@@ -51,6 +51,8 @@ inline Floats gelu(Floats x) { return x * sigmoid(1.59576912f * (x + 0.044715f *
 
 using Curve = Floats (*)(Floats);
 
+constexpr int64_t kSilu = 0;
+
 // Activation 0 is SiLU, 1 is GELU in its tanh form.
 inline Curve curve_of(int64_t activation) {
   STD_TORCH_CHECK(activation == 0 || activation == 1, "activation is 0 (SiLU) or 1 (GELU by tanh), not ", activation);

@@ -19,7 +19,8 @@ enum Code : int64_t {  // the order of CODES in autotune/runtime/steps/program/i
   kSigmoid, kSilu, kRelu, kGelu, kGeluTanh, kCos, kSin, kSquare, kCube, kReciprocal, kNot,
   kAdd, kSubtract, kMultiply, kDivide, kLarger, kSmaller, kAddInt, kSubtractInt, kMultiplyInt,
   kLessInt, kLessEqualInt, kEqualInt, kAnd, kOr,
-  kMean, kNormalize, kRms, kRotate, kGateSilu, kGateGeluTanh, kEmbed, kEmbedPacked, kIndexCopy, kArrange, kLinear, kRound, kLinearRounded, kDot, kAttend,
+  kMean, kNormalize, kRms, kRotate, kGateSilu, kGateGeluTanh, kEmbed, kEmbedPacked, kIndexCopy,
+  kArrange, kLinear, kRound, kLinearRounded, kDot, kAttend,
 };
 
 enum Share : int64_t { kSolo, kShared, kTeam };

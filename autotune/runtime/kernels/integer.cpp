@@ -129,7 +129,8 @@ class InIntegers {
   }
   Factor factor(const Rounded& x, const Linear& linear) const {
     const Weights& w = linear.w.packed;
-    STD_TORCH_CHECK(w.inputs == x.width && span_of(w.group) == x.span, "gate and up must round their inputs alike, and so must queries, keys and values");
+    STD_TORCH_CHECK(w.inputs == x.width && span_of(w.group) == x.span,
+                    "gate and up must round their inputs alike, and so must queries, keys and values");
     return {w, linear.bits, linear.bias.at};
   }
   void multiply(const Rounded& x, const Linear& linear, const Tensor& y) const {
@@ -162,28 +163,17 @@ Tensor linear_mlp_rounded(const Tensor& input, const Parts& gate, const Parts& u
       third(down, down_bias, outputs, hidden);
   for (const Linear* each : {&first, &second, &third}) kind.require(*each);
   if (!tokens) return as_dtype_of(y, input);
-  static thread_local Scratch<float> scratch;
-  const Rounded laid = kind.reserve(first, tokens, scratch);
-  lay_all<InIntegers>(laid, floats(x), tokens, inputs);
-  kind.mlp(laid, first, second, third, y);
+  const Rounded rounded = round_all(first.w.packed, floats(x), tokens, inputs, static_cast<int>(digits));
+  kind.mlp(rounded, first, second, third, y);
   return as_dtype_of(y, input);
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_heads_rounded(
-    const Tensor& x, const Tensor& norm, double eps, const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
-    const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm, double head_eps, int64_t outputs,
-    int64_t key_outputs, const Tensor& cosines, const Tensor& sines, int64_t digits) {
-  return layer_heads_of(InIntegers(digits, silu), x, norm, eps, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm,
-                        head_eps, outputs, key_outputs, cosines, sines);
-}
-
-Tensor layer_end_rounded(const Tensor& x, const Tensor& attended, const Parts& o, const Maybe& o_bias, const Tensor& norm,
-                         double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
-                         const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation,
-                         int64_t digits) {
-  return layer_end_of(InIntegers(digits, curve_of(activation)), x, attended, o, o_bias, norm, eps, gate, up, down,
-                      gate_bias, up_bias, down_bias, hidden);
-}
+struct Integers {
+  template <class Use>
+  static auto with(int64_t digits, int64_t activation, Use use) {
+    return use(InIntegers(digits, curve_of(activation)));
+  }
+};
 
 int64_t fewest(int64_t bits) { return least_digits(static_cast<int>(bits)); }
 
@@ -205,6 +195,6 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_mlp_rounded", TORCH_BOX(&autotune::linear_mlp_rounded));
-  library.impl("layer_heads_rounded", TORCH_BOX(&autotune::layer_heads_rounded));
-  library.impl("layer_end_rounded", TORCH_BOX(&autotune::layer_end_rounded));
+  library.impl("layer_heads_rounded", TORCH_BOX(&autotune::layer_heads<autotune::Integers>));
+  library.impl("layer_end_rounded", TORCH_BOX(&autotune::layer_end<autotune::Integers>));
 }

@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> heads(const Kind& kind, const Tensor& x, cons
 
 template <class Kind>
 Tensor finish(const Kind& kind, const Tensor& x, const Tensor& attended, const Linear& o, const Norm& norm,
-                 const Linear& gate, const Linear& up, const Linear& down) {
+              const Linear& gate, const Linear& up, const Linear& down) {
   const int64_t width = x.size(2), rows = x.size(0) * x.size(1), inner = o.w.inputs;
   static thread_local Scratch<typename Kind::Unit> first, second;
   const Tensor y = empty_floats({x.size(0), x.size(1), width}), h = empty_floats({rows, width});
@@ -143,34 +143,40 @@ inline Tensor tokens_of(const Tensor& x, int64_t dims) {
   return contiguous_floats(x);
 }
 
-template <class Kind>
-std::tuple<Tensor, Tensor, Tensor> layer_heads_of(const Kind& kind, const Tensor& given, const Tensor& norm, double eps,
-                                                  const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
-                                                  const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm,
-                                                  const Maybe& k_norm, double head_eps, int64_t outputs,
-                                                  int64_t key_outputs, const Tensor& cosines, const Tensor& sines) {
+// The operators for a family of products: `Family::with(precision, activation, use)` calls use(kind).
+template <class Family>
+std::tuple<Tensor, Tensor, Tensor> layer_heads(const Tensor& given, const Tensor& norm, double eps, const Parts& q,
+                                               const Parts& k, const Parts& v, const Maybe& q_bias, const Maybe& k_bias,
+                                               const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm,
+                                               double head_eps, int64_t outputs, int64_t key_outputs,
+                                               const Tensor& cosines, const Tensor& sines, int64_t precision) {
   const Tensor x = tokens_of(given, 3), cosine = tokens_of(cosines, 3), sine = tokens_of(sines, 3);
   const int64_t width = x.size(2), depth = cosine.size(2);
   STD_TORCH_CHECK((cosine.size(0) == 1 || cosine.size(0) == x.size(0)) && cosine.size(1) == x.size(1) && depth % 2 == 0 &&
                       sine.numel() == cosine.numel() && outputs % depth == 0 && key_outputs % depth == 0,
                   "cosines and sines must be [B or 1, S, D], D even and a divisor of the outputs");
   const Linear one(q, q_bias, outputs, width), two(k, k_bias, key_outputs, width), three(v, v_bias, key_outputs, width);
-  for (const Linear* each : {&one, &two, &three}) kind.require(*each);
-  return heads(kind, x, Norm(norm, eps, width), one, two, three, Norm(q_norm, head_eps, depth),
-               Norm(k_norm, head_eps, depth), cosine, sine);
+  const Norm before(norm, eps, width), of_q(q_norm, head_eps, depth), of_k(k_norm, head_eps, depth);
+  return Family::with(precision, kSilu, [&](const auto& kind) {
+    for (const Linear* each : {&one, &two, &three}) kind.require(*each);
+    return heads(kind, x, before, one, two, three, of_q, of_k, cosine, sine);
+  });
 }
 
-template <class Kind>
-Tensor layer_end_of(const Kind& kind, const Tensor& given, const Tensor& attention, const Parts& o, const Maybe& o_bias,
-                    const Tensor& norm, double eps, const Parts& gate, const Parts& up, const Parts& down,
-                    const Maybe& gate_bias, const Maybe& up_bias, const Maybe& down_bias, int64_t hidden) {
+template <class Family>
+Tensor layer_end(const Tensor& given, const Tensor& attention, const Parts& o, const Maybe& o_bias, const Tensor& norm,
+                 double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
+                 const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation, int64_t precision) {
   const Tensor x = tokens_of(given, 3), attended = tokens_of(attention, 4);
   const int64_t width = x.size(2), inner = attended.numel() / (x.size(0) * x.size(1));
   STD_TORCH_CHECK(attended.size(0) == x.size(0) && attended.size(1) == x.size(1), "attention must be [B, S, H, D]");
   const Linear first(o, o_bias, width, inner), second(gate, gate_bias, hidden, width), third(up, up_bias, hidden, width),
       last(down, down_bias, width, hidden);
-  for (const Linear* each : {&first, &second, &third, &last}) kind.require(*each);
-  return finish(kind, x, attended, first, Norm(norm, eps, width), second, third, last);
+  const Norm after(norm, eps, width);
+  return Family::with(precision, activation, [&](const auto& kind) {
+    for (const Linear* each : {&first, &second, &third, &last}) kind.require(*each);
+    return finish(kind, x, attended, first, after, second, third, last);
+  });
 }
 
 constexpr const char* kLayerHeads =

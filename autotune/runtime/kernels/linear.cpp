@@ -12,6 +12,30 @@ namespace {
 constexpr int64_t kMostFew = 96;  // tokens; with more, a matrix product over expanded weights pays (equal near 128)
 constexpr int64_t kPanelFloats = 1 << 18;      // the FP32 panel for many tokens; 1 MiB stays in the L2 cache
 
+// The kernel for weights stored as plain numbers.
+const Kernel& kernel_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half: return kernel<Plain<Half>>;
+    case ScalarType::BFloat16: return kernel<Plain<Bf16>>;
+    case ScalarType::Float: return kernel<Plain<float>>;
+    default: STD_TORCH_CHECK(false, "linear_f16 takes weights in FP16, BF16 or FP32");
+  }
+}
+
+void arrange_all(const Weights& w, const float* x, int64_t tokens, int64_t inputs, float* target, float* sums) {
+  const Tiles tiles{tokens, target, sums};
+  torch::stable::parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) arrange(w, x, tokens, inputs, i, target, sums);
+  });
+}
+
+void multiply_tiles(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y) {
+  const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes);
+  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
+    multiply_blocks(kernel, w, tiles, bias, y, begin, end);
+  });
+}
+
 void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_t tokens, int64_t inputs,
                   const float* bias, float* y) {
   static thread_local Scratch<float> scratch;
@@ -19,16 +43,9 @@ void multiply_few(const Kernel& kernel, const Weights& w, const float* x, int64_
   const int64_t numbers = copied ? tokens * w.inputs : 0;
   float* target = scratch.room(numbers + (w.zeros ? tokens * w.groups() : 0));
   float* sums = w.zeros ? target + numbers : nullptr;
-  const Tiles tiles{tokens, copied ? target : x, sums};
-  if (copied)
-    torch::stable::parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) arrange(w, x, tokens, inputs, i, target, sums);
-    });
+  if (copied) arrange_all(w, x, tokens, inputs, target, sums);
   if (!copied && sums) add_up(w, 1, x, sums);
-  const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes);
-  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
-    multiply_blocks(kernel, w, tiles, bias, y, begin, end);
-  });
+  multiply_tiles(kernel, w, {tokens, copied ? target : x, sums}, bias, y);
 }
 
 // For many tokens: expands some blocks to FP32, then calls the platform's matrix product.
@@ -103,12 +120,7 @@ Numbers per_group(Weights& w, const Tensor& factors) {
 
 Tensor linear_f16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t rows) {
   const Weights w = packed(weight, rows);
-  switch (weight.scalar_type()) {
-    case ScalarType::Half: return linear(kernel<Plain<Half>>, w, x, bias);
-    case ScalarType::BFloat16: return linear(kernel<Plain<Bf16>>, w, x, bias);
-    case ScalarType::Float: return linear(kernel<Plain<float>>, w, x, bias);
-    default: STD_TORCH_CHECK(false, "linear_f16 takes weights in FP16, BF16 or FP32");
-  }
+  return linear(kernel_of(weight.scalar_type()), w, x, bias);
 }
 
 template <class Format>
@@ -147,9 +159,10 @@ class InFloats {
  public:
   using Unit = float;
   struct Laid {
-    Tensor x;     // [rows, inputs]
-    Tiles tiles;  // the same for a product of few tokens; without memory if there are many
+    Tensor x;        // [rows, inputs]
+    float* arranged;  // the same as tiles, for few rows; else null
     const Weights* w;
+    Tiles tiles() const { return {x.size(0), arranged, nullptr}; }
   };
   static constexpr int64_t kRows = kLeastTokens;
 
@@ -157,30 +170,22 @@ class InFloats {
 
   Laid reserve(const Linear& like, int64_t rows, Scratch<float>& scratch) const {
     const Weights& w = like.w.packed;
-    float* target = rows <= kMostFew ? scratch.room(rows * w.inputs) : nullptr;
-    return {empty_floats({rows, like.w.inputs}), Tiles{rows, target, nullptr}, &w};
+    return {empty_floats({rows, like.w.inputs}), rows <= kMostFew ? scratch.room(rows * w.inputs) : nullptr, &w};
   }
   static void lay(const Laid& to, int64_t first, int64_t count, const float* rows, int64_t width) {
     std::copy(rows, rows + count * width, floats(to.x) + first * width);
   }
   static void close(const Laid& to) {
-    if (!to.tiles.x) return;
-    torch::stable::parallel_for(0, to.tiles.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        arrange(*to.w, floats(to.x), to.tiles.tokens, to.x.size(1), i, const_cast<float*>(to.tiles.x), nullptr);
-    });
+    if (to.arranged) arrange_all(*to.w, floats(to.x), to.x.size(0), to.x.size(1), to.arranged, nullptr);
   }
   void require(const Linear& linear) const {
     STD_TORCH_CHECK(linear.w.packed.numbers && !linear.w.packed.scales && linear.bits >= 16,
                     "products in FP32 are for packed weights in FP16, BF16 or FP32");
   }
   void multiply(const Laid& x, const Linear& linear, const Tensor& y) const {
-    const Weights& w = linear.w.packed;
-    if (!x.tiles.x) return multiply_many(kernel_of(linear.type), w, x.x, linear.bias.at, y);
-    const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes);
-    torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
-      multiply_blocks(kernel_of(linear.type), w, x.tiles, linear.bias.at, floats(y), begin, end);
-    });
+    const Kernel& kernel = kernel_of(linear.type);
+    if (x.arranged) return multiply_tiles(kernel, linear.w.packed, x.tiles(), linear.bias.at, floats(y));
+    multiply_many(kernel, linear.w.packed, x.x, linear.bias.at, y);
   }
   void mlp(const Laid& x, const Linear& gate, const Linear& up, const Linear& down, const Tensor& y) const {
     const int64_t rows = x.x.size(0), hidden = gate.w.outputs;
@@ -195,30 +200,16 @@ class InFloats {
   }
 
  private:
-  static const Kernel& kernel_of(ScalarType type) {
-    return type == ScalarType::Half       ? kernel<Plain<Half>>
-           : type == ScalarType::BFloat16 ? kernel<Plain<Bf16>>
-                                          : kernel<Plain<float>>;
-  }
-
   int64_t activation_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> layer_heads_floats(
-    const Tensor& x, const Tensor& norm, double eps, const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
-    const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm, double head_eps, int64_t outputs,
-    int64_t key_outputs, const Tensor& cosines, const Tensor& sines, int64_t) {
-  return layer_heads_of(InFloats(0), x, norm, eps, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, head_eps, outputs,
-                        key_outputs, cosines, sines);
-}
-
-Tensor layer_end_floats(const Tensor& x, const Tensor& attended, const Parts& o, const Maybe& o_bias, const Tensor& norm,
-                        double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
-                        const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation, int64_t) {
-  curve_of(activation);  // refuses others
-  return layer_end_of(InFloats(activation), x, attended, o, o_bias, norm, eps, gate, up, down, gate_bias, up_bias,
-                      down_bias, hidden);
-}
+struct FloatProducts {
+  template <class Use>
+  static auto with(int64_t, int64_t activation, Use use) {
+    curve_of(activation);  // refuses others
+    return use(InFloats(activation));
+  }
+};
 
 }  // namespace
 }  // namespace autotune
@@ -241,6 +232,6 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_i8", TORCH_BOX(&autotune::linear_i8));
   library.impl("linear_i6", TORCH_BOX(&autotune::linear_i6));
   library.impl("linear_i4", TORCH_BOX(&autotune::linear_i4));
-  library.impl("layer_heads_floats", TORCH_BOX(&autotune::layer_heads_floats));
-  library.impl("layer_end_floats", TORCH_BOX(&autotune::layer_end_floats));
+  library.impl("layer_heads_floats", TORCH_BOX(&autotune::layer_heads<autotune::FloatProducts>));
+  library.impl("layer_end_floats", TORCH_BOX(&autotune::layer_end<autotune::FloatProducts>));
 }

@@ -7,12 +7,6 @@
 namespace autotune {
 namespace {
 
-template <class Engine>
-void linear(const float* x, int64_t rows, const Matrix& w, const float* bias, float* y) {
-  static thread_local Scratch<typename Engine::Unit> scratch;
-  multiply_into<Engine>(lay_all<Engine>(scratch, x, rows, w.inputs), w, bias, y);
-}
-
 // Products in BF16.
 template <class Engine>
 class InPanels {
@@ -72,17 +66,28 @@ class InPanels {
   Curve activation_;
 };
 
-// Calls use(kind) with products in so many BF16 parts.
-template <class Use>
-auto in_bf16(int64_t parts, Curve activation, Use use) {
-  STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
-#if defined(AUTOTUNE_BF16)
-  return parts == 1 ? use(InPanels<Bf16Parts<1>>(activation)) : use(InPanels<Bf16Parts<2>>(activation));
-#else
-  STD_TORCH_CHECK(false, "this processor has no instructions for products in BF16");
-  return use(InPanels<Singles>(activation));
-#endif
+template <class Engine>
+void linear(const float* x, int64_t rows, const Matrix& w, const float* bias, float* y) {
+  static thread_local Scratch<typename Engine::Unit> scratch;
+  const Panels<Engine> laid = reserve<Engine>(scratch, rows, w.inputs);
+  lay_all<InPanels<Engine>>(laid, x, rows, w.inputs);
+  multiply_into<Engine>(laid, w, bias, y);
 }
+
+// Products in so many BF16 parts.
+struct Bf16Products {
+  template <class Use>
+  static auto with(int64_t parts, int64_t activation, Use use) {
+    const Curve curve = curve_of(activation);
+    STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
+#if defined(AUTOTUNE_BF16)
+    return parts == 1 ? use(InPanels<Bf16Parts<1>>(curve)) : use(InPanels<Bf16Parts<2>>(curve));
+#else
+    STD_TORCH_CHECK(false, "this processor has no instructions for products in BF16");
+    return use(InPanels<Singles>(curve));  // for its type
+#endif
+  }
+};
 
 Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t outputs,
@@ -105,13 +110,13 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
                   const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias, int64_t hidden,
                   int64_t outputs, int64_t activation, int64_t parts) {
   STD_TORCH_CHECK(parts == 1 || parts == 2, "parts is 1 or 2, not ", parts);
-  const Curve curve = curve_of(activation);
+  curve_of(activation);  // refuses others
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Linear first(gate, gate_bias, hidden, inputs), second(up, up_bias, hidden, inputs),
       third(down, down_bias, outputs, hidden);
   if (!rows) return as_dtype_of(y, input);
-  in_bf16(parts, curve, [&](const auto& kind) {
+  Bf16Products::with(parts, activation, [&](const auto& kind) {
     using Kind = std::decay_t<decltype(kind)>;
     static thread_local Scratch<typename Kind::Unit> scratch;
     const auto laid = kind.reserve(first, rows, scratch);
@@ -119,24 +124,6 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
     kind.mlp(laid, first, second, third, y);
   });
   return as_dtype_of(y, input);
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_heads(
-    const Tensor& x, const Tensor& norm, double eps, const Parts& q, const Parts& k, const Parts& v, const Maybe& q_bias,
-    const Maybe& k_bias, const Maybe& v_bias, const Maybe& q_norm, const Maybe& k_norm, double head_eps, int64_t outputs,
-    int64_t key_outputs, const Tensor& cosines, const Tensor& sines, int64_t parts) {
-  return in_bf16(parts, silu, [&](const auto& kind) {
-    return layer_heads_of(kind, x, norm, eps, q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, head_eps, outputs,
-                          key_outputs, cosines, sines);
-  });
-}
-
-Tensor layer_end(const Tensor& x, const Tensor& attended, const Parts& o, const Maybe& o_bias, const Tensor& norm,
-                 double eps, const Parts& gate, const Parts& up, const Parts& down, const Maybe& gate_bias,
-                 const Maybe& up_bias, const Maybe& down_bias, int64_t hidden, int64_t activation, int64_t parts) {
-  return in_bf16(parts, curve_of(activation), [&](const auto& kind) {
-    return layer_end_of(kind, x, attended, o, o_bias, norm, eps, gate, up, down, gate_bias, up_bias, down_bias, hidden);
-  });
 }
 
 }  // namespace
@@ -163,6 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) { librar
 STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_bf16", TORCH_BOX(&autotune::linear_bf16));
   library.impl("linear_mlp", TORCH_BOX(&autotune::linear_mlp));
-  library.impl("layer_heads", TORCH_BOX(&autotune::layer_heads));
-  library.impl("layer_end", TORCH_BOX(&autotune::layer_end));
+  library.impl("layer_heads", TORCH_BOX(&autotune::layer_heads<autotune::Bf16Products>));
+  library.impl("layer_end", TORCH_BOX(&autotune::layer_end<autotune::Bf16Products>));
 }

@@ -57,16 +57,6 @@ Panels<Engine> reserve(Scratch<typename Engine::Unit>& scratch, int64_t rows, in
   return panels;
 }
 
-template <class Engine>
-Panels<Engine> lay_all(Scratch<typename Engine::Unit>& scratch, const float* x, int64_t rows, int64_t depth) {
-  const Panels<Engine> panels = reserve<Engine>(scratch, rows, depth);
-  torch::stable::parallel_for(0, panels.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      lay_rows<Engine>(panels.panel(i), x + i * kSide * depth, depth, panels.rows_of(i), depth, 1.0f);
-  });
-  return panels;
-}
-
 // Combines every row block with every column panel, on all threads. `lay(n, panel)` lays out column panel n.
 // `use(m, n, rows, panel, start)` multiplies row block m by it. `start(n)` gives the 32 numbers to which products are
 // added.
