@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autotune.machine import device as devices
-from autotune.runtime import attention_sdpa
+from autotune.runtime import attention_sdpa, attention_slots
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128  # of Llama 3.1 8B
 SLOTS = (1024, 4096, 16384)
@@ -47,6 +47,8 @@ def attention(batch: int, slots: int) -> tuple[Tensor, Mapping[str, Callable[[],
     there = (torch.arange(slots, device="cuda") < slots - EMPTY).expand(batch, 1, 1, slots)
     bias = torch.zeros(batch, 1, 1, slots, **half).masked_fill_(~there, torch.finfo(torch.bfloat16).min)
     module: Any = nn.Module()
+    last, padding = (torch.full((batch, 1), slot, device="cuda") for slot in (slots - EMPTY - 1, 0))
+    spans = attention_slots.spans(last, padding, None, k)
 
     def ours(backend: str) -> Callable[[], Tensor]:
         return lambda: attention_sdpa.attend(backend, module, q, k, v, bias)[0].transpose(1, 2)
@@ -59,6 +61,7 @@ def attention(batch: int, slots: int) -> tuple[Tensor, Mapping[str, Callable[[],
     return right, {
         "SDPA, keys repeated": repeated,
         "SDPA, grouped": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=there, enable_gqa=True),
+        "slots": lambda: attention_slots.attend(module, q, k, v, spans)[0].transpose(1, 2),
         **{f"sdpa:{backend}": ours(backend) for backend in ("cudnn", "efficient", "math")},
     }
 

@@ -48,6 +48,7 @@ def narrow(scheme: str, **params: Any) -> Step:
 
 INT4 = narrow("int4_weight_only", compile=False)
 CUDNN: Step = ("attention", "decode", {"implementation": "sdpa:cudnn"})
+SLOTS: Step = ("slot_attention", "decode", {})
 INT8_TRITON: Step = ("triton_weights", "decode", {"bits": 8})
 INT4_TRITON: Step = ("triton_weights", "decode", {"bits": 4})
 NF4: Step = ("bitsandbytes", "decode", {"scheme": "nf4"})
@@ -55,6 +56,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
     "lean loop": (("lean_loop", "decode", {}),),
     "graph": (GRAPH,),
     "graph, cuDNN attention": (CUDNN, GRAPH),
+    "graph, slot attention": (SLOTS, GRAPH),
     "graph, cuDNN, merged": (CUDNN, MERGED, GRAPH),
     "graph, cuDNN, INT8 by torchao": (CUDNN, narrow("int8_weight_only"), GRAPH),
     "graph, cuDNN, FP8 by torchao": (CUDNN, narrow("float8_weight_only"), GRAPH),
@@ -64,6 +66,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
     "graph, cuDNN, INT4 by Triton": (CUDNN, INT4_TRITON, GRAPH),
     "graph, cuDNN, NF4 by bitsandbytes": (CUDNN, NF4, GRAPH),
     "graph, cuDNN, compiled": (CUDNN, COMPILED, GRAPH),
+    "graph, slot attention, compiled, INT8": (SLOTS, INT8_TRITON, COMPILED, GRAPH),
     "graph, cuDNN, compiled, INT8 by Triton": (CUDNN, INT8_TRITON, COMPILED, GRAPH),
     "graph, cuDNN, compiled, INT4 by torchao": (CUDNN, INT4, COMPILED, GRAPH),
     "graph, cuDNN, compiled, INT4 by Triton": (CUDNN, INT4_TRITON, COMPILED, GRAPH),

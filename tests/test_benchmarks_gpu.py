@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from autotune.runtime.variant import Variant
 from autotune.transforms import torchao, triton_weights
 from autotune.workload import Workload
 from benchmarks import gpu, gpu_shapes, gpu_steps, graph_soak
+from tests.fakes import varlen
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
 
@@ -37,7 +39,7 @@ def test_the_gpu_benchmark_is_of_the_class_it_says(shape: str, parameters: int) 
 
 
 @pytest.fixture
-def on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_paper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a CPU lacks is put in its place: cuDNN, Triton, packed INT4, compiled products and a compiled step."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(attention_sdpa.ON_CPU, "cudnn", replace(attention_sdpa.KERNELS["math"], name=CUDNN))
@@ -51,6 +53,8 @@ def on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = pytest.importorskip("autotune.runtime.narrow.layers", reason="needs Triton")
     for kind in (layers.NarrowInt8Linear, layers.NarrowInt4Linear):
         monkeypatch.setattr(kind, "product", lambda layer, x: x.float() @ layer.widened(torch.float32).T)
+    with varlen.kernel():
+        yield
 
 
 @pytest.mark.usefixtures("on_paper")
@@ -80,6 +84,7 @@ CACHE = 1002 * 32 * 2 * 8 * 128 * 2  # bytes of a sequence: the 1001 tokens that
         ("graph, cuDNN, FP8 by torchao", 8),
         ("graph, cuDNN, INT8 by Triton", 8.5),
         ("graph, cuDNN, compiled, merged, INT8", 8.5),
+        ("graph, slot attention, compiled, INT8", 8.5),
         ("graph, cuDNN, INT4 by torchao", 5),
         ("graph, cuDNN, INT4 by Triton", 5),
         ("graph, cuDNN, NF4 by bitsandbytes", 4.5),

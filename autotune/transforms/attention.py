@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,7 +18,7 @@ from ..diagnose import ceilings
 from ..errors import TransformError
 from ..machine import gpus
 from ..model import seam
-from ..runtime import attention_sdpa
+from ..runtime import attention_sdpa, attention_slots
 from ..runtime.variant import Stage, Transform
 from . import require
 
@@ -119,6 +119,8 @@ class Attention(Transform):
             return f"{wanted} is in use for {' and '.join(self.phases)} already"
         if not seam.exchangeable_attention(model):
             return f"{type(model).__name__} has no exchangeable attention"
+        if "decode" in self.phases and seam.attention_of(variant.modules["decode"]) == attention_slots.IMPLEMENTATION:
+            return "slot_attention is in use for decode, and reads fewer slots"
         needs = IMPLEMENTATIONS[wanted]
         if needs.kind is not None and not seam.supports(model, needs.kind):
             return f"{type(model).__name__} does not support {wanted}"
@@ -133,11 +135,11 @@ class Attention(Transform):
         )
 
     def _unfit_model(self, variant: Variant, needs: Needs, hardware: Hardware) -> str | None:
-        from ..diagnose.work import activation_dtype, attention_layers
+        from ..diagnose.work import attention_layers
 
-        wanted, dtype = self.implementation, activation_dtype(variant.original)
-        if needs.half and hardware.device != "cpu" and dtype not in (torch.float16, torch.bfloat16):
-            return f"{wanted} takes FP16 and BF16; between this model's layers it is {dtype}: load it in BF16"
+        wanted = self.implementation
+        if needs.half and hardware.device != "cpu" and (reason := unfit_dtype(wanted, variant.original)):
+            return reason
         size = max((layer.head_size for layer in attention_layers(variant.original)), default=0)
         if needs.head_size is not None and size > needs.head_size:
             return f"{wanted} takes heads of up to {needs.head_size} numbers; this model's have {size}"
@@ -174,8 +176,21 @@ class Attention(Transform):
         kernel = attention_sdpa.kernel(self.backend, device) if self.backend else None
         if kernel is not None and kernel.operator in seen:
             return None
-        others = {name for name in seen if name.startswith("_scaled_dot_product") or "softmax" in name}
-        return " and ".join(sorted(others)) or ("no kernel of SDPA's" if self.backend else None)
+        return other_attention(seen) or ("no kernel of SDPA's" if self.backend else None)
+
+
+def unfit_dtype(wanted: str, model: PreTrainedModel) -> str | None:
+    """Why an implementation that takes FP16 and BF16 does not take this model, or None."""
+    from ..diagnose.work import activation_dtype
+
+    if (dtype := activation_dtype(model)) in (torch.float16, torch.bfloat16):
+        return None
+    return f"{wanted} takes FP16 and BF16; between this model's layers it is {dtype}: load it in BF16"
+
+
+def other_attention(seen: set[str]) -> str:
+    """Name the operators that compute attention in torch's own ways; "" if there are none."""
+    return " and ".join(sorted(name for name in seen if name.startswith("_scaled_dot_product") or "softmax" in name))
 
 
 def without_mask(module: torch.nn.Module, device: torch.device) -> str | None:
@@ -192,16 +207,19 @@ def without_mask(module: torch.nn.Module, device: torch.device) -> str | None:
 
 def operators(model: PreTrainedModel, phase: Phase) -> set[str]:
     """Names of the torch operators that run for a few tokens of a phase."""
-    seen = _Names()
     ids = torch.arange(1, PROBE_TOKENS + 1, dtype=torch.int64, device=model.device)[None]  # [1, PROBE_TOKENS]
     with torch.no_grad():
         if phase == "prefill":
-            with seen:
-                model(input_ids=ids, use_cache=True)
-        else:
-            cache = seam.cache_in(model(input_ids=ids, use_cache=True))
-            with seen:
-                model(input_ids=ids[:, :1], **seam.over(model, cache))
+            return operator_names(lambda: model(input_ids=ids, use_cache=True))
+        cache = seam.cache_in(model(input_ids=ids, use_cache=True))
+        return operator_names(lambda: model(input_ids=ids[:, :1], **seam.over(model, cache)))
+
+
+def operator_names(work: Callable[[], Any]) -> set[str]:
+    """Names of the torch operators that run in a piece of work."""
+    seen = _Names()
+    with seen:
+        work()
     return seen.names
 
 

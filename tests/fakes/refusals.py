@@ -134,6 +134,31 @@ def _flash_operator(call: Call, capability: Capability) -> str | None:
     return _no_flash(given, capability) or unpadded
 
 
+def _varlen(call: Call, capability: Capability) -> str | None:
+    q, k, v = (call.get(place, name) for place, name in enumerate(("query", "key", "value")))
+    order, begin, seen = call.get(3, "cum_seq_q"), call.get(4, "cum_seq_k"), call.kwargs["seqused_k"]
+    count = order.numel() - 1
+    taken = {
+        "FlashAttention only supports Ampere GPUs or newer.": capability >= (8, 0),
+        "FlashAttention only support fp16 and bf16 data type": q.dtype in HALF,
+        "query and key must have the same dtype": q.dtype == k.dtype,
+        "query and value must have the same dtype": q.dtype == v.dtype,
+        "cu_seqlens_q must have dtype int32": order.dtype == torch.int32,
+        "cu_seqlens_k must have dtype int32": begin.dtype == torch.int32,
+        "seqused_k must have dtype int32": seen.dtype == torch.int32,
+        "Input tensor must have contiguous last dimension": all(t.stride(-1) == 1 for t in (q, k, v)),
+        "cu_seqlens must be contiguous": order.is_contiguous() and begin.is_contiguous(),
+        "seqused_k must be contiguous": seen.is_contiguous(),
+        "cu_seqlens_k must have shape (batch_size + 1)": begin.shape == (count + 1,),
+        "seqused_k must have shape (batch_size)": seen.shape == (count,),
+        "FlashAttention forward only supports head dimension at most 256": q.shape[-1] <= 256,
+        "head_size must be a multiple of 8, this is ensured by padding!": q.shape[-1] % 8 == 0,
+        "Number of heads in key/value must divide number of heads in query": q.shape[1] % k.shape[1] == 0,
+        "k must have shape (total_k, num_heads_k, head_size_og)": k.dim() == 3 and k.shape == v.shape,
+    }
+    return next((message for message, holds in taken.items() if not holds), None)
+
+
 def _efficient_operator(call: Call, capability: Capability) -> str | None:
     given = call.attention()
     return _no_efficient(given, capability) or _misaligned(given)
@@ -214,6 +239,13 @@ REFUSALS: Mapping[str, Refusal] = {
         "aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd",
         ("_scaled_dot_product_flash_attention",),
         _flash_operator,
+    ),
+    "varlen": Refusal(
+        "the flash kernel for sequences of different lengths takes FP16 and BF16, heads of at most 256, a multiple of "
+        "8, and int32 lengths without gaps between them",
+        "aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_varlen_fwd",
+        ("_flash_attention_forward",),
+        _varlen,
     ),
     "efficient": Refusal(
         "the memory-efficient kernel takes as many key heads as query heads, and masks of the query's dtype whose rows "

@@ -56,6 +56,14 @@ def flash(**given: Any) -> None:
     aten._scaled_dot_product_flash_attention(*heads(**given)[:3], 0.0, False, False)
 
 
+def varlen(
+    dtype: torch.dtype = HALF, size: int = 64, key_heads: int = 2, lengths: torch.dtype = torch.int32, step: int = 1
+) -> None:
+    q, k = torch.empty(2, 4, size, dtype=dtype, **META), torch.empty(48, key_heads, size, dtype=dtype, **META)
+    order, begin, seen = (torch.empty(count * step, dtype=lengths, **META)[::step] for count in (3, 3, 2))
+    aten._flash_attention_forward(q, k, k, order, begin, 1, 24, 0.0, False, False, seqused_k=seen)
+
+
 def efficient(**given: Any) -> None:
     aten._scaled_dot_product_efficient_attention(*heads(**given), False)
 
@@ -115,6 +123,14 @@ CALLS: list[tuple[str, Callable[..., None], dict[str, Any], str, str | None]] = 
     ("flash", flash, {"key_heads": 3}, "9.0", "must divide number of heads in query"),
     ("flash", flash, {"size": 60}, "9.0", "must be a multiple of 8"),
     ("flash", flash, {"dtype": FULL}, "9.0", "only support fp16 and bf16"),
+    ("varlen", varlen, {}, "8.0", None),
+    ("varlen", varlen, {}, "7.5", "Ampere GPUs or newer"),
+    ("varlen", varlen, {"dtype": FULL}, "9.0", "only support fp16 and bf16"),
+    ("varlen", varlen, {"size": 264}, "9.0", "at most 256"),
+    ("varlen", varlen, {"size": 60}, "9.0", "must be a multiple of 8"),
+    ("varlen", varlen, {"key_heads": 3}, "9.0", "must divide number of heads in query"),
+    ("varlen", varlen, {"lengths": torch.int64}, "9.0", "must have dtype int32"),
+    ("varlen", varlen, {"step": 2}, "9.0", "must be contiguous"),
     ("efficient", efficient, {"pad": 8, "queries": 2, "keys": 23}, "9.0", None),
     ("efficient", efficient, {"pad": 4, "queries": 2, "keys": 23, "dtype": FULL}, "9.0", None),
     ("efficient", efficient, {"pad": 1, "queries": 2, "keys": 23}, "9.0", MISALIGNED),

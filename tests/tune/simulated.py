@@ -30,7 +30,7 @@ from autotune.diagnose.diagnosis import Diagnosis, diagnose
 from autotune.errors import BudgetSpentError
 from autotune.machine import gpus
 from autotune.machine.hardware import Hardware
-from autotune.runtime.variant import Stage, Transform, Variant
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.linears import LinearTransform
 from autotune.tune import compose, order, search, trying
@@ -78,6 +78,10 @@ FORMATS: dict[str, tuple[float, float, float]] = {
     "int8_dynamic": (1.0, 0.50, 0.01),
 }
 LIMITS = {"lossless": 5e-4, "strict": 0.005, "relaxed": 0.05}
+ATTENTION_S = 12e-6  # a layer, over a prompt or 1024 slots
+# What SDPA takes besides over slots: two launches, and bytes of keys and values repeated for four query heads each.
+REPEATING_S, REPEATED = 6e-6, 36e6
+ATTENTIONS = {"attention", "slot_attention"}
 ABSENT = ("flash_attention", "kernels-community", "flex_attention", "draft=model")
 
 
@@ -104,7 +108,6 @@ class StandIn(Transform):
         return found if found in FORMATS else ""
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
-        taken = {(t.real.stage, phase) for t in applied(variant) for phase in t.phases}
         named = {t.real.name for t in applied(variant) if set(t.phases) & set(self.phases)}
         if any(each in str(self.real) for each in ABSENT):
             return "not installed"
@@ -118,8 +121,9 @@ class StandIn(Transform):
             return "there already"
         if "reduce-overhead" in str(self.real) and "cuda_graph" in named:
             return "captured already"
-        other = self.real.stage is Stage.ATTENTION and any((Stage.ATTENTION, phase) in taken for phase in self.phases)
-        return "there already" if other else None
+        if self.real.name in ATTENTIONS and any(name in ATTENTIONS for name in named):
+            return "there already"
+        return None
 
     def rehearsed(self) -> None:
         return None
@@ -196,7 +200,10 @@ class World:
         if phase == "prefill":
             linear_s = max(linear_s, flops / (0.7 * self.hardware.flops_per_s[dynamic or "bfloat16"]))
         compiled = "compile_step" in names if phase == "decode" else "compile_prefill" in names
-        small_s, attention_s = layers * SMALL_S * (0.4 if compiled else 1.0), layers * 12e-6
+        small_s = layers * SMALL_S * (0.4 if compiled else 1.0)
+        own = any(t.real.name in ATTENTIONS and phase in t.phases for t in applied(variant))
+        masked_s = 0.0 if own or phase == "prefill" else REPEATING_S + REPEATED / self.hardware.bandwidth_bytes_per_s
+        attention_s = layers * (ATTENTION_S + masked_s)
         busy_s = linear_s + small_s + attention_s
         captured = ("cuda_graph" if phase == "decode" else "capture_prefill") in names
         host_s = 0.0 if captured else layers * HOST_S * (0.7 if names & {"lean_loop", "static_cache"} else 1.0)

@@ -9,6 +9,7 @@ import torch
 from ...model import seam
 from ...model.configured import text_config
 from ...model.seam.layers import CacheLayer
+from .. import attention_slots
 from ..attention_sdpa import KERNELS
 
 if TYPE_CHECKING:
@@ -149,16 +150,10 @@ def forward(
     if count > 1:
         slot = slot + torch.arange(count, dtype=slot.dtype, device=slot.device)  # [K], the slot of each token
     seen = slot if kept is None else torch.minimum(slot, kept)  # the last slot that each token sees
-    last = seen[:, None, None] if by_row else seen[:, None]  # [B, 1, 1] or [K, 1]
-    index = torch.arange(valid.shape[1], dtype=slot.dtype, device=slot.device)
-    full = (valid[:, None] & (index <= last))[:, None]  # [B, 1, K, slots]; models use a 4-D mask unchanged
-    masks = {"full_attention": full}
     config = text_config(model)
-    if window := getattr(config, "sliding_window", None):
-        inside = index > last - window
-        masks["sliding_attention"] = full & (inside[:, None] if by_row else inside)
-    if seam.attention_of(config) in ADDING:
-        masks = {kind: _additive(mask, keys[0].dtype) for kind, mask in masks.items()}
+    masks = (_spans if seam.attention_of(config) == attention_slots.IMPLEMENTATION else _masks)(
+        config, seen, valid, keys[0], by_row
+    )
     mixed = len(masks) > 1 and getattr(config, "layer_types", None)
     mask: Any = masks if mixed else list(masks.values())[-1]
     cache = seam.cache_over(SlotLayer(k, v, slot, by_row=by_row) for k, v in zip(keys, values, strict=True))
@@ -166,6 +161,34 @@ def forward(
     given: dict[str, Any] = seam.over(model, cache, at) | (seam.logits_at(model, kept) if kept is not None else {})
     found = seam.logits(model(tokens, position_ids=positions, attention_mask=mask, **given))
     return found if kept is None or found.shape[1] == len(kept) else found.index_select(1, kept)
+
+
+def _masks(
+    config: PretrainedConfig, seen: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor, by_row: bool
+) -> dict[str, torch.Tensor]:
+    """What each kind of layer sees, [B, 1, K, slots]; models use a mask of four dimensions unchanged."""
+    last = seen[:, None, None] if by_row else seen[:, None]  # [B, 1, 1] or [K, 1]
+    index = torch.arange(valid.shape[1], dtype=seen.dtype, device=seen.device)
+    full = (valid[:, None] & (index <= last))[:, None]
+    masks = {"full_attention": full}
+    if window := getattr(config, "sliding_window", None):
+        inside = index > last - window
+        masks["sliding_attention"] = full & (inside[:, None] if by_row else inside)
+    if seam.attention_of(config) in ADDING:
+        masks = {kind: _additive(mask, keys.dtype) for kind, mask in masks.items()}
+    return masks
+
+
+def _spans(
+    config: PretrainedConfig, seen: torch.Tensor, valid: torch.Tensor, keys: torch.Tensor, by_row: bool
+) -> dict[str, torch.Tensor]:
+    """What each kind of layer sees, as `attention_slots.spans`."""
+    last = seen[:, None] if by_row else seen[None]  # [B, 1] or [1, K]
+    padding = valid.shape[1] - valid.sum(1, keepdim=True)  # [B, 1]
+    windows = {"full_attention": None}
+    if window := getattr(config, "sliding_window", None):
+        windows["sliding_attention"] = window
+    return {kind: attention_slots.spans(last, padding, window, keys) for kind, window in windows.items()}
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
