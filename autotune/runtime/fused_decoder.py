@@ -8,8 +8,11 @@ what it computes: its modules, put together as the operators do it, must give th
 from __future__ import annotations
 
 import copy
+import functools
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,18 @@ from .kernels.modules import GroupedLinear, HalfLinear
 from .merged_blocks import ATTENTION, CONSTANT, NORMED, BlockCall, random_like, recorded
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-FUSED = "autotune_fused_layer"  # an attribute of the forwards that are made here
+FUSED = "autotune_fused_layer"  # of the forwards that are made here: what they pass to attention besides tensors
+
+
+class WholeStack(ABC):
+    """A forward under way of the module that calls the layers."""
+
+    @abstractmethod
+    def result(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """What a layer returns; None: it computes that."""
+
+
+around: ContextVar[WholeStack | None] = ContextVar("the forward that calls the layers", default=None)
 
 
 class Products(NamedTuple):
@@ -30,12 +44,14 @@ class Products(NamedTuple):
 
     Args:
         heads, end: the operators before and after attention.
+        all: the operator for all layers.
         number: digits of the inputs in integers, or their parts in BF16; 0 for FP32.
         layers: that multiply, for q, k, v, o, gate, up and down.
     """
 
     heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
     end: Callable[..., Tensor]
+    all: Callable[..., tuple[Tensor, Tensor, Tensor]]
     number: int
     layers: list[Any]
 
@@ -76,17 +92,27 @@ class _Layer:
     def products(self, tokens: int) -> Products | None:
         """How the operators multiply so many tokens by this layer's weights; None if they cannot."""
         layers: list[Any] = [m.serving(tokens) if isinstance(m, Bf16Linear) else m for m in self.linear]
-        (q, k, v, _, gate, up, _), ops = layers, torch.ops.autotune
+        q, k, v, _, gate, up, _ = layers
         if isinstance(q, Bf16Linear):
             if all(isinstance(m, Bf16Linear) and m.parts == q.parts for m in layers) and tokens >= FEW:
-                return Products(ops.layer_heads.default, ops.layer_end.default, q.parts, layers)
+                return _products("", q.parts, layers)
         elif isinstance(q, GroupedLinear) and q.in_integers:
             alike = all(isinstance(m, GroupedLinear) and m.digits == q.digits for m in layers)
             if alike and q.rounds_like(k) and q.rounds_like(v) and gate.rounds_like(up):
-                return Products(ops.layer_heads_rounded.default, ops.layer_end_rounded.default, q.digits, layers)
+                return _products("_rounded", q.digits, layers)
         elif all(isinstance(m, HalfLinear) for m in layers):
-            return Products(ops.layer_heads_floats.default, ops.layer_end_floats.default, 0, layers)
+            return _products("_floats", 0, layers)
         return None
+
+
+def _products(family: str, number: int, layers: list[Any]) -> Products:
+    return Products(*_operators(family), number, layers)
+
+
+@functools.cache
+def _operators(family: str) -> tuple[Any, Any, Any]:
+    heads, end, every = (getattr(torch.ops.autotune, name + family) for name in ("layer_heads", "layer_end", "layers"))
+    return heads.default, end.default, every.default
 
 
 def fused_forward(layer: nn.Module) -> types.FunctionType | None:
@@ -117,6 +143,9 @@ def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str
     """The layer's forward by the operators, and its class's `own` one where they cannot be used."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stack = around.get()
+        if stack is not None and not args and (whole := stack.result(self, hidden_states, kwargs)) is not None:
+            return whole
         parts, angles = _Layer.of(self), kwargs.get("position_embeddings")
         if args or parts is None or angles is None or not _fits(parts, hidden_states, angles):
             return own(self, hidden_states, *args, **kwargs)
@@ -159,7 +188,7 @@ def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str
             products.number,
         )
 
-    setattr(forward, FUSED, True)
+    setattr(forward, FUSED, dict(constants))
     return forward  # type: ignore[return-value]
 
 

@@ -1,5 +1,5 @@
-"""One fused operator each for norms, gated feed-forward blocks and rotary embeddings of a known form, and two for a
-decoder layer of such parts (`runtime.fused_decoder`).
+"""One fused operator each for norms, gated feed-forward blocks and rotary embeddings of a known form, two for a decoder
+layer of such parts (`runtime.fused_decoder`), and one for all layers of a short prompt (`runtime.fused_stack`).
 
 A layer is recognised by what it computes: before the exchange, the layer and its replacement must give the same results
 for the same random inputs.
@@ -20,7 +20,7 @@ from torch import nn
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import seam
-from ..runtime import fused_decoder, kernels
+from ..runtime import fused_decoder, fused_stack, kernels
 from ..runtime.kernels.fused import GatedMlp, RmsNorm
 from ..runtime.variant import Stage, Transform
 
@@ -45,7 +45,7 @@ class FusedLayers(Transform):
 
     name: ClassVar[str] = "fused_layers"
     stage: ClassVar[Stage] = Stage.LAYERS
-    summary: ClassVar[str] = "prefill's decoder layers in two CPU kernels around attention, or one for each part"
+    summary: ClassVar[str] = "prefill's decoder layers in one CPU kernel, or two around attention, or one for each part"
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -86,10 +86,11 @@ class FusedLayers(Transform):
                     module = twin.get_submodule(name)
                     module.forward = types.MethodType(new, module)
             with torch.no_grad():
-                layers = [(module, fused_decoder.fused_forward(module)) for module in twin.modules()]
-            for module, forward in layers:
-                if forward is not None:
-                    module.forward = types.MethodType(forward, module)
+                for make in (fused_decoder.fused_forward, fused_stack.stacked_forward):
+                    made = [(module, make(module)) for module in twin.modules()]
+                    for module, forward in made:
+                        if forward is not None:
+                            module.forward = types.MethodType(forward, module)
 
     def took_effect(self, variant: Variant) -> str | None:
         return None if fused(variant.modules["prefill"]) else "prefill has no fused layers"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from ..diagnose import ceilings
 from ..errors import ChoiceError, TransformError
 from ..model import seam
-from ..runtime import kernels
+from ..runtime import attention_prompt, kernels
 from ..runtime.variant import Stage, Transform
 from . import require
 
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from ..runtime.variant import Variant
     from ..workload import Phase
-
-PARTS = {"float32": 0, "bfloat16": 1, "bfloat16x3": 2}  # precision -> BF16 numbers that an FP32 number is split into
 
 
 @dataclass(frozen=True)
@@ -43,20 +38,20 @@ class PrefillAttention(Transform):
     lossless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.precision, PARTS, "prefill_attention: precision")
+        require(self.precision, attention_prompt.PARTS, "prefill_attention: precision")
         if self.phase != "prefill":
             raise ChoiceError("prefill_attention: phase must be 'prefill'; decode has one query")
 
     @property
     def implementation(self) -> str:
         """The kernel's name in transformers' registry of attention implementations."""
-        return f"autotune_{self.precision}_prefill"
+        return attention_prompt.NAMES[self.precision]
 
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if hardware.device != "cpu":
             return f"the kernel is for CPUs; this model runs on {hardware.device}"
         model = variant.modules["prefill"]
-        if (used := seam.attention_of(model)) in {f"autotune_{name}_prefill" for name in PARTS}:
+        if (used := seam.attention_of(model)) in attention_prompt.NAMES.values():
             return f"prefill already uses {used}"
         if not (seam.supports(model, "sdpa") and seam.exchangeable_attention(model)):
             return f"{type(model).__name__} does not take other attention implementations"
@@ -72,7 +67,7 @@ class PrefillAttention(Transform):
     def apply(self, variant: Variant) -> None:
         if reason := self._missing():
             raise TransformError(reason)
-        seam.register_attention(self.implementation, functools.partial(attend, PARTS[self.precision]))
+        attention_prompt.register(self.precision)
         for module in variant.edit("prefill"):
             seam.use_attention(module, self.implementation)
 
@@ -81,39 +76,4 @@ class PrefillAttention(Transform):
         return None if used == self.implementation else f"prefill uses {used}"
 
     def _missing(self) -> str | None:
-        return kernels.available() or (kernels.no_bf16_unit() if PARTS[self.precision] else None)
-
-
-def attend(
-    parts: int,
-    module: torch.nn.Module,
-    query: torch.Tensor,  # [B, H, Q, D]
-    key: torch.Tensor,  # [B, Hk, T, D]
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface: calls the kernel if every query sees an unbroken span of keys, else SDPA.
-
-    Returns:
-        [B, Q, H, D].
-    """
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    usual = not dropout and not query.requires_grad and all(kwargs.get(name) is None for name in seam.UNUSUAL)
-    if usual and query.shape[2] > 1 and query.device.type == "cpu":
-        spans = _spans(attention_mask, query.shape[2], key.shape[2])
-        if spans is not None or (attention_mask is None and causal and query.shape[2] == key.shape[2]):
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return kernels.attend_many(query, key, value, spans, scale, parts), None
-    return seam.sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
-def _spans(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:
-    """The first key that each query sees and the one after its last, as [B or 1, Q, 2]; None for any other mask."""
-    if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys):
-        return None
-    spans: torch.Tensor = torch.ops.autotune.mask_spans(mask)
-    return spans if spans.numel() else None
+        return kernels.available() or (kernels.no_bf16_unit() if attention_prompt.PARTS[self.precision] else None)

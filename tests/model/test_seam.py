@@ -83,7 +83,7 @@ OWN = {  # names of ours that read the same, by file
     ("transforms/static_cache.py", "StaticCache"),  # the transform's class
     ("machine/device/nvml.py", "_sample"),
     ("transforms/linears.py", "_sample"),
-    ("transforms/prefill_attention.py", "_prefill"),  # the end of a name
+    ("runtime/attention_prompt.py", "_prefill"),  # the end of a name
     ("tune/selfcheck.py", "StaticCache"),
     ("runtime/own_texts.py", "logits_processor"),  # a caller's argument of generate, which is public
     ("validate/score.py", "logits_processor"),

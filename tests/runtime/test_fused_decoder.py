@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from autotune.model import seam
-from autotune.runtime import fused_decoder, kernels
+from autotune.runtime import fused_decoder, fused_stack, kernels
 from autotune.runtime.fused_decoder import FUSED
 from autotune.runtime.kernels.bf16 import FEW
 from autotune.runtime.variant import Variant
@@ -40,6 +40,12 @@ WEIGHTS = {  # the transforms of prefill's weights, before and after the layers 
     "BF16, plain": ([make("linear_bf16", {}, "prefill")], []),
     "BF16 in two parts": ([make("linear_bf16x3", {}, "prefill")], []),
 }
+
+
+@pytest.fixture(autouse=True)
+def single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer computes itself; for all of them in one operator see `test_fused_stack.py`."""
+    monkeypatch.setattr(fused_stack, "MOST_TOKENS", 0)
 
 
 def missing(weights: str) -> str | None:

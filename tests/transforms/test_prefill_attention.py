@@ -9,9 +9,9 @@ import torch
 
 from autotune.errors import ChoiceError
 from autotune.machine.hardware import Hardware
-from autotune.runtime import kernels
+from autotune.runtime import attention_prompt, kernels
 from autotune.runtime.variant import Variant
-from autotune.transforms import make, prefill_attention
+from autotune.transforms import make
 from tests import models
 from tests.transforms.test_contract import COMPILER
 
@@ -75,7 +75,7 @@ def test_whole_models(architecture: str, precision: str, calls: list[str]) -> No
 def test_other_attention_is_left_to_sdpa(unusual: dict[str, Any], calls: list[str]) -> None:
     q, k, v = (torch.randn(1, 2, 6, 16) for _ in range(3))
     arguments = {"attention_mask": None} | unusual
-    out, _ = prefill_attention.attend(0, torch.nn.Module(), q, k, v, **arguments)
+    out, _ = attention_prompt.attend(0, torch.nn.Module(), q, k, v, **arguments)
     assert out.shape == (1, 6, 2, 16)
     assert calls == ["sdpa"]
 

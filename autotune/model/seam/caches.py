@@ -69,6 +69,11 @@ def appends(cache: Any, layer: int) -> bool:
     return layers is not None and (layer >= len(layers) or isinstance(layers[layer], DynamicLayer | CacheLayer))
 
 
+def is_unfilled(cache: Any, layers: Iterable[int]) -> bool:
+    """Whether a cache holds no tokens, and these of its layers take keys and values as they come (`appends`)."""
+    return all(appends(cache, layer) for layer in layers) and int(cache.get_seq_length()) == 0
+
+
 def counts_tokens(cache: Any) -> bool:
     """Whether a cache has layers that keep keys and values per token. Those of state-space models do not."""
     return any(hasattr(layer, "get_seq_length") for layer in getattr(cache, "layers", ()))

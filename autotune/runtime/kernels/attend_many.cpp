@@ -1,10 +1,11 @@
 // Attention of many new tokens, each over an unbroken span of keys. Causal, left-padded and windowed masks give such
 // spans. Scores exist for 32 queries and some keys at a time. Keys that no query of a block may see are skipped.
 // Source: Dao, Fu, Ermon, Rudra and Re, "FlashAttention", NeurIPS 2022.
+#include "attend_many.h"
+
 #include "bf16.h"
 #include "curves.h"
 #include "singles.h"
-#include "tensors.h"
 
 #include <cmath>
 #include <limits>
@@ -191,6 +192,8 @@ Tensor rows_of(const Tensor& given) {
 
 Rows rows(const Tensor& t) { return {floats(t), t.stride(0), t.stride(1), t.stride(2)}; }
 
+}  // namespace
+
 Tensor attend_many(const Tensor& q, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& spans,
                    double scale, int64_t parts) {
   STD_TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && keys.size(0) == q.size(0) &&
@@ -224,6 +227,8 @@ Tensor attend_many(const Tensor& q, const Tensor& keys, const Tensor& values, co
   if (!parts) attend_all<Singles>(p, floats(y));
   return as_dtype_of(y, q);
 }
+
+namespace {
 
 // The span [first, last + 1) that each row of a boolean mask [B, 1, Q, T] admits, as INT32 [B, Q, 2]. If any row has a
 // gap, the result is empty, [0, Q, 2].

@@ -57,6 +57,7 @@ HEADERS = (
     "token_rows.h",
     "gates.h",
     "layer.h",
+    "attend_many.h",
     "curves.h",
 )
 TIMEOUT_S = 300.0

@@ -187,6 +187,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
       "Tensor? down_bias, int hidden, int out_features, int activation, int digits) -> Tensor");
   library.def((std::string("layer_heads_rounded") + autotune::kLayerHeads).c_str());
   library.def((std::string("layer_end_rounded") + autotune::kLayerEnd).c_str());
+  library.def((std::string("layers_rounded") + autotune::kLayers).c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
@@ -197,4 +198,5 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_mlp_rounded", TORCH_BOX(&autotune::linear_mlp_rounded));
   library.impl("layer_heads_rounded", TORCH_BOX(&autotune::layer_heads<autotune::Integers>));
   library.impl("layer_end_rounded", TORCH_BOX(&autotune::layer_end<autotune::Integers>));
+  library.impl("layers_rounded", TORCH_BOX(&autotune::layers<autotune::Integers>));
 }

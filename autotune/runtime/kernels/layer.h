@@ -1,8 +1,10 @@
-// A decoder layer of prefill in two operators, with the cache and attention between them. Each gives, to the bit, what
-// the operators for its parts give; it lays a token's numbers out once for all the products that use them.
+// A decoder layer of prefill in two operators, with the cache and attention between them, and all layers of a prompt in
+// one. Each gives, to the bit, what the operators for its parts give; it lays a token's numbers out once for all the
+// products that use them.
 //
 //   layer_heads   x -> norm -> queries, keys and values, rotated
 //   layer_end     x, attention -> x + o(attention) -> that + mlp(norm(that))
+//   layers        x -> the two, with attention over the layer's own keys and values between them, layer by layer
 //
 // A kind of products is a class with
 //
@@ -16,6 +18,7 @@
 
 #include <tuple>
 
+#include "attend_many.h"
 #include "curves.h"
 #include "matmul.h"
 #include "token_rows.h"
@@ -77,21 +80,33 @@ void lay_all(const typename Kind::Laid& to, const float* x, int64_t rows, int64_
   Kind::close(to);
 }
 
+// What a layer multiplies and scales by.
+struct LayerWeights {
+  Norm before, of_q, of_k, after;
+  Linear q, k, v, o, gate, up, down;
+};
+
+// Queries, keys and values of a layer, [B, H, S, D] laid out by token.
+struct Heads {
+  Tensor queries, keys, values;
+
+  static Heads room(const Tensor& x, int64_t outputs, int64_t key_outputs, int64_t depth) {
+    const auto made = [&](int64_t all) { return empty_by_token(x.size(0), all / depth, x.size(1), depth); };
+    return {made(outputs), made(key_outputs), made(key_outputs)};
+  }
+};
+
 template <class Kind>
-std::tuple<Tensor, Tensor, Tensor> heads(const Kind& kind, const Tensor& x, const Norm& norm, const Linear& q,
-                                         const Linear& k, const Linear& v, const Norm& q_norm, const Norm& k_norm,
-                                         const Tensor& cosines, const Tensor& sines) {
+void heads(const Kind& kind, const Tensor& x, const Norm& norm, const Linear& q, const Linear& k, const Linear& v,
+           const Norm& q_norm, const Norm& k_norm, const Tensor& cosines, const Tensor& sines, const Heads& to) {
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), depth = cosines.size(2);
   static thread_local Scratch<typename Kind::Unit> scratch;
   const auto laid = kind.reserve(q, batch * tokens, scratch);
   lay_made<Kind>(laid, batch * tokens, width,
                  [&](int64_t row, float* to) { norm.row(floats(x) + row * width, width, to); });
-  const auto product = [&](const Linear& linear) {
-    const Tensor y = empty_by_token(batch, linear.w.outputs / depth, tokens, depth);
-    kind.multiply(laid, linear, y);
-    return y;
-  };
-  const Tensor queries = product(q), keys = product(k), values = product(v);
+  kind.multiply(laid, q, to.queries);
+  kind.multiply(laid, k, to.keys);
+  kind.multiply(laid, v, to.values);
   const int64_t shared = cosines.size(0) == 1 ? 0 : tokens * depth;  // one set of angles for all sequences, or one each
   for_rows(batch * tokens, q.w.outputs + k.w.outputs, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -103,11 +118,10 @@ std::tuple<Tensor, Tensor, Tensor> heads(const Kind& kind, const Tensor& x, cons
           rotate(at, floats(cosines) + angle, floats(sines) + angle, depth, at);
         }
       };
-      turn(queries, q_norm, q.w.outputs);
-      turn(keys, k_norm, k.w.outputs);
+      turn(to.queries, q_norm, q.w.outputs);
+      turn(to.keys, k_norm, k.w.outputs);
     }
   });
-  return {queries, keys, values};
 }
 
 template <class Kind>
@@ -143,6 +157,71 @@ inline Tensor tokens_of(const Tensor& x, int64_t dims) {
   return contiguous_floats(x);
 }
 
+inline void require_angles(const Tensor& x, const Tensor& cosines, const Tensor& sines, int64_t outputs,
+                           int64_t key_outputs) {
+  const int64_t depth = cosines.size(2);
+  STD_TORCH_CHECK((cosines.size(0) == 1 || cosines.size(0) == x.size(0)) && cosines.size(1) == x.size(1) &&
+                      depth % 2 == 0 && sines.numel() == cosines.numel() && outputs % depth == 0 && key_outputs % depth == 0,
+                  "cosines and sines must be [B or 1, S, D], D even and a divisor of the outputs");
+}
+
+// Reads the weights of layers, one after the other. Of each layer, `held` has the norms' weights (before, after, and of
+// queries and keys if it has them), then of q, k, v, o, gate, up and down the weight's parts and the bias, if there is
+// one. `form`, INT64 [L, 15], says how many there are: 1 or 0 for the norms of heads, then parts and biases in turn.
+// `sizes` is outputs of q, of k and v, and of gate and up; `eps`, FP32 [L, 3], those of the norms.
+class LayerReader {
+ public:
+  static constexpr int64_t kForm = 15, kNorms = 3;
+
+  LayerReader(const Parts& held, const Tensor& form, const Tensor& eps, int64_t width, int64_t depth, int64_t outputs,
+              int64_t key_outputs, int64_t hidden)
+      : held_(held), width_(width), depth_(depth), outputs_(outputs), key_outputs_(key_outputs), hidden_(hidden) {
+    STD_TORCH_CHECK(form.dim() == 2 && form.size(1) == kForm && form.scalar_type() == ScalarType::Long &&
+                        form.is_contiguous() && eps.dim() == 2 && eps.size(0) == form.size(0) && eps.size(1) == kNorms &&
+                        eps.scalar_type() == ScalarType::Float && eps.is_contiguous(),
+                    "form must be INT64 [L, 15], eps FP32 [L, 3]");
+    form_ = static_cast<const int64_t*>(present(form).data_ptr());
+    eps_ = floats(present(eps));
+    layers = form.size(0);
+  }
+
+  int64_t layers;
+
+  LayerWeights next() {
+    const bool of_heads = form_[0];
+    const Tensor before = take(), after = take();
+    const Maybe of_q = maybe(of_heads), of_k = maybe(of_heads);
+    ++form_;
+    LayerWeights found{Norm(before, eps_[0], width_), Norm(of_q, eps_[1], depth_), Norm(of_k, eps_[1], depth_),
+                       Norm(after, eps_[2], width_), linear(outputs_, width_), linear(key_outputs_, width_),
+                       linear(key_outputs_, width_), linear(width_, outputs_), linear(hidden_, width_),
+                       linear(hidden_, width_), linear(width_, hidden_)};
+    eps_ += kNorms;
+    return found;
+  }
+  bool is_done() const { return at_ == held_.size(); }
+
+ private:
+  Tensor take() {
+    STD_TORCH_CHECK(at_ < held_.size(), "the layers have fewer tensors than their form says");
+    return held_[at_++];
+  }
+  Maybe maybe(bool there) { return there ? Maybe(take()) : std::nullopt; }
+  Linear linear(int64_t outputs, int64_t inputs) {
+    Parts weight;
+    for (int64_t i = 0; i < form_[0]; ++i) weight.push_back(take());
+    const Maybe bias = maybe(form_[1]);
+    form_ += 2;
+    return Linear(weight, bias, outputs, inputs);
+  }
+
+  const Parts& held_;
+  const int64_t* form_;
+  const float* eps_;
+  size_t at_ = 0;
+  int64_t width_, depth_, outputs_, key_outputs_, hidden_;
+};
+
 // The operators for a family of products: `Family::with(precision, activation, use)` calls use(kind).
 template <class Family>
 std::tuple<Tensor, Tensor, Tensor> layer_heads(const Tensor& given, const Tensor& norm, double eps, const Parts& q,
@@ -152,15 +231,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_heads(const Tensor& given, const Tensor
                                                const Tensor& cosines, const Tensor& sines, int64_t precision) {
   const Tensor x = tokens_of(given, 3), cosine = tokens_of(cosines, 3), sine = tokens_of(sines, 3);
   const int64_t width = x.size(2), depth = cosine.size(2);
-  STD_TORCH_CHECK((cosine.size(0) == 1 || cosine.size(0) == x.size(0)) && cosine.size(1) == x.size(1) && depth % 2 == 0 &&
-                      sine.numel() == cosine.numel() && outputs % depth == 0 && key_outputs % depth == 0,
-                  "cosines and sines must be [B or 1, S, D], D even and a divisor of the outputs");
+  require_angles(x, cosine, sine, outputs, key_outputs);
   const Linear one(q, q_bias, outputs, width), two(k, k_bias, key_outputs, width), three(v, v_bias, key_outputs, width);
   const Norm before(norm, eps, width), of_q(q_norm, head_eps, depth), of_k(k_norm, head_eps, depth);
-  return Family::with(precision, kSilu, [&](const auto& kind) {
+  const Heads found = Heads::room(x, outputs, key_outputs, depth);
+  Family::with(precision, kSilu, [&](const auto& kind) {
     for (const Linear* each : {&one, &two, &three}) kind.require(*each);
-    return heads(kind, x, before, one, two, three, of_q, of_k, cosine, sine);
+    heads(kind, x, before, one, two, three, of_q, of_k, cosine, sine, found);
   });
+  return {found.queries, found.keys, found.values};
 }
 
 template <class Family>
@@ -179,6 +258,37 @@ Tensor layer_end(const Tensor& given, const Tensor& attention, const Parts& o, c
   });
 }
 
+// Also returns the layers' keys and values, [L, B, Hk, S, D] laid out by token.
+template <class Family>
+std::tuple<Tensor, Tensor, Tensor> layers(const Tensor& given, const Parts& held, const Tensor& form, const Tensor& eps,
+                                          int64_t outputs, int64_t key_outputs, int64_t hidden, const Tensor& cosines,
+                                          const Tensor& sines, const Maybe& spans, double scale, int64_t parts,
+                                          int64_t activation, int64_t precision) {
+  const Tensor cosine = tokens_of(cosines, 3), sine = tokens_of(sines, 3);
+  Tensor x = tokens_of(given, 3);
+  const int64_t batch = x.size(0), tokens = x.size(1), depth = cosine.size(2);
+  require_angles(x, cosine, sine, outputs, key_outputs);
+  LayerReader reader(held, form, eps, x.size(2), depth, outputs, key_outputs, hidden);
+  const auto room = [&] { return empty_by_token(reader.layers * batch, key_outputs / depth, tokens, depth); };
+  const Tensor keys = by_layer(room(), reader.layers), values = by_layer(room(), reader.layers);
+  Family::with(precision, activation, [&](const auto& kind) {
+    for (int64_t n = 0; n < reader.layers; ++n) {
+      const LayerWeights w = reader.next();
+      for (const Linear* each : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down}) kind.require(*each);
+      const Heads found{empty_by_token(batch, outputs / depth, tokens, depth), part_of(keys, n), part_of(values, n)};
+      heads(kind, x, w.before, w.q, w.k, w.v, w.of_q, w.of_k, cosine, sine, found);
+      const Tensor attended = attend_many(found.queries, found.keys, found.values, spans, scale, parts);
+      x = finish(kind, x, attended, w.o, w.after, w.gate, w.up, w.down);
+    }
+  });
+  STD_TORCH_CHECK(reader.is_done(), "the layers have more tensors than their form says");
+  return {x, keys, values};
+}
+
+constexpr const char* kLayers =
+    "(Tensor x, Tensor[] held, Tensor form, Tensor eps, int out_features, int key_features, int hidden, Tensor cosines, "
+    "Tensor sines, Tensor? spans, float scale, int attention_parts, int activation, int precision) -> "
+    "(Tensor, Tensor, Tensor)";
 constexpr const char* kLayerHeads =
     "(Tensor x, Tensor norm, float eps, Tensor[] q, Tensor[] k, Tensor[] v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
     "Tensor? q_norm, Tensor? k_norm, float head_eps, int out_features, int key_features, Tensor cosines, Tensor sines, "

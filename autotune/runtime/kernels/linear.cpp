@@ -217,6 +217,7 @@ struct FloatProducts {
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def((std::string("layer_heads_floats") + autotune::kLayerHeads).c_str());
   library.def((std::string("layer_end_floats") + autotune::kLayerEnd).c_str());
+  library.def((std::string("layers_floats") + autotune::kLayers).c_str());
   library.def("linear_f16(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
   library.def(
       "linear_i8(Tensor x, Tensor weight, Tensor scales, Tensor? bias, int out_features, int digits=2) -> Tensor");
@@ -234,4 +235,5 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_i4", TORCH_BOX(&autotune::linear_i4));
   library.impl("layer_heads_floats", TORCH_BOX(&autotune::layer_heads<autotune::FloatProducts>));
   library.impl("layer_end_floats", TORCH_BOX(&autotune::layer_end<autotune::FloatProducts>));
+  library.impl("layers_floats", TORCH_BOX(&autotune::layers<autotune::FloatProducts>));
 }

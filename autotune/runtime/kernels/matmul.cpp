@@ -139,6 +139,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
       "Tensor? down_bias, int hidden, int out_features, int activation, int parts) -> Tensor");
   library.def((std::string("layer_heads") + autotune::kLayerHeads).c_str());
   library.def((std::string("layer_end") + autotune::kLayerEnd).c_str());
+  library.def((std::string("layers") + autotune::kLayers).c_str());
 }
 
 namespace {
@@ -152,4 +153,5 @@ STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
   library.impl("linear_mlp", TORCH_BOX(&autotune::linear_mlp));
   library.impl("layer_heads", TORCH_BOX(&autotune::layer_heads<autotune::Bf16Products>));
   library.impl("layer_end", TORCH_BOX(&autotune::layer_end<autotune::Bf16Products>));
+  library.impl("layers", TORCH_BOX(&autotune::layers<autotune::Bf16Products>));
 }

@@ -18,6 +18,7 @@ def register() -> None:
     for suffix in ("", "_rounded", "_floats"):
         torch.library.register_fake(f"autotune::layer_heads{suffix}", _layer_heads)
         torch.library.register_fake(f"autotune::layer_end{suffix}", lambda x, *args: torch.empty_like(x))
+        torch.library.register_fake(f"autotune::layers{suffix}", _layers)
     torch.library.register_fake("autotune::rms_norm", lambda x, weight, eps: torch.empty_like(x))
     torch.library.register_fake("autotune::gate_up", lambda gate, up, activation: torch.empty_like(gate))
     torch.library.register_fake("autotune::rotary", lambda q, k, cosines, sines: (_by_token(q), _by_token(k)))
@@ -105,6 +106,23 @@ def _layer_heads(
     shapes = ((*x.shape[:2], features // depth, depth) for features in (out_features, key_features, key_features))
     queries, keys, values = (x.new_empty(shape).transpose(1, 2) for shape in shapes)
     return queries, keys, values
+
+
+def _layers(
+    x: Tensor,
+    held: list[Tensor],
+    form: Tensor,
+    eps: Tensor,
+    out_features: int,
+    key_features: int,
+    hidden: int,
+    cosines: Tensor,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    depth = cosines.shape[-1]
+    shape = len(form), *x.shape[:2], key_features // depth, depth
+    keys, values = (x.new_empty(shape).transpose(2, 3) for _ in range(2))
+    return torch.empty_like(x), keys, values
 
 
 def _by_token(t: Tensor) -> Tensor:

@@ -36,6 +36,16 @@ inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes, int64_t r
   return Tensor(handle);
 }
 
+// Part `index` of the first dimension.
+inline Tensor part_of(const Tensor& t, int64_t index) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t d = 1; d < t.dim(); ++d) sizes.push_back(t.size(d)), strides.push_back(t.stride(d));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), sizes.size(), sizes.data(), strides.data(),
+                                                               index * t.stride(0), &handle));
+  return Tensor(handle);
+}
+
 // Checks that all elements of a tensor are in the CPU's memory, and returns it: a storage may be freed or too short.
 inline const Tensor& present(const Tensor& t) {
   int32_t where;

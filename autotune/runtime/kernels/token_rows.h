@@ -59,5 +59,14 @@ inline Tensor empty_by_token(int64_t batch, int64_t heads, int64_t tokens, int64
   return Tensor(handle);
 }
 
+inline Tensor by_layer(const Tensor& t, int64_t layers) {  // [L * B, H, Q, D] -> [L, B, H, Q, D]
+  const int64_t batch = t.size(0) / layers;
+  const int64_t sizes[] = {layers, batch, t.size(1), t.size(2), t.size(3)};
+  const int64_t strides[] = {batch * t.stride(0), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 5, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 }  // namespace autotune

@@ -1,0 +1,248 @@
+"""All layers of a prompt in one operator: the numbers of the layers one by one, and every way back to these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from autotune.errors import VariantError
+from autotune.model import seam
+from autotune.runtime import fused_decoder, fused_stack, kernels
+from autotune.runtime.dispatch import serving
+from autotune.runtime.fused_decoder import around
+from autotune.runtime.kernels.bf16 import FEW
+from autotune.runtime.variant import Variant
+from autotune.transforms import make
+from tests import models
+from tests.runtime.test_fused_decoder import BATCHES, FUSE, INT8, LAYERS, PACKED, WEIGHTS, operators, prefill, run
+
+OPERATORS = kernels.available()
+pytestmark = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))
+
+PROMPT = BATCHES["a prompt"]
+
+
+def one_by_one(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The result of a call whose layers compute themselves."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_stack, "MOST_TOKENS", 0)
+        return call()
+
+
+def whole(call: Callable[[], Any]) -> int:
+    """How often a call computed all layers at once."""
+    return sum(count for name, count in operators(call).items() if name.startswith("layers"))
+
+
+def require_same(module: Any, given: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    got, expected = run(module, given), one_by_one(lambda: run(module, given), monkeypatch)
+    assert len(got) == len(expected) == 1 + 2 * LAYERS
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_numbers_are_those_of_single_layers(weights: str, batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, given = prefill(models.tiny(), weights), BATCHES[batch]
+    require_same(module, given, monkeypatch)
+    few = weights.startswith("BF16") and weights != "BF16" and given["input_ids"].numel() < FEW
+    assert whole(lambda: run(module, given)) == int(batch != "one token" and not few)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("mistral-window", {}),
+    ],
+)
+@pytest.mark.parametrize("weights", ["INT8", "BF16", "FP16", "INT4, some INT8"])
+def test_architectures(
+    architecture: str, changes: dict[str, Any], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.tiny(architecture, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    module = prefill(model, weights)
+    given = models.left_padded((50, 37))
+    assert whole(lambda: run(module, given)) == 1
+    require_same(module, given, monkeypatch)
+
+
+def test_answers_and_what_follows_the_prompt() -> None:
+    """A cache that was filled by one operator is read by later parts and by decode."""
+    model = models.tiny()
+    variant = Variant(model).with_transforms([INT8, PACKED, make("prefill_attention", {}, "prefill"), FUSE])
+    ids = torch.tensor(models.token_prompts(1, length=70))
+    answer = lambda: serving(variant).generate(ids, max_new_tokens=8, do_sample=False)  # noqa: E731
+    assert whole(answer) == 1
+    module = variant.modules["prefill"]
+    parts, at_once = seam.growing_cache(), seam.growing_cache()
+    with torch.no_grad():
+        for part in ids.split(32, 1):
+            got = module(input_ids=part, **seam.over(module, parts)).logits[:, -1]
+        expected = module(input_ids=ids, **seam.over(module, at_once)).logits[:, -1]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def hooked(module: Any) -> None:
+    module.model.layers[1].register_forward_hook(lambda *_: None)
+
+
+def hooked_inside(module: Any) -> None:
+    module.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None)
+
+
+def replaced(module: Any) -> None:
+    layer = module.model.layers[1]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+
+def of_another_size(module: Any) -> None:
+    module.model.layers[1].mlp.activation += 1
+
+
+def with_another_attention(module: Any) -> None:
+    module.config._attn_implementation_internal = "sdpa"
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_inside, replaced, of_another_size, with_another_attention])
+def test_layers_that_changed_compute_themselves(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = prefill(models.tiny())
+    assert whole(lambda: run(module, PROMPT)) == 1
+    change(module)
+    assert whole(lambda: run(module, PROMPT)) == 0
+    require_same(module, PROMPT, monkeypatch)
+
+
+def test_a_hook_on_all_modules_sees_every_layer() -> None:
+    module, seen = prefill(models.tiny()), list[str]()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    try:
+        assert whole(lambda: run(module, PROMPT)) == 0
+    finally:
+        handle.remove()
+    assert seen.count("LlamaDecoderLayer") >= LAYERS
+
+
+def test_a_mask_with_gaps_and_a_long_prompt_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = prefill(models.tiny())
+    gaps = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
+    gaps[..., 5] = False
+    gaps[..., 5, 5] = True
+    assert whole(lambda: run(module, {"input_ids": PROMPT["input_ids"], "attention_mask": gaps})) == 0
+    monkeypatch.setattr(fused_stack, "MOST_TOKENS", 69)
+    assert whole(lambda: run(module, PROMPT)) == 0
+
+
+def test_what_single_layers_give_is_given() -> None:
+    module = prefill(models.tiny())
+    with torch.no_grad():
+        got = module(**PROMPT, output_hidden_states=True)
+    assert len(got.hidden_states) == LAYERS + 1
+    assert not torch.equal(got.hidden_states[1], got.hidden_states[2])
+
+
+def test_caches_that_ask_for_more_get_it() -> None:
+    model = models.tiny()
+    module = prefill(model)
+
+    def answer() -> None:
+        with torch.no_grad():
+            module(**PROMPT, **seam.over(module, transformers.StaticCache(config=model.config, max_cache_len=96)))
+
+    assert whole(answer) == 0
+
+
+def test_a_model_whose_layers_see_different_masks_is_left() -> None:
+    """Gemma's layers have windows in turn, and angles of their own."""
+    model = models.tiny(
+        "qwen3", sliding_window=8, use_sliding_window=True, layer_types=["sliding_attention", "full_attention"]
+    )
+    module = prefill(model)
+    assert "forward" not in vars(module.model)
+    assert whole(lambda: run(module, PROMPT)) == 0
+
+
+class Scaled(transformers.LlamaModel):
+    """Changes the numbers between its layers."""
+
+    def forward(self, inputs_embeds: torch.Tensor | None = None, **given: Any) -> Any:
+        x = inputs_embeds
+        angles = self.rotary_emb(x, torch.arange(x.shape[1])[None])
+        for layer in self.layers:
+            x = layer(x * 2, attention_mask=None, position_embeddings=angles)
+        return x
+
+
+def test_a_model_that_does_something_between_its_layers_is_left() -> None:
+    module = prefill(models.tiny())
+    owner = module.model
+    del owner.__dict__["forward"]
+    assert fused_stack.stacked_forward(owner) is not None
+    owner.__class__ = Scaled
+    assert fused_stack.stacked_forward(owner) is None
+
+
+def test_layers_that_are_called_otherwise_are_an_error() -> None:
+    """The original answers then: what the first layer computed for all is not what they are asked for."""
+    module = prefill(models.tiny())
+    layers = list(module.model.layers)
+    x, angles = torch.randn(1, 8, 64), module.model.rotary_emb(torch.ones(1), torch.arange(8)[None])
+    stack = fused_stack.Stack(layers, {"scaling": 0.25, "dropout": 0.0})
+    token = around.set(stack)
+    try:
+        with torch.no_grad():
+            y = layers[0](x, attention_mask=None, position_embeddings=angles)
+            assert layers[1](y, attention_mask=None, position_embeddings=angles) is y
+            for other in ((y.clone(), angles), (y, (angles[0].clone(), angles[1]))):
+                with pytest.raises(VariantError, match="otherwise than it did"):
+                    layers[1](other[0], attention_mask=None, position_embeddings=other[1])
+    finally:
+        around.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held, form: (held[:-1], form), "fewer tensors"),
+        (lambda held, form: ([*held, held[0]], form), "more tensors"),
+        (lambda held, form: (held, form[:, :-1]), "form must be"),
+        (lambda held, form: (held, form.int()), "form must be"),
+    ],
+    ids=["too few", "too many", "too narrow", "wrong dtype"],
+)
+def test_the_operator_refuses(change: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = prefill(models.tiny(), "INT8")
+    own = fused_stack._held
+
+    def damaged(*given: Any) -> Any:
+        held, form, eps = own(*given)
+        return *change(held, form), eps
+
+    monkeypatch.setattr(fused_stack, "_held", damaged)
+    with pytest.raises(RuntimeError, match=message):
+        run(module, PROMPT)
+
+
+def test_its_shapes_are_known_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = prefill(models.tiny(), "INT8"), list[tuple[Any, ...]]()
+    *others, own = fused_decoder._operators("_rounded")
+
+    def noted(*given: Any) -> Any:
+        calls.append(given)
+        return own(*given)
+
+    monkeypatch.setattr(fused_decoder, "_operators", lambda family: (*others, noted))
+    run(module, PROMPT)
+    torch.library.opcheck(own, calls[0], test_utils=("test_schema", "test_faketensor"))
