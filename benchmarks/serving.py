@@ -7,7 +7,8 @@ SmolLM2-135M-Instruct with INT8 weights and what tuning finds for prefill, put o
 asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those, which the other
 runtimes have, too, with INT4 weights (lm_head at 8 bits) where the processor does not multiply INT8 by bytes; "one at a
 time" is the plan behind a lock; "the original" is the model as it is, behind a lock and without one; "a closed batch"
-is one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
+is one call with as many prompts as there are callers. Before each measurement, one request is answered untimed: after a
+burst, the engine waits a little for another. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
 continuous batching answer the same requests, each in a process of its own that is idle while others are timed. Every
 round runs all of them in an order drawn anew. Ratios are within a round. At the end the divergence of each from the
 original on held-out text is printed.
@@ -155,8 +156,8 @@ def requests(callers: int, each: int, prompts: list[list[int]]) -> list[list[lis
 
 
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of so many callers with `each` requests."""
-
+    """Tokens per second of so many callers with `each` requests, after one that is not timed: callers are steady."""
+    ask(prompts[0])
     asked = requests(callers, each, prompts)
 
     def caller(number: int) -> None:
@@ -197,10 +198,12 @@ class Rivals:
         return {} if self.stage is None else {name: self.stage.results[name].label for name in self.stage.remotes}
 
     def rate(self, name: str, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
-        """Tokens per second of so many callers with `each` requests."""
+        """Tokens per second of so many callers with `each` requests, after one that is not timed."""
         assert self.stage is not None
+        remote = self.stage.remotes[name]
+        remote.ask({"do": "serve", "asked": [[prompts[0]]], "new_tokens": tokens}, REQUEST_S)
         request = {"do": "serve", "asked": requests(callers, each, prompts), "new_tokens": tokens}
-        return callers * each * tokens / self.stage.remotes[name].ask(request, REQUEST_S)
+        return callers * each * tokens / remote.ask(request, REQUEST_S)
 
     def logits(self, name: str, ids: list[int]) -> dict[str, np.ndarray]:
         """Logits [tokens, V] by the path that computed them; empty if it gives none."""
