@@ -7,10 +7,10 @@ SmolLM2-135M-Instruct with INT8 weights and what tuning finds for prefill, put o
 asks for one answer after the other. "Together" is continuous batching; "8-bit activations" adds those, which the other
 runtimes have, too, with INT4 weights (lm_head at 8 bits) where the processor does not multiply INT8 by bytes; "one at a
 time" is the plan behind a lock; "the original" is the model as it is, behind a lock and without one; "a closed batch"
-is one call with as many prompts as there are callers. Before each measurement, one request is answered untimed: after a
-burst, the engine waits a little for another. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
-continuous batching answer the same requests, each in a process of its own that is idle while others are timed. Every
-round runs all of them in an order drawn anew. Ratios are within a round. At the end the divergence of each from the
+is one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
+continuous batching answer the same requests, each in a process of its own that is idle while others are timed. Callers
+are steady: the first request of each is not timed, nor is the first call of a closed batch. Every round runs all of
+them in an order drawn anew. Ratios are within a round. At the end the divergence of each from the
 original on held-out text is printed.
 """
 
@@ -157,17 +157,15 @@ def requests(callers: int, each: int, prompts: list[list[int]]) -> list[list[lis
 
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
     """Tokens per second of so many callers with `each` requests, after one that is not timed: callers are steady."""
-    ask(prompts[0])
-    asked = requests(callers, each, prompts)
 
-    def caller(number: int) -> None:
-        for ids in asked[number]:
-            ask(ids)
+    def seconds(asked: list[list[list[int]]]) -> float:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(callers) as pool:
+            list(pool.map(lambda own: [ask(ids) for ids in own], asked))
+        return time.perf_counter() - start
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(callers) as pool:
-        list(pool.map(caller, range(callers)))
-    return callers * each * tokens / (time.perf_counter() - start)
+    seconds(requests(callers, 1, prompts))
+    return callers * each * tokens / seconds(requests(callers, each, prompts))
 
 
 class Rivals:
@@ -200,10 +198,10 @@ class Rivals:
     def rate(self, name: str, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
         """Tokens per second of so many callers with `each` requests, after one that is not timed."""
         assert self.stage is not None
-        remote = self.stage.remotes[name]
-        remote.ask({"do": "serve", "asked": [[prompts[0]]], "new_tokens": tokens}, REQUEST_S)
-        request = {"do": "serve", "asked": requests(callers, each, prompts), "new_tokens": tokens}
-        return callers * each * tokens / remote.ask(request, REQUEST_S)
+        for timed in (1, each):
+            request = {"do": "serve", "asked": requests(callers, timed, prompts), "new_tokens": tokens}
+            seconds = self.stage.remotes[name].ask(request, REQUEST_S)
+        return callers * each * tokens / seconds
 
     def logits(self, name: str, ids: list[int]) -> dict[str, np.ndarray]:
         """Logits [tokens, V] by the path that computed them; empty if it gives none."""
@@ -224,7 +222,8 @@ def notify(line: str) -> None:
 
 
 def closed(served: Any, callers: int, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of one call with as many prompts as there are callers."""
+    """Tokens per second of one call with as many prompts as there are callers, after one that is not timed."""
+    answer(served, prompts[:callers], tokens)
     start = time.perf_counter()
     answer(served, prompts[:callers], tokens)
     rate = callers * tokens / (time.perf_counter() - start)

@@ -56,7 +56,7 @@ class Products(NamedTuple):
     layers: list[Any]
 
 
-class _Layer:
+class LayerParts:
     """The modules of a decoder layer whose parts have been exchanged."""
 
     def __init__(self, layer: Any) -> None:
@@ -69,7 +69,7 @@ class _Layer:
         self.q_norm, self.k_norm = inner.get("q_norm"), inner.get("k_norm")
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer | None:
+    def of(cls, layer: Any) -> LayerParts | None:
         """The layer's modules if calling them one by one would do no more than the operators do, else None."""
         try:
             found = cls(layer)
@@ -122,7 +122,7 @@ def fused_forward(layer: nn.Module) -> types.FunctionType | None:
     attention: Any = layer.self_attn
     if {name for name, _ in attention.named_children()} not in (ATTENTION, ATTENTION | NORMED):
         return None
-    parts, cache_name = _Layer.of(layer), seam.cache_argument(seam.forward_function(attention))
+    parts, cache_name = LayerParts.of(layer), seam.cache_argument(seam.forward_function(attention))
     if parts is None or parts.linear[1].out_features != parts.linear[2].out_features:  # of k and v
         return None
     if cache_name is None or not all(hasattr(attention, name) for name in ("config", "layer_idx", "head_dim")):
@@ -146,8 +146,8 @@ def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str
         stack = around.get()
         if stack is not None and not args and (whole := stack.result(self, hidden_states, kwargs)) is not None:
             return whole
-        parts, angles = _Layer.of(self), kwargs.get("position_embeddings")
-        if args or parts is None or angles is None or not _fits(parts, hidden_states, angles):
+        parts, angles = LayerParts.of(self), kwargs.get("position_embeddings")
+        if args or parts is None or angles is None or not fits(parts, hidden_states, angles):
             return own(self, hidden_states, *args, **kwargs)
         products = parts.products(hidden_states.shape[0] * hidden_states.shape[1])
         if products is None:
@@ -192,7 +192,7 @@ def _forward(own: Callable[..., Any], eager: seam.Attend, constants: Mapping[str
     return forward  # type: ignore[return-value]
 
 
-def _fits(parts: _Layer, x: Tensor, angles: Any) -> bool:
+def fits(parts: LayerParts, x: Tensor, angles: Any) -> bool:
     """Whether the operators take these inputs."""
     if type(angles) is not tuple or len(angles) != 2 or x.dim() != 3 or not x.numel():
         return False
@@ -213,7 +213,7 @@ def _composed(eager: seam.Attend, constants: Mapping[str, Any]) -> Callable[...,
     """The layer's forward as the operators compute it, by the layer's own modules."""
 
     def forward(self: Any, x: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Tensor:
-        parts, cache = _Layer(self), seam.pop_cache(kwargs)
+        parts, cache = LayerParts(self), seam.pop_cache(kwargs)
         attention = parts.attention
         normed = parts.before(x)
         q, k, v = (m(normed).view(*x.shape[:2], -1, attention.head_dim) for m in parts.linear[:3])

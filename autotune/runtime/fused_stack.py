@@ -1,8 +1,8 @@
 """All decoder layers of a short prompt as one operator, where they are called one after the other with the same inputs.
 
-For a few tokens, what the interpreter does between the operators of two layers takes as long as they do, which leave
-nothing of it in the processor's caches. So the first layer computes all of them, and the others hand its result on.
-What the layers are called with is recorded before that is relied on, and compared in every call.
+What the interpreter does between the operators of two layers takes long, because they leave nothing of it in the
+processor's caches. So the first layer computes all of them, and the others hand its result on. What the layers are
+called with is recorded before that is relied on, and compared in every call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import VariantError
 from ..model import seam
 from . import attention_prompt
 from .cache.prompt import store_all
-from .fused_decoder import FUSED, Products, WholeStack, _fits, _Layer, around
+from .fused_decoder import FUSED, LayerParts, Products, WholeStack, around, fits
 from .merged_blocks import random_like
 
 MOST_TOKENS = 512  # of a forward: until the cache has stored them, keys and values of all layers lie beside it
@@ -85,7 +85,7 @@ class Stack(WholeStack):
         if not 1 < tokens <= MOST_TOKENS or modules._has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
         parts = [found for layer in self.layers if (found := _unwatched(layer)) is not None]
-        if len(parts) < len(self.layers) or not _fits(parts[0], x, given.angles):
+        if len(parts) < len(self.layers) or not fits(parts[0], x, given.angles):
             return None
         first = parts[0].attention
         precision = attention_prompt.PARTS_BY_NAME.get(seam.attention_of(first.config))
@@ -111,14 +111,14 @@ class Stack(WholeStack):
         return result
 
 
-def _unwatched(layer: nn.Module) -> _Layer | None:
+def _unwatched(layer: nn.Module) -> LayerParts | None:
     """A layer's modules if nobody watches its calls and it computes what it did, else None."""
     if layer._forward_hooks or layer._forward_pre_hooks or not hasattr(layer.__dict__.get("forward"), FUSED):
         return None
-    return _Layer.of(layer)
+    return LayerParts.of(layer)
 
 
-def _alike(parts: list[_Layer], products: list[Products]) -> bool:
+def _alike(parts: list[LayerParts], products: list[Products]) -> bool:
     """Whether one operator computes all layers: they multiply and bend alike, and have the same sizes."""
     mine, first = products[0], parts[0]
     sizes = [m.out_features for m in mine.layers]
@@ -133,7 +133,7 @@ def _alike(parts: list[_Layer], products: list[Products]) -> bool:
     )
 
 
-def _held(parts: list[_Layer], products: list[Products]) -> tuple[list[Tensor], Tensor, Tensor]:
+def _held(parts: list[LayerParts], products: list[Products]) -> tuple[list[Tensor], Tensor, Tensor]:
     """The layers' tensors, which of them there are, and the norms' epsilons, as the operator `layers` reads them."""
     held, form, eps = list[Tensor](), list[list[int]](), list[list[float]]()
     for part, how in zip(parts, products, strict=True):

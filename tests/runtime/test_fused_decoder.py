@@ -89,7 +89,7 @@ def operators(call: Callable[[], Any]) -> dict[str, int]:
 def by_modules(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The result of a call whose layers are computed by their modules."""
     with monkeypatch.context() as patch:
-        patch.setattr(fused_decoder._Layer, "products", lambda self, tokens: None)
+        patch.setattr(fused_decoder.LayerParts, "products", lambda self, tokens: None)
         return call()
 
 
