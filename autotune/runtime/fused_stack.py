@@ -64,6 +64,7 @@ class Stack(WholeStack):
         self.constants = constants
         self._given: LayerInputs | None = None
         self._result: Tensor | None = None
+        self._called = 1  # layers that were called, once the first one computed all
 
     def result(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The numbers after all layers, if the first one could compute them; None: the layer is computed by itself.
@@ -76,9 +77,16 @@ class Stack(WholeStack):
                 self._given = LayerInputs.of(kwargs)
                 self._result = self._computed(x, self._given)
             return self._result
-        if x is not self._result or self._given is None or not self._given.are(LayerInputs.of(kwargs)):
+        is_next = x is self._result and layer in self.layers[self._called : self._called + 1]
+        if not is_next or self._given is None or not self._given.are(LayerInputs.of(kwargs)):
             raise VariantError("the model calls its decoder layers otherwise than it did when they were put together")
+        self._called += 1
         return x
+
+    def require_all_called(self) -> None:
+        """Raise VariantError if layers were computed that the model did not call."""
+        if self._result is not None and self._called < len(self.layers):
+            raise VariantError(f"the model called {self._called} of its {len(self.layers)} decoder layers")
 
     def _computed(self, x: Tensor, given: LayerInputs) -> Tensor | None:
         tokens, cache = x.shape[0] * x.shape[1], given.cache
@@ -169,8 +177,11 @@ def _forward(own: Callable[..., Any], name: str, constants: dict[str, Any]) -> t
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(kwargs.get(asked) or getattr(self.config, asked, False) for asked in ASKED):
             return own(self, *args, **kwargs)
-        with _calling(Stack(list(getattr(self, name)), constants)):
-            return own(self, *args, **kwargs)
+        stack = Stack(list(getattr(self, name)), constants)
+        with _calling(stack):
+            found = own(self, *args, **kwargs)
+        stack.require_all_called()
+        return found
 
     return forward  # type: ignore[return-value]
 

@@ -205,11 +205,21 @@ def test_layers_that_are_called_otherwise_are_an_error() -> None:
         with torch.no_grad():
             y = layers[0](x, attention_mask=None, position_embeddings=angles)
             assert layers[1](y, attention_mask=None, position_embeddings=angles) is y
+            stack._called = 1
             for other in ((y.clone(), angles), (y, (angles[0].clone(), angles[1]))):
                 with pytest.raises(VariantError, match="otherwise than it did"):
                     layers[1](other[0], attention_mask=None, position_embeddings=other[1])
+            with pytest.raises(VariantError, match="otherwise than it did"):
+                layers[0](y, attention_mask=None, position_embeddings=angles)  # out of turn
     finally:
         around.reset(token)
+
+
+def test_fewer_layers_than_were_computed_are_an_error() -> None:
+    module = prefill(models.tiny())
+    module.config.num_hidden_layers = LAYERS - 1
+    with pytest.raises(VariantError, match=f"called {LAYERS - 1} of its {LAYERS} decoder layers"):
+        run(module, PROMPT)
 
 
 @pytest.mark.parametrize(
