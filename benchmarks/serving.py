@@ -158,10 +158,14 @@ def requests(callers: int, each: int, prompts: list[list[int]]) -> list[list[lis
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
     """Tokens per second of so many callers with `each` requests, after one that is not timed: callers are steady."""
 
+    def caller(own: list[list[int]]) -> None:
+        for ids in own:
+            ask(ids)
+
     def seconds(asked: list[list[list[int]]]) -> float:
         start = time.perf_counter()
         with ThreadPoolExecutor(callers) as pool:
-            list(pool.map(lambda own: [ask(ids) for ids in own], asked))
+            list(pool.map(caller, asked))
         return time.perf_counter() - start
 
     seconds(requests(callers, 1, prompts))
