@@ -118,24 +118,30 @@ def test_numbers_are_those_of_the_modules(
     assert [counts.get(f"layer_{name}{suffix}", 0) for name in ("heads", "end")] == [expected_runs] * 2
 
 
-@pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [
-        ("qwen3", {}),
-        ("qwen3", {"attention_bias": True}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
-        ("mistral-window", {}),
-    ],
-)
-@pytest.mark.parametrize("weights", ["INT8", "BF16", "FP16"])
-def test_architectures(
-    architecture: str, changes: dict[str, Any], weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+FORMS: list[tuple[str, dict[str, Any]]] = [  # architectures, and changes of their configurations
+    ("qwen3", {}),
+    ("qwen3", {"attention_bias": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    ("mistral-window", {}),
+]
+
+
+def drawn(architecture: str, changes: dict[str, Any]) -> PreTrainedModel:
+    """A model whose biases and norms are random, too."""
     model = models.tiny(architecture, **changes)
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize(("architecture", "changes"), FORMS)
+@pytest.mark.parametrize("weights", ["INT8", "BF16", "FP16"])
+def test_architectures(
+    architecture: str, changes: dict[str, Any], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = drawn(architecture, changes)
     module = prefill(model, weights)
     given = models.left_padded((50, 37))
     name = {"BF16": "layer_end", "INT8": "layer_end_rounded", "FP16": "layer_end_floats"}[weights]

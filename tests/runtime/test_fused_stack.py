@@ -18,7 +18,19 @@ from autotune.runtime.kernels.bf16 import FEW
 from autotune.runtime.variant import Variant
 from autotune.transforms import make
 from tests import models
-from tests.runtime.test_fused_decoder import BATCHES, FUSE, INT8, LAYERS, PACKED, WEIGHTS, operators, prefill, run
+from tests.runtime.test_fused_decoder import (
+    BATCHES,
+    FORMS,
+    FUSE,
+    INT8,
+    LAYERS,
+    PACKED,
+    WEIGHTS,
+    drawn,
+    operators,
+    prefill,
+    run,
+)
 
 OPERATORS = kernels.available()
 pytestmark = pytest.mark.skipif(OPERATORS is not None, reason=str(OPERATORS))
@@ -54,25 +66,12 @@ def test_numbers_are_those_of_single_layers(weights: str, batch: str, monkeypatc
     assert whole(lambda: run(module, given)) == int(batch != "one token" and not few)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [
-        ("qwen3", {}),
-        ("qwen3", {"attention_bias": True}),
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
-        ("mistral-window", {}),
-    ],
-)
+@pytest.mark.parametrize(("architecture", "changes"), FORMS)
 @pytest.mark.parametrize("weights", ["INT8", "BF16", "FP16", "INT4, some INT8"])
 def test_architectures(
     architecture: str, changes: dict[str, Any], weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.tiny(architecture, **changes)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    module = prefill(model, weights)
+    module = prefill(drawn(architecture, changes), weights)
     given = models.left_padded((50, 37))
     assert whole(lambda: run(module, given)) == 1
     require_same(module, given, monkeypatch)
