@@ -58,7 +58,7 @@ void multiply_many(const Kernel& kernel, const Weights& w, const Tensor& x, cons
   for (int64_t row = 0; row < w.rows; row += width) {
     const int64_t here = std::min(width, w.rows - row), blocks = (here + kRows - 1) / kRows;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernel.expand(w, row / kRows + i, columns + i * kRows, width);
+      for (int64_t i = begin; i < end; ++i) kernel.expand(w, row / kRows + i, 0, w.inputs, columns + i * kRows, width);
     });
     autotune::multiply_into(x, view(panel, {inputs, here}, width, 0), view(y, {tokens, here}, w.rows, row));
   }

@@ -221,30 +221,33 @@ void multiply(const Weights& w, Tile tile, int64_t block, Floats* out) {
     for (int t = 0; t < kTokens; ++t) out[s * kTokens + t] = total[s][t];
 }
 
-// Expands the weights of one block to FP32, into 16 columns of a panel [K, width].
+// Expands the weights of one block for the inputs [first, last) to FP32, into 16 columns of a panel [last - first, width].
+// `first` and `last` are multiples of 8.
 template <class Format>
-void expand(const Weights& w, int64_t block, float* panel, int64_t width) {
+void expand(const Weights& w, int64_t block, int64_t first, int64_t last, float* panel, int64_t width) {
   for (int strip = 0; strip < kStrips; ++strip) {
-    const uint8_t* at = w.numbers + block * w.block_bytes;
+    const uint8_t* at = w.numbers + block * w.block_bytes + first / kStep * Format::kStepBytes;
     float* column = panel + strip * kWidth;
-    for (int64_t g = 0; g < w.groups(); ++g) {
-      const int64_t factor = (block * w.groups() + g) * kRows + strip * kWidth;
+    for (int64_t k = first; k < last;) {
+      const int64_t group = k / w.group, end = std::min(last, (group + 1) * w.group);
+      const int64_t factor = (block * w.groups() + group) * kRows + strip * kWidth;
       Floats scale = w.scales ? w.scales.load(factor) : spread(1);
       Floats zero = w.zeros ? w.zeros.load(factor) : spread(0);
-      for (int64_t k = 0; k < w.group; k += kStep) {
+      for (; k < end; k += kStep, at += Format::kStepBytes, column += kStep * width) {
+        for (int line = 0; line < Format::kStepBytes && !strip; line += 64) __builtin_prefetch(at + line + kAheadBytes);
 #pragma GCC unroll 8
         for (int j = 0; j < kStep; ++j) store(column + j * width, Format::number(at, strip, j) * scale + zero);
-        at += Format::kStepBytes;
-        column += kStep * width;
       }
     }
   }
 }
 
+using Expand = void (*)(const Weights&, int64_t block, int64_t first, int64_t last, float* panel, int64_t width);
+
 struct Kernel {
   int bits;  // of a weight
   void (*multiply[kMostTokens + 1])(const Weights&, Tile tile, int64_t block, Floats* out);
-  void (*expand)(const Weights&, int64_t block, float* panel, int64_t width);
+  Expand expand;
 };
 
 template <class Format>

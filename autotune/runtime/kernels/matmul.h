@@ -19,7 +19,7 @@ struct Matrix {
   const float* plain = nullptr;
   int64_t input_stride = 0, output_stride = 0;
   Weights packed{};
-  void (*expand)(const Weights&, int64_t block, float* panel, int64_t width) = nullptr;
+  Expand expand = nullptr;
 
   static Matrix of(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& zeros,
                    int64_t outputs, int64_t inputs);
@@ -31,10 +31,13 @@ struct Matrix {
     if (!expand || !columns)
       return lay_columns<Engine>(panel, half, columns ? plain + first * output_stride : nullptr, input_stride,
                                  output_stride, columns, inputs);
-    static thread_local Scratch<float> scratch;
-    float* floats = scratch.room(packed.inputs * kRows);
-    expand(packed, first / kRows, floats, kRows);
-    lay_columns<Engine>(panel, half, floats, kRows, 1, kRows, inputs);
+    alignas(64) float chunk[kSide * kRows];  // stays in the L1 cache
+    for (int64_t k = 0; k < inputs; k += kSide, panel += Engine::kPanelUnits) {
+      const int64_t here = std::min<int64_t>(kSide, inputs - k);
+      expand(packed, first / kRows, k, std::min<int64_t>(k + kSide, packed.inputs), chunk, kRows);
+      std::fill(chunk + here * kRows, chunk + kSide * kRows, 0.0f);
+      Engine::fill_rows(panel, half, chunk, kRows);
+    }
   }
 };
 
