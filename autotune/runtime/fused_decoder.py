@@ -8,7 +8,6 @@ what it computes: its modules, put together as the operators do it, must give th
 from __future__ import annotations
 
 import copy
-import functools
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -109,8 +108,8 @@ def _products(family: str, number: int, layers: list[Any]) -> Products:
     return Products(*_operators(family), number, layers)
 
 
-@functools.cache
 def _operators(family: str) -> tuple[Any, Any, Any]:
+    """The operators of a family of products: before attention, after it, and for all layers."""
     heads, end, every = (getattr(torch.ops.autotune, name + family) for name in ("layer_heads", "layer_end", "layers"))
     return heads.default, end.default, every.default
 
