@@ -19,7 +19,6 @@ from torch.nn.modules import module as modules
 from ..errors import VariantError
 from ..model import seam
 from . import attention_prompt
-from .cache.prompt import store_all
 from .fused_decoder import FUSED, LayerParts, Products, WholeStack, around, fits
 from .merged_blocks import random_like
 
@@ -114,7 +113,8 @@ class Stack(WholeStack):
         settings = *seen, precision, parts[0].mlp.activation, products[0].number
         y, keys, values = products[0].all(x, *mine, *sizes, *given.angles, *settings)
         if cache is not None:
-            store_all(cache, places, keys, values)
+            for place, *states in zip(places, keys.unbind(), values.unbind(), strict=True):
+                cache.update(*states, place)
         result: Tensor = y
         return result
 

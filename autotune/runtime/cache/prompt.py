@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +38,8 @@ class PromptLayer(CacheLayer):  # type: ignore[no-untyped-call]
         self.length = new.stop
         self.cache.wrote(new.stop, keys.dtype)
         for held, states in zip(self.slots, (keys, values), strict=True):
-            room = held[:, :, new]
-            if self.batch == len(room):  # each operator takes a while after a layer
-                room.copy_(states)
-            else:
-                room[: self.batch] = states
-                room[self.batch :] = states[-1:]
+            held[: self.batch, :, new] = states
+            held[self.batch :, :, new] = states[-1:]
         if not new.start:
             return keys, values
         read_keys, read_values = (held[: self.batch, :, : new.stop].to(keys.dtype) for held in self.slots)
@@ -55,25 +50,6 @@ class PromptLayer(CacheLayer):  # type: ignore[no-untyped-call]
 
     def visible(self, queries: int) -> int:
         return self.length + queries
-
-
-def store_all(prompt: Any, layers: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Store the first tokens of a prompt in a cache that holds none: what `update` does layer by layer.
-
-    Args:
-        layers: their places in the cache.
-        keys, values: [L, B, Hk, S, D].
-    """
-    states = list(zip(keys.unbind(), values.unbind(), strict=True))
-    own = [layer for layer in prompt.layers if isinstance(layer, PromptLayer)]
-    if own and list(layers) == list(range(len(own))) == list(range(len(prompt.layers))):
-        own[0].cache.write(states)
-        own[0].cache.wrote(keys.shape[3], keys.dtype)
-        for layer in own:
-            layer.length = keys.shape[3]
-        return
-    for place, state in zip(layers, states, strict=True):
-        prompt.update(*state, place)
 
 
 def into(cache: SlotCache, batch: int) -> Any:

@@ -151,9 +151,8 @@ def forward(
         slot = slot + torch.arange(count, dtype=slot.dtype, device=slot.device)  # [K], the slot of each token
     seen = slot if kept is None else torch.minimum(slot, kept)  # the last slot that each token sees
     config = text_config(model)
-    masks = (_spans if seam.attention_of(config) == attention_slots.IMPLEMENTATION else _masks)(
-        config, seen, valid, keys[0], by_row
-    )
+    visible = _spans if attention_slots.is_used(config) else _masks
+    masks = visible(config, seen, valid, keys[0], by_row)
     mixed = len(masks) > 1 and getattr(config, "layer_types", None)
     mask: Any = masks if mixed else list(masks.values())[-1]
     cache = seam.cache_over(SlotLayer(k, v, slot, by_row=by_row) for k, v in zip(keys, values, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -71,16 +71,11 @@ class SlotCache:
         """
         filled = seam.keys_and_values(prompt)
         batch, _, length, _ = filled[0][0].shape
-        self.write(filled)
-        self.given = filled[0][0].dtype
-        self.begin(batch, length, mask)
-
-    def write(self, filled: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Write a prompt's keys and values [B, Hk, P, D] per layer from slot 0 on. Further rows repeat the last one."""
-        batch = filled[0][0].shape[0]
         self._write(slice(batch), filled)
         if batch < len(self.valid):
             self._write(slice(batch, None), [(keys[-1:], values[-1:]) for keys, values in filled])
+        self.given = filled[0][0].dtype
+        self.begin(batch, length, mask)
 
     def wrote(self, length: int, given: torch.dtype) -> None:
         """Note that the first `length` slots hold numbers now, which were `given` in this dtype."""
