@@ -23,6 +23,11 @@ IMPLEMENTATION = "autotune_slots"  # its name in transformers' registry of atten
 OPERATOR = "_flash_attention_forward"  # its name in torch's dispatcher, by which a trace shows that it ran
 
 
+def is_used(model_or_config: Any) -> bool:
+    """Whether a model's attention is asked for by `IMPLEMENTATION`."""
+    return seam.attention_of(model_or_config) == IMPLEMENTATION
+
+
 def spans(last: Tensor, padding: Tensor, window: int | None, keys: Tensor) -> Tensor:
     """What queries see, as a tensor of four dimensions that models hand on as they do a mask.
 

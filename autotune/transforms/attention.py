@@ -119,7 +119,7 @@ class Attention(Transform):
             return f"{wanted} is in use for {' and '.join(self.phases)} already"
         if not seam.exchangeable_attention(model):
             return f"{type(model).__name__} has no exchangeable attention"
-        if "decode" in self.phases and seam.attention_of(variant.modules["decode"]) == attention_slots.IMPLEMENTATION:
+        if "decode" in self.phases and attention_slots.is_used(variant.modules["decode"]):
             return "slot_attention is in use for decode, and reads fewer slots"
         needs = IMPLEMENTATIONS[wanted]
         if needs.kind is not None and not seam.supports(model, needs.kind):

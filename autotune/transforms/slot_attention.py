@@ -53,7 +53,7 @@ class SlotAttention(Transform):
         model = variant.modules["decode"]
         if hardware.device != "cuda":
             return f"the kernel is for CUDA devices; this model runs on {hardware.device}"
-        if is_used(variant):
+        if attention_slots.is_used(model):
             return "decode uses it already"
         if variant.kv is not None:
             return f"it reads slots, and the KV cache is {variant.kv}"
@@ -85,16 +85,12 @@ class SlotAttention(Transform):
         use_slots(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
-        if not is_used(variant):
-            return f"decode uses {seam.attention_of(variant.modules['decode'])}"
-        if attention_slots.OPERATOR in (seen := _of_a_step(variant.modules["decode"])):
+        model = variant.modules["decode"]
+        if not attention_slots.is_used(model):
+            return f"decode uses {seam.attention_of(model)}"
+        if attention_slots.OPERATOR in (seen := _of_a_step(model)):
             return None
         return f"a step computes attention by {other_attention(seen) or 'another kernel'} instead of its own"
-
-
-def is_used(variant: Variant) -> bool:
-    """Whether decode of a variant uses the kernel over slots."""
-    return seam.attention_of(variant.modules["decode"]) == attention_slots.IMPLEMENTATION
 
 
 @torch.no_grad()

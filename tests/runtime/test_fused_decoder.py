@@ -79,6 +79,11 @@ def run(module: PreTrainedModel, given: dict[str, torch.Tensor]) -> list[torch.T
     return [logits, *(held for pair in seam.keys_and_values(cache) for held in pair)]
 
 
+def require_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def operators(call: Callable[[], Any]) -> dict[str, int]:
     """How often a call ran each of the operators."""
     with torch.profiler.profile() as watched:
@@ -107,9 +112,7 @@ def test_numbers_are_those_of_the_modules(
     weights: str, given: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = prefill(models.tiny(), weights)
-    got, expected = run(module, given), by_modules(lambda: run(module, given), monkeypatch)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
+    require_same(run(module, given), by_modules(lambda: run(module, given), monkeypatch))
     tokens, bf16 = given["input_ids"].numel(), weights.startswith("BF16")
     few = tokens < FEW  # for products in BF16
     suffix = "_floats" if weights.startswith("FP") else "" if bf16 and not few else "_rounded"
@@ -146,9 +149,8 @@ def test_architectures(
     given = models.left_padded((50, 37))
     name = {"BF16": "layer_end", "INT8": "layer_end_rounded", "FP16": "layer_end_floats"}[weights]
     assert operators(lambda: run(module, given))[name] == LAYERS
-    got, expected = run(module, given), by_modules(lambda: run(module, given), monkeypatch)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
+    got = run(module, given)
+    require_same(got, by_modules(lambda: run(module, given), monkeypatch))
     right = model(**given).logits[given["attention_mask"].bool()]
     assert (got[0][given["attention_mask"].bool()] - right).norm() <= 0.05 * right.norm()
 
@@ -193,8 +195,7 @@ def test_layers_that_changed_are_computed_by_their_modules(
     change(module)
     given = BATCHES["a prompt"]
     assert operators(lambda: run(module, given))["layer_end_rounded"] == LAYERS - 1
-    for mine, theirs in zip(run(module, given), by_modules(lambda: run(module, given), monkeypatch), strict=True):
-        assert torch.equal(mine, theirs)
+    require_same(run(module, given), by_modules(lambda: run(module, given), monkeypatch))
 
 
 def test_attentions_and_hidden_states_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from tests.runtime.test_fused_decoder import (
     drawn,
     operators,
     prefill,
+    require_same,
     run,
 )
 
@@ -50,18 +51,17 @@ def whole(call: Callable[[], Any]) -> int:
     return sum(count for name, count in operators(call).items() if name.startswith("layers"))
 
 
-def require_same(module: Any, given: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def require_same_as_single(module: Any, given: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     got, expected = run(module, given), one_by_one(lambda: run(module, given), monkeypatch)
     assert len(got) == len(expected) == 1 + 2 * LAYERS
-    for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine, theirs)
+    require_same(got, expected)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_numbers_are_those_of_single_layers(weights: str, batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, given = prefill(models.tiny(), weights), BATCHES[batch]
-    require_same(module, given, monkeypatch)
+    require_same_as_single(module, given, monkeypatch)
     few = weights.startswith("BF16") and weights != "BF16" and given["input_ids"].numel() < FEW
     assert whole(lambda: run(module, given)) == int(batch != "one token" and not few)
 
@@ -74,7 +74,7 @@ def test_architectures(
     module = prefill(drawn(architecture, changes), weights)
     given = models.left_padded((50, 37))
     assert whole(lambda: run(module, given)) == 1
-    require_same(module, given, monkeypatch)
+    require_same_as_single(module, given, monkeypatch)
 
 
 def test_answers_and_what_follows_the_prompt() -> None:
@@ -121,7 +121,7 @@ def test_layers_that_changed_compute_themselves(change: Callable[[Any], None], m
     assert whole(lambda: run(module, PROMPT)) == 1
     change(module)
     assert whole(lambda: run(module, PROMPT)) == 0
-    require_same(module, PROMPT, monkeypatch)
+    require_same_as_single(module, PROMPT, monkeypatch)
 
 
 def test_a_hook_on_all_modules_sees_every_layer() -> None:
