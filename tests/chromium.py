@@ -28,6 +28,7 @@ OPTIONS = (
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )
+SERVER_ERROR = -32000  # "Inspected target navigated or closed", "Cannot find default execution context"
 ANSWER_S = 60.0  # a busy machine starts a browser slowly
 
 
@@ -35,8 +36,12 @@ def executable() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
+class NavigatedError(RuntimeError):
+    """The page that an expression was to be evaluated in went away meanwhile."""
+
+
 class Page:
-    """One tab.
+    """One tab, a fresh one for every place that is opened: what a former page still says is none of its.
 
     Attributes:
         said: what the page wrote to the console, or the browser about it, with its level first.
@@ -48,11 +53,22 @@ class Page:
         self._from = from_browser
         self._left = b""
         self._count = 0
+        self._target = ""
         self._session = ""
         self.said: list[str] = []
         self.asked: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._renew()
+
+    def _renew(self) -> None:
+        """A tab in place of the one there is."""
+        old, self._session = self._target, ""
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        if old:
+            self.call("Target.closeTarget", targetId=old)
+        self._session = session
+        self.said.clear()
+        self.asked.clear()
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -67,7 +83,8 @@ class Page:
             answer = self._next()
             if answer.get("id") == self._count:
                 if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
+                    gone = method == "Runtime.evaluate" and answer["error"]["code"] == SERVER_ERROR
+                    raise (NavigatedError if gone else RuntimeError)(f"{method}: {answer['error']}")
                 return answer["result"]
 
     def _next(self) -> dict[str, Any]:
@@ -80,7 +97,8 @@ class Page:
             self._left += part
         message, _, self._left = self._left.partition(b"\0")
         answer: dict[str, Any] = json.loads(message)
-        self._note(answer.get("method", ""), answer.get("params", {}))
+        if answer.get("sessionId", "") == self._session:
+            self._note(answer.get("method", ""), answer.get("params", {}))
         return answer
 
     def _note(self, method: str, params: dict[str, Any]) -> None:
@@ -97,19 +115,28 @@ class Page:
     def open(self, place: Path | str, width: int, height: int = 900, *, dark: bool = False) -> None:
         """Show a file, or what is at an address, in a window of that many pixels."""
         url = place if isinstance(place, str) else place.as_uri()
-        self.said.clear()
-        self.asked.clear()
+        self._renew()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Page.navigate", url=url)
-        while self.evaluate("document.readyState + ' ' + location.protocol") != f"complete {urlsplit(url).scheme}:":
+        while not self.look(f"document.readyState === 'complete' && location.protocol === '{urlsplit(url).scheme}:'"):
             pass
 
+    def look(self, script: str) -> Any:
+        """The value of an expression without effects; None while one page gives way to the next."""
+        with contextlib.suppress(NavigatedError):
+            return self.evaluate(script)
+        return None
+
     def evaluate(self, script: str) -> Any:
-        """The value of an expression."""
+        """The value of an expression.
+
+        Raises:
+            NavigatedError: the page went away before the answer.
+        """
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", script))

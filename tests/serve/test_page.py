@@ -591,7 +591,7 @@ def seen(tab: chromium.Page, script: str) -> Any:
     found: list[Any] = []
 
     def true() -> bool:
-        found[:] = [tab.evaluate(script)]
+        found[:] = [tab.look(script)]
         return bool(found[0])
 
     until(true)
