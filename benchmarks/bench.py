@@ -23,7 +23,8 @@ import torch
 from transformers import AutoTokenizer
 
 from autotune.cli import demo
-from autotune.machine import cache_dir, hardware
+from autotune.machine import cache_dir, hardware, peaks
+from autotune.machine import device as devices
 from autotune.model import gguf as convert
 from autotune.workload.texts import TEXTS
 from benchmarks import chart, perturbed, quality, table
@@ -76,7 +77,7 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
     """Everything, from files to figures."""
     begin, measured = time.monotonic(), metrics(given.quick)
     torch.set_num_threads(given.threads)
-    machine = hardware.probe()
+    machine = hardware.identify()
     files = cache_dir.cache("peers") or given.out
     gguf = demo.model_file()
     if given.perturbed:
@@ -100,7 +101,7 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
         for peer in given.peers:
             stage.admit(peer, given.cold)
         stage.warm_up(measured)
-        stage.play(measured, given.rounds)
+        stage.play(measured, given.rounds, peaks.reading(devices.of("cpu")))
         stage.describe()
         texts = quality.paragraphs()[: QUICK_TEXTS if given.quick else None]
         ids = [tokenizer(paragraph)["input_ids"][: quality.TEXT_TOKENS] for paragraph in texts]
@@ -114,7 +115,6 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
             model=gguf.stem.partition(".")[0],
             machine={"name": machine.name, "capability": machine.capability, "versions": dict(machine.versions)},
             threads=given.threads,
-            bandwidth_bytes_per_s=machine.bandwidth_bytes_per_s,
             rounds=given.rounds,
             reference=REFERENCE,
             results=[stage.results[peer.name] for peer in given.peers],

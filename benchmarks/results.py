@@ -17,6 +17,9 @@ class Spread:
     low: float
     high: float
 
+    def scaled(self, by: float) -> Spread:
+        return Spread(self.median * by, self.low * by, self.high * by)
+
 
 @dataclass
 class Result:
@@ -26,6 +29,7 @@ class Result:
         name, label: as in `peers.PEERS`.
         missing: why there are no figures, or "".
         samples: metric name to one value a round, None where the request failed.
+        bandwidths: metric name to the memory's read bandwidth right before and after each sample, bytes/s; their mean.
         failures: metric name to why.
         cold_s, warm_s: from the start of the process to the first answer, with empty caches and with filled ones.
         rss_bytes, peak_bytes: resident memory of the process after the first answer, and at most.
@@ -38,6 +42,7 @@ class Result:
     label: str
     missing: str = ""
     samples: dict[str, list[float | None]] = field(default_factory=dict)
+    bandwidths: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     cold_s: float | None = None
     warm_s: float | None = None
@@ -81,7 +86,6 @@ class Run:
         model: its name.
         machine: processor, instruction set, versions, ... as `hardware.probe` has them.
         threads: that every runtime computes with.
-        bandwidth_bytes_per_s: measured read bandwidth with these threads.
         rounds: how many were timed.
         reference: name of the result that ratios refer to.
         results: in the table's order.
@@ -91,7 +95,6 @@ class Run:
     model: str
     machine: Mapping[str, object]
     threads: int
-    bandwidth_bytes_per_s: float
     rounds: int
     reference: str
     results: list[Result]
@@ -100,6 +103,11 @@ class Run:
     def of(self, name: str) -> Result | None:
         """The result of this name, if it has figures."""
         return next((r for r in self.results if r.name == name and not r.missing), None)
+
+    @property
+    def bandwidth(self) -> Spread | None:
+        """Read bandwidth over the whole run, bytes/s."""
+        return spread([each for r in self.results for found in r.bandwidths.values() for each in found])
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -116,9 +124,12 @@ def speedup(reference: Result | None, candidate: Result, metric: Metric) -> Spre
     return spread([a / b if metric.smaller_is_better else b / a for a, b in both])
 
 
-def roofline_share(result: Result, metric: Metric, bandwidth_bytes_per_s: float) -> float | None:
-    """The bandwidth that reading the weights once a token uses, over the one measured; the KV cache comes on top."""
-    found = result.spread(metric.name)
-    if found is None or result.read_bytes is None:
+def roofline_share(result: Result, metric: Metric) -> Spread | None:
+    """The bandwidth that reading the weights once a token uses, over the one measured in the same round.
+
+    The KV cache comes on top.
+    """
+    if result.read_bytes is None:
         return None
-    return result.read_bytes / (found.median / 1e3) / bandwidth_bytes_per_s
+    pairs = zip(result.samples.get(metric.name, ()), result.bandwidths.get(metric.name, ()), strict=True)
+    return spread([result.read_bytes / (ms / 1e3) / bandwidth for ms, bandwidth in pairs if ms])

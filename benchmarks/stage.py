@@ -134,21 +134,30 @@ class Stage:
                 request = self.request(shape, UNTIMED + 100 * i, min(shape.new_tokens, WARM_TOKENS))
                 self._try(name, shape, metrics, _asking(request))
 
-    def play(self, metrics: Sequence[Metric], rounds: int, seed: int = 0) -> None:
-        """Time every shape in every runtime, round by round, in an order drawn anew each time."""
+    def play(self, metrics: Sequence[Metric], rounds: int, bandwidth: Callable[[], float], seed: int = 0) -> None:
+        """Time every shape in every runtime, round by round, in an order drawn anew each time.
+
+        Args:
+            bandwidth: measures the memory's read bandwidth, bytes/s. On a virtual machine it may double from one minute
+                to the next, so it is measured before and after each request.
+        """
         chance, number = random.Random(seed), 0
         for result in self.results.values():
             result.samples = {metric.name: [] for metric in metrics}
+            result.bandwidths = {metric.name: [] for metric in metrics}
         for turn in range(rounds):
             self.notify(f"round {turn + 1} of {rounds}")
             for shape in shapes(metrics):
                 for name in chance.sample(sorted(self.results), len(self.results)):
+                    before = bandwidth()
                     timings = self._visit(name, shape, metrics, number)
+                    beside = (before + bandwidth()) / 2
                     if name != REFERENCE and any(timing.total_s > SLOW_S for timing in timings):
                         self.tired.add((name, shape))
                     for metric in (metric for metric in metrics if metric.shape == shape):
                         values = sorted(metric.read(timing, shape) for timing in timings)
                         self.results[name].samples[metric.name].append(values[len(values) // 2] if values else None)
+                        self.results[name].bandwidths[metric.name].append(beside)
                 number += shape.batch * shape.repeats
 
     def _visit(self, name: str, shape: Shape, metrics: Sequence[Metric], number: int) -> list[Timing]:

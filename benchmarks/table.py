@@ -19,11 +19,14 @@ def markdown(run: Run, metrics: Sequence[Metric], rivals: Mapping[str, Sequence[
         metrics: the columns.
         rivals: result name to the names it is compared with one to one.
     """
-    machine = run.machine
+    machine, bandwidth = run.machine, run.bandwidth
+    measured = (
+        f"{_cell(bandwidth.scaled(1e-9))} GB/s measured beside the requests" if bandwidth else "bandwidth unknown"
+    )
     parts = [
         f"# {run.model}: the runtimes side by side",
         f"{machine['name']} ({machine['capability']}), {run.threads} threads, "
-        f"{run.bandwidth_bytes_per_s / 1e9:.1f} GB/s measured; {run.rounds} interleaved rounds, {run.created}, "
+        f"{measured}; {run.rounds} interleaved rounds, {run.created}, "
         f"{run.seconds / 60:.0f} min in all. Median of the rounds, lowest and highest in brackets.",
         "## Speed",
         speeds(run, metrics),
@@ -84,7 +87,7 @@ def costs(run: Run, metrics: Sequence[Metric]) -> str:
 
 def _costs(run: Run, result: Result, metrics: Sequence[Metric]) -> list[str]:
     decode = next((metric for metric in metrics if metric.name == DECODE), None)
-    share = roofline_share(result, decode, run.bandwidth_bytes_per_s) if decode else None
+    share = roofline_share(result, decode) if decode else None
     quality = result.worst
     if result.name == run.reference:
         fidelity = ["reference", "reference"]
@@ -96,7 +99,7 @@ def _costs(run: Run, result: Result, metrics: Sequence[Metric]) -> list[str]:
     return [
         result.label,
         *fidelity,
-        NONE if share is None else f"{share:.0%}",
+        _cell(share.scaled(100) if share else None, " %"),
         *(NONE if size is None else f"{size / 1e6:.0f}" for size in sizes),
         *(NONE if seconds is None else number(seconds) for seconds in (result.cold_s, result.warm_s)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import sys
@@ -99,7 +100,7 @@ def result(name: str, label: str = "", **samples: list[float | None]) -> Result:
 
 def a_run(*results: Result, reference: str = "eager") -> Run:
     machine = {"name": "CPU", "capability": "AVX2"}
-    return Run("2026-01-01", "model", machine, 2, 10e9, 3, reference, list(results))
+    return Run("2026-01-01", "model", machine, 2, 3, reference, list(results))
 
 
 # Figures
@@ -156,11 +157,13 @@ def test_spread_of_nothing() -> None:
     assert spread([None, None]) is None
 
 
-def test_share_of_the_roofline() -> None:
-    fast = result("a", tpot_64=[10.0, 20.0, 40.0])
-    assert roofline_share(fast, LATENCY, 10e9) is None  # its bytes are unknown
+def test_share_of_the_roofline_is_of_the_bandwidth_beside_it() -> None:
+    fast = result("a", tpot_64=[10.0, None, 40.0])
+    fast.bandwidths["tpot_64"] = [10e9, 20e9, 5e9]
+    assert roofline_share(fast, LATENCY) is None  # its bytes are unknown
     fast.read_bytes = 100_000_000
-    assert roofline_share(fast, LATENCY, 10e9) == pytest.approx(0.5)
+    assert roofline_share(fast, LATENCY) == pytest.approx(Spread(0.75, 0.5, 1.0))
+    assert a_run(fast).bandwidth == Spread(10e9, 5e9, 20e9)
 
 
 # Tables
@@ -170,6 +173,7 @@ def test_share_of_the_roofline() -> None:
 def mixed() -> Run:
     eager = result("eager", "Eager", tpot_64=[40.0, 40.0], rate_4=[50.0, 50.0])
     fast = result("autotune-strict", "Ours", tpot_64=[10.0, 8.0], rate_4=[None, None])
+    fast.bandwidths["tpot_64"], fast.read_bytes = [20e9, 10e9], 40_000_000
     fast.failures["rate_4"] = "RuntimeError: one at a time"
     fast.quality = {"prefill": Quality(0.0001, 0.999, 90), "decode": Quality(0.002, 0.98, 80)}
     gone = Result("llama.cpp-q8_0", "Llama", missing="ModuleNotFoundError: No module named 'llama_cpp'")
@@ -201,8 +205,8 @@ def test_rivals_are_compared_only_where_both_ran(mixed: Run) -> None:
 
 def test_quality_is_that_of_the_worse_path(mixed: Run) -> None:
     costs = section(table.markdown(mixed, (LATENCY,), {}), "Quality")
-    assert "| Ours | 0.00200 | 98.0% |" in costs
-    assert "| Eager | reference | reference |" in costs
+    assert "| Ours | 0.00200 | 98.0% | 35.0 % (20.0-50.0) |" in costs
+    assert "| Eager | reference | reference | - |" in costs
 
 
 def test_a_table_without_its_reference_has_no_ratios(mixed: Run) -> None:
@@ -360,8 +364,11 @@ def test_every_runtime_gets_the_same_prompts_in_every_round(tmp_path: Path) -> N
     troupe = Troupe(tmp_path, {name: lambda name=name: InProcess(fakes[name]) for name in fakes})
     for name in fakes:
         troupe.admit(Peer(name, name, "fake"), cold=False)
-    troupe.play((LATENCY, RATE), rounds=2)
+    readings = itertools.count(10)
+    troupe.play((LATENCY, RATE), rounds=2, bandwidth=lambda: 1e9 * next(readings))
     assert fakes["a"].seen == fakes["b"].seen
+    beside = [each for r in troupe.results.values() for found in r.bandwidths.values() for each in found]
+    assert sorted(beside) == [1e9 * (10.5 + 2 * visit) for visit in range(8)]  # before and after each of 8 visits
     assert troupe.results["a"].samples == {"tpot_64": [pytest.approx(1.0)] * 2, "rate_4": [pytest.approx(4000.0)] * 2}
     timed = [tuple(p) for prompts in fakes["a"].seen for p in prompts if len(p) == 64]
     assert len(set(timed)) == 1 + 2 * (1 + 4)  # the one of the start, which both starts share, and the timed ones
@@ -393,7 +400,7 @@ def test_a_runtime_that_does_not_start_is_missing_and_the_others_go_on(tmp_path:
     for name in makers:
         troupe.admit(Peer(name, name, "fake"), cold=False)
     troupe.warm_up((LATENCY,))
-    troupe.play((LATENCY,), rounds=1)
+    troupe.play((LATENCY,), rounds=1, bandwidth=lambda: 10e9)
     assert "SIGSEGV" in troupe.results["bad"].missing
     assert troupe.results["good"].samples["tpot_64"] == [pytest.approx(1.0)]
 
@@ -403,7 +410,7 @@ def test_a_request_that_a_runtime_refuses_is_asked_once(tmp_path: Path) -> None:
     troupe = Troupe(tmp_path, {"a": lambda: InProcess(refusing)})
     troupe.admit(Peer("a", "A", "fake"), cold=False)
     troupe.warm_up((LATENCY, RATE))
-    troupe.play((LATENCY, RATE), rounds=2)
+    troupe.play((LATENCY, RATE), rounds=2, bandwidth=lambda: 10e9)
     assert troupe.results["a"].samples == {"tpot_64": [pytest.approx(1.0)] * 2, "rate_4": [None, None]}
     assert "one sequence at a time" in troupe.results["a"].failures["rate_4"]
 
@@ -412,7 +419,7 @@ def test_a_request_that_a_runtime_refuses_is_asked_once(tmp_path: Path) -> None:
 def test_slow_requests_are_timed_once_but_for_the_reference(tmp_path: Path, name: str, rounds: int) -> None:
     troupe = Troupe(tmp_path, {name: lambda: InProcess(Fake(token_s=stage.SLOW_S))})
     troupe.admit(Peer(name, name, "fake"), cold=False)
-    troupe.play((LATENCY,), rounds=3)
+    troupe.play((LATENCY,), rounds=3, bandwidth=lambda: 10e9)
     assert sum(value is not None for value in troupe.results[name].samples["tpot_64"]) == rounds
 
 
@@ -420,7 +427,7 @@ def test_a_runtime_that_dies_keeps_the_figures_it_has(tmp_path: Path) -> None:
     made = [InProcess(Fake()), InProcess(Fake()), InProcess(Fake(), dies_at=1 + 2)]  # start, then one visit
     troupe = Troupe(tmp_path, {"a": lambda: made.pop(0)})
     troupe.admit(Peer("a", "A", "fake"), cold=False)
-    troupe.play((LATENCY,), rounds=3)
+    troupe.play((LATENCY,), rounds=3, bandwidth=lambda: 10e9)
     troupe.describe()
     assert troupe.results["a"].samples["tpot_64"] == [pytest.approx(1.0), None, None]
     assert "SIGSEGV" in troupe.results["a"].failures["tpot_64"]

@@ -72,6 +72,12 @@ def measure(device: Device, turn: Turn = nullcontext) -> Peaks:
     return Peaks(best.pop(""), best, spread)
 
 
+def reading(device: Device) -> Callable[[], float]:
+    """A function that measures the read bandwidth as it is now, in bytes/s; it keeps its memory."""
+    reads = _reads(device)
+    return lambda: _bandwidth(device, reads, nullcontext)
+
+
 def _shortfall(early: float, late: float, warms_up: bool) -> float:
     """How far the lower try is below the other, a fraction. A slow first try is ignored if the device warms up."""
     if warms_up and early < late:
