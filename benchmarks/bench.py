@@ -45,7 +45,10 @@ def options() -> argparse.Namespace:
     names = ", ".join(peer.name for peer in PEERS)
     parser.add_argument("--rounds", type=int, help=f"timed rounds; default {ROUNDS}, {QUICK_ROUNDS} with --quick")
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"some of {names}; the reference always runs")
-    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds, little text")
+    extent = parser.add_mutually_exclusive_group()
+    for name, what in (("quick", "few shapes, few rounds, little text"), ("long", "lengths up to 8000 tokens")):
+        extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", help=what)
+    parser.set_defaults(extent="usual")
     parser.add_argument("--perturbed", action="store_true", help="weights that bear no 4 bits: perturbed.py")
     parser.add_argument("--cold", action="store_true", help="measure cold starts again, with emptied caches")
     parser.add_argument(
@@ -61,7 +64,7 @@ def options() -> argparse.Namespace:
     except KeyError as error:
         parser.error(error.args[0])
     given.tune_batches = [int(size) for size in given.tune_batches.split(",")]
-    given.rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    given.rounds = given.rounds or (QUICK_ROUNDS if given.extent == "quick" else ROUNDS)
     given.threads = given.threads or physical_cores()
     return given
 
@@ -75,7 +78,7 @@ def workload(text: Sequence[int], measured: Sequence[Metric]) -> list[list[int]]
 
 def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]]:
     """Everything, from files to figures."""
-    begin, measured = time.monotonic(), metrics(given.quick)
+    begin, measured = time.monotonic(), metrics(given.extent)
     torch.set_num_threads(given.threads)
     machine = hardware.identify()
     files = cache_dir.cache("peers") or given.out
@@ -103,7 +106,7 @@ def run(given: argparse.Namespace, notify: Any) -> tuple[Run, tuple[Metric, ...]
         stage.warm_up(measured)
         stage.play(measured, given.rounds, peaks.reading(devices.of("cpu")))
         stage.describe()
-        texts = quality.paragraphs()[: QUICK_TEXTS if given.quick else None]
+        texts = quality.paragraphs()[: QUICK_TEXTS if given.extent == "quick" else None]
         ids = [tokenizer(paragraph)["input_ids"][: quality.TEXT_TOKENS] for paragraph in texts]
         for name, found in quality.compare(stage.remotes, REFERENCE, ids, notify).items():
             stage.results[name].quality = found

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+Extent = Literal["quick", "usual", "long"]
+SHAPES: dict[Extent, tuple[tuple[int, ...], ...]] = {  # prompts' tokens, contexts' tokens, sequences at once
+    "quick": ((32, 512), (64,), (1, 4)),
+    "usual": ((32, 512, 1500), (64, 1024), (1, 4, 16)),
+    "long": ((8, 32, 128, 512, 2048, 8000), (64, 1024, 8000), (1, 4, 16, 32)),
+}
 STEPS = 24  # decoding steps that a time per token is an average of
 SPREAD = 7919  # a prime: prompts of neighbouring numbers begin far apart in the text
 
@@ -78,12 +85,10 @@ def tokens_per_s(timing: Timing, shape: Shape) -> float:
     return shape.batch * shape.new_tokens / timing.total_s
 
 
-def metrics(quick: bool = False) -> tuple[Metric, ...]:
-    """Every figure, or the few of a quick run."""
-    steps = STEPS // 2 if quick else STEPS
-    prompts = (32, 512) if quick else (32, 512, 1500)
-    contexts = (64,) if quick else (64, 1024)
-    batches = (1, 4) if quick else (1, 4, 16)
+def metrics(extent: Extent = "usual") -> tuple[Metric, ...]:
+    """The figures of a run: the few of a quick one, the usual ones, or those of all lengths up to 8000 tokens."""
+    steps = STEPS // 2 if extent == "quick" else STEPS
+    prompts, contexts, batches = SHAPES[extent]
     return (
         *(Metric(f"ttft_{n}", f"TTFT {n}", "ms", Shape(1, n, 1, 3 if n < 100 else 1), ttft_ms) for n in prompts),
         *(Metric(f"tpot_{n}", f"TPOT at {n}", "ms", Shape(1, n, steps + 1), tpot_ms) for n in contexts),

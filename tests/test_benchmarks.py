@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from benchmarks import (
     worker,
 )
 from benchmarks.cores import physical_cores
-from benchmarks.measures import Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
+from benchmarks.measures import Extent, Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
 from benchmarks.peers import PEERS, Peer, Setup, Weights
 from benchmarks.remote import Remote, WorkerError
 from benchmarks.results import Quality, Result, Run, Spread, roofline_share, speedup, spread
@@ -121,9 +121,9 @@ def test_figures_of_a_timing(read: Any, timing: Timing, shape: Shape, expected: 
 
 def test_no_two_prompts_of_a_run_begin_alike() -> None:
     text = list(range(6163))
-    sent = sum(s.batch * s.repeats for s in shapes(metrics()))
-    numbers = [*range(100 * sent), *range(stage.UNTIMED, len(text))]
-    assert 100 * sent < stage.UNTIMED
+    sent = max(sum(s.batch * s.repeats for s in shapes(metrics(extent))) for extent in get_args(Extent))
+    numbers = [*range(40 * sent), *range(stage.UNTIMED, len(text))]
+    assert 40 * sent < stage.UNTIMED
     assert len({prompt(text, n, 8)[0] for n in numbers}) == len(numbers)
 
 
@@ -131,9 +131,9 @@ def test_a_prompt_continues_at_the_beginning_of_the_text() -> None:
     assert prompt([1, 2, 3], 0, 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_every_request_is_sent_once_however_many_figures_it_gives(quick: bool) -> None:
-    measured = metrics(quick)
+@pytest.mark.parametrize("extent", get_args(Extent))
+def test_every_request_is_sent_once_however_many_figures_it_gives(extent: Extent) -> None:
+    measured = metrics(extent)
     assert len({m.name for m in measured}) == len(measured)
     assert len(shapes(measured)) < len(measured)
 

@@ -56,6 +56,7 @@ def create(setup: Setup, weights: str, params: Mapping[str, Any], prefill: str, 
         transforms.make(prefill, {"weights": "decode"} if prefill == "linear_bf16" else {}, "prefill"),
         transforms.make("prefill_attention", {"precision": "bfloat16"} if narrow else {}, "prefill"),
         transforms.make("fused_layers", {}, "prefill"),
+        transforms.make("half_cache", {}, "decode"),  # as llama.cpp keeps keys and values
         transforms.make("step_program", {}, "decode"),
     ]
     plan += [transforms.make("int8_activations", {}, phase) for phase in ("prefill", "decode") if rounds]
