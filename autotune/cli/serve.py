@@ -172,6 +172,10 @@ def bench_arguments(command: ArgumentParser) -> None:
     command.add_argument("--seconds", type=positive, default=20, metavar="S", help="of each rate; default 20")
     command.add_argument("--words", type=positive, default=64, metavar="N", help="of a prompt; default 64")
     command.add_argument("--tokens", type=positive, default=32, metavar="N", help="of an answer; default 32")
+    command.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="T", help="default 0: nothing is drawn"
+    )
+    command.add_argument("--top-p", type=top_p, default=1.0, metavar="P", help="share to draw from; default 1")
     command.add_argument("--api-key", metavar="KEY", help=f"default ${KEY}")
 
 
@@ -196,11 +200,12 @@ def bench(args: Namespace) -> int:
         raise MeasurementError(f"{url} refuses: {load.refusal(error.response)}") from error
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
         raise MeasurementError(f"{url} does not answer as a server of models does: {error}") from error
-    asked = load.Load(url, name, args.words, args.tokens, key)
+    asked = load.Load(url, name, args.words, args.tokens, key, args.temperature, args.top_p)
     rows = [asyncio.run(load.steady(asked, clients, args.each)) for clients in args.clients or ()]
     if args.rates or not args.clients:
         rows += [asyncio.run(load.arriving(asked, rate, args.seconds)) for rate in args.rates or (1.0, 2.0, 4.0)]
-    print(f"{name} at {url}: prompts of {args.words} words, answers of {args.tokens} tokens\n")  # noqa: T201
+    drawn = f", drawn at temperature {args.temperature:g}, top-p {args.top_p:g}" if args.temperature else ""
+    print(f"{name} at {url}: prompts of {args.words} words, answers of {args.tokens} tokens{drawn}\n")  # noqa: T201
     print(load.table(rows))  # noqa: T201
     return 0
 
@@ -208,6 +213,16 @@ def bench(args: Namespace) -> int:
 def numbers(text: str) -> list[int]:
     """Parse whole numbers above 0, separated by commas."""
     return [positive(part) for part in text.split(",")]
+
+
+def temperature(text: str) -> float:
+    """Parse a temperature."""
+    return number(text, lambda found: 0 <= found <= 2, "a temperature of 0 to 2")
+
+
+def top_p(text: str) -> float:
+    """Parse the probability of the tokens that are drawn from."""
+    return number(text, lambda found: 0 < found <= 1, "a number above 0, and at most 1")
 
 
 def rates(text: str) -> list[float]:

@@ -29,6 +29,8 @@ class Load:
         words: of a prompt, drawn anew for each request; about a token each.
         tokens: new tokens of each answer.
         key: API key, or None.
+        temperature: 0: the likeliest token each time.
+        top_p: tokens are drawn from the likeliest ones that have so much of the probability together.
         seed: of prompts and arrivals.
     """
 
@@ -37,6 +39,8 @@ class Load:
     words: int = 64
     tokens: int = 32
     key: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
 
     def body(self, draw: random.Random) -> dict[str, Any]:
@@ -44,7 +48,8 @@ class Load:
             "model": self.model,
             "prompt": " ".join(draw.choices(WORDS, k=self.words)),
             "max_tokens": self.tokens,
-            "temperature": 0,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -71,10 +73,32 @@ def test_the_command_prints_the_table(server: Running, capsys: pytest.CaptureFix
     assert main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny at ")
+    assert lines[0].endswith(" of 3 tokens")
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["1", "2"]
     for url, said in (("http://127.0.0.1:9", "does not answer"), (server.url, "refuses: HTTP 401: no valid API key; ")):
         assert main(["bench-serve", url]) == 3
         assert said in capsys.readouterr().err
+
+
+def test_tokens_are_drawn_as_asked(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    body = replace(load(server), temperature=0.5, top_p=0.9).body(random.Random(0))
+    assert (body["temperature"], body["top_p"]) == (0.5, 0.9)
+    asked = [
+        "--clients",
+        "1",
+        "--each",
+        "1",
+        "--tokens",
+        "2",
+        "--api-key",
+        "key",
+        "--temperature",
+        "0.5",
+        "--top-p",
+        "0.9",
+    ]
+    assert main(["bench-serve", server.url, *asked]) == 0
+    assert "of 2 tokens, drawn at temperature 0.5, top-p 0.9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -95,7 +119,9 @@ def test_clients_come_at_rates_unless_their_number_is_given(
     assert asked == [(rate, seconds) for rate in rates]
 
 
-@pytest.mark.parametrize("given", [["--rates", "0"], ["--rates", "x"], ["--clients", "0"], ["--seconds", "-1"]])
+@pytest.mark.parametrize(
+    "given", [["--rates", "0"], ["--rates", "x"], ["--clients", "0"], ["--seconds", "-1"], ["--top-p", "0"]]
+)
 def test_bad_arguments_are_usage_errors(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parser().parse_args(["bench-serve", "http://x", *given])
