@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import QueueFullError, StateError, WorkloadError
-from ..machine import ending, forking
+from ..machine import bells, ending, forking
 from ..model import seam
 from ..runtime.batching.terms import CURRENT, MOST_WAITING, RequestTerms
 
@@ -40,12 +40,14 @@ class Submitted:
         terms: on which it is served.
     """
 
+    never_waits = True  # as a streamer: see `runtime.token_clock.never_waits`
+
     def __init__(self, terms: RequestTerms) -> None:
         self.terms = terms
         self._tokens = list[int]()
         self._result: Future[torch.Tensor] = Future()
         self._changed = forking.free(threading.Condition())
-        self._wakers = list[Callable[[], Any]]()
+        self._listening = list[tuple[bells.Bell, asyncio.Event]]()
         forking.tell(self)
 
     @property
@@ -91,10 +93,10 @@ class Submitted:
             yield self._tokens[shown]
 
     async def __aiter__(self) -> AsyncIterator[int]:
-        loop, came = asyncio.get_running_loop(), asyncio.Event()
-        waker: Callable[[], Any] = partial(loop.call_soon_threadsafe, came.set)
+        came = asyncio.Event()
+        listener = bells.of_this_loop(), came
         with self._changed:
-            self._wakers.append(waker)
+            self._listening.append(listener)
         try:
             shown = 0
             while True:
@@ -108,7 +110,7 @@ class Submitted:
                 await came.wait()
         finally:
             with self._changed:
-                self._wakers.remove(waker)
+                self._listening.remove(listener)
 
     def __enter__(self) -> Self:
         return self
@@ -159,15 +161,12 @@ class Submitted:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
-            for waker in self._wakers:
-                try:
-                    waker()
-                except RuntimeError:  # the event loop was closed
-                    continue
+            for bell, came in self._listening:
+                bell.ring(came)
 
 
 class _Cut:
-    """A stopping criterion that ends a request whose terms are violated, where no engine does it.
+    """Ends a request whose terms are violated, where no engine does it. It is asked at each token.
 
     Args:
         tokens: of the prompt.
@@ -178,9 +177,9 @@ class _Cut:
         self._prompt_tokens = tokens
         self.error: RequestError | None = None  # why it was ended
 
-    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.error = self._request.violated(ids.shape[1] - self._prompt_tokens)
-        return torch.full((ids.shape[0],), self.error is not None, dtype=torch.bool, device=ids.device)
+    def __call__(self, length: int) -> bool:
+        self.error = self._request.violated(length - self._prompt_tokens)
+        return self.error is not None
 
 
 class Submissions:

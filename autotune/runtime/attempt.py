@@ -14,6 +14,7 @@ import torch
 
 from ..machine import outside
 from ..model import seam
+from .token_clock import never_waits
 
 if TYPE_CHECKING:
     from ..machine.device import Device
@@ -106,6 +107,11 @@ class Attempt:
             self._raised = error
             raise
 
+    @property
+    def streams_at_once(self) -> bool:
+        """Whether the caller's streamer never waits."""
+        return never_waits(self._given.streamer)
+
     def show(self, value: Any) -> None:
         self.run(self._given.streamer.put, value)
         self._shown += 1
@@ -122,6 +128,7 @@ class _Streamer:
     def __init__(self, attempt: Attempt, unseen: int = 0) -> None:
         self._attempt = attempt
         self._unseen = unseen
+        self.never_waits = attempt.streams_at_once
 
     def put(self, value: Any) -> None:
         self._unseen += 1

@@ -120,14 +120,13 @@ def sample(
         final_cache: gives the cache to return, with every kept step.
         keep: keeps the latest step; None if a step cannot be taken back.
     """
-    config, processors, streamer = call.settings, call.processors, call.streamer
+    config, scored, streamer = call.settings, call.scoring(), call.streamer
     device = devices.of(call.input_ids.device)
     state = HostState(call) if device.is_host else DeviceState(call, device)
     returns_scores = config.return_dict_in_generate and config.output_scores
     returns_logits = config.return_dict_in_generate and config.output_logits
-    processes = call.processes()
     # a step on the host may write over logits that are kept
-    copies = device.is_host and bool(returns_scores or returns_logits or processes)
+    copies = device.is_host and bool(returns_scores or returns_logits or scored is not None)
     first, longest = call.input_ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
     if device.asynchronous and keep is not None:
         longest = min(config.max_length, call.criteria.max_length or config.max_length)
@@ -135,7 +134,7 @@ def sample(
     raw: list[torch.Tensor] = []
     while True:
         logits = logits.to(dtype=torch.float32, device=call.input_ids.device, copy=copies)
-        score = processors(state.ids, logits) if processes else logits
+        score = logits if scored is None else scored(state.ids, logits)
         if returns_scores:
             scores.append(score)
         if returns_logits:

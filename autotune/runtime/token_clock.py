@@ -7,6 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 
+def never_waits(streamer: Any) -> bool:
+    """Whether a streamer may be called in any thread: it waits for nothing, and runs nothing of the caller's.
+
+    So an engine need not wake the caller's thread for each token.
+    """
+    return bool(getattr(streamer, "never_waits", False))
+
+
 class TokenClock:
     """A streamer that passes tokens to the caller's, and records when the first and the latest token arrived.
 
@@ -21,6 +29,7 @@ class TokenClock:
     def __init__(self, streamer: Any, clock: Callable[[], float]) -> None:
         self._streamer = streamer
         self._clock = clock
+        self.never_waits = streamer is None or never_waits(streamer)
         self.tokens = 0
         self._first_s = self._latest_s = math.nan
 

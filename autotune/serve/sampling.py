@@ -105,7 +105,8 @@ class SamplingDefaults:
             processors.append(grammar.constraint(prompt))  # last: no bias gets past it
         found: dict[str, Any] = {
             "max_new_tokens": room,
-            "min_new_tokens": 0,
+            "min_new_tokens": None,
+            "min_length": 0,  # a number makes a processor
             "do_sample": temperature > 0,
             "eos_token_id": sorted(self.eos) if self.eos and not body.ignore_eos else [self._vocabulary],  # or no token
             "pad_token_id": min(self.eos, default=0),

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
+from transformers.generation.logits_process import MinLengthLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from autotune.model import seam
@@ -19,11 +20,15 @@ class Own(EosTokenCriteria):
     """A criterion of the caller's."""
 
 
-PLAIN: dict[str, list[StoppingCriteria]] = {
+PLAIN: dict[str, list[Any]] = {
     "nothing": [],
     "a length": [MaxLengthCriteria(6)],
     "lengths": [MaxLengthCriteria(9), MaxLengthCriteria(5, max_position_embeddings=4)],
     "a token": [EosTokenCriteria(3)],
+    "a request's terms": seam.streamed({}, None, lambda length: length == 4)["stopping_criteria"],
+    "them and the caller's": seam.streamed(
+        {"stopping_criteria": [EosTokenCriteria(3)]}, None, lambda length: length > 7
+    )["stopping_criteria"],
     "tokens and a length": [EosTokenCriteria([2, 7]), MaxLengthCriteria(7), EosTokenCriteria(torch.tensor([5]))],
 }
 CALLED: dict[str, list[Any]] = {
@@ -70,7 +75,15 @@ def test_who_only_observes_is_left_out_and_told_of_the_tokens() -> None:
     assert seam.stops(twice.criteria, TOLD) == seam.SequenceEnd(6, frozenset())
     assert twice.criteria.told is TOLD
     assert observed.criteria.told is TOLD
-    assert not twice.processes()
+    assert twice.scoring() is None
+
+
+@pytest.mark.parametrize(("least", "processes"), [(3, False), (4, True)])
+def test_a_length_that_the_prompt_has_keeps_nobody_waiting(least: int, processes: bool) -> None:
+    given = call()
+    given.processors.append(MinLengthLogitsProcessor(least, 2, device="cpu"))
+    watched = given.through(lambda own, *args: own(*args), is_transparent=True)
+    assert (given.scoring() is not None) == (watched.scoring() is not None) == processes
 
 
 def test_who_decides_is_called() -> None:
@@ -78,4 +91,4 @@ def test_who_decides_is_called() -> None:
     observed = forced.through(lambda own, *args: own(*args), lambda own, *args: own(*args), is_transparent=True)
     assert seam.stops(observed.criteria, TOLD) is None
     assert observed.criteria.told is None
-    assert observed.processes()
+    assert observed.scoring() is observed.processors

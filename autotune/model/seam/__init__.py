@@ -65,7 +65,7 @@ from .caches import (
     narrow_cache,
     replace_layers,
 )
-from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable, streamed
+from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable
 from .models import (
     COMPILED,
     EAGER,
@@ -83,7 +83,7 @@ from .models import (
 )
 from .preparation import drops_cache, greedy_settings
 from .shards import is_sharding, resharding, sharded, tensor_parallel
-from .stops import SequenceEnd, stops
+from .stops import SequenceEnd, stops, streamed
 
 __all__ = [
     "ARGUMENTS",

@@ -11,9 +11,12 @@ import torch
 
 from .arguments import CACHE_NAMES, bare_class, cache_in, output_cache_name, over
 from .preparation import drops_cache
+from .scoring import scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .scoring import Score
 
 LOOP = "_sample"  # the decoding loop of greedy search and sampling
 OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # LOOP's arguments
@@ -166,10 +169,9 @@ class Sampling:
     def with_streamer(self, streamer: Any) -> Sampling:
         return replace(self, options={**self.options, "streamer": streamer})
 
-    def processes(self) -> bool:
-        """Whether anything that came with the call sees or changes scores."""
-        found = observed(self.processors)
-        return getattr(found, "relay", None) is not None or len(found) > 0
+    def scoring(self) -> Score | None:
+        """What makes scores [B, V] of ids [B, T] and logits [B, V]; None if nothing sees or changes them."""
+        return scoring(self.processors, self.input_ids.shape[1], observed)
 
     def through(
         self,
@@ -243,18 +245,6 @@ class Sampling:
             output_cache_name(): cache,
         }
         return GenerateDecoderOnlyOutput(**result)
-
-
-def streamed(options: Mapping[str, Any], streamer: Any, stops: Callable[..., torch.Tensor]) -> dict[str, Any]:
-    """Arguments of `generate` with a streamer and one more stopping criterion.
-
-    Args:
-        stops: called with ids [B, T] and scores; returns [B] bool.
-    """
-    from transformers import StoppingCriteriaList
-
-    criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stops])
-    return {**options, "streamer": streamer, "stopping_criteria": criteria}
 
 
 def processed(

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
 
 from .calls import observed
 
-if TYPE_CHECKING:
-    import torch
+
+class OnLength:
+    """A stopping criterion that looks at no token.
+
+    Args:
+        is_over: called with the number of tokens, prompt and answer together; whether generation ends.
+    """
+
+    def __init__(self, is_over: Callable[[int], bool]) -> None:
+        self.is_over = is_over
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """[B] bool for ids [B, T]."""
+        return ids.new_full(ids.shape[:1], self.is_over(ids.shape[1]), dtype=torch.bool)
 
 
 class SequenceEnd(NamedTuple):
@@ -16,14 +31,28 @@ class SequenceEnd(NamedTuple):
     Args:
         longest: tokens of a finished sequence, prompt and answer together.
         ends: tokens that end one.
+        others: further criteria, called with the number of tokens.
     """
 
     longest: float
     ends: frozenset[int]
+    others: tuple[Callable[[int], bool], ...] = ()
 
     def after(self, length: int, token: int) -> bool:
         """Whether a sequence is finished that has so many tokens with this one as its last."""
-        return length >= self.longest or token in self.ends
+        return length >= self.longest or token in self.ends or any(is_over(length) for is_over in self.others)
+
+
+def streamed(options: Mapping[str, Any], streamer: Any, is_over: Callable[[int], bool]) -> dict[str, Any]:
+    """Arguments of `generate` with a streamer and one more stopping criterion.
+
+    Args:
+        is_over: as in `OnLength`.
+    """
+    from transformers import StoppingCriteriaList
+
+    criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), OnLength(is_over)])
+    return {**options, "streamer": streamer, "stopping_criteria": criteria}
 
 
 class Told(Protocol):
@@ -48,17 +77,19 @@ def stops(criteria: Any, told: Told) -> SequenceEnd | None:
     given, criteria = criteria, observed(criteria)
     if type(criteria) is not StoppingCriteriaList:  # it may be called in another way
         return None
-    longest, ends = float("inf"), set[int]()
+    longest, ends, others = float("inf"), set[int](), list[Callable[[int], bool]]()
     for each in criteria:
         if type(each) is MaxLengthCriteria and not _warns(each):
             longest = min(longest, each.max_length)
         elif type(each) is EosTokenCriteria:
             ends.update(each.eos_token_id.reshape(-1).tolist())
+        elif type(each) is OnLength:
+            others.append(each.is_over)
         else:
             return None
     while criteria is not given:
         given.told, given = told, given.objects
-    return SequenceEnd(longest, frozenset(ends))
+    return SequenceEnd(longest, frozenset(ends), tuple(others))
 
 
 def _warns(criterion: Any) -> bool:

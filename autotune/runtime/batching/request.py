@@ -14,6 +14,7 @@ from ...machine import device as devices
 from ...machine import ending
 from ...model import seam
 from ..loop_state import Room, drawn, drawn_unwaiting, largest
+from ..token_clock import never_waits
 from .terms import CURRENT, RequestTerms
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def refusal(call: Sampling) -> str | None:
 class Request:
     """A call of generate's loop for one sequence.
 
-    The caller's streamer is called in the caller's thread. Its logits processors and stopping criteria are called in
-    the engine's thread, within a copy of the caller's context variables.
+    The caller's streamer is called in the caller's thread, unless it never waits. Its logits processors and stopping
+    criteria are called in the engine's thread, within a copy of the caller's context variables.
 
     Attributes:
         prompt: its tokens.
@@ -59,8 +60,9 @@ class Request:
         self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._kept_back = list[int]()  # tokens that are not handed on yet
         self._streams = call.streamer is not None
-        self._processes = call.processes()
-        self.is_greedy = not (call.settings.do_sample or self._processes)
+        self._at_once = never_waits(call.streamer)
+        self._scored = call.scoring()
+        self.is_greedy = not call.settings.do_sample and self._scored is None
         self._stops = seam.stops(call.criteria, self._room)
 
     @property
@@ -89,7 +91,7 @@ class Request:
             while True:
                 match self._events.get():
                     case int(token):
-                        streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
+                        self._show(token)
                     case None:
                         if streamer is not None:
                             streamer.end()
@@ -127,8 +129,10 @@ class Request:
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
-        given = logits.clone() if self._processes else logits  # a processor may keep it beyond the next step
-        score: torch.Tensor = self._context.run(self.call.processors, self._callers_ids, given)
+        if self._scored is None:
+            return logits
+        # a copy: a processor may keep it beyond the next step
+        score: torch.Tensor = self._context.run(self._scored, self._callers_ids, logits.clone())
         return score
 
     @property
@@ -143,7 +147,7 @@ class Request:
             Whether the sequence is finished. Raises what a stopping criterion raises.
         """
         self._room.append(token)
-        if self._on_device is not None and (self._processes or self._stops is None):
+        if self._on_device is not None and (self._scored is not None or self._stops is None):
             self._on_device = torch.cat([self._on_device, self._on_device.new_full((1, 1), token)], dim=1)
         if self._streams:
             self._kept_back.append(token)
@@ -153,10 +157,13 @@ class Request:
         return bool(stopped.all())
 
     def hand_on(self) -> None:
-        """Give the caller the tokens since the last time. Its thread wakes and wants the interpreter's lock."""
+        """Give the caller the tokens since the last time. A thread that wakes wants the interpreter's lock."""
         for token in self._kept_back:
-            self._events.put(token)
+            self._show(token) if self._at_once else self._events.put(token)
         self._kept_back.clear()
+
+    def _show(self, token: int) -> None:
+        self.call.streamer.put(torch.tensor([token], dtype=torch.int64, device="cpu"))
 
     def finish(self) -> None:
         self.hand_on()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ...machine import outside
+from ...machine import bells, outside
 from ..cache import slot_forward
 from ..steps.step import preparing
 from . import rows as plan
@@ -183,8 +183,9 @@ class Sequences:
                 if (request := self.rows[row]) is not None and choice is not None:
                     grown.append((request, self._grow(row, request, choice)))
         finally:  # all at last: a caller that wakes takes the interpreter's lock at the next operator
-            for request, is_finished in grown:
-                request.finish() if is_finished else request.hand_on()
+            with bells.together():
+                for request, is_finished in grown:
+                    request.finish() if is_finished else request.hand_on()
 
     def _grow(self, row: int, request: Request, choice: int | Exception) -> bool:
         """Append a token to a row's sequence. Returns whether that is finished; then the row is free."""
