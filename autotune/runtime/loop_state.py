@@ -191,6 +191,20 @@ def drawn(scores: torch.Tensor) -> torch.Tensor:
     return torch.multinomial(softmax(scores, dim=-1), num_samples=1).squeeze(1)
 
 
+def drawn_by_one_number(scores: torch.Tensor) -> int:
+    """Draw an index of scores [1, V] in the CPU's memory by one random number, where the cumulative chances pass it.
+
+    `torch.multinomial` takes V random numbers: 1 ms for 49 152. From the same seed it draws others.
+
+    Raises:
+        RuntimeError: the scores give no probabilities.
+    """
+    reached = softmax(scores, dim=-1).numpy()[0].cumsum(dtype=numpy.float64)
+    require_sound(numpy.isfinite(reached[-1]))
+    number = float(torch.rand((), dtype=torch.float64, device="cpu")) * reached[-1]
+    return min(int(reached.searchsorted(number, side="right")), len(reached) - 1)
+
+
 def drawn_unwaiting(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw as `torch.multinomial` does, from the same random numbers, without waiting for the device.
 

@@ -30,6 +30,7 @@ from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
 from autotune.runtime.batching.request import Request
 from autotune.runtime.batching.terms import CURRENT, RequestTerms
+from autotune.runtime.batching.tokens import HostTokens
 from autotune.runtime.cache.rows import RowCache
 from autotune.runtime.cache.slots import SlotCache
 from autotune.runtime.dispatch import serving
@@ -468,6 +469,28 @@ def test_sampling_uses_the_callers_settings(variant: Variant, alone: Variant) ->
     expected = answer(serving(alone), prompt(10), 16, **options)
     torch.manual_seed(7)
     assert answer(serving(variant), prompt(10), 16, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampled", "among_others"),
+    [([True, False, None], [False]), ([True, None, True, False], [True, True]), ([False], [])],
+)
+def test_one_sequence_is_drawn_as_transformers_draws_it(sampled: list[bool | None], among_others: list[bool]) -> None:
+    """Several take turns with the process's random numbers, whoever draws them, and are drawn faster."""
+    told = list[bool]()
+
+    def choose(logits: torch.Tensor, *, among_others: bool) -> int:
+        told.append(among_others)
+        return 2
+
+    requests: list[Any] = [
+        None if draws is None else types.SimpleNamespace(is_greedy=not draws, tokens=1, choose=choose)
+        for draws in sampled
+    ]
+    logits = torch.eye(len(sampled), 5)
+    found = HostTokens(len(sampled)).choose(requests, logits)
+    assert found == [None if draws is None else 2 if draws else row for row, draws in enumerate(sampled)]
+    assert told == among_others
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime import kernels, loop
 from autotune.runtime.dispatch import serving
-from autotune.runtime.loop_state import drawn_unwaiting, largest
+from autotune.runtime.loop_state import drawn_by_one_number, drawn_unwaiting, largest
 from autotune.runtime.steps.compiled import artifact
 from autotune.runtime.steps.waiting import WAITS
 from autotune.runtime.variant import Transform, Variant
@@ -397,6 +398,32 @@ def test_tokens_are_drawn_as_by_multinomial() -> None:
         assert torch.equal(token, expected)
         assert torch.equal(torch.get_rng_state(), state)
         assert sound.all()
+
+
+def test_one_number_draws_from_the_distribution() -> None:
+    torch.manual_seed(0)
+    scores = torch.tensor([[0.5, -torch.inf, 0.2, 0.25, 1e-3, 0.049, -torch.inf]]).log().nan_to_num(nan=-torch.inf)
+    draws = 20_000
+    counts = torch.tensor([drawn_by_one_number(scores) for _ in range(draws)]).bincount(minlength=7)
+    odds = scores.softmax(-1)[0]
+    assert counts[odds == 0].sum() == 0
+    possible = odds > 0
+    expected = draws * odds[possible]
+    assert ((counts[possible] - expected) ** 2 / expected).sum() < 18.5  # chi-square of 4 degrees of freedom, 0.1 %
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_a_token_that_is_not_possible_is_not_drawn_at_the_edges_either(number: float) -> None:
+    scores = torch.full((1, 300), -torch.inf)
+    scores[0, 7:9] = 3.0
+    with mock.patch.object(torch, "rand", return_value=torch.tensor(number, dtype=torch.float64)):
+        assert drawn_by_one_number(scores) == (7 if number == 0 else 8)
+
+
+@pytest.mark.parametrize("score", [torch.nan, torch.inf])
+def test_scores_without_probabilities_are_an_error(score: float) -> None:
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        drawn_by_one_number(torch.tensor([[0.0, score]]))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from ...errors import AutotuneError, CancelledRequestError, RequestError, Varian
 from ...machine import device as devices
 from ...machine import ending
 from ...model import seam
-from ..loop_state import Room, drawn, drawn_unwaiting, largest
+from ..loop_state import Room, drawn, drawn_by_one_number, drawn_unwaiting, largest
 from ..token_clock import never_waits
 from .terms import CURRENT, RequestTerms
 
@@ -110,10 +110,17 @@ class Request:
             return CancelledRequestError("the caller no longer waits")
         return self.terms.violated(now_s, self._room.length - len(self.prompt))
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token from logits [1, V] on the host, by the caller's processors. Raises what these raise."""
+    def choose(self, logits: torch.Tensor, *, among_others: bool = False) -> int:
+        """The next token from logits [1, V] on the host, by the caller's processors. Raises what these raise.
+
+        Args:
+            among_others: whether other sequences draw from the process's random numbers at the same time. So its answer
+                could not be repeated anyway, and need not be drawn as slowly as transformers draws it.
+        """
         score = self._scores(logits)
-        return int(drawn(score) if self.call.settings.do_sample else largest(score)[0])
+        if not self.call.settings.do_sample:
+            return int(largest(score)[0])
+        return drawn_by_one_number(score) if among_others else int(drawn(score))
 
     def chosen_unwaiting(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The next token from logits [1, V] on a device, which the host does not wait for.

@@ -81,13 +81,16 @@ class HostTokens(RowTokens):
         best = largest(logits)
         most = logits.numpy()[self._rows[: len(best)], best].tolist()  # NaN if any logit is
         greedy, found = best.tolist(), list[Choice]()
+        several = sum(request is not None and not request.is_greedy for request in requests) > 1
         for row, request in enumerate(requests):
             try:
                 if request is None:
                     found.append(None)
                     continue
                 require_number(request, is_number=not isnan(most[row]))
-                token = greedy[row] if request.is_greedy else request.choose(logits[row : row + 1])
+                token = (
+                    greedy[row] if request.is_greedy else request.choose(logits[row : row + 1], among_others=several)
+                )
                 self[row] = token
                 found.append(token)
             except Exception as error:  # of the caller's processors, or NaN: it concerns this row alone
