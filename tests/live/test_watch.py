@@ -20,9 +20,11 @@ from autotune.live.watch.drift import (
     Compilations,
     DivergenceCusum,
     LatencyCusum,
+    Shape,
     paces_at_commit,
     shape_of,
 )
+from autotune.live.watch.paces import Kind
 from autotune.live.watch.watch import Watch
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
@@ -220,9 +222,12 @@ def spoil(model: Any) -> torch.Tensor:
     return weight
 
 
-def serve(model: Any, calls: int = 1, tokens: int = 12) -> None:
+PLAIN = Kind(shape_of(1, IDS.shape[1]), processes=False)
+
+
+def serve(model: Any, calls: int = 1, tokens: int = 12, **options: Any) -> None:
     for _ in range(calls):
-        greedy(model, tokens=tokens)
+        model.generate(IDS, max_new_tokens=tokens, min_new_tokens=0, **{"do_sample": False} | options)
         model.autotune._serving.watch.work()
 
 
@@ -279,7 +284,7 @@ def test_nan_after_commit_is_found_at_once(watched: Any) -> None:
 def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Clock) -> None:
     watch = watched.autotune._serving.watch
     watch.share = 0.0
-    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.plan[PLAIN] = LatencyCusum(0.01)
     clock.tick = 0.0101
     serve(watched, 10, tokens=9)
     assert phases(watched) == []
@@ -289,10 +294,25 @@ def test_slower_than_at_commit_is_found_in_a_dozen_calls(watched: Any, clock: Cl
     assert watched.autotune.events[0].numbers["expected"] == pytest.approx(10)
 
 
+@pytest.mark.parametrize("drawn", [{"do_sample": True}, {"repetition_penalty": 1.3}])
+def test_drawing_a_token_takes_its_own_time(watched: Any, clock: Clock, drawn: dict[str, Any]) -> None:
+    """What was expected at commit is of calls without it; then calls like these are compared with each other."""
+    watch = watched.autotune._serving.watch
+    watch.share = 0.0
+    watch._paces.plan[PLAIN] = LatencyCusum(0.01)
+    clock.tick = 0.0135
+    serve(watched, 30, tokens=9, **drawn)
+    assert phases(watched) == []
+    clock.tick = 0.02
+    serve(watched, 9, tokens=9, **drawn)
+    assert phases(watched)[0] == "open"
+    assert watched.autotune.events[0].numbers["expected"] == pytest.approx(13.5)
+
+
 def test_calls_that_overlap_are_not_timed(watched: Any, clock: Clock) -> None:
     watch = watched.autotune._serving.watch
     watch.share = 0.0
-    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.plan[PLAIN] = LatencyCusum(0.01)
     clock.tick = 0.0135
     with watched.autotune._tuning._traffic.request():  # another call is in flight all the time
         serve(watched, 30, tokens=9)
@@ -306,7 +326,7 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
     watched: Any, clock: Clock, original_s: float, seen: list[str]
 ) -> None:
     watch = watched.autotune._serving.watch
-    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
+    watch._paces.plan[PLAIN] = LatencyCusum(0.01)
     watch.share = 0.0
     watch.rules = Rules(pause_s=1e6)
     clock.tick = 0.0135
@@ -316,15 +336,16 @@ def test_a_machine_that_became_slower_is_not_the_plans_fault(
     assert phases(watched) == seen
 
 
+@pytest.mark.parametrize("known", [shape_of(1, IDS.shape[1]), shape_of(1, 40 * IDS.shape[1])])
 @pytest.mark.parametrize(("original_s", "seen"), [(0.0136, ["closed"]), (0.0134, ["open"])])
 def test_a_plan_that_is_still_faster_than_the_original_was_goes_on(
-    watched: Any, clock: Clock, original_s: float, seen: list[str], caplog: pytest.LogCaptureFixture
+    watched: Any, clock: Clock, original_s: float, seen: list[str], known: Shape, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No user gets the slower original for it, and it is told once."""
     watch = watched.autotune._serving.watch
     watch.share = 0.0
-    watch._paces.plan[shape_of(1, IDS.shape[1])] = LatencyCusum(0.01)
-    watch._paces.originals_s[shape_of(1, IDS.shape[1])] = original_s
+    watch._paces.plan[PLAIN] = LatencyCusum(0.01)
+    watch._paces.originals_s = {known: original_s, shape_of(1, 90 * IDS.shape[1]): 9.0, shape_of(2, IDS.shape[1]): 9.0}
     clock.tick = 0.0135
     serve(watched, 9, tokens=9)
     assert phases(watched) == seen

@@ -29,7 +29,7 @@ from ...validate.tiers import TIERS
 from .breaker import Breaker, BreakerEvent, BreakerState, Event, Rules
 from .canary import Sample, graphs, score
 from .drift import Compilations, DivergenceCusum, describe
-from .paces import Paces
+from .paces import Kind, Paces
 
 if TYPE_CHECKING:
     from ...model.seam import Sampling
@@ -176,7 +176,7 @@ class Watch:
         """Run `call.original()`. While the plan is out for being slow, also time whether the original is faster."""
         was_slow = self.breaker.phase is BreakerState.OPEN and self.cause is Cause.LATENCY
         paces = self._paces
-        if not was_slow or not paces.is_like_slow(call.input_ids.shape):
+        if not was_slow or not paces.is_like_slow(Kind.of(call)):
             return call.original()
         tokens = TokenClock(call.streamer, self.clock)
         result = call.with_streamer(tokens).original()
@@ -287,7 +287,7 @@ class Watch:
     # What follows
 
     def _note_pace(self, call: Sampling, tokens: TokenClock) -> None:
-        if numbers := self._paces.slowed(call.input_ids.shape, tokens):
+        if numbers := self._paces.slowed(Kind.of(call), tokens):
             reason = f"tokens take longer than at commit, at batch {call.input_ids.shape[0]}"
             if "original" in numbers:
                 said = self._record(f"{reason}, but less than the original's did", numbers).reason
