@@ -11,6 +11,7 @@ import torch
 
 from .arguments import CACHE_NAMES, bare_class, cache_in, output_cache_name, over
 from .preparation import drops_cache
+from .relays import relayed
 from .scoring import scoring
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Sampling:
 
     def scoring(self) -> Score | None:
         """What makes scores [B, V] of ids [B, T] and logits [B, V]; None if nothing sees or changes them."""
-        return scoring(self.processors, self.input_ids.shape[1], observed)
+        return scoring(self.processors, self.input_ids.shape[1])
 
     def through(
         self,
@@ -188,9 +189,9 @@ class Sampling:
             is_transparent: whether both only observe, so that they may be left out. Who leaves out the criteria puts
                 an object that knows the tokens into their list's `told` (`stops`).
         """
-        options = {**self.options, "logits_processor": _relayed(self.processors, processors, is_transparent)}
+        options = {**self.options, "logits_processor": relayed(self.processors, processors, is_transparent)}
         if criteria is not None:
-            options["stopping_criteria"] = _relayed(self.criteria, criteria, is_transparent)
+            options["stopping_criteria"] = relayed(self.criteria, criteria, is_transparent)
         return replace(self, options=options)
 
     def with_processor_before(self, processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Sampling:
@@ -265,30 +266,6 @@ def processed(
     if repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
     return {"logits_processor": LogitsProcessorList([*chain, *processors]), "repetition_penalty": 1.0}
-
-
-def _relayed(objects: Any, relay: Callable[..., Any], is_transparent: bool) -> Any:
-    """Copy a list into one of its class. Calling the copy calls `relay` with the given list and the arguments."""
-    cls: Any = type(objects)
-    found = (cls if hasattr(cls, "relay") else _relaying(cls))(objects)
-    found.relay, found.is_transparent, found.told = relay, is_transparent, None
-    found.objects = objects
-    return found
-
-
-def observed(objects: Any) -> Any:
-    """A list of processors or criteria without those around it that only observe its calls."""
-    while getattr(objects, "is_transparent", False):
-        objects = objects.objects
-    return objects
-
-
-@functools.cache
-def _relaying(cls: type) -> type:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.relay(self.objects, *args, **kwargs)
-
-    return type(cls.__name__, (cls,), {"__call__": call, "relay": None, "__module__": cls.__module__})
 
 
 def remembers(call: Sampling) -> bool:

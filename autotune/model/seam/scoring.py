@@ -13,26 +13,27 @@ from typing import Any
 import numpy
 import torch
 
+from .relays import innermost, observed
+
 LIKELIEST = 1024  # tokens that are looked at; where they do not reach, everything is sorted
 OURS, THEIRS = 2e-7, 3e-6  # twice what FP32 exponentials may change of a sum of probabilities, as a share of it
 
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def scoring(processors: Any, prompt_tokens: int, observed: Callable[[Any], Any]) -> Score | None:
+def scoring(processors: Any, prompt_tokens: int) -> Score | None:
     """What is to be called with ids [B, T] and logits [B, V] for the scores [B, V] that a token is chosen by.
 
     Args:
         processors: of a call; its top-p is exchanged for a faster one with the same result.
         prompt_tokens: length of the call's prompts.
-        observed: a list without those around it that only observe its calls.
 
     Returns:
         None if the logits are the scores.
     """
     from transformers import LogitsProcessorList
 
-    _exchange(processors)
+    _exchange(innermost(processors))
     found = observed(processors)
     if getattr(found, "relay", None) is not None:
         return processors  # type: ignore[no-any-return]
@@ -53,8 +54,6 @@ def scoring(processors: Any, prompt_tokens: int, observed: Callable[[Any], Any])
 def _exchange(processors: Any) -> None:
     from transformers.generation.logits_process import TopPLogitsWarper
 
-    while hasattr(processors, "objects"):
-        processors = processors.objects
     for i, each in enumerate(processors):
         if type(each) is TopPLogitsWarper:
             processors[i] = _fast_top_p()(each.top_p, each.filter_value, each.min_tokens_to_keep)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .calls import observed
+from .relays import observed
 
 
 class OnLength:
