@@ -484,13 +484,27 @@ def test_one_sequence_is_drawn_as_transformers_draws_it(sampled: list[bool | Non
         return 2
 
     requests: list[Any] = [
-        None if draws is None else types.SimpleNamespace(is_greedy=not draws, tokens=1, choose=choose)
+        None if draws is None else types.SimpleNamespace(is_drawn=draws, is_greedy=not draws, tokens=1, choose=choose)
         for draws in sampled
     ]
     logits = torch.eye(len(sampled), 5)
     found = HostTokens(len(sampled)).choose(requests, logits)
     assert found == [None if draws is None else 2 if draws else row for row, draws in enumerate(sampled)]
     assert told == among_others
+
+
+def test_who_only_processes_scores_does_not_draw() -> None:
+    told = list[bool]()
+
+    def choose(logits: torch.Tensor, *, among_others: bool) -> int:
+        told.append(among_others)
+        return 2
+
+    requests: list[Any] = [
+        types.SimpleNamespace(is_drawn=draws, is_greedy=False, tokens=1, choose=choose) for draws in (True, False)
+    ]
+    assert HostTokens(2).choose(requests, torch.eye(2, 5)) == [2, 2]
+    assert told == [False, False]
 
 
 @needs_kernels

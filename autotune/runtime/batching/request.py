@@ -41,6 +41,7 @@ class Request:
         prompt: its tokens.
         terms: on which it is served; those of the thread that makes it.
         is_ours: whether the thread that waits for it is one of autotune's.
+        is_drawn: whether its token is drawn from the process's random numbers.
         is_greedy: whether its token is the largest logit, which the engine finds for all such rows at once.
         queued: the end of what the caller's thread had queued on the device, which made the prompt.
     """
@@ -62,7 +63,8 @@ class Request:
         self._streams = call.streamer is not None
         self._at_once = never_waits(call.streamer)
         self._scored = call.scoring()
-        self.is_greedy = not call.settings.do_sample and self._scored is None
+        self.is_drawn: bool = call.settings.do_sample
+        self.is_greedy = not self.is_drawn and self._scored is None
         self._stops = seam.stops(call.criteria, self._room)
 
     @property
@@ -118,7 +120,7 @@ class Request:
                 could not be repeated anyway, and need not be drawn as slowly as transformers draws it.
         """
         score = self._scores(logits)
-        if not self.call.settings.do_sample:
+        if not self.is_drawn:
             return int(largest(score)[0])
         return drawn_by_one_number(score) if among_others else int(drawn(score))
 
@@ -129,7 +131,7 @@ class Request:
             The token [1], and whether it could be drawn [1].
         """
         score = self._scores(logits)
-        if self.call.settings.do_sample:
+        if self.is_drawn:
             return drawn_unwaiting(score)
         token = score.argmax(dim=-1)
         return token, torch.ones_like(token, dtype=torch.bool)

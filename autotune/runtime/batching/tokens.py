@@ -81,7 +81,7 @@ class HostTokens(RowTokens):
         best = largest(logits)
         most = logits.numpy()[self._rows[: len(best)], best].tolist()  # NaN if any logit is
         greedy, found = best.tolist(), list[Choice]()
-        several = sum(request is not None and not request.is_greedy for request in requests) > 1
+        several = sum(request is not None and request.is_drawn for request in requests) > 1
         for row, request in enumerate(requests):
             try:
                 if request is None:
