@@ -84,7 +84,7 @@ class Run:
     Args:
         created: ISO 8601, UTC.
         model: its name.
-        machine: processor, instruction set, versions, ... as `hardware.probe` has them.
+        machine: processor, instruction set, versions, ... as `hardware.identify` has them.
         threads: that every runtime computes with.
         rounds: how many were timed.
         reference: name of the result that ratios refer to.

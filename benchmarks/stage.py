@@ -23,7 +23,7 @@ READY_S, REQUEST_S = 1800.0, 300.0  # when a worker that does not answer is give
 SLOW_S = 15.0  # a request that takes so long is timed in one round only: the others would take minutes
 FIRST, WAKE = Shape(1, 64, 2), Shape(1, 8, 2)  # the request that ends the time to ready; one that ends a sleep
 WARM_TOKENS = 4  # new tokens in the untimed round
-UNTIMED = 3000  # prompts from this number on are in no timed request: forty rounds have fewer
+UNTIMED = 3000  # prompts from this number on are in no timed request: a hundred rounds have fewer, of a long run forty
 
 Ask = Callable[[Mapping[str, Any], float], Any]
 

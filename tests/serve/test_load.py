@@ -83,21 +83,8 @@ def test_the_command_prints_the_table(server: Running, capsys: pytest.CaptureFix
 def test_tokens_are_drawn_as_asked(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     body = replace(load(server), temperature=0.5, top_p=0.9).body(random.Random(0))
     assert (body["temperature"], body["top_p"]) == (0.5, 0.9)
-    asked = [
-        "--clients",
-        "1",
-        "--each",
-        "1",
-        "--tokens",
-        "2",
-        "--api-key",
-        "key",
-        "--temperature",
-        "0.5",
-        "--top-p",
-        "0.9",
-    ]
-    assert main(["bench-serve", server.url, *asked]) == 0
+    asked = ["--clients", "1", "--each", "1", "--tokens", "2", "--api-key", "key"]
+    assert main(["bench-serve", server.url, *asked, "--temperature", "0.5", "--top-p", "0.9"]) == 0
     assert "of 2 tokens, drawn at temperature 0.5, top-p 0.9" in capsys.readouterr().out
 
 
