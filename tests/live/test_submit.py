@@ -41,6 +41,7 @@ from autotune.tune.tuned import Tuned
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.machine.test_ending import noise, run
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
+from tests.serve.servers import until
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 ALONE = [WeightOnly("decode"), StepProgram("decode", slots=192)]
@@ -73,6 +74,25 @@ class Held:
             self.started.set()
             assert self.go_on.wait(60)
         return scores
+
+
+def under_way(model: Any, count: int) -> list[submit.Submitted]:
+    """Submit long requests, the first of which waits within a step until a caller waits for a turn after it.
+
+    So the next caller who wants the model alone gets it while they are under way, however fast this machine is.
+    """
+    turns, begun = engine_of(model).turns, threading.Event()
+
+    def hold(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not begun.is_set():
+            begun.set()
+            until(lambda: turns._borrowers)
+        return scores
+
+    first = model.autotune.submit(PROMPTS[0], logits_processor=[hold], **LONG)
+    requests = [first, *(model.autotune.submit(ids, **LONG) for ids in PROMPTS[1:count])]
+    assert begun.wait(60)
+    return requests
 
 
 def engine_of(model: Any) -> Engine:
@@ -321,13 +341,13 @@ def test_a_measured_step_has_its_turn_between_the_steps_of_a_busy_engine(
     scripted[:] = PLANS["together"]
     model: Any = wrapped(tiny("llama"))
     expected = called(model, PROMPTS[1], max_new_tokens=10)
-    busy = [model.autotune.submit(ids, **LONG) for ids in PROMPTS[:6]]
-    next(iter(busy[0]))
+    busy = under_way(model, 6)
     served = serving(model.autotune._serving.active)
     with model.autotune._tuning._traffic.step():  # as tuning and the watch take it
         steps = engine_of(model).counts["steps"]
         assert called(served, PROMPTS[1], max_new_tokens=10) == expected
         assert engine_of(model).counts["steps"] == steps
+        assert not any(request.done() for request in busy)
     for request in busy:
         assert request.result(60).shape[1] > 150
 
@@ -357,8 +377,7 @@ def test_what_is_not_decoded_together_runs_alone_between_two_steps(
         steps.append(engine_of(model).counts["steps"])
         return scores
 
-    busy = [model.autotune.submit(ids, **LONG) for ids in PROMPTS[:3]]
-    next(iter(busy[0]))
+    busy = under_way(model, 3)
     found = model.generate(given, logits_processor=[note], max_new_tokens=8, **TOKENS | {"do_sample": False}, **options)
     for request in busy:
         assert request.result(60).shape[1] > 150
