@@ -52,8 +52,15 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(lasting: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache directory of the session's own, gone afterwards; kernels come from `lasting`."""
+    """A cache directory of the session's own, gone afterwards; kernels come from `lasting`.
+
+    Those that marks asked for while tests were collected are there already, for processes that tests start.
+    """
+    from autotune.machine import cache_dir
+
     folder = tmp_path_factory.mktemp("cache")
+    if (collected := cache_dir.cache("kernels")) is not None:
+        shutil.copytree(collected, folder / "kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autotune.runtime.kernels.build.compile_library", _once(lasting / "kernels", folder / "kernels"))
         patch.setenv("AUTOTUNE_CACHE_DIR", str(folder))
