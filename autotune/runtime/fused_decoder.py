@@ -76,12 +76,20 @@ class LayerParts:
             return None
         return found if found._are_as_exchanged() else None
 
+    @property
+    def norms(self) -> list[Any]:
+        return [norm for norm in (self.before, self.after, self.q_norm, self.k_norm) if norm is not None]
+
+    @property
+    def modules(self) -> list[Any]:
+        """All of them; the first is attention."""
+        return [self.attention, self.mlp, *self.norms, *self.linear]
+
     def _are_as_exchanged(self) -> bool:
-        norms = [norm for norm in (self.before, self.after, self.q_norm, self.k_norm) if norm is not None]
-        called = [self.mlp, *norms, *self.linear]
+        _, *called = self.modules
         return (
-            not any(m._forward_hooks or m._forward_pre_hooks for m in (self.attention, *called))
-            and all(type(norm) is RmsNorm for norm in norms)
+            not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+            and all(type(norm) is RmsNorm for norm in self.norms)
             and type(self.mlp) is GatedMlp
             and not self.attention.training
             and hasattr(self.attention.__dict__.get("forward"), seam.ROTARY)

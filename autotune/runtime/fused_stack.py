@@ -8,9 +8,10 @@ called with is recorded before that is relied on, and compared in every call.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..errors import VariantError
 from ..model import seam
 from . import attention_prompt
 from .fused_decoder import FUSED, LayerParts, Products, WholeStack, around, fits
+from .kernels.bf16 import FEW
 from .merged_blocks import random_like
 
 MOST_TOKENS = 512  # of a forward: until the cache has stored them, keys and values of all layers lie beside it
@@ -50,17 +52,80 @@ class LayerInputs(NamedTuple):
         )
 
 
+class Prepared:
+    """Addresses of some layers' tensors, as the operator takes them. Modules do not change, but for hooks.
+
+    Attributes:
+        first: the parts of the first layer.
+        products: how it multiplies, as all of them do.
+        places: of the layers in a cache.
+        table: of the addresses.
+        key_features: outputs of k.
+    """
+
+    def __init__(self, layers: list[nn.Module], parts: list[LayerParts], products: list[Products]) -> None:
+        self.first, self.products = parts[0], products[0]
+        self.places = [part.attention.layer_idx for part in parts]
+        self._layers = layers
+        self._forwards = _forwards(layers)
+        self._hooks = [
+            hooks
+            for each in [*layers, *(module for part in parts for module in part.modules)]
+            for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        ]
+        self._tensors, form, eps = _held(parts, products)
+        self._places = self._addresses()
+        q, k, _, _, gate, *_ = self.products.layers
+        self.key_features = k.out_features
+        sizes = q.in_features, self.first.attention.head_dim, q.out_features, k.out_features, gate.out_features
+        self.table = torch.ops.autotune.layer_table(self._tensors, form, eps, *sizes)
+
+    @classmethod
+    def of(cls, layers: list[nn.Module], tokens: int) -> Prepared | None:
+        """Prepare layers for so many tokens; None if one operator cannot compute them all."""
+        parts = [found for layer in layers if (found := _unwatched(layer)) is not None]
+        if len(parts) < len(layers) or any(part.attention.config is not parts[0].attention.config for part in parts):
+            return None
+        products = [how for part in parts if (how := part.products(tokens)) is not None]
+        if len(products) < len(parts) or not _alike(parts, products):
+            return None
+        return cls(layers, parts, products)
+
+    def is_of(self, layers: list[nn.Module]) -> bool:
+        """Whether these are the layers, nobody watches them, and their tensors lie where they did."""
+        return (
+            self._layers == layers
+            and not any(self._hooks)
+            and self._forwards == _forwards(layers)
+            and self._places == self._addresses()
+        )
+
+    def _addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+
+def _forwards(layers: list[nn.Module]) -> list[Any]:
+    return [vars(layer).get("forward") for layer in layers]
+
+
+_prepared = WeakKeyDictionary[nn.Module, dict[bool, Prepared]]()  # by the module that calls the layers, and FEW
+
+
 class Stack(WholeStack):
     """One forward of the module that calls the layers.
 
     Args:
         layers: in the order in which they are called.
         constants: what each of them passes to its attention function besides tensors.
+        kept: what was prepared for earlier forwards, by whether they had few tokens; it is kept up to date.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], constants: dict[str, Any]) -> None:
+    def __init__(
+        self, layers: list[nn.Module], constants: dict[str, Any], kept: dict[bool, Prepared] | None = None
+    ) -> None:
         self.layers = layers
         self.constants = constants
+        self._kept = {} if kept is None else kept
         self._given: LayerInputs | None = None
         self._result: Tensor | None = None
         self._called = 1  # layers that were called, once the first one computed all
@@ -91,32 +156,35 @@ class Stack(WholeStack):
         tokens, cache = x.shape[0] * x.shape[1], given.cache
         if not 1 < tokens <= MOST_TOKENS or modules._has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
-        parts = [found for layer in self.layers if (found := _unwatched(layer)) is not None]
-        if len(parts) < len(self.layers) or not fits(parts[0], x, given.angles):
+        prepared = self._prepare(tokens)
+        if prepared is None or not fits(prepared.first, x, given.angles):
             return None
-        first = parts[0].attention
+        first, products = prepared.first.attention, prepared.products
         precision = attention_prompt.PARTS_BY_NAME.get(seam.attention_of(first.config))
-        if precision is None or any(part.attention.config is not first.config for part in parts):
-            return None
-        places = [part.attention.layer_idx for part in parts]
-        if cache is not None and not seam.is_unfilled(cache, places):
-            return None
-        products = [how for part in parts if (how := part.products(tokens)) is not None]
-        if len(products) < len(parts) or not _alike(parts, products):
+        if precision is None or (cache is not None and not seam.is_unfilled(cache, prepared.places)):
             return None
         queries, depth = x.shape[1], first.head_dim
         seen = attention_prompt.seen_by(first, queries, queries, depth, given.mask, {**self.constants, **given.others})
         if seen is None:
             return None
-        sizes = [products[0].layers[n].out_features for n in (0, 1, 4)]
-        mine = _held(parts, products)
-        settings = *seen, precision, parts[0].mlp.activation, products[0].number
-        y, keys, values = products[0].all(x, *mine, *sizes, *given.angles, *settings)
+        settings = *seen, precision, prepared.first.mlp.activation, products.number
+        sizes = len(self.layers), prepared.key_features
+        y, keys, values = products.all(x, prepared.table, *sizes, *given.angles, *settings)
         if cache is not None:
-            for place, *states in zip(places, keys.unbind(), values.unbind(), strict=True):
+            for place, *states in zip(prepared.places, keys.unbind(), values.unbind(), strict=True):
                 cache.update(*states, place)
         result: Tensor = y
         return result
+
+    def _prepare(self, tokens: int) -> Prepared | None:
+        few = tokens < FEW
+        if (kept := self._kept.get(few)) is not None and kept.is_of(self.layers):
+            return kept
+        if (found := Prepared.of(self.layers, tokens)) is None:
+            self._kept.pop(few, None)
+        else:
+            self._kept[few] = found
+        return found
 
 
 def _unwatched(layer: nn.Module) -> LayerParts | None:
@@ -130,7 +198,8 @@ def _alike(parts: list[LayerParts], products: list[Products]) -> bool:
     """Whether one operator computes all layers: they multiply and bend alike, and have the same sizes."""
     mine, first = products[0], parts[0]
     sizes = [m.out_features for m in mine.layers]
-    return all(
+    norms = (norm.weight for part in parts for norm in part.norms)
+    return all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in norms) and all(
         other.all is mine.all
         and other.number == mine.number
         and [m.out_features for m in other.layers] == sizes
@@ -177,7 +246,7 @@ def _forward(own: Callable[..., Any], name: str, constants: dict[str, Any]) -> t
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(kwargs.get(asked) or getattr(self.config, asked, False) for asked in ASKED):
             return own(self, *args, **kwargs)
-        stack = Stack(list(getattr(self, name)), constants)
+        stack = Stack(list(getattr(self, name)), constants, _prepared.setdefault(self, {}))
         with _calling(stack):
             found = own(self, *args, **kwargs)
         stack.require_all_called()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -115,13 +116,56 @@ def with_another_attention(module: Any) -> None:
     module.config._attn_implementation_internal = "sdpa"
 
 
-@pytest.mark.parametrize("change", [hooked, hooked_inside, replaced, of_another_size, with_another_attention])
+def with_a_narrow_norm(module: Any) -> None:
+    norm = module.model.layers[1].input_layernorm
+    norm.weight.data = norm.weight.data.half()
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_inside, replaced, with_another_attention])
 def test_layers_that_changed_compute_themselves(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
     module = prefill(models.tiny())
     assert whole(lambda: run(module, PROMPT)) == 1
     change(module)
     assert whole(lambda: run(module, PROMPT)) == 0
     require_same_as_single(module, PROMPT, monkeypatch)
+
+
+@pytest.mark.parametrize("change", [of_another_size, with_a_narrow_norm])
+def test_layers_that_one_operator_cannot_compute_are_left(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = prefill(models.tiny())
+    change(module)
+    assert whole(lambda: run(module, PROMPT)) == 0
+    require_same_as_single(module, PROMPT, monkeypatch)
+
+
+def test_tensors_that_moved_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses are looked up once, and again when a tensor lies elsewhere."""
+    module, looked_up = prefill(models.tiny(), "INT8"), list[int]()
+    own = fused_stack._held
+
+    def noted(*given: Any) -> Any:
+        looked_up.append(len(given[0]))
+        return own(*given)
+
+    monkeypatch.setattr(fused_stack, "_held", noted)
+    before = run(module, PROMPT)
+    require_same(run(module, PROMPT), before)
+    assert len(looked_up) == 1
+    scales = module.model.layers[1].self_attn.o_proj.packed["scales"]
+    scales.data = scales.data * 2
+    require_same_as_single(module, PROMPT, monkeypatch)
+    assert len(looked_up) == 2
+    assert not torch.equal(run(module, PROMPT)[0], before[0])
+
+
+def test_few_and_many_tokens_take_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers for BF16 products over packed weights leave few tokens to integers."""
+    module = prefill(models.tiny(), "BF16")
+    for length in (70, 20, 70, 20):
+        given = {"input_ids": PROMPT["input_ids"][:, :length]}
+        require_same_as_single(module, given, monkeypatch)
 
 
 def test_a_hook_on_all_modules_sees_every_layer() -> None:
@@ -242,6 +286,84 @@ def test_the_operator_refuses(change: Callable[..., Any], message: str, monkeypa
     monkeypatch.setattr(fused_stack, "_held", damaged)
     with pytest.raises(RuntimeError, match=message):
         run(module, PROMPT)
+
+
+@pytest.mark.parametrize("weights", ["INT8", "BF16", "FP16"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_do_not_change_numbers(weights: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = prefill(models.tiny(), weights)
+    expected, before = run(module, PROMPT), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            require_same(run(module, PROMPT), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_callers_side_by_side_get_the_same_numbers() -> None:
+    """Each has threads of its own, more than there are cores: a late thread's shares are taken by the one that waits."""
+    module = prefill(models.tiny(), "INT8")
+    expected = run(module, PROMPT)
+
+    def ask() -> list[torch.Tensor]:
+        torch.set_num_threads(3)
+        found = [run(module, PROMPT) for _ in range(15)]
+        for each in found:
+            require_same(each, expected)
+        return found[-1]
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(ask) for _ in range(8)]
+            for call in calls:
+                require_same(call.result(120), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_within_ends_the_call_alone(threads: int) -> None:
+    """The operator for products in integers refuses weights of another kind once its threads are together."""
+    module = prefill(models.tiny(), "FP16")
+    expected = run(module, PROMPT)
+    table = next(iter(fused_stack._prepared[module.model].values())).table
+    angles = module.model.rotary_emb(torch.ones(1), torch.arange(8)[None])
+    given = torch.randn(1, 8, 64), table, LAYERS, 32, *angles, None, 0.25, 0, 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="products in integers are for INT8"):
+                torch.ops.autotune.layers_rounded(*given, 2)
+            require_same(run(module, PROMPT), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table[:-1], "that `layer_table` made"),
+        (lambda table: table[: 5 * 8], "that `layer_table` made"),
+        (lambda table: table.short(), "that `layer_table` made"),
+        (
+            lambda table: torch.cat([torch.tensor([9, *[0] * 7], dtype=torch.uint8), table[8:]]),
+            "that `layer_table` made",
+        ),
+    ],
+    ids=["too short", "no layers", "wrong dtype", "wrong count"],
+)
+def test_a_damaged_table_is_refused(change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    module = prefill(models.tiny(), "INT8")
+    run(module, PROMPT)
+    table = next(iter(fused_stack._prepared[module.model].values())).table
+    angles = module.model.rotary_emb(torch.ones(1), torch.arange(8)[None])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.autotune.layers_rounded(
+            torch.randn(1, 8, 64), change(table), LAYERS, 32, *angles, None, 0.25, 0, 0, 2
+        )
 
 
 def test_its_shapes_are_known_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@
 
 #include "bf16.h"
 #include "curves.h"
+#include "gang.h"
 #include "singles.h"
 
 #include <cmath>
@@ -162,11 +163,11 @@ void attend_all(const Queries& p, float* y) {
   const int64_t heads = p.batch * p.key_heads;
   laid.keys = keys.room(heads * laid.key_units());
   laid.values = values.room(heads * laid.value_units());
-  torch::stable::parallel_for(0, heads * laid.key_blocks, 4, [&](int64_t begin, int64_t end) {
+  on_threads(0, heads * laid.key_blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) lay<Engine>(p, laid, i / laid.key_blocks, i % laid.key_blocks);
   });
   const int64_t blocks = p.blocks();
-  torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  on_threads(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     const Session session(Engine::kBf16);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / blocks, n = i % blocks;
@@ -241,7 +242,7 @@ Tensor mask_spans(const Tensor& mask) {
   int32_t* out = static_cast<int32_t*>(found.data_ptr());
   const uint8_t* at = static_cast<const uint8_t*>(present(mask).data_ptr());
   std::vector<uint8_t> broken(batch * count);  // a byte per row, because threads write neighbours
-  torch::stable::parallel_for(0, batch * count, 64, [&](int64_t begin, int64_t end) {
+  on_threads(0, batch * count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const uint8_t* row = at + i / count * mask.stride(0) + i % count * mask.stride(2);
       int64_t first = 0, last = keys, admitted = 0;

@@ -34,6 +34,7 @@ SOURCES = (  # the file that takes longest to compile comes first
     "integer.cpp",
     "embedding.cpp",
     "matmul.cpp",
+    "layers.cpp",
     "scratch.cpp",
 )
 HEADERS = (
@@ -50,6 +51,7 @@ HEADERS = (
     "embedding.h",
     "instructions.h",
     "team.h",
+    "gang.h",
     "blocks.h",
     "bf16.h",
     "singles.h",

@@ -120,6 +120,7 @@ class InIntegers {
     for (int64_t i = 0; i < count; ++i) round_token(to, first + i, rows + i * width, width);
   }
   static void close(const Rounded&) {}
+  static bool divides(int64_t) { return true; }
   void require(const Linear& linear) const {
     const Weights& w = linear.w.packed;
     STD_TORCH_CHECK(w.numbers && linear.bits <= 8, "products in integers are for INT8, INT6 and INT4 weights");
@@ -131,7 +132,7 @@ class InIntegers {
     const Weights& w = linear.w.packed;
     STD_TORCH_CHECK(w.inputs == x.width && span_of(w.group) == x.span,
                     "gate and up must round their inputs alike, and so must queries, keys and values");
-    return {w, linear.bits, linear.bias.at};
+    return {w, linear.bits, linear.bias};
   }
   void multiply(const Rounded& x, const Linear& linear, const Tensor& y) const {
     const Factor f = factor(x, linear);
@@ -142,7 +143,7 @@ class InIntegers {
     const int64_t hidden = gate.w.outputs;
     static thread_local Scratch<float> scratch;
     float* gated = scratch.room(x.tokens * hidden);
-    torch::stable::parallel_for(0, first.w.blocks(), 1, [&](int64_t begin, int64_t end) {
+    on_threads(0, first.w.blocks(), 1, [&](int64_t begin, int64_t end) {
       multiply_gated(first, second, activation_, x, gated, begin, end);
     });
     multiply(round_all(down.w.packed, gated, x.tokens, hidden, digits_), down, y);
@@ -159,8 +160,9 @@ Tensor linear_mlp_rounded(const Tensor& input, const Parts& gate, const Parts& u
   const InIntegers kind(digits, curve_of(activation));
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), tokens = input.numel() / inputs;
-  const Linear first(gate, gate_bias, hidden, inputs), second(up, up_bias, hidden, inputs),
-      third(down, down_bias, outputs, hidden);
+  Given read;
+  const Linear first = read.linear(gate, gate_bias, hidden, inputs), second = read.linear(up, up_bias, hidden, inputs),
+               third = read.linear(down, down_bias, outputs, hidden);
   for (const Linear* each : {&first, &second, &third}) kind.require(*each);
   if (!tokens) return as_dtype_of(y, input);
   const Rounded rounded = round_all(first.w.packed, floats(x), tokens, inputs, static_cast<int>(digits));

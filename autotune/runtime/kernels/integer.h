@@ -5,6 +5,7 @@
 //   avx2.h     AVX2: inputs of 16 bits at 1.4 times FP32's rate, for INT4 also of 8 bits
 #pragma once
 
+#include "gang.h"
 #include "rounded.h"
 #include "scratch.h"
 
@@ -37,7 +38,7 @@ inline int digits_here(int64_t wanted, int bits) {
 inline Rounded round_all(const Weights& w, const float* x, int64_t tokens, int64_t inputs, int digits) {
   static thread_local Scratch<float> scratch;
   const Rounded rounded = Rounded::over(scratch.room(Rounded::floats(w, tokens, digits)), w, tokens, digits);
-  torch::stable::parallel_for(0, tokens, kLeastTokens, [&](int64_t begin, int64_t end) {
+  on_threads(0, tokens, kLeastTokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) round_token(rounded, t, x + t * inputs, inputs);
   });
   return rounded;
@@ -45,7 +46,7 @@ inline Rounded round_all(const Weights& w, const float* x, int64_t tokens, int64
 
 inline void multiply_in_integers(MultiplyBlocks multiply, const Weights& w, const Rounded& x, const float* bias, float* y) {
   const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes / x.tokens);
-  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
+  on_threads(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
     multiply(w, x, bias, y, begin, end);
   });
 }

@@ -4,19 +4,23 @@
 //
 //   layer_heads   x -> norm -> queries, keys and values, rotated
 //   layer_end     x, attention -> x + o(attention) -> that + mlp(norm(that))
-//   layers        x -> the two, with attention over the layer's own keys and values between them, layer by layer
+//   layers        x -> the two, with attention over the layer's own keys and values between them, layer by layer,
+//                 over addresses that `layer_table` looked up once
 //
 // A kind of products is a class with
 //
 //   Laid, reserve(linear, scratch)       rows laid out for products
 //   kRows, lay(laid, first, rows, ...)   lays out so many rows at once, or the last ones
+//   divides(rows)                        whether its loops over so many rows are all divided by `on_threads`
 //   require(linear)                      refuses weights that it does not multiply
 //   close(laid)                          what remains to be done once all rows are laid out
 //   multiply(laid, linear, y)            y = x W^T + b
 //   mlp(laid, gate, up, down, y)         y = down(activation(gate(x)) * up(x))
 #pragma once
 
+#include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "attend_many.h"
 #include "curves.h"
@@ -33,32 +37,46 @@ using Maybe = std::optional<Tensor>;
 struct Linear {
   Matrix w;
   int bits;
-  ScalarType type;  // that its numbers are stored in
-  Bias bias;
-
-  Linear(const Parts& weight, const Maybe& added, int64_t outputs, int64_t inputs)
-      : w(stored(weight, outputs, inputs)), bits(bits_of(weight[0].scalar_type())),
-        type(weight[0].scalar_type()), bias(added, outputs) {}
+  ScalarType type;    // that its numbers are stored in
+  const float* bias;  // or null
 };
 
 // An RMS norm, or none.
 struct Norm {
-  std::optional<Tensor> held;
+  const float* at;
   float eps;
 
-  Norm(const Maybe& weight, double eps, int64_t width) : eps(static_cast<float>(eps)) {
-    if (!weight) return;
+  explicit operator bool() const { return at; }
+  void row(const float* from, int64_t width, float* to) const { rms_row(from, at, eps, width, to); }
+};
+
+// What an operator is given of layers. It keeps copies in FP32 where that is needed.
+class Given {
+ public:
+  Norm norm(const Maybe& weight, double eps, int64_t width) {
+    if (!weight) return {nullptr, 0};
     STD_TORCH_CHECK(weight->numel() == width, "the norm has ", weight->numel(), " weights for ", width, " numbers");
-    held = contiguous_floats(*weight);
+    return {kept(*weight), static_cast<float>(eps)};
   }
-  explicit operator bool() const { return held.has_value(); }
-  void row(const float* from, int64_t width, float* to) const { rms_row(from, floats(*held), eps, width, to); }
+  Linear linear(const Parts& weight, const Maybe& bias, int64_t outputs, int64_t inputs) {
+    const Matrix w = stored(weight, outputs, inputs);
+    STD_TORCH_CHECK(!bias || bias->numel() == outputs, "the bias has ", bias ? bias->numel() : 0, " numbers for ", outputs,
+                    " outputs");
+    return {w, bits_of(weight[0].scalar_type()), weight[0].scalar_type(), bias ? kept(*bias) : nullptr};
+  }
+
+ private:
+  const float* kept(const Tensor& t) {
+    kept_.push_back(contiguous_floats(t));
+    return floats(kept_.back());
+  }
+  std::vector<Tensor> kept_;
 };
 
 // Lays out rows of `width` numbers, each written by make(row, to), on all threads.
 template <class Kind, class Make>
 void lay_made(const typename Kind::Laid& to, int64_t rows, int64_t width, Make make) {
-  torch::stable::parallel_for(0, (rows + Kind::kRows - 1) / Kind::kRows, 1, [&](int64_t begin, int64_t end) {
+  on_threads(0, (rows + Kind::kRows - 1) / Kind::kRows, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<float> scratch;
     float* made = scratch.room(Kind::kRows * width);
     for (int64_t first = begin * Kind::kRows; first < std::min(rows, end * Kind::kRows); first += Kind::kRows) {
@@ -73,7 +91,7 @@ void lay_made(const typename Kind::Laid& to, int64_t rows, int64_t width, Make m
 // Lays out rows that lie one after the other.
 template <class Kind>
 void lay_all(const typename Kind::Laid& to, const float* x, int64_t rows, int64_t width) {
-  torch::stable::parallel_for(0, (rows + Kind::kRows - 1) / Kind::kRows, 1, [&](int64_t begin, int64_t end) {
+  on_threads(0, (rows + Kind::kRows - 1) / Kind::kRows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin * Kind::kRows; at < std::min(rows, end * Kind::kRows); at += Kind::kRows)
       Kind::lay(to, at, std::min(Kind::kRows, rows - at), x + at * width, width);
   });
@@ -165,62 +183,22 @@ inline void require_angles(const Tensor& x, const Tensor& cosines, const Tensor&
                   "cosines and sines must be [B or 1, S, D], D even and a divisor of the outputs");
 }
 
-// Reads the weights of layers, one after the other. Of each layer, `held` has the norms' weights (before, after, and of
-// queries and keys if it has them), then of q, k, v, o, gate, up and down the weight's parts and the bias, if there is
-// one. `form`, INT64 [L, 15], says how many there are: 1 or 0 for the norms of heads, then parts and biases in turn.
-// `sizes` is outputs of q, of k and v, and of gate and up; `eps`, FP32 [L, 3], those of the norms.
-class LayerReader {
- public:
-  static constexpr int64_t kForm = 15, kNorms = 3;
-
-  LayerReader(const Parts& held, const Tensor& form, const Tensor& eps, int64_t width, int64_t depth, int64_t outputs,
-              int64_t key_outputs, int64_t hidden)
-      : held_(held), width_(width), depth_(depth), outputs_(outputs), key_outputs_(key_outputs), hidden_(hidden) {
-    STD_TORCH_CHECK(form.dim() == 2 && form.size(1) == kForm && form.scalar_type() == ScalarType::Long &&
-                        form.is_contiguous() && eps.dim() == 2 && eps.size(0) == form.size(0) && eps.size(1) == kNorms &&
-                        eps.scalar_type() == ScalarType::Float && eps.is_contiguous(),
-                    "form must be INT64 [L, 15], eps FP32 [L, 3]");
-    form_ = static_cast<const int64_t*>(present(form).data_ptr());
-    eps_ = floats(present(eps));
-    layers = form.size(0);
-  }
-
-  int64_t layers;
-
-  LayerWeights next() {
-    const bool of_heads = form_[0];
-    const Tensor before = take(), after = take();
-    const Maybe of_q = maybe(of_heads), of_k = maybe(of_heads);
-    ++form_;
-    LayerWeights found{Norm(before, eps_[0], width_), Norm(of_q, eps_[1], depth_), Norm(of_k, eps_[1], depth_),
-                       Norm(after, eps_[2], width_), linear(outputs_, width_), linear(key_outputs_, width_),
-                       linear(key_outputs_, width_), linear(width_, outputs_), linear(hidden_, width_),
-                       linear(hidden_, width_), linear(width_, hidden_)};
-    eps_ += kNorms;
-    return found;
-  }
-  bool is_done() const { return at_ == held_.size(); }
-
- private:
-  Tensor take() {
-    STD_TORCH_CHECK(at_ < held_.size(), "the layers have fewer tensors than their form says");
-    return held_[at_++];
-  }
-  Maybe maybe(bool there) { return there ? Maybe(take()) : std::nullopt; }
-  Linear linear(int64_t outputs, int64_t inputs) {
-    Parts weight;
-    for (int64_t i = 0; i < form_[0]; ++i) weight.push_back(take());
-    const Maybe bias = maybe(form_[1]);
-    form_ += 2;
-    return Linear(weight, bias, outputs, inputs);
-  }
-
-  const Parts& held_;
-  const int64_t* form_;
-  const float* eps_;
-  size_t at_ = 0;
-  int64_t width_, depth_, outputs_, key_outputs_, hidden_;
+// What all layers of a table have alike. Their weights lie behind it.
+struct Sizes {
+  int64_t layers, width, depth, outputs, key_outputs;
 };
+static_assert(std::is_trivially_copyable_v<LayerWeights> && sizeof(Sizes) % alignof(LayerWeights) == 0);
+
+inline std::pair<Sizes, const LayerWeights*> layers_in(const Tensor& table) {
+  const int64_t bytes = table.numel(), own = sizeof(Sizes), each = sizeof(LayerWeights);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Byte && table.is_contiguous() && bytes > own && (bytes - own) % each == 0,
+                  "the table must be one that `layer_table` made");
+  const uint8_t* at = static_cast<const uint8_t*>(present(table).data_ptr());
+  Sizes sizes;
+  std::memcpy(&sizes, at, own);
+  STD_TORCH_CHECK(sizes.layers == (bytes - own) / each, "the table must be one that `layer_table` made");
+  return {sizes, reinterpret_cast<const LayerWeights*>(at + own)};
+}
 
 // The operators for a family of products: `Family::with(precision, activation, use)` calls use(kind).
 template <class Family>
@@ -232,8 +210,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_heads(const Tensor& given, const Tensor
   const Tensor x = tokens_of(given, 3), cosine = tokens_of(cosines, 3), sine = tokens_of(sines, 3);
   const int64_t width = x.size(2), depth = cosine.size(2);
   require_angles(x, cosine, sine, outputs, key_outputs);
-  const Linear one(q, q_bias, outputs, width), two(k, k_bias, key_outputs, width), three(v, v_bias, key_outputs, width);
-  const Norm before(norm, eps, width), of_q(q_norm, head_eps, depth), of_k(k_norm, head_eps, depth);
+  Given read;
+  const Linear one = read.linear(q, q_bias, outputs, width), two = read.linear(k, k_bias, key_outputs, width),
+               three = read.linear(v, v_bias, key_outputs, width);
+  const Norm before = read.norm(norm, eps, width), of_q = read.norm(q_norm, head_eps, depth),
+             of_k = read.norm(k_norm, head_eps, depth);
   const Heads found = Heads::room(x, outputs, key_outputs, depth);
   Family::with(precision, kSilu, [&](const auto& kind) {
     for (const Linear* each : {&one, &two, &three}) kind.require(*each);
@@ -249,46 +230,52 @@ Tensor layer_end(const Tensor& given, const Tensor& attention, const Parts& o, c
   const Tensor x = tokens_of(given, 3), attended = tokens_of(attention, 4);
   const int64_t width = x.size(2), inner = attended.numel() / (x.size(0) * x.size(1));
   STD_TORCH_CHECK(attended.size(0) == x.size(0) && attended.size(1) == x.size(1), "attention must be [B, S, H, D]");
-  const Linear first(o, o_bias, width, inner), second(gate, gate_bias, hidden, width), third(up, up_bias, hidden, width),
-      last(down, down_bias, width, hidden);
-  const Norm after(norm, eps, width);
+  Given read;
+  const Linear first = read.linear(o, o_bias, width, inner), second = read.linear(gate, gate_bias, hidden, width),
+               third = read.linear(up, up_bias, hidden, width), last = read.linear(down, down_bias, width, hidden);
+  const Norm after = read.norm(norm, eps, width);
   return Family::with(precision, activation, [&](const auto& kind) {
     for (const Linear* each : {&first, &second, &third, &last}) kind.require(*each);
     return finish(kind, x, attended, first, after, second, third, last);
   });
 }
 
-// Also returns the layers' keys and values, [L, B, Hk, S, D] laid out by token.
+// Runs the layers of a table that `layer_table` made. Also returns their keys and values, [L, B, Hk, S, D] laid out by
+// token.
 template <class Family>
-std::tuple<Tensor, Tensor, Tensor> layers(const Tensor& given, const Parts& held, const Tensor& form, const Tensor& eps,
-                                          int64_t outputs, int64_t key_outputs, int64_t hidden, const Tensor& cosines,
-                                          const Tensor& sines, const Maybe& spans, double scale, int64_t parts,
-                                          int64_t activation, int64_t precision) {
+std::tuple<Tensor, Tensor, Tensor> layers(const Tensor& given, const Tensor& table, int64_t count, int64_t key_outputs,
+                                          const Tensor& cosines, const Tensor& sines, const Maybe& spans, double scale,
+                                          int64_t parts, int64_t activation, int64_t precision) {
   const Tensor cosine = tokens_of(cosines, 3), sine = tokens_of(sines, 3);
   Tensor x = tokens_of(given, 3);
-  const int64_t batch = x.size(0), tokens = x.size(1), depth = cosine.size(2);
-  require_angles(x, cosine, sine, outputs, key_outputs);
-  LayerReader reader(held, form, eps, x.size(2), depth, outputs, key_outputs, hidden);
-  const auto room = [&] { return empty_by_token(reader.layers * batch, key_outputs / depth, tokens, depth); };
-  const Tensor keys = by_layer(room(), reader.layers), values = by_layer(room(), reader.layers);
-  Family::with(precision, activation, [&](const auto& kind) {
-    for (int64_t n = 0; n < reader.layers; ++n) {
-      const LayerWeights w = reader.next();
-      for (const Linear* each : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down}) kind.require(*each);
-      const Heads found{empty_by_token(batch, outputs / depth, tokens, depth), part_of(keys, n), part_of(values, n)};
-      heads(kind, x, w.before, w.q, w.k, w.v, w.of_q, w.of_k, cosine, sine, found);
-      const Tensor attended = attend_many(found.queries, found.keys, found.values, spans, scale, parts);
-      x = finish(kind, x, attended, w.o, w.after, w.gate, w.up, w.down);
-    }
+  const int64_t batch = x.size(0), tokens = x.size(1);
+  const auto [sizes, weights] = layers_in(table);
+  STD_TORCH_CHECK(sizes.layers == count && sizes.key_outputs == key_outputs && sizes.width == x.size(2) &&
+                      sizes.depth == cosine.size(2),
+                  "the table is of other layers");
+  require_angles(x, cosine, sine, sizes.outputs, key_outputs);
+  const int64_t depth = sizes.depth;
+  const auto room = [&] { return empty_by_token(count * batch, key_outputs / depth, tokens, depth); };
+  const Tensor keys = by_layer(room(), count), values = by_layer(room(), count);
+  Family::with(precision, activation, [&, weights = weights, outputs = sizes.outputs](const auto& kind) {
+    const auto compute = [&] {
+      for (int64_t n = 0; n < count; ++n) {
+        const LayerWeights& w = weights[n];
+        for (const Linear* each : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down}) kind.require(*each);
+        const Heads found{empty_by_token(batch, outputs / depth, tokens, depth), part_of(keys, n), part_of(values, n)};
+        heads(kind, x, w.before, w.q, w.k, w.v, w.of_q, w.of_k, cosine, sine, found);
+        const Tensor attended = attend_many(found.queries, found.keys, found.values, spans, scale, parts);
+        x = finish(kind, x, attended, w.o, w.after, w.gate, w.up, w.down);
+      }
+    };
+    kind.divides(batch * tokens) ? in_gang(compute) : compute();
   });
-  STD_TORCH_CHECK(reader.is_done(), "the layers have more tensors than their form says");
   return {x, keys, values};
 }
 
 constexpr const char* kLayers =
-    "(Tensor x, Tensor[] held, Tensor form, Tensor eps, int out_features, int key_features, int hidden, Tensor cosines, "
-    "Tensor sines, Tensor? spans, float scale, int attention_parts, int activation, int precision) -> "
-    "(Tensor, Tensor, Tensor)";
+    "(Tensor x, Tensor table, int layers, int key_features, Tensor cosines, Tensor sines, Tensor? spans, float scale, "
+    "int attention_parts, int activation, int precision) -> (Tensor, Tensor, Tensor)";
 constexpr const char* kLayerHeads =
     "(Tensor x, Tensor norm, float eps, Tensor[] q, Tensor[] k, Tensor[] v, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
     "Tensor? q_norm, Tensor? k_norm, float head_eps, int out_features, int key_features, Tensor cosines, Tensor sines, "

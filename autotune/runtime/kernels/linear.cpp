@@ -24,14 +24,14 @@ const Kernel& kernel_of(ScalarType type) {
 
 void arrange_all(const Weights& w, const float* x, int64_t tokens, int64_t inputs, float* target, float* sums) {
   const Tiles tiles{tokens, target, sums};
-  torch::stable::parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
+  on_threads(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) arrange(w, x, tokens, inputs, i, target, sums);
   });
 }
 
 void multiply_tiles(const Kernel& kernel, const Weights& w, const Tiles& tiles, const float* bias, float* y) {
   const int64_t grain = std::max<int64_t>(1, kLeastTaskBytes / w.block_bytes);
-  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
+  on_threads(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
     multiply_blocks(kernel, w, tiles, bias, y, begin, end);
   });
 }
@@ -57,13 +57,13 @@ void multiply_many(const Kernel& kernel, const Weights& w, const Tensor& x, cons
   float* columns = floats(panel);
   for (int64_t row = 0; row < w.rows; row += width) {
     const int64_t here = std::min(width, w.rows - row), blocks = (here + kRows - 1) / kRows;
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    on_threads(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) kernel.expand(w, row / kRows + i, 0, w.inputs, columns + i * kRows, width);
     });
     autotune::multiply_into(x, view(panel, {inputs, here}, width, 0), view(y, {tokens, here}, w.rows, row));
   }
   if (!bias) return;
-  torch::stable::parallel_for(0, tokens, 16, [&, out = floats(y)](int64_t begin, int64_t end) {
+  on_threads(0, tokens, 16, [&, out = floats(y)](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t n = 0; n < w.rows; ++n) out[t * w.rows + n] += bias[n];
   });
@@ -178,14 +178,15 @@ class InFloats {
   static void close(const Laid& to) {
     if (to.arranged) arrange_all(*to.w, floats(to.x), to.x.size(0), to.x.size(1), to.arranged, nullptr);
   }
+  static bool divides(int64_t rows) { return rows <= kMostFew; }  // the platform's matrix product has threads of its own
   void require(const Linear& linear) const {
     STD_TORCH_CHECK(linear.w.packed.numbers && !linear.w.packed.scales && linear.bits >= 16,
                     "products in FP32 are for packed weights in FP16, BF16 or FP32");
   }
   void multiply(const Laid& x, const Linear& linear, const Tensor& y) const {
     const Kernel& kernel = kernel_of(linear.type);
-    if (x.arranged) return multiply_tiles(kernel, linear.w.packed, x.tiles(), linear.bias.at, floats(y));
-    multiply_many(kernel, linear.w.packed, x.x, linear.bias.at, y);
+    if (x.arranged) return multiply_tiles(kernel, linear.w.packed, x.tiles(), linear.bias, floats(y));
+    multiply_many(kernel, linear.w.packed, x.x, linear.bias, y);
   }
   void mlp(const Laid& x, const Linear& gate, const Linear& up, const Linear& down, const Tensor& y) const {
     const int64_t rows = x.x.size(0), hidden = gate.w.outputs;

@@ -24,9 +24,10 @@ class InPanels {
     lay_rows<Engine>(to.panel(first / kSide), rows, width, static_cast<int>(count), width, 1.0f);
   }
   static void close(const Laid&) {}
+  static bool divides(int64_t) { return true; }
   void require(const Linear&) const {}  // it multiplies all
   void multiply(const Laid& x, const Linear& linear, const Tensor& y) const {
-    multiply_into<Engine>(x, linear.w, linear.bias.at, floats(y));
+    multiply_into<Engine>(x, linear.w, linear.bias, floats(y));
   }
 
   // A panel consists of 16 columns of gate and the same columns of up, so that one thread has both factors.
@@ -39,8 +40,8 @@ class InPanels {
     std::fill(start, start + columns * kSide, 0.0f);
     for (int64_t n = 0; n < gate.w.outputs; ++n) {
       float* at = start + n / kHalf * kSide + n % kHalf;
-      if (gate.bias.at) at[0] = gate.bias.at[n];
-      if (up.bias.at) at[kHalf] = up.bias.at[n];
+      if (gate.bias) at[0] = gate.bias[n];
+      if (up.bias) at[kHalf] = up.bias[n];
     }
     multiply_all<Engine>(
         x, columns,
@@ -96,9 +97,11 @@ Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optiona
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Matrix w = Matrix::of(weight, scales, zeros, outputs, inputs);
-  const Bias added(bias, outputs);
+  STD_TORCH_CHECK(!bias || bias->numel() == outputs, "the bias has ", bias ? bias->numel() : 0, " numbers for ", outputs,
+                  " outputs");
+  const Maybe added = bias ? Maybe(contiguous_floats(*bias)) : std::nullopt;
 #if defined(AUTOTUNE_BF16)
-  if (rows) (parts == 1 ? linear<Bf16Parts<1>> : linear<Bf16Parts<2>>)(floats(x), rows, w, added.at, floats(y));
+  if (rows) (parts == 1 ? linear<Bf16Parts<1>> : linear<Bf16Parts<2>>)(floats(x), rows, w, added ? floats(*added) : nullptr, floats(y));
 #else
   STD_TORCH_CHECK(!rows, "this processor has no instructions for products in BF16");
 #endif
@@ -113,8 +116,9 @@ Tensor linear_mlp(const Tensor& input, const std::vector<Tensor>& gate, const st
   curve_of(activation);  // refuses others
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
-  const Linear first(gate, gate_bias, hidden, inputs), second(up, up_bias, hidden, inputs),
-      third(down, down_bias, outputs, hidden);
+  Given read;
+  const Linear first = read.linear(gate, gate_bias, hidden, inputs), second = read.linear(up, up_bias, hidden, inputs),
+               third = read.linear(down, down_bias, outputs, hidden);
   if (!rows) return as_dtype_of(y, input);
   Bf16Products::with(parts, activation, [&](const auto& kind) {
     using Kind = std::decay_t<decltype(kind)>;

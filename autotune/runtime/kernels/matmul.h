@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bf16.h"
+#include "gang.h"
 #include "linear.h"
 
 namespace autotune {
@@ -70,7 +71,7 @@ void multiply_all(const Panels<Engine>& a, int64_t columns, Lay lay, Start start
   const int64_t cuts = std::clamp<int64_t>(threads / std::max<int64_t>(columns, 1), 1,
                                            std::max<int64_t>(1, a.count() / kLeastRows));  // parts of the rows
   const int64_t group = std::max<int64_t>(1, kGroupBytes / (a.units() * static_cast<int64_t>(sizeof(Unit))));
-  torch::stable::parallel_for(0, columns * cuts, 1, [&](int64_t begin, int64_t end) {
+  on_threads(0, columns * cuts, 1, [&](int64_t begin, int64_t end) {
     static thread_local Scratch<Unit> scratch;
     Unit* laid = scratch.room(std::min(group, end - begin) * a.units());
     const Session session(Engine::kBf16);
@@ -164,18 +165,6 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
                   "x does not have the number of inputs that the weights were packed for (", w.inputs, " after padding)");
   return m;
 }
-
-struct Bias {  // an FP32 bias, or none
-  std::optional<Tensor> held;
-  const float* at = nullptr;
-
-  Bias(const std::optional<Tensor>& bias, int64_t outputs) {
-    if (!bias) return;
-    STD_TORCH_CHECK(bias->numel() == outputs, "the bias has ", bias->numel(), " numbers for ", outputs, " outputs");
-    held = contiguous_floats(*bias);
-    at = floats(*held);
-  }
-};
 
 inline std::vector<int64_t> shape_of(const Tensor& input, int64_t outputs) {
   const auto sizes = input.sizes();

@@ -110,17 +110,14 @@ def _layer_heads(
 
 def _layers(
     x: Tensor,
-    held: list[Tensor],
-    form: Tensor,
-    eps: Tensor,
-    out_features: int,
+    table: Tensor,
+    layers: int,
     key_features: int,
-    hidden: int,
     cosines: Tensor,
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     depth = cosines.shape[-1]
-    shape = len(form), *x.shape[:2], key_features // depth, depth
+    shape = layers, *x.shape[:2], key_features // depth, depth
     keys, values = (x.new_empty(shape).transpose(2, 3) for _ in range(2))
     return torch.empty_like(x), keys, values
 

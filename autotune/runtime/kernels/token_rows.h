@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tensors.h"
+#include "gang.h"
 
 namespace autotune {
 namespace {
@@ -13,7 +13,7 @@ constexpr int64_t kLeastTask = 16 << 10;  // numbers per thread; with fewer, a f
 
 template <class Use>  // use(begin, end) on rows of `width` numbers
 void for_rows(int64_t rows, int64_t width, Use use) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kLeastTask / std::max<int64_t>(1, width)), use);
+  on_threads(0, rows, std::max<int64_t>(1, kLeastTask / std::max<int64_t>(1, width)), use);
 }
 
 // x / sqrt(mean(x^2) + eps) * weight for one row.
