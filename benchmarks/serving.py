@@ -83,6 +83,7 @@ def plan(bits: int = 8) -> Parts:
         ("fused_layers", "prefill", {}),
         ("prefill_attention", "prefill", {"precision": "bfloat16"} if bf16 else {}),
         ("one_query_attention", "decode", {}),
+        ("half_cache", "decode", {}),
         ("step_program", "decode", {}),
     )
 
