@@ -13,19 +13,19 @@ namespace autotune {
 constexpr int kSpans[] = {32, 8};
 inline int64_t span_of(int64_t group) { return group % kSpans[0] ? kSpans[1] : kSpans[0]; }
 
-constexpr int kTogether = 32;  // tokens served by one pass over a block's weights
+constexpr int kTogether = 64;  // tokens served by one pass over a block's weights
 constexpr int kMostSteps[] = {0, 127, 32639};  // by digits: what a span's largest number is rounded to
 constexpr float kTiny = 1e-30f;  // a span of smaller numbers counts as zeros: its step has no reciprocal
 
-// Rounded inputs, of 32 tokens after 32 others. The same span of all of them is one stretch of memory. The order within a
+// Rounded inputs, of 64 tokens after 64 others. The same span of all of them is one stretch of memory. The order within a
 // span is the one that the processor's products need.
 struct Rounded {
   int digits;       // 2 or 1
   int64_t tokens;
   int64_t width;    // K
   int64_t span;     // inputs that share a step
-  int8_t* bytes;    // [tokens / 32, spans, 32, span * digits]
-  float* steps;     // [tokens / 32, spans, 32]
+  int8_t* bytes;    // [tokens / 64, spans, 64, span * digits]
+  float* steps;     // [tokens / 64, spans, 64]
   float* sums;      // the same shape: the sums of the inputs as rounded
   int32_t* counts;  // the same in steps, negative
   int64_t spans() const { return width / span; }
