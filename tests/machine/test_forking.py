@@ -134,8 +134,8 @@ def test_a_child_of_a_process_that_tunes_answers_and_tunes_by_itself(monkeypatch
         return served == expected and status.state == "observing" and "forked" in status.detail
 
     assert in_child(answers) == ANSWERED
-    leave.set()
     with pytest.warns(RuntimeWarning, match="enough"):
+        leave.set()
         model.autotune._tuning.thread.join()
     model.autotune.unwrap()
 
