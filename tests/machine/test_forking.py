@@ -133,10 +133,13 @@ def test_a_child_of_a_process_that_tunes_answers_and_tunes_by_itself(monkeypatch
             model.autotune.tune()
         return served == expected and status.state == "observing" and "forked" in status.detail
 
-    assert in_child(answers) == ANSWERED
-    with pytest.warns(RuntimeWarning, match="enough"):
+    def end() -> None:
         leave.set()
         model.autotune._tuning.thread.join()
+
+    assert in_child(answers) == ANSWERED
+    with pytest.warns(RuntimeWarning, match="enough"):
+        end()
     model.autotune.unwrap()
 
 

@@ -302,7 +302,7 @@ def test_threads_do_not_change_numbers(weights: str, threads: int, monkeypatch: 
 
 
 def test_callers_side_by_side_get_the_same_numbers() -> None:
-    """Each has threads of its own, more than there are cores: a late thread's shares are taken by the one that waits."""
+    """Each has threads of its own, more than there are cores: a late one's shares are taken by the one that waits."""
     module = prefill(models.tiny(), "INT8")
     expected = run(module, PROMPT)
 
