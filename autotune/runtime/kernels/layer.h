@@ -60,9 +60,12 @@ class Given {
   }
   Linear linear(const Parts& weight, const Maybe& bias, int64_t outputs, int64_t inputs) {
     const Matrix w = stored(weight, outputs, inputs);
-    STD_TORCH_CHECK(!bias || bias->numel() == outputs, "the bias has ", bias ? bias->numel() : 0, " numbers for ", outputs,
-                    " outputs");
-    return {w, bits_of(weight[0].scalar_type()), weight[0].scalar_type(), bias ? kept(*bias) : nullptr};
+    return {w, bits_of(weight[0].scalar_type()), weight[0].scalar_type(), this->bias(bias, outputs)};
+  }
+  const float* bias(const Maybe& given, int64_t outputs) {
+    if (!given) return nullptr;
+    STD_TORCH_CHECK(given->numel() == outputs, "the bias has ", given->numel(), " numbers for ", outputs, " outputs");
+    return kept(*given);
   }
 
  private:

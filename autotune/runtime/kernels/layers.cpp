@@ -18,7 +18,7 @@ class LayerReader {
 
   LayerWeights next() {
     const bool of_heads = form_[0];
-    const Tensor before = take(), after = take();
+    const Tensor before = in_place(take()), after = in_place(take());
     const Maybe of_q = maybe(of_heads), of_k = maybe(of_heads);
     ++form_;
     const auto [layers, width, depth, outputs, key_outputs] = sizes_;
@@ -43,7 +43,7 @@ class LayerReader {
   }
   Maybe maybe(bool there) { return there ? Maybe(in_place(take())) : std::nullopt; }
   Norm norm(const Maybe& weight, float eps, int64_t width) {
-    return Given().norm(weight ? Maybe(in_place(*weight)) : weight, eps, width);
+    return Given().norm(weight, eps, width);
   }
   Linear linear(int64_t outputs, int64_t inputs) {
     Parts weight;

@@ -97,11 +97,10 @@ Tensor linear_bf16(const Tensor& input, const Tensor& weight, const std::optiona
   const Tensor y = empty_floats(shape_of(input, outputs)), x = contiguous_floats(input);
   const int64_t inputs = input.size(input.dim() - 1), rows = input.numel() / inputs;
   const Matrix w = Matrix::of(weight, scales, zeros, outputs, inputs);
-  STD_TORCH_CHECK(!bias || bias->numel() == outputs, "the bias has ", bias ? bias->numel() : 0, " numbers for ", outputs,
-                  " outputs");
-  const Maybe added = bias ? Maybe(contiguous_floats(*bias)) : std::nullopt;
+  Given read;
+  const float* added = read.bias(bias, outputs);
 #if defined(AUTOTUNE_BF16)
-  if (rows) (parts == 1 ? linear<Bf16Parts<1>> : linear<Bf16Parts<2>>)(floats(x), rows, w, added ? floats(*added) : nullptr, floats(y));
+  if (rows) (parts == 1 ? linear<Bf16Parts<1>> : linear<Bf16Parts<2>>)(floats(x), rows, w, added, floats(y));
 #else
   STD_TORCH_CHECK(!rows, "this processor has no instructions for products in BF16");
 #endif
