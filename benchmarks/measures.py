@@ -85,6 +85,21 @@ def tokens_per_s(timing: Timing, shape: Shape) -> float:
     return shape.batch * shape.new_tokens / timing.total_s
 
 
+def steady(ended: Sequence[float], callers: int, each: int, new_tokens: int) -> float:
+    """New tokens per second of all callers, prompts included, while each has a request under way.
+
+    The time begins when as many answers are whole as there are callers, and ends `each` times as many answers later.
+    No caller has left by then if each asks for two answers more than `each`.
+
+    Args:
+        ended: when each answer was whole, in seconds.
+        each: answers of each caller that are counted.
+        new_tokens: of each answer.
+    """
+    times, counted = sorted(ended), callers * each
+    return counted * new_tokens / (times[callers + counted - 1] - times[callers - 1])
+
+
 def metrics(extent: Extent = "usual") -> tuple[Metric, ...]:
     """The figures of a run: the few of a quick one, the usual ones, or those of all lengths up to 8000 tokens."""
     steps = STEPS // 2 if extent == "quick" else STEPS

@@ -9,9 +9,9 @@ runtimes have, too, with INT4 weights (lm_head at 8 bits) where the processor do
 time" is the plan behind a lock; "the original" is the model as it is, behind a lock and without one; "a closed batch"
 is one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
 continuous batching answer the same requests, each in a process of its own that is idle while others are timed. Callers
-are steady: the first request of each is not timed, nor is the first call of a closed batch. Every round runs all of
-them in an order drawn anew. Ratios are within a round. At the end the divergence of each from the
-original on held-out text is printed.
+are steady: the first and the last request of each are not timed, but keep the others company. Nor is the first call of
+a closed batch timed. Every round runs all of them in an order drawn anew. Ratios are within a round. At the end the
+divergence of each from the original on held-out text is printed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from autotune.validate.divergence import Divergence
 from autotune.workload import Workload, built_in
 from benchmarks import quality
 from benchmarks.loaded import ratios, spread
+from benchmarks.measures import steady
 from benchmarks.peers import PEERS, VLLM, VLLM_PYTHON, Home, Setup
 from benchmarks.peers.fixed import multiplies_bf16
 from benchmarks.remote import WorkerError
@@ -157,20 +158,17 @@ def requests(callers: int, each: int, prompts: list[list[int]]) -> list[list[lis
 
 
 def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
-    """Tokens per second of so many callers with `each` requests, after one that is not timed: callers are steady."""
+    """Tokens per second of so many steady callers, in `each` requests of each; see `measures.steady`."""
 
     def caller(own: list[list[int]]) -> None:
         for ids in own:
             ask(ids)
+            ended.append(time.perf_counter())
 
-    def seconds(asked: list[list[list[int]]]) -> float:
-        start = time.perf_counter()
-        with ThreadPoolExecutor(callers) as pool:
-            list(pool.map(caller, asked))
-        return time.perf_counter() - start
-
-    seconds(requests(callers, 1, prompts))
-    return callers * each * tokens / seconds(requests(callers, each, prompts))
+    ended = list[float]()
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(caller, requests(callers, each + 2, prompts)))
+    return steady(ended, callers, each, tokens)
 
 
 class Rivals:
@@ -201,12 +199,10 @@ class Rivals:
         return {} if self.stage is None else {name: self.stage.results[name].label for name in self.stage.remotes}
 
     def rate(self, name: str, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
-        """Tokens per second of so many callers with `each` requests, after one that is not timed."""
+        """Tokens per second of so many steady callers, in `each` requests of each; see `measures.steady`."""
         assert self.stage is not None
-        for timed in (1, each):
-            request = {"do": "serve", "asked": requests(callers, timed, prompts), "new_tokens": tokens}
-            seconds = self.stage.remotes[name].ask(request, REQUEST_S)
-        return callers * each * tokens / seconds
+        request = {"do": "serve", "asked": requests(callers, each + 2, prompts), "new_tokens": tokens}
+        return steady(self.stage.remotes[name].ask(request, REQUEST_S), callers, each, tokens)
 
     def logits(self, name: str, ids: list[int]) -> dict[str, np.ndarray]:
         """Logits [tokens, V] by the path that computed them; empty if it gives none."""

@@ -56,7 +56,7 @@ class Worker:
     def do_generate(self, prompts: list[list[int]], new_tokens: int) -> dict[str, float | None]:
         return asdict(self._loaded().generate(prompts, new_tokens))
 
-    def do_serve(self, asked: list[list[list[int]]], new_tokens: int) -> float:
+    def do_serve(self, asked: list[list[list[int]]], new_tokens: int) -> list[float]:
         return cast("ServingRuntime", self._loaded()).serve(asked, new_tokens)
 
     def do_logits(self, ids: list[int], folder: str) -> dict[str, str]:

@@ -29,7 +29,19 @@ from benchmarks import (
     worker,
 )
 from benchmarks.cores import physical_cores
-from benchmarks.measures import Extent, Metric, Shape, Timing, metrics, prompt, shapes, tokens_per_s, tpot_ms, ttft_ms
+from benchmarks.measures import (
+    Extent,
+    Metric,
+    Shape,
+    Timing,
+    metrics,
+    prompt,
+    shapes,
+    steady,
+    tokens_per_s,
+    tpot_ms,
+    ttft_ms,
+)
 from benchmarks.peers import PEERS, Peer, Setup, Weights
 from benchmarks.remote import Remote, WorkerError
 from benchmarks.results import Quality, Result, Run, Spread, roofline_share, speedup, spread
@@ -117,6 +129,20 @@ def a_run(*results: Result, reference: str = "eager") -> Run:
 )
 def test_figures_of_a_timing(read: Any, timing: Timing, shape: Shape, expected: float) -> None:
     assert read(timing, shape) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("ended", "callers", "each", "expected"),
+    [
+        ([3.0, 4.0, 5.0, 25.0], 1, 2, 10.0),  # neither the first answer nor the last one counts
+        ([1.0, 9.0, 2.0, 4.0, 3.0, 2.0], 2, 1, 20.0),  # in whatever order they were told: 2 answers in 1 s
+        ([1.0, 1.0, 3.0, 3.0, 5.0, 5.0, 5.0, 9.0], 2, 2, 10.0),  # both of a pair together: 4 answers in 4 s
+    ],
+)
+def test_steady_callers_are_timed_while_all_of_them_ask(
+    ended: list[float], callers: int, each: int, expected: float
+) -> None:
+    assert steady(ended, callers, each, new_tokens=10) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("extent", "rounds"), [("quick", 100), ("usual", 100), ("long", 40)])

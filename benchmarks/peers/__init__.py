@@ -77,8 +77,8 @@ class Runtime(Protocol):
 class ServingRuntime(Runtime, Protocol):
     """A runtime that answers requests that join and leave at any time."""
 
-    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
-        """Seconds until all callers have their answers of `new_tokens` each.
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> list[float]:
+        """When each answer of `new_tokens` was whole, in seconds from the start.
 
         Args:
             asked: each caller's prompts. It asks for one answer after the other.

@@ -122,10 +122,10 @@ class Llama:
             tokens = context.choose(1, count)
         return Timing(first - start, time.perf_counter() - start)
 
-    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> list[float]:
         """As its server does it: a slot for each caller, and prompts in one batch with the others' next tokens."""
         context = self.context(len(asked), max(len(prompt) for prompts in asked for prompt in prompts) + new_tokens)
-        start = time.perf_counter()
+        start, ended = time.perf_counter(), list[float]()
         context.clear()
         waiting = [list(prompts) for prompts in asked]
         parts = [Part(caller, prompts.pop(0), 0) for caller, prompts in enumerate(waiting)]
@@ -141,11 +141,12 @@ class Llama:
                     following.append(Part(caller, [token], past + len(tokens)))
                     continue
                 context.free(caller)
+                ended.append(time.perf_counter() - start)
                 if waiting[caller]:
                     following.append(Part(caller, waiting[caller].pop(0), 0))
                     left[caller] = new_tokens
             parts = following
-        return time.perf_counter() - start
+        return ended
 
     def logits(self, ids: Sequence[int]) -> Mapping[str, np.ndarray]:
         context = self.context(1, len(ids))

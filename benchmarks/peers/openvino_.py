@@ -42,7 +42,7 @@ class OpenVino:
             raise RuntimeError(f"{short or len(result.tokens)} tokens were generated, not {new_tokens} a prompt")
         return Timing(result.perf_metrics.get_ttft().mean / 1e3 if new_tokens > 1 else total_s, total_s)
 
-    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> list[float]:
         """By its ContinuousBatchingPipeline, which takes a request as soon as its caller has the answer before."""
         if self.batching is None:
             scheduler = genai.SchedulerConfig()
@@ -58,7 +58,7 @@ class OpenVino:
             ids = openvino.Tensor(np.array([waiting[caller].pop(0)], dtype=np.int64))
             return self.batching.add_request(next(numbers), ids, config)
 
-        start = time.perf_counter()
+        start, ended = time.perf_counter(), list[float]()
         running = {caller: ask(caller) for caller in range(len(asked))}
         while running:
             self.batching.step()
@@ -68,10 +68,11 @@ class OpenVino:
                 found = handle.read_all()[0].generated_ids
                 if len(found) != new_tokens:
                     raise RuntimeError(f"{len(found)} tokens were generated, not {new_tokens}")
+                ended.append(time.perf_counter() - start)
                 del running[caller]
                 if waiting[caller]:
                     running[caller] = ask(caller)
-        return time.perf_counter() - start
+        return ended
 
     def logits(self, ids: Sequence[int]) -> Mapping[str, np.ndarray]:
         saved = self.file.parent / MODEL

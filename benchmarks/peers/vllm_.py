@@ -50,9 +50,9 @@ class Vllm:
             first_s = first_s or (time.perf_counter() - start if len(begun) == len(prompts) else 0.0)
         return Timing(first_s, time.perf_counter() - start)
 
-    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> float:
+    def serve(self, asked: Sequence[Sequence[Sequence[int]]], new_tokens: int) -> list[float]:
         """By its engine, which takes a request as soon as its caller has the answer before."""
-        start = time.perf_counter()
+        start, ended = time.perf_counter(), list[float]()
         callers = [iter(prompts) for prompts in asked]
         running: dict[str, Iterable[Sequence[int]]] = {}
 
@@ -68,8 +68,9 @@ class Vllm:
                     found = len(request.outputs[0].token_ids)
                     if found != new_tokens:
                         raise RuntimeError(f"{found} tokens were generated, not {new_tokens}")
+                    ended.append(time.perf_counter() - start)
                     ask(running.pop(request.request_id))
-        return time.perf_counter() - start
+        return ended
 
     def _ask(self, ids: Sequence[int], new_tokens: int) -> str:
         """Begin to answer one prompt."""
