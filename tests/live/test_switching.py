@@ -30,6 +30,7 @@ from autotune.tune import run as tuning
 from tests.fakes.cuda import FakeCuda
 from tests.live.test_wrap import greedy, scripted, wrapped  # noqa: F401 - a fixture
 from tests.models import tiny, token_prompts
+from tests.serve.servers import until
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 TOGETHER = [StepProgram("decode", slots=64), ContinuousBatching("decode", rows=4)]
@@ -92,9 +93,12 @@ def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once
     model = wrapped(tiny("llama"))
     expected = [greedy(tiny("llama"), ids, 30) for ids in PROMPTS]
     engine = model.autotune._winner.tuned.variant.loop.engine
-    logits = engine.sequences.logits
+    logits, came = engine.sequences.logits, threading.Event()
 
     def failing() -> torch.Tensor:
+        if not came.is_set():  # as many as there are rows, before one is answered
+            until(lambda: engine.sequences.used + engine.load.waiting >= engine.most_rows)
+            came.set()
         if sum(request is not None for request in engine.sequences.rows) == engine.most_rows:
             raise RuntimeError("no such kernel")
         return logits()
