@@ -354,12 +354,13 @@ def test_a_guessing_sequence_that_others_join_goes_on(guesser: Variant, alone: V
 def test_callers_get_their_own_answers(variant: Variant, alone: Variant) -> None:
     work = [(prompt(length, seed), tokens) for seed, (length, tokens) in enumerate(SHAPES)]
     expected = [answer(serving(alone), ids, tokens) for ids, tokens in work]
-    served, counts = serving(variant), engine_of(variant).counts
-    before = counts.copy()
+    served, engine = serving(variant), engine_of(variant)
+    counts, before = engine.counts, engine.counts.copy()
     with ThreadPoolExecutor(len(work)) as pool:
-        # a measured step would hold the others back; these calls are live ones
-        got = list(pool.map(lambda item: answer(served, *item), work))
-    assert got == expected
+        with engine.alone():  # until all have come
+            asked = [pool.submit(answer, served, *item) for item in work]
+            until_waiting(engine, len(work))
+        assert [each.result() for each in asked] == expected
     steps = counts["steps"] - before["steps"]
     assert counts["requests"] - before["requests"] == len(work)
     assert steps < sum(tokens - 1 for _, tokens in work) / 2, "hardly anything was decoded together"

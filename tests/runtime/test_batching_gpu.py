@@ -99,10 +99,13 @@ def test_callers_get_their_own_answers(plan: str, arch: str, fake: FakeCuda) -> 
     single = Variant(tiny(arch)).with_transforms(PLANS["eager"])
     work = [(prompt(length, seed), tokens) for seed, (length, tokens) in enumerate(SHAPES)]
     expected = [answer(serving(single), ids, tokens) for ids, tokens in work]
-    captures, replays = fake.captures, fake.replays
+    captures, replays, engine = fake.captures, fake.replays, engine_of(shared)
     with ThreadPoolExecutor(len(work)) as pool:
-        assert list(pool.map(lambda item: answer(serving(shared), *item), work)) == expected
-    counts = engine_of(shared).counts
+        with engine.alone():  # until all have come
+            asked = [pool.submit(answer, serving(shared), *item) for item in work]
+            until_waiting(engine, len(work))
+        assert [each.result() for each in asked] == expected
+    counts = engine.counts
     assert fake.captures == captures, "a request captured"
     assert counts["requests"] == len(work)
     assert counts["tokens"] > 2 * counts["steps"], "hardly anything was decoded together"
