@@ -90,6 +90,15 @@ class Turns:
             self._changed.notify_all()
             assert self._changed.wait_for(lambda: not self._left, WAIT_S)
 
+    def gather(self, count: int) -> None:
+        """Wait until so many requests have come to the engine, then let turns pass until each has a row if any is left.
+
+        A server counts an answer as one that runs before its request has come so far.
+        """
+        until(lambda: busy(self._server) == count)
+        while engine_of(self._server).sequences.used < min(count, ROWS):
+            self.take()
+
     def settle(self) -> None:
         """Wait until the turn under way is over, and the model stands before the next one."""
         with self._changed:

@@ -74,9 +74,7 @@ def running(server: Running) -> int:
 def test_a_newcomer_gets_its_first_token_in_the_next_turn_while_long_answers_run(server: Running) -> None:
     with counted(server) as turns:
         long = [turns.client(prompt, 500) for prompt in PROMPTS[: ROWS - 1]]
-        until(lambda: running(server) == len(long))
-        while used(server) < len(long):
-            turns.take()
+        turns.gather(len(long))
         newcomer = turns.client(PROMPTS[-1], 5)
         until(lambda: waiting(server) == 1)
         turns.take()
@@ -122,9 +120,7 @@ def test_a_client_that_goes_ends_its_own_answer_alone(
     beside = ROWS if when == WAITING else ROWS - 1
     with counted(server) as turns:
         others = [turns.client(prompt, NEW) for prompt in PROMPTS[:beside]]
-        until(lambda: running(server) == beside)
-        while used(server) < beside:
-            turns.take()
+        turns.gather(beside)
         leaving = turns.client([9, *LONG[1:]] if when == "reading its prompt" else PROMPTS[-1], 250, stream=stream)
         until(lambda: waiting(server) == 1)
         if when != WAITING:
@@ -227,9 +223,7 @@ def test_probes_and_figures_answer_while_a_prompt_is_read(server: Running, monke
 def test_a_stream_that_runs_when_the_end_is_asked_for_is_whole(alone: list[str]) -> None:
     with together() as server, counted(server) as turns:
         clients = [turns.client(prompt, NEW, stream=bool(n)) for n, prompt in enumerate(PROMPTS[: ROWS + 1])]
-        until(lambda: running(server) == ROWS + 1)
-        while used(server) < ROWS:
-            turns.take()
+        turns.gather(ROWS + 1)
         server.server.handle_exit(15, None)  # one still waits for a row
         assert refuses(server)
         turns.open()
@@ -287,9 +281,7 @@ def test_usage_comes_once_at_the_end_if_it_is_asked_for(server: Running, asked: 
 def test_an_answer_that_breaks_off_says_so_in_its_stream(server: Running, alone: list[str]) -> None:
     with counted(server) as turns:
         late, other = turns.client(PROMPTS[0], NEW), turns.client(PROMPTS[1], NEW)
-        until(lambda: running(server) == 2)
-        while used(server) < 2:
-            turns.take()
+        turns.gather(2)
         late.read()
         (request,) = [each for each in engine_of(server).sequences.requests() if each.tokens > len(PROMPTS[0])][:1]
         request.terms.deadline_s = 1e-9
@@ -309,9 +301,7 @@ def test_an_answer_that_breaks_off_says_so_in_its_stream(server: Running, alone:
 def test_a_step_that_fails_is_answered_by_the_original_and_no_token_comes_twice(alone: list[str]) -> None:
     with together() as server, counted(server) as turns:
         clients = [turns.client(prompt, NEW, stream=bool(n)) for n, prompt in enumerate(PROMPTS[:ROWS])]
-        until(lambda: running(server) == ROWS)
-        while used(server) < ROWS:
-            turns.take()
+        turns.gather(ROWS)
         clients[1].read()
         sequences = engine_of(server).sequences
 
@@ -351,10 +341,7 @@ def figures(server: Running) -> Counter[str]:
 def test_who_runs_and_who_waits_is_told_apart(server: Running) -> None:
     with counted(server) as turns:
         clients = [turns.client(prompt, NEW) for prompt in PROMPTS[: ROWS + 2]]
-        until(lambda: running(server) == len(clients))
-        while used(server) < ROWS:
-            turns.take()
-        until(lambda: waiting(server) == 2)  # a request counts as an answer before it has come to the engine
+        turns.gather(len(clients))
         now = figures(server)
         assert (now["num_requests_running"], now["num_requests_waiting"]) == (ROWS, 2)
         turns.open()
