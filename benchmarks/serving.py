@@ -10,8 +10,8 @@ time" is the plan behind a lock; "the original" is the model as it is, behind a 
 is one call with as many prompts as there are callers. llama.cpp, with a slot for each caller, and OpenVINO GenAI's
 continuous batching answer the same requests, each in a process of its own that is idle while others are timed. Callers
 are steady: the first and the last request of each are not timed, but keep the others company. Nor is the first call of
-a closed batch timed. Every round runs all of them in an order drawn anew. Ratios are within a round. At the end the
-divergence of each from the original on held-out text is printed.
+a closed batch timed. Every round runs all of them in an order drawn anew, one number of callers after the other. Ratios
+are within a round. At the end the divergence of each from the original on held-out text is printed.
 """
 
 from __future__ import annotations
@@ -307,11 +307,11 @@ def play(
     for name in rivals.labels:
         for number in numbers:  # contexts are made
             rivals.rate(name, number, 1, prompts, asked.tokens)
-    draw, found = random.Random(0), list[Rates]()
+    draw, found, names = random.Random(0), list[Rates](), (*asks, CLOSED, *rivals.labels)
     for turn in range(asked.rounds):
         this: Rates = {}
-        cases = [(name, n) for name in (*asks, CLOSED, *rivals.labels) for n in numbers]
-        for name, number in draw.sample(cases, len(cases)):
+        cases = [(n, name) for n in draw.sample(numbers, len(numbers)) for name in draw.sample(names, len(names))]
+        for number, name in cases:  # what is compared is timed soon after one another
             if name == CLOSED:
                 this[name, number] = closed(batched, number, prompts, asked.tokens)
             elif name in asks:
