@@ -21,10 +21,11 @@ BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-versi
 PROVE_ARGS ?=
 MINUTES ?= 10
 FUZZ_ARGS ?=
+LATE_SEED ?= 1
 SOAK_ARGS ?=
 SERVE_ARGS ?=
 
-.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-serve test-ray test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
+.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-late test-serve test-ray test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart bench-serving bench-capacity soak
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
@@ -44,6 +45,12 @@ test-matrix: $(READY)  ## the compatibility suite on other versions of transform
 
 test-latest: $(READY)  ## the same on the newest of everything but torch
 	$(BIN)/python -m tests.matrix --latest $(MATRIX_ARGS)
+
+# The tests whose subject is threads. They sleep more than they compute.
+LATE := tests/live tests/serve tests/compare tests/machine tests/report tests/runtime/test_batching.py tests/runtime/test_batching_gpu.py \
+	tests/runtime/test_terms.py tests/tune/test_callers.py tests/tune/test_tune.py tests/tune/test_probation.py tests/test_soak.py
+test-late: $(READY)  ## tests of threads, which begin and wake late at random: who counts on their order fails
+	LATE_SEED=$(LATE_SEED) $(PYTEST) -n 4 -p tests.late_threads -m "not slow" $(LATE) $(TEST_ARGS)
 
 test-serve: $(READY) $(SERVE_VENV)/.ready  ## the server against schemathesis, and locust and aiperf with 1, 4, 16 and 64 clients
 	$(PYTEST) tests/serve
