@@ -87,8 +87,10 @@ def test_a_replay_waits_for_the_end_of_a_capture() -> None:
 def during_a_capture(fake: FakeCuda, act: Callable[[], object]) -> list[BaseException | None]:
     """Capture a graph, during which another thread begins `act`. Returns what that raised, once the capture ended."""
     raised, threads, earlier = list[BaseException | None](), list[threading.Thread](), fake.captures
+    begun = threading.Event()
 
     def attempt() -> None:
+        begun.set()
         try:
             act()
             raised.append(None)
@@ -99,7 +101,8 @@ def during_a_capture(fake: FakeCuda, act: Callable[[], object]) -> list[BaseExce
         if fake.captures > earlier:
             threads.append(threading.Thread(target=attempt))
             threads[0].start()
-            threads[0].join(timeout=0.2)
+            assert begun.wait(60)
+            threads[0].join(timeout=0.2)  # it may wait for the capture's end
         return torch.ones(2).mul(2)
 
     fake.owner.run(lambda: fake.capture(work))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,6 +158,11 @@ class Client:
         if self._answer is None:
             self._answer = self._connection.getresponse()
         return self._answer
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether something came back that was not read yet."""
+        return bool(select.select([self._connection.sock], [], [], 0)[0])
 
     def read(self, count: int = 1) -> list[str]:
         """Wait for so many tokens more, and return them."""

@@ -184,6 +184,7 @@ def test_a_burst_of_72_is_answered_or_refused(
     burst = [n % len(PROMPTS) for n in range(72)]
     with counted(server) as turns:
         clients = [turns.client(PROMPTS[n], NEW, stream=bool(n % 2)) for n in burst]
+        until(lambda: sum(client.has_answer for client in clients) == 72 - answered)  # refused
         until(lambda: waiting(server) == running(server) == answered)
         ready = httpx.get(f"{server.url}/readyz", timeout=WAIT_S)
         assert (ready.status_code, ready.json()["waiting"]) == (200, answered)  # a full queue is no illness

@@ -34,7 +34,7 @@ constexpr int kSpins = 1 << 12;  // spins before sleeping, about 100 us; a threa
 constexpr int kPatience = 64;    // spins before the clock is read; most waits are shorter
 constexpr int64_t kHeldUpNs = 1000000;  // shorter waits are less than a time slice and do not shrink the team
 constexpr int kHeldUpShare = 3;         // the team shrinks if it waited 1/3 of the time: see `team_after`
-constexpr int kShortestRest = 4, kLongestRest = 64;  // programs that a smaller team runs before all are tried again
+constexpr int kShortestRest = 1, kLongestRest = 64;  // programs that a smaller team runs before all are tried again
 
 inline int64_t now_ns() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
