@@ -724,6 +724,22 @@ def test_a_team_shrinks_when_waits_cost_more_than_a_thread(
     assert torch.ops.autotune.next_team_size(members, *times) == expected
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [  # programs of two threads; one that loses a thread, x
+        ("...x....", "22221222"),
+        ("x" + 17 * "." + ".x..", "21" + 17 * "2" + "212"),  # each comes alone
+        ("x.x.........", "212111122222"),  # the second is soon after the first
+        ("x.x....x..........", "212111121111111122"),  # and a third
+        ("x.x....." + 16 * "." + "x...", "2121111" + 17 * "2" + "2122"),  # calm between
+    ],
+)
+def test_all_threads_are_tried_again_soon_after_a_lone_interruption(lost: str, expected: str) -> None:
+    told = torch.ops.autotune.team_sizes(torch.tensor([each == "x" for each in lost]), 2)
+    assert "".join(f"{size:.0f}" for size in told.tolist()) == expected
+
+
 @pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 2.0, 3.0), ("float32", 1.0, 1.1)])
 def test_of_a_16_bit_model_it_promises_fp32_over_packed_layers(dtype: str, least: float, most: float) -> None:
     """132 ms a token, nearly all in matmuls over 1 GB: at 20 GB/s they take 50 ms, computed in FP32."""

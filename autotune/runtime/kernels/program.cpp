@@ -144,16 +144,35 @@ int64_t next_team_size(int64_t members, int64_t held_up_ns, int64_t passed_ns, i
   return team_after(static_cast<int>(members), held_up_ns, passed_ns, usual_ns);
 }
 
+// With how many threads a new crew begins each program, if some programs, lost [programs] bool, lose a thread.
+Tensor team_sizes(const Tensor& lost, int64_t wanted) {
+  STD_TORCH_CHECK(lost.scalar_type() == ScalarType::Bool && lost.is_contiguous() && wanted > 1,
+                  "expected contiguous booleans, and more than one thread");
+  const bool* loses = static_cast<const bool*>(present(lost).data_ptr());
+  const Tensor sizes = empty_floats({lost.numel()});
+  Crew own;
+  for (int64_t i = 0; i < lost.numel(); ++i) {
+    const int began = own.begin(static_cast<int>(wanted));
+    own.learn(began, loses[i] && began > 1 ? began - 1 : began, 0);
+    floats(sizes)[i] = static_cast<float>(began);
+  }
+  return sizes;
+}
+
 }  // namespace
 }  // namespace autotune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(autotune, library) {
   library.def("run_program(Tensor code, Tensor bases, int threads, Tensor? spent) -> ()");
   library.def("team_size(int wanted) -> int");
+  library.def("team_sizes(Tensor lost, int wanted) -> Tensor");
   library.def("next_team_size(int members, int held_up_ns, int passed_ns, int usual_ns) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) { library.impl("run_program", TORCH_BOX(&autotune::run_program)); }
+STABLE_TORCH_LIBRARY_IMPL(autotune, CPU, library) {
+  library.impl("run_program", TORCH_BOX(&autotune::run_program));
+  library.impl("team_sizes", TORCH_BOX(&autotune::team_sizes));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(autotune, CompositeExplicitAutograd, library) {
   library.impl("team_size", TORCH_BOX(&autotune::team_size));

@@ -34,7 +34,10 @@ constexpr int kSpins = 1 << 12;  // spins before sleeping, about 100 us; a threa
 constexpr int kPatience = 64;    // spins before the clock is read; most waits are shorter
 constexpr int64_t kHeldUpNs = 1000000;  // shorter waits are less than a time slice and do not shrink the team
 constexpr int kHeldUpShare = 3;         // the team shrinks if it waited 1/3 of the time: see `team_after`
-constexpr int kShortestRest = 1, kLongestRest = 64;  // programs that a smaller team runs before all are tried again
+// Programs that a smaller team runs before all threads are tried again: after an interruption that comes alone, as when
+// callers end together and take a core for some milliseconds, and after the first and the last of those that keep coming.
+constexpr int kLoneRest = 1, kShortestRest = 4, kLongestRest = 64;
+constexpr int kCalm = 16;  // programs of all threads without an interruption, after which the next one comes alone
 
 inline int64_t now_ns() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
@@ -157,16 +160,19 @@ class Crew {
       const int rest = next_rest_.load(std::memory_order_relaxed);
       enough_.store(ended, std::memory_order_relaxed);
       rest_.store(rest, std::memory_order_relaxed);
-      next_rest_.store(std::min(2 * rest, kLongestRest), std::memory_order_relaxed);
+      next_rest_.store(std::clamp(2 * rest, kShortestRest, kLongestRest), std::memory_order_relaxed);
+      calm_.store(0, std::memory_order_relaxed);
     } else if (began > enough_.load(std::memory_order_relaxed)) {  // more threads were tried again, and none was late
       enough_.store(INT_MAX, std::memory_order_relaxed);
       next_rest_.store(kShortestRest, std::memory_order_relaxed);
+    } else if (enough_.load(std::memory_order_relaxed) == INT_MAX && calm_.load(std::memory_order_relaxed) < kCalm) {
+      if (calm_.fetch_add(1, std::memory_order_relaxed) + 1 == kCalm) next_rest_.store(kLoneRest, std::memory_order_relaxed);
     }
   }
 
  private:
   std::atomic<int64_t> usual_ns_{0};
-  std::atomic<int> enough_{INT_MAX}, rest_{0}, next_rest_{kShortestRest};  // callers that overlap may mix them up
+  std::atomic<int> enough_{INT_MAX}, rest_{0}, next_rest_{kLoneRest}, calm_{0};  // callers that overlap may mix them up
 };
 
 inline Crew crew;
