@@ -162,7 +162,9 @@ class Client:
     @property
     def has_answer(self) -> bool:
         """Whether something came back that was not read yet."""
-        return bool(select.select([self._connection.sock], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self._connection.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def read(self, count: int = 1) -> list[str]:
         """Wait for so many tokens more, and return them."""
