@@ -80,12 +80,8 @@ Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const
   const int64_t inputs = shape.back(), tokens = input.numel() / inputs;
   shape.back() = w.rows;
   const Tensor x = contiguous_floats(input), y = empty_floats(shape);
-  std::optional<Tensor> shift;
-  if (bias) {
-    STD_TORCH_CHECK(bias->numel() == w.rows, "the bias has ", bias->numel(), " numbers for ", w.rows, " outputs");
-    shift = contiguous_floats(*bias);
-  }
-  const float* added = shift ? floats(*shift) : nullptr;
+  Given read;
+  const float* added = read.bias(bias, w.rows);
   if (tokens && digits)
     multiply_in_integers(in_integers, w, round_all(w, floats(x), tokens, inputs, digits), added, floats(y));
   else if (tokens && tokens <= kMostFew)

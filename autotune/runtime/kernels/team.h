@@ -34,8 +34,8 @@ constexpr int kSpins = 1 << 12;  // spins before sleeping, about 100 us; a threa
 constexpr int kPatience = 64;    // spins before the clock is read; most waits are shorter
 constexpr int64_t kHeldUpNs = 1000000;  // shorter waits are less than a time slice and do not shrink the team
 constexpr int kHeldUpShare = 3;         // the team shrinks if it waited 1/3 of the time: see `team_after`
-// Programs that a smaller team runs before all threads are tried again: after an interruption that comes alone, as when
-// callers end together and take a core for some milliseconds, and after the first and the last of those that keep coming.
+// Programs that a smaller team runs before all threads are tried again. An interruption that comes alone is short, as when
+// callers end together and take a core for some milliseconds; after others that soon follow it, the rests grow.
 constexpr int kLoneRest = 1, kShortestRest = 4, kLongestRest = 64;
 constexpr int kCalm = 16;  // programs of all threads without an interruption, after which the next one comes alone
 
