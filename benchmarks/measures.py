@@ -89,7 +89,7 @@ def steady(ended: Sequence[float], callers: int, each: int, new_tokens: int) -> 
     """New tokens per second of all callers, prompts included, while each has a request under way.
 
     The time begins when as many answers are whole as there are callers, and ends `each` times as many answers later.
-    No caller has left by then if each asks for two answers more than `each`.
+    If each asks for two answers more than `each`, none has left by then unless it is an answer ahead of the others.
 
     Args:
         ended: when each answer was whole, in seconds.

@@ -153,7 +153,8 @@ def answer(served: Any, prompts: list[list[int]], tokens: int) -> None:
 
 
 def requests(callers: int, each: int, prompts: list[list[int]]) -> list[list[list[int]]]:
-    """The prompts of each caller."""
+    """The prompts of each caller: of the `each` that are counted, and of one before and one after them."""
+    each += 2
     return [[prompts[(number * each + k) % len(prompts)] for k in range(each)] for number in range(callers)]
 
 
@@ -167,7 +168,7 @@ def rate(ask: Ask, callers: int, each: int, prompts: list[list[int]], tokens: in
 
     ended = list[float]()
     with ThreadPoolExecutor(callers) as pool:
-        list(pool.map(caller, requests(callers, each + 2, prompts)))
+        list(pool.map(caller, requests(callers, each, prompts)))
     return steady(ended, callers, each, tokens)
 
 
@@ -201,7 +202,7 @@ class Rivals:
     def rate(self, name: str, callers: int, each: int, prompts: list[list[int]], tokens: int) -> float:
         """Tokens per second of so many steady callers, in `each` requests of each; see `measures.steady`."""
         assert self.stage is not None
-        request = {"do": "serve", "asked": requests(callers, each + 2, prompts), "new_tokens": tokens}
+        request = {"do": "serve", "asked": requests(callers, each, prompts), "new_tokens": tokens}
         return steady(self.stage.remotes[name].ask(request, REQUEST_S), callers, each, tokens)
 
     def logits(self, name: str, ids: list[int]) -> dict[str, np.ndarray]:
