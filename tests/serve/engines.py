@@ -50,10 +50,19 @@ def engine_of(server: Running) -> Engine:
     return found
 
 
+def used(server: Running) -> int:
+    """How many sequences have a row."""
+    return engine_of(server).sequences.used
+
+
+def waiting(server: Running) -> int:
+    """How many requests wait for a row."""
+    return engine_of(server).load.waiting
+
+
 def busy(server: Running) -> int:
     """How many sequences have a row or wait for one."""
-    variant = server.model.autotune.active
-    return variant.loop.engine.sequences.used + variant.loop.engine.load.waiting if variant else 0
+    return used(server) + waiting(server) if server.model.autotune.active else 0
 
 
 class Turns:
@@ -97,7 +106,7 @@ class Turns:
         A server counts an answer as one that runs before its request has come so far.
         """
         until(lambda: busy(self._server) == count)
-        while engine_of(self._server).sequences.used < min(count, ROWS):
+        while used(self._server) < min(count, ROWS):
             self.take()
 
     def settle(self) -> None:

@@ -29,6 +29,8 @@ from tests.serve.engines import (
     post,
     text,
     together,
+    used,
+    waiting,
 )
 from tests.serve.servers import Running, until
 
@@ -57,14 +59,6 @@ def test_an_answer_of_the_engine_is_what_the_original_generates(server: Running)
         ids = torch.tensor([prompt])
         (found,) = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
         assert client.rest() == tokenizer.decode(found[len(prompt) :], skip_special_tokens=True)
-
-
-def used(server: Running) -> int:
-    return engine_of(server).sequences.used
-
-
-def waiting(server: Running) -> int:
-    return engine_of(server).load.waiting
 
 
 def running(server: Running) -> int:

@@ -18,11 +18,11 @@ from tests.serve.engines import (
     Client,
     ask,
     counted,
-    engine_of,
     needs_kernels,
     post,
     text,
     together,
+    waiting,
 )
 from tests.serve.servers import Running, running, until
 
@@ -180,8 +180,8 @@ def test_the_end_token_ends_an_answer_unless_it_is_to_be_ignored(server: Running
 def test_urgent_requests_are_answered_first_and_others_as_they_came(server: Running) -> None:
     order, batches = list[int](), bool(server.model.autotune.active)
 
-    def waiting() -> int:  # where they are chosen from
-        return engine_of(server).load.waiting if batches else server.model.autotune.status.waiting
+    def in_queue() -> int:  # where they are chosen from
+        return waiting(server) if batches else server.model.autotune.status.waiting
 
     def one(number: int, priority: int) -> None:
         text(post(server, PROMPTS[ROWS + number], 1, priority=priority))  # one that nobody has computed
@@ -190,21 +190,21 @@ def test_urgent_requests_are_answered_first_and_others_as_they_came(server: Runn
     with counted(server) as turns:
         rows = [turns.client(PROMPTS[n], 200, priority=10) for n in range(ROWS)]  # nobody takes their rows
         turns.settle()
-        until(lambda: waiting() == (ROWS if batches else ROWS - 1))
+        until(lambda: in_queue() == (ROWS if batches else ROWS - 1))
         turns.take(ROWS)
         turns.settle()
-        waits = waiting()
+        waits = in_queue()
         assert waits == (0 if batches else ROWS - 1)
         others = []
         for number, priority in enumerate([0, 0, 10, -10, 10]):
             others.append(threading.Thread(target=one, args=(number, priority)))
             others[-1].start()
-            until(lambda: waiting() == waits + number + 1)  # noqa: B023
+            until(lambda: in_queue() == waits + number + 1)  # noqa: B023
         leaving = rows[:1] if batches else rows
         for client in leaving:
             client.close()
         until(lambda: server.served.answers.running == ROWS - len(leaving) + len(others))
-        until(lambda: waiting() == len(others))
+        until(lambda: in_queue() == len(others))
         if not batches:
             turns.take()  # the forward that was under way
             turns.settle()
