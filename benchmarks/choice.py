@@ -6,7 +6,8 @@
 Both searches start from the same model, policy, prompts and empty caches. The diagnosed one is what `wrap` runs. The
 other ignores diagnosis, predictions and the policy: stage by stage it tries every choice that any built-in policy has,
 keeps the best of those that pass, and tries the rest again on top of it until nothing passes. Then the two winners race
-each other on held-out prompts. Prints Markdown and writes choice.md and choice.json.
+each other on held-out prompts. Every candidate says what it promises, and what was timed is compared with that. Prints
+Markdown and writes choice.md and choice.json.
 
 Exit codes: 0 the diagnosed choice is within 3 % at no more than half the time, 1 it is not, 2 the race cannot tell.
 """
@@ -20,9 +21,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -36,7 +38,7 @@ from autotune.model.load import load
 from autotune.runtime.variant import Stage, Transform, Variant
 from autotune.tune import bench, search
 from autotune.tune import policy as policies
-from autotune.tune.choose import make
+from autotune.tune.choose import SearchState, expect, make
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.trying import Trier
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 WITHIN = 1.03  # the diagnosed choice may be this much slower
 HALF = 0.5  # of the time that trying everything takes
+NEAR = 0.25  # a prediction that is off by no more counts as right
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Arm:
             "seconds": self.seconds,
             "tried": len(self.tried),
             "skipped": len(self.trials) - len(self.tried),
+            "predictions": audit(self.trials),
             "trials": [
                 {
                     "transform": t.candidate,
@@ -91,6 +95,16 @@ def speedup(trial: Trial) -> float | None:
         return None
     measured: Speedup = getattr(trial.latency, METRIC_OF[trial.target])
     return measured.ratio
+
+
+def audit(trials: Sequence[Trial]) -> dict[str, int]:
+    """How many of the trials that were timed have a prediction, and how many of these measured within 25 % of it."""
+    timed = [(t.predicted, ratio) for t in trials if t.predicted and (ratio := speedup(t))]
+    return {"timed": len(timed), "near": sum(is_near(*pair) for pair in timed)}
+
+
+def is_near(predicted: float, measured: float) -> bool:
+    return abs(predicted / measured - 1) <= NEAR
 
 
 def diagnosed(side: bench.LiveBench, notify: Callable[[str], None]) -> Arm:
@@ -134,12 +148,15 @@ def exhaust(trier: Trier, step: PolicyStep, variant: Variant, trials: list[Trial
     """
     choices = [make(choice) for choice in step.choices]
     while True:
+        state = SearchState(variant, trier.bench.profile(variant), {})
         accepted: list[tuple[float, Transform, Variant]] = []
         for transform in tuple(choices):
             trial = Trial(transform, step.name, step.phase, TrialOutcome.UNAVAILABLE, "")
             if reason := transform.unavailable(variant, trier.hardware):
                 trials.append(replace(trial, reason=reason))
                 continue
+            predicted = trier.ask(transform, partial(expect, transform, step.phase, state, trier.hardware))
+            trial = replace(trial, predicted=predicted)
             trier.notify(f"trying {transform} for {step.phase}")
             trial, candidate = trier.attempt(trial, variant)
             trials.append(trial)
@@ -194,11 +211,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"| seconds | {one['seconds']:.0f} | {all_['seconds']:.0f} |",
         f"| chosen | {' + '.join(one['transforms']) or 'the original'} "
         f"| {' + '.join(all_['transforms']) or 'the original'} |",
+        f"| timed within {NEAR:.0%} of what was predicted | {_audited(one)} | {_audited(all_)} |",
         "",
     ]
     for name, arm in (("Diagnosed", one), ("Everything", all_)):
         lines += [
             f"## {name}",
+            "",
+            "Predicted is the best that the roofline allows.",
             "",
             "| candidate | for | predicted | measured | outcome | seconds |",
             "|---|---|---|---|---|---|",
@@ -211,6 +231,10 @@ def markdown(result: dict[str, Any]) -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _audited(arm: dict[str, Any]) -> str:
+    return "{near} of {timed}".format(**arm["predictions"])
 
 
 def compare(model: Any, tokenizer: Any, policy: Policy, prompts: Any, notify: Callable[[str], None]) -> dict[str, Any]:
