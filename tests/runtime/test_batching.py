@@ -522,6 +522,45 @@ def test_a_batch_of_the_callers_runs_between_steps(variant: Variant, alone: Vari
 
 
 @needs_kernels
+def test_positions_of_the_callers_own_are_its_alone(variant: Variant, alone: Variant) -> None:
+    """What was read at other positions is not kept for a prompt of the same tokens."""
+    ids, shifted = prompt(12, seed=4), torch.arange(12)[None] + 40
+    expected = [answer(serving(alone), ids, 16, **options) for options in ({"position_ids": shifted}, {})]
+    assert expected[0] != expected[1]
+    served = serving(variant)
+    assert [answer(served, ids, 16, **options) for options in ({"position_ids": shifted}, {})] == expected
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the engine's thread ends by it
+@pytest.mark.parametrize("at", ["criterion", "fill", "keep_last"])
+def test_whatever_escapes_around_a_first_token_its_caller_is_told(
+    variant: Variant, alone: Variant, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is in neither the queue nor a row then."""
+
+    def leave(*_: Any, **__: Any) -> None:
+        raise SystemExit("mine")
+
+    told: list[str] = []
+
+    def ask() -> None:
+        try:
+            answer(serving(variant), prompt(9), 8, **({"stopping_criteria": [leave]} if at == "criterion" else {}))
+        except VariantError as error:
+            told.append(str(error))
+
+    with monkeypatch.context() as broken:
+        if at != "criterion":
+            broken.setattr(Prefixes, at, leave)
+        caller = threading.Thread(target=ask, daemon=True)
+        caller.start()
+        caller.join(60)
+    assert (caller.is_alive(), told) == (False, ["SystemExit: mine"])
+    assert answer(serving(variant), prompt(9), 8) == answer(serving(alone), prompt(9), 8)
+
+
+@needs_kernels
 def test_a_step_that_fails_fails_its_sequences_and_no_later_one(
     variant: Variant, alone: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

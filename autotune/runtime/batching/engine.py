@@ -90,6 +90,7 @@ class Engine:
 
     def _forget(self) -> None:
         self._waiting = list[Request]()
+        self._placing = list[Request]()  # those on their way from the queue to a prompt, or from that to a row
         self._times = StepTimes()
         self._prompt: Prefill | Joined | None = None
         self._worker: ending.Worker | None = None
@@ -263,7 +264,7 @@ class Engine:
 
     def _advance(self, prompt: Prefill | Joined) -> None:
         """Compute the next part of a prompt. After its last part, its sequence takes a row."""
-        self._prompt = prompt
+        self._prompt, self._placing = prompt, []
         try:
             found = prompt.advance(self.variant, self._most() if self.merges else self.prefixes.part)
         except Exception as error:
@@ -274,10 +275,11 @@ class Engine:
             return
         self.counts["prefills"] += not prompt.is_known
         if found is not None:
-            self._prompt = None
+            self._prompt, self._placing = None, [each.request for each in found]
             for each in found:
                 self.prefixes.keep_last(each.cache, each.request.prompt, each.logits)
                 self._begin(each)
+                self._placing.remove(each.request)
 
     def _end_prompt(self) -> None:
         """Drop the prompt under way. What was queued for it on a GPU reads tensors that its caller frees."""
@@ -308,6 +310,7 @@ class Engine:
                 return None
             order = sorted(self._waiting, key=lambda each: each.terms.order)[:free]
             chosen = together(order, room, self._longest, self.prefixes.knows_last) if self.joins else order[:1]
+            self._placing = list(chosen)
             for request in chosen:
                 self._waiting.remove(request)
                 request.terms.begun_s = time.monotonic()
@@ -325,8 +328,8 @@ class Engine:
         return self.prefixes.part * (1 if self.sequences.used else CHUNKS_AT_REST)
 
     def _without_rows(self) -> list[Request]:
-        """The requests whose prompts are not computed yet."""
-        return [*self._waiting, *(self._prompt.requests if self._prompt else ())]
+        """The requests that are not among the sequences yet."""
+        return [*self._waiting, *self._placing, *(self._prompt.requests if self._prompt else ())]
 
     def _end_ours(self) -> None:
         """End the requests of our own threads as the process ends. Users' daemon threads wait on and end silently."""
@@ -339,4 +342,4 @@ class Engine:
             request.fail_with_others(error)
         self.sequences.fail(error)
         self._waiting.clear()
-        self._prompt = None
+        self._prompt, self._placing = None, []

@@ -27,8 +27,11 @@ def refusal(call: Sampling) -> str | None:
         return "a batch that the caller made"
     if call.settings.return_dict_in_generate:
         return "return_dict_in_generate"
-    mask = call.mask
-    return None if mask is None or bool(mask.all()) else "padding in a single sequence"
+    if call.mask is not None and not bool(call.mask.all()):
+        return "padding in a single sequence"
+    positions = call.positions
+    usual = torch.arange(positions.shape[-1], dtype=torch.int64, device=positions.device)
+    return None if bool((positions == usual).all()) else "positions of the caller's"
 
 
 class Request:
