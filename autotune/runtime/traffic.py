@@ -43,7 +43,8 @@ class Traffic:
         self._changed = forking.free(threading.Condition())
         self._requests = 0
         self.begun = 0  # number of live requests so far
-        self._measuring: int | None = None  # identifier of the thread that measures
+        self._has_step = False  # whether a thread measures, or is about to
+        self._measuring: int | None = None  # identifier of the thread that measures, for which requests wait
         self._waited_s = 0.0
         self._pausing: Callable[[], Pause | None] = lambda: None
         self._rested_s = 0.0  # when requests may be paused again, by time.perf_counter
@@ -52,7 +53,7 @@ class Traffic:
 
     def after_fork(self) -> None:
         self._requests = 0
-        self._measuring = None
+        self._has_step, self._measuring = False, None
 
     @contextmanager
     def request(self) -> Iterator[Visit]:
@@ -88,13 +89,15 @@ class Traffic:
         try:
             with ExitStack() as paused:
                 if pause is not None:
-                    paused.enter_context(pause())
+                    paused.enter_context(pause())  # until then requests go on: what is to be paused may make some
+                with self._changed:
+                    self._measuring = threading.get_ident()
                 begun = time.perf_counter()
                 self._waited_s += begun - start
                 yield
         finally:
             with self._changed:
-                self._measuring = None
+                self._has_step, self._measuring = False, None
                 if pause is not None:
                     now = time.perf_counter()
                     self._rested_s = now + (now - begun) * (1 / SHARE - 1)
@@ -104,13 +107,13 @@ class Traffic:
         """Wait for a step's turn, and take it. Returns what pauses the requests in flight; None if there are none."""
         with self._changed:
             while not self.cancelled:
-                if self._measuring is None:
+                if not self._has_step:
                     if self._requests == 0:
-                        self._measuring = threading.get_ident()
+                        self._has_step, self._measuring = True, threading.get_ident()
                         return None
                     left_s, pause = max(start + PATIENCE_S, self._rested_s) - time.perf_counter(), self._pausing()
                     if pause is not None and left_s <= 0:
-                        self._measuring = threading.get_ident()
+                        self._has_step = True
                         return pause
                     self._changed.wait(None if pause is None else left_s)
                 else:

@@ -353,6 +353,48 @@ def test_a_measured_step_has_its_turn_between_the_steps_of_a_busy_engine(
 
 
 @needs_kernels
+def test_a_step_that_waits_for_the_engine_lets_its_processors_call_the_model(
+    scripted: list[Transform],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of `guidance_scale` does at each token."""
+    monkeypatch.setattr("autotune.runtime.traffic.PATIENCE_S", 0.0)
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    inside, go_on, waits = threading.Event(), threading.Event(), threading.Event()
+
+    def ask(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        assert go_on.wait(60)
+        model(ids, output_hidden_states=True)
+        return scores
+
+    busy = model.autotune.submit(PROMPTS[0], logits_processor=[ask], max_new_tokens=3, **TOKENS)
+    assert inside.wait(60)
+    serving_now, engine, measured = model.autotune._serving, engine_of(model), list[bool]()
+    pause = serving_now.pause
+
+    def told() -> Any:
+        waits.set()
+        return pause()
+
+    traffic = model.autotune._tuning._traffic
+    traffic.pause_by(lambda: told)
+
+    def measure() -> None:
+        with traffic.step():
+            measured.append(engine.turns.is_here())
+
+    thread = threading.Thread(target=measure, daemon=True)
+    thread.start()
+    assert waits.wait(60)
+    go_on.set()
+    assert busy.result(60).shape[1] == len(PROMPTS[0]) + 3
+    thread.join(60)
+    assert measured == [True]
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

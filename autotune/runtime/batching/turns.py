@@ -20,7 +20,8 @@ class ModelTurns:
         self._changed = changed
         self._holder: int | None = None  # identifier of the thread whose turn it is: the engine's, or a caller's
         self._borrowers = 0  # such callers that wait
-        self._owns_next = False  # whether the next turn is the engine's even if such callers wait
+        self._is_wanted = False  # whether the engine waits
+        self._owns_next = False  # whether the next turn is the engine's, if it waits, even if such callers do
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -31,7 +32,7 @@ class ModelTurns:
         with self._changed:
             self._borrowers += 1
             try:
-                self._changed.wait_for(lambda: self._holder is None)
+                self._changed.wait_for(lambda: self._holder is None and not (self._is_wanted and self._owns_next))
             finally:
                 self._borrowers -= 1
             self._holder = threading.get_ident()
@@ -53,9 +54,13 @@ class ModelTurns:
         Raises:
             Cancelled: the engine was stopped.
         """
-        self._changed.wait_for(
-            lambda: is_stopped() or (self._holder is None and (self._owns_next or not self._borrowers))
-        )
+        self._is_wanted = True
+        try:
+            self._changed.wait_for(
+                lambda: is_stopped() or (self._holder is None and (self._owns_next or not self._borrowers))
+            )
+        finally:
+            self._is_wanted = False
         if is_stopped():
             raise Cancelled
         self._owns_next = False
