@@ -125,6 +125,8 @@ class ContinuousBatching(Transform):
 
         if isinstance(variant.loop, Together):
             return "calls are decoded together already"
+        if reason := variant.state.unseen("a step of several sequences"):
+            return reason
         if variant.device.is_host:
             if not isinstance(variant.step, StepPrograms) or variant.caches is None:
                 return "it needs a recorded decode step (step_program)"

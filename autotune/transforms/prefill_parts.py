@@ -65,4 +65,4 @@ class PrefillParts(Transform):
             return f"it is for CPUs; this model runs on {variant.device.kind}"
         if variant.part_tokens is not None:
             return f"prompts are read in parts of {variant.part_tokens} tokens already"
-        return seam.cannot_step(variant.original)
+        return variant.state.unseen("a part of a prompt") or seam.cannot_step(variant.original)

@@ -171,6 +171,15 @@ def test_what_keeps_a_value_refuses() -> None:
             Variant(model).with_transform(transform)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("name", "phase"), [("continuous_batching", "decode"), ("prefill_parts", "prefill")])
+def test_what_mixes_lengths_refuses(kind: str, name: str, phase: Any) -> None:
+    """A part of a prompt, or a sequence beside a longer one, would get the frequencies of another length."""
+    recorded = Variant(made(kind)).with_transform(transforms.make("step_program", {}, "decode"))
+    with pytest.raises(TransformError, match=f"{ROTARY} computes its buffers anew as contexts grow"):
+        recorded.with_transform(transforms.make(name, {}, phase))
+
+
 class Counting(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls = getattr(self, "calls", 0) + 1
