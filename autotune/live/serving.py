@@ -304,7 +304,7 @@ class Serving:
             self.watch.unready(call)
             warn(f"{fault.reason}; {self._other()} for such calls")
         else:
-            self.watch.failed(f"the plan failed: {fault.reason}")
+            self.watch.failed(f"the plan failed: {fault.reason}", call=call)
             warn(self.detail)
         return result
 

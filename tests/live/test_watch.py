@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 import autotune
-from autotune.live.watch.breaker import Breaker, Rules
+from autotune.live.watch.breaker import Breaker, BreakerEvent, Rules
 from autotune.live.watch.canary import score
 from autotune.live.watch.drift import (
     COMPILED_CALLS,
@@ -25,7 +26,7 @@ from autotune.live.watch.drift import (
     shape_of,
 )
 from autotune.live.watch.paces import Kind
-from autotune.live.watch.watch import Watch
+from autotune.live.watch.watch import Cause, Watch
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import plan as plans
@@ -405,6 +406,71 @@ def test_a_plan_that_failed_once_serves_again(watched: Any, clock: Clock) -> Non
     assert phases(watched) == ["open", "half-open", "closed"]
     assert watched.autotune.status.state == "tuned"
     assert watched.autotune.status.served == 1
+
+
+def test_a_trial_of_a_batch_size_that_fails_otherwise_leaves_the_next_one_to_try() -> None:
+    clock = Clock()
+    watch, call = Watch(0.0, clock=clock, rules=RULES), Mock(input_ids=torch.zeros(3, 1))
+    watch.unready(call)
+    assert not watch.admits(3)
+    clock.now = 10
+    assert watch.admits(3)  # the size's trial
+    watch.failed("the plan failed", call=call)
+    clock.now = 20
+    assert watch.admits(1)  # the plan's trial
+    watch._step(BreakerEvent.SERVED, "served")
+    assert watch.admits(3)
+
+
+def test_a_failure_of_a_call_is_noted_for_its_batch_size(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = list[Any]()
+    watch, decode = watched.autotune._serving.watch, watched.autotune._serving.active.modules["decode"]
+    monkeypatch.setattr(watch, "failed", lambda reason, call: noted.append(call.input_ids.shape[0]))
+    decode.forward = lambda *_, **__: 1 / 0
+    with pytest.warns(RuntimeWarning):
+        greedy(watched)
+    assert noted == [1]
+
+
+def test_a_drift_that_cannot_be_looked_into_is_no_reason_to_serve_again(watched: Any, clock: Clock) -> None:
+    serve(watched, tokens=4)
+    watch = watched.autotune._serving.watch
+    watch.failed("made up", Cause.DRIFT)
+    watch._obstacle = lambda: "the original is released"
+    clock.now += 10
+    watch.work()
+    assert phases(watched) == ["open", "half-open", "open"]
+    assert "could not be compared" in watched.autotune.events[-1].reason
+
+
+def test_a_drift_that_is_looked_into_while_the_model_changes_is_looked_into_again(
+    watched: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(watched, tokens=4)
+    watch = watched.autotune._serving.watch
+    watch.failed("made up", Cause.DRIFT)
+    clock.now += 10
+    with monkeypatch.context() as changing:
+
+        def changed(*given: Any) -> Any:
+            watched.train()
+            return score(*given)
+
+        changing.setattr("autotune.live.watch.watch.score", changed)
+        watch.work()
+    watched.eval()
+    watch.work()
+    assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
+
+
+def test_a_forked_child_gives_up_the_trials_of_its_parent(watched: Any, clock: Clock) -> None:
+    watch = watched.autotune._serving.watch
+    watch.failed("made up")
+    clock.now += 10
+    assert watch.admits(1)
+    watch.after_fork()
+    greedy(watched)
+    assert phases(watched) == ["open", "half-open", "half-open", "closed"]
 
 
 @pytest.mark.fault("E67")

@@ -80,6 +80,7 @@ class Watch:
         self._lock = forking.free(threading.RLock())
         self._worker: ending.Worker | None = None
         self._begin(None, None, lambda: None)
+        forking.tell(self)
 
     def begin(
         self, variant: Variant, plan: Plan | None, obstacle: Callable[[], str | None], stored: bool = False
@@ -113,6 +114,13 @@ class Watch:
         self._latest: Sample | None = None
         self._rest_until_s = 0.0
         self.served = self.scored = 0
+
+    def after_fork(self) -> None:
+        """Give up the trials of the parent's threads, which nobody ends in a forked child."""
+        now, event = self.clock(), BreakerEvent.ABANDONED
+        self._trial = None
+        self.breaker = self.breaker.after(event, now, self.rules)
+        self._batches = {size: each.after(event, now, self.rules) for size, each in self._batches.items()}
 
     # Around a call
 
@@ -186,9 +194,21 @@ class Watch:
                 self._step(BreakerEvent.CLEARED, reason, numbers)
         return result
 
-    def failed(self, reason: str, cause: Cause = Cause.FAILURE, numbers: Mapping[str, float] | None = None) -> None:
-        """Take a plan that failed out of service, for a while or permanently."""
+    def failed(
+        self,
+        reason: str,
+        cause: Cause = Cause.FAILURE,
+        numbers: Mapping[str, float] | None = None,
+        call: Sampling | None = None,
+    ) -> None:
+        """Take a plan that failed out of service, for a while or permanently.
+
+        Args:
+            call: the one that failed; a trial of its batch size has shown nothing then.
+        """
         with self._lock:
+            if call is not None:
+                self._note_batch(call, BreakerEvent.ABANDONED)
             self.cause = cause
             self._step(BreakerEvent.FAILED, reason, numbers or {})
 
@@ -241,6 +261,8 @@ class Watch:
             self._rest_until_s = self.clock() + (self.clock() - start) * (1 / IDLE_SHARE - 1)
             if variant is self._variant and self._obstacle() == obstacle:  # nothing changed meanwhile
                 self._note_score(sample, kld, defect, retry)
+            elif retry and variant is self._variant:
+                self._step(BreakerEvent.ABANDONED, "the model changed while the kept call was scored again")
 
     def _note_score(self, sample: Sample, kld: float | None, defect: str | None, retry: bool) -> None:
         self.scored += 1
@@ -248,7 +270,9 @@ class Watch:
         if defect is not None:
             return self.failed(f"the plan gives {defect}", Cause.DRIFT)
         if retry:
-            if kld is not None and kld > self.divergence.limit:
+            if kld is None:
+                return self.failed("the kept call could not be compared with the original's answer", Cause.DRIFT)
+            if kld > self.divergence.limit:
                 return self.failed("the kept call still differs", Cause.DRIFT, {"KLD": kld})
             self.divergence = DivergenceCusum(self.divergence.limit)
             return self._step(BreakerEvent.SERVED, "the kept call is as the original would have it")
