@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError
 from ..model import route, seam, sharding
+from ..runtime import kernels
 from ..runtime.batching.load import EngineLoad
 from ..runtime.batching.terms import RequestTerms
 from ..runtime.traffic import Traffic
@@ -203,6 +204,7 @@ class Handle(Wrapped):
         self._tuning.stop()
         self._serving.active = None
         route.detach(self._model)
+        kernels.free_kept()
         return self._model
 
     def submit(
@@ -255,9 +257,6 @@ class Handle(Wrapped):
         return self._serving.other_loop(name)
 
     # What `wrap` calls
-
-    def read(self, value: Any) -> Workload:
-        return self._tuning.read(value)
 
     def start(self, work: Workload) -> None:
         """Tune for `work`, now or in the background."""

@@ -179,22 +179,26 @@ class Tuning:
         self._observer.observe(call.input_ids, call.mask, call.settings.max_length - call.input_ids.shape[1])
         if self._options.when == "manual" or not self._observer.ready(self._options.observe):
             return
+        work = self._observer.workload()  # may raise, so before the lock
         if not self.lock.acquire(blocking=False):
             return
         if self._options.when == "blocking":
-            self._run_and_unlock(self._observer.workload())
+            self._run_and_unlock(work)
         else:
-            self._spawn(self._observer.workload())
+            self._spawn(work)
 
     def _spawn(self, work: Workload) -> None:
         self._serving.become(State.TUNING, "started")
         repeat = partial(self.again.keep_trying, WeakMethod(self._tune_by_itself), work)
-        worker = ending.Worker(repeat, "autotune", stop=self._traffic.cancel)
-        if worker.launch():
-            self.thread = worker
-        else:
-            self._serving.become(State.OBSERVING, "the process ends")
-            self.lock.release()
+        worker, launched = ending.Worker(repeat, "autotune", stop=self._traffic.cancel), False
+        try:
+            launched = worker.launch()
+        finally:  # where no thread can be started, it raises
+            if launched:
+                self.thread = worker
+            else:
+                self._serving.become(State.OBSERVING, "no thread could be started, or the process ends")
+                self.lock.release()
 
     def _tune_by_itself(self, work: Workload, again: bool) -> bool:
         """Tune in the background. Returns whether noise may have hidden a gain.
@@ -258,7 +262,9 @@ class Tuning:
             raise
         devices.of(self._model).trim()  # frees the memory that measuring and judging used
         if change := revision.differs():
-            raise StateError(f"the model changed while it was being tuned ({change}); call .tune() again")
+            said = f"the model changed while it was being tuned ({change}); call .tune() again"
+            self._serving.fail(said)
+            raise StateError(said)
         self._winner.replaced(tuned, revision)
         if self._quiet and tuned.doubt is not None:  # a progress callback got this message already
             log.warning("%s. This is not kept as a plan: %s", tuned.verdict, tuned.doubt)

@@ -15,6 +15,7 @@ from ..tune import fingerprint, selfcheck
 from ..tune import policy as policies
 from ..tune.policy import Policy
 from ..tune.supported import draft_mismatch, mismatch
+from ..workload import read
 from .handle import Handle
 from .options import KeepOriginal, Options, When
 
@@ -88,12 +89,12 @@ def wrap(
         raise ValueError(
             "keep_original='parked' moves the original from a GPU to the host, where this model is already"
         )
+    work = None if workload is None else read(workload, tokenizer=tokenizer, model=model)
     if (wrapped := model.__dict__.get(route.SLOT)) is not None:
-        wrapped.unwrap()
+        wrapped.unwrap()  # once nothing that was given can be refused any more
     if options.when == "background":
         trace.initialise()  # here, because the tuning thread would be the wrong one
     handle = Handle(model, options)
-    work = None if workload is None else handle.read(workload)
     if (problem := selfcheck.problem(model)) is not None:
         warn(problem)
         handle.pass_through(problem)

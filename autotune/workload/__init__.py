@@ -227,7 +227,10 @@ class Observer:
         self._calls = 0
 
     def observe(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_new_tokens: int) -> None:
-        """Note one call. A call that no workload can express (no ids, nothing to generate, an odd mask) is left out.
+        """Note one call.
+
+        A call that no workload can express is left out: no ids, nothing to generate, an odd mask, a prompt that fills
+        the model's context.
 
         Nothing is read back from the device here, because the caller would have to wait.
 
@@ -237,6 +240,8 @@ class Observer:
             max_new_tokens: tokens the call may generate.
         """
         if input_ids.dim() != 2 or not input_ids.numel() or max_new_tokens < 1:
+            return
+        if self._context is not None and input_ids.shape[1] >= self._context:
             return
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             return
@@ -257,6 +262,8 @@ class Observer:
     def workload(self) -> Workload:
         """Make a workload of the latest prompts, the median of tokens requested and the most frequent batch sizes.
 
+        A prompt that leaves no room for so many tokens is left out, unless none leaves it.
+
         Raises:
             WorkloadError: nothing usable was observed.
         """
@@ -264,12 +271,12 @@ class Observer:
             rows, new_tokens = list(self._rows), list(self._new_tokens)
             batches = [size for size, _ in self._batches.most_common(OBSERVED_BATCHES)]
         seen = [tuple((ids if mask is None else ids[mask]).tolist()) for ids, mask in rows]
-        limit = self._context or math.inf
-        seen = [prompt for prompt in seen if 0 < len(prompt) < limit]
+        seen = [prompt for prompt in seen if prompt]
         if not seen:
             raise WorkloadError(
                 "no call with a usable prompt was observed; generate something first, or pass workload="
             )
-        asked = median_high(new_tokens)
-        room = self._context - max(map(len, seen)) if self._context else asked
-        return Workload(tuple(seen), min(asked, room), tuple(sorted(batches)))
+        asked, context = median_high(new_tokens), self._context or math.inf
+        seen = [prompt for prompt in seen if len(prompt) + asked <= context] or seen
+        room = context - max(map(len, seen))
+        return Workload(tuple(seen), int(min(asked, room)), tuple(sorted(batches)))

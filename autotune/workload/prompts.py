@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -33,7 +33,7 @@ def parse(value: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[tuple[
         value = _read_file(Path(value))
     if isinstance(value, torch.Tensor):
         value = [value]
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, dict)):
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
         raise WorkloadError(f"a workload of type {type(value).__name__} was given; expected {EXPECTED}")
     items = list(value)
     if items and all(is_count(item) for item in items):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import autotune
+from autotune.machine import ending
 from autotune.model import seam
 from autotune.model.route import bare, is_routed
 from autotune.runtime.variant import Transform, Variant
@@ -210,6 +211,38 @@ def test_what_was_proven_on_a_model_that_changed_meanwhile_does_not_serve(monkey
         paused.end(model)
 
 
+def test_tuning_that_ends_because_the_model_changed_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(model: Any) -> None:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+
+    Paused(monkeypatch, meanwhile=train).go_on.set()
+    model = autotune.wrap(tiny("llama"), when="manual", cache=False)
+    with pytest.raises(autotune.StateError, match="the model changed while it was being tuned"):
+        model.autotune.tune(token_prompts(4))
+    assert model.autotune.status.state == "failed"
+    assert "the model changed while it was being tuned" in model.autotune.status.detail
+    assert model.autotune._serving.active is None
+
+
+def test_a_thread_that_cannot_be_started_leaves_tuning_to_the_next_call(
+    scripted: list[Transform], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wrapped(tiny("llama"), workload=None, when="background", observe=1)
+    with monkeypatch.context() as full:
+
+        def fails(_worker: Any) -> bool:
+            raise RuntimeError("can't start new thread")
+
+        full.setattr(ending.Worker, "launch", fails)
+        greedy(model)
+    assert "can't start new thread" in caplog.text
+    assert model.autotune.status.state == "observing"
+    greedy(model)
+    model.autotune._tuning.thread.join(60)
+    assert model.autotune.status.state == "tuned"
+
+
 def test_a_change_meanwhile_takes_it_out_and_tuning_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     paused, model = Paused(monkeypatch), tiny("llama")
     wrapped(model, when="background")
@@ -322,6 +355,36 @@ def test_unwrap_leaves_no_trace(scripted: list[Transform]) -> None:
     attributes, cls, before = set(model.__dict__), type(model), greedy(model)
     wrapped(model).autotune.unwrap()
     assert (set(model.__dict__), type(model), greedy(model)) == (attributes, cls, before)
+
+
+def test_a_call_that_fills_the_context_does_not_lock_tuning(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"), workload=None, observe=1)
+    greedy(model, torch.full((1, 300), 7))  # of 256 positions
+    assert model.autotune.status.state == "observing"
+    greedy(model)
+    assert model.autotune.status.state == "tuned"
+
+
+def test_what_was_observed_and_cannot_be_used_does_not_lock_tuning(
+    scripted: list[Transform], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wrapped(tiny("llama"), workload=None, observe=1)
+    greedy(model, torch.full((1, 8), 7), attention_mask=torch.zeros(1, 8, dtype=torch.long))
+    assert "no call with a usable prompt" in caplog.text
+    model.autotune.tune(token_prompts(4))
+    assert model.autotune.status.state == "tuned"
+
+
+@pytest.mark.parametrize("options", [{"workload": []}, {"policy": "balansed"}, {"when": "later"}], ids=str)
+def test_wrapping_again_with_what_is_refused_keeps_what_serves(
+    scripted: list[Transform], options: dict[str, Any]
+) -> None:
+    model = wrapped(tiny("llama"))
+    first = model.autotune
+    with pytest.raises((autotune.AutotuneError, ValueError)):
+        wrapped(model, **options)
+    assert model.autotune is first
+    assert first.status.state == "tuned"
 
 
 @pytest.mark.fault("D62")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from autotune import workload
 from autotune.errors import WorkloadError
@@ -75,6 +76,7 @@ def test_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
         (["text"], {}, "prompt 0 is text, which needs a tokenizer"),
         ([b"bytes"], {}, "prompt 0 is of type bytes"),
         ({"prompt": [5]}, {}, "of type dict was given"),
+        (BatchEncoding({"input_ids": [[5]]}), {}, "of type BatchEncoding was given"),
         (None, {}, "of type NoneType was given"),
         ([torch.tensor([0.5])], {}, "prompt 0 is a torch.float32 tensor"),
         ([torch.tensor([True])], {}, "prompt 0 is a torch.bool tensor"),
@@ -244,7 +246,7 @@ def test_observer_drops_padding_and_takes_medians() -> None:
 
 
 def test_observer_is_ready_after_enough_usable_calls() -> None:
-    observer, ids = Observer(), torch.tensor([[7, 8]])
+    observer, ids = Observer(context=16), torch.tensor([[7, 8]])
     assert not observer.ready(0)
     for unusable in (
         (torch.zeros(1, 0, dtype=torch.long), None, 5),  # inputs_embeds were given
@@ -252,6 +254,7 @@ def test_observer_is_ready_after_enough_usable_calls() -> None:
         (ids, None, 0),
         (ids, torch.ones(1, 1, 2, 2), 5),
         (ids[0], None, 5),
+        (torch.full((1, 16), 7), None, 5),  # the context is full
     ):
         observer.observe(*unusable)
     assert not observer.ready(1)
@@ -272,6 +275,13 @@ def test_observer_stays_within_the_context() -> None:
     observer.observe(torch.full((1, 30), 7), None, 64)
     observer.observe(torch.full((1, 12), 7), None, 64)
     assert observer.workload() == Workload(((7,) * 12,), 8, (1,))
+
+
+def test_a_prompt_that_nearly_fills_the_context_does_not_shorten_the_others_answers() -> None:
+    observer = Observer(context=200)
+    for length in (100, 199, 100):
+        observer.observe(torch.full((1, length), 7), None, 64)
+    assert observer.workload() == Workload(((7,) * 100,) * 2, 64, (1,))
 
 
 def test_observer_keeps_its_own_copy() -> None:

@@ -42,6 +42,7 @@ log = logging.getLogger("autotune")
 
 MAX_SLOWDOWN = 0.05  # default fraction by which a median time may grow
 MAX_GROWTH = 0.05  # fraction by which the weights' memory may grow
+NO_GAIN = -1e-9  # the least gain is below 0, so that none is asked for where no slowdown is allowed
 PAIRED_BUDGET_S = 60.0  # most seconds to time both models in pairs
 
 
@@ -66,7 +67,7 @@ def run(
         model: a causal LM in eval mode, wrapped or not, or a variant. It is run, never edited.
         baseline: the baseline's folder, or the value that `load` returned.
         tokenizer: used to refuse another tokenizer, to score tasks given as text, and to show prompts.
-        plan: applied to the model first; it is checked through the path that serves.
+        plan: applied to the model first; it is checked through the path that serves. A variant takes none.
         tier: quality tier, "lossless", "strict", "relaxed" or "aggressive".
         max_slowdown: fraction by which a median may grow, beyond the noise.
         measure_latency: whether to check latency.
@@ -83,12 +84,14 @@ def run(
         MeasurementError: the baseline is incomplete or was changed.
         UnsupportedModelError: the model is not a causal LM in eval mode.
         PlanError: the plan was made for another model.
-        ValueError: there is no such tier, or the slowdown is negative.
+        ValueError: there is no such tier, the slowdown is negative, or a plan comes with a variant.
     """
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
     if not max_slowdown >= 0:
         raise ValueError(f"max_slowdown is {max_slowdown}; expected a fraction of 0 or more")
+    if plan is not None and isinstance(model, Variant):
+        raise ValueError("a variant has its transforms already; give the model that the plan is to be applied to")
     notify = progress or log.info
     base = baseline if isinstance(baseline, Baseline) else load(baseline)
     variant = model if isinstance(model, Variant) else subject.serving(model, plan)
@@ -214,7 +217,7 @@ def _race(
     notify("timing both models in pairs")
     shapes = [each.bucket for each in base.pace] or list(buckets(_recorded_work(base)))
     limits = Limits(
-        min_gain=1 / (1 + max_slowdown) - 1,
+        min_gain=min(1 / (1 + max_slowdown) - 1, NO_GAIN),
         max_ttft_increase=max_slowdown,
         max_tpot_increase=max_slowdown,
         max_p90_increase=2 * max_slowdown,

@@ -202,6 +202,16 @@ def test_a_plan_is_checked_through_the_path_that_serves(baseline, model, transfo
     assert (result.localised and result.localised.first_layer) == layer
 
 
+def test_a_plan_is_not_dropped_because_a_variant_is_given(baseline, model):
+    with pytest.raises(ValueError, match="a variant has its transforms already"):
+        check.run(Variant(model), baseline, plan=plan_for(model, make("lean_loop", {}, "both")))
+
+
+def test_what_is_left_to_the_original_says_why(baseline, model):
+    short = Variant(model).with_transform(make("static_cache", {"slots": 4}, "decode"))
+    assert "context beyond the static cache's 4 tokens" in check.run(short, baseline).quality.reason
+
+
 def test_a_plan_for_another_model(baseline, model):
     with pytest.raises(PlanError, match="was made for model"):
         check.run(model, baseline, plan=plan_for(tiny("qwen3")))
@@ -260,7 +270,7 @@ def test_prompts_that_were_tuned_on_are_flagged(baseline, model, tuned, verdict,
 
 def test_a_wrapped_models_own_prompts_are_known(baseline, model):
     wrapped = wrap(model, when="manual", cache=False)
-    wrapped.autotune._tuning.given = wrapped.autotune.read(token_prompts(18, 40))
+    wrapped.autotune._tuning.given = wrapped.autotune._tuning.read(token_prompts(18, 40))
     assert metric(check.run(wrapped, baseline), "leakage").verdict is Verdict.INCONCLUSIVE
 
 
@@ -318,9 +328,10 @@ def test_latency_is_recorded_and_compared(model, tmp_path, monkeypatch):
     assert {m.name for m in result.metrics if m.verdict is Verdict.FAIL} == names
 
 
-def test_against_the_recorded_model_both_are_timed_here(baseline, model):
+@pytest.mark.parametrize("max_slowdown", [0.05, 0.0])
+def test_against_the_recorded_model_both_are_timed_here(baseline, model, max_slowdown):
     recorded = with_pace(baseline, 9.0, name="another machine")
-    result = check.run(model, recorded, against=subject(), clock=Clock())
+    result = check.run(model, recorded, against=subject(), clock=Clock(), max_slowdown=max_slowdown)
     found = metric(result, "latency (paired)")
     assert found.verdict is Verdict.PASS, found.reason
     assert abs(found.value) < 1e-6
