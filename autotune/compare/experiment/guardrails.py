@@ -62,7 +62,7 @@ class Guardrail:
 
     def scale(self, raw: float | bool | None) -> float | None:
         """Convert a measurement to the value that is averaged; larger is worse. None if it is not usable."""
-        if raw is None or math.isnan(raw):
+        if raw is None or not math.isfinite(raw):
             return None
         if self.kind == "rate":
             return float(bool(raw) is (self.worse == "higher"))
@@ -152,7 +152,9 @@ def conclude(findings: Sequence[Finding]) -> tuple[Verdict, str]:
     return Verdict.PASS, "within every limit: " + "; ".join(f.text for f in findings)
 
 
-def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, share: float | None = None) -> str:
+def stated_bound(
+    guardrail: Guardrail, alpha: float, *, std: float = math.nan, share: float | None = None, before: int = 0
+) -> str:
     """State in a sentence the number of its requests in which a clearly worse candidate is caught.
 
     "Clearly worse" is a rate 10 points over the limit and a total failure, or a ratio or mean at twice the limit. The
@@ -163,13 +165,18 @@ def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, s
         alpha: as for `judge`.
         std: standard deviation of the values so far. NaN means not known yet; then `UNSEEN_STD` or `UNSEEN_PAIRED_STD`
             is assumed for a ratio, and nothing is stated for a mean.
-        share: share of requests that the candidate gets, above 0; None if there is no control to compare with.
+        share: share of requests that the candidate gets, above 0; None if its values are compared with no control's.
+        before: requests of the control that were measured before the candidate got all of them.
     """
-    control = math.inf if share is None or share >= 1 else (1 - share) / share
+    if share is not None and share >= 1 and not before:
+        return f"{guardrail.name}: nothing is caught, because the control has served no request to compare with"
+    control = sequential.KNOWN
+    if share is not None:
+        control = sequential.Control((1 - share) / share, before if share >= 1 else 0)
     if guardrail.kind == "rate":
         rate = min(1.0, guardrail.limit + 0.10)
-        some = sequential.requests_to_see_rate(rate, guardrail.limit, alpha, control_per_request=control)
-        every = sequential.requests_to_see_rate(1.0, guardrail.limit, alpha, control_per_request=control)
+        some = sequential.requests_to_see_rate(rate, guardrail.limit, alpha, control=control)
+        every = sequential.requests_to_see_rate(1.0, guardrail.limit, alpha, control=control)
         within, whole = (n or f"over {sequential.MAX_RATE_REQUESTS}" for n in (some, every))
         return f"{guardrail.name}: a rate of {rate:.0%} is caught within {within} requests, of 100% within {whole}"
     if guardrail.kind == "mean" and math.isnan(std):
@@ -177,7 +184,7 @@ def stated_bound(guardrail: Guardrail, alpha: float, *, std: float = math.nan, s
     unseen = UNSEEN_PAIRED_STD if share is None else UNSEEN_STD
     known = round(unseen if math.isnan(std) else std, 3)
     excess = math.log1p(2 * guardrail.limit) - guardrail.bar if guardrail.kind == "ratio" else guardrail.limit
-    n = sequential.requests_to_see_mean(excess, known, alpha, control_per_request=control) if excess > 0 else None
+    n = sequential.requests_to_see_mean(excess, known, alpha, control=control) if excess > 0 else None
     many = f"{max(n, START_SKEWED) if guardrail.kind == 'mean' else n}" if n else f"over {sequential.MAX_REQUESTS}"
     how = "assumed" if math.isnan(std) else "seen"
     effect = f"+{2 * guardrail.limit:.0%}" if guardrail.kind == "ratio" else f"+{2 * guardrail.limit:.4g}"

@@ -115,16 +115,14 @@ class Ramp:
 
     def bounds(self, progress: RampProgress) -> tuple[str, ...]:
         """For each guardrail, a sentence with the number of requests in which a clearly worse candidate is caught."""
+        return tuple(self._bound(progress, rail) for rail in self.rails)
+
+    def _bound(self, progress: RampProgress, rail: Guardrail) -> str:
+        beside, std = _beside(progress, rail), _spread(progress, rail)
+        if beside is None:
+            return stated_bound(rail, self.alpha, std=std)
         share = self.share(progress) or self.shares[0]
-        return tuple(
-            stated_bound(
-                rail,
-                self.alpha,
-                std=_spread(progress, rail),
-                share=None if _beside(progress, rail) is None else share,
-            )
-            for rail in self.rails
-        )
+        return stated_bound(rail, self.alpha, std=std, share=share, before=beside.n)
 
     def verdict(self, progress: RampProgress) -> tuple[Verdict, str]:
         """The current verdict on the candidate, and why."""

@@ -129,6 +129,7 @@ class Replay:
         kld: mean KL(control || candidate) over these tokens, nats; NaN if the candidate failed.
         pair: both timings, for the same forced number of tokens; None if the candidate failed.
         error: how the candidate failed, or None.
+        left: why the candidate leaves such a request to the control, which says nothing about it, or None.
     """
 
     tokens: int = 0
@@ -136,6 +137,7 @@ class Replay:
     kld: float = float("nan")
     pair: Pair | None = None
     error: str | None = None
+    left: str | None = None
 
 
 def replay(
@@ -153,15 +155,18 @@ def replay(
     prompts, served = request.prompts(), request.served()
     count, scored = min(len(served[0]), TIMED_TOKENS), [row[:SCORED_TOKENS] for row in served]
     timings: dict[Rerun, Timing] = {}
+    missing: Replay | None = None
     for arm in (candidate, control) if candidate_first else (control, candidate):
         try:
             timings[arm] = time_request(arm, prompts, count, turns)
         except LateError:
             raise
         except CandidateError as error:
-            if arm is candidate:
-                return Replay(error=str(error))
-            raise MeasurementError(f"the control cannot replay this: {error}") from error
+            if arm is control:
+                raise MeasurementError(f"the control cannot replay this: {error}") from error
+            missing = _missing(error)
+    if missing is not None:  # and the control can
+        return missing
     pair = Pair(timings[control], timings[candidate])
     reference = control.step(prompts, scored)  # [B, T, V]
     try:
@@ -169,7 +174,7 @@ def replay(
     except LateError:
         raise
     except CandidateError as error:
-        return Replay(error=str(error))
+        return _missing(error)
     if defect := find_defect(reference, found):
         return Replay(error=defect)
     targets = torch.tensor(scored, dtype=torch.int64, device=reference.device)
@@ -177,3 +182,7 @@ def replay(
     gaps = there.top_gap.reshape(targets.shape).max(axis=0)  # [T], the largest of any sequence
     diverged = next((n for n, gap in enumerate(gaps) if gap > 0), None)
     return Replay(len(scored[0]), diverged, float(there.kld.mean()), pair)
+
+
+def _missing(error: CandidateError) -> Replay:
+    return Replay(left=str(error)) if isinstance(error, BypassedError) else Replay(error=str(error))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -156,9 +157,26 @@ def rate_difference(control: Moments, candidate: Moments, alpha: float) -> Inter
     return there - here
 
 
+class Control(NamedTuple):
+    """The control's requests while the candidate gets n: `before` + n * `per_request`. Infinite: its mean is known."""
+
+    per_request: float = math.inf
+    before: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        return math.isinf(self.per_request)
+
+    def requests(self, n: int) -> int:
+        return self.before + int(n * self.per_request)
+
+
+KNOWN = Control()  # as where values are paired
+
+
 @functools.lru_cache(maxsize=256)
 def requests_to_see_mean(
-    excess: float, std: float, alpha: float, *, control_per_request: float = math.inf, power: float = 0.95
+    excess: float, std: float, alpha: float, *, control: Control = KNOWN, power: float = 0.95
 ) -> int | None:
     """Number of the candidate's requests in which `mean_difference` detects a mean that is `excess` over the limit.
 
@@ -169,20 +187,18 @@ def requests_to_see_mean(
         excess: true difference minus the limit, in the values' units; above 0.
         std: standard deviation of the values, in each arm.
         alpha: as for `mean_difference`.
-        control_per_request: the control's requests per request of the candidate; infinite if the control's mean is
-            known or the values are paired.
+        control: the control's requests beside the candidate's.
         power: chance of having detected it by then.
     """
     z = NormalDist().inv_cdf(power)
 
     def seen(n: int) -> bool:
-        known = math.isinf(control_per_request)
-        others = n * control_per_request
-        if not known and others < START:
+        if control.is_known:
+            return half_width(n, std, alpha) + z * std * math.sqrt(1 / n) <= excess
+        if (others := control.requests(n)) < START:
             return False
-        half = half_width(n, std, alpha / (1 if known else 2))
-        half += 0.0 if known else half_width(int(others), std, alpha / 2)
-        return half + z * std * math.sqrt(1 / n + (0.0 if known else 1 / others)) <= excess
+        half = half_width(n, std, alpha / 2) + half_width(others, std, alpha / 2)
+        return half + z * std * math.sqrt(1 / n + 1 / others) <= excess
 
     return _first(seen)
 
@@ -202,7 +218,7 @@ def _first(seen: Callable[[int], bool]) -> int | None:
 
 @functools.lru_cache(maxsize=256)
 def requests_to_see_rate(
-    rate: float, limit: float, alpha: float, *, control_per_request: float = math.inf, power: float = 0.95
+    rate: float, limit: float, alpha: float, *, control: Control = KNOWN, power: float = 0.95
 ) -> int | None:
     """Number of the candidate's requests in which `rate_difference` detects `rate`, with a control without a hit.
 
@@ -212,14 +228,13 @@ def requests_to_see_rate(
     Args:
         rate: the candidate's true rate.
         limit: how much it may exceed the control's rate.
-        alpha, control_per_request, power: as for `requests_to_see_mean`.
+        alpha, control, power: as for `requests_to_see_mean`.
     """
-    known = math.isinf(control_per_request)
-    share = alpha / (1 if known else 2)
+    share = alpha / (1 if control.is_known else 2)
     alive, bar = np.ones(1), 0  # chance of k hits without having stopped, k = 0, 1, ...
     for n in range(1, MAX_RATE_REQUESTS + 1):
         alive = np.append(alive * (1 - rate), 0.0) + np.append(0.0, alive * rate)
-        over = limit if known else limit + rate_interval(0, int(n * control_per_request), share).high
+        over = limit if control.is_known else limit + rate_interval(0, control.requests(n), share).high
         while bar <= n and not (over < 1 and bar > n * over and _surpasses(bar, n, over, share)):
             bar += 1  # never lowered, which can only make the answer larger
         alive[bar:] = 0.0

@@ -301,6 +301,9 @@ class Shadow(Layer):
 
     def _count(self, name: str, found: Replay) -> None:
         with self._changed:
+            if found.left is not None:
+                self._tallies[name][f"left to the control: {found.left}"] += 1
+                return
             self._figures[name] = guardrails.add(self._figures[name], self._values(found))
             tally = self._tallies[name]
             if found.error is not None:

@@ -250,14 +250,15 @@ class Split(Layer):
         whole = seam.sequences(result)  # [B, P + N]
         values: dict[str, float | None] = {}
         for rail in self.ramp.rails:
-            raw: float | bool | None = {"ttft": tokens.ttft_s(start_s), "tpot": tokens.tpot_s}.get(rail.name)
+            raw = {"ttft": tokens.ttft_s(start_s), "tpot": tokens.tpot_s}.get(rail.name)
             if rail.measure is not None:
                 try:
                     raw = rail.measure(call.input_ids, whole[:, call.input_ids.shape[1] :])
+                    values[rail.name] = rail.scale(raw)
                 except Exception as error:  # the user's metric must not fail a live call
                     self._count(f"{rail.name} could not be measured")
                     log.warning("guardrail %s could not be measured: %s: %s", rail.name, type(error).__name__, error)
-            if rail.name != "errors":
+            elif rail.name != "errors":
                 values[rail.name] = rail.scale(raw)
         return values
 

@@ -37,7 +37,7 @@ class Version:
         name: name of the experiment.
         number: 1, 2, ...
         mode: "offline", "shadow" or "split".
-        status: "running", "done" or "rolled back".
+        status: "done", or "running"; a split or a shadow stays so, and goes on when it is started again.
         started: ISO 8601, UTC.
         resumed: whether its earlier observations count.
         reason: why it was resumed or begun, in a sentence.

@@ -58,6 +58,8 @@ def test_what_the_figures_say(name: str) -> None:
         (TTFT, 0.0, None),
         (TTFT, None, None),
         (TPOT, math.nan, None),
+        (TPOT, math.inf, None),
+        (LENGTH, -math.inf, None),
         (LENGTH, 7, -7.0),
     ],
 )
@@ -96,6 +98,17 @@ BOUNDS: dict[str, tuple[Guardrail, dict[str, Any], str]] = {
     "mean, unseen": (LENGTH, {"share": 0.5}, "length: its spread is not known yet"),
     "mean, seen": (LENGTH, {"share": 0.5, "std": 1.0}, "length: +10 is caught within 100 requests"),
     "rate, hopeless": (Guardrail("errors", "rate", 0.999), {"share": 1e-6}, "requests, of 100% within over 10000"),
+    "all requests, after few of the control's": (
+        TPOT,
+        {"share": 1.0, "std": 0.1, "before": 30},
+        "tpot: +20% is caught within over 100000 requests",
+    ),
+    "all requests, after many of the control's": (
+        TPOT,
+        {"share": 1.0, "std": 0.1, "before": 5000},
+        "tpot: +20% is caught within 49 requests",
+    ),
+    "all requests, nothing to compare with": (TPOT, {"share": 1.0}, "tpot: nothing is caught, because the control"),
     "hopeless": (TPOT, {"std": 99.0}, "tpot: +20% is caught within over 100000 requests"),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from autotune.compare.experiment import sequential
-from autotune.compare.experiment.sequential import START, START_SKEWED, Interval, Moments
+from autotune.compare.experiment.sequential import START, START_SKEWED, Control, Interval, Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,7 @@ def test_peeking_is_sound_for_unpaired_means() -> None:
 
 @pytest.mark.parametrize(("excess", "std", "control"), [(0.05, 0.1, math.inf), (0.1, 0.3, 1.0), (0.2, 0.3, 3.0)])
 def test_the_number_of_requests_stated_for_a_mean_is_kept(excess: float, std: float, control: float) -> None:
-    stated = sequential.requests_to_see_mean(excess, std, ALPHA, control_per_request=control)
+    stated = sequential.requests_to_see_mean(excess, std, ALPHA, control=Control(control))
     assert stated is not None
     rng = np.random.default_rng(4)
     known = math.isinf(control)
@@ -105,7 +105,7 @@ def test_the_number_of_requests_stated_for_a_mean_is_kept(excess: float, std: fl
 
 @pytest.mark.parametrize(("rate", "limit", "control"), [(0.12, 0.02, math.inf), (0.3, 0.02, 9.0), (1.0, 0.02, 1.0)])
 def test_the_number_of_requests_stated_for_a_rate_is_kept(rate: float, limit: float, control: float) -> None:
-    stated = sequential.requests_to_see_rate(rate, limit, ALPHA, control_per_request=control)
+    stated = sequential.requests_to_see_rate(rate, limit, ALPHA, control=Control(control))
     assert stated is not None
     rng = np.random.default_rng(5)
     late = sum(not stops(rng.random(stated) < rate, limit, control) for _ in range(200))

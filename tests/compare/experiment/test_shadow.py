@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,13 @@ from autotune import cli
 from autotune.compare.experiment import Experiment
 from autotune.compare.experiment.live import Standing, overall
 from autotune.compare.experiment.outcomes import Outcome
+from autotune.compare.experiment.replays import ReplayedRequest, Rerun, Turns, replay
 from autotune.compare.experiment.verdicts import conclude
-from autotune.errors import ExperimentError
+from autotune.errors import ExperimentError, MeasurementError
 from autotune.model import route
+from autotune.runtime.traffic import Traffic
+from autotune.runtime.wrapped import serving_variant
+from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.threads import Threads
 from autotune.validate import Verdict
 from tests.models import BOS, left_padded, tiny, token_prompts
@@ -121,6 +126,30 @@ def test_a_candidate_that_raises_never_reaches_the_caller(llama: PreTrainedModel
     assert standing.verdict == "fail"
     assert standing.reason.startswith("over the limit: errors +100.0%")
     assert standing.errors[0].endswith("RuntimeError: no such kernel")
+
+
+def test_what_a_candidate_leaves_to_the_control_says_nothing_about_it(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """As a prompt that is longer than its slots."""
+    short = [StaticCache("decode", slots=16)]  # prompts have 12 tokens, answers 6
+    with experiment(tmp_path, short=short).shadow(llama, **EVERYTHING) as shadow:
+        asked(llama, 3)
+        llama.generate(PROMPTS[0][:, :8], max_new_tokens=6)
+        assert shadow.wait(WAIT_S)
+        standing = shadow.status.candidates[0]
+    left = {what: n for what, n in standing.counts.items() if what.startswith("left to the control: ")}
+    assert list(left.values()) == [3]
+    assert "16" in next(iter(left))
+    assert (standing.requests, standing.errors) == (1, ())
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_neither_arm_can_replay_is_not_held_against_the_candidate(llama: PreTrainedModel, first: bool) -> None:
+    turns = Turns(Traffic(), math.inf)
+    ids = PROMPTS[0]
+    request = ReplayedRequest(ids, None, ids[:, :6], (), 0, 0.0)
+    control, candidate = (Rerun(serving_variant(broken(fail)), turns, 0) for _ in range(2))
+    with pytest.raises(MeasurementError, match=r"the control cannot replay this: .*no such kernel"):
+        replay(control, candidate, request, turns, candidate_first=first)
 
 
 def test_nan_is_a_failure(llama: PreTrainedModel, tmp_path: Path) -> None:

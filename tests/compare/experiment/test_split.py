@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -17,7 +18,7 @@ import autotune
 from autotune.compare.experiment import Experiment, Guardrail, ramp
 from autotune.compare.experiment.guardrails import STANDARD
 from autotune.compare.experiment.ramp import Ramp, RampProgress, RampState
-from autotune.compare.experiment.sequential import requests_to_see_rate
+from autotune.compare.experiment.sequential import Moments, requests_to_see_rate
 from autotune.errors import ExperimentError, StateError
 from autotune.model import route
 from autotune.validate import Verdict
@@ -124,6 +125,25 @@ def test_it_is_rolled_back_within_the_stated_number_of_requests() -> None:
     took = [len(climb(rules, drawn(errors=0.12), seed, requests=2000)) for seed in range(40)]
     assert sum(n > stated for n in took) <= 5  # at most 5 %, and the simulation's own error
     assert len(climb(rules, drawn(errors=1.0), 0, 100)) == requests_to_see_rate(1.0, ERRORS.limit, rules.alpha)
+
+
+def test_it_is_rolled_back_within_the_stated_number_of_all_requests() -> None:
+    """The control's figures are those of the step before, and do not grow."""
+    rules = Ramp((0.5, 1.0), (Guardrail("ttft", "ratio", 0.1),))
+    rng = np.random.default_rng(6)
+    took = []
+    for _ in range(40):
+        before = Moments()
+        for value in rng.normal(0.0, 0.2, 600):
+            before = before.add(float(value))
+        progress = begun = RampProgress(step=1, control={"ttft": before})
+        while progress.state != "rolled back" and progress.requests < 5000:
+            progress = rules.advance(
+                ramp.observed(progress, "candidate", {"ttft": float(rng.normal(math.log(1.2), 0.2))})
+            )
+        took.append(progress.requests)
+    stated = int(re.findall(r"within (\d+) requests", rules.bounds(begun)[0])[0])
+    assert sum(n > stated for n in took) <= 5  # at most 5 %, and the simulation's own error
 
 
 def test_a_candidate_within_the_limits_is_hardly_ever_rolled_back() -> None:
@@ -389,13 +409,16 @@ def test_a_metric_of_ones_own_rolls_back(llama: PreTrainedModel, tmp_path: Path)
     candidate.lm_head.weight = torch.nn.Parameter(torch.zeros_like(candidate.lm_head.weight), requires_grad=False)
     short = Guardrail("short", "rate", 0.1, ends_early)
     useless = Guardrail("useless", "mean", 1.0, lambda prompt, new: {}["nothing"])
-    rails = (ERRORS, short, useless)
+    answers: Any = lambda prompt, new: prompt[0] == 0  # noqa: E731 - of every token, not one
+    no_number = Guardrail("no number", "rate", 0.1, answers)
+    rails = (ERRORS, short, useless, no_number)
     with experiment(tmp_path, short=candidate).split(llama, ramp=(0.5, 1.0), guardrails=rails) as live:
         candidate.generation_config.eos_token_id = 0
         for n in range(40):
             with live.key(str(n)):
                 llama.generate(PROMPTS[n % 8], max_new_tokens=3, eos_token_id=0)
         assert live.status.counts["useless could not be measured"] > 0
+        assert live.status.counts["no number could not be measured"] > 0
         assert live.status.state == "rolled back"
         assert live.status.candidates[0].reason.startswith("over the limit: short")
 
