@@ -52,6 +52,11 @@ def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]
         __tracebackhide__ = True
         from autotune.compare.check import run
 
+        when_inconclusive = _setting(config, "inconclusive") or "skip"
+        if when_inconclusive not in WHEN_INCONCLUSIVE:
+            raise pytest.UsageError(
+                f"autotune_inconclusive is {when_inconclusive!r}; one of {', '.join(WHEN_INCONCLUSIVE)} was expected"
+            )
         options.setdefault("tier", _setting(config, "tier") or "strict")
         options.setdefault("measure_latency", bool(config.getoption("autotune_latency")))
         if (limit := config.getoption("autotune_max_slowdown")) is not None:
@@ -59,7 +64,7 @@ def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]
         result = run(model, _baseline(config) if baseline is None else baseline, **options)
         if file := config.getoption("autotune_junit"):
             Path(file).write_text(result.to_junit(), encoding="utf-8")
-        _conclude(result, _setting(config, "inconclusive") or "skip")
+        _conclude(result, when_inconclusive)
         return result
 
     return check

@@ -209,7 +209,9 @@ def parser() -> argparse.ArgumentParser:
     for command in (demo, tune, profile):
         command.add_argument("--budget", type=duration, metavar="TIME", help="such as 90s, 5m or 1h")
         command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
-        command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL)")
+        command.add_argument(
+            "--out", type=Path, metavar="DIR", help="where to write (default: out/MODEL; profile: nowhere)"
+        )
 
     from . import capacity
     from . import serve as serving

@@ -156,7 +156,7 @@ def _tuned(
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a file that only its owner can read, because a report quotes prompts."""
+    """Write a file; a new one only its owner can read, because a report quotes prompts."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import WorkloadError
+from ...model import configured
 from ...validate import Verdict
 from ...validate.score import Served
 from ...workload import prompts
@@ -212,7 +213,8 @@ def _answers(served: Served, task: Task, tokenizer: PreTrainedTokenizerBase | No
     out = served.generate([task.prompt], len(task.answer) + SPARE_TOKENS)[0, len(task.prompt) :].tolist()
     if not task.text or tokenizer is None:
         return tuple(out[: len(task.answer)]) == task.answer
-    said = str(tokenizer.decode(out, skip_special_tokens=True)).strip()
+    ends = configured.end_ids(served.variant.original.generation_config)  # what follows one is not the model's answer
+    said = str(tokenizer.decode(list(configured.until_end(out, ends)), skip_special_tokens=True)).strip()
     return said.startswith(task.text) and not said[len(task.text) :][:1].isalnum()
 
 
@@ -233,8 +235,9 @@ def compare(recorded: Suite, right: Sequence[bool], max_loss: float = MAX_LOSS) 
 def decide(lost: int, won: int, total: int, max_loss: float = MAX_LOSS) -> tuple[Verdict, str]:
     """Decide the verdict on changed outcomes. Pure.
 
-    It is FAIL if losses outnumber gains beyond chance. It is PASS if, at 95 % confidence, the net loss is at most
-    `max_loss` of all tasks (Clopper-Pearson bound of the losses' share among the changes).
+    It is FAIL if losses outnumber gains beyond chance. It is PASS if the net loss is at most `max_loss` of all tasks,
+    with the 95 % Clopper-Pearson bound of the losses' share among as many changes as were seen. That is said of these
+    tasks alone: a model that fails 5 % of all tasks that it could solve changes none of 20 in 36 % of cases.
     """
     changed = lost + won
     figures = f"{lost} lost and {won} won of {total}"

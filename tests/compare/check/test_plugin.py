@@ -66,6 +66,14 @@ def test_a_configuration_file_names_the_baseline_and_junit_is_written(suite, fol
     assert "autotune.lossless" in {case.get("classname") for case in cases}
 
 
+def test_a_misspelt_setting_is_refused(suite, folder):
+    suite.makeini(f"[pytest]\nautotune_baseline = {folder}\nautotune_inconclusive = Fail\n")
+    suite.makepyfile(SUITE.format(change="pass", options=""))
+    result = suite.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*autotune_inconclusive is 'Fail'; one of skip, fail, pass was expected*"])
+
+
 def test_without_a_baseline_it_says_how_to_name_one(suite):
     suite.makepyfile(SUITE.format(change="pass", options=""))
     result = suite.runpytest_inprocess("-p", "no:cacheprovider")

@@ -17,7 +17,7 @@ from autotune.errors import MeasurementError, WorkloadError
 from autotune.runtime.variant import Variant
 from autotune.validate import Verdict
 from autotune.validate.score import Served
-from tests.models import token_prompts
+from tests.models import EOS, token_prompts
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,14 @@ def test_an_answer_as_text_ends_where_it_ends(model, tokenizer, monkeypatch, sai
     task = Task((5, 6), answer=(7,), text="42")
     monkeypatch.setattr(Served, "generate", lambda self, prompts, count: torch.tensor([[5, 6, *ids]]))
     assert tasks.answer(Variant(model), [task], tokenizer) == (right,)
+
+
+def test_what_follows_the_end_of_an_answer_is_not_the_answer(model, tokenizer, monkeypatch):
+    four, two, more = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("4", "2", "7"))
+    task = Task((5, 6), answer=(7,), text="42")
+    for out, right in (([*four, *two, EOS, *more], True), ([*four, EOS, *two], False)):
+        monkeypatch.setattr(Served, "generate", lambda self, prompts, count, out=out: torch.tensor([[5, 6, *out]]))
+        assert tasks.answer(Variant(model), [task], tokenizer) == (right,)
 
 
 def test_text_follows_its_prompt_after_a_space(tmp_path, tokenizer):
