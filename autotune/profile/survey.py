@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -25,12 +26,13 @@ from ..diagnose.work import (
 from ..machine import device as devices
 from ..machine.peaks import uses_tf32
 from ..machine.roofline import ridge
+from ..model import configured
 from ..runtime.dispatch import serving
 from ..workload import PHASES, Phase, Workload
 from .budget import Budget
 from .observing import DevicePhase, observe
 from .operators import device_use, share, table
-from .scaling import BATCHES, batch_scaling, context_growth, growth_s, room
+from .scaling import BATCHES, STEPS, batch_scaling, context_growth, growth_s, room
 from .spans import Trace
 from .timing import RequestTimes, time_request
 from .tracing import trace, watched
@@ -59,7 +61,7 @@ def survey(
     """Do the work of `autotune.profile.measure`; see there for the arguments."""
     budget = Budget(budget_s, progress)
     served, batch = serving(variant), workload.batch_sizes[0]
-    ids = median_prompts(workload, batch).to(variant.original.device)  # [B, P]
+    ids = _prompts(variant, workload, batch)
     with budget.step("warm-up"):
         warm = time_request(served, ids, 3)
     affordable = (TIMING_SHARE * budget_s / 4 - warm.ttft_s) / warm.tpot_s
@@ -104,10 +106,16 @@ def grown(
 ) -> tuple[tuple[ScalePoint, ...], tuple[ScalePoint, ...]]:
     """Measure how decoding grows with batch size and with context length, as far as the budget allows."""
     served, most = serving(variant), room(variant)
-    ids = median_prompts(workload, 1).to(variant.original.device)  # [1, P]
+    ids = _prompts(variant, workload, 1)
     sizes = BATCHES if variant.step is None else workload.batch_sizes  # another batch size would compile for minutes
     batches = batch_scaling(served, ids, sizes, most, budget.part(0.5))
     return batches, context_growth(served, ids, most, budget.part(1.0))
+
+
+def _prompts(variant: Variant, workload: Workload, batch: int) -> torch.Tensor:
+    """Return `median_prompts` on the variant's device, cut where the context has no room for what is generated here."""
+    most = (configured.context(variant.original) or sys.maxsize) - max(TRACED_TOKENS, STEPS)
+    return median_prompts(workload, batch)[:, : max(1, most)].to(variant.original.device)
 
 
 def median_prompts(workload: Workload, batch: int) -> torch.Tensor:

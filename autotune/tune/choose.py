@@ -106,6 +106,8 @@ def unavailable(transform: Transform, variant: Variant, hardware: Hardware, obst
         obstacle: why no transform is available for this model, if known.
     """
     reason = obstacle or variant.state.obstacle() or divided(transform, variant.original)
+    if variant.workload is not None and variant.workload.new_tokens == 1 and transform.phases == ("decode",):
+        reason = reason or "the workload asks for one new token, which prefill gives: nothing is decoded"
     reason = reason or transform.unavailable(variant, hardware)
     return reason or rehearsal.obstacle(variant.original, transform, hardware)
 

@@ -91,15 +91,16 @@ def tune(
     bench = LiveBench(
         original, workload, policy, here, texts=texts, notify=notify, references=kept, cached_as=cached_as
     )
-    obstacle = obstacle_of(original)
-    if obstacle is None and (known := plan or (store.find(identity) if cache else None)) is not None:
+    obstacle, known = obstacle_of(original), plan or (store.find(identity) if cache else None)
+    if obstacle is None and known is not None:
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
         proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
         if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:
             return tuned
     with turns.turn(identity if cache and obstacle is None else None) as mine:
         rest = (traffic or Traffic()).rest
-        found = turns.awaited(mine, identity, turns.PATIENCE * longest(policy.budget_s, here.device), notify, rest)
+        most_s = turns.PATIENCE * longest(policy.budget_s, here.device)
+        found = turns.awaited(mine, identity, most_s, notify, rest, known)
         if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
             return tuned
         return _searched(bench, identity, obstacle, cache, notify, serve)
@@ -315,7 +316,7 @@ def restored(plan: Plan, bench: LiveBench) -> Variant:
 
 def break_even(found: Found, latency: Latency | None, seconds: float) -> float | None:
     """Number of tokens to generate until the time saved equals the time spent on tuning."""
-    if latency is None or latency.tpot.ratio <= 1:
+    if latency is None or not latency.tpot.ratio > 1:
         return None
     saved_s = found.before.profile.phases["decode"].seconds * (1 - 1 / latency.tpot.ratio)
     return seconds / saved_s

@@ -61,6 +61,7 @@ def awaited(
     most_s: float,
     notify: Callable[[str], None],
     rest: Callable[[float], bool],
+    refused: Plan | None = None,
 ) -> Plan | None:
     """Wait for this process's turn. Returns the plan that another one found meanwhile, or None if it is our turn.
 
@@ -69,6 +70,7 @@ def awaited(
         most_s: seconds after which it is our turn whatever the other process does.
         notify: called with a sentence if there is something to wait for.
         rest: waits so many seconds; returns whether tuning was cancelled, which ends the waiting.
+        refused: the kept plan that did not hold here; it is not waited for.
     """
     if mine.take():
         return None
@@ -77,7 +79,7 @@ def awaited(
     while not rest(ASK_EVERY_S):
         taken = mine.take()
         found = store.find(fingerprint)  # after the lock: the other one saves its plan before it gives that back
-        if found is not None:
+        if found is not None and (refused is None or found.created != refused.created):
             return found
         if taken:
             return None

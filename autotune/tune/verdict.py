@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -68,11 +69,11 @@ class Conclusion:
 
     def _gain(self) -> str:
         assert self.latency is not None  # noqa: S101 - it is committed; for the type checker
-        e, d, p = self.latency.end_to_end, self.latency.tpot, self.latency.ttft
-        return (
-            f"committed {self._names()}: requests {e.ratio:.2f}x as fast (95 % interval {e.low:.2f} to {e.high:.2f}), "
-            f"decode {d.ratio:.2f}x ({d.low:.2f} to {d.high:.2f}), prefill {p.ratio:.2f}x ({p.low:.2f} to {p.high:.2f})"
-        )
+        e, parts = self.latency.end_to_end, {"decode": self.latency.tpot, "prefill": self.latency.ttft}
+        known = [(name, s) for name, s in parts.items() if not math.isnan(s.ratio)]  # one new token is not decoded
+        told = "".join(f", {name} {s.ratio:.2f}x ({s.low:.2f} to {s.high:.2f})" for name, s in known)
+        interval = f"(95 % interval {e.low:.2f} to {e.high:.2f})"
+        return f"committed {self._names()}: requests {e.ratio:.2f}x as fast {interval}{told}"
 
     def _footnote(self) -> str:
         """Name the candidates that raised or were blocked, if any. Those that a spent budget left out are not named."""

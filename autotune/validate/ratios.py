@@ -62,6 +62,9 @@ def decide(
             Verdict.INCONCLUSIVE,
         )
     ratios = {name: {m: log_ratios(pairs, m) for m in METRICS} for name, pairs in samples.items()}
+    if any(len(known(by[objective])) < 2 for by in ratios.values()):
+        reason = f"{objective} is not known: requests of one new token have no time between tokens"
+        return failed(reason, noise, Verdict.INCONCLUSIVE)
     overall = {m: pooled(ratios, m) for m in METRICS}
     rough = max(spread(known(by[objective])) for by in ratios.values())
     if rough > NOISY:

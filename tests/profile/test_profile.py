@@ -364,6 +364,15 @@ def test_progress_names_every_step() -> None:
     assert "operators" in steps
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])  # whose positions are learned, whose are not
+@pytest.mark.parametrize("scaling", [False, True])
+def test_prompts_that_fill_the_context_leave_room_for_what_is_measured(name: str, scaling: bool) -> None:
+    variant = Variant(models.tiny(name))
+    full = Workload(tuple(map(tuple, models.token_prompts(2, models.CONTEXT - 1))), new_tokens=1)
+    found = profile.measure(variant, full, CPU, budget_s=0.1, scaling=scaling)
+    assert found.prompt_tokens == models.CONTEXT - 6
+
+
 def test_prompts_are_of_the_median_length() -> None:
     workload = Workload(((1, 2), (3, 4, 5), (6, 7, 8, 9), (1, 1, 1, 1, 1), (2,)))
     assert median_prompts(workload, 4).tolist() == [[3, 4, 5], [6, 7, 8], [1, 1, 1], [3, 4, 5]]

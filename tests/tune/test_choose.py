@@ -12,10 +12,11 @@ from autotune.diagnose.diagnosis import Diagnosis
 from autotune.errors import Blocker
 from autotune.machine.hardware import DOUBT, Hardware
 from autotune.runtime.variant import Stage, Transform, Variant
-from autotune.tune.choose import SearchState, rule_out, why_not
+from autotune.tune.choose import SearchState, rule_out, unavailable, why_not
 from autotune.tune.plan import Trial, TrialOutcome
 from autotune.tune.policy import PolicyStep
 from autotune.validate.limits import Limits
+from autotune.workload import Workload
 from tests.models import tiny
 
 QUIET = Hardware("cpu", "test", "AVX2", 2, 1 << 34, 10e9, {"float32": 100e9, "bfloat16": 1e9}, None, {})
@@ -95,3 +96,13 @@ def test_disturbed_peaks_may_be_higher_and_others_are_what_they_are(
     best = DISTURBED.at_best(**options)
     assert best.bandwidth_bytes_per_s == bandwidth * 10e9
     assert best.flops_per_s == {"float32": flops * 100e9, "bfloat16": flops * 1e9}
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "phase", "offered"), [(1, "decode", False), (2, "decode", True), (1, "both", True)]
+)
+def test_nothing_is_tried_for_decode_where_nothing_is_decoded(new_tokens: int, phase: Any, offered: bool) -> None:
+    variant = Variant(tiny("llama"), workload=Workload(((5, 6, 7),), new_tokens))
+    reason = unavailable(Bounded(phase), variant, QUIET)
+    assert (reason is None) == offered
+    assert offered or "one new token" in str(reason)

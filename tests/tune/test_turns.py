@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ def impatient(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "ASK_EVERY_S", 0.02)
 
 
-def waiting(rest: Any = None, most_s: float = 60.0) -> tuple[Plan | None, list[str]]:
+def waiting(rest: Any = None, most_s: float = 60.0, refused: Plan | None = None) -> tuple[Plan | None, list[str]]:
     said = list[str]()
     with turns.turn(SAME) as mine:
-        return turns.awaited(mine, SAME, most_s, said.append, rest or Traffic().rest), said
+        return turns.awaited(mine, SAME, most_s, said.append, rest or Traffic().rest, refused), said
 
 
 def test_a_process_that_is_alone_searches_at_once() -> None:
@@ -74,6 +75,22 @@ def test_others_wait_for_the_plan() -> None:
     assert found == PLAN
     assert said == ["another process is tuning this model on this machine: waiting for its plan"]
     assert len(rests) == 3
+
+
+def test_the_plan_that_did_not_hold_is_not_what_others_wait_for() -> None:
+    stale, fresh = replace(PLAN, created="2026-11-01"), replace(PLAN, created="2026-11-30")
+    store.save(stale)
+    with another():
+        rests = list[float]()
+
+        def rest(seconds: float) -> bool:
+            rests.append(seconds)
+            if len(rests) == 3:
+                store.save(fresh)
+            return False
+
+        assert waiting(rest, refused=stale)[0] == fresh
+        assert len(rests) == 3
 
 
 def test_a_process_that_dies_leaves_its_turn_to_the_next() -> None:

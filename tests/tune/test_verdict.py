@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -169,6 +170,13 @@ def test_a_search_without_a_winner(trials: list[Trial], said: str, doubt: str | 
 def test_a_search_with_a_winner(ending: dict[str, Any], said: str, doubt: str | None) -> None:
     found = Conclusion((ACCEPTED, trial("rejected"), trial("skipped")), WINNER, **ending)
     assert (found.verdict, found.doubt, found.is_committed) == (said, doubt, said == GAIN)
+
+
+def test_a_phase_that_was_not_timed_is_not_told() -> None:
+    """As decode of one new token."""
+    raced = replace(latency("pass"), tpot=Speedup(math.nan, math.nan, math.nan, 0))
+    found = Conclusion((ACCEPTED,), WINNER, None, quality("pass"), raced)
+    assert found.verdict == GAIN.replace("decode 1.50x (1.40 to 1.60), ", "")
 
 
 def test_beside_a_winner_what_failed_is_a_footnote_and_a_spent_budget_is_none() -> None:

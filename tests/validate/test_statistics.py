@@ -199,6 +199,9 @@ def test_one_token_has_no_time_per_further_token():
     found = decide({"a": single}, "ttft", Limits(), 0.0)
     assert found.verdict is Verdict.PASS
     assert math.isnan(found.tpot.ratio)
+    found = decide({"a": single}, "tpot", Limits(), 0.0)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "requests of one new token have no time between tokens" in found.reason
 
 
 @pytest.mark.fault("B40")
