@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import urllib.parse
 import urllib.request
@@ -18,6 +19,8 @@ from .checkpoint import with_all_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("autotune")
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 MOST_SAID = 300  # characters of another library's error that a message quotes at most
@@ -191,6 +194,8 @@ def _tokenizer(where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase |
     except Exception as error:  # missing or damaged files may raise any exception
         there = [name for name in TOKENIZERS if (Path(where) / name).exists()]
         if not there:
+            if not Path(where).is_dir():  # a hub's name, whose files are elsewhere
+                log.warning("%s is used without a tokenizer, which could not be loaded: %s", where, _gist(error))
             return None
         raise UnsupportedModelError(
             f"the tokenizer of {where} ({', '.join(there)}) cannot be loaded: {_gist(error)}; "

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -131,6 +131,15 @@ def greedy(model: PreTrainedModel, pad_token_id: int, eos_token_ids: Sequence[in
     return alias
 
 
+@contextmanager
+def _bare_for_a_call(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    alias = bare(model)
+    try:
+        yield alias
+    finally:
+        seam.keep_compiled(alias, model)
+
+
 def is_routed(model: object) -> bool:
     held = getattr(model, "__dict__", {})
     return (SLOT in held or LAYERS in held) and hasattr(type(model), seam.BARE)
@@ -177,7 +186,8 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
 
     @functools.wraps(getattr(cls, seam.LOOP))
     def sample(self: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        return below(self).sample(Sampling.of(bare(self), input_ids, kwargs))
+        with _bare_for_a_call(self) as model:
+            return below(self).sample(Sampling.of(model, input_ids, kwargs))
 
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
         return _new, (cls,), {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)}
@@ -202,7 +212,7 @@ def _unrouted(cls: type[PreTrainedModel], name: str) -> Callable[..., Any]:
 
     @functools.wraps(loop)
     def run(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with below(self).other_loop(name):
-            return loop(bare(self), *args, **kwargs)
+        with below(self).other_loop(name), _bare_for_a_call(self) as model:
+            return loop(model, *args, **kwargs)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,41 @@ def test_a_cpu_is_one_device_and_answers() -> None:
     assert "no graphs" in (cpu.without_graphs() or "")
     with pytest.raises(DeviceError, match="no graphs"):
         cpu.capture(lambda: tensor)
+
+
+TWO = {"memory.max": "100000", "memory.current": "70000", "memory.stat": "anon 50000\ninactive_file 15000\n"}
+ONE = {
+    "memory/memory.limit_in_bytes": "100000",
+    "memory/memory.usage_in_bytes": "70000",
+    "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 15000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "limit", "left"),
+    [
+        (TWO, 100_000, 45_000),
+        (ONE, 100_000, 45_000),
+        (TWO | {"memory.stat": ""}, 100_000, 30_000),
+        (TWO | {"memory.current": "130000"}, 100_000, 0),
+        (TWO | {"memory.max": "max"}, None, None),
+        (ONE | {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_a_containers_memory_is_what_its_limit_leaves(
+    files: dict[str, str], limit: int | None, left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = device.of("cpu").memory().free
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(processor, "CONTROL_GROUPS", tmp_path)
+    assert processor.memory_left() == left
+    if limit is not None and left is not None:
+        assert (processor.memory_bytes(), device.of("cpu").memory().free) == (limit, left)
+    else:
+        assert device.of("cpu").memory().free > whole / 2
 
 
 def test_a_stand_in_holds_inside_its_block_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autotune.errors import UnsupportedModelError
-from autotune.model.load import load
+from autotune.model.load import _tokenizer, load
 from tests import models
 
 
@@ -121,6 +121,22 @@ def test_a_directory(tmp_path, llama, tokenizer):
 
 def test_without_tokenizer_files_there_is_no_tokenizer(tmp_path, llama):
     assert load(save(tmp_path, llama))[1] is None
+
+
+def test_a_hub_models_tokenizer_that_cannot_be_loaded_is_a_warning(monkeypatch, tmp_path, llama, caplog):
+    """As where the package that it needs is missing."""
+    import transformers
+
+    def fails(*_args, **_options):
+        raise ImportError("it requires the SentencePiece library")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    assert _tokenizer("nobody/a-model", {}) is None
+    assert "ImportError: it requires the SentencePiece library" in caplog.text
+    caplog.clear()
+    assert load(save(tmp_path, llama))[1] is None
+    assert not caplog.text
 
 
 def test_dtype_is_as_asked(tmp_path, llama):

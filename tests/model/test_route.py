@@ -308,6 +308,20 @@ def test_what_a_router_hears(llama: PreTrainedModel, call: Callable[..., Any], s
     assert router.seen == seen
 
 
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}], ids=["sampling", "assisted"])
+def test_a_forward_that_generate_compiled_is_compiled_once(
+    llama: PreTrainedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, generate compiles on accelerators alone, for caches of a fixed size."""
+    made: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **settings: made.append(call) or call)
+    monkeypatch.setattr(type(llama), "_valid_auto_compile_criteria", lambda *_: True)
+    route.attach(llama, Recorder())
+    for _ in range(3):
+        llama.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, **options)
+    assert len(made) == 1
+
+
 def test_attach_keeps_the_identity_and_detach_leaves_no_trace(llama: PreTrainedModel) -> None:
     cls, attributes = type(llama), dict(llama.__dict__)
     route.attach(llama, Recorder())

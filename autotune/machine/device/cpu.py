@@ -43,7 +43,8 @@ class Cpu(Device):
         available, used = _meminfo("/proc/meminfo", "MemAvailable"), _meminfo("/proc/self/status", "VmRSS")
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        free = total // 2 if available is None else min(available, total)
+        left = processor.memory_left()
+        free = min(total // 2 if available is None else available, total if left is None else left)
         return Memory(free, peak if used is None else used, max(peak, used or 0))
 
     def reset_peak(self) -> None: ...

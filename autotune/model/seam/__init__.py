@@ -78,6 +78,7 @@ from .models import (
     experts,
     forward_function,
     is_own_hook,
+    keep_compiled,
     layer_configurations,
     uncompiled,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "is_own_hook",
     "is_sharding",
     "is_unfilled",
+    "keep_compiled",
     "keeps_last_logits",
     "keys_and_values",
     "last_logits",

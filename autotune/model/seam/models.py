@@ -26,6 +26,11 @@ def uncompiled(twin: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
+def keep_compiled(alias: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Keep the compiled forward that generate left on an alias, which lives for one call: the next ones need it."""
+    model.__dict__.update({name: alias.__dict__[name] for name in COMPILED if name in alias.__dict__})
+
+
 def is_own_hook(hook: Any) -> bool:
     """Whether a forward hook is one of transformers' own, which change no answer.
 
