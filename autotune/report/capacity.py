@@ -102,7 +102,7 @@ def costs_of(record: Mapping[str, Any]) -> ReplicaCosts:
     """
     found = record.get("callers") or {}
     reads, steps = (_seconds(found.get(name) or {}) for name in ("reads_ms", "steps_ms"))
-    if len(reads) < 2 or 1 not in steps:
+    if len(reads) != 2 or 1 not in steps:
         raise CapacityError(
             "the report does not say what several callers cost: tune with a policy that decodes callers together "
             "(--policy throughput), with this version of autotune"
@@ -216,6 +216,8 @@ def most_users(costs: ReplicaCosts, usage: Usage, ttft_s: float, tpot_s: float) 
     low, high = 0, 1
     while high <= MOST_USERS and holds(simulate(costs, usage, high), ttft_s, tpot_s):
         low, high = high, 2 * high
+    if low == MOST_USERS:
+        return low
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(simulate(costs, usage, middle), ttft_s, tpot_s) else (low, middle)

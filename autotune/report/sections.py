@@ -148,7 +148,7 @@ def quality(record: Mapping[str, Any]) -> Section | None:
         ("perplexity ratio", _four(q["ppl_ratio"]), "<= " + _four(detail["ppl_ratio_high"])),
         *((f"mean KL divergence, {name}", n.divergence(kld), "") for name, kld in detail["strata"].items()),
     ]
-    rows = [(name, value, "" if n.MISSING in bound else bound) for name, value, bound in rows]
+    rows = [(name, value, "" if bound.endswith(n.MISSING) else bound) for name, value, bound in rows]
     size = f"{n.count(detail['tokens'])} tokens of {n.count(detail['prompts'])} prompts"
     told = [f"Tier {q['tier']}: {q['verdict']} on {size}, against the original. {sentence(detail['reason'])}".strip()]
     if record["replayed"] and (again := record["replayed"].get("quality")):

@@ -22,6 +22,8 @@ def record(steps: dict[str, float], accepted: bool = True) -> dict[str, Any]:
 STEPS = {"16": 40.0, "1": 10.0, "4": 16.0}
 UNREAD, UNSTEPPED = record(STEPS), record({})  # written by earlier versions
 UNREAD["callers"]["reads_ms"] = {}
+READ_THRICE = record(STEPS)  # a line goes through two
+READ_THRICE["callers"]["reads_ms"]["64"] = 130.0
 
 
 def test_costs_are_those_that_were_measured() -> None:
@@ -42,7 +44,7 @@ def test_a_plan_that_serves_one_at_a_time_has_one_row() -> None:
 
 @pytest.mark.parametrize(
     "told",
-    [{}, {"callers": None}, {"callers": {"points": []}}, UNREAD, UNSTEPPED],
+    [{}, {"callers": None}, {"callers": {"points": []}}, UNREAD, READ_THRICE, UNSTEPPED],
 )
 def test_a_report_without_callers_says_what_to_do(told: dict[str, Any]) -> None:
     with pytest.raises(capacity.CapacityError, match="--policy throughput"):
@@ -113,3 +115,11 @@ def test_users_who_pause_load_a_replica_less() -> None:
 )
 def test_the_most_users_are_bound_by_what_is_asked_for(ttft_s: float, tpot_s: float, least: int, most: int) -> None:
     assert least <= most_users(COSTS, Usage(100, 100), ttft_s, tpot_s) <= most
+
+
+def test_no_more_users_are_promised_than_were_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "holds", lambda found, ttft_s, tpot_s: True)
+    monkeypatch.setattr(capacity, "simulate", lambda costs, usage, users: users)
+    assert most_users(COSTS, Usage(100, 100), 1.0, 1.0) == capacity.MOST_USERS
+    monkeypatch.setattr(capacity, "holds", lambda found, ttft_s, tpot_s: found <= 3000)
+    assert most_users(COSTS, Usage(100, 100), 1.0, 1.0) == 3000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from autotune.report import Report, read
 from autotune.report import numbers as n
 from autotune.report.candidates import contributions, not_tried
 from autotune.report.markdown import escape
-from autotune.report.sections import result
+from autotune.report.sections import quality, result
 from autotune.runtime.variant import Stage, Transform
 from autotune.tune.contributions import Contribution
 from autotune.tune.findings import Findings
@@ -233,6 +234,15 @@ def test_callers_at_once_are_shown():
     refused = replace(COMMITTED, sharing=Sharing("callers are served one at a time: it needs a recorded decode step"))
     assert "it needs a recorded decode step" in report_of(refused).to_markdown()
     assert "Callers at once" not in report_of(replace(COMMITTED, sharing=None)).to_markdown()
+
+
+@pytest.mark.parametrize(("high", "shown"), [(3e-6, "<= 3e-06"), (0.002, "<= 0.0020"), (math.nan, "")])
+def test_a_bound_is_shown_however_small_it_is(high: float, shown: str) -> None:
+    tight = replace(COMMITTED, quality=replace(PASSED, mean_kld_high=high))
+    shown_quality = quality(report_of(tight).to_dict())
+    assert shown_quality is not None
+    assert shown_quality.table is not None
+    assert shown_quality.table.rows[0][2] == shown
 
 
 @REPORTS
