@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import autotune
-from autotune.runtime.variant import Variant
+from autotune.runtime import kernels
+from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
+from autotune.transforms.step_program import StepProgram
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
@@ -20,7 +22,12 @@ from autotune.tune.tuned import Tuned
 from tests.live.test_wrap import Written
 from tests.models import BOS, CONTEXT, EOS, PAD, VOCABULARY, tiny, tiny_tokenizer, token_prompts
 
-PLANS = {"lean loop": [LeanLoop()], "slots": [StaticCache(slots=CONTEXT)], "few slots": [StaticCache(slots=48)]}
+PLANS: dict[str, list[Transform]] = {
+    "lean loop": [LeanLoop()],
+    "slots": [StaticCache(slots=CONTEXT)],
+    "few slots": [StaticCache(slots=48)],
+    **({"program": [StepProgram("decode", slots=CONTEXT)]} if kernels.available() is None else {}),
+}
 IDS = torch.tensor(token_prompts(2))  # [2, 12]
 
 
@@ -116,6 +123,9 @@ def test_a_token_outside_the_vocabulary(routed: Any, model: Any, token: int) -> 
         {"ids": IDS.tolist()},
         {"ids": None, "inputs_embeds": torch.ones(1, 4, 64)},
         {"ids": IDS, "position_ids": torch.arange(12)[None].expand(2, -1)},
+        {"ids": IDS, "position_ids": torch.arange(12)[None]},  # for both sequences
+        {"ids": IDS, "position_ids": torch.arange(12, dtype=torch.int32)[None]},
+        {"ids": IDS[:1], "position_ids": torch.arange(12, dtype=torch.int32)[None] + 7},
         {"ids": IDS, "output_hidden_states": True, "return_dict_in_generate": True},
         {"ids": IDS, "use_cache": False},
         {"ids": IDS, "unheard_of": 1},

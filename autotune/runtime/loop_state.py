@@ -39,7 +39,7 @@ class Room:
     @property
     def ids(self) -> torch.Tensor:
         """All tokens so far, [B, T] int64. Later ones do not change it."""
-        return self._held[:, : self.length]
+        return self._held[:, : self.length].contiguous()  # as transformers' are, for processors that take a view
 
     def append(self, token: Any) -> None:
         """Append a token to each sequence: [B], or a number for all."""

@@ -61,8 +61,7 @@ class StoredTransform(LinearTransform):
             if not (shared := packed(variant.modules["decode"], self.skip)):
                 raise TransformError(f"{self}: {NOT_PACKED}")
             for twin in variant.edit("prefill"):
-                for name, layer in shared.items():
-                    twin.set_submodule(name, layer)
+                place(twin, shared)
         super().apply(variant)
 
     def exchange_in(self, twin: nn.Module) -> int:
@@ -115,3 +114,10 @@ def packed(model: nn.Module, skip: str) -> dict[str, kernels.PackedLinear]:
     """Layers packed by the kernels, by dotted name. A layer with several names appears under each."""
     named = model.named_modules(remove_duplicate=False)
     return {n: m for n, m in named if isinstance(m, kernels.PackedLinear) and not linear_layers.is_named(n, skip)}
+
+
+def place(twin: nn.Module, layers: dict[str, kernels.PackedLinear]) -> None:
+    """Put layers of decode into a twin for prefill by their names. What decode has merged is none of prefill's."""
+    there = {name for name, _ in twin.named_modules(remove_duplicate=False)}
+    for name in layers.keys() & there:
+        twin.set_submodule(name, layers[name])

@@ -199,6 +199,8 @@ class LinearTransform(Transform):
             return None
         if linear is None or new is None:
             return None
+        if isinstance(new, linear_layers.SharedLinear):
+            return 0.0  # it multiplies by the same tensors
         return linear_layers.stored_bytes(new) / linear.weight.nbytes
 
     def apply(self, variant: Variant) -> None:

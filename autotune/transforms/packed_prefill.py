@@ -10,7 +10,7 @@ from ..errors import ChoiceError, TransformError
 from ..model import linear_layers
 from ..runtime import kernels
 from ..runtime.variant import Stage, Transform
-from .linear_bf16 import NOT_PACKED, packed
+from .linear_bf16 import NOT_PACKED, packed, place
 from .linears import weight_bytes
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class PackedPrefill(Transform):
         if not (shared := packed(variant.modules["decode"], "")):
             raise TransformError(f"{self}: {NOT_PACKED}")
         for twin in variant.edit("prefill"):
-            for name, layer in shared.items():
-                twin.set_submodule(name, layer)
+            place(twin, shared)
 
     def took_effect(self, variant: Variant) -> str | None:
         return (

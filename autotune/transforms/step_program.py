@@ -55,6 +55,8 @@ class StepProgram(Transform):
     def unavailable(self, variant: Variant, hardware: Hardware) -> str | None:
         if variant.step is not None:
             return "the decode step is recorded or compiled already"
+        if variant.kv is not None:
+            return f"the KV cache is {variant.kv}"
         if reason := placement.unrecordable(variant.original) or no_slots(variant.original):
             return reason
         if reason := next(filter(None, map(self.excludes, variant.transforms)), None):

@@ -45,6 +45,14 @@ class Banned(LogitsProcessor):
         return scores.scatter(1, input_ids[:, -1:], -torch.inf)  # type: ignore[return-value]
 
 
+class Flat(LogitsProcessor):
+    """Takes a view for which the tokens must lie without gaps, as transformers' do."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen = input_ids.view(-1).bincount(minlength=scores.shape[-1])
+        return scores - seen.clamp(max=1)
+
+
 class Long(StoppingCriteria):
     """Stops a sequence whose tokens add up to much."""
 
@@ -61,6 +69,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
     "several answers": {"do_sample": True, "num_return_sequences": 3},
     "processor": {"logits_processor": [Banned()]},
+    "processor of a view": {"logits_processor": [Flat()], "do_sample": True, "num_return_sequences": 2},
     "criteria": {"stopping_criteria": [Long()]},
     "end of sequence": {"eos_token_id": list(range(40))},
     "scores": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
@@ -98,6 +107,13 @@ def test_every_request_is_answered_as_by_transformers(plan: str, request_: str) 
     options = REQUESTS[request_]
     same(ask(served, **options), ask(model, **options))
     same(ask(served, IDS[:, :3], **options), ask(model, IDS[:, :3], **options))  # a second, shorter prompt
+
+
+def test_code_of_a_model_without_source_is_not_kept() -> None:
+    """As where its class was made in a notebook."""
+    model = tiny("llama")
+    model.__class__ = type("Mine", (type(model),), {})
+    assert artifact(model, (1, 128), True) is None
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -40,6 +40,7 @@ def test_a_slice_gives_what_its_rows_give(kind: type[nn.Module], last: int, bias
 def test_prefill_is_exchanged_and_shares_every_tensor() -> None:
     model = tiny("llama").bfloat16()
     variant = Variant(model).with_transform(FLAT)
+    assert FLAT.extra_bytes(Variant(model)) == 0
     assert FLAT.took_effect(variant) is None
     assert FLAT.took_effect(Variant(model)) is not None
     assert variant.modules["decode"] is model

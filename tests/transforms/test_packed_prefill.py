@@ -84,3 +84,12 @@ def test_it_is_for_prefill_over_packed_layers(llama: PreTrainedModel) -> None:
         make("packed_prefill", {}, "both")
     with pytest.raises(TransformError, match="decode has no packed weights"):
         Variant(llama).with_transform(PREFILL)
+
+
+def test_layers_that_decode_has_merged_are_none_of_prefills() -> None:
+    model = tiny("llama")
+    merged = Variant(model).with_transforms([make("merged_linears", {}, "decode"), INT8])
+    prefill = merged.with_transform(PREFILL).modules["prefill"]
+    names = {name for name, _ in prefill.named_modules()}
+    assert names == {name for name, _ in model.named_modules()}
+    assert prefill.lm_head is merged.modules["decode"].lm_head

@@ -90,13 +90,13 @@ class Sampling:
 
     @property
     def last_position(self) -> torch.Tensor:
-        """The position before the first new token, [B, 1] or [1, 1] int64.
+        """The position before the first new token, [B, 1] int64.
 
         If the loop prepares the positions, it counts the tokens that the mask admits: right padding takes no position.
         """
         if self.model_kwargs.get("position_ids") is None and self.mask is not None:
             return self.mask.long().sum(-1, keepdim=True) - 1
-        return self.positions[:, -1:]
+        return self.positions[:, -1:].long().expand(len(self.input_ids), -1)
 
     @property
     def cache(self) -> Any:
@@ -149,6 +149,10 @@ class Sampling:
         if self.options.get("synced_gpus") or settings.prefill_chunk_size is not None or settings.is_assistant:
             return "chunked, synchronised or assistant generation"
         return None
+
+    def pads_left(self) -> bool:
+        """Whether every prompt's padding, if it has any, is on its left."""
+        return self.mask is None or bool((self.mask[:, 1:] >= self.mask[:, :-1]).all())
 
     def starts_over(self) -> bool:
         """Whether generate's loop may drop the cache between two tokens and compute all earlier tokens again."""

@@ -167,7 +167,7 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
 
 
 def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
-    """The path of this step's compiled code, or None without a private cache directory.
+    """The path of this step's compiled code, or None without a private cache directory or the model's source.
 
     Args:
         layout: of the cache, and the number of tokens.
@@ -176,8 +176,11 @@ def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mo
     if folder is None:
         return None
     seen = hashlib.blake2b(digest_size=16)
-    for part in _ingredients(module):
-        seen.update(part.encode() + b"\0")
+    try:
+        for part in _ingredients(module):
+            seen.update(part.encode() + b"\0")
+    except (OSError, TypeError):  # a class of a notebook, or one that was made by `type`
+        return None
     seen.update(repr((layout, regions, sorted(LEAN.items()), OPTIONS, mode, torch.get_num_threads())).encode())
     return folder / f"{seen.hexdigest()}.step"
 

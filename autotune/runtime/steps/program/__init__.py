@@ -98,12 +98,14 @@ class StepPrograms(DecodeSteps):
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(batch, slots) of every step for a batch. Independent rows, which have slots of their own, are none."""
-        return tuple((rows, slots) for rows, slots, written in self._steps if written == 1)
+        with self._lock:
+            return tuple((rows, slots) for rows, slots, written in self._steps if written == 1)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Within this context, every run records how long each instruction took; see `Program.times`."""
-        programs = [step.program for step in self._steps.values()]
+        with self._lock:
+            programs = [step.program for step in self._steps.values()]
         for program in programs:
             program.timed = True
         try:
@@ -114,7 +116,8 @@ class StepPrograms(DecodeSteps):
 
     def program(self, batch: int) -> Program | None:
         """The program for a batch of `batch` sequences, or None if it was not recorded."""
-        return next((step.program for (rows, *_), step in self._steps.items() if rows == batch), None)
+        with self._lock:
+            return next((step.program for (rows, *_), step in self._steps.items() if rows == batch), None)
 
     def fitting(self, cache: SlotCache) -> Step:
         """The step for this cache's shape. The first use of a shape records it, which takes a second or two."""

@@ -168,7 +168,7 @@ class Building:
         span = next(span for span in SPANS if group % span == 0)
         key = (x, padded, span, digits)
         if key not in self._rounded:
-            size = tokens * (padded // span * 3 + -(-padded * digits // 4))  # Rounded::floats in integer.h
+            size = tokens * (padded // span * 3 + -(-padded * digits // 4))  # Rounded::floats in rounded.h
             self._rounded[key] = rounded = self.new((size,))
             self.emit("round", Share.TEAM, [*weights, digits, inputs, tokens, x.ref, rounded.ref], [x], rounded)
         return self._rounded[key]

@@ -32,7 +32,7 @@ ELEMENTS = {  # dtypes that elementwise instructions write and read; the others 
     "narrow_half": (torch.float16, FLOAT),
 }
 MOST_DIMS = 5  # kMostDims in kernels/elementwise.h
-SPANS = (32, 8)  # inputs that are rounded together for products in integers: kSpans in kernels/integer.h
+SPANS = (32, 8)  # inputs that are rounded together for products in integers: kSpans in kernels/rounded.h
 FORMATS = (  # dtypes of packed numbers, in the order of kKernels in kernels/instructions.h
     *(torch.float32, torch.float16, torch.bfloat16),
     *(torch.int8, torch.int32, torch.int16),  # of 8, 4 and 6 bits

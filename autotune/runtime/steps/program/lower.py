@@ -215,7 +215,10 @@ class Lowering(Building):
         if packet in LOGIC and out.dtype == torch.bool:
             return self.like(LOGIC[packet], out, *(self.place(x, torch.bool) for x in node.args))
         if handler := OPERATORS.get(packet) or KERNELS.get(str(packet)):
-            return handler(self, out, *node.args, **node.kwargs)
+            try:
+                return handler(self, out, *node.args, **node.kwargs)
+            except (KeyError, TypeError) as error:  # a dtype or an argument that the handler does not know
+                raise TransformError(f"a program has no instruction for this use of {target}") from error
         raise TransformError(f"a program has no instruction for {target}")
 
 
