@@ -8,6 +8,7 @@ import torch
 
 from ..errors import MeasurementError
 from ..model import route, seam, sharding
+from . import attention_slots
 from .ranks.leading import LEADER, Leading
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def unsupported(variant: Variant, call: seam.Sampling) -> str | None:
         return None
     if reason := call.unusual():
         return reason
+    if attention_slots.is_used(variant.modules["decode"]) and not call.pads_left():
+        return "padding that is not on the left"
     if variant.loop is not None and call.starts_over():
         return "a length at which the model reads everything before it anew"
     return None if variant.caches is None else variant.caches.unsupported(call.settings)

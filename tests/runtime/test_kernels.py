@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -513,6 +515,16 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(build, "TIMEOUT_S", 0.05)
     with pytest.raises(build.BuildError, match=r"within 0 s"):
+        build.load()
+
+
+def test_a_cache_without_room_is_a_sentence(tmp_path, monkeypatch) -> None:
+    def full(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(build.BuildError, match=r"could not be compiled: .*No space left"):
         build.load()
 
 

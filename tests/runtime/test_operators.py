@@ -235,6 +235,11 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], str]] = {
         lambda: (words(1), ones(1, 8, 16, dtype=torch.float64), None, None, 16, 8),
         "packed_rows takes tables",
     ),
+    "rows: groups of 12": (
+        "packed_rows",
+        lambda: (words(0), int8(1, 24, 16), ones(1, 2, 16), None, 16, 24),
+        "multiples of 8",
+    ),
     "rows: outside": ("packed_rows", lambda: (words(16), half(1, 8, 16), None, None, 16, 8), "out of range"),
     "rows: freed": ("packed_rows", lambda: (words(1), freed(half(1, 8, 16)), None, None, 16, 8), GONE),
     "rows: no columns": ("packed_rows", lambda: (words(1), half(1, 8, 16), None, None, 16, 0), "rows and columns"),

@@ -174,6 +174,14 @@ def test_a_program_computes_what_torch_computes(name: str, count: int, threads: 
         torch.testing.assert_close(run(program, *given), function(*given), atol=2e-6, rtol=2e-5)
 
 
+@needs_kernels
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum])
+def test_nan_is_not_lost_among_larger_and_smaller_numbers(function: Any) -> None:
+    nan, one, two = torch.nan, 1.0, 2.0
+    a, b = torch.tensor([[nan, one, two, nan]]), torch.tensor([[one, nan, one, nan]])
+    torch.testing.assert_close(run(record(function, a, b), a, b), function(a, b), equal_nan=True)
+
+
 def _norm_read_twice(x: torch.Tensor) -> torch.Tensor:
     scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
     return ROW * scaled + scaled
@@ -256,6 +264,8 @@ def test_masks(name: str) -> None:
         (lambda x: x.half() + 1, (X,), "float16"),
         (lambda x, y: x[:, 0] @ y[0, 0], (X, Y), "mv"),
         (lambda x, y: x @ y.transpose(1, 2), (X, Y), "products over 37 numbers"),
+        (lambda x: torch.cat((x.half(), x.half()), -1).float(), (X,), "this use of aten.cat"),
+        (lambda x: x.mean(-1, dtype=torch.float32), (X,), "this use of aten.mean"),
     ],
 )
 def test_what_has_no_instruction_is_named(function: Any, inputs: tuple[torch.Tensor, ...], named: str) -> None:

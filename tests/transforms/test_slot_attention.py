@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.errors import ChoiceError, VariantError
+from autotune.errors import ChoiceError, MeasurementError, VariantError
 from autotune.machine import device
 from autotune.machine.hardware import Hardware
-from autotune.model import seam
+from autotune.model import route, seam
 from autotune.runtime import attention_slots
 from autotune.runtime.cache import slot_forward
 from autotune.runtime.cache.slots import SlotCache
@@ -34,6 +34,7 @@ from autotune.transforms.slot_attention import SlotAttention
 from autotune.transforms.speculation import Speculation
 from autotune.transforms.static_cache import StaticCache
 from autotune.workload import Workload
+from tests.architectures import Fallback
 from tests.fakes import varlen
 from tests.fakes.cuda import FakeCuda
 from tests.models import left_padded, tiny, token_prompts
@@ -132,6 +133,19 @@ def test_the_original_s_tokens(arch: str, chain: list[Transform], fake: FakeCuda
     given = {"ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
     assert torch.equal(ask(serving(variant), **given), ask(model, **given))
     assert (fake.replays > replays) is (chain == [GRAPH])
+
+
+@pytest.mark.parametrize("mask", [[1] * 9 + [0] * 3, [1] * 4 + [0] * 2 + [1] * 6], ids=["right", "a hole"])
+@pytest.mark.parametrize("chain", [[EAGER], [GRAPH]], ids=["eager", "graphs"])
+def test_padding_that_is_not_on_the_left_is_the_original_s(
+    chain: list[Transform], mask: list[int], fake: FakeCuda
+) -> None:
+    model, ids, given = tiny("llama"), torch.tensor(token_prompts(2)), torch.tensor([[1] * 12, mask])
+    variant = made(model, *chain)
+    answered = route.routed(model, Fallback(variant))
+    assert torch.equal(ask(answered, ids, attention_mask=given), ask(model, ids, attention_mask=given))
+    with pytest.raises(MeasurementError, match="padding that is not on the left"):
+        ask(serving(variant), ids, attention_mask=given)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral-window"])

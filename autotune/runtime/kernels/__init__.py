@@ -56,7 +56,7 @@ _outcome: list[Blocker | None] = []  # empty until the first call, then why the 
 
 
 def available() -> str | None:
-    """Load the operators. If this machine has not built them yet, build them first (about ten seconds).
+    """Load the operators. If this machine has not built them yet, build them first (about half a minute).
 
     Returns:
         None if they are loaded, otherwise a sentence that says why not, a `Blocker`. The process keeps the answer.

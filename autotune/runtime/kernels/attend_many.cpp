@@ -36,16 +36,6 @@ struct Queries {
   int64_t end(int64_t b, int64_t q) const { return spans ? spans[b * spans_batch + 2 * q + 1] : q + 1; }
 };
 
-inline float largest(Floats v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps(bits<__m512>(v));
-#else
-  float most = v[0];
-  for (int i = 1; i < kWidth; ++i) most = std::max(most, v[i]);
-  return most;
-#endif
-}
-
 // Keys and values of every key head, laid out for products.
 template <class Engine>
 struct Laid {

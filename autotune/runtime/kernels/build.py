@@ -143,8 +143,11 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
     Raises:
         BuildError: the compiler failed or took too long, or the directory cannot be written.
     """
-    cache_dir.sweep(each for each in cache.iterdir() if each.is_dir())
-    scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
+    try:
+        cache_dir.sweep(each for each in cache.iterdir() if each.is_dir())
+        scratch = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
+    except OSError as reason:
+        raise BuildError(f"the operators could not be compiled: {reason}") from reason
     target = scratch / "kernels.so"
     objects = {name: str(scratch / f"{name}.o") for name in SOURCES}
     steps = [[*compiler, "-c", str(HERE / name), *flags(), "-o", made] for name, made in objects.items()]

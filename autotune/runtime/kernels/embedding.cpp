@@ -43,7 +43,8 @@ Tensor packed_rows(const Tensor& ids, const Tensor& packed, const std::optional<
   table.width = width;
   table.groups = scales && scales->dim() == 3 ? scales->size(1) : 1;
   STD_TORCH_CHECK(width <= table.inputs, "the table has ", table.inputs, " columns, fewer than the ", width, " asked for");
-  STD_TORCH_CHECK(table.groups > 0 && table.inputs % table.groups == 0, "groups must divide the table's columns");
+  STD_TORCH_CHECK(table.groups > 0 && table.inputs % (table.groups * kStep) == 0,
+                  "groups must divide the table's columns into multiples of 8");
   if (scales) table.scales = per_group(table, *scales, blocks);
   if (zeros) table.zeros = per_group(table, *zeros, blocks);
 

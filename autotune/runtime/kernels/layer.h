@@ -9,7 +9,7 @@
 //
 // A kind of products is a class with
 //
-//   Laid, reserve(linear, scratch)       rows laid out for products
+//   Laid, reserve(linear, rows, scratch) rows laid out for products
 //   kRows, lay(laid, first, rows, ...)   lays out so many rows at once, or the last ones
 //   divides(rows)                        whether its loops over so many rows are all divided by `on_threads`
 //   require(linear)                      refuses weights that it does not multiply

@@ -46,8 +46,8 @@ bool run_instruction(int64_t code, int64_t share, Reader& in, const Member& m, s
     case kSubtract: run_binary<float, float>(in, m, share, [](float a, float b) { return a - b; }); break;
     case kMultiply: run_binary<float, float>(in, m, share, [](float a, float b) { return a * b; }); break;
     case kDivide: run_binary<float, float>(in, m, share, [](float a, float b) { return a / b; }); break;
-    case kLarger: run_binary<float, float>(in, m, share, [](float a, float b) { return a > b ? a : b; }); break;
-    case kSmaller: run_binary<float, float>(in, m, share, [](float a, float b) { return a < b ? a : b; }); break;
+    case kLarger: run_binary<float, float>(in, m, share, [](float a, float b) { return a > b || a != a ? a : b; }); break;
+    case kSmaller: run_binary<float, float>(in, m, share, [](float a, float b) { return a < b || a != a ? a : b; }); break;
     case kAddInt: run_binary<I, I>(in, m, share, [](I a, I b) { return a + b; }); break;
     case kSubtractInt: run_binary<I, I>(in, m, share, [](I a, I b) { return a - b; }); break;
     case kMultiplyInt: run_binary<I, I>(in, m, share, [](I a, I b) { return a * b; }); break;
