@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -36,6 +37,7 @@ from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.tuned import Tuned
 from autotune.validate import BucketTimes, Latency, Speedup, Verdict
 from tests.live.test_wrap import IDS, Written, greedy
+from tests.machine.test_forking import ANSWERED, in_child
 from tests.models import tiny, token_prompts
 
 RULES = Rules(pause_s=10, longest_s=35, most_flaps=3, steady_s=100)
@@ -74,6 +76,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 31)], "open", 2),  # twice as long
         ([("failed", 1), ("asked", 11), ("failed", 12), ("asked", 32)], "half-open", 2),
         ([("failed", 1), ("asked", 11), ("abandoned", 12), ("asked", 12)], "half-open", 1),
+        ([("failed", 1), ("asked", 11), ("undecided", 12), ("asked", 21)], "open", 1),  # for as long again
+        ([("failed", 1), ("asked", 11), ("undecided", 12), ("asked", 22)], "half-open", 1),
         ([("failed", 1), ("cleared", 2)], "closed", 0),
         ([("cleared", 2)], "closed", 0),
         ([("failed", 1), ("asked", 11), ("served", 12), ("failed", 13)], "open", 2),
@@ -436,11 +440,16 @@ def test_a_drift_that_cannot_be_looked_into_is_no_reason_to_serve_again(watched:
     serve(watched, tokens=4)
     watch = watched.autotune._serving.watch
     watch.failed("made up", Cause.DRIFT)
-    watch._obstacle = lambda: "the original is released"
+    obstacle, watch._obstacle = watch._obstacle, lambda: "the original is released"
+    for _ in range(RULES.most_flaps + 1):
+        clock.now += 10
+        watch.work()
+    assert phases(watched) == ["open"] + ["half-open", "open"] * (RULES.most_flaps + 1), "it says nothing of the plan"
+    assert "could not be compared" in watched.autotune.events[-1].reason
+    watch._obstacle = obstacle
     clock.now += 10
     watch.work()
-    assert phases(watched) == ["open", "half-open", "open"]
-    assert "could not be compared" in watched.autotune.events[-1].reason
+    assert phases(watched)[-1] == "closed"
 
 
 def test_a_drift_that_is_looked_into_while_the_model_changes_is_looked_into_again(
@@ -463,14 +472,20 @@ def test_a_drift_that_is_looked_into_while_the_model_changes_is_looked_into_agai
     assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_gives_up_the_trials_of_its_parent(watched: Any, clock: Clock) -> None:
     watch = watched.autotune._serving.watch
     watch.failed("made up")
     clock.now += 10
     assert watch.admits(1)
-    watch.after_fork()
-    greedy(watched)
-    assert phases(watched) == ["open", "half-open", "half-open", "closed"]
+
+    def serves() -> bool:
+        greedy(watched)
+        return phases(watched) == ["open", "half-open", "half-open", "closed"]
+
+    assert in_child(serves) == ANSWERED
+    assert phases(watched) == ["open", "half-open"]
 
 
 @pytest.mark.fault("E67")
@@ -494,7 +509,7 @@ def test_a_recompile_storm_takes_the_plan_out(watched: Any, monkeypatch: pytest.
     assert "compile over and over" in watched.autotune.events[0].reason
 
 
-def test_without_the_original_latency_and_nan_are_watched(watched: Any) -> None:
+def test_without_the_original_latency_and_nan_are_watched(watched: Any, clock: Clock) -> None:
     watched.autotune._serving.original.place = "released"
     assert "the original is released" in watched.autotune.status.watch
     spoil(watched)
@@ -506,6 +521,14 @@ def test_without_the_original_latency_and_nan_are_watched(watched: Any) -> None:
     watched.autotune._serving.watch._rest_until_s = 0.0
     serve(watched)
     assert phases(watched) == ["open"]
+    watch, good = watched.autotune._serving.watch, torch.nn.Parameter(watched.lm_head.weight, requires_grad=False)
+    clock.now += 10
+    watch.work()  # they still are
+    decode.lm_head.weight = good
+    clock.now += 20
+    watch.work()
+    assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
+    assert watched.autotune.events[-1].reason == "the kept call is sound again"
     watched.autotune._serving.original.place = "resident"
 
 
@@ -544,7 +567,7 @@ def test_what_is_kept_is_bounded(watched: Any) -> None:
 
 
 def test_scoring_calls_no_hook_that_is_set_meanwhile(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    called, scored = list[str](), []
+    called, scored = list[str](), list[Any]()
 
     def hooked(*given: Any) -> Any:
         for part in (watched, watched.model.layers[0], watched.lm_head):

@@ -189,6 +189,40 @@ def test_a_step_pauses_requests_that_never_end() -> None:
     newcomer.join(WAIT_S)
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_step_that_waits_for_its_pause_holds_up_other_steps_and_no_request() -> None:
+    """Who has the model until then may call it once more, and is to be done before it is paused."""
+    traffic, model, waits, asked = Traffic(), threading.Lock(), threading.Event(), threading.Event()
+    steps = list[bool]()
+
+    @contextmanager
+    def pause() -> Iterator[None]:
+        assert not waits.is_set(), "another step waits already"
+        waits.set()
+        with model:
+            yield
+
+    traffic.pause_by(lambda: pause)
+
+    def busy() -> None:
+        with traffic.request(), model:
+            assert waits.wait(WAIT_S)
+            with traffic.request():
+                asked.set()
+
+    def step() -> None:
+        with traffic.step():
+            steps.append(asked.is_set())
+
+    threads = [start(busy)]
+    while not model.locked():
+        assert threads[0].is_alive()
+    threads += [start(step), start(step)]
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert steps == [True, True]
+
+
 def test_a_step_pauses_nobody_where_no_request_is_in_flight() -> None:
     traffic, engine = Traffic(), Engine()
     traffic.pause_by(lambda: engine.pause)

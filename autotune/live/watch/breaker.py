@@ -1,7 +1,8 @@
 """When a plan that failed may serve again. Pure: a state and an event give the next state.
 
     closed --failed--> open --asked, after a pause--> half-open --served--> closed
-                                                          └─────failed--> open, for twice as long
+                                                          ├─────failed--> open, for twice as long
+                                                          └──undecided--> open, for as long again
     opened too often in a row: disabled permanently
 
 The pattern is Nygard's circuit breaker (Release It!, 2nd edition 2018, chapter 5). The pause doubles, so that a plan
@@ -31,6 +32,7 @@ class BreakerEvent(enum.StrEnum):
     SERVED = "served"  # the trial call was served
     FAILED = "failed"  # the plan failed, while closed or in the trial call
     ABANDONED = "abandoned"  # the caller ended the trial call
+    UNDECIDED = "undecided"  # the trial showed nothing
     CLEARED = "cleared"  # the failure was not the plan's fault
 
 
@@ -66,6 +68,10 @@ class Rules:
     longest_s: float = 3600.0
     most_flaps: int = 4
     steady_s: float = 600.0
+
+    def pause_after_s(self, flaps: int) -> float:
+        """How long a breaker stays open that opened for the `flaps`th time in a row, seconds."""
+        return min(self.pause_s * 2.0 ** (flaps - 1), self.longest_s)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class Breaker:
                 return replace(self, phase=BreakerState.CLOSED, since_s=now_s, pause_s=0.0)
             case BreakerState.HALF_OPEN, BreakerEvent.ABANDONED:  # the next call tries the plan
                 return replace(self, phase=BreakerState.OPEN, since_s=now_s, pause_s=0.0)
+            case BreakerState.HALF_OPEN, BreakerEvent.UNDECIDED:  # the next trial is after the same pause
+                return Breaker(BreakerState.OPEN, self.flaps, now_s, rules.pause_after_s(self.flaps))
             case BreakerState.OPEN, BreakerEvent.CLEARED:
                 return Breaker(flaps=self.flaps - 1, since_s=now_s)
         return self
@@ -114,4 +122,4 @@ class Breaker:
         flaps = 1 if steady else self.flaps + 1
         if flaps > rules.most_flaps:
             return Breaker(BreakerState.DISABLED, flaps, now_s)
-        return Breaker(BreakerState.OPEN, flaps, now_s, min(rules.pause_s * 2 ** (flaps - 1), rules.longest_s))
+        return Breaker(BreakerState.OPEN, flaps, now_s, rules.pause_after_s(flaps))

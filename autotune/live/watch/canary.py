@@ -38,10 +38,10 @@ class Sample:
         return cls(tuple(prompt.tolist()), tuple(answer.tolist()))
 
 
-def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[float | None, str | None]:
+def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[float | None, str | None] | None:
     """Score a served call: mean KL divergence of its tokens from the original, nats, and a defect, in words.
 
-    Each of the two is None if it could not be measured or was not found.
+    Each of the two is None if it could not be measured or was not found. Returns None if the original would serve it.
 
     Args:
         variant: the plan. Its decoding is stepped through the answer.
@@ -58,7 +58,7 @@ def score(variant: Variant, sample: Sample, original: Variant | None) -> tuple[f
     try:
         logits = served.step([sample.prompt], [sample.answer])  # [1, T, V]
     except BypassedError:
-        return None, None  # the original would serve it
+        return None
     if original is None:
         sound = not bool(torch.isnan(logits).any()) and bool(torch.isfinite(logits).any(-1).all())
         return None, None if sound else "NaN or infinite logits"

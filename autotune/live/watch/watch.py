@@ -46,8 +46,14 @@ class Cause(enum.Enum):
 
     FAILURE = enum.auto()  # it raised
     DRIFT = enum.auto()  # its answers differ from the original's
+    BROKEN = enum.auto()  # its logits are broken; the original was not there to compare with
     LATENCY = enum.auto()  # it became slower
     RECOMPILING = enum.auto()
+
+    @property
+    def is_of_answers(self) -> bool:
+        """Whether its answers are at fault. Then the trial scores a kept call again, so no user gets a bad answer."""
+        return self in (Cause.DRIFT, Cause.BROKEN)
 
 
 class Watch:
@@ -137,7 +143,7 @@ class Watch:
             if self.breaker.phase is not BreakerState.CLOSED:
                 if not self.breaker.due(now):
                     return False
-                if self.cause is Cause.DRIFT:  # the trial scores the kept call again, so no user gets a bad answer
+                if self.cause.is_of_answers:
                     self._work_when_idle()
                     return False
                 self._step(BreakerEvent.ASKED, "one call tries the plan again")
@@ -240,13 +246,13 @@ class Watch:
     # When idle
 
     def work(self) -> None:
-        """Score the kept call, and retry a plan that drifted. Waits until no request is in flight.
+        """Score the kept call, and retry a plan whose answers were at fault. Waits until no request is in flight.
 
         Raises:
             Cancelled: the model was unwrapped.
         """
         with self._lock:
-            variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause is Cause.DRIFT
+            variant, retry = self._variant, self.breaker.due(self.clock()) and self.cause.is_of_answers
             sample = self._samples.popleft() if self._samples else self._latest if retry else None
             if sample is None or variant is None or (self.open() and not retry):
                 return
@@ -256,26 +262,32 @@ class Watch:
             # a twin, because hooks that the user sets from now on must see only the user's calls
             original = Variant(twins.fork(variant.original), variant.traffic) if obstacle is None else None
         start = self.clock()
-        kld, defect = score(variant, sample, original)
+        found = score(variant, sample, original)
         with self._lock:
             self._rest_until_s = self.clock() + (self.clock() - start) * (1 / IDLE_SHARE - 1)
             if variant is self._variant and self._obstacle() == obstacle:  # nothing changed meanwhile
-                self._note_score(sample, kld, defect, retry)
+                self._note_score(sample, found, retry, Cause.BROKEN if original is None else Cause.DRIFT)
             elif retry and variant is self._variant:
                 self._step(BreakerEvent.ABANDONED, "the model changed while the kept call was scored again")
 
-    def _note_score(self, sample: Sample, kld: float | None, defect: str | None, retry: bool) -> None:
+    def _note_score(
+        self, sample: Sample, seen: tuple[float | None, str | None] | None, retry: bool, looked_for: Cause
+    ) -> None:
+        """Note what `score` returned. A trial shows something only if it looked for what took the plan out of service."""
         self.scored += 1
         self._latest = sample
+        kld, defect = seen or (None, None)
         if defect is not None:
-            return self.failed(f"the plan gives {defect}", Cause.DRIFT)
+            return self.failed(f"the plan gives {defect}", looked_for)
         if retry:
-            if kld is None:
-                return self.failed("the kept call could not be compared with the original's answer", Cause.DRIFT)
-            if kld > self.divergence.limit:
+            if kld is not None and kld > self.divergence.limit:
                 return self.failed("the kept call still differs", Cause.DRIFT, {"KLD": kld})
+            if seen is None or (kld is None and self.cause is Cause.DRIFT):
+                reason = "the kept call could not be compared with the original's answer"
+                return self._step(BreakerEvent.UNDECIDED, reason)
             self.divergence = DivergenceCusum(self.divergence.limit)
-            return self._step(BreakerEvent.SERVED, "the kept call is as the original would have it")
+            sound = "sound again" if kld is None else "as the original would have it"
+            return self._step(BreakerEvent.SERVED, f"the kept call is {sound}")
         if kld is None:
             return None
         self.divergence = found = self.divergence.after(kld)

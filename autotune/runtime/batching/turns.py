@@ -61,6 +61,7 @@ class ModelTurns:
             )
         finally:
             self._is_wanted = False
+            self._changed.notify_all()  # if it was stopped, those who let it go first need not
         if is_stopped():
             raise Cancelled
         self._owns_next = False
