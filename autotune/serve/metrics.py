@@ -22,6 +22,9 @@ MOST_RECENT = 2000  # values that percentiles look back at most; sorting them ta
 ANSWERS = "/v1/"  # routes under it answer for the model
 
 
+COUNTED = frozenset({"408", "429", "499"})  # late, refused and given up: of those, answers are counted
+
+
 @dataclass(frozen=True)
 class Percentiles:
     """Seconds that half of some recent values, and 99 % of them, do not exceed."""
@@ -38,7 +41,7 @@ class Counts:
         tokens: of all answers.
         answers: number of answers by why they ended.
         refused: requests that found the queue full.
-        failed: answers of the model's routes by kind of error: "4xx", "5xx".
+        failed: answers of the model's routes by kind of error: "4xx", "5xx"; not those that are counted above.
     """
 
     tokens: int
@@ -187,7 +190,7 @@ class Metrics:
                     answers[sample.labels["reason"]] = int(sample.value)
                 case "autotune:http_requests_total" if sample.labels["route"].startswith(ANSWERS):
                     status = sample.labels["status"]
-                    if status[0] in "45":
+                    if status[0] in "45" and status not in COUNTED:
                         failed[f"{status[0]}xx"] += int(sample.value)
         return Counts(int(tokens), answers, int(refused), dict(failed))
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .schema import Generation
 
 
+MOST_DIGITS = 20  # of a token's number in a body; Python refuses to read thousands
+
+
 class Witness:
     """Keeps the model's own distribution at each token, before anything changes it.
 
@@ -130,6 +133,7 @@ class SamplingDefaults:
 
     def _tokens(self, bias: dict[str, float]) -> dict[int, float]:
         for name in bias:
-            if not name.isdecimal() or int(name) >= self._vocabulary:
-                raise Refusal(400, f"logit_bias names {name!r}; tokens are 0 to {self._vocabulary - 1}", "logit_bias")
+            if not name.isdecimal() or len(name) > MOST_DIGITS or int(name) >= self._vocabulary:
+                named = repr(name[:MOST_DIGITS])
+                raise Refusal(400, f"logit_bias names {named}; tokens are 0 to {self._vocabulary - 1}", "logit_bias")
         return {int(name): value for name, value in bias.items()}

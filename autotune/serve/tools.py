@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .schema import Function, Message, Templated
 
 PARAM = "tools"
+VALUES = frozenset({"const", "default", "enum", "examples"})  # words of JSON Schema below which there is no schema
+NAMED = frozenset(
+    {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
+)  # below: schemas by name
 NONE: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}  # parameters left out
 TOLD = """You may call functions. Here are their signatures, one in a line:
 {signatures}
@@ -112,14 +116,18 @@ class ToolUse:
         """What the answer is held to; None if it may be any text."""
         if not self.must:
             return None
+        place = self.style.arguments
         calls = [
             {
                 "type": "object",
-                "properties": {"name": {"const": each.name}, self.style.arguments: each.parameters or NONE},
-                "required": ["name", self.style.arguments],
+                "properties": {
+                    "name": {"const": each.name},
+                    place: rooted(each.parameters or NONE, f"#/anyOf/{number}/properties/{place}"),
+                },
+                "required": ["name", place],
                 "additionalProperties": False,
             }
-            for each in self.functions
+            for number, each in enumerate(self.functions)
         ]
         body = json.dumps({"x-guidance": SPACED, "anyOf": calls}, ensure_ascii=False)
         begin, end = (json.dumps(mark) for mark in (f"{self.style.begin}\n", f"\n{self.style.end}"))
@@ -135,6 +143,27 @@ class ToolUse:
     def reader(self) -> CallReader:
         """What finds the calls in one answer."""
         return CallReader(self.style, frozenset(each.name for each in self.functions))
+
+
+def rooted(schema: Any, root: str, *, are_names: bool = False) -> Any:
+    """Copy a JSON schema to another place: references into it begin at `root` then, as "#/properties/town".
+
+    Args:
+        are_names: whether its keys are names of schemas, as below "properties", and not words of the language.
+    """
+    if isinstance(schema, list):
+        return [rooted(each, root) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for key, value in schema.items():
+        if are_names:
+            moved[key] = rooted(value, root)
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            moved[key] = root + value[1:]
+        else:
+            moved[key] = value if key in VALUES else rooted(value, root, are_names=key in NAMED)
+    return moved
 
 
 def conversation(messages: Sequence[Message], use: ToolUse | None, template: str) -> list[dict[str, Any]]:

@@ -223,6 +223,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(server: Running, client:
         ({"prompt": PROMPT, "n": 0}, "greater than or equal to 1", "n"),
         ({"prompt": PROMPT, "logit_bias": {"x": 1}}, "logit_bias names 'x'", "logit_bias"),
         ({"prompt": PROMPT, "logit_bias": {"900": 1}}, "tokens are 0 to 255", "logit_bias"),
+        ({"prompt": PROMPT, "logit_bias": {"9" * 5000: 1}}, "tokens are 0 to 255", "logit_bias"),
         ({"prompt": PROMPT, "stop": [""]}, "at least 1 character", None),
         ({"prompt": PROMPT, "model": "gpt-9"}, "this server has 'tiny'", "model"),
     ],

@@ -298,7 +298,9 @@ def test_the_page_counts_what_prometheus_counts() -> None:
     metrics.finished("stop", 5, AnswerTimes(0.0, 0.1, 0.2, 0.3, 2))
     metrics.unfinished("abort")
     metrics.rejections.inc()
-    for route, status in (("/v1/completions", 200), ("/v1/completions", 429), ("/metrics", 401), ("/v1/models", 500)):
+    for status in (200, 400, 408, 429, 499):  # late, refused and given up are among the answers
+        metrics.answered("/v1/completions", status)
+    for route, status in (("/metrics", 401), ("/v1/models", 500)):
         metrics.answered(route, status)
     found = metrics.counts()
     assert (found.tokens, found.answers, found.refused) == (2, {"stop": 1, "abort": 1}, 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from autotune.serve.schema import ChatBody
-from autotune.serve.tools import HERMES, LLAMA, UNTOLD, Call, CallReader, ToolUse, conversation, style_of
+from autotune.serve.tools import HERMES, LLAMA, UNTOLD, Call, CallReader, ToolUse, conversation, rooted, style_of
 from tests.models import EOS, tiny
 from tests.serve.servers import Running, running
 
@@ -209,6 +209,44 @@ def test_calls_of_a_model_that_is_free_to_answer_are_found(
         return
     assert (content, reason, [call.function.name for call in made]) == (before, "tool_calls", ["weather"])
     assert json.loads(made[0].function.arguments) == {"town": "Ulm"}
+
+
+def nested(**parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "go", "parameters": {"type": "object"} | parameters}}
+
+
+CLOSED: dict[str, Any] = {"required": ["to"], "additionalProperties": False}
+TOWN = nested(properties={"to": {"$ref": "#/$defs/Town"}}, **{"$defs": {"Town": {"enum": ["Ulm", "Bonn"]}}}, **CLOSED)
+PATH = nested(properties={"to": {"enum": [1]}, "then": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, **CLOSED)
+
+
+@pytest.mark.parametrize(("tool", "towns"), [(TOWN, ("Ulm", "Bonn")), (PATH, (1,))], ids=["definitions", "itself"])
+def test_parameters_may_refer_to_parts_of_themselves(tool: Any, towns: tuple[Any, ...], client: Any) -> None:
+    asked = CHAT | {"tools": [CLOCK, tool], "max_tokens": 400}
+    for choice in ("required", {"type": "function", "function": {"name": "go"}}):
+        got = client.chat.completions.create(**asked, tool_choice=choice, temperature=0, parallel_tool_calls=False)
+        made = got.choices[0].message.tool_calls
+        if isinstance(choice, dict):
+            given = json.loads(made[0].function.arguments)
+            assert given["to"] in towns
+            assert set(given) <= {"to", "then"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "moved"),
+    [
+        ({"$ref": "#"}, {"$ref": "#/here"}),
+        ({"$ref": "#/$defs/a"}, {"$ref": "#/here/$defs/a"}),
+        ({"$ref": "#anchor"}, {"$ref": "#anchor"}),
+        ({"$ref": "https://example.org/a#/b"}, {"$ref": "https://example.org/a#/b"}),
+        ({"anyOf": [{"$ref": "#/a"}, True]}, {"anyOf": [{"$ref": "#/here/a"}, True]}),
+        ({"enum": [{"$ref": "#/a"}]}, {"enum": [{"$ref": "#/a"}]}),
+        ({"properties": {"enum": {"$ref": "#/a"}}}, {"properties": {"enum": {"$ref": "#/here/a"}}}),
+        ({"properties": {"$ref": {"type": "string"}}}, {"properties": {"$ref": {"type": "string"}}}),
+    ],
+)
+def test_references_hold_where_a_schema_is_put(schema: Any, moved: Any) -> None:
+    assert rooted(schema, "#/here") == moved
 
 
 BAD = {"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}

@@ -273,7 +273,7 @@ class Watch:
     def _note_score(
         self, sample: Sample, seen: tuple[float | None, str | None] | None, retry: bool, looked_for: Cause
     ) -> None:
-        """Note what `score` returned. A trial shows something only if it looked for what took the plan out of service."""
+        """Note what `score` returned. A trial shows nothing unless it looked for what took the plan out of service."""
         self.scored += 1
         self._latest = sample
         kld, defect = seen or (None, None)

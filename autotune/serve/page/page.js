@@ -174,7 +174,7 @@ function showCounts(sample) {
     ["given up by clients", abort],
     ["past the deadline", deadline, true],
     ["refused, queue full", sample.refused, true],
-    ["invalid requests", (sample.failed["4xx"] || 0) - sample.refused - deadline, true],
+    ["invalid requests", sample.failed["4xx"] || 0, true],
     ["server errors", sample.failed["5xx"] || 0, true],
     ["calls served by the plan", sample.served],
   ];
@@ -182,7 +182,7 @@ function showCounts(sample) {
   if (sample.batching) rows.push(["decoded together", sample.batching]);
   const shown = rows.filter(([, value], index) => index < 1 || value);
   $("counts").replaceChildren(...shown.map(([name, value, isBad]) => {
-    const told = typeof value === "number" ? number(Math.max(value, 0)) : value;
+    const told = typeof value === "number" ? number(value) : value;
     return node("div", typeof value === "number" ? "" : "long", node("dt", "", name), node("dd", isBad ? "some" : "", told));
   }));
 }
