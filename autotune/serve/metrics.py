@@ -20,8 +20,6 @@ RECENT_S = 60.0  # seconds that percentiles look back
 MOST_RECENT = 2000  # values that percentiles look back at most; sorting them takes 0.2 ms
 
 ANSWERS = "/v1/"  # routes under it answer for the model
-
-
 COUNTED = frozenset({"408", "429", "499"})  # late, refused and given up: of those, answers are counted
 
 

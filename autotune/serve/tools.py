@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from .schema import Function, Message, Templated
 
 PARAM = "tools"
-VALUES = frozenset({"const", "default", "enum", "examples"})  # words of JSON Schema below which there is no schema
-NAMED = frozenset(
-    {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
-)  # below: schemas by name
+# Words of JSON Schema below which there is no schema, and those below which there are schemas by name.
+VALUES = frozenset({"const", "default", "enum", "examples"})
+NAMED = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
 NONE: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}  # parameters left out
 TOLD = """You may call functions. Here are their signatures, one in a line:
 {signatures}
