@@ -58,9 +58,8 @@ class Handle(Wrapped):
     @property
     def status(self) -> Status:
         """The model's state: what serves, which calls the plan served, which it did not, and why."""
-        serving = self._serving
+        serving, load = self._serving, self._load
         active, detail = serving.active, serving.detail
-        load = active.load if active else EngineLoad()
         return Status(
             serving.state,
             self._tuning.again.said(detail) if serving.state is State.ORIGINAL else detail,
@@ -75,6 +74,16 @@ class Handle(Wrapped):
             load,
             active is not None and serving.watch.open(),
         )
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a row or for their turn, as in `status`, which takes longer to ask for."""
+        return self._submissions.waiting + self._load.waiting
+
+    @property
+    def _load(self) -> EngineLoad:
+        active = self._serving.active
+        return active.load if active else EngineLoad()
 
     @property
     def events(self) -> tuple[Event, ...]:

@@ -204,7 +204,7 @@ class TextAnswers:
             self._ended(answer_id, outcome, len(prompt), times)
 
     def _waiting(self) -> int:
-        waiting: int = self.model.autotune.status.waiting
+        waiting: int = self.model.autotune.waiting  # asked for every answer, in the event loop
         return waiting
 
     def _admit(self) -> None:

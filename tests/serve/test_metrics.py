@@ -135,7 +135,7 @@ def test_what_is_not_finished_is_counted_apart(
         def fail(*_: Any, **__: Any) -> None:
             raise fault
 
-        handle = SimpleNamespace(submit=fail, status=SimpleNamespace(waiting=0))
+        handle = SimpleNamespace(submit=fail, waiting=0)
         monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=handle))
     for stream in (True, False):
         answer = httpx.post(f"{server.url}/v1/completions", json=ASK | {"stream": stream})

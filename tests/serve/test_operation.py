@@ -170,7 +170,7 @@ def test_a_full_queue_says_when_to_come_again(server: Running, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise QueueFullError("256 submitted requests wait, and no more may")
 
-    handle = SimpleNamespace(submit=full, status=SimpleNamespace(waiting=256))
+    handle = SimpleNamespace(submit=full, waiting=256)
     monkeypatch.setattr(server.served.answers, "model", SimpleNamespace(autotune=handle))
     monkeypatch.setattr(server.served.metrics.whole, "per_s", lambda: 10.0)
     for stream in (True, False):
