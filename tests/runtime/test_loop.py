@@ -173,6 +173,8 @@ def test_a_compiled_step_decodes_the_same_tokens(arch: str) -> None:
         same(ask(served, prompt), ask(model, prompt))
     ids, mask = padded["input_ids"], padded["attention_mask"]
     same(ask(served, ids, attention_mask=mask), ask(model, ids, attention_mask=mask))
+    for positions in (torch.arange(9)[None], torch.arange(9, dtype=torch.int32)[None]):  # for both sequences
+        same(ask(served, ids, position_ids=positions), ask(model, ids, position_ids=positions))
     three = left_padded()  # a batch nobody compiled for runs the same module uncompiled
     ids, mask = three["input_ids"], three["attention_mask"]
     same(ask(served, ids, attention_mask=mask), ask(model, ids, attention_mask=mask))

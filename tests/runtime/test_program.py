@@ -266,6 +266,7 @@ def test_masks(name: str) -> None:
         (lambda x, y: x @ y.transpose(1, 2), (X, Y), "products over 37 numbers"),
         (lambda x: torch.cat((x.half(), x.half()), -1).float(), (X,), "this use of aten.cat"),
         (lambda x: x.mean(-1, dtype=torch.float32), (X,), "this use of aten.mean"),
+        (lambda x: torch.addmm(WEIGHT[:, 0], x[:, 0], WEIGHT.T, beta=2), (X,), "this use of aten.addmm"),
     ],
 )
 def test_what_has_no_instruction_is_named(function: Any, inputs: tuple[torch.Tensor, ...], named: str) -> None:

@@ -252,6 +252,7 @@ def test_a_cache_is_of_one_kind() -> None:
     )
     assert "stored in int8 already" in (OffloadedCache("decode").unavailable(narrow, GPU) or "")
     assert "static" in (QuantisedCache("decode").unavailable(static, COMPILER) or "")
+    assert make("step_program", {}, "decode").unavailable(narrow, COMPILER) == f"the KV cache is {narrow.kv}"
     with pytest.raises(TransformError, match="stored in int8"):
         narrow.with_transform(StaticCache())
 

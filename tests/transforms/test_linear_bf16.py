@@ -63,6 +63,15 @@ def test_over_packed_weights(name: str, weights: tuple[str, dict[str, int]], lla
     assert (p.exp() * (p - q)).sum(-1).mean().item() <= 0.02
 
 
+@needs_bf16
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_decode_has_merged_are_none_of_prefills(name: str, llama: PreTrainedModel) -> None:
+    plan = [make("merged_linears", {}, "decode"), make("weight_only", {"bits": 8}, "decode")]
+    prefill = Variant(llama).with_transforms([*plan, make(name, {"weights": "decode"}, "prefill")]).modules["prefill"]
+    assert {name for name, _ in prefill.named_modules()} == {name for name, _ in llama.named_modules()}
+    assert isinstance(prefill.lm_head, kernels.Bf16Linear)
+
+
 @pytest.mark.parametrize("phase", ["decode", "both"])
 @pytest.mark.parametrize("name", NAMES)
 def test_for_prefill_only(name: str, phase: str) -> None:

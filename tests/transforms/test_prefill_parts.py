@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autotune.errors import ChoiceError
-from autotune.runtime import kernels
+from autotune.runtime import kernels, reading
 from autotune.runtime.dispatch import serving
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.half_cache import HalfCache
@@ -92,6 +92,17 @@ def test_kernels_keep_nothing_of_a_prompt_in_parts(chain: list[Transform], keeps
     served = serving(Variant(tiny()).with_transforms(plan))
     kernels.free_kept()
     served.generate(torch.tensor(token_prompts(1, length=23)), max_new_tokens=3)
+    assert (kernels.free_kept() > 0) == keeps
+
+
+@needs_kernels
+@pytest.mark.parametrize(("most", "keeps"), [(46, True), (45, False)])
+def test_kernels_keep_nothing_of_a_long_prompt(most: int, keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long are prompts whose tokens, all sequences together, are more than `MOST_KEPT`."""
+    monkeypatch.setattr(reading, "MOST_KEPT", most)
+    served = serving(Variant(tiny()).with_transforms([WeightOnly("both", bits=8), StepProgram("decode")]))
+    kernels.free_kept()
+    served.generate(torch.tensor(token_prompts(2, length=23)), max_new_tokens=3)
     assert (kernels.free_kept() > 0) == keeps
 
 

@@ -60,6 +60,7 @@ def test_a_model_says_the_same_but_for_rounding(architecture: str, dtype: torch.
     exact, model = Variant(model), tiny(architecture, initializer_range=0.1).to(dtype)
     candidate = Variant(model).with_transform(WIDE)
     assert WIDE.unavailable(Variant(model), CPU) is None
+    assert WIDE.extra_bytes(Variant(model)) == 0
     assert WIDE.took_effect(candidate) is None
     assert WIDE.took_effect(Variant(model)) is not None
     assert candidate.modules["decode"] is model
