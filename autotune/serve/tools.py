@@ -147,12 +147,17 @@ class ToolUse:
 def rooted(schema: Any, root: str, *, are_names: bool = False) -> Any:
     """Copy a JSON schema to another place: references into it begin at `root` then, as "#/properties/town".
 
+    A part with an `$id` stays as it is: references below it begin at that part, wherever it lies.
+
     Args:
         are_names: whether its keys are names of schemas, as below "properties", and not words of the language.
     """
     if isinstance(schema, list):
         return [rooted(each, root) for each in schema]
     if not isinstance(schema, dict):
+        return schema
+    own = None if are_names else schema.get("$id")
+    if isinstance(own, str) and not own.startswith("#"):  # that is an anchor in earlier drafts
         return schema
     moved = {}
     for key, value in schema.items():

@@ -201,6 +201,7 @@ def test_a_step_that_waits_for_its_pause_holds_up_other_steps_and_no_request() -
         waits.set()
         with model:
             yield
+        waits.clear()
 
     traffic.pause_by(lambda: pause)
 

@@ -217,10 +217,15 @@ def nested(**parameters: Any) -> dict[str, Any]:
 
 CLOSED: dict[str, Any] = {"required": ["to"], "additionalProperties": False}
 TOWN = nested(properties={"to": {"$ref": "#/$defs/Town"}}, **{"$defs": {"Town": {"enum": ["Ulm", "Bonn"]}}}, **CLOSED)
+OWN = nested(**TOWN["function"]["parameters"], **{"$id": "https://example.org/go"})
 PATH = nested(properties={"to": {"enum": [1]}, "then": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, **CLOSED)
 
 
-@pytest.mark.parametrize(("tool", "towns"), [(TOWN, ("Ulm", "Bonn")), (PATH, (1,))], ids=["definitions", "itself"])
+@pytest.mark.parametrize(
+    ("tool", "towns"),
+    [(TOWN, ("Ulm", "Bonn")), (OWN, ("Ulm", "Bonn")), (PATH, (1,))],
+    ids=["definitions", "definitions of an id", "itself"],
+)
 def test_parameters_may_refer_to_parts_of_themselves(tool: Any, towns: tuple[Any, ...], client: Any) -> None:
     asked = CHAT | {"tools": [CLOCK, tool], "max_tokens": 400}
     for choice in ("required", {"type": "function", "function": {"name": "go"}}):
@@ -243,6 +248,9 @@ def test_parameters_may_refer_to_parts_of_themselves(tool: Any, towns: tuple[Any
         ({"enum": [{"$ref": "#/a"}]}, {"enum": [{"$ref": "#/a"}]}),
         ({"properties": {"enum": {"$ref": "#/a"}}}, {"properties": {"enum": {"$ref": "#/here/a"}}}),
         ({"properties": {"$ref": {"type": "string"}}}, {"properties": {"$ref": {"type": "string"}}}),
+        ({"$id": "urn:a", "items": {"$ref": "#/a"}}, {"$id": "urn:a", "items": {"$ref": "#/a"}}),
+        ({"$id": "#a", "items": {"$ref": "#/a"}}, {"$id": "#a", "items": {"$ref": "#/here/a"}}),
+        ({"properties": {"$id": {"$ref": "#/a"}}}, {"properties": {"$id": {"$ref": "#/here/a"}}}),
     ],
 )
 def test_references_hold_where_a_schema_is_put(schema: Any, moved: Any) -> None:
