@@ -238,6 +238,34 @@ def test_parameters_may_refer_to_parts_of_themselves(tool: Any, towns: tuple[Any
 
 
 @pytest.mark.parametrize(
+    ("tool", "arguments", "fits"),
+    [
+        (TOWN, {"to": "Ulm"}, True),
+        (TOWN, {"to": "Rome"}, False),
+        (OWN, {"to": "Ulm"}, True),
+        (OWN, {"to": "Rome"}, False),
+        (PATH, {"to": 1, "then": {"to": 1, "then": {"to": 1}}}, True),
+        (PATH, {"to": 1, "then": {"to": 2}}, False),
+        (PATH, {"to": 1, "then": {"name": "clock", "arguments": {}}}, False),
+    ],
+    ids=lambda value: json.dumps(value)[:40],
+)
+def test_a_form_takes_what_parameters_that_refer_to_themselves_take(
+    tool: Any, arguments: dict[str, Any], fits: bool, server: Running
+) -> None:
+    prompts = server.served.prompts
+    use = ToolUse.of(body(tools=[CLOCK, tool], tool_choice="required"), prompts.template)
+    assert use is not None
+    style = use.style
+    call = json.dumps({"name": "go", style.arguments: arguments})
+    text = f"{style.begin}\n{call}\n{style.end}" if style.begin else call
+    tokens = prompts.tokenizer(text, add_special_tokens=False)["input_ids"]
+    grammar = server.served.grammars.of(use.form, False, "tools")
+    assert grammar is not None
+    assert (grammar._matcher.deep_copy().try_consume_tokens(tokens) == len(tokens)) is fits
+
+
+@pytest.mark.parametrize(
     ("schema", "moved"),
     [
         ({"$ref": "#"}, {"$ref": "#/here"}),
