@@ -649,6 +649,22 @@ def test_the_page_shows_the_plan_and_figures_as_they_change(tab: chromium.Page, 
 
 
 @needs_chromium
+def test_the_page_counts_as_invalid_what_was_wrong_and_nothing_else(tab: chromium.Page, server: Running) -> None:
+    rows = "[...document.querySelectorAll('#counts div')]"
+    invalid = f"+({rows}.find(row => row.textContent.startsWith('invalid'))?.lastChild.textContent ?? 0)"
+    open_up(tab, server)
+    seen(tab, f"{rows}.length")
+    before = tab.evaluate(invalid)
+    metrics = server.served.metrics
+    metrics.rejections.inc(3)  # of three answers to one request
+    for reason in ("deadline", "abort"):
+        metrics.unfinished(reason)
+    for status in (400, 408, 429, 499):
+        metrics.answered("/v1/completions", status)
+    seen(tab, f"{invalid} === {before + 1}")
+
+
+@needs_chromium
 def test_the_buttons_switch_the_plan(tab: chromium.Page, server: Running) -> None:
     open_up(tab, server)
     assert tab.evaluate("document.getElementById('commit').hidden")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
+from autotune.live.handle import Handle
 from tests.models import EOS, PAD, VOCABULARY
 from tests.serve.engines import (
     PROMPTS,
@@ -175,6 +176,24 @@ def test_the_end_token_ends_an_answer_unless_it_is_to_be_ignored(server: Running
     ended = post(server, PROMPT, NEW, **asked, ignore_eos=False).json()
     assert (ended["choices"][0]["finish_reason"], ended["usage"]["completion_tokens"]) == ("stop", 1)
     assert post(server, PROMPT, NEW, **asked).json()["usage"]["completion_tokens"] == NEW
+
+
+def test_a_queue_is_measured_without_a_look_at_the_weights(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = ROWS if server.model.autotune.active else ROWS - 1
+    with counted(server) as turns:
+        for prompt in PROMPTS[:ROWS]:
+            turns.client(prompt, 1)
+        turns.settle()
+        until(lambda: server.model.autotune.waiting == waits)
+        assert server.model.autotune.status.waiting == waits
+        monkeypatch.delattr(Handle, "status")
+        monkeypatch.setattr(server.served.answers, "most_waiting", waits)
+        assert post(server, PROMPT, 1).status_code == 429
+        monkeypatch.setattr(server.served.answers, "most_waiting", waits + 1)
+        last = turns.client(PROMPT, 1)
+        until(lambda: server.model.autotune.waiting == waits + 1)
+        turns.open()
+        last.rest()
 
 
 def test_urgent_requests_are_answered_first_and_others_as_they_came(server: Running) -> None:
