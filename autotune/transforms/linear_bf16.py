@@ -53,9 +53,6 @@ class StoredTransform(LinearTransform):
     def exchange(self, linear: nn.Linear) -> nn.Module:
         return kernels.Bf16Linear(linear, self.parts)
 
-    def extra_bytes(self, variant: Variant) -> float:
-        return 0.0  # the new layers share the weights
-
     def apply(self, variant: Variant) -> None:
         if self.weights == "decode":
             if not (shared := packed(variant.modules["decode"], self.skip)):

@@ -191,7 +191,7 @@ class LinearTransform(Transform):
         return total
 
     def _sample(self, linear: nn.Linear | None) -> float | None:
-        """Bytes of a new layer divided by those of the layer it replaces; None if it cannot be made."""
+        """Bytes that a new layer takes beside the one it replaces, divided by that one's; None if it cannot be made."""
         try:
             new = None if linear is None else self.exchange_once(linear)
         except Exception as error:  # a library may raise anything, for want of memory, too; `apply` reports it
@@ -199,9 +199,8 @@ class LinearTransform(Transform):
             return None
         if linear is None or new is None:
             return None
-        if isinstance(new, linear_layers.SharedLinear):
-            return 0.0  # it multiplies by the same tensors
-        return linear_layers.stored_bytes(new) / linear.weight.nbytes
+        own = linear_layers.stored_bytes(linear, new) - linear_layers.stored_bytes(linear)
+        return own / linear.weight.nbytes
 
     def apply(self, variant: Variant) -> None:
         # the check also loads the kernels or package, which a process that only replays a plan has not done yet
