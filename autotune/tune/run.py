@@ -91,8 +91,9 @@ def tune(
     bench = LiveBench(
         original, workload, policy, here, texts=texts, notify=notify, references=kept, cached_as=cached_as
     )
-    obstacle, known = obstacle_of(original), plan or (store.find(identity) if cache else None)
-    if obstacle is None and known is not None:
+    obstacle = obstacle_of(original)
+    known = None if obstacle is not None else plan or (store.find(identity) if cache else None)
+    if known is not None:
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
         proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
         if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:

@@ -97,7 +97,7 @@ class Examined:
 def examine(exam: RecordedExam, variant: Variant, notify: Callable[[str], None] = lambda step: None) -> Examined:
     """Give the whole exam. It ends if the candidate raises, but goes on if the candidate gives nonsense."""
     found, served = Examined(), Served(variant, exam.pad_token_id, fall_back=False)
-    groups, found.tally.left = exam.groups(), served.left
+    found.tally.left, groups = served.left, exam.groups()
     try:
         for k, group in enumerate(groups):
             notify(f"comparing with the baseline, {k} of {len(groups)}")
