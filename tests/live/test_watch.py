@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import autotune
-from autotune.live.watch.breaker import Breaker, BreakerEvent, Rules
+from autotune.live.watch.breaker import Breaker, BreakerEvent, Cause, Rules
 from autotune.live.watch.canary import score
 from autotune.live.watch.drift import (
     COMPILED_CALLS,
@@ -27,7 +27,7 @@ from autotune.live.watch.drift import (
     shape_of,
 )
 from autotune.live.watch.paces import Kind
-from autotune.live.watch.watch import Cause, Watch
+from autotune.live.watch.watch import Watch
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.tune import plan as plans

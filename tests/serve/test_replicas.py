@@ -15,7 +15,7 @@ import autotune
 from autotune.compare.experiment.store import Store
 from autotune.errors import PlanError
 from autotune.live.status import State
-from autotune.live.watch.watch import Cause
+from autotune.live.watch.breaker import Cause
 from autotune.machine import cache_dir
 from autotune.model.load import load
 from autotune.serve import run

@@ -36,6 +36,21 @@ class BreakerEvent(enum.StrEnum):
     CLEARED = "cleared"  # the failure was not the plan's fault
 
 
+class Cause(enum.Enum):
+    """Why a plan was taken out of service."""
+
+    FAILURE = enum.auto()  # it raised
+    DRIFT = enum.auto()  # its answers differ from the original's
+    BROKEN = enum.auto()  # its logits are broken; the original was not there to compare with
+    LATENCY = enum.auto()  # it became slower
+    RECOMPILING = enum.auto()
+
+    @property
+    def is_of_answers(self) -> bool:
+        """Whether its answers are at fault. Then the trial scores a kept call again, so no user gets a bad answer."""
+        return self in (Cause.DRIFT, Cause.BROKEN)
+
+
 @dataclass(frozen=True)
 class Event:
     """One transition of the circuit breaker.

@@ -8,7 +8,6 @@ faster than the original was.
 
 from __future__ import annotations
 
-import enum
 import logging
 import random
 import threading
@@ -26,7 +25,7 @@ from ...runtime.token_clock import TokenClock
 from ...runtime.variant import Variant
 from ...tune import store
 from ...validate.tiers import TIERS
-from .breaker import Breaker, BreakerEvent, BreakerState, Event, Rules
+from .breaker import Breaker, BreakerEvent, BreakerState, Cause, Event, Rules
 from .canary import Sample, graphs, score
 from .drift import Compilations, DivergenceCusum, describe
 from .paces import Kind, Paces
@@ -39,21 +38,6 @@ log = logging.getLogger("autotune")
 
 IDLE_SHARE = 0.05  # largest share of time spent on scoring calls again
 KEPT_EVENTS = 100  # latest events that are kept
-
-
-class Cause(enum.Enum):
-    """Why a plan was taken out of service."""
-
-    FAILURE = enum.auto()  # it raised
-    DRIFT = enum.auto()  # its answers differ from the original's
-    BROKEN = enum.auto()  # its logits are broken; the original was not there to compare with
-    LATENCY = enum.auto()  # it became slower
-    RECOMPILING = enum.auto()
-
-    @property
-    def is_of_answers(self) -> bool:
-        """Whether its answers are at fault. Then the trial scores a kept call again, so no user gets a bad answer."""
-        return self in (Cause.DRIFT, Cause.BROKEN)
 
 
 class Watch:
