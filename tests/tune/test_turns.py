@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +56,18 @@ def waiting(rest: Any = None, most_s: float = 60.0, refused: Plan | None = None)
         return turns.awaited(mine, SAME, most_s, said.append, rest or Traffic().rest, refused), said
 
 
+def saving(plan: Plan, rests: list[float]) -> Callable[[float], bool]:
+    """Rests, of which the third ends when another process has saved its plan."""
+
+    def rest(seconds: float) -> bool:
+        rests.append(seconds)
+        if len(rests) == 3:
+            store.save(plan)
+        return False
+
+    return rest
+
+
 def test_a_process_that_is_alone_searches_at_once() -> None:
     assert waiting() == (None, [])
     assert waiting() == (None, [])  # what was taken was given back
@@ -64,14 +76,7 @@ def test_a_process_that_is_alone_searches_at_once() -> None:
 def test_others_wait_for_the_plan() -> None:
     with another():
         rests = list[float]()
-
-        def rest(seconds: float) -> bool:
-            rests.append(seconds)
-            if len(rests) == 3:
-                store.save(PLAN)
-            return False
-
-        found, said = waiting(rest)
+        found, said = waiting(saving(PLAN, rests))
     assert found == PLAN
     assert said == ["another process is tuning this model on this machine: waiting for its plan"]
     assert len(rests) == 3
@@ -82,14 +87,7 @@ def test_the_plan_that_did_not_hold_is_not_what_others_wait_for() -> None:
     store.save(stale)
     with another():
         rests = list[float]()
-
-        def rest(seconds: float) -> bool:
-            rests.append(seconds)
-            if len(rests) == 3:
-                store.save(fresh)
-            return False
-
-        assert waiting(rest, refused=stale)[0] == fresh
+        assert waiting(saving(fresh, rests), refused=stale)[0] == fresh
         assert len(rests) == 3
 
 
