@@ -86,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         lives = [life("background") for _ in range(given.runs)]
     print(table(lives))
+    for each in lives:
+        if "verified" not in each:
+            print(f"A start was not verified: {each['state']}, {each['detail']}")
     return 0
 
 
