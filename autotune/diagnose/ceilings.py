@@ -7,6 +7,7 @@ work has a floor above the time measured now.
 
 from __future__ import annotations
 
+from math import isnan
 from typing import TYPE_CHECKING
 
 from ..machine.roofline import floor_s
@@ -14,6 +15,10 @@ from ..machine.roofline import floor_s
 if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from .costs import PhaseProfile
+
+# Seconds of a call from a compiled graph's Python to a kernel on a CPU, with the start of a team of threads: at least
+# this. SmolLM2-135M's compiled step, 241 matmuls and attentions over INT8 weights, takes 1.6 ms more than they do.
+CALL_S = 3e-6
 
 
 def matmul_s(phase: PhaseProfile, hardware: Hardware) -> float:
@@ -48,7 +53,12 @@ def roofline_s(phase: PhaseProfile, hardware: Hardware, compute_dtype: str | Non
 
 
 def faster_weights(
-    phase: PhaseProfile, hardware: Hardware, new_weight_bytes: float, *, compute_dtype: str | None = None
+    phase: PhaseProfile,
+    hardware: Hardware,
+    new_weight_bytes: float,
+    *,
+    compute_dtype: str | None = None,
+    library: bool = False,
 ) -> float:
     """Return the best-case speed-up of a phase if its weights take `new_weight_bytes`.
 
@@ -61,10 +71,18 @@ def faster_weights(
         new_weight_bytes: weight bytes that would move per call or token (compare `phase.weight_bytes`).
         compute_dtype: dtype the new matmuls compute in; None keeps the present one. The result is below 1.0 only if
             this dtype's peak makes the matmuls longer than they are now.
+        library: whether torch's own kernels will read the weights, too. In decode on a CPU they are then expected to
+            reach the share of what they reach on one row of large matrices in the new dtype
+            (`Hardware.vector_bytes_per_s`) that they reach in the present one.
     """
     flops_s = (phase.flops - phase.attention_flops) / attainable_peak(phase, hardware, compute_dtype)
     now_s = matmul_s(phase, hardware)
-    bytes_s = min(new_weight_bytes / attainable_bandwidth(phase, hardware), now_s)
+    bytes_s = new_weight_bytes / attainable_bandwidth(phase, hardware)
+    rates = hardware.vector_bytes_per_s
+    if library and phase.phase == "decode" and {phase.compute_dtype, compute_dtype} <= rates.keys():
+        pace = rates[phase.compute_dtype] / rates[compute_dtype or phase.compute_dtype]
+        bytes_s = max(bytes_s, now_s * pace * new_weight_bytes / phase.weight_bytes)
+    bytes_s = min(bytes_s, now_s)
     return _speedup(phase.seconds, phase.seconds - now_s + max(flops_s, bytes_s))
 
 
@@ -82,6 +100,51 @@ def less_overhead(
     floor = min(roofline_s(phase, hardware, compute_dtype), phase.seconds)
     kept = 0.0 if new_kernels else matmul_s(phase, hardware) + phase.attention_s
     return _speedup(phase.seconds, max(kept, floor))
+
+
+def compiled(phase: PhaseProfile, hardware: Hardware) -> float:
+    """Return the best-case speed-up of a phase as a compiled graph.
+
+    As `less_overhead`, but on a CPU the graph calls each matmul and attention from Python, and one generated kernel
+    between every two of them.
+    """
+    gain = less_overhead(phase, hardware)
+    if hardware.device != "cpu":
+        return gain
+    return _speedup(phase.seconds, min(phase.seconds / gain + 2 * phase.matmul_count * CALL_S, phase.seconds))
+
+
+def shorter_loop(phase: PhaseProfile, hardware: Hardware, also: tuple[str, ...] = ()) -> float:
+    """Return the best-case speed-up of a phase if the time outside the model's forward disappears.
+
+    Args:
+        phase: the phase as measured now.
+        hardware: measured peaks.
+        also: groups of the operator table whose time disappears, too.
+    """
+    most = less_overhead(phase, hardware)
+    if isnan(phase.loop_s):
+        return most
+    saved = phase.loop_s + sum(row.seconds for row in phase.operators if row.group in also)
+    return min(most, _speedup(phase.seconds, phase.seconds - min(saved, phase.seconds)))
+
+
+def fewer_threads(phase: PhaseProfile, hardware: Hardware, threads: int, saved_s: float) -> float:
+    """Return the best-case speed-up of a phase by fewer threads on a CPU.
+
+    Args:
+        phase: the phase as measured now, with `hardware.threads`.
+        hardware: measured peaks.
+        threads: the new number.
+        saved_s: seconds that starting and joining threads takes now; of the phase's time, at most half counts.
+    """
+    after_s = max(phase.seconds - saved_s, phase.seconds / 2)
+    if not isnan(hardware.core_bytes_per_s):
+        bandwidth = min(threads * hardware.core_bytes_per_s, attainable_bandwidth(phase, hardware))
+        peak = attainable_peak(phase, hardware) * threads / hardware.threads
+        floor = floor_s(phase.flops - phase.attention_flops, phase.weight_bytes, peak, bandwidth)
+        after_s += max(0.0, floor - matmul_s(phase, hardware))
+    return _speedup(phase.seconds, after_s)
 
 
 def faster_attention(phase: PhaseProfile, hardware: Hardware) -> float:

@@ -129,6 +129,8 @@ class PhaseProfile:
         device: what a GPU did during that time; None on a CPU.
         growth_s: seconds of a token that grow with the context; 0 if not measured.
         stored_bytes: bytes of the distinct weights of the phase's module. Without the other phase's and the original's.
+        loop_s: seconds outside the model's forward: generate's preparation, the choice of a token; NaN if unknown.
+        matmul_count: operators per call or token that are matmuls over weights or attention.
     """
 
     phase: Phase
@@ -149,6 +151,8 @@ class PhaseProfile:
     device: DeviceUse | None = None
     growth_s: float = 0.0
     stored_bytes: float = 0.0
+    loop_s: float = nan
+    matmul_count: int = 0
 
     @property
     def idle(self) -> float:

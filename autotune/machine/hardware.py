@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,9 @@ class Hardware:
         versions: library name to version.
         measured: False if a figure is a datasheet value or is missing.
         disturbed: whether other work disturbed the measurement, so that a peak may be too low.
+        vector_bytes_per_s: measured bytes/s of weights that torch's own kernels multiply by one row, by dtype name; on
+            a CPU, for dtypes that it does not emulate.
+        core_bytes_per_s: measured read bandwidth of one thread on a CPU; NaN if not measured.
     """
 
     device: str
@@ -67,6 +70,8 @@ class Hardware:
     versions: Mapping[str, str]
     measured: bool = True
     disturbed: bool = False
+    vector_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    core_bytes_per_s: float = math.nan
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """The matmul peak of `dtype`. For a dtype that was not measured, an upper bound: predictions must be ceilings.
@@ -102,6 +107,8 @@ class Hardware:
             self,
             bandwidth_bytes_per_s=self.bandwidth_bytes_per_s * (DOUBT if bandwidth else 1),
             flops_per_s={name: peak * (DOUBT if flops else 1) for name, peak in self.flops_per_s.items()},
+            vector_bytes_per_s={},  # any kernel may be as fast as the memory, and so may any core
+            core_bytes_per_s=math.nan,
         )
 
 
@@ -150,9 +157,17 @@ def probe(
 
 def _better(old: Hardware, new: Hardware) -> Hardware:
     """Combine two measurements of one machine: the better peaks, and `disturbed` of the second one."""
-    best = {name: max(peak, old.flops_per_s.get(name, 0.0)) for name, peak in new.flops_per_s.items()}
-    bandwidth = max(old.bandwidth_bytes_per_s, new.bandwidth_bytes_per_s)
-    return replace(new, bandwidth_bytes_per_s=bandwidth, flops_per_s=best)
+
+    def best(one: Mapping[str, float], other: Mapping[str, float]) -> Mapping[str, float]:
+        return {name: max(rate, other.get(name, 0.0)) for name, rate in one.items()}
+
+    return replace(
+        new,
+        bandwidth_bytes_per_s=max(old.bandwidth_bytes_per_s, new.bandwidth_bytes_per_s),
+        flops_per_s=best(new.flops_per_s, old.flops_per_s),
+        vector_bytes_per_s=best(new.vector_bytes_per_s, old.vector_bytes_per_s),
+        core_bytes_per_s=max(old.core_bytes_per_s, new.core_bytes_per_s),
+    )
 
 
 def _probe(device: Device, turn: peaks.Turn) -> Hardware:
@@ -168,6 +183,8 @@ def _probe(device: Device, turn: peaks.Turn) -> Hardware:
         flops_per_s=reached.flops_per_s,
         measured=True,
         disturbed=beside_others or reached.spread > UNEVEN,
+        vector_bytes_per_s=reached.vector_bytes_per_s,
+        core_bytes_per_s=reached.core_bytes_per_s,
     )
 
 

@@ -35,6 +35,8 @@ class PhaseTimes:
     around_attention_s: float
     operator_count: int
     sync_s: float
+    loop_s: float
+    matmul_count: int
 
 
 def share(trace: Trace, seconds: float) -> PhaseTimes:
@@ -66,6 +68,8 @@ def share(trace: Trace, seconds: float) -> PhaseTimes:
         around_attention_s=around * scale,
         operator_count=sum(span.outermost for span in trace.spans),
         sync_s=min(trace.sync_s, seconds),
+        loop_s=trace.loop_s * scale if trace.timeline is None else trace.loop_s,
+        matmul_count=sum(span.outermost and span.role in ("linear", "attention") for span in trace.spans),
     )
 
 

@@ -8,7 +8,18 @@ from dataclasses import replace
 from ..errors import MeasurementError
 from ..workload import Phase
 from .recording import OPERATOR, Recording
-from .spans import DISPATCH, GENERATED, Shapes, Span, Trace, kernel_span, mark_cache_writes, span_of
+from .spans import (
+    DISPATCH,
+    FORWARD,
+    GENERATED,
+    Shapes,
+    Span,
+    Trace,
+    kernel_span,
+    mark_cache_writes,
+    outside_forward,
+    span_of,
+)
 from .timeline import Interval, seconds_by_caller, timeline, within
 from .timing import START, TICK
 
@@ -75,4 +86,6 @@ def _device_trace(recording: Recording, interval: Interval, shapes: Shapes) -> T
         if alone and (spent := within(work, start, end)):
             spans.append((work.start_s, kernel_span(work, spent)))
     spans.sort(key=lambda each: each[0])
-    return Trace(mark_cache_writes(tuple(span for _, span in spans)), end - start, found.sync_s, found)
+    forwards = ((call.start_s, call.end_s) for call in recording.calls if call.name == FORWARD)
+    loop_s = outside_forward(interval, forwards)
+    return Trace(mark_cache_writes(tuple(span for _, span in spans)), end - start, found.sync_s, found, loop_s)

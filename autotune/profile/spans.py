@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any, Literal
 
 from ..diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, OTHER, RANGE
 from .recording import DeviceEvent, HostCall
-from .timeline import Timeline, group_of
+from .timeline import Interval, Timeline, group_of
 
 Role = Literal["linear", "attention", "cache"]
 Shapes = Mapping[tuple[int, int], str | None]  # (inputs, outputs) of linear layers -> their group, None if several
@@ -20,6 +21,7 @@ _LINEAR = re.compile(
 )
 _ATTENTION = re.compile(r"attention|attend|^(bmm|baddbmm|_?softmax)$|flash(_|::)|fmha|sdpa")
 _CACHE = re.compile(r"^(index_copy_?|slice_scatter)$|index_copy_kernel|kv_cache|cache_update")
+FORWARD = "autotune.forward"  # the range of a model's forward in a trace
 GENERATED = re.compile(r"CompiledFxGraph|^inductor|^(cpp|triton|graph\d*_cpp)_fused|graph_\d+_")
 DISPATCH = re.compile(r"^(Torch-Compiled Region|TorchDynamo|Pregraph|AOTDispatcher|PyTorch Profiler|autotune\.|\[)")
 _RELABELLING = (  # operators that only make or relabel tensors
@@ -63,12 +65,21 @@ class Trace:
         seconds: its duration under the profiler.
         sync_s: time the host waited for the device.
         timeline: what the device did during that time; None on a CPU.
+        loop_s: time outside the model's forward; NaN if the trace does not show it.
     """
 
     spans: tuple[Span, ...]
     seconds: float
     sync_s: float = 0.0
     timeline: Timeline | None = None
+    loop_s: float = nan
+
+
+def outside_forward(interval: Interval, forwards: Iterable[Interval]) -> float:
+    """Return the part of an interval that is outside the model's forwards; NaN if it has none."""
+    start, end = interval
+    inside = [min(until, end) - since for since, until in forwards if start <= since < end]
+    return end - start - sum(inside) if inside else nan
 
 
 def span_of(event: Any, shapes: Shapes, seconds: float) -> Span:

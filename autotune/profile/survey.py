@@ -195,6 +195,8 @@ def _phase(
         operators=table(found, work, ridge(hardware.peak_flops_per_s(name), hardware.bandwidth_bytes_per_s)),
         attention_flops=attention_flops(model, forward),
         small_s=found.small_s,
+        loop_s=found.loop_s,
+        matmul_count=found.matmul_count,
         around_attention_s=found.around_attention_s,
         device=device_use(trace, median(samples_s), seen.event_s, seen.counters) if seen else None,
         growth_s=growth_s(contexts, forward.past) if seen and phase == "decode" else 0.0,

@@ -28,7 +28,7 @@ from ..model import twins
 from ..workload import Phase
 from .phases import intervals, length, on_device
 from .recording import read
-from .spans import DISPATCH, Role, Shapes, Span, Trace, mark_cache_writes, span_of
+from .spans import DISPATCH, FORWARD, Role, Shapes, Span, Trace, mark_cache_writes, outside_forward, span_of
 from .timeline import Interval
 from .timing import START, TICK, time_request
 
@@ -150,12 +150,12 @@ def unfolded(trace: Trace, program: tuple[Span, ...]) -> Trace:
 
 @contextmanager
 def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """While active, make the parts of `models` open a range with their group's name in torch.profiler's trace."""
+    """While active, make `models` and their parts open ranges in torch.profiler's trace, with their groups' names."""
     handles, opened = [], list[Any]()
 
-    def enter(group: str) -> Any:
+    def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            opened.append(record_function(RANGE + group).__enter__())  # type: ignore[no-untyped-call]
+            opened.append(record_function(name).__enter__())  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -164,10 +164,11 @@ def announced(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
     try:
         for model in models:
-            for name, group in sections(model).items():
+            parts = {name: RANGE + group for name, group in sections(model).items()}
+            for name, shown in {"": FORWARD, **parts}.items():
                 if twins.is_shared(module := model.get_submodule(name)):
                     continue  # live requests run this module, too
-                handles.append(module.register_forward_pre_hook(enter(group)))
+                handles.append(module.register_forward_pre_hook(enter(shown)))
                 handles.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
@@ -179,4 +180,5 @@ def _trace(events: Sequence[Any], interval: Interval, shapes: Shapes) -> Trace:
     start, end = interval  # microseconds
     inside = [e for e in events if start <= e.time_range.start < end]
     spans = (span_of(e, shapes, e.self_cpu_time_total / 1e6) for e in inside if not DISPATCH.search(e.name))
-    return Trace(mark_cache_writes(tuple(spans)), (end - start) / 1e6)
+    forwards = ((e.time_range.start, e.time_range.end) for e in inside if e.name == FORWARD)
+    return Trace(mark_cache_writes(tuple(spans)), (end - start) / 1e6, loop_s=outside_forward(interval, forwards) / 1e6)

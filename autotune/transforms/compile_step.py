@@ -83,7 +83,7 @@ class CompileStep(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """Best case: only the time for moving data and for arithmetic remains."""
-        return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
+        return {"decode": ceilings.compiled(profile.phases["decode"], hardware)}
 
     def extra_bytes(self, variant: Variant) -> float:
         return slot_bytes(variant, self.slots)

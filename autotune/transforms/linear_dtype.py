@@ -105,7 +105,8 @@ class LinearDtype(LinearTransform):
         return CastLinear(linear, dtype, packed)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype=self.dtype)
+        read = weight_bytes(phase, 16)
+        return ceilings.faster_weights(phase, hardware, read, compute_dtype=self.dtype, library=True)
 
 
 def _packs(dtype: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..diagnose import ceilings
+from ..diagnose.parts import CACHE
 from ..errors import ChoiceError, TransformError
 from ..model import placement, seam
 from ..model.configured import context, text_config
@@ -62,7 +63,7 @@ class StaticCache(Transform):
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
         """Best case: the cache's growth and the loop's work between steps take no time."""
-        return {"decode": ceilings.less_overhead(profile.phases["decode"], hardware)}
+        return {"decode": ceilings.shorter_loop(profile.phases["decode"], hardware, also=(CACHE,))}
 
     def extra_bytes(self, variant: Variant) -> float:
         return slot_bytes(variant, self.slots)

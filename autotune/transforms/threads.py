@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ..diagnose import ceilings
 from ..errors import ChoiceError
 from ..machine import intraop
 from ..runtime.variant import Stage, Transform
@@ -54,13 +55,13 @@ class Threads(Transform):
         return None
 
     def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
-        return {phase: self._speedup(profile.phases[phase], hardware.threads) for phase in self.phases}
+        return {phase: self._speedup(profile.phases[phase], hardware) for phase in self.phases}
 
-    def _speedup(self, phase: PhaseProfile, threads: int) -> float:
+    def _speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
         """Best case: with more threads, time falls in proportion; with fewer, no operator starts a parallel region."""
-        if self.count > threads:
-            return self.count / threads
-        return phase.seconds / max(phase.seconds - phase.operator_count * REGION_S, phase.seconds / 2)
+        if self.count > hardware.threads:
+            return self.count / hardware.threads
+        return ceilings.fewer_threads(phase, hardware, self.count, phase.matmul_count * REGION_S)
 
     def apply(self, variant: Variant) -> None:
         variant.threads |= dict.fromkeys(self.phases, self.count)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import nan
 
 import pytest
 
 from autotune.diagnose import ceilings
-from autotune.diagnose.costs import PhaseProfile
+from autotune.diagnose.costs import Operator, PhaseProfile
+from autotune.diagnose.parts import CACHE
 from autotune.machine import roofline
 from autotune.machine.hardware import Hardware
 
@@ -191,6 +193,56 @@ def test_less_overhead_in_another_arithmetic(dtype: str | None, after_s: float) 
     emulated = replace(DECODE, compute_dtype="bfloat16", samples_s=(4.0,), linear_s=3.0)
     found = ceilings.less_overhead(emulated, CPU, new_kernels=True, compute_dtype=dtype)
     assert found == pytest.approx(4.0 / after_s)
+
+
+LIBRARY = replace(CPU, vector_bytes_per_s={"float32": 20e9, "float16": 10e9})
+
+
+@pytest.mark.parametrize(
+    ("phase", "hardware", "dtype", "after_s"),
+    [
+        (DECODE, LIBRARY, "float16", 0.040),  # half the bytes at half the rate: nothing is gained
+        (DECODE, replace(LIBRARY, vector_bytes_per_s={"float32": 20e9, "float16": 20e9}), "float16", 0.028),
+        (DECODE, replace(LIBRARY, vector_bytes_per_s={"float32": 5e9, "float16": 40e9}), "float16", 0.026),  # memory's
+        (DECODE, CPU, "float16", 0.026),
+        (replace(DECODE, phase="prefill"), LIBRARY, "float16", 0.026),  # its rate is the matmul's
+        (DECODE, LIBRARY, "bfloat16", 0.040 - 0.024 + 0.25 / 0.15),  # emulated
+    ],
+)
+def test_weights_that_torch_s_own_kernels_read(
+    phase: PhaseProfile, hardware: Hardware, dtype: str, after_s: float
+) -> None:
+    found = ceilings.faster_weights(phase, hardware, 250e6, compute_dtype=dtype, library=True)
+    assert found == pytest.approx(0.040 / after_s)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "matmuls", "after_s"),
+    [
+        (CPU, 0, 0.028),
+        (CPU, 1000, 0.034),  # as many generated kernels between them, 3 us each
+        (CPU, 9000, 0.040),  # but it is not predicted to be slower
+        (replace(CPU, device="cuda"), 1000, 0.028),  # the device computes while the host calls
+    ],
+)
+def test_a_compiled_graph_calls_its_kernels(hardware: Hardware, matmuls: int, after_s: float) -> None:
+    found = ceilings.compiled(replace(DECODE, matmul_count=matmuls), hardware)
+    assert found == pytest.approx(0.040 / after_s)
+
+
+@pytest.mark.parametrize(
+    ("loop_s", "also", "after_s"),
+    [
+        (0.004, (), 0.036),
+        (0.004, (CACHE,), 0.034),
+        (0.020, (), 0.028),  # what matmuls and attention take stays
+        (nan, (CACHE,), 0.028),  # not known: all the time between operators
+    ],
+)
+def test_a_shorter_loop(loop_s: float, also: tuple[str, ...], after_s: float) -> None:
+    written = Operator(CACHE, 0.002, 0, 5e6, "memory")
+    found = ceilings.shorter_loop(replace(DECODE, loop_s=loop_s, operators=(written,)), CPU, also)
+    assert found == pytest.approx(0.040 / after_s)
 
 
 def test_faster_attention() -> None:

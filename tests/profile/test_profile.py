@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from math import inf
+from math import inf, nan
 from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from autotune.model.linear_layers import stored_bytes
 from autotune.profile.budget import Budget
 from autotune.profile.operators import share, table
 from autotune.profile.scaling import batch_scaling, context_growth, room
-from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes
+from autotune.profile.spans import Span, Trace, by_shape, mark_cache_writes, outside_forward
 from autotune.profile.survey import median_prompts
 from autotune.profile.timing import Stopwatch, time_request
 from autotune.profile.tracing import trace, watched
@@ -241,6 +241,8 @@ def test_a_phase_is_consistent(measured: tuple[Variant, Profile]) -> None:
         assert 0 < phase.linear_s <= phase.seconds
         assert phase.compute_dtype == "float32"
         assert phase.operator_count > 10
+        assert 0 < phase.loop_s < phase.seconds
+        assert 0 < phase.matmul_count < phase.operator_count
     assert found.prompt_tokens == 12
     assert (found.phases["decode"].cache_bytes == 0) == (variant.original.config.model_type == "mamba")
 
@@ -407,6 +409,20 @@ def test_time_that_no_operator_explains_is_the_frameworks() -> None:
     assert (found.linear_s, found.attention_s, found.small_s) == pytest.approx((6e-3, 1e-3, 10e-6))
     assert found.around_attention_s == pytest.approx(0.6e-3)
     assert found.operator_count == 6
+
+
+@pytest.mark.parametrize(
+    ("forwards", "seconds"),
+    [
+        ([], nan),  # a recorded step has no modules
+        ([(1.0, 4.0)], 2.0),
+        ([(1.0, 2.0), (3.0, 4.5)], 2.5),
+        ([(-3.0, -1.0), (5.0, 9.0)], nan),  # of other tokens
+        ([(4.0, 7.0)], 4.0),  # it goes on after the token came out
+    ],
+)
+def test_the_loop_is_what_is_outside_the_models_forwards(forwards: list[tuple[float, float]], seconds: float) -> None:
+    assert outside_forward((0.0, 5.0), forwards) == pytest.approx(seconds, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_time_is_the_devices_or_the_hosts(measured: Profile) -> None:
         assert 0 <= use.host_wait_s <= use.gap_s <= found.seconds
         assert 0 <= use.late <= 1
         assert use.event_s > 0
+        assert found.loop_s > 0
 
 
 def test_the_diagnosis_names_launches_and_idle_time(measured: Profile) -> None:
