@@ -15,7 +15,7 @@ from ..runtime.variant import Variant
 from ..runtime.wrapped import Wrapped
 from ..workload import Workload
 from .former import Former
-from .options import KeepOriginal, Options
+from .options import KeepOriginal, Options, require_place
 from .original import RELOAD, Residence
 from .serving import Serving
 from .status import State, Status
@@ -137,9 +137,10 @@ class Handle(Wrapped):
             WorkloadError: no prompts were given and none were observed, or they cannot be used.
             StateError: tuning is under way already, the original was released, or the model is passed through.
         """
-        self._winner.bring_back("tune again")
+        self._winner.original.require("tune again")
         work = self._tuning.work(workload)
         with self._tuning.alone():
+            self._winner.bring_back("tune again")
             self._tuning.run_here(work)
         return self.report()
 
@@ -154,9 +155,10 @@ class Handle(Wrapped):
             WorkloadError: no prompts were given to `wrap` and none were observed.
             StateError: tuning is under way, the original was released, or the model is passed through or changed.
         """
-        self._winner.bring_back("verify another plan")
+        self._winner.original.require("verify another plan")
         work = self._tuning.work()
         with self._tuning.alone():
+            self._winner.bring_back("verify another plan")
             return self._tuning.adopt(plan, work)
 
     def restore(self, former: Former) -> None:
@@ -176,7 +178,9 @@ class Handle(Wrapped):
         Raises:
             StateError: there is no plan, the model changed since tuning, tuning under way needs the original, or
                 "parked" was asked for and the original is already in the host's memory.
+            ValueError: `keep_original` is none of the three.
         """
+        require_place(keep_original)
         tuned = self._winner.tuned
         if tuned is None:
             raise StateError("there is no plan to commit; call .tune() first")
@@ -196,10 +200,15 @@ class Handle(Wrapped):
     def rollback(self) -> None:
         """Serve with the original from the next call on. Calls under way finish with what they started with.
 
+        Where nothing was tuned yet, the original serves already: nothing changes, and calls are observed as before.
+
         Raises:
             StateError: the original was released.
         """
         self._winner.bring_back("roll back")
+        active, untuned = self._serving.active, (State.OBSERVING, State.WAITING, State.PASSED_THROUGH)
+        if self._serving.state in untuned and not (active and active.transforms):
+            return
         self._serving.active = None
         self._serving.become(State.ROLLED_BACK, "the original serves; .commit() brings the plan back")
 
@@ -242,7 +251,7 @@ class Handle(Wrapped):
 
         Raises:
             QueueFullError: too many requests wait.
-            StateError: the process ends, or the model is sharded over ranks.
+            StateError: the process ends, no thread can be started, or the model is sharded over ranks.
             WorkloadError: `input_ids` are not the token ids of one prompt, or an option does not suit one streamed
                 sequence.
         """

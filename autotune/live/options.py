@@ -16,6 +16,12 @@ When = Literal["background", "blocking", "manual"]
 KeepOriginal = bool | Literal["parked"]
 
 
+def require_place(keep_original: object) -> None:
+    """Raise ValueError unless it is a `KeepOriginal`: what is only like one (1, "park") must release no weights."""
+    if not (isinstance(keep_original, bool) or keep_original == "parked"):
+        raise ValueError(f"keep_original must be True, False or 'parked', not {keep_original!r}")
+
+
 @dataclass(frozen=True)
 class Options:
     """The arguments of `wrap` that apply as long as the model is wrapped; `wrap` describes them.
@@ -38,8 +44,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.when not in ("background", "blocking", "manual"):
             raise ValueError(f"when must be 'background', 'blocking' or 'manual', not {self.when!r}")
-        if self.keep_original not in (True, False, "parked"):
-            raise ValueError(f"keep_original must be True, False or 'parked', not {self.keep_original!r}")
+        require_place(self.keep_original)
         if not 0 <= self.watch <= 1:
             raise ValueError(f"watch must be a share from 0 to 1, not {self.watch}")
         if self.observe < 1:

@@ -8,7 +8,7 @@ and handle.
 from __future__ import annotations
 
 import enum
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -59,20 +59,22 @@ class Original:
         self._hooks: list[Any] = []
 
     def release(self, variant: Variant) -> None:
-        """Permanently free the weights that the variant does not use."""
+        """Permanently free the weights that the variant does not use. If that fails, nothing has changed."""
         if self.place is Residence.PARKED:
             self._tree = {}
             self._parked = {}
             self._forbid_saving(RELOAD)
         else:
             theirs = {where(t) for t in tensors(self._model)} - {0}
-            self._become(variant, RELOAD)
-            _move(variant, theirs)
+            with self._or_as_before():
+                self._become(variant, RELOAD)
+                _move(variant, theirs)
+            self._tree = {}
         self.place = Residence.RELEASED
         devices.of(variant.original).trim()
 
     def park(self, variant: Variant) -> None:
-        """Move the weights that the variant does not use to the host's memory.
+        """Move the weights that the variant does not use to the host's memory. If that fails, nothing has changed.
 
         Raises:
             StateError: the device is a CPU, so the weights are in the host's memory already.
@@ -81,12 +83,12 @@ class Original:
         if device.kind == "cpu":
             raise StateError("the original is in the CPU's own memory already: keep it there, or release it")
         used = {where(t) for module in variant.modules.values() for t in tensors(module)}
-        self._tree = {kind: dict(getattr(self._model, kind)) for kind in KINDS}
         for tensor in {id(t): t for t in tensors(self._model) if where(t) not in used}.values():
             self._parked.setdefault(tensor.device, []).append(tensor)
-        self._become(variant, UNPARK)
-        for group in self._parked.values():
-            relocate(group, torch.device("cpu"))
+        with self._or_as_before():
+            self._become(variant, UNPARK)
+            for group in self._parked.values():
+                relocate(group, torch.device("cpu"))
         self.place = Residence.PARKED
         device.trim()
 
@@ -98,7 +100,8 @@ class Original:
     def restore(self) -> None:
         """Move the parked weights back. The model is then bit-identical to what it was."""
         for home, group in self._parked.items():
-            relocate(group, home)
+            if away := [tensor for tensor in group if tensor.device != home]:
+                relocate(away, home)
         for kind, was in self._tree.items():
             _replace(getattr(self._model, kind), was)
         self._tree = {}
@@ -114,6 +117,16 @@ class Original:
         """
         if self.place is Residence.RELEASED:
             raise StateError(f"cannot {what}: {RELOAD}")
+
+    @contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """Keep the model's dictionaries, and give them and its weights back if the body raises: memory may run out."""
+        self._tree = {kind: dict(getattr(self._model, kind)) for kind in KINDS}
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
 
     def _become(self, variant: Variant, remedy: str) -> None:
         module = variant.modules["prefill"]
@@ -177,16 +190,15 @@ def _move(variant: Variant, theirs: set[int]) -> None:
     Otherwise one tensor of a checkpoint keeps the whole file mapped.
     """
     left = {id(t): t for module in variant.modules.values() for t in tensors(module) if where(t) in theirs}
-    for home in {t.device for t in left.values()}:
-        relocate([t for t in left.values() if t.device == home], home)
-    if variant.step is not None:
-        shapes = variant.step.shapes
-        variant.step.forget()  # recorded steps hold the old addresses
-        _record_again(variant, shapes)
-    if variant.prompts is not None:
-        variant.prompts.forget()
-    if variant.speculation is not None:
-        variant.speculation.forget()
+    shapes = () if variant.step is None else tuple(variant.step.shapes)
+    try:
+        for home in {t.device for t in left.values()}:
+            relocate([t for t in left.values() if t.device == home], home)
+    finally:
+        for holder in (variant.step, variant.prompts, variant.speculation):
+            if holder is not None:
+                holder.forget()  # what is recorded holds the old addresses
+    _record_again(variant, shapes)
 
 
 def _record_again(variant: Variant, shapes: Iterable[tuple[int, int]]) -> None:

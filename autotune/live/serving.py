@@ -309,7 +309,9 @@ class Serving:
         return result
 
     def _note(self, event: Event) -> None:
-        """Update the state after the plan was taken out of service or put back."""
+        """Update the state after the plan was taken out of service or put back. Nothing, if it was rolled back."""
+        if self.active is None:
+            return
         if event.phase is BreakerState.CLOSED:
             self._turn(State.TUNED, f"{event.reason}; the plan serves again")
         elif event.phase is not BreakerState.HALF_OPEN:

@@ -101,13 +101,15 @@ class Winner:
             log.info("the original stays: the plan uses all of its weights")
             return
         with self._alone():
-            self.original.park(variant) if park else self.original.release(variant)
-            self._serving.revision = Revision(self._model)
+            try:
+                self.original.park(variant) if park else self.original.release(variant)
+            finally:
+                self._serving.revision = Revision(self._model)
         report = self.tuned.report.without_original(stored_bytes(*variant.modules.values()))
         self.tuned = replace(self.tuned, report=report)
 
     def bring_back(self, what: str) -> None:
-        """Move parked weights of the original back. Drops the plan if it leaves no room for them.
+        """Move parked weights of the original back. What serves goes on serving, unless it leaves no room for them.
 
         Args:
             what: the operation that needs the weights, for the message.
@@ -120,12 +122,13 @@ class Winner:
             return
         with self._alone():
             device, report = devices.of(self._model), self.tuned.report.without_original(None)
-            self._serving.active = None
             self.tuned = replace(self.tuned, report=report)
             if device.memory().free < self.original.parked_bytes:
-                self.tuned = None
+                self.tuned = self._serving.active = None
                 device.trim()
-                log.warning("the plan was dropped: beside it there was no room to bring the original back")
+                said = "the plan was dropped: beside it there was no room to bring the original back"
+                self._serving.become(State.ORIGINAL, said)
+                log.warning("%s", said)
             self.original.restore()
             self._serving.revision = Revision(self._model)
 

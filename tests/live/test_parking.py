@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,59 @@ def test_parked_then_released(gpu: FakeCuda) -> None:
 def test_on_a_cpu_there_is_nowhere_to_park() -> None:
     with pytest.raises(ValueError, match="where this model is already"):
         wrapped(tiny("llama"), keep_original="parked")
-    with pytest.raises(ValueError, match="must be True, False or 'parked', not 'park'"):
-        wrapped(tiny("llama"), keep_original="park")
+
+
+@pytest.mark.parametrize("typo", ["park", "Parked", "true", None, 0, 1])
+def test_what_is_not_quite_a_place_releases_nothing(gpu: FakeCuda, typo: Any) -> None:
+    said = re.escape(f"must be True, False or 'parked', not {typo!r}")
+    with pytest.raises(ValueError, match=said):
+        wrapped(tiny("llama"), keep_original=typo)
+    model = wrapped(tiny("llama"))
+    with pytest.raises(ValueError, match=said):
+        model.autotune.commit(keep_original=typo)
+    assert model.autotune.status.original == "resident"
+
+
+@pytest.mark.parametrize("refused", ["workload", "under way", "plan"])
+def test_what_is_refused_takes_no_plan_out(gpu: FakeCuda, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = parked(tiny("llama"))
+    tuned = greedy(model)
+    if refused == "workload":
+        with pytest.raises(autotune.WorkloadError):
+            model.autotune.tune(workload=[])
+    elif refused == "under way":
+        with model.autotune._tuning.lock, pytest.raises(autotune.StateError, match="under way"):
+            model.autotune.tune()
+    else:
+        with pytest.raises(autotune.PlanError):
+            model.autotune.adopt(plans.Plan(Fingerprint("another", "", {}, "", "", "strict"), ()))
+    status = model.autotune.status
+    assert (status.state, len(status.transforms)) == ("tuned", len(PACKED))
+    assert status.original == ("resident" if refused == "plan" else "parked")
+    assert greedy(model) == tuned
+
+
+@pytest.mark.parametrize("place", ["parked", False])
+def test_memory_that_runs_out_leaves_the_original_as_it_was(
+    gpu: FakeCuda, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    answer, weights = greedy(model), copy.deepcopy(model.state_dict())
+    model = wrapped(model)
+    tuned = greedy(model)
+    with monkeypatch.context() as full:
+
+        def no_room(*_: Any) -> None:
+            raise MemoryError
+
+        full.setattr("autotune.live.original.relocate", no_room)
+        with pytest.raises(MemoryError):
+            model.autotune.commit(keep_original=place)
+    assert model.autotune.status.original == "resident"
+    assert greedy(model) == tuned
+    model.autotune.rollback()
+    assert greedy(model) == answer
+    assert all(torch.equal(value, weights[name]) for name, value in model.autotune.unwrap().state_dict().items())
 
 
 DEATH = "CUDA error: device-side assert triggered"
