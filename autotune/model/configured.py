@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..workload import context_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# keys of a configuration that say nothing of what is computed: the class, the tensors and the libraries' versions do
+TRANSIENT = frozenset(
+    {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
+)
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -20,10 +27,8 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def context(model: PreTrainedModel) -> int | None:
-    """Tokens that the model was made for; None if its configuration does not say."""
-    config = text_config(model)
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return found if isinstance(found, int) else None
+    """Tokens that the model was made for; None if its configuration does not say, or says that there is no limit."""
+    return context_of(text_config(model))
 
 
 def end_ids(config: Any) -> tuple[int, ...]:

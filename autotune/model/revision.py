@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules import module as registry
 
 from . import route, seam, stateful, twins
+from .configured import TRANSIENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +63,10 @@ class Revision:
         watched: dict[int, tuple[str, Any]] = {}
         for name, module in named.items():
             own = {key for where, key in state.written if where == name}
-            for held in _held(name, module):
-                watched.setdefault(id(held), (name, _Without(held, own) if own and isinstance(held, dict) else held))
+            for held, written in _held(name, module):
+                left_out = own | written
+                view = _Without(held, left_out) if left_out and isinstance(held, dict) else held
+                watched.setdefault(id(held), (name, view))
         self._names = [name for name, _ in watched.values()]
         self._live = [held for _, held in watched.values()]
         self._was: list[Any] = [held.copy() for held in self._live]
@@ -158,18 +161,20 @@ def _hooks(module: nn.Module) -> tuple[Any, Any]:
     return module._forward_hooks, module._forward_pre_hooks
 
 
-def _held(name: str, module: nn.Module) -> Iterator[Any]:
-    """The containers that determine what a module computes. The model's own attributes are compared separately."""
-    if name:
-        yield vars(module)
-    yield from (module._parameters, module._buffers, module._modules)
+def _held(name: str, module: nn.Module) -> Iterator[tuple[Any, frozenset[str]]]:
+    """The containers that determine what a module computes, and the keys of each that do not.
+
+    The model's own attributes are compared separately.
+    """
+    for held in (*([vars(module)] if name else []), module._parameters, module._buffers, module._modules):
+        yield held, frozenset()
     for key, value in vars(module).items():
         if key not in UNREAD:
             yield from _inside(value, DEPTH)
 
 
 class _Without:
-    """A live view of a dictionary without the keys that the module's forward writes."""
+    """A live view of a dictionary without the keys that the module's forward, or saving the model, writes."""
 
     def __init__(self, held: dict[str, Any], own: set[str]) -> None:
         self._held = held
@@ -189,14 +194,17 @@ def _parted(name: str) -> tuple[str, str]:
     return module, attribute
 
 
-def _inside(value: Any, depth: int) -> Iterator[Any]:
+def _inside(value: Any, depth: int) -> Iterator[tuple[Any, frozenset[str]]]:
     if depth == 0 or isinstance(value, OPAQUE):
         return
+    written = frozenset[str]()
     if not isinstance(value, dict | list | set):
         if not hasattr(value, "__dict__"):
             return
+        if isinstance(value, seam.configurations()):
+            written = TRANSIENT  # `save_pretrained` writes some of them
         value = vars(value)
-    yield value
+    yield value, written
     for each in value.values() if isinstance(value, dict) else value:
         yield from _inside(each, depth - 1)
 

@@ -7,6 +7,7 @@ Experiments on live calls are layers above the router; they can be added and rem
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -145,11 +146,6 @@ def is_routed(model: object) -> bool:
     return (SLOT in held or LAYERS in held) and hasattr(type(model), seam.BARE)
 
 
-def _new(cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """Make an empty object. Its attributes are set later, by the copying or unpickling code."""
-    return cls.__new__(cls)
-
-
 def origin(model: PreTrainedModel) -> PreTrainedModel:
     """The object that `bare`, `routed` or `greedy` was given; any other model is its own origin."""
     return _ORIGINS.get(model, lambda: None)() or model
@@ -189,8 +185,10 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
         with _bare_for_a_call(self) as model:
             return below(self).sample(Sampling.of(model, input_ids, kwargs))
 
-    def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:  # copies and pickles are plain models
-        return _new, (cls,), {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)}
+    def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:
+        """Copies and pickles are plain models, which need nothing of this package."""
+        state = {k: v for k, v in self.__dict__.items() if k not in (SLOT, LAYERS)}
+        return copyreg._reconstructor, (cls, object, None), state  # type: ignore[attr-defined]
 
     body: dict[str, Any] = {
         "forward": forward,

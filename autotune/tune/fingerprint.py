@@ -14,6 +14,7 @@ import torch
 from ..errors import UnsupportedModelError
 from ..machine import intraop
 from ..model import seam, sharding, stateful
+from ..model.configured import TRANSIENT
 from ..runtime.ranks.leading import LEADER
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 PART = "fingerprint"  # the question to the ranks of a sharded model that `of_part` answers
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
-# keys of the configuration left out: already covered by the class, the tensors or Fingerprint.versions
-TRANSIENT = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,17 @@ def read(
     return workload
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens that a model of this text configuration was made for; None if it does not say, or says there is no limit.
+
+    XLNet's says -1.
+    """
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _default_new_tokens(ids: Sequence[Sequence[int]], config: PretrainedConfig | None) -> int:
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     longest = max((len(prompt) for prompt in ids), default=0)
     return max(1, min(64, context - longest)) if context else 64
 
@@ -184,7 +193,7 @@ def _check(workload: Workload, config: PretrainedConfig | None) -> None:
     if not workload.prompts:
         raise WorkloadError("the workload is empty; at least one prompt was expected, 16 or more for a quality verdict")
     vocabulary = getattr(config, "vocab_size", None)
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_of(config)
     for i, prompt in enumerate(workload.prompts):
         if not prompt:
             raise WorkloadError(f"prompt {i} is empty; at least one token was expected: drop it")

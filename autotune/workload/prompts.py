@@ -96,7 +96,11 @@ def _read_file(path: Path) -> list[Any]:
             f"the workload {str(path)[:200]!r} cannot be read as a text file ({error}); {hint}"
         ) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix != ".jsonl":
+    kind = path.suffix.lower()
+    if kind == ".json":
+        expected = 'expected .jsonl, an object with the key "prompt" in each line, or a text file'
+        raise WorkloadError(f"the workload {path} is JSON; {expected}")
+    if kind != ".jsonl":
         return [line for _, line in numbered]
     return [_record(line, f"{path}, line {number}") for number, line in numbered]
 

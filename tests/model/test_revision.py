@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import types
 from collections.abc import Callable
 from typing import Any
@@ -135,6 +136,12 @@ def test_a_hook_is_seen_while_it_is_there(where: str, add: Callable[[Any], Any])
     assert hooked(model) is None
 
 
+def saved(model: Any) -> None:
+    """`save_pretrained` writes the dtype and the class's name into the configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -147,6 +154,7 @@ def test_a_hook_is_seen_while_it_is_there(where: str, add: Callable[[Any], Any])
         lambda m: (m.train(), m.eval()),
         lambda m: setattr(layer(m).self_attn, "scaling", float(str(layer(m).self_attn.scaling))),
         lambda m: m.set_attn_implementation(m.config._attn_implementation),
+        lambda m: saved(m),
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "mixtral", "gemma3", "phi3"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import pickletools
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -362,6 +363,13 @@ def test_copies_are_plain_models(llama: PreTrainedModel, take: Callable[[Any], A
     assert_same(generate(twin), expected)
     assert router.seen == []
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("protocol", [1, pickle.DEFAULT_PROTOCOL])
+def test_a_pickle_can_be_loaded_without_this_package(llama: PreTrainedModel, protocol: int) -> None:
+    route.attach(llama, Recorder())
+    names = {value for _, value, _ in pickletools.genops(pickle.dumps(llama, protocol)) if isinstance(value, str)}
+    assert not [name for name in names if "autotune" in name]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

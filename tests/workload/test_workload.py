@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_a_matrix_is_a_prompt_a_row() -> None:
     assert workload.read(torch.tensor([[1, 2], [3, 4]]).T).prompts == ((1, 3), (2, 4))
 
 
+@pytest.mark.parametrize(
+    ("said", "context"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"n_positions": 64}, 64),
+        ({"max_position_embeddings": -1}, None),  # XLNet: there is no limit
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_context_that_a_configuration_states(said: dict[str, Any], context: int | None) -> None:
+    assert workload.context_of(SimpleNamespace(**said)) == context
+
+
 def test_text_is_tokenized(tokenizer: Any) -> None:
     texts = ["Once upon", "naïve 👩‍👩‍👧 \x00"]
     read = workload.read(texts, tokenizer=tokenizer, model=models.tiny())
@@ -57,6 +72,10 @@ def test_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
     lines.write_text('{"prompt": "one", "id": 3}\n\n{"prompt": [4, 5]}\n{"prompt": "a\u2028b"}\n', encoding="utf-8")
     assert workload.read(text, tokenizer=tokenizer) == workload.read(["one", " two"], tokenizer=tokenizer)
     from_lines = workload.read(str(lines), tokenizer=tokenizer)
+    assert workload.read(lines.rename(tmp_path / "PROMPTS.JSONL"), tokenizer=tokenizer) == from_lines
+    (tmp_path / "prompts.json").write_text('[{"prompt": "one"}]', encoding="utf-8")
+    with pytest.raises(WorkloadError, match=r"expected .jsonl, an object with the key"):
+        workload.read(tmp_path / "prompts.json", tokenizer=tokenizer)
     assert from_lines == workload.read(["one", [4, 5], "a\u2028b"], tokenizer=tokenizer)
 
 
