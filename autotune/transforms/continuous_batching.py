@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ChoiceError, TransformError
 from ..model.seam import keys_and_values
 from ..runtime.batching.load import EngineLoad
-from ..runtime.batching.request import refusal
+from ..runtime.batching.request import NoThreadError, refusal
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform
@@ -38,7 +38,8 @@ class Together:
         if copied or self.engine.turns.is_here():
             return decode(variant, call)
         if refusal(call) is None:
-            return self.engine.generate(call)
+            with suppress(NoThreadError):  # the caller's own thread will do
+                return self.engine.generate(call)
         with self.engine.alone():
             return decode(variant, call)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -107,6 +109,10 @@ ERRORS = [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "memory"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory"),
     (MemoryError(), "memory"),
+    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "memory"),  # of mmap, for slots
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None),
+    (RuntimeError("the program found not enough memory"), "memory"),
+    (RuntimeError("std::bad_alloc"), "memory"),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), "dead"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "dead"),
     (RuntimeError("CUDA error: unspecified launch failure"), "dead"),

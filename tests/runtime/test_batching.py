@@ -24,7 +24,7 @@ from autotune.errors import QueueFullError, TransformError, VariantError
 from autotune.live.original import Original
 from autotune.model import seam
 from autotune.runtime import kernels
-from autotune.runtime.batching import joined, prefill, rows
+from autotune.runtime.batching import joined, prefill, prefixes, rows
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.prefill import Prefill
 from autotune.runtime.batching.prefixes import Prefixes
@@ -558,6 +558,81 @@ def test_whatever_escapes_around_a_first_token_its_caller_is_told(
         caller.join(60)
     assert (caller.is_alive(), told) == (False, ["SystemExit: mine"])
     assert answer(serving(variant), prompt(9), 8) == answer(serving(alone), prompt(9), 8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("at", ["_copied", "fill"])
+def test_memory_that_runs_out_for_what_is_kept_of_prompts_harms_nobody_else(
+    variant: Variant, alone: Variant, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, fill = engine_of(variant), Prefixes.fill
+
+    def no_room(*given: Any) -> Any:
+        if at == "fill" and given[2][0] != 9:
+            return fill(*given)
+        raise MemoryError("can't allocate memory")
+
+    def ask(first: int, tokens: int) -> Any:
+        try:
+            return answer(serving(variant), [first, *prompt(8)], tokens)
+        except VariantError as error:
+            return str(error)
+
+    with monkeypatch.context() as full:
+        full.setattr(Prefixes if at == "fill" else prefixes, at, no_room)
+        with ThreadPoolExecutor(2) as pool:
+            with engine.alone():
+                asked = [pool.submit(ask, 3, 40), pool.submit(ask, 9, 5)]
+                until_waiting(engine, 2)
+            long, short = (each.result(60) for each in asked)
+    expected = [answer(serving(alone), [first, *prompt(8)], tokens) for first, tokens in ((3, 40), (9, 5))]
+    assert long == expected[0]
+    assert short == ("MemoryError: can't allocate memory" if at == "fill" else expected[1])
+    assert ask(9, 5) == expected[1]
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the engine's thread ends by it
+def test_an_evicted_sequence_that_cannot_have_its_row_back_is_told(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, told = engine_of(variant), list[str]()
+    resume, evict = engine.sequences.resume_before, engine.sequences.evict_for
+    urgent = threading.Thread(target=lambda: ask(50, 4, 3600), daemon=True)
+
+    def ask(first: int, tokens: int, priority: int) -> None:
+        CURRENT.set(RequestTerms(priority))
+        try:
+            answer(serving(variant), [first, *prompt(4)], tokens)
+        except VariantError as error:
+            told.append(str(error))
+
+    def evict_for(order: float) -> None:
+        if not engine.sequences.free and not urgent.ident:
+            urgent.start()
+            until_waiting(engine, 1)
+            order = engine._first_waiting()
+        evict(order)
+
+    def resume_before(order: float) -> None:
+        with monkeypatch.context() as full:
+            full.setattr(RowCache, "join", no_room)
+            resume(order)
+
+    def no_room(*_: Any) -> None:
+        raise MemoryError("can't allocate memory")
+
+    monkeypatch.setattr(engine.sequences, "evict_for", evict_for)
+    monkeypatch.setattr(engine.sequences, "resume_before", resume_before)
+    callers = [threading.Thread(target=ask, args=(row, 60, 0), daemon=True) for row in range(3, 3 + ROWS)]
+    with engine.alone():
+        for caller in callers:
+            caller.start()
+        until_waiting(engine, ROWS)
+    for caller in callers:
+        caller.join(60)
+    assert not any(caller.is_alive() for caller in callers), "one waits for ever"
+    assert set(told) == {"MemoryError: can't allocate memory"}
 
 
 @needs_kernels

@@ -31,6 +31,7 @@ from autotune.runtime.kernels import (
     pack,
 )
 from autotune.runtime.kernels.modules import GroupedLinear, QuantisedLinear
+from tests.surroundings import without_threads
 
 SENTENCE = available()
 needs_operators = pytest.mark.skipif(SENTENCE is not None, reason=str(SENTENCE))
@@ -529,6 +530,14 @@ def test_a_cache_without_room_is_a_sentence(tmp_path, monkeypatch) -> None:
         build.load()
     monkeypatch.setattr(kernels, "_outcome", [])
     assert "No space left" in (kernels.available() or "")
+
+
+def test_no_thread_to_compile_in_is_a_sentence(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_outcome", [])
+    with monkeypatch.context() as full:
+        without_threads(full)
+        assert "could not be compiled: can't start new thread" in (kernels.available() or "")
 
 
 @pytest.mark.fault("A16")

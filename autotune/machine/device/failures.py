@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 Failure = Literal["memory", "dead"]  # recoverable; permanent in this process
 
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", re.I
+    r"out of memory|can(?:'|no)t allocate memory|not enough memory|bad_alloc|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED", re.I
 )
 # Errors after which every further call of this process to the device fails: "sticky" in NVIDIA's terms
 # (CUDA Runtime API, error handling; cudaErrorAssert, cudaErrorIllegalAddress, cudaErrorLaunchFailure, ...).
@@ -34,6 +35,8 @@ def classify(error: BaseException) -> Failure | None:
 
 def _kind(error: BaseException) -> Failure | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "memory"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # as mmap raises it
         return "memory"
     if not isinstance(error, RuntimeError):
         return None

@@ -26,7 +26,7 @@ from .joined import SHORTEST, SIDE, Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill, parts_agree
 from .prefixes import Prefixes
-from .request import Request
+from .request import NoThreadError, Request
 from .sequences import Sequences
 from .terms import MOST_WAITING
 from .turns import ModelTurns
@@ -136,6 +136,7 @@ class Engine:
             QueueFullError: too many requests wait.
             DeadlineError, CancelledRequestError: the request's terms were violated, or the process ends.
             VariantError: the prompt or a step failed.
+            NoThreadError: the process may start no thread now; nothing was begun.
         """
         request = Request(call)
         with self._changed:
@@ -147,10 +148,16 @@ class Engine:
             self._waiting.append(request)
             if self._worker is None:
                 run = partial(self._run, torch.get_num_threads())  # a new thread may begin with another number
-                self._worker = ending.Worker(run, "autotune-engine", stop=self._stop)
-                if not self._worker.launch():
-                    self._worker = None
-                    self._waiting.remove(request)
+                worker, launched = ending.Worker(run, "autotune-engine", stop=self._stop), False
+                try:
+                    launched = worker.launch()
+                except RuntimeError as error:
+                    raise NoThreadError(str(error)) from error
+                finally:
+                    if launched:
+                        self._worker = worker
+                    else:
+                        self._waiting.remove(request)
             has_ended = self._worker is None
             self._changed.notify_all()
         if has_ended:
@@ -316,7 +323,15 @@ class Engine:
                 request.terms.begun_s = time.monotonic()
                 self.variant.device.wait(request.queued)
         self.counts["requests"] += len(chosen)
-        return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
+        try:
+            return Joined(chosen) if len(chosen) > 1 else Prefill(chosen[0], self.prefixes)
+        except Exception as error:  # no room for what was known of it
+            outside.pass_on(error)
+            self.prefixes.forget()
+            self._placing = []
+            for request in chosen:
+                request.fail_with_others(error)
+            return None
 
     @property
     def _longest(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from ...machine.device.failures import classify
 from ...model import seam
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -57,6 +59,10 @@ class LatestParts:
         if (part := self._kept.get(beginning)) is not None:
             self._kept.move_to_end(beginning)
         return part
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self.nbytes = 0
 
     def put(self, beginning: Beginning, part: Part) -> None:
         self._kept[beginning] = part
@@ -147,15 +153,32 @@ class Prefixes:
         Those within a last part that is longer are kept only if a beginning may end there.
         """
         end = end if self.side else min(end, self._before_last(prompt))
-        for start in range(-(-begin // self.part) * self.part, end - self.part + 1, self.part):
-            part = slice(start, start + self.part)
-            if (beginning := prompt[: part.stop]) not in self._beginnings:
-                self._beginnings.put(beginning, Part(_copied(cache, part)))
+        with self._sparing():
+            for start in range(-(-begin // self.part) * self.part, end - self.part + 1, self.part):
+                part = slice(start, start + self.part)
+                if (beginning := prompt[: part.stop]) not in self._beginnings:
+                    self._beginnings.put(beginning, Part(_copied(cache, part)))
 
     def keep_last(self, cache: Any, prompt: Beginning, logits: torch.Tensor) -> None:
         """Keep the last part of a prompt from its cache, with the last token's logits [1, V]."""
         if prompt not in self._last:
-            self._last.put(prompt, Part(_copied(cache, slice(self._before_last(prompt), None)), logits.clone()))
+            with self._sparing():
+                self._last.put(prompt, Part(_copied(cache, slice(self._before_last(prompt), None)), logits.clone()))
+
+    def forget(self) -> None:
+        """Keep nothing of what was kept so far."""
+        self._beginnings.clear()
+        self._last.clear()
+
+    @contextmanager
+    def _sparing(self) -> Iterator[None]:
+        """Where memory has no room for a copy, free all of them: they only spare computing what later prompts ask."""
+        try:
+            yield
+        except Exception as error:
+            if classify(error) != "memory":
+                raise
+            self.forget()
 
     def knows_last(self, prompt: Beginning) -> bool:
         """Whether the last part of a prompt is known."""

@@ -134,8 +134,8 @@ class Sequences:
         for first in sorted(self._evicted, key=lambda each: each.request.terms.order):
             if not self.free or order < first.request.terms.order:
                 return
+            self.join(*first)  # may raise; whoever has no row and is not here is lost
             self._evicted.remove(first)
-            self.join(*first)
 
     def drop_violated(self, now_s: float) -> None:
         """End the sequences whose terms are violated."""

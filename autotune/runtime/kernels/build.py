@@ -171,7 +171,7 @@ def compile_library(compiler: list[str], key: str, cache: Path) -> Path:
         return library
     except subprocess.TimeoutExpired:
         raise BuildError(f"{name} did not compile the operators within {TIMEOUT_S:.0f} s") from None
-    except OSError as reason:
+    except (OSError, RuntimeError) as reason:  # RuntimeError: no thread can be started
         raise BuildError(f"the operators could not be compiled: {reason}") from reason
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

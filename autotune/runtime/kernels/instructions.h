@@ -333,8 +333,14 @@ void run_attend(Reader& in, const Member& m, std::vector<float>& scratch) {
   float* y = in.floats();
   if (p.mask.at) p.length = reach(p.mask, batch, p.heads, p.length);
   Attention attention{p, batch, key_heads, attend_over(type), nullptr};
-  if (m.index == 0) scratch.resize(attention.partial_floats());
+  const size_t needed = attention.partial_floats();
+  if (m.index == 0) try {
+      scratch.resize(needed);
+    } catch (const std::bad_alloc&) {  // the others wait: all of them throw together, below
+      scratch.clear();
+    }
   m.meet();
+  if (scratch.size() < needed) throw std::bad_alloc();
   attention.partials = scratch.data();
   attention.work(m.first(attention.tasks()), m.last(attention.tasks()));
   m.meet();

@@ -119,6 +119,7 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
   static thread_local std::vector<float> own;
   std::vector<float>& scratch = own;  // the calling thread's, for all threads of the team
   std::atomic<const int64_t*> failed{nullptr};
+  std::atomic<bool> starved{false};
   as_team(static_cast<int>(threads), [&](Member& m) {
     std::optional<Stopwatch> watch;
     if (spent && m.index == 0) watch.emplace(static_cast<int64_t*>(spent->data_ptr()));
@@ -128,10 +129,15 @@ void run_program(const Tensor& code, const Tensor& bases, int64_t threads, const
       if (watch && at != words) watch->lap();
       if (share == kSolo && m.index) continue;
       Reader in{at + kHeader, addresses};
-      if (!run_instruction(at[1], share, in, m, scratch)) failed.store(at, std::memory_order_relaxed);
+      try {
+        if (!run_instruction(at[1], share, in, m, scratch)) failed.store(at, std::memory_order_relaxed);
+      } catch (const std::bad_alloc&) {  // a thread that left would be waited for
+        starved.store(true, std::memory_order_relaxed);
+      }
     }
     if (watch) watch->lap();
   });
+  STD_TORCH_CHECK(!starved.load(), "the program found not enough memory");
   const int64_t* culprit = failed.load();
   STD_TORCH_CHECK(!culprit, "instruction ", culprit ? culprit[1] : 0, " of the program met an index outside its table");
 }
