@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import pytest
 import torch
+
+
+def without_threads(patch: pytest.MonkeyPatch) -> None:
+    """No thread can be started, as in a container that has as many as it may."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    patch.setattr(threading.Thread, "start", start)
 
 
 def surroundings() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -28,7 +27,7 @@ from ..report.exit_codes import Code, text
 from ..report.printable import printable
 from ..validate.tiers import TIERS
 from ..workload import PHASES
-from .arguments import BESIDE, threads
+from .arguments import BESIDE, OF_A_NAME, threads
 from .streams import guarded
 
 log = logging.getLogger("autotune")
@@ -47,15 +46,6 @@ USERS_OWN = (
 )
 UNITS = {"s": 1, "m": 60, "h": 3600}
 TRACEBACK = "AUTOTUNE_TRACEBACK"
-OF_A_NAME = (  # errors of a path that the user gave; they count as usage errors
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
 MOST_SAID = 1500  # most characters of an error that are printed; a name may have any length
 PLANS = "plan.json is written where a plan won, or all that should be tried was."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 MOST_THREADS = 1024  # largest number accepted; OpenMP ends the process if it cannot start its threads
 BESIDE = Path()  # means a file beside the one that is read
+OF_A_NAME = (  # errors of a path that the user gave; they count as usage errors
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 def threads(text: str) -> int:

@@ -8,9 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError, WorkloadError
+from ..errors import MeasurementError, PlanError, WorkloadError
 from ..report import Report, read
-from .arguments import BESIDE
+from .arguments import BESIDE, OF_A_NAME
 from .screen import screen
 
 
@@ -27,7 +27,8 @@ def report(args: Namespace) -> int:
         try:
             out.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise WorkloadError(f"--html {out} cannot be written: {error.strerror}") from error
+            kind = WorkloadError if error.errno in OF_A_NAME else MeasurementError
+            raise kind(f"--html {out} cannot be written: {error.strerror}") from error
         if not args.markdown:
             screen().print(f"Written to {out}", soft_wrap=True)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,7 +117,9 @@ def _kernels_being_built() -> Iterator[None]:
             kernels.available()
 
     builder = ending.Worker(build, "autotune kernels")
-    begun = builder.launch()
+    begun = False
+    with suppress(RuntimeError):  # no thread can be started; it would only save time
+        begun = builder.launch()
     yield
     if begun:
         builder.join()

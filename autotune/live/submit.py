@@ -212,7 +212,7 @@ class Submissions:
 
         Raises:
             QueueFullError: too many requests wait.
-            StateError: the process ends.
+            StateError: the process ends, or no thread can be started.
             WorkloadError: `input_ids` are not the tokens of one prompt, or an option belongs to the request itself.
         """
         ids = one_prompt(input_ids)
@@ -228,9 +228,16 @@ class Submissions:
                 raise QueueFullError(f"{MOST_WAITING} submitted requests wait, and no more may; ask again later")
             self._waiting.append(request)
         worker = ending.Worker(partial(self._serve, request, ids, options), "autotune-request", stop=request.cancel)
-        if not worker.launch():
-            with self._changed:
-                self._waiting.remove(request)
+        launched = False
+        try:
+            launched = worker.launch()
+        except RuntimeError as error:
+            raise StateError(f"no request can begin: {error}; end other threads, or raise their limit") from error
+        finally:
+            if not launched:
+                with self._changed:
+                    self._waiting.remove(request)
+        if not launched:
             ending.refuse(StateError("the process ends: no request can begin"))
         return request
 

@@ -164,7 +164,10 @@ class Tuning:
             with self.lock:
                 self.run_here(work)
         elif self._options.when == "background" and self.lock.acquire(blocking=False):
-            self._spawn(work)
+            try:
+                self._spawn(work)
+            except RuntimeError as error:  # the model serves all the same
+                self._serving.say(f"tuning could not begin: {error}", "call .tune() later")
 
     def observe(self, call: seam.Sampling) -> None:
         """Take note of a call that no plan served, and tune once there are enough of them."""

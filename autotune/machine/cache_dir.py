@@ -81,8 +81,13 @@ def _made(root: Path, name: str) -> Path:
 
 @functools.cache
 def _temporary() -> Path:
-    folder = tempfile.mkdtemp(prefix="autotune-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder, maker = tempfile.mkdtemp(prefix="autotune-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == maker:  # a forked child shares it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     return Path(folder)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ..errors import CancelledRequestError, DeadlineError, QueueFullError
+from ..errors import CancelledRequestError, DeadlineError, QueueFullError, StateError
 from . import logs
 from .detokenise import Detokeniser, Stops
 from .grammar import Grammar, GrammarError
@@ -189,6 +189,9 @@ class TextAnswers:
         except GrammarError as error:
             outcome = "form"
             raise Refusal(400, str(error), "response_format") from error
+        except StateError as error:  # no thread can be started, or the process ends
+            outcome = "error"
+            raise Refusal(503, str(error), code="unavailable") from error
         except CancelledRequestError as error:
             outcome = "ending"
             raise Refusal(503, f"the server is ending: {error}", code="ending") from error

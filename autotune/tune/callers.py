@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ..machine.hardware import Hardware
     from ..workload import Workload
     from .policy import Policy
+
+log = logging.getLogger("autotune")
 
 ROUNDS = 3  # in each, every number of callers is measured once, next to one caller at a time
 ALONE = 4  # requests of a round that are served one at a time
@@ -86,8 +89,9 @@ def measure(
             shared = winner.with_transform(replace(transform, rows=found.rows))
     except Exception as error:
         outside.pass_on(error)
-        if not isinstance(error, AutotuneError) and winner.device.failure(error) != "memory":
+        if not isinstance(error, AutotuneError) and winner.device.failure(error) == "dead":
             raise
+        log.warning("callers decoded together could not be measured", exc_info=True)
         return winner, Sharing(f"callers are served one at a time: {first_line(error, typed=False)}")
     return (shared if found.rows else winner), found
 

@@ -42,6 +42,7 @@ from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.machine.test_ending import noise, run
 from tests.models import PAD, VOCABULARY, tiny, token_prompts
 from tests.serve.servers import until
+from tests.surroundings import without_threads
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 ALONE = [WeightOnly("decode"), StepProgram("decode", slots=192)]
@@ -319,6 +320,34 @@ def test_the_status_tells_what_is_decoded_together(model: Any) -> None:
     assert model.autotune.status.batching.endswith("1.0 tokens a step")
     model.autotune.rollback()
     assert model.autotune.status.batching == ""
+
+
+def test_a_request_that_gets_no_thread_leaves_nothing_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full:
+        without_threads(full)
+        with pytest.raises(StateError, match="can't start new thread"):
+            model.autotune.submit(PROMPTS[0], max_new_tokens=3, **TOKENS)
+    assert model.autotune.status.waiting == 0
+    request = model.autotune.submit(PROMPTS[0], max_new_tokens=3, **TOKENS)
+    assert request.result(60).shape[1] == len(PROMPTS[0]) + 3
+
+
+@needs_kernels
+def test_a_call_is_answered_where_the_engine_gets_no_thread(
+    scripted: list[Transform],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scripted[:] = PLANS["together"]
+    model: Any = wrapped(tiny("llama"))
+    with monkeypatch.context() as full:
+        without_threads(full)
+        alone = called(model, PROMPTS[0], max_new_tokens=3)
+    assert not engine_of(model)._waiting
+    assert (model.autotune.status.state, list(model.autotune.events)) == ("tuned", [])
+    again = serving(model.autotune._winner.tuned.variant).generate(
+        torch.tensor(PROMPTS[:1]), max_new_tokens=3, **TOKENS
+    )
+    assert again.tolist() == [alone]
 
 
 @needs_kernels

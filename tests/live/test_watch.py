@@ -39,6 +39,7 @@ from autotune.validate import BucketTimes, Latency, Speedup, Verdict
 from tests.live.test_wrap import IDS, Written, greedy
 from tests.machine.test_forking import ANSWERED, in_child
 from tests.models import tiny, token_prompts
+from tests.surroundings import without_threads
 
 RULES = Rules(pause_s=10, longest_s=35, most_flaps=3, steady_s=100)
 PRINT = Fingerprint("m", "h", {}, "w", "p", "strict")
@@ -472,6 +473,15 @@ def test_a_drift_that_is_looked_into_while_the_model_changes_is_looked_into_agai
     assert phases(watched) == ["open", "half-open", "open", "half-open", "closed"]
 
 
+@pytest.mark.parametrize("late", [Cause.FAILURE, Cause.LATENCY, Cause.RECOMPILING])
+def test_a_call_from_before_it_opened_does_not_say_why_it_did(watched: Any, clock: Clock, late: Cause) -> None:
+    watch = watched.autotune._serving.watch
+    watch.failed("made up", Cause.DRIFT)
+    watch.failed("a call from before", late)
+    clock.now += 10
+    assert (watch.cause, watch.admits(1)) == (Cause.DRIFT, False)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_gives_up_the_trials_of_its_parent(watched: Any, clock: Clock) -> None:
@@ -598,6 +608,38 @@ def test_a_background_thread_scores_when_idle(monkeypatch: pytest.MonkeyPatch, w
     assert watch._worker is not None
     watch._worker.join(60)
     assert watch.scored == 1
+
+
+def test_a_call_is_served_where_no_thread_can_score_it(monkeypatch: pytest.MonkeyPatch, watched: Any) -> None:
+    monkeypatch.undo()
+    watch = watched.autotune._serving.watch
+    with monkeypatch.context() as full:
+        without_threads(full)
+        greedy(watched, tokens=12)
+        watch.failed("made up", Cause.DRIFT)
+        watch.breaker = replace(watch.breaker, pause_s=0.0)
+        greedy(watched, tokens=12)  # which asks for the kept call to be scored again
+    assert (watch.served, phases(watched)) == (1, ["open"])
+    greedy(watched, tokens=12)
+    watch._worker.join(60)
+    assert phases(watched) == ["open", "half-open", "closed"]
+
+
+def test_a_kept_call_that_cannot_be_scored_is_scored_again_after_a_pause(
+    watched: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(watched, tokens=4)
+    watch = watched.autotune._serving.watch
+    watch.failed("made up", Cause.DRIFT)
+    clock.now += 10
+    with monkeypatch.context() as lacking:
+        lacking.setattr("autotune.live.watch.watch.score", Mock(side_effect=MemoryError))
+        for _ in range(3):
+            watch._work_quietly()
+    assert phases(watched) == ["open", "half-open", "open"], "the pause has not passed"
+    clock.now += 10
+    watch.work()
+    assert phases(watched)[3:] == ["half-open", "closed"]
 
 
 def test_what_failed_is_not_adopted_blindly_by_the_next_process(watched: Any) -> None:

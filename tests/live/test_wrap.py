@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from autotune.tune import run as tuning
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.tuned import Tuned
 from tests.models import left_padded, tiny, tiny_bert, tiny_t5, token_prompts
+from tests.surroundings import without_threads
 
 IDS = torch.tensor([token_prompts(1)[0]])
 
@@ -289,6 +292,55 @@ def test_rollback_and_commit(scripted: list[Transform]) -> None:
     model.autotune.commit()
     assert greedy(model) == before
     assert model.autotune.status.served == 2
+
+
+def test_rolling_back_what_was_never_tuned_changes_nothing(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"), workload=None, when="blocking", observe=1)
+    model.autotune.rollback()
+    assert model.autotune.status.state == "observing"
+    greedy(model)
+    assert model.autotune.status.state == "tuned"
+
+
+def test_a_call_that_ends_after_the_roll_back_says_nothing_of_what_serves(scripted: list[Transform]) -> None:
+    model = wrapped(tiny("llama"))
+    greedy(model)
+    watch = model.autotune._serving.watch
+    watch.failed("made up")
+    watch.breaker = replace(watch.breaker, pause_s=0.0)  # the next call is its trial
+
+    class RollsBack:
+        tokens = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += 1
+            if self.tokens == 3:
+                model.autotune.rollback()
+
+        def end(self) -> None: ...
+
+    model.generate(IDS, max_new_tokens=8, do_sample=False, streamer=RollsBack())
+    assert (model.autotune.status.state, model.autotune.status.transforms) == ("rolled back", ())
+
+
+def test_a_saved_model_goes_on_with_its_plan(scripted: list[Transform], tmp_path: Path) -> None:
+    model = wrapped(tiny("llama"))
+    tuned = greedy(model)
+    model.save_pretrained(tmp_path)
+    assert greedy(model) == tuned
+    assert (model.autotune.status.state, model.autotune.status.served) == ("tuned", 2)
+
+
+def test_tuning_that_gets_no_thread_leaves_a_model_that_serves(
+    scripted: list[Transform], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+        without_threads(full)
+        with pytest.warns(RuntimeWarning, match="tuning could not begin: can't start new thread"):
+            model = wrapped(tiny("llama"), when="background")
+        greedy(model)
+    model.autotune.tune()
+    assert model.autotune.status.state == "tuned"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from autotune.machine.device.counters import FIGURES, Counters, combine
 from autotune.machine.device.nvml import Sampler, sampled
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import OWN, PCI, UUID, FakeNvml, NVMLError, process
+from tests.surroundings import without_threads
 
 ADDRESS = Address(PCI, UUID)
 
@@ -153,6 +154,14 @@ def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, 
     assert set(again.counters.unavailable.values()) == {nvml.SILENT}
     assert fake.calls == before, "a driver that hangs was asked again"
     fake.release()
+
+
+def test_where_no_thread_can_be_started_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    without_threads(monkeypatch)
+    with Sampler(ADDRESS) as sampler:
+        assert not sampler.reads
+    assert set(sampler.counters.unavailable.values()) == {"can't start new thread"}
 
 
 def test_the_device_is_found_by_its_address_and_not_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from autotune.validate import quality
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import PAD, tiny, token_prompts
+from tests.surroundings import without_threads
 
 needs_kernels = pytest.mark.skipif(kernels.available() is not None, reason=str(kernels.available()))
 CPU = Hardware("cpu", "a CPU", "AVX2", 1, 8 * 10**9, 20e9, {"float32": 1e11}, "g++", {})
@@ -156,6 +157,17 @@ def test_why_callers_are_served_one_at_a_time(changes: dict[str, Any], plan: Any
     assert found is not None
     assert not found.rows
     assert re.search(f"^callers are served one at a time: .*{said}", found.reason), found.reason
+
+
+@needs_kernels
+def test_threads_that_run_out_keep_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bench()
+    winner = recorded(made)
+    without_threads(monkeypatch)
+    kept, found = callers.measure(winner, made)
+    assert kept is winner
+    assert found is not None
+    assert found.reason == "callers are served one at a time: can't start new thread"
 
 
 def test_memory_that_runs_out_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

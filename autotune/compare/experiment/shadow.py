@@ -140,10 +140,16 @@ class Shadow(Layer):
         """Begin to sample live calls."""
         if self._thread is not None:
             raise ExperimentError(f"the shadow {self.name!r} was started before; make another one")
-        self._state = LiveState.RUNNING
+        before, self._state = self._state, LiveState.RUNNING
         self._start_s = self._clock()
         self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
-        self._thread.launch()
+        try:
+            self._thread.launch()
+        except RuntimeError as error:
+            self._thread, self._state = None, before
+            raise ExperimentError(
+                f"no thread can replay calls: {error}; end other threads, or raise their limit"
+            ) from error
         forking.tell(self)
         route.add_layer(self._model, self)
         return self

@@ -199,7 +199,8 @@ class Watch:
         with self._lock:
             if call is not None:
                 self._note_batch(call, BreakerEvent.ABANDONED)
-            self.cause = cause
+            if self._counts():  # else a call from before it opened would say why it did
+                self.cause = cause
             self._step(BreakerEvent.FAILED, reason, numbers or {})
 
     def unready(self, call: Sampling) -> None:
@@ -293,7 +294,10 @@ class Watch:
         if self._variant is None or self._variant.traffic is None or (self._worker and self._worker.is_alive()):
             return
         self._worker = ending.Worker(self._work_quietly, "autotune-watch", stop=self._variant.traffic.cancel)
-        self._worker.launch()
+        try:
+            self._worker.launch()
+        except RuntimeError as error:  # the call that is served now must not fail for it
+            log.debug("served calls cannot be scored again now: %s", error)
 
     def _work_quietly(self) -> None:
         try:
@@ -302,7 +306,8 @@ class Watch:
             log.debug("watching was called off")
         except Exception as error:  # a failure of the canary must not stop the plan
             log.warning("a served call could not be scored again: %s: %s", type(error).__name__, error)
-            self.abandoned()
+            with self._lock:
+                self._step(BreakerEvent.UNDECIDED, f"the kept call could not be scored again: {type(error).__name__}")
 
     # What follows
 
@@ -320,14 +325,22 @@ class Watch:
         if (known := self._batches.get(batch)) is not None:
             self._batches[batch] = known.after(event, self.clock(), self.rules)
 
+    def _counts(self) -> bool:
+        """Whether a failure in this thread opens the breaker."""
+        phase = self.breaker.phase
+        return phase is BreakerState.CLOSED or (phase is BreakerState.HALF_OPEN and self._is_trial())
+
+    def _is_trial(self) -> bool:
+        return threading.get_ident() == self._trial
+
     def _step(self, event: BreakerEvent, reason: str, numbers: Mapping[str, float] | None = None) -> None:
-        before, now, thread = self.breaker, self.clock(), threading.get_ident()
-        if before.phase is BreakerState.HALF_OPEN and thread != self._trial:
+        before, now = self.breaker, self.clock()
+        if before.phase is BreakerState.HALF_OPEN and not self._is_trial():
             return  # a call from before it opened says nothing about the trial
         self.breaker = after = before.after(event, now, self.rules)
         if after.phase == before.phase:
             return
-        self._trial = thread if after.phase is BreakerState.HALF_OPEN else None
+        self._trial = threading.get_ident() if after.phase is BreakerState.HALF_OPEN else None
         noted = self._record(reason, numbers)
         log.warning("the plan's circuit breaker is %s: %s", after.phase, noted.reason)
         if self._plan is not None and self._stored and after.phase is not BreakerState.HALF_OPEN:

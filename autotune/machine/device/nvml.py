@@ -81,7 +81,11 @@ class Sampler:
             self.counters = unavailable(SILENT)
         else:
             worker = ending.Worker(lambda: self._sample(library), "autotune NVML", stop=self._stop.set)
-            if worker.launch():
+            try:
+                launched = worker.launch()
+            except RuntimeError as error:
+                launched, self.counters = False, unavailable(str(error))
+            if launched:
                 self._await(self._begun)
                 return self
         self._done.set()

@@ -25,6 +25,7 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.threads import Threads
 from autotune.validate import Verdict
 from tests.models import BOS, left_padded, tiny, token_prompts
+from tests.surroundings import without_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -300,6 +301,19 @@ def test_unwinding_in_any_order(llama: PreTrainedModel, tmp_path: Path, order: s
     assert set(llama.__dict__) == keys
     assert equal(asked(llama, 1), expected)
     shadow.stop()  # again, which changes nothing
+
+
+def test_a_shadow_that_gets_no_thread_can_start_later(llama: PreTrainedModel, tmp_path: Path) -> None:
+    shadow = experiment(tmp_path, same=tiny()).shadow(llama, **EVERYTHING)
+    with pytest.MonkeyPatch.context() as full:
+        without_threads(full)
+        with pytest.raises(ExperimentError, match="can't start new thread"):
+            shadow.start()
+    assert shadow.status.state == "stopped"
+    with shadow:
+        asked(llama, 1)
+        assert shadow.wait(WAIT_S)
+        assert shadow.status.candidates[0].requests == 1
 
 
 def test_what_was_seen_survives_a_restart(llama: PreTrainedModel, tmp_path: Path) -> None:
