@@ -248,6 +248,16 @@ class LiveBench:
         self.races.noise = 0.0
         return self._spot(variant, 2, self.races.short)
 
+    def prove(self, variant: Variant) -> tuple[Quality, Latency | None]:
+        """As `reverify`, for a plan of another machine or made otherwise: what a few prompts leave open is judged."""
+        verdict, latency = self.reverify(variant)
+        fast = latency is not None and latency.verdict is Verdict.PASS
+        if not fast or verdict.verdict is not Verdict.INCONCLUSIVE:
+            return verdict, latency
+        doing = self.allowance.in_time("comparing answers to held-out prompts with the original's")
+        verdict = quality.judge(self.exams.held(), variant, tier_for(variant, self.policy), doing)
+        return verdict, latency if verdict.verdict is Verdict.PASS else None
+
     def _spot(self, variant: Variant, seed: int, buckets: tuple[Bucket, ...]) -> tuple[Quality, Latency | None]:
         """Judge a variant on a few held-out prompts, enough to detect what is broken, and time a few requests."""
         verdict = quality.judge(self.exams.brief(), variant, tier_for(variant, self.policy))

@@ -71,6 +71,10 @@ class Exams:
         """A new exam of a few held-out prompts, enough to detect what is broken."""
         return self.prepare(self.held_out, self._texts[1], "brief")
 
+    def held(self) -> Exam:
+        """A new exam of the held-out prompts, large enough to decide."""
+        return self.prepare(self.held_out, self._texts[1])
+
     def keep_references(self) -> None:
         """Save the original's answers to the exams that were used, for the next run."""
         for name in ("to_choose", "to_confirm"):

@@ -162,7 +162,7 @@ def check(path: str | Path) -> Policy:
     """
     path = expanded(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:  # tomllib's and UTF-8's errors are ValueErrors
         raise PolicyError(f"{path}: cannot be read as TOML: {error}") from error
     where = str(path)

@@ -50,11 +50,16 @@ def death_of(
         How the child was killed or hung, in words; None if it ended normally.
     """
     read, write = os.pipe()
-    with turn():
-        child = os.fork()
-        if child == 0:
-            _perform(work, write)
-    os.close(write)
+    try:
+        with turn():
+            child = os.fork()
+            if child == 0:
+                _perform(work, write)
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
     with os.fdopen(read, "rb", buffering=0) as said, _reaped(child):
         last = b""
         until_s = time.monotonic() + most_s

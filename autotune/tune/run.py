@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..errors import AutotuneError, Blocker, PlanError, TransformError
+from ..errors import AutotuneError, Blocker, PlanError, TransformError, first_line
 from ..machine import busy, hardware, outside
 from ..machine.quiet import quiet
 from ..model import modes, placement, sharding
@@ -95,8 +95,7 @@ def tune(
     known = None if obstacle is not None else plan or (store.find(identity) if cache else None)
     if known is not None:
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
-        proven = known.fingerprint == identity  # one from another machine, or made otherwise, has yet to be proven here
-        if (tuned := replay(known, bench, start, serve if proven else lambda variant: None, meter)) is not None:
+        if (tuned := replay(known, bench, start, serve, meter, proven=known.fingerprint == identity)) is not None:
             return tuned
     with turns.turn(identity if cache and obstacle is None else None) as mine:
         rest = (traffic or Traffic()).rest
@@ -137,7 +136,7 @@ def verified(
     here, texts = hardware.identify(model), built_in.natural(tokenizer)
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify)
     notify("verifying another plan")
-    return held(plan, bench, time.monotonic(), lambda variant: None, busy.Meter())
+    return held(plan, bench, time.monotonic(), None, busy.Meter())
 
 
 def _searched(
@@ -161,12 +160,13 @@ def _searched(
             f"the model's weights changed during tuning: another thread or one of the transforms tried ({culprits}) "
             "wrote into them; nothing was committed; reload the model"
         )
-    bench.exams.keep_references()
     if tuned.doubt is not None:
         notify(f"{tuned.verdict}. This is not kept as a plan: {tuned.doubt}")
     elif cache:
         store.save(tuned.plan)
         keep(tuned, bench)
+    with _optional("the original's answers"):
+        bench.exams.keep_references()
     return tuned
 
 
@@ -233,14 +233,22 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
 
 
 def replay(
-    plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter
+    plan: Plan,
+    bench: LiveBench,
+    start: float,
+    serve: Callable[[Variant], None],
+    meter: busy.Meter,
+    *,
+    proven: bool = True,
 ) -> Tuned | None:
     """Apply a plan from disk and verify it again. Returns None if that fails, as a plan from disk is only a hint.
 
-    The plan serves as soon as it answers a request, because it was proven on this same model and machine.
+    Args:
+        proven: whether it was proven for this same model, machine and workload. Then it serves as soon as it answers a
+            request. One from another machine, or made otherwise, has yet to be proven here.
     """
     try:
-        tuned = held(plan, bench, start, serve, meter)
+        tuned = held(plan, bench, start, serve if proven else None, meter)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
@@ -251,12 +259,30 @@ def replay(
 def keep(tuned: Tuned, bench: LiveBench) -> None:
     """Keep what a plan packed and recorded for the next process."""
     if bench.cached_as is not None:
-        PackedWeights(bench.cached_as).save(tuned.variant)
-        PlanPrograms(bench.cached_as, tuned.plan.transforms).save(tuned.variant)
+        with _optional("packed weights and recorded steps"):
+            PackedWeights(bench.cached_as).save(tuned.variant)
+            PlanPrograms(bench.cached_as, tuned.plan.transforms).save(tuned.variant)
 
 
-def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None], meter: busy.Meter) -> Tuned:
-    """Apply a plan from disk and verify it again. The arguments are those of `replay`.
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """What only saves the next process time fails nothing: disk or memory may have run out."""
+    try:
+        yield
+    except Exception as error:
+        outside.pass_on(error)
+        log.warning("%s are not kept for the next process: %s", what, first_line(error))
+
+
+def held(
+    plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None] | None, meter: busy.Meter
+) -> Tuned:
+    """Apply a plan from disk and verify it again.
+
+    Args:
+        serve: called with the variant before it is verified, and with the original if it does not hold; None for a plan
+            that was never proven here, whose quality must then pass.
+        plan, bench, start, meter: as for `replay`.
 
     Raises:
         PlanError: it cannot be applied, or does not hold.
@@ -269,19 +295,22 @@ def held(plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], 
         return Tuned(bench.original, plan, reverified(read(plan.summary), verdict=verdict, seconds=seconds), verdict)
     try:
         variant = restored(plan, bench)
-        serve(variant)
-        quality, latency = bench.reverify(variant)
+        if serve is not None:
+            serve(variant)
+        quality, latency = bench.prove(variant) if serve is None else bench.reverify(variant)
         report = read(plan.summary)  # shows all of it, for which nobody should wait
     except Exception as error:  # any error of an old plan leads to a fresh search
         outside.pass_on(error)
-        serve(bench.original)
+        if serve is not None:
+            serve(bench.original)
         raise PlanError(f"it could not be applied: {type(error).__name__}: {error}") from error
     if latency is None or latency.verdict is not Verdict.PASS:
-        serve(bench.original)
+        if serve is not None:
+            serve(bench.original)
         raise PlanError(f"it did not hold: {quality.reason if latency is None else latency.reason}")
     seconds = time.monotonic() - start
     verdict = (
-        f"replayed and re-verified on short requests: {latency.reason}; a spot check of quality found mean KLD "
+        f"replayed and re-verified on short requests: {latency.reason}; a check of quality found mean KLD "
         f"{quality.mean_kld:.2g}, same top token {quality.same_top:.1%} on {quality.tokens} tokens"
     )
     again = reverified(report, verdict=verdict, seconds=seconds, elsewhere=meter.elsewhere())

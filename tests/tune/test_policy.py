@@ -338,6 +338,12 @@ def test_a_policy_without_steps_is_an_error(steps: str, write: Callable[..., Pat
         policy.check(write(header + steps))
 
 
+def test_a_file_of_an_editor_that_marks_its_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE, encoding="utf-8-sig")
+    assert policy.check(path).name == "mine"
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"\x00", b"a = " + b"[" * 100_000, b""])
 def test_what_is_no_policy_is_an_error(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"

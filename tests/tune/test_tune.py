@@ -30,7 +30,7 @@ from autotune.tune.plan import Plan, Trial, TrialOutcome
 from autotune.tune.record import report_of
 from autotune.tune.run import conclude, replay, tune
 from autotune.tune.search import Found
-from autotune.validate import Latency, Quality, Speedup, Verdict
+from autotune.validate import Latency, Quality, Speedup, Verdict, quality
 from autotune.validate.score import CandidateError
 from tests.models import tiny, token_prompts
 from tests.report.test_report import DIAGNOSES, HARDWARE, ORIGINAL, Shrink, profile
@@ -159,23 +159,39 @@ class SearchedError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("made_here", "verdict", "log"),
+    ("made_here", "quick", "full", "verdict", "log"),
     [
-        (True, Verdict.PASS, ["served"]),
-        (False, Verdict.PASS, []),  # of another machine: it serves once it is proven here
-        (False, Verdict.FAIL, ["searched"]),
+        (True, Verdict.PASS, None, Verdict.PASS, ["served"]),
+        (True, Verdict.INCONCLUSIVE, None, Verdict.PASS, ["served"]),  # enough to see that nothing broke since
+        (False, Verdict.PASS, None, Verdict.PASS, []),  # of another machine: it serves once it is proven here
+        (False, Verdict.PASS, None, Verdict.FAIL, ["searched"]),
+        (False, Verdict.INCONCLUSIVE, Verdict.PASS, Verdict.PASS, ["judged"]),
+        (False, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE, Verdict.PASS, ["judged", "searched"]),
+        (False, Verdict.INCONCLUSIVE, Verdict.FAIL, Verdict.PASS, ["judged", "searched"]),
     ],
 )
 def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
-    made_here: bool, verdict: Verdict, log: list[str], monkeypatch: pytest.MonkeyPatch
+    made_here: bool,
+    quick: Verdict,
+    full: Verdict | None,
+    verdict: Verdict,
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def search(*_: Any, **__: Any) -> None:
         seen.append("searched")
         raise SearchedError
 
+    def judge(exam: Any, *_: Any) -> Quality:
+        assert exam
+        seen.append("judged")
+        assert full is not None
+        return replace(QUALITY, verdict=full)
+
     seen = list[str]()
     monkeypatch.setattr(run, "search", search)
-    monkeypatch.setattr(LiveBench, "reverify", lambda self, variant: (QUALITY, latency(verdict)))
+    monkeypatch.setattr(quality, "judge", judge)
+    monkeypatch.setattr(LiveBench, "reverify", lambda *_: (replace(QUALITY, verdict=quick), latency(verdict)))
     model, policy = tiny("llama"), policies.load("balanced")
     work = workload.read(token_prompts(4), tokenizer=None, model=model)
     identity = fingerprint.of(model, hardware.identify(model), work, policy, None)
@@ -188,7 +204,7 @@ def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
     def tuned() -> Any:
         return run.tune(model, work, policy, cache=False, plan=given, serve=serve)
 
-    if verdict is Verdict.PASS:
+    if "searched" not in log:
         assert tuned().variant.transforms == KEPT.transforms
     else:
         with pytest.raises(SearchedError):
