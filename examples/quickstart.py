@@ -31,7 +31,7 @@ def main() -> None:
     print(model.autotune.status)
 
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)  # the same call, the same answer
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)  # the same call
     print(tokenizer.decode(output[0], skip_special_tokens=True))
 
     decode = model.autotune.report().to_dict()["phases"]["decode"]

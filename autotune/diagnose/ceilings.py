@@ -53,12 +53,7 @@ def roofline_s(phase: PhaseProfile, hardware: Hardware, compute_dtype: str | Non
 
 
 def faster_weights(
-    phase: PhaseProfile,
-    hardware: Hardware,
-    new_weight_bytes: float,
-    *,
-    compute_dtype: str | None = None,
-    library: bool = False,
+    phase: PhaseProfile, hardware: Hardware, new_weight_bytes: float, *, compute_dtype: str | None = None
 ) -> float:
     """Return the best-case speed-up of a phase if its weights take `new_weight_bytes`.
 
@@ -71,19 +66,26 @@ def faster_weights(
         new_weight_bytes: weight bytes that would move per call or token (compare `phase.weight_bytes`).
         compute_dtype: dtype the new matmuls compute in; None keeps the present one. The result is below 1.0 only if
             this dtype's peak makes the matmuls longer than they are now.
-        library: whether torch's own kernels will read the weights, too. In decode on a CPU they are then expected to
-            reach the share of what they reach on one row of large matrices in the new dtype
-            (`Hardware.vector_bytes_per_s`) that they reach in the present one.
     """
     flops_s = (phase.flops - phase.attention_flops) / attainable_peak(phase, hardware, compute_dtype)
     now_s = matmul_s(phase, hardware)
-    bytes_s = new_weight_bytes / attainable_bandwidth(phase, hardware)
-    rates = hardware.vector_bytes_per_s
-    if library and phase.phase == "decode" and {phase.compute_dtype, compute_dtype} <= rates.keys():
-        pace = rates[phase.compute_dtype] / rates[compute_dtype or phase.compute_dtype]
-        bytes_s = max(bytes_s, now_s * pace * new_weight_bytes / phase.weight_bytes)
-    bytes_s = min(bytes_s, now_s)
+    bytes_s = min(new_weight_bytes / attainable_bandwidth(phase, hardware), now_s)
     return _speedup(phase.seconds, phase.seconds - now_s + max(flops_s, bytes_s))
+
+
+def faster_rows(phase: PhaseProfile, hardware: Hardware, new_weight_bytes: float, compute_dtype: str) -> float:
+    """Return the best-case speed-up of decode if torch's own kernels multiply one row by weights of another dtype.
+
+    As `faster_weights`, but in the new dtype they are expected to reach the share of what they reach on large matrices
+    (`Hardware.vector_bytes_per_s`, where it is known) that they reach in the present one.
+    """
+    best = faster_weights(phase, hardware, new_weight_bytes, compute_dtype=compute_dtype)
+    rates, now_s = hardware.vector_bytes_per_s, matmul_s(phase, hardware)
+    if not {phase.compute_dtype, compute_dtype} <= rates.keys():
+        return best
+    pace = rates[phase.compute_dtype] / rates[compute_dtype]
+    bytes_s = min(now_s * pace * new_weight_bytes / phase.weight_bytes, now_s)
+    return min(best, _speedup(phase.seconds, phase.seconds - now_s + bytes_s))
 
 
 def less_overhead(
@@ -138,12 +140,10 @@ def fewer_threads(phase: PhaseProfile, hardware: Hardware, threads: int, saved_s
         threads: the new number.
         saved_s: seconds that starting and joining threads takes now; of the phase's time, at most half counts.
     """
-    after_s = max(phase.seconds - saved_s, phase.seconds / 2)
-    if not isnan(hardware.core_bytes_per_s):
-        bandwidth = min(threads * hardware.core_bytes_per_s, attainable_bandwidth(phase, hardware))
-        peak = attainable_peak(phase, hardware) * threads / hardware.threads
-        floor = floor_s(phase.flops - phase.attention_flops, phase.weight_bytes, peak, bandwidth)
-        after_s += max(0.0, floor - matmul_s(phase, hardware))
+    after_s, now_s = max(phase.seconds - saved_s, phase.seconds / 2), matmul_s(phase, hardware)
+    from_caches = _rate(phase.weight_bytes, now_s) > hardware.bandwidth_bytes_per_s
+    if not from_caches and not isnan(hardware.core_bytes_per_s):  # how fast a core computes alone is not known
+        after_s += max(0.0, phase.weight_bytes / (threads * hardware.core_bytes_per_s) - now_s)
     return _speedup(phase.seconds, after_s)
 
 

@@ -55,7 +55,7 @@ def given(arguments: Iterable[str], file: Path | None, environment: Mapping[str,
 
 def _of_file(file: Path) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
         raise SettingsError(f"--api-key-file {file} cannot be read: {error}") from error
     if not any(lines):

@@ -15,9 +15,12 @@ from . import require
 from .linears import LinearTransform, nothing_left, weight_bytes
 
 if TYPE_CHECKING:
-    from ..diagnose.costs import PhaseProfile
+    from collections.abc import Mapping
+
+    from ..diagnose.costs import PhaseProfile, Profile
     from ..machine.hardware import Hardware
     from ..runtime.variant import Variant
+    from ..workload import Phase
 
 
 class CastLinear(linear_layers.Replacement):
@@ -105,8 +108,15 @@ class LinearDtype(LinearTransform):
         return CastLinear(linear, dtype, packed)
 
     def speedup(self, phase: PhaseProfile, hardware: Hardware) -> float:
-        read = weight_bytes(phase, 16)
-        return ceilings.faster_weights(phase, hardware, read, compute_dtype=self.dtype, library=True)
+        return ceilings.faster_weights(phase, hardware, weight_bytes(phase, 16), compute_dtype=self.dtype)
+
+    def predict(self, profile: Profile, hardware: Hardware) -> Mapping[Phase, float]:
+        """As for other weights; the kernels that multiply a single row are torch's own."""
+        found = dict(super().predict(profile, hardware))
+        if "decode" in found and profile.batch == 1:
+            phase = profile.phases["decode"]
+            found["decode"] = ceilings.faster_rows(phase, hardware, weight_bytes(phase, 16), self.dtype)
+        return found
 
 
 def _packs(dtype: str) -> bool:

@@ -249,6 +249,31 @@ def test_a_plan_that_rests_because_it_seemed_slow_is_judged_by_its_figures(peers
     assert peers.state[0] is RolloutState.CANARY
 
 
+@pytest.mark.parametrize("by", ["itself", "another"])
+def test_a_promotion_that_could_not_be_written_down_is_one(
+    peers: Peers, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = peers.offered(LeanLoop())
+    peers.replica.step()
+    peers.canary_answers(tpot=0.5)
+    with monkeypatch.context() as full:
+
+        def write(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        full.setattr(Folder, "write", write)
+        with pytest.raises(OSError, match="No space"):
+            peers.replica.step()
+    peers.folder.lock.give()
+    if by == "itself":
+        peers.replica.step()
+    else:
+        Replica(peers.folder, peers.model.autotune, RULES, None)._bury()
+    assert peers.folder.promoted is not None
+    assert peers.folder.promoted.plan() == plan
+    assert peers.state[0] is RolloutState.PROMOTED
+
+
 def test_a_canary_that_is_killed_is_a_roll_back(peers: Peers) -> None:
     peers.offered(LeanLoop())
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

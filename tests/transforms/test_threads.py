@@ -90,23 +90,24 @@ def test_unavailable(count: int, device: str, says: str | None, llama: PreTraine
 
 
 @pytest.mark.parametrize(
-    ("count", "matmuls", "core_bytes_per_s", "speedup"),
+    ("count", "matmuls", "bytes_per_s", "core_bytes_per_s", "speedup"),
     [
-        (4, 500, 1e9, 2.0),  # twice as many threads
-        (1, 500, nan, 0.0200 / 0.0185),  # 500 parallel regions of 3 us spared out of 20 ms
-        (1, 5000, nan, 2.0),  # never more than half
-        (1, 500, 1e11, 0.0200 / 0.0185),  # one core reads as fast as the matmuls do
-        (1, 500, 1e10, 0.0200 / (0.0185 + 0.040)),  # 500 MB by one core take 50 ms, and the matmuls take 10 now
+        (4, 500, 2e11, 1e9, 2.0),  # twice as many threads
+        (1, 500, 2e11, nan, 0.0200 / 0.0185),  # 500 parallel regions of 3 us spared out of 20 ms
+        (1, 5000, 2e11, nan, 2.0),  # never more than half
+        (1, 500, 2e11, 1e11, 0.0200 / 0.0185),  # one core reads as fast as the matmuls do
+        (1, 500, 2e11, 1e10, 0.0200 / (0.0185 + 0.040)),  # 500 MB by one core take 50 ms; the matmuls take 10 now
+        (1, 500, 2e10, 1e10, 0.0200 / 0.0185),  # they read 50 GB/s, so it is caches that they read
     ],
 )
-def test_prediction(count: int, matmuls: int, core_bytes_per_s: float, speedup: float) -> None:
+def test_prediction(count: int, matmuls: int, bytes_per_s: float, core_bytes_per_s: float, speedup: float) -> None:
     decode = PhaseProfile("decode", (0.020,), 1e9, 5e8, 0, 0.9, "float32", 0.01, 0, 9, 0, (), matmul_count=matmuls)
     profile = Profile({"decode": decode}, (), (), MemoryUse(0, 0, 0), 1, 1)
     hardware = replace(
         COMPILER,
         threads=2,
         core_bytes_per_s=core_bytes_per_s,
-        bandwidth_bytes_per_s=2e11,
+        bandwidth_bytes_per_s=bytes_per_s,
         flops_per_s={"float32": 1e12},
     )
     assert Threads("decode", count).predict(profile, hardware) == pytest.approx({"decode": speedup})

@@ -64,7 +64,7 @@ def load(path: str | Path) -> Sheet:
     """
     path = expanded(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:  # tomllib's and UTF-8's errors are ValueErrors
         raise ExperimentError(f"{path}: cannot be read as TOML: {error}") from error
     _check_keys(table, KEYS, str(path))

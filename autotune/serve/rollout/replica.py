@@ -151,7 +151,7 @@ class Replica:
 
     def _judge(self, rollout: Rollout) -> None:
         if self._trying is None or self._before is None:  # it ended, but that could not be written down
-            self._alone(lambda: self._end(rollout.ended(RolloutState.ROLLED_BACK, "the canary lost its plan")))
+            self._alone(lambda: self._end(self._left(rollout, "the canary lost its plan")))
             return
         seen = Seen(self._clock(), self.folder.control(rollout), self.tally.figures, failure=self._failure())
         after = judged(rollout, seen, self.rules)
@@ -181,7 +181,15 @@ class Replica:
         """Roll a canary back whose process ended: this one has its lock."""
         rollout = self.folder.rollout
         if rollout is not None and rollout.state is RolloutState.CANARY:
-            self._end(judged(rollout, Seen(self._clock(), is_alive=False), self.rules))
+            lost = judged(rollout, Seen(self._clock(), is_alive=False), self.rules)
+            self._end(self._left(rollout, lost.reason))
+
+    def _left(self, rollout: Rollout, reason: str) -> Rollout:
+        """Return the outcome of a rollout that its canary left without saying so: it may have promoted the plan."""
+        promoted = self.folder.promoted
+        if promoted is not None and promoted.hash == rollout.plan:
+            return rollout.ended(RolloutState.PROMOTED, f"the plan was promoted; then {reason}")
+        return rollout.ended(RolloutState.ROLLED_BACK, reason)
 
     def _follow(self, offer: Offer) -> None:
         try:
