@@ -110,11 +110,18 @@ def test_users_who_pause_load_a_replica_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ttft_s", "tpot_s", "least", "most"),
-    [(60.0, 0.0105, 1, 1), (60.0, 0.035, 8, 10), (0.05, 1.0, 0, 0), (600.0, 600.0, 64, capacity.MOST_USERS)],
+    ("new_tokens", "ttft_s", "tpot_s", "least", "most"),
+    [
+        (100, 60.0, 0.0105, 1, 1),
+        (100, 60.0, 0.035, 8, 10),
+        (100, 0.05, 1.0, 0, 0),
+        (10, 600.0, 600.0, 64, capacity.MOST_USERS),
+    ],
 )
-def test_the_most_users_are_bound_by_what_is_asked_for(ttft_s: float, tpot_s: float, least: int, most: int) -> None:
-    assert least <= most_users(COSTS, Usage(100, 100), ttft_s, tpot_s) <= most
+def test_the_most_users_are_bound_by_what_is_asked_for(
+    new_tokens: int, ttft_s: float, tpot_s: float, least: int, most: int
+) -> None:
+    assert least <= most_users(COSTS, Usage(100, new_tokens), ttft_s, tpot_s) <= most
 
 
 def test_no_more_users_are_promised_than_were_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
