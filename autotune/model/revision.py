@@ -41,7 +41,13 @@ OPAQUE = (  # types that are compared as a whole; their contents are not read
 SAMPLED = 64  # numbers of a tensor that `look_closer` compares; the largest of them is compared at every call
 UNCOUNTED = "a tensor was written to in a way that leaves no mark"
 
-_version, _forward = attrgetter("_version"), attrgetter("forward")
+REGION = "autotune_region_of"  # attribute of a forward that stands in for a while for the one that it holds
+
+_version = attrgetter("_version")
+
+
+def _forward(kind: type[nn.Module]) -> Any:
+    return getattr(kind.forward, REGION, kind.forward)
 
 
 class Revision:
@@ -52,6 +58,8 @@ class Revision:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import PreTrainedModel  # a part of a model may be one, too
+
         self._model = model
         self._class = seam.bare_class(model)
         named, state = dict(model.named_modules()), stateful.of(model)
@@ -63,6 +71,7 @@ class Revision:
         watched: dict[int, tuple[str, Any]] = {}
         for name, module in named.items():
             own = {key for where, key in state.written if where == name}
+            own |= OWN if isinstance(module, PreTrainedModel) else set()
             for held, written in _held(name, module):
                 left_out = own | written
                 view = _Without(held, left_out) if left_out and isinstance(held, dict) else held

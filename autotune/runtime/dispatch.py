@@ -26,6 +26,8 @@ def unsupported(variant: Variant, call: seam.Sampling) -> str | None:
         return None
     if reason := call.unusual():
         return reason
+    if call.input_ids.device != variant.original.device:  # transformers moves them, at each step
+        return "inputs on another device than the model's"
     if attention_slots.is_used(variant.modules["decode"]) and not call.pads_left():
         return "padding that is not on the left"
     if variant.loop is not None and call.starts_over():

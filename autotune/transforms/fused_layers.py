@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..workload import Phase
 
 CLOSE = 1e-5  # largest relative error between two results; the order of a sum alone causes less
+LARGE = 1e4  # times as large inputs show a clip inside a block
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -151,7 +152,8 @@ def mlp(module: nn.Module) -> GatedMlp | None:
     for name, curve in CURVES.items():
         if _agree(children["act_fn"], curve, torch.linspace(-8, 8, 65, dtype=torch.float32, device="cpu")):
             new = GatedMlp(gate, up, down, name)
-            return new if _agree(module, new, _random(1, 3, inputs)) else None
+            x = _random(1, 3, inputs)
+            return new if _agree(module, new, x) and _agree(module, new, LARGE * x) else None
     return None
 
 

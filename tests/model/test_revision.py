@@ -13,10 +13,12 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn.modules import module as registry
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import autotune
 from autotune import transforms
 from autotune.model.revision import UNCOUNTED, Revision, hooked
+from autotune.runtime.steps.compiled import layers_as_regions
 from autotune.runtime.variant import Transform
 from tests.live.test_wrap import scripted, wrapped  # noqa: F401 - a fixture
 from tests.models import tiny, token_prompts
@@ -166,6 +168,40 @@ def test_use_is_no_change(name: str, use: Change) -> None:
     with torch.no_grad():
         use(model)
     assert revision.look_closer() is None
+
+
+def test_another_models_compilation_is_no_change() -> None:
+    """It puts another forward into the class of the layers for a while."""
+    one, other = tiny("llama"), tiny("llama")
+    before = Revision(one)
+    with layers_as_regions(other, True):
+        assert before.changed() is None
+        during = Revision(one)
+    assert before.changed() is None
+    assert during.changed() is None
+
+
+def test_what_generate_writes_into_a_model_of_text_and_images_is_no_change() -> None:
+    text = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    model: Any = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    revision = Revision(model)
+    for rows in (1, 2):
+        model.generate(IDS[:rows], max_new_tokens=2, do_sample=False)
+        assert revision.changed() is None
 
 
 def test_a_forward_that_was_exchanged_and_put_back_is_no_change() -> None:

@@ -632,6 +632,9 @@ def test_an_evicted_sequence_that_cannot_have_its_row_back_is_told(
     for caller in callers:
         caller.join(60)
     assert not any(caller.is_alive() for caller in callers), "one waits for ever"
+    for thread in threading.enumerate():
+        if thread.name == "autotune-engine":  # which ends by it
+            thread.join(60)
     assert set(told) == {"MemoryError: can't allocate memory"}
 
 

@@ -8,13 +8,13 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
 
 from autotune.errors import TransformError
 from autotune.machine import device
 from autotune.model import seam
 from autotune.runtime import kernels, loop
-from autotune.runtime.dispatch import serving
+from autotune.runtime.dispatch import serving, unsupported
 from autotune.runtime.loop_state import drawn_by_one_number, drawn_unwaiting, largest
 from autotune.runtime.steps.compiled import artifact
 from autotune.runtime.steps.waiting import WAITS
@@ -129,6 +129,44 @@ def test_every_architecture_decodes_the_same_tokens(arch: str, plan: str) -> Non
 def test_a_model_without_slots_says_why() -> None:
     assert "position_ids" in (no_slots(tiny("mamba")) or "")
     assert no_slots(tiny("llama")) is None
+
+
+class Ends(LlamaForCausalLM):
+    """A model whose loop is its own."""
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._sample(*args, **kwargs)
+        found[:, -1] = 7
+        return found
+
+
+def test_a_loop_of_the_models_own_is_not_replaced() -> None:
+    model: Any = tiny("llama")
+    assert seam.cannot_step(model) is None
+    model.__class__ = Ends
+    assert seam.cannot_step(model) == "the model has a _sample of its own, which the loop would not call"
+    other: Any = tiny("llama")
+    other.prepare_inputs_for_generation = other.prepare_inputs_for_generation
+    assert "prepare_inputs_for_generation of its own" in (seam.cannot_step(other) or "")
+
+
+def test_inputs_on_another_device_are_the_originals_to_move() -> None:
+    variant = Variant(tiny("llama")).with_transform(LeanLoop())
+    call = seam.Sampling.of(variant.original, IDS.to("meta"), {"generation_config": GenerationConfig(max_length=20)})
+    assert unsupported(variant, call) == "inputs on another device than the model's"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_positions_of_several_dimensions_are_declined(dims: int) -> None:
+    """Of time, height and width, as models of text and images have them."""
+    model = tiny("llama")
+    places = torch.arange(IDS.shape[1])[None] if dims == 2 else torch.arange(IDS.shape[1]).expand(3, 1, -1)
+    call = seam.Sampling(model, IDS, {}, {"position_ids": places})
+    assert call.unusual_argument() in (
+        (None, "argument position_ids") if dims == 2 else ("positions of several dimensions", "argument position_ids")
+    )
+    if hasattr(model, "_prepare_position_ids_for_generation"):
+        assert (call.unusual_argument() is None) == (dims == 2)
 
 
 def test_a_returned_cache_is_the_callers_own() -> None:

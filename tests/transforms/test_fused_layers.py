@@ -68,14 +68,17 @@ def test_norms(module: nn.Module, known: bool) -> None:
 class Mlp(nn.Module):
     """A gated feed-forward block with a twist."""
 
-    def __init__(self, act: nn.Module, bias: bool = False, swapped: bool = False) -> None:
+    def __init__(self, act: nn.Module, bias: bool = False, swapped: bool = False, clip: float | None = None) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*s, bias) for s in ((24, 40), (24, 40), (40, 24)))
         self.act_fn = act
         self.swapped = swapped
+        self.clip = clip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.clip is not None:
+            gate, up = gate.clamp(max=self.clip), up.clamp(-self.clip, self.clip)
         return self.down_proj(gate * self.act_fn(up) if self.swapped else self.act_fn(gate) * up)
 
 
@@ -89,6 +92,8 @@ class Mlp(nn.Module):
         (Mlp(nn.GELU()), False),
         (Mlp(nn.ReLU()), False),
         (Mlp(nn.SiLU(), swapped=True), False),
+        (Mlp(nn.SiLU(), clip=10.0), False),  # DeepSeek V4's limit, which random inputs do not reach
+        (Mlp(nn.SiLU(), clip=1000.0), False),
     ],
 )
 def test_gated_blocks(module: Mlp, known: bool) -> None:

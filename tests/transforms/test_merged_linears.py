@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from autotune.model import linear_layers
 from autotune.runtime.dispatch import serving
@@ -177,3 +179,27 @@ def test_what_a_block_tells_its_attention_is_told_by_the_stand_in() -> None:
     assert merged._constants["sliding_window"] == 8
     assert merged.config is block.config
     assert SimpleNamespace(**vars(block)).layer_idx == merged.layer_idx == 0
+
+
+def test_a_clip_that_usual_inputs_do_not_reach_is_kept() -> None:
+    """OLMo's queries, keys and values are clipped."""
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        clip_qkv=8.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model: Any = OlmoForCausalLM(config).eval().requires_grad_(False)
+    input_ = F.layer_norm(model.model.embed_tokens.weight[5], (64,))
+    model.model.layers[0].self_attn.v_proj.weight[:16] = 2 * input_ / input_.norm()  # of token 5 it makes 16
+    variant = Variant(model).with_transform(MERGED)
+    assert not [m for m in variant.modules["prefill"].modules() if isinstance(m, MergedAttention)]
+    ids = torch.full((1, 6), 5)
+    torch.testing.assert_close(serving(variant)(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from .arguments import (
     BARE,
     CACHE_NAMES,
+    LOOP,
     PLACES,
     bare_class,
     cache_argument,
@@ -65,7 +66,7 @@ from .caches import (
     narrow_cache,
     replace_layers,
 )
-from .calls import ARGUMENTS, LOOP, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable
+from .calls import ARGUMENTS, OPTIONS, Sampling, marking, other_loops, processed, remembers, routable
 from .models import (
     COMPILED,
     EAGER,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # forward's cache argument and output field; newest first
 BARE = "_autotune_bare"  # attribute of a routed class that holds the class it routes
+LOOP = "_sample"  # the decoding loop of greedy search and sampling
 PLACES = "cache_position"  # to 5.3: the argument that says where in the cache the tokens go
 _CACHE_NAME: dict[type, str | None] = {}  # model class -> name of its forward's cache argument
 _TAKES_PLACES: dict[type, bool] = {}  # model class -> whether its forward takes `PLACES`
@@ -86,10 +87,22 @@ def logits(output: Any) -> torch.Tensor:
 
 def cannot_step(model: PreTrainedModel) -> str | None:
     """Why a model cannot be driven token by token from outside generate's loop, or None."""
+    if (own := own_loop(model)) is not None:
+        return f"the model has a {own} of its own, which the loop would not call"
     missing = sorted({"position_ids", "attention_mask"} - parameters(model))
     if missing:  # another kind of model: state spaces, ALiBi
         return f"the model's forward does not take {', '.join(missing)}"
     return None if cache_name(model) else Blocker("the model's forward does not take cache that is known by name")
+
+
+def own_loop(model: PreTrainedModel) -> str | None:
+    """The name of a part of generate's loop that a class outside of transformers, or the object, has its own of."""
+    kinds = [kind for kind in bare_class(model).__mro__ if not kind.__module__.startswith("transformers.")]
+    for name in (LOOP, "_update_model_kwargs_for_generation"):
+        if any(name in vars(kind) for kind in kinds):
+            return name
+    names = (LOOP, "_update_model_kwargs_for_generation", "prepare_inputs_for_generation")
+    return next((name for name in names if name in vars(model)), None)
 
 
 def keeps_last_logits(model: Any) -> bool:

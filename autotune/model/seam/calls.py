@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .arguments import CACHE_NAMES, bare_class, cache_in, output_cache_name, over
+from .arguments import CACHE_NAMES, LOOP, bare_class, cache_in, output_cache_name, over
 from .preparation import drops_cache
 from .relays import relayed
 from .scoring import scoring
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from .scoring import Score
 
-LOOP = "_sample"  # the decoding loop of greedy search and sampling
 OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # LOOP's arguments
 # forward's arguments that a plan understands
 ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
@@ -135,6 +134,8 @@ class Sampling:
         given = self.model_kwargs.get("position_ids") is not None
         if given and not hasattr(self.model, "_prepare_position_ids_for_generation"):
             return "argument position_ids"  # to 5.1 the loop does not continue the caller's positions
+        if given and self.model_kwargs["position_ids"].dim() != 2:  # of time, height and width, as for images
+            return "positions of several dimensions"
         return "a cache of the caller's" if self.has_callers_cache() else None
 
     def unusual(self) -> str | None:

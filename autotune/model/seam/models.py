@@ -15,6 +15,7 @@ COMPILED = ("_compiled_call", "_last_compile_config")  # where generate keeps a 
 SET_AT_WILL = {  # attributes that generate sets on a model and that do not affect what it computes
     *("generation_config", "warnings_issued", "_cache", "_previous_max_cache_length"),
     *("_output_capturing_hooks_installed", *COMPILED),
+    "rope_deltas",  # of models of text and images, written anew for each prompt
 }
 ROTARY, EAGER = "apply_rotary_pos_emb", "eager_attention_forward"  # functions in each model's Python module
 

@@ -26,6 +26,7 @@ from ...machine import cache_dir, forking, hardware, outside, processor
 from ...machine import device as devices
 from ...model import seam
 from ...model.configured import text_config
+from ...model.revision import REGION
 from ..cache.slot_forward import forward, run
 from ..cache.slots import Layout, SlotCache
 from .step import DecodeSteps, Step
@@ -37,6 +38,8 @@ log = logging.getLogger("autotune")
 
 LEAN = {"size_asserts": False, "alignment_asserts": False}  # Python asserts on kernels' arguments take 0.5 ms a token
 MOST_BYTES = 1 << 30  # largest size of a step's compiled code
+
+_regions = forking.lock()  # held while a class has a forward that is compiled as a region
 # On a GPU a matrix times a vector reaches the memory's bandwidth only with coordinate descent (see the comment in
 # torch._inductor.decomposition.mm). Without it weights in 8 bits are widened into a tensor of 16 bits that is then
 # multiplied: five bytes a weight instead of one. As an option of a compilation: inductor's flags are the process's.
@@ -158,12 +161,14 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
         yield
         return
     kind = type(stacks[0][0])
-    forward = kind.forward
-    kind.forward = torch.compiler.nested_compile_region(forward)
-    try:
-        yield
-    finally:
-        kind.forward = forward
+    with _regions:  # who puts back what another compilation had put there would leave it for good
+        forward = kind.forward
+        kind.forward = torch.compiler.nested_compile_region(forward)
+        setattr(kind.forward, REGION, forward)  # other models of this class have not changed
+        try:
+            yield
+        finally:
+            kind.forward = forward
 
 
 def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
