@@ -245,12 +245,17 @@ class LiveBench:
         A few prompts and requests are enough to detect what broke since. The noise floor is not measured again: whether
         the gain exceeds it was decided then, on long requests and at rest. Now calls may be served meanwhile.
         """
-        self.races.noise = 0.0
-        return self._spot(variant, 2, self.races.short)
+        return self._spot(variant, 2, self.races.short, noise=0.0)
 
     def prove(self, variant: Variant) -> tuple[Quality, Latency | None]:
-        """As `reverify`, for a plan of another machine or made otherwise: what a few prompts leave open is judged."""
-        verdict, latency = self.reverify(variant)
+        """Check a plan of another machine, or made otherwise, as a whole: nothing was ever decided here.
+
+        Raises:
+            CandidateError: the workload's largest request failed.
+        """
+        if (failure := self.stress(variant)) is not None:
+            raise CandidateError(failure)
+        verdict, latency = self._spot(variant, 2, self.races.buckets)
         fast = latency is not None and latency.verdict is Verdict.PASS
         if not fast or verdict.verdict is not Verdict.INCONCLUSIVE:
             return verdict, latency
@@ -258,9 +263,13 @@ class LiveBench:
         verdict = quality.judge(self.exams.held(), variant, tier_for(variant, self.policy), doing)
         return verdict, latency if verdict.verdict is Verdict.PASS else None
 
-    def _spot(self, variant: Variant, seed: int, buckets: tuple[Bucket, ...]) -> tuple[Quality, Latency | None]:
+    def _spot(
+        self, variant: Variant, seed: int, buckets: tuple[Bucket, ...], noise: float | None = None
+    ) -> tuple[Quality, Latency | None]:
         """Judge a variant on a few held-out prompts, enough to detect what is broken, and time a few requests."""
         verdict = quality.judge(self.exams.brief(), variant, tier_for(variant, self.policy))
         if verdict.verdict not in (Verdict.PASS, Verdict.INCONCLUSIVE):
             return verdict, None
-        return verdict, self.races.compare(self.original, variant, "end_to_end", self.held_out, 8, seed, buckets)
+        return verdict, self.races.compare(
+            self.original, variant, "end_to_end", self.held_out, 8, seed, buckets, noise=noise
+        )

@@ -15,7 +15,7 @@ from ..machine.hardware import Hardware
 from ..runtime.variant import Variant
 from ..validate.exam import Exam, reads_with
 from ..validate.score import Served
-from ..validate.texts import effort
+from ..validate.texts import LONGEST_CONTEXT, effort
 from ..validate.tiers import SIZES
 from ..workload import Workload
 from .allowance import Allowance
@@ -133,6 +133,7 @@ class Exams:
 
 
 def filled_up(prompts: Texts, texts: Texts) -> Texts:
-    """The prompts, and texts if they are too few for a quick exam."""
-    missing = max(0, PROMPTS_PER_SIDE - len(set(prompts)))
+    """The prompts, and texts if they are too few for a quick exam, which reads their beginnings."""
+    read = {prompt[:LONGEST_CONTEXT] for prompt in prompts if len(prompt) >= 2}
+    missing = max(0, PROMPTS_PER_SIDE - len(read))
     return (*prompts, *texts[:missing])

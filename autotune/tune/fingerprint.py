@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 PART = "fingerprint"  # the question to the ranks of a sharded model that `of_part` answers
+# attributes of a layer of PEFT that say which of its tensors count, and how much
+OF_ADAPTERS = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
 COLUMNS = 4096  # 8-byte words in a row of the grid that a tensor's bytes are laid out in
 
 
@@ -116,6 +118,10 @@ def of_part(model: PreTrainedModel) -> str:
             if first == name:  # a tied weight counts once
                 for part in content(name, sharding.local(tensor)):
                     digest.update(part)
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "merged_adapters", None), list):
+            state = json.dumps([getattr(module, key, None) for key in OF_ADAPTERS], sort_keys=True, default=str)
+            digest.update(f"\n{name} {state}".encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from ..model.linear_layers import stored_bytes
 from ..profile.survey import cache_bytes
@@ -65,6 +65,7 @@ class Races:
         buckets: tuple[Bucket, ...] = (),
         limits: Limits | None = None,
         kept_s: float = 0.0,
+        noise: float | None = None,
     ) -> Latency:
         """Time two variants in pairs.
 
@@ -75,22 +76,28 @@ class Races:
             buckets: sizes of requests; none: all of the workload's.
             limits: in place of the policy's.
             kept_s: seconds of the budget that are left to what follows.
+            noise: of this host, a fraction, in place of what is measured where a gain is small.
         """
         limits = limits or self.limits(reference, candidate)
-        race = partial(
-            latency.compare,
-            reference,
-            candidate,
-            buckets or self.buckets,
-            work.prompts,
-            objective=objective,
-            limits=limits,
-            clock=self.clock,
-            max_pairs=pairs,
-            budget_s=self.allowance.longest_race_s(kept_s),
-            seed=seed,
-            progress=self.allowance.doing("timing requests in pairs"),
-        )
+
+        def race(noise: float) -> Latency:
+            return latency.compare(
+                reference,
+                candidate,
+                buckets or self.buckets,
+                work.prompts,
+                objective=objective,
+                limits=limits,
+                clock=self.clock,
+                max_pairs=pairs,
+                budget_s=self.allowance.longest_race_s(kept_s),
+                noise=noise,
+                seed=seed,
+                progress=self.allowance.doing("timing requests in pairs"),
+            )
+
+        if noise is not None:
+            return race(noise)
         if "noise" not in self.__dict__:  # measuring noise takes long, and it matters only for small gains
             found = race(noise=0.0)
             if found.verdict is not Verdict.PASS or limits.min_gain < 0:

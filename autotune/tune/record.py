@@ -141,10 +141,9 @@ def _paired(latency: Latency, phase: Phase) -> dict[str, Any]:
     metric = METRIC_OF[phase]
     speedup: Speedup = getattr(latency, metric)
     figures = {"speedup": speedup.ratio, "speedup_low": speedup.low, "speedup_high": speedup.high}
-    reference = [s for times in latency.buckets.values() for s in times.reference_s.get(metric, ())]
-    candidate = [s for times in latency.buckets.values() for s in times.candidate_s.get(metric, ())]
-    if reference and candidate:
-        figures |= {"baseline_ms": 1e3 * median(reference), "final_ms": 1e3 * median(candidate)}
+    for typical in list(latency.buckets.values())[:1]:  # requests of other sizes take other times
+        if (reference := typical.reference_s.get(metric)) and (candidate := typical.candidate_s.get(metric)):
+            figures |= {"baseline_ms": 1e3 * median(reference), "final_ms": 1e3 * median(candidate)}
     return figures
 
 

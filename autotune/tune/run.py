@@ -189,15 +189,14 @@ def conclude(found: Found, bench: LiveBench, identity: Fingerprint, start: float
     elsewhere = meter.elsewhere()
     conclusion = Conclusion(found.trials, transforms, shown.failure, quality, latency, elsewhere)
     kept = conclusion.is_committed
-    variant = winner if kept else bench.original
+    variant, sharing, verdict = winner if kept else bench.original, None, conclusion.verdict
+    if kept:  # before what is only shown, which takes the rest of the budget
+        variant, sharing = callers.measure(winner, bench)
     before, after = found.before.profile, found.after.profile if kept else None
     if after is not None:
         bench.notify("measuring how the original and the winner grow")
         before, after = bench.grow(before, bench.original), bench.grow(after, winner)
     contributed = contributions.measure(winner, bench) if kept else ()
-    sharing, verdict = None, conclusion.verdict
-    if kept:
-        variant, sharing = callers.measure(winner, bench)
     if sharing is not None:
         verdict = f"{verdict}; {sharing.reason}"
     seconds = time.monotonic() - start

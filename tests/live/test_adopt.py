@@ -33,10 +33,10 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
     """The verdicts of verifications to come; the last one stays."""
     coming = [Verdict.PASS]
 
-    def reverify(self: Any, variant: Any) -> Any:
+    def prove(self: Any, variant: Any) -> Any:
         return QUALITY, latency(coming.pop(0) if len(coming) > 1 else coming[0])
 
-    monkeypatch.setattr(LiveBench, "reverify", reverify)
+    monkeypatch.setattr(LiveBench, "prove", prove)
     return coming
 
 

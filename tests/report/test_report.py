@@ -271,6 +271,17 @@ def test_paired_timing_outranks_the_profiles():
     assert (decode["speedup"], decode["speedup_low"], decode["speedup_high"]) == (2.5, 2.4, 2.6)
 
 
+def test_requests_of_several_sizes_are_not_thrown_together():
+    sizes = {
+        "b1/p64/n8": BucketTimes({}, {"tpot": (0.010,) * 5}, {"tpot": (0.005,) * 5}),
+        "b8/p64/n8": BucketTimes({}, {"tpot": (0.040,) * 5}, {"tpot": (0.030,) * 5}),
+    }
+    assert COMMITTED.latency is not None
+    timed = report_of(replace(COMMITTED, latency=replace(COMMITTED.latency, buckets=sizes)))
+    decode = timed.to_dict()["phases"]["decode"]
+    assert (decode["baseline_ms"], decode["final_ms"]) == pytest.approx((10.0, 5.0))
+
+
 def test_without_paired_timing_there_is_no_interval():
     decode = report_of(replace(COMMITTED, latency=None)).to_dict()["phases"]["decode"]
     assert decode["speedup"] == pytest.approx(32 / 13)

@@ -20,9 +20,10 @@ from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import policy
 from autotune.tune.bench import LiveBench
+from autotune.tune.exams import filled_up
 from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict, latency
-from autotune.validate.score import Served
-from autotune.validate.texts import effort
+from autotune.validate.score import CandidateError, Served
+from autotune.validate.texts import LONGEST_CONTEXT, choose, effort
 from autotune.validate.tiers import SIZES
 from autotune.workload import Workload
 from tests.fakes.cuda import FakeCuda
@@ -158,6 +159,59 @@ def test_the_machines_noise_is_measured_where_it_decides(
     assert found.verdict is first.verdict
     if asked == [0.0] and first.verdict is Verdict.PASS:
         assert found.noise < (found.tpot.low - 1) / 2
+
+
+def test_a_plan_that_did_not_hold_leaves_the_noise_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search follows, whose small gains it decides."""
+    asked = list[tuple[float, int]]()
+
+    def compare(_: Any, __: Any, buckets: Any, *___: Any, noise: float, **____: Any) -> Latency:
+        asked.append((noise, len(buckets)))
+        return raced(0.9, 0.0, Verdict.FAIL)
+
+    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr("autotune.tune.bench.quality.judge", lambda *_: Quality("strict", Verdict.PASS, "good"))
+    bench = bench_of(tiny("llama"))
+    bench.reverify(bench.original)
+    assert asked == [(0.0, 1)]
+    assert "noise" not in vars(bench.races)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_plan_from_elsewhere_is_timed_in_every_bucket_after_the_largest_request(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buckets = list[int]()
+
+    def compare(_: Any, __: Any, given: Any, *___: Any, **____: Any) -> Latency:
+        buckets.append(len(given))
+        return raced(5.0, 0.0)
+
+    monkeypatch.setattr(latency, "compare", compare)
+    monkeypatch.setattr("autotune.tune.bench.quality.judge", lambda *_: Quality("strict", Verdict.PASS, "good"))
+    bench = bench_of(tiny("llama"))
+    if fails:
+        with pytest.raises(CandidateError, match="largest request"):
+            bench.prove(exhausted_beyond(bench, 2, RuntimeError("no kernel for so many")))
+    else:
+        assert bench.prove(bench.original)[1] is not None
+    assert buckets == ([] if fails else [2])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "added"),
+    [
+        ([(7,) * 600 + (k,) for k in range(20)], 15),  # an exam reads their beginnings, which are one text
+        ([(7, k) for k in range(20)], 0),
+        ([(k,) for k in range(20)], 16),  # nothing follows the first token
+        ([(7, 8)] * 20, 15),
+    ],
+)
+def test_prompts_that_are_one_text_to_an_exam_are_filled_up(prompts: list[tuple[int, ...]], added: int) -> None:
+    texts = tuple(tuple(range(k, k + 96)) for k in range(40))
+    found = filled_up(tuple(prompts), texts)
+    assert len(found) == len(prompts) + added
+    assert len(choose(found, SIZES["quick"], LONGEST_CONTEXT, 0)) == SIZES["quick"].prompts
 
 
 @pytest.mark.parametrize(("left_s", "brief"), [(1000.0, False), (-5.0, False), (-60.0, True)])

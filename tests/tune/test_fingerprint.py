@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -118,6 +119,27 @@ def test_any_difference_shows(llama: PreTrainedModel, change: Callable[[Any], An
     before = fingerprint.of_model(llama)
     with torch.no_grad():
         change(llama)
+    assert fingerprint.of_model(llama) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.set_adapter(["b"]),
+        lambda layer: layer.scale_layer(0.5),
+        lambda layer: layer.enable_adapters(False),
+    ],
+    ids=["another", "scaled", "off"],
+)
+def test_which_adapter_counts_and_how_much_shows(llama: PreTrainedModel, change: Callable[[Any], Any]) -> None:
+    for name in "ab":
+        peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), llama, name)
+    layers = [module for module in llama.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.set_adapter(["a"])
+    before = fingerprint.of_model(llama)
+    assert fingerprint.of_model(llama) == before
+    change(layers[0])
     assert fingerprint.of_model(llama) != before
 
 

@@ -191,7 +191,7 @@ def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
     seen = list[str]()
     monkeypatch.setattr(run, "search", search)
     monkeypatch.setattr(quality, "judge", judge)
-    monkeypatch.setattr(LiveBench, "reverify", lambda *_: (replace(QUALITY, verdict=quick), latency(verdict)))
+    monkeypatch.setattr(LiveBench, "_spot", lambda *_, **__: (replace(QUALITY, verdict=quick), latency(verdict)))
     model, policy = tiny("llama"), policies.load("balanced")
     work = workload.read(token_prompts(4), tokenizer=None, model=model)
     identity = fingerprint.of(model, hardware.identify(model), work, policy, None)
