@@ -185,8 +185,9 @@ class Split(Layer):
     def sample(self, call: seam.Sampling) -> Any:
         share = self.share
         chosen = share > 0 and ramp.place(self.name, self._key_of(call)) < share
-        if chosen and (reason := self._unsupported(call)) is not None:
-            self._count(f"bypassed: {reason}")
+        if (reason := self._unsupported(call)) is not None:  # such calls would be the control's alone to be timed by
+            if chosen:
+                self._count(f"bypassed: {reason}")
             return self.control(call)
         return self._candidate(call) if chosen else self._timed_control(call)
 

@@ -442,6 +442,17 @@ def test_what_the_candidate_cannot_answer_is_the_controls(llama: PreTrainedModel
         assert live.status.counts == counts
 
 
+def test_what_the_candidate_cannot_answer_does_not_measure_the_control(llama: PreTrainedModel, tmp_path: Path) -> None:
+    """Such calls may be short, and none of them would be timed on the candidate's side."""
+    options, _ = BYPASSED["static cache"]
+    with experiment(tmp_path, other=other()).split(llama, ramp=(0.5, 1.0)) as live:
+        for number in range(20):
+            with live.key(str(number)):
+                answer(llama, PROMPTS[0], **options)
+        assert set(live.status.counts) == {"bypassed: cache_implementation='static'"}
+        assert 0 < sum(live.status.counts.values()) < 20
+
+
 def test_a_split_and_a_shadow_at_once(llama: PreTrainedModel, tmp_path: Path) -> None:
     plain, expected = type(llama), answer(llama, PROMPTS[0])
     shadow = experiment(tmp_path / "a", same=tiny()).shadow(llama, share=1.0, budget=1.0).start()
