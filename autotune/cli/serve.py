@@ -198,7 +198,7 @@ def bench(args: Namespace) -> int:
         name = asyncio.run(load.model_of(url, key))
     except httpx.HTTPStatusError as error:
         raise MeasurementError(f"{url} refuses: {load.refusal(error.response)}") from error
-    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
         raise MeasurementError(f"{url} does not answer as a server of models does: {error}") from error
     asked = load.Load(url, name, args.words, args.tokens, key, args.temperature, args.top_p)
     rows = [asyncio.run(load.steady(asked, clients, args.each)) for clients in args.clients or ()]

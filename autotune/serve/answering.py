@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import CancelledRequestError, DeadlineError, QueueFullError, StateError
 from . import logs
-from .detokenise import Detokeniser, Stops
+from .detokenise import Detokeniser, Stops, decoded, hidden_ids
 from .grammar import Grammar, GrammarError
 from .refusal import NO_RETRY, Refusal, retry_after
 from .sampling import Witness
+from .schema import CompletionBody
 from .timing import AnswerTimes
 from .traces import Traces
 
@@ -38,11 +39,16 @@ class TokenChance:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token of the answer, with the alternatives that were asked for, likeliest first."""
+    """A token of the answer, with the alternatives that were asked for, likeliest first.
+
+    Args:
+        offset: where its text begins in the answer's, in characters.
+    """
 
     token: int
     logprob: float
     alternatives: tuple[TokenChance, ...]
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -104,13 +110,24 @@ class TextAnswers:
     traces: Traces = field(default_factory=Traces)
     tell: Callable[[Answered], None] = lambda answered: None
     text_of: Callable[[int], str] = field(init=False)  # a single token's text
+    _hidden: frozenset[int] = field(init=False)  # tokens that are no text
+    _anchor: list[int] = field(init=False)  # a token with a text, and that text
+    _begin: str = field(init=False)
     running: int = field(default=0, init=False)  # answers under way
     finished: int = field(default=0, init=False)  # answers that came to an end
     _asked: set[Any] = field(default_factory=set, init=False)  # requests to the model under way
 
     def __post_init__(self) -> None:
         # The tokenizer takes 10 us for a token, and log-probabilities are asked of the same ones again and again.
-        self.text_of = lru_cache(MOST_TEXTS)(lambda token: str(self.tokenizer.decode([token])))
+        self.text_of = lru_cache(MOST_TEXTS)(self._text_of)
+        self._hidden = hidden_ids(self.tokenizer)
+        self._anchor = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._begin = decoded(self.tokenizer, self._anchor)
+
+    def _text_of(self, token: int) -> str:
+        """A single token's text, as it is behind another one: some tokenizers write no space at a text's beginning."""
+        behind = decoded(self.tokenizer, [*self._anchor, token])
+        return behind[len(self._begin) :] if behind.startswith(self._begin) else decoded(self.tokenizer, [token])
 
     async def pieces(
         self,
@@ -143,7 +160,9 @@ class TextAnswers:
         witness = None if alternatives is None else Witness()
         options = self.sampling.options(body, len(prompt), room, witness, grammar)
         seed = None if body.seed is None else (body.seed + number) % 2**63
-        text, stops = Detokeniser(self.tokenizer), Stops(body.stop)
+        continued = prompt if isinstance(body, CompletionBody) else ()  # a chat's answer begins a text
+        text, stops = Detokeniser(self.tokenizer, self._hidden, continued), Stops(body.stop)
+        said = 0  # characters
         request = logs.CURRENT.get()
         times = AnswerTimes(request.arrived_s if request is not None else time.monotonic())
         chosen, reason = list[Chosen](), cast("Reason | None", None)
@@ -164,8 +183,10 @@ class TextAnswers:
                     self.metrics.token(times.token(time.monotonic()), first=is_first)
                     ended = token in self.sampling.eos and not body.ignore_eos
                     if witness is not None:
-                        chosen.append(_chosen(witness, len(prompt) + times.tokens - 1, token, alternatives or 0))
-                    shown = "" if ended else stops.add(text.add(token))
+                        chosen.append(_chosen(witness, len(prompt) + times.tokens - 1, token, alternatives or 0, said))
+                    piece = "" if ended else text.add(token)
+                    said += len(piece)
+                    shown = stops.add(piece)
                     reason = "stop" if ended or stops.found else "length" if times.tokens == room else None
                     if reason and not stops.found:
                         shown += stops.add(text.rest())
@@ -238,11 +259,12 @@ class TextAnswers:
         )
 
 
-def _chosen(witness: Witness, length: int, token: int, alternatives: int) -> Chosen:
+def _chosen(witness: Witness, length: int, token: int, alternatives: int, offset: int) -> Chosen:
     row = witness.take(length)
     best = row.topk(min(alternatives, len(row))) if alternatives else None
     others = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Chosen(token, _finite(float(row[token])), tuple(TokenChance(t, _finite(chance)) for t, chance in others))
+    chances = tuple(TokenChance(t, _finite(chance)) for t, chance in others)
+    return Chosen(token, _finite(float(row[token])), chances, offset)
 
 
 def _finite(logprob: float) -> float:

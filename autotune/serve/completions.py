@@ -187,26 +187,21 @@ class Completion(Reply):
     prefix, kind, part = "cmpl", "text_completion", "text_completion"
 
     def whole(self, index: int, choice: AnswerSoFar) -> dict[str, Any]:
-        chances = self._chances(choice.chosen, 0)
+        chances = self._chances(choice.chosen)
         return {"index": index, "text": choice.text, "logprobs": chances, "finish_reason": choice.reason}
 
     def delta(self, index: int, piece: Piece) -> Iterable[dict[str, Any]]:
-        begins = len(self.choices[index].text) - len(piece.text)
-        chances = self._chances(piece.chosen, begins)
+        chances = self._chances(piece.chosen)
         yield {"index": index, "text": piece.text, "logprobs": chances, "finish_reason": piece.reason}
 
-    def _chances(self, chosen: Sequence[Chosen], offset: int) -> dict[str, Any] | None:
+    def _chances(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
         if self.body.alternatives is None:
             return None
-        texts, offsets = [self.answers.text_of(each.token) for each in chosen], list[int]()
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self.answers.text_of(each.token) for each in chosen],
             "token_logprobs": [each.logprob for each in chosen],
             "top_logprobs": [{self.answers.text_of(c.token): c.logprob for c in each.alternatives} for each in chosen],
-            "text_offset": offsets,
+            "text_offset": [each.offset for each in chosen],
         }
 
 

@@ -8,6 +8,23 @@ from typing import Any
 UNFINISHED = "\ufffd"  # what a tokenizer writes for bytes that are not yet a character
 
 
+MARKS = ("<tool_call>", "</tool_call>")  # of a call: shown, even if a tokenizer counts them among its special tokens
+CONTEXT = 4  # tokens before a token that decide how it is written
+LONGEST = 16  # tokens that may wait to become a character; one has four bytes at most
+
+
+def hidden_ids(tokenizer: Any) -> frozenset[int]:
+    """The special tokens of a tokenizer, which are no part of a text, but for the marks of calls."""
+    added = {token: str(each.content) for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    named = dict.fromkeys(tokenizer.all_special_ids, "")
+    return frozenset(token for token, text in (named | added).items() if text not in MARKS)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, all of it: cleaning up spaces would change text that was shown before."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 class Detokeniser:
     """The text of a growing answer.
 
@@ -16,23 +33,43 @@ class Detokeniser:
     window is that of Text Generation Inference's `decode_token`.
 
     Args:
-        tokenizer: decodes ids; special tokens are not shown.
+        tokenizer: decodes ids.
+        hidden: ids that are not shown; None: `hidden_ids`.
+        before: the tokens that the answer continues. Some tokenizers write no space at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, hidden: frozenset[int] | None = None, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list[int]()
+        self._hidden = hidden_ids(tokenizer) if hidden is None else hidden
+        self._ids = [token for token in before[-CONTEXT:] if token not in self._hidden]
+        if decoded(tokenizer, self._ids).endswith(UNFINISHED):  # the answer does not end the prompt's last character
+            self._ids.clear()
         self._from = 0  # where the window begins
-        self._shown = 0  # tokens whose text was shown
+        self._shown = len(self._ids)  # tokens whose text was shown
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty if it is part of a character, or special."""
+        if token in self._hidden:
+            return ""
         self._ids.append(token)
         before, after = self._text(self._shown), self._text(len(self._ids))
-        if len(after) <= len(before) or after.endswith(UNFINISHED):
+        if after.endswith(UNFINISHED):
+            return self._overdue(before, after)
+        if len(after) <= len(before):  # it writes nothing
+            self._shown = len(self._ids)
+            self._from = max(self._from, self._shown - CONTEXT)
             return ""
         self._from, self._shown = self._shown, len(self._ids)
         return after[len(before) :]
+
+    def _overdue(self, before: str, after: str) -> str:
+        """The text of all but the last of many tokens that have not become a character."""
+        total = len(self._ids)
+        for end in range(total - 4, total - 8, -1) if total - self._shown > LONGEST else ():
+            if after.startswith(part := self._text(end)):  # else it cuts a character
+                self._from, self._shown = self._shown, end
+                return part[len(before) :]
+        return ""
 
     def rest(self) -> str:
         """The text of bytes that never became a whole character."""
@@ -41,8 +78,7 @@ class Detokeniser:
         return after[len(before) :]
 
     def _text(self, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[self._from : end], skip_special_tokens=True)
-        return text
+        return decoded(self._tokenizer, self._ids[self._from : end])
 
 
 class Stops:

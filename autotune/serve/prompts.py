@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
+from .detokenise import decoded
 from .refusal import Refusal
 from .tools import ToolUse, conversation
 
@@ -122,7 +123,7 @@ class Prompts:
                 "context_length_exceeded",
             )
         self.check_known(ids, param)
-        return str(self.tokenizer.decode(ids))
+        return decoded(self.tokenizer, ids)
 
     def check_known(self, ids: Sequence[int], param: str) -> None:
         """Raise Refusal for the first id that is not a token."""

@@ -110,6 +110,9 @@ class SamplingDefaults:
             "max_new_tokens": room,
             "min_new_tokens": None,
             "min_length": 0,  # a number makes a processor
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "stop_strings": None,
             "do_sample": temperature > 0,
             "eos_token_id": sorted(self.eos) if self.eos and not body.ignore_eos else [self._vocabulary],  # or no token
             "pad_token_id": min(self.eos, default=0),

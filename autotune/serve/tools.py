@@ -105,6 +105,11 @@ class ToolUse:
                 raise Refusal(
                     400, f"tool_choice names {choice.function.name}; tools has {', '.join(names)}", "tool_choice"
                 )
+        for function in functions:
+            kinds = (function.parameters or NONE).get("type", "object")
+            if "object" not in ([kinds] if isinstance(kinds, str) else kinds):
+                said = f"the parameters of {function.name} are of type {kinds}; a call has an object of arguments"
+                raise Refusal(400, said, PARAM)
         must = isinstance(choice, NamedChoice) or choice == "required"
         style = style_of(template)
         several = body.parallel_tool_calls and not isinstance(choice, NamedChoice) and bool(style.begin)
@@ -121,7 +126,9 @@ class ToolUse:
                 "type": "object",
                 "properties": {
                     "name": {"const": each.name},
-                    place: rooted(each.parameters or NONE, f"#/anyOf/{number}/properties/{place}"),
+                    place: rooted(
+                        {**(each.parameters or NONE), "type": "object"}, f"#/anyOf/{number}/properties/{place}"
+                    ),
                 },
                 "required": ["name", place],
                 "additionalProperties": False,
@@ -141,7 +148,7 @@ class ToolUse:
 
     def reader(self) -> CallReader:
         """What finds the calls in one answer."""
-        return CallReader(self.style, frozenset(each.name for each in self.functions))
+        return CallReader(self.style, frozenset(each.name for each in self.functions), self.several)
 
 
 def rooted(schema: Any, root: str, *, are_names: bool = False) -> Any:
@@ -242,11 +249,14 @@ class CallReader:
     Args:
         style: how calls are written.
         names: of the functions.
+        several: whether there may be more than one call; else those after the first are dropped.
     """
 
-    def __init__(self, style: Style, names: frozenset[str]) -> None:
+    def __init__(self, style: Style, names: frozenset[str], several: bool = True) -> None:
         self._style = style
         self._names = names
+        self._several = several
+        self._called = False
         self._held = ""
         self._inside = not style.begin  # whether what is held may be a call
 
@@ -275,7 +285,8 @@ class CallReader:
             if call is None:
                 shown += written
             else:
-                calls.append(call)
+                calls += [call] if self._several or not self._called else []
+                self._called = True
                 shown = shown.rstrip()  # the white space before and between calls is none of the answer's
 
     def rest(self) -> tuple[str, list[Call]]:
@@ -291,9 +302,11 @@ class CallReader:
     def _call(self, text: str) -> Call | None:
         try:
             found = json.loads(text)
-        except ValueError:
-            return None
-        if not isinstance(found, dict) or found.get("name") not in self._names:
-            return None
-        arguments = found.get(self._style.arguments, {})
-        return Call(found["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+            name, arguments = found["name"], found.get(self._style.arguments, {})
+            if not (isinstance(name, str) and name in self._names and isinstance(arguments, dict)):
+                return None
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            written.encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None  # no JSON, or none that every client reads: half a character, a number beyond all bounds
+        return Call(name, written)

@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 
+from autotune.serve.detokenise import UNFINISHED
 from tests.models import token_prompts
 from tests.serve.servers import Running, running, until
 
@@ -97,7 +98,11 @@ def test_completions_stream_several_answers_as_they_are_whole(client: Any) -> No
     for choice in whole:
         own = [part for part in parts if part.index == choice.index]
         assert "".join(part.text for part in own) == choice.text
-        for name in ("tokens", "token_logprobs", "top_logprobs"):
+        for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+            assert (
+                UNFINISHED in token or token in choice.text[offset : offset + len(token) + 4]
+            )  # behind half characters
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
             found = [each for part in own for each in getattr(part.logprobs, name)]
             assert found == getattr(choice.logprobs, name)
         assert [part.finish_reason for part in own] == [None] * (len(own) - 1) + [choice.finish_reason]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from autotune.serve.detokenise import UNFINISHED, Detokeniser, Stops
 from tests.models import tiny_tokenizer
@@ -34,6 +38,54 @@ def test_no_piece_has_half_a_character(text: str) -> None:
 def test_special_tokens_are_not_shown() -> None:
     ids = TOKENIZER("ab")["input_ids"]
     assert pieces([1, *ids[:1], 2, *ids[1:]]) == ["", "a", "", "b", ""]
+
+
+def words(*known: str, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, whose spaces are written with a mark, and which writes none at a text's beginning."""
+    vocabulary = {word: number for number, word in enumerate(("<unk>", *known))}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **options)
+
+
+def test_no_space_is_cleaned_up_after_it_was_shown() -> None:
+    tokenizer = words("is", "▁n", "'t", "▁'", "▁foo", clean_up_tokenization_spaces=True)
+    for ids, text in (([1, 2, 3], "is n't"), ([1, 4, 5], "is ' foo")):
+        shown = Detokeniser(tokenizer)
+        assert "".join([*map(shown.add, ids), shown.rest()]) == text
+
+
+def test_an_answer_that_continues_a_prompt_keeps_its_space() -> None:
+    tokenizer = words("Hello", "▁world")
+    assert Detokeniser(tokenizer).add(2) == "world"
+    assert Detokeniser(tokenizer, before=[1, 1]).add(2) == " world"
+
+
+def test_marks_of_calls_are_shown_though_they_are_special() -> None:
+    tokenizer = tiny_tokenizer()
+    marks = [AddedToken(mark, special=True) for mark in ("<tool_call>", "</tool_call>", "<think>")]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    ids = tokenizer("<think><tool_call>{}</tool_call>", add_special_tokens=False)["input_ids"]
+    shown = Detokeniser(tokenizer)
+    assert "".join([*map(shown.add, ids), shown.rest()]) == "<tool_call>{}</tool_call>"
+
+
+@pytest.mark.parametrize("token", [2, TOKENIZER("\u20ac", add_special_tokens=False)["input_ids"][-1]])
+def test_what_becomes_no_text_costs_no_more_with_time(token: int) -> None:
+    """The end, said again and again, and a half of a character."""
+    decoded = list[int]()
+
+    class Counting:
+        added_tokens_decoder, all_special_ids = TOKENIZER.added_tokens_decoder, TOKENIZER.all_special_ids
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            decoded.append(len(ids))
+            return str(TOKENIZER.decode(ids, **options))
+
+    text = Detokeniser(Counting())
+    said = "".join(text.add(token) for _ in range(500))
+    assert max(decoded, default=0) < 50
+    assert said + text.rest() == TOKENIZER.decode(500 * [token], skip_special_tokens=True)
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.data())

@@ -11,6 +11,7 @@ import openai
 import pytest
 import torch
 
+from autotune.serve.refusal import Refusal
 from autotune.serve.schema import ChatBody
 from autotune.serve.tools import HERMES, LLAMA, UNTOLD, Call, CallReader, ToolUse, conversation, rooted, style_of
 from tests.models import EOS, tiny
@@ -37,6 +38,19 @@ CLOCK = {"type": "function", "function": {"name": "clock"}}
 USER = {"role": "user", "content": "what now"}
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [USER], "max_tokens": 200, "tools": [WEATHER, CLOCK]}
 ONE = '<tool_call>\n{"name": "weather", "arguments": {"town": "Ulm"}}\n</tool_call>'
+# JSON that is none to all clients, or no object with a name
+ODD = [
+    f"<tool_call>{written}</tool_call>"
+    for written in (
+        '{"name": ["weather"], "arguments": {}}',
+        '{"name": "weather", "arguments": {"x": 1e999}}',
+        '{"name": "weather", "arguments": {"x": NaN}}',
+        '{"name": "weather", "arguments": {"x": "\\ud83d"}}',
+        '{"name": "weather", "arguments": {"x": ' + 5000 * "[" + 5000 * "]" + "}}",
+        '["weather"]',
+        "{}",
+    )
+]
 ULM = Call("weather", '{"town": "Ulm"}')
 CALLED = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Ulm"}'}}
 EARLIER: list[dict[str, Any]] = [
@@ -77,6 +91,8 @@ def read(text: str, style: Any, size: int) -> tuple[str, list[Call]]:
         (LLAMA, "It is warm {today}.", "It is warm {today}.", []),
         (LLAMA, ' {"name": "clock"', ' {"name": "clock"', []),
         (HERMES, "", "", []),
+        (LLAMA, '{"name": {"first": "Ada"}}', '{"name": {"first": "Ada"}}', []),
+        *((HERMES, odd, odd, []) for odd in ODD),
     ],
 )
 def test_calls_are_found_however_an_answer_is_cut(
@@ -84,6 +100,29 @@ def test_calls_are_found_however_an_answer_is_cut(
 ) -> None:
     got, found = read(text, style, size)
     assert (got.rstrip() if calls else got, found) == (shown, calls)
+
+
+def test_who_asked_for_one_call_gets_one() -> None:
+    text = f'{ONE}\n<tool_call>{{"name": "clock"}}</tool_call>'
+    for several, expected in ((True, [ULM, Call("clock", "{}")]), (False, [ULM])):
+        use = ToolUse.of(body(parallel_tool_calls=several), TOLD)
+        assert use is not None
+        assert use.reader().add(text)[1] == expected
+
+
+@pytest.mark.parametrize("kind", [None, "object", ["object", "null"], "array"])
+def test_a_call_has_an_object_of_arguments(kind: Any) -> None:
+    parameters = {"properties": {"town": {"type": "string"}}} | ({} if kind is None else {"type": kind})
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    asked = body(tools=[tool], tool_choice="required")
+    if kind == "array":
+        with pytest.raises(Refusal, match="the parameters of f are of type array"):
+            ToolUse.of(asked, TOLD)
+        return
+    use = ToolUse.of(asked, TOLD)
+    assert use is not None
+    assert use.form is not None
+    assert '"type": "object"' in use.form.grammar.partition('"arguments"')[2]
 
 
 @pytest.mark.parametrize(("template", "style"), [(TOLD, HERMES), (LLAMAS, LLAMA), (PLAIN, UNTOLD)])
@@ -298,7 +337,7 @@ LIST = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "[
         ({"response_format": {"type": "json_object"}}, "exclude each other", "response_format"),
         ({"tool_choice": "perhaps"}, "tool_choice", None),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern", None),
-        ({"tools": [BAD], "tool_choice": "required"}, "Invalid type: objekt", "tools"),
+        ({"tools": [BAD], "tool_choice": "required"}, "are of type objekt", "tools"),
         ({"messages": [{"role": "user"}]}, "content is missing", None),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALLED]}]}, "are an assistant's", None),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [LIST]}]}, "are not a JSON object", "messages"),
