@@ -23,6 +23,8 @@ from vllm import LLM, SamplingParams
 if TYPE_CHECKING:
     import numpy as np
 
+MOST_SEQUENCES = 32  # that any benchmark asks for at once
+
 
 class Vllm:
     def __init__(self, setup: Setup, dtype: str) -> None:
@@ -31,7 +33,7 @@ class Vllm:
             dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=setup.longest,
-            max_num_seqs=max(setup.batch_sizes),
+            max_num_seqs=max(MOST_SEQUENCES, *setup.batch_sizes),
             enable_prefix_caching=False,
         )
         self.engine: Any = llm.llm_engine
