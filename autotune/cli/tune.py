@@ -118,7 +118,7 @@ def _kernels_being_built() -> Iterator[None]:
 
     builder = ending.Worker(build, "autotune kernels")
     begun = False
-    with suppress(RuntimeError):  # no thread can be started; it would only save time
+    with suppress(ending.NoThreadError):  # no thread can be started; it would only save time
         begun = builder.launch()
     yield
     if begun:

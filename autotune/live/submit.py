@@ -231,7 +231,7 @@ class Submissions:
         launched = False
         try:
             launched = worker.launch()
-        except RuntimeError as error:
+        except ending.NoThreadError as error:
             raise StateError(f"no request can begin: {error}; end other threads, or raise their limit") from error
         finally:
             if not launched:

@@ -166,7 +166,7 @@ class Tuning:
         elif self._options.when == "background" and self.lock.acquire(blocking=False):
             try:
                 self._spawn(work)
-            except RuntimeError as error:  # the model serves all the same
+            except ending.NoThreadError as error:  # the model serves all the same
                 self._serving.say(f"tuning could not begin: {error}", "call .tune() later")
 
     def observe(self, call: seam.Sampling) -> None:

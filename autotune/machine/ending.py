@@ -42,6 +42,10 @@ _torn: dict[int, Path] = {}  # compilers that were asked to end -> the file that
 _ended = False
 
 
+class NoThreadError(RuntimeError):
+    """No thread can be started now; nothing was begun."""
+
+
 class Worker(threading.Thread):
     """A background thread that ends with the process at the latest.
 
@@ -59,18 +63,22 @@ class Worker(threading.Thread):
         self._guard = threading.Lock()
 
     def launch(self) -> bool:
-        """Start the thread. Returns False if the process is ending and the thread cannot start."""
+        """Start the thread. Returns False if the process is ending and the thread cannot start.
+
+        Raises:
+            NoThreadError: the process, or its container, has as many threads as it may.
+        """
         with _lock:
             if _ended:
                 return False
             _workers.add(self)
         try:
             self.start()
-        except RuntimeError:  # from 3.12 on, no thread starts while the interpreter ends
+        except RuntimeError as error:  # from 3.12 on, no thread starts while the interpreter ends
             with _lock:
                 _workers.discard(self)
             if threading.main_thread().is_alive() and not _ended:
-                raise
+                raise NoThreadError(str(error)) from error
             return False
         return True
 

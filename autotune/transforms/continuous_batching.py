@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ChoiceError, TransformError
+from ..machine.ending import NoThreadError
 from ..model.seam import keys_and_values
 from ..runtime.batching.load import EngineLoad
-from ..runtime.batching.request import NoThreadError, refusal
+from ..runtime.batching.request import refusal
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
 from ..runtime.variant import Stage, Transform

@@ -145,7 +145,7 @@ class Shadow(Layer):
         self._thread = ending.Worker(self._work, f"autotune shadow {self.name}", stop=self._call_off)
         try:
             self._thread.launch()
-        except RuntimeError as error:
+        except ending.NoThreadError as error:
             self._thread, self._state = None, before
             raise ExperimentError(
                 f"no thread can replay calls: {error}; end other threads, or raise their limit"

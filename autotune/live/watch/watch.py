@@ -296,7 +296,7 @@ class Watch:
         self._worker = ending.Worker(self._work_quietly, "autotune-watch", stop=self._variant.traffic.cancel)
         try:
             self._worker.launch()
-        except RuntimeError as error:  # the call that is served now must not fail for it
+        except ending.NoThreadError as error:  # the call that is served now must not fail for it
             log.debug("served calls cannot be scored again now: %s", error)
 
     def _work_quietly(self) -> None:

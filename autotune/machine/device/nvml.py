@@ -83,7 +83,7 @@ class Sampler:
             worker = ending.Worker(lambda: self._sample(library), "autotune NVML", stop=self._stop.set)
             try:
                 launched = worker.launch()
-            except RuntimeError as error:
+            except ending.NoThreadError as error:
                 launched, self.counters = False, unavailable(str(error))
             if launched:
                 self._await(self._begun)

@@ -26,7 +26,7 @@ from .joined import SHORTEST, SIDE, Joined, Prefilled, is_exact, together
 from .load import EngineLoad, StepTimes, summary
 from .prefill import Prefill, parts_agree
 from .prefixes import Prefixes
-from .request import NoThreadError, Request
+from .request import Request
 from .sequences import Sequences
 from .terms import MOST_WAITING
 from .turns import ModelTurns
@@ -136,7 +136,7 @@ class Engine:
             QueueFullError: too many requests wait.
             DeadlineError, CancelledRequestError: the request's terms were violated, or the process ends.
             VariantError: the prompt or a step failed.
-            NoThreadError: the process may start no thread now; nothing was begun.
+            NoThreadError: the engine's thread cannot be started; nothing was begun.
         """
         request = Request(call)
         with self._changed:
@@ -151,8 +151,6 @@ class Engine:
                 worker, launched = ending.Worker(run, "autotune-engine", stop=self._stop), False
                 try:
                     launched = worker.launch()
-                except RuntimeError as error:
-                    raise NoThreadError(str(error)) from error
                 finally:
                     if launched:
                         self._worker = worker

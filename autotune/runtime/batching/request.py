@@ -34,10 +34,6 @@ def refusal(call: Sampling) -> str | None:
     return None if bool((positions == usual).all()) else "positions of the caller's"
 
 
-class NoThreadError(RuntimeError):
-    """The engine's thread cannot be started: the process, or its container, has as many as it may."""
-
-
 class Request:
     """A call of generate's loop for one sequence.
 
