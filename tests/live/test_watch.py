@@ -237,6 +237,15 @@ def serve(model: Any, calls: int = 1, tokens: int = 12, **options: Any) -> None:
         model.autotune._serving.watch.work()
 
 
+def drifted(model: Any, clock: Clock) -> Any:
+    """The watch of a plan that was taken out because it drifted, when its pause has passed."""
+    serve(model, tokens=4)
+    watch = model.autotune._serving.watch
+    watch.failed("made up", Cause.DRIFT)
+    clock.now += 10
+    return watch
+
+
 def phases(model: Any) -> list[str]:
     return [event.phase for event in model.autotune.events]
 
@@ -456,10 +465,7 @@ def test_a_drift_that_cannot_be_looked_into_is_no_reason_to_serve_again(watched:
 def test_a_drift_that_is_looked_into_while_the_model_changes_is_looked_into_again(
     watched: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(watched, tokens=4)
-    watch = watched.autotune._serving.watch
-    watch.failed("made up", Cause.DRIFT)
-    clock.now += 10
+    watch = drifted(watched, clock)
     with monkeypatch.context() as changing:
 
         def changed(*given: Any) -> Any:
@@ -628,10 +634,7 @@ def test_a_call_is_served_where_no_thread_can_score_it(monkeypatch: pytest.Monke
 def test_a_kept_call_that_cannot_be_scored_is_scored_again_after_a_pause(
     watched: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(watched, tokens=4)
-    watch = watched.autotune._serving.watch
-    watch.failed("made up", Cause.DRIFT)
-    clock.now += 10
+    watch = drifted(watched, clock)
     with monkeypatch.context() as lacking:
         lacking.setattr("autotune.live.watch.watch.score", Mock(side_effect=MemoryError))
         for _ in range(3):

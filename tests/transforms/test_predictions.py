@@ -11,22 +11,15 @@ import pytest
 from autotune.diagnose.costs import MemoryUse, Operator, PhaseProfile, Profile
 from autotune.diagnose.parts import CACHE
 from autotune.transforms import make
+from tests.diagnose.test_roofline import DECODE
 from tests.transforms.test_contract import COMPILER
 
 # 40 ms a token: 24 in 400 matmuls over 500 MB, which take 20 at 25 GB/s; 4 in attention and 3 around it, 1 of them to
 # write the cache; 2 outside the model's forward.
-TOKEN = PhaseProfile(
-    phase="decode",
-    samples_s=(0.040,),
-    flops=0.27e9,
-    weight_bytes=500e6,
+TOKEN = replace(
+    DECODE,
     cache_bytes=0.0,
-    busy=0.8,
-    compute_dtype="float32",
-    linear_s=0.024,
-    attention_s=0.004,
-    operator_count=1700,
-    sync_s=0.0,
+    attention_flops=0.0,
     operators=(Operator(CACHE, 0.001, 0.0, 0.0, "memory"),),
     around_attention_s=0.003,
     loop_s=0.002,

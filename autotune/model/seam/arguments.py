@@ -98,11 +98,10 @@ def cannot_step(model: PreTrainedModel) -> str | None:
 def own_loop(model: PreTrainedModel) -> str | None:
     """The name of a part of generate's loop that a class outside of transformers, or the object, has its own of."""
     kinds = [kind for kind in bare_class(model).__mro__ if not kind.__module__.startswith("transformers.")]
-    for name in (LOOP, "_update_model_kwargs_for_generation"):
-        if any(name in vars(kind) for kind in kinds):
-            return name
-    names = (LOOP, "_update_model_kwargs_for_generation", "prepare_inputs_for_generation")
-    return next((name for name in names if name in vars(model)), None)
+    of_classes = (LOOP, "_update_model_kwargs_for_generation")
+    of_object = (*of_classes, "prepare_inputs_for_generation")  # which classes of remote code usually have
+    found = [name for name in of_classes if any(name in vars(kind) for kind in kinds)]
+    return next(iter(found + [name for name in of_object if name in vars(model)]), None)
 
 
 def keeps_last_logits(model: Any) -> bool:
