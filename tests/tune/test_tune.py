@@ -28,7 +28,8 @@ from autotune.tune.choose import SearchState
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan, Trial, TrialOutcome
 from autotune.tune.record import report_of
-from autotune.tune.run import conclude, replay, tune
+from autotune.tune.replay import replay
+from autotune.tune.run import conclude, tune
 from autotune.tune.search import Found
 from autotune.validate import Latency, Quality, Speedup, Verdict, quality
 from autotune.validate.score import CandidateError
@@ -115,7 +116,7 @@ def test_nobody_waits_for_the_report_of_a_kept_plan(shown: bool, monkeypatch: py
             raise PlanError("the report in it cannot be shown")
         return Report(record)
 
-    monkeypatch.setattr(run, "read", read)
+    monkeypatch.setattr("autotune.tune.replay.read", read)
     tuned = replay(KEPT, bench, 0.0, bench.serve, Meter(None))
     end = [] if shown else ["the original serves"]
     assert bench.log == ["answered", "the plan serves", "verified", "shown", *end]
