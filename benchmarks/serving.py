@@ -41,7 +41,6 @@ from autotune.model.load import load
 from autotune.runtime import kernels
 from autotune.runtime.dispatch import serving
 from autotune.runtime.variant import Variant
-from autotune.transforms.continuous_batching import Together
 from autotune.validate.divergence import Divergence
 from autotune.workload import Workload, built_in
 from benchmarks import quality
@@ -101,8 +100,8 @@ def plans(original: PreTrainedModel, prompts: list[list[int]], tokens: int, rows
         chain = [transforms.make(each, params, phase) for each, phase, params in parts]
         chain += [] if name == ALONE else [batching]
         found[name] = Variant(original, workload=work).with_transforms(chain)
-        if isinstance(loop := found[name].loop, Together):  # prompts come again here; each is to be computed
-            loop.remember(False)
+        if (engine := found[name].engine) is not None:  # prompts come again here; each is to be computed
+            engine.remember(False)
     return found
 
 

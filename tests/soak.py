@@ -35,7 +35,7 @@ from autotune.errors import CancelledRequestError, DeadlineError
 from autotune.report import Report
 from autotune.runtime.batching.engine import Engine
 from autotune.runtime.variant import Variant
-from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.step_program import StepProgram
 from autotune.tune import plan as plans
 from autotune.tune import run as tuning
@@ -96,9 +96,9 @@ class Soak:
 
     @property
     def engine(self) -> Engine:
-        loop = self.model.autotune._winner.tuned.variant.loop
-        assert isinstance(loop, Together)
-        return loop.engine
+        found = self.model.autotune._winner.tuned.variant.engine
+        assert isinstance(found, Engine)
+        return found
 
     def generated(self, model: Any, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> list[list[int]]:
         ids = torch.tensor([list(prompt) for prompt in prompts])

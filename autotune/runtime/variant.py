@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -39,6 +39,23 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 256
 
 Loop = Callable[["Variant", seam.Sampling], Any]
+
+
+class SharedEngine(Protocol):
+    """What a variant knows of the engine that decodes the sequences of several callers together."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Enclose a call that the engine does not take; no step runs meanwhile."""
+
+    def remember(self, prompts: bool) -> None:
+        """Keep prompts for later ones that begin alike, or forget them and compute every prompt."""
+
+    def summary(self) -> str:
+        """What is decoded together now, in a sentence."""
+
+    @property
+    def load(self) -> EngineLoad:
+        """What it has to do now, and what it has done so far."""
 
 
 class Stage(enum.IntEnum):
@@ -138,6 +155,7 @@ class Variant:
         threads: phase -> intra-op threads while it runs; missing means the process's own number.
         caches: pool of static KV caches, or None for the cache that generate prepares.
         loop: serves a call of generate's decoding loop (`runtime.loop.decode`); None for transformers' own loop.
+        engine: decodes the sequences of several callers together; None if each call is served by itself.
         step: decode steps, recorded, compiled or captured; None to call the decode module.
         prompts: short prompts that are captured, or None to call the prefill module.
         draft: a smaller model with the same vocabulary that may guess tokens, or None.
@@ -162,6 +180,7 @@ class Variant:
         self.threads: dict[Phase, int] = {}
         self.caches: CachePool | None = None
         self.loop: Loop | None = None
+        self.engine: SharedEngine | None = None
         self.step: DecodeSteps | None = None
         self.prompts: PromptGraphs | None = None
         self.speculation: SpeculationSetup | None = None
@@ -292,19 +311,17 @@ class Variant:
     @property
     def pause(self) -> Pause | None:
         """Pauses what several callers share while its context is held; None if each is served by itself."""
-        return getattr(self.loop, "pause", None)
+        return None if self.engine is None else self.engine.alone
 
     @property
     def batching(self) -> str:
         """What callers' sequences are decoded together now, in a sentence; empty if each is served by itself."""
-        summary: Callable[[], str] = getattr(self.loop, "summary", str)
-        return summary()
+        return "" if self.engine is None else self.engine.summary()
 
     @property
     def load(self) -> EngineLoad:
-        """What decodes callers' sequences together has to do and has done; nothing if each is served by itself."""
-        load: EngineLoad = getattr(self.loop, "load", EngineLoad())
-        return load
+        """What the engine has to do and has done; nothing if each call is served by itself."""
+        return EngineLoad() if self.engine is None else self.engine.load
 
     @property
     def device(self) -> Device:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ChoiceError, TransformError
 from ..machine.ending import NoThreadError
 from ..model.seam import keys_and_values
-from ..runtime.batching.load import EngineLoad
 from ..runtime.batching.request import refusal
 from ..runtime.batching.terms import MOST_WAITING
 from ..runtime.loop import decode
@@ -28,38 +28,16 @@ if TYPE_CHECKING:
 MOST_ROWS = 64
 
 
-class Together:
-    """A loop that serves calls through an engine, and those that it does not take alone between two of its steps."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def __call__(self, variant: Variant, call: Sampling) -> Any:
-        copied = variant is not self.engine.variant  # and another transform is added to the copy
-        if copied or self.engine.turns.is_here():
-            return decode(variant, call)
-        if refusal(call) is None:
-            with suppress(NoThreadError):  # the caller's own thread will do
-                return self.engine.generate(call)
-        with self.engine.alone():
-            return decode(variant, call)
-
-    def summary(self) -> str:
-        """What is decoded together now, in a sentence."""
-        return self.engine.summary()
-
-    @property
-    def load(self) -> EngineLoad:
-        """What the engine has to do now, and what it has done so far."""
-        return self.engine.load
-
-    def remember(self, prompts: bool) -> None:
-        """Keep prompts for later ones that begin alike, as from the start, or forget them and compute every prompt."""
-        self.engine.prefixes = self.engine.prefixes.emptied(keeps=prompts)
-
-    def pause(self) -> AbstractContextManager[object]:
-        """Hold this context to have the model alone, between two steps."""
-        return self.engine.alone()
+def decode_together(engine: Engine, variant: Variant, call: Sampling) -> Any:
+    """Serve a call through an engine, or one that it does not take alone between two of its steps."""
+    copied = variant is not engine.variant  # and another transform is added to the copy
+    if copied or engine.turns.is_here():
+        return decode(variant, call)
+    if refusal(call) is None:
+        with suppress(NoThreadError):  # the caller's own thread will do
+            return engine.generate(call)
+    with engine.alone():
+        return decode(variant, call)
 
 
 @dataclass(frozen=True)
@@ -116,16 +94,17 @@ class ContinuousBatching(Transform):
         whole = RowCache(prompt, pool.slots, self.rows, pool.dtype)
         caches = {rows: whole.upper(rows) for rows in sizes(self.rows)}
         prepare(variant, caches, prompt)
-        variant.loop = Together(Engine(variant, caches, most_waiting=self.queue, wait_s=self.wait_ms / 1e3))
+        variant.engine = engine = Engine(variant, caches, most_waiting=self.queue, wait_s=self.wait_ms / 1e3)
+        variant.loop = partial(decode_together, engine)
 
     def took_effect(self, variant: Variant) -> str | None:
-        return None if isinstance(variant.loop, Together) else "calls are served one by one"
+        return "calls are served one by one" if variant.engine is None else None
 
     def _obstacle(self, variant: Variant) -> str | None:
         from ..runtime.steps.inductor_graphs import InductorGraphStep
         from ..runtime.steps.program import StepPrograms
 
-        if isinstance(variant.loop, Together):
+        if variant.engine is not None:
             return "calls are decoded together already"
         if reason := variant.state.unseen("a step of several sequences"):
             return reason

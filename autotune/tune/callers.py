@@ -21,7 +21,7 @@ from ..model import route
 from ..runtime.batching.rows import sizes
 from ..runtime.dispatch import serving
 from ..runtime.variant import Variant, divided
-from ..transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
+from ..transforms.continuous_batching import ContinuousBatching, bytes_per_row
 from . import ties
 from .choose import outgrows
 from .sharing import LOOKS, CallersPoint, Sharing, decide, is_clear, step_times
@@ -109,12 +109,13 @@ def _unqueued(variant: Variant) -> Iterator[None]:
 @contextmanager
 def _forgetting(variant: Variant) -> Iterator[None]:
     """Have an engine compute every prompt: the measurement asks the same ones again and again, as callers do not."""
-    assert isinstance(variant.loop, Together)  # noqa: S101 - the transform was applied; for the type checker
-    variant.loop.remember(False)
+    engine = variant.engine
+    assert engine is not None  # noqa: S101 - the transform was applied; for the type checker
+    engine.remember(False)
     try:
         yield
     finally:
-        variant.loop.remember(True)
+        engine.remember(True)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.terms import RequestTerms
 from autotune.runtime.dispatch import serving
 from autotune.runtime.variant import Transform, Variant
-from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.step_program import StepProgram
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune import plan as plans
@@ -97,9 +97,9 @@ def under_way(model: Any, count: int) -> list[submit.Submitted]:
 
 
 def engine_of(model: Any) -> Engine:
-    loop = model.autotune._winner.tuned.variant.loop
-    assert isinstance(loop, Together)
-    return loop.engine
+    found = model.autotune._winner.tuned.variant.engine
+    assert isinstance(found, Engine)
+    return found
 
 
 def served_together(model: Any) -> Any:

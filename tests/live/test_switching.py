@@ -92,7 +92,7 @@ def test_a_step_that_fails_for_many_is_answered_by_the_original_and_counted_once
     scripted[:] = plan
     model = wrapped(tiny("llama"))
     expected = [greedy(tiny("llama"), ids, 30) for ids in PROMPTS]
-    engine = model.autotune._winner.tuned.variant.loop.engine
+    engine = model.autotune._winner.tuned.variant.engine
     logits, came = engine.sequences.logits, threading.Event()
 
     def failing() -> torch.Tensor:

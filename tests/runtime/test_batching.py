@@ -40,7 +40,7 @@ from autotune.runtime.speculation.strides import MultiTokenStep
 from autotune.runtime.steps.program import StepPrograms
 from autotune.runtime.steps.program.program import Program
 from autotune.runtime.variant import Transform, Variant
-from autotune.transforms.continuous_batching import ContinuousBatching, Together
+from autotune.transforms.continuous_batching import ContinuousBatching
 from autotune.transforms.fused_layers import FusedLayers
 from autotune.transforms.half_cache import HalfCache
 from autotune.transforms.linear_bf16 import LinearBf16
@@ -160,8 +160,8 @@ def alone() -> Variant:
 
 
 def engine_of(variant: Variant) -> Engine:
-    assert isinstance(variant.loop, Together)
-    return variant.loop.engine
+    assert isinstance(variant.engine, Engine)
+    return variant.engine
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -833,11 +833,10 @@ def test_what_prompts_begin_with_alike_is_computed_once(
 def test_an_engine_that_is_told_to_forget_computes_every_prompt(
     variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, loop, found = engine_of(variant), variant.loop, list[int]()
-    assert isinstance(loop, Together)
+    engine, found = engine_of(variant), list[int]()
     monkeypatch.setattr(engine, "prefixes", Prefixes(8))
     for remembers in (False, True):
-        loop.remember(remembers)
+        engine.remember(remembers)
         for ids in (prompt(30), prompt(30), [*prompt(30)[:20], 5]):
             answer(serving(variant), ids, 2)
         found.append(engine.prefixes.tokens_found)

@@ -46,7 +46,7 @@ def together(**options: Any) -> Iterator[Running]:
 
 
 def engine_of(server: Running) -> Engine:
-    found: Engine = server.model.autotune.active.loop.engine
+    found: Engine = server.model.autotune.active.engine
     return found
 
 
@@ -75,7 +75,7 @@ class Turns:
         self._server = server
         self._clients = list[Client]()
         variant = server.model.autotune.active
-        self._owner, self._name = (variant.loop.engine, "_turn") if variant else (server.model.lm_head, "forward")
+        self._owner, self._name = (variant.engine, "_turn") if variant else (server.model.lm_head, "forward")
         self._turn = getattr(self._owner, self._name)
         self._changed = threading.Condition()
         self._left = 0

@@ -14,11 +14,12 @@ import torch
 from autotune.machine import device
 from autotune.machine.hardware import Hardware
 from autotune.runtime import kernels
+from autotune.runtime.batching.engine import Engine
 from autotune.runtime.batching.load import EngineLoad
 from autotune.runtime.batching.rows import sizes
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
-from autotune.transforms.continuous_batching import ContinuousBatching, Together, bytes_per_row
+from autotune.transforms.continuous_batching import ContinuousBatching, bytes_per_row
 from autotune.transforms.lean_loop import LeanLoop
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.step_program import StepProgram
@@ -196,7 +197,6 @@ def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None
     assert loads[-1].queried > loads[-1].reused == 0  # the same prompts came again, and each was computed
     assert found.reason == "callers are decoded together: as they say"
-    assert isinstance(kept.loop, Together)
     assert [point.callers for point in found.points] == [1, 2, 4]
     single, *many = found.points
     assert len(found.alone_tokens_per_s) == len(single.tokens_per_s) == len(single.ttft_s)
@@ -211,7 +211,8 @@ def test_real_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {1} <= found.steps_s.keys() <= {1, 2, 4}  # on a busy machine four answers may never be under way at once
     assert all(step_s > 0 for step_s in found.steps_s.values())
     assert kept.traffic is winner.traffic is made.original.traffic is not None
-    assert kept.loop.engine.counts["requests"] > 3 * 12
+    assert isinstance(kept.engine, Engine)
+    assert kept.engine.counts["requests"] > 3 * 12
 
 
 def test_a_step_s_time_is_the_mean_between_two_moments() -> None:
@@ -231,8 +232,8 @@ def test_fewer_rows_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is not None
     assert [point.callers for point in found.points] == [1, 2, 3]
     assert str(kept.transforms[-1]) == str(ContinuousBatching("decode", 2, 7, 2.0))
-    assert isinstance(kept.loop, Together)
-    engine = kept.loop.engine
+    engine = kept.engine
+    assert isinstance(engine, Engine)
     assert (engine.most_rows, engine.most_waiting, engine.wait_s) == (2, 7, 0.002)
 
 
@@ -253,8 +254,8 @@ def test_answers_that_differ_are_counted(
 
     def spoilt(self: ContinuousBatching, variant: Variant) -> None:
         choose(self, variant)
-        assert isinstance(variant.loop, Together)
-        engine = variant.loop.engine
+        engine = variant.engine
+        assert isinstance(engine, Engine)
         logits = engine.sequences.logits
 
         def wrong() -> Any:

@@ -163,6 +163,10 @@ class Engine:
         intraop.rest()  # while the engine's thread computes
         return request.wait()
 
+    def remember(self, prompts: bool) -> None:
+        """Keep prompts for later ones that begin alike, as from the start, or forget them and compute every prompt."""
+        self.prefixes = self.prefixes.emptied(keeps=prompts)
+
     def alone(self) -> AbstractContextManager[None]:
         """Enclose a call that the engine does not take: no step runs meanwhile. It takes turns with the steps."""
         return self.turns.alone()
