@@ -22,7 +22,8 @@
     ├── DeviceError             the device cannot do this, or is dead for this process (nothing is retried on it)
     └── StateError              the handle cannot do this now (commit without a plan, rollback without the original)
 
-Messages say what was wrong, what was expected and what to do. Any other exception that escapes is a bug.
+Modules have subclasses of their own, for what only their callers tell apart. Messages say what was wrong, what was
+expected and what to do. Any other exception that escapes is a bug.
 """
 
 from __future__ import annotations

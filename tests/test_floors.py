@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
+import autotune
 from tests import floors
 
 FOUND = floors.arrows()
@@ -28,6 +30,13 @@ def test_no_files_import_each_other() -> None:
 
 def test_no_two_public_classes_share_a_name() -> None:
     assert floors.shared_names() == {}
+
+
+def test_the_package_names_its_floors_from_the_top_down() -> None:
+    lines = [line.strip() for line in (autotune.__doc__ or "").splitlines() if line.startswith("    ")]
+    floor = "|".join(FOLDERS) + "|errors"
+    named = [re.match(rf"(?:(?:{floor})(?:, )?)+(?=  )", line) for line in lines]
+    assert [set(found[0].split(", ")) for found in named if found] == [set(names) for names in floors.FLOORS[::-1]]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import AutotuneError
 from . import forking
 
 log = logging.getLogger("autotune")
@@ -42,7 +43,7 @@ _torn: dict[int, Path] = {}  # compilers that were asked to end -> the file that
 _ended = False
 
 
-class NoThreadError(RuntimeError):
+class NoThreadError(AutotuneError, RuntimeError):
     """No thread can be started now; nothing was begun."""
 
 

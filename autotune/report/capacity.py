@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import AutotuneError
+
 CHUNK, SHORTEST, CHUNKS_AT_REST = 128, 32, 4  # as in runtime.batching, which reads so where numbers stay the same
 ANSWERS = 30  # of each user in a simulation, the first third of which does not count: all users begin at once
 MOST_USERS = 4096  # of one replica
 
 
-class CapacityError(ValueError):
+class CapacityError(AutotuneError, ValueError):
     """A report that does not say what a step costs, here or on another machine."""
 
 
