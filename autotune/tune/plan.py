@@ -142,7 +142,10 @@ class Plan:
 
         original = route.bare(model) if route.is_routed(model) else model
         if check:
-            self.require(fingerprint.of_model(original))
+            try:
+                self.require(fingerprint.of_model(original))
+            except PlanError as error:
+                raise PlanError(f"{error}, or pass check=False to apply the plan all the same") from None
         return Variant(original).with_transforms(self.transforms)
 
     def require(self, model: str) -> None:
@@ -150,7 +153,7 @@ class Plan:
         if model != self.fingerprint.model:
             raise PlanError(
                 f"the plan was made for model {self.fingerprint.model}, this one is {model} (other weights or another "
-                "configuration); tune this model, or pass check=False to apply the plan all the same"
+                "configuration); tune this model"
             )
 
 
