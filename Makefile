@@ -117,7 +117,7 @@ first-hour-on-gpu: $(READY)  ## doctor, tests, soak and benchmarks on a CUDA dev
 	$(BIN)/python -m benchmarks.first_hour $(BENCH_ARGS)
 
 bench-choice: $(READY)  ## the diagnosed choice against trying everything
-	$(BIN)/python benchmarks/choice.py
+	$(BIN)/python -m benchmarks.choice $(BENCH_ARGS)
 
 bench-loaded: $(READY)  ## decode while another process takes a core: the recorded step and transformers' generate
 	$(BIN)/python -m benchmarks.loaded $(BENCH_ARGS)

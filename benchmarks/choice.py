@@ -1,7 +1,8 @@
 """Does the diagnosis choose well? The diagnosed search against trying everything, on a real model.
 
     make bench-choice
-    python benchmarks/choice.py --model ./my-model --policy balanced --out out/choice
+    make bench-choice BENCH_ARGS="--shape 0.36B"
+    make bench-choice BENCH_ARGS="--model ./my-model --policy balanced --out out/choice"
 
 Both searches start from the same model, policy, prompts and empty caches. The diagnosed one is what `wrap` runs. The
 other ignores diagnosis, predictions and the policy: stage by stage it tries every choice that any built-in policy has,
@@ -44,6 +45,7 @@ from autotune.tune.policy import Choice, Policy, PolicyStep
 from autotune.tune.trying import Trier
 from autotune.validate import Speedup, Verdict
 from autotune.workload import METRIC_OF, Phase, built_in
+from benchmarks import shapes
 
 if TYPE_CHECKING:
     from autotune.machine.hardware import Hardware
@@ -272,6 +274,9 @@ def compare(model: Any, tokenizer: Any, policy: Policy, prompts: Any, notify: Ca
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="directory, GGUF file or hub name; default: the demo's model")
+    parser.add_argument(
+        "--shape", choices=shapes.SHAPES, help="random weights in this shape (shapes.py) instead, in FP32"
+    )
     parser.add_argument("--prompts", type=Path, help="a prompt a line, or .jsonl; default: the demo's prompts")
     parser.add_argument("--policy", default="balanced", help="name of a policy or a .toml file")
     parser.add_argument("--out", type=Path, default=Path("out/choice"), help="where choice.md and choice.json go")
@@ -282,6 +287,10 @@ def main() -> int:
         print(f"{time.monotonic() - start:6.0f} s  {line}", file=sys.stderr, flush=True)
 
     model, tokenizer = load(options.model or demo.model_file())
+    if options.shape:  # the prompts' token ids are numbers like others
+        shape = shapes.SHAPES[options.shape]
+        model = shapes.build(shape, torch.float32)
+        model.config._name_or_path = f"random weights in the shape of {shape.model}"
     if tokenizer is None:
         parser.error(f"{options.model} has no tokenizer, and the prompts are text")
     prompts = options.prompts or built_in.chats(tokenizer)

@@ -101,10 +101,16 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
     return _decoder(*sizes, **fields, rope_parameters=rope)
 
 
-# config.json of Qwen/Qwen2.5-0.5B, meta-llama/Llama-3.2-1B and Qwen/Qwen2.5-3B
+def _smollm(*sizes: int) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 100000.0}
+    return _decoder(*sizes, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_parameters=rope)
+
+
+# config.json of HuggingFaceTB/SmolLM2-360M, Qwen/Qwen2.5-0.5B, meta-llama/Llama-3.2-1B and Qwen/Qwen2.5-3B
 SHAPES = {
     shape.name: shape
     for shape in (
+        ModelShape("0.36B", "SmolLM2-360M", "Llama", _smollm(960, 2560, 32, 15, 5, 49152)),
         ModelShape("0.5B", "Qwen2.5-0.5B", "Qwen2", _qwen(896, 4864, 24, 14, 2, 151936)),
         ModelShape("1B", "Llama-3.2-1B", "Llama", _llama(2048, 8192, 16, 32, 8, 128256)),
         ModelShape("3B", "Qwen2.5-3B", "Qwen2", _qwen(2048, 11008, 36, 16, 2, 151936)),
