@@ -40,7 +40,8 @@ class PlanPrograms:
         identity: the fingerprint; only its model, hardware and versions count.
         transforms: of the plan.
 
-    The code of the modules' forwards counts, too: somebody may have replaced it for all models.
+    The code of the modules' forwards counts, too: somebody may have replaced it for all models. So do the products that
+    the operators were built for: a step is lowered to them, and others would not find them.
     """
 
     def __init__(self, identity: Fingerprint, transforms: Iterable[Transform]) -> None:
@@ -48,7 +49,11 @@ class PlanPrograms:
 
     def path(self, module: nn.Module, inputs: Inputs) -> Path | None:
         """Path of the file for a step with such inputs, existing or not; None if there is no lasting cache."""
-        made_of = [SCHEMA, self._made_of, seam.experts(module), _code(module), inputs]
+        from ..runtime import kernels
+
+        if kernels.available() is not None:
+            return None
+        made_of = [SCHEMA, self._made_of, kernels.least_digits(), seam.experts(module), _code(module), inputs]
         return tensor_file.path_in(cache_dir.cache("programs", lasting=True), made_of)
 
     @contextmanager

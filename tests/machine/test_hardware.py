@@ -47,7 +47,7 @@ def test_versions_come_without_imports(here: hardware.Hardware) -> None:
     assert "transformers" in here.versions
 
 
-@pytest.mark.parametrize(("name", "found"), [("mycxx", True), ("absent", False)])
+@pytest.mark.parametrize(("name", "found"), [("mycxx", True), ("absent", False), ('mycxx -DNAME="x', False)])
 def test_the_compiler_of_the_environment_is_the_one_or_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, found: bool
 ) -> None:

@@ -511,6 +511,26 @@ def test_a_failing_compiler_is_a_sentence(tmp_path, monkeypatch, body, message) 
     assert not [left for left in (tmp_path / "cache/kernels").iterdir() if left.is_dir()]
 
 
+def test_a_library_that_does_not_load_is_not_compiled_again(tmp_path, monkeypatch) -> None:
+    calls = tmp_path / "calls"
+    body = f"""echo >> {calls}; for last; do :; done; echo rubbish > "$last\""""
+    monkeypatch.setenv("CXX", compiler(tmp_path, body))
+    monkeypatch.setenv("AUTOTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    for _ in range(2):
+        with pytest.raises(build.BuildError, match="do not load"):
+            build.load()
+        compiled = calls.read_text()
+        calls.write_text("")
+    assert compiled == ""
+
+
+def test_a_version_in_another_encoding_is_one(tmp_path) -> None:
+    file = tmp_path / "compiler"
+    file.write_bytes(b"#!/bin/sh\nprintf 'M\\374nchen in %s' $LC_ALL\n")
+    file.chmod(0o755)
+    assert build._version([str(file)]).endswith("in C")
+
+
 @pytest.mark.fault("A17")
 def test_a_compiler_that_hangs_is_stopped(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, "exec sleep 60"))
@@ -546,6 +566,7 @@ def test_no_thread_to_compile_in_is_a_sentence(tmp_path, monkeypatch) -> None:
     [
         ({"PATH": "", "CXX": ""}, "no C\\+\\+ compiler: c\\+\\+, g\\+\\+"),
         ({"CXX": "nonesuch -x"}, "nonesuch is not on PATH"),
+        ({"CXX": 'g++ -DNAME="x'}, 'CXX is g\\+\\+ -DNAME="x, which is no command'),
     ],
 )
 def test_no_compiler_is_a_sentence(monkeypatch, environment, message) -> None:

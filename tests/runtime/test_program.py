@@ -182,6 +182,14 @@ def test_nan_is_not_lost_among_larger_and_smaller_numbers(function: Any) -> None
     torch.testing.assert_close(run(record(function, a, b), a, b), function(a, b), equal_nan=True)
 
 
+@needs_kernels
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid, lambda x: F.silu(x), torch.exp, torch.relu])
+def test_nan_stays_nan(function: Any) -> None:
+    """The cap of logits is a tanh: NaN would become the likeliest token of all."""
+    x = torch.tensor([[torch.nan, 1.0, -2.0, torch.nan] * 9])
+    torch.testing.assert_close(run(record(function, x), x), function(x), equal_nan=True)
+
+
 def _norm_read_twice(x: torch.Tensor) -> torch.Tensor:
     scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
     return ROW * scaled + scaled

@@ -17,6 +17,7 @@ import torch
 
 from autotune import workload
 from autotune.machine import hardware
+from autotune.runtime import kernels
 from autotune.runtime.steps.program import StepPrograms, kept, recorded, trace
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.lean_loop import LeanLoop
@@ -50,6 +51,13 @@ def steps(variant: Variant) -> StepPrograms:
 def asked(variant: Variant) -> tuple[Any, kept.Inputs]:
     """The module and the inputs of a variant's step."""
     return steps(variant).module, kept.inputs_of(steps(variant).programs[0].lowered)
+
+
+def test_a_step_for_other_products_is_another_one(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators that were built without integer products would jump to address 0."""
+    kept_at = PlanPrograms(IDENTITY, PLAN).path(*asked(variant))
+    monkeypatch.setattr(kernels, "least_digits", lambda: (0, 0, 0))
+    assert PlanPrograms(IDENTITY, PLAN).path(*asked(variant)) != kept_at
 
 
 @pytest.fixture

@@ -74,6 +74,16 @@ def available() -> str | None:
         return _outcome[0]
 
 
+def least_digits() -> tuple[int, ...]:
+    """In how many bytes an input must be rounded at least to be multiplied in integers with 8, 6 and 4 bits.
+
+    0: the operators, as they were built, do not multiply those in integers. The operators must be loaded (`available`).
+    """
+    import torch
+
+    return tuple(torch.ops.autotune.least_digits(bits) for bits in (8, 6, 4))
+
+
 def free_kept() -> int:
     """Free the memory that operators for prompts keep from call to call, in this thread and those that compute with it.
 

@@ -89,11 +89,14 @@ def load() -> Path:
     for library in sorted(cache.glob(f"{key}-*.so")):
         try:
             cache_dir.require_own(library)
-            if _intact(library):
-                return _register(library)
-            raise BuildError("its content is not what its name says")
-        except (OSError, BuildError) as reason:
-            log.warning("%s is not used: %s; building it again", library, reason)
+            intact = _intact(library)
+        except OSError as reason:
+            intact, damage = False, str(reason)
+        else:
+            damage = "its content is not what its name says"
+        if intact:
+            return _register(library)  # another of the same content would load no better
+        log.warning("%s is not used: %s; building it again", library, damage)
         _remove(library)
     return _register(compile_library(compiler, key, cache))
 
@@ -106,8 +109,11 @@ def find_compiler() -> list[str]:
     """
     if os.name == "nt":
         raise BuildError("the C++ operators are built on Linux and macOS only")
-    if (command := compilers.command()) is None:
+    try:
         named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as reason:
+        raise BuildError(f"no C++ compiler: CXX is {os.environ['CXX']}, which is no command ({reason})") from reason
+    if (command := compilers.command()) is None:
         wanted = named[0] if named else f"{', '.join(compilers.NAMES[:-1])} or {compilers.NAMES[-1]}"
         raise BuildError(f"no C++ compiler: {wanted} is not on PATH; install one (such as g++) or set CXX")
     return command
@@ -208,7 +214,13 @@ def _digest(file: Path) -> str:
 def _version(compiler: list[str]) -> str:
     try:
         done = subprocess.run(  # noqa: S603
-            [*compiler, "--version"], capture_output=True, text=True, timeout=30, check=False
+            [*compiler, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},  # the same text in every language, as it is part of the library's key
+            timeout=30,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as reason:
         raise BuildError(f"the C++ compiler {shlex.join(compiler)} does not run: {reason}") from reason

@@ -180,9 +180,9 @@ inline Floats spread(float value) { return value - Floats{}; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// e^x for x <= 0, to 2 ulp: e^x = 2^n 2^f with |f| <= 1/2, with the Taylor series of 2^f to the seventh power.
+// e^x for x <= 0 or NaN, to 2 ulp: e^x = 2^n 2^f with |f| <= 1/2, with the Taylor series of 2^f to the seventh power.
 inline Floats exp_negative(Floats x) {
-  x = larger(x, spread(-87.0f));
+  x = larger(spread(-87.0f), x);  // in this order NaN stays NaN
   Floats power = x * 1.44269504f;
   Ints whole = __builtin_convertvector(power - 0.5f, Ints);  // truncation rounds a negative number to nearest
   Floats n = __builtin_convertvector(whole, Floats);
