@@ -75,18 +75,32 @@ def test_a_stand_in_holds_inside_its_block_alone() -> None:
     assert device.of("cpu").kind == "cpu"
 
 
-def test_free_memory_is_what_a_tensor_can_get(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fraction", "backend", "free"),
+    [
+        (1.0, "native", 40 + 300 + 200),
+        (0.61, "native", 20 + 300 + 200),  # of what the process may take, 1200 of 1220 are taken
+        (0.5, "native", 300 + 200),
+        (1.0, "cudaMallocAsync", 40 + 400),  # which shows no segments
+    ],
+)
+def test_free_memory_is_what_a_tensor_can_get(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, backend: str, free: int
+) -> None:
     segments = [  # as of torch.cuda.memory_snapshot
         {"device": 1, "segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 700},
         {"device": 1, "segment_pool_id": (0, 0), "total_size": 200, "allocated_size": 0},
         {"device": 1, "segment_pool_id": (0, 3), "total_size": 5000, "allocated_size": 100},  # of a graph
         {"device": 0, "segment_pool_id": (0, 0), "total_size": 9000, "allocated_size": 0},
     ]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (40, 80))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (40, 2000))
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda **asked: segments)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda where: 1200)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: 800)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where: 900)
-    assert Cuda(torch.device("cuda", 1)).memory() == Memory(free=40 + 300 + 200, used=800, peak=900)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda where: fraction)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    assert Cuda(torch.device("cuda", 1)).memory() == Memory(free=free, used=800, peak=900)
 
 
 @pytest.mark.gpu
@@ -113,6 +127,10 @@ ERRORS = [
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None),
     (RuntimeError("the program found not enough memory"), "memory"),
     (RuntimeError("std::bad_alloc"), "memory"),
+    (
+        RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1131'),
+        "memory",
+    ),
     (torch.AcceleratorError("CUDA error: device-side assert triggered"), "dead"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), "dead"),
     (RuntimeError("CUDA error: unspecified launch failure"), "dead"),

@@ -50,11 +50,19 @@ class Cuda(Device):
         return min(max(SCRATCH_BYTES, CACHES * cache), self.memory().free // 4)
 
     def memory(self) -> Memory:
-        free, _ = torch.cuda.mem_get_info(self.where)
+        free, total = torch.cuda.mem_get_info(self.where)
+        reserved = torch.cuda.memory_reserved(self.where)
+        room = torch.cuda.get_per_process_memory_fraction(self.where) * total - reserved  # what torch may still take
+        free = max(0, min(free, int(room))) + self._idle()
+        return Memory(free, torch.cuda.memory_allocated(self.where), torch.cuda.max_memory_allocated(self.where))
+
+    def _idle(self) -> int:
+        """Bytes that torch has taken from the driver and uses for nothing."""
+        if torch.cuda.get_allocator_backend() != "native":  # the driver's own (cudaMallocAsync) shows no segments
+            return torch.cuda.memory_reserved(self.where) - torch.cuda.memory_allocated(self.where)
         segments = torch.cuda.memory_snapshot(include_traces=False)  # type: ignore[no-untyped-call]
         here = [s for s in segments if s["device"] == self.where.index and s["segment_pool_id"] == SHARED_POOL]
-        idle = sum(s["total_size"] - s["allocated_size"] for s in here)  # in a graph's pool, it is the graph's
-        return Memory(free + idle, torch.cuda.memory_allocated(self.where), torch.cuda.max_memory_allocated(self.where))
+        return sum(s["total_size"] - s["allocated_size"] for s in here)  # in a graph's pool, it is the graph's
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.where)

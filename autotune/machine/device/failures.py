@@ -12,7 +12,10 @@ import torch
 Failure = Literal["memory", "dead"]  # recoverable; permanent in this process
 
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can(?:'|no)t allocate memory|not enough memory|bad_alloc|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED", re.I
+    r"out of memory|can(?:'|no)t allocate memory|not enough memory|bad_alloc|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED|"
+    # torch's allocator asks NVML who has the memory, and raises this if NVML refuses, as in MIG slices and containers
+    r"NVML_SUCCESS == \w+ INTERNAL ASSERT FAILED",
+    re.I,
 )
 # Errors after which every further call of this process to the device fails: "sticky" in NVIDIA's terms
 # (CUDA Runtime API, error handling; cudaErrorAssert, cudaErrorIllegalAddress, cudaErrorLaunchFailure, ...).
