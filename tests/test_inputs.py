@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 import autotune
 from autotune.runtime import kernels
@@ -126,6 +128,7 @@ def test_a_token_outside_the_vocabulary(routed: Any, model: Any, token: int) -> 
         {"ids": IDS, "position_ids": torch.arange(12)[None]},  # for both sequences
         {"ids": IDS, "position_ids": torch.arange(12, dtype=torch.int32)[None]},
         {"ids": IDS[:1], "position_ids": torch.arange(12, dtype=torch.int32)[None] + 7},
+        {"ids": IDS, "position_ids": torch.arange(20)[None] + 3},  # generate reads the last twelve
         {"ids": IDS, "output_hidden_states": True, "return_dict_in_generate": True},
         {"ids": IDS, "use_cache": False},
         {"ids": IDS, "unheard_of": 1},
@@ -150,11 +153,62 @@ def test_ids_and_arguments_of_every_kind(routed: Any, model: Any, given_: dict[s
         torch.tensor([[1] * 12, [1] * 6 + [0] * 6]),  # padded on the right
         torch.tensor([[1] * 12, [1, 0] * 6]),
         torch.ones(2, 11, dtype=torch.long),
+        torch.ones(2, 52, dtype=torch.long),  # as of a longer conversation; generate reads the last twelve
+        torch.tensor([[0] * 20 + [1] * 32] * 2),
         torch.ones(1, 1, 12, 12),
     ],
 )
 def test_masks_of_every_kind(routed: Any, model: Any, mask: torch.Tensor | None) -> None:
     agree(routed, model, IDS, attention_mask=mask)
+
+
+class Ending(StoppingCriteria):
+    """Ends a sequence at a token, in arithmetic of 0 and 1."""
+
+    def __call__(self, ids: torch.Tensor, _: Any, **__: Any) -> Any:
+        return (ids[:, -1] % 3 == 0).long()
+
+
+def own_loop(model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, **given: Any) -> Any:
+    """A decoding loop of the caller's, which calls the model's by position."""
+    return model._sample(ids, processors, criteria, config, **given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(100)])},  # in place of the settings'
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(15)])},
+        {"stopping_criteria": StoppingCriteriaList([Ending()])},
+        {"stop_strings": ["a"], "tokenizer": tiny_tokenizer()},
+        {"custom_generate": own_loop},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_ends_and_loops_of_the_caller(routed: Any, model: Any, options: dict[str, Any]) -> None:
+    agree(routed, model, IDS, max_new_tokens=None, eos_token_id=None, pad_token_id=PAD, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(100)])},
+            "a context beyond the static cache's 48",
+        ),
+        ({"attention_mask": torch.ones(2, 52)}, "a mask or positions of another width"),
+        ({"stop_strings": ["a"], "tokenizer": tiny_tokenizer()}, None),
+        ({"stopping_criteria": StoppingCriteriaList([Ending()])}, None),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, dict) else str(given),
+)
+def test_what_no_plan_can_serve_is_left_to_the_original(options: dict[str, Any], reason: str | None) -> None:
+    routed = wrapped(PLANS["few slots"])
+    outcome(routed, IDS, max_new_tokens=None, eos_token_id=None, pad_token_id=PAD, **options)
+    assert [why.startswith(reason or "none") for why in routed.autotune.status.bypassed] == [True] * (
+        reason is not None
+    )
+    assert routed.autotune.status.served == (reason is None)
 
 
 @pytest.mark.fault("C52")

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 # keys of a configuration that say nothing of what is computed: the class, the tensors and the libraries' versions do
 TRANSIENT = frozenset(
-    {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
+    {
+        *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"),
+        "_experts_implementation_internal",  # on a GPU, generate exchanges it while it decodes
+    }
 )
 
 

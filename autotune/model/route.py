@@ -181,9 +181,11 @@ def _make_routed(cls: Any) -> type[PreTrainedModel]:
         return below(self).forward(self, args, kwargs)
 
     @functools.wraps(getattr(cls, seam.LOOP))
-    def sample(self: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def sample(self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with _bare_for_a_call(self) as model:
-            return below(self).sample(Sampling.of(model, input_ids, kwargs))
+            return below(self).sample(
+                Sampling.of(model, input_ids, dict(zip(seam.OPTIONS, args, strict=False)) | kwargs)
+            )
 
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:
         """Copies and pickles are plain models, which need nothing of this package."""

@@ -32,7 +32,7 @@ def unsupported(variant: Variant, call: seam.Sampling) -> str | None:
         return "padding that is not on the left"
     if variant.loop is not None and call.starts_over():
         return "a length at which the model reads everything before it anew"
-    return None if variant.caches is None else variant.caches.unsupported(call.settings)
+    return None if variant.caches is None else variant.caches.unsupported(call)
 
 
 def sample(variant: Variant, call: seam.Sampling) -> Any:

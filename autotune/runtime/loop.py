@@ -129,7 +129,7 @@ def sample(
     copies = device.is_host and bool(returns_scores or returns_logits or scored is not None)
     first, longest = call.input_ids.shape[1] + 1, 0  # for lengths between these, the next step is launched early
     if device.asynchronous and keep is not None:
-        longest = min(config.max_length, call.criteria.max_length or config.max_length)
+        longest = call.longest
     scores: list[torch.Tensor] = []
     raw: list[torch.Tensor] = []
     while True:

@@ -119,7 +119,8 @@ class HostState(LoopState):
 
     def stop(self, scores: tuple[torch.Tensor, ...] | None) -> None:
         if self._stops is None:
-            self._going &= ~self._criteria(self.ids, scores).numpy()
+            ended = self._criteria(self.ids, scores).numpy().reshape(self._going.shape)
+            self._going = self._going & (~ended & 1).astype(bool)  # a criterion may return 0 and 1
             return
         for row, token in enumerate(self._token.tolist()):
             if self._stops.after(self.length, token):

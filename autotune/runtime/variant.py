@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -254,7 +255,10 @@ class Variant:
         for module in {id(self.modules[p]): self.modules[p] for p in phases}.values():
             shared_outside = any(self.modules[q] is module for q in PHASES if q not in phases)
             if id(module) not in self._editable or shared_outside:
-                twin = fork(module)
+                with (
+                    self.turn() if seam.exchanges_experts(module) else nullcontext()
+                ):  # else it might keep that for good
+                    twin = fork(module)
                 self._editable.add(id(twin))
                 self.modules |= {p: twin for p in phases if self.modules[p] is module}
         return tuple({id(self.modules[p]): self.modules[p] for p in phases}.values())
@@ -264,6 +268,11 @@ class Variant:
         """Enclose a measured call: one step between a wrapped model's live requests, which leaves no state behind."""
         with nullcontext() if self.traffic is None else self.traffic.step(), self.state.kept():
             yield
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """A monotonic clock, seconds, that stops while measured steps wait for their turn."""
+        return time.perf_counter if self.traffic is None else self.traffic.clock
 
     def example(self, batch: int) -> Any:
         """Keys and values of one token, [B, Hk, 1, D] per layer: the shapes for which a step is prepared."""

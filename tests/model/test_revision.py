@@ -13,7 +13,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn.modules import module as registry
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 import autotune
 from autotune import transforms
@@ -167,6 +167,17 @@ def test_use_is_no_change(name: str, use: Change) -> None:
     revision = Revision(model)
     with torch.no_grad():
         use(model)
+    assert revision.look_closer() is None
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "get_experts_implementation"), reason="experts in one form alone")
+def test_experts_that_generate_exchanges_while_it_decodes_are_no_change() -> None:
+    model = tiny("mixtral")
+    revision, before = Revision(model), model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    assert revision.changed() is None
+    assert Revision(model).changed() is None
+    model.set_experts_implementation(before)
     assert revision.look_closer() is None
 
 

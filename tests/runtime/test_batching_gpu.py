@@ -127,8 +127,11 @@ def test_a_cache_of_rows_has_a_layout_of_its_own(alone: Variant) -> None:
     """Compiled steps are found by layout, and check nothing: that of a batch writes one slot for all of it."""
     example = alone.example(2)
     caches = SlotCache(example, 64), RowCache(example, 64, 2), RowCache(example, 64, 4).upper(2)
-    layouts = [cache.layout for cache in caches]
+    layouts = [cache.layout[:-1] for cache in caches]
     assert layouts == [(2, 64, 64, 1), (2, 64, 64, 2), (2, 64, 64, 2)]
+    narrow = SlotCache(example, 64, dtype=torch.float16)
+    assert narrow.layout[:-1] == layouts[0]
+    assert narrow.layout != caches[0].layout  # the code for one would write past the other's slots
 
 
 @settings(max_examples=15, deadline=None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 OPTIONS = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")  # LOOP's arguments
 # forward's arguments that a plan understands
 ARGUMENTS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
+LEFT_BY_GENERATE = {"tokenizer"}  # arguments of generate's own that it hands to the loop as if they were forward's
 
 REMEMBERING = {  # transformers' logits processors that keep state between tokens
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
@@ -72,6 +73,12 @@ class Sampling:
         return self.options["stopping_criteria"]
 
     @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer together at most. A caller's own length criterion replaces the settings'."""
+        longest: int | None = getattr(self.criteria, "max_length", None)
+        return self.settings.max_length if longest is None else longest
+
+    @property
     def mask(self) -> torch.Tensor | None:
         """Attention mask [B, P], 0 on padding; None if there is none."""
         mask: torch.Tensor | None = self.model_kwargs.get("attention_mask")
@@ -116,7 +123,7 @@ class Sampling:
         Args:
             part: tokens to compute; the cache holds those before them.
         """
-        given = {k: v for k, v in self.model_kwargs.items() if k not in CACHE_NAMES}
+        given = {k: v for k, v in self.model_kwargs.items() if k not in {*CACHE_NAMES, *LEFT_BY_GENERATE}}
         if self.mask is not None:
             given["attention_mask"] = self.mask[..., : part.stop]
         return {
@@ -129,12 +136,16 @@ class Sampling:
 
     def unusual_argument(self) -> str | None:
         """The argument for forward that no plan understands, in words, or None."""
-        if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in ARGUMENTS and v is not None):
+        known = ARGUMENTS | LEFT_BY_GENERATE
+        if unknown := sorted(k for k, v in self.model_kwargs.items() if k not in known and v is not None):
             return f"argument {unknown[0]}"
-        given = self.model_kwargs.get("position_ids") is not None
+        positions, width = self.model_kwargs.get("position_ids"), self.input_ids.shape[1]
+        given = positions is not None
+        if any(each is not None and each.shape[-1:] != (width,) for each in (self.mask, positions)):
+            return "a mask or positions of another width than the prompt's"  # generate reads the last ones
         if given and not hasattr(self.model, "_prepare_position_ids_for_generation"):
             return "argument position_ids"  # to 5.1 the loop does not continue the caller's positions
-        if given and self.model_kwargs["position_ids"].dim() != 2:  # of time, height and width, as for images
+        if positions is not None and positions.dim() != 2:  # of time, height and width, as for images
             return "positions of several dimensions"
         return "a cache of the caller's" if self.has_callers_cache() else None
 
@@ -157,7 +168,7 @@ class Sampling:
 
     def starts_over(self) -> bool:
         """Whether generate's loop may drop the cache between two tokens and compute all earlier tokens again."""
-        prompt, last = self.input_ids.shape[1], self.settings.max_length - 1  # the last token is never fed back
+        prompt, last = self.input_ids.shape[1], self.longest - 1  # the last token is never fed back
         return last > prompt and drops_cache(self.model, prompt, last)
 
     def run_on(self, model: PreTrainedModel) -> Any:

@@ -48,6 +48,15 @@ def experts(model: Any) -> str:
     return str(known()) if known is not None else ""
 
 
+def exchanges_experts(model: Any) -> bool:
+    """Whether generate exchanges the implementation of a mixture of experts while it decodes (from 5.24, on a GPU)."""
+    known = getattr(model, "get_experts_implementation", None)
+    if known is None or model.device.type == "cpu":
+        return False
+    found = known()
+    return not {"grouped_mm", "batched_mm"}.isdisjoint(found.values() if isinstance(found, dict) else [found])
+
+
 def layer_configurations(config: Any) -> list[Any]:
     """Configuration of each layer: the same for all, or one per layer where they differ, as in Gemma 4."""
     count = getattr(config, "num_hidden_layers", 0)

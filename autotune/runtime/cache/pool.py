@@ -15,9 +15,10 @@ from . import prompt as prompts
 from .slots import SlotCache
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
     from ...machine.device import Device
+    from ...model.seam import Sampling
 
 
 SPARE = 0.25  # share of the free memory that a cache may take which only calls at the same time need
@@ -53,9 +54,9 @@ class CachePool:
         self._example: Any = None  # keys and values of a token, which tell the shapes of new caches
         self._lock = forking.lock()
 
-    def unsupported(self, config: GenerationConfig) -> str | None:
+    def unsupported(self, call: Sampling) -> str | None:
         """Why a generation does not fit into the slots, or None."""
-        if config.max_length > self.slots + 1:
+        if call.longest > self.slots + 1:
             return f"a context beyond the static cache's {self.slots} tokens"
         return None
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-Layout = tuple[int, int, int, int]  # rows, slots, slots that a row takes in memory, slots written at once: 1, or rows
+# rows, slots, slots that a row takes in memory, slots written at once (1, or rows), dtype of keys
+Layout = tuple[int, int, int, int, torch.dtype]
 MAX_DISCARDED = 64  # largest number of slots past `length` that discarded steps may have written
 
 
@@ -175,7 +176,7 @@ class SlotCache:
     @property
     def layout(self) -> Layout:
         """Everything in which caches of one model differ."""
-        return *self.shape, self._capacity, self.slot.shape[0]
+        return *self.shape, self._capacity, self.slot.shape[0], self.keys[0].dtype
 
 
 def _room(sample: torch.Tensor, rows: int, slots: int, dtype: torch.dtype) -> torch.Tensor:

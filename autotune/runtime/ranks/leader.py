@@ -53,7 +53,7 @@ class Leader:
             Whatever the variant raises.
         """
         job = Job("sample", variant.transforms, packed(call.portable()))
-        size = call.input_ids.shape[0], call.settings.max_length
+        size = call.input_ids.shape[0], call.longest
         return self._run(job, variant, size, partial(step.sample, variant, call))
 
     def forward(self, variant: Variant, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

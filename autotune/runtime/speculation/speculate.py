@@ -148,7 +148,7 @@ class SpeculativeLogits:
         self._make_guesser = guesser
         self._guesser: Proposer | None = None
         self._device = devices.of(call.input_ids.device)
-        self._most_tokens = call.settings.max_length
+        self._most_tokens = call.longest
         self._unread: list[Callable[[], torch.Tensor]] = []  # tokens that are being copied to the host
         self._guesses: list[int] = []  # guesses of the latest step
         self._logits: list[torch.Tensor] = []  # logits after each guess, [1, V]

@@ -171,7 +171,7 @@ def layers_as_regions(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
             kind.forward = forward
 
 
-def artifact(module: PreTrainedModel, layout: tuple[int, ...], regions: bool, mode: str = "default") -> Path | None:
+def artifact(module: PreTrainedModel, layout: tuple[object, ...], regions: bool, mode: str = "default") -> Path | None:
     """The path of this step's compiled code, or None without a private cache directory or the model's source.
 
     Args:
