@@ -25,8 +25,11 @@ LATE_SEED ?= 1
 SOAK_ARGS ?=
 SERVE_ARGS ?=
 
-.PHONY: fuzz prove demo test test-all test-architectures test-matrix test-latest test-late test-serve test-ray test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
+.PHONY: help fuzz prove demo test test-all test-architectures test-matrix test-latest test-late test-serve test-ray test-gpu check docs fix constraints bench bench-gpu bench-gpu-steps soak-gpu first-hour-on-gpu bench-smoke bench-choice
 .PHONY: bench-sizes bench-loaded bench-restart bench-serving bench-capacity soak
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(READY)  ## tune SmolLM2-135M-Instruct, print the report and write it to out/
 	$(BIN)/autotune demo $(DEMO_ARGS)

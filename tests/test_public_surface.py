@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from importlib import metadata, resources
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -100,9 +106,24 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert autotune.__version__ == metadata.version("autotune-inference")
 
 
-def test_types_and_policies_are_shipped() -> None:
-    package = resources.files("autotune")
-    assert package.joinpath("py.typed").is_file()
-    shipped = {file.name for file in package.joinpath("tune", "policies").iterdir() if file.name.endswith(".toml")}
-    assert shipped == {f"{name}.toml" for name in ("balanced", "latency", "throughput", "memory", "lossless")}
-    assert {"balanced", "lossless"} <= set(policy.available())
+def test_the_policies() -> None:
+    assert set(policy.available()) == {"balanced", "latency", "throughput", "memory", "lossless"}
+
+
+def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """Policies, kernels' sources, the page, styles and the marker for types, not only Python."""
+    source, to = tmp_path / "source", tmp_path / "wheel"
+    for name in ("autotune", "autotune_pytest", "policies"):
+        shutil.copytree(floors.ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(floors.ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*command, str(to), str(source)], check=True, timeout=300)
+    (wheel,) = to.iterdir()
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("autotune", "autotune_pytest"):
+        folders = os.walk(floors.ROOT / package, followlinks=True)
+        files = {
+            (Path(folder) / name).relative_to(floors.ROOT).as_posix() for folder, _, names in folders for name in names
+        }
+        assert {file for file in files if "__pycache__" not in file} <= shipped
