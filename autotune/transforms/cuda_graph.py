@@ -71,7 +71,7 @@ class CudaGraph(Transform):
     def extra_bytes(self, variant: Variant) -> float:
         from ..runtime.steps.captures import buckets
 
-        return slot_bytes(variant, self.slots, sum(buckets(variant.batch_sizes, self.largest)))
+        return slot_bytes(variant, self._slots(variant), sum(buckets(variant.batch_sizes, self.largest)), anew=True)
 
     def apply(self, variant: Variant) -> None:
         from ..runtime.cache.pool import CachePool
@@ -84,7 +84,7 @@ class CudaGraph(Transform):
         if reason := device.without_graphs() or uncapturable(variant):
             raise TransformError(reason)
         config = text_config(variant.original)
-        slots = variant.caches.slots if variant.caches else self.slots or automatic_slots(variant)
+        slots = self._slots(variant)
         rows, reads = buckets(variant.batch_sizes, self.largest), lengths(slots, self.shortest)
         tokens = min(variant.context_tokens, slots)
         inner = variant.step if isinstance(variant.step, CompiledStep) else None
@@ -103,6 +103,9 @@ class CudaGraph(Transform):
                         inner.prepare(cache.first(read))
             capture_all(steps, variant.caches, prompts, tokens, variant.turn)
         variant.step = steps
+
+    def _slots(self, variant: Variant) -> int:
+        return variant.caches.slots if variant.caches else self.slots or automatic_slots(variant)
 
     def took_effect(self, variant: Variant) -> str | None:
         from ..runtime.steps.graphs import GraphSteps

@@ -113,16 +113,17 @@ def use_slots(variant: Variant, slots: int = 0) -> None:
     variant.loop = decode
 
 
-def slot_bytes(variant: Variant, slots: int = 0, rows: int = 0) -> float:
+def slot_bytes(variant: Variant, slots: int = 0, rows: int = 0, *, anew: bool = False) -> float:
     """Bytes of a static cache; 0 on a CPU, where empty slots take no memory.
 
     Args:
         slots: slots of each row; 0: automatic.
         rows: sequences in all; 0: the workload's largest batch.
+        anew: whether the slots are made beside those that the variant may have; else these are used, and take nothing.
     """
     from ..diagnose.work import cache_size
 
-    if variant.caches is not None or variant.device.kind == "cpu":
+    if (variant.caches is not None and not anew) or variant.device.kind == "cpu":
         return 0.0
     slots = slots or automatic_slots(variant)
     return cache_size(variant.original, rows or max(variant.batch_sizes), slots, variant.original.dtype.itemsize)

@@ -581,6 +581,7 @@ def test_parameters_are_checked(params: dict[str, Any]) -> None:
 def test_it_builds_on_a_static_cache_and_leaves_the_parent_alone(fake: FakeCuda) -> None:
     model = tiny("llama")
     parent = Variant(model).with_transform(StaticCache(slots=64))
+    assert GRAPH.extra_bytes(parent) == StaticCache(slots=64).extra_bytes(Variant(model)) > 0  # slots of its own
     child = parent.with_transform(GRAPH)
     assert parent.step is None
     assert GRAPH.took_effect(parent) is not None

@@ -340,6 +340,13 @@ def test_arithmetic_in_another_default_dtype_is_refused(dtype: torch.dtype) -> N
 
 
 @needs_kernels
+@pytest.mark.parametrize(("limit", "refused"), [(2, "where"), (2.5, "gt")])  # as an integer, 2.5 would be 2
+def test_a_position_compared_with_a_fraction_is_refused(limit: float, refused: str) -> None:
+    with pytest.raises(TransformError, match=f"no instruction for aten.{refused}"):
+        record(lambda ids: torch.where(ids > limit, 1.0, 0.0), IDS)
+
+
+@needs_kernels
 def test_more_dimensions_than_the_loops_hold_are_refused() -> None:
     x, y = floats(2, 3, 2, 3, 2, 3), floats(3, 2, 3, 2, 3, 2, seed=1)
     with pytest.raises(TransformError, match="over 6 dimensions"):

@@ -91,39 +91,16 @@ Tensor linear(const Kernel& kernel, const Weights& w, const Tensor& input, const
   return as_dtype_of(y, input);
 }
 
-Weights packed(const Tensor& numbers, int64_t rows) {
-  Weights w{};
-  w.numbers = static_cast<const uint8_t*>(present(numbers).data_ptr());
-  w.rows = rows;
-  STD_TORCH_CHECK(rows > 0, "expected weights for one output or more, not ", rows);
-  STD_TORCH_CHECK(numbers.is_contiguous() && numbers.dim() == 3 && numbers.size(0) == w.blocks() &&
-                      numbers.size(2) == kRows,
-                  "packed weights for ", rows, " outputs must be contiguous [", w.blocks(), ", K, 16]");
-  w.group = w.inputs = inputs_of(numbers);
-  w.pad = kStep;
-  w.block_bytes = numbers.size(1) * kRows * numbers.element_size();
-  return w;
-}
-
-Numbers per_group(Weights& w, const Tensor& factors) {
-  STD_TORCH_CHECK(factors.is_contiguous() && factors.dim() == 3 && factors.size(0) == w.blocks() &&
-                      factors.size(1) > 0 && w.inputs % (factors.size(1) * kStep) == 0 && factors.size(2) == kRows,
-                  "scales and zeros must be contiguous [", w.blocks(), ", groups, 16] with groups of a multiple of 8");
-  w.group = w.inputs / factors.size(1);
-  w.pad = factors.size(1) == 1 ? kStep : w.group;
-  return Numbers::of(factors);
-}
-
 Tensor linear_f16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t rows) {
-  const Weights w = packed(weight, rows);
+  const Weights w = packed_weights(weight, rows);
   return linear(kernel_of(weight.scalar_type()), w, x, bias);
 }
 
 template <class Format>
 Tensor linear_symmetric(const Tensor& x, const Tensor& numbers, const Tensor& scales, const std::optional<Tensor>& bias,
                         int64_t rows, int64_t digits) {
-  Weights w = packed(numbers, rows);
-  w.scales = per_group(w, scales);
+  Weights w = packed_weights(numbers, rows);
+  w.scales = factors(w, scales);
   return linear(kernel<Format>, w, x, bias, in_integers(Format::kBits), digits_here(digits, Format::kBits));
 }
 
@@ -144,9 +121,9 @@ Tensor linear_i4(const Tensor& x, const Tensor& words, const Tensor& scales, con
   STD_TORCH_CHECK(words.scalar_type() == ScalarType::Int, "linear_i4 takes eight weights in each INT32");
   STD_TORCH_CHECK(scales.dim() == 3 && zeros.dim() == 3 && scales.size(1) == zeros.size(1),
                   "linear_i4 takes as many zeros as scales");
-  Weights w = packed(words, rows);
-  w.scales = per_group(w, scales);
-  w.zeros = per_group(w, zeros);
+  Weights w = packed_weights(words, rows);
+  w.scales = factors(w, scales);
+  w.zeros = factors(w, zeros);
   return linear(kernel<Int4>, w, x, bias, in_integers(Int4::kBits), digits_here(digits, Int4::kBits));
 }
 

@@ -118,6 +118,21 @@ void set_format(Matrix& m) {
   m.expand = expand<Format>;
 }
 
+// Packed weights for `outputs` outputs, without their scales.
+inline Weights packed_weights(const Tensor& numbers, int64_t outputs) {
+  Weights w{};
+  w.numbers = static_cast<const uint8_t*>(present(numbers).data_ptr());
+  w.rows = outputs;
+  STD_TORCH_CHECK(outputs > 0, "expected weights for one output or more, not ", outputs);
+  STD_TORCH_CHECK(numbers.is_contiguous() && numbers.dim() == 3 && numbers.size(0) == w.blocks() && numbers.size(2) == kRows,
+                  "packed weights for ", outputs, " outputs must be contiguous [", w.blocks(), ", K, 16]");
+  w.group = w.inputs = inputs_of(numbers);
+  w.pad = kStep;
+  w.block_bytes = numbers.size(1) * kRows * numbers.element_size();
+  return w;
+}
+
+// Scales or zeros of packed weights, of which they tell the groups.
 inline Numbers factors(Weights& w, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous() && t.dim() == 3 && t.size(0) == w.blocks() && t.size(1) > 0 &&
                       w.inputs % (t.size(1) * kStep) == 0 && t.size(2) == kRows,
@@ -149,14 +164,7 @@ inline Matrix Matrix::of(const Tensor& weight, const std::optional<Tensor>& scal
     case ScalarType::BFloat16: set_format<Plain<Bf16>>(m); break;
     default: set_format<Plain<float>>(m);  // `inputs_of` refuses other dtypes
   }
-  Weights& w = m.packed;
-  w.rows = outputs;
-  STD_TORCH_CHECK(weight.is_contiguous() && weight.dim() == 3 && weight.size(0) == w.blocks() && weight.size(2) == kRows,
-                  "packed weights for ", outputs, " outputs must be contiguous [", w.blocks(), ", K, 16]");
-  w.numbers = static_cast<const uint8_t*>(weight.data_ptr());
-  w.group = w.inputs = inputs_of(weight);
-  w.pad = kStep;
-  w.block_bytes = weight.size(1) * kRows * weight.element_size();
+  Weights& w = m.packed = packed_weights(weight, outputs);
   STD_TORCH_CHECK(!scales || !zeros || (scales->dim() == 3 && zeros->dim() == 3 && scales->size(1) == zeros->size(1)),
                   "there must be as many zeros as scales");
   if (scales) w.scales = factors(w, *scales);

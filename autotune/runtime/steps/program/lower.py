@@ -207,8 +207,9 @@ class Lowering(Building):
             return self.arithmetic(BINARY[packet], out, *node.args)
         if packet in COMPARISONS:
             code, exchanged = COMPARISONS[packet]
-            a, b = (self.place(x, torch.int64) for x in (reversed(node.args) if exchanged else node.args))
-            if {a.dtype, b.dtype} == {torch.int64}:
+            given = list(reversed(node.args) if exchanged else node.args)
+            a, b = (self.place(x, torch.int64) for x in given)
+            if {a.dtype, b.dtype} == {torch.int64} and float not in map(type, given):  # 2.5 would count as 2
                 return self.like(code, out, a, b)
         if packet in (aten.logical_not, aten.bitwise_not) and out.dtype == torch.bool:
             return self.like("not", out, self.place(node.args[0]))
