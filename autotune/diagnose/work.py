@@ -82,7 +82,7 @@ class Keys:
     window: int | None = None
 
     def part(self, ranks: int) -> Keys:
-        """The heads that one of so many ranks computes."""
+        """The heads that one of `ranks` ranks computes."""
         return replace(self, heads=max(1, self.heads // ranks), kv_heads=max(1, self.kv_heads // ranks))
 
     def pairs(self, forward: Forward) -> int:

@@ -97,7 +97,7 @@ class LayerParts:
         )
 
     def products(self, tokens: int) -> Products | None:
-        """How the operators multiply so many tokens by this layer's weights; None if they cannot."""
+        """How the operators multiply that number of tokens by this layer's weights; None if they cannot."""
         layers: list[Any] = [m.serving(tokens) if isinstance(m, Bf16Linear) else m for m in self.linear]
         q, k, v, _, gate, up, _ = layers
         if isinstance(q, Bf16Linear):

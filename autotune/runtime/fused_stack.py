@@ -82,7 +82,7 @@ class Prepared:
 
     @classmethod
     def of(cls, layers: list[nn.Module], tokens: int) -> Prepared | None:
-        """Prepare layers for so many tokens; None if one operator cannot compute them all."""
+        """Prepare layers for a number of tokens; None if one operator cannot compute them all."""
         parts = [found for layer in layers if (found := _unwatched(layer)) is not None]
         if len(parts) < len(layers) or any(part.attention.config is not parts[0].attention.config for part in parts):
             return None

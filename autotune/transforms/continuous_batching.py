@@ -124,7 +124,7 @@ def prepare(variant: Variant, caches: Mapping[int, RowCache], prompt: Any) -> No
     Guesses are for a sequence that is alone. It is in the first row, for which their check is captured.
 
     Args:
-        caches: number of rows -> empty cache for a step of so many.
+        caches: number of rows -> empty cache for a step of these rows.
         prompt: keys and values of one token, as of `Variant.example`.
 
     Raises:

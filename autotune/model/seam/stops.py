@@ -39,7 +39,7 @@ class SequenceEnd(NamedTuple):
     others: tuple[Callable[[int], bool], ...] = ()
 
     def after(self, length: int, token: int) -> bool:
-        """Whether a sequence is finished that has so many tokens with this one as its last."""
+        """Whether a sequence of `length` tokens that ends with `token` is finished."""
         return length >= self.longest or token in self.ends or any(is_over(length) for is_over in self.others)
 
 

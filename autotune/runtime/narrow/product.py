@@ -78,7 +78,7 @@ def _linear_few_rows_int4(  # type: ignore[no-untyped-def]
     M,  # noqa: N803
     N,  # noqa: N803
     KX,  # noqa: N803
-    one,  # int32, the bits of 1.0: a constant would be put in by an instruction of its own
+    one,  # int32, the bits of 1.0: a constant would cost one more instruction
     K: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     BM: tl.constexpr,  # noqa: N803

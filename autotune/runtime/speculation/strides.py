@@ -40,7 +40,7 @@ class MultiTokenStep:
         return slot_forward.step(self.module, token, position, cache)
 
     def width(self, tokens: int, cache: SlotCache) -> int | None:
-        """How many tokens a step computes that is asked for so many; None: just as many, by the module itself."""
+        """How many tokens the step that serves `tokens` computes; None: just these, by the module itself."""
         fixed = self._fixed(tokens, cache)
         return None if fixed is None else fixed.tokens
 
@@ -61,7 +61,7 @@ class MultiTokenStep:
         return fixed.step(tokens, positions, cache)[:, :wanted]
 
     def _fixed(self, tokens: int, cache: SlotCache) -> TokensOfOne | GraphSteps | None:
-        """The program or the graphs of at least so many tokens for which the cache has room."""
+        """The program or the graphs for at least `tokens` tokens, for which the cache has room."""
         if self.recorded is not None and (program := self.recorded.several(tokens, cache)) is not None:
             return program
         graphs = self.several

@@ -90,7 +90,7 @@ def capture_rows(
     """Capture for rows that are independent, in turns as `capture_all`.
 
     Args:
-        caches: number of rows -> cache for a step of so many; all are views of the one with the most. They are left
+        caches: number of rows -> cache for a step of these rows; all are views of the one with the most. They are left
             with a sequence in every row.
         prompt: keys and values of one token, as of `Variant.example`.
         needed: tokens of the workload's longest context.

@@ -98,7 +98,7 @@ class CompiledStep(DecodeSteps):
         """Do nothing: compiled code receives every address when it is called."""
 
     def fitting(self, cache: SlotCache, tokens: int = 1) -> Step | None:
-        """The step compiled for this cache's layout and so many tokens, or None."""
+        """The step compiled for this cache's layout and this number of tokens, or None."""
         compiled = self._steps.get((cache.layout, tokens))
         if compiled is None:
             return None

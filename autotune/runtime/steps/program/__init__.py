@@ -71,7 +71,7 @@ class StepPrograms(DecodeSteps):
             self._several[slots, rows] = TokensOfOne(self.module, cache, self._kept)
 
     def several(self, tokens: int, cache: SlotCache) -> TokensOfOne | None:
-        """The smallest prepared step of so many tokens of the cache's sequence, or None if none fits."""
+        """The smallest prepared step of at least `tokens` tokens of the cache's sequence, or None if none fits."""
         rows, slots = cache.shape
         fits = [n for s, n in self._makers if s == slots and n >= tokens and cache.length + n <= slots]
         if not fits or rows > 1:
