@@ -29,7 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("autotune", "quality-regression checks of language models")
     group.addoption("--autotune-baseline", metavar="DIR", help="what `autotune check record` wrote")
     group.addoption("--autotune-tier", choices=TIERS, help="quality tier; default strict")
-    group.addoption("--autotune-max-slowdown", type=float, metavar="SHARE", help="default 0.05")
+    group.addoption(
+        "--autotune-max-slowdown", type=float, metavar="SHARE", help="compare latency, too, with this limit, not 0.05"
+    )
     group.addoption("--autotune-latency", action="store_true", default=None, help="compare latency, too")
     group.addoption("--autotune-inconclusive", choices=WHEN_INCONCLUSIVE, help="what then; default skip")
     group.addoption("--autotune-junit", metavar="FILE", help="write the latest check's metrics as JUnit XML")
@@ -41,7 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]:
     """Checks a live model against the baseline: `autotune_check(model, tokenizer=..., ...)`.
 
-    Arguments are those of `autotune.compare.check.run` and take precedence over the command line. A regression fails
+    Arguments are those of `autotune.compare.check.run` and take precedence over the command line. Latency is compared
+    if --autotune-latency, a limit (`max_slowdown`) or the recorded model (`against`) is given. A regression fails
     the test with the reason and where it is, an inconclusive check skips it unless told otherwise, and one that could
     not be made is an error. A baseline on the command line is relative to where pytest was called, one in a
     configuration file to that file.
@@ -58,9 +61,10 @@ def autotune_check(request: pytest.FixtureRequest) -> Callable[..., CheckResult]
                 f"autotune_inconclusive is {when_inconclusive!r}; one of {', '.join(WHEN_INCONCLUSIVE)} was expected"
             )
         options.setdefault("tier", _setting(config, "tier") or "strict")
-        options.setdefault("measure_latency", bool(config.getoption("autotune_latency")))
         if (limit := config.getoption("autotune_max_slowdown")) is not None:
             options.setdefault("max_slowdown", limit)
+        asked = any(options.get(name) is not None for name in ("max_slowdown", "against"))
+        options.setdefault("measure_latency", asked or bool(config.getoption("autotune_latency")))
         result = run(model, _baseline(config) if baseline is None else baseline, **options)
         if file := config.getoption("autotune_junit"):
             Path(file).write_text(result.to_junit(), encoding="utf-8")

@@ -244,8 +244,8 @@ def _add_check(check: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--prompts", metavar="FILE", type=Path, help="text, a prompt a line, or .jsonl with prompt"
         )
-        command.add_argument("--no-latency", action="store_true", help="leave latency out")
         command.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
+    record.add_argument("--no-latency", action="store_true", help="leave latency out")
     record.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
     record.add_argument("--size", choices=["quick", "standard", "thorough"], default="quick", help="default quick")
     record.add_argument(
@@ -259,8 +259,10 @@ def _add_check(check: argparse.ArgumentParser) -> None:
     applied.add_argument("--policy", metavar="P", help="a policy to tune with first")
     run.add_argument("--tuned-on", type=Path, metavar="FILE", help="prompts that plan or model were tuned on")
     run.add_argument("--tier", choices=tuple(TIERS), default="strict", help="default strict")
-    run.add_argument("--max-slowdown", type=fraction, default=0.05, metavar="5%", help="default 5%%")
-    run.add_argument("--against", metavar="MODEL", help="the recorded model, to be timed in pairs on this machine")
+    run.add_argument("--max-slowdown", type=fraction, metavar="5%", help="default 5%%")
+    pace = run.add_mutually_exclusive_group()
+    pace.add_argument("--no-latency", action="store_true", help="leave latency out")
+    pace.add_argument("--against", metavar="MODEL", help="the recorded model, to be timed in pairs on this machine")
     for name in ("json", "junit", "markdown"):
         run.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write the result as {name}")
 

@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
             plan=plan,
             tier=args.tier,
             max_slowdown=args.max_slowdown,
-            measure_latency=not args.no_latency,
+            measure_latency=False if args.no_latency else None,
             against=rival,
             workload=args.prompts,
             tuning_prompts=tuning,

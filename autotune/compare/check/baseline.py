@@ -104,6 +104,7 @@ class Baseline:
         pace: latency by bucket; empty if it was not recorded.
         suites: labelled tasks and their outcomes.
         created: ISO 8601, UTC.
+        stepped: like `answers`, computed in one decoding step per token; empty for a model in FP32.
     """
 
     subject: Subject
@@ -114,3 +115,4 @@ class Baseline:
     pace: tuple[LatencySamples, ...] = ()
     suites: tuple[Suite, ...] = ()
     created: str = ""
+    stepped: tuple[Compact, ...] = ()

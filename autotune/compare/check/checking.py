@@ -53,8 +53,8 @@ def run(
     tokenizer: PreTrainedTokenizerBase | None = None,
     plan: Plan | None = None,
     tier: str = "strict",
-    max_slowdown: float = MAX_SLOWDOWN,
-    measure_latency: bool = True,
+    max_slowdown: float | None = None,
+    measure_latency: bool | None = None,
     against: PreTrainedModel | None = None,
     workload: Any = None,
     tuning_prompts: Any = None,
@@ -69,8 +69,8 @@ def run(
         tokenizer: used to refuse another tokenizer, to score tasks given as text, and to show prompts.
         plan: applied to the model first; it is checked through the path that serves. A variant takes none.
         tier: quality tier, "lossless", "strict", "relaxed" or "aggressive".
-        max_slowdown: fraction by which a median may grow, beyond the noise.
-        measure_latency: whether to check latency.
+        max_slowdown: fraction by which a median may grow, beyond the noise; default 0.05.
+        measure_latency: whether to check latency. Default: if it was recorded, or `max_slowdown` or `against` is given.
         against: the recorded model. If given, both models are timed here in interleaved pairs, so the baseline may come
             from another machine.
         workload: prompts that must equal the recorded ones, or None to use the recorded ones.
@@ -80,16 +80,21 @@ def run(
         progress: called with a sentence for each step; default: the "autotune" logger.
 
     Raises:
-        BaselineError: there is no baseline, or it cannot be compared with this model.
+        BaselineError: there is no baseline, or it cannot be compared with this model; latency was asked for, but not
+            recorded; or `against` is not the recorded model.
         MeasurementError: the baseline is incomplete or was changed.
         UnsupportedModelError: the model is not a causal LM in eval mode.
         PlanError: the plan was made for another model.
-        ValueError: there is no such tier, the slowdown is negative, or a plan comes with a variant.
+        ValueError: there is no such tier, the slowdown is negative, a plan comes with a variant, or `against` without
+            latency.
     """
     if tier not in TIERS:
         raise ValueError(f"no quality tier {tier!r}: choose one of {', '.join(TIERS)}")
-    if not max_slowdown >= 0:
+    slowdown = MAX_SLOWDOWN if max_slowdown is None else max_slowdown
+    if not slowdown >= 0:
         raise ValueError(f"max_slowdown is {max_slowdown}; expected a fraction of 0 or more")
+    if against is not None and measure_latency is False:
+        raise ValueError("against is timed, which measure_latency=False leaves out; leave out one of them")
     if plan is not None and isinstance(model, Variant):
         raise ValueError("a variant has its transforms already; give the model that the plan is to be applied to")
     notify = progress or log.info
@@ -97,13 +102,21 @@ def run(
     variant = model if isinstance(model, Variant) else subject.serving(model, plan)
     asked = None if workload is None else prompts.parse(workload, tokenizer)
     subject.require_comparable(base, variant.original, tokenizer, asked)
-    exam = RecordedExam.of(base, variant)
+    if measure_latency is None:
+        measure_latency = bool(base.pace) or max_slowdown is not None or against is not None
+    rival = None if against is None else _rival(base, against)
+    if measure_latency and rival is None and not base.pace:
+        raise BaselineError(
+            "latency cannot be checked, because it was not recorded: record the baseline again with latency, or give "
+            "the recorded model to time against (--against, against=)"
+        )
+    exam = RecordedExam.of(base, variant, tier)
     found = examine(exam, variant, notify)
     quality = judge(exam, found, tier)
     metrics = _quality_metrics(base, exam, found, quality, tier)
     where = _where(base, exam, variant, found, quality, tokenizer, metrics)
-    if found.error is None:
-        metrics += _latency_metrics(base, variant, against, max_slowdown, clock, notify) if measure_latency else []
+    if found.error is None and measure_latency:
+        metrics += _latency_metrics(base, variant, rival, slowdown, clock, notify)
     metrics.append(_memory_metric(base, variant))
     task_metrics, flips = _task_metrics(base, variant, tokenizer, notify)
     known = () if isinstance(model, Variant) else tuned_on(model)
@@ -169,15 +182,13 @@ def _where(
 def _latency_metrics(
     base: Baseline,
     variant: Variant,
-    against: PreTrainedModel | None,
+    rival: Variant | None,
     max_slowdown: float,
     clock: Clock,
     notify: Callable[[str], None],
 ) -> list[Metric]:
-    if against is not None:
-        return [_race(base, variant, against, max_slowdown, clock, notify)]
-    if not base.pace:
-        return []
+    if rival is not None:
+        return [_race(base, variant, rival, max_slowdown, clock, notify)]
     was, here = base.environment.machine(), subject.environment(variant.original).machine()
     if was != here:
         reason = f"recorded on another machine ({was}; this one is {here}): --against measures both here"
@@ -202,18 +213,27 @@ def _pace_metric(then: LatencySamples, now: LatencySamples, metric: str, max_slo
     return Metric(name, verdict, reason, value=change.point, bound=change.high, limit=max_slowdown)
 
 
+def _rival(base: Baseline, against: PreTrainedModel) -> Variant:
+    """The variant that serves the recorded model, to be timed.
+
+    Raises:
+        BaselineError: it is another model.
+    """
+    rival = subject.serving(against)
+    if fingerprint.of_model(route.bare(against)) != base.subject.fingerprint:
+        raise BaselineError("the model to measure against is not the one recorded: other weights or configuration")
+    return rival
+
+
 def _race(
     base: Baseline,
     variant: Variant,
-    against: PreTrainedModel,
+    rival: Variant,
     max_slowdown: float,
     clock: Clock,
     notify: Callable[[str], None],
 ) -> Metric:
     """Time the recorded model and this one in interleaved pairs."""
-    rival = subject.serving(against)
-    if fingerprint.of_model(route.bare(against)) != base.subject.fingerprint:
-        raise BaselineError("the model to measure against is not the one recorded: other weights or configuration")
     notify("timing both models in pairs")
     shapes = [each.bucket for each in base.pace] or list(buckets(_recorded_work(base)))
     limits = Limits(

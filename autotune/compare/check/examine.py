@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...errors import BaselineError
 from ...runtime.variant import Variant
 from ...validate import Quality, Verdict
 from ...validate.divergence import Divergence, find_defect
@@ -21,19 +22,38 @@ from ...validate.tiers import SIZES, TIERS
 from .baseline import Baseline
 from .compact import Compact
 
+NARROW = ("bfloat16", "float16")  # dtypes of logits that are narrower than `validate.quality.FULL_BYTES`
+
 
 @dataclass
 class RecordedExam(Exam):
     """An exam whose original model is no longer available: its answers are read from a baseline.
 
     `original` is the model under check, which determines the device and the dtype.
+
+    Attributes:
+        compacts: group -> the recorded distributions of its scored tokens.
+        stepped: the same from decoding step by step, if steps are to be compared with steps; else empty.
+        vocabulary: width of the logits.
     """
 
     compacts: dict[tuple[Text, ...], Compact] = field(default_factory=dict)
+    stepped: dict[tuple[Text, ...], Compact] = field(default_factory=dict)
     vocabulary: int = 0
 
     @classmethod
-    def of(cls, baseline: Baseline, variant: Variant) -> RecordedExam:
+    def of(cls, baseline: Baseline, variant: Variant, tier: str) -> RecordedExam:
+        """The exam of a tier. As in `validate.quality`, only "lossless" compares steps with steps, in 16-bit types.
+
+        Raises:
+            BaselineError: steps were not recorded, but the tier needs them.
+        """
+        is_stepped = tier == "lossless" and bool(baseline.stepped)
+        if tier == "lossless" and baseline.subject.dtype in NARROW and not is_stepped:
+            raise BaselineError(
+                f"tier lossless compares decoding steps in {baseline.subject.dtype} with recorded steps, which an "
+                "earlier version did not record: record the baseline again, or choose tier strict"
+            )
         asked = baseline.questions
         return cls(
             variant.original,
@@ -46,6 +66,7 @@ class RecordedExam(Exam):
             asked.noise_kld,
             asked.tie_nats,
             compacts=dict(zip(asked.groups, baseline.answers, strict=True)),
+            stepped=dict(zip(asked.groups, baseline.stepped, strict=True)) if is_stepped else {},
             vocabulary=baseline.subject.vocabulary,
         )
 
@@ -57,7 +78,7 @@ class RecordedExam(Exam):
         Args:
             group: a group of the exam's texts.
             ruled_out: [B, T, V] tokens that the candidate rules out, as models with padded vocabularies do.
-            stepped: ignored, because only one form of the answers was recorded.
+            stepped: ignored, because the guards do not need it.
         """
         flat = None if ruled_out is None else ruled_out.flatten(0, 1).cpu()
         dense = self.compacts[group].dense(self.vocabulary, flat)
@@ -131,8 +152,10 @@ def _defect(exam: RecordedExam, group: tuple[Text, ...], logits: torch.Tensor) -
 
 def _add(exam: RecordedExam, group: tuple[Text, ...], stratum: str, logits: torch.Tensor, found: Examined) -> None:
     """Compare logits [B, T, V] of a group, sequence by sequence."""
-    steps = logits.shape[1]
-    for text, mine, row in zip(group, exam.compacts[group].split([steps] * len(group)), logits, strict=True):
+    steps, recorded = logits.shape[1], exam.compacts[group]
+    if stratum != "prefill":
+        recorded = exam.stepped.get(group, recorded)
+    for text, mine, row in zip(group, recorded.split([steps] * len(group)), logits, strict=True):
         divergence = mine.compare(row, torch.tensor(text.scored, dtype=torch.int64, device="cpu"))
         found.tally.add(divergence, text, stratum)
         if stratum.endswith("-prompt"):

@@ -2,7 +2,8 @@
 
     manifest.json           schema, recorded model and machine, latency samples, and the hashes of the other two
     exam.json               prompts and texts as token ids, labelled tasks and their outcomes
-    reference.safetensors   the model's distribution at every scored position, and sketches of its layers' outputs
+    reference.safetensors   the model's distribution at every scored position (in 16 bits: in a full forward, and in
+                            decoding step by step), and sketches of its layers' outputs
 
 A folder is written completely or not at all. Only its owner can read it, because prompts may be private. Reading checks
 the hashes, which detects damage and edits. It does not protect against someone who writes matching hashes.
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ def save(baseline: Baseline, folder: Path, *, force: bool = False) -> None:
     from safetensors.torch import save as to_bytes
 
     require_free(folder, force)
-    tensors = {f"answers.{name}": t.contiguous() for name, t in Compact.joined(baseline.answers).tensors().items()}
+    tensors = {**_tensors("answers", baseline.answers), **_tensors("stepped", baseline.stepped)}
     tensors |= {f"layers.{k}.{name}": t for k, (name, t) in enumerate(baseline.layers.items())}
     contents = {
         EXAM: codec.dumps(_Exam(baseline.questions, baseline.suites)).encode(),
@@ -131,22 +132,36 @@ def load(folder: str | Path) -> Baseline:
     try:
         exam: _Exam = codec.decode(_Exam, codec.loads(contents[EXAM]), EXAM)
         tensors = from_bytes(contents[REFERENCE])
-        answers = {name.removeprefix("answers."): t for name, t in tensors.items() if name.startswith("answers.")}
         layers = {int(k): (name, t) for (_, k, name), t in _layers(tensors)}
         counts = [sum(len(text.scored) for text in group) for group in exam.questions.groups]
-        compact = tuple(Compact(**answers).split(counts))
+        answers, stepped = (_compact(name, tensors, counts) for name in ("answers", "stepped"))
+        if not answers:
+            raise ValueError("there are no answers")
     except (PlanError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
         raise MeasurementError(f"the baseline {folder} is damaged ({error}): {RECORD_AGAIN}") from error
     return Baseline(
         manifest.subject,
         manifest.environment,
         exam.questions,
-        compact,
+        answers,
         dict(layers[k] for k in sorted(layers)),
         manifest.pace,
         exam.suites,
         manifest.created,
+        stepped,
     )
+
+
+def _tensors(name: str, answers: Sequence[Compact]) -> dict[str, torch.Tensor]:
+    """The tensors that hold some answers, by their names in the file; none if there are no answers."""
+    joined = Compact.joined(answers).tensors() if answers else {}
+    return {f"{name}.{part}": tensor.contiguous() for part, tensor in joined.items()}
+
+
+def _compact(name: str, tensors: Mapping[str, torch.Tensor], counts: Sequence[int]) -> tuple[Compact, ...]:
+    """Undo `_tensors`, for groups of `counts` scored tokens."""
+    parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+    return tuple(Compact(**parts).split(counts)) if parts else ()
 
 
 def _layers(tensors: Mapping[str, torch.Tensor]) -> list[tuple[list[str], torch.Tensor]]:

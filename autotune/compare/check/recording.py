@@ -17,6 +17,7 @@ from ...errors import WorkloadError
 from ...model import configured
 from ...runtime.variant import Variant
 from ...validate.exam import UNBOUNDED, Exam
+from ...validate.quality import FULL_BYTES
 from ...validate.score import Served
 from ...validate.texts import LONGEST_CONTEXT, Text
 from ...validate.timing import Clock
@@ -95,6 +96,8 @@ def record(
     if exam.problem:
         raise WorkloadError(f"a baseline of size {size} cannot be recorded: {exam.problem}")
     questions, answers = _questions(exam, work, size), _answers(exam, notify)
+    narrow = original.dtype.itemsize < FULL_BYTES
+    stepped = _answers(exam, notify, stepped=True) if narrow else ()
     notify("reading the layers' outputs")
     layers = fingerprint(original, questions.read[:PROMPTS])
     suites = _suites(variant, given, lm_eval, tokenizer, exam.pad_token_id, notify)
@@ -108,6 +111,7 @@ def record(
         pace=pace.measure(variant, buckets(work), work.prompts, clock=clock, notify=notify) if latency else (),
         suites=suites,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        stepped=stepped,
     )
     save(baseline, folder, force=force)
     return baseline
@@ -154,17 +158,17 @@ def _questions(exam: Exam, work: Workload, size: str) -> Questions:
     )
 
 
-def _answers(exam: Exam, notify: Callable[[str], None]) -> tuple[Compact, ...]:
+def _answers(exam: Exam, notify: Callable[[str], None], *, stepped: bool = False) -> tuple[Compact, ...]:
     groups = exam.groups()
     found = []
     for k, group in enumerate(groups):
-        notify(f"keeping what matters of the logits, {k} of {len(groups)}")
-        found.append(_compact(exam, group, seed=k))
+        notify(f"keeping what matters of the logits{' of decoding' if stepped else ''}, {k} of {len(groups)}")
+        found.append(_compact(exam, group, k, stepped))
     return tuple(found)
 
 
-def _compact(exam: Exam, group: tuple[Text, ...], seed: int) -> Compact:
-    logits = exam.reference(group).float()  # [B, T, V]
+def _compact(exam: Exam, group: tuple[Text, ...], seed: int, stepped: bool) -> Compact:
+    logits = exam.reference(group, stepped=stepped).float()  # [B, T, V]
     targets = torch.tensor([text.scored for text in group], dtype=torch.int64, device="cpu")  # [B, T]
     return Compact.of(logits.flatten(0, 1), targets.flatten(), seed)
 

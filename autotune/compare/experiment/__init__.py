@@ -49,7 +49,8 @@ class Experiment(Setup):
 
         Args:
             budget_s: seconds for comparing, including quality; a policy is tuned before that, within its own budget.
-            pairs: most timed pairs per bucket and candidate; fewer than 8 cannot show a gain.
+            pairs: most timed pairs per bucket and candidate. Fewer than 6 cannot show a gain of one candidate, fewer
+                than 7 one of two or three candidates.
             progress: called with a sentence for each step.
             clock: returns monotonic seconds.
 

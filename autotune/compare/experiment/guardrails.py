@@ -182,7 +182,7 @@ def stated_bound(
     if guardrail.kind == "mean" and math.isnan(std):
         return f"{guardrail.name}: its spread is not known yet"
     unseen = UNSEEN_PAIRED_STD if share is None else UNSEEN_STD
-    known = round(unseen if math.isnan(std) else std, 3)
+    known = float(f"{unseen if math.isnan(std) else std:.3g}")  # few different values, so that results are cached
     excess = math.log1p(2 * guardrail.limit) - guardrail.bar if guardrail.kind == "ratio" else guardrail.limit
     n = sequential.requests_to_see_mean(excess, known, alpha, control=control) if excess > 0 else None
     many = f"{max(n, START_SKEWED) if guardrail.kind == 'mean' else n}" if n else f"over {sequential.MAX_REQUESTS}"

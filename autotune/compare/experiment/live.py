@@ -6,17 +6,17 @@ import dataclasses
 import enum
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ... import workload
 from ...errors import ExperimentError
 from ...model import route, seam
+from ...model.revision import Revision
 from ...tune import codec
 from ...workload import Workload
-from .arms import Arm, ArmBuilder
+from .arms import Arm, ArmBuilder, is_same
 from .given import CONTROL, GivenArm
 from .guardrails import Figures, Finding
 from .sequential import Moments
@@ -116,10 +116,26 @@ def describe(body: Mapping[str, Any]) -> list[str]:
 
 
 class Layer(ABC):
-    """A router on top of a live model that passes on everything; see `route.below`. It runs as a context, too."""
+    """A router on top of a live model that passes on everything; see `route.below`. It runs as a context, too.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        experiment: the experiment.
+        model: the live model.
+        names: names of the candidates that run.
+
+    Raises:
+        ExperimentError: there is no such candidate, or it cannot be built or run on the live model's calls.
+        UnsupportedModelError: autotune cannot route the live model.
+    """
+
+    def __init__(self, experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> None:
         self._model = model
+        self._control_arm, self._arms, self._revision = arms_of(experiment, model, names)
+
+    def change(self) -> str | None:
+        """Why candidates made from the live model are not comparable with it any more: it was edited since. Or None."""
+        change = None if self._revision is None else self._revision.changed()
+        return None if change is None else f"the model changed ({change})"
 
     @abstractmethod
     def start(self) -> Self:
@@ -152,12 +168,13 @@ class Layer(ABC):
         return route.below(self._model, self).other_loop(name)
 
 
-def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> tuple[Arm, dict[str, Arm]]:
+def arms_of(
+    experiment: Setup, model: PreTrainedModel, names: Sequence[str]
+) -> tuple[Arm, dict[str, Arm], Revision | None]:
     """Build the live model's arm, and the candidates' arms by name.
 
-    Raises:
-        ExperimentError: there is no such candidate, or it cannot be built or run on the live model's calls.
-        UnsupportedModelError: autotune cannot route the live model.
+    Returns:
+        Both, and the state that the live model had before; None if no candidate is made from it.
     """
     from ...errors import UnsupportedModelError
     from ...tune.supported import unsupported
@@ -166,16 +183,15 @@ def arms_of(experiment: Setup, model: PreTrainedModel, names: Sequence[str]) -> 
         raise UnsupportedModelError(reason)
     if unknown := [name for name in names if name not in experiment.candidates]:
         raise ExperimentError(f"there is no candidate {unknown[0]!r}; there are {', '.join(experiment.candidates)}")
-    bare = route.bare(model)
-    work, given = ANY_WORK, experiment.workload
-    if given is not None:
-        work = workload.read(given, tokenizer=experiment.tokenizer, model=bare)
+    bare, revision = route.bare(model), Revision(model)
+    work = ANY_WORK if experiment.workload is None else experiment.work(bare, experiment.tokenizer)
     bench = ArmBuilder(bare, experiment.tokenizer, work, log.info)
     built = {name: bench.candidate(experiment.candidates[name]) for name in names}
     for name, arm in built.items():
         if problem := arm.problem or arm.unjudged:
             raise ExperimentError(f"candidate {name!r} cannot answer the live model's calls: {problem}")
-    return bench.control(GivenArm(CONTROL, "model", bare)), built
+    is_own = any(arm.variant is not None and is_same(arm.variant.original, model) for arm in built.values())
+    return bench.control(GivenArm(CONTROL, "model", bare)), built, revision if is_own else None
 
 
 def overall(candidates: Sequence[Standing]) -> tuple[str, str]:
@@ -202,18 +218,35 @@ class Record:
         """Load the state that `save` kept for an arm; empty at the first start."""
         if not self.version.resumed or (found := self.store.verdicts(self.version).get(arm)) is None:
             return {}
-        kept: Mapping[str, Any] = found.body.get("kept", {})
-        return kept
+        return _kept(found.body)
 
-    def save(self, status: LiveStatus, kept: Mapping[str, Any]) -> None:
-        """Save the status and each arm's state for `load`. A store's error must never fail a live call."""
+    def save(
+        self,
+        status: LiveStatus,
+        kept: Mapping[str, Any],
+        unless: Callable[[Mapping[str, Any]], bool] = lambda theirs: False,
+    ) -> Mapping[str, Any]:
+        """Save the status and each arm's state for `load`. A store's error must never fail a live call.
+
+        Args:
+            unless: called with the state that another process may have saved for an arm. If it returns True, that
+                state stays, and nothing more is saved.
+
+        Returns:
+            The state that stays; empty if all was saved, or the store failed.
+        """
         try:
             for arm in status.candidates:
                 body = {**codec.encode(arm), "kept": codec.encode(kept[arm.name])}
-                self.store.conclude(self.version, arm.name, arm.verdict, arm.reason, body)
+                stays = self.store.conclude(
+                    self.version, arm.name, arm.verdict, arm.reason, body, unless=lambda before: unless(_kept(before))
+                )
+                if stays is not None:
+                    return _kept(stays)
             self.store.conclude(self.version, "", *overall(status.candidates), status.to_dict())
         except Exception as error:
             log.warning("experiment %s is not kept: %s: %s", status.name, type(error).__name__, error)
+        return {}
 
     def note(self, kind: str, text: str) -> None:
         """Save and log an event."""
@@ -222,6 +255,11 @@ class Record:
             self.store.note(self.version, kind, text)
         except Exception as error:
             log.warning("an event is not kept: %s: %s", type(error).__name__, error)
+
+
+def _kept(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    kept: Mapping[str, Any] = body.get("kept", {})
+    return kept
 
 
 def read_figures(kept: Mapping[str, Any]) -> dict[str, Moments]:

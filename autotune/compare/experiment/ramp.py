@@ -48,6 +48,11 @@ class RampProgress:
     control: Mapping[str, Moments] = field(default_factory=dict)
     candidate: Mapping[str, Moments] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> int:
+        """Number of roll-backs and resumptions so far: of two processes' progress, the one with more is the later."""
+        return 2 * self.rollbacks - (self.state is RampState.ROLLED_BACK)
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -104,7 +109,7 @@ class Ramp:
             return progress
         verdict, reason = guardrails.conclude(self.findings(progress))
         if verdict is Verdict.FAIL:
-            return replace(progress, state=RampState.ROLLED_BACK, reason=reason, rollbacks=progress.rollbacks + 1)
+            return rolled_back(progress, reason)
         if verdict is not Verdict.PASS or progress.requests < self.needed(progress) or progress.state is RampState.FULL:
             return progress
         if progress.step + 1 == len(self.shares):
@@ -153,6 +158,12 @@ def observed(
         return replace(progress, control=guardrails.add(progress.control, values))
     grown = guardrails.add(progress.candidate, values)
     return replace(progress, candidate=grown, requests=progress.requests + 1)
+
+
+def rolled_back(progress: RampProgress, reason: str) -> RampProgress:
+    """Give the candidate no more requests. It counts as one roll-back, however often it is done."""
+    more = progress.rollbacks + (progress.state is not RampState.ROLLED_BACK)
+    return replace(progress, state=RampState.ROLLED_BACK, reason=reason, rollbacks=more)
 
 
 def resumed(progress: RampProgress) -> RampProgress:

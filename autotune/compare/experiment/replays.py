@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import MeasurementError
-from ...model import seam
+from ...model import configured, seam
 from ...runtime import dispatch
 from ...validate.divergence import compare_logits, find_defect
 from ...validate.score import BypassedError, CandidateError, OutputError, Served, Tokens
@@ -106,6 +106,20 @@ class ReplayedRequest:
     ends: tuple[int, ...]
     pad_token_id: int
     at_s: float
+
+    @classmethod
+    def of(cls, call: seam.Sampling, result: Any, now_s: float) -> ReplayedRequest:
+        """Copy a call and its answer, because the caller may change its tensors."""
+        config, whole = call.settings, seam.sequences(result)  # [B, P + N]
+        ended, mask = configured.end_ids(config), call.mask
+        return cls(
+            ids=call.input_ids.clone(),
+            mask=None if mask is None else mask.clone(),
+            answer=whole[:, call.input_ids.shape[1] :].clone(),
+            ends=ended,
+            pad_token_id=config.pad_token_id if isinstance(config.pad_token_id, int) else (ended or (0,))[0],
+            at_s=now_s,
+        )
 
     def prompts(self) -> list[list[int]]:
         """Token ids without padding."""

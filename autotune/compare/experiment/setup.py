@@ -12,13 +12,13 @@ from ...errors import ExperimentError, WorkloadError, nearest
 from ...model.load import load
 from ...validate.limits import Limits
 from ...validate.tiers import TIERS
-from ...workload import METRICS, Metric
+from ...workload import METRICS, Metric, Workload
 from . import given
 from .arms import Arm, ArmBuilder
 from .store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("autotune")
 
@@ -120,11 +120,18 @@ class Setup:
             model = model.original
         if self.workload is None:
             raise WorkloadError("there is no workload; expected prompts or a file of them: workload=[...]")
+        return ArmBuilder(model, tokenizer, self.work(model, tokenizer), notify)
+
+    def work(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Workload:
+        """Read the workload for a model.
+
+        Raises:
+            WorkloadError: the prompts cannot be used.
+        """
         new_tokens, batches = self._shape
-        work = workloads.read(
+        return workloads.read(
             self.workload, tokenizer=tokenizer, model=model, new_tokens=new_tokens, batch_sizes=batches
         )
-        return ArmBuilder(model, tokenizer, work, notify)
 
 
 def _one_of(what: str, value: str, known: Any) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import DeviceError, ExperimentError, MeasurementError
 from ...machine import ending, forking
 from ...machine.ending import Cancelled
-from ...model import configured, route, seam
+from ...model import modes, route, seam
 from ...runtime.traffic import Traffic
 from ...runtime.wrapped import serving_variant
 from ...validate import Verdict
@@ -27,7 +27,6 @@ from .live import (
     LiveStatus,
     Record,
     Standing,
-    arms_of,
     log,
     read_figures,
     sentences,
@@ -103,11 +102,10 @@ class Shadow(Layer):
                 f"share={share}, queue={queue}, deadline_s={deadline_s}, budget={budget}, budget_s={budget_s}: "
                 "expected shares above 0 and at most 1, and at least one place in the queue and some time"
             )
-        super().__init__(model)
+        super().__init__(experiment, model, list(experiment.candidates))
         self.name = experiment.name
         self.limits = limits_of(experiment)
         self._tier = TIERS[experiment.tier]
-        self._control_arm, self._arms = arms_of(experiment, model, list(experiment.candidates))
         self._share = share
         self._places = queue
         self._deadline_s = deadline_s
@@ -239,12 +237,12 @@ class Shadow(Layer):
             if (reason := self._hindrance(call)) is not None:
                 self._counts[f"dropped: {reason}"] += 1
                 return
-            self._waiting.append(_request(call, result, self._clock()))
+            self._waiting.append(ReplayedRequest.of(call, result, self._clock()))
             self._changed.notify_all()
 
     def _hindrance(self, call: seam.Sampling) -> str | None:
         """Why a call is not copied, or None."""
-        if reason := call.unusual_argument():
+        if reason := call.unusual_argument() or modes.unserved():
             return reason
         return "queue full" if len(self._waiting) >= self._places else None
 
@@ -287,6 +285,8 @@ class Shadow(Layer):
         """Replay on every candidate. Returns why the request was dropped, or None."""
         if not request.served()[0]:
             return "empty answer"
+        if change := self.change():
+            return change
         start = self._clock()
         turns = Turns(self._traffic, request.at_s + self._deadline_s, self._clock)
         control = Rerun(serving_variant(self._model), turns, request.pad_token_id)
@@ -295,7 +295,10 @@ class Shadow(Layer):
                 assert arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
                 candidate = Rerun(arm.variant, turns, request.pad_token_id)
                 first = self._chance.random() < 0.5
-                self._count(name, replay(control, candidate, request, turns, candidate_first=first))
+                found = replay(control, candidate, request, turns, candidate_first=first)
+                if change := self.change():
+                    return change
+                self._count(name, found)
         except LateError:
             return "deadline"
         except MeasurementError as error:
@@ -328,17 +331,3 @@ class Shadow(Layer):
                 there, here = (getattr(t, f"{name}_s") for t in (found.pair.candidate, found.pair.reference))
                 values[name] = by[name].scale(there / here)
         return values
-
-
-def _request(call: seam.Sampling, result: Any, now_s: float) -> ReplayedRequest:
-    """Copy a call and its answer, because the caller may change its tensors."""
-    config, whole = call.settings, seam.sequences(result)  # [B, P + N]
-    ended, mask = configured.end_ids(config), call.mask
-    return ReplayedRequest(
-        ids=call.input_ids.clone(),
-        mask=None if mask is None else mask.clone(),
-        answer=whole[:, call.input_ids.shape[1] :].clone(),
-        ends=ended,
-        pad_token_id=config.pad_token_id if isinstance(config.pad_token_id, int) else (ended or (0,))[0],
-        at_s=now_s,
-    )

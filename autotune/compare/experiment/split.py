@@ -7,22 +7,22 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ...errors import DeviceError, ExperimentError, StateError, VariantError, in_words
-from ...machine import forking
-from ...model import route, seam
+from ...errors import DeviceError, ExperimentError, RequestError, StateError, VariantError, in_words
+from ...machine import forking, outside
+from ...model import modes, route, seam
 from ...runtime import dispatch
 from ...runtime.attempt import Attempt
+from ...runtime.batching.terms import CURRENT
 from ...runtime.token_clock import TokenClock
 from ...tune import codec
 from . import guardrails, ramp
 from .guardrails import STANDARD, Guardrail
-from .live import Layer, LiveState, LiveStatus, Record, Standing, arms_of, log, sentences
-from .ramp import Ramp, RampProgress, RampState
+from .live import Layer, LiveState, LiveStatus, Record, Standing, log, sentences
+from .ramp import Ramp, RampProgress, RampState, rolled_back
 
 if TYPE_CHECKING:
     from typing import Self
@@ -51,6 +51,9 @@ class Split(Layer):
     logits. Errors of the caller's streamers, processors and criteria do not count; they go to the caller. Requests are
     assumed to be independent: if a few keys make up much of the traffic, the intervals are too narrow.
 
+    Several processes may run the same split on one store, each with its own figures. A roll-back in one reaches the
+    others when they next save, after at most 25 of the candidate's requests, and a resumption when they next start.
+
     Args:
         experiment: the experiment with the candidate; its name is the salt of the keys.
         model: the live model, wrapped or not, which is the control.
@@ -78,14 +81,13 @@ class Split(Layer):
         key: Callable[[seam.Sampling], str] | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        super().__init__(model)
         names = [candidate] if candidate is not None else list(experiment.candidates)
         if len(names) != 1:
             raise ExperimentError(f"a split has one candidate; choose candidate= from {', '.join(names)}")
         self.name = experiment.name
         self.ramp = Ramp(tuple(ramp), _checked(guardrails), step_requests)
-        control, arms = arms_of(experiment, model, names)
-        self._arm = arms[names[0]]
+        super().__init__(experiment, model, names)
+        self._arm = self._arms[names[0]]
         assert self._arm.variant is not None  # noqa: S101 - `arms_of` refuses others; for the type checker
         self._variant: Variant = self._arm.variant
         self._key = key
@@ -96,9 +98,10 @@ class Split(Layer):
         self._counts = Counter[str]()
         self._errors = deque[str](maxlen=KEPT_ERRORS)
         rails = [[g.name, g.kind, g.limit, g.worse] for g in self.ramp.rails]
-        self._record = Record(experiment, "split", control, arms, {"ramp": list(self.ramp.shares), "guardrails": rails})
+        settings = {"ramp": list(self.ramp.shares), "guardrails": rails}
+        self._record = Record(experiment, "split", self._control_arm, self._arms, settings)
         kept = self._record.load(self._arm.name)
-        self._progress: RampProgress = codec.decode(RampProgress, kept, "progress") if kept else RampProgress()
+        self._progress = _progress(kept) if kept else RampProgress()
 
     # What users call
 
@@ -120,16 +123,17 @@ class Split(Layer):
         """Set the key for calls in this context, for example a user, so that the user stays in one arm.
 
         It applies in this thread or task, not in new threads.
+
+        Raises:
+            ExperimentError: the key is not text.
         """
+        if not isinstance(value, str):
+            raise ExperimentError(f"the key is {value!r}, of type {type(value).__name__}; expected text: str(...)")
         token = _KEY.set(value)
         try:
             yield
         finally:
             _KEY.reset(token)
-
-    def arm_of(self, key: str) -> str:
-        """The arm that answers the requests of a key now: "control", or the candidate's name."""
-        return self._arm.name if ramp.place(self.name, key) < self.share else "control"
 
     def resume(self) -> None:
         """Try the candidate again after a roll-back, from the first step. This never happens automatically.
@@ -137,6 +141,7 @@ class Split(Layer):
         Raises:
             StateError: the candidate was not rolled back.
         """
+        self._save()  # and learn of another process's roll-back
         with self._lock:
             if self._progress.state is not RampState.ROLLED_BACK:
                 raise StateError(f"the split {self.name!r} is {self._progress.state}; there is nothing to resume")
@@ -145,9 +150,9 @@ class Split(Layer):
 
     def rollback(self, reason: str = "asked for") -> None:
         """Give the candidate no more requests until `resume` is called."""
+        self._save()  # and learn of another process's resumption, which is not meant to undo this
         with self._lock:
-            more = self._progress.rollbacks + (self._progress.state is not RampState.ROLLED_BACK)
-            self._progress = replace(self._progress, state=RampState.ROLLED_BACK, reason=reason, rollbacks=more)
+            self._progress = rolled_back(self._progress, reason)
         self._save(RampState.ROLLED_BACK, reason)
 
     @property
@@ -184,7 +189,13 @@ class Split(Layer):
 
     def sample(self, call: seam.Sampling) -> Any:
         share = self.share
-        chosen = share > 0 and ramp.place(self.name, self._key_of(call)) < share
+        try:
+            chosen = share > 0 and ramp.place(self.name, self._key_of(call)) < share
+        except Exception as error:  # the user's key must not fail a live call
+            outside.pass_on(error)
+            if self._count("no key could be made") == 1:
+                log.warning("no key could be made, so the control answers: %s: %s", type(error).__name__, error)
+            return self.control(call)
         if (reason := self._unsupported(call)) is not None:  # such calls would be the control's alone to be timed by
             if chosen:
                 self._count(f"bypassed: {reason}")
@@ -198,12 +209,18 @@ class Split(Layer):
         return result
 
     def _candidate(self, call: seam.Sampling) -> Any:
+        terms = CURRENT.get()
+        if terms is not None and terms.seed is not None:
+            call = call.seeded(terms.seed)
         attempt = Attempt(call, self._variant.device)
         tokens, start_s = TokenClock(attempt.call.streamer, self._clock), self._clock()
         try:
             result = self._run(attempt.call.with_streamer(tokens))
         except DeviceError as failure:  # nothing can be retried on this device
             self.rollback(str(failure))
+            raise
+        except RequestError:  # refused, late or cancelled: the control would not help
+            self._count("refused, late or cancelled")
             raise
         except Exception as failure:
             theirs, message = attempt.outsiders(failure), in_words(failure, VariantError)
@@ -236,13 +253,15 @@ class Split(Layer):
 
     def _unsupported(self, call: seam.Sampling) -> str | None:
         """Why the candidate cannot answer a call, or None."""
+        if reason := modes.unserved():
+            return reason
         if call.has_callers_cache():
             return "a cache of the caller's"
         if call.has_embeddings():  # computed by the live model's embedding
             return "argument inputs_embeds"
         if (kind := call.settings.cache_implementation) is not None:
             return f"cache_implementation={kind!r}"
-        return dispatch.unsupported(self._variant, call)
+        return dispatch.unsupported(self._variant, call) or self.change()
 
     def _measured(
         self, call: seam.Sampling, tokens: TokenClock, start_s: float, result: Any
@@ -286,14 +305,32 @@ class Split(Layer):
         elif arm == "candidate" and after.requests % SAVE_EVERY == 0:
             self._save()
 
-    def _count(self, what: str) -> None:
+    def _count(self, what: str) -> int:
         with self._lock:
             self._counts[what] += 1
+            return self._counts[what]
 
     def _save(self, kind: str = "", text: str = "") -> None:
         if kind:
             self._record.note(kind, text)
-        self._record.save(self.status, {self._arm.name: self._progress})
+        while later := self._save_unless_behind(self._progress):
+            with self._lock:
+                is_news = later.turns > self._progress.turns
+                self._progress = later if is_news else self._progress
+            if is_news:
+                log.warning("split %s: another process has left it %s: %s", self.name, later.state, later.reason)
+
+    def _save_unless_behind(self, own: RampProgress) -> RampProgress | None:
+        """Save this progress. Returns that of another process instead, if a later one was saved."""
+        later = self._record.save(
+            self.status, {self._arm.name: own}, unless=lambda kept: _progress(kept).turns > own.turns
+        )
+        return _progress(later) if later else None
+
+
+def _progress(kept: Mapping[str, Any]) -> RampProgress:
+    found: RampProgress = codec.decode(RampProgress, kept, "progress")
+    return found
 
 
 def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

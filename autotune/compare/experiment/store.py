@@ -13,7 +13,7 @@ import logging
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,7 +59,7 @@ class Observation:
 
     Args:
         arm: name of the arm.
-        kind: "latency", "quality", "memory", "shadow", "split", ...
+        kind: "latency", "quality", "prompt" or "noise".
         bucket: bucket of the workload; empty if it does not apply.
         turn: number of the pair or request. Arm, kind, bucket and turn are the key.
         body: the measurement as plain JSON values.
@@ -125,8 +125,8 @@ class Store:
     def begin(self, name: str, mode: str, arms: Mapping[str, str], settings: Mapping[str, Any]) -> Version:
         """Begin or resume a version, under which observations are saved.
 
-        Resumes the latest version of the name if it is still running and has the same mode, arms and settings.
-        Otherwise begins a new one.
+        Resumes the latest version that is still running and has the same name, mode, arms and settings, even if another
+        one was begun since. Otherwise begins a new one.
 
         Args:
             name: name of the experiment.
@@ -137,11 +137,15 @@ class Store:
         wanted = json.dumps(settings, sort_keys=True)
         identity = _hash(json.dumps([mode, dict(arms), wanted]))
         with self._transaction() as db:
-            last = db.execute("SELECT * FROM experiments WHERE name = ? ORDER BY number DESC", (name,)).fetchone()
-            if last and last["status"] == "running" and last["identity"] == identity:
-                kept = _count(db, last["id"])
-                version = _version(last, resumed=True, reason=f"resumed; observations kept so far: {kept}")
+            same = db.execute(
+                "SELECT * FROM experiments WHERE name = ? AND identity = ? AND status = 'running' ORDER BY number DESC",
+                (name, identity),
+            ).fetchone()
+            if same:
+                kept = _count(db, same["id"])
+                version = _version(same, resumed=True, reason=f"resumed; observations kept so far: {kept}")
             else:
+                last = db.execute("SELECT * FROM experiments WHERE name = ? ORDER BY number DESC", (name,)).fetchone()
                 reason = self._difference(db, last, mode, arms, wanted) if last else "begun"
                 number = last["number"] + 1 if last else 1
                 row = (name, number, mode, "running", identity, wanted, _now())
@@ -203,11 +207,34 @@ class Store:
             rows = db.execute("SELECT * FROM events WHERE experiment = ? ORDER BY id", (version.id,)).fetchall()
         return tuple(ExperimentEvent(r["kind"], r["text"], r["at"]) for r in rows)
 
-    def conclude(self, version: Version, arm: str, verdict: str, reason: str, body: Mapping[str, Any]) -> None:
-        """Save an arm's verdict, and replace an earlier one. The arm "" stands for the whole experiment."""
+    def conclude(
+        self,
+        version: Version,
+        arm: str,
+        verdict: str,
+        reason: str,
+        body: Mapping[str, Any],
+        *,
+        unless: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> Mapping[str, Any] | None:
+        """Save an arm's verdict, and replace an earlier one. The arm "" stands for the whole experiment.
+
+        Args:
+            unless: called with the body of the earlier verdict, if there is one, in the transaction that would replace
+                it. If it returns True, nothing is saved.
+
+        Returns:
+            The body of the earlier verdict if that was not replaced, else None.
+        """
         row = (version.id, arm, verdict, reason, _encode(body), _now())
         with self._transaction() as db:
+            if unless is not None:
+                of_arm = "SELECT body FROM verdicts WHERE experiment = ? AND arm = ?"
+                found = db.execute(of_arm, (version.id, arm)).fetchone()
+                if found and unless(before := self._decode(found["body"])):
+                    return before
             db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", row)
+        return None
 
     def verdicts(self, version: Version) -> dict[str, Concluded]:
         """Arm -> its verdict."""
@@ -221,10 +248,12 @@ class Store:
             db.execute("UPDATE experiments SET status = ? WHERE id = ?", (status, version.id))
 
     def versions(self, name: str | None = None) -> tuple[Version, ...]:
-        """All versions, or those of one experiment, the latest first."""
+        """All versions, or those of one experiment, in the order of their latest events, the latest first."""
         with self._transaction(write=False) as db:
             rows = db.execute(
-                "SELECT * FROM experiments WHERE ? IS NULL OR name = ? ORDER BY id DESC", (name, name)
+                "SELECT * FROM experiments WHERE ? IS NULL OR name = ? "
+                "ORDER BY (SELECT max(id) FROM events WHERE experiment = experiments.id) DESC, id DESC",
+                (name, name),
             ).fetchall()
         return tuple(map(_version, rows))
 

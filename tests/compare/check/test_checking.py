@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -39,6 +40,20 @@ def scaled(by: float) -> Change:
                 linear.weight.mul_(by)
 
     return change
+
+
+def tired(model: Any) -> None:
+    """Right as a whole, a little wrong step by step."""
+    inner = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids.shape[1] == 1:
+            out.logits *= 0.9
+        return out
+
+    model.forward = forward
 
 
 def zeroed_head(model: Any) -> None:
@@ -171,6 +186,43 @@ def test_a_model_that_raises_could_not_be_measured(baseline, model):
     assert "no kernel for this" in result.reason
 
 
+@pytest.fixture(scope="module")
+def narrow_folder(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """A baseline of a model whose steps differ from its full forwards by more than the lossless tier allows."""
+    out = tmp_path_factory.mktemp("narrow") / "baseline"
+    check.record(narrow(), out, prompts=token_prompts(18, 40), latency=False)
+    return out
+
+
+def narrow() -> Any:
+    return subject(num_hidden_layers=8, initializer_range=0.6).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "tier", "verdict"),
+    [
+        (None, "lossless", Verdict.PASS),
+        (None, "strict", Verdict.PASS),
+        (scaled(1.05), "lossless", Verdict.FAIL),
+        (tired, "lossless", Verdict.FAIL),
+    ],
+)
+def test_decoding_steps_of_a_16_bit_model_are_compared_with_recorded_steps(narrow_folder, change, tier, verdict):
+    model = narrow()
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    result = check.run(model, narrow_folder, tier=tier)
+    assert result.verdict is verdict, result.reason
+
+
+def test_steps_that_were_not_recorded_are_not_taken_for_compared(narrow_folder):
+    earlier = replace(check.load(narrow_folder), stepped=())
+    with pytest.raises(BaselineError, match="record the baseline again, or choose tier strict"):
+        check.run(narrow(), earlier, tier="lossless")
+    assert check.run(narrow(), earlier, tier="strict").verdict is Verdict.PASS
+
+
 def plan_for(model: Any, *transforms: Any) -> Plan:
     made_for = Fingerprint(of_model(model), "here", {}, "work", "policy", "strict")
     return Plan(made_for, transforms)
@@ -237,6 +289,8 @@ def test_a_wrapped_model_and_a_variant_are_checked_as_they_serve(baseline, model
         ({}, {"workload": token_prompts(18, 40, seed=5)}, BaselineError, "not the 18 that were recorded"),
         ({}, {"tier": "perfect"}, ValueError, "no quality tier"),
         ({}, {"max_slowdown": -1.0}, ValueError, "max_slowdown"),
+        ({}, {"measure_latency": True}, BaselineError, "latency cannot be checked, because it was not recorded"),
+        ({}, {"max_slowdown": 0.01}, BaselineError, "latency cannot be checked, because it was not recorded"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(baseline, changes, options, error, said):
@@ -335,8 +389,32 @@ def test_against_the_recorded_model_both_are_timed_here(baseline, model, max_slo
     found = metric(result, "latency (paired)")
     assert found.verdict is Verdict.PASS, found.reason
     assert abs(found.value) < 1e-6
+
+
+def test_another_model_to_time_against_is_refused_before_the_exam(baseline, model, monkeypatch):
+    monkeypatch.setattr(checking, "examine", lambda *_: pytest.fail("it took long"))
     with pytest.raises(BaselineError, match="not the one recorded"):
-        check.run(model, recorded, against=subject(seed=3), clock=Clock())
+        check.run(model, baseline, against=subject(seed=3))
+    with pytest.raises(ValueError, match="measure_latency=False leaves out"):
+        check.run(model, baseline, against=subject(), measure_latency=False)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "timed"),
+    [
+        (False, {}, False),
+        (True, {}, True),
+        (True, {"measure_latency": False}, False),
+        (True, {"measure_latency": False, "max_slowdown": 0.01}, False),
+        (False, {"against": True}, True),
+        (False, {"against": True, "measure_latency": True}, True),
+    ],
+)
+def test_latency_is_checked_if_it_was_recorded_or_asked_for(baseline, model, recorded, options, timed):
+    base = with_pace(baseline, 1e-3) if recorded else baseline
+    options = options | ({"against": subject()} if "against" in options else {})
+    names = {m.name.partition(" ")[0] for m in check.run(model, base, clock=Clock(), **options).metrics}
+    assert ("latency" in names) is timed
 
 
 def test_tasks_are_compared_one_by_one(baseline, model):

@@ -75,6 +75,19 @@ def test_exit_codes(work, argv, code, capsys):
     assert not (work / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--max-slowdown 1%", "latency cannot be checked, because it was not recorded"),
+        ("--against {work}/broken", "the model to measure against is not the one recorded"),
+    ],
+)
+def test_latency_that_was_asked_for_is_not_left_out(work, options, said, capsys):
+    argv = f"check run {work}/model --baseline {work}/base {options.format(work=work)}"
+    assert cli.main(argv.split()) == cli.USAGE
+    assert said in capsys.readouterr().err
+
+
 POLICY = """
 name = "quick"
 description = "Nothing that could win on any machine"
@@ -143,6 +156,7 @@ def test_files_for_ci(work, tmp_path, capsys):
         ["check", "run", "m", "--baseline", "b", "--max-slowdown", "much"],
         ["check", "run", "m", "--baseline", "b", "--max-slowdown", "-5%"],
         ["check", "run", "m", "--baseline", "b", "--plan", "p", "--policy", "q"],
+        ["check", "run", "m", "--baseline", "b", "--against", "n", "--no-latency"],
         ["check", "record", "m", "--out", "b", "--size", "huge"],
     ],
     ids=" ".join,

@@ -30,6 +30,7 @@ def test_what_is_read_is_what_was_written(baseline, tmp_path):
     )
     assert list(again.layers) == list(baseline.layers)
     assert len(again.answers) == len(baseline.answers) == len(baseline.questions.groups)
+    assert again.stepped == baseline.stepped == ()
     for one, other in zip(again.answers, baseline.answers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.tensors().values(), other.tensors().values(), strict=True))
 

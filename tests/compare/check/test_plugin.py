@@ -21,6 +21,7 @@ def test_quality(autotune_check):
     {change}
     autotune_check(model{options})
 """
+UNRECORDED = "*BaselineError: latency cannot be checked, because it was not recorded*"
 BROKEN = "model.lm_head.weight.data.mul_(1.5)"
 
 
@@ -47,6 +48,12 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
             "*MeasurementError: autotune check: quality*",
         ),
         ("", ", baseline='nowhere'", [], "failed", "*nowhere is not a baseline*"),
+        ("", ", max_slowdown=0.02", [], "failed", UNRECORDED),
+        ("", "", ["--autotune-max-slowdown", "0.01"], "failed", UNRECORDED),
+        ("", "", ["--autotune-latency"], "failed", UNRECORDED),
+        ("", ", measure_latency=False", ["--autotune-latency", "--autotune-max-slowdown", "0.01"], "passed", ""),
+        ("", ", against=subject(seed=3)", [], "failed", "*to measure against is not the one recorded*"),
+        ("", ", against=None", [], "passed", ""),
     ],
 )
 def test_a_check_inside_a_suite(suite, folder, baseline, change, options, arguments, outcome, said):

@@ -119,6 +119,12 @@ def test_the_bound_is_stated(name: str) -> None:
     assert part in stated_bound(guardrail, 0.01, **known)
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_the_bound_does_not_depend_on_the_unit_of_a_metric(unit: float) -> None:
+    rail = Guardrail("cost", "mean", 0.1 * unit, lambda prompt, new: 0.0)
+    assert "is caught within 1618 requests" in stated_bound(rail, 0.0125, std=0.4 * unit, share=0.5)
+
+
 BAD: dict[str, Any] = {
     "negative": lambda: Guardrail("x", "mean", -1.0, lambda p, a: 1.0),
     "not a number": lambda: Guardrail("x", "mean", math.nan, lambda p, a: 1.0),

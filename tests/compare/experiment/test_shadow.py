@@ -23,6 +23,7 @@ from autotune.runtime.traffic import Traffic
 from autotune.runtime.wrapped import serving_variant
 from autotune.transforms.static_cache import StaticCache
 from autotune.transforms.threads import Threads
+from autotune.transforms.weight_only import WeightOnly
 from autotune.validate import Verdict
 from tests.models import BOS, left_padded, tiny, token_prompts
 from tests.surroundings import without_threads
@@ -116,6 +117,56 @@ def test_corrupted_weights_are_found_and_nobody_notices(llama: PreTrainedModel, 
     assert found["corrupted"].counts["diverged"] >= 8
     assert found["same"].verdict == "inconclusive"
     assert wrapped == hasattr(llama, "autotune")
+
+
+def test_an_edit_of_the_live_model_is_not_held_against_a_candidate_made_from_it(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    with experiment(tmp_path, same=[WeightOnly("both", bits=8)]).shadow(llama, **EVERYTHING) as shadow:
+        llama.load_state_dict(tiny(seed=9).state_dict())
+        asked(llama, 2)
+        assert shadow.wait(WAIT_S)
+        reason = "the model changed (tensor model.embed_tokens.weight was written to or converted)"
+        assert shadow.status.counts == {"sampled": 2, f"dropped: {reason}": 2}
+        assert shadow.status.candidates[0].requests == 0
+
+
+def test_an_edit_in_the_middle_of_a_replay_is_not_held_against_a_candidate(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    def edit() -> None:
+        llama.model.norm.weight.mul_(1.5)
+
+    trial = experiment(tmp_path, same=[Threads("decode", 1)], other=broken(edit))
+    with trial.shadow(llama, **EVERYTHING) as shadow:
+        asked(llama, 1)
+        assert shadow.wait(WAIT_S)
+        assert [arm.requests for arm in shadow.status.candidates] == [1, 0]
+
+
+def test_what_autocast_computed_is_not_replayed(llama: PreTrainedModel, tmp_path: Path) -> None:
+    with experiment(tmp_path, same=[Threads("decode", 1)]).shadow(llama, **EVERYTHING) as shadow:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            asked(llama, 1)
+        assert shadow.wait(WAIT_S)
+        assert shadow.status.counts == {"sampled": 1, "dropped: autocast": 1}
+
+
+def test_candidates_are_made_for_the_workload_of_the_experiment(llama: PreTrainedModel, tmp_path: Path) -> None:
+    prompts = [prompt[0].tolist() for prompt in PROMPTS]
+    trial = Experiment(
+        "trial",
+        control=tiny(),
+        candidates={"same": [Threads("decode", 1)]},
+        store=tmp_path / "experiments.sqlite",
+        workload=prompts,
+        new_tokens=7,
+        batch_sizes=(1, 3),
+    )
+    variant = trial.shadow(llama)._arms["same"].variant
+    assert variant is not None
+    assert variant.workload is not None
+    assert (variant.workload.new_tokens, variant.workload.batch_sizes) == (7, (1, 3))
 
 
 def test_a_candidate_that_raises_never_reaches_the_caller(llama: PreTrainedModel, tmp_path: Path) -> None:

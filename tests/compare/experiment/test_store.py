@@ -76,6 +76,21 @@ def test_what_changed_begins_anew(
     assert len(store.observations(first, "latency")) == 1
 
 
+@pytest.mark.parametrize(
+    "between", [("shadow", ARMS, SETTINGS), ("offline", ARMS | {"a": "a1"}, SETTINGS), ("offline", ARMS, {})]
+)
+def test_a_version_is_resumed_after_others_were_begun(store: Store, between: tuple[Any, ...]) -> None:
+    first, other = store.begin("x", "offline", ARMS, SETTINGS), store.begin("x", *between)
+    store.add(first, seen(0))
+    assert [version.number for version in store.versions("x")] == [2, 1]
+    again = store.begin("x", "offline", ARMS, SETTINGS)
+    assert (again.id, again.reason) == (first.id, "resumed; observations kept so far: 1")
+    assert [version.number for version in store.versions("x")] == [1, 2]  # the one that was used last comes first
+    assert store.begin("x", *between).id == other.id
+    store.finish(again)
+    assert store.begin("x", "offline", ARMS, SETTINGS).number == 3
+
+
 def test_what_is_done_begins_anew(store: Store) -> None:
     first = store.begin("x", "offline", ARMS, SETTINGS)
     store.finish(first)
@@ -94,6 +109,17 @@ def test_verdicts_replace_one_another(store: Store) -> None:
     store.conclude(version, "a", "pass", "faster", {"gain": 1.2})
     (kept,) = store.verdicts(version).values()
     assert (kept.verdict, kept.reason, kept.body) == ("pass", "faster", {"gain": 1.2})
+
+
+@pytest.mark.parametrize(("stays", "gain"), [(True, 1.2), (False, 1.3)])
+def test_a_verdict_is_not_replaced_by_an_older_one(store: Store, stays: bool, gain: float) -> None:
+    version, body = store.begin("x", "offline", ARMS, SETTINGS), {"gain": 1.2}
+    assert store.conclude(version, "a", "pass", "faster", body, unless=lambda before: stays) is None
+    found = store.conclude(
+        version, "a", "pass", "faster", {"gain": 1.3}, unless=lambda before: stays and before == body
+    )
+    assert found == (body if stays else None)
+    assert store.verdicts(version)["a"].body == {"gain": gain}
 
 
 def test_all_or_nothing(store: Store) -> None:
