@@ -13,7 +13,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import autotune
-from autotune.tune import policy as policies
 
 PROMPTS = [f"Question {i}: what is {i} times {i + 3}? Answer:" for i in range(16)]
 
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="seconds, instead of the policy's own")
     options = parser.parse_args()
 
-    policy = policies.load(options.policy)  # a PolicyError names file, step and the nearest spelling
+    policy = autotune.Policy.load(options.policy)  # a PolicyError names file, step and the nearest spelling
     if options.budget is not None:
         policy = replace(policy, budget_s=options.budget)  # a policy is a value: change what you like
     print(f"{policy.name}: {policy.description} (tier {policy.tier}, budget {policy.budget_s} s)")

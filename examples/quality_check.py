@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autotune.compare import check
-from autotune.model.load import load
 
 
 def damage(model: torch.nn.Module) -> str:
@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="directory or hub name")
     parser.add_argument("--prompts", type=Path, help="text, a prompt a line, or .jsonl; default: built-in texts")
     options = parser.parse_args()
-    model, tokenizer = load(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
 
     with tempfile.TemporaryDirectory() as folder:
         baseline = check.record(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,17 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 def test_the_policies() -> None:
     assert set(policy.available()) == {"balanced", "latency", "throughput", "memory", "lossless"}
+    assert all(autotune.Policy.load(name).name == name for name in policy.available())
+
+
+PUBLIC = r"autotune(\.(transforms|errors|compare(\.(check|experiment))?))?"
+EXAMPLES = [*(floors.ROOT / "examples").glob("*.py"), *(floors.ROOT / "examples" / "custom_transform").glob("*.py")]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_examples_need_public_names_alone(file: Path) -> None:
+    found = re.findall(r"^\s*(?:from|import) (autotune[\w.]*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name in found if not re.fullmatch(PUBLIC, name)] == []
 
 
 def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:

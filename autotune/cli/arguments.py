@@ -8,8 +8,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -57,13 +55,6 @@ def plan_of(file: Path | None) -> Plan | None:
     Raises:
         PlanError: the file cannot be read, or is no plan.
     """
-    from ..tune import plan
+    from ..tune.plan import Plan
 
-    if file is None:
-        return None
-    try:
-        return plan.loads(file.read_bytes())
-    except OSError as error:
-        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
-    except PlanError as error:
-        raise PlanError(f"{file}: {error}") from error
+    return None if file is None else Plan.load(file)

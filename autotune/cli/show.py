@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ChoiceError, PlanError, PolicyError
+from ..errors import ChoiceError, PolicyError
 from ..report import numbers as n
 from .screen import screen
 
@@ -131,14 +131,9 @@ def _for_a_phase(cls: type[Transform]) -> Transform:
 def plan(file: Path) -> int:
     """Show a plan: what it was made for, what it applies, and its report."""
     from ..report import read
-    from ..tune import plan as plans
+    from ..tune.plan import Plan
 
-    try:
-        loaded = plans.loads(file.read_bytes())
-    except OSError as error:
-        raise PlanError(f"{file} cannot be read: {error.strerror}") from error
-    except PlanError as error:
-        raise PlanError(f"{file}: {error}") from error
+    loaded = Plan.load(file)
     made_for = loaded.fingerprint
     table = _table("", "")
     table.add_row("made", loaded.created or "at an unknown time")

@@ -64,7 +64,7 @@ def wrap(
         progress: called with a sentence when each step begins and, during a long step, with the share done
             (`progress.Doing`, a str with `share`); default: the "autotune" logger.
         plan: of an earlier run, perhaps on another machine: it is verified here before it serves, and a search follows
-            only if it does not hold. `autotune.tune.plan.loads` reads a plan.json.
+            only if it does not hold. `Plan.load` reads a plan.json.
 
     Raises:
         PlanError: `plan` was made for another model.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
+from ..machine.cache_dir import expanded
 from ..model import route
 from ..runtime.variant import Transform, Variant
 from ..validate import Latency, Quality, Verdict
@@ -126,6 +128,25 @@ class Plan:
     trials: tuple[Trial, ...] = ()  # everything that was considered, accepted or not
     created: str = ""  # ISO 8601, UTC
     summary: Mapping[str, Any] = field(default_factory=dict)  # the report's dictionary at the time
+
+    @classmethod
+    def load(cls, file: str | Path) -> Plan:
+        """Read a plan from a file, as `autotune tune` and `save` write it.
+
+        Raises:
+            PlanError: the file cannot be read, or is no plan.
+        """
+        file = expanded(file)
+        try:
+            return loads(file.read_bytes())
+        except OSError as error:
+            raise PlanError(f"{file} cannot be read: {error.strerror}") from error
+        except PlanError as error:
+            raise PlanError(f"{file}: {error}") from error
+
+    def save(self, file: str | Path) -> None:
+        """Write the plan to a file as JSON, in place of what is there."""
+        expanded(file).write_text(dumps(self), encoding="utf-8")
 
     def apply(self, model: PreTrainedModel, *, check: bool = True) -> Variant:
         """Build this plan's variant of `model`. The model itself is not changed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -224,6 +225,15 @@ def test_apply_makes_the_variant_and_leaves_the_model_alone(llama: PreTrainedMod
 def test_an_empty_plan_is_the_original(llama: PreTrainedModel) -> None:
     applied = _made_for(llama).apply(llama)
     assert applied.modules == {"prefill": llama, "decode": llama}
+
+
+def test_a_plan_in_a_file(tmp_path: Path) -> None:
+    FULL.save(tmp_path / "plan.json")
+    assert plan.dumps(Plan.load(str(tmp_path / "plan.json"))) == plan.dumps(FULL)
+    (tmp_path / "other.json").write_text("[]")
+    for name, problem in (("none.json", "cannot be read: No such file"), ("other.json", "a plan is a JSON object")):
+        with pytest.raises(PlanError, match=rf"{name}:? {problem}"):
+            Plan.load(tmp_path / name)
 
 
 def test_apply_refuses_another_model(llama: PreTrainedModel) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...errors import AutotuneError, ExperimentError, PlanError, nearest
+from ...errors import AutotuneError, ExperimentError, nearest
 from ...machine.cache_dir import expanded
 from ...model import route
 from ...runtime.variant import Transform, Variant
-from ...tune import plan as plans
 from ...tune import policy as policies
 from ...tune.plan import Plan
 from ...tune.policy import Policy
@@ -110,15 +109,11 @@ def _named(where: str, name: str, text: str) -> GivenArm:
     path = expanded(text)
     try:
         if path.suffix == ".json":
-            return GivenArm(name, "plan", plans.loads(path.read_bytes()))
+            return GivenArm(name, "plan", Plan.load(path))
         if path.suffix == ".toml" or (text in policies.available() and not path.is_dir()):
             return GivenArm(name, "policy", policies.load(text))
         if path.is_dir() or path.suffix == ".gguf" or os.sep in text:
             return GivenArm(name, "checkpoint", load.locate(text))
-    except OSError as error:
-        raise ExperimentError(f"{where}: {path} cannot be read: {error.strerror}") from error
-    except PlanError as error:
-        raise ExperimentError(f"{where}: {path}: {error}") from error
     except AutotuneError as error:
         raise ExperimentError(f"{where}: {error}") from error
     known = policies.available()
