@@ -1,4 +1,4 @@
-"""Everything autotune raises on purpose.
+"""Everything autotune raises on purpose, and errors in words.
 
     AutotuneError
     ├── UnsupportedModelError   the model cannot be tuned: not a causal LM, on meta tensors, in training mode, ...

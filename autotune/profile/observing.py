@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -32,24 +33,33 @@ class DevicePhase:
     counters: Counters | None
 
 
-def observe(device: Device, request: Callable[[int], object], new_tokens: int) -> dict[Phase, DevicePhase]:
+def observe(
+    device: Device,
+    request: Callable[[int], object],
+    new_tokens: int,
+    turn: Callable[[], AbstractContextManager[object]],
+) -> dict[Phase, DevicePhase]:
     """Observe prefill alone, then whole requests, which decode for most of their time.
 
     Args:
         device: the device that runs them.
         request: runs a request; it is called with the number of tokens to generate.
         new_tokens: tokens of a whole request, at least two.
+        turn: encloses each request; it may wait for live requests, before the device's clock starts.
     """
-    call_s, during_prefill = _repeated(device, lambda: request(1))
-    whole_s, during_decode = _repeated(device, lambda: request(new_tokens))
+    call_s, during_prefill = _repeated(device, lambda: request(1), turn)
+    whole_s, during_decode = _repeated(device, lambda: request(new_tokens), turn)
     token_s = max(0.0, whole_s - call_s) / (new_tokens - 1)
     return {"prefill": DevicePhase(call_s, during_prefill), "decode": DevicePhase(token_s, during_decode)}
 
 
-def _repeated(device: Device, work: Callable[[], object]) -> tuple[float, Counters | None]:
+def _repeated(
+    device: Device, work: Callable[[], object], turn: Callable[[], AbstractContextManager[object]]
+) -> tuple[float, Counters | None]:
     seconds = list[float]()
     with sampled(device) as sampler:
         end = time.perf_counter() + (OBSERVE_S if sampler is not None and sampler.reads else 0)
         while not seconds or (time.perf_counter() < end and len(seconds) < REPEATS):
-            seconds.append(device.seconds(work))
+            with turn():
+                seconds.append(device.seconds(work))
     return median(seconds), sampler.counters if sampler is not None else None

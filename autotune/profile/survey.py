@@ -63,7 +63,7 @@ def survey(
     served, batch = serving(variant), workload.batch_sizes[0]
     ids = _prompts(variant, workload, batch)
     with budget.step("warm-up"):
-        warm = time_request(served, ids, 3)
+        warm = time_request(served, ids, 3, variant.turn)
     affordable = (TIMING_SHARE * budget_s / 4 - warm.ttft_s) / warm.tpot_s
     new_tokens = max(TRACED_TOKENS, min(workload.new_tokens, MAX_NEW_TOKENS, int(affordable)))
 
@@ -71,14 +71,14 @@ def survey(
     before = right_guesses(variant)
     while not requests or (len(requests) < MAX_SAMPLES and budget.left_s() > rest_s and budget.allows(growth=1)):
         with budget.step(f"prefill and decode, sample {len(requests) + 1}"):
-            requests.append(time_request(served, ids, new_tokens))
+            requests.append(time_request(served, ids, new_tokens, variant.turn))
     passes = {"prefill": 1.0, "decode": 1 - (right_guesses(variant) - before) / (len(requests) * (new_tokens - 1))}
     with budget.step("operators"):
         traces = trace(watched(variant), ids, TRACED_TOKENS, requests=2 if budget.allows(growth=3) else 1)
     device, seen = devices.of(variant.original), dict[Phase, DevicePhase]()
     if device.asynchronous:
         with budget.step("device counters"):
-            seen = observe(device, lambda tokens: time_request(served, ids, tokens), new_tokens)
+            seen = observe(device, lambda tokens: time_request(served, ids, tokens), new_tokens, variant.turn)
     batches, contexts = grown(variant, workload, budget) if scaling else ((), ())
 
     prompt_tokens = ids.shape[1]

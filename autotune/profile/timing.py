@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +80,22 @@ def timed(run: Callable[[Stopwatch], object], device: Device, clock: Callable[[]
     return start, tokens
 
 
-def time_request(served: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> RequestTimes:
+def time_request(
+    served: PreTrainedModel,
+    ids: torch.Tensor,
+    new_tokens: int,
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> RequestTimes:
     """Generate exactly `new_tokens` tokens greedily for `ids` [B, P], and time them with `timed`.
 
     Args:
         served: the model as it will serve (`autotune.runtime.dispatch.serving`).
         ids: prompts of one length, [B, P] int64, without padding.
         new_tokens: tokens per sequence; no token ends it earlier.
+        turn: encloses the request. Its wait for live requests ends before the clock, or a trace, starts.
     """
-    start, tokens = timed(request(served, ids, new_tokens), devices.of(ids.device), time.perf_counter)
+    with turn():
+        start, tokens = timed(request(served, ids, new_tokens), devices.of(ids.device), time.perf_counter)
     return RequestTimes(start, tuple(tokens))
 
 

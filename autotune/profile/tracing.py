@@ -101,17 +101,17 @@ def trace(subject: Watched, ids: torch.Tensor, tokens: int, requests: int = 1) -
     device = devices.of(ids.device)
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         raise MeasurementError("another torch profiler is running; stop it, then tune")
-    served, shapes = serving(subject.variant), matrices(subject.compiled)
+    served, shapes, turn = serving(subject.variant), matrices(subject.compiled), subject.variant.turn
     if device.asynchronous:
         with announced(subject.open):
-            recording = read(device.trace(lambda: [time_request(served, ids, tokens) for _ in range(requests)]))
+            recording = read(device.trace(lambda: [time_request(served, ids, tokens, turn) for _ in range(requests)]))
         return on_device(recording, shapes)
     recorder = record(use_kineto=False, record_shapes=bool(shapes))
     step = subject.variant.step
     timed = step.timed() if isinstance(step, StepPrograms) else nullcontext()
     with announced(subject.open), silent_kineto(), timed, recorder as recorded:
         for _ in range(requests):
-            time_request(served, ids, tokens)
+            time_request(served, ids, tokens, turn)
     program = step.program(len(ids)) if isinstance(step, StepPrograms) else None
     parts = instructions(program.times(), shapes) if program else ()
     events = [e for e in recorded.function_events if e.device_type.name == "CPU"]

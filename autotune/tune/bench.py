@@ -111,7 +111,7 @@ class LiveBench:
             prefill_s, decode_s = (found.phases[phase].seconds for phase in PHASES)
             new_tokens = min(self.races.buckets[0].new_tokens, WARMUP_TOKENS)
             self.allowance.request_s = prefill_s + (new_tokens - 1) * decode_s
-            self.exams.read_s = prefill_s / found.prompt_tokens
+            self.exams.read_s = prefill_s / (found.batch * found.prompt_tokens)
             if not self.device.asynchronous:
                 self.exams.read_beside_others(meter.elsewhere() or 0.0)
         return found
@@ -138,7 +138,8 @@ class LiveBench:
 
         def seconds(variant: Variant) -> float:
             served = Served(variant, self.pad)
-            runs = [time_request(served, prompts, min(bucket.new_tokens, GLANCE_TOKENS)) for _ in range(2)]
+            new_tokens, clock = min(bucket.new_tokens, GLANCE_TOKENS), variant.clock
+            runs = [time_request(served, prompts, new_tokens, clock) for _ in range(2)]
             return min(run.ttft_s if phase == "prefill" else run.tpot_s for run in runs)
 
         return seconds(incumbent) / seconds(candidate)

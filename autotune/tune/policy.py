@@ -102,7 +102,10 @@ class Policy:
         budget_s: tuning time in seconds, exactly, or a budget that grows with the model on a GPU.
         steps: the steps, in the order in which they are considered.
         batching: whether and how requests of several callers are decoded together.
-        source: the policy's file.
+        source: the policy's file; empty: it was made in code.
+
+    Raises:
+        PolicyError: two steps have the same name, or a choice does not touch the phase of its step.
     """
 
     name: str
@@ -114,6 +117,31 @@ class Policy:
     steps: tuple[PolicyStep, ...]
     batching: Batching = Batching()
     source: str = ""
+
+    def __post_init__(self) -> None:
+        where, numbers = self.source or f"policy {self.name!r}", dict[str, int]()
+        for number, step in enumerate(self.steps, 1):
+            if (first := numbers.setdefault(step.name, number)) != number:  # the search and reports go by the name
+                raise PolicyError(
+                    f"{where}: steps {first} and {number} are both called {step.name!r}: rename one of them"
+                )
+            for k, choice in enumerate(step.choices, 1):
+                if choice.phase not in ("both", step.phase):
+                    raise PolicyError(
+                        f"{where}, step {number} ({step.name}), choice {k}: {choice.transform} is applied to "
+                        f"{choice.phase}, and the step is to make {step.phase} faster: "
+                        f'give it phase = "{step.phase}" or "both"'
+                    )
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Policy:
+        """Load and check a policy by name, or from a .toml file.
+
+        Raises:
+            PolicyError: there is no policy of that name, or it is malformed; the message names file, step and nearest
+                spelling.
+        """
+        return load(name_or_path)
 
 
 def available(extra_dir: str | Path | None = None) -> dict[str, Path]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import replace
-from functools import cached_property
 
 from ..model.linear_layers import stored_bytes
 from ..profile.survey import cache_bytes
@@ -26,6 +25,9 @@ class Races:
         original: the variant without transforms.
         workload: whose requests are timed.
         noise_prompts: with which the machine's noise is measured.
+
+    Attributes:
+        noise: the noise floor of this host, a fraction; None until a small gain needed it and it could be measured.
     """
 
     def __init__(
@@ -41,13 +43,14 @@ class Races:
         self.noise_prompts = noise_prompts
         self.policy = policy
         self.allowance = allowance
-        self.clock = original.traffic.clock if original.traffic else time.perf_counter
+        self.noise: float | None = None
 
-    @cached_property
-    def noise(self) -> float:
-        """The noise floor of this host: the result of timing the original against itself."""
+    def measured_noise(self) -> float | None:
+        """Time the original against itself. None if too many of these requests were disturbed."""
         doing = self.allowance.doing("timing the original against itself")
-        return latency.noise_floor(self.original, self.short, self.noise_prompts, clock=self.clock, progress=doing)
+        clock = self.original.clock
+        found = latency.noise_floor(self.original, self.short, self.noise_prompts, clock=clock, progress=doing)
+        return found if math.isfinite(found) else None
 
     @property
     def short(self) -> tuple[Bucket, ...]:
@@ -88,7 +91,7 @@ class Races:
                 work.prompts,
                 objective=objective,
                 limits=limits,
-                clock=self.clock,
+                clock=self.original.clock,
                 max_pairs=pairs,
                 budget_s=self.allowance.longest_race_s(kept_s),
                 noise=noise,
@@ -98,7 +101,7 @@ class Races:
 
         if noise is not None:
             return race(noise)
-        if "noise" not in self.__dict__:  # measuring noise takes long, and it matters only for small gains
+        if self.noise is None:  # measuring it takes long, and it matters only for small gains
             found = race(noise=0.0)
             if found.verdict is not Verdict.PASS or limits.min_gain < 0:
                 return found
@@ -107,6 +110,10 @@ class Races:
                 return replace(found, noise=own)
             if self.allowance.left_s < 0:
                 reason = "the gain is small, and the budget was spent before this machine's noise was measured"
+                return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
+            self.noise = self.measured_noise()
+            if self.noise is None:
+                reason = "the gain is small, and too many requests were disturbed to measure this machine's noise"
                 return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
         return race(noise=self.noise)
 

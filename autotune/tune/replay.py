@@ -45,7 +45,7 @@ def replay(
             request. One from another machine, or made otherwise, has yet to be proven here.
     """
     try:
-        tuned = held(plan, bench, start, serve if proven else None, meter)
+        tuned = apply_and_verify(plan, bench, start, serve if proven else None, meter)
     except PlanError as error:
         log.warning("the kept plan is not used (%s); searching anew", error)
         return None
@@ -71,7 +71,7 @@ def optional(what: str) -> Iterator[None]:
         log.warning("%s are not kept for the next process: %s", what, first_line(error))
 
 
-def held(
+def apply_and_verify(
     plan: Plan, bench: LiveBench, start: float, serve: Callable[[Variant], None] | None, meter: busy.Meter
 ) -> Tuned:
     """Apply a plan from disk and verify it again.
@@ -88,10 +88,10 @@ def held(
         raise PlanError(doubt)
     if not plan.transforms:
         seconds = time.monotonic() - start
-        verdict = "kept the original, as the earlier search for this model, machine and workload concluded"
+        verdict = "kept the original, as the search that made this plan concluded"
         return Tuned(bench.original, plan, reverified(read(plan.summary), verdict=verdict, seconds=seconds), verdict)
     try:
-        variant = restored(plan, bench)
+        variant = build(plan, bench)
         if serve is not None:
             serve(variant)
         quality, latency = bench.prove(variant) if serve is None else bench.reverify(variant)
@@ -114,7 +114,7 @@ def held(
     return Tuned(variant, plan, again, verdict)
 
 
-def restored(plan: Plan, bench: LiveBench) -> Variant:
+def build(plan: Plan, bench: LiveBench) -> Variant:
     """Build the variant of a plan from disk and let it answer a request of the workload.
 
     Raises:

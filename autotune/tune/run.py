@@ -19,7 +19,7 @@ from ..runtime.traffic import Traffic
 from ..runtime.variant import Variant
 from ..validate import Latency
 from ..workload import Workload, built_in
-from . import callers, contributions, fingerprint, store, together, turns
+from . import callers, contributions, fingerprint, search_lock, store, together
 from .bench import LiveBench
 from .budget import longest
 from .findings import Findings
@@ -28,7 +28,7 @@ from .plan import Confirmation, Plan
 from .policy import Policy
 from .record import report_of
 from .references import References
-from .replay import held, keep, optional, replay
+from .replay import apply_and_verify, keep, optional, replay
 from .search import Found, search
 from .tuned import Tuned
 from .verdict import Conclusion
@@ -62,7 +62,8 @@ def tune(
         tokenizer: encodes natural text to judge quality on if the workload has few prompts.
         draft: a smaller model that may guess tokens.
         cache: whether to read and write plans, and the original's answers, in the user's cache directory.
-        plan: verified before anything is searched for, in place of a kept one. It may come from another machine.
+        plan: verified before anything is searched for, in place of a kept one. It may come from another machine; one
+            that keeps the original then counts as none.
         traffic: lets live requests through between measured steps.
         notify: called with a sentence for each step.
         serve: called with each proven variant while tuning goes on. For a kept plan, which an earlier run proved, it is
@@ -80,6 +81,10 @@ def tune(
     identity = fingerprint.of(model, here, workload, policy, draft)
     if plan is not None:
         plan.require(identity.model)
+        if not plan.transforms and plan.fingerprint != identity:
+            made_for = "another machine, version, workload or policy"
+            notify(f"the plan that was given keeps the original, for {made_for}: it is not used")
+            plan = None
     original = Variant(model, traffic, workload, draft)
     kept = References(identity) if cache and modes.unserved() is None else None  # autocast changes the answers
     texts, cached_as = built_in.natural(tokenizer), identity if cache else None
@@ -92,10 +97,10 @@ def tune(
         notify(f"re-verifying the plan {'that was given' if plan else 'kept from an earlier run'}")
         if (tuned := replay(known, bench, start, serve, meter, proven=known.fingerprint == identity)) is not None:
             return tuned
-    with turns.turn(identity if cache and obstacle is None else None) as mine:
+    with search_lock.turn(identity if cache and obstacle is None else None) as mine:
         rest = (traffic or Traffic()).rest
-        most_s = turns.PATIENCE * longest(policy.budget_s, here.device)
-        found = turns.awaited(mine, identity, most_s, notify, rest, known)
+        most_s = search_lock.PATIENCE * longest(policy.budget_s, here.device)
+        found = search_lock.awaited(mine, identity, most_s, notify, rest, known)
         if found is not None and (tuned := replay(found, bench, time.monotonic(), serve, busy.Meter())) is not None:
             return tuned
         return _searched(bench, identity, obstacle, cache, notify, serve)
@@ -131,7 +136,7 @@ def verified(
     here, texts = hardware.identify(model), built_in.natural(tokenizer)
     bench = LiveBench(original, workload, policy, here, texts=texts, notify=notify)
     notify("verifying another plan")
-    return held(plan, bench, time.monotonic(), None, busy.Meter())
+    return apply_and_verify(plan, bench, time.monotonic(), None, busy.Meter())
 
 
 def _searched(

@@ -104,12 +104,12 @@ class _Search:
         while called := [step for step in self.pending if self.is_called(step)]:
             step = self.next_of(called)
             self.pending.remove(step)
-            rest: PolicyStep | None = self.take(step)
+            rest: PolicyStep | None = self.try_best_choice(step)
             while rest is not None and not self.best.on_gpu:
-                rest = self.take(rest)
+                rest = self.try_best_choice(rest)
             self.pending += [rest] if rest is not None else []
 
-    def take(self, step: PolicyStep) -> PolicyStep | None:
+    def try_best_choice(self, step: PolicyStep) -> PolicyStep | None:
         """Try the most promising of a step's choices. Returns the step with those that are left, or None.
 
         Of choices that promise about as much, the policy's first is tried first.
@@ -120,14 +120,14 @@ class _Search:
         most = max(trial.predicted or 0.0 for trial in trials)
         place = next(n for n, trial in enumerate(trials) if (trial.predicted or 0.0) * compose.ALIKE >= most)
         others = max((t.predicted or 0.0 for n, t in enumerate(trials) if n != place), default=0.0)
-        paired, kept = bool(trials[place].others), self.takes(trials[place], step, others)
+        paired, kept = bool(trials[place].others), self.try_candidate(trials[place], step, others)
         if paired and not kept:
             self.best.slow_prefill = None
             return step  # what compiles is still to be tried alone
         choices = step.choices[:place] + step.choices[place + 1 :]
         return replace(step, choices=choices) if choices else None
 
-    def takes(self, trial: Trial, step: PolicyStep, others: float) -> bool:
+    def try_candidate(self, trial: Trial, step: PolicyStep, others: float) -> bool:
         """Try a candidate of a step unless it can be ruled out. Returns whether it was kept."""
         before = base = self.state
         replaced = self.chosen.get(step.name)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +16,6 @@ from ..machine import cache_dir
 from . import plan
 from .fingerprint import Fingerprint
 from .plan import Plan
-
-logger = logging.getLogger("autotune")
 
 FOLDER = "plans"
 DOUBT = ".doubted"  # suffix of the file beside a plan that failed while it served
@@ -73,26 +70,30 @@ def trust(fingerprint: Fingerprint, doubt: str | None) -> None:
 
 
 def find(fingerprint: Fingerprint) -> Plan | None:
-    """Load the plan stored for `fingerprint`, or None. Warns of a file that cannot be trusted or read: it is a miss."""
+    """Load the plan stored for `fingerprint`, or None.
+
+    A file that cannot be trusted or read is a miss. The warning is given once, because a process that waits for another
+    one's plan asks twice a second.
+    """
     path = path_for(fingerprint)
     if path is None:
         return None
     if (mark := path.with_suffix(DOUBT)).exists():
-        logger.warning("the stored plan %s is not used: it failed while it served, see %s", path, mark)
+        cache_dir.warn_once(f"the stored plan {path} is not used: it failed while it served, see {mark}")
         return None
     try:
         content = cache_dir.read(path, MAX_BYTES)
     except FileNotFoundError:
         return None
     except (OSError, PlanError) as error:
-        logger.warning("the stored plan %s is ignored: %s", path, error)
+        cache_dir.warn_once(f"the stored plan {path} is ignored: {error}")
         return None
     try:
         found = plan.loads(content)
         if found.fingerprint != fingerprint:
             raise PlanError("it was made for another model, machine, version, workload or policy")
     except PlanError as error:
-        logger.warning("the stored plan %s is set aside as %s.refused: %s", path, path.name, error)
+        cache_dir.warn_once(f"the stored plan {path} is set aside as {path.name}.refused: {error}")
         with suppress(OSError):  # on a read-only disk it stays, and is a miss again
             path.replace(path.with_name(f"{path.name}.refused"))
         return None

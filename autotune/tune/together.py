@@ -20,7 +20,7 @@ from ..runtime.ranks.leader import Leader
 from ..runtime.ranks.line import Line
 from ..runtime.ranks.messages import Done
 from ..runtime.variant import Variant
-from . import bench, fingerprint, plan, turns
+from . import bench, fingerprint, plan, search_lock
 from .budget import longest
 from .tuned import Tuned
 
@@ -46,7 +46,7 @@ def tune(model: PreTrainedModel, workload: Workload, policy: Policy, alone: Call
     """
     members = sharding.group(model)
     assert members is not None  # noqa: S101 - the caller checked; for the type checker
-    line = Line(members, (turns.PATIENCE + 2) * longest(policy.budget_s, model.device.type) + SLACK_S)
+    line = Line(members, (search_lock.PATIENCE + 2) * longest(policy.budget_s, model.device.type) + SLACK_S)
     try:
         tasks = line.gather((workload, policy))
         if any(task != tasks[0] for task in tasks):

@@ -146,6 +146,8 @@ def noise_floor(
 ) -> float:
     """Measure how much a variant seems to gain on itself: half-width of the 95 % interval of an A/A test, a fraction.
 
+    It is infinite if fewer than two pairs were undisturbed.
+
     Args:
         variant: should be warm; otherwise its first pair includes the warm-up.
         buckets, prompts, objective, clock, seed, progress: as for `compare`.
@@ -190,7 +192,7 @@ def self_noise(
             break
     values = known(pooled({name: {objective: log_ratios(by, objective)} for name, by in samples.items()}, objective))
     if len(values) < 2:
-        return math.inf  # too few values: no difference can be shown on this machine
+        return math.inf  # too few undisturbed pairs
     low, high = bounds(values)
     return math.expm1((high - low) / 2)
 

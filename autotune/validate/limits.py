@@ -12,8 +12,10 @@ class Limits:
     Args:
         min_gain: a step must gain at least this on the phase it targets, and more than the noise. If it is negative, a
             step must not lose more than this.
-        max_ttft_increase, max_tpot_increase, max_p90_increase: against the original, in every workload bucket.
-        max_memory_ratio: peak weights + cache of the variant / the original's.
+        max_ttft_increase, max_tpot_increase, max_p90_increase: in every workload bucket, against the race's reference:
+            the variant kept so far while the search tries candidates, the original when the winner is confirmed.
+        max_memory_ratio: bytes of the original's and the variant's weights together / the original's. What they share
+            counts once; KV caches and activations do not count.
     """
 
     min_gain: float = 0.03

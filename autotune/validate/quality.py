@@ -232,18 +232,24 @@ def decide(tally: Tally, limits: Tier, exam: Exam) -> Quality:
         why = ", ".join(reason for reason, _ in tally.left.most_common())
         reason = f"it leaves {exam.size.prompts - answered} of {exam.size.prompts} prompts to the original: {why}"
         return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason, examined=False)
-    gated = gates(found, limits, exam)
-    for what, point, _, limit in gated:
-        if not point <= limit:
-            return _explained(found, Verdict.FAIL, f"{what} {point:.4g} is over {limit:.4g} of tier {limits.name}")
+    if over := exceeds(found, limits, exam):
+        return _explained(found, Verdict.FAIL, over)
     if weak := _weak_stratum(tally, limits.kld_limit(exam.noise_kld)):
         return _explained(found, Verdict.FAIL, f"{weak} of tier {limits.name}")
-    for what, point, bound, limit in gated:
+    for what, point, bound, limit in gates(found, limits, exam):
         if not bound <= limit:
             more = _more_prompts(found.prompts, point, bound, limit)
             reason = f"{what} may be as high as {bound:.4g}, over {limit:.4g}: need {more} more prompts"
             return _explained(found, Verdict.INCONCLUSIVE, reason)
     return _explained(found, Verdict.PASS, f"within tier {limits.name}")
+
+
+def exceeds(found: Quality, limits: Tier, exam: Exam) -> str | None:
+    """Say which point estimate is over its limit, without regard to how much was scored; None if none is."""
+    for what, point, _, limit in gates(found, limits, exam):
+        if not point <= limit:
+            return f"{what} {point:.4g} is over {limit:.4g} of tier {limits.name}"
+    return None
 
 
 def beyond(found: Quality, limits: Tier, exam: Exam) -> str | None:

@@ -55,12 +55,12 @@ def decide(
     if polluted:
         warnings += (f"{len(polluted)} of {total} pairs dropped: {'; '.join(sorted(set(polluted)))}",)
     clean = {name: [p for p in pairs if not p.polluted] for name, pairs in samples.items()}
-    if (fewest := min(map(len, clean.values()))) < 2 or not math.isfinite(noise):
-        return failed(
-            "fewer than 2 undisturbed pairs in a bucket: measure again on a quieter machine",
-            noise,
-            Verdict.INCONCLUSIVE,
-        )
+    if not math.isfinite(noise):
+        reason = "this machine's noise is not known, as too many requests were disturbed: measure again"
+        return failed(f"{reason} on a quieter machine", noise, Verdict.INCONCLUSIVE)
+    if (fewest := min(map(len, clean.values()))) < 2:
+        reason = "fewer than 2 undisturbed pairs in a bucket: measure again on a quieter machine"
+        return failed(reason, noise, Verdict.INCONCLUSIVE)
     ratios = {name: {m: log_ratios(pairs, m) for m in METRICS} for name, pairs in samples.items()}
     if any(len(known(by[objective])) < 2 for by in ratios.values()):
         reason = f"{objective} is not known: requests of one new token have no time between tokens"

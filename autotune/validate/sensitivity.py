@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,12 +14,14 @@ from ..runtime.variant import Variant
 from ..transforms.linears import LinearTransform, joined
 from .divergence import compare_logits
 from .exam import Exam, Progress
-from .quality import EARLY_FACTOR, beyond
+from .quality import EARLY_FACTOR, beyond, exceeds
 from .tally import Tally, summarise
+from .texts import Text
 from .tiers import TIERS
 
 TOKENS = 96  # tokens used of each of the exam's texts
 CONTEXT = 32  # tokens of these that the prefill module reads; the decode module reads the rest in one forward
+FEW = 0.5  # share of the usual tokens, TOKENS of each text, below which bounds are too wide to refuse a transform
 COMPARED = 4  # texts on which layers are compared; the tier is checked on all
 READ_BYTES = 80 * 2**20  # most bytes of FP32 logits per forward; a large vocabulary allows fewer texts at a time
 
@@ -54,10 +56,10 @@ class LayerProbe:
         self.wider_form = transform.wider_form
         found = transform.layers(incumbent.modules[transform.phases[-1]])
         self.layers = {name: int(layer.weight.nbytes) for name, layer in found.items()}
-        texts = [text.context + text.scored for text in exam.texts]
-        width = min(TOKENS, *map(len, texts))
+        self.texts, width = longest(exam.texts)
+        self.has_few_tokens = len(self.texts) * width < FEW * len(exam.texts) * TOKENS
         self.context = min(CONTEXT, width // 2)
-        ends = [text[-width:] for text in texts]
+        ends = [(text.context + text.scored)[-width:] for text in self.texts]
         ids = torch.tensor(ends, dtype=torch.int64, device=exam.original.device)  # [texts, width]
         vocabulary = configured.vocabulary(exam.original)
         self.together = max(1, min(COMPARED, READ_BYTES // (4 * width * vocabulary)))
@@ -71,11 +73,14 @@ class LayerProbe:
         return math.inf if math.isnan(nats) else nats
 
     def shortfall(self, wide: str) -> str | None:
-        """Say why the transform, with these layers left wider, is outside the tier on the exam's texts; or None."""
+        """Say why the transform, with these layers left wider, is outside the tier on the exam's texts; or None.
+
+        Few tokens leave the bounds wide. Then only an estimate outside the tier counts, as the gate scores more tokens.
+        """
         limit = self.tier.kld_limit(self.exam.noise_kld)
-        tally = self._tally(self.widened(wide), texts=len(self.exam.texts), enough=EARLY_FACTOR * limit)
+        tally = self._tally(self.widened(wide), texts=len(self.texts), enough=EARLY_FACTOR * limit)
         found = summarise(tally, self.tier.name, self.exam.tie_nats)
-        return beyond(found, self.tier, self.exam)
+        return (exceeds if self.has_few_tokens else beyond)(found, self.tier, self.exam)
 
     def widened(self, wide: str) -> LinearTransform:
         return self.transform.widened(wide)
@@ -113,7 +118,7 @@ class LayerProbe:
             self.progress("reading texts", k / len(batches))
             reference = self._kept(k)
             for row, (targets, got) in enumerate(zip(ids[:, 1:], self._read(variant, ids), strict=True)):
-                text = self.exam.texts[k * self.together + row]
+                text = self.texts[k * self.together + row]
                 tally.add(compare_logits(reference[row, first:], got[first:], targets[first:]), text, "read")
             if not tally.column("kld").mean() <= enough:
                 break
@@ -131,3 +136,14 @@ class LayerProbe:
                     return seam.logits(module(input_ids=ids[:, :-1], use_cache=False)).float()
                 rest = module(input_ids=ids[:, self.context : -1], **seam.over(variant.original, cache))
         return torch.cat([seam.logits(read), seam.logits(rest)], dim=1).float()
+
+
+def longest(texts: Sequence[Text]) -> tuple[list[Text], int]:
+    """Choose the texts that give the most tokens if each is cut to the shortest of them, `TOKENS` at most. Pure.
+
+    Returns:
+        The texts in their order, and the tokens of each.
+    """
+    lengths = [min(TOKENS, len(text.context) + len(text.scored)) for text in texts]
+    width = max(set(lengths), key=lambda width: (width * sum(length >= width for length in lengths), -width))
+    return [text for text, length in zip(texts, lengths, strict=True) if length >= width], width

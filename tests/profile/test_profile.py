@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from math import inf, nan
@@ -48,6 +49,7 @@ from autotune.runtime.variant import Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.workload import PHASES, Workload
 from tests import models
+from tests.profile.crowded import Crowded
 
 if TYPE_CHECKING:
     from autotune.diagnose.costs import Profile
@@ -356,6 +358,23 @@ def test_a_token_that_is_timed_costs_what_a_token_that_is_served_does(plan: str 
     assert timed <= four_tokens(ask)
     assert forced["aten::isin"] > timed["aten::isin"] == 0
     assert forced["aten::clone"] > timed["aten::clone"]
+
+
+def test_the_wait_for_live_requests_is_no_part_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Crowded(*[1000.0] * 20)
+    monkeypatch.setattr(time, "perf_counter", traffic.read)
+    workload = Workload(tuple(map(tuple, models.token_prompts(1, 12))), new_tokens=8)
+    found = profile.measure(Variant(models.tiny("llama"), traffic), workload, CPU, budget_s=0.1, scaling=False)
+    assert len(traffic.waits_s) < 19, "it did not wait"
+    assert found.phases["prefill"].seconds < 100
+
+
+def test_the_wait_for_live_requests_is_no_part_of_a_trace() -> None:
+    traffic = Crowded(0.0, 0.0)
+    subject = watched(Variant(models.tiny("llama"), traffic))
+    traces = trace(subject, torch.tensor(models.token_prompts(1)), 4, requests=2)
+    assert not traffic.waits_s, "it did not wait"
+    assert all(span.name != "eye" for found in traces.values() for span in found.spans)
 
 
 def test_progress_names_every_step() -> None:

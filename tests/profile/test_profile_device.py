@@ -20,6 +20,7 @@ from autotune.diagnose.parts import ATTENTION, CACHE, COMPILED, FFN, HEAD, NORM,
 from autotune.errors import MeasurementError
 from autotune.machine import device
 from autotune.machine.hardware import Hardware
+from autotune.profile.observing import observe
 from autotune.profile.operators import device_use, share
 from autotune.profile.phases import on_device
 from autotune.profile.recording import DeviceEvent, HostCall, read
@@ -35,6 +36,7 @@ from autotune.workload import PHASES, Workload
 from tests import models
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import FakeNvml
+from tests.profile.crowded import Crowded
 from tests.profile.test_timeline import TRACES
 
 GPU = Hardware("cuda", "a GPU", "9.0", 1, 80 * 10**9, 3350e9, {"float32": 60e12, "tf32": 400e12}, None, {})
@@ -120,6 +122,18 @@ def test_time_that_passes_while_waiting_belongs_to_the_request(fake: FakeCuda, m
         request = time_request(model, ids, 3)
     assert request.start_s == 10.0, "the work of others was counted"
     assert request.tokens_s[-1] == 20.0, "the device still worked when the last token was counted"
+
+
+def test_the_wait_for_live_requests_is_no_part_of_the_devices_time(fake: FakeCuda) -> None:
+    model, ids, traffic = models.tiny("llama"), torch.tensor(models.token_prompts(1, 8)), Crowded(0.0, 0.0)
+    alone, beside = Variant(model), Variant(model, traffic)
+    time_request(serving(alone), ids, 3)  # allocates what stays
+    expected, found = (
+        observe(fake, lambda tokens, each=each: time_request(serving(each), ids, tokens), 3, each.turn)
+        for each in (alone, beside)
+    )
+    assert not traffic.waits_s, "it did not wait"
+    assert {phase: seen.event_s for phase, seen in found.items()} == {p: seen.event_s for p, seen in expected.items()}
 
 
 def test_a_token_that_is_still_computed_is_waited_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from autotune.errors import BudgetSpentError, DeviceError
 from autotune.machine import device, intraop
 from autotune.model.linear_layers import stored_bytes
+from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Transform, Variant
 from autotune.transforms.compile_step import CompileStep
 from autotune.transforms.lean_loop import LeanLoop
@@ -25,16 +27,17 @@ from autotune.validate import BucketTimes, Latency, Quality, Speedup, Verdict, l
 from autotune.validate.score import CandidateError, Served
 from autotune.validate.texts import LONGEST_CONTEXT, choose, effort
 from autotune.validate.tiers import SIZES
-from autotune.workload import Workload
+from autotune.workload import PHASES, Phase, Workload
 from tests.fakes.cuda import FakeCuda
 from tests.models import tiny, token_prompts
+from tests.profile.crowded import Crowded
 from tests.transforms.test_packed_prefill import CPU
 from tests.transforms.test_weights import profile_of
 
 
-def bench_of(model: Any, batches: tuple[int, ...] = (1, 4)) -> LiveBench:
+def bench_of(model: Any, batches: tuple[int, ...] = (1, 4), traffic: Traffic | None = None) -> LiveBench:
     work = Workload(tuple(map(tuple, token_prompts(8))), new_tokens=4, batch_sizes=batches)
-    return LiveBench(Variant(model, None, work), work, policy.load("balanced"), None, notify=str)
+    return LiveBench(Variant(model, traffic, work), work, policy.load("balanced"), None, notify=str)
 
 
 def exhausted_beyond(bench: LiveBench, rows: int, error: Exception) -> Variant:
@@ -114,6 +117,16 @@ def test_slots_take_memory_on_a_gpu(transform: Transform) -> None:
         assert transform.extra_bytes(original.with_transform(StaticCache("decode"))) == 0
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_wait_for_live_requests_makes_no_candidate_slow(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Crowded(0.0, 0.0, 1e6, 1e6)
+    bench = bench_of(tiny("llama"), traffic=traffic)
+    monkeypatch.setattr(time, "perf_counter", traffic.read)
+    found = bench.first_speedup(bench.original, bench.original.with_transform(LeanLoop(phase="decode")), phase)
+    assert not traffic.waits_s, "it did not wait"
+    assert 0.1 < found < 10
+
+
 # Speeds are made up below: which of them are believed, and what is measured for it
 
 
@@ -174,7 +187,22 @@ def test_a_plan_that_did_not_hold_leaves_the_noise_to_be_measured(monkeypatch: p
     bench = bench_of(tiny("llama"))
     bench.reverify(bench.original)
     assert asked == [(0.0, 1)]
-    assert "noise" not in vars(bench.races)
+    assert bench.races.noise is None
+
+
+def test_a_disturbed_measurement_of_the_noise_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves its own race open, and no other one."""
+    floors, races = [math.inf, 0.01], [raced(1.04, 0.05), raced(8.0, 0.05), raced(1.05, 0.05), raced(1.05, 0.05)]
+    monkeypatch.setattr(latency, "compare", lambda *_, noise, **__: replace(races.pop(0), noise=noise))
+    monkeypatch.setattr(latency, "noise_floor", lambda *_, **__: floors.pop(0))
+    bench = bench_of(tiny("llama"))
+    small, large, again = (bench.race(bench.original, bench.original, "decode") for _ in range(3))
+    assert small.verdict is Verdict.INCONCLUSIVE
+    assert "too many requests were disturbed" in small.reason
+    assert large.verdict is Verdict.PASS
+    assert (again.verdict, again.noise) == (Verdict.PASS, 0.01)
+    assert not floors
+    assert not races
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -232,18 +260,23 @@ def test_a_confirmation_is_brief_where_the_budget_has_no_room(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "emulated", "times"),
-    [(torch.bfloat16, True, 14.0), (torch.bfloat16, False, 1.0), (torch.float32, True, 1.0)],
+    ("dtype", "emulated", "batch", "times"),
+    [
+        (torch.bfloat16, True, 1, 14.0),
+        (torch.bfloat16, False, 1, 1.0),
+        (torch.float32, True, 1, 1.0),
+        (torch.float32, True, 16, 16.0),  # an exam reads one text at a time, prefill was measured with 16
+    ],
 )
 def test_the_exam_is_foreseen_in_the_arithmetic_in_which_it_reads(
-    dtype: torch.dtype, emulated: bool, times: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, emulated: bool, batch: int, times: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 GFLOP in 6.4 s at 10 GFLOP/s, or at 140."""
     monkeypatch.setattr("autotune.validate.exam.emulated", lambda given: emulated and given == torch.bfloat16)
     bench = bench_of(tiny("llama").to(dtype))
     bench.hardware = CPU
     profile = profile_of(6.4, 0.0, weight_bytes=1e6, flops=64e9, compute_dtype=str(dtype).removeprefix("torch."))
-    profile = replace(profile, prompt_tokens=64)
+    profile = replace(profile, prompt_tokens=64, batch=batch)
     profile.phases["decode"] = replace(profile.phases["decode"], samples_s=(0.0,))
     tokens = effort(SIZES["quick"], 64).read
     requests = 2 * (3 + 5)  # two races, of three requests to warm up and five pairs each; one prompt each
@@ -256,19 +289,27 @@ def test_the_exam_is_foreseen_in_the_arithmetic_in_which_it_reads(
     ("elsewhere", "one_s", "two_s", "threads"),
     [(0.5, 1.0, 6.0, 1), (0.5, 2.0, 1.0, None), (0.1, 1.0, 6.0, None), (None, 1.0, 6.0, None)],
 )
+@pytest.mark.parametrize("waits_s", [(), (1000.0, 0.0, 1000.0)])  # what the faster one waits for is not its time
 def test_beside_others_the_original_reads_with_the_threads_that_are_faster(
-    elsewhere: float | None, one_s: float, two_s: float, threads: int | None, monkeypatch: pytest.MonkeyPatch
+    elsewhere: float | None,
+    one_s: float,
+    two_s: float,
+    threads: int | None,
+    waits_s: tuple[float, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bench, now, read = bench_of(tiny("llama")), [0.0], list[int]()
+    traffic, read = Crowded(*waits_s, tick_s=0.0), list[int]()
+    bench = bench_of(tiny("llama"), traffic=traffic)
 
     def reading(*_: Any, **__: Any) -> None:
-        read.append(torch.get_num_threads())
-        now[0] += one_s if read[-1] == 1 else two_s
+        with bench.original.turn():
+            read.append(torch.get_num_threads())
+            traffic.now_s += one_s if read[-1] == 1 else two_s
 
     profile = profile_of(4.0, 0.1, weight_bytes=1e6, flops=64e9, compute_dtype="float32")
     monkeypatch.setattr("autotune.profile.measure", lambda *_, **__: replace(profile, prompt_tokens=8))
     monkeypatch.setattr("autotune.tune.bench.busy.Meter.elsewhere", lambda _: elsewhere)
-    monkeypatch.setattr("autotune.tune.exams.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", traffic.read)
     monkeypatch.setattr(Served, "read", reading)
     with intraop.computing_with(2):
         bench.profile(bench.original)

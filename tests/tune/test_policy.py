@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,13 @@ def test_an_unknown_policy_is_an_error(name: str, says: str) -> None:
         ),
         ("count = 1", 'count = "1"', r"step 1 \(one\), choice 2: threads: count must be int, not '1'"),
         ("count = 1", "count = 0", r"step 1 \(one\), choice 2: threads: count must be at least 1"),
+        (
+            'phase = "decode", count',
+            'phase = "prefill", count',
+            r"step 1 \(one\), choice 2: threads is applied to prefill, and the step is to make decode faster: "
+            r"give it phase = \"decode\" or \"both\"",
+        ),
+        ('name = "two"', 'name = "one"', "steps 1 and 2 are both called 'one': rename one of them"),
         ("count = 1", "count = ", "cannot be read as TOML"),
         ('name = "one"', 'name = "one"\nname = "two"', "cannot be read as TOML"),
     ],
@@ -266,6 +274,16 @@ def test_a_slip_is_an_error_that_helps(old: str, new: str, says: str, write: Cal
     with pytest.raises(PolicyError, match=says) as caught:
         policy.check(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_policy_made_in_code_is_checked_too() -> None:
+    loaded = policy.load("balanced")
+    with pytest.raises(PolicyError, match=r"balanced\.toml: steps 1 and 2 are both called 'half precision'"):
+        replace(loaded, steps=loaded.steps[:1] * 2)
+    with pytest.raises(PolicyError, match=r"policy 'mine', step 1 \(one\), choice 1: threads is applied to prefill"):
+        replace(
+            loaded, name="mine", source="", steps=(PolicyStep("one", "decode", (Choice("threads", {}, "prefill"),)),)
+        )
 
 
 WHEN = 'when = { phase = "prefill" }'

@@ -20,7 +20,7 @@ from autotune.report import Report
 from autotune.runtime.traffic import Traffic
 from autotune.runtime.variant import Variant
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import fingerprint, run, turns
+from autotune.tune import fingerprint, run, search_lock
 from autotune.tune import policy as policies
 from autotune.tune.bench import LiveBench
 from autotune.tune.budget import least
@@ -213,6 +213,28 @@ def test_a_plan_that_was_given_is_verified_before_anything_is_searched(
     assert seen == log
 
 
+@pytest.mark.parametrize("differs", ["", "hardware", "workload", "policy"])
+def test_a_plan_that_keeps_the_original_counts_only_where_it_was_made(
+    differs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(*_: Any, **__: Any) -> None:
+        raise SearchedError
+
+    monkeypatch.setattr(run, "search", search)
+    model, policy, said = tiny("llama"), policies.load("balanced"), list[str]()
+    work = workload.read(token_prompts(4), tokenizer=None, model=model)
+    identity = fingerprint.of(model, hardware.identify(model), work, policy, None)
+    made_for = replace(identity, **{differs: "another"}) if differs else identity
+    given = replace(KEPT, transforms=(), fingerprint=made_for)
+    if differs:
+        with pytest.raises(SearchedError):
+            run.tune(model, work, policy, cache=False, plan=given, notify=said.append)
+        assert "the plan that was given keeps the original" in said[0]
+        assert not any("re-verifying" in each for each in said)
+    else:
+        assert "kept the original" in run.tune(model, work, policy, cache=False, plan=given).verdict
+
+
 def test_a_plan_that_another_process_found_meanwhile_is_verified(
     own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +243,7 @@ def test_a_plan_that_another_process_found_meanwhile_is_verified(
         assert most_s == 3 * least(policy.budget_s)
         return replace(KEPT, fingerprint=identity)
 
-    monkeypatch.setattr(turns, "awaited", awaited)
+    monkeypatch.setattr(search_lock, "awaited", awaited)
     monkeypatch.setattr(LiveBench, "reverify", lambda self, variant: (QUALITY, latency(Verdict.PASS)))
     model, policy = tiny("llama"), policies.load("balanced")
     work = workload.read(token_prompts(4), tokenizer=None, model=model)

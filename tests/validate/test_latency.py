@@ -452,6 +452,7 @@ def test_requests_fill_their_bucket():
 def test_a_machine_whose_noise_is_unknown_decides_nothing():
     found = decide({"a": [Pair(Timing(0.1, 0.03, 1.0), Timing(0.05, 0.015, 0.5))] * 8}, "tpot", Limits(), math.inf)
     assert found.verdict is Verdict.INCONCLUSIVE
+    assert "this machine's noise is not known" in found.reason, "no pair of these was disturbed"
 
 
 def test_label():

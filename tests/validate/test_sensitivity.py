@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,10 @@ from autotune.transforms.linears import LinearTransform, reusing
 from autotune.transforms.weight_only import WeightOnly
 from autotune.tune.refine import LayerGroup, Promises, fewest, kinds, narrowest, rank, refine, spell
 from autotune.validate.exam import Exam
-from autotune.validate.sensitivity import LayerProbe
+from autotune.validate.sensitivity import LayerProbe, longest
+from autotune.validate.tally import summarise
+from autotune.validate.texts import Text
+from autotune.validate.tiers import Tier
 from tests import models
 
 KINDS = ("attn.q_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -178,8 +182,9 @@ def ruined(architecture: str, norm: str, layer: str) -> Any:
     return model
 
 
-def probe_of(model: Any, transform: LinearTransform, tier: str = "relaxed") -> LayerProbe:
-    prompts = models.token_prompts(count=16, length=48)
+def probe_of(model: Any, transform: LinearTransform, tier: str = "relaxed", lengths: Any = (48,) * 16) -> LayerProbe:
+    whole = models.token_prompts(16, max(lengths))
+    prompts = [prompt[:length] for prompt, length in zip(whole, lengths, strict=True)]
     exam = Exam.prepare(model, prompts, pad_token_id=models.PAD)
     assert exam.problem is None
     return LayerProbe(exam, Variant(model), transform, tier)
@@ -229,6 +234,49 @@ def test_of_a_large_vocabulary_fewer_texts_are_read_together(
     monkeypatch.setattr(probe, "_read", lambda variant, ids: read.append(len(ids)) or whole(variant, ids))
     assert probe.divergence(tuple(probe.layers)) == pytest.approx(expected, rel=0.01)
     assert set(read) == {together}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept", "width"),
+    [
+        ([200] * 16, 16, 96),
+        ([200] * 15 + [4], 15, 96),
+        ([96, 4] * 8, 8, 96),
+        ([96] * 6 + [64] * 10, 16, 64),  # 1024 tokens are more than 576
+        ([96] + [20] * 15, 16, 20),
+        ([20] * 16, 16, 20),
+    ],
+)
+def test_a_few_short_texts_do_not_shorten_the_others(lengths: list[int], kept: int, width: int) -> None:
+    texts = [Text(number, (5,) * (length - 2), (6,), (7,)) for number, length in enumerate(lengths)]
+    found = longest(texts)
+    assert found == ([text for text in texts if len(text.context) + 2 >= width], width)
+    assert len(found[0]) == kept
+
+
+@pytest.mark.usefixtures("built")
+def test_the_probe_reads_the_texts_that_it_compares_with_their_own_reference(llama: Any) -> None:
+    probe = probe_of(llama, WeightOnly(bits=8, phase="decode"), lengths=(2, *(64,) * 15))
+    tally, chosen = probe._tally(probe.transform, texts=16), [text.prompt for text in probe.texts]
+    short = min(probe.exam.texts, key=lambda text: len(text.context)).prompt
+    assert list(dict.fromkeys(tally.prompts().tolist())) == chosen
+    assert short not in chosen
+    assert len(chosen) > 8
+    assert float(tally.column("kld").mean()) < 0.01
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(("length", "said"), [(64, "mean KLD may be as high as"), (4, None)])
+def test_few_tokens_show_clear_failures_only(length: int, said: str | None, llama: Any) -> None:
+    """Where few are read, the bound of a good scheme may be over the limit. The gate scores more of them."""
+    probe = probe_of(llama, WeightOnly(bits=4, phase="decode"), lengths=(length,) * 16)
+    found = summarise(probe._tally(probe.transform, texts=16), "strict", 0.0)
+    between = (found.mean_kld + found.mean_kld_high) / 2
+    probe.tier = Tier("made up", mean_kld=between, p99_kld=math.inf, same_top=0.0, ppl_ratio=math.inf)
+    assert (probe.shortfall("") or "").startswith(said or "")
+    assert (probe.shortfall("") is None) == (said is None)
+    probe.tier = replace(probe.tier, mean_kld=found.mean_kld / 2)
+    assert "mean KLD" in (probe.shortfall("") or "")
 
 
 @pytest.mark.usefixtures("built")

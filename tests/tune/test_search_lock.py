@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from autotune.runtime.traffic import Traffic
 from autotune.transforms.lean_loop import LeanLoop
-from autotune.tune import store, turns
+from autotune.tune import search_lock, store
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan
 
@@ -23,10 +24,10 @@ SAME = Fingerprint("model", "here", {"torch": "2"}, "work", "policy", "strict")
 PLAN = Plan(SAME, (LeanLoop(),))
 HOLD = """
 import sys, time
-from autotune.tune import turns
+from autotune.tune import search_lock
 from autotune.tune.fingerprint import Fingerprint
 
-with turns.turn(Fingerprint("model", "here", {"torch": "2"}, "work", "policy", "strict")) as mine:
+with search_lock.turn(Fingerprint("model", "here", {"torch": "2"}, "work", "policy", "strict")) as mine:
     print(mine.take(), flush=True)
     sys.stdin.read()
 """
@@ -47,13 +48,13 @@ def another() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(autouse=True)
 def impatient(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(search_lock, "ASK_EVERY_S", 0.02)
 
 
 def waiting(rest: Any = None, most_s: float = 60.0, refused: Plan | None = None) -> tuple[Plan | None, list[str]]:
     said = list[str]()
-    with turns.turn(SAME) as mine:
-        return turns.awaited(mine, SAME, most_s, said.append, rest or Traffic().rest, refused), said
+    with search_lock.turn(SAME) as mine:
+        return search_lock.awaited(mine, SAME, most_s, said.append, rest or Traffic().rest, refused), said
 
 
 def saving(plan: Plan, rests: list[float]) -> Callable[[float], bool]:
@@ -91,6 +92,24 @@ def test_the_plan_that_did_not_hold_is_not_what_others_wait_for() -> None:
         assert len(rests) == 3
 
 
+@pytest.mark.parametrize("spoil", ["doubted", "written by others", "in the way"])
+def test_who_waits_is_warned_once_of_a_plan_that_is_not_used(spoil: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = store.save(PLAN)
+    assert path is not None
+    if spoil == "doubted":
+        store.trust(SAME, "it drifted")
+    elif spoil == "written by others":
+        path.chmod(0o620)
+    else:
+        path.write_bytes(b"garbage")
+        path.with_name(f"{path.name}.refused").mkdir()  # so it cannot be set aside
+    with another():
+        rests = list[float]()
+        assert waiting(saving(PLAN, rests))[0] == PLAN
+        assert len(rests) == 3
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
 def test_a_process_that_dies_leaves_its_turn_to_the_next() -> None:
     with another() as process:
         timer = threading.Timer(0.3, process.kill)
@@ -101,7 +120,7 @@ def test_a_process_that_dies_leaves_its_turn_to_the_next() -> None:
 
 
 def test_another_model_does_not_wait() -> None:
-    with another(), turns.turn(Fingerprint("other", "", {}, "", "", "strict")) as mine:
+    with another(), search_lock.turn(Fingerprint("other", "", {}, "", "", "strict")) as mine:
         assert mine.take()
 
 
@@ -117,5 +136,5 @@ def test_without_a_cache_to_share_nobody_waits(
     fingerprint: Fingerprint | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "path_for", lambda _: None)
-    with another(), turns.turn(fingerprint) as mine:
+    with another(), search_lock.turn(fingerprint) as mine:
         assert mine.take()
