@@ -7,6 +7,7 @@
     prompts     a body's prompt as token ids, and the room that is left for an answer
     sampling    a body's sampling parameters as options of generate
     detokenise  tokens to text, piece by piece: no half characters, no stop strings
+    pieces      an answer's tokens as pieces of text with log-probabilities, and why it ended
     answering   one request to the model: pieces of its answer as they come
     completions answers in OpenAI's forms, whole and streamed
     metrics     counters and histograms in Prometheus' text format

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CancelledRequestError, DeadlineError, QueueFullError, StateError
 from . import logs
-from .detokenise import Detokeniser, Stops, decoded, hidden_ids
+from .detokenise import AnswerText, Detokeniser, Stops, decoded, hidden_ids
 from .grammar import Grammar, GrammarError
+from .pieces import Chances, Piece, Pieces
 from .refusal import NO_RETRY, Refusal, retry_after
-from .sampling import Witness
 from .schema import CompletionBody
 from .timing import AnswerTimes
-from .traces import Traces
+from .traces import AnswerSpan, Traces
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -24,48 +25,34 @@ if TYPE_CHECKING:
     from .schema import Generation
 
 MOST_TEXTS = 65_536  # texts of single tokens that are kept; 100 bytes each
-LEAST = -9999.0  # stands for the logarithm of 0, as in vLLM
-Reason = Literal["stop", "length"]
 FINISHED = ("stop", "length")  # outcomes of an answer that came to its end
 
 
 @dataclass(frozen=True)
-class TokenChance:
-    """A token and the logarithm of its probability."""
-
-    token: int
-    logprob: float
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A token of the answer, with the alternatives that were asked for, likeliest first.
+class Failure:
+    """What an error that ends an answer means.
 
     Args:
-        offset: where its text begins in the answer's, in characters.
+        outcome: of the answer, see `Answered`.
+        status, code, param, headers: of the refusal.
+        lead: comes before the error's message.
     """
 
-    token: int
-    logprob: float
-    alternatives: tuple[TokenChance, ...]
-    offset: int
+    outcome: str
+    status: int
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    lead: str = ""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of the answer.
-
-    Args:
-        text: what can be shown; it may be empty.
-        tokens: number of the answer's tokens so far.
-        chosen: tokens since the piece before, where log-probabilities are asked for.
-        reason: why the answer ended with this piece, or None.
-    """
-
-    text: str
-    tokens: int
-    chosen: tuple[Chosen, ...] = ()
-    reason: Reason | None = None
+FAILURES = {
+    QueueFullError: Failure("rejected", 429, "queue_full"),
+    DeadlineError: Failure("deadline", 408, "deadline", headers=NO_RETRY),
+    GrammarError: Failure("form", 400, param="response_format"),
+    StateError: Failure("error", 503, "unavailable"),  # no thread can be started, or the process ends
+    CancelledRequestError: Failure("ending", 503, "ending", lead="the server is ending: "),
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,23 @@ class Answered:
     outcome: str
     ttft_s: float | None = None
     tpot_s: float | None = None
+
+
+@dataclass
+class UnderWay:
+    """An answer under way.
+
+    Args:
+        times: of its parts.
+        span: traces it.
+        asked: the request to the model; None: not yet.
+        outcome: that it has if it ends now.
+    """
+
+    times: AnswerTimes
+    span: AnswerSpan
+    asked: Any = None
+    outcome: str = "abort"
 
 
 @dataclass
@@ -157,83 +161,81 @@ class TextAnswers:
         Raises:
             Refusal: the queue is full, the deadline passed, or the form became too complex.
         """
-        witness = None if alternatives is None else Witness()
+        chances = None if alternatives is None else Chances(len(prompt), alternatives)
+        witness = None if chances is None else chances.witness
         options = self.sampling.options(body, len(prompt), room, witness, grammar)
         seed = None if body.seed is None else (body.seed + number) % 2**63
         continued = prompt if isinstance(body, CompletionBody) else ()  # a chat's answer begins a text
-        text, stops = Detokeniser(self.tokenizer, self._hidden, continued), Stops(body.stop)
-        said = 0  # characters
-        request = logs.CURRENT.get()
-        times = AnswerTimes(request.arrived_s if request is not None else time.monotonic())
-        chosen, reason = list[Chosen](), cast("Reason | None", None)
-        outcome = "abort"  # unless it comes to an end
-        self.running, asked = self.running + 1, cast("Any", None)
-        span = self.traces.answer()
-        try:
-            self._admit()
-            asked = self.model.autotune.submit(
-                list(prompt), priority=body.priority - rank, deadline_s=self.deadline_s, seed=seed, **options
-            )
-            self._asked.add(asked)
-            async with asked:
-                async for token in asked:
-                    if is_first := not times.tokens:
-                        span.first_token()
-                        times.begun_s = asked.terms.begun_s
-                    self.metrics.token(times.token(time.monotonic()), first=is_first)
-                    ended = token in self.sampling.eos and not body.ignore_eos
-                    if witness is not None:
-                        chosen.append(_chosen(witness, len(prompt) + times.tokens - 1, token, alternatives or 0, said))
-                    piece = "" if ended else text.add(token)
-                    said += len(piece)
-                    shown = stops.add(piece)
-                    reason = "stop" if ended or stops.found else "length" if times.tokens == room else None
-                    if reason and not stops.found:
-                        shown += stops.add(text.rest())
-                        shown += stops.rest()
-                    if shown or reason or chosen:
-                        yield Piece(shown, times.tokens, tuple(chosen), reason)
-                        chosen.clear()
-                    if reason:
+        text = AnswerText(Detokeniser(self.tokenizer, self._hidden, continued), Stops(body.stop))
+        made = Pieces(text, () if body.ignore_eos else self.sampling.eos, room, chances)
+        with self._under_way(answer_id, len(prompt)) as answer:
+            self._submit(answer, prompt, priority=body.priority - rank, seed=seed, **options)
+            async with answer.asked:
+                async for token in answer.asked:
+                    self._came(answer)
+                    if (piece := made.add(token)) is not None:
+                        yield piece
+                    if made.reason is not None:
                         break
-                if reason is None:  # generate stopped by itself, as a model's own criteria may make it
-                    reason = "stop"
-                    yield Piece(stops.add(text.rest()) + stops.rest(), times.tokens, (), reason)
-        except QueueFullError as error:
-            self.metrics.rejections.inc()
-            outcome = "rejected"
-            headers = retry_after(self._waiting(), self.metrics.whole.per_s())
-            raise Refusal(429, str(error), code="queue_full", headers=headers) from error
-        except DeadlineError as error:
-            outcome = "deadline"
-            raise Refusal(408, str(error), code="deadline", headers=NO_RETRY) from error
-        except GrammarError as error:
-            outcome = "form"
-            raise Refusal(400, str(error), "response_format") from error
-        except StateError as error:  # no thread can be started, or the process ends
-            outcome = "error"
-            raise Refusal(503, str(error), code="unavailable") from error
-        except CancelledRequestError as error:
-            outcome = "ending"
-            raise Refusal(503, f"the server is ending: {error}", code="ending") from error
+                if made.reason is None:
+                    yield made.rest()
+            answer.outcome = str(made.reason)
+
+    @contextmanager
+    def _under_way(self, answer_id: str, prompt: int) -> Iterator[UnderWay]:
+        """Enclose an answer, which is counted, traced and logged when it ends, however that is.
+
+        Args:
+            answer_id: of the response, for the log.
+            prompt: number of tokens.
+
+        Raises:
+            Refusal: in place of an error of those in `FAILURES`.
+        """
+        request = logs.CURRENT.get()
+        arrived_s = request.arrived_s if request is not None else time.monotonic()
+        answer = UnderWay(AnswerTimes(arrived_s), self.traces.answer())
+        self.running += 1
+        try:
+            yield answer
+        except tuple(FAILURES) as error:
+            failure = next(each for kind, each in FAILURES.items() if isinstance(error, kind))
+            answer.outcome = failure.outcome
+            raise self._refusal(failure, error) from error
         except Exception:
-            outcome = "error"
+            answer.outcome = "error"
             raise
-        else:
-            outcome = reason
         finally:
             self.running -= 1
-            self._asked.discard(asked)
-            span.ended(outcome, len(prompt), times.tokens)
-            self._ended(answer_id, outcome, len(prompt), times)
+            self._asked.discard(answer.asked)
+            answer.span.ended(answer.outcome, prompt, answer.times.tokens)
+            self._ended(answer_id, answer.outcome, prompt, answer.times)
+
+    def _submit(self, answer: UnderWay, prompt: Sequence[int], **options: Any) -> None:
+        """Ask the model for an answer, unless too many wait."""
+        if self.most_waiting is not None and (waiting := self._waiting()) >= self.most_waiting:
+            raise QueueFullError(f"{waiting} requests wait, and no more may; ask again later")
+        answer.asked = self.model.autotune.submit(list(prompt), deadline_s=self.deadline_s, **options)
+        self._asked.add(answer.asked)
+
+    def _came(self, answer: UnderWay) -> None:
+        """Time and count a token."""
+        times = answer.times
+        if is_first := not times.tokens:
+            answer.span.first_token()
+            times.begun_s = answer.asked.terms.begun_s
+        self.metrics.token(times.token(time.monotonic()), first=is_first)
+
+    def _refusal(self, failure: Failure, error: Exception) -> Refusal:
+        headers = failure.headers
+        if isinstance(error, QueueFullError):
+            self.metrics.rejections.inc()
+            headers = retry_after(self._waiting(), self.metrics.whole.per_s())
+        return Refusal(failure.status, f"{failure.lead}{error}", failure.param, failure.code, headers)
 
     def _waiting(self) -> int:
         waiting: int = self.model.autotune.waiting  # asked for every answer, in the event loop
         return waiting
-
-    def _admit(self) -> None:
-        if self.most_waiting is not None and (waiting := self._waiting()) >= self.most_waiting:
-            raise QueueFullError(f"{waiting} requests wait, and no more may; ask again later")
 
     def cut(self) -> None:
         """End all answers under way. Their clients are told that the server is ending."""
@@ -257,16 +259,3 @@ class TextAnswers:
             finish_reason=outcome,
             seconds=round(time.monotonic() - times.arrived_s, 4),
         )
-
-
-def _chosen(witness: Witness, length: int, token: int, alternatives: int, offset: int) -> Chosen:
-    row = witness.take(length)
-    best = row.topk(min(alternatives, len(row))) if alternatives else None
-    others = () if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    chances = tuple(TokenChance(t, _finite(chance)) for t, chance in others)
-    return Chosen(token, _finite(float(row[token])), chances, offset)
-
-
-def _finite(logprob: float) -> float:
-    """A logarithm that JSON can hold, also of a probability of 0."""
-    return max(logprob, LEAST)

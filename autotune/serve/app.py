@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import anyio.to_thread
@@ -42,8 +43,6 @@ from .validation import refusal_of
 Result = TypeVar("Result")
 OF_BODIES = (400, 404)  # what may be wrong with a body
 OF_ANSWERS = (*OF_BODIES, 429, 503)
-NOWHERE = 404
-NO_METHOD = 405  # a path that has no such method
 GONE = 499  # nginx's status for a client that closed the connection
 
 
@@ -181,11 +180,12 @@ def _handle_errors(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - the same
         path = request.url.path
-        if error.status_code == NO_METHOD:
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _methods(app, request)
-            return Refusal(NO_METHOD, f"{path} takes {allowed}, not {request.method}").response({"Allow": allowed})
-        if error.status_code == NOWHERE:
-            return Refusal(NOWHERE, f"nothing at {path}; {_near(app, path)}").response()
+            said = f"{path} takes {allowed}, not {request.method}"
+            return Refusal(error.status_code, said).response({"Allow": allowed})
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            return Refusal(error.status_code, f"nothing at {path}; {_near(app, path)}").response()
         return Refusal(error.status_code, str(error.detail)).response(error.headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:

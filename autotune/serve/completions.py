@@ -19,8 +19,9 @@ from .refusal import Refusal
 if TYPE_CHECKING:
     from fastapi import Response
 
-    from .answering import Chosen, Piece, TextAnswers
+    from .answering import TextAnswers
     from .grammar import Grammar
+    from .pieces import Chosen, Piece
     from .schema import ChatBody, CompletionBody
     from .tools import Call, ToolUse
 

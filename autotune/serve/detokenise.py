@@ -113,6 +113,38 @@ class Stops:
         return shown
 
 
+class AnswerText:
+    """The text of a growing answer, up to the first stop string.
+
+    Args:
+        detokeniser: turns its tokens into text.
+        stops: end it.
+
+    Attributes:
+        length: number of its characters so far, also of those that are held back.
+    """
+
+    def __init__(self, detokeniser: Detokeniser, stops: Stops) -> None:
+        self._detokeniser = detokeniser
+        self._stops = stops
+        self.length = 0
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stops.found is not None
+
+    def add(self, token: int) -> str:
+        """What can be shown after one more token."""
+        text = self._detokeniser.add(token)
+        self.length += len(text)
+        return self._stops.add(text)
+
+    def rest(self) -> str:
+        """What was held back, when no more comes."""
+        return self._stops.add(self._detokeniser.rest()) + self._stops.rest()
+
+
 def doubtful(text: str, strings: Sequence[str]) -> int:
     """Length of the longest end of a text that may be the beginning of one of some strings."""
     longest = max(map(len, strings), default=1) - 1

@@ -136,9 +136,10 @@ class Service:
         if not self.has_answered:
             failure = f"; the server's own failed: {self.failure}" if self.failure else ""
             return f"no request was answered yet{failure}"
-        status = self.model.autotune.status
-        if self.untuned or status.state not in UNSETTLED:
-            return None
+        handle = self.model.autotune
+        status = handle.status
+        if self.untuned or status.state not in UNSETTLED or handle.plan is not None:
+            return None  # a search ended before: while one is repeated, its outcome serves as well as it did
         return f"the model is {status.state}: {status.detail}".rstrip(": ")
 
     def state(self) -> dict[str, Any]:

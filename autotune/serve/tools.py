@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .schema import Function, Message, Templated
 
 PARAM = "tools"
+MOST_SHOWN = 40  # characters of a wrong value in a message
 # Words of JSON Schema below which there is no schema, and those below which there are schemas by name.
 VALUES = frozenset({"const", "default", "enum", "examples"})
 NAMED = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
@@ -106,9 +107,10 @@ class ToolUse:
                     400, f"tool_choice names {choice.function.name}; tools has {', '.join(names)}", "tool_choice"
                 )
         for function in functions:
-            kinds = (function.parameters or NONE).get("type", "object")
-            if "object" not in ([kinds] if isinstance(kinds, str) else kinds):
-                said = f"the parameters of {function.name} are of type {kinds}; a call has an object of arguments"
+            kind = (function.parameters or NONE).get("type", "object")
+            if "object" not in (kind if isinstance(kind, list) else [kind]):
+                found = json.dumps(kind)[:MOST_SHOWN]
+                said = f"the parameters of {function.name} are of type {found}; a call has an object of arguments"
                 raise Refusal(400, said, PARAM)
         must = isinstance(choice, NamedChoice) or choice == "required"
         style = style_of(template)

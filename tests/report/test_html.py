@@ -6,11 +6,14 @@ import functools
 import json
 import re
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 
 from autotune import cli
@@ -18,7 +21,7 @@ from autotune.cli.tune import _hand_over
 from autotune.errors import PackageError
 from autotune.report import Report
 from autotune.report import numbers as n
-from autotune.report.html import elements, roofline, samples, steps
+from autotune.report.html import drawing, elements, roofline, samples, steps
 from autotune.tune import plan
 from autotune.tune.fingerprint import Fingerprint
 from autotune.tune.plan import Plan
@@ -35,6 +38,7 @@ SURE = (
     ConfidenceBin(0.9, 1.0, 300, 0.0, 2e-5, 3e-4, 0.002, 1.0),
 )
 PAIRS = 6
+WAIT_S = 60.0
 METRICS = ("ttft", "tpot", "end_to_end")
 SHAPES = ("b1/p64/n32", "b4/p64/n32")
 TIMED = replace(
@@ -329,6 +333,56 @@ def test_elements(found: str, markup: str) -> None:
 )
 def test_roofs_too_close_to_tell_apart_share_a_label(peaks: dict[str, float], roofs: list[str]) -> None:
     assert [name for name, _ in roofline._roofs(peaks)] == roofs
+
+
+class Asked:
+    """A lock that says when a second one asks for it."""
+
+    def __init__(self, lock: Any, second: threading.Event) -> None:
+        self._lock = lock
+        self._second = second
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._second.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_two_reports_that_are_drawn_at_once_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one comes while the first is drawn, and draws when that is done. Settings are the whole process's."""
+    begun, came, left = threading.Event(), threading.Event(), threading.Event()
+    sizes = list[float]()
+    monkeypatch.setattr(drawing, "_settings", Asked(drawing._settings, came))
+
+    def first(*_: Any) -> None:
+        begun.set()
+        assert came.wait(WAIT_S)
+
+    def second(*_: Any) -> None:
+        came.set()
+        assert left.wait(WAIT_S)
+        sizes.append(matplotlib.rcParams["font.size"])
+
+    def draw_first() -> None:
+        drawing._svg(first, "first", "wide", 50)
+        left.set()
+
+    def draw_second() -> None:
+        assert begun.wait(WAIT_S)
+        drawing._svg(second, "second", "wide", 50)
+
+    before, filters = dict(matplotlib.rcParams), list(warnings.filters)
+    threads = [threading.Thread(target=draw) for draw in (draw_first, draw_second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sizes == [drawing.TEXT]
+    assert dict(matplotlib.rcParams) == before
+    assert warnings.filters == filters
 
 
 # the command line

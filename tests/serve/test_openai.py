@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,17 +168,26 @@ def test_log_probabilities_are_the_models_own(server: Running, client: Any) -> N
     assert first.logprob == pytest.approx(first.top_logprobs[0].logprob)
 
 
-def test_a_probability_of_nothing_is_still_json(server: Running, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("logit", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_no_probability_is_still_json(
+    stream: bool, logit: float, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a token that cannot come, or of a model that computes NaN."""
     forward = server.model.lm_head.forward
 
     def masked(*args: Any) -> torch.Tensor:
         logits: torch.Tensor = forward(*args).clone()
-        logits[..., 1:] = -torch.inf
+        logits[..., 1:] = logit
         return logits
 
     monkeypatch.setattr(server.model.lm_head, "forward", masked)
-    got = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2, temperature=0, logprobs=4)
-    assert min(got.choices[0].logprobs.top_logprobs[0].values()) == -9999.0
+    body = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0, "logprobs": 4, "ignore_eos": True, "stream": stream}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200
+    whole = [line.removeprefix("data: ") for line in answer.text.splitlines() if line and not line.endswith("[DONE]")]
+    chances = [json.loads(each, parse_constant=pytest.fail)["choices"][0]["logprobs"] for each in whole]
+    assert min(chances[0]["top_logprobs"][0].values()) == -9999.0
 
 
 def test_an_answer_that_generate_ends_by_itself_has_a_reason(server: Running, client: Any) -> None:

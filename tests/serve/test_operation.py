@@ -18,10 +18,16 @@ import pytest
 from autotune.cli import main
 from autotune.errors import QueueFullError, UnsupportedModelError
 from autotune.live.status import State
+from autotune.report import Report
+from autotune.runtime.variant import Variant
 from autotune.serve import connection, run
 from autotune.serve.gate import HttpLimits
 from autotune.serve.run import become_ready, listen
 from autotune.serve.service import Service
+from autotune.tune import run as tuning
+from autotune.tune.fingerprint import Fingerprint
+from autotune.tune.plan import Plan
+from autotune.tune.tuned import Tuned
 from tests.models import tiny, tiny_tokenizer, token_prompts
 from tests.serve.engines import WAIT_S, counted
 from tests.serve.servers import Running, running, until
@@ -233,26 +239,46 @@ def test_a_model_that_fails_is_a_500_and_the_server_goes_on(server: Running, mon
 
 
 @pytest.mark.parametrize(
-    ("state", "untuned", "answered", "said"),
+    ("state", "plan", "untuned", "answered", "said"),
     [
-        (State.TUNED, False, True, None),
-        (State.ORIGINAL, False, True, None),
-        (State.FAILED, False, True, None),
-        (State.TUNING, False, True, "the model is tuning"),
-        (State.WAITING, False, True, "the model is waiting"),
-        (State.WAITING, True, True, None),
-        (State.TUNED, False, False, "no request was answered yet"),
+        (State.TUNED, True, False, True, None),
+        (State.ORIGINAL, True, False, True, None),
+        (State.FAILED, False, False, True, None),
+        (State.TUNING, False, False, True, "the model is tuning"),
+        (State.TUNING, True, False, True, None),  # again, after a search that ended
+        (State.WAITING, False, False, True, "the model is waiting"),
+        (State.WAITING, False, True, True, None),
+        (State.TUNED, True, False, False, "no request was answered yet"),
+        (State.TUNING, True, False, False, "no request was answered yet"),
     ],
 )
 def test_ready_is_tuned_or_declared_untuned_and_tried_once(
-    state: State, untuned: bool, answered: bool, said: str | None
+    state: State, plan: bool, untuned: bool, answered: bool, said: str | None
 ) -> None:
     status = SimpleNamespace(state=state, detail="")
-    model: Any = SimpleNamespace(autotune=SimpleNamespace(status=status))
+    model: Any = SimpleNamespace(autotune=SimpleNamespace(status=status, plan=object() if plan else None))
     unused: Any = None
     answers: Any = SimpleNamespace(finished=int(answered))
     served = Service(model, "tiny", unused, answers, unused, unused, untuned=untuned)
     assert served.unready() == said
+
+
+def test_a_search_that_is_repeated_leaves_the_server_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[tuple[State, str | None]]()
+
+    def tune(model: Any, workload: Any, policy: Any, *, traffic: Any, **_: Any) -> Tuned:
+        seen.append((own.model.autotune.status.state, own.served.unready()))
+        plan = Plan(Fingerprint("", "", {}, "", "", "strict"), ())
+        return Tuned(Variant(model, traffic, workload), plan, Report({}), "kept the original")
+
+    with running() as own:
+        own.served.untuned = False
+        monkeypatch.setattr(tuning, "tune", tune)
+        for _ in range(2):
+            own.model.autotune.tune(token_prompts(2))
+            assert own.model.autotune.status.state is State.ORIGINAL
+            assert own.served.unready() is None
+    assert seen == [(State.TUNING, "the model is tuning: started"), (State.TUNING, None)]
 
 
 @pytest.mark.parametrize("rescue", ["its own request", "a client's"])

@@ -23,6 +23,7 @@ from autotune.report import Report
 from autotune.report.html import drawing
 from autotune.report.progress import Doing
 from autotune.runtime.variant import Variant
+from autotune.serve import page
 from autotune.serve.metrics import MOST_RECENT, Metrics, Percentiles, Recent
 from autotune.serve.page.chapters import chapters
 from autotune.serve.page.view import reasons
@@ -40,6 +41,7 @@ from tests import chromium, pages
 from tests.models import token_prompts
 from tests.report.test_html import LOOK, needs_chromium
 from tests.report.test_report import COMMITTED, FASTER, PASSED, TRIALS
+from tests.serve.engines import WAIT_S
 from tests.serve.servers import Running, running, until
 
 PROMPT = token_prompts(1, length=12)[0]
@@ -710,6 +712,34 @@ def test_names_and_reasons_do_not_become_markup(tab: chromium.Page) -> None:
         assert tab.evaluate("[...document.scripts].map(each => each.src)") == [f"{server.url}/page.js"]
         assert tab.evaluate(LOOK)["wide"] <= 360
         assert tab.said == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("part", ["view", "chapters"])
+def test_what_could_not_be_read_is_read_later(part: str, tab: chromium.Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, tries = getattr(page, part), itertools.count()
+    may_fail, may_go = threading.Event(), threading.Event()
+
+    def fails_once(*args: Any) -> Any:
+        if next(tries):
+            assert may_go.wait(WAIT_S)
+            return made(*args)
+        assert may_fail.wait(WAIT_S)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(page, part, fails_once)
+    with tuned() as server:
+        if part == "view":
+            may_fail.set()
+        tab.open(f"{server.url}/", 1280)
+        if part == "chapters":
+            seen(tab, "document.getElementById('drawing').textContent.startsWith('Drawing')")
+            may_fail.set()
+        seen(tab, "document.getElementById('said').textContent === 'The server failed: RuntimeError.'")
+        may_go.set()
+        seen(tab, "document.querySelectorAll('#chapters svg').length")
+        seen(tab, "document.getElementById('said').textContent === ''")
+        assert (text(tab, "h1"), text(tab, "#drawing")) == ("tiny", "")
 
 
 @needs_chromium

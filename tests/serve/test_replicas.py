@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,19 @@ class Peers:
         assert rollout.serves
         self.folder.publish("another", rollout, figures(seed=1))
         self.replica.tally._figures = figures(answers, tpot=tpot)
+
+    def answers(self, outcome: str) -> None:
+        """This replica's model ends an answer that was asked for now."""
+        tally = self.replica.tally
+        tally.hear(Answered(tally._clock(), outcome, 0.1, 0.01))
+
+    @property
+    def published(self) -> tuple[int, int]:
+        """Answers that count as those of replicas beside the canary, and how many of them failed."""
+        rollout = self.folder.rollout
+        assert rollout is not None
+        counted = self.folder.control(rollout)["failures"]
+        return counted.n, counted.hits
 
     @property
     def state(self) -> tuple[RolloutState, str]:
@@ -274,25 +288,51 @@ def test_a_promotion_that_could_not_be_written_down_is_one(
     assert peers.state[0] is RolloutState.PROMOTED
 
 
-def test_a_canary_that_is_killed_is_a_roll_back(peers: Peers) -> None:
-    peers.offered(LeanLoop())
+@contextmanager
+def canary(peers: Peers) -> Iterator[subprocess.Popen[str]]:
+    """Another process that serves with the plan on offer, until it is killed."""
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", CANARY, str(peers.folder.path)]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as canary:
-        assert canary.stdout is not None
-        assert canary.stdout.readline() == "serves\n"
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "serves\n"
+        yield process
+        process.kill()
+
+
+def test_a_canary_that_is_killed_is_a_roll_back(peers: Peers) -> None:
+    peers.offered(LeanLoop())
+    with canary(peers):
         peers.replica.step()
-        peers.replica.tally.hear(Answered(peers.replica.tally._clock(), "stop", 0.1, 0.01))
+        peers.answers("stop")
         peers.replica.step()
-        rollout = peers.folder.rollout
-        assert rollout is not None
-        assert rollout.state is RolloutState.CANARY
-        assert peers.folder.control(rollout)["failures"].n == 1
-        canary.kill()
+        assert peers.state[0] is RolloutState.CANARY
+        assert peers.published == (1, 0)
     peers.replica.step()
     assert peers.state == (RolloutState.ROLLED_BACK, "the canary's process ended")
     assert peers.model.autotune.status.state is State.WAITING
     assert peers.store.versions("rollout")[0].status == "rolled back"
+
+
+def test_answers_beside_a_search_do_not_count(peers: Peers) -> None:
+    """The replica is tuned anew in the middle of a rollout, and its answers fail meanwhile."""
+    serving = peers.model.autotune._serving
+    peers.offered(LeanLoop())
+    with canary(peers):
+        peers.replica.step()
+        peers.answers("stop")
+        peers.replica.step()
+        serving.become(State.TUNING, "again")
+        peers.answers("error")  # before it is seen that it tunes
+        peers.replica.step()
+        peers.answers("error")
+        peers.replica.step()
+        assert peers.published == (1, 0)
+        serving.become(State.ORIGINAL, "kept the original")
+        peers.replica.step()
+        peers.answers("stop")
+        peers.replica.step()
+        assert peers.published == (1, 0)
 
 
 def test_figures_of_others_are_put_together(peers: Peers) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autotune.compare.experiment.guardrails import stated_bound
 from autotune.serve.answering import Answered
 from autotune.serve.rollout.decision import CanaryRules, Duty, Rollout, RolloutState, Seen, Sight, duty, judged, verdict
 from autotune.serve.rollout.record import status
@@ -157,3 +158,16 @@ def test_a_rollout_is_shown_as_an_experiment(state: RolloutState, found: Verdict
     assert lines[1] == f"plan (plan): {found.value}; why"
     assert any(line.startswith("  quality: closed") for line in lines)
     assert any(line.startswith("  tpot: +20% is caught within") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("canary", "others", "share"),
+    [(0, 0, 0.0), (0, 100, 0.0), (100, 0, 1.0), (100, 100, 0.5), (100, 300, 0.25)],
+)
+def test_a_rollout_states_the_share_that_the_canary_really_has(canary: int, others: int, share: float) -> None:
+    rollout = judged(BEGUN, Seen(60.0, figures(others, seed=1), figures(canary)), RULES)
+    found = status(rollout, RULES).candidates[0]
+    assert found.reason.startswith(f"{canary} of at least 50 requests; open: ")
+    assert found.share == share
+    expected = [stated_bound(RULES.rails[0], RULES.ramp().alpha, share=share)] if share else []
+    assert list(found.bounds[:1]) == expected

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from autotune.serve.detokenise import UNFINISHED, Detokeniser, Stops
+from autotune.serve.detokenise import UNFINISHED, AnswerText, Detokeniser, Stops
+from autotune.serve.pieces import Pieces
 from tests.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -115,3 +116,31 @@ def test_stop_strings_end_the_text_wherever_it_is_cut(text: str, strings: list[s
 def test_what_may_become_a_stop_string_waits(strings: list[str], parts: list[str], shown: list[str]) -> None:
     stops = Stops(strings)
     assert [stops.add(part) for part in parts] == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "ends", "shown", "reason"),
+    [
+        ("axyz", 9, (), ["a", None, None, "xyz"], None),
+        ("axyb", 9, (), ["a", None, None, ""], "stop"),
+        ("axy", 3, (), ["a", None, "xy"], "length"),
+        ("axyz", 9, ("y",), ["a", None, "x"], "stop"),
+        ("axyb", 4, (), ["a", None, None, ""], "stop"),
+        ("\u20acx", 3, (), [None, None, "\u20ac"], "length"),
+        ("\u20ac", 2, (), [None, "\ufffd"], "length"),
+    ],
+)
+def test_an_answer_ends_by_a_stop_string_its_end_or_its_length(
+    text: str, room: int, ends: tuple[str, ...], shown: list[str | None], reason: str | None
+) -> None:
+    """The stop string is "xyb"."""
+    ids, last = [TOKENIZER(each, add_special_tokens=False)["input_ids"] for each in (text, "".join(ends))]
+    made = Pieces(AnswerText(Detokeniser(TOKENIZER), Stops(["xyb"])), last, room, None)
+    found = [made.add(token) for token, _ in zip(ids, shown, strict=False)]
+    assert [piece and piece.text for piece in found] == shown
+    assert made.reason == reason
+    assert all(piece is None or piece.reason is None for piece in found[:-1])
+    assert found[-1] is not None
+    assert (found[-1].reason, found[-1].tokens) == (reason, len(shown))
+    if reason is None:
+        assert (made.rest().text, made.reason) == ("", "stop")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from ...errors import PackageError
+from ...machine import forking
 from .elements import Html, joined, printable
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ COLOUR = re.compile("#0101[0-9a-f]{2}")
 FONT = re.compile(r"font-family:[^;]*;?")
 TIP = "tip:"
 
+_settings = forking.lock()  # held while matplotlib's settings and Python's warning filters are those of a chart
+
 
 def chart(draw: Draw, description: str, *, height: float, narrow_height: float | None = None) -> Html:
     """Draw a chart for every width.
@@ -108,7 +111,7 @@ def _svg(draw: Draw, description: str, name: str, height: float) -> Html:
         raise PackageError("the HTML report's charts need matplotlib: pip install 'matplotlib>=3.10'") from error
     written = io.BytesIO()
     own = {"svg.hashsalt": f"{name} {description}"}  # makes element ids unique on the page
-    with style.context(["default", STYLE, own]), warnings.catch_warnings():
+    with _settings, style.context(["default", STYLE, own]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib warns of characters that its font lacks; the page's may have them
         figure = Figure(figsize=(WIDTHS[name] / 72, height / 72), dpi=72)
         draw(figure, name == "narrow")

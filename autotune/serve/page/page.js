@@ -20,7 +20,8 @@ const $ = id => document.getElementById(id);
 let key = sessionStorage.getItem(KEY) || "";
 let samples = [];
 let known = ""; // what the overview was last read for
-let chaptersOf = ""; // what the chapters were last read for
+let chaptersOf = ""; // what the chapters were last read for; null if that failed
+let failures = 0; // of reading these, one after the other
 let isWatching = false;
 let leaving = new AbortController(); // ends the stream when the page is left
 
@@ -124,8 +125,19 @@ function show(sample) {
   const now = JSON.stringify([sample.state, sample.transforms, sample.may, sample.lines]);
   if (now !== known) {
     known = now;
-    overview().catch(problem);
+    overview().then(isRead, readLater);
   } else if (sample.state !== "tuning" && !sample.transforms.length) setText("lead", sentence(sample.detail));
+}
+
+function isRead() {
+  if (failures) setText("said", "");
+  failures = 0;
+}
+
+function readLater(error) {
+  problem(error);
+  if (error instanceof Denied) return; // all is read again with another key
+  setTimeout(() => { known = ""; }, RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)]);
 }
 
 function draw(chart) {
@@ -254,9 +266,16 @@ function showLines({state, lines}) {
 
 async function chapters() {
   const reading = chaptersOf !== "";
-  setText("drawing", reading ? "Drawing the report's charts ..." : "");
-  const found = reading ? await (await ask("/autotune/chapters")).json() : [];
-  setText("drawing", "");
+  let found = [];
+  try {
+    setText("drawing", reading ? "Drawing the report's charts ..." : "");
+    if (reading) found = await (await ask("/autotune/chapters")).json();
+  } catch (error) {
+    chaptersOf = null;
+    throw error;
+  } finally {
+    setText("drawing", "");
+  }
   $("chapters").replaceChildren(...found.map(({id, title, html}) => {
     const heading = node("h2", "", title), section = node("section", "", heading);
     section.id = id;

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ...compare.experiment import guardrails
 from ...compare.experiment.guardrails import Figures, Finding, Guardrail
 from ...compare.experiment.ramp import Ramp, RampProgress, RampState
 from ...compare.experiment.sequential import Moments
@@ -43,14 +44,21 @@ class CanaryRules:
     again_s: float = 600.0
 
     @property
-    def ramp(self) -> Ramp:
-        """The experiment's ramp with a single step; the router decides on the real share."""
-        rails = (
+    def rails(self) -> tuple[Guardrail, ...]:
+        """The limits as guardrails of an experiment."""
+        return (
             Guardrail(FAILURES, "rate", self.failing),
             Guardrail(TTFT, "ratio", self.slower),
             Guardrail(TPOT, "ratio", self.slower),
         )
-        return Ramp((0.5,), rails, self.requests)
+
+    def ramp(self, share: float = 1.0) -> Ramp:
+        """The experiment's ramp, of a single step: the router decides how many requests the canary gets.
+
+        Args:
+            share: fraction of the answers that are the canary's, above 0. Only the ramp's `bounds` depend on it.
+        """
+        return Ramp((share,), self.rails, self.requests)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,16 @@ class Rollout:
         """Number of the canary's answers."""
         return self.candidate.get(FAILURES, Moments()).n
 
+    @property
+    def others(self) -> int:
+        """Number of the other replicas' answers."""
+        return self.control.get(FAILURES, Moments()).n
+
+    @property
+    def share(self) -> float:
+        """Fraction of the answers that are the canary's; 0 before the first one."""
+        return self.requests / ((self.requests + self.others) or 1)
+
     def ended(self, state: RolloutState, reason: str) -> Rollout:
         """Return this rollout with its outcome."""
         return replace(self, state=state, reason=reason)
@@ -117,12 +135,13 @@ def judged(rollout: Rollout, seen: Seen, rules: CanaryRules) -> Rollout:
     rollout = replace(rollout, control=seen.control, candidate=seen.candidate)
     if seen.failure is not None:
         return rollout.ended(RolloutState.ROLLED_BACK, f"the plan failed on the canary: {seen.failure}")
-    after = rules.ramp.advance(progress(rollout))
+    after = rules.ramp().advance(progress(rollout))
     if after.state is RampState.ROLLED_BACK:
         return rollout.ended(RolloutState.ROLLED_BACK, after.reason)
     if after.state is RampState.FULL:
         return rollout.ended(RolloutState.PROMOTED, after.reason)
-    _, reason = rules.ramp.verdict(after)
+    _, found = guardrails.conclude(findings(rollout, rules))
+    reason = f"{rollout.requests} of at least {rules.requests} requests; {found}"
     if seen.at_s - rollout.began_s > rules.patience_s:
         reason = f"not proven within {duration(rules.patience_s)}: {reason}"
         return rollout.ended(RolloutState.ROLLED_BACK, reason)
@@ -136,7 +155,7 @@ def progress(rollout: Rollout) -> RampProgress:
 
 def findings(rollout: Rollout, rules: CanaryRules) -> list[Finding]:
     """The current finding of every guardrail."""
-    return rules.ramp.findings(progress(rollout))
+    return rules.ramp().findings(progress(rollout))
 
 
 def verdict(rollout: Rollout) -> Verdict:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from ...compare.experiment.given import CONTROL
 from ...compare.experiment.live import LiveState, LiveStatus, Standing, sentences
-from ...compare.experiment.sequential import Moments
 from ...errors import ExperimentError
 from ...tune import codec
-from .decision import FAILURES, CanaryRules, Rollout, RolloutState, findings, progress, verdict
+from .decision import CanaryRules, Rollout, RolloutState, findings, progress, verdict
 
 if TYPE_CHECKING:
     from ...compare.experiment.store import Store
@@ -31,19 +30,18 @@ def status(rollout: Rollout, rules: CanaryRules, quality: str = "") -> LiveStatu
     Args:
         quality: what the canary's watch saw of the plan's answers, in a sentence.
     """
-    others = rollout.control.get(FAILURES, Moments()).n
     standing = Standing(
         name=CANDIDATE,
         description=rollout.plan,
         verdict=verdict(rollout).value,
         reason=rollout.reason,
         requests=rollout.requests,
-        share=rollout.requests / ((rollout.requests + others) or 1),
+        share=rollout.share,
         findings=(*sentences(findings(rollout, rules)), *([f"quality: {quality}"] if quality else [])),
-        bounds=rules.ramp.bounds(progress(rollout)),
+        bounds=rules.ramp(rollout.share).bounds(progress(rollout)) if rollout.requests else (),
     )
-    counts = {"canary": rollout.requests, "other replicas": others}
-    return LiveStatus(NAME, MODE, STATES[rollout.state], rollout.requests + others, counts, (standing,))
+    counts = {"canary": rollout.requests, "other replicas": rollout.others}
+    return LiveStatus(NAME, MODE, STATES[rollout.state], sum(counts.values()), counts, (standing,))
 
 
 def record(store: Store, rollout: Rollout, rules: CanaryRules, quality: str = "") -> None:

@@ -170,10 +170,13 @@ class Replica:
         self.folder.lock.give()
 
     def _compare(self, rollout: Rollout, is_settled: bool) -> None:
-        if is_settled:  # answers beside its own tuning would make the canary look good
-            if rollout.key != self._compared:
-                self._compared = rollout.key
-                self.tally.begin()
+        if not is_settled:  # answers beside its own tuning would make the canary look good
+            self._compared = ""
+            self.tally.end()
+        elif rollout.key != self._compared:
+            self._compared = rollout.key
+            self.tally.begin()
+        else:
             self.folder.publish(self.id, rollout, self.tally.figures)
         self._alone(self._bury)
 

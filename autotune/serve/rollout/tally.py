@@ -27,7 +27,7 @@ class AnswerTally:
     """
 
     def __init__(self, rules: CanaryRules, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rails = {rail.name: rail for rail in rules.ramp.rails}
+        self._rails = {rail.name: rail for rail in rules.rails}
         self._clock = clock
         self._lock = threading.Lock()
         self._since_s = math.inf  # before `begin`, nothing counts
